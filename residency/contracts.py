@@ -1,0 +1,136 @@
+"""What the parts promise each other. Types only: nothing here does work.
+
+Thread rules: the manager calls a `Resident` from one thread at a time and never while a lease is held.
+A `Device`, `Probe` or `Clock` may be called from any thread at any time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceKind = Literal["cuda", "cpu", "simulated"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Sizes in bytes; None where unknown. ``process_bytes`` is what this process holds of it."""
+
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    process_bytes: int | None = None
+
+
+class Device(Protocol):
+    """Where models compute. Keeps the books of what lies there and gives memory back."""
+
+    kind: DeviceKind
+    name: str
+    torch_device: str
+    """What engines pass to ``torch`` to place tensors: ``"cuda"`` or ``"cpu"``."""
+    separate: bool
+    """False where device and host are the same memory: then offload saves nothing and moves nothing."""
+
+    def memory(self) -> Memory:
+        """Current sizes. Never raises, never creates a CUDA context."""
+
+    def ensure_usable(self) -> None:
+        """Check, before a first load, that torch can compute here; `DeviceUnavailable` if not."""
+
+    def holds_tensor(self, tensor: torch.Tensor) -> bool:
+        """Whether this tensor's bytes lie on the device and leave it at an offload."""
+
+    def holds_session(self, providers: Sequence[str]) -> bool:
+        """Whether an ONNX Runtime session with these execution providers takes memory of the device."""
+
+    def charge(self, nbytes: int) -> None:
+        """Enter bytes that a loader has placed here into the books; `DeviceOutOfMemory` if they exceed the device."""
+
+    def refund(self, nbytes: int) -> None:
+        """Take bytes that left without `drop` (a destroyed session, a released engine) off the books."""
+
+    def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """Give an empty storage its ``nbytes`` back, uninitialised; `DeviceOutOfMemory` if they do not fit."""
+
+    def drop(self, storage: torch.UntypedStorage) -> None:
+        """Free the bytes of a storage; its tensors stay, empty."""
+
+    def settle(self) -> None:
+        """Wait for copies under way and hand freed memory back to the driver."""
+
+
+class Resident(Protocol):
+    """The part of a model that can live on the device, on the host, or nowhere.
+
+    Moves are all or nothing and idempotent: on an error everything is where it was before the call.
+    """
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device now."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in main memory now."""
+
+    def offload(self) -> int:
+        """Leave the device for the host; return the bytes moved."""
+
+    def restore(self) -> int:
+        """Come back to the device; return the bytes moved."""
+
+    def release(self) -> int:
+        """Give up both places; return the bytes freed. Never raises; the engine is unusable afterwards."""
+
+
+class Engine(Protocol):
+    """A speech engine with the two methods of StepAudioTTS.
+
+    Both return ``(audio, sample_rate)``: float32 of shape [1, samples] on the CPU, and Hz.
+    """
+
+    def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]: ...
+
+    def edit(
+        self,
+        input_audio_path: str,
+        audio_text: str,
+        edit_type: str,
+        edit_info: str | None = None,
+        text: str | None = None,
+    ) -> tuple[torch.Tensor, int]: ...
+
+
+class Policy(Protocol):
+    """When an idle model leaves the device, and when the host. Pure.
+
+    Both answer seconds after the end of the last lease; ``math.inf`` is never.
+    """
+
+    @property
+    def keep_warm_s(self) -> float: ...
+
+    @property
+    def idle_timeout_s(self) -> float: ...
+
+
+class Probe(Protocol):
+    """Looks at memory from outside: fields are None when unknown; never raises, never creates a CUDA context."""
+
+    def memory(self) -> Memory: ...
+
+
+class Clock(Protocol):
+    """Monotonic time in seconds, and waiting on a condition until a deadline."""
+
+    def now(self) -> float: ...
+
+    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
+        """Wait on a held condition until notified or until ``timeout_s`` of this clock have passed."""
+
+

@@ -1,0 +1,117 @@
+"""Errors that people and programs can act on.
+
+Every error says what to do next, keeps its facts as attributes and survives pickling (a worker process
+hands it to its parent). Messages that reach the page are written in English and Chinese.
+"""
+
+from __future__ import annotations
+
+
+class ResidencyError(Exception):
+    """Base of all errors raised by this project. Its fields are the arguments of its constructor."""
+
+    def __init__(self, message: str, *fields: object) -> None:
+        super().__init__(message)
+        self._fields = fields
+
+    def __reduce__(self) -> tuple[type[ResidencyError], tuple[object, ...]]:
+        return type(self), self._fields
+
+
+class UnknownModel(ResidencyError, KeyError):
+    """No model of that name is registered."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        names = ", ".join(known) or "none"
+        super().__init__(
+            f"No model is called {name!r}; known: {names}. / 没有名为 {name!r} 的模型；已注册：{names}。", name, known
+        )
+        self.name = name
+        self.known = known
+
+    def __str__(self) -> str:  # KeyError would print the message quoted
+        return str(self.args[0])
+
+
+class ModelExists(ResidencyError):
+    """A model of that name is registered already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"A model called {name!r} is registered already; choose another name or unregister({name!r}) first.", name
+        )
+        self.name = name
+
+
+class ManagerClosed(ResidencyError):
+    """The manager was closed; it serves no further requests."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The GPU manager is closed; make a new one or restart the app. / GPU 管理器已关闭，请新建一个或重启应用。"
+        )
+
+
+class SettingsConflict(ResidencyError):
+    """The process's manager exists already, with other settings."""
+
+    def __init__(self, setting: str, present: object, asked: object) -> None:
+        super().__init__(
+            f"The manager of this process already runs with {setting}={present!r}, not {asked!r}. Call "
+            f"get_gpu_manager() without settings to share it, or close() it first.",
+            setting,
+            present,
+            asked,
+        )
+        self.setting = setting
+        self.present = present
+        self.asked = asked
+
+
+class DeviceOutOfMemory(ResidencyError, MemoryError):
+    """A move needed more device memory than there is. Nothing was moved."""
+
+    def __init__(self, needed_bytes: int, free_bytes: int | None, device: str) -> None:
+        free = "unknown" if free_bytes is None else f"{free_bytes:,}"
+        super().__init__(
+            f"{device} is short of memory: {needed_bytes:,} bytes needed, {free} free. Release another model or stop "
+            f"another program on it, then try again. / {device} 显存不足：需要 {needed_bytes:,} 字节，"
+            f"可用 {free} 字节。请释放其他模型或停止占用显存的程序后重试。",
+            needed_bytes,
+            free_bytes,
+            device,
+        )
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        self.device = device
+
+
+class DeviceUnavailable(ResidencyError):
+    """The GPU that was found cannot be used."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"The GPU cannot be used: {reason}. Update its driver or torch, or set CUDA_VISIBLE_DEVICES= (empty) to "
+            f"run on the CPU. / 无法使用 GPU：{reason}。请更新驱动或 torch，"
+            f"或设置 CUDA_VISIBLE_DEVICES=（空）改用 CPU。",
+            reason,
+        )
+        self.reason = reason
+
+
+class InvalidInput(ResidencyError, ValueError):
+    """Something a user gave cannot be used; the message says what to give instead, in both languages."""
+
+    def __init__(self, en: str, zh: str) -> None:
+        super().__init__(f"{en} / {zh}", en, zh)
+        self.en = en
+        self.zh = zh
+
+
+class EngineUnavailable(ResidencyError):
+    """The speech engine that was asked for is not installed or not where it should be."""
+
+    def __init__(self, en: str, zh: str) -> None:
+        super().__init__(f"{en} / {zh}", en, zh)
+        self.en = en
+        self.zh = zh

@@ -1,0 +1,37 @@
+"""How long an idle model stays where it is. Pure: no clock, no locks."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import InvalidInput
+
+NEVER = math.inf
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(value: float | str) -> float:
+    """Read a duration: a number of seconds, ``90s``, ``15m`` or ``1h``; ``-1`` is never (`math.inf`).
+
+    Raises `InvalidInput` for anything else (other negative numbers and NaN included).
+    """
+    text = str(value).strip().lower()
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([smh]?)", text)
+    if text in ("inf", "-1", "-1.0"):
+        return NEVER
+    if match and not match[1].startswith("-"):
+        return float(match[1]) * _UNITS_S[match[2]]
+    raise InvalidInput(
+        f"{value!r} is no duration: give seconds or 90s, 15m, 1h; -1 means never",
+        f"{value!r} 不是有效的时长：请写秒数，或 90s、15m、1h；-1 表示永不",
+    )
+
+
+@dataclass(frozen=True)
+class FixedPolicy:
+    """Stay on the device ``keep_warm_s`` after the last lease, in host memory until ``idle_timeout_s``."""
+
+    keep_warm_s: float = 0.0
+    idle_timeout_s: float = 600.0
