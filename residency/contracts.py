@@ -35,6 +35,8 @@ class Device(Protocol):
     """What engines pass to ``torch`` to place tensors: ``"cuda"`` or ``"cpu"``."""
     separate: bool
     """False where device and host are the same memory: then offload saves nothing and moves nothing."""
+    note: dict[str, str] | None
+    """What people must know about this device, by language (``en``, ``zh``); None if nothing."""
 
     def memory(self) -> Memory:
         """Current sizes. Never raises, never creates a CUDA context."""
@@ -132,5 +134,3 @@ class Clock(Protocol):
 
     def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
         """Wait on a held condition until notified or until ``timeout_s`` of this clock have passed."""
-
-

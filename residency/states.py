@@ -14,7 +14,15 @@ A move that fails returns to the settled state it left.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .contracts import Policy, Resident
 
 
 class State(enum.Enum):
@@ -80,3 +88,33 @@ class MoveRecord:
     move: Move
     moved_bytes: int
     seconds: float
+
+
+@dataclass
+class Slot:
+    """The books of one model. Whoever reads or writes it holds the manager's lock.
+
+    ``holder`` is the lease in force and ``queue`` those that wait, in order of arrival. ``asked`` is a place
+    that somebody asked for while a request was running. Times are of the manager's clock, in seconds.
+    """
+
+    name: str
+    load: Callable[[], Any]
+    policy: Policy
+    changed: threading.Condition
+    state: State = State.RELEASED
+    engine: Any = None
+    resident: Resident | None = None
+    holder: Any = None
+    queue: deque[Any] = field(default_factory=deque)
+    asked: State | None = None
+    closing: bool = False
+    idle_since_s: float | None = None
+    not_before_s: float = -math.inf
+    last_move: MoveRecord | None = None
+    last_error: str | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a request holds the model or waits for it."""
+        return self.holder is not None or bool(self.queue)

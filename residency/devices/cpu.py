@@ -1,0 +1,51 @@
+"""A machine without a GPU: device and host are one memory, so nothing moves and only release frees anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..contracts import DeviceKind, Memory
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CpuDevice:
+    """Models compute in main memory. `allocate` and `drop` are never called: nothing is held apart from it."""
+
+    kind: DeviceKind = "cpu"
+    name = "CPU"
+    torch_device = "cpu"
+    separate = False
+    note: dict[str, str] | None = {  # noqa: RUF012 - never changed
+        "en": "No GPU here: models run in main memory. Offload saves nothing; release frees RAM.",
+        "zh": "本机没有 GPU：模型在内存中运行。卸载不会节省任何资源；释放可以腾出内存。",
+    }
+
+    def memory(self) -> Memory:
+        return Memory()
+
+    def ensure_usable(self) -> None:
+        pass
+
+    def holds_tensor(self, tensor: torch.Tensor) -> bool:
+        return False
+
+    def holds_session(self, providers: Sequence[str]) -> bool:
+        return False
+
+    def charge(self, nbytes: int) -> None:
+        pass
+
+    def refund(self, nbytes: int) -> None:
+        pass
+
+    def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        raise AssertionError("the CPU holds nothing that could be moved")
+
+    def drop(self, storage: torch.UntypedStorage) -> None:
+        raise AssertionError("the CPU holds nothing that could be moved")
+
+    def settle(self) -> None:
+        pass

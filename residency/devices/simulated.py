@@ -1,0 +1,88 @@
+"""A card that exists only as a ledger: main memory with a capacity, to try and test the ladder without a GPU.
+
+Bytes are really dropped and really copied back, in main memory, so that ties, views, leaks and out-of-memory
+behave as on a card. What it cannot show: bandwidth, pinning, streams and the CUDA allocator.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..contracts import DeviceKind, Memory
+from ..errors import DeviceOutOfMemory
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SimulatedDevice:
+    """A simulated GPU of ``capacity_bytes``. Thread-safe. ``ledger_bytes`` is what models hold on it now."""
+
+    kind: DeviceKind = "simulated"
+    torch_device = "cpu"
+    separate = True
+    note: dict[str, str] | None = {  # noqa: RUF012 - never changed
+        "en": "Simulated GPU: moves are real, but in main memory. No GPU memory is used or saved.",
+        "zh": "模拟 GPU：搬移是真实的，但发生在内存中，不占用也不节省真正的显存。",
+    }
+
+    def __init__(self, capacity_bytes: int) -> None:
+        if capacity_bytes <= 0:
+            raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
+        self.capacity_bytes = capacity_bytes
+        self.name = f"Simulated GPU ({_readable(capacity_bytes)}) / 模拟 GPU"
+        self._used_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def ledger_bytes(self) -> int:
+        return self._used_bytes
+
+    def memory(self) -> Memory:
+        used = self._used_bytes
+        return Memory(self.capacity_bytes, self.capacity_bytes - used, used)
+
+    def ensure_usable(self) -> None:
+        pass
+
+    def holds_tensor(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu"
+
+    def holds_session(self, providers: Sequence[str]) -> bool:
+        return True
+
+    def charge(self, nbytes: int) -> None:
+        with self._lock:
+            free_bytes = self.capacity_bytes - self._used_bytes
+            if nbytes > free_bytes:
+                raise DeviceOutOfMemory(nbytes, free_bytes, self.name)
+            self._used_bytes += nbytes
+
+    def refund(self, nbytes: int) -> None:
+        with self._lock:
+            self._used_bytes -= nbytes
+
+    def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        self.charge(nbytes)
+        try:
+            storage.resize_(nbytes)
+        except BaseException:
+            self.refund(nbytes)
+            raise
+
+    def drop(self, storage: torch.UntypedStorage) -> None:
+        nbytes = storage.nbytes()
+        storage.resize_(0)
+        self.refund(nbytes)
+
+    def settle(self) -> None:
+        pass
+
+
+def _readable(nbytes: int) -> str:
+    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes / size:g} {unit}"
+    return f"{nbytes} B"

@@ -1,0 +1,66 @@
+"""Several residents that move as one, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..contracts import Resident
+
+
+class CompositeResident:
+    """Parts restore in order and offload in reverse; if one fails, those that moved are moved back."""
+
+    def __init__(self, *parts: Resident) -> None:
+        self._parts = parts
+
+    @classmethod
+    def build(cls, *factories: Callable[[], Resident]) -> CompositeResident:
+        """Make the parts in order; if one cannot be made, those before it are released."""
+        parts: list[Resident] = []
+        try:
+            for factory in factories:
+                parts.append(factory())
+        except BaseException:
+            for part in parts:
+                part.release()
+            raise
+        return cls(*parts)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(part.device_bytes for part in self._parts)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(part.host_bytes for part in self._parts)
+
+    def restore(self) -> int:
+        return self._all_or_nothing(self._parts, _restore, _offload)
+
+    def offload(self) -> int:
+        return self._all_or_nothing(self._parts[::-1], _offload, _restore)
+
+    def release(self) -> int:
+        return sum(part.release() for part in self._parts)
+
+    @staticmethod
+    def _all_or_nothing(
+        parts: tuple[Resident, ...], move: Callable[[Resident], int], undo: Callable[[Resident], int]
+    ) -> int:
+        moved_bytes = 0
+        for index, part in enumerate(parts):
+            try:
+                moved_bytes += move(part)
+            except BaseException:
+                for moved in reversed(parts[:index]):
+                    undo(moved)
+                raise
+        return moved_bytes
+
+
+def _restore(part: Resident) -> int:
+    return part.restore()
+
+
+def _offload(part: Resident) -> int:
+    return part.offload()

@@ -1,0 +1,117 @@
+"""ONNX Runtime sessions, destroyed on offload and built again on restore.
+
+A session's memory comes back only when the session is destroyed. The Python object that the engine holds stays
+the same object: only the native session inside it goes and comes, the way ``InferenceSession.set_providers``
+rebuilds it, from the model's path or bytes, its options and its providers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..contracts import Device
+
+#: What refers to the native session: it is destroyed once all of them are gone.
+_NATIVE = {
+    "_sess", "_sess_options", "_inputs_meta", "_outputs_meta", "_overridable_initializers", "_input_meminfos",
+    "_output_meminfos", "_input_epdevices", "_model_meta",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to build a session again. One that came from neither a path nor bytes stays where it is."""
+
+    session: Any
+    providers: list[str]
+    provider_options: list[dict[str, str]]
+    nbytes: int
+    on_device: bool
+
+    def destroy(self) -> None:
+        for name in _NATIVE & vars(self.session).keys():
+            setattr(self.session, name, None)
+
+    def rebuild(self) -> None:
+        self.session.set_providers(self.providers, self.provider_options)
+
+
+class OnnxSessions:
+    """The sessions of one engine. ONNX Runtime does not tell what a session takes: the model's size stands for it.
+
+    Sessions that take no memory of the device stay alive until `release`.
+    """
+
+    def __init__(self, sessions: Mapping[str, Any], device: Device) -> None:
+        """Take stock of ``sessions`` (by path) and charge the device; `DeviceOutOfMemory` if it is full."""
+        self._device = device
+        self._recipes = [_recipe(session, device) for session in sessions.values()]
+        self._alive = True
+        device.charge(self._movable_bytes())
+
+    @property
+    def device_bytes(self) -> int:
+        return self._movable_bytes() if self._alive else 0
+
+    @property
+    def host_bytes(self) -> int:
+        # A destroyed session is a file on disk again, unless it was built from bytes that Python keeps.
+        elsewhere = sum(recipe.nbytes for recipe in self._recipes if not recipe.on_device)
+        kept = sum(len(recipe.session._model_bytes or b"") for recipe in self._movable())
+        return elsewhere + kept
+
+    def offload(self) -> int:
+        if not self._alive:
+            return 0
+        for recipe in self._movable():
+            recipe.destroy()
+        self._device.refund(self._movable_bytes())
+        self._alive = False
+        return self._movable_bytes()
+
+    def restore(self) -> int:
+        if self._alive:
+            return 0
+        self._device.charge(self._movable_bytes())
+        rebuilt: list[_Recipe] = []
+        try:
+            for recipe in self._movable():
+                recipe.rebuild()
+                rebuilt.append(recipe)
+        except BaseException:
+            for recipe in rebuilt:
+                recipe.destroy()
+            self._device.refund(self._movable_bytes())
+            raise
+        self._alive = True
+        return self._movable_bytes()
+
+    def release(self) -> int:
+        freed_bytes = self.device_bytes + self.host_bytes
+        self._device.refund(self.device_bytes)
+        for recipe in self._recipes:
+            recipe.destroy()
+        self._recipes, self._alive = [], False
+        return freed_bytes
+
+    def _movable(self) -> list[_Recipe]:
+        return [recipe for recipe in self._recipes if recipe.on_device]
+
+    def _movable_bytes(self) -> int:
+        return sum(recipe.nbytes for recipe in self._movable())
+
+
+def _recipe(session: Any, device: Device) -> _Recipe:
+    providers = session.get_providers()
+    options = session.get_provider_options()
+    path, content = session._model_path, session._model_bytes
+    return _Recipe(
+        session,
+        providers,
+        [options[provider] for provider in providers],
+        os.path.getsize(path) if path else len(content or b""),
+        bool(path or content) and device.holds_session(providers),
+    )

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes import Workshop  # noqa: E402
+
+from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
+from residency.clock import ManualClock  # noqa: E402
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def workshop() -> Workshop:
+    return Workshop()
+
+
+@pytest.fixture
+def device() -> SimulatedDevice:
+    return SimulatedDevice(capacity_bytes=1 << 30)
+
+
+@pytest.fixture
+def manager(clock: ManualClock, workshop: Workshop, device: SimulatedDevice) -> Iterator[GPUResourceManager]:
+    """A manager with fake residents and a hand-turned clock; ``tts`` is registered from the workshop."""
+    with GPUResourceManager(device, clock=clock, adopt=workshop.adopt) as manager:
+        manager.register("tts", workshop.load)
+        yield manager

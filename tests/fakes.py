@@ -1,0 +1,126 @@
+"""Engines and residents that tests steer by hand."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from residency.contracts import Device
+
+
+class Gate:
+    """A place where a thread stops until the test opens it, and where the test waits for the thread to arrive."""
+
+    def __init__(self) -> None:
+        self._arrived = threading.Event()
+        self._open = threading.Event()
+
+    def pass_through(self) -> None:
+        self._arrived.set()
+        assert self._open.wait(30), "the test never opened the gate"
+
+    def wait_for_arrival(self) -> None:
+        assert self._arrived.wait(30), "nobody came to the gate"
+
+    def open(self) -> None:
+        self._open.set()
+
+
+class FakeResident:
+    """A resident of ``nbytes`` that logs its moves and fails when told to."""
+
+    def __init__(self, nbytes: int = 100) -> None:
+        self.nbytes = nbytes
+        self.place = "device"
+        self.log: list[str] = []
+        self.fail_next: dict[str, BaseException] = {}
+        self.gates: dict[str, Gate] = {}
+
+    @property
+    def device_bytes(self) -> int:
+        return self.nbytes if self.place == "device" else 0
+
+    @property
+    def host_bytes(self) -> int:
+        return self.nbytes if self.place == "host" else 0
+
+    def _move(self, verb: str, place: str) -> int:
+        self.log.append(verb)
+        if verb in self.gates:
+            self.gates.pop(verb).pass_through()
+        if verb in self.fail_next:
+            raise self.fail_next.pop(verb)
+        self.place = place
+        return self.nbytes
+
+    def offload(self) -> int:
+        return self._move("offload", "host")
+
+    def restore(self) -> int:
+        return self._move("restore", "device")
+
+    def release(self) -> int:
+        return self._move("release", "nowhere")
+
+
+class FakeEngine:
+    """What a `Workshop` builds."""
+
+    def __init__(self, resident: FakeResident) -> None:
+        self.resident = resident
+
+
+class Workshop:
+    """A loader and the matching ``adopt``: counts loads, holds them at a gate, makes them fail."""
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self.fail_next: BaseException | None = None
+        self.gate: Gate | None = None
+        self.engines: list[FakeEngine] = []
+
+    def load(self) -> FakeEngine:
+        self.loads += 1
+        if self.gate:
+            gate, self.gate = self.gate, None
+            gate.pass_through()
+        if self.fail_next:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        self.engines.append(FakeEngine(FakeResident()))
+        return self.engines[-1]
+
+    @property
+    def resident(self) -> FakeResident:
+        """The resident of the engine built last."""
+        return self.engines[-1].resident
+
+    @staticmethod
+    def adopt(engine: Any, device: Device) -> FakeResident:
+        resident = engine.resident
+        assert isinstance(resident, FakeResident)
+        return resident
+
+
+class Worker(threading.Thread):
+    """A thread that keeps what its function returned or raised; `result` waits for it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self._function, self._arguments = function, arguments
+        self._value: Any = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._function(*self._arguments)
+        except BaseException as error:
+            self.error = error
+
+    def result(self) -> Any:
+        self.join(30)
+        assert not self.is_alive(), "the thread is still waiting"
+        if self.error:
+            raise self.error
+        return self._value

@@ -1,0 +1,82 @@
+"""Sessions go and come back inside the same Python object."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
+from residency.residents.discovery import discover
+from residency.residents.onnx import OnnxSessions
+
+MODEL = Path(str(importlib.util.find_spec("hibari").origin)).parent / "assets" / "oov.onnx"
+FEED = {"chars": np.array([[1, 2, 3]], np.int64)}
+
+
+@pytest.fixture(params=["path", "bytes"])
+def session(request: pytest.FixtureRequest) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    source = str(MODEL) if request.param == "path" else MODEL.read_bytes()
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def test_a_session_is_destroyed_and_rebuilt_in_place(
+    session: onnxruntime.InferenceSession, device: SimulatedDevice
+) -> None:
+    size = MODEL.stat().st_size
+    before = session.run(None, FEED)
+    sessions = OnnxSessions(discover({"model": session}).sessions, device)
+    assert sessions.device_bytes == device.ledger_bytes == size
+    assert sessions.offload() == size
+    assert session._sess is None
+    assert sessions.device_bytes == device.ledger_bytes == 0
+    assert sessions.host_bytes == len(session._model_bytes or b"")
+    assert sessions.restore() == size
+    assert session.get_session_options().intra_op_num_threads == 1
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert [np.array_equal(a, b) for a, b in zip(before, session.run(None, FEED), strict=True)] == [True]
+    assert [sessions.restore(), sessions.offload(), sessions.offload()] == [0, size, 0]
+
+
+def test_release_destroys_what_is_left(session: onnxruntime.InferenceSession, device: SimulatedDevice) -> None:
+    sessions = OnnxSessions({"model": session}, device)
+    sessions.release()
+    assert session._sess is None
+    assert (device.ledger_bytes, sessions.device_bytes, sessions.host_bytes) == (0, 0, 0)
+
+
+def test_a_session_that_cannot_be_rebuilt_leaves_all_of_them_destroyed(
+    session: onnxruntime.InferenceSession, device: SimulatedDevice, tmp_path: Path
+) -> None:
+    copy = tmp_path / "gone.onnx"
+    copy.write_bytes(MODEL.read_bytes())
+    gone = onnxruntime.InferenceSession(str(copy), providers=["CPUExecutionProvider"])
+    sessions = OnnxSessions({"a": session, "b": gone}, device)
+    sessions.offload()
+    copy.unlink()
+    with pytest.raises(Exception, match=r"gone\.onnx"):
+        sessions.restore()
+    assert session._sess is None
+    assert device.ledger_bytes == 0
+    copy.write_bytes(MODEL.read_bytes())
+    sessions.restore()
+    assert session.run(None, FEED)
+
+
+def test_a_card_that_is_too_small_refuses(session: onnxruntime.InferenceSession) -> None:
+    with pytest.raises(DeviceOutOfMemory):
+        OnnxSessions({"model": session}, SimulatedDevice(1000))
+
+
+def test_sessions_in_main_memory_live_until_release(session: onnxruntime.InferenceSession) -> None:
+    sessions = OnnxSessions({"model": session}, CpuDevice())
+    assert sessions.offload() == 0
+    assert session.run(None, FEED)
+    assert sessions.host_bytes >= MODEL.stat().st_size
+    sessions.release()
+    assert session._sess is None

@@ -1,0 +1,234 @@
+"""Weights come back bit for bit, with everything that hung on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
+from residency.residents.weights import Weights
+
+EVERY_DTYPE = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
+]  # fmt: skip
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor's whole storage, whatever its dtype."""
+    storage = tensor.untyped_storage()
+    return bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+
+
+def round_trip(tensors: dict[str, torch.Tensor], device: SimulatedDevice) -> None:
+    weights = Weights(tensors, device)
+    weights.offload()
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors.values())
+    weights.restore()
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+def test_every_dtype_survives(dtype: torch.dtype, device: SimulatedDevice) -> None:
+    tensor = torch.randint(0, 255, (33, 8), dtype=torch.uint8)
+    tensor = (tensor % 2).bool() if dtype is torch.bool else tensor.view(dtype)
+    before = raw(tensor)
+    round_trip({"t": tensor}, device)
+    assert raw(tensor) == before
+    assert tensor.dtype is dtype
+
+
+def test_ties_views_strides_and_identity_survive(device: SimulatedDevice) -> None:
+    module = torch.nn.Linear(8, 8)
+    transposed, window = module.weight.detach().t(), module.weight.detach()[2:4, 1:]
+    weight, before = module.weight, module.weight.detach().clone()
+    round_trip({"weight": module.weight, "t": transposed, "window": window, "bias": module.bias}, device)
+    assert module.weight is weight
+    assert weight.requires_grad
+    assert torch.equal(weight, before)
+    assert transposed.stride() == (1, 8)
+    assert torch.equal(window, before[2:4, 1:])
+    with torch.no_grad():
+        weight[2, 1] = 7.0
+    assert window[0, 0] == 7.0 == transposed[1, 2]
+
+
+def test_shared_bytes_are_counted_and_moved_once(device: SimulatedDevice) -> None:
+    tensor = torch.zeros(1000)
+    weights = Weights({"a": tensor, "b": tensor[10:], "c": tensor.view(10, 100)}, device)
+    assert device.ledger_bytes == weights.device_bytes == 4000
+    assert weights.offload() == 4000
+
+
+def test_changes_made_on_the_device_are_kept(device: SimulatedDevice) -> None:
+    tensor = torch.zeros(10)
+    weights = Weights({"t": tensor}, device)
+    for value in (1.0, 2.0):
+        tensor.fill_(value)
+        weights.offload()
+        weights.restore()
+        assert torch.equal(tensor, torch.full((10,), value))
+
+
+def test_moves_are_idempotent_and_the_books_are_right(device: SimulatedDevice) -> None:
+    weights = Weights({"t": torch.zeros(250)}, device)
+    assert (weights.device_bytes, weights.host_bytes, device.ledger_bytes) == (1000, 0, 1000)
+    assert [weights.offload(), weights.offload()] == [1000, 0]
+    assert (weights.device_bytes, weights.host_bytes, device.ledger_bytes) == (0, 1000, 0)
+    assert [weights.restore(), weights.restore()] == [1000, 0]
+    assert (weights.device_bytes, weights.host_bytes, device.ledger_bytes) == (1000, 0, 1000)
+    weights.release()
+    assert (weights.device_bytes, weights.host_bytes, device.ledger_bytes) == (0, 0, 0)
+
+
+def test_release_from_the_host_frees_the_mirrors(device: SimulatedDevice) -> None:
+    weights = Weights({"t": torch.zeros(250)}, device)
+    weights.offload()
+    assert weights.release() == 1000
+    assert weights.host_bytes == 0
+
+
+def test_inference_tensors_and_storages_that_cannot_be_resized_move_too(device: SimulatedDevice) -> None:
+    with torch.inference_mode():
+        cache = torch.arange(6.0)
+    numpy_owned = torch.from_numpy(torch.arange(5.0).numpy().copy())
+    view = numpy_owned[1:3]
+    with torch.inference_mode():
+        frozen = torch.frombuffer(bytearray(torch.arange(4.0).numpy().tobytes()), dtype=torch.float32)
+    assert not numpy_owned.untyped_storage().resizable()
+    round_trip({"cache": cache, "numpy": numpy_owned, "view": view, "frozen": frozen}, device)
+    assert cache.tolist() == [0, 1, 2, 3, 4, 5]
+    assert numpy_owned.tolist() == [0, 1, 2, 3, 4]
+    assert view.tolist() == [1, 2]
+    assert view.untyped_storage()._cdata == numpy_owned.untyped_storage()._cdata
+    assert frozen.tolist() == [0, 1, 2, 3]
+
+
+def test_a_weight_that_numpy_looks_at_moves_all_the_same(device: SimulatedDevice) -> None:
+    tensor = torch.arange(5.0)
+    weights = Weights({"t": tensor}, device)
+    looking = tensor.numpy()  # from now on torch refuses to resize this storage
+    weights.offload()
+    assert looking.tolist() == [0, 1, 2, 3, 4], "numpy keeps its own bytes"
+    weights.restore()
+    assert tensor.tolist() == [0, 1, 2, 3, 4]
+    assert device.ledger_bytes == 20
+
+
+def test_a_script_module_from_a_file_computes_the_same_afterwards(device: SimulatedDevice, tmp_path) -> None:
+    torch.jit.script(torch.nn.Linear(4, 4)).save(str(tmp_path / "linear.pt"))
+    module = torch.jit.load(str(tmp_path / "linear.pt"))
+    x = torch.randn(2, 4)
+    before = module(x)
+    round_trip(dict(module.named_parameters()), device)
+    assert torch.equal(module(x), before)
+
+
+def test_empty_and_meta_tensors_are_no_trouble(device: SimulatedDevice) -> None:
+    scalar = torch.tensor(3.0)
+    round_trip({"scalar": scalar}, device)
+    weights = Weights({"empty": torch.empty(0, 3), "meta": torch.empty(5, device="meta"), "scalar": scalar}, device)
+    assert weights.device_bytes == 4
+    weights.offload()
+    weights.restore()
+    assert scalar.item() == 3.0
+
+
+def test_a_card_that_is_too_small_refuses_at_once_and_keeps_clean_books() -> None:
+    device = SimulatedDevice(capacity_bytes=999)
+    with pytest.raises(DeviceOutOfMemory) as error:
+        Weights({"t": torch.zeros(250)}, device)
+    assert (error.value.needed_bytes, error.value.free_bytes) == (1000, 999)
+    assert device.ledger_bytes == 0
+
+
+def test_running_out_of_memory_half_way_through_a_restore_leaves_the_host_copy_whole() -> None:
+    device = SimulatedDevice(capacity_bytes=1000)
+    tensors = {str(i): torch.full((50,), float(i)) for i in range(5)}
+    weights = Weights(tensors, device)
+    weights.offload()
+    device.charge(500)  # somebody else takes half of the card
+    with pytest.raises(DeviceOutOfMemory):
+        weights.restore()
+    assert (weights.device_bytes, weights.host_bytes, device.ledger_bytes) == (0, 1000, 500)
+    device.refund(500)
+    weights.restore()
+    assert all(torch.equal(tensor, torch.full((50,), float(name))) for name, tensor in tensors.items())
+
+
+def test_an_error_during_an_offload_leaves_the_device_copy_whole(
+    device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"a": torch.ones(10), "b": torch.ones(20)}
+    weights = Weights(tensors, device)
+
+    def no_room(nbytes: int, *device: object) -> object:
+        if nbytes == 80:
+            raise MemoryError
+        return original(nbytes, *device)
+
+    from residency.residents import weights as module
+
+    original = module._empty_storage
+    monkeypatch.setattr(module, "_empty_storage", no_room)
+    with pytest.raises(MemoryError):
+        weights.offload()
+    assert (weights.device_bytes, weights.host_bytes) == (120, 0)
+    assert tensors["a"].sum() == 10
+
+
+def test_where_device_and_host_are_one_memory_nothing_moves() -> None:
+    tensor = torch.ones(10)
+    weights = Weights({"t": tensor}, CpuDevice())
+    assert (weights.device_bytes, weights.host_bytes) == (0, 40)
+    assert weights.offload() == 0
+    assert tensor.sum() == 10
+    weights.release()
+    assert tensor.sum() == 10, "somebody may still hold it"
+    assert weights.host_bytes == 0
+
+
+@st.composite
+def tensor_families(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Bases of random dtypes with overlapping, strided and reinterpreted views of them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number in range(draw(st.integers(1, 4))):
+        size = draw(st.integers(0, 8)) * 16
+        base = torch.randint(0, 256, (size,), dtype=torch.uint8)
+        if draw(st.booleans()):
+            base = torch.from_numpy(base.numpy().copy())
+        tensors[f"{number}"] = base
+        for view in range(draw(st.integers(0, 3))):
+            kind = draw(st.sampled_from(["slice", "stride", "dtype", "same"]))
+            start = draw(st.integers(0, max(size - 1, 0)))
+            step = draw(st.integers(1, 5))
+            tensors[f"{number}.{view}"] = {
+                "slice": lambda b=base, s=start: b[s:],
+                "stride": lambda b=base, s=step: b[::s],
+                "dtype": lambda b=base: b.view(torch.bfloat16) if b.numel() else b,
+                "same": lambda b=base: b,
+            }[kind]()
+    return tensors
+
+
+@settings(max_examples=100, deadline=None)
+@given(tensor_families(), st.lists(st.sampled_from(["offload", "restore", "edit"]), max_size=8))
+def test_any_sequence_of_moves_and_edits_keeps_every_bit(tensors: dict[str, torch.Tensor], steps: list[str]) -> None:
+    device = SimulatedDevice(capacity_bytes=1 << 20)
+    expected = {name: raw(tensor) for name, tensor in tensors.items()}
+    weights = Weights(tensors, device)
+    total = weights.device_bytes
+    for step in steps:
+        if step == "edit":
+            weights.restore()
+            for tensor in tensors.values():
+                if tensor.dtype is torch.uint8:
+                    tensor.add_(1)
+            expected = {name: raw(tensor) for name, tensor in tensors.items()}
+        else:
+            getattr(weights, step)()
+        assert weights.device_bytes + weights.host_bytes == total
+        assert device.ledger_bytes == weights.device_bytes
+    weights.restore()
+    assert {name: raw(tensor) for name, tensor in tensors.items()} == expected

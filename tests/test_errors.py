@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from residency import errors
+
+EXAMPLES = [
+    errors.UnknownModel("llm", ("tts", "asr")),
+    errors.ModelExists("tts"),
+    errors.ManagerClosed(),
+    errors.SettingsConflict("idle_timeout", 600, 300),
+    errors.DeviceOutOfMemory(10, 5, "card"),
+    errors.DeviceUnavailable("driver too old"),
+    errors.InvalidInput("give text", "请输入文本"),
+    errors.EngineUnavailable("clone it", "请下载"),
+]
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_errors_pickle_with_their_fields_and_words(error: errors.ResidencyError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+
+
+def test_every_error_has_an_example_here() -> None:
+    defined = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert defined - {errors.ResidencyError} == {type(error) for error in EXAMPLES}
+
+
+def test_errors_are_of_the_kinds_that_programs_already_catch() -> None:
+    assert issubclass(errors.DeviceOutOfMemory, MemoryError)
+    assert issubclass(errors.InvalidInput, ValueError)
+    assert issubclass(errors.UnknownModel, KeyError)
