@@ -11,7 +11,6 @@ Every change goes one way: plan under the lock, move outside it, commit or roll 
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import threading
@@ -31,10 +30,10 @@ from residency.errors import (
     UnknownModel,
 )
 from residency.leasing import Lease, held_leases
+from residency.moving import Mover
 from residency.planning import due_move, move_towards, next_deadline
 from residency.policies import FixedPolicy, seconds
 from residency.probes import HostProbe
-from residency.randomness import preserved_random_state
 from residency.residents import adopt
 from residency.states import Move, MoveRecord, Slot, State
 from residency.status import describe
@@ -85,7 +84,7 @@ class GPUResourceManager:
         self.policy = FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
         self.device: Device = device or find_device()
         self._clock: Clock = clock or SystemClock()
-        self._adopt = adopt
+        self._mover = Mover(self.device, adopt)
         self._host = HostProbe()
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -251,6 +250,8 @@ class GPUResourceManager:
             with self._lock:
                 if lease in slot.queue:
                     slot.queue.remove(lease)
+                if not slot.in_use and slot.state.settled and self._due_locked(slot) is None:
+                    slot.asked = None
                 slot.changed.notify_all()
                 self._wake.notify_all()
             raise
@@ -262,7 +263,7 @@ class GPUResourceManager:
             slot.holder = None
             slot.idle_since_s = self._clock.now()
             slot.not_before_s = slot.idle_since_s + WARM_GRACE_S if lease.prefetch else -math.inf
-            move = None if slot.closing else due_move(slot, slot.idle_since_s, self.device.separate)
+            move = self._due_locked(slot)
             if move:
                 self._begin_locked(slot, move)
             slot.asked = None
@@ -311,7 +312,7 @@ class GPUResourceManager:
         """Do a move that was begun; on an error the model is back where it was and everyone who waited knows."""
         started_s = self._clock.now()
         try:
-            moved_bytes = self._move(slot, move)
+            moved_bytes = self._mover.carry_out(slot, move)
         except BaseException as error:
             with self._lock:
                 slot.state = move.source if slot.resident is not None else State.RELEASED
@@ -346,27 +347,6 @@ class GPUResourceManager:
             self._carry_out(slot, move)
         except Exception:
             logger.debug("%s: %s", slot.name, move, exc_info=True)
-
-    def _move(self, slot: Slot, move: Move) -> int:
-        """Act on a slot whose state says that it is moving: nobody else touches engine and resident now."""
-        if move.via is State.LOADING:
-            self.device.ensure_usable()
-            with preserved_random_state():
-                engine = slot.load()
-            slot.resident = self._adopt(engine, self.device)
-            slot.engine = engine
-            return slot.resident.device_bytes + slot.resident.host_bytes
-        resident = slot.resident
-        assert resident is not None, "a model on device or host has a resident"
-        if move.via is State.RESTORING:
-            return resident.restore()
-        if move.via is State.OFFLOADING:
-            return resident.offload()
-        slot.engine = slot.resident = None
-        released_bytes = resident.release()
-        gc.collect()
-        self.device.settle()
-        return released_bytes
 
     def _retire(self, slots: list[Slot], reason: ResidencyError) -> None:
         """Refuse what waits for these models with ``reason``, let what runs end, and release them."""
@@ -407,13 +387,15 @@ class GPUResourceManager:
             self._carry_out_quietly(slot, move)
 
     def _next_due_locked(self) -> tuple[Slot, Move] | None:
-        now_s = self._clock.now()
         for slot in self._slots.values():
-            move = None if slot.closing else due_move(slot, now_s, self.device.separate)
+            move = self._due_locked(slot)
             if move:
                 slot.asked = None
                 return slot, move
         return None
+
+    def _due_locked(self, slot: Slot) -> Move | None:
+        return None if slot.closing else due_move(slot, self._clock.now(), self.device.separate)
 
     # -- helpers ------------------------------------------------------------------------------------------------
 

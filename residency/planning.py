@@ -27,8 +27,8 @@ def due_move(slot: Slot, now_s: float, separate: bool) -> Move | None:
     """
     if slot.holder is not None or not slot.state.settled:
         return None
-    if slot.asked is not None:
-        return move_towards(slot, slot.asked, separate)
+    if slot.asked is not None and (move := move_towards(slot, slot.asked, separate)):
+        return move
     if now_s >= _release_at(slot):
         return move_towards(slot, State.RELEASED, separate)
     if now_s >= _offload_at(slot, separate):

@@ -370,6 +370,29 @@ def test_those_who_wait_for_a_load_that_fails_get_its_error(manager: GPUResource
     use(manager)
 
 
+@pytest.mark.parametrize(("ask", "verb", "after"), [("release", None, "released"), ("offload", "restore", "cpu"),
+                                                    ("release", "restore", "released")])  # fmt: skip
+def test_what_was_asked_for_during_a_move_that_fails_is_not_left_hanging(
+    ask: str, verb: str | None, after: str, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    gate = Gate()
+    if verb is None:
+        workshop.gate, workshop.fail_next = gate, OSError("gone")
+    else:
+        use(manager)
+        workshop.resident.gates[verb], workshop.resident.fail_next[verb] = gate, OSError("gone")
+    request = Worker(use, manager)
+    gate.wait_for_arrival()
+    assert getattr(manager, ask)("tts") is False
+    gate.open()
+    with pytest.raises(OSError, match="gone"):
+        request.result()
+    assert manager.wait_for("tts", State.RELEASED if after == "released" else State.HOST, 10)
+    assert tts(manager)["pending"] is None
+    clock.advance(700)
+    assert manager.wait_for("tts", State.RELEASED, 10), "the ladder goes on"
+
+
 def test_a_failed_restore_leaves_the_model_on_the_host(manager: GPUResourceManager, workshop: Workshop) -> None:
     use(manager)
     workshop.resident.fail_next["restore"] = MemoryError("card is full")

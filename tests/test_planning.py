@@ -52,6 +52,10 @@ def test_what_was_asked_for_comes_before_those_who_wait_but_not_before_the_holde
     assert due_move(waiting, 0, separate=True) is None
 
 
+def test_what_was_asked_for_and_is_there_already_does_not_stop_the_ladder() -> None:
+    assert due_move(slot(State.HOST, asked=State.HOST), 100, separate=True) == Move("m", State.HOST, State.RELEASED)
+
+
 def test_a_promise_to_stay_warm_outlasts_the_idle_timeout() -> None:
     pinned = slot(State.DEVICE, keep_warm_s=math.inf)
     assert due_move(pinned, 1e9, separate=True) is None
