@@ -116,9 +116,7 @@ class GPUManagedTTS:
         def step_audio() -> Engine:
             from residency.engines.step_audio import build_tts
 
-            # A StepAudioTokenizer can be called too; it is known by its method.
-            ready = hasattr(audio_tokenizer, "wav2token") or not callable(audio_tokenizer)
-            return build_tts(model_path, audio_tokenizer if ready else audio_tokenizer(), **arguments)
+            return build_tts(model_path, audio_tokenizer, **arguments)
 
         return step_audio
 

@@ -72,9 +72,16 @@ def build(
 
 
 def build_tts(model_path: str, audio_tokenizer: Any, **arguments: Any) -> Engine:
-    """StepAudioTTS with a ready tokenizer; arguments that are None are left to its own defaults."""
+    """StepAudioTTS as a program builds it itself; arguments that are None are left to its own defaults.
+
+    ``audio_tokenizer`` is a StepAudioTokenizer, or a function without arguments that makes one and may import it.
+    """
+    modules = _Modules(None)
     given = {name: value for name, value in arguments.items() if value is not None}
-    engine: Engine = _Modules(None).tts.StepAudioTTS(model_path, audio_tokenizer, **given)
+    # A StepAudioTokenizer can be called too; it is known by its method.
+    is_factory = callable(audio_tokenizer) and not hasattr(audio_tokenizer, "wav2token")
+    tokenizer = audio_tokenizer() if is_factory else audio_tokenizer
+    engine: Engine = modules.tts.StepAudioTTS(model_path, tokenizer, **given)
     return engine
 
 

@@ -1,0 +1,129 @@
+"""`GPUManagedTTS` is StepAudioTTS to those who call it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpu_manager import GPUResourceManager, ModelExists, SimulatedDevice, get_gpu_manager
+from residency.engines.builtin import HTTPException
+from tts_gpu_managed import GPUManagedTTS
+
+
+class RecordingEngine:
+    """Logs its calls, with the state in which they found it, and answers or raises as told."""
+
+    def __init__(self, tts: GPUManagedTTS | None = None) -> None:
+        self.weights = torch.ones(4)
+        self.calls: list[tuple] = []
+        self.states: list[str] = []
+        self.raises: Exception | None = None
+        self.answer = torch.zeros(1, 10), 24000
+        self.tts = tts
+
+    def _call(self, *arguments: object) -> tuple[torch.Tensor, int]:
+        self.calls.append(arguments)
+        self.states.append(self.tts.get_gpu_status()["models"]["tts"]["state"])
+        assert self.weights.sum() == 4
+        if self.raises:
+            raise self.raises
+        return self.answer
+
+    def clone(self, prompt_wav_path, prompt_text, target_text):
+        return self._call("clone", prompt_wav_path, prompt_text, target_text)
+
+    def edit(self, input_audio_path, audio_text, edit_type, edit_info=None, text=None):
+        return self._call("edit", input_audio_path, audio_text, edit_type, edit_info, text)
+
+
+@pytest.fixture
+def simulated(device: SimulatedDevice) -> Iterator[GPUResourceManager]:
+    with GPUResourceManager(device) as manager:
+        yield manager
+
+
+@pytest.fixture
+def engine() -> RecordingEngine:
+    return RecordingEngine()
+
+
+@pytest.fixture
+def tts(simulated: GPUResourceManager, engine: RecordingEngine) -> GPUManagedTTS:
+    engine.tts = GPUManagedTTS(None, None, manager=simulated, load=lambda: engine)
+    return engine.tts
+
+
+def state(tts: GPUManagedTTS) -> str:
+    return tts.get_gpu_status()["models"][tts.name]["state"]
+
+
+def test_clone_and_edit_pass_arguments_and_results_through_unchanged(
+    tts: GPUManagedTTS, engine: RecordingEngine
+) -> None:
+    assert tts.clone("a.wav", "said", "to say") is engine.answer
+    assert tts.edit("a.wav", "said", "speed", "faster") is engine.answer
+    assert (
+        tts.edit(input_audio_path="a.wav", audio_text="said", edit_type="paralinguistic", text="[Sigh]")
+        is engine.answer
+    )
+    assert engine.calls == [
+        ("clone", "a.wav", "said", "to say"),
+        ("edit", "a.wav", "said", "speed", "faster", None),
+        ("edit", "a.wav", "said", "paralinguistic", None, "[Sigh]"),
+    ]
+    assert engine.states == ["gpu"] * 3
+    assert state(tts) == "cpu"
+
+
+@pytest.mark.parametrize(
+    "error", [HTTPException(400, "Unsupported edit_type: x"), RuntimeError("CUDA error"), OSError()]
+)
+def test_what_the_engine_raises_reaches_the_caller_and_the_model_leaves_the_device(
+    tts: GPUManagedTTS, engine: RecordingEngine, error: Exception
+) -> None:
+    engine.raises = error
+    with pytest.raises(type(error)) as raised:
+        tts.edit("a.wav", "said", "x")
+    assert raised.value is error
+    assert state(tts) == "cpu"
+
+
+def test_the_signature_is_that_of_step_audio_tts_with_keywords_behind_it() -> None:
+    parameters = list(inspect.signature(GPUManagedTTS).parameters.values())
+    assert [parameter.name for parameter in parameters[:8]] == [
+        "model_path", "audio_tokenizer", "model_source", "tts_model_id", "quantization_config", "torch_dtype",
+        "device_map", "gpu_idle_timeout",
+    ]  # fmt: skip
+    assert parameters[6].default == "cuda"
+    assert parameters[7].default == 600
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[8:])
+
+
+def test_force_offload_and_release(tts: GPUManagedTTS) -> None:
+    tts.clone("a.wav", "said", "to say")
+    assert tts.force_offload() is True
+    assert tts.force_release() is True
+    assert state(tts) == "released"
+
+
+def test_two_in_one_process_have_names_of_their_own(simulated: GPUResourceManager, engine: RecordingEngine) -> None:
+    first, second = (GPUManagedTTS(None, None, manager=simulated, load=lambda: engine) for _ in range(2))
+    assert (first.name, second.name) == ("tts", "tts-2")
+    with pytest.raises(ModelExists):
+        GPUManagedTTS(None, None, manager=simulated, load=lambda: engine, name="tts")
+    first.close()
+    assert simulated.names() == ("tts-2",)
+    assert GPUManagedTTS(None, None, manager=simulated, load=lambda: engine).name == "tts"
+
+
+def test_without_a_manager_it_shares_the_one_of_the_process(engine: RecordingEngine) -> None:
+    tts = GPUManagedTTS(None, None, load=lambda: engine, gpu_idle_timeout="5m", gpu_keep_warm=3)
+    try:
+        assert tts.manager is get_gpu_manager()
+        status = tts.get_gpu_status()["models"]["tts"]
+        assert (status["idle_timeout_s"], status["keep_warm_s"]) == (300, 3)
+    finally:
+        tts.manager.close()
