@@ -1,0 +1,37 @@
+"""The pins of the stand-alone app and the ranges of the package speak of the same things."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _lines(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if re.match(r"\w", line)]
+
+
+def _ranges() -> dict[str, Requirement]:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return {requirement.name: requirement for requirement in map(Requirement, dependencies)}
+
+
+@pytest.mark.parametrize("pin", _lines("requirements.txt") + _lines("requirements-dev.txt"), ids=str)
+def test_pins_are_exact(pin: Requirement) -> None:
+    assert [part.operator for part in pin.specifier] == ["=="]
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    pins = _lines("requirements.txt")
+    ranges = _ranges()
+    assert {pin.name for pin in pins} == set(ranges)
+    for pin in pins:
+        (part,) = pin.specifier
+        assert ranges[pin.name].specifier.contains(part.version), f"{pin} is outside {ranges[pin.name]}"

@@ -1,0 +1,396 @@
+"""The start script, really run: in a project whose app prints how it was called and whose requirements are tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    *("PROJECT_DIR", "HOST", "PORT", "GPU_ID", "GPU_IDLE_TIMEOUT", "GPU_KEEP_WARM", "MODEL_PATH", "STEP_AUDIO_ROOT"),
+    *("VENV_DIR", "TORCH_INDEX_URL"),
+}
+
+APP = """\
+import json, os, signal, sys
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+cuda = {name: value for name, value in os.environ.items() if name.startswith("CUDA_")}
+print("APP", json.dumps({"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda}), flush=True)
+if "--until-sigterm" in sys.argv:
+    signal.sigwait([signal.SIGTERM])
+    print("stopped by SIGTERM")
+if "--say-greeting" in sys.argv:
+    import greeting
+    print(greeting.WORDS)
+"""
+
+
+class Project:
+    """A folder with the real script, a stub app and an environment that outlives the single run."""
+
+    def __init__(self, folder: Path, bin_folder: Path) -> None:
+        self.folder = folder
+        self.bin = bin_folder
+        self.requirements = folder / "requirements.txt"
+        (folder / "scripts").mkdir(parents=True)
+        bin_folder.mkdir()
+        shutil.copy(ROOT / "start_with_gpu_management.sh", folder)
+        shutil.copy(ROOT / "scripts" / "environment.sh", folder / "scripts")
+        (folder / "app.py").write_text(APP)
+        self.requirements.write_text("")
+
+    def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in SETTINGS | {"CUDA_VISIBLE_DEVICES"}
+        }
+        # Nothing here may reach a registry.
+        ours = {
+            "PATH": f"{self.bin}:{_path_without_nvidia_smi(self.bin)}",
+            "PIP_NO_INDEX": "1",
+            "PORT": str(_free_port()),
+        }
+        return subprocess.Popen(
+            [str(self.folder / "start_with_gpu_management.sh"), *arguments],
+            env=inherited | ours | environ,
+            cwd=self.bin,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **environ: str) -> tuple[int, str]:
+        process = self.start(*arguments, **environ)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    def serve(self, *arguments: str, **environ: str) -> dict:
+        """Run to the end and return what the app saw."""
+        code, output = self.run(*arguments, **environ)
+        assert code == 0, output
+        return _app_line(output)
+
+    def refuse(self, *arguments: str, **environ: str) -> str:
+        """Run what must fail before the app starts, and return what was said."""
+        code, output = self.run(*arguments, **environ)
+        assert code != 0, output
+        assert "APP" not in output
+        assert "❌" in output
+        return output
+
+    def nvidia_smi(self, script: str) -> None:
+        program = self.bin / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+
+def _app_line(output: str) -> dict:
+    return json.loads(next(line for line in output.splitlines() if line.startswith("APP ")).removeprefix("APP "))
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _path_without_nvidia_smi(scratch: Path) -> str:
+    """PATH as it is, but for folders with nvidia-smi: those are mirrored without it."""
+    folders = []
+    for number, folder in enumerate(os.environ["PATH"].split(os.pathsep)):
+        if (Path(folder) / "nvidia-smi").exists():
+            mirror = scratch / f"mirror-{number}"
+            if not mirror.exists():
+                mirror.mkdir()
+                for program in Path(folder).iterdir():
+                    if program.name != "nvidia-smi":
+                        (mirror / program.name).symlink_to(program)
+            folder = str(mirror)
+        folders.append(folder)
+    return os.pathsep.join(folders)
+
+
+def _wheel(folder: Path, name: str, version: str, module: str) -> Path:
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", module)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Its environment was made by one real first start; tests that change it have a project of their own."""
+    folder = tmp_path_factory.mktemp("start")
+    project = Project(folder / "a project, 项目", folder / "bin")
+    project.serve()
+    return project
+
+
+@pytest.fixture
+def project(shared: Project) -> Iterator[Project]:
+    yield shared
+    (shared.bin / "nvidia-smi").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project", tmp_path / "bin")
+
+
+GPUS = 'echo "0, 1034, NVIDIA A"; echo "1, 40123, NVIDIA B"; echo "2, 812, NVIDIA C"'
+
+
+def test_defaults_reach_the_app(project: Project) -> None:
+    port = str(_free_port())
+    assert project.serve(PORT=port)["argv"] == [
+        *(str(project.folder / "app.py"), "--enable-gpu-management", "--server-name", "127.0.0.1"),
+        *("--server-port", port, "--gpu-idle-timeout", "600", "--gpu-keep-warm", "0"),
+    ]
+
+
+def test_the_default_port_is_gradios(project: Project) -> None:
+    _, output = project.run("--check", PORT="")
+    assert "7860" in output  # whether it is free here or in use
+
+
+def test_a_flag_wins_over_the_environment(project: Project) -> None:
+    seen = project.serve("--gpu-idle-timeout=-1", "--gpu-keep-warm", "90s", GPU_IDLE_TIMEOUT="15m", HOST="localhost")
+    assert seen["argv"][2:4] == ["--server-name", "localhost"]
+    assert seen["argv"][6:] == ["--gpu-idle-timeout", "-1", "--gpu-keep-warm", "90s"]
+
+
+def test_other_arguments_go_on_to_the_app_unchanged(project: Project) -> None:
+    seen = project.serve("--simulate-gpu", "48GB", "--control-token=a b=c", "--share")
+    assert seen["argv"][2:6] == ["--simulate-gpu", "48GB", "--control-token=a b=c", "--share"]
+    assert seen["cwd"] == str(project.bin), "relative paths among the arguments are the caller's"
+
+
+def test_model_and_checkout_are_passed_on(project: Project, tmp_path: Path) -> None:
+    seen = project.serve("--step-audio-root", str(tmp_path), MODEL_PATH=str(tmp_path))
+    assert seen["argv"][-4:] == ["--model-path", str(tmp_path), "--step-audio-root", str(tmp_path)]
+
+
+def test_a_model_path_may_be_the_id_of_a_hub(project: Project) -> None:
+    seen = project.serve("--model-source", "huggingface", "--model-path", "stepfun-ai")
+    assert seen["argv"][-2:] == ["--model-path", "stepfun-ai"]
+
+
+def test_script_is_found_through_a_link(project: Project, tmp_path: Path) -> None:
+    link = tmp_path / "start"
+    link.symlink_to(project.folder / "start_with_gpu_management.sh")
+    answer = subprocess.run([link, "--help"], capture_output=True, text=True, check=True)
+    assert all(name in answer.stdout for name in SETTINGS), "the help tells every setting"
+
+
+class TestGPU:
+    def test_the_one_with_most_free_memory(self, project: Project) -> None:
+        project.nvidia_smi(GPUS)
+        code, output = project.run()
+        assert code == 0
+        assert "GPU: 1 (NVIDIA B) has the most free memory, 40123 MiB" in output
+        assert _app_line(output)["cuda"] == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
+
+    def test_the_one_asked_for(self, project: Project) -> None:
+        project.nvidia_smi(GPUS)
+        assert project.serve("--gpu-id", "2", GPU_ID="0")["cuda"]["CUDA_VISIBLE_DEVICES"] == "2"
+
+    def test_one_that_there_is_not(self, project: Project) -> None:
+        project.nvidia_smi(GPUS)
+        assert "GPU_ID '7'; nvidia-smi lists: 0 1 2" in project.refuse(GPU_ID="7")
+
+    def test_one_whose_memory_is_unknown(self, project: Project) -> None:
+        project.nvidia_smi('echo "0, [N/A], NVIDIA GB10"')
+        assert project.serve()["cuda"]["CUDA_VISIBLE_DEVICES"] == "0"
+
+    def test_the_users_own_choice_stays(self, project: Project) -> None:
+        project.nvidia_smi(GPUS)
+        assert project.serve(CUDA_VISIBLE_DEVICES="2,0")["cuda"] == {"CUDA_VISIBLE_DEVICES": "2,0"}
+
+    @pytest.mark.parametrize(
+        ("nvidia_smi", "reason"),
+        [
+            ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "version mismatch"),
+            ("echo", "lists none"),
+            (None, "nvidia-smi is not here"),
+        ],
+    )
+    def test_none_is_no_obstacle(self, project: Project, nvidia_smi: str | None, reason: str) -> None:
+        if nvidia_smi is not None:
+            project.nvidia_smi(nvidia_smi)
+        code, output = project.run()
+        assert code == 0
+        assert not _app_line(output)["cuda"].get("CUDA_VISIBLE_DEVICES")
+        line = next(line for line in output.splitlines() if line.startswith("GPU: none"))
+        assert reason in line
+        assert "GPU_ID is '0'" in project.refuse(GPU_ID="0")
+
+
+class TestPort:
+    def test_one_in_use(self, fresh: Project) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            said = fresh.refuse("--port", str(port))
+        assert not (fresh.folder / ".venv").exists(), "it is said before the install, not after it"
+        assert f"Port {port} on 127.0.0.1 is in use" in said
+        assert "--port" in said
+        if shutil.which("ss") or shutil.which("lsof"):
+            assert f"by pid {os.getpid()}" in said
+
+    def test_an_address_of_another_machine(self, project: Project) -> None:
+        assert "Cannot listen on HOST '192.0.2.1'" in project.refuse(HOST="192.0.2.1")
+
+    def test_a_port_that_was_just_left_is_free(self, project: Project) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port)):
+                server.accept()[0].close()  # this end closes first, so it keeps the port in TIME_WAIT
+        assert str(port) in project.serve("--server-port", str(port))["argv"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"PORT": "0"},
+        {"PORT": "65536"},
+        {"PORT": "http"},
+        {"PORT": "80 80"},
+        {"GPU_IDLE_TIMEOUT": "soon"},
+        {"GPU_IDLE_TIMEOUT": "-2"},
+        {"GPU_IDLE_TIMEOUT": "5d"},
+        {"GPU_KEEP_WARM": "1e3"},
+        {"MODEL_PATH": "/no/such/model"},
+        {"STEP_AUDIO_ROOT": "/no/such/checkout"},
+        {"PROJECT_DIR": "/no/such/project"},
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(project: Project, wrong: dict[str, str]) -> None:
+    said = project.refuse(**wrong)
+    assert all(name in said and value in said for name, value in wrong.items())
+
+
+@pytest.mark.parametrize("arguments", [["--port"], ["--docker"]])
+def test_arguments_that_cannot_be_followed(project: Project, arguments: list[str]) -> None:
+    assert arguments[0] in project.refuse(*arguments)
+
+
+def test_check_says_the_plan_and_does_nothing(fresh: Project) -> None:
+    fresh.nvidia_smi(GPUS)
+    before = sorted(fresh.folder.rglob("*"))
+    code, output = fresh.run("--check", "--tmp-dir", "a b")
+    assert code == 0
+    assert "GPU: 1" in output
+    assert f"{fresh.folder}/.venv is made with" in output
+    assert "app.py --enable-gpu-management --tmp-dir a\\ b" in output
+    assert "APP" not in output
+    assert sorted(fresh.folder.rglob("*")) == before
+
+
+def test_sigterm_reaches_the_app(project: Project) -> None:
+    process = project.start("--until-sigterm")
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if line.startswith("APP "))
+    assert _app_line(line)["pid"] == process.pid, "the app takes the script's place"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert "stopped by SIGTERM" in output
+    assert process.returncode == 0
+
+
+class TestEnvironment:
+    def test_from_half_made_to_changed_requirements(self, fresh: Project, tmp_path: Path) -> None:
+        """One story, because every chapter that makes an environment costs seconds."""
+        wheels = tmp_path / "wheels"
+        wheels.mkdir()
+        first = _wheel(wheels, "greeting", "1.0", "WORDS = 'hello from 1.0'")
+        fresh.requirements.write_text("greeting==1.0\n")
+
+        # An install that fails ends the start and says what to do.
+        said = fresh.refuse("--say-greeting")
+        assert "could not be installed" in said
+        assert "run this again" in said
+
+        # The next start goes on; a killed start's ruins are cleared away first.
+        (fresh.folder / ".venv" / "bin" / "python").unlink()
+        _, output = fresh.run("--say-greeting", PIP_FIND_LINKS=str(wheels))
+        assert "is incomplete" in output
+        assert "hello from 1.0" in output
+
+        # Now nothing is installed, so nothing is missed.
+        first.unlink()
+        _, output = fresh.run("--say-greeting")
+        assert "is ready" in output
+        assert "Installing" not in output
+        assert "hello from 1.0" in output
+
+        # Other requirements are installed on the next start.
+        _wheel(wheels, "greeting", "2.0", "WORDS = 'hello from 2.0'")
+        fresh.requirements.write_text("greeting==2.0\n")
+        _, output = fresh.run("--say-greeting", PIP_FIND_LINKS=str(wheels))
+        assert "needs an install" in output
+        assert "hello from 2.0" in output
+
+    def test_two_first_starts_at_once(self, fresh: Project, tmp_path: Path) -> None:
+        """And PyTorch alone comes from TORCH_INDEX_URL."""
+        page = tmp_path / "torch-index" / "torch"
+        page.mkdir(parents=True)
+        wheel = _wheel(page, "torch", "9.9", "")
+        (page / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+        fresh.requirements.write_text('torch==9.9 ; python_version >= "3"\n')
+        environ = {"TORCH_INDEX_URL": page.parent.as_uri(), "PIP_NO_INDEX": "0", "PIP_INDEX_URL": tmp_path.as_uri()}
+
+        starts = [fresh.start("--number", str(number), **environ) for number in (1, 2)]
+        outputs = [start.communicate(timeout=60)[0] for start in starts]
+
+        assert [start.returncode for start in starts] == [0, 0], outputs
+        assert all(_app_line(output) for output in outputs)
+        if shutil.which("flock"):
+            assert sum("Successfully installed torch-9.9" in output for output in outputs) == 1, outputs
+
+    def test_somebody_elses_is_left_alone(self, fresh: Project, tmp_path: Path) -> None:
+        theirs = tmp_path / "theirs"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(theirs)], check=True)
+        packages = next(theirs.glob("lib/python*/site-packages"))
+        before = sorted(theirs.rglob("*"))
+        fresh.requirements.write_text("torch==9.9\ngradio==9.9\nonnxruntime==1\nhibari-tts==0.2.1\n")
+
+        assert "lacks torch gradio onnxruntime hibari-tts" in fresh.refuse(VENV_DIR=str(theirs))
+        assert sorted(theirs.rglob("*")) == before
+
+        for name in ("torch", "gradio", "onnxruntime_gpu"):
+            with zipfile.ZipFile(_wheel(tmp_path, name, "9.9", "")) as wheel:
+                wheel.extractall(packages)
+        code, output = fresh.run(VENV_DIR=str(theirs))
+        assert code == 0
+        assert "lacks hibari-tts;" in output
+        assert _app_line(output)
+
+    def test_a_folder_that_is_none_is_left_alone(self, fresh: Project, tmp_path: Path) -> None:
+        diary = tmp_path / "diary" / "today.txt"
+        diary.parent.mkdir()
+        diary.write_text("dear diary")
+        assert "is no Python environment" in fresh.refuse(VENV_DIR=str(diary.parent))
+        assert diary.read_text() == "dear diary"
+
+    def test_no_usable_python(self, fresh: Project) -> None:
+        for name in ("python3", "python3.10", "python3.11", "python3.12", "python3.13"):
+            (fresh.bin / name).write_text("#!/bin/sh\necho 'No module named ensurepip' >&2\nexit 1\n")
+            (fresh.bin / name).chmod(0o755)
+        assert "apt-get install python3 python3-venv" in fresh.refuse()
