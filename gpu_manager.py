@@ -169,6 +169,7 @@ class GPUResourceManager:
         warm = True
         for slot in self._slots_named(name):
             with self._lock:
+                self._check_open_locked(slot)
                 if slot.state is State.DEVICE:
                     continue
                 begun = any(lease.prefetch for lease in slot.queue)

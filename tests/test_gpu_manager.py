@@ -433,8 +433,9 @@ def test_close_releases_everything_and_refuses_new_requests(workshop: Workshop, 
     assert tts(manager)["state"] == "released"
     with pytest.raises(ManagerClosed):
         use(manager)
-    with pytest.raises(ManagerClosed):
-        manager.release("tts")
+    for call in (manager.offload, manager.release, manager.warm):
+        with pytest.raises(ManagerClosed):
+            call("tts")
     with pytest.raises(ManagerClosed):
         manager.register("asr", workshop.load)
     assert manager._monitor is not None

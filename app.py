@@ -1,0 +1,207 @@
+"""The Step-Audio-EditX page, with a model that leaves the GPU while nobody speaks.
+
+Composition root: settings -> device -> engine -> manager -> page. Heavy imports happen where they are needed,
+so that ``--help`` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from residency.errors import EngineUnavailable, InvalidInput, ResidencyError
+from residency.settings import Settings, parse
+
+if TYPE_CHECKING:
+    from gpu_manager import GPUResourceManager
+    from residency.contracts import Engine
+    from residency.web.editx_tab import EditxTab
+    from residency.web.page import Page
+
+__all__ = ["EditxTab", "main"]
+
+logger = logging.getLogger("app")
+
+CLOSE_WITHIN_S = 5.0
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EditxTab":  # not imported above, because it brings Gradio
+        from residency.web.editx_tab import EditxTab
+
+        return EditxTab
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM; return the exit code."""
+    settings = parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _recordings_folder(settings.tmp_dir) as folder:
+            _serve(dataclasses.replace(settings, tmp_dir=folder))
+    except KeyboardInterrupt:
+        return 0
+    except (ResidencyError, OSError) as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+def _serve(settings: Settings) -> None:
+    from residency.web.port import check_port
+
+    check_port(settings.server_name, settings.server_port)
+    build = _engine_builder(settings)
+    if settings.enable_auto_transcribe:
+        logger.warning("Auto-transcription is not available yet: type the prompt text. / 自动转写尚未提供，请手动填写")
+
+    from residency.web.control import routes
+    from residency.web.editx_tab import EditxTab
+    from residency.web.page import Page
+
+    manager = _manager(settings) if settings.enable_gpu_management else None
+    engine = _managed(settings, manager, build) if manager else build(_torch_device())
+    page = Page(EditxTab(settings, tts_engine=engine, edit_types=_edit_types(settings)), manager)
+    try:
+        public_link = page.serve(
+            settings.server_name,
+            settings.server_port,
+            share=settings.share,
+            # A tunnel makes everybody look local.
+            routes=routes(manager, settings.control_token, trust_local=not settings.share) if manager else (),
+        )
+        logger.info("Serving on http://%s:%s / 服务已启动", settings.server_name, settings.server_port)
+        if settings.share:
+            logger.info("Public link / 公开链接: %s", public_link or "could not be made / 创建失败")
+        threading.Event().wait()
+    finally:
+        _close(page, manager)
+
+
+def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
+    """A function that builds the engine for a torch device. What can be missing is looked for now, not on first use."""
+    if settings.engine == "builtin":
+
+        def builtin(torch_device: str) -> Engine:
+            from residency.engines.builtin import BuiltinEngine
+
+            return BuiltinEngine(device=torch_device)
+
+        return builtin
+
+    from residency.engines import step_audio
+
+    if step_audio.find_checkout(settings.step_audio_root) is None:
+        raise EngineUnavailable(
+            f"--model-path {settings.model_path} needs the code of Step-Audio-EditX: git clone "
+            f"https://github.com/stepfun-ai/Step-Audio-EditX and give its folder as --step-audio-root",
+            f"--model-path {settings.model_path} 需要 Step-Audio-EditX 的代码：请 git clone "
+            f"https://github.com/stepfun-ai/Step-Audio-EditX，并用 --step-audio-root 指定其目录",
+        )
+
+    def real(torch_device: str) -> Engine:
+        return step_audio.build(
+            str(settings.model_path),
+            root=settings.step_audio_root,
+            model_source=settings.model_source,
+            tokenizer_model_id=settings.tokenizer_model_id,
+            tts_model_id=settings.tts_model_id,
+            quantization=settings.quantization,
+            torch_dtype=settings.torch_dtype,
+            device_map=settings.device_map,
+        )
+
+    return real
+
+
+def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
+    if settings.engine != "builtin":
+        return None
+    from residency.engines.builtin import supported_edit_types
+
+    return supported_edit_types()
+
+
+def _torch_device() -> str:
+    from residency.devices import find_device
+
+    return find_device().torch_device
+
+
+def _manager(settings: Settings) -> GPUResourceManager:
+    from gpu_manager import SimulatedDevice, get_gpu_manager
+
+    manager = get_gpu_manager(
+        SimulatedDevice(settings.simulate_gpu) if settings.simulate_gpu else None,
+        keep_warm=settings.gpu_keep_warm,
+        idle_timeout=settings.gpu_idle_timeout,
+    )
+    logger.info("🚀 GPU 管理已启用 / GPU management is on: %s", manager.device.name)
+    return manager
+
+
+def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[str], Engine]) -> Engine:
+    from tts_gpu_managed import GPUManagedTTS
+
+    return GPUManagedTTS(
+        settings.model_path,
+        gpu_idle_timeout=settings.gpu_idle_timeout,
+        gpu_keep_warm=settings.gpu_keep_warm,
+        manager=manager,
+        load=lambda: build(manager.device.torch_device),
+        name="tts",
+    )
+
+
+@contextmanager
+def _recordings_folder(parent: str) -> Iterator[str]:
+    """A folder of our own for uploads and results, gone at the end. Gradio is told to use it too."""
+    try:
+        os.makedirs(parent, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
+    except OSError as error:
+        raise InvalidInput(
+            f"Cannot write to --tmp-dir {parent} ({error.strerror}): give another folder",
+            f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
+        ) from error
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _close(page: Page, manager: GPUResourceManager | None) -> None:
+    """Stop serving and give everything back. A request that runs for minutes is not waited for."""
+
+    def close() -> None:
+        page.close()
+        if manager is not None:
+            manager.close()
+
+    closer = threading.Thread(target=close, name="app-close", daemon=True)
+    closer.start()
+    closer.join(CLOSE_WITHIN_S)
+    if closer.is_alive():
+        logger.warning("A request is still running; leaving without it. / 仍有请求在运行，不再等待，直接退出。")
+
+
+if __name__ == "__main__":
+    code = main()
+    if any(thread.name == "app-close" for thread in threading.enumerate()):
+        # The engine's threads are inside native code, which must not see the interpreter end around it.
+        logging.shutdown()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,165 @@
+"""What the user asked for on the command line and in the environment, checked before anything is loaded.
+
+The flags of the Step-Audio-EditX app keep their names, choices and defaults. Importing this is cheap: ``--help``
+must answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .errors import InvalidInput
+from .policies import seconds
+
+_SIZE_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every flag of ``app.py`` by its own name; times in seconds (`math.inf` is never), sizes in bytes."""
+
+    model_path: str | None = None
+    server_name: str = "0.0.0.0"
+    server_port: int = 7860
+    tmp_dir: str = "/tmp/gradio"
+    share: bool = False
+    model_source: str = "auto"
+    tokenizer_model_id: str = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
+    tts_model_id: str | None = None
+    quantization: str | None = None
+    torch_dtype: str = "bfloat16"
+    device_map: str = "cuda"
+    enable_auto_transcribe: bool = False
+    enable_gpu_management: bool = False
+    gpu_idle_timeout: float = 600.0
+    gpu_keep_warm: float = 0.0
+    engine: Literal["builtin", "step-audio"] = "builtin"
+    step_audio_root: str | None = None
+    simulate_gpu: int | None = None
+    control_token: str | None = field(default=None, repr=False)
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read flags; a flag wins over the environment. Exits with code 2 and what to do next if something is wrong."""
+    parser = _parser(environ)
+    values = vars(parser.parse_args(argv))
+    if values.pop("gpu_snapshot_dir") is not None:
+        parser.error("--gpu-snapshot-dir is not available yet; leave it out. / --gpu-snapshot-dir 尚未提供，请去掉。")
+    if values.pop("gpu_isolation") != "none":
+        parser.error("--gpu-isolation process is not available yet; leave it out. / --gpu-isolation 尚未提供，请去掉。")
+    if values["simulate_gpu"] is not None and not values["enable_gpu_management"]:
+        parser.error(
+            "--simulate-gpu needs --enable-gpu-management; add it or leave --simulate-gpu out. / "
+            "--simulate-gpu 需要与 --enable-gpu-management 一起使用。"
+        )
+    if values["engine"] == "auto":
+        values["engine"] = "step-audio" if values["model_path"] else "builtin"
+    if values["engine"] == "step-audio":
+        try:
+            _check_model_path(values["model_path"], values["model_source"])
+        except InvalidInput as error:
+            parser.error(str(error))
+    return Settings(**values)
+
+
+def _check_model_path(model_path: str | None, source: str) -> None:
+    """Weights on this machine must exist; with a hub as the source the path may be an id."""
+    if model_path is None:
+        raise InvalidInput(
+            "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX; "
+            "leave --engine out to use the built-in engine",
+            "--engine step-audio 需要 --model-path（包含 Step-Audio-Tokenizer 和 Step-Audio-EditX 的目录）；"
+            "不写 --engine 则使用内置引擎",
+        )
+    if source in ("auto", "local") and not Path(model_path).expanduser().exists():
+        raise InvalidInput(
+            f"--model-path {model_path} does not exist. Download stepfun-ai/Step-Audio-Tokenizer and "
+            f"stepfun-ai/Step-Audio-EditX into it (huggingface-cli download), give --model-source huggingface or "
+            f"modelscope if it is the id of a hub, or leave --model-path out to use the built-in engine",
+            f"--model-path {model_path} 不存在。请把 stepfun-ai/Step-Audio-Tokenizer 和 stepfun-ai/Step-Audio-EditX "
+            f"下载到其中；如果它是模型仓库的 ID，请加上 --model-source huggingface 或 modelscope；"
+            f"不写 --model-path 则使用内置引擎",
+        )
+
+
+def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        description="Step-Audio-EditX in the browser; its model is off the GPU while nobody speaks.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("as in the Step-Audio-EditX app").add_argument
+    add("--model-path", metavar="DIR", help="where the weights are; without it the built-in engine serves")
+    add("--server-name", default=defaults.server_name, help="address to listen on (default: %(default)s)")
+    add("--server-port", type=_checked(_port), default=defaults.server_port, help="default: %(default)s")
+    add("--tmp-dir", default=defaults.tmp_dir, help="recordings live here while the app runs (default: %(default)s)")
+    add("--share", action="store_true", help="make a public gradio.live link")
+    add("--model-source", choices=["auto", "local", "modelscope", "huggingface"], default=defaults.model_source)
+    add("--tokenizer-model-id", metavar="ID", default=defaults.tokenizer_model_id)
+    add("--tts-model-id", metavar="ID", help="if it differs from the model path")
+    add("--quantization", choices=["int4", "int8", "awq-4bit"])
+    add("--torch-dtype", choices=["float16", "bfloat16", "float32"], default=defaults.torch_dtype)
+    add("--device-map", default=defaults.device_map, help="default: %(default)s")
+    add("--enable-auto-transcribe", action="store_true", help="fill in the prompt text from the recording")
+
+    add = parser.add_argument_group("GPU management").add_argument
+    add("--enable-gpu-management", action="store_true", help="keep the model off the GPU while it is idle")
+    add("--gpu-idle-timeout", metavar="S", type=_checked(seconds), default=defaults.gpu_idle_timeout,
+        help="idle this long (600, 90s, 15m, 1h): released from host memory too; -1 never (default: 600)")  # fmt: skip
+    add("--gpu-keep-warm", metavar="S", type=_checked(_keep_warm), default=defaults.gpu_keep_warm,
+        help="stay on the GPU this long after a request (default: 0)")  # fmt: skip
+    add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
+    add("--gpu-snapshot-dir", metavar="DIR", help=argparse.SUPPRESS)
+    add("--simulate-gpu", metavar="SIZE", type=_checked(size_bytes),
+        help="a simulated card of this size (48GB), to try everything without a GPU")  # fmt: skip
+    add("--control-token", metavar="TOKEN", default=environ.get("GPU_CONTROL_TOKEN") or None,
+        help="asked of changing calls under /gpu from other machines (environment: GPU_CONTROL_TOKEN)")  # fmt: skip
+
+    add = parser.add_argument_group("engine").add_argument
+    add("--engine", choices=["auto", "builtin", "step-audio"], default="auto",
+        help="auto: step-audio if --model-path is given, else builtin (default: auto)")  # fmt: skip
+    add("--step-audio-root", metavar="DIR", default=environ.get("STEP_AUDIO_ROOT") or None,
+        help="checkout of Step-Audio-EditX (environment: STEP_AUDIO_ROOT)")  # fmt: skip
+    return parser
+
+
+def size_bytes(text: str) -> int:
+    """Read ``48GB``, ``48GiB`` or ``512MB``; a GB is 2**30 bytes, as on the box of a graphics card."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])I?B?", text.strip().upper())
+    nbytes = int(float(match[1]) * _SIZE_UNITS[match[2] + "B"]) if match else 0
+    if nbytes <= 0:
+        raise InvalidInput(f"{text!r} is no size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB")
+    return nbytes
+
+
+def _keep_warm(text: str) -> float:
+    if text == "auto":
+        raise InvalidInput(
+            "auto is not available yet: give seconds or 90s, 15m; -1 means always on the GPU",
+            "auto 尚未提供：请写秒数，或 90s、15m；-1 表示一直留在 GPU 上",
+        )
+    return seconds(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise InvalidInput(f"{text!r} is no port: give 1 to 65535", f"{text!r} 不是有效的端口：请写 1 到 65535")
+    return int(text)
+
+
+def _checked(read: Callable[[str], int | float]) -> Callable[[str], int | float]:
+    """A type for argparse that passes our sentences on; argparse hides those of other exceptions."""
+
+    def convert(text: str) -> int | float:
+        try:
+            return read(text)
+        except InvalidInput as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert

@@ -1,0 +1,22 @@
+"""One code for Gradio 5.49 and 6: keywords are chosen by looking at the signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+
+def supported(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
+    """Those of the keywords that this version's function takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
+PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_name": False}
+"""For events of the page that are no endpoint for programs."""
+
+ENGINE: dict[str, Any] = {"concurrency_id": "engine", "concurrency_limit": 1}
+"""For events that use the engine: one at a time; the others wait in Gradio's queue, where people see their place."""

@@ -1,0 +1,230 @@
+"""The Step-Audio-EditX page: a recording, texts, a task, CLONE and EDIT, and the history as a chat with players."""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from ..contracts import Engine
+from ..errors import InvalidInput
+from . import words
+from .compat import ENGINE, PRIVATE, supported
+from .edit_types import STEP_AUDIO_EDIT_TYPES
+from .gpu_panel import GpuPanel
+from .history import Step, as_messages
+from .speech import Speech, explain
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, list[Any]]
+"""Of one browser session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`]."""
+
+HELP = """
+**CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。
+Says the target text in the voice of the recording (task: clone); once it succeeds, a new history begins.
+
+**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加。只有 paralinguistic 使用目标文本。
+Changes the recording, or the latest result if there is one: edits stack. Only paralinguistic uses the target text.
+
+**paralinguistic** 在目标文本中加入标签 / put tags into the target text: `[Breathing] [Laughter] [Surprise-oh]
+[Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei] [Dissatisfaction-hnn]`
+"""
+
+
+class EditxTab:
+    """Draws the tab and answers its events. One object serves all sessions; what belongs to one is in its `State`.
+
+    Handlers raise nothing: an error becomes a message, and the history stays as it was. ``args`` is `Settings`
+    or any namespace with ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel too.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        encoder: Any = None,
+        tts_engine: Engine | None = None,
+        *,
+        edit_types: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.args = args
+        self.encoder = encoder
+        self.tts_engine = tts_engine
+        folder = getattr(args, "tmp_dir", None) or os.path.join(tempfile.gettempdir(), "gradio")
+        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder)
+        self._builtin = getattr(args, "engine", None) == "builtin"
+        manager = getattr(tts_engine, "manager", None)
+        self.panel = None if manager is None else GpuPanel(manager)
+
+    # -- GPU ----------------------------------------------------------------------------------------------------
+
+    def get_gpu_status(self) -> str:
+        """Where the model is, in words."""
+        return self.panel.text() if self.panel else words.NOT_ENABLED
+
+    def offload_gpu(self) -> str:
+        """Bring the model to main memory; say what came of it and where things are now."""
+        return f"{self.panel.offload()}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
+
+    def release_gpu(self) -> str:
+        """Free the model's memory everywhere; say what came of it and where things are now."""
+        return f"{self.panel.release()}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def init_state(self) -> State:
+        return {"history_audio": [], "history_messages": []}
+
+    def generate_clone(
+        self,
+        prompt_text: str | None,
+        prompt_audio: str | None,
+        target_text: str | None,
+        edit_type: str | None,
+        edit_info: str | None,
+        state: State,
+    ) -> tuple[Any, State, str]:
+        """CLONE was pressed. Returns chat messages, state and an error message (empty if it went well)."""
+
+        def clone() -> State:
+            if edit_type != "clone":
+                raise InvalidInput(
+                    "CLONE needs the task clone: choose it, or press EDIT",
+                    "CLONE 需要任务 clone：请选择它，或点击 EDIT",
+                )
+            result = self.speech.clone(prompt_audio, prompt_text, target_text)
+            self.forget(state)
+            entry = Step("clone", None, prompt_text, target_text, prompt_audio, result)
+            return {"history_audio": [(result, target_text)], "history_messages": [entry]}
+
+        return self._answer(clone, state)
+
+    def _clone_and_wipe(self, *inputs: Any) -> tuple[Any, State, str]:
+        chat, state, message = self.generate_clone(*inputs)
+        return chat if message else [], state, message
+
+    def generate_edit(
+        self,
+        prompt_text: str | None,
+        prompt_audio: str | None,
+        target_text: str | None,
+        edit_type: str | None,
+        edit_info: str | None,
+        state: State,
+    ) -> tuple[Any, State, str]:
+        """EDIT was pressed: works on the latest result, or on the recording. Returns as `generate_clone` does."""
+
+        def edit() -> State:
+            source, said = state["history_audio"][-1] if state["history_audio"] else (prompt_audio, prompt_text)
+            result, says = self.speech.edit(source, said, edit_type, edit_info, target_text)
+            entry = Step(edit_type, edit_info, said, says, source, result)
+            return {
+                "history_audio": [*state["history_audio"], (result, says)],
+                "history_messages": [*state["history_messages"], entry],
+            }
+
+        return self._answer(edit, state)
+
+    def clear_history(self, state: State) -> tuple[list[Any], State, str]:
+        self.forget(state)
+        return [], self.init_state(), ""
+
+    def forget(self, state: State) -> None:
+        """Delete the files of a history that nobody can see any more."""
+        for path, _ in state["history_audio"]:
+            try:
+                os.unlink(path)
+            except OSError:
+                logger.debug("%s was gone already", path)
+
+    def update_edit_info(self, edit_type: str) -> Any:
+        """The sub-tasks of a task."""
+        choices = list(self.speech.edit_types.get(edit_type, []))
+        return gr.update(choices=choices, value=choices[0] if choices else None, interactive=bool(choices))
+
+    def _answer(self, work: Callable[[], State], state: State) -> tuple[Any, State, str]:
+        try:
+            state = work()
+        except Exception as error:
+            sentence = html.escape(explain(error))
+            gr.Warning(sentence)
+            # The chat is left alone, so that a player that is playing plays on.
+            return gr.skip(), state, f"<p role='alert'>⚠️ {sentence}</p>"
+        return as_messages(state["history_messages"]), state, ""
+
+    # -- the page -----------------------------------------------------------------------------------------------
+
+    def register_components(self) -> None:
+        """Draw the tab into the Blocks that are open."""
+        with gr.Tab("Editx"):
+            with gr.Row():
+                with gr.Column():
+                    name = "内置引擎 / Built-in engine" if self._builtin else "Step-Audio-EditX"
+                    self.model_input = gr.Textbox(label="模型 / Model Name", value=name, interactive=False)
+                    self.prompt_text_input = gr.Textbox(label="提示文本 / Prompt Text", elem_id="prompt-text")
+                    self.prompt_audio_input = gr.Audio(
+                        label="输入音频 / Input Audio",
+                        sources=["upload", "microphone"],
+                        type="filepath",
+                        elem_id="prompt-audio",
+                        **supported(gr.Audio, buttons=["download"]),
+                    )
+                    self.generated_text = gr.Textbox(
+                        label="目标文本 / Target Text", max_lines=200, max_length=1000, elem_id="target-text"
+                    )
+                with gr.Column():
+                    with gr.Row():
+                        tasks = list(self.speech.edit_types)
+                        self.edit_type = gr.Dropdown(label="任务 / Task", choices=tasks, value="clone", elem_id="task")
+                        self.edit_info = gr.Dropdown(
+                            label="子任务 / Sub-task", choices=[], interactive=False, elem_id="sub-task"
+                        )
+                    self.chat_box = gr.Chatbot(
+                        label="历史 / History",
+                        height=480,
+                        render_markdown=False,
+                        elem_id="history",
+                        **supported(gr.Chatbot, type="messages", buttons=["copy"]),
+                    )
+            with gr.Row():
+                self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
+                self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
+                self.clean_history_submit = gr.Button("清空历史 / Clear History", elem_id="clear")
+            self.message = gr.HTML(elem_id="message")
+            if self.panel:
+                self.panel.register_components()
+            with gr.Accordion("说明 / Help", open=False):
+                gr.Markdown(HELP)
+
+    def register_events(self) -> None:
+        """Connect what `register_components` has drawn."""
+        state = gr.State(self.init_state(), delete_callback=self.forget)
+        inputs = [
+            self.prompt_text_input,
+            self.prompt_audio_input,
+            self.generated_text,
+            self.edit_type,
+            self.edit_info,
+            state,
+        ]
+        outputs = [self.chat_box, state, self.message]
+        # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
+        self.button_tts.click(self._clone_and_wipe, inputs, outputs, **ENGINE, **PRIVATE).then(
+            lambda state: as_messages(state["history_messages"]),
+            state,
+            self.chat_box,
+            show_progress="hidden",
+            **PRIVATE,
+        )
+        self.button_edit.click(self.generate_edit, inputs, outputs, **ENGINE, **PRIVATE)
+        # The chat has a bin of its own.
+        for clear in (self.clean_history_submit.click, self.chat_box.clear):
+            clear(self.clear_history, [state], outputs, **PRIVATE)
+        self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, **PRIVATE)
+        if self.panel:
+            self.panel.register_events(forget_message=[self.button_tts.click, self.button_edit.click])

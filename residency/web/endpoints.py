@@ -1,0 +1,76 @@
+"""Endpoints of the Gradio page for programs (``gradio_client``): no widgets, one WAV file or the status as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from .compat import ENGINE
+from .protocols import Manager
+from .speech import Speech, explain
+
+T = TypeVar("T")
+
+
+def register_speech(speech: Speech) -> None:
+    """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people."""
+
+    def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
+        """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
+        return _or_error(lambda: speech.clone(prompt_audio, prompt_text, target_text))
+
+    def edit(
+        input_audio: str, audio_text: str, edit_type: str, edit_info: str | None = None, text: str | None = None
+    ) -> str:
+        """Change input_audio, in which audio_text is said. Only paralinguistic uses text."""
+        return _or_error(lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
+
+    with gr.Row(visible=False):
+        _expose(clone, [_recording(), gr.Textbox(), gr.Textbox()], gr.Audio(), **ENGINE)
+        _expose(edit, [_recording(), gr.Textbox(), gr.Textbox(), gr.Textbox(), gr.Textbox()], gr.Audio(), **ENGINE)
+
+
+def register_gpu(manager: Manager) -> None:
+    """``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; no model, or an empty name, is all."""
+
+    def gpu_status() -> dict[str, Any]:
+        """Where the models are, in bytes and seconds."""
+        return manager.status()
+
+    def gpu_offload(model: str | None = None) -> dict[str, Any]:
+        """Bring a model to main memory (after the running request, if there is one); answer the status."""
+        _or_error(lambda: manager.offload(model or None))
+        return manager.status()
+
+    def gpu_release(model: str | None = None) -> dict[str, Any]:
+        """Free a model's memory everywhere (after the running request, if there is one); answer the status."""
+        _or_error(lambda: manager.release(model or None))
+        return manager.status()
+
+    def gpu_warm(model: str | None = None) -> dict[str, Any]:
+        """Begin to bring a model to the device; answer the status."""
+        _or_error(lambda: manager.warm(model or None))
+        return manager.status()
+
+    with gr.Row(visible=False):
+        _expose(gpu_status, [], gr.JSON())
+        for change in (gpu_offload, gpu_release, gpu_warm):
+            _expose(change, [gr.Textbox()], gr.JSON())
+
+
+def _expose(function: Callable[..., Any], inputs: list[Any], output: Any, **keywords: Any) -> None:
+    # A button that is never drawn: `gr.api` would leave files to the caller, components know how to receive them.
+    gr.Button().click(function, inputs, output, api_name=function.__name__, **keywords)
+
+
+def _recording() -> gr.Audio:
+    return gr.Audio(type="filepath")
+
+
+def _or_error(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except Exception as error:
+        raise gr.Error(explain(error), print_exception=False) from None

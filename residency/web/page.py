@@ -1,0 +1,74 @@
+"""The page as a whole, and the server that shows it. Nothing here loads from or reports to the internet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+from gradio.tunneling import CURRENT_TUNNELS
+from starlette.routing import BaseRoute
+
+from . import endpoints
+from .compat import supported
+from .editx_tab import EditxTab
+from .protocols import Manager
+
+_CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
+_CLOSE_WITHIN_S = 1
+_CSS = """
+#message:has(.prose:empty), #gpu-message:has(.prose:empty) {display: none}
+#history button[aria-label=Share] {display: none}
+#history .waveform-wrapper {height: 40px; display: flex; align-items: center; overflow: hidden}
+#history .waveform-wrapper > div {flex: 1 0 100%}
+"""
+_FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+
+
+class Page:
+    """Gradio's page around an `EditxTab`. With a manager it has the GPU endpoints too."""
+
+    def __init__(self, tab: EditxTab, manager: Manager | None = None) -> None:
+        look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
+        self._look = supported(gr.Blocks.launch, **look)
+        # Where launch() does not take the look, Blocks() does.
+        with gr.Blocks(
+            title="Step-Audio-EditX",
+            analytics_enabled=False,
+            delete_cache=(_CACHE_CHECK_S, _CACHE_AGE_S),
+            **({} if self._look else look),
+        ) as self.blocks:
+            gr.Markdown("## 🎙️ Step-Audio-EditX\n音色克隆与语音编辑 / Zero-shot voice cloning and audio editing")
+            tab.register_components()
+            tab.register_events()
+            endpoints.register_speech(tab.speech)
+            if manager is not None:
+                endpoints.register_gpu(manager)
+
+    def serve(self, host: str, port: int, *, share: bool = False, routes: Sequence[BaseRoute] = ()) -> str | None:
+        """Start serving in the background and return the public link, if one was asked for and could be had.
+
+        ``routes`` come before Gradio's own. OSError if the port is taken.
+        """
+        _, _, public_link = self.blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,
+            # Given to FastAPI's constructor, and so ahead of Gradio's route that catches everything.
+            app_kwargs={"routes": list(routes)},
+            **self._look,
+            **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
+        )
+        return public_link or None
+
+    def close(self) -> None:
+        """Stop serving, take down the public link and delete what this page has put into Gradio's cache."""
+        for tunnel in list(CURRENT_TUNNELS):
+            tunnel.kill()  # type: ignore[no-untyped-call]
+        if self.blocks.is_running:
+            # Open pages hold a connection each, for as long as they are open.
+            self.blocks.server.config.timeout_graceful_shutdown = _CLOSE_WITHIN_S
+        self.blocks.close(verbose=False)

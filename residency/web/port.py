@@ -1,0 +1,23 @@
+"""Whether a server could listen; asked before a model loads. Brings no Gradio, so that the answer is quick."""
+
+from __future__ import annotations
+
+import socket
+
+from ..errors import InvalidInput
+
+
+def check_port(host: str, port: int) -> None:
+    """`InvalidInput` if nobody could listen there now."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As the server will do it: a port whose last connections are still closing counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise InvalidInput(
+            f"Cannot listen on {host}, port {port} ({error.strerror}). Choose another with --server-port, or stop the "
+            f"program that uses it",
+            f"无法监听 {host} 的端口 {port}（{error.strerror}）。请用 --server-port 换一个端口，或停止占用它的程序",
+        ) from error

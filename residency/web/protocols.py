@@ -1,0 +1,24 @@
+"""What the web layer needs of the rest of the project."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Manager(Protocol):
+    """The GPU manager as the page and the HTTP calls see it. Every method may be called from any thread."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    def status(self) -> dict[str, Any]:
+        """The answer to ``GET /gpu/status``; never waits for a move, never counts as use."""
+
+    def offload(self, name: str | None = None) -> bool:
+        """True: done; False: follows the running request. Blocks while bytes move; `UnknownModel`."""
+
+    def release(self, name: str | None = None) -> bool:
+        """True: done; False: follows the running request. Blocks while bytes move; `UnknownModel`."""
+
+    def warm(self, name: str | None = None) -> bool:
+        """True: on the device already; False: begun. `UnknownModel`."""

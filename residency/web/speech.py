@@ -1,0 +1,123 @@
+"""One request for speech: check what was given, ask the engine, write the answer as a WAV file.
+
+Used by the page and by the endpoints for programs alike. Knows no Gradio.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from ..contracts import Engine
+from ..errors import InvalidInput, ResidencyError
+
+logger = logging.getLogger(__name__)
+
+
+class Speech:
+    """Wraps an engine; answers are paths of 16-bit WAV files in ``folder``. Thread-safe as far as the engine is."""
+
+    def __init__(self, engine: Engine | None, edit_types: Mapping[str, Sequence[str]], folder: str) -> None:
+        self._engine = engine
+        self.edit_types = edit_types
+        self._folder = Path(folder)
+
+    def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
+        """Say ``target_text`` in the voice of the recording. `InvalidInput`, or what the engine raises."""
+        audio = _given_audio(prompt_audio)
+        prompt = _given_text(
+            prompt_text, "Prompt Text is empty: write what is said in the recording", "提示文本为空：请填写录音中的内容"
+        )
+        target = _given_text(
+            target_text, "Target Text is empty: write what should be said", "目标文本为空：请填写要合成的内容"
+        )
+        return self._write("clone", self._ready().clone(audio, prompt, target))
+
+    def edit(
+        self,
+        input_audio: str | None,
+        audio_text: str | None,
+        edit_type: str | None,
+        edit_info: str | None,
+        text: str | None,
+    ) -> tuple[str, str]:
+        """Change a recording; return the file and the text it now says. `InvalidInput`, or what the engine raises."""
+        audio = _given_audio(input_audio)
+        task, info = self._task(edit_type, edit_info)
+        said = (audio_text or "").strip()
+        # Only paralinguistic changes what is said: its target text is the old one with tags such as [Laughter].
+        wanted = said
+        if task == "paralinguistic":
+            wanted = _given_text(
+                text,
+                "Target Text is empty: write the text with tags such as [Laughter]",
+                "目标文本为空：请填写带有 [Laughter] 等标签的文本",
+            )
+        return self._write(task, self._ready().edit(audio, said, task, info, wanted)), wanted
+
+    def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
+        if not edit_type or edit_type == "clone":
+            tasks = [name for name in self.edit_types if name != "clone"]
+            raise InvalidInput(
+                f"EDIT needs a task: choose one of {', '.join(tasks)}",
+                f"EDIT 需要编辑任务：请选择 {'、'.join(tasks)}",
+            )
+        # Tasks that are not listed are the engine's to accept or refuse.
+        choices = self.edit_types.get(edit_type, [])
+        if choices and edit_info not in choices:
+            raise InvalidInput(
+                f"{edit_type} has no sub-task {edit_info!r}: choose one of {', '.join(choices)}",
+                f"任务 {edit_type} 没有子任务 {edit_info!r}：请选择 {'、'.join(choices)}",
+            )
+        return edit_type, edit_info if choices else None
+
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
+        return self._engine
+
+    def _write(self, kind: str, answer: tuple[Any, int]) -> str:
+        audio, sample_rate = answer
+        samples = np.asarray(audio, dtype=np.float32).reshape(-1)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=f"{kind}-", suffix=".wav", dir=self._folder)
+        os.close(handle)
+        try:
+            soundfile.write(path, samples, sample_rate, subtype="PCM_16")
+        except BaseException:
+            os.unlink(path)
+            raise
+        return path
+
+
+def explain(error: Exception) -> str:
+    """An error as a sentence for people. What is not their mistake goes into the log with its traceback."""
+    if isinstance(error, ResidencyError):
+        return str(error)
+    # StepAudioTTS raises its own HTTPException, which says in `detail` what str() does not.
+    reason = getattr(error, "detail", None) or str(error) or type(error).__name__
+    if 400 <= getattr(error, "status_code", 500) < 500:
+        return f"The engine cannot do this: {reason} / 引擎无法处理该请求：{reason}"
+    logger.error("request failed", exc_info=error)
+    return f"The engine failed: {reason}. Nothing was lost; try again. / 引擎出错：{reason}。历史未丢失，请重试。"
+
+
+def _given_audio(path: str | None) -> str:
+    if not path:
+        raise InvalidInput("Input Audio is missing: upload or record something first", "缺少输入音频：请先上传或录制")
+    if not os.path.isfile(path):
+        raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")
+    return path
+
+
+def _given_text(text: str | None, en: str, zh: str) -> str:
+    if not text or not text.strip():
+        raise InvalidInput(en, zh)
+    return text.strip()

@@ -1,0 +1,188 @@
+"""The whole story in a real browser: hear a cloned voice, edit it twice, and watch the GPU panel tell the truth."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio
+import numpy as np
+import pytest
+import soundfile
+from serving import RunningApp
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.skipif(int(gradio.__version__.split(".")[0]) < 6, reason="knows the players of Gradio 6 only"),
+]
+
+WAIT_MS = 90_000
+SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun."
+#: Long enough to speak that the panel, which looks once a second, sees the model at work.
+STORY = " ".join([SENTENCE] * 8)
+
+# Writes down every state that the panel shows, so that none is missed between two looks of the test.
+_WATCH = """
+window.shown = [];
+new MutationObserver(() => {
+  const state = document.querySelector('#gpu-status [data-model=tts]')?.dataset.state;
+  if (state && state !== window.shown.at(-1)) window.shown.push(state);
+}).observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
+"""
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
+    hibari = pytest.importorskip("hibari")
+    path = tmp_path_factory.mktemp("recording") / "prompt.wav"
+    hibari.Hibari().save("Good morning, this is a short recording of my voice.", str(path), seed=1)
+    return str(path)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB")
+    with RunningApp(tmp_path, *arguments) as app, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 1100})
+        page.set_default_timeout(WAIT_MS)
+        page.add_init_script(_WATCH)
+        strangers: list[str] = []
+        page.on("request", lambda request: strangers.append(request.url) if _abroad(request.url, app.url) else None)
+        page.goto(app.url)
+        yield page
+        browser.close()
+        assert not strangers, "the page asks the internet for something"
+        assert app.stop() == 0
+
+
+def test_clone_edit_twice_release_and_clone_again(page: Page, recording: str, tmp_path: Path) -> None:
+    sync_api.expect(page.locator("#gpu-status")).to_contain_text("Simulated GPU", timeout=WAIT_MS)
+    expect_state(page, "released")
+
+    fill(page, recording, prompt="Good morning, this is a short recording of my voice.", target=STORY)
+    press(page, "CLONE")
+    expect_outputs(page, 1)
+    expect_state(page, "cpu")
+    assert_in_order(["released", "gpu", "cpu"], page.evaluate("shown"))
+    cloned_s = spoken_s(page, 0, tmp_path)
+    # People speak 10 to 25 characters a second.
+    assert len(STORY) / 25 < cloned_s < len(STORY) / 10
+
+    choose(page, "task", "speed")
+    choose(page, "sub-task", "faster")
+    press(page, "EDIT")
+    expect_outputs(page, 2)
+    choose(page, "task", "denoise")
+    press(page, "EDIT")
+    expect_outputs(page, 3)
+    expect_state(page, "cpu")
+    assert spoken_s(page, 1, tmp_path) < cloned_s
+    assert 0 < spoken_s(page, 2, tmp_path) < cloned_s
+
+    page.get_by_role("button", name="完全释放").click()
+    expect_state(page, "released")
+    sync_api.expect(page.locator("#gpu-message")).to_contain_text("the next request loads it again")
+
+    choose(page, "task", "clone")
+    page.get_by_label("Target Text").fill(SENTENCE)
+    press(page, "CLONE")
+    expect_outputs(page, 1)
+    expect_state(page, "cpu")
+    assert len(SENTENCE) / 25 < spoken_s(page, 0, tmp_path) < len(SENTENCE) / 10
+
+
+def test_bad_input_is_said_and_nothing_is_lost(page: Page, recording: str, tmp_path: Path) -> None:
+    fill(page, recording, prompt="Good morning.", target=SENTENCE)
+    press(page, "CLONE")
+    expect_outputs(page, 1)
+    message = sync_api.expect(page.locator("#message"))
+    message.to_have_text("", timeout=WAIT_MS)
+
+    page.get_by_label("Target Text").fill("")
+    press(page, "CLONE")
+    message.to_contain_text("Target Text is empty")
+    message.to_contain_text("目标文本为空")
+    expect_outputs(page, 1)
+
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"this is no audio")
+    page.locator("#prompt-audio").get_by_label("Clear").click()
+    fill(page, str(broken), prompt="Good morning.", target=SENTENCE)
+    press(page, "CLONE")
+    sync_api.expect(page.locator("#message")).not_to_contain_text("Target Text", timeout=WAIT_MS)
+    message.to_contain_text("⚠️", timeout=WAIT_MS)
+    expect_outputs(page, 1)
+
+    # The history is what EDIT works on, so it goes on as if nothing had been.
+    choose(page, "task", "speed")
+    press(page, "EDIT")
+    expect_outputs(page, 2)
+    expect_state(page, "cpu")
+    message.to_have_text("")
+
+    page.get_by_role("button", name="Clear History").click()
+    expect_outputs(page, 0)
+
+
+def fill(page: Page, recording: str, *, prompt: str, target: str) -> None:
+    page.get_by_label("Prompt Text").fill(prompt)
+    page.locator("#prompt-audio input[type=file]").set_input_files(recording)
+    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible(timeout=WAIT_MS)
+    page.get_by_label("Target Text").fill(target)
+
+
+def press(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def choose(page: Page, element: str, option: str) -> None:
+    page.locator(f"#{element} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def outputs(page: Page) -> list[str]:
+    """The addresses of the results in the chat: each has a player and a link to download it."""
+    return page.locator("#history .message-buttons-left a[download]").evaluate_all(
+        "links => links.map(link => link.href)"
+    )
+
+
+def expect_outputs(page: Page, count: int) -> None:
+    sync_api.expect(page.locator("#history .bot-row .waveform-wrapper")).to_have_count(count, timeout=WAIT_MS)
+
+
+def expect_state(page: Page, state: str) -> None:
+    chip = page.locator("#gpu-status [data-model=tts]")
+    sync_api.expect(chip).to_have_attribute("data-state", state, timeout=WAIT_MS)
+
+
+def spoken_s(page: Page, index: int, folder: Path) -> float:
+    """Seconds of the result with this index, downloaded as the browser would and looked at."""
+    path = folder / "downloaded.wav"
+    path.write_bytes(page.request.get(outputs(page)[index]).body())
+    audio, sample_rate = soundfile.read(path)
+    path.unlink()
+    # What the player plays is what the link downloads.
+    player = page.locator("#history .bot-row audio").nth(index)
+    sync_api.expect(player).to_have_js_property("readyState", 4, timeout=WAIT_MS)
+    assert player.evaluate("audio => audio.duration") == pytest.approx(len(audio) / sample_rate, abs=0.1)
+    assert np.isfinite(audio).all()
+    assert np.sqrt(np.mean(audio**2)) > 0.005
+    return len(audio) / sample_rate
+
+
+def assert_in_order(wanted: list[str], shown: list[str]) -> None:
+    """All wanted states were shown, in this order; ``moving`` between them is not always seen."""
+    assert [state for state in shown if state != "moving"] == wanted
+
+
+def _abroad(url: str, home: str) -> bool:
+    return not url.startswith((home, "data:", "blob:"))

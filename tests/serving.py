@@ -1,0 +1,124 @@
+"""``app.py`` as a real process, for tests that look at it from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+ROOT = Path(__file__).resolve().parent.parent
+START_WITHIN_S = 180
+
+# Runs app.py; SIGUSR1 makes it print the names of its threads, so that a test can see who is there.
+_WITH_ROLL_CALL = """
+import runpy, signal, sys, threading
+signal.signal(signal.SIGUSR1, lambda *_: print("threads:", *sorted(t.name for t in threading.enumerate()), flush=True))
+sys.argv[0] = "app.py"
+runpy.run_path("app.py", run_name="__main__")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_app(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    """``app.py`` in cases where it ends by itself."""
+    return subprocess.run(
+        [sys.executable, "app.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **keywords
+    )
+
+
+class RunningApp:
+    """A served app, until the block ends. ``log`` is what it has printed so far."""
+
+    def __init__(self, tmp_dir: Path, *arguments: str) -> None:
+        self.tmp_dir = tmp_dir
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._lines: list[str] = []
+        self._news = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _WITH_ROLL_CALL, "--server-name", "127.0.0.1", "--server-port", str(self.port),
+             "--tmp-dir", str(tmp_dir), *arguments],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> RunningApp:
+        try:
+            self.wait_for_line("Serving on", START_WITHIN_S)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+
+    @property
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    def wait_for_line(self, part: str, timeout_s: float = 30) -> str:
+        """The first line that contains ``part``."""
+        with self._news:
+            self._news.wait_for(lambda: self._find(part) or not self._reader.is_alive(), timeout_s)
+            line = self._find(part)
+        assert line, f"{part!r} is not in the log:\n{self.log}"
+        return line
+
+    def threads(self) -> str:
+        """The names of the threads in the process."""
+        self.process.send_signal(signal.SIGUSR1)
+        return self.wait_for_line("threads:")
+
+    def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to end; return the exit code."""
+        self.process.send_signal(sign)
+        return self.process.wait(timeout=30)
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self._call(Request(self.url + path))
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        return self._call(Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}))
+
+    def model(self) -> Any:
+        """The entry of ``tts`` in the status."""
+        return self.get("/gpu/status")[1]["models"]["tts"]
+
+    def _call(self, request: Request) -> tuple[int, Any]:
+        try:
+            with urlopen(request, timeout=60) as response:
+                return response.status, json.load(response)
+        except HTTPError as error:
+            return error.code, error.read().decode()
+
+    def _find(self, part: str) -> str | None:
+        return next((line for line in self._lines if part in line), None)
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with self._news:
+                self._lines.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()

@@ -1,0 +1,198 @@
+"""``app.py`` as its users meet it: a process with an exit code, a log, a port and a folder for recordings."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from gradio_client import Client, handle_file
+from serving import ROOT, RunningApp, run_app
+
+SIMULATED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
+
+
+@pytest.fixture(scope="module")
+def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    with RunningApp(tmp_path_factory.mktemp("managed"), *SIMULATED) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def unmanaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    with RunningApp(tmp_path_factory.mktemp("unmanaged")) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
+    hibari = pytest.importorskip("hibari")
+    path = tmp_path_factory.mktemp("recording") / "prompt.wav"
+    hibari.Hibari().save("Good morning, this is a short recording of my voice.", str(path), seed=1)
+    return str(path)
+
+
+def endpoints(app: RunningApp) -> set[str]:
+    return set(Client(app.url, verbose=False).view_api(return_format="dict")["named_endpoints"])
+
+
+def spoken_s(path: str) -> float:
+    """Seconds of sound in a WAV file that is neither broken nor silent."""
+    audio, sample_rate = soundfile.read(path)
+    assert sample_rate == 24000
+    assert np.isfinite(audio).all()
+    assert np.sqrt(np.mean(audio**2)) > 0.005
+    return len(audio) / sample_rate
+
+
+class TestWithoutManagement:
+    def test_there_is_no_gpu_control_and_no_health_route(self, unmanaged: RunningApp) -> None:
+        for path in ("/gpu/status", "/healthz", "/readyz"):
+            assert unmanaged.get(path)[0] == 404
+        assert unmanaged.post("/gpu/release", {})[0] in (404, 405)
+
+    def test_there_is_no_panel_and_no_endpoint_beside_speech(self, unmanaged: RunningApp) -> None:
+        assert "gpu-status" not in str(unmanaged.get("/config")[1])
+        assert endpoints(unmanaged) == {"/clone", "/edit"}
+
+    def test_there_is_no_monitor_and_no_word_of_it(self, unmanaged: RunningApp) -> None:
+        assert "gpu" not in unmanaged.threads()
+        assert "GPU 管理" not in unmanaged.log
+
+    def test_it_speaks(self, unmanaged: RunningApp, recording: str) -> None:
+        client = Client(unmanaged.url, verbose=False)
+        path = client.predict(handle_file(recording), "Good morning.", "It works like this too.", api_name="/clone")
+        assert 0.5 < spoken_s(path) < 6
+
+
+class TestWithManagement:
+    def test_the_log_says_so(self, managed: RunningApp) -> None:
+        assert "Simulated GPU" in managed.wait_for_line("🚀 GPU 管理已启用")
+        assert "gpu-idle-monitor" in managed.threads()
+
+    def test_health_and_status(self, managed: RunningApp) -> None:
+        assert managed.get("/healthz") == managed.get("/readyz") == (200, {"status": "ok"})
+        code, status = managed.get("/gpu/status")
+        assert (code, status["device"]["kind"], status["device"]["total_bytes"]) == (200, "simulated", 48 << 30)
+
+    def test_the_endpoints_are_these_and_no_others(self, managed: RunningApp) -> None:
+        gpu = {"/gpu_status", "/gpu_offload", "/gpu_release", "/gpu_warm"}
+        assert endpoints(managed) == {"/clone", "/edit"} | gpu
+
+    def test_programs_clone_edit_and_steer(self, managed: RunningApp, recording: str) -> None:
+        client = Client(managed.url, verbose=False)
+        cloned = client.predict(
+            prompt_audio=handle_file(recording),
+            prompt_text="Good morning.",
+            target_text="The weather is so nice today, we should go outside.",
+            api_name="/clone",
+        )
+        assert managed.model()["state"] == "cpu"
+        assert managed.model()["device_bytes"] == 0 < managed.model()["host_bytes"]
+        slower = client.predict(
+            handle_file(cloned), "The weather is so nice today.", "speed", "slower", api_name="/edit"
+        )
+        assert spoken_s(slower) > spoken_s(cloned) > 1
+        assert client.predict(model="tts", api_name="/gpu_offload")["models"]["tts"]["state"] == "cpu"
+        assert client.predict(api_name="/gpu_release")["models"]["tts"]["state"] == "released"
+        assert client.predict("tts", api_name="/gpu_warm")["models"]["tts"]["state"] in ("moving", "gpu")
+
+    def test_http_steers_too(self, managed: RunningApp) -> None:
+        code, status = managed.post("/gpu/release", {"model": "tts"})
+        assert (code, status["models"]["tts"]["state"]) in ((200, "released"), (202, "moving"), (202, "gpu"))
+        assert managed.post("/gpu/release", {"model": "asr"})[0] == 404
+
+    def test_bad_input_is_a_sentence_and_moves_nothing(
+        self, managed: RunningApp, recording: str, tmp_path: Path
+    ) -> None:
+        client = Client(managed.url, verbose=False)
+        before = managed.model()["last_move"]
+        with pytest.raises(Exception, match=r"Target Text is empty.*目标文本为空"):
+            client.predict(handle_file(recording), "Good morning.", " ", api_name="/clone")
+        with pytest.raises(Exception, match=r"'twice'.*slower"):
+            client.predict(handle_file(recording), "Good morning.", "speed", "twice", api_name="/edit")
+        with pytest.raises(Exception, match="asr"):
+            client.predict("asr", api_name="/gpu_release")
+        assert managed.model()["last_move"] == before
+
+    def test_what_only_the_engine_can_refuse_is_a_sentence_too(
+        self, managed: RunningApp, recording: str, tmp_path: Path
+    ) -> None:
+        client = Client(managed.url, verbose=False)
+        with pytest.raises(Exception, match=r"sing.*引擎无法处理"):
+            client.predict(handle_file(recording), "Good morning.", "sing", api_name="/edit")
+        text = tmp_path / "text.wav"
+        text.write_text("this is no audio")
+        with pytest.raises(Exception, match=r"audio.*音频"):
+            client.predict(handle_file(str(text)), "Good morning.", "Hello.", api_name="/clone")
+        assert managed.model()["state"] == "cpu"
+
+
+class TestEnd:
+    @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_ends_it_well_and_nothing_is_left(self, tmp_path: Path, sign: signal.Signals) -> None:
+        with RunningApp(tmp_path, *SIMULATED) as app:
+            assert list(tmp_path.iterdir())
+            assert app.stop(sign) == 0
+        assert "Traceback" not in app.log
+        assert not list(tmp_path.iterdir())
+
+    def test_a_running_request_does_not_hold_it(self, tmp_path: Path, recording: str) -> None:
+        with RunningApp(tmp_path, *SIMULATED) as app:
+            text = "This is a sentence of a very long story that is told again and again. " * 40
+            Client(app.url, verbose=False).submit(handle_file(recording), "Good morning.", text, api_name="/clone")
+            app.wait_for_line("released -> gpu")
+            assert app.stop() == 0
+        assert not list(tmp_path.iterdir())
+
+
+class TestStart:
+    def test_help_and_wrong_flags_load_nothing_heavy(self) -> None:
+        script = (
+            "import sys, app\n"
+            "try: app.main(['--help'])\n"
+            "except SystemExit: pass\n"
+            "assert not {'torch', 'gradio', 'numpy'} & set(sys.modules)\n"
+        )
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+    def test_the_page_can_be_imported_from_app(self) -> None:
+        from app import EditxTab
+        from residency.web import editx_tab
+
+        assert EditxTab is editx_tab.EditxTab
+
+    def test_a_port_in_use_is_said_before_anything_is_loaded(self, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            ended = run_app("--server-name", "127.0.0.1", "--server-port", port, "--tmp-dir", str(tmp_path))
+        assert ended.returncode == 1
+        assert port in ended.stderr
+        assert "--server-port" in ended.stderr
+        assert "无法监听" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert not list(tmp_path.iterdir())
+
+    def test_a_model_path_that_does_not_exist(self) -> None:
+        ended = run_app("--model-path", "/no/such/place")
+        assert ended.returncode == 2
+        assert "/no/such/place" in ended.stderr
+
+    def test_a_model_path_without_the_code_for_it(self, tmp_path: Path) -> None:
+        ended = run_app("--model-path", str(tmp_path), "--server-port", "7862", "--tmp-dir", str(tmp_path / "tmp"))
+        assert ended.returncode == 1
+        assert "--step-audio-root" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        ended = run_app("--tmp-dir", str(tmp_path / "file"))
+        assert ended.returncode == 1
+        assert "--tmp-dir" in ended.stderr
+        assert "Traceback" not in ended.stderr

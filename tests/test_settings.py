@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from residency.settings import parse, size_bytes
+
+
+def test_without_flags_everything_is_as_in_the_public_app_and_management_is_off() -> None:
+    settings = parse([], {})
+    assert (settings.server_name, settings.server_port, settings.tmp_dir) == ("0.0.0.0", 7860, "/tmp/gradio")
+    assert (settings.model_source, settings.torch_dtype, settings.device_map) == ("auto", "bfloat16", "cuda")
+    assert settings.tokenizer_model_id.startswith("dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k")
+    assert settings.model_path is settings.tts_model_id is settings.quantization is None
+    assert settings.share is settings.enable_auto_transcribe is settings.enable_gpu_management is False
+    assert (settings.engine, settings.gpu_keep_warm, settings.gpu_idle_timeout) == ("builtin", 0, 600)
+
+
+def test_times_are_read_with_units_and_minus_one_is_never() -> None:
+    settings = parse(["--gpu-idle-timeout", "15m", "--gpu-keep-warm", "-1"], {})
+    assert (settings.gpu_idle_timeout, settings.gpu_keep_warm) == (900, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("48GB", 48 << 30), ("48GiB", 48 << 30), ("512MB", 512 << 20), ("1.5g", 3 << 29)]
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert size_bytes(text) == nbytes
+
+
+def test_an_engine_follows_the_model_path(tmp_path: Path) -> None:
+    assert parse(["--model-path", str(tmp_path)], {}).engine == "step-audio"
+    assert parse(["--model-path", str(tmp_path), "--engine", "builtin"], {}).engine == "builtin"
+    assert parse(["--model-path", "stepfun-ai", "--model-source", "huggingface"], {}).engine == "step-audio"
+
+
+def test_the_environment_is_a_default_and_a_flag_wins() -> None:
+    environ = {"STEP_AUDIO_ROOT": "/a", "GPU_CONTROL_TOKEN": "secret"}
+    assert parse([], environ).step_audio_root == "/a"
+    assert parse([], environ).control_token == "secret"
+    assert parse(["--step-audio-root", "/b"], environ).step_audio_root == "/b"
+    assert parse([], {"GPU_CONTROL_TOKEN": ""}).control_token is None
+
+
+def test_the_token_is_not_shown_with_the_settings() -> None:
+    assert "secret" not in repr(parse(["--control-token", "secret"], {}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--model-path", "/no/such/place"], "/no/such/place"),
+        (["--model-path", "no-such-place", "--model-source", "local"], "leave --model-path out"),
+        (["--engine", "step-audio"], "--model-path"),
+        (["--simulate-gpu", "48GB"], "--enable-gpu-management"),
+        (["--enable-gpu-management", "--simulate-gpu", "plenty"], "48GB"),
+        (["--enable-gpu-management", "--simulate-gpu", "0GB"], "48GB"),
+        (["--gpu-idle-timeout", "soon"], "15m"),
+        (["--gpu-keep-warm", "auto"], "not available yet"),
+        (["--gpu-keep-warm", "-5"], "-1"),
+        (["--gpu-snapshot-dir", "/tmp"], "not available yet"),
+        (["--gpu-isolation", "process"], "not available yet"),
+        (["--server-port", "70000"], "65535"),
+        (["--quantization", "int2"], "int4"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_what_to_do_next(
+    flags: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(flags, {})
+    assert exit_.value.code == 2
+    assert hint in capsys.readouterr().err

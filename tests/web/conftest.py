@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+
+class FakeEngine:
+    """Answers tones; fails with ``error`` if there is one; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.asked: list[tuple[Any, ...]] = []
+
+    def clone(self, *arguments: Any) -> tuple[Any, int]:
+        return self._speak("clone", *arguments)
+
+    def edit(self, *arguments: Any) -> tuple[Any, int]:
+        return self._speak("edit", *arguments)
+
+    def _speak(self, *asked: Any) -> tuple[Any, int]:
+        self.asked.append(asked)
+        if self.error:
+            raise self.error
+        return np.full((1, 2400), 0.25, np.float32), 24000
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> str:
+    path = tmp_path / "prompt.wav"
+    soundfile.write(path, np.sin(np.arange(16000) * 0.03), 16000)
+    return str(path)

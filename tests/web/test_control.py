@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fakes import Gate, Worker, Workshop
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from gpu_manager import DeviceOutOfMemory, GPUResourceManager
+from residency.web.control import routes
+
+HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
+
+
+def client(manager: GPUResourceManager, address: tuple[str, int] = HERE, **keywords: Any) -> TestClient:
+    return TestClient(Starlette(routes=routes(manager, **keywords)), "http://127.0.0.1:7860", client=address)
+
+
+@pytest.fixture
+def used(manager: GPUResourceManager) -> GPUResourceManager:
+    with manager.lease("tts"):
+        pass
+    return manager
+
+
+def test_healthy_and_ready(manager: GPUResourceManager) -> None:
+    for path in ("/healthz", "/readyz"):
+        answer = client(manager).get(path)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+def test_status_is_the_managers(used: GPUResourceManager) -> None:
+    shown, told = client(used).get("/gpu/status").json(), used.status()
+    assert (shown["device"], shown["models"]) == (told["device"], told["models"])
+    assert shown["enabled"] is True
+
+
+@pytest.mark.parametrize("body", ["", "{}", '{"model": null}', '{"model": "tts"}'])
+def test_release_answers_the_status_once_done(used: GPUResourceManager, body: str) -> None:
+    answer = client(used).post("/gpu/release", content=body)
+    assert answer.status_code == 200
+    assert answer.json()["models"]["tts"]["state"] == "released"
+
+
+def test_what_is_asked_during_a_request_is_accepted_and_follows(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"):
+        answer = client(manager).post("/gpu/release", json={"model": "tts"})
+        assert answer.status_code == 202
+        assert answer.json()["models"]["tts"] | {"state": "gpu", "pending": "release"} == answer.json()["models"]["tts"]
+    assert manager.status()["models"]["tts"]["state"] == "released"
+
+
+def test_warming_has_begun_or_is_done(manager: GPUResourceManager, workshop: Workshop) -> None:
+    workshop.gate = gate = Gate()
+    assert client(manager).post("/gpu/warm", json={}).status_code == 202
+    gate.open()
+    with manager.lease("tts"):
+        assert client(manager).post("/gpu/warm", json={}).status_code == 200
+
+
+def test_status_answers_while_a_release_moves(used: GPUResourceManager, workshop: Workshop) -> None:
+    workshop.resident.gates["release"] = gate = Gate()
+    calls = client(used)
+    release = Worker(lambda: calls.post("/gpu/release").status_code)
+    gate.wait_for_arrival()
+    assert client(used).get("/gpu/status").json()["models"]["tts"]["state"] == "moving"
+    gate.open()
+    assert release.result() == 200
+
+
+def test_an_unknown_model_is_404_and_names_the_known(manager: GPUResourceManager) -> None:
+    answer = client(manager).post("/gpu/offload", json={"model": "asr"})
+    assert answer.status_code == 404
+    assert answer.json()["known"] == ["tts"]
+    assert "asr" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("body", ["tts", "[]", '{"model": 1}', "\xff"])
+def test_a_garbled_body_is_422_and_changes_nothing(used: GPUResourceManager, body: str) -> None:
+    assert client(used).post("/gpu/release", content=body).status_code == 422
+    assert used.status()["models"]["tts"]["state"] == "cpu"
+
+
+def test_a_failed_move_is_500_with_its_sentence(used: GPUResourceManager, workshop: Workshop) -> None:
+    workshop.resident.fail_next["release"] = DeviceOutOfMemory(10, 5, "card")
+    answer = client(used).post("/gpu/release")
+    assert answer.status_code == 500
+    assert "card" in answer.json()["error"]
+
+
+def test_after_close_it_is_alive_but_not_ready(manager: GPUResourceManager) -> None:
+    manager.close()
+    assert client(manager).get("/healthz").status_code == 200
+    assert client(manager).get("/readyz").status_code == 503
+    assert client(manager).post("/gpu/release", json={"model": "tts"}).status_code == 503
+
+
+class TestWhoMayChange:
+    """Looking is free; changing takes being on this machine, or the token."""
+
+    def test_others_need_the_token(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE, token="secret")
+        assert calls.post("/gpu/release").status_code == 401
+        assert calls.post("/gpu/release", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert calls.post("/gpu/release", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert calls.post("/gpu/release", headers={"X-Control-Token": "secret"}).status_code == 200
+        assert calls.get("/gpu/status").status_code == 200
+
+    def test_without_a_token_others_cannot(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE)
+        for headers in ({}, {"Authorization": "Bearer "}, {"X-Control-Token": "None"}):
+            assert calls.post("/gpu/release", headers=headers).status_code == 401
+        assert "--control-token" in calls.post("/gpu/release").json()["error"]
+
+    def test_this_machine_needs_none(self, manager: GPUResourceManager) -> None:
+        assert client(manager, token="secret").post("/gpu/release").status_code == 200
+        assert client(manager, ("::1", 4000), token="secret").post("/gpu/release").status_code == 200
+
+    def test_behind_a_tunnel_everybody_does(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, token="secret", trust_local=False)
+        assert calls.post("/gpu/release").status_code == 401
+        assert calls.post("/gpu/release", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("headers", "code"),
+        [
+            ({"Origin": "http://127.0.0.1:7860"}, 200),
+            ({"Origin": "http://evil.example"}, 401),
+            ({"Origin": "http://127.0.0.1:9999"}, 401),
+            ({"Origin": "null"}, 401),
+            ({"Host": "evil.example:7860", "Origin": "http://evil.example:7860"}, 401),
+            ({"Host": "localhost:7860", "Origin": "http://localhost:7860"}, 200),
+        ],
+    )
+    def test_a_page_of_another_site_cannot(
+        self, manager: GPUResourceManager, headers: dict[str, str], code: int
+    ) -> None:
+        assert client(manager).post("/gpu/release", headers=headers).status_code == code

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+import soundfile
+
+from app import EditxTab
+from gpu_manager import GPUResourceManager
+from residency.errors import InvalidInput
+from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")  # what gr.Warning becomes outside a page
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def tab(engine: Any, folder: Path) -> EditxTab:
+    return EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine)
+
+
+class Session:
+    """What one visitor does on the page, with the state that Gradio would keep for them."""
+
+    def __init__(self, tab: EditxTab, recording: str) -> None:
+        self.tab, self.recording = tab, recording
+        self.state = tab.init_state()
+        self.chat: Any = []
+        self.message = ""
+
+    def clone(self, prompt: str = "said", target: str = "to say", task: str = "clone") -> Session:
+        return self._take(self.tab.generate_clone(prompt, self.recording, target, task, None, self.state))
+
+    def edit(self, task: str = "speed", info: str | None = "faster", target: str = "") -> Session:
+        return self._take(self.tab.generate_edit("said", self.recording, target, task, info, self.state))
+
+    def _take(self, answer: tuple[Any, Any, str]) -> Session:
+        chat, self.state, self.message = answer
+        if isinstance(chat, list):
+            self.chat = chat
+        return self
+
+    @property
+    def results(self) -> list[tuple[str, str]]:
+        return self.state["history_audio"]
+
+
+@pytest.fixture
+def session(tab: EditxTab, recording: str) -> Session:
+    return Session(tab, recording)
+
+
+def test_clone_answers_text_and_players_of_input_and_output(session: Session, engine: Any) -> None:
+    session.clone("said", "to say")
+    assert engine.asked == [("clone", session.recording, "said", "to say")]
+    assert [message["role"] for message in session.chat] == ["user", "user", "assistant", "assistant"]
+    assert "said" in session.chat[0]["content"]
+    assert "to say" in session.chat[2]["content"]
+    assert all(isinstance(session.chat[place]["content"], gr.Audio) for place in (1, 3))
+    audio, sample_rate = soundfile.read(session.results[0][0])
+    assert (len(audio), sample_rate) == (2400, 24000)
+    assert session.message == ""
+
+
+def test_edits_stack_on_the_latest_result_and_leave_no_other_files(session: Session, engine: Any, folder: Path) -> None:
+    session.clone(target="to say").edit("speed", "slower").edit("denoise", None)
+    files = [path for path, _ in session.results]
+    assert engine.asked[1:] == [
+        ("edit", files[0], "to say", "speed", "slower", "to say"),
+        ("edit", files[1], "to say", "denoise", None, "to say"),
+    ]
+    assert len(session.chat) == 12
+    assert sorted(map(str, folder.iterdir())) == sorted(files)
+
+
+def test_the_first_edit_works_on_the_recording(session: Session, engine: Any) -> None:
+    session.edit("vad", None)
+    assert engine.asked == [("edit", session.recording, "said", "vad", None, "said")]
+
+
+def test_only_paralinguistic_uses_the_target_text(session: Session, engine: Any) -> None:
+    session.clone().edit("paralinguistic", None, "to[Laughter] say").edit("vad", None, "something else")
+    assert [asked[-1] for asked in engine.asked[1:]] == ["to[Laughter] say", "to[Laughter] say"]
+
+
+def test_a_clone_that_succeeds_begins_a_new_history(session: Session, folder: Path) -> None:
+    session.clone().edit().clone()
+    assert len(session.chat) == 4
+    assert list(folder.iterdir()) == [Path(session.results[0][0])]
+
+
+@pytest.mark.parametrize("mishap", ["empty prompt", "empty target", "wrong task", "no audio", "engine"])
+def test_a_clone_that_fails_loses_nothing(session: Session, engine: Any, mishap: str) -> None:
+    session.clone().edit()
+    chat, state = session.chat, session.state
+    if mishap == "empty prompt":
+        session.clone(prompt=" ")
+    elif mishap == "empty target":
+        session.clone(target="")
+    elif mishap == "wrong task":
+        session.clone(task="speed")
+    elif mishap == "no audio":
+        session.recording = ""
+        session.clone()
+    else:
+        engine.error = InvalidInput("no speech <here>", "没有语音")
+        session.clone()
+        assert "no speech &lt;here&gt; / 没有语音" in session.message
+    assert "alert" in session.message
+    assert (session.chat, session.state) == (chat, state)
+    assert all(Path(path).is_file() for path, _ in session.results)
+
+
+@pytest.mark.parametrize(
+    ("task", "info"),
+    [("clone", None), ("", None), ("speed", None), ("speed", "twice"), ("paralinguistic", None)],
+)
+def test_an_edit_that_cannot_be_says_so_before_the_engine_is_asked(
+    session: Session, engine: Any, task: str, info: str | None
+) -> None:
+    session.clone().edit(task, info)
+    assert "alert" in session.message
+    assert len(session.results) == len(engine.asked) == 1
+    assert session.edit().message == ""
+
+
+def test_what_the_engine_says_in_its_own_words_is_shown(session: Session, engine: Any) -> None:
+    engine.error = type("HTTPException", (Exception,), {"detail": "Unsupported edit type", "status_code": 400})()
+    assert "cannot do this: Unsupported edit type" in session.edit("singing", None).message
+    engine.error = RuntimeError("CUDA error")
+    assert "CUDA error" in session.clone().message
+
+
+def test_clear_forgets_history_and_files(session: Session, folder: Path) -> None:
+    session.clone().edit()
+    chat, state, message = session.tab.clear_history(session.state)
+    assert (chat, state, message) == ([], session.tab.init_state(), "")
+    assert not list(folder.iterdir())
+
+
+def test_sessions_do_not_see_each_other(tab: EditxTab, recording: str) -> None:
+    mine, theirs = Session(tab, recording).clone(), Session(tab, recording)
+    assert theirs.edit().results[0] != mine.results[0]
+    assert len(mine.chat) == 4
+
+
+def test_sub_tasks_follow_the_task(tab: EditxTab) -> None:
+    assert tab.update_edit_info("speed")["choices"] == STEP_AUDIO_EDIT_TYPES["speed"]
+    assert tab.update_edit_info("vad") | {"choices": [], "value": None} == tab.update_edit_info("vad")
+
+
+class TestWithoutManagement:
+    def test_gpu_methods_say_how_to_enable_it(self, tab: EditxTab) -> None:
+        for say in (tab.get_gpu_status, tab.offload_gpu, tab.release_gpu):
+            assert "--enable-gpu-management" in say()
+
+    def test_the_page_has_no_panel(self, tab: EditxTab) -> None:
+        assert "gpu" not in drawn(tab)
+
+
+class TestWithManagement:
+    @pytest.fixture
+    def tab(self, engine: Any, folder: Path, manager: GPUResourceManager) -> Iterator[EditxTab]:
+        engine.manager = manager
+        with manager.lease("tts"):
+            pass
+        return EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine)
+
+    def test_status_offload_and_release_tell_the_truth(self, tab: EditxTab, manager: GPUResourceManager) -> None:
+        assert "In main memory" in tab.get_gpu_status()
+        assert "Simulated" in tab.get_gpu_status()
+        assert "Offloaded" in tab.offload_gpu()
+        assert "tts: 已释放 / Released" in tab.release_gpu()
+        assert manager.status()["models"]["tts"]["state"] == "released"
+
+    def test_during_a_request_they_say_that_they_follow(self, tab: EditxTab, manager: GPUResourceManager) -> None:
+        with manager.lease("tts"):
+            assert "when the running request ends" in tab.release_gpu()
+            assert "On the simulated GPU" in tab.get_gpu_status()
+        assert "Released" in tab.get_gpu_status()
+
+    def test_a_failure_becomes_the_answer(self, tab: EditxTab, manager: GPUResourceManager) -> None:
+        manager.close()
+        assert "closed" in tab.offload_gpu()
+
+    def test_looking_never_counts_as_use(self, tab: EditxTab, manager: GPUResourceManager, clock: Any) -> None:
+        clock.advance(100)
+        tab.get_gpu_status()
+        assert manager.status()["models"]["tts"]["idle_s"] == 100
+
+    def test_the_page_has_the_panel(self, tab: EditxTab) -> None:
+        assert "gpu-status" in drawn(tab)
+
+
+def drawn(tab: EditxTab) -> str:
+    """The configuration of a page with this tab."""
+    with gr.Blocks() as blocks:
+        tab.register_components()
+        tab.register_events()
+    return str([component["props"].get("elem_id") for component in blocks.get_config_file()["components"]])
