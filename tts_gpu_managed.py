@@ -2,6 +2,8 @@
 
     tts = GPUManagedTTS(model_path, audio_tokenizer, gpu_idle_timeout=600)
     audio, sample_rate = tts.clone("prompt.wav", "what is said in it", "what to say instead")
+
+Importing this brings no torch; the engine is imported and built on the first call.
 """
 
 from __future__ import annotations

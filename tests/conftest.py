@@ -8,10 +8,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fakes import Workshop  # noqa: E402
+from fakes import Workshop
 
-from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
-from residency.clock import ManualClock  # noqa: E402
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.clock import ManualClock
 
 
 @pytest.fixture

@@ -19,5 +19,5 @@ def test_durations(text: float | str, expected: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "-2", -5, "1d", "1m30s", "nan", math.nan, "1e3x", "--1", "-1m", None])
 def test_what_is_no_duration_says_what_would_be(text: object) -> None:
-    with pytest.raises(InvalidInput, match="15m.*-1 means never"):
+    with pytest.raises(InvalidInput, match=r"15m.*-1 means never"):
         seconds(text)

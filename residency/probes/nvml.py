@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import pynvml  # type: ignore[import-untyped]
+import pynvml
 
 from ..contracts import Memory
 

@@ -1,0 +1,128 @@
+"""Recordings that people upload, as mono float32 at 24 kHz, or an `InvalidInput` that says what to give instead."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidInput
+
+Samples = NDArray[np.float32]
+
+SAMPLE_RATE = 24000
+MAX_MINUTES = 10
+_LOWEST_HZ, _HIGHEST_HZ = 8_000, 192_000
+#: Peak below which a recording is called silent: -70 dBFS, a few steps of 16-bit audio.
+_SILENT_PEAK = 10 ** (-70 / 20)
+_PEAK = 0.95
+
+
+def read_audio(path: str) -> Samples:
+    """Read any file that libsndfile can (WAV, FLAC, OGG, MP3, AIFF...): float32 [samples], 24 kHz, peak at most 1.
+
+    Channels are mixed down and a constant offset is removed. `InvalidInput` if the file is missing, no audio,
+    empty, silent, damaged (NaN, infinite), longer than `MAX_MINUTES` or sampled below 8 or above 192 kHz.
+    """
+    channels, sample_rate = _decode(path)
+    name = os.path.basename(path)
+    if not len(channels):
+        raise InvalidInput(f"{name} has no audio in it: record it again", f"{name} 中没有音频：请重新录制")
+    if not np.isfinite(channels).all():
+        raise InvalidInput(
+            f"{name} is damaged (NaN or infinite samples): export it again from the program that made it",
+            f"{name} 已损坏（含 NaN 或无穷大采样值）：请从生成它的程序重新导出",
+        )
+    mixed = _mixed_down(channels)
+    samples: Samples = mixed - np.float32(mixed.mean(dtype=np.float64))
+    if np.abs(samples).max() < _SILENT_PEAK:
+        raise InvalidInput(
+            f"{name} is silent: check the microphone and record it again", f"{name} 是静音：请检查麦克风后重新录制"
+        )
+    if sample_rate != SAMPLE_RATE:
+        import soxr
+
+        samples = np.asarray(soxr.resample(samples, sample_rate, SAMPLE_RATE), dtype=np.float32)
+    if len(samples) < SAMPLE_RATE // 10:
+        raise InvalidInput(
+            f"{name} is shorter than a tenth of a second: give a longer recording",
+            f"{name} 不足 0.1 秒：请提供更长的录音",
+        )
+    # Files with float samples may exceed full scale; resampling overshoots a little.
+    peak = float(np.abs(samples).max())
+    return samples / np.float32(peak) if peak > 1 else samples
+
+
+def at_level(samples: Samples, rms: float) -> Samples:
+    """Scale speech to a root mean square of its louder parts, as `speech_rms` measures it, without clipping."""
+    gain = rms / max(speech_rms(samples), 1e-9)
+    return without_clipping(samples * np.float32(gain))
+
+
+def without_clipping(samples: Samples) -> Samples:
+    """Scale down, if need be, to a peak of 0.95; all samples stay in proportion."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    return (samples * np.float32(_PEAK / peak) if peak > _PEAK else samples).astype(np.float32, copy=False)
+
+
+def speech_rms(samples: Samples) -> float:
+    """Root mean square over the frames of 20 ms within 30 dB of the loudest: pauses do not count."""
+    frame = SAMPLE_RATE // 50
+    padded = np.pad(samples.astype(np.float64), (0, -len(samples) % frame))
+    powers = np.mean(padded.reshape(-1, frame) ** 2, axis=1)
+    return float(np.sqrt(powers[powers >= powers.max(initial=0.0) * 1e-3].mean()))
+
+
+def quiet_pieces(samples: Samples, seconds: int) -> list[Samples]:
+    """Cut a recording where it is quiet, into pieces of about that length; together they are the whole."""
+    frame, search = SAMPLE_RATE // 50, seconds // 5
+    cuts = [0]
+    while len(samples) - cuts[-1] > (seconds + search) * SAMPLE_RATE:
+        start = cuts[-1] + (seconds - search) * SAMPLE_RATE
+        window = samples[start : start + 2 * search * SAMPLE_RATE]
+        powers = np.mean(window.reshape(-1, frame) ** 2, axis=1)
+        cuts.append(start + int(powers.argmin()) * frame + frame // 2)
+    return [samples[start:end] for start, end in itertools.pairwise([*cuts, len(samples)])]
+
+
+def _decode(path: str) -> tuple[NDArray[np.float32], int]:
+    """Samples [frames, channels] and Hz."""
+    import soundfile
+
+    if not path:
+        raise InvalidInput("No audio was given: upload or record some", "没有提供音频：请上传或录制")
+    if not os.path.isfile(path):
+        raise InvalidInput(f"There is no file {path}: check its path", f"文件 {path} 不存在：请检查路径")
+    name = os.path.basename(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            sample_rate = int(file.samplerate)
+            if not _LOWEST_HZ <= sample_rate <= _HIGHEST_HZ:
+                raise InvalidInput(
+                    f"{name} has {sample_rate} samples per second: give audio of 8 to 192 kHz",
+                    f"{name} 的采样率为 {sample_rate} Hz：请提供 8 至 192 kHz 的音频",
+                )
+            limit = MAX_MINUTES * 60 * sample_rate
+            # Counted while reading: the length in a header may be wrong or missing.
+            samples = file.read(limit + 1, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise InvalidInput(
+            f"{name} cannot be read as audio ({error}): convert it to WAV, FLAC, OGG or MP3",
+            f"{name} 无法作为音频读取（{error}）：请转换为 WAV、FLAC、OGG 或 MP3",
+        ) from error
+    if len(samples) > limit:
+        raise InvalidInput(
+            f"{name} is longer than {MAX_MINUTES} minutes: cut it into pieces",
+            f"{name} 超过 {MAX_MINUTES} 分钟：请切成几段",
+        )
+    return samples, sample_rate
+
+
+def _mixed_down(channels: NDArray[np.float32]) -> Samples:
+    """The mean of the channels; the strongest one where they cancel out (a cable with reversed polarity)."""
+    mixed: Samples = channels.mean(axis=1, dtype=np.float32)
+    powers = np.mean(np.square(channels, dtype=np.float64), axis=0)
+    cancelled = np.mean(np.square(mixed, dtype=np.float64)) < powers.max() * 1e-3
+    return np.ascontiguousarray(channels[:, powers.argmax()]) if cancelled else mixed

@@ -1,0 +1,225 @@
+"""The engine that needs no download and no GPU: English speech by hibari, voices by WORLD, pauses by silero-vad."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InvalidInput
+from . import effects, voice, world
+from .audio import SAMPLE_RATE, Samples, at_level, read_audio, without_clipping
+from .denoise import denoise
+from .speech_detector import cut, load_vad, speech_segments
+from .text import english, required
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_SPEEDS = {"faster": 1.2, "slower": 1 / 1.2, "more faster": 1.45, "more slower": 1 / 1.45}
+_REAL_MODEL_ONLY = ("emotion", "paralinguistic")
+# Said once by the engine to know its own voice: every English phoneme, in sentences of ordinary melody.
+_REFERENCE_TEXT = (
+    "The beige hue on the waters of the loch impressed all, including the French queen, before she heard that symphony "
+    "again, just as young Arthur wanted. I usually measure the voyage by the joy of those who watch."
+)
+
+
+class HTTPException(Exception):
+    """An edit type that does not exist, with the fields that StepAudioTTS's exception of this name has."""
+
+    def __init__(self, status_code: HTTPStatus, detail: str) -> None:
+        super().__init__(status_code, detail)
+        self.status_code = status_code
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+def supported_edit_types() -> dict[str, list[str]]:
+    """Tasks and their sub-tasks (``edit_info``), in the order in which the page offers them. Imports nothing."""
+    return {"clone": [], "style": ["whisper"], "vad": [], "denoise": [], "speed": list(_SPEEDS)}
+
+
+class BuiltinEngine:
+    """Speech in the voice of a recording, and edits of recordings, on any machine.
+
+    The text is spoken by hibari (ONNX Runtime, on the CPU), then given the prompt's pitch, vocal-tract length and
+    spectrum with WORLD. silero-vad finds the speech in recordings, on ``device``. Everything is loaded here, so
+    that whoever manages the engine finds all of its sessions and tensors at once.
+
+    Not thread-safe: one call at a time. Nothing is kept between calls; what they return depends on their arguments
+    and the seed alone.
+    """
+
+    def __init__(self, device: str = "cpu", seed: int | None = None) -> None:
+        """
+        Args:
+            device: where the torch part computes (``"cpu"``, ``"cuda"``).
+            seed: of the noise in the speech, for every call; None to draw one from torch's global generator on each
+                `clone`, so that ``torch.manual_seed`` decides.
+        """
+        from hibari import Hibari
+
+        self.device = device
+        self.seed = seed
+        self.speaker = Hibari()
+        _ = self.speaker.g2p.oov  # made on first use otherwise
+        self.vad_model = load_vad(device)
+        reference = self.speaker(_REFERENCE_TEXT, seed=0)
+        own_voice = voice.measure(reference, world.analyse(reference))
+        assert own_voice is not None, "the reference text is voiced speech"
+        self._own_voice = own_voice
+
+    def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
+        """Say an English text in the voice of a recording.
+
+        Args:
+            prompt_wav_path: a file that libsndfile reads, of 8 to 192 kHz, any number of channels, up to 10 minutes.
+            prompt_text: what is said in it, in any language; required, as the real model requires it.
+            target_text: what to say, up to 5,000 characters.
+
+        Returns:
+            float32 of shape [1, samples] on the CPU within -1 to 1, and 24000.
+
+        Raises:
+            InvalidInput: something given cannot be used; the message says what to give instead.
+        """
+        try:
+            required(prompt_text, "Prompt Text", "提示文本")
+            text = english(required(target_text, "Target Text", "目标文本"))
+            chunks = self._phonemes(text)
+            target = self._voice_of(read_audio(prompt_wav_path))
+            rng = np.random.default_rng(self._next_seed())
+            return _result(at_level(self._say(chunks, target, rng), float(np.clip(target.rms, 0.03, 0.12))))
+        except Exception as error:
+            logger.error("Clone failed: %s", error)
+            raise
+
+    def edit(
+        self,
+        input_audio_path: str,
+        audio_text: str,
+        edit_type: str,
+        edit_info: str | None = None,
+        text: str | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """Change a recording.
+
+        Args:
+            input_audio_path: as for `clone`.
+            audio_text, text: not used here; the real model needs them.
+            edit_type: ``speed``, ``denoise``, ``vad`` (cuts long pauses), ``style`` or ``whisper``.
+            edit_info: for ``speed`` faster, slower, more faster or more slower; for ``style`` whisper.
+
+        Returns:
+            As `clone`.
+
+        Raises:
+            InvalidInput: something given cannot be used, or only the real model can do this.
+            HTTPException: an unknown ``edit_type``.
+        """
+        try:
+            _check_edit(edit_type, edit_info)
+            samples = read_audio(input_audio_path)
+            if edit_type == "speed":
+                return _result(effects.change_speed(samples, _SPEEDS[str(edit_info)]))
+            if edit_type == "denoise":
+                return _result(denoise(samples))
+            if edit_type == "vad":
+                return _result(self._speech_in(samples))
+            return _result(effects.whisper(samples))
+        except Exception as error:
+            logger.error("Edit failed: %s", error)
+            raise
+
+    def _next_seed(self) -> int:
+        import torch
+
+        return self.seed if self.seed is not None else int(torch.randint(2**31, ()).item())
+
+    def _phonemes(self, text: str) -> list[str]:
+        """Phonemes of the text, a string for each sentence; `InvalidInput` if nothing in it can be said."""
+        try:
+            sentences = self.speaker.phonemize(text)
+        except (IndexError, ValueError) as error:
+            raise InvalidInput(
+                f"The text cannot be pronounced ({error}): write very long numbers in words",
+                f"无法朗读该文本（{error}）：请将过长的数字写成单词",
+            ) from error
+        chunks = [chunk for sentence in sentences for chunk in _short(sentence) if any(map(str.isalpha, chunk))]
+        if not chunks:
+            raise InvalidInput(
+                "There is nothing to pronounce in the Target Text: write some words",
+                "目标文本中没有可朗读的内容：请填写一些单词",
+            )
+        return chunks
+
+    def _speech_in(self, samples: Samples) -> Samples:
+        """The recording without long pauses; `InvalidInput` if nobody speaks in it."""
+        segments = speech_segments(samples, self.vad_model, self.device)
+        if not segments:
+            raise InvalidInput(
+                "No speech was found in the recording: give one in which somebody speaks",
+                "录音中没有检测到语音：请提供有人说话的录音",
+            )
+        return cut(samples, segments)
+
+    def _voice_of(self, samples: Samples) -> voice.Voice:
+        """The voice of a recording; `InvalidInput` if there is too little of it."""
+        speech = self._speech_in(samples)[: 30 * SAMPLE_RATE]
+        measured = voice.measure(speech, world.analyse(speech))
+        if measured is None:
+            raise InvalidInput(
+                f"The recording has less than {voice.MIN_VOICED_S} s of voiced speech: give a few seconds of ordinary "
+                f"speech, not a whisper",
+                f"录音中的有声语音不足 {voice.MIN_VOICED_S} 秒：请提供几秒钟的正常说话录音，不要用耳语",
+            )
+        return measured
+
+    def _say(self, chunks: list[str], target: voice.Voice, rng: np.random.Generator) -> Samples:
+        said = []
+        for chunk in chunks:
+            plain = self.speaker.from_ids(self.speaker.ids(chunk), rng=rng)
+            converted = world.synthesise(voice.convert(world.analyse(plain), self._own_voice, target))
+            said.append(converted[: len(plain)])
+        return np.concatenate(said)
+
+
+def _short(phonemes: str) -> list[str]:
+    """A sentence without punctuation can be very long: pieces of about 400 phonemes, as hibari cuts the others."""
+    return textwrap.wrap(phonemes, 400, break_long_words=False, break_on_hyphens=False)
+
+
+def _check_edit(edit_type: str, edit_info: str | None) -> None:
+    types = supported_edit_types()
+    if edit_type == "whisper" or (edit_type in types and edit_type != "clone" and not types[edit_type]):
+        return
+    if edit_type in ("style", "speed") and edit_info in types[edit_type]:
+        return
+    can = "speed, denoise, vad, style whisper"
+    if edit_type in _REAL_MODEL_ONLY or edit_type == "style":
+        asked = f"{edit_type} {edit_info or ''}".strip()
+        raise InvalidInput(
+            f"The built-in engine cannot do {asked!r}, only {can}: start the app with --model-path and "
+            f"Step-Audio-EditX for the rest",
+            f"内置引擎不支持 {asked!r}，仅支持 {can}：其余编辑请以 --model-path 启动 Step-Audio-EditX",
+        )
+    if edit_type == "speed":
+        raise InvalidInput(
+            f"speed has no sub-task {edit_info!r}: choose one of {', '.join(_SPEEDS)}",
+            f"speed 没有子任务 {edit_info!r}：请选择 {'、'.join(_SPEEDS)}",
+        )
+    raise HTTPException(HTTPStatus.BAD_REQUEST, f"Unsupported edit_type: {edit_type}; this engine does {can}")
+
+
+def _result(samples: Samples) -> tuple[torch.Tensor, int]:
+    import torch
+
+    return torch.from_numpy(without_clipping(samples)).unsqueeze(0), SAMPLE_RATE

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hibari import Hibari
+
+from residency.engines.builtin import BuiltinEngine
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody in the village was surprised at all."
+
+Write = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def speaker() -> Hibari:
+    return Hibari()
+
+
+@pytest.fixture(scope="session")
+def speech(speaker: Hibari) -> np.ndarray:
+    """Clean speech, float32 [samples], 24 kHz, about 5 s."""
+    return speaker(SENTENCE, seed=0)
+
+
+@pytest.fixture(scope="session")
+def engine() -> BuiltinEngine:
+    return BuiltinEngine()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write samples, [frames] or [frames, channels], to a file and return its path."""
+
+    def write(samples: np.ndarray, sample_rate: int = 24000, name: str = "a.wav", subtype: str = "FLOAT") -> str:
+        path = tmp_path / name
+        soundfile.write(path, samples, sample_rate, subtype=subtype)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def prompt(write: Write, speech: np.ndarray) -> str:
+    return write(speech, name="prompt.wav")

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from residency.engines import text
+from residency.errors import InvalidInput
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["Hello.", "Café naïve, Ürümqi, Łódź and Đà Nẵng!", "It's 5 °C – “mild”, isn’t it?", "π is about 3.14, µ is small",
+     "42", "1st of May; №5 😀", "“Ｆｕｌｌ　ｗｉｄｔｈ”", "2º and 3ª", "x² + y³"],
+)  # fmt: skip
+def test_latin_texts_pass(said: str) -> None:
+    text.english(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [("你好，世界", "你好"), ("こんにちは", "こんにちは"), ("안녕하세요", "안녕하세요"), ("Привет, мир", "Привет"),
+     ("مرحبا", "مرحبا"), ("שלום", "שלום"), ("नमस्ते", "न"), ("Καλημέρα", "Καλημέρα"),
+     ("I live in 上海 now, and this is a long English sentence", "上海")],
+)  # fmt: skip
+def test_words_that_would_be_left_out_are_named(said: str, word: str) -> None:
+    with pytest.raises(InvalidInput, match=word) as refused:
+        text.english(said)
+    assert "--model-path" in refused.value.en
+    assert "--model-path" in refused.value.zh
+
+
+def test_full_width_punctuation_becomes_half_width() -> None:
+    assert text.english("Wait！ Why？ Well，yes。") == "Wait! Why? Well,yes."
+
+
+@pytest.mark.parametrize("nothing", ["", "  \n\t", None])
+def test_empty_texts_are_refused(nothing: str | None) -> None:
+    with pytest.raises(InvalidInput, match="Target Text is empty") as refused:
+        text.required(nothing, "Target Text", "目标文本")
+    assert "目标文本为空" in refused.value.zh
+
+
+def test_long_texts_are_refused() -> None:
+    assert len(text.required("a" * 5000, "Target Text", "目标文本")) == 5000
+    with pytest.raises(InvalidInput, match="5,001 characters"):
+        text.required("a" * 5001, "Target Text", "目标文本")
