@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SPEEDS = {"faster": 1.2, "slower": 1 / 1.2, "more faster": 1.45, "more slower": 1 / 1.45}
+_PROMPT_S = 30  # what follows says nothing new about a voice
 _REAL_MODEL_ONLY = ("emotion", "paralinguistic")
 # Said once by the engine to know its own voice: every English phoneme, in sentences of ordinary melody.
 _REFERENCE_TEXT = (
@@ -115,7 +116,7 @@ class BuiltinEngine:
         Args:
             input_audio_path: as for `clone`.
             audio_text, text: not used here; the real model needs them.
-            edit_type: ``speed``, ``denoise``, ``vad`` (cuts long pauses), ``style`` or ``whisper``.
+            edit_type: ``speed``, ``denoise``, ``vad`` (cuts pauses to 0.3 s), ``style`` or ``whisper``.
             edit_info: for ``speed`` faster, slower, more faster or more slower; for ``style`` whisper.
 
         Returns:
@@ -173,7 +174,8 @@ class BuiltinEngine:
 
     def _voice_of(self, samples: Samples) -> voice.Voice:
         """The voice of a recording; `InvalidInput` if there is too little of it."""
-        speech = self._speech_in(samples)[: 30 * SAMPLE_RATE]
+        # Noise would pass for a part of the voice.
+        speech = denoise(self._speech_in(samples)[: _PROMPT_S * SAMPLE_RATE])
         measured = voice.measure(speech, world.analyse(speech))
         if measured is None:
             raise InvalidInput(

@@ -24,6 +24,8 @@ _WARPS = np.exp(np.linspace(np.log(0.8), np.log(1.25), 46))
 _MAX_PITCH_SHIFT = np.log(2.5)
 _SPREAD_RATIOS = (0.6, 1.6)
 _VARIATION_RATIOS = (0.65, 1.5)
+# -10 and 4 dB: bursts of plosives that pass for voiced would get piercing.
+_VARIED_BY = (-np.log(10), 0.4 * np.log(10))
 # -20 and 12 dB: taking away is harmless, adding brings up noise.
 _GAINS = (-2.0 * np.log(10), 1.2 * np.log(10))
 _GAIN_WIDTH_MEL = 30.0
@@ -79,7 +81,7 @@ def convert(frames: Frames, source: Voice, target: Voice) -> Frames:
     mean = _warped(source.voiced, warp)
     spectra = _warped(_log(frames.envelope), warp)
     variation = _smoothed(target.variation / np.maximum(_warped(source.variation, warp), 1e-3), 2 * _GAIN_WIDTH_MEL)
-    varied = mean + (spectra - mean) * variation.clip(*_VARIATION_RATIOS)
+    varied = spectra + ((spectra - mean) * (variation.clip(*_VARIATION_RATIOS) - 1)).clip(*_VARIED_BY)
     voiced_gain, unvoiced_gain = _gains(source, target, warp)
     spectra = voicing * (varied + voiced_gain) + (1 - voicing) * (spectra + unvoiced_gain)
     return Frames(

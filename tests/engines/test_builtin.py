@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from residency.engines.builtin import BuiltinEngine, HTTPException
 from residency.errors import InvalidInput
 
 Write = Callable[..., str]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = "I would like to tell you about the weather. It should be sunny tomorrow."
 EDITS = [("speed", "faster"), ("speed", "more slower"), ("denoise", None), ("vad", None), ("style", "whisper"),
          ("whisper", None)]  # fmt: skip
@@ -206,4 +208,4 @@ def test_edit_types_can_be_listed_without_loading_anything() -> None:
         "assert supported_edit_types()['speed'] == ['faster', 'slower', 'more faster', 'more slower']\n"
         "assert not {'torch', 'onnxruntime', 'hibari', 'scipy', 'soundfile', 'pyworld'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
