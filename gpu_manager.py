@@ -15,6 +15,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from residency.clock import SystemClock
@@ -34,7 +35,7 @@ from residency.moving import Mover
 from residency.planning import due_move, move_towards, next_deadline
 from residency.policies import FixedPolicy, seconds
 from residency.probes import HostProbe
-from residency.residents import adopt
+from residency.residents import SnapshotFolder, adopt
 from residency.states import Move, MoveRecord, Slot, State
 from residency.status import describe
 
@@ -68,7 +69,8 @@ class GPUResourceManager:
     """Moves named models between device, host memory and released, and never under a running request.
 
     ``device=None`` takes the best device found. ``keep_warm`` and ``idle_timeout`` are defaults for `register`:
-    seconds or ``"15m"``; -1 is never. All methods may be called from any thread. Moves run outside the lock,
+    seconds or ``"15m"``; -1 is never. With ``snapshot_dir`` released weights are kept on disk there, at most
+    ``snapshot_limit_bytes`` of them, and read back instead of loaded. All methods may be called from any thread. Moves run outside the lock,
     so `status` answers at once even while a model loads.
     """
 
@@ -78,13 +80,16 @@ class GPUResourceManager:
         *,
         keep_warm: float | str = 0,
         idle_timeout: float | str = 600,
+        snapshot_dir: str | Path | None = None,
+        snapshot_limit_bytes: int | None = None,
         clock: Clock | None = None,
         adopt: Callable[[Any, Device], Resident] = adopt,
     ) -> None:
         self.policy = FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
         self.device: Device = device or find_device()
         self._clock: Clock = clock or SystemClock()
-        self._mover = Mover(self.device, adopt)
+        snapshots = SnapshotFolder(snapshot_dir, snapshot_limit_bytes) if snapshot_dir is not None else None
+        self._mover = Mover(self.device, adopt, snapshots)
         self._host = HostProbe()
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -367,6 +372,7 @@ class GPUResourceManager:
                     self._begin_locked(slot, move)
             if move:
                 self._carry_out_quietly(slot, move)
+            self._mover.forget(slot)  # what a release has kept for the next load
 
     # -- the monitor --------------------------------------------------------------------------------------------
 

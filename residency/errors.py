@@ -99,6 +99,17 @@ class DeviceUnavailable(ResidencyError):
         self.reason = reason
 
 
+class SnapshotUnusable(ResidencyError):
+    """A snapshot cannot be written or read. No reason to fail: the engine is released or loaded the normal way."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"The snapshot of {name!r} cannot be used: {reason}. / {name!r} 的快照无法使用：{reason}。", name, reason
+        )
+        self.name = name
+        self.reason = reason
+
+
 class InvalidInput(ResidencyError, ValueError):
     """Something a user gave cannot be used; the message says what to give instead, in both languages."""
 

@@ -62,6 +62,12 @@ class FakeResident:
     def release(self) -> int:
         return self._move("release", "nowhere")
 
+    def save(self, store: Any, name: str) -> int:
+        return self._move("save", "disk")
+
+    def load(self, store: Any, name: str) -> int:
+        return self._move("load", "host")
+
 
 class FakeEngine:
     """What a `Workshop` builds."""

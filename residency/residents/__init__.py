@@ -8,9 +8,10 @@ from ..contracts import Device, Resident
 from .composite import CompositeResident
 from .discovery import discover
 from .onnx import OnnxSessions
+from .snapshot import SnapshotFolder
 from .weights import Weights
 
-__all__ = ["CompositeResident", "OnnxSessions", "Weights", "adopt"]
+__all__ = ["CompositeResident", "OnnxSessions", "SnapshotFolder", "Weights", "adopt"]
 
 
 def adopt(engine: Any, device: Device) -> Resident:
