@@ -70,8 +70,8 @@ class GPUResourceManager:
 
     ``device=None`` takes the best device found. ``keep_warm`` and ``idle_timeout`` are defaults for `register`:
     seconds or ``"15m"``; -1 is never. With ``snapshot_dir`` released weights are kept on disk there, at most
-    ``snapshot_limit_bytes`` of them, and read back instead of loaded. All methods may be called from any thread. Moves run outside the lock,
-    so `status` answers at once even while a model loads.
+    ``snapshot_limit_bytes`` of them, and read back instead of loaded. All methods may be called from any thread. Moves
+    run outside the lock, so `status` answers at once even while a model loads.
     """
 
     def __init__(

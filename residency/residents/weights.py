@@ -120,6 +120,13 @@ class Weights:
         self._pieces, self._movable_bytes, self._elsewhere_bytes = [], 0, 0
         return freed_bytes
 
+    def let_go(self) -> None:
+        """Take no further care of these tensors, which stay on the device, filled, as long as somebody has them."""
+        with self._moving:
+            self._drop_mirror()
+        self._device.refund(self.device_bytes)
+        self._pieces, self._movable_bytes, self._elsewhere_bytes = [], 0, 0
+
     # -- snapshots ----------------------------------------------------------------------------------------------
 
     def save(self, store: SnapshotStore, name: str) -> int:
@@ -131,7 +138,8 @@ class Weights:
         with self._moving:
             mirror = self._ready_mirror()
             hashes = [hash_of(mirror.span(span)) for span in self._layout.spans]
-            store.write(name, self._ranges(), hashes, mirror.raw)
+            if hashes:
+                store.write(name, self._ranges(), hashes, mirror.raw)
             self._saved = hashes
             self._drop_mirror()
         return self._layout.nbytes
@@ -140,7 +148,8 @@ class Weights:
         if self._saved is None:
             raise SnapshotUnusable(name, "nothing was saved")
         mirror = HostMirror(self._layout)
-        store.read(name, self._ranges(), self._saved, mirror.raw)
+        if self._saved:
+            store.read(name, self._ranges(), self._saved, mirror.raw)
         self._mirror, self._saved = mirror, None
         return self._layout.nbytes
 
