@@ -141,12 +141,15 @@ def _torch_device() -> str:
 
 
 def _manager(settings: Settings) -> GPUResourceManager:
-    from gpu_manager import SimulatedDevice, get_gpu_manager
+    from gpu_manager import SimulatedDevice, find_device, get_gpu_manager
 
+    limit = settings.gpu_host_memory_limit
     manager = get_gpu_manager(
-        SimulatedDevice(settings.simulate_gpu) if settings.simulate_gpu else None,
+        SimulatedDevice(settings.simulate_gpu, limit) if settings.simulate_gpu else find_device(limit),
         keep_warm=settings.gpu_keep_warm,
         idle_timeout=settings.gpu_idle_timeout,
+        snapshot_dir=settings.gpu_snapshot_dir,
+        snapshot_limit_bytes=settings.gpu_snapshot_limit,
     )
     logger.info("🚀 GPU 管理已启用 / GPU management is on: %s", manager.device.name)
     return manager

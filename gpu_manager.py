@@ -53,6 +53,7 @@ __all__ = [
     "SimulatedDevice",
     "State",
     "UnknownModel",
+    "find_device",
     "get_gpu_manager",
 ]
 
@@ -88,7 +89,9 @@ class GPUResourceManager:
         self.policy = FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
         self.device: Device = device or find_device()
         self._clock: Clock = clock or SystemClock()
-        snapshots = SnapshotFolder(snapshot_dir, snapshot_limit_bytes) if snapshot_dir is not None else None
+        self.snapshot_dir = None if snapshot_dir is None else Path(snapshot_dir)
+        self.snapshot_limit_bytes = snapshot_limit_bytes
+        snapshots = SnapshotFolder(self.snapshot_dir, snapshot_limit_bytes) if self.snapshot_dir else None
         self._mover = Mover(self.device, adopt, snapshots)
         self._host = HostProbe()
         self._lock = threading.Lock()
@@ -430,6 +433,8 @@ def get_gpu_manager(
     *,
     keep_warm: float | str | None = None,
     idle_timeout: float | str | None = None,
+    snapshot_dir: str | Path | None = None,
+    snapshot_limit_bytes: int | None = None,
 ) -> GPUResourceManager:
     """The manager of this process, made on the first call. Settings left out are those it already has.
 
@@ -442,13 +447,19 @@ def get_gpu_manager(
                 device,
                 keep_warm=0 if keep_warm is None else keep_warm,
                 idle_timeout=600 if idle_timeout is None else idle_timeout,
+                snapshot_dir=snapshot_dir,
+                snapshot_limit_bytes=snapshot_limit_bytes,
             )
             return _singleton
         present = _singleton
-        if device is not None and device is not present.device:
-            raise SettingsConflict("device", present.device.name, device.name)
-        for setting, asked in (("keep_warm", keep_warm), ("idle_timeout", idle_timeout)):
-            have_s = getattr(present.policy, f"{setting}_s")
-            if asked is not None and seconds(asked) != have_s:
-                raise SettingsConflict(setting, have_s, seconds(asked))
+        asked_and_present = {
+            "device": (device, present.device),
+            "keep_warm": (None if keep_warm is None else seconds(keep_warm), present.policy.keep_warm_s),
+            "idle_timeout": (None if idle_timeout is None else seconds(idle_timeout), present.policy.idle_timeout_s),
+            "snapshot_dir": (None if snapshot_dir is None else Path(snapshot_dir), present.snapshot_dir),
+            "snapshot_limit_bytes": (snapshot_limit_bytes, present.snapshot_limit_bytes),
+        }
+        for setting, (asked, have) in asked_and_present.items():
+            if asked is not None and asked != have:
+                raise SettingsConflict(setting, str(have), str(asked))
         return present

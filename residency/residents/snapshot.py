@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from ..errors import SnapshotUnusable
+from ..errors import InvalidInput, SnapshotUnusable
 from .fingerprint import memoryview_of
 
 if TYPE_CHECKING:
@@ -41,13 +41,19 @@ class SnapshotFolder:
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:
-        """Makes the folder if need be; OSError if that fails or nothing can be written there."""
+        """Makes the folder if need be; `InvalidInput` if that fails or nothing can be written there."""
         self.folder = Path(folder)
         self.limit_bytes = limit_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._temporary("probe") as probe:
-            probe.touch()
-        self._remove_abandoned()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._temporary("probe") as probe:
+                probe.touch()
+            self._remove_abandoned()
+        except OSError as error:
+            raise InvalidInput(
+                f"Cannot keep snapshots in {folder} ({error.strerror}): give a folder that can be written to",
+                f"无法在 {folder} 中保存快照（{error.strerror}）：请指定可写的目录",
+            ) from error
 
     def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
         """Keep ``raw`` on disk: temporary file, fsync, rename. `SnapshotUnusable`, and nothing left, if that fails."""
