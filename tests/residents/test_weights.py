@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import DTYPES, HOMES, OWNERS, VIEWS, Base, Graph, Step, engines, lives, raw_of, small_layout
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
+from residency.residents import SnapshotFolder
 from residency.residents.mirror import HostMirror
 from residency.residents.weights import Weights
 
@@ -233,3 +238,123 @@ def test_any_sequence_of_moves_and_edits_keeps_every_bit(tensors: dict[str, torc
         assert device.ledger_bytes == weights.device_bytes
     weights.restore()
     assert {name: raw(tensor) for name, tensor in tensors.items()} == expected
+
+
+# -- any engine, any life ---------------------------------------------------------------------------------------
+
+MOVES = ["offload", "restore", "save", "load", "rebuild", "full card", "numpy looks"]
+
+
+@settings(max_examples=max(300, settings().max_examples), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(engines(), lives(MOVES), st.sampled_from([64, 1000]), st.sampled_from([100, 4096]), st.booleans())
+def test_any_engine_survives_any_life_bit_for_bit(
+    drawn: tuple[Base, ...], steps: list[Step], span_bytes: int, group_bytes: int, multilinear: bool
+) -> None:
+    """300 lives; for the 10,000 of a nightly run:
+
+    HYPOTHESIS_PROFILE=nightly python -m pytest -p no:cacheprovider --timeout=7200 tests/residents -k any_life
+    """
+    if any(base.nbytes > 10_000 for base in drawn):
+        span_bytes, group_bytes = span_bytes << 10, group_bytes << 10
+    fast = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with small_layout(span_bytes, group_bytes, multilinear), tempfile.TemporaryDirectory(dir=fast) as folder:
+        Life(drawn, SnapshotFolder(folder)).live(steps)
+
+
+class Life:
+    """An engine whose bytes are written down after each edit, and compared whenever they are on the device."""
+
+    def __init__(self, drawn: tuple[Base, ...], store: SnapshotFolder) -> None:
+        self.drawn, self.store = drawn, store
+        self.device = SimulatedDevice(1 << 30)
+        self.build()
+
+    def build(self) -> None:
+        self.graph = Graph(self.drawn)
+        self.expected = self.graph.contents()
+        self.weights = Weights(self.graph.tensors, self.device)
+        self.total_bytes = self.device.ledger_bytes
+        self.place = "device"
+        unique = {tensor.untyped_storage()._cdata: tensor for tensor in self.graph.tensors.values()}
+        assert self.total_bytes == sum(tensor.untyped_storage().nbytes() for tensor in unique.values())
+
+    def live(self, steps: list[Step]) -> None:
+        self.check()
+        for step in steps:
+            self.take(step)
+            self.check()
+        if self.place == "disk":
+            self.weights.load(self.store, "engine")
+        self.weights.restore()
+        self.place = "device"
+        self.check()
+        self.weights.release()
+        assert (self.device.ledger_bytes, self.device.pinned_bytes, self.weights.host_bytes) == (0, 0, 0)
+
+    def take(self, step: Step) -> None:
+        if step.what == "rebuild":
+            expected = self.expected
+            self.weights.release()
+            assert (self.device.ledger_bytes, self.device.pinned_bytes) == (0, 0)
+            self.build()
+            self.graph.write(expected)
+            self.expected = expected
+        elif step.what == "load" and self.place == "disk":
+            self.weights.load(self.store, "engine")
+            self.place = "host"
+        elif self.place == "disk":
+            return
+        elif step.what == "save":
+            self.weights.save(self.store, "engine")
+            self.place = "disk"
+        elif step.what == "offload":
+            assert self.weights.offload() == (self.total_bytes if self.place == "device" else 0)
+            self.place = "host"
+        elif step.what == "restore":
+            assert self.weights.restore() == (self.total_bytes if self.place == "host" else 0)
+            self.place = "device"
+        elif step.what == "full card":
+            if self.place == "host" and self.total_bytes:
+                self.restore_on_a_card_with_only(step.where % self.total_bytes)
+        elif self.place == "device":
+            if step.what == "numpy looks":
+                for tensor in list(self.graph.tensors.values())[step.which % 3 :: 3]:
+                    raw_of(tensor).numpy()  # from now on torch refuses to resize this storage
+            else:
+                self.graph.edit(step)
+            self.expected = self.graph.contents()
+
+    def restore_on_a_card_with_only(self, free_bytes: int) -> None:
+        others_bytes = self.device.capacity_bytes - free_bytes
+        self.device.charge(others_bytes)
+        with pytest.raises(DeviceOutOfMemory):
+            self.weights.restore()
+        assert self.device.ledger_bytes == others_bytes
+        self.device.refund(others_bytes)
+
+    def check(self) -> None:
+        here_bytes = self.total_bytes if self.place == "device" else 0
+        assert self.weights.device_bytes == self.device.ledger_bytes == here_bytes
+        assert self.weights.host_bytes <= (0 if self.place == "disk" else self.total_bytes * 1.02 + 4096 * 1000)
+        if self.place == "device":
+            self.graph.check_unchanged()
+            assert self.graph.contents() == self.expected
+        else:
+            assert all(tensor.untyped_storage().nbytes() == 0 for tensor in self.graph.tensors.values())
+
+
+def test_the_engines_that_are_drawn_really_are_of_every_kind() -> None:
+    """What the strategy promises is there: else the test above would pass by drawing nothing of interest."""
+    kinds: set[object] = set()
+
+    @settings(max_examples=200, deadline=None, database=None, derandomize=True)
+    @given(engines())
+    def draw(drawn: tuple[Base, ...]) -> None:
+        for base in drawn:
+            kinds.update({base.dtype, base.owner, *(view.kind for view in base.views)})
+            kinds.update(view.home for view in base.views)
+            kinds.update({"large", "constant" if base.odd_byte is None else "odd"} if base.nbytes >= 1 << 20 else ())
+            kinds.update({"nothing"} if not base.nbytes else ())
+
+    draw()
+    assert kinds >= {*DTYPES, *OWNERS, *VIEWS, *HOMES, "large", "odd", "constant", "nothing"}
