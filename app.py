@@ -44,6 +44,7 @@ def __getattr__(name: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports model names to its makers otherwise
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -82,7 +83,8 @@ def _serve(settings: Settings) -> None:
             # A tunnel makes everybody look local.
             routes=routes(manager, settings.control_token, trust_local=not settings.share) if manager else (),
         )
-        logger.info("Serving on http://%s:%s / 服务已启动", settings.server_name, settings.server_port)
+        host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
+        logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)
         if settings.share:
             logger.info("Public link / 公开链接: %s", public_link or "could not be made / 创建失败")
         threading.Event().wait()
@@ -194,6 +196,8 @@ def _close(page: Page, manager: GPUResourceManager | None) -> None:
         if manager is not None:
             manager.close()
 
+    # The server is stopped on purpose; what it says of requests that end with it helps nobody.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     closer = threading.Thread(target=close, name="app-close", daemon=True)
     closer.start()
     closer.join(CLOSE_WITHIN_S)

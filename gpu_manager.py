@@ -11,15 +11,16 @@ Every change goes one way: plan under the lock, move outside it, commit or roll 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from residency.clock import SystemClock
-from residency.contracts import Clock, Device, Resident
+from residency.contracts import Adopt, Clock, Device
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
 from residency.errors import (
     DeviceOutOfMemory,
@@ -75,6 +76,9 @@ class GPUResourceManager:
     run outside the lock, so `status` answers at once even while a model loads.
     """
 
+    #: Discovery stops here: an engine may know its manager, but the manager's other models are not of the engine.
+    not_of_the_engine = True
+
     def __init__(
         self,
         device: Device | None = None,
@@ -84,7 +88,7 @@ class GPUResourceManager:
         snapshot_dir: str | Path | None = None,
         snapshot_limit_bytes: int | None = None,
         clock: Clock | None = None,
-        adopt: Callable[[Any, Device], Resident] = adopt,
+        adopt: Adopt = adopt,
     ) -> None:
         self.policy = FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
         self.device: Device = device or find_device()
@@ -119,10 +123,14 @@ class GPUResourceManager:
         *,
         keep_warm: float | str | None = None,
         idle_timeout: float | str | None = None,
+        skip: Collection[str] = (),
+        keep: Any = None,
     ) -> None:
         """Put a model under management; ``load`` builds its engine on the first request, and not before.
 
-        ``load`` places the weights on the device itself. `ModelExists` if the name is taken.
+        ``load`` places the weights on the device itself. What hangs on the attribute paths in ``skip``
+        (``.tokenizer``) is left alone. ``keep`` is a part of the engine that ``load`` does not build but is given, and
+        that must outlive a release: then it stays in main memory. `ModelExists` if the name is taken.
         """
         policy = FixedPolicy(
             self.policy.keep_warm_s if keep_warm is None else seconds(keep_warm),
@@ -133,17 +141,23 @@ class GPUResourceManager:
                 raise ManagerClosed
             if name in self._slots:
                 raise ModelExists(name)
-            self._slots[name] = Slot(name, load, policy, threading.Condition(self._lock))
+            changed = threading.Condition(self._lock)
+            self._slots[name] = Slot(name, load, policy, changed, skip=tuple(skip), keep=keep)
             if self._monitor is None:
                 self._monitor = threading.Thread(target=self._watch, name="gpu-idle-monitor", daemon=True)
                 self._monitor.start()
 
     def unregister(self, name: str) -> None:
-        """Release a model once its requests have ended and forget it; requests that wait get `UnknownModel`."""
+        """Release a model once its requests have ended and forget it; requests that wait get `UnknownModel`.
+
+        RuntimeError if called by somebody who holds a lease on it.
+        """
         slot = self._slots_named(name)[0]
-        self._retire([slot], UnknownModel(name, tuple(n for n in self._slots if n != name)))
+        self._refuse_own("unregister()", (name,))
+        self._retire([slot], UnknownModel(name, tuple(other for other in self.names() if other != name)))
         with self._lock:
-            self._slots.pop(name, None)
+            if self._slots.get(name) is slot:
+                del self._slots[name]
 
     def names(self) -> tuple[str, ...]:
         """The registered models, in order of registration."""
@@ -219,14 +233,12 @@ class GPUResourceManager:
     def close(self) -> None:
         """Refuse new requests, let the running ones end, release everything and stop the monitor. Idempotent.
 
-        Requests that wait get `ManagerClosed`. RuntimeError if called by somebody who holds a lease.
+        Requests that wait get `ManagerClosed`. RuntimeError if called by somebody who holds a lease, or in a loader.
         """
-        with self._lock:
-            slots = list(self._slots.values())
-        if any(lease.lessor is self for lease in held_leases()):
-            raise RuntimeError("close() would wait for the lease that its caller holds; leave the lease first.")
+        self._refuse_own("close()", self.names())
         with self._lock:
             self._closed = True
+            slots = list(self._slots.values())
             self._wake.notify_all()
         self._retire(slots, ManagerClosed())
         if self._monitor is not None and self._monitor is not threading.current_thread():
@@ -239,6 +251,15 @@ class GPUResourceManager:
         slot = lease.slot
         with self._lock:
             self._check_open_locked(slot)
+            if slot.mover == lease.thread:
+                raise RuntimeError(
+                    f"The loader of {slot.name!r} asks for {slot.name!r} itself, and would wait for ever."
+                )
+            if slot.holder is not None and slot.holder.thread == lease.thread and _in_event_loop():
+                raise RuntimeError(
+                    f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: take leases "
+                    f"in worker threads (asyncio.to_thread)."
+                )
             slot.queue.append(lease)
         try:
             while True:
@@ -314,6 +335,7 @@ class GPUResourceManager:
 
     def _begin_locked(self, slot: Slot, move: Move) -> Move:
         slot.state = move.via
+        slot.mover = threading.get_ident()
         slot.changed.notify_all()
         return move
 
@@ -324,7 +346,8 @@ class GPUResourceManager:
             moved_bytes = self._mover.carry_out(slot, move)
         except BaseException as error:
             with self._lock:
-                slot.state = move.source if slot.resident is not None else State.RELEASED
+                slot.state = move.source if slot.engine is not None else State.RELEASED
+                slot.mover = None
                 slot.last_error = f"{type(error).__name__}: {error}"
                 slot.not_before_s = self._clock.now() + RETRY_AFTER_S
                 if move.target is State.DEVICE and isinstance(error, Exception):
@@ -338,6 +361,7 @@ class GPUResourceManager:
         with self._lock:
             elapsed_s = self._clock.now() - started_s
             slot.state = move.target
+            slot.mover = None
             if move.target is State.DEVICE:
                 slot.idle_since_s = self._clock.now()
             slot.last_move = MoveRecord(move, moved_bytes, elapsed_s)
@@ -376,6 +400,7 @@ class GPUResourceManager:
             if move:
                 self._carry_out_quietly(slot, move)
             self._mover.forget(slot)  # what a release has kept for the next load
+            slot.kept = slot.keep = None
 
     # -- the monitor --------------------------------------------------------------------------------------------
 
@@ -417,11 +442,26 @@ class GPUResourceManager:
                 raise UnknownModel(name, tuple(self._slots))
             return [self._slots[name]]
 
+    def _refuse_own(self, what: str, names: tuple[str, ...]) -> None:
+        """RuntimeError where waiting for these models' requests would be waiting for oneself."""
+        with self._lock:
+            moved_here = any(slot.mover == threading.get_ident() for slot in self._slots.values() if slot.name in names)
+        if moved_here or any(lease.lessor is self and lease.slot.name in names for lease in held_leases()):
+            raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
+
     def _check_open_locked(self, slot: Slot) -> None:
         if self._closed:
             raise ManagerClosed
         if slot.closing:
             raise UnknownModel(slot.name, tuple(self._slots))
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 _singleton: GPUResourceManager | None = None

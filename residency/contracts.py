@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from .states import Slot
+
 DeviceKind = Literal["cuda", "cpu", "simulated"]
 
 
@@ -123,6 +125,12 @@ class SnapshotStore(Protocol):
 
     def read(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
         """Fill ``raw`` with what was written under that name and these hashes; `SnapshotUnusable` if it cannot be."""
+
+
+class Adopt(Protocol):
+    """Finds what of a fresh engine holds memory; may note in the slot what of it outlives a release (``kept``)."""
+
+    def __call__(self, engine: Any, device: Device, slot: Slot) -> Resident: ...
 
 
 class Engine(Protocol):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from typing import Any
 
-from .contracts import Device, Resident, SnapshotStore
-from .errors import SnapshotUnusable
+from .contracts import Adopt, Device, Resident, SnapshotStore
 from .randomness import preserved_random_state
 from .states import Move, Slot, State
 
@@ -24,9 +21,7 @@ class Mover:
     The caller sees to it that a slot's state says that it is moving, so that nobody else touches its engine.
     """
 
-    def __init__(
-        self, device: Device, adopt: Callable[[Any, Device], Resident], snapshots: SnapshotStore | None = None
-    ) -> None:
+    def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotStore | None = None) -> None:
         self._device = device
         self._adopt = adopt
         # Where nothing leaves the device, a skeleton would keep everything in memory.
@@ -54,20 +49,30 @@ class Mover:
 
     def _load(self, slot: Slot) -> int:
         self._device.ensure_usable()
-        with preserved_random_state():
-            engine = slot.load()
-        slot.resident = self._adopt(engine, self._device)
+        if slot.kept is not None:
+            slot.kept.restore()
+        try:
+            with preserved_random_state():
+                engine = slot.load()
+            if engine is None:
+                raise TypeError(f"The loader of {slot.name!r} returned None; let it return the engine.")
+            slot.resident = self._adopt(engine, self._device, slot)
+        except BaseException:
+            if slot.kept is not None:
+                slot.kept.offload()
+            raise
         slot.engine = engine
         return slot.resident.device_bytes + slot.resident.host_bytes
 
     def _sleep(self, slot: Slot, resident: Resident) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
-        if self._snapshots is None:
+        if self._snapshots is None or slot.closing:
             return 0
         try:
             freed_bytes = resident.save(self._snapshots, slot.name)
-        except SnapshotUnusable as error:
-            logger.warning("%s It is released without one.", error)
+        except Exception as error:
+            # Whatever it is: somebody wants the memory.
+            logger.warning("%s: released without a snapshot. %s", slot.name, error)
             return 0
         self._device.settle()
         return freed_bytes
@@ -79,8 +84,9 @@ class Mover:
             return 0
         try:
             resident.load(self._snapshots, slot.name)
-        except SnapshotUnusable as error:
-            logger.warning("%s The engine is loaded the normal way.", error)
+        except Exception as error:
+            # Whatever it is: the loader can still build the engine.
+            logger.warning("%s: loaded without its snapshot. %s", slot.name, error)
             self.forget(slot)
             return 0
         try:

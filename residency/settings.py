@@ -107,7 +107,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--quantization", choices=["int4", "int8", "awq-4bit"])
     add("--torch-dtype", choices=["float16", "bfloat16", "float32"], default=defaults.torch_dtype)
     add("--device-map", default=defaults.device_map, help="default: %(default)s")
-    add("--enable-auto-transcribe", action="store_true", help="fill in the prompt text from the recording")
+    add("--enable-auto-transcribe", action="store_true", help="not available yet: type the prompt text")
 
     add = parser.add_argument_group("GPU management").add_argument
     add("--enable-gpu-management", action="store_true", help="keep the model off the GPU while it is idle")

@@ -108,9 +108,11 @@ def _decode(path: str) -> tuple[NDArray[np.float32], int]:
             # Counted while reading: the length in a header may be wrong or missing.
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
+        # Not str(error): it has the path on this machine, which is nobody's business.
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or type(error).__name__
         raise InvalidInput(
-            f"{name} cannot be read as audio ({error}): convert it to WAV, FLAC, OGG or MP3",
-            f"{name} 无法作为音频读取（{error}）：请转换为 WAV、FLAC、OGG 或 MP3",
+            f"{name} cannot be read as audio ({reason}): convert it to WAV, FLAC, OGG or MP3",
+            f"{name} 无法作为音频读取（{reason}）：请转换为 WAV、FLAC、OGG 或 MP3",
         ) from error
     if len(samples) > limit:
         raise InvalidInput(

@@ -1,12 +1,37 @@
 """What of an engine holds memory, and how it moves. `adopt` finds all of it without the engine's help."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from ..contracts import Device, Resident
+from ..states import Slot
 from .composite import CompositeResident
-from .engine import EngineResident
+from .engine import EngineResident, KeptResident
 from .onnx import OnnxSessions
 from .snapshot import SnapshotFolder
 from .weights import Weights
 
-adopt = EngineResident
-"""How the manager takes stock of a freshly loaded engine."""
+__all__ = [
+    "CompositeResident",
+    "EngineResident",
+    "KeptResident",
+    "OnnxSessions",
+    "SnapshotFolder",
+    "Weights",
+    "adopt",
+]
 
-__all__ = ["CompositeResident", "EngineResident", "OnnxSessions", "SnapshotFolder", "Weights", "adopt"]
+
+def adopt(engine: Any, device: Device, slot: Slot) -> Resident:
+    """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
+
+    What the slot says outlives a release (``keep``) gets a resident of its own, once, that moves with the engine.
+    """
+    if slot.keep is None:
+        return EngineResident(engine, device, slot.skip)
+    kept = slot.kept or KeptResident(slot.keep, device)
+    assert isinstance(kept, KeptResident)
+    resident = CompositeResident(kept, EngineResident(engine, device, slot.skip, beside=kept))
+    slot.kept = kept
+    return resident

@@ -53,7 +53,11 @@ class CompositeResident:
         return self._all_or_nothing(self._parts, save, load)
 
     def load(self, store: SnapshotStore, name: str) -> int:
-        return sum(part.load(store, name) for part in self._parts)
+        try:
+            return sum(part.load(store, name) for part in self._parts)
+        except BaseException:
+            self.release()
+            raise
 
     @staticmethod
     def _all_or_nothing(

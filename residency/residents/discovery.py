@@ -59,7 +59,7 @@ class Discovery:
         todo: list[tuple[Any, _Trail]] = [(self._engine, _ROOT)]
         while todo:
             thing, trail = todo.pop()
-            if id(thing) in seen or self._known_barren(thing) or isinstance(thing, _EXITS):
+            if id(thing) in seen or self._known_barren(thing) or _leads_out(thing):
                 continue
             seen[id(thing)] = thing  # kept, so that no other object takes this id during the walk
             if self._skip and _path(trail) in self._skip:
@@ -95,6 +95,11 @@ def _path(trail: _Trail) -> str:
         trail, how, step = trail
         steps.append(f"[{step!r}]" if how == "[]" else f".{step}")
     return "".join(reversed(steps))
+
+
+def _leads_out(thing: Any) -> bool:
+    # What marks itself: a manager, whose other models are not of this engine.
+    return isinstance(thing, _EXITS) or getattr(type(thing), "not_of_the_engine", False) is True
 
 
 def _is_barren(container: Any, depth: int = 2) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import DeviceOutOfMemory
+from ..errors import DeviceOutOfMemory, SharedWeights, WeightsGone
 from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .onnx import OnnxSessions
@@ -26,14 +26,41 @@ class EngineResident:
     engine when it leaves the device leave with it.
     """
 
-    def __init__(self, engine: Any, device: Device, skip: Collection[str] = ()) -> None:
-        """Take stock and charge the device; `DeviceOutOfMemory` if it cannot hold the engine. Then nothing is kept."""
+    def __init__(
+        self, engine: Any, device: Device, skip: Collection[str] = (), beside: EngineResident | None = None
+    ) -> None:
+        """Take stock and charge the device.
+
+        Args:
+            skip: attribute paths of the engine (``.tokenizer``) that are left alone.
+            beside: another resident, whose tensors and sessions are not taken care of twice.
+
+        Raises:
+            DeviceOutOfMemory: the device cannot hold the engine.
+            SharedWeights: some of its bytes belong to another model.
+            WeightsGone: the engine was released before.
+
+        After an error nothing is left in the device's books.
+        """
         self._device = device
         self._discovery = Discovery(engine, skip)
-        self._found = self._discovery.walk()
-        self._loaded = _resident(self._found, device)
-        self._late_storages: frozenset[int] = frozenset()
-        self._late = Weights({}, device)
+        self._beside = beside
+        found = self._discovery.walk()
+        emptied = [path for path, tensor in found.tensors.items() if _is_emptied(tensor)]
+        if emptied:
+            raise WeightsGone(tuple(emptied))
+        self._loaded = self._late = Weights({}, device)
+        self._loaded = self._weights(found)
+        try:
+            self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
+        except BaseException:
+            self._loaded.release()
+            raise
+
+    @property
+    def storages(self) -> frozenset[int]:
+        beside = self._beside.storages if self._beside else frozenset()
+        return self._loaded.storages | self._late.storages | beside
 
     @property
     def device_bytes(self) -> int:
@@ -62,34 +89,46 @@ class EngineResident:
 
     @property
     def _all(self) -> CompositeResident:
-        return CompositeResident(self._loaded, self._late)
+        return CompositeResident(self._loaded, self._late, self._sessions)
 
     def _find_latecomers(self) -> None:
         if not self._loaded.device_bytes:
             return
         now = self._discovery.walk()
-        known = _storages(self._found.tensors)
-        tensors = {path: tensor for path, tensor in now.tensors.items() if _storage(tensor) not in known}
-        storages = _storages(tensors)
-        if storages == self._late_storages:
+        there = {key for tensor in now.tensors.values() if (key := _storage(tensor)) is not None}
+        self._loaded.keep_only(there)
+        changed = self._late.keep_only(there)
+        if not changed and there <= self.storages:
             return
-        self._late.let_go()
+        self._late.keep_only(())
+        self._late = Weights({}, self._device)
         try:
-            self._late, self._late_storages = Weights(tensors, self._device), storages
-        except DeviceOutOfMemory as error:
-            self._late, self._late_storages = Weights({}, self._device), frozenset()
-            logger.warning("%s tensors made since the load stay on the device: %s", len(tensors), error)
+            self._late = self._weights(now)
+        except (DeviceOutOfMemory, SharedWeights) as error:
+            logger.warning("Some tensors that were made since the load stay on the device: %s", error)
+
+    def _weights(self, found: Found) -> Weights:
+        """Weights of those tensors that nobody takes care of yet."""
+        claimed = self.storages
+        tensors = {path: tensor for path, tensor in found.tensors.items() if _storage(tensor) not in claimed}
+        return Weights(tensors, self._device)
+
+    def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
+        claimed = self._beside._sessions.sessions if self._beside else frozenset()
+        return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
 
 
-def _resident(found: Found, device: Device) -> CompositeResident:
-    return CompositeResident.build(
-        lambda: Weights(found.tensors, device),
-        lambda: OnnxSessions(found.sessions, device),
-    )
+class KeptResident(EngineResident):
+    """A part that outlives the engine, such as a tokenizer given to the loader: released, it stays on the host."""
 
+    def release(self) -> int:
+        return self.offload()
 
-def _storages(tensors: dict[str, torch.Tensor]) -> frozenset[int]:
-    return frozenset(key for key in map(_storage, tensors.values()) if key is not None)
+    def save(self, store: SnapshotStore, name: str) -> int:
+        return self.offload()
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        return 0
 
 
 def _storage(tensor: torch.Tensor) -> int | None:
@@ -99,3 +138,12 @@ def _storage(tensor: torch.Tensor) -> int | None:
     except (NotImplementedError, RuntimeError):
         return None
     return storage._cdata if storage.nbytes() else None
+
+
+def _is_emptied(tensor: torch.Tensor) -> bool:
+    if tensor.device.type == "meta" or not tensor.numel():
+        return False
+    try:
+        return not tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return False

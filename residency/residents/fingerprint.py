@@ -69,6 +69,6 @@ def multilinear(raws: Iterable[torch.Tensor], count: int, device: torch.device) 
         if rest:
             last = torch.zeros(_WORD_BYTES, dtype=torch.uint8, device=device)
             last[:rest] = raw[whole * _WORD_BYTES :]
-            sums[index] += (last.view(torch.int32) * weights[whole])[0]
+            sums[index] += (last.view(torch.int32) * weights[whole : whole + 1])[0]
     totals: list[int] = sums.tolist()
     return totals

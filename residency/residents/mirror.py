@@ -40,7 +40,8 @@ class HostMirror:
     def groups(self) -> list[torch.Tensor]:
         """The parts that can be pinned one by one; no span lies in two of them."""
         stops = (*self._layout.group_starts[1:], self._layout.nbytes)
-        return [self.raw[start:stop] for start, stop in zip(self._layout.group_starts, stops, strict=True)]
+        pairs = zip(self._layout.group_starts, stops, strict=True)
+        return [self.raw[start:stop] for start, stop in pairs if start < stop]
 
     def pin(self, group: torch.Tensor, device: Device) -> bool:
         """Lock a group's pages for fast copies; False if the system or the device will not."""

@@ -55,6 +55,11 @@ class OnnxSessions:
         device.charge(self._movable_bytes())
 
     @property
+    def sessions(self) -> frozenset[int]:
+        """The sessions that are accounted for here (``id``)."""
+        return frozenset(id(recipe.session) for recipe in self._recipes)
+
+    @property
     def device_bytes(self) -> int:
         return self._movable_bytes() if self._alive else 0
 

@@ -16,7 +16,7 @@ _FILL_CHECK_FROM_BYTES = 1 << 20
 _FILL_CHECK_BYTES = 8 << 20
 
 
-@dataclass
+@dataclass(eq=False)
 class Piece:
     """One unique storage and the tensors over it, by path.
 
@@ -33,6 +33,11 @@ class Piece:
     fill: bytes | None = None
 
     def __post_init__(self) -> None:
+        self.raw = _as_bytes(self.storage, self.nbytes)
+
+    def measure(self) -> None:
+        """Take the storage's present size for the right one."""
+        self.nbytes = self.storage.nbytes()
         self.raw = _as_bytes(self.storage, self.nbytes)
 
     @property

@@ -8,16 +8,18 @@ the same weights are written once however often they are released.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import logging
 import os
 import re
+import secrets
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import xxhash
 
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 _DATA_ALIGNMENT = 4096
 _READ_BYTES = 512 << 10  # read and hashed piece by piece while it is in the processor's cache
-_TEMPORARY = re.compile(r"\.(?P<pid>\d+)-.*\.tmp")
+_OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
+_FORMAT = "gpu-managed-tts"
 
 
 class SnapshotFolder:
@@ -46,8 +49,8 @@ class SnapshotFolder:
         self.limit_bytes = limit_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._temporary("probe") as probe:
-                probe.touch()
+            with self._temporary("probe"):
+                pass
             self._remove_abandoned()
         except OSError as error:
             raise InvalidInput(
@@ -63,7 +66,7 @@ class SnapshotFolder:
             if not _is_whole(path, header, len(raw)):
                 with self._temporary(path.name) as temporary:
                     _write_file(temporary, header, memoryview_of(raw))
-                    os.replace(temporary, path)
+                    os.replace(temporary.name, path)
                 _fsync(self.folder)
             os.utime(path)
             self._keep_limit(path)
@@ -92,26 +95,33 @@ class SnapshotFolder:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{digest}.safetensors"
 
     @contextlib.contextmanager
-    def _temporary(self, name: str) -> Iterator[Path]:
-        path = self.folder / f".{os.getpid()}-{threading.get_ident()}-{name}.tmp"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+    def _temporary(self, name: str) -> Iterator[BinaryIO]:
+        """A new file, locked as long as it is written, so that others can tell it from one left by a killed process."""
+        path = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        with path.open("wb", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
+            finally:
+                path.unlink(missing_ok=True)
 
     def _remove_abandoned(self) -> None:
-        for path in self.folder.iterdir():
-            match = _TEMPORARY.fullmatch(path.name)
-            if match and not _is_running(int(match["pid"])):
+        for path in self.folder.glob(".*.safetensors.*.tmp"):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError if somebody is writing it
                 logger.info("Removing %s, left by a process that was killed", path)
                 path.unlink(missing_ok=True)
 
     def _keep_limit(self, newest: Path) -> None:
         if self.limit_bytes is None:
             return
-        snapshots = [(path, path.stat()) for path in self.folder.glob("*.safetensors")]
+        snapshots = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
+                if _OURS.fullmatch(path.name) and _is_ours(path):
+                    snapshots.append((path, path.stat()))
         total_bytes = sum(stat.st_size for _, stat in snapshots)
-        for path, stat in sorted(snapshots, key=lambda entry: entry[1].st_mtime):
+        for path, stat in sorted(snapshots, key=lambda entry: entry[1].st_mtime_ns):
             if total_bytes <= self.limit_bytes:
                 return
             if path != newest:
@@ -123,7 +133,7 @@ class SnapshotFolder:
 def _header(nbytes: int) -> bytes:
     """A safetensors header, padded with spaces as the format allows, so that the data begins on a page."""
     entry = {"mirror": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}
-    text = json.dumps({"__metadata__": {"format": "gpu-managed-tts"}, **entry}).encode()
+    text = json.dumps({"__metadata__": {"format": _FORMAT}, **entry}).encode()
     text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
@@ -136,12 +146,16 @@ def _is_whole(path: Path, header: bytes, nbytes: int) -> bool:
         return False
 
 
-def _write_file(path: Path, header: bytes, data: memoryview) -> None:
-    with path.open("wb", buffering=0) as file:
-        for block in (memoryview(header), data):
-            while block:
-                block = block[file.write(block) :]
-        os.fsync(file.fileno())
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return f'"{_FORMAT}"'.encode() in file.read(_DATA_ALIGNMENT)
+
+
+def _write_file(file: BinaryIO, header: bytes, data: memoryview) -> None:
+    for block in (memoryview(header), data):
+        while block:
+            block = block[file.write(block) :]
+    os.fsync(file.fileno())
 
 
 def _fsync(folder: Path) -> None:
@@ -159,7 +173,7 @@ def _read_ranges(
     handle = os.open(path, os.O_RDONLY)
     numbers = itertools.count()  # whose next() is atomic: each range goes to one thread
     damaged: list[int] = []
-    errors: list[OSError] = []
+    errors: list[BaseException] = []
 
     def read() -> None:
         while not damaged and not errors and (number := next(numbers)) < len(ranges):
@@ -167,7 +181,7 @@ def _read_ranges(
             try:
                 if _read_range(handle, offset, target[start:stop], start) != hashes[number]:
                     damaged.append(start)
-            except OSError as error:
+            except BaseException as error:
                 errors.append(error)
 
     try:
@@ -193,18 +207,13 @@ def _read_range(handle: int, offset: int, target: memoryview, start: int) -> int
 
 
 def _in_threads(work: Callable[[], None], count: int) -> None:
-    threads = [threading.Thread(target=work, name="snapshot-read") for _ in range(count)]
-    for thread in threads:
-        thread.start()
+    """Run ``work`` in this thread and in up to ``count - 1`` others at once."""
+    threads = []
+    with contextlib.suppress(RuntimeError):  # no thread to be had: fewer do it
+        for _ in range(count - 1):
+            thread = threading.Thread(target=work, name="snapshot-read")
+            thread.start()
+            threads.append(thread)
+    work()
     for thread in threads:
         thread.join()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

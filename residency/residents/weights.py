@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import SnapshotUnusable
+from ..errors import SharedWeights, SnapshotUnusable
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
@@ -31,8 +32,13 @@ _SKELETON_BYTES = 64 << 20
 """What may stay in main memory of an engine whose weights are in a snapshot: tensors that compute there."""
 
 
+#: All weights under management in this process: bytes can have one owner only.
+_managed: weakref.WeakSet[Weights] = weakref.WeakSet()
+_managed_lock = threading.Lock()
+
+
 class Weights:
-    """The tensors of one engine. Storages that the device does not hold stay where they are and are only counted.
+    """Tensors of one engine. Storages that the device does not hold stay where they are and are only counted.
 
     Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled.
     """
@@ -41,13 +47,15 @@ class Weights:
         """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many."""
         self._device = device
         self._pieces: list[Piece] = []
-        self._elsewhere_bytes = 0
-        for piece in pieces_of(tensors):
-            if all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable():
-                self._pieces.append(piece)
-            else:
-                self._elsewhere_bytes += piece.nbytes
-        self._movable_bytes = sum(piece.nbytes for piece in self._pieces)
+        self._elsewhere: list[Piece] = []
+        pieces = pieces_of(tensors)
+        with _managed_lock:
+            _refuse_shared(pieces)
+            for piece in pieces:
+                movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
+                (self._pieces if movable else self._elsewhere).append(piece)
+            device.charge(self._movable_bytes)
+            _managed.add(self)
         self._on_device = True
         self._layout = Layout((), (0,), 0)
         self._mirror: HostMirror | None = None
@@ -57,7 +65,19 @@ class Weights:
         self._allocation: Any = None
         self._moving = threading.Lock()
         self._pinning: BackgroundPinning | None = None
-        device.charge(self._movable_bytes)
+
+    @property
+    def storages(self) -> frozenset[int]:
+        """Every storage that is accounted for here, movable or not (``_cdata``)."""
+        return frozenset(piece.storage._cdata for piece in (*self._pieces, *self._elsewhere))
+
+    @property
+    def _movable_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self._pieces)
+
+    @property
+    def _elsewhere_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self._elsewhere)
 
     @property
     def device_bytes(self) -> int:
@@ -77,6 +97,7 @@ class Weights:
         with self._moving, torch.inference_mode():
             self._device.settle()
             for piece in self._pieces:
+                self._follow(piece)
                 if not piece.make_resizable():
                     raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
             if self._mirror is None:
@@ -98,7 +119,8 @@ class Weights:
             try:
                 with self._device.transfer() as self._allocation:
                     for piece in self._pieces:
-                        self._device.allocate(piece.storage, piece.nbytes)
+                        if not piece.storage.nbytes():
+                            self._device.allocate(piece.storage, piece.nbytes)
                     for span in self._layout.spans:
                         self._fill(span, mirror.span(span))
                     for piece in self._pieces:
@@ -117,15 +139,22 @@ class Weights:
                 self._empty()
             self._drop_mirror()
         self._on_device = False
-        self._pieces, self._movable_bytes, self._elsewhere_bytes = [], 0, 0
+        self._pieces, self._elsewhere = [], []
         return freed_bytes
 
-    def let_go(self) -> None:
-        """Take no further care of these tensors, which stay on the device, filled, as long as somebody has them."""
+    def keep_only(self, storages: Collection[int]) -> bool:
+        """Take no further care of storages that are not among these.
+
+        They stay on the device, filled, as long as somebody has them. Returns whether there were any.
+        """
+        gone = [piece for piece in self._pieces if piece.storage._cdata not in storages]
+        if not gone:
+            return False
         with self._moving:
             self._drop_mirror()
-        self._device.refund(self.device_bytes)
-        self._pieces, self._movable_bytes, self._elsewhere_bytes = [], 0, 0
+        self._device.refund(sum(piece.nbytes for piece in gone))
+        self._pieces = [piece for piece in self._pieces if piece not in gone]
+        return True
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
@@ -155,6 +184,15 @@ class Weights:
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(span.start, span.stop) for span in self._layout.spans]
+
+    def _follow(self, piece: Piece) -> None:
+        """Take note of a storage that the engine itself has made longer or shorter."""
+        grown_bytes = piece.storage.nbytes() - piece.nbytes
+        if grown_bytes:
+            # Not charged: the bytes are there already, whatever the books would allow.
+            self._device.refund(-grown_bytes)
+            piece.measure()
+            self._drop_mirror()
 
     # -- the mirror ---------------------------------------------------------------------------------------------
 
@@ -212,7 +250,17 @@ class Weights:
 
     def _empty(self) -> None:
         for piece in self._pieces:
-            if piece.storage.nbytes():
+            if piece.storage.nbytes() and piece.storage.resizable():
                 self._device.drop(piece.storage)
+            elif piece.storage.nbytes():
+                # At a release: numpy looks at it, and the bytes live as long as it does.
+                self._device.refund(piece.nbytes)
         self._allocation = None
         self._device.settle()
+
+
+def _refuse_shared(pieces: list[Piece]) -> None:
+    taken = {piece.storage._cdata for other in _managed for piece in other._pieces}
+    shared = [path for piece in pieces if piece.storage._cdata in taken for path in piece.tensors]
+    if shared:
+        raise SharedWeights(tuple(shared))

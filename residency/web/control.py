@@ -82,7 +82,7 @@ def _model_named(body: bytes) -> str | None:
         asked = json.loads(body) if body.strip() else {}
     except ValueError:
         asked = None
-    name = asked.get("model") if isinstance(asked, dict) else 0
+    name = asked.get("model") if isinstance(asked, dict) and asked.keys() <= {"model"} else 0
     if name is None or isinstance(name, str):
         return name
     raise InvalidInput(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, HOMES, OWNERS, VIEWS, Base, Graph, Step, engines, lives, raw_of, small_layout
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
 from residency.residents import SnapshotFolder
+from residency.residents.layout import Span
 from residency.residents.mirror import HostMirror
 from residency.residents.weights import Weights
 
@@ -240,6 +243,26 @@ def test_any_sequence_of_moves_and_edits_keeps_every_bit(tensors: dict[str, torc
     assert {name: raw(tensor) for name, tensor in tensors.items()} == expected
 
 
+def test_release_frees_a_weight_that_numpy_looks_at_too(device: SimulatedDevice) -> None:
+    tensor = torch.arange(5.0)
+    weights = Weights({"t": tensor, "u": torch.ones(3)}, device)
+    looking = tensor.numpy()
+    assert weights.release() == 32
+    assert device.ledger_bytes == 0
+    assert looking.tolist() == [0, 1, 2, 3, 4], "numpy keeps its own bytes"
+
+
+def test_a_tensor_that_grew_in_place_keeps_all_of_its_bytes(device: SimulatedDevice) -> None:
+    tensor = torch.zeros(10)
+    weights = Weights({"t": tensor}, device)
+    tensor.resize_(20).fill_(3.0)  # as a cache does, and any op with out=
+    weights.offload()
+    assert device.ledger_bytes == 0
+    weights.restore()
+    assert tensor.untyped_storage().nbytes() == 80
+    assert tensor.sum() == 60
+
+
 # -- any engine, any life ---------------------------------------------------------------------------------------
 
 MOVES = ["offload", "restore", "save", "load", "rebuild", "full card", "numpy looks"]
@@ -288,14 +311,12 @@ class Life:
         self.weights.restore()
         self.place = "device"
         self.check()
-        self.weights.release()
-        assert (self.device.ledger_bytes, self.device.pinned_bytes, self.weights.host_bytes) == (0, 0, 0)
+        self.release()
 
     def take(self, step: Step) -> None:
         if step.what == "rebuild":
             expected = self.expected
-            self.weights.release()
-            assert (self.device.ledger_bytes, self.device.pinned_bytes) == (0, 0)
+            self.release()
             self.build()
             self.graph.write(expected)
             self.expected = expected
@@ -323,6 +344,10 @@ class Life:
             else:
                 self.graph.edit(step)
             self.expected = self.graph.contents()
+
+    def release(self) -> None:
+        self.weights.release()
+        assert (self.device.ledger_bytes, self.device.pinned_bytes, self.weights.host_bytes) == (0, 0, 0)
 
     def restore_on_a_card_with_only(self, free_bytes: int) -> None:
         others_bytes = self.device.capacity_bytes - free_bytes
@@ -358,3 +383,60 @@ def test_the_engines_that_are_drawn_really_are_of_every_kind() -> None:
 
     draw()
     assert kinds >= {*DTYPES, *OWNERS, *VIEWS, *HOMES, "large", "odd", "constant", "nothing"}
+
+
+# -- many tensors -----------------------------------------------------------------------------------------------
+
+
+class CountingCalls(TorchDispatchMode):
+    """Counts the calls that reach torch, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_fifty_thousand_small_tensors_cross_together(device: SimulatedDevice) -> None:
+    """A few calls per span, and no more than a window or two per tensor: no copy, sum or comparison for each."""
+    count = 50_000
+    owner = torch.randn(count, 256)
+    tensors = {str(number): row.clone() for number, row in enumerate(owner)}
+    weights = Weights(tensors, device)
+    spans = count * 1024 // (8 << 20) + 1
+    for move in (weights.offload, weights.restore, weights.offload, weights.restore):
+        with CountingCalls() as counting:
+            move()
+        windows = counting.calls.pop("slice", 0)
+        assert windows <= 2 * count + 10 * spans
+        assert sum(counting.calls.values()) <= 12 * spans, counting.calls
+    assert torch.equal(torch.stack([*tensors.values()]), owner)
+
+
+def test_an_offload_of_what_did_not_change_copies_nothing(
+    device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {str(number): torch.randn(1000) for number in range(10)}
+    copied: list[int] = []
+    span_of = HostMirror.span
+
+    def span(mirror: HostMirror, span: Span) -> torch.Tensor:
+        copied.append(span.nbytes)
+        return span_of(mirror, span)
+
+    monkeypatch.setattr(HostMirror, "span", span)
+    with small_layout(4000, 1 << 20):
+        weights = Weights(tensors, device)
+        weights.offload()
+        weights.restore()
+        copied.clear()
+        weights.offload()
+        assert copied == []
+        weights.restore()
+        copied.clear()
+        tensors["3"].data[[5, 6]] = tensors["3"][[6, 5]]
+        weights.offload()
+        assert copied == [4000], "and of what did, only the span that did"
