@@ -275,7 +275,9 @@ class GPUResourceManager:
                         slot.holder = lease
                         return slot.engine
                     move = self._begin_locked(slot, Move(slot.name, slot.state, State.DEVICE))
-                self._carry_out(slot, move)
+                self._carry_out(slot, move, lease)
+                if slot.holder is lease:
+                    return slot.engine
         except BaseException:
             with self._lock:
                 if lease in slot.queue:
@@ -339,14 +341,17 @@ class GPUResourceManager:
         slot.changed.notify_all()
         return move
 
-    def _carry_out(self, slot: Slot, move: Move) -> None:
-        """Do a move that was begun; on an error the model is back where it was and everyone who waited knows."""
+    def _carry_out(self, slot: Slot, move: Move, claim: Lease | None = None) -> None:
+        """Do a move that was begun; on an error the model is back where it was and everyone who waited knows.
+
+        ``claim`` gets the model together with its arrival, before anybody can ask for it to leave again.
+        """
         started_s = self._clock.now()
         try:
             moved_bytes = self._mover.carry_out(slot, move)
         except BaseException as error:
             with self._lock:
-                slot.state = move.source if slot.engine is not None else State.RELEASED
+                slot.state = _state_after_failure(slot, move)
                 slot.mover = None
                 slot.last_error = f"{type(error).__name__}: {error}"
                 slot.not_before_s = self._clock.now() + RETRY_AFTER_S
@@ -364,6 +369,9 @@ class GPUResourceManager:
             slot.mover = None
             if move.target is State.DEVICE:
                 slot.idle_since_s = self._clock.now()
+            if claim is not None and claim.error is None:
+                slot.queue.remove(claim)
+                slot.holder = claim
             slot.last_move = MoveRecord(move, moved_bytes, elapsed_s)
             slot.last_error = None
             slot.changed.notify_all()
@@ -454,6 +462,14 @@ class GPUResourceManager:
             raise ManagerClosed
         if slot.closing:
             raise UnknownModel(slot.name, tuple(self._slots))
+
+
+def _state_after_failure(slot: Slot, move: Move) -> State:
+    """Where a model is whose move has failed: where it was, unless its bytes had gone already."""
+    if slot.engine is None:
+        return State.RELEASED
+    off_the_device = slot.resident is not None and not slot.resident.device_bytes
+    return State.HOST if move.via is State.OFFLOADING and off_the_device else move.source
 
 
 def _in_event_loop() -> bool:

@@ -148,7 +148,7 @@ def test_a_bad_snapshot_costs_one_warning_and_a_load(
     assert studio.loads == 2
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
-    assert "loaded the normal way" in warnings[0].getMessage()
+    assert "loaded without its snapshot" in warnings[0].getMessage()
     assert studio.device.ledger_bytes == 0
     assert studio.status["host_bytes"] == WRITTEN_BYTES
     assert studio.speak() == spoken

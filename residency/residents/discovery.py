@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import types
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 #: Values: nothing hangs on them. By exact type, since subclasses of str or int may carry attributes.
 _VALUES = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType})
@@ -64,19 +67,22 @@ class Discovery:
             seen[id(thing)] = thing  # kept, so that no other object takes this id during the walk
             if self._skip and _path(trail) in self._skip:
                 continue
-            if isinstance(thing, torch.Tensor):
-                found.tensors[_path(trail)] = thing
+            if issubclass(type(thing), torch.Tensor):
+                found.tensors[_free_path(trail, found.tensors)] = thing
             elif _is_session(thing):
-                found.sessions[_path(trail)] = thing
+                found.sessions[_free_path(trail, found.sessions)] = thing
                 continue
             if type(thing) in _CONTAINERS and len(thing) >= _LARGE and _is_barren(thing):
                 self._barren[id(thing)] = thing, len(thing)
                 continue
-            todo.extend(
-                (child, (trail, how, step))
-                for how, step, child in _children(thing)
-                if type(child) not in _VALUES and id(child) not in seen
-            )
+            try:
+                todo.extend(
+                    (child, (trail, how, step))
+                    for how, step, child in _children(thing)
+                    if type(child) not in _VALUES and id(child) not in seen
+                )
+            except Exception:  # an object that does not like to be looked at is no reason not to load
+                logger.warning("What hangs on %s cannot be looked at", _path(trail), exc_info=True)
         return found
 
     def _known_barren(self, thing: Any) -> bool:
@@ -93,13 +99,27 @@ def _path(trail: _Trail) -> str:
     steps = []
     while trail is not _ROOT:
         trail, how, step = trail
-        steps.append(f"[{step!r}]" if how == "[]" else f".{step}")
+        steps.append(f"[{_readable(step)}]" if how == "[]" else f".{step}")
     return "".join(reversed(steps))
+
+
+def _free_path(trail: _Trail, taken: Collection[str]) -> str:
+    path = unique = _path(trail)
+    for number in itertools.count(2):
+        if unique not in taken:
+            return unique
+        unique = f"{path} ({number})"  # different keys may read the same
+    raise AssertionError("there is always a free number")
+
+
+def _readable(key: Any) -> str:
+    # Others' repr is others' code.
+    return repr(key) if type(key) in _VALUES else f"<{type(key).__name__}>"
 
 
 def _leads_out(thing: Any) -> bool:
     # What marks itself: a manager, whose other models are not of this engine.
-    return isinstance(thing, _EXITS) or getattr(type(thing), "not_of_the_engine", False) is True
+    return issubclass(type(thing), _EXITS) or getattr(type(thing), "not_of_the_engine", False) is True
 
 
 def _is_barren(container: Any, depth: int = 2) -> bool:
@@ -122,34 +142,28 @@ def _children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
     """What hangs on a thing: (how, step, child); how is ``[]`` for an element and ``.`` for an attribute."""
     import torch
 
-    if isinstance(thing, torch.jit.ScriptModule):
+    kind = type(thing)  # not isinstance, which believes what an object says of its class
+    if issubclass(kind, torch.jit.ScriptModule):
         yield from _script_tensors(thing)
-    elif isinstance(thing, Mapping):
-        yield from _elements(thing.items)
-    elif isinstance(thing, (*_CONTAINERS, deque)):
-        yield from _elements(lambda: enumerate(thing))
-    elif isinstance(thing, types.MethodType):
+    elif issubclass(kind, dict):
+        yield from (("[]", key, value) for key, value in list(dict.items(thing)))
+    elif base := next((base for base in (list, tuple, set, frozenset, deque) if issubclass(kind, base)), None):
+        yield from (("[]", index, value) for index, value in enumerate(list(base.__iter__(thing))))
+    elif kind is types.MappingProxyType:
+        yield from (("[]", key, value) for key, value in list(thing.items()))
+    elif kind is types.MethodType:
         yield ".", "__self__", thing.__self__
-    elif isinstance(thing, functools.partial):
+        yield ".", "__func__", thing.__func__
+    elif issubclass(kind, functools.partial):
         yield from ((".", name, getattr(thing, name)) for name in ("func", "args", "keywords"))
-    elif isinstance(thing, types.FunctionType):
+    elif kind is types.FunctionType:
+        yield from ((".", name, getattr(thing, name)) for name in ("__defaults__", "__kwdefaults__", "__dict__"))
         for index, cell in enumerate(thing.__closure__ or ()):
             with contextlib.suppress(ValueError):  # a cell that was never filled
                 yield ".", f"__closure__[{index}]", cell.cell_contents
         return
-    if type(thing) not in _CONTAINERS:
+    if kind not in _CONTAINERS:
         yield from _attributes(thing)
-
-
-def _elements(items: Any) -> Iterator[tuple[str, Any, Any]]:
-    # A copy first: an engine's own threads may change its caches meanwhile.
-    pairs: Iterable[tuple[Any, Any]]
-    try:
-        pairs = list(items())
-    except Exception:
-        # A container of somebody's own making that does not like to be looked at; its attributes remain.
-        return
-    yield from (("[]", key, value) for key, value in pairs)
 
 
 def _script_tensors(module: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -11,6 +11,7 @@ from ..errors import DeviceOutOfMemory, SharedWeights, WeightsGone
 from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .onnx import OnnxSessions
+from .pieces import storage_key
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class EngineResident:
         if not self._loaded.device_bytes:
             return
         now = self._discovery.walk()
-        there = {key for tensor in now.tensors.values() if (key := _storage(tensor)) is not None}
+        there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
         self._loaded.keep_only(there)
         changed = self._late.keep_only(there)
         if not changed and there <= self.storages:
@@ -110,7 +111,7 @@ class EngineResident:
     def _weights(self, found: Found) -> Weights:
         """Weights of those tensors that nobody takes care of yet."""
         claimed = self.storages
-        tensors = {path: tensor for path, tensor in found.tensors.items() if _storage(tensor) not in claimed}
+        tensors = {path: tensor for path, tensor in found.tensors.items() if storage_key(tensor) not in claimed}
         return Weights(tensors, self._device)
 
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
@@ -131,19 +132,8 @@ class KeptResident(EngineResident):
         return 0
 
 
-def _storage(tensor: torch.Tensor) -> int | None:
-    """What two tensors over the same bytes have in common; None for those without bytes of their own."""
-    try:
-        storage = tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
-    return storage._cdata if storage.nbytes() else None
-
-
 def _is_emptied(tensor: torch.Tensor) -> bool:
-    if tensor.device.type == "meta" or not tensor.numel():
-        return False
     try:
-        return not tensor.untyped_storage().nbytes()
-    except (NotImplementedError, RuntimeError):
+        return tensor.device.type != "meta" and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+    except Exception:  # it never had any
         return False

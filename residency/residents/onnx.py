@@ -33,6 +33,12 @@ class _Recipe:
     rebuildable: bool
     on_device: bool
 
+    def check(self) -> None:
+        """FileNotFoundError if the session could not be built again."""
+        path = self.session._model_path
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is gone; without it this session stays where it is")
+
     def destroy(self) -> None:
         for name in _NATIVE & vars(self.session).keys():
             setattr(self.session, name, None)
@@ -73,6 +79,8 @@ class OnnxSessions:
     def offload(self) -> int:
         if not self._alive:
             return 0
+        for recipe in self._movable():
+            recipe.check()
         for recipe in self._movable():
             recipe.destroy()
         self._device.refund(self._movable_bytes())
@@ -133,6 +141,8 @@ def _recipe(session: Any, device: Device) -> _Recipe:
     providers = session.get_providers()
     options = session.get_provider_options()
     path, content = session._model_path, session._model_bytes
+    if path:
+        session._model_path = path = os.path.abspath(path)  # the working folder may change
     return _Recipe(
         session,
         providers,

@@ -50,6 +50,9 @@ class Piece:
         Bytes that came from a file (TorchScript, safetensors, mmap) or from numpy, or that numpy looks at, belong
         to somebody else and cannot be resized: they are copied into a storage of torch's own.
         """
+        if self.storage.device.type == "cpu" and self.storage.is_shared():
+            logger.warning("%s is shared with other processes and stays where it is", ", ".join(self.tensors))
+            return False
         if self.storage.resizable():
             return True
         home = _new_storage(self.nbytes, self.storage.device)
@@ -108,18 +111,28 @@ def pieces_of(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
     """Tensors grouped by the storage they share; those without bytes of their own are left out."""
     groups: dict[int, dict[str, torch.Tensor]] = {}
     for path, tensor in tensors.items():
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            logger.warning("%s (%s) has no storage of its own and is not managed", path, tensor.layout)
-            continue
-        if tensor.device.type != "meta" and storage.nbytes():
-            groups.setdefault(storage._cdata, {})[path] = tensor
+        key = storage_key(tensor)
+        if key is not None:
+            groups.setdefault(key, {})[path] = tensor
     pieces = []
     for group in groups.values():
         storage = next(iter(group.values())).untyped_storage()
         pieces.append(Piece(storage, group, storage.nbytes()))
     return pieces
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """What two tensors over the same bytes have in common; None for those that have no bytes of their own.
+
+    Sparse and nested tensors, wrappers around other tensors and fakes have none.
+    """
+    try:
+        storage = tensor.untyped_storage()
+        real = tensor.device.type != "meta" and storage.nbytes() and storage.data_ptr()
+    except Exception:  # subclasses answer as they like
+        logger.debug("A tensor of type %s has no storage of its own and is not managed", type(tensor))
+        return None
+    return storage._cdata if real else None
 
 
 def _as_bytes(storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:

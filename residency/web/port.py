@@ -19,5 +19,6 @@ def check_port(host: str, port: int) -> None:
         raise InvalidInput(
             f"Cannot listen on {host}, port {port} ({error.strerror}). Choose another with --server-port (or address "
             f"with --server-name), or stop the program that uses it",
-            f"无法监听 {host} 的端口 {port}（{error.strerror}）。请用 --server-port 换端口（或用 --server-name 换地址），或停止占用它的程序",
+            f"无法监听 {host} 的端口 {port}（{error.strerror}）。"
+            f"请用 --server-port 换端口（或用 --server-name 换地址），或停止占用它的程序",
         ) from error

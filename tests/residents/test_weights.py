@@ -263,6 +263,41 @@ def test_a_tensor_that_grew_in_place_keeps_all_of_its_bytes(device: SimulatedDev
     assert tensor.sum() == 60
 
 
+@pytest.mark.parametrize("change", [1.0, -0.0, float("nan")])
+def test_a_field_of_one_value_that_is_written_into_is_copied_from_then_on(
+    device: SimulatedDevice, change: float
+) -> None:
+    field, other = torch.zeros(1 << 19), torch.randn(100)
+    before = raw(other)
+    weights = Weights({"field": field, "other": other}, device)
+    weights.offload()
+    assert weights.host_bytes == 400, "zeros take no memory"
+    weights.restore()
+    assert not field.any()
+    for place in (0, 300_000, (1 << 19) - 1):
+        field.data[place] = change
+        expected = raw(field)
+        weights.offload()
+        assert weights.host_bytes == (2 << 20) + 400
+        weights.restore()
+        assert raw(field) == expected
+        assert raw(other) == before
+
+
+def test_a_field_that_changes_to_another_value_from_end_to_end_stays_a_field(device: SimulatedDevice) -> None:
+    field = torch.zeros(1 << 19)
+    weights = Weights({"field": field}, device)
+    for value in (3.0, -0.0, float("nan")):
+        weights.offload()
+        weights.restore()
+        field.fill_(value)
+        expected = raw(field)
+        weights.offload()
+        assert weights.host_bytes == 0
+        weights.restore()
+        assert raw(field) == expected
+
+
 # -- any engine, any life ---------------------------------------------------------------------------------------
 
 MOVES = ["offload", "restore", "save", "load", "rebuild", "full card", "numpy looks"]
