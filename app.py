@@ -44,6 +44,7 @@ def __getattr__(name: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports model names to its makers otherwise
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -82,7 +83,8 @@ def _serve(settings: Settings) -> None:
             # A tunnel makes everybody look local.
             routes=routes(manager, settings.control_token, trust_local=not settings.share) if manager else (),
         )
-        logger.info("Serving on http://%s:%s / 服务已启动", settings.server_name, settings.server_port)
+        host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
+        logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)
         if settings.share:
             logger.info("Public link / 公开链接: %s", public_link or "could not be made / 创建失败")
         threading.Event().wait()
@@ -141,12 +143,15 @@ def _torch_device() -> str:
 
 
 def _manager(settings: Settings) -> GPUResourceManager:
-    from gpu_manager import SimulatedDevice, get_gpu_manager
+    from gpu_manager import SimulatedDevice, find_device, get_gpu_manager
 
+    limit = settings.gpu_host_memory_limit
     manager = get_gpu_manager(
-        SimulatedDevice(settings.simulate_gpu) if settings.simulate_gpu else None,
+        SimulatedDevice(settings.simulate_gpu, limit) if settings.simulate_gpu else find_device(limit),
         keep_warm=settings.gpu_keep_warm,
         idle_timeout=settings.gpu_idle_timeout,
+        snapshot_dir=settings.gpu_snapshot_dir,
+        snapshot_limit_bytes=settings.gpu_snapshot_limit,
     )
     logger.info("🚀 GPU 管理已启用 / GPU management is on: %s", manager.device.name)
     return manager
@@ -191,6 +196,8 @@ def _close(page: Page, manager: GPUResourceManager | None) -> None:
         if manager is not None:
             manager.close()
 
+    # The server is stopped on purpose; what it says of requests that end with it helps nobody.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     closer = threading.Thread(target=close, name="app-close", daemon=True)
     closer.start()
     closer.join(CLOSE_WITHIN_S)

@@ -11,14 +11,16 @@ Every change goes one way: plan under the lock, move outside it, commit or roll 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from residency.clock import SystemClock
-from residency.contracts import Clock, Device, Resident
+from residency.contracts import Adopt, Clock, Device
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
 from residency.errors import (
     DeviceOutOfMemory,
@@ -34,7 +36,7 @@ from residency.moving import Mover
 from residency.planning import due_move, move_towards, next_deadline
 from residency.policies import FixedPolicy, seconds
 from residency.probes import HostProbe
-from residency.residents import adopt
+from residency.residents import SnapshotFolder, adopt
 from residency.states import Move, MoveRecord, Slot, State
 from residency.status import describe
 
@@ -52,6 +54,7 @@ __all__ = [
     "SimulatedDevice",
     "State",
     "UnknownModel",
+    "find_device",
     "get_gpu_manager",
 ]
 
@@ -68,9 +71,13 @@ class GPUResourceManager:
     """Moves named models between device, host memory and released, and never under a running request.
 
     ``device=None`` takes the best device found. ``keep_warm`` and ``idle_timeout`` are defaults for `register`:
-    seconds or ``"15m"``; -1 is never. All methods may be called from any thread. Moves run outside the lock,
-    so `status` answers at once even while a model loads.
+    seconds or ``"15m"``; -1 is never. With ``snapshot_dir`` released weights are kept on disk there, at most
+    ``snapshot_limit_bytes`` of them, and read back instead of loaded. All methods may be called from any thread. Moves
+    run outside the lock, so `status` answers at once even while a model loads.
     """
+
+    #: Discovery stops here: an engine may know its manager, but the manager's other models are not of the engine.
+    not_of_the_engine = True
 
     def __init__(
         self,
@@ -78,13 +85,18 @@ class GPUResourceManager:
         *,
         keep_warm: float | str = 0,
         idle_timeout: float | str = 600,
+        snapshot_dir: str | Path | None = None,
+        snapshot_limit_bytes: int | None = None,
         clock: Clock | None = None,
-        adopt: Callable[[Any, Device], Resident] = adopt,
+        adopt: Adopt = adopt,
     ) -> None:
         self.policy = FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
         self.device: Device = device or find_device()
         self._clock: Clock = clock or SystemClock()
-        self._mover = Mover(self.device, adopt)
+        self.snapshot_dir = None if snapshot_dir is None else Path(snapshot_dir)
+        self.snapshot_limit_bytes = snapshot_limit_bytes
+        snapshots = SnapshotFolder(self.snapshot_dir, snapshot_limit_bytes) if self.snapshot_dir else None
+        self._mover = Mover(self.device, adopt, snapshots)
         self._host = HostProbe()
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -111,10 +123,14 @@ class GPUResourceManager:
         *,
         keep_warm: float | str | None = None,
         idle_timeout: float | str | None = None,
+        skip: Collection[str] = (),
+        keep: Any = None,
     ) -> None:
         """Put a model under management; ``load`` builds its engine on the first request, and not before.
 
-        ``load`` places the weights on the device itself. `ModelExists` if the name is taken.
+        ``load`` places the weights on the device itself. What hangs on the attribute paths in ``skip``
+        (``.tokenizer``) is left alone. ``keep`` is a part of the engine that ``load`` does not build but is given, and
+        that must outlive a release: then it stays in main memory. `ModelExists` if the name is taken.
         """
         policy = FixedPolicy(
             self.policy.keep_warm_s if keep_warm is None else seconds(keep_warm),
@@ -125,17 +141,23 @@ class GPUResourceManager:
                 raise ManagerClosed
             if name in self._slots:
                 raise ModelExists(name)
-            self._slots[name] = Slot(name, load, policy, threading.Condition(self._lock))
+            changed = threading.Condition(self._lock)
+            self._slots[name] = Slot(name, load, policy, changed, skip=tuple(skip), keep=keep)
             if self._monitor is None:
                 self._monitor = threading.Thread(target=self._watch, name="gpu-idle-monitor", daemon=True)
                 self._monitor.start()
 
     def unregister(self, name: str) -> None:
-        """Release a model once its requests have ended and forget it; requests that wait get `UnknownModel`."""
+        """Release a model once its requests have ended and forget it; requests that wait get `UnknownModel`.
+
+        RuntimeError if called by somebody who holds a lease on it.
+        """
         slot = self._slots_named(name)[0]
-        self._retire([slot], UnknownModel(name, tuple(n for n in self._slots if n != name)))
+        self._refuse_own("unregister()", (name,))
+        self._retire([slot], UnknownModel(name, tuple(other for other in self.names() if other != name)))
         with self._lock:
-            self._slots.pop(name, None)
+            if self._slots.get(name) is slot:
+                del self._slots[name]
 
     def names(self) -> tuple[str, ...]:
         """The registered models, in order of registration."""
@@ -211,14 +233,12 @@ class GPUResourceManager:
     def close(self) -> None:
         """Refuse new requests, let the running ones end, release everything and stop the monitor. Idempotent.
 
-        Requests that wait get `ManagerClosed`. RuntimeError if called by somebody who holds a lease.
+        Requests that wait get `ManagerClosed`. RuntimeError if called by somebody who holds a lease, or in a loader.
         """
-        with self._lock:
-            slots = list(self._slots.values())
-        if any(lease.lessor is self for lease in held_leases()):
-            raise RuntimeError("close() would wait for the lease that its caller holds; leave the lease first.")
+        self._refuse_own("close()", self.names())
         with self._lock:
             self._closed = True
+            slots = list(self._slots.values())
             self._wake.notify_all()
         self._retire(slots, ManagerClosed())
         if self._monitor is not None and self._monitor is not threading.current_thread():
@@ -231,6 +251,15 @@ class GPUResourceManager:
         slot = lease.slot
         with self._lock:
             self._check_open_locked(slot)
+            if slot.mover == lease.thread:
+                raise RuntimeError(
+                    f"The loader of {slot.name!r} asks for {slot.name!r} itself, and would wait for ever."
+                )
+            if slot.holder is not None and slot.holder.thread == lease.thread and _in_event_loop():
+                raise RuntimeError(
+                    f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: take leases "
+                    f"in worker threads (asyncio.to_thread)."
+                )
             slot.queue.append(lease)
         try:
             while True:
@@ -246,7 +275,9 @@ class GPUResourceManager:
                         slot.holder = lease
                         return slot.engine
                     move = self._begin_locked(slot, Move(slot.name, slot.state, State.DEVICE))
-                self._carry_out(slot, move)
+                self._carry_out(slot, move, lease)
+                if slot.holder is lease:
+                    return slot.engine
         except BaseException:
             with self._lock:
                 if lease in slot.queue:
@@ -306,17 +337,22 @@ class GPUResourceManager:
 
     def _begin_locked(self, slot: Slot, move: Move) -> Move:
         slot.state = move.via
+        slot.mover = threading.get_ident()
         slot.changed.notify_all()
         return move
 
-    def _carry_out(self, slot: Slot, move: Move) -> None:
-        """Do a move that was begun; on an error the model is back where it was and everyone who waited knows."""
+    def _carry_out(self, slot: Slot, move: Move, claim: Lease | None = None) -> None:
+        """Do a move that was begun; on an error the model is back where it was and everyone who waited knows.
+
+        ``claim`` gets the model together with its arrival, before anybody can ask for it to leave again.
+        """
         started_s = self._clock.now()
         try:
             moved_bytes = self._mover.carry_out(slot, move)
         except BaseException as error:
             with self._lock:
-                slot.state = move.source if slot.resident is not None else State.RELEASED
+                slot.state = _state_after_failure(slot, move)
+                slot.mover = None
                 slot.last_error = f"{type(error).__name__}: {error}"
                 slot.not_before_s = self._clock.now() + RETRY_AFTER_S
                 if move.target is State.DEVICE and isinstance(error, Exception):
@@ -330,8 +366,12 @@ class GPUResourceManager:
         with self._lock:
             elapsed_s = self._clock.now() - started_s
             slot.state = move.target
+            slot.mover = None
             if move.target is State.DEVICE:
                 slot.idle_since_s = self._clock.now()
+            if claim is not None and claim.error is None:
+                slot.queue.remove(claim)
+                slot.holder = claim
             slot.last_move = MoveRecord(move, moved_bytes, elapsed_s)
             slot.last_error = None
             slot.changed.notify_all()
@@ -367,6 +407,8 @@ class GPUResourceManager:
                     self._begin_locked(slot, move)
             if move:
                 self._carry_out_quietly(slot, move)
+            self._mover.forget(slot)  # what a release has kept for the next load
+            slot.kept = slot.keep = None
 
     # -- the monitor --------------------------------------------------------------------------------------------
 
@@ -408,11 +450,34 @@ class GPUResourceManager:
                 raise UnknownModel(name, tuple(self._slots))
             return [self._slots[name]]
 
+    def _refuse_own(self, what: str, names: tuple[str, ...]) -> None:
+        """RuntimeError where waiting for these models' requests would be waiting for oneself."""
+        with self._lock:
+            moved_here = any(slot.mover == threading.get_ident() for slot in self._slots.values() if slot.name in names)
+        if moved_here or any(lease.lessor is self and lease.slot.name in names for lease in held_leases()):
+            raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
+
     def _check_open_locked(self, slot: Slot) -> None:
         if self._closed:
             raise ManagerClosed
         if slot.closing:
             raise UnknownModel(slot.name, tuple(self._slots))
+
+
+def _state_after_failure(slot: Slot, move: Move) -> State:
+    """Where a model is whose move has failed: where it was, unless its bytes had gone already."""
+    if slot.engine is None:
+        return State.RELEASED
+    off_the_device = slot.resident is not None and not slot.resident.device_bytes
+    return State.HOST if move.via is State.OFFLOADING and off_the_device else move.source
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 _singleton: GPUResourceManager | None = None
@@ -424,6 +489,8 @@ def get_gpu_manager(
     *,
     keep_warm: float | str | None = None,
     idle_timeout: float | str | None = None,
+    snapshot_dir: str | Path | None = None,
+    snapshot_limit_bytes: int | None = None,
 ) -> GPUResourceManager:
     """The manager of this process, made on the first call. Settings left out are those it already has.
 
@@ -436,13 +503,19 @@ def get_gpu_manager(
                 device,
                 keep_warm=0 if keep_warm is None else keep_warm,
                 idle_timeout=600 if idle_timeout is None else idle_timeout,
+                snapshot_dir=snapshot_dir,
+                snapshot_limit_bytes=snapshot_limit_bytes,
             )
             return _singleton
         present = _singleton
-        if device is not None and device is not present.device:
-            raise SettingsConflict("device", present.device.name, device.name)
-        for setting, asked in (("keep_warm", keep_warm), ("idle_timeout", idle_timeout)):
-            have_s = getattr(present.policy, f"{setting}_s")
-            if asked is not None and seconds(asked) != have_s:
-                raise SettingsConflict(setting, have_s, seconds(asked))
+        asked_and_present = {
+            "device": (device, present.device),
+            "keep_warm": (None if keep_warm is None else seconds(keep_warm), present.policy.keep_warm_s),
+            "idle_timeout": (None if idle_timeout is None else seconds(idle_timeout), present.policy.idle_timeout_s),
+            "snapshot_dir": (None if snapshot_dir is None else Path(snapshot_dir), present.snapshot_dir),
+            "snapshot_limit_bytes": (snapshot_limit_bytes, present.snapshot_limit_bytes),
+        }
+        for setting, (asked, have) in asked_and_present.items():
+            if asked is not None and asked != have:
+                raise SettingsConflict(setting, str(have), str(asked))
         return present

@@ -49,7 +49,8 @@ class GPUManagedTTS:
 
         Args:
             model_path: folder of the Step-Audio-EditX weights; None for the small built-in English engine.
-            audio_tokenizer: a StepAudioTokenizer, or a function without arguments that makes one on first use.
+            audio_tokenizer: a function without arguments that makes a StepAudioTokenizer on first use, or a ready one
+                (which stays in main memory after a release, since it cannot be made again).
             model_source, torch_dtype: as StepAudioTTS takes them; None for its own defaults.
             gpu_idle_timeout: seconds idle (or ``"15m"``; -1 never) after which host memory is given up too.
             gpu_keep_warm: seconds on the GPU after a call, likewise; None for the manager's default (0).
@@ -65,15 +66,16 @@ class GPUManagedTTS:
             "torch_dtype": torch_dtype,
             "device_map": device_map,
         }
-        if load is None:
-            load = self._loader(model_path, audio_tokenizer, arguments)
-        self.name = self._register(name, load, keep_warm=gpu_keep_warm, idle_timeout=gpu_idle_timeout)
+        # A tokenizer that is ready is the caller's, and must outlive a release of the engine.
+        keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
+        load = load or self._loader(model_path, audio_tokenizer, arguments)
+        self.name = self._register(name, load, keep_warm=gpu_keep_warm, idle_timeout=gpu_idle_timeout, keep=keep)
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Say ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz."""
         with self.manager.lease(self.name) as engine:
-            result: tuple[torch.Tensor, int] = engine.clone(prompt_wav_path, prompt_text, target_text)
-            return result
+            audio, sample_rate = engine.clone(prompt_wav_path, prompt_text, target_text)
+            return self._own(audio), sample_rate
 
     def edit(
         self,
@@ -85,8 +87,8 @@ class GPUManagedTTS:
     ) -> tuple[torch.Tensor, int]:
         """Change a recording. Returns float32 [1, samples] on the CPU, and Hz."""
         with self.manager.lease(self.name) as engine:
-            result: tuple[torch.Tensor, int] = engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
-            return result
+            audio, sample_rate = engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
+            return self._own(audio), sample_rate
 
     def get_gpu_status(self) -> dict[str, Any]:
         """The manager's status: what ``GET /gpu/status`` answers. Never counts as use."""
@@ -104,6 +106,10 @@ class GPUManagedTTS:
         """Release the engine once its requests have ended, and give up its name."""
         self.manager.unregister(self.name)
 
+    def _own(self, audio: torch.Tensor) -> torch.Tensor:
+        """Audio that survives the engine's leaving: what lies on the device may be a buffer of the engine."""
+        return audio.clone() if self.manager.device.holds_tensor(audio) else audio
+
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
         # The engines are imported where they are built: they bring torch and much else.
         if not model_path:
@@ -118,19 +124,25 @@ class GPUManagedTTS:
         def step_audio() -> Engine:
             from residency.engines.step_audio import build_tts
 
-            return build_tts(model_path, audio_tokenizer, **arguments)
+            make_tokenizer = audio_tokenizer if _is_factory(audio_tokenizer) else lambda: audio_tokenizer
+            return build_tts(model_path, make_tokenizer, **arguments)
 
         return step_audio
 
-    def _register(self, name: str | None, load: Callable[[], Engine], **times: float | str | None) -> str:
+    def _register(self, name: str | None, load: Callable[[], Engine], **settings: Any) -> str:
         for candidate in [name] if name else _free_names():
             try:
-                self.manager.register(candidate, load, **times)
+                self.manager.register(candidate, load, **settings)
                 return candidate
             except ModelExists:
                 if name:
                     raise
         raise AssertionError("there is always a free name")
+
+
+def _is_factory(audio_tokenizer: Any) -> bool:
+    # A StepAudioTokenizer can be called too; it is known by its method.
+    return callable(audio_tokenizer) and not hasattr(audio_tokenizer, "wav2token")
 
 
 def _free_names() -> Iterator[str]:

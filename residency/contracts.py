@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+    from .states import Slot
 
 DeviceKind = Literal["cuda", "cpu", "simulated"]
 
@@ -62,8 +65,20 @@ class Device(Protocol):
     def drop(self, storage: torch.UntypedStorage) -> None:
         """Free the bytes of a storage; its tensors stay, empty."""
 
+    def transfer(self) -> AbstractContextManager[Any]:
+        """A block of allocations and copies to the device, complete when it ends.
+
+        Gives an object to keep for as long as what was allocated in the block is in use: its pool of memory.
+        """
+
+    def pin(self, raw: torch.Tensor) -> bool:
+        """Lock pages of main memory (uint8, page-aligned) for fast copies; False if refused, which is no error."""
+
+    def unpin(self, raw: torch.Tensor) -> None:
+        """Unlock what `pin` has locked."""
+
     def settle(self) -> None:
-        """Wait for copies under way and hand freed memory back to the driver."""
+        """Wait for work under way and hand freed memory back to the driver."""
 
 
 class Resident(Protocol):
@@ -88,6 +103,34 @@ class Resident(Protocol):
 
     def release(self) -> int:
         """Give up both places; return the bytes freed. Never raises; the engine is unusable afterwards."""
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        """Give up both places for a snapshot, and return the bytes freed; the engine stays as a skeleton.
+
+        `SnapshotUnusable` if there cannot be one; then everything is on device or host.
+        """
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        """Come back to the host from a snapshot, and return the bytes read.
+
+        `SnapshotUnusable` if it is gone or bad; then only `release` is left.
+        """
+
+
+class SnapshotStore(Protocol):
+    """Keeps bytes on disk between a release and the next load. Thread-safe for different names."""
+
+    def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
+        """Keep ``raw`` (uint8), whose ``ranges`` (start, stop) have these XXH3 hashes; or `SnapshotUnusable`."""
+
+    def read(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
+        """Fill ``raw`` with what was written under that name and these hashes; `SnapshotUnusable` if it cannot be."""
+
+
+class Adopt(Protocol):
+    """Finds what of a fresh engine holds memory; may note in the slot what of it outlives a release (``kept``)."""
+
+    def __call__(self, engine: Any, device: Device, slot: Slot) -> Resident: ...
 
 
 class Engine(Protocol):

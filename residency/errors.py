@@ -99,6 +99,41 @@ class DeviceUnavailable(ResidencyError):
         self.reason = reason
 
 
+class SharedWeights(ResidencyError):
+    """A model holds bytes that belong to another model too; moving one would take them from the other."""
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        super().__init__(
+            f"These tensors are part of another model under management as well: {', '.join(paths)}. Register both as "
+            f"one model, or keep them out with skip.",
+            paths,
+        )
+        self.paths = paths
+
+
+class WeightsGone(ResidencyError):
+    """A loader returned an engine that was released before: its tensors have no bytes any more."""
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        super().__init__(
+            f"The loader returned an engine whose weights were released: {', '.join(paths)}. Let it build a new one, "
+            f"or register what outlives a release as keep.",
+            paths,
+        )
+        self.paths = paths
+
+
+class SnapshotUnusable(ResidencyError):
+    """A snapshot cannot be written or read. No reason to fail: the engine is released or loaded the normal way."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"The snapshot of {name!r} cannot be used: {reason}. / {name!r} 的快照无法使用：{reason}。", name, reason
+        )
+        self.name = name
+        self.reason = reason
+
+
 class InvalidInput(ResidencyError, ValueError):
     """Something a user gave cannot be used; the message says what to give instead, in both languages."""
 

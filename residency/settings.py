@@ -41,6 +41,9 @@ class Settings:
     gpu_keep_warm: float = 0.0
     engine: Literal["builtin", "step-audio"] = "builtin"
     step_audio_root: str | None = None
+    gpu_snapshot_dir: str | None = None
+    gpu_snapshot_limit: int | None = None
+    gpu_host_memory_limit: int | None = None
     simulate_gpu: int | None = None
     control_token: str | None = field(default=None, repr=False)
 
@@ -49,8 +52,6 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
     """Read flags; a flag wins over the environment. Exits with code 2 and what to do next if something is wrong."""
     parser = _parser(environ)
     values = vars(parser.parse_args(argv))
-    if values.pop("gpu_snapshot_dir") is not None:
-        parser.error("--gpu-snapshot-dir is not available yet; leave it out. / --gpu-snapshot-dir 尚未提供，请去掉。")
     if values.pop("gpu_isolation") != "none":
         parser.error("--gpu-isolation process is not available yet; leave it out. / --gpu-isolation 尚未提供，请去掉。")
     if values["simulate_gpu"] is not None and not values["enable_gpu_management"]:
@@ -106,7 +107,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--quantization", choices=["int4", "int8", "awq-4bit"])
     add("--torch-dtype", choices=["float16", "bfloat16", "float32"], default=defaults.torch_dtype)
     add("--device-map", default=defaults.device_map, help="default: %(default)s")
-    add("--enable-auto-transcribe", action="store_true", help="fill in the prompt text from the recording")
+    add("--enable-auto-transcribe", action="store_true", help="not available yet: type the prompt text")
 
     add = parser.add_argument_group("GPU management").add_argument
     add("--enable-gpu-management", action="store_true", help="keep the model off the GPU while it is idle")
@@ -115,7 +116,11 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--gpu-keep-warm", metavar="S", type=_checked(_keep_warm), default=defaults.gpu_keep_warm,
         help="stay on the GPU this long after a request (default: 0)")  # fmt: skip
     add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
-    add("--gpu-snapshot-dir", metavar="DIR", help=argparse.SUPPRESS)
+    add("--gpu-snapshot-dir", metavar="DIR", help="keep released weights on disk here and read them back from it")
+    add("--gpu-snapshot-limit", metavar="SIZE", type=_checked(size_bytes),
+        help="remove the snapshots unused for longest beyond this size (100GB; default: no limit)")  # fmt: skip
+    add("--gpu-host-memory-limit", metavar="SIZE", type=_checked(size_bytes),
+        help="pin at most this much main memory for fast copies (16GB; default: no limit)")  # fmt: skip
     add("--simulate-gpu", metavar="SIZE", type=_checked(size_bytes),
         help="a simulated card of this size (48GB), to try everything without a GPU")  # fmt: skip
     add("--control-token", metavar="TOKEN", default=environ.get("GPU_CONTROL_TOKEN") or None,

@@ -95,7 +95,9 @@ class Slot:
     """The books of one model. Whoever reads or writes it holds the manager's lock.
 
     ``holder`` is the lease in force and ``queue`` those that wait, in order of arrival. ``asked`` is a place
-    that somebody asked for while a request was running. Times are of the manager's clock, in seconds.
+    that somebody asked for while a request was running, ``mover`` the thread that moves the model now. What hangs on
+    the paths in ``skip`` is left alone; ``keep`` is a part of the engine that outlives a release, ``kept`` its
+    resident. Times are of the manager's clock, in seconds.
     """
 
     name: str
@@ -108,6 +110,10 @@ class Slot:
     holder: Any = None
     queue: deque[Any] = field(default_factory=deque)
     asked: State | None = None
+    mover: int | None = None
+    skip: tuple[str, ...] = ()
+    keep: Any = None
+    kept: Resident | None = None
     closing: bool = False
     idle_since_s: float | None = None
     not_before_s: float = -math.inf

@@ -12,11 +12,11 @@ _ASKED = {State.HOST: "offload", State.RELEASED: "release"}
 
 def describe(slot: Slot, now_s: float, device_kind: str) -> dict[str, Any]:
     """One model's entry: bytes and seconds, None where unknown, -1 seconds for never."""
-    record = slot.last_move
+    record, resident = slot.last_move, slot.resident or slot.kept  # read once: a move may be changing it
     return {
         "state": slot.state.shown(device_kind),
-        "device_bytes": slot.resident.device_bytes if slot.resident else 0,
-        "host_bytes": slot.resident.host_bytes if slot.resident else 0,
+        "device_bytes": resident.device_bytes if resident else 0,
+        "host_bytes": resident.host_bytes if resident else 0,
         "idle_s": _idle_s(slot, now_s),
         "leases": int(slot.holder is not None),
         "waiting": len(slot.queue),

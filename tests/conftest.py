@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves a file in the temporary folder otherwise
 
 from fakes import Workshop
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.clock import ManualClock
+
+#: HYPOTHESIS_PROFILE=nightly: as many examples as a night has room for.
+settings.register_profile("nightly", max_examples=10_000, deadline=None)
+if os.environ.get("HYPOTHESIS_PROFILE") == "nightly":
+    settings.load_profile("nightly")
 
 
 @pytest.fixture

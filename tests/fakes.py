@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from residency.contracts import Device
+from residency.states import Slot
 
 
 class Gate:
@@ -62,6 +63,12 @@ class FakeResident:
     def release(self) -> int:
         return self._move("release", "nowhere")
 
+    def save(self, store: Any, name: str) -> int:
+        return self._move("save", "disk")
+
+    def load(self, store: Any, name: str) -> int:
+        return self._move("load", "host")
+
 
 class FakeEngine:
     """What a `Workshop` builds."""
@@ -96,7 +103,7 @@ class Workshop:
         return self.engines[-1].resident
 
     @staticmethod
-    def adopt(engine: Any, device: Device) -> FakeResident:
+    def adopt(engine: Any, device: Device, slot: Slot) -> FakeResident:
         resident = engine.resident
         assert isinstance(resident, FakeResident)
         return resident

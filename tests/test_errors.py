@@ -13,6 +13,9 @@ EXAMPLES = [
     errors.SettingsConflict("idle_timeout", 600, 300),
     errors.DeviceOutOfMemory(10, 5, "card"),
     errors.DeviceUnavailable("driver too old"),
+    errors.SharedWeights((".llm.weight",)),
+    errors.WeightsGone((".llm.weight",)),
+    errors.SnapshotUnusable("tts", "it is damaged"),
     errors.InvalidInput("give text", "请输入文本"),
     errors.EngineUnavailable("clone it", "请下载"),
 ]

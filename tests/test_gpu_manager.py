@@ -407,7 +407,7 @@ def test_a_failed_restore_leaves_the_model_on_the_host(manager: GPUResourceManag
 def test_an_engine_that_cannot_be_adopted_is_not_kept(device: SimulatedDevice, workshop: Workshop) -> None:
     failures = [MemoryError("too large")]
 
-    def adopt(engine: object, device: object) -> FakeResident:
+    def adopt(engine: object, device: object, slot: object) -> FakeResident:
         if failures:
             raise failures.pop()
         return FakeResident()
@@ -473,7 +473,7 @@ def test_close_waits_for_the_running_request_and_refuses_those_that_wait(
 
 
 def test_close_within_a_lease_is_refused_instead_of_waiting_for_itself(manager: GPUResourceManager) -> None:
-    with manager.lease("tts"), pytest.raises(RuntimeError, match="leave the lease"):
+    with manager.lease("tts"), pytest.raises(RuntimeError, match="leave it first"):
         manager.close()
 
 

@@ -60,7 +60,6 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
         (["--gpu-idle-timeout", "soon"], "15m"),
         (["--gpu-keep-warm", "auto"], "not available yet"),
         (["--gpu-keep-warm", "-5"], "-1"),
-        (["--gpu-snapshot-dir", "/tmp"], "not available yet"),
         (["--gpu-isolation", "process"], "not available yet"),
         (["--server-port", "70000"], "65535"),
         (["--quantization", "int2"], "int4"),

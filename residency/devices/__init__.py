@@ -10,9 +10,10 @@ from .simulated import SimulatedDevice
 __all__ = ["CpuDevice", "CudaDevice", "SimulatedDevice", "find_device"]
 
 
-def find_device() -> Device:
+def find_device(pinned_limit_bytes: int | None = None) -> Device:
     """The GPU that torch would take as ``cuda``, or the CPU where there is none that it could use.
 
-    Asks NVML and the version of the installed torch; neither imports torch nor creates a CUDA context.
+    ``pinned_limit_bytes`` bounds the main memory that is locked for fast copies; None is no bound. Asks NVML and the
+    version of the installed torch; neither imports torch nor creates a CUDA context.
     """
-    return CudaDevice.find() or CpuDevice()
+    return CudaDevice.find(pinned_limit_bytes) or CpuDevice()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory
 
@@ -46,6 +47,15 @@ class CpuDevice:
 
     def drop(self, storage: torch.UntypedStorage) -> None:
         raise AssertionError("the CPU holds nothing that could be moved")
+
+    def transfer(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def pin(self, raw: torch.Tensor) -> bool:
+        return False
+
+    def unpin(self, raw: torch.Tensor) -> None:
+        pass
 
     def settle(self) -> None:
         pass

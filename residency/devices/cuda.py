@@ -6,15 +6,21 @@ Not yet run on a GPU by this project's own tests: see GPU_MANAGEMENT.md.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Probe
 from ..errors import DeviceOutOfMemory, DeviceUnavailable
 
 if TYPE_CHECKING:
     import torch
+
+
+logger = logging.getLogger(__name__)
 
 
 class CudaDevice:
@@ -25,19 +31,22 @@ class CudaDevice:
     separate = True
     note: dict[str, str] | None = None
 
-    def __init__(self, name: str, probe: Probe) -> None:
+    def __init__(self, name: str, probe: Probe, pinned_limit_bytes: int | None = None) -> None:
         self.name = name
         self._probe = probe
+        self._pinned_limit_bytes = pinned_limit_bytes
+        self._pinned_bytes = 0
+        self._lock = threading.Lock()
 
     @classmethod
-    def find(cls) -> CudaDevice | None:
+    def find(cls, pinned_limit_bytes: int | None = None) -> CudaDevice | None:
         """The first visible GPU, if there is one and the installed torch could use it; never raises."""
         from ..probes import NvmlProbe
 
         probe = NvmlProbe.find()
         if probe is None or not _torch_has_cuda():
             return None
-        return cls(probe.name, probe)
+        return cls(probe.name, probe, pinned_limit_bytes)
 
     def memory(self) -> Memory:
         return self._probe.memory()
@@ -71,11 +80,47 @@ class CudaDevice:
     def drop(self, storage: torch.UntypedStorage) -> None:
         storage.resize_(0)
 
+    @contextmanager
+    def transfer(self) -> Iterator[Any]:
+        """Copies on a stream of their own into a pool of their own, so that what is freed leaves no segment behind."""
+        import torch
+
+        pool, stream = torch.cuda.MemPool(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.use_mem_pool(pool), torch.cuda.stream(stream):
+                yield pool
+        finally:
+            stream.synchronize()
+
+    def pin(self, raw: torch.Tensor) -> bool:
+        """Registers the pages as they lie (``cudaHostRegister``); within ``pinned_limit_bytes``, else warns once."""
+        with self._lock:
+            if self._pinned_limit_bytes is not None and self._pinned_bytes + len(raw) > self._pinned_limit_bytes:
+                refused = f"the limit of {self._pinned_limit_bytes:,} bytes is reached"
+            elif (code := int(_cudart().cudaHostRegister(raw.data_ptr(), len(raw), 0))) != 0:
+                refused = f"CUDA error {code}"
+            else:
+                self._pinned_bytes += len(raw)
+                return True
+        logger.warning("Main memory is not pinned any further (%s): restores will be slower.", refused)
+        return False
+
+    def unpin(self, raw: torch.Tensor) -> None:
+        with self._lock:
+            _cudart().cudaHostUnregister(raw.data_ptr())
+            self._pinned_bytes -= len(raw)
+
     def settle(self) -> None:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def _cudart() -> Any:
+    import torch
+
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _torch_has_cuda() -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory
 from ..errors import DeviceOutOfMemory
@@ -28,10 +29,12 @@ class SimulatedDevice:
         "zh": "模拟 GPU：搬移是真实的，但发生在内存中，不占用也不节省真正的显存。",
     }
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, pinned_limit_bytes: int | None = None) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
         self.capacity_bytes = capacity_bytes
+        self.pinned_limit_bytes = pinned_limit_bytes
+        self.pinned_bytes = 0
         self.name = f"Simulated GPU ({_readable(capacity_bytes)}) / 模拟 GPU"
         self._used_bytes = 0
         self._lock = threading.Lock()
@@ -76,6 +79,21 @@ class SimulatedDevice:
         nbytes = storage.nbytes()
         storage.resize_(0)
         self.refund(nbytes)
+
+    def transfer(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def pin(self, raw: torch.Tensor) -> bool:
+        """Only counted, up to ``pinned_limit_bytes``."""
+        with self._lock:
+            if self.pinned_limit_bytes is not None and self.pinned_bytes + len(raw) > self.pinned_limit_bytes:
+                return False
+            self.pinned_bytes += len(raw)
+            return True
+
+    def unpin(self, raw: torch.Tensor) -> None:
+        with self._lock:
+            self.pinned_bytes -= len(raw)
 
     def settle(self) -> None:
         pass

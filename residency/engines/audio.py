@@ -14,6 +14,7 @@ Samples = NDArray[np.float32]
 
 SAMPLE_RATE = 24000
 MAX_MINUTES = 10
+_MAX_SAMPLES = MAX_MINUTES * 60 * 48_000 * 2  # over all channels: a small file can hold gigabytes
 _LOWEST_HZ, _HIGHEST_HZ = 8_000, 192_000
 #: Peak below which a recording is called silent: -70 dBFS, a few steps of 16-bit audio.
 _SILENT_PEAK = 10 ** (-70 / 20)
@@ -104,18 +105,21 @@ def _decode(path: str) -> tuple[NDArray[np.float32], int]:
                     f"{name} has {sample_rate} samples per second: give audio of 8 to 192 kHz",
                     f"{name} 的采样率为 {sample_rate} Hz：请提供 8 至 192 kHz 的音频",
                 )
-            limit = MAX_MINUTES * 60 * sample_rate
+            limit = min(MAX_MINUTES * 60 * sample_rate, _MAX_SAMPLES // file.channels)
             # Counted while reading: the length in a header may be wrong or missing.
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
+        # Not str(error): it has the path on this machine, which is nobody's business.
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or type(error).__name__
         raise InvalidInput(
-            f"{name} cannot be read as audio ({error}): convert it to WAV, FLAC, OGG or MP3",
-            f"{name} 无法作为音频读取（{error}）：请转换为 WAV、FLAC、OGG 或 MP3",
+            f"{name} cannot be read as audio ({reason}): convert it to WAV, FLAC, OGG or MP3",
+            f"{name} 无法作为音频读取（{reason}）：请转换为 WAV、FLAC、OGG 或 MP3",
         ) from error
     if len(samples) > limit:
+        minutes = f"{limit / 60 / sample_rate:.0f}"
         raise InvalidInput(
-            f"{name} is longer than {MAX_MINUTES} minutes: cut it into pieces",
-            f"{name} 超过 {MAX_MINUTES} 分钟：请切成几段",
+            f"{name} is longer than {minutes} minutes: cut it into pieces, or convert it to mono at 48 kHz",
+            f"{name} 超过 {minutes} 分钟：请切成几段，或转换为 48 kHz 单声道",
         )
     return samples, sample_rate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import textwrap
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -66,6 +67,7 @@ class BuiltinEngine:
             seed: of the noise in the speech, for every call; None to draw one from torch's global generator on each
                 `clone`, so that ``torch.manual_seed`` decides.
         """
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports model names to its makers otherwise
         from hibari import Hibari
 
         self.device = device

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,14 @@ def build(
     return engine
 
 
-def build_tts(model_path: str, audio_tokenizer: Any, **arguments: Any) -> Engine:
+def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
     """StepAudioTTS as a program builds it itself; arguments that are None are left to its own defaults.
 
-    ``audio_tokenizer`` is a StepAudioTokenizer, or a function without arguments that makes one and may import it.
+    ``make_tokenizer`` is called once the checkout's modules can be imported.
     """
     modules = _Modules(None)
     given = {name: value for name, value in arguments.items() if value is not None}
-    # A StepAudioTokenizer can be called too; it is known by its method.
-    is_factory = callable(audio_tokenizer) and not hasattr(audio_tokenizer, "wav2token")
-    tokenizer = audio_tokenizer() if is_factory else audio_tokenizer
-    engine: Engine = modules.tts.StepAudioTTS(model_path, tokenizer, **given)
+    engine: Engine = modules.tts.StepAudioTTS(model_path, make_tokenizer(), **given)
     return engine
 
 

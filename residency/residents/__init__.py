@@ -5,21 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from ..contracts import Device, Resident
+from ..states import Slot
 from .composite import CompositeResident
-from .discovery import discover
+from .engine import EngineResident, KeptResident
 from .onnx import OnnxSessions
+from .snapshot import SnapshotFolder
 from .weights import Weights
 
-__all__ = ["CompositeResident", "OnnxSessions", "Weights", "adopt"]
+__all__ = [
+    "CompositeResident",
+    "EngineResident",
+    "KeptResident",
+    "OnnxSessions",
+    "SnapshotFolder",
+    "Weights",
+    "adopt",
+]
 
 
-def adopt(engine: Any, device: Device) -> Resident:
-    """Find the tensors and ONNX sessions of a freshly loaded engine and enter them into the device's books.
+def adopt(engine: Any, device: Device, slot: Slot) -> Resident:
+    """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
 
-    `DeviceOutOfMemory` if the device cannot hold them; then nothing stays in the books.
+    What the slot says outlives a release (``keep``) gets a resident of its own, once, that moves with the engine.
     """
-    found = discover(engine)
-    return CompositeResident.build(
-        lambda: Weights(found.tensors, device),
-        lambda: OnnxSessions(found.sessions, device),
-    )
+    if slot.keep is None:
+        return EngineResident(engine, device, slot.skip)
+    kept = slot.kept or KeptResident(slot.keep, device)
+    assert isinstance(kept, KeptResident)
+    resident = CompositeResident(kept, EngineResident(engine, device, slot.skip, beside=kept))
+    slot.kept = kept
+    return resident

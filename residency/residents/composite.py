@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..contracts import Resident
+from ..contracts import Resident, SnapshotStore
 
 
 class CompositeResident:
@@ -42,6 +42,22 @@ class CompositeResident:
 
     def release(self) -> int:
         return sum(part.release() for part in self._parts)
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        def save(part: Resident) -> int:
+            return part.save(store, name)
+
+        def load(part: Resident) -> int:
+            return part.load(store, name)
+
+        return self._all_or_nothing(self._parts, save, load)
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        try:
+            return sum(part.load(store, name) for part in self._parts)
+        except BaseException:
+            self.release()
+            raise
 
     @staticmethod
     def _all_or_nothing(

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Device
+from ..contracts import Device, SnapshotStore
+from ..errors import SnapshotUnusable
 
 #: What refers to the native session: it is destroyed once all of them are gone.
 _NATIVE = {
@@ -29,7 +30,14 @@ class _Recipe:
     providers: list[str]
     provider_options: list[dict[str, str]]
     nbytes: int
+    rebuildable: bool
     on_device: bool
+
+    def check(self) -> None:
+        """FileNotFoundError if the session could not be built again."""
+        path = self.session._model_path
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is gone; without it this session stays where it is")
 
     def destroy(self) -> None:
         for name in _NATIVE & vars(self.session).keys():
@@ -53,19 +61,26 @@ class OnnxSessions:
         device.charge(self._movable_bytes())
 
     @property
+    def sessions(self) -> frozenset[int]:
+        """The sessions that are accounted for here (``id``)."""
+        return frozenset(id(recipe.session) for recipe in self._recipes)
+
+    @property
     def device_bytes(self) -> int:
         return self._movable_bytes() if self._alive else 0
 
     @property
     def host_bytes(self) -> int:
         # A destroyed session is a file on disk again, unless it was built from bytes that Python keeps.
-        elsewhere = sum(recipe.nbytes for recipe in self._recipes if not recipe.on_device)
+        elsewhere = sum(recipe.nbytes for recipe in self._resting() if recipe.session._sess is not None)
         kept = sum(len(recipe.session._model_bytes or b"") for recipe in self._movable())
         return elsewhere + kept
 
     def offload(self) -> int:
         if not self._alive:
             return 0
+        for recipe in self._movable():
+            recipe.check()
         for recipe in self._movable():
             recipe.destroy()
         self._device.refund(self._movable_bytes())
@@ -97,6 +112,24 @@ class OnnxSessions:
         self._recipes, self._alive = [], False
         return freed_bytes
 
+    def save(self, store: SnapshotStore, name: str) -> int:
+        """Nothing need be written: a session is built from its file again."""
+        freed_bytes = self.device_bytes + self.host_bytes
+        if any(not recipe.rebuildable for recipe in self._recipes):
+            raise SnapshotUnusable(name, "one of its ONNX sessions cannot be built again")
+        self.offload()
+        for recipe in self._resting():
+            recipe.destroy()
+        return freed_bytes
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        for recipe in self._resting():
+            recipe.rebuild()
+        return sum(recipe.nbytes for recipe in self._resting())
+
+    def _resting(self) -> list[_Recipe]:
+        return [recipe for recipe in self._recipes if not recipe.on_device]
+
     def _movable(self) -> list[_Recipe]:
         return [recipe for recipe in self._recipes if recipe.on_device]
 
@@ -108,10 +141,20 @@ def _recipe(session: Any, device: Device) -> _Recipe:
     providers = session.get_providers()
     options = session.get_provider_options()
     path, content = session._model_path, session._model_bytes
+    if path:
+        session._model_path = path = os.path.abspath(path)  # the working folder may change
     return _Recipe(
         session,
         providers,
-        [options[provider] for provider in providers],
+        [_giving_back(provider, options[provider]) for provider in providers],
         os.path.getsize(path) if path else len(content or b""),
+        bool(path or content),
         bool(path or content) and device.holds_session(providers),
     )
+
+
+def _giving_back(provider: str, options: dict[str, str]) -> dict[str, str]:
+    """A provider's options, with CUDA's arena growing by what is asked for instead of by powers of two."""
+    if provider == "CUDAExecutionProvider":
+        return {**options, "arena_extend_strategy": "kSameAsRequested"}
+    return options

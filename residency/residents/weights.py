@@ -2,159 +2,269 @@
 
 A storage is emptied with ``resize_(0)`` and filled again with ``resize_(n)`` and a copy, as PyTorch's FSDP2
 does (``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``); every tensor over it stays the object it was.
+
+Weights of an inference engine do not change, so one copy in main memory, the mirror, is made at the first offload
+and kept. Later offloads compare fingerprints on the device, copy back what did change, and drop the rest.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import threading
+import weakref
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
-from ..contracts import Device
+from ..contracts import Device, SnapshotStore
+from ..errors import SharedWeights, SnapshotUnusable
+from .fingerprint import fingerprints, hash_of
+from .layout import Layout, Span, lay_out
+from .mirror import HostMirror
+from .pieces import Piece, pieces_of
+from .pinning import BackgroundPinning
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
+_SKELETON_BYTES = 64 << 20
+"""What may stay in main memory of an engine whose weights are in a snapshot: tensors that compute there."""
 
-@dataclass
-class _Piece:
-    """One unique storage, the tensors over it by path, and its copy on the host while it is off the device."""
 
-    storage: torch.UntypedStorage
-    tensors: dict[str, torch.Tensor]
-    nbytes: int
-    mirror: torch.UntypedStorage | None = None
-
-    def make_resizable(self) -> bool:
-        """Give the tensors a storage that can be emptied and filled, if theirs cannot; False if they refuse.
-
-        Bytes that came from a file (TorchScript, safetensors, mmap) or from numpy, or that numpy looks at, belong
-        to somebody else and cannot be resized: they are copied into a storage of torch's own.
-        """
-        if self.storage.resizable():
-            return True
-        home = _empty_storage(self.nbytes, self.storage.device)
-        home.copy_(self.storage)
-        try:
-            self._move_tensors_to(home)
-        except RuntimeError as error:
-            self._move_tensors_to(self.storage)
-            logger.warning("%s cannot be moved and stays where it is: %s", ", ".join(self.tensors), error)
-            return False
-        self.storage = home
-        return True
-
-    def _move_tensors_to(self, storage: torch.UntypedStorage) -> None:
-        import torch
-
-        # inference_mode, so that inference tensors and leaves that require grad may be given a storage alike.
-        with torch.inference_mode():
-            for tensor in self.tensors.values():
-                if tensor.untyped_storage()._cdata != storage._cdata:
-                    tensor.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+#: All weights under management in this process: bytes can have one owner only.
+_managed: weakref.WeakSet[Weights] = weakref.WeakSet()
+_managed_lock = threading.Lock()
 
 
 class Weights:
-    """The tensors of one engine. Storages that the device does not hold stay where they are and are only counted.
+    """Tensors of one engine. Storages that the device does not hold stay where they are and are only counted.
 
-    Offload copies every storage to the host before it frees the first; restore frees host copies only once all
-    are back. An error in either leaves everything as it was.
+    Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: Device) -> None:
         """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many."""
         self._device = device
-        self._pieces: list[_Piece] = []
-        self._elsewhere_bytes = 0
-        for piece in _pieces(tensors):
-            movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
-            if movable:
-                self._pieces.append(piece)
-            else:
-                self._elsewhere_bytes += piece.nbytes
+        self._pieces: list[Piece] = []
+        self._elsewhere: list[Piece] = []
+        pieces = pieces_of(tensors)
+        with _managed_lock:
+            _refuse_shared(pieces)
+            for piece in pieces:
+                movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
+                (self._pieces if movable else self._elsewhere).append(piece)
+            device.charge(self._movable_bytes)
+            _managed.add(self)
         self._on_device = True
-        device.charge(self._movable_bytes)
+        self._layout = Layout((), (0,), 0)
+        self._mirror: HostMirror | None = None
+        #: Of each span, as last copied to the mirror; None where the mirror must not be trusted.
+        self._fingerprints: list[int | None] = []
+        self._saved: list[int] | None = None
+        self._allocation: Any = None
+        self._moving = threading.Lock()
+        self._pinning: BackgroundPinning | None = None
+
+    @property
+    def storages(self) -> frozenset[int]:
+        """Every storage that is accounted for here, movable or not (``_cdata``)."""
+        return frozenset(piece.storage._cdata for piece in (*self._pieces, *self._elsewhere))
 
     @property
     def _movable_bytes(self) -> int:
         return sum(piece.nbytes for piece in self._pieces)
 
     @property
+    def _elsewhere_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self._elsewhere)
+
+    @property
     def device_bytes(self) -> int:
-        return sum(piece.storage.nbytes() for piece in self._pieces)
+        return self._movable_bytes if self._on_device else 0
 
     @property
     def host_bytes(self) -> int:
-        return self._elsewhere_bytes + sum(piece.nbytes for piece in self._pieces if piece.mirror)
+        return self._elsewhere_bytes + (self._layout.nbytes if self._mirror else 0)
+
+    # -- moves --------------------------------------------------------------------------------------------------
 
     def offload(self) -> int:
         if not self._on_device:
             return 0
-        try:
+        import torch
+
+        with self._moving, torch.inference_mode():
+            self._device.settle()
             for piece in self._pieces:
+                self._follow(piece)
                 if not piece.make_resizable():
                     raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
-                piece.mirror = _empty_storage(piece.nbytes)
-                piece.mirror.copy_(piece.storage)
-        except BaseException:
-            self._drop_mirrors()
-            raise
-        self._on_device = False
-        self._empty()
+            if self._mirror is None:
+                self._make_mirror()
+            self._update_mirror()
+            self._on_device = False
+            self._empty()
+            if self._pinning is None:
+                self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
         return self._movable_bytes
 
     def restore(self) -> int:
         if self._on_device:
             return 0
-        try:
-            for piece in self._pieces:
-                assert piece.mirror is not None, "what is off the device has a copy on the host"
-                self._device.allocate(piece.storage, piece.nbytes)
-                piece.storage.copy_(piece.mirror)
-            self._device.settle()
-        except BaseException:
-            self._empty()
-            raise
-        self._on_device = True
-        self._drop_mirrors()
+        import torch
+
+        mirror = self._ready_mirror()
+        with self._moving, torch.inference_mode():
+            try:
+                with self._device.transfer() as self._allocation:
+                    for piece in self._pieces:
+                        if not piece.storage.nbytes():
+                            self._device.allocate(piece.storage, piece.nbytes)
+                    for span in self._layout.spans:
+                        self._fill(span, mirror.span(span))
+                    for piece in self._pieces:
+                        if piece.fill is not None:
+                            piece.refill()
+            except BaseException:
+                self._empty()
+                raise
+            self._on_device = True
         return self._movable_bytes
 
     def release(self) -> int:
         freed_bytes = self.device_bytes + self.host_bytes
-        self._empty()
-        self._pieces, self._elsewhere_bytes = [], 0
+        with self._moving:
+            if self._on_device:
+                self._empty()
+            self._drop_mirror()
+        self._on_device = False
+        self._pieces, self._elsewhere = [], []
         return freed_bytes
+
+    def keep_only(self, storages: Collection[int]) -> bool:
+        """Take no further care of storages that are not among these.
+
+        They stay on the device, filled, as long as somebody has them. Returns whether there were any.
+        """
+        gone = [piece for piece in self._pieces if piece.storage._cdata not in storages]
+        if not gone:
+            return False
+        with self._moving:
+            self._drop_mirror()
+        self._device.refund(sum(piece.nbytes for piece in gone))
+        self._pieces = [piece for piece in self._pieces if piece not in gone]
+        return True
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        if self._elsewhere_bytes > _SKELETON_BYTES:
+            raise SnapshotUnusable(
+                name, f"{self._elsewhere_bytes:,} bytes of it live in main memory and would stay there"
+            )
+        self.offload()
+        with self._moving:
+            mirror = self._ready_mirror()
+            hashes = [hash_of(mirror.span(span)) for span in self._layout.spans]
+            if hashes:
+                store.write(name, self._ranges(), hashes, mirror.raw)
+            self._saved = hashes
+            self._drop_mirror()
+        return self._layout.nbytes
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        if self._saved is None:
+            raise SnapshotUnusable(name, "nothing was saved")
+        mirror = HostMirror(self._layout)
+        if self._saved:
+            store.read(name, self._ranges(), self._saved, mirror.raw)
+        self._mirror, self._saved = mirror, None
+        return self._layout.nbytes
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return [(span.start, span.stop) for span in self._layout.spans]
+
+    def _follow(self, piece: Piece) -> None:
+        """Take note of a storage that the engine itself has made longer or shorter."""
+        grown_bytes = piece.storage.nbytes() - piece.nbytes
+        if grown_bytes:
+            # Not charged: the bytes are there already, whatever the books would allow.
+            self._device.refund(-grown_bytes)
+            piece.measure()
+            self._drop_mirror()
+
+    # -- the mirror ---------------------------------------------------------------------------------------------
+
+    def _make_mirror(self) -> None:
+        for piece in self._pieces:
+            piece.fill = piece.find_fill()
+        self._layout = lay_out([0 if piece.fill is not None else piece.nbytes for piece in self._pieces])
+        self._mirror = HostMirror(self._layout)
+        self._fingerprints = [None] * len(self._layout.spans)
+
+    def _update_mirror(self) -> None:
+        """Copy back every span that is not what the mirror has; the mirror is then equal to the device."""
+        if any(piece.fill is not None and piece.find_fill() != piece.fill for piece in self._pieces):
+            # Something was written into a storage that had one value: it needs a place in the mirror now.
+            self._drop_mirror()
+            self._make_mirror()
+        mirror = self._ready_mirror()
+        now = fingerprints((self._gather(span) for span in self._layout.spans), len(self._layout.spans))
+        for index, (span, fingerprint) in enumerate(zip(self._layout.spans, now, strict=True)):
+            if self._fingerprints[index] != fingerprint:
+                self._fingerprints[index] = None  # until the copy is whole
+                mirror.span(span).copy_(self._gather(span))
+                self._fingerprints[index] = fingerprint
+
+    def _ready_mirror(self) -> HostMirror:
+        assert self._mirror is not None, "what is off the device has a mirror"
+        return self._mirror
+
+    def _drop_mirror(self) -> None:
+        if self._pinning is not None:
+            self._pinning.stop()
+            self._pinning = None
+        if self._mirror is not None:
+            self._mirror.unpin(self._device)
+            self._mirror = None
+
+    def _gather(self, span: Span) -> torch.Tensor:
+        """The bytes of a span where they are now, on the device; small pieces are put together."""
+        import torch
+
+        parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _fill(self, span: Span, source: torch.Tensor) -> None:
+        """Write a span's bytes from main memory to where they belong on the device."""
+        import torch
+
+        parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
+        if len(parts) == 1:
+            parts[0].copy_(source, non_blocking=True)
+            return
+        # Many small pieces cross the bus together and are spread out there.
+        arrived = source.to(parts[0].device, non_blocking=True)
+        torch._foreach_copy_(parts, torch.split(arrived, [len(part) for part in parts]))
 
     def _empty(self) -> None:
         for piece in self._pieces:
-            if piece.storage.nbytes():
+            if piece.storage.nbytes() and piece.storage.resizable():
                 self._device.drop(piece.storage)
-        self._device.settle()
-
-    def _drop_mirrors(self) -> None:
-        for piece in self._pieces:
-            piece.mirror = None
-
-
-def _pieces(tensors: Mapping[str, torch.Tensor]) -> list[_Piece]:
-    """Tensors grouped by the storage they share; those without bytes of their own are left out."""
-    pieces: dict[int, _Piece] = {}
-    for path, tensor in tensors.items():
+            elif piece.storage.nbytes():
+                # At a release: numpy looks at it, and the bytes live as long as it does.
+                self._device.refund(piece.nbytes)
+        self._allocation = None
         try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            logger.warning("%s (%s) has no storage of its own and is not managed", path, tensor.layout)
-            continue
-        if tensor.device.type != "meta" and storage.nbytes():
-            piece = pieces.setdefault(storage._cdata, _Piece(storage, {}, storage.nbytes()))
-            piece.tensors[path] = tensor
-    return list(pieces.values())
+            self._device.settle()
+        except Exception:
+            # The bytes are gone from here; a device in trouble will say so again at the next restore.
+            logger.exception("The device did not settle")
 
 
-def _empty_storage(nbytes: int, device: torch.device | str = "cpu") -> torch.UntypedStorage:
-    import torch
-
-    return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
+def _refuse_shared(pieces: list[Piece]) -> None:
+    taken = {piece.storage._cdata for other in _managed for piece in other._pieces}
+    shared = [path for piece in pieces if piece.storage._cdata in taken for path in piece.tensors]
+    if shared:
+        raise SharedWeights(tuple(shared))

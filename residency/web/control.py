@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,8 @@ from starlette.routing import Route
 
 from ..errors import InvalidInput, ManagerClosed, ResidencyError, UnknownModel
 from .protocols import Manager
+
+logger = logging.getLogger(__name__)
 
 
 def routes(manager: Manager, token: str | None = None, *, trust_local: bool = True) -> list[Route]:
@@ -56,8 +59,10 @@ def routes(manager: Manager, token: str | None = None, *, trust_local: bool = Tr
                 return _refusal(422, str(error))
             except ManagerClosed as error:
                 return _refusal(503, str(error))
-            except ResidencyError as error:
-                return _refusal(500, str(error))
+            except Exception as error:
+                logger.exception("A change asked for over HTTP failed")
+                known = isinstance(error, ResidencyError)
+                return _refusal(500, str(error) if known else f"It failed / 操作失败: {error}")
             return JSONResponse(await run_in_threadpool(manager.status), 200 if done else 202)
 
         return endpoint
@@ -80,9 +85,9 @@ def _model_named(body: bytes) -> str | None:
     """The model that a body names: ``{"model": "tts"}``; ``{}`` or nothing is all (None). `InvalidInput` if garbled."""
     try:
         asked = json.loads(body) if body.strip() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         asked = None
-    name = asked.get("model") if isinstance(asked, dict) else 0
+    name = asked.get("model") if isinstance(asked, dict) and asked.keys() <= {"model"} else 0
     if name is None or isinstance(name, str):
         return name
     raise InvalidInput(

@@ -29,9 +29,10 @@ HELP = """
 **CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。
 Says the target text in the voice of the recording (task: clone); once it succeeds, a new history begins.
 
-**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加。只有 paralinguistic 使用目标文本。
-Changes the recording, or the latest result if there is one: edits stack. Only paralinguistic uses the target text.
-
+**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。
+Changes the recording, or the latest result if there is one: edits stack. Clear the history to edit a new recording.
+"""
+PARALINGUISTIC_HELP = """
 **paralinguistic** 在目标文本中加入标签 / put tags into the target text: `[Breathing] [Laughter] [Surprise-oh]
 [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei] [Dissatisfaction-hnn]`
 """
@@ -175,7 +176,7 @@ class EditxTab:
                         **supported(gr.Audio, buttons=["download"]),
                     )
                     self.generated_text = gr.Textbox(
-                        label="目标文本 / Target Text", max_lines=200, max_length=1000, elem_id="target-text"
+                        label="目标文本 / Target Text", max_lines=200, elem_id="target-text"
                     )
                 with gr.Column():
                     with gr.Row():
@@ -199,7 +200,7 @@ class EditxTab:
             if self.panel:
                 self.panel.register_components()
             with gr.Accordion("说明 / Help", open=False):
-                gr.Markdown(HELP)
+                gr.Markdown(HELP + PARALINGUISTIC_HELP * ("paralinguistic" in self.speech.edit_types))
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""

@@ -17,7 +17,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise InvalidInput(
-            f"Cannot listen on {host}, port {port} ({error.strerror}). Choose another with --server-port, or stop the "
-            f"program that uses it",
-            f"无法监听 {host} 的端口 {port}（{error.strerror}）。请用 --server-port 换一个端口，或停止占用它的程序",
+            f"Cannot listen on {host}, port {port} ({error.strerror}). Choose another with --server-port (or address "
+            f"with --server-name), or stop the program that uses it",
+            f"无法监听 {host} 的端口 {port}（{error.strerror}）。"
+            f"请用 --server-port 换端口（或用 --server-name 换地址），或停止占用它的程序",
         ) from error

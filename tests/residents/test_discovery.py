@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from residency.residents.discovery import discover
+from residency.residents.discovery import Discovery, discover
 
 
 class Slotted:
@@ -64,3 +64,36 @@ def test_what_leads_out_of_the_engine_is_not_followed() -> None:
         assert discover({"logger": logger, "type": Engine, "module": torch}).tensors == {}
     finally:
         del logger.secret
+
+
+def test_what_appears_later_is_found_by_the_next_walk_of_the_same_discovery() -> None:
+    engine = {"vocabulary": {str(number): number for number in range(1000)}, "cache": []}
+    discovery = Discovery(engine)
+    assert discovery.walk().tensors == {}
+    engine["cache"].append(torch.ones(1))
+    engine["vocabulary"]["new"] = torch.ones(2)
+    assert set(discovery.walk().tensors) == {"['cache'][0]", "['vocabulary']['new']"}
+
+
+def test_what_is_told_to_be_skipped_is_not_entered() -> None:
+    engine = Engine()
+    found = discover(engine, skip=[".nested", ".module._modules['0']"]).tensors
+    assert not [path for path in found if path.startswith((".nested", ".module._modules['0']"))]
+    assert ".slotted.tensor" in found
+
+
+def test_containers_that_do_not_like_to_be_looked_at_do_no_harm() -> None:
+    class Grumpy(dict):
+        def items(self) -> object:
+            raise RuntimeError("go away")
+
+    grumpy = Grumpy()
+    grumpy.attribute = torch.ones(3)
+    assert [len(tensor) for tensor in discover([grumpy]).tensors.values()] == [3]
+
+
+def test_a_deep_chain_is_no_recursion() -> None:
+    head: list[object] = [torch.ones(1)]
+    for _ in range(50_000):
+        head = [head]
+    assert len(discover(head).tensors) == 1

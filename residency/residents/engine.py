@@ -1,0 +1,139 @@
+"""An engine as one resident: what it held when it was loaded, and what it has come to hold since."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from ..contracts import Device, SnapshotStore
+from ..errors import DeviceOutOfMemory, SharedWeights, WeightsGone
+from .composite import CompositeResident
+from .discovery import Discovery, Found
+from .onnx import OnnxSessions
+from .pieces import storage_key
+from .weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class EngineResident:
+    """Everything of an engine that holds memory, found by walking it at the load and again before each offload.
+
+    Engines make tensors as they work (caches, weights computed anew at each pass). Those that still hang on the
+    engine when it leaves the device leave with it.
+    """
+
+    def __init__(
+        self, engine: Any, device: Device, skip: Collection[str] = (), beside: EngineResident | None = None
+    ) -> None:
+        """Take stock and charge the device.
+
+        Args:
+            skip: attribute paths of the engine (``.tokenizer``) that are left alone.
+            beside: another resident, whose tensors and sessions are not taken care of twice.
+
+        Raises:
+            DeviceOutOfMemory: the device cannot hold the engine.
+            SharedWeights: some of its bytes belong to another model.
+            WeightsGone: the engine was released before.
+
+        After an error nothing is left in the device's books.
+        """
+        self._device = device
+        self._discovery = Discovery(engine, skip)
+        self._beside = beside
+        found = self._discovery.walk()
+        emptied = [path for path, tensor in found.tensors.items() if _is_emptied(tensor)]
+        if emptied:
+            raise WeightsGone(tuple(emptied))
+        self._loaded = self._late = Weights({}, device)
+        self._loaded = self._weights(found)
+        try:
+            self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
+        except BaseException:
+            self._loaded.release()
+            raise
+
+    @property
+    def storages(self) -> frozenset[int]:
+        beside = self._beside.storages if self._beside else frozenset()
+        return self._loaded.storages | self._late.storages | beside
+
+    @property
+    def device_bytes(self) -> int:
+        return self._all.device_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return self._all.host_bytes
+
+    def offload(self) -> int:
+        self._find_latecomers()
+        return self._all.offload()
+
+    def restore(self) -> int:
+        return self._all.restore()
+
+    def release(self) -> int:
+        return self._all.release()
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        self._find_latecomers()
+        return self._all.save(store, name)
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        return self._all.load(store, name)
+
+    @property
+    def _all(self) -> CompositeResident:
+        return CompositeResident(self._loaded, self._late, self._sessions)
+
+    def _find_latecomers(self) -> None:
+        if not self._loaded.device_bytes:
+            return
+        now = self._discovery.walk()
+        there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
+        self._loaded.keep_only(there)
+        changed = self._late.keep_only(there)
+        if not changed and there <= self.storages:
+            return
+        self._late.keep_only(())
+        self._late = Weights({}, self._device)
+        try:
+            self._late = self._weights(now)
+        except (DeviceOutOfMemory, SharedWeights) as error:
+            logger.warning("Some tensors that were made since the load stay on the device: %s", error)
+
+    def _weights(self, found: Found) -> Weights:
+        """Weights of those tensors that nobody takes care of yet."""
+        claimed = self.storages
+        tensors = {path: tensor for path, tensor in found.tensors.items() if storage_key(tensor) not in claimed}
+        return Weights(tensors, self._device)
+
+    def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
+        claimed = self._beside._sessions.sessions if self._beside else frozenset()
+        return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
+
+
+class KeptResident(EngineResident):
+    """A part that outlives the engine, such as a tokenizer given to the loader: released, it stays on the host."""
+
+    def release(self) -> int:
+        return self.offload()
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        return self.offload()
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        return 0
+
+
+def _is_emptied(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.device.type != "meta" and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+    except Exception:  # it never had any
+        return False

@@ -1,0 +1,88 @@
+"""Where each piece lies in the host mirror, and the spans in which it is copied, compared and stored. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SPAN_BYTES = 8 << 20
+"""Largest span: small against a transfer's rate, large against its start, and its scratch space stays in cache."""
+
+GROUP_BYTES = 256 << 20
+"""Every so many bytes a span starts on a page, so that host memory can be pinned group by group."""
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes ``start`` to ``stop`` of piece number ``piece``."""
+
+    piece: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive bytes of the mirror: one part of a large piece, or many small pieces whole."""
+
+    start: int
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.stop - part.start for part in self.parts)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mirror: its spans in order, where pinnable groups begin, and its size."""
+
+    spans: tuple[Span, ...]
+    group_starts: tuple[int, ...]
+    nbytes: int
+
+
+def lay_out(sizes: Sequence[int], span_bytes: int = SPAN_BYTES, group_bytes: int = GROUP_BYTES) -> Layout:
+    """Place pieces of these sizes (bytes; 0 for one that has no place) one after the other."""
+    spans: list[Span] = []
+    group_starts = [0]
+    offset = 0
+    small: list[Part] = []
+    small_bytes = 0
+
+    def close_span(parts: Sequence[Part]) -> None:
+        nonlocal offset
+        if offset - group_starts[-1] >= group_bytes:
+            offset = -(-offset // PAGE_BYTES) * PAGE_BYTES
+            group_starts.append(offset)
+        span = Span(offset, tuple(parts))
+        spans.append(span)
+        offset = span.stop
+
+    def flush() -> None:
+        nonlocal small_bytes
+        if small:
+            close_span(small)
+            small.clear()
+            small_bytes = 0
+
+    for number, size in enumerate(sizes):
+        if not size:
+            continue
+        if small_bytes + size > span_bytes:
+            flush()
+        if size >= span_bytes // 8:
+            flush()
+            for start in range(0, size, span_bytes):
+                close_span([Part(number, start, min(start + span_bytes, size))])
+        else:
+            small.append(Part(number, 0, size))
+            small_bytes += size
+    flush()
+    return Layout(tuple(spans), tuple(group_starts), offset)

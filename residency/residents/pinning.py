@@ -1,0 +1,38 @@
+"""Pins a mirror once, in the background: locking pages is slow, and copies from locked pages are fast."""
+
+from __future__ import annotations
+
+import threading
+
+from ..contracts import Device
+from .mirror import HostMirror
+
+
+class BackgroundPinning:
+    """Pins group after group until done, stopped, or refused (then the rest stays pageable, only slower).
+
+    ``moving`` is held while a group is pinned, and by whoever moves the mirror's bytes: a move waits for one group
+    at most, and no page is locked under a copy.
+    """
+
+    def __init__(self, mirror: HostMirror, device: Device, moving: threading.Lock) -> None:
+        self._mirror = mirror
+        self._device = device
+        self._moving = moving
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpu-pinning", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Pin no further group; for those who hold ``moving``, so that none is being pinned now."""
+        self._stopped.set()
+
+    def join(self) -> None:
+        """Wait until all is pinned that can be."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        for group in self._mirror.groups():
+            with self._moving:
+                if self._stopped.is_set() or not self._mirror.pin(group, self._device):
+                    return

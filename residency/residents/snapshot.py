@@ -1,0 +1,219 @@
+"""Snapshots: weights that were released come back from a file at the speed of the disk.
+
+A snapshot is a safetensors file (one uint8 tensor called ``mirror``), so that other tools can open it; ours is read by
+several threads straight into main memory and checked on the way. Its name carries a digest of what is in it, so
+the same weights are written once however often they are released.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import xxhash
+
+from ..errors import InvalidInput, SnapshotUnusable
+from .fingerprint import memoryview_of
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_DATA_ALIGNMENT = 4096
+_READ_BYTES = 512 << 10  # read and hashed piece by piece while it is in the processor's cache
+_OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
+_FORMAT = "gpu-managed-tts"
+
+
+class SnapshotFolder:
+    """Snapshots in a folder of at most ``limit_bytes``: beyond that the ones unused for longest are removed.
+
+    Several processes may share the folder. What a process that was killed has left half-written is removed.
+    """
+
+    def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:
+        """Makes the folder if need be; `InvalidInput` if that fails or nothing can be written there."""
+        self.folder = Path(folder)
+        self.limit_bytes = limit_bytes
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._temporary("probe"):
+                pass
+            self._remove_abandoned()
+        except OSError as error:
+            raise InvalidInput(
+                f"Cannot keep snapshots in {folder} ({error.strerror}): give a folder that can be written to",
+                f"无法在 {folder} 中保存快照（{error.strerror}）：请指定可写的目录",
+            ) from error
+
+    def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
+        """Keep ``raw`` on disk: temporary file, fsync, rename. `SnapshotUnusable`, and nothing left, if that fails."""
+        path = self._path(name, ranges, hashes)
+        header = _header(len(raw))
+        try:
+            if not _is_whole(path, header, len(raw)):
+                with self._temporary(path.name) as temporary:
+                    _write_file(temporary, header, memoryview_of(raw))
+                    os.replace(temporary.name, path)
+                _fsync(self.folder)
+            os.utime(path)
+            self._keep_limit(path)
+        except OSError as error:
+            raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
+
+    def read(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
+        """Fill ``raw`` from the file, and check every range. `SnapshotUnusable`, and the file removed, if it is bad."""
+        path = self._path(name, ranges, hashes)
+        header = _header(len(raw))
+        try:
+            if not _is_whole(path, header, len(raw)):
+                raise SnapshotUnusable(name, f"{path} is missing, cut off, or not one of ours")
+            os.utime(path)
+            damaged = _read_ranges(path, len(header), ranges, hashes, memoryview_of(raw))
+        except OSError as error:
+            raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
+        if damaged is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise SnapshotUnusable(name, f"{path} is damaged at byte {len(header) + damaged:,}; it was removed")
+
+    def _path(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int]) -> Path:
+        content = repr((list(ranges), list(hashes)))
+        digest = xxhash.xxh3_128_hexdigest(content.encode())
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{digest}.safetensors"
+
+    @contextlib.contextmanager
+    def _temporary(self, name: str) -> Iterator[BinaryIO]:
+        """A new file, locked as long as it is written, so that others can tell it from one left by a killed process."""
+        path = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        with path.open("wb", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _remove_abandoned(self) -> None:
+        for path in self.folder.glob(".*.safetensors.*.tmp"):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError if somebody is writing it
+                logger.info("Removing %s, left by a process that was killed", path)
+                path.unlink(missing_ok=True)
+
+    def _keep_limit(self, newest: Path) -> None:
+        if self.limit_bytes is None:
+            return
+        snapshots = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
+                if _OURS.fullmatch(path.name) and _is_ours(path):
+                    snapshots.append((path, path.stat()))
+        total_bytes = sum(stat.st_size for _, stat in snapshots)
+        for path, stat in sorted(snapshots, key=lambda entry: entry[1].st_mtime_ns):
+            if total_bytes <= self.limit_bytes:
+                return
+            if path != newest:
+                logger.info("Removing the old snapshot %s", path)
+                path.unlink(missing_ok=True)
+                total_bytes -= stat.st_size
+
+
+def _header(nbytes: int) -> bytes:
+    """A safetensors header, padded with spaces as the format allows, so that the data begins on a page."""
+    entry = {"mirror": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}
+    text = json.dumps({"__metadata__": {"format": _FORMAT}, **entry}).encode()
+    text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _is_whole(path: Path, header: bytes, nbytes: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == len(header) + nbytes and file.read(len(header)) == header
+    except FileNotFoundError:
+        return False
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return f'"{_FORMAT}"'.encode() in file.read(_DATA_ALIGNMENT)
+
+
+def _write_file(file: BinaryIO, header: bytes, data: memoryview) -> None:
+    for block in (memoryview(header), data):
+        while block:
+            block = block[file.write(block) :]
+    os.fsync(file.fileno())
+
+
+def _fsync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_ranges(
+    path: Path, offset: int, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], target: memoryview
+) -> int | None:
+    """Read all ranges with a few threads; the start of one that is not what it should be, or None."""
+    handle = os.open(path, os.O_RDONLY)
+    numbers = itertools.count()  # whose next() is atomic: each range goes to one thread
+    damaged: list[int] = []
+    errors: list[BaseException] = []
+
+    def read() -> None:
+        while not damaged and not errors and (number := next(numbers)) < len(ranges):
+            start, stop = ranges[number]
+            try:
+                if _read_range(handle, offset, target[start:stop], start) != hashes[number]:
+                    damaged.append(start)
+            except BaseException as error:
+                errors.append(error)
+
+    try:
+        _in_threads(read, min(4, max(2, os.cpu_count() or 2)))
+    finally:
+        os.close(handle)
+    if errors:
+        raise errors[0]
+    return damaged[0] if damaged else None
+
+
+def _read_range(handle: int, offset: int, target: memoryview, start: int) -> int:
+    """Fill ``target`` from the file and return the XXH3 of what was read (of less, where the file ends early)."""
+    hasher = xxhash.xxh3_64()
+    done = 0
+    while done < len(target):
+        count = os.preadv(handle, [target[done : done + _READ_BYTES]], offset + start + done)
+        if not count:
+            break
+        hasher.update(target[done : done + count])
+        done += count
+    return hasher.intdigest()
+
+
+def _in_threads(work: Callable[[], None], count: int) -> None:
+    """Run ``work`` in this thread and in up to ``count - 1`` others at once."""
+    threads = []
+    with contextlib.suppress(RuntimeError):  # no thread to be had: fewer do it
+        for _ in range(count - 1):
+            thread = threading.Thread(target=work, name="snapshot-read")
+            thread.start()
+            threads.append(thread)
+    work()
+    for thread in threads:
+        thread.join()

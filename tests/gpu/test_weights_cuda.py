@@ -1,0 +1,314 @@
+"""Streams, pinned pages, the allocator's pool, real shortage of memory: what only CUDA can show of moving weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from strategies import DTYPES
+
+from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
+from residency.residents import EngineResident, OnnxSessions, SnapshotFolder
+from residency.residents.fingerprint import multilinear
+from residency.residents.layout import Span
+from residency.residents.mirror import HostMirror
+from residency.residents.weights import Weights
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device that torch can use through CUDA")
+
+MB = 1 << 20
+
+
+@pytest.fixture
+def device() -> Iterator[CudaDevice]:
+    device = CudaDevice.find()
+    assert device is not None
+    torch.empty(1, device="cuda")  # the context, and what it takes, are there before anything is measured
+    device.settle()
+    yield device
+    device.settle()
+
+
+def random_bytes(nbytes: int) -> torch.Tensor:
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
+
+
+def weights_and_copies(device: CudaDevice, *sizes: int) -> tuple[Weights, dict[str, torch.Tensor], list[torch.Tensor]]:
+    tensors = {str(number): random_bytes(size) for number, size in enumerate(sizes)}
+    return Weights(tensors, device), tensors, [tensor.cpu() for tensor in tensors.values()]
+
+
+def all_equal(tensors: dict[str, torch.Tensor], copies: list[torch.Tensor]) -> bool:
+    return all(torch.equal(tensor.cpu(), copy) for tensor, copy in zip(tensors.values(), copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_returns_bit_for_bit(device: CudaDevice, dtype: torch.dtype) -> None:
+    raw = random_bytes(16 * 1001) % (2 if dtype is torch.bool else 256)
+    tensor = raw.view(dtype)
+    window, strided, transposed = tensor[3:9], tensor[::3], tensor[:1000].view(10, 100).t()
+    before = raw.cpu()
+    weights = Weights({"t": tensor, "w": window, "s": strided, "tt": transposed}, device)
+    weights.offload()
+    assert tensor.untyped_storage().nbytes() == 0
+    weights.restore()
+    assert torch.equal(raw.cpu(), before)
+    assert len({one.untyped_storage()._cdata for one in (tensor, window, strided, transposed)}) == 1
+    assert (tensor.dtype, tensor.device.type, transposed.stride()) == (dtype, "cuda", (1, 100))
+
+
+def test_small_odd_and_large_tensors_return_bit_for_bit_after_edits(device: CudaDevice) -> None:
+    weights, tensors, copies = weights_and_copies(device, *range(1, 300), 9 * MB + 3, 40 * MB)
+    for place in (0, 5 * MB, 9 * MB + 2):
+        weights.offload()
+        weights.restore()
+        assert all_equal(tensors, copies)
+        for name in ("299", "300", "150"):
+            at = place % len(tensors[name])
+            tensors[name].data[at] ^= 128
+            copies[int(name)][at] ^= 128
+
+
+def test_the_last_bytes_of_odd_sizes_are_watched(device: CudaDevice) -> None:
+    weights, tensors, copies = weights_and_copies(device, *[2 * MB + 3] * 8)
+    for bit in range(24):
+        weights.offload()
+        weights.restore()
+        assert all_equal(tensors, copies)
+        for name, copy in zip(tensors, copies, strict=True):
+            tensors[name][2 * MB + bit // 8] ^= 1 << bit % 8
+            copy[2 * MB + bit // 8] ^= 1 << bit % 8
+
+
+def test_fingerprints_are_those_of_the_cpu(device: CudaDevice) -> None:
+    raws = [random_bytes(size) for size in (1, 2, 3, 4, 5, 1000, 4 * MB + 1, 8 * MB)]
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    on_cpu = multilinear([raw.cpu() for raw in raws], len(raws), cpu)
+    assert multilinear(raws, len(raws), cuda) == on_cpu
+
+
+def test_a_restore_is_complete_before_it_returns(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the stream of the copies is a second behind: the caller's stream reads right after."""
+    weights, tensors, copies = weights_and_copies(device, 64 * MB, 1000, 1001)
+    weights.offload()
+    assert weights._pinning is not None
+    weights._pinning.join()
+    transfer = device.transfer
+
+    @contextmanager
+    def late_transfer() -> Iterator[Any]:
+        with transfer() as pool:
+            torch.cuda._sleep(1_000_000_000)  # cycles, on the stream of the copies
+            yield pool
+
+    monkeypatch.setattr(device, "transfer", late_transfer)
+    weights.restore()
+    sums = [tensor.to(torch.int64).sum() for tensor in tensors.values()]
+    assert [int(one) for one in sums] == [int(copy.to(torch.int64).sum()) for copy in copies]
+    assert all_equal(tensors, copies)
+
+
+def test_work_under_way_is_over_before_weights_are_dropped(device: CudaDevice) -> None:
+    weights, tensors, copies = weights_and_copies(device, 64 * MB)
+    torch.cuda._sleep(500_000_000)
+    total = tensors["0"].to(torch.int64).sum()  # runs after the sleep
+    weights.offload()
+    assert int(total) == int(copies[0].to(torch.int64).sum())
+
+
+def test_pages_are_really_pinned_in_the_background_and_unpinned_at_the_end(device: CudaDevice) -> None:
+    weights, tensors, copies = weights_and_copies(device, 300 * MB, 1000)
+    weights.offload()
+    assert weights._pinning is not None
+    weights._pinning.join()
+    mirror = weights._mirror
+    assert mirror is not None
+    assert mirror.pinned_bytes == weights.host_bytes
+    groups = mirror.groups()
+    assert len(groups) > 1
+    assert all(group.is_pinned() and group[-1:].is_pinned() for group in groups)
+    weights.restore()
+    assert all_equal(tensors, copies)
+    weights.release()
+    assert not any(group.is_pinned() for group in groups)
+    torch.zeros(1, device="cuda").add_(1).item()  # no error of CUDA is left behind
+
+
+def test_beyond_the_limit_memory_stays_pageable_and_moves_all_the_same() -> None:
+    device = CudaDevice.find(pinned_limit_bytes=1000)
+    assert device is not None
+    weights, tensors, copies = weights_and_copies(device, 4 * MB)
+    weights.offload()
+    assert weights._pinning is not None
+    weights._pinning.join()
+    assert weights._mirror is not None
+    assert not weights._mirror.raw.is_pinned()
+    weights.restore()
+    assert all_equal(tensors, copies)
+
+
+def test_an_offload_of_what_did_not_change_copies_nothing(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, tensors, _ = weights_and_copies(device, 64 * MB, 1000)
+    weights.offload()
+    weights.restore()
+    copied: list[int] = []
+    span_of = HostMirror.span
+
+    def span(mirror: HostMirror, span: Span) -> torch.Tensor:
+        copied.append(span.nbytes)
+        return span_of(mirror, span)
+
+    monkeypatch.setattr(HostMirror, "span", span)
+    torch.cuda.reset_peak_memory_stats()
+    held_bytes = torch.cuda.memory_allocated()
+    weights.offload()
+    assert copied == []
+    assert torch.cuda.max_memory_allocated() - held_bytes < 256 * MB, "no full-size temporary"
+    weights.restore()
+    tensors["0"][20 * MB] ^= 1
+    weights.offload()
+    assert copied[-1] <= 8 * MB
+
+
+def test_all_memory_goes_back_to_the_driver(device: CudaDevice) -> None:
+    weights, tensors, copies = weights_and_copies(device, *[512 * 1024] * 200, 200 * MB, *[100] * 1000)
+    device.settle()
+    for _ in range(3):
+        weights.offload()
+        away = torch.cuda.memory_reserved(), device.memory()
+        weights.restore()
+        here = torch.cuda.memory_reserved(), device.memory()
+        assert here[0] - away[0] >= weights.device_bytes
+        assert here[0] - away[0] < weights.device_bytes * 1.1 + 256 * MB
+        assert away[1].free_bytes is not None
+        assert here[1].free_bytes is not None
+        assert away[1].free_bytes - here[1].free_bytes >= weights.device_bytes * 0.95
+    assert all_equal(tensors, copies)
+    weights.offload()
+    assert torch.cuda.memory_allocated() < 32 * MB
+    assert torch.cuda.memory_reserved() < 64 * MB
+
+
+def test_activations_of_the_engine_do_not_keep_the_weights_segments(device: CudaDevice) -> None:
+    weights, _, _ = weights_and_copies(device, *[100 * 1024] * 500)
+    weights.offload()
+    empty = torch.cuda.memory_reserved()
+    weights.restore()
+    activations = [torch.ones(1000, device="cuda") for _ in range(50)]
+    weights.offload()
+    assert torch.cuda.memory_reserved() - empty <= 4 * MB
+    assert all(int(one.sum()) == 1000 for one in activations)
+
+
+@pytest.fixture
+def little_room(device: CudaDevice) -> Iterator[Any]:
+    """Lets torch have this many bytes more than it has now."""
+
+    def leave(nbytes: int) -> None:
+        device.settle()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + nbytes) / total)
+
+    yield leave
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_card_that_fills_up_half_way_leaves_the_host_copy_whole(device: CudaDevice, little_room: Any) -> None:
+    weights, tensors, copies = weights_and_copies(device, *[32 * MB] * 8)
+    weights.offload()
+    reserved = torch.cuda.memory_reserved()
+    little_room(100 * MB)
+    with pytest.raises(DeviceOutOfMemory) as error:
+        weights.restore()
+    assert error.value.needed_bytes > 0
+    assert (weights.device_bytes, weights.host_bytes) == (0, 256 * MB)
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors.values())
+    assert torch.cuda.memory_reserved() == reserved
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    weights.restore()
+    assert all_equal(tensors, copies)
+
+
+def test_a_full_card_is_no_reason_to_lose_a_snapshot(device: CudaDevice, little_room: Any, tmp_path: Path) -> None:
+    with GPUResourceManager(device, snapshot_dir=tmp_path) as manager:
+        manager.register("m", lambda: [random_bytes(128 * MB)])
+        with manager.lease("m") as engine:
+            before = engine[0].cpu()
+        manager.release("m")
+        little_room(64 * MB)
+        with pytest.raises(DeviceOutOfMemory), manager.lease("m"):
+            pass
+        assert manager.status()["models"]["m"]["state"] == "released"
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        with manager.lease("m") as again:
+            assert again is engine
+            assert torch.equal(engine[0].cpu(), before)
+
+
+def test_a_field_of_one_value_is_refilled_on_the_device(device: CudaDevice) -> None:
+    tensors = {
+        "zeros": torch.zeros(4 * MB, device="cuda"),
+        "minus": torch.full((4 * MB,), -0.0, device="cuda"),
+        "nan": torch.full((4 * MB,), float("nan"), dtype=torch.bfloat16, device="cuda"),
+    }
+    before = [tensor.view(torch.uint8).cpu() for tensor in tensors.values()]
+    weights = Weights(tensors, device)
+    weights.offload()
+    assert weights.host_bytes == 0
+    weights.restore()
+    after = [tensor.view(torch.uint8).cpu() for tensor in tensors.values()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    tensors["zeros"][MB] = -0.0
+    weights.offload()
+    weights.restore()
+    assert torch.signbit(tensors["zeros"]).nonzero().tolist() == [[MB]]
+
+
+def test_an_engine_comes_back_from_its_snapshot(device: CudaDevice, tmp_path: Path) -> None:
+    engine = torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 1000)).to("cuda", torch.bfloat16)
+    x = torch.randn(3, 1000, device="cuda", dtype=torch.bfloat16)
+    before = engine(x)
+    resident = EngineResident(engine, device)
+    store = SnapshotFolder(tmp_path)
+    resident.save(store, "m")
+    assert (resident.device_bytes, resident.host_bytes) == (0, 0)
+    resident.load(store, "m")
+    resident.restore()
+    assert torch.equal(engine(x), before)
+    resident.release()
+
+
+def test_what_lives_in_main_memory_stays_there(device: CudaDevice) -> None:
+    tensors = {"here": torch.ones(1000, device="cuda"), "there": torch.ones(1000)}
+    weights = Weights(tensors, device)
+    assert (weights.device_bytes, weights.host_bytes) == (4000, 4000)
+    weights.offload()
+    assert tensors["there"].sum() == 1000
+    assert weights.host_bytes == 8000
+
+
+def test_sessions_on_the_card_are_rebuilt_with_an_arena_that_gives_memory_back(device: CudaDevice) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs an ONNX Runtime with CUDA")
+    model = Path(str(importlib.util.find_spec("hibari").origin)).parent / "assets" / "oov.onnx"
+    session = onnxruntime.InferenceSession(str(model), providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    if "CUDAExecutionProvider" not in session.get_providers():
+        pytest.skip("ONNX Runtime could not load its CUDA libraries")
+    feed = {"chars": np.array([[1, 2, 3]], np.int64)}
+    before = session.run(None, feed)
+    sessions = OnnxSessions({"model": session}, device)
+    assert sessions.device_bytes == model.stat().st_size
+    sessions.offload()
+    assert session._sess is None
+    sessions.restore()
+    assert session.get_provider_options()["CUDAExecutionProvider"]["arena_extend_strategy"] == "kSameAsRequested"
+    after = session.run(None, feed)
+    assert all(np.allclose(one, other, atol=1e-4) for one, other in zip(before, after, strict=True))
+    sessions.release()

@@ -1,0 +1,97 @@
+"""An engine that makes tensors as it works leaves nothing of them behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_manager import DeviceOutOfMemory, SimulatedDevice
+from residency.residents import EngineResident, SnapshotFolder
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.module = torch.nn.Linear(10, 10)
+        self.cache: dict[str, torch.Tensor] = {}
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def test_what_an_engine_makes_while_it_works_leaves_with_it(engine: Engine, device: SimulatedDevice) -> None:
+    resident = EngineResident(engine, device)
+    assert resident.device_bytes == 440
+    for step in range(3):
+        engine.cache[f"session {step}"] = torch.full((100,), float(step))
+        resident.offload()
+        assert device.ledger_bytes == 0
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in engine.cache.values())
+        resident.restore()
+        assert device.ledger_bytes == 440 + 400 * (step + 1)
+        assert [tensor[0].item() for tensor in engine.cache.values()] == list(range(step + 1))
+
+
+def test_tensors_that_are_made_anew_at_each_pass_do_not_pile_up(engine: Engine, device: SimulatedDevice) -> None:
+    resident = EngineResident(engine, device)
+    for step in range(5):
+        engine.module.__dict__["weight_g"] = torch.full((50,), float(step))  # as weight_norm keeps them
+        resident.offload()
+        resident.restore()
+        assert device.ledger_bytes == 640
+        assert engine.module.__dict__["weight_g"].sum() == 50 * step
+    del engine.module.__dict__["weight_g"]
+    resident.offload()
+    resident.restore()
+    assert device.ledger_bytes == 440
+
+
+def test_a_view_of_a_weight_is_no_newcomer(engine: Engine, device: SimulatedDevice) -> None:
+    resident = EngineResident(engine, device)
+    engine.cache["row"] = engine.module.weight.detach()[0]
+    before = engine.cache["row"].clone()
+    resident.offload()
+    resident.restore()
+    assert device.ledger_bytes == 440
+    assert torch.equal(engine.cache["row"], before)
+
+
+def test_newcomers_that_the_books_have_no_room_for_do_not_stop_the_offload(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = SimulatedDevice(capacity_bytes=500)
+    resident = EngineResident(engine, device)
+    engine.cache["large"] = torch.ones(100)
+    resident.offload()
+    assert device.ledger_bytes == 0
+    assert "stay on the device" in caplog.text
+    assert engine.cache["large"].sum() == 100
+
+
+def test_what_is_skipped_stays_where_it_is(engine: Engine, device: SimulatedDevice) -> None:
+    engine.cache["mine"] = torch.ones(100)
+    resident = EngineResident(engine, device, skip=[".cache"])
+    resident.offload()
+    assert engine.cache["mine"].sum() == 100
+    assert engine.module.weight.untyped_storage().nbytes() == 0
+
+
+def test_an_engine_that_is_too_large_leaves_no_trace_in_the_books(engine: Engine) -> None:
+    device = SimulatedDevice(capacity_bytes=100)
+    with pytest.raises(DeviceOutOfMemory):
+        EngineResident(engine, device)
+    assert device.ledger_bytes == 0
+
+
+def test_newcomers_are_part_of_the_snapshot(engine: Engine, device: SimulatedDevice, tmp_path: Path) -> None:
+    resident = EngineResident(engine, device)
+    engine.cache["made"] = torch.arange(100.0)
+    store = SnapshotFolder(tmp_path)
+    resident.save(store, "tts")
+    assert (resident.device_bytes, resident.host_bytes, device.ledger_bytes) == (0, 0, 0)
+    resident.load(store, "tts")
+    resident.restore()
+    assert torch.equal(engine.cache["made"], torch.arange(100.0))
