@@ -16,11 +16,11 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import SharedWeights, SnapshotUnusable
+from ..errors import DeviceOutOfMemory, SharedWeights, SnapshotUnusable
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
-from .pieces import Piece, pieces_of
+from .pieces import Piece, pieces_of, storage_key
 from .pinning import BackgroundPinning
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class Weights:
         import torch
 
         mirror = self._ready_mirror()
+        free_bytes = self._device.memory().free_bytes
         with self._moving, torch.inference_mode():
             try:
                 with self._device.transfer() as self._allocation:
@@ -126,8 +127,10 @@ class Weights:
                     for piece in self._pieces:
                         if piece.fill is not None:
                             piece.refill()
-            except BaseException:
+            except BaseException as error:
                 self._empty()
+                if isinstance(error, DeviceOutOfMemory):
+                    raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
             self._on_device = True
         return self._movable_bytes
@@ -141,6 +144,14 @@ class Weights:
         self._on_device = False
         self._pieces, self._elsewhere = [], []
         return freed_bytes
+
+    def also(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take note of further tensors over storages that are accounted for here."""
+        pieces = {piece.storage._cdata: piece for piece in self._pieces}
+        for path, tensor in tensors.items():
+            piece = pieces.get(storage_key(tensor) or 0)
+            if piece is not None:
+                piece.tensors.setdefault(path, tensor)
 
     def keep_only(self, storages: Collection[int]) -> bool:
         """Take no further care of storages that are not among these.
