@@ -56,7 +56,7 @@ def multilinear(raws: Iterable[torch.Tensor], count: int, device: torch.device) 
     """The sums, on any device. Waits for the device once, at the end."""
     import torch
 
-    weights = _weights().to(device)
+    weights = _weights(SPAN_BYTES // _WORD_BYTES + 1).to(device)
     products = torch.empty(len(weights), dtype=torch.int64, device=device)
     sums = torch.zeros(count, dtype=torch.int64, device=device)
     for index, raw in enumerate(raws):
@@ -73,9 +73,8 @@ def multilinear(raws: Iterable[torch.Tensor], count: int, device: torch.device) 
 
 
 @functools.cache
-def _weights() -> torch.Tensor:
+def _weights(count: int) -> torch.Tensor:
     """Random 64-bit numbers, drawn once in each process; a generator's would depend on a seed of 32 bits."""
     import torch
 
-    words = SPAN_BYTES // _WORD_BYTES + 1
-    return torch.frombuffer(bytearray(secrets.token_bytes(8 * words)), dtype=torch.int64)
+    return torch.frombuffer(bytearray(secrets.token_bytes(8 * count)), dtype=torch.int64)
