@@ -7,6 +7,7 @@ so that ``--help`` and a wrong flag answer at once.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import os
 import shutil
@@ -15,7 +16,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residency.errors import EngineUnavailable, InvalidInput, ResidencyError
@@ -172,9 +174,15 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
 
 @contextmanager
 def _recordings_folder(parent: str) -> Iterator[str]:
-    """A folder of our own for uploads and results, gone at the end. Gradio is told to use it too."""
+    """A folder of our own for uploads and results, gone at the end. Gradio is told to use it too.
+
+    It is locked while we live: those of apps that were killed are not, and are removed, since they hold voices.
+    """
     try:
         os.makedirs(parent, exist_ok=True)
+        for left in Path(parent).glob("editx-*"):
+            with suppress(OSError), _locked(left):
+                shutil.rmtree(left)
         folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
     except OSError as error:
         raise InvalidInput(
@@ -182,10 +190,25 @@ def _recordings_folder(parent: str) -> Iterator[str]:
             f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
         ) from error
     os.environ["GRADIO_TEMP_DIR"] = folder
+    with _locked(folder):
+        try:
+            yield folder
+        finally:
+            # Impatient signals must not end the clearing up.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder's lock; OSError if another process does."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield folder
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
 
 
 def _close(page: Page, manager: GPUResourceManager | None) -> None:

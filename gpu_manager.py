@@ -519,3 +519,9 @@ def get_gpu_manager(
             if asked is not None and asked != have:
                 raise SettingsConflict(setting, str(have), str(asked))
         return present
+
+
+if __name__ == "__main__":
+    from residency.cli import main
+
+    raise SystemExit(main())

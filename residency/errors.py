@@ -69,21 +69,34 @@ class SettingsConflict(ResidencyError):
 
 
 class DeviceOutOfMemory(ResidencyError, MemoryError):
-    """A move needed more device memory than there is. Nothing was moved."""
+    """A move needed more device memory than there is. Nothing was moved.
 
-    def __init__(self, needed_bytes: int, free_bytes: int | None, device: str) -> None:
+    ``holders`` are the processes that hold memory of the device, as the driver says: (pid, bytes or None).
+    """
+
+    def __init__(
+        self,
+        needed_bytes: int,
+        free_bytes: int | None,
+        device: str,
+        holders: tuple[tuple[int, int | None], ...] = (),
+    ) -> None:
         free = "unknown" if free_bytes is None else f"{free_bytes:,}"
+        held = "; ".join(f"pid {pid}: {'?' if nbytes is None else f'{nbytes:,}'}" for pid, nbytes in holders)
+        by = f" (held by {held})" if held else ""
         super().__init__(
-            f"{device} is short of memory: {needed_bytes:,} bytes needed, {free} free. Release another model or stop "
-            f"another program on it, then try again. / {device} 显存不足：需要 {needed_bytes:,} 字节，"
-            f"可用 {free} 字节。请释放其他模型或停止占用显存的程序后重试。",
+            f"{device} is short of memory: {needed_bytes:,} bytes needed, {free} free{by}. Release another model or "
+            f"stop another program on it, then try again. / {device} 显存不足：需要 {needed_bytes:,} 字节，"
+            f"可用 {free} 字节{by}。请释放其他模型或停止占用显存的程序后重试。",
             needed_bytes,
             free_bytes,
             device,
+            holders,
         )
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
         self.device = device
+        self.holders = holders
 
 
 class DeviceUnavailable(ResidencyError):

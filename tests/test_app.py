@@ -196,3 +196,20 @@ class TestStart:
         assert ended.returncode == 1
         assert "--tmp-dir" in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+def test_recordings_of_a_killed_app_are_removed_and_those_of_a_running_one_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import app
+
+    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    for name in ("editx-dead", "editx-live", "somebody-elses"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "voice.wav").touch()
+    with app._locked(tmp_path / "editx-live"), app._recordings_folder(str(tmp_path)) as ours:
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            ["editx-live", "somebody-elses", Path(ours).name]
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["editx-live", "somebody-elses"]

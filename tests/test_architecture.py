@@ -14,7 +14,7 @@ ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import thos
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
 PURE_LAYERS = [["errors"], ["policies", "contracts", "clock", "randomness"], ["states", "settings"],
-               ["planning", "leasing", "moving", "status"]]  # fmt: skip
+               ["planning", "leasing", "moving", "status", "cli"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
 SHARED = {"contracts", "states", "errors"}

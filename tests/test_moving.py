@@ -206,14 +206,12 @@ def test_after_close_nothing_is_left(tmp_path: Path, device: SimulatedDevice, cl
         threading.Event().wait(0.01)
 
 
-@pytest.mark.xfail(strict=True, reason="the skeleton that could read it is forgotten at once")
 def test_closing_writes_no_snapshot_that_nobody_can_read(studio: Studio) -> None:
     studio.speak()
     studio.manager.close()
     assert list(studio.folder.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="MemoryError from save() ends the release: the GPU is never given back")
 def test_a_release_that_has_no_memory_for_a_snapshot_is_done_without(
     studio: Studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

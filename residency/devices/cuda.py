@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import DeviceKind, Memory, Probe
+from ..contracts import DeviceKind, Memory
 from ..errors import DeviceOutOfMemory, DeviceUnavailable
 
 if TYPE_CHECKING:
     import torch
+
+    from ..probes import NvmlProbe
 
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class CudaDevice:
     separate = True
     note: dict[str, str] | None = None
 
-    def __init__(self, name: str, probe: Probe, pinned_limit_bytes: int | None = None) -> None:
+    def __init__(self, name: str, probe: NvmlProbe, pinned_limit_bytes: int | None = None) -> None:
         self.name = name
         self._probe = probe
         self._pinned_limit_bytes = pinned_limit_bytes
@@ -75,7 +77,7 @@ class CudaDevice:
         try:
             storage.resize_(nbytes)
         except torch.OutOfMemoryError as error:
-            raise DeviceOutOfMemory(nbytes, self.memory().free_bytes, self.name) from error
+            raise DeviceOutOfMemory(nbytes, self.memory().free_bytes, self.name, self._probe.holders()) from error
 
     def drop(self, storage: torch.UntypedStorage) -> None:
         storage.resize_(0)

@@ -48,3 +48,11 @@ class NvmlProbe:
         # In containers the driver lists the host's process numbers, or none: then what we use is unknown.
         process_bytes = None if own and own[0] is None else sum(own) if own or not processes else None
         return Memory(memory.total, memory.free, process_bytes)
+
+    def holders(self) -> tuple[tuple[int, int | None], ...]:
+        """The processes that hold memory of this GPU: (pid, bytes or None where the driver does not tell)."""
+        try:
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except pynvml.NVMLError:
+            return ()
+        return tuple((process.pid, process.usedGpuMemory) for process in processes)

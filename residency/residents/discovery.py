@@ -143,6 +143,8 @@ def _children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
     import torch
 
     kind = type(thing)  # not isinstance, which believes what an object says of its class
+    if issubclass(kind, torch.Tensor) and thing.is_leaf and thing.grad is not None:
+        yield ".", "grad", thing.grad
     if issubclass(kind, torch.jit.ScriptModule):
         yield from _script_tensors(thing)
     elif issubclass(kind, dict):
@@ -171,7 +173,11 @@ def _script_tensors(module: Any) -> Iterator[tuple[str, Any, Any]]:
     yield from ((".", name, tensor) for name, tensor in module.named_parameters())
     yield from ((".", name, tensor) for name, tensor in module.named_buffers())
     for name, submodule in module.named_modules():
-        for attribute in submodule._concrete_type.get_attributes():
+        kind = submodule.__dict__.get("_concrete_type")
+        if kind is None:
+            logger.warning("Constants in the code of a frozen TorchScript module cannot be found, nor moved")
+            continue
+        for attribute in kind.get_attributes():
             with contextlib.suppress(AttributeError, RuntimeError):
                 yield ".", f"{name}.{attribute}" if name else attribute, getattr(submodule, attribute)
 

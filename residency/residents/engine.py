@@ -98,6 +98,7 @@ class EngineResident:
         now = self._discovery.walk()
         there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
         self._loaded.keep_only(there)
+        self._loaded.also(now.tensors)
         changed = self._late.keep_only(there)
         if not changed and there <= self.storages:
             return

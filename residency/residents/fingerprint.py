@@ -9,6 +9,7 @@ same sum with a probability of at most 2**-32, and the weights are drawn anew in
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import secrets
 from collections.abc import Iterable
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 _WORD_BYTES = 4
-_SEED = secrets.randbits(63)
 
 
 def fingerprints(raws: Iterable[torch.Tensor], count: int) -> list[int]:
@@ -56,10 +56,8 @@ def multilinear(raws: Iterable[torch.Tensor], count: int, device: torch.device) 
     """The sums, on any device. Waits for the device once, at the end."""
     import torch
 
-    words = SPAN_BYTES // _WORD_BYTES + 1
-    generator = torch.Generator().manual_seed(_SEED)
-    weights = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator).to(device)
-    products = torch.empty(words, dtype=torch.int64, device=device)
+    weights = _weights(SPAN_BYTES // _WORD_BYTES + 1).to(device)
+    products = torch.empty(len(weights), dtype=torch.int64, device=device)
     sums = torch.zeros(count, dtype=torch.int64, device=device)
     for index, raw in enumerate(raws):
         whole, rest = divmod(len(raw), _WORD_BYTES)
@@ -72,3 +70,11 @@ def multilinear(raws: Iterable[torch.Tensor], count: int, device: torch.device) 
             sums[index] += (last.view(torch.int32) * weights[whole : whole + 1])[0]
     totals: list[int] = sums.tolist()
     return totals
+
+
+@functools.cache
+def _weights(count: int) -> torch.Tensor:
+    """Random 64-bit numbers, drawn once in each process; a generator's would depend on a seed of 32 bits."""
+    import torch
+
+    return torch.frombuffer(bytearray(secrets.token_bytes(8 * count)), dtype=torch.int64)

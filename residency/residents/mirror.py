@@ -23,7 +23,7 @@ class HostMirror:
 
         self._layout = layout
         # A mapping of its own: page-aligned, and unlike malloc's memory not kept back for later.
-        self._mapping = mmap.mmap(-1, max(layout.nbytes, 1))
+        self._mapping = mmap.mmap(-1, max(layout.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.raw: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=layout.nbytes or 1)

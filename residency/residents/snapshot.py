@@ -80,7 +80,8 @@ class SnapshotFolder:
         try:
             if not _is_whole(path, header, len(raw)):
                 raise SnapshotUnusable(name, f"{path} is missing, cut off, or not one of ours")
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a folder that can only be read serves as well
+                os.utime(path)
             damaged = _read_ranges(path, len(header), ranges, hashes, memoryview_of(raw))
         except OSError as error:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
@@ -101,6 +102,8 @@ class SnapshotFolder:
         with path.open("wb", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                if not path.exists():  # between the two lines above it looked abandoned
+                    raise FileNotFoundError(f"{path} was removed by another process")
                 yield file
             finally:
                 path.unlink(missing_ok=True)
@@ -117,7 +120,7 @@ class SnapshotFolder:
             return
         snapshots = []
         for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
+            with contextlib.suppress(OSError):  # removed by another process meanwhile, or not ours to read
                 if _OURS.fullmatch(path.name) and _is_ours(path):
                     snapshots.append((path, path.stat()))
         total_bytes = sum(stat.st_size for _, stat in snapshots)
@@ -126,7 +129,8 @@ class SnapshotFolder:
                 return
             if path != newest:
                 logger.info("Removing the old snapshot %s", path)
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
                 total_bytes -= stat.st_size
 
 

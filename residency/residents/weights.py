@@ -16,11 +16,11 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import SharedWeights, SnapshotUnusable
+from ..errors import DeviceOutOfMemory, SharedWeights, SnapshotUnusable
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
-from .pieces import Piece, pieces_of
+from .pieces import Piece, pieces_of, storage_key
 from .pinning import BackgroundPinning
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Weights:
         self._fingerprints: list[int | None] = []
         self._saved: list[int] | None = None
         self._allocation: Any = None
+        #: Small pieces are put together here, one span after the other, while they are compared and copied.
+        self._scratch: torch.Tensor | None = None
         self._moving = threading.Lock()
         self._pinning: BackgroundPinning | None = None
 
@@ -115,6 +117,7 @@ class Weights:
         import torch
 
         mirror = self._ready_mirror()
+        free_bytes = self._device.memory().free_bytes
         with self._moving, torch.inference_mode():
             try:
                 with self._device.transfer() as self._allocation:
@@ -126,8 +129,10 @@ class Weights:
                     for piece in self._pieces:
                         if piece.fill is not None:
                             piece.refill()
-            except BaseException:
+            except BaseException as error:
                 self._empty()
+                if isinstance(error, DeviceOutOfMemory):
+                    raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
             self._on_device = True
         return self._movable_bytes
@@ -141,6 +146,14 @@ class Weights:
         self._on_device = False
         self._pieces, self._elsewhere = [], []
         return freed_bytes
+
+    def also(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take note of further tensors over storages that are accounted for here."""
+        pieces = {piece.storage._cdata: piece for piece in self._pieces}
+        for path, tensor in tensors.items():
+            piece = pieces.get(storage_key(tensor) or 0)
+            if piece is not None:
+                piece.tensors.setdefault(path, tensor)
 
     def keep_only(self, storages: Collection[int]) -> bool:
         """Take no further care of storages that are not among these.
@@ -210,12 +223,14 @@ class Weights:
             self._drop_mirror()
             self._make_mirror()
         mirror = self._ready_mirror()
-        now = fingerprints((self._gather(span) for span in self._layout.spans), len(self._layout.spans))
-        for index, (span, fingerprint) in enumerate(zip(self._layout.spans, now, strict=True)):
+        spans = self._layout.spans
+        now = fingerprints((self._gather(span) for span in spans), len(spans))
+        for index, (span, fingerprint) in enumerate(zip(spans, now, strict=True)):
             if self._fingerprints[index] != fingerprint:
                 self._fingerprints[index] = None  # until the copy is whole
                 mirror.span(span).copy_(self._gather(span))
                 self._fingerprints[index] = fingerprint
+        self._scratch = None
 
     def _ready_mirror(self) -> HostMirror:
         assert self._mirror is not None, "what is off the device has a mirror"
@@ -230,11 +245,16 @@ class Weights:
             self._mirror = None
 
     def _gather(self, span: Span) -> torch.Tensor:
-        """The bytes of a span where they are now, on the device; small pieces are put together."""
+        """The bytes of a span where they are now, on the device; valid until the next span is gathered."""
         import torch
 
         parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        if self._scratch is None:
+            largest = max(span.nbytes for span in self._layout.spans)
+            self._scratch = torch.empty(largest, dtype=torch.uint8, device=parts[0].device)
+        return torch.cat(parts, out=self._scratch[: span.nbytes])
 
     def _fill(self, span: Span, source: torch.Tensor) -> None:
         """Write a span's bytes from main memory to where they belong on the device."""

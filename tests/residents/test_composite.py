@@ -70,7 +70,6 @@ def test_an_error_that_is_no_ordinary_one_undoes_too() -> None:
     assert [part.place for part in parts] == ["host", "host"]
 
 
-@pytest.mark.xfail(strict=True, reason="the parts before it keep what they read: a released model holds memory")
 def test_a_part_that_cannot_be_loaded_leaves_nothing_in_memory() -> None:
     parts = FakeResident(), FakeResident()
     both = CompositeResident(*parts)

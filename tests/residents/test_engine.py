@@ -95,3 +95,14 @@ def test_newcomers_are_part_of_the_snapshot(engine: Engine, device: SimulatedDev
     resident.load(store, "tts")
     resident.restore()
     assert torch.equal(engine.cache["made"], torch.arange(100.0))
+
+
+def test_a_new_view_stays_tied_when_its_weight_needs_a_new_home(engine: Engine, device: SimulatedDevice) -> None:
+    resident = EngineResident(engine, device)
+    _ = engine.module.weight.detach().numpy()  # from now on torch refuses to resize this storage
+    engine.cache["row"] = engine.module.weight.detach()[2]
+    resident.offload()
+    resident.restore()
+    engine.module.weight.data[2, 0] = 7.0
+    assert engine.cache["row"][0] == 7.0
+    assert device.ledger_bytes == 440

@@ -158,8 +158,9 @@ def test_running_out_of_memory_half_way_through_a_restore_leaves_the_host_copy_w
     weights = Weights(tensors, device)
     weights.offload()
     device.charge(500)  # somebody else takes half of the card
-    with pytest.raises(DeviceOutOfMemory):
+    with pytest.raises(DeviceOutOfMemory) as error:
         weights.restore()
+    assert (error.value.needed_bytes, error.value.free_bytes) == (1000, 500)
     assert (weights.device_bytes, weights.host_bytes, device.ledger_bytes) == (0, 1000, 500)
     device.refund(500)
     weights.restore()

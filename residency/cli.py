@@ -1,0 +1,78 @@
+"""``python -m gpu_manager``: steer a running app from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+DEFAULT_URL = "http://127.0.0.1:7860"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and print the status; 0 if it was done or will follow, 1 if the app refused or is not there."""
+    arguments = _parser().parse_args(argv)
+    try:
+        done, status = _call(arguments)
+    except urllib.error.HTTPError as error:
+        print(_reason(error), file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(
+            f"No app with GPU management answers at {arguments.url} ({error}): start one, or give --url / "
+            f"{arguments.url} 没有启用 GPU 管理的应用：请先启动，或用 --url 指定地址",
+            file=sys.stderr,
+        )
+        return 1
+    print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else _table(status))
+    if not done:
+        print("It will follow / 稍后完成", file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu_manager", description="Steer a running app.", allow_abbrev=False
+    )
+    parser.add_argument("command", choices=["status", "offload", "release", "warm"])
+    parser.add_argument("model", nargs="?", help="the model's name, such as tts (default: all)")
+    parser.add_argument("--url", default=DEFAULT_URL, help="the app's address (default: %(default)s)")
+    parser.add_argument("--token", default=os.environ.get("GPU_CONTROL_TOKEN"), help="or GPU_CONTROL_TOKEN")
+    parser.add_argument("--json", action="store_true", help="print the whole status as JSON")
+    return parser
+
+
+def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
+    """The answer of the app: whether it is done, and the status."""
+    request = urllib.request.Request(f"{arguments.url.rstrip('/')}/gpu/{arguments.command}")
+    if arguments.command != "status":
+        request.data = json.dumps({"model": arguments.model} if arguments.model else {}).encode()
+        request.add_header("Content-Type", "application/json")
+    if arguments.token:
+        request.add_header("Authorization", f"Bearer {arguments.token}")
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        status: dict[str, Any] = json.load(answer)
+        return answer.status == 200, status
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.url}: {error.code} {error.reason}"
+
+
+def _table(status: dict[str, Any]) -> str:
+    rows = [("MODEL", "STATE", "GPU MB", "RAM MB", "IDLE S", "PENDING")]
+    for name, model in status["models"].items():
+        idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
+        megabytes = (f"{model[key] / 1e6:.1f}" for key in ("device_bytes", "host_bytes"))
+        rows.append((name, model["state"], *megabytes, idle, model["pending"] or "-"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([status["device"]["name"], *lines])

@@ -1,0 +1,79 @@
+"""``python -m gpu_manager`` against a small server that answers as the app does."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from gpu_manager import GPUResourceManager
+from residency import cli
+
+
+@pytest.fixture
+def app(manager: GPUResourceManager) -> Iterator[HTTPServer]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(200, manager.status())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.seen.append((self.path, body, self.headers.get("Authorization")))
+            self.answer(*server.next_answer)
+
+        def answer(self, code: int, content: object) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.seen = []
+    server.next_answer = (200, manager.status())
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run(app: HTTPServer, *arguments: str) -> int:
+    return cli.main([*arguments, "--url", f"http://127.0.0.1:{app.server_port}/"])
+
+
+def test_status_prints_a_table(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, "status") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Simulated GPU")
+    assert lines[2].split() == ["tts", "released", "0.0", "0.0", "-", "-"]
+
+
+def test_json_prints_the_whole_status(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, "status", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["models"]["tts"]["state"] == "released"
+
+
+def test_commands_name_their_model_and_send_the_token(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, "release", "tts", "--token", "secret") == 0
+    assert run(app, "offload") == 0
+    assert app.seen == [("/gpu/release", {"model": "tts"}, "Bearer secret"), ("/gpu/offload", {}, None)]
+    app.next_answer = (202, app.next_answer[1])
+    assert run(app, "warm") == 0
+    assert "will follow" in capsys.readouterr().err
+
+
+def test_a_refusal_is_printed_and_fails(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+    app.next_answer = (404, {"error": "No model is called 'llm'"})
+    assert run(app, "release", "llm") == 1
+    assert capsys.readouterr().err == "No model is called 'llm'\n"
+
+
+def test_no_app_there_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--url", "http://127.0.0.1:9"]) == 1
+    assert "start one, or give --url" in capsys.readouterr().err
