@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 
 from ..contracts import Device
 from .mirror import HostMirror
+
+#: A thread that is still inside torch when the interpreter ends would end the process with an error.
+_running: weakref.WeakSet[BackgroundPinning] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    for pinning in list(_running):
+        pinning.stop()
+        pinning.join()
 
 
 class BackgroundPinning:
@@ -21,14 +33,15 @@ class BackgroundPinning:
         self._moving = moving
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpu-pinning", daemon=True)
+        _running.add(self)
         self._thread.start()
 
     def stop(self) -> None:
-        """Pin no further group; for those who hold ``moving``, so that none is being pinned now."""
+        """Pin no further group. Who holds ``moving`` knows that none is being pinned now."""
         self._stopped.set()
 
     def join(self) -> None:
-        """Wait until all is pinned that can be."""
+        """Wait until the thread has ended; not for those who hold ``moving``."""
         self._thread.join()
 
     def _run(self) -> None:

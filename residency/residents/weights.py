@@ -139,10 +139,13 @@ class Weights:
 
     def release(self) -> int:
         freed_bytes = self.device_bytes + self.host_bytes
+        pinning = self._pinning
         with self._moving:
             if self._on_device:
                 self._empty()
             self._drop_mirror()
+        if pinning is not None:
+            pinning.join()
         self._on_device = False
         self._pieces, self._elsewhere = [], []
         return freed_bytes
@@ -183,7 +186,10 @@ class Weights:
             if hashes:
                 store.write(name, self._ranges(), hashes, mirror.raw)
             self._saved = hashes
+            pinning = self._pinning
             self._drop_mirror()
+        if pinning is not None:
+            pinning.join()
         return self._layout.nbytes
 
     def load(self, store: SnapshotStore, name: str) -> int:
