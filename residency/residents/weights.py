@@ -117,7 +117,6 @@ class Weights:
         import torch
 
         mirror = self._ready_mirror()
-        free_bytes = self._device.memory().free_bytes
         with self._moving, torch.inference_mode():
             try:
                 with self._device.transfer() as self._allocation:
@@ -132,6 +131,7 @@ class Weights:
             except BaseException as error:
                 self._empty()
                 if isinstance(error, DeviceOutOfMemory):
+                    free_bytes = self._device.memory().free_bytes
                     raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
             self._on_device = True
