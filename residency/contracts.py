@@ -152,16 +152,35 @@ class Engine(Protocol):
 
 
 class Policy(Protocol):
-    """When an idle model leaves the device, and when the host. Pure.
+    """When an idle model is on the device, and when it leaves main memory. Pure: is fed with times, asks no clock.
 
-    Both answer seconds after the end of the last lease; ``math.inf`` is never.
+    All times are seconds after the end of the last lease; ``math.inf`` is never. Calls come one at a time, under the
+    manager's lock, and answer at once.
     """
 
     @property
-    def keep_warm_s(self) -> float: ...
+    def name(self) -> str:
+        """``fixed``, ``auto``, or what a policy of one's own is called in the status."""
 
     @property
-    def idle_timeout_s(self) -> float: ...
+    def keep_warm_s(self) -> float:
+        """How long the model stays on the device now."""
+
+    @property
+    def idle_timeout_s(self) -> float:
+        """When it is released; not while `windows` promises that it is on the device."""
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        """When an idle model is on the device: (from, until), in order and apart. The first begins at 0.
+
+        A later one brings the model back before the request that is expected in it.
+        """
+
+    def idle_ended(self, idle_s: float) -> None:
+        """A request came after the model had been idle for ``idle_s`` (prefetches do not count)."""
+
+    def brought_back(self, seconds: float) -> None:
+        """A restore has taken this long."""
 
 
 class Probe(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import InvalidInput
 
@@ -35,3 +35,13 @@ class FixedPolicy:
 
     keep_warm_s: float = 0.0
     idle_timeout_s: float = 600.0
+    name: str = field(default="fixed", init=False)
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        return ((0.0, self.keep_warm_s),)
+
+    def idle_ended(self, idle_s: float) -> None:
+        """Nothing is learned from it."""
+
+    def brought_back(self, seconds: float) -> None:
+        """Nothing is learned from it."""

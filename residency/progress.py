@@ -1,0 +1,67 @@
+"""How far a move has come. Whoever moves bytes says so with `current`; whoever looks reads a `Progress`.
+
+A move runs in a context of its own (`contextvars`), so loaders and residents need no argument for it::
+
+    progress = current()
+    progress.enter("copying", total_bytes)
+    progress.advance(nbytes)                # after each piece; from any thread that was given the object
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Phase, bytes done and bytes in all (None where unknown) of one move. Thread-safe; never raises.
+
+    ``changed`` is called after each change, in the thread that made it.
+    """
+
+    def __init__(self, phase: str, total_bytes: int | None = None, changed: Callable[[], None] | None = None) -> None:
+        self._facts = (phase, 0, total_bytes)
+        self._changed = changed
+        self._lock = threading.Lock()
+
+    @property
+    def facts(self) -> tuple[str, int, int | None]:
+        """(phase, bytes done in it, bytes in all or None), of one moment."""
+        return self._facts
+
+    def enter(self, phase: str, total_bytes: int | None = None) -> None:
+        """Begin a phase of ``total_bytes`` (None: unknown), of which nothing is done yet."""
+        with self._lock:
+            self._facts = (phase, 0, total_bytes)
+        self._tell()
+
+    def advance(self, nbytes: int) -> None:
+        """Add bytes that were done in this phase."""
+        with self._lock:
+            phase, done_bytes, total_bytes = self._facts
+            self._facts = (phase, done_bytes + nbytes, total_bytes)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._changed is not None:
+            self._changed()
+
+
+_current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("current_progress", default=None)
+
+
+def current() -> Progress:
+    """The progress of the move in whose context this is called; outside of one, a progress that nobody looks at."""
+    return _current.get() or Progress("idle")
+
+
+@contextmanager
+def reporting(progress: Progress) -> Iterator[None]:
+    """What is moved within this block is ``progress``'s."""
+    token = _current.set(progress)
+    try:
+        yield
+    finally:
+        _current.reset(token)
