@@ -5,13 +5,13 @@
     with manager.lease("tts") as engine:      # loaded or restored, and on the device until the block ends
         audio = engine.clone(...)
 
-Every change goes one way: plan under the lock, move outside it, commit or roll back under the lock, notify.
-`residency.states` has the states, `residency.planning` decides, this module acts.
+Every change goes one way: plan under the lock, move outside it in a thread of its own, commit or roll back under the
+lock, notify. `residency.states` has the states, `residency.planning` decides, this module acts. A move belongs to no
+request: one that times out, is cancelled or interrupted leaves it to arrive.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import threading
@@ -19,25 +19,35 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from residency.admission import Admission
 from residency.clock import SystemClock
 from residency.contracts import Adopt, Clock, Device
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
+from residency.dispatch import WARM_GRACE_S, Dispatcher
 from residency.errors import (
     DeviceOutOfMemory,
     DeviceUnavailable,
+    InvalidInput,
+    LeaseDeadlock,
+    LoadTimeout,
     ManagerClosed,
+    ModelBusy,
     ModelExists,
+    RequestCancelled,
+    RequestTimeout,
     ResidencyError,
     SettingsConflict,
     UnknownModel,
 )
-from residency.leasing import Lease, held_leases
+from residency.events import Event
+from residency.leasing import Lease, held_slots
+from residency.lifetime import end_with_the_process
 from residency.moving import Mover
-from residency.planning import due_move, move_towards, next_deadline
-from residency.policies import FixedPolicy, seconds
+from residency.planning import move_towards
+from residency.policies import change_policy, make_policy, seconds
 from residency.probes import HostProbe
 from residency.residents import SnapshotFolder, adopt
-from residency.states import Move, MoveRecord, Slot, State
+from residency.states import Slot, State
 from residency.status import describe
 
 __all__ = [
@@ -45,10 +55,16 @@ __all__ = [
     "CudaDevice",
     "DeviceOutOfMemory",
     "DeviceUnavailable",
+    "Event",
     "GPUResourceManager",
     "Lease",
+    "LeaseDeadlock",
+    "LoadTimeout",
     "ManagerClosed",
+    "ModelBusy",
     "ModelExists",
+    "RequestCancelled",
+    "RequestTimeout",
     "ResidencyError",
     "SettingsConflict",
     "SimulatedDevice",
@@ -60,20 +76,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-WARM_GRACE_S = 60.0
-"""How long a model that was warmed by hand waits for its first request before keep-warm counts."""
-
-RETRY_AFTER_S = 30.0
-"""How long after a failed move the monitor tries again. Requests and people may try at once."""
-
 
 class GPUResourceManager:
     """Moves named models between device, host memory and released, and never under a running request.
 
     ``device=None`` takes the best device found. ``keep_warm`` and ``idle_timeout`` are defaults for `register`:
-    seconds or ``"15m"``; -1 is never. With ``snapshot_dir`` released weights are kept on disk there, at most
-    ``snapshot_limit_bytes`` of them, and read back instead of loaded. All methods may be called from any thread. Moves
-    run outside the lock, so `status` answers at once even while a model loads.
+    seconds or ``"15m"``; -1 is never; ``keep_warm="auto"`` learns it. With ``snapshot_dir`` released weights are kept
+    on disk there, at most ``snapshot_limit_bytes`` of them, and read back instead of loaded. With ``budget_bytes`` the
+    models together take no more of the device: idle ones leave for others, and requests wait for models in use.
+
+    All methods may be called from any thread. Moves run outside the lock, so `status` answers at once even while a
+    model loads. A forked child has a closed manager: the models stay the parent's.
     """
 
     #: Discovery stops here: an engine may know its manager, but the manager's other models are not of the engine.
@@ -87,22 +100,33 @@ class GPUResourceManager:
         idle_timeout: float | str = 600,
         snapshot_dir: str | Path | None = None,
         snapshot_limit_bytes: int | None = None,
+        budget_bytes: int | None = None,
         clock: Clock | None = None,
         adopt: Adopt = adopt,
     ) -> None:
-        self.policy = FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
+        make_policy(keep_warm, idle_timeout)  # refuses what is no duration
+        self.keep_warm = keep_warm
+        self.idle_timeout = idle_timeout
         self.device: Device = device or find_device()
-        self._clock: Clock = clock or SystemClock()
         self.snapshot_dir = None if snapshot_dir is None else Path(snapshot_dir)
         self.snapshot_limit_bytes = snapshot_limit_bytes
+        if budget_bytes is not None and budget_bytes <= 0:
+            raise InvalidInput(
+                f"A budget of {budget_bytes} bytes holds no model: give more, or None for no budget",
+                f"{budget_bytes} 字节的预算容纳不下任何模型：请调大，或用 None 表示不限制",
+            )
+        self.budget_bytes = budget_bytes
         snapshots = SnapshotFolder(self.snapshot_dir, snapshot_limit_bytes) if self.snapshot_dir else None
         self._mover = Mover(self.device, adopt, snapshots)
+        self._clock: Clock = clock or SystemClock()
         self._host = HostProbe()
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
-        self._slots: dict[str, Slot] = {}
+        self._dispatcher = Dispatcher(
+            self.device, self._mover, self._clock, math.inf if budget_bytes is None else budget_bytes
+        )
+        self._admission = Admission(self._dispatcher, self._check_open_locked)
         self._closed = False
-        self._monitor: threading.Thread | None = None
+        self._parents_slots: dict[str, Slot] = {}
+        end_with_the_process(self)
 
     def __enter__(self) -> GPUResourceManager:
         return self
@@ -114,6 +138,14 @@ class GPUResourceManager:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._dispatcher.lock
+
+    @property
+    def _slots(self) -> dict[str, Slot]:
+        return self._dispatcher.slots
+
     # -- models -------------------------------------------------------------------------------------------------
 
     def register(
@@ -123,29 +155,59 @@ class GPUResourceManager:
         *,
         keep_warm: float | str | None = None,
         idle_timeout: float | str | None = None,
+        load_timeout: float | str = -1,
+        max_waiting: int | None = None,
+        size_bytes: int = 0,
         skip: Collection[str] = (),
         keep: Any = None,
     ) -> None:
         """Put a model under management; ``load`` builds its engine on the first request, and not before.
 
-        ``load`` places the weights on the device itself. What hangs on the attribute paths in ``skip``
-        (``.tokenizer``) is left alone. ``keep`` is a part of the engine that ``load`` does not build but is given, and
-        that must outlive a release: then it stays in main memory. `ModelExists` if the name is taken.
+        ``load`` places the weights on the device itself; it runs in a thread of its own, with the context of the
+        request that it serves. `ModelExists` if the name is taken.
+
+        Args:
+            keep_warm: seconds on the device after a request; -1: it stays, and never makes room; ``"auto"``.
+            idle_timeout: seconds idle until it is released.
+            load_timeout: seconds after which a load is given up (`LoadTimeout`) and the next request loads anew.
+            max_waiting: how many requests may wait; further ones get `ModelBusy`. None: any number.
+            size_bytes: what it takes on the device, for the budget of the first load; later it is known.
+            skip: attribute paths of the engine (``.tokenizer``); what hangs on them is left alone.
+            keep: a part of the engine that ``load`` does not build but is given, and that must outlive a release:
+                then it stays in main memory.
         """
-        policy = FixedPolicy(
-            self.policy.keep_warm_s if keep_warm is None else seconds(keep_warm),
-            self.policy.idle_timeout_s if idle_timeout is None else seconds(idle_timeout),
+        policy = make_policy(
+            self.keep_warm if keep_warm is None else keep_warm,
+            self.idle_timeout if idle_timeout is None else idle_timeout,
         )
+        load_timeout_s = seconds(load_timeout)
         with self._lock:
             if self._closed:
                 raise ManagerClosed
             if name in self._slots:
                 raise ModelExists(name)
-            changed = threading.Condition(self._lock)
-            self._slots[name] = Slot(name, load, policy, changed, skip=tuple(skip), keep=keep)
-            if self._monitor is None:
-                self._monitor = threading.Thread(target=self._watch, name="gpu-idle-monitor", daemon=True)
-                self._monitor.start()
+            self._slots[name] = Slot(
+                name,
+                load,
+                policy,
+                threading.Condition(self._lock),
+                skip=tuple(skip),
+                keep=keep,
+                load_timeout_s=load_timeout_s,
+                max_waiting=math.inf if max_waiting is None else max_waiting,
+                size_bytes=size_bytes,
+            )
+
+    def configure(
+        self, name: str | None = None, *, keep_warm: float | str | None = None, idle_timeout: float | str | None = None
+    ) -> None:
+        """Change how long a model (None: all) stays, from now on and for the idle time that has begun too."""
+        for slot in self._slots_named(name):
+            with self._lock:
+                self._check_open_locked(slot)
+                slot.policy = change_policy(slot.policy, keep_warm, idle_timeout)
+                self._dispatcher.plan_locked(slot)
+            self._dispatcher.act()
 
     def unregister(self, name: str) -> None:
         """Release a model once its requests have ended and forget it; requests that wait get `UnknownModel`.
@@ -153,8 +215,8 @@ class GPUResourceManager:
         RuntimeError if called by somebody who holds a lease on it.
         """
         slot = self._slots_named(name)[0]
-        self._refuse_own("unregister()", (name,))
-        self._retire([slot], UnknownModel(name, tuple(other for other in self.names() if other != name)))
+        self._refuse_own("unregister()", [slot])
+        self._retire([slot], UnknownModel(name, tuple(other for other in self.names() if other != name)), math.inf)
         with self._lock:
             if self._slots.get(name) is slot:
                 del self._slots[name]
@@ -164,13 +226,18 @@ class GPUResourceManager:
         with self._lock:
             return tuple(self._slots)
 
-    def lease(self, name: str) -> Lease:
+    def lease(self, name: str, timeout: float | str | None = None) -> Lease:
         """A context manager that gives the model's engine, on the device, and takes it back at its end.
 
+        ``timeout`` is how long to wait for the model at most, from entering until it is there: seconds or ``"30s"``;
+        None or -1: as long as it takes; 0: not at all.
+
         Entering raises what the loader raised (every request that waited for that load gets the same error; the
-        next one tries again), `DeviceOutOfMemory`, or `ManagerClosed`.
+        next one tries again), `DeviceOutOfMemory`, `ManagerClosed`, `RequestTimeout`, `ModelBusy` (a timeout of 0, or
+        too many waiting), `RequestCancelled`, `LoadTimeout`, or `LeaseDeadlock`.
         """
-        return Lease(self, self._slots_named(name)[0])
+        timeout_s = None if timeout is None else seconds(timeout)
+        return Lease(self._admission, self._slots_named(name)[0], None if timeout_s == math.inf else timeout_s)
 
     # -- steering by hand ---------------------------------------------------------------------------------------
 
@@ -192,15 +259,26 @@ class GPUResourceManager:
         for slot in self._slots_named(name):
             with self._lock:
                 self._check_open_locked(slot)
-                if slot.state is State.DEVICE:
-                    continue
-                begun = any(lease.prefetch for lease in slot.queue)
-            warm = False
-            if not begun:
-                lease = Lease(self, slot, prefetch=True)
-                name_of_thread = f"gpu-warm-{slot.name}"
-                threading.Thread(target=self._prefetch, args=(lease,), name=name_of_thread, daemon=True).start()
+                if slot.at is State.DEVICE and slot.task is None:
+                    slot.not_before_s = max(slot.not_before_s, self._clock.now() + WARM_GRACE_S)
+                else:
+                    warm = False
+                    slot.wanted = slot.wanted or not slot.in_use
+                self._dispatcher.plan_locked(slot)
+            self._dispatcher.act()
         return warm
+
+    def make_room(self, name: str) -> None:
+        """Offload the other models as far as they are idle, and empty the device's caches; for who holds ``name``."""
+        others = [slot for slot in self._slots_named(None) if slot.name != name]
+        for slot in others:
+            with self._lock:
+                idle = slot.at is State.DEVICE and slot.task is None and not slot.in_use
+                move = move_towards(slot, State.HOST, self.device.separate) if idle and not slot.stays else None
+                task = self._dispatcher.begin_locked(slot, move) if move else None
+            if task:
+                self._dispatcher.await_task(task)
+        self._mover.tidy()
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -211,18 +289,30 @@ class GPUResourceManager:
         """
         with self._lock:
             now_s = self._clock.now()
-            models = {name: describe(slot, now_s, self.device.kind) for name, slot in self._slots.items()}
+            models = {
+                name: describe(slot, now_s, self.device.kind, self.device.separate)
+                for name, slot in self._slots.items()
+            }
         return {
             "enabled": True,
             "device": {
                 "name": self.device.name,
                 "kind": self.device.kind,
                 **vars(self.device.memory()),
+                "budget_bytes": self.budget_bytes,
                 "note": self.device.note,
             },
             "host": vars(self._host.memory()),
+            "monitor": self._dispatcher.monitor.health(),
             "models": models,
         }
+
+    def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
+        """Have every move's beginning, progress and end told to ``listener``; call the answer to end that.
+
+        It is called in the thread that moves the model; what it raises is logged, and harms nothing.
+        """
+        return self._dispatcher.listeners.subscribe(listener)
 
     def wait_for(self, name: str, state: State, timeout: float | None = None) -> bool:
         """Wait until a model is in ``state``; False if ``timeout`` real seconds pass first."""
@@ -230,88 +320,64 @@ class GPUResourceManager:
         with slot.changed:
             return slot.changed.wait_for(lambda: slot.state is state, timeout)
 
-    def close(self) -> None:
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def close(self, grace: float | str | None = None) -> bool:
         """Refuse new requests, let the running ones end, release everything and stop the monitor. Idempotent.
 
-        Requests that wait get `ManagerClosed`. RuntimeError if called by somebody who holds a lease, or in a loader.
+        Requests that wait get `ManagerClosed`. A request or a load that still runs after ``grace`` seconds (None or
+        -1: as long as it takes) is left alone with its model; then the answer is False. RuntimeError if called by
+        somebody who holds a lease, or in a loader.
         """
-        self._refuse_own("close()", self.names())
-        with self._lock:
-            self._closed = True
-            slots = list(self._slots.values())
-            self._wake.notify_all()
-        self._retire(slots, ManagerClosed())
-        if self._monitor is not None and self._monitor is not threading.current_thread():
-            self._monitor.join()
+        slots = self._slots_named(None)
+        self._refuse_own("close()", slots)
+        grace_s = math.inf if grace is None else seconds(grace)
+        self._closed = True
+        all_released = self._retire(slots, ManagerClosed(), grace_s)
+        self._dispatcher.monitor.stop()
+        return all_released
 
-    # -- requests -----------------------------------------------------------------------------------------------
+    def leave_to_the_parent(self) -> None:
+        """For a forked child: nothing here may be touched, not even freed."""
+        self._closed = True
+        self._parents_slots = self._dispatcher.leave()
 
-    def acquire(self, lease: Lease) -> Any:
-        """For `Lease`: wait for its turn, bring the model to the device, return the engine."""
-        slot = lease.slot
+    def wind_up(self, within_s: float) -> None:
+        """At the end of the interpreter: refuse requests, and let moves end that are inside native code."""
+        self._closed = True
+        until_s = self._clock.now() + within_s
+        for slot in self._slots_named(None):
+            with slot.changed:
+                while slot.task is not None and self._clock.now() < until_s:
+                    self._clock.wait(slot.changed, until_s - self._clock.now())
+        self._dispatcher.monitor.stop()
+
+    def _retire(self, slots: list[Slot], reason: ResidencyError, grace_s: float) -> bool:
+        """Refuse what waits for these models with ``reason``, let what runs end, and release them. False: some run."""
+        until_s = self._clock.now() + grace_s
         with self._lock:
-            self._check_open_locked(slot)
-            if slot.mover == lease.thread:
-                raise RuntimeError(
-                    f"The loader of {slot.name!r} asks for {slot.name!r} itself, and would wait for ever."
-                )
-            if slot.holder is not None and slot.holder.thread == lease.thread and _in_event_loop():
-                raise RuntimeError(
-                    f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: take leases "
-                    f"in worker threads (asyncio.to_thread)."
-                )
-            slot.queue.append(lease)
-        try:
-            while True:
-                with self._lock:
-                    while lease.error is None and not (
-                        slot.queue[0] is lease and slot.holder is None and slot.state.settled
-                    ):
-                        slot.changed.wait()
-                    if lease.error is not None:
-                        raise lease.error
-                    if slot.state is State.DEVICE:
-                        slot.queue.popleft()
-                        slot.holder = lease
-                        return slot.engine
-                    move = self._begin_locked(slot, Move(slot.name, slot.state, State.DEVICE))
-                self._carry_out(slot, move, lease)
-                if slot.holder is lease:
-                    return slot.engine
-        except BaseException:
+            for slot in slots:
+                slot.closing = True
+                for request in list(slot.waiting()):
+                    request.answer(reason)
+                self._dispatcher.plan_locked(slot)
+        self._dispatcher.act()
+        all_released = True
+        for slot in slots:
             with self._lock:
-                if lease in slot.queue:
-                    slot.queue.remove(lease)
-                if not slot.in_use and slot.state.settled and self._due_locked(slot) is None:
-                    slot.asked = None
-                slot.changed.notify_all()
-                self._wake.notify_all()
-            raise
+                while slot.in_use or slot.task is not None:
+                    left_s = until_s - self._clock.now()
+                    if left_s <= 0:
+                        break
+                    self._clock.wait(slot.changed, left_s)
+                released = not slot.in_use and slot.task is None
+            if released:
+                self._mover.forget(slot)  # what a release has kept for the next load
+                slot.kept = slot.keep = None
+            all_released &= released
+        return all_released
 
-    def give_back(self, lease: Lease) -> None:
-        """For `Lease`: end it, and carry out here what its end brings, so that the caller finds it done."""
-        slot = lease.slot
-        with self._lock:
-            slot.holder = None
-            slot.idle_since_s = self._clock.now()
-            slot.not_before_s = slot.idle_since_s + WARM_GRACE_S if lease.prefetch else -math.inf
-            move = self._due_locked(slot)
-            if move:
-                self._begin_locked(slot, move)
-            slot.asked = None
-            slot.changed.notify_all()
-            self._wake.notify_all()
-        if move:
-            self._carry_out_quietly(slot, move)
-
-    def _prefetch(self, lease: Lease) -> None:
-        try:
-            with lease:
-                pass
-        except Exception:
-            logger.warning("%s: could not be warmed; the next request tries again", lease.slot.name)
-
-    # -- moves --------------------------------------------------------------------------------------------------
+    # -- helpers ------------------------------------------------------------------------------------------------
 
     def _ask(self, name: str | None, target: State) -> bool:
         answers = [self._ask_one(slot, target) for slot in self._slots_named(name)]
@@ -320,7 +386,8 @@ class GPUResourceManager:
     def _ask_one(self, slot: Slot, target: State) -> bool:
         with self._lock:
             self._check_open_locked(slot)
-            while not slot.in_use and not slot.state.settled:
+            slot.wanted = False
+            while not slot.in_use and slot.task is not None:
                 slot.changed.wait()
             if slot.in_use:
                 if target is State.HOST and not self.device.separate:
@@ -331,116 +398,12 @@ class GPUResourceManager:
             move = move_towards(slot, target, self.device.separate)
             if move is None:
                 return True
-            self._begin_locked(slot, move)
-        self._carry_out(slot, move)
+            slot.asked = target
+            task = self._dispatcher.begin_locked(slot, move)
+        self._dispatcher.await_task(task)
+        if task.error is not None:
+            raise task.error
         return True
-
-    def _begin_locked(self, slot: Slot, move: Move) -> Move:
-        slot.state = move.via
-        slot.mover = threading.get_ident()
-        slot.changed.notify_all()
-        return move
-
-    def _carry_out(self, slot: Slot, move: Move, claim: Lease | None = None) -> None:
-        """Do a move that was begun; on an error the model is back where it was and everyone who waited knows.
-
-        ``claim`` gets the model together with its arrival, before anybody can ask for it to leave again.
-        """
-        started_s = self._clock.now()
-        try:
-            moved_bytes = self._mover.carry_out(slot, move)
-        except BaseException as error:
-            with self._lock:
-                slot.state = _state_after_failure(slot, move)
-                slot.mover = None
-                slot.last_error = f"{type(error).__name__}: {error}"
-                slot.not_before_s = self._clock.now() + RETRY_AFTER_S
-                if move.target is State.DEVICE and isinstance(error, Exception):
-                    for lease in slot.queue:
-                        lease.error = error
-                    slot.queue.clear()
-                slot.changed.notify_all()
-                self._wake.notify_all()
-            logger.error("%s: %s failed, back to %s: %s", slot.name, move.via.value, slot.state.value, error)
-            raise
-        with self._lock:
-            elapsed_s = self._clock.now() - started_s
-            slot.state = move.target
-            slot.mover = None
-            if move.target is State.DEVICE:
-                slot.idle_since_s = self._clock.now()
-            if claim is not None and claim.error is None:
-                slot.queue.remove(claim)
-                slot.holder = claim
-            slot.last_move = MoveRecord(move, moved_bytes, elapsed_s)
-            slot.last_error = None
-            slot.changed.notify_all()
-            self._wake.notify_all()
-        source, target = (state.shown(self.device.kind) for state in (move.source, move.target))
-        logger.info(
-            "%s: %s -> %s, %.1f MB in %.3f s (%s)",
-            slot.name, source, target, moved_bytes / 1e6, elapsed_s, self.device.name,
-        )  # fmt: skip
-
-    def _carry_out_quietly(self, slot: Slot, move: Move) -> None:
-        # Nobody asked for this move, so there is nobody to raise to; `status` and the log have the error.
-        try:
-            self._carry_out(slot, move)
-        except Exception:
-            logger.debug("%s: %s", slot.name, move, exc_info=True)
-
-    def _retire(self, slots: list[Slot], reason: ResidencyError) -> None:
-        """Refuse what waits for these models with ``reason``, let what runs end, and release them."""
-        with self._lock:
-            for slot in slots:
-                slot.closing = True
-                for lease in slot.queue:
-                    # A request that is loading right now finds out when it has loaded.
-                    lease.error = reason
-                slot.changed.notify_all()
-        for slot in slots:
-            with self._lock:
-                while slot.in_use or not slot.state.settled:
-                    slot.changed.wait()
-                move = move_towards(slot, State.RELEASED, self.device.separate)
-                if move:
-                    self._begin_locked(slot, move)
-            if move:
-                self._carry_out_quietly(slot, move)
-            self._mover.forget(slot)  # what a release has kept for the next load
-            slot.kept = slot.keep = None
-
-    # -- the monitor --------------------------------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        """Sleep until the next deadline, carry out what is due; no polling."""
-        while True:
-            with self._lock:
-                due = self._next_due_locked()
-                while due is None and not self._closed:
-                    deadline_s = min(
-                        (next_deadline(slot, self.device.separate) for slot in self._slots.values()), default=math.inf
-                    )
-                    self._clock.wait(self._wake, deadline_s - self._clock.now())
-                    due = self._next_due_locked()
-                if self._closed or due is None:
-                    return
-                slot, move = due
-                self._begin_locked(slot, move)
-            self._carry_out_quietly(slot, move)
-
-    def _next_due_locked(self) -> tuple[Slot, Move] | None:
-        for slot in self._slots.values():
-            move = self._due_locked(slot)
-            if move:
-                slot.asked = None
-                return slot, move
-        return None
-
-    def _due_locked(self, slot: Slot) -> Move | None:
-        return None if slot.closing else due_move(slot, self._clock.now(), self.device.separate)
-
-    # -- helpers ------------------------------------------------------------------------------------------------
 
     def _slots_named(self, name: str | None) -> list[Slot]:
         with self._lock:
@@ -450,11 +413,9 @@ class GPUResourceManager:
                 raise UnknownModel(name, tuple(self._slots))
             return [self._slots[name]]
 
-    def _refuse_own(self, what: str, names: tuple[str, ...]) -> None:
+    def _refuse_own(self, what: str, slots: list[Slot]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
-        with self._lock:
-            moved_here = any(slot.mover == threading.get_ident() for slot in self._slots.values() if slot.name in names)
-        if moved_here or any(lease.lessor is self and lease.slot.name in names for lease in held_leases()):
+        if any(held is slot for held in held_slots() for slot in slots):
             raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
 
     def _check_open_locked(self, slot: Slot) -> None:
@@ -462,22 +423,6 @@ class GPUResourceManager:
             raise ManagerClosed
         if slot.closing:
             raise UnknownModel(slot.name, tuple(self._slots))
-
-
-def _state_after_failure(slot: Slot, move: Move) -> State:
-    """Where a model is whose move has failed: where it was, unless its bytes had gone already."""
-    if slot.engine is None:
-        return State.RELEASED
-    off_the_device = slot.resident is not None and not slot.resident.device_bytes
-    return State.HOST if move.via is State.OFFLOADING and off_the_device else move.source
-
-
-def _in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 _singleton: GPUResourceManager | None = None
@@ -491,6 +436,7 @@ def get_gpu_manager(
     idle_timeout: float | str | None = None,
     snapshot_dir: str | Path | None = None,
     snapshot_limit_bytes: int | None = None,
+    budget_bytes: int | None = None,
 ) -> GPUResourceManager:
     """The manager of this process, made on the first call. Settings left out are those it already has.
 
@@ -505,15 +451,21 @@ def get_gpu_manager(
                 idle_timeout=600 if idle_timeout is None else idle_timeout,
                 snapshot_dir=snapshot_dir,
                 snapshot_limit_bytes=snapshot_limit_bytes,
+                budget_bytes=budget_bytes,
             )
             return _singleton
         present = _singleton
+
+        def duration(value: float | str | None) -> float | str | None:
+            return value if value in (None, "auto") else seconds(value)
+
         asked_and_present = {
             "device": (device, present.device),
-            "keep_warm": (None if keep_warm is None else seconds(keep_warm), present.policy.keep_warm_s),
-            "idle_timeout": (None if idle_timeout is None else seconds(idle_timeout), present.policy.idle_timeout_s),
+            "keep_warm": (duration(keep_warm), duration(present.keep_warm)),
+            "idle_timeout": (duration(idle_timeout), duration(present.idle_timeout)),
             "snapshot_dir": (None if snapshot_dir is None else Path(snapshot_dir), present.snapshot_dir),
             "snapshot_limit_bytes": (snapshot_limit_bytes, present.snapshot_limit_bytes),
+            "budget_bytes": (budget_bytes, present.budget_bytes),
         }
         for setting, (asked, have) in asked_and_present.items():
             if asked is not None and asked != have:

@@ -43,6 +43,84 @@ class ModelExists(ResidencyError):
         self.name = name
 
 
+class RequestTimeout(ResidencyError, TimeoutError):
+    """A request did not get its model in the time it had. Nothing was harmed: what was being moved arrives.
+
+    ``place`` is where it stood (1: served next), ``doing`` what the model was doing then (a state's name).
+    """
+
+    def __init__(self, name: str, waited_s: float, place: int, doing: str) -> None:
+        super().__init__(
+            f"{name!r} was not to be had within {waited_s:.3g} s ({doing}; place {place} in the queue). Try again, or "
+            f"allow more time. / {waited_s:.3g} 秒内未能使用 {name!r}（{doing}；排队第 {place} 位）。"
+            f"请重试，或延长等待时间。",
+            name,
+            waited_s,
+            place,
+            doing,
+        )
+        self.name = name
+        self.waited_s = waited_s
+        self.place = place
+        self.doing = doing
+
+
+class ModelBusy(ResidencyError):
+    """A request that may not wait, or not behind that many, came when the model was in use or not on the device."""
+
+    def __init__(self, name: str, waiting: int, doing: str) -> None:
+        super().__init__(
+            f"{name!r} is busy ({doing}; {waiting} waiting). Try again later. / "
+            f"{name!r} 正忙（{doing}；{waiting} 个请求等待中），请稍后重试。",
+            name,
+            waiting,
+            doing,
+        )
+        self.name = name
+        self.waiting = waiting
+        self.doing = doing
+
+
+class RequestCancelled(ResidencyError):
+    """A request was cancelled while it waited."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The request for {name!r} was cancelled while it waited. / 对 {name!r} 的请求在等待时被取消。", name
+        )
+        self.name = name
+
+
+class LeaseDeadlock(ResidencyError, RuntimeError):
+    """A request would wait for somebody who waits for who makes it, for ever."""
+
+    def __init__(self, name: str, holding: tuple[str, ...]) -> None:
+        super().__init__(
+            f"Waiting for {name!r} while holding {', '.join(holding)} would be waiting for ever: who has it waits for "
+            f"those, or a loader asks for its own model. Take the leases in the same order everywhere. / "
+            f"持有 {', '.join(holding)} 时等待 {name!r} 会造成死锁：请在各处以相同顺序获取租约。",
+            name,
+            holding,
+        )
+        self.name = name
+        self.holding = holding
+
+
+class LoadTimeout(ResidencyError, TimeoutError):
+    """A loader took longer than it may. What it still brings is thrown away; the next request loads anew."""
+
+    def __init__(self, name: str, allowed_s: float) -> None:
+        super().__init__(
+            f"{name!r} was not loaded within {allowed_s:g} s. Look what its loader waits for (a download, a disk, a "
+            f"lock), or allow more with load_timeout. / {name!r} 未能在 {allowed_s:g} 秒内加载完成。"
+            f"请检查加载在等待什么（下载、磁盘、锁），或调大 load_timeout。",
+            name,
+            allowed_s,
+        )
+        self.name = name
+        self.allowed_s = allowed_s
+
+
 class ManagerClosed(ResidencyError):
     """The manager was closed; it serves no further requests."""
 
@@ -110,6 +188,35 @@ class DeviceUnavailable(ResidencyError):
             reason,
         )
         self.reason = reason
+
+
+def is_out_of_device_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that the device has no memory: ours, torch's or ONNX Runtime's."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, DeviceOutOfMemory) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if any(sign in str(error) for sign in ("CUDA out of memory", "CUDA failure 2", "ALLOC_FAILED")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_device_lost(error: BaseException | None) -> bool:
+    """Whether an error says that the device, or this process's use of it, is gone: no engine on it works any more.
+
+    CUDA reports a failed kernel to every later call of the process. torch raises AcceleratorError (a RuntimeError that
+    begins with "CUDA error" before 2.9), ONNX Runtime "CUDA failure" with the number of the error.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        lost = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error) or "CUDA failure" in str(error)
+        if isinstance(error, RuntimeError) and lost and not is_out_of_device_memory(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 class SharedWeights(ResidencyError):

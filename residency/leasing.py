@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-from .states import Slot
+from .errors import RequestCancelled, is_device_lost
+from .states import Request, Slot
 
 
 class Lessor(Protocol):
     """Who hands leases out: the manager."""
 
-    def acquire(self, lease: Lease) -> Any:
-        """Wait for the lease's turn, bring the model to the device and return its engine."""
+    def acquire(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
+        """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
 
-    def give_back(self, lease: Lease) -> None:
-        """End the lease; what was waiting for its end happens now."""
+    def share(self, request: Request) -> bool:
+        """Count one more user of a request in force; False if it has ended."""
+
+    def give_back(self, request: Request, discard: bool = False) -> None:
+        """Count one user less; after the last one, what was waiting for the end happens."""
+
+    def cancel(self, request: Request) -> bool:
+        """Let a request that waits be refused; False if it was answered already."""
+
+    def place(self, request: Request) -> int | None:
+        """0: holds the model; 1: served next; None: ended."""
 
 
-_held: contextvars.ContextVar[tuple[Lease, ...]] = contextvars.ContextVar("held_leases", default=())
+_held: contextvars.ContextVar[tuple[Request, ...]] = contextvars.ContextVar("held_requests", default=())
+_loading: contextvars.ContextVar[tuple[Slot, ...]] = contextvars.ContextVar("loading_slots", default=())
 
 
 class Lease:
@@ -29,55 +42,94 @@ class Lease:
     arrival), loads or restores the model and gives the engine. It blocks its thread: asyncio programs enter it in a
     worker thread. Who holds a lease and enters another one on the same model, in the same thread of control or in
     work started with its context (`asyncio.to_thread`), shares the first; the model is given back when all have
-    left. ``prefetch`` marks a lease that only brings the model.
+    left. A lease that is lost without having been left is given back when Python collects it.
+
+    `cancel`, `place` and `discard` may be called from any thread.
     """
 
     #: Discovery stops here: behind a lease there are the manager and other models.
     not_of_the_engine = True
 
-    def __init__(self, lessor: Lessor, slot: Slot, *, prefetch: bool = False) -> None:
-        self.lessor = lessor
-        self.slot = slot
-        self.prefetch = prefetch
-        self.error: BaseException | None = None
-        self.thread: int | None = None
-        self._shared: Lease | None = None  # the lease that this one, entered or left, counts on
-        self._users = 0
-        self._lock = threading.Lock()
-        self._entered = False
+    def __init__(self, lessor: Lessor, slot: Slot, timeout_s: float | None = None) -> None:
+        self._lessor = lessor
+        self._slot = slot
+        self._timeout_s = timeout_s
+        self._entered = self._cancelled = self._broken = False
+        self.request: Request | None = None
 
     def __enter__(self) -> Any:
         if self._entered:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
-        outer = next((lease for lease in held_leases() if lease.slot is self.slot), None)
-        if outer is not None and outer._join():
-            self._shared = outer
-            return self.slot.engine
-        self.thread = threading.get_ident()
-        engine = self.lessor.acquire(self)
-        self._users = 1
-        self._shared = self
-        _held.set((*held_leases(), self))
-        return engine
+        for outer in _held.get():
+            if outer.slot is self._slot and self._lessor.share(outer):
+                self.request = outer
+                return self._slot.engine
+        if self._cancelled:
+            raise RequestCancelled(self._slot.name)
+        try:
+            request = self._lessor.acquire(self._slot, self._timeout_s, self)
+            _held.set((*held_requests(), request))
+        except BaseException:
+            self._leave()
+            raise
+        return self._slot.engine
 
-    def __exit__(self, *exc_info: object) -> None:
-        shared, self._shared = self._shared, None
-        if shared is not None and shared._leave():
-            _held.set(held_leases())
-            self.lessor.give_back(shared)
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
+        if error is not None and is_device_lost(error):
+            self._broken = True
+        self._leave()
 
-    def _join(self) -> bool:
-        with self._lock:
-            self._users += self._users > 0
-            return self._users > 0
+    def __del__(self) -> None:
+        if self.request is not None:
+            # In a thread of its own: this may be called at any point, where somebody holds the manager's lock.
+            threading.Thread(target=self._leave, name="gpu-lost-lease", daemon=True).start()
 
-    def _leave(self) -> bool:
-        with self._lock:
-            self._users -= 1
-            return self._users == 0
+    def cancel(self) -> bool:
+        """Let a lease that still waits raise `RequestCancelled`. False: it has the model, or has ended."""
+        self._cancelled = True
+        request = self.request
+        return request is None or self._lessor.cancel(request)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    @property
+    def place(self) -> int | None:
+        """The place in the queue: 0 has the model, 1 is served next; None if it has not been entered or has ended."""
+        request = self.request
+        return None if request is None else self._lessor.place(request)
+
+    def discard(self) -> None:
+        """Say that the engine is broken: it is dropped when the lease ends, and the next request loads it anew.
+
+        Errors of the device that leave no engine usable do this by themselves.
+        """
+        self._broken = True
+
+    def _leave(self) -> None:
+        request, self.request = self.request, None
+        if request is not None:
+            self._lessor.give_back(request, self._broken)
 
 
-def held_leases() -> tuple[Lease, ...]:
-    """The leases that this thread of control holds (thread, or asyncio task: see `contextvars`)."""
-    return tuple(lease for lease in _held.get() if lease._users)
+def held_requests() -> tuple[Request, ...]:
+    """The requests in force of this thread of control (thread, or asyncio task: see `contextvars`)."""
+    return tuple(request for request in _held.get() if request.users)
+
+
+def held_slots() -> tuple[Slot, ...]:
+    """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
+    return (*(request.slot for request in held_requests()), *_loading.get())
+
+
+@contextmanager
+def loading(slot: Slot) -> Iterator[None]:
+    """Within this block, and in what is started with its context, the model is being moved by who asks."""
+    token = _loading.set((*_loading.get(), slot))
+    try:
+        yield
+    finally:
+        _loading.reset(token)

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from .contracts import Adopt, Device, Resident, SnapshotStore
+from .progress import Progress
 from .randomness import preserved_random_state
 from .states import Move, Slot, State
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Task:
+    """A move under way: one thread carries it out, with the engine and resident that the slot had when it began.
+
+    It is ``claimed`` once by that thread. ``make_room`` says that others left for it, ``give_up_at_s`` when its loader
+    has taken too long, in ``context`` runs what it calls.
+    """
+
+    slot: Slot
+    move: Move
+    started_s: float
+    engine: Any
+    resident: Resident | None
+    progress: Progress
+    context: contextvars.Context
+    give_up_at_s: float = math.inf
+    made_room: bool = False
+    spawned: bool = False
+    claimed: bool = False
+    retried: bool = False
+    told_s: float = -math.inf
+    moved_bytes: int = 0
+    error: BaseException | None = None
+
+    @property
+    def arrives(self) -> bool:
+        return self.move.target is State.DEVICE
 
 
 class Mover:
@@ -18,7 +53,7 @@ class Mover:
     With ``snapshots``, a release keeps the engine as a skeleton and its weights on disk, and the next load reads
     them back instead of building the engine again; if that does not work the engine is built the normal way.
 
-    The caller sees to it that a slot's state says that it is moving, so that nobody else touches its engine.
+    What a move makes of engine and resident it writes into its task; the slot is only read.
     """
 
     def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotStore | None = None) -> None:
@@ -27,71 +62,82 @@ class Mover:
         # Where nothing leaves the device, a skeleton would keep everything in memory.
         self._snapshots = snapshots if device.separate else None
 
-    def carry_out(self, slot: Slot, move: Move) -> int:
-        """Do ``move`` and return the bytes that changed place; on an error the engine is where it was before."""
-        if move.via is State.LOADING:
-            return self._wake(slot) or self._load(slot)
-        resident = slot.resident
+    def carry_out(self, task: Task) -> int:
+        """Do the move and return the bytes that changed place; on an error the engine is where it was before."""
+        if task.move.via is State.LOADING:
+            return self._wake(task) or self._load(task)
+        resident = task.resident
         assert resident is not None, "a model on device or host has a resident"
-        if move.via is State.RESTORING:
+        if task.move.via is State.RESTORING:
             return resident.restore()
-        if move.via is State.OFFLOADING:
+        if task.move.via is State.OFFLOADING:
             return resident.offload()
-        return self._sleep(slot, resident) or self.forget(slot)
+        return self._sleep(task, resident) or self.forget(task)
 
-    def forget(self, slot: Slot) -> int:
+    def forget(self, holder: Task | Slot) -> int:
         """Give up an engine altogether; return the bytes freed."""
-        resident, slot.engine, slot.resident = slot.resident, None, None
+        resident, holder.engine, holder.resident = holder.resident, None, None
         freed_bytes = resident.release() if resident else 0
-        gc.collect()
-        self._device.settle()
+        self.tidy()
         return freed_bytes
 
-    def _load(self, slot: Slot) -> int:
+    def tidy(self) -> None:
+        """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
+        gc.collect()
+        self._device.settle()
+
+    def _load(self, task: Task) -> int:
+        slot = task.slot
         self._device.ensure_usable()
         if slot.kept is not None:
             slot.kept.restore()
         try:
-            with preserved_random_state():
-                engine = slot.load()
-            if engine is None:
-                raise TypeError(f"The loader of {slot.name!r} returned None; let it return the engine.")
-            slot.resident = self._adopt(engine, self._device, slot)
+            engine = _build(slot.name, slot.load, task.progress)
+            resident = self._adopt(engine, self._device, slot)
         except BaseException:
             if slot.kept is not None:
                 slot.kept.offload()
             raise
-        slot.engine = engine
-        return slot.resident.device_bytes + slot.resident.host_bytes
+        task.engine, task.resident = engine, resident
+        return resident.device_bytes + resident.host_bytes
 
-    def _sleep(self, slot: Slot, resident: Resident) -> int:
+    def _sleep(self, task: Task, resident: Resident) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
-        if self._snapshots is None or slot.closing:
+        if self._snapshots is None or task.slot.closing or task.slot.broken:
             return 0
         try:
-            freed_bytes = resident.save(self._snapshots, slot.name)
+            freed_bytes = resident.save(self._snapshots, task.slot.name)
         except Exception as error:
             # Whatever it is: somebody wants the memory.
-            logger.warning("%s: released without a snapshot. %s", slot.name, error)
+            logger.warning("%s: released without a snapshot. %s", task.slot.name, error)
             return 0
         self._device.settle()
         return freed_bytes
 
-    def _wake(self, slot: Slot) -> int:
+    def _wake(self, task: Task) -> int:
         """Load from a snapshot; 0 if the engine has to be built."""
-        resident = slot.resident
+        resident = task.resident
         if resident is None or self._snapshots is None:
             return 0
         try:
-            resident.load(self._snapshots, slot.name)
+            resident.load(self._snapshots, task.slot.name)
         except Exception as error:
             # Whatever it is: the loader can still build the engine.
-            logger.warning("%s: loaded without its snapshot. %s", slot.name, error)
-            self.forget(slot)
+            logger.warning("%s: loaded without its snapshot. %s", task.slot.name, error)
+            self.forget(task)
             return 0
         try:
             return resident.restore()
         except BaseException:
-            if not self._sleep(slot, resident):
-                self.forget(slot)
+            if not self._sleep(task, resident):
+                self.forget(task)
             raise
+
+
+def _build(name: str, load: Callable[[], Any], progress: Progress) -> Any:
+    progress.enter("building")
+    with preserved_random_state():
+        engine = load()
+    if engine is None:
+        raise TypeError(f"The loader of {name!r} returned None; let it return the engine.")
+    return engine

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from .contracts import Policy
 from .errors import InvalidInput
 
 NEVER = math.inf
@@ -45,3 +46,16 @@ class FixedPolicy:
 
     def brought_back(self, seconds: float) -> None:
         """Nothing is learned from it."""
+
+
+def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
+    """The policy for what a user asked. `InvalidInput` for what is no duration."""
+    return FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
+
+
+def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:
+    """A policy with other settings; None stays as it is in ``present``."""
+    return FixedPolicy(
+        present.keep_warm_s if keep_warm is None else seconds(keep_warm),
+        present.idle_timeout_s if idle_timeout is None else seconds(idle_timeout),
+    )

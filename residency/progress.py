@@ -23,7 +23,7 @@ class Progress:
 
     def __init__(self, phase: str, total_bytes: int | None = None, changed: Callable[[], None] | None = None) -> None:
         self._facts = (phase, 0, total_bytes)
-        self._changed = changed
+        self.changed = changed
         self._lock = threading.Lock()
 
     @property
@@ -45,8 +45,8 @@ class Progress:
         self._tell()
 
     def _tell(self) -> None:
-        if self._changed is not None:
-            self._changed()
+        if self.changed is not None:
+            self.changed()
 
 
 _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("current_progress", default=None)

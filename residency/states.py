@@ -3,23 +3,25 @@
 A model rests in one of three settled states and passes through a moving state on its way between them::
 
     RELEASED --LOADING----> DEVICE      first request: the loader runs
-    DEVICE   --OFFLOADING-> HOST        last lease ended and keep-warm ran out
-    HOST     --RESTORING--> DEVICE      next request
+    DEVICE   --OFFLOADING-> HOST        last lease ended and keep-warm ran out, or another model needs the room
+    HOST     --RESTORING--> DEVICE      next request, or shortly before it is expected
     HOST     --RELEASING--> RELEASED    idle timeout, or by hand
-    DEVICE   --RELEASING--> RELEASED    by hand, or idle timeout where device and host are one memory
+    DEVICE   --RELEASING--> RELEASED    by hand, at the idle timeout where device and host are one memory, or broken
 
-A move that fails returns to the settled state it left.
+A move that fails returns to the settled state it left. One that was given up (a loader that hangs) does so too, and
+what it brings later is thrown away.
 """
 
 from __future__ import annotations
 
+import contextvars
 import enum
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from .contracts import Policy, Resident
@@ -90,37 +92,112 @@ class MoveRecord:
     seconds: float
 
 
-@dataclass
+class Request:
+    """One request for a model, from its arrival to its end; whoever changes it holds the manager's lock.
+
+    ``number`` is its place in the order of arrival over all models. ``holding`` are the slots that who asks keeps busy
+    meanwhile: models it has leased, or is loading. It is answered once it holds the model or has an ``error``.
+    """
+
+    __slots__ = ("answered", "context", "error", "holding", "number", "slot", "thread", "users", "woken")
+
+    def __init__(self, slot: Slot, number: int, thread: int, holding: tuple[Slot, ...] = ()) -> None:
+        self.slot = slot
+        self.number = number
+        self.thread = thread
+        self.holding = holding
+        self.answered = False
+        self.error: BaseException | None = None
+        #: How many nested leases share it.
+        self.users = 1
+        #: Made only if it has to wait: what it sleeps on, and where a load on its behalf runs.
+        self.woken: threading.Condition | None = None
+        self.context: contextvars.Context | None = None
+
+    def answer(self, error: BaseException | None = None) -> None:
+        """Served, or (with an error) not; wakes who waits for it."""
+        self.error = error
+        self.answered = True
+        if self.woken is not None:
+            self.woken.notify_all()
+
+
+@dataclass(eq=False)
 class Slot:
     """The books of one model. Whoever reads or writes it holds the manager's lock.
 
-    ``holder`` is the lease in force and ``queue`` those that wait, in order of arrival. ``asked`` is a place
-    that somebody asked for while a request was running, ``mover`` the thread that moves the model now. What hangs on
-    the paths in ``skip`` is left alone; ``keep`` is a part of the engine that outlives a release, ``kept`` its
-    resident. Times are of the manager's clock, in seconds.
+    ``holder`` is the request in force and ``queue`` those that came after it, in order of arrival; those answered in
+    the meantime leave it when they come to its head. ``task`` is the move under way. ``asked`` is a place that
+    somebody asked for while a request was running, ``wanted`` a restore that no request waits for. What hangs on the
+    paths in ``skip`` is left alone; ``keep`` is a part of the engine that outlives a release, ``kept`` its resident.
+    Times are of the manager's clock, in seconds; bytes are those of the last settled state.
     """
 
     name: str
     load: Callable[[], Any]
     policy: Policy
     changed: threading.Condition
-    state: State = State.RELEASED
+    at: State = State.RELEASED
     engine: Any = None
     resident: Resident | None = None
-    holder: Any = None
-    queue: deque[Any] = field(default_factory=deque)
+    device_bytes: int = 0
+    host_bytes: int = 0
+    #: What it takes on the device, as far as is known: what it took there last.
+    size_bytes: int = 0
+    #: What the device lacked when it last refused this model; models that leave make it less.
+    lacking_bytes: int = 0
+    holder: Request | None = None
+    queue: deque[Request] = field(default_factory=deque)
+    task: Any = None
     asked: State | None = None
-    mover: int | None = None
+    wanted: bool = False
+    #: A request of it waits for room on the device.
+    short: bool = False
+    #: Somebody sent it away by hand: it is not brought back before somebody asks for it.
+    sent_away: bool = False
+    #: It could not leave the device; asking again at once would be no use.
+    stuck: bool = False
+    #: It cannot be used or moved any more: the next request has it loaded from scratch.
+    broken: bool = False
+    closing: bool = False
     skip: tuple[str, ...] = ()
     keep: Any = None
     kept: Resident | None = None
-    closing: bool = False
+    load_timeout_s: float = math.inf
+    max_waiting: float = math.inf
+    #: When its last request ended; and since when it is idle, which a restore that nobody used begins anew.
+    left_s: float | None = None
     idle_since_s: float | None = None
     not_before_s: float = -math.inf
     last_move: MoveRecord | None = None
     last_error: str | None = None
 
     @property
+    def state(self) -> State:
+        """Where it is (``at``), or which way it travels."""
+        return self.at if self.task is None else cast(State, self.task.move.via)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it takes room on the device, or soon will."""
+        return self.at is State.DEVICE or (self.task is not None and self.task.move.target is State.DEVICE)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it was promised to stay on the device (keep-warm -1), and so makes no room for others."""
+        return self.policy.keep_warm_s == math.inf
+
+    def head(self) -> Request | None:
+        """The request that is served next; drops those that were answered (cancelled, refused) meanwhile."""
+        while self.queue and self.queue[0].answered:
+            self.queue.popleft()
+        return self.queue[0] if self.queue else None
+
+    @property
     def in_use(self) -> bool:
         """Whether a request holds the model or waits for it."""
-        return self.holder is not None or bool(self.queue)
+        return self.holder is not None or self.head() is not None
+
+    def waiting(self) -> Iterator[Request]:
+        """The requests that wait, in order of arrival."""
+        return (request for request in self.queue if not request.answered)

@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .states import Slot, State
+from .planning import next_deadline, next_step
+from .states import Move, Slot, State
 
 _ASKED = {State.HOST: "offload", State.RELEASED: "release"}
 
 
-def describe(slot: Slot, now_s: float, device_kind: str) -> dict[str, Any]:
+def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[str, Any]:
     """One model's entry: bytes and seconds, None where unknown, -1 seconds for never."""
-    record, resident = slot.last_move, slot.resident or slot.kept  # read once: a move may be changing it
+    record = slot.last_move
     return {
         "state": slot.state.shown(device_kind),
-        "device_bytes": resident.device_bytes if resident else 0,
-        "host_bytes": resident.host_bytes if resident else 0,
+        "device_bytes": slot.device_bytes,
+        "host_bytes": slot.host_bytes,
         "idle_s": _idle_s(slot, now_s),
         "leases": int(slot.holder is not None),
-        "waiting": len(slot.queue),
+        "waiting": sum(1 for _ in slot.waiting()),
         "keep_warm_s": _finite(slot.policy.keep_warm_s),
         "idle_timeout_s": _finite(slot.policy.idle_timeout_s),
+        "policy": slot.policy.name,
         "pending": _ASKED[slot.asked] if slot.asked else None,
+        "next": _next(slot, now_s, device_kind, separate),
+        "progress": _progress(slot, now_s, device_kind),
         "last_move": {
             "from": record.move.source.shown(device_kind),
             "to": record.move.target.shown(device_kind),
@@ -38,7 +42,33 @@ def describe(slot: Slot, now_s: float, device_kind: str) -> dict[str, Any]:
 def _idle_s(slot: Slot, now_s: float) -> float | None:
     if slot.holder is not None:
         return 0.0
-    return None if slot.idle_since_s is None else round(now_s - slot.idle_since_s, 3)
+    return None if slot.idle_since_s is None else round(max(0.0, now_s - slot.idle_since_s), 3)
+
+
+def _next(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[str, Any] | None:
+    """What its policy will do next, and in how many seconds; None if nothing, or not before something else happens."""
+    deadline_s = next_deadline(slot, now_s, separate)
+    step = None if slot.task or deadline_s == math.inf else next_step(slot, deadline_s, separate)
+    if not isinstance(step, Move):
+        return None
+    return {"to": step.target.shown(device_kind), "in_s": round(deadline_s - now_s, 3)}
+
+
+def _progress(slot: Slot, now_s: float, device_kind: str) -> dict[str, Any] | None:
+    """How far the move under way has come; the rate is of its phase, in bytes per second."""
+    task = slot.task
+    if task is None:
+        return None
+    phase, done_bytes, total_bytes = task.progress.facts
+    elapsed_s = max(0.0, now_s - task.started_s)
+    return {
+        "to": task.move.target.shown(device_kind),
+        "phase": phase,
+        "bytes": done_bytes,
+        "total_bytes": total_bytes,
+        "seconds": round(elapsed_s, 3),
+        "bytes_per_s": round(done_bytes / elapsed_s) if elapsed_s else None,
+    }
 
 
 def _finite(seconds: float) -> float:

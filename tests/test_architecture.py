@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
-PURE_LAYERS = [["errors"], ["policies", "contracts", "clock", "randomness", "progress"], ["states", "settings"],
-               ["planning", "leasing", "moving", "status", "cli"]]  # fmt: skip
+PURE_LAYERS = [["errors"], ["contracts", "clock", "randomness", "progress", "events", "lifetime"],
+               ["policies", "states"],
+               ["settings", "planning", "leasing", "moving", "monitor", "cli"], ["status", "dispatch"],
+               ["admission"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
 SHARED = {"contracts", "states", "errors", "progress"}

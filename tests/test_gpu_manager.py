@@ -301,7 +301,7 @@ def test_requests_are_served_one_at_a_time_in_order_of_arrival(manager: GPUResou
         for number in range(8):
             requests.append(Worker(request, number))
             with slot.changed:
-                assert slot.changed.wait_for(lambda n=number: len(slot.queue) == n + 1, 10)
+                assert slot.changed.wait_for(lambda n=number: sum(1 for _ in slot.waiting()) == n + 1, 10)
         assert tts(manager)["waiting"] == 8
     for worker in requests:
         worker.result()
@@ -438,8 +438,7 @@ def test_close_releases_everything_and_refuses_new_requests(workshop: Workshop, 
             call("tts")
     with pytest.raises(ManagerClosed):
         manager.register("asr", workshop.load)
-    assert manager._monitor is not None
-    assert not manager._monitor.is_alive()
+        assert not manager.status()["monitor"]["alive"]
     manager.close()
 
 

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from residency.planning import due_move, next_deadline
+from residency.planning import next_deadline, next_step
 from residency.policies import FixedPolicy
-from residency.states import TRANSITIONS, Move, Slot, State
+from residency.states import TRANSITIONS, Move, Request, Slot, State
 
 
 def slot(state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, **fields: object) -> Slot:
@@ -34,41 +34,41 @@ def slot(state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, **f
     ],
 )
 def test_the_ladder(state: State, now_s: float, target: State | None) -> None:
-    move = due_move(slot(state), now_s, separate=True)
+    move = next_step(slot(state), now_s, separate=True)
     assert move == (Move("m", state, target) if target else None)
 
 
 @pytest.mark.parametrize("fields", [{"holder": object()}, {"queue": [object()]}])
 def test_a_model_in_use_is_never_due(fields: dict) -> None:
     busy = slot(State.DEVICE, **fields)
-    assert due_move(busy, 1e9, separate=True) is None
+    assert next_step(busy, 1e9, separate=True) is None
     assert next_deadline(busy, separate=True) == math.inf
 
 
 def test_what_was_asked_for_comes_before_those_who_wait_but_not_before_the_holder() -> None:
     waiting = slot(State.DEVICE, queue=[object()], asked=State.HOST)
-    assert due_move(waiting, 0, separate=True) == Move("m", State.DEVICE, State.HOST)
+    assert next_step(waiting, 0, separate=True) == Move("m", State.DEVICE, State.HOST)
     waiting.holder = object()
-    assert due_move(waiting, 0, separate=True) is None
+    assert next_step(waiting, 0, separate=True) is None
 
 
 def test_what_was_asked_for_and_is_there_already_does_not_stop_the_ladder() -> None:
-    assert due_move(slot(State.HOST, asked=State.HOST), 100, separate=True) == Move("m", State.HOST, State.RELEASED)
+    assert next_step(slot(State.HOST, asked=State.HOST), 100, separate=True) == Move("m", State.HOST, State.RELEASED)
 
 
 def test_a_promise_to_stay_warm_outlasts_the_idle_timeout() -> None:
     pinned = slot(State.DEVICE, keep_warm_s=math.inf)
-    assert due_move(pinned, 1e9, separate=True) is None
+    assert next_step(pinned, 1e9, separate=True) is None
     long_warm = slot(State.DEVICE, keep_warm_s=200)
-    assert due_move(long_warm, 199, separate=True) is None
-    assert due_move(long_warm, 200, separate=True) == Move("m", State.DEVICE, State.RELEASED)
+    assert next_step(long_warm, 199, separate=True) is None
+    assert next_step(long_warm, 200, separate=True) == Move("m", State.DEVICE, State.RELEASED)
 
 
 def test_one_memory_is_never_offloaded_but_released() -> None:
     model = slot(State.DEVICE)
-    assert due_move(model, 50, separate=False) is None
+    assert next_step(model, 50, separate=False) is None
     assert next_deadline(model, separate=False) == 100
-    assert due_move(model, 100, separate=False) == Move("m", State.DEVICE, State.RELEASED)
+    assert next_step(model, 100, separate=False) == Move("m", State.DEVICE, State.RELEASED)
 
 
 @pytest.mark.parametrize("state", list(State))
@@ -78,10 +78,10 @@ def test_a_deadline_is_exactly_when_a_move_becomes_due(state: State, not_before_
     model = slot(state, not_before_s=not_before_s)
     deadline = next_deadline(model, separate)
     if deadline == math.inf:
-        assert due_move(model, 1e9, separate) is None
+        assert next_step(model, 1e9, separate) is None
     else:
-        assert due_move(model, math.nextafter(deadline, -math.inf), separate) is None
-        assert due_move(model, deadline, separate) is not None
+        assert next_step(model, math.nextafter(deadline, -math.inf), separate) is None
+        assert next_step(model, deadline, separate) is not None
 
 
 def test_every_move_starts_and_ends_settled_and_passes_through_a_moving_state() -> None:

@@ -1,0 +1,138 @@
+"""The desk where requests are taken: queue, wait, hand over, take back. It serves `Lease`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import math
+import threading
+from collections.abc import Callable
+
+from .dispatch import Dispatcher
+from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout
+from .leasing import Lease, held_slots
+from .planning import would_wait_for_itself
+from .states import Request, Slot, State
+
+
+class Admission:
+    """One request after the other on each model, in order of arrival. ``check_locked`` raises where none are taken."""
+
+    def __init__(self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None]) -> None:
+        self._dispatcher = dispatcher
+        self._check_locked = check_locked
+        self._clock = dispatcher.clock
+        self._numbers = itertools.count(1)
+
+    def acquire(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
+        """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
+        dispatcher = self._dispatcher
+        with self._dispatcher.lock:
+            self._check_locked(slot)
+            now_s = self._clock.now()
+            request = Request(slot, next(self._numbers), threading.get_ident(), held_slots())
+            self._refuse_if_futile_locked(request, timeout_s)
+            if slot.left_s is not None and not slot.in_use:
+                slot.policy.idle_ended(max(0.0, now_s - slot.left_s))
+            request.context = contextvars.copy_context()
+            lease.request = request
+            slot.queue.append(request)
+            dispatcher.plan_locked(slot)
+        dispatcher.act()
+        if not request.answered:
+            self._wait(request, lease, now_s, timeout_s)
+        if request.error is not None:
+            raise request.error
+        return request
+
+    def share(self, request: Request) -> bool:
+        """For `Lease`: count one more user of a request in force; False if it has ended."""
+        with self._dispatcher.lock:
+            if request.users:
+                request.users += 1
+                return True
+            return False
+
+    def give_back(self, request: Request, discard: bool = False) -> None:
+        """For `Lease`: end it, and wait for what its end brings, so that the caller finds it done."""
+        slot, dispatcher = request.slot, self._dispatcher
+        with self._dispatcher.lock:
+            slot.broken |= discard and slot.holder is request
+            request.users -= 1
+            if request.users or dispatcher.slots.get(slot.name) is not slot:
+                return
+            if slot.holder is request:
+                slot.left_s = slot.idle_since_s = self._clock.now()
+                slot.not_before_s = -math.inf
+                slot.stuck = False
+                slot.holder = None
+            elif not request.answered:
+                request.answer(RequestCancelled(slot.name))
+            dispatcher.plan_locked(slot)
+            task = slot.task
+        dispatcher.act()
+        if task is not None and not task.arrives:
+            dispatcher.await_task(task)
+
+    def cancel(self, request: Request) -> bool:
+        """For `Lease`: refuse a request that waits; False if it was answered already."""
+        with self._dispatcher.lock:
+            if request.answered:
+                return False
+            request.answer(RequestCancelled(request.slot.name))
+            self._dispatcher.plan_locked(request.slot)
+        self._dispatcher.act()
+        return True
+
+    def place(self, request: Request) -> int | None:
+        """For `Lease`: 0 holds the model, 1 is served next; None if it has ended."""
+        with self._dispatcher.lock:
+            if request.slot.holder is request:
+                return 0
+            waiting = list(request.slot.waiting())
+            return waiting.index(request) + 1 if request in waiting else None
+
+    def _refuse_if_futile_locked(self, request: Request, timeout_s: float | None) -> None:
+        slot, holding = request.slot, request.holding
+        if slot.holder is not None and slot.holder.thread == request.thread and _in_event_loop():
+            raise RuntimeError(
+                f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: take leases "
+                f"in worker threads (asyncio.to_thread)."
+            )
+        if holding and would_wait_for_itself(request, self._dispatcher.slots.values()):
+            raise LeaseDeadlock(slot.name, tuple(held.name for held in holding))
+        at_once = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken
+        if timeout_s == 0 and not at_once:
+            raise ModelBusy(slot.name, sum(1 for _ in slot.waiting()), slot.state.value)
+        if slot.max_waiting < math.inf and not at_once:
+            waiting = sum(1 for _ in slot.waiting())
+            if waiting >= slot.max_waiting and slot.in_use:
+                raise ModelBusy(slot.name, waiting, slot.state.value)
+
+    def _wait(self, request: Request, lease: Lease, asked_s: float, timeout_s: float | None) -> None:
+        slot = request.slot
+        until_s = math.inf if timeout_s is None else asked_s + timeout_s
+        with self._dispatcher.lock:
+            request.woken = threading.Condition(self._dispatcher.lock)
+            slot.changed.notify_all()
+            while not request.answered:
+                now_s = self._clock.now()
+                if lease.cancelled:
+                    request.answer(RequestCancelled(slot.name))
+                elif now_s >= until_s:
+                    place = list(slot.waiting()).index(request) + 1
+                    request.answer(RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value))
+                else:
+                    self._clock.wait(request.woken, until_s - now_s)
+            if request.error is not None:
+                self._dispatcher.plan_locked(slot)
+        self._dispatcher.act()
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,372 @@
+"""The dispatcher: all models' books under one lock, and the threads that move models.
+
+A change is planned under the lock (`residency.planning` decides), carried out in a thread of its own outside of it, and
+committed or rolled back under the lock again. Nothing that may take long happens while the lock is held.
+
+Lock order: the dispatcher's lock comes after ``_spawning``; no resident, device, loader or listener is called under it.
+An interrupt (Ctrl-C) can come between any two statements of the main thread. So state that others wait for changes in
+one assignment (``slot.task``, ``slot.holder``), and what should follow it is found again by whoever plans next.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import math
+import threading
+
+from .contracts import Clock, Device
+from .errors import (
+    DeviceOutOfMemory,
+    LoadTimeout,
+    is_device_lost,
+    is_out_of_device_memory,
+)
+from .events import Event, Listeners, What
+from .leasing import loading
+from .monitor import Monitor
+from .moving import Mover, Task
+from .planning import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
+from .progress import Progress, reporting
+from .states import Move, MoveRecord, Slot, State
+
+logger = logging.getLogger(__name__)
+
+WARM_GRACE_S = 60.0
+"""How long a model that was warmed by hand waits for its first request before keep-warm counts."""
+
+RETRY_AFTER_S = 30.0
+"""How long after a failed move the monitor tries again. Requests and people may try at once."""
+
+FREED_WITHIN_S = 5.0
+"""How long a move waits at most until memory that others have just left is shown as free."""
+
+PROGRESS_EVERY_S = 0.1
+"""Listeners are told of progress at most this often."""
+
+
+class Dispatcher:
+    """Methods that end in ``_locked`` want ``lock``; call `act` after releasing it, to start what they began."""
+
+    def __init__(self, device: Device, mover: Mover, clock: Clock, budget_bytes: float = math.inf) -> None:
+        self.device = device
+        self.mover = mover
+        self.clock = clock
+        self.budget_bytes = budget_bytes if device.separate else math.inf
+        self.lock = threading.Lock()
+        self.slots: dict[str, Slot] = {}
+        self.listeners = Listeners()
+        self.monitor = Monitor(threading.Condition(self.lock), clock, self._look_locked, self.act)
+        self._spawning = threading.Lock()
+        self._begun = False
+
+    # -- planning -----------------------------------------------------------------------------------------------
+
+    def plan_locked(self, slot: Slot) -> None:
+        """Let happen what is next for this model, and for those that wait for room."""
+        if any(other.short for other in self.slots.values()):
+            for other in by_arrival([other for other in self.slots.values() if other.short and other is not slot]):
+                self._step_locked(other)
+        self._step_locked(slot)
+        now_s = self.clock.now()
+        self.monitor.expect_locked(now_s if self._begun else next_deadline(slot, now_s, self.device.separate))
+
+    def begin_locked(self, slot: Slot, move: Move) -> Task:
+        """Begin a move of a settled model that nobody holds."""
+        now_s = self.clock.now()
+        head = slot.head() if move.target is State.DEVICE else None
+        task = Task(
+            slot,
+            move,
+            now_s,
+            slot.engine,
+            slot.resident,
+            Progress(move.via.value, slot.size_bytes or None),
+            head.context if head and head.context else contextvars.Context(),
+            give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
+            made_room=slot.short,
+        )
+        task.progress.changed = lambda: self._tell_progress(task)
+        slot.task = task
+        self._begun = True
+        slot.short = False
+        slot.sent_away = slot.asked is not None
+        if not task.arrives:
+            slot.asked = None
+        slot.changed.notify_all()
+        return task
+
+    def act(self) -> None:
+        """Start what was begun. A thread that cannot be had is done without."""
+        if not self._begun:
+            return
+        with self._spawning:
+            with self.lock:
+                self._begun = False
+                tasks = [slot.task for slot in self.slots.values() if slot.task and not slot.task.spawned]
+            left = [task for task in tasks if not self._spawn(task)]
+        for task in left:
+            self._run(task)
+
+    def leave(self) -> dict[str, Slot]:
+        """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
+        self.lock, self._spawning = threading.Lock(), threading.Lock()
+        self.monitor.leave()
+        slots, self.slots = self.slots, {}
+        return slots
+
+    def await_task(self, task: Task) -> None:
+        """Wait until a move has ended, one way or the other."""
+        self.act()
+        with self.lock:
+            while task.slot.task is task:
+                task.slot.changed.wait()
+
+    def _look_locked(self) -> float:
+        """For the monitor: begin what is due, and say when to look again."""
+        now_s = self.clock.now()
+        for slot in self.slots.values():
+            if slot.task is not None and now_s >= slot.task.give_up_at_s:
+                self._give_up_locked(slot)
+            self._step_locked(slot)
+        if any(slot.task and not slot.task.spawned for slot in self.slots.values()):
+            self._begun = True
+            return now_s
+        separate = self.device.separate
+        return min((next_deadline(slot, now_s, separate) for slot in self.slots.values()), default=math.inf)
+
+    def _step_locked(self, slot: Slot) -> None:
+        if slot.holder is not None and not slot.holder.users:
+            slot.holder = None  # who left it was interrupted
+        slot.short = False
+        step = next_step(slot, self.clock.now(), self.device.separate)
+        if step is Serve.HEAD:
+            self._serve_locked(slot)
+        elif isinstance(step, Move):
+            if step.target is not State.DEVICE or self._has_room_locked(slot):
+                self.begin_locked(slot, step)
+        elif not slot.in_use and slot.task is None:
+            slot.asked = None
+
+    def _serve_locked(self, slot: Slot) -> None:
+        request = slot.head()
+        assert request is not None
+        slot.holder = request
+        request.answer()
+
+    def _has_room_locked(self, slot: Slot) -> bool:
+        """Whether the model may go to the device now. Begins evictions; refuses who would wait for ever."""
+        room = room_for(slot, self.slots.values(), self.budget_bytes)
+        if room.hopeless and slot.lacking_bytes:
+            # What was lacking was the device's word, not the budget's: nobody is left to wait for, so try again.
+            slot.lacking_bytes = 0
+            room = room_for(slot, self.slots.values(), self.budget_bytes)
+        if room.hopeless and slot.head() is None and not slot.wanted:
+            slot.not_before_s = self.clock.now() + RETRY_AFTER_S  # its policy's idea, for which nobody is moved
+            return False
+        if room.hopeless:
+            stay_bytes = sum(other.size_bytes for other in self.slots.values() if other is not slot and other.on_device)
+            free_bytes = max(0, int(self.budget_bytes) - stay_bytes)
+            error = DeviceOutOfMemory(slot.size_bytes, free_bytes, f"The budget of {self.device.name}")
+            self._refuse_arrival_locked(slot, error)
+            return False
+        for move in room.evict:
+            self.begin_locked(self.slots[move.model], move)
+        slot.short = room.wait
+        return not room.wait
+
+    def _refuse_arrival_locked(self, slot: Slot, error: BaseException) -> None:
+        """Everybody who waits for a model to come gets the error; the next request tries again."""
+        slot.last_error = f"{type(error).__name__}: {error}"
+        slot.not_before_s = self.clock.now() + RETRY_AFTER_S
+        slot.wanted = slot.short = False
+        slot.lacking_bytes = 0
+        for request in list(slot.waiting()):
+            request.answer(error)
+        slot.changed.notify_all()
+
+    # -- moving -------------------------------------------------------------------------------------------------
+
+    def _spawn(self, task: Task) -> bool:
+        name = f"gpu-{task.move.via.value}-{task.slot.name}"
+        try:
+            threading.Thread(target=self._run, args=(task,), name=name, daemon=True).start()
+        except RuntimeError:
+            return False  # the system gives no more threads, or the interpreter is ending
+        task.spawned = True
+        return True
+
+    def _run(self, task: Task) -> None:
+        with self.lock:
+            if task.claimed:
+                return
+            task.spawned = task.claimed = True
+        self._tell("began", task)
+        while True:
+            try:
+                task.context.run(self._carry_out, task)
+            except BaseException as error:
+                task.error = error
+            if task.error is None or not task.arrives or not is_out_of_device_memory(task.error):
+                break
+            if not self._try_again(task):
+                break
+        self._commit(task)
+
+    def _carry_out(self, task: Task) -> None:
+        with reporting(task.progress), loading(task.slot):
+            if task.made_room:
+                self._await_freed(task.slot)
+            task.moved_bytes = self.mover.carry_out(task)
+
+    def _await_freed(self, slot: Slot) -> None:
+        """Drivers show memory as free a moment after it was given back."""
+        until_s = self.clock.now() + FREED_WITHIN_S
+        while self.clock.now() < until_s:
+            free_bytes = self.device.memory().free_bytes
+            if free_bytes is None or free_bytes >= slot.size_bytes:
+                return
+            with self.lock:
+                self.clock.wait(slot.changed, 0.02)
+
+    def _try_again(self, task: Task) -> bool:
+        """After the device was full: once more with emptied caches, if there is no model that could leave for it."""
+        slot = task.slot
+        with self.lock:
+            slot.lacking_bytes = _lacking_bytes(task.error)
+            if not room_for(slot, self.slots.values(), self.budget_bytes).hopeless:
+                return False  # the commit sees to it
+            slot.lacking_bytes = 0
+            if task.retried:
+                return False
+        self.mover.tidy()
+        task.retried, task.error = True, None
+        return True
+
+    def _commit(self, task: Task) -> None:
+        slot, error = task.slot, task.error
+        resident = task.resident
+        sizes = (resident.device_bytes, resident.host_bytes) if resident else (0, 0)
+        with self.lock:
+            wanted = slot.task is task
+            if wanted:
+                slot.device_bytes, slot.host_bytes = sizes
+                slot.engine, slot.resident = task.engine, task.resident
+                if error is None:
+                    self._arrived_locked(task)
+                else:
+                    self._failed_locked(task, error)
+                slot.task = None
+                self._after_locked(slot)
+        if not wanted:
+            logger.warning("%s: came after it had been given up, and is thrown away", slot.name)
+            self.mover.forget(task)
+            return
+        self.act()
+        self._log(task)
+        self._tell("failed" if error else "done", task)
+
+    def _arrived_locked(self, task: Task) -> None:
+        slot, now_s = task.slot, self.clock.now()
+        slot.at = task.move.target
+        slot.last_move = MoveRecord(task.move, task.moved_bytes, now_s - task.started_s)
+        slot.last_error = None
+        slot.stuck = False
+        if slot.at is State.RELEASED:
+            slot.broken = False
+        if task.arrives:
+            slot.size_bytes, slot.lacking_bytes = slot.device_bytes, 0
+            if slot.wanted or slot.idle_since_s is None or task.move.via is State.LOADING:
+                slot.idle_since_s = now_s
+            slot.not_before_s = now_s + WARM_GRACE_S if slot.wanted else -math.inf
+            slot.wanted = False
+            if task.move.via is State.RESTORING:
+                slot.policy.brought_back(slot.last_move.seconds)
+        else:
+            for other in self.slots.values():
+                other.lacking_bytes = max(0, other.lacking_bytes - slot.size_bytes)
+
+    def _failed_locked(self, task: Task, error: BaseException) -> None:
+        slot, move = task.slot, task.move
+        slot.at = _place_after_failure(task)
+        slot.last_error = f"{type(error).__name__}: {error}"
+        slot.not_before_s = self.clock.now() + RETRY_AFTER_S
+        slot.stuck = not task.arrives
+        # What cannot come back, or is on a device that is gone, is built anew.
+        full = isinstance(error, MemoryError) or is_out_of_device_memory(error)
+        gone = is_device_lost(error) or (move.via is State.RESTORING and not full)
+        slot.broken = slot.at is not State.RELEASED and (slot.broken or gone)
+        if task.arrives and not slot.lacking_bytes:
+            self._refuse_arrival_locked(slot, error)
+
+    def _after_locked(self, slot: Slot) -> None:
+        if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):
+            # Who waited for it gets it, before anybody can ask for it to leave again.
+            self._serve_locked(slot)
+        for move in over_budget(self.slots.values(), self.budget_bytes):
+            self.begin_locked(self.slots[move.model], move)
+        self.plan_locked(slot)
+        slot.changed.notify_all()
+
+    def _give_up_locked(self, slot: Slot) -> None:
+        """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
+        logger.error("%s: its loader takes too long and is given up", slot.name)
+        slot.task = slot.engine = slot.resident = None
+        slot.device_bytes = slot.host_bytes = 0
+        self._refuse_arrival_locked(slot, LoadTimeout(slot.name, slot.load_timeout_s))
+        self.plan_locked(slot)
+
+    # -- telling ------------------------------------------------------------------------------------------------
+
+    def _tell_progress(self, task: Task) -> None:
+        now_s = self.clock.now()
+        if self.listeners and now_s >= task.told_s + PROGRESS_EVERY_S:
+            task.told_s = now_s
+            self._tell("progress", task)
+
+    def _tell(self, what: What, task: Task) -> None:
+        if self.listeners:
+            now_s, kind = self.clock.now(), self.device.kind
+            phase, done_bytes, total_bytes = task.progress.facts
+            event = Event(
+                what,
+                task.slot.name,
+                task.move.source.shown(kind),
+                task.move.target.shown(kind),
+                now_s,
+                now_s - task.started_s,
+                phase,
+                done_bytes,
+                total_bytes,
+                f"{type(task.error).__name__}: {task.error}" if task.error else None,
+            )
+            self.listeners.tell(event)
+
+    def _log(self, task: Task) -> None:
+        slot, move, elapsed_s = task.slot, task.move, self.clock.now() - task.started_s
+        if task.error is not None:
+            where = slot.at.value
+            logger.error("%s: %s failed, back to %s: %s", slot.name, move.via.value, where, task.error)
+            return
+        source, target = (state.shown(self.device.kind) for state in (move.source, move.target))
+        logger.info(
+            "%s: %s -> %s, %.1f MB in %.3f s (%s)",
+            slot.name, source, target, task.moved_bytes / 1e6, elapsed_s, self.device.name,
+        )  # fmt: skip
+
+
+def _place_after_failure(task: Task) -> State:
+    """Where a model is whose move has failed: where it was, unless its bytes had gone already."""
+    if task.engine is None:
+        return State.RELEASED
+    off_the_device = task.resident is not None and not task.resident.device_bytes
+    return State.HOST if task.move.via is State.OFFLOADING and off_the_device else task.move.source
+
+
+def _lacking_bytes(error: BaseException | None) -> int:
+    """What the device said it lacked; at least 1, since free memory in pieces may be of no use."""
+    while error is not None and not isinstance(error, DeviceOutOfMemory):
+        error = error.__cause__
+    if error is None or error.free_bytes is None:
+        return 1
+    return max(1, error.needed_bytes - error.free_bytes)
