@@ -78,11 +78,12 @@ def _due_move(slot: Slot, now_s: float, separate: bool) -> Move | None:
     # A model promised to be warm for longer than the idle timeout keeps that promise.
     if now_s >= slot.idle_since_s + max(slot.policy.idle_timeout_s, windows[-1][1]):
         return move_towards(slot, State.RELEASED, separate)
-    now_in = [slot.idle_since_s + start <= now_s < slot.idle_since_s + stop for start, stop in windows]
+    begun = any(slot.idle_since_s + start <= now_s < slot.idle_since_s + stop for start, stop in windows[1:])
     if slot.at is State.HOST:
         # The first window keeps a model where it is; later ones bring it back, unless somebody sent it away.
-        return Move(slot.name, State.HOST, State.DEVICE) if any(now_in[1:]) and not slot.sent_away else None
-    return None if any(now_in) else move_towards(slot, State.HOST, separate)
+        return Move(slot.name, State.HOST, State.DEVICE) if begun and not slot.sent_away else None
+    warm = begun or now_s < slot.idle_since_s + windows[0][1]
+    return None if warm else move_towards(slot, State.HOST, separate)
 
 
 # -- room on the device -----------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def _may_be_evicted(slot: Slot, head: Request | None) -> bool:
 
 def _will_be_free(slot: Slot, head: Request, slots: Collection[Slot]) -> bool:
     """Whether a model that is in use, or on its way to the device, can leave without waiting for ``head``."""
-    if not slot.on_device or slot.stays:
+    if not slot.on_device or slot.stays or not (slot.in_use or slot.task):
         return False
     first = _in_the_way_of(slot, slots)
     return first.isdisjoint((head.slot, *head.holding)) and not any(other.short for other in first)
@@ -167,7 +168,7 @@ def _will_be_free(slot: Slot, head: Request, slots: Collection[Slot]) -> bool:
 def _least_recently_used(idle: Collection[Slot], short_bytes: float) -> list[Slot]:
     """As many of these as hold ``short_bytes`` together, or all of them."""
     leave: list[Slot] = []
-    for slot in sorted(idle, key=lambda slot: slot.idle_since_s or -math.inf):
+    for slot in sorted(idle, key=lambda slot: -math.inf if slot.idle_since_s is None else slot.idle_since_s):
         if short_bytes > 0 and slot.size_bytes > 0:
             leave.append(slot)
             short_bytes -= slot.size_bytes

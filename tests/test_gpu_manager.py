@@ -438,7 +438,7 @@ def test_close_releases_everything_and_refuses_new_requests(workshop: Workshop, 
             call("tts")
     with pytest.raises(ManagerClosed):
         manager.register("asr", workshop.load)
-        assert not manager.status()["monitor"]["alive"]
+    assert not manager.status()["monitor"]["alive"]
     manager.close()
 
 

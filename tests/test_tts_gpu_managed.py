@@ -79,9 +79,7 @@ def test_clone_and_edit_pass_arguments_and_results_through_unchanged(
     assert state(tts) == "cpu"
 
 
-@pytest.mark.parametrize(
-    "error", [HTTPException(400, "Unsupported edit_type: x"), RuntimeError("broken"), OSError()]
-)
+@pytest.mark.parametrize("error", [HTTPException(400, "Unsupported edit_type: x"), RuntimeError("broken"), OSError()])
 def test_what_the_engine_raises_reaches_the_caller_and_the_model_leaves_the_device(
     tts: GPUManagedTTS, engine: RecordingEngine, error: Exception
 ) -> None:
