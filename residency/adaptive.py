@@ -20,9 +20,6 @@ _EDGES_S = (0.0, *(1.05**k for k in range(248)))
 _WIDTHS_S = tuple(until_s - from_s for from_s, until_s in pairwise(_EDGES_S))
 _LONGER = len(_WIDTHS_S)
 
-#: A fifth of every gap is spread over the bins within half of its length: the next one will not be the same to the
-#: second, and the longest one seen is not the longest one to come.
-_SPREAD, _SPREAD_BINS = 0.2, 8
 #: What a gap counts for after each further one: habits are what about the last hundred gaps were.
 _DECAY = 0.99
 #: Before anything is known, gaps of all orders of magnitude are equally likely; that counts as two gaps.
@@ -109,10 +106,7 @@ class AdaptivePolicy:
 def _count(counts: list[float], idle_s: float) -> None:
     """Enter a gap, and let those before it fade."""
     counts[:] = [count * _DECAY for count in counts]
-    middle = bisect_right(_EDGES_S, idle_s) - 1
-    counts[middle] += 1.0 - _SPREAD
-    for index in range(middle - _SPREAD_BINS, middle + _SPREAD_BINS + 1):
-        counts[min(max(index, 0), _LONGER)] += _SPREAD / (2 * _SPREAD_BINS + 1)
+    counts[bisect_right(_EDGES_S, idle_s) - 1] += 1.0
 
 
 def _plan(
@@ -144,9 +138,7 @@ def _plan(
         if here and not stay:
             windows.append((from_s, edge_s))
         elif not here and come:
-            from_s = edge_s - _LEAD * restore_s
-            if from_s <= windows[-1][1]:  # no time to be away
-                from_s = windows.pop()[0]
+            from_s = edge_s - _LEAD * restore_s  # later than it left: less than two restore times away never pay
         here = stay if here else come
     if here:
         windows.append((from_s, _EDGES_S[len(counts)]))

@@ -82,6 +82,10 @@ def test_within_a_burst_it_stays_and_after_it_it_leaves() -> None:
     assert not any(warm_at(policy, idle_s) for idle_s in range(60, 7200, 20))
 
 
+def test_while_little_is_known_it_stays_for_longer_than_what_it_has_seen() -> None:
+    assert 25 < learned([5000.0, 10.0, 20.0, 15.0], restore_s=20.0).keep_warm_s < 100
+
+
 def test_where_the_next_request_is_far_and_restores_are_cheap_it_leaves_at_once() -> None:
     rng = random.Random(1)
     assert learned((rng.expovariate(1 / 900) for _ in range(300)), restore_s=0.5).windows() == OFF_AT_ONCE
@@ -114,6 +118,12 @@ def test_it_follows_a_change_of_habit_within_thirty_requests(before: list[float]
     policy = learned([*before, *about(1800, 30)])
     assert warm_at(policy, 1800)
     assert not any(warm_at(policy, idle_s) for idle_s in range(30, 1600, 10))
+
+
+def test_a_habit_long_gone_is_forgotten() -> None:
+    policy = learned([*about(500, 2000), *about(900, 300)])
+    assert warm_at(policy, 900)
+    assert not warm_at(policy, 500)
 
 
 def test_it_follows_from_rare_to_frequent_requests_within_fifteen() -> None:
@@ -153,7 +163,7 @@ def test_the_windows_are_the_same_object_until_there_is_something_new() -> None:
     st.lists(gaps_s, max_size=30),
     st.floats(0, 1e4) | st.just(1e-9),
     st.sampled_from([0.0, 0.5, 1.0, 600.0, 1e5, math.inf]) | st.floats(0, 1e6),
-    st.sampled_from([1e-6, 1.0, 60.0, 1e4, 1e9]),
+    st.sampled_from([1e-6, 1.0, 3.0, 60.0, 1e4, 1e9]),
 )
 def test_windows_are_in_order_and_apart_begin_at_0_and_end_by_the_idle_timeout(
     gaps: list[float], restore_s: float, idle_timeout_s: float, wait_weight: float
