@@ -1,0 +1,178 @@
+"""What staying warm costs and what it saves: every fixed timeout, and the policy that learns (auto).
+
+    python benchmarks/policy.py
+    python benchmarks/policy.py --seeds 20 --days 30 --wait-weight 120
+
+Pure arithmetic: four kinds of traces (steady, bursty, daily, random) are replayed without a clock or a device, so the
+tables are the same on every machine. GPU-seconds are those in which the device holds an idle model's weights: warm,
+on the way there or on the way back; the requests' own seconds, the same for all policies, are left out. Delayed is a
+request that does not find all weights on the device, even if they are already on their way. Nothing is released from
+main memory. All numbers are means over the seeds.
+
+The fixed timeouts make a curve: more GPU-seconds, fewer delays. "against the curve" is how far auto lies above it (+)
+or below it (-) at its own GPU-seconds, in percent of all requests, with the standard error over the seeds. Between two
+neighbours the curve is straight, as far as tossing a coin between both would get. On a random trace every policy that
+is off or on from the start lies on one straight line, since nothing tells when the next request comes: there, what
+distance there is, is noise.
+
+Exit status 1 if auto lies above the curve of any trace by more than two standard errors and 0.01 % of the requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks._traces import DAY_S, TRACES, trace
+from residency.adaptive import AdaptivePolicy
+from residency.contracts import Policy
+from residency.policies import NEVER, FixedPolicy
+
+KEEP_WARM_S = (0, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, NEVER)
+WAIT_WEIGHTS = (10.0, 60.0, 600.0)
+SERVICE_S, RESTORE_S, OFFLOAD_S = 4.0, 0.5, 0.3
+NOISE, RESOLUTION = 2.0, 0.01
+"""Still on the curve: so many standard errors, and so many percent (what is printed), above it or below."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one policy did on one trace: GPU-seconds of an idle model, and requests that waited for weights."""
+
+    gpu_s: float
+    delayed: int
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far above the curve, in percent of all requests: mean and standard error over the seeds."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, percents: Sequence[float]) -> Distance:
+        error = statistics.stdev(percents) / math.sqrt(len(percents)) if len(percents) > 1 else 0.0
+        return cls(statistics.fmean(percents), error)
+
+    @property
+    def above(self) -> bool:
+        return self.mean > self._noise
+
+    @property
+    def verdict(self) -> str:
+        if self.above:
+            return f"ABOVE by {self.mean:.2f}"
+        return "below the curve" if self.mean < -self._noise else "on the curve"
+
+    @property
+    def _noise(self) -> float:
+        return NOISE * self.error + RESOLUTION
+
+
+def replay(arrivals: Sequence[float], policy: Policy) -> Outcome:
+    """Serve the arrivals one after another; between them, do what the policy says."""
+    gpu_s, delayed, end_s = 0.0, 0, 0.0
+    for arrival_s in arrivals:
+        idle_s = arrival_s - end_s
+        if idle_s <= 0:  # it has waited for another request, and finds the weights where they are used
+            end_s += SERVICE_S
+            continue
+        held_s, ready_s = idle(idle_s, policy.windows())
+        gpu_s += held_s
+        if ready_s > idle_s:
+            delayed += 1
+            policy.brought_back(RESTORE_S)
+        policy.idle_ended(idle_s)
+        end_s += max(idle_s, ready_s) + SERVICE_S
+    return Outcome(gpu_s, delayed)
+
+
+def idle(idle_s: float, windows: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """An idle gap: how long the device was held, and when the weights were ready, after the gap's beginning."""
+    held_s = ready_s = gone_s = 0.0
+    for from_s, until_s in windows:
+        if from_s > 0:
+            if idle_s < from_s:
+                break
+            ready_s = max(from_s, gone_s) + RESTORE_S
+        if idle_s <= until_s:
+            return held_s + max(idle_s, ready_s) - from_s, ready_s
+        held_s += until_s - from_s + OFFLOAD_S
+        gone_s = until_s + OFFLOAD_S
+    # A move under way is finished first, as the manager does.
+    return held_s + RESTORE_S, max(idle_s, gone_s) + RESTORE_S
+
+
+def on_curve(points: Sequence[Outcome], gpu_s: float) -> float:
+    """Delayed requests of the fixed timeouts (in order) at these GPU-seconds."""
+    for left, right in pairwise(points):
+        if left.gpu_s <= gpu_s <= right.gpu_s and left.gpu_s < right.gpu_s:
+            share = (gpu_s - left.gpu_s) / (right.gpu_s - left.gpu_s)
+            return left.delayed + share * (right.delayed - left.delayed)
+    return points[0].delayed if gpu_s < points[0].gpu_s else points[-1].delayed
+
+
+def compare(name: str, seeds: int, days: float, weights: Sequence[float]) -> dict[float, Distance]:
+    """Replay and print one kind of trace; the distance of auto from the curve, by wait weight."""
+    traces = [trace(name, seed, days) for seed in range(seeds)]
+    curves = [[replay(arrivals, FixedPolicy(keep_s, NEVER)) for keep_s in KEEP_WARM_S] for arrivals in traces]
+    requests = statistics.fmean(map(len, traces))
+    print(f"\n{name}: {requests:,.0f} requests in {days:g} days")
+    print(f"{'keep warm':24}{'GPU-seconds':>12}{'of time':>9}{'delayed':>9}{'of all':>8}{'against the curve':>20}")
+
+    def row(title: str, outcomes: Sequence[Outcome], rest: str = "") -> None:
+        gpu_s = statistics.fmean(outcome.gpu_s for outcome in outcomes)
+        delayed = statistics.fmean(outcome.delayed for outcome in outcomes)
+        print(f"{title:24}{gpu_s:12,.0f}{gpu_s / (days * DAY_S):9.2%}{delayed:9,.0f}{delayed / requests:8.1%}{rest}")
+
+    for index, keep_s in enumerate(KEEP_WARM_S):
+        row("never leaves" if keep_s == NEVER else f"{keep_s} s", [curve[index] for curve in curves])
+    distances = {}
+    for weight in weights:
+        outcomes = [replay(arrivals, AdaptivePolicy(NEVER, wait_weight=weight)) for arrivals in traces]
+        distances[weight] = distance = Distance.of([
+            100.0 * (outcome.delayed - on_curve(curve, outcome.gpu_s)) / len(arrivals)
+            for outcome, curve, arrivals in zip(outcomes, curves, traces, strict=True)
+        ])  # fmt: skip
+        row(
+            f"auto, wait weight {weight:g}",
+            outcomes,
+            f"{distance.mean:+11.2f} +- {distance.error:4.2f}  {distance.verdict}",
+        )
+    return distances
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8, help="traces of each kind (8)")
+    parser.add_argument("--days", type=float, default=10.0, help="length of each trace (10)")
+    parser.add_argument(
+        "--wait-weight", type=float, action="append", metavar="W",
+        help="seconds of an idle model on the device that a second of waiting is worth; may be repeated (10, 60, 600)",
+    )  # fmt: skip
+    options = parser.parse_args()
+    if options.seeds < 1 or not 0 < options.days < math.inf:
+        parser.error("at least one seed and more than 0 days")
+    weights = options.wait_weight or WAIT_WEIGHTS
+    chosen = "".join(f" --wait-weight {weight:g}" for weight in weights)
+    print(f"python benchmarks/policy.py --seeds {options.seeds} --days {options.days:g}{chosen}")
+    print(f"A request takes {SERVICE_S} s, a restore {RESTORE_S} s, an offload {OFFLOAD_S} s. Means over the seeds.")
+    above = False
+    for name in TRACES:
+        distances = compare(name, options.seeds, options.days, weights)
+        above |= any(distance.above for distance in distances.values())
+    print(f"\nauto is {'ABOVE the curve somewhere' if above else 'on or below the curve on every trace'}")
+    return int(above)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
