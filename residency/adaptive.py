@@ -7,6 +7,7 @@ the place of that paper's rule for when the histogram is too thin to be used.
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -63,6 +64,12 @@ class AdaptivePolicy:
         self._level: float | None = None
         self._restore_s: float | None = None
         self._windows: tuple[tuple[float, float], ...] | None = None
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> AdaptivePolicy:
+        """A policy that knows what this one has learned, with another idle timeout."""
+        other = copy.deepcopy(self)
+        other.idle_timeout_s, other._windows = idle_timeout_s, None
+        return other
 
     @property
     def keep_warm_s(self) -> float:

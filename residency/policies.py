@@ -6,9 +6,11 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from .adaptive import AdaptivePolicy
 from .contracts import Policy
 from .errors import InvalidInput
 
+AUTO = "auto"
 NEVER = math.inf
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -49,13 +51,15 @@ class FixedPolicy:
 
 
 def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
-    """The policy for what a user asked. `InvalidInput` for what is no duration."""
+    """The policy for what a user asked: a duration or ``"auto"``, and a duration. `InvalidInput` for anything else."""
+    if keep_warm == AUTO:
+        return AdaptivePolicy(seconds(idle_timeout))
     return FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
 
 
 def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:
-    """A policy with other settings; None stays as it is in ``present``."""
-    return FixedPolicy(
-        present.keep_warm_s if keep_warm is None else seconds(keep_warm),
-        present.idle_timeout_s if idle_timeout is None else seconds(idle_timeout),
-    )
+    """A policy with other settings; None is as in ``present``, and what ``auto`` has learned is kept."""
+    idle_timeout_s = present.idle_timeout_s if idle_timeout is None else seconds(idle_timeout)
+    if isinstance(present, AdaptivePolicy) and keep_warm in (None, AUTO):
+        return present.with_idle_timeout(idle_timeout_s)
+    return make_policy(present.keep_warm_s if keep_warm is None else keep_warm, idle_timeout_s)
