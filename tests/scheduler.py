@@ -1,0 +1,569 @@
+"""Threads whose every switch is decided by a seed, in place of `threading`: races that can be found and replayed.
+
+    scheduler = Scheduler.varied(seed)
+    monkeypatch.setattr(gpu_manager, "threading", scheduler)
+    scheduler.run(reader, writer)
+
+Real threads, of which exactly one runs at a time; at every operation on a lock, condition, event or thread, and at
+every `Scheduler.step`, the seed says who goes on. Time is virtual. As in CHESS (Musuvathi et al., OSDI 2008), loom
+and shuttle (AWS Labs); ``changes`` is PCT (Burckhardt et al., ASPLOS 2010). Only what is done through the scheduler
+can interleave: between two of its points a thread runs alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import os
+import random
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+PATIENCE = 500
+"""After so many points at a stretch a PCT thread goes last: else one that polls would starve the one it waits for."""
+
+
+class Deadlock(AssertionError):
+    """The threads do not come to an end: nobody can run, the steps ran out, or one waits for something real."""
+
+
+class Abandoned(BaseException):
+    """Ends a thread that nobody waits for any more."""
+
+
+class Scheduler:
+    """A stand-in for the module `threading`; the same seed and options give the same run, step for step.
+
+    At each point somebody is drawn from those who can run, with ``switch_probability`` (else the same thread goes on);
+    with ``changes`` instead the thread with the highest of random priorities runs, and at so many points among the
+    first ``length`` the running one becomes the last. With ``jump_probability`` per point time passes to the next
+    deadline although somebody could still run. ``invariant`` is called at every point, and must not wait for a lock.
+    """
+
+    TIMEOUT_MAX = threading.TIMEOUT_MAX
+    local = threading.local
+
+    def __init__(self, seed=0, *, switch_probability=1.0, changes=0, length=500, jump_probability=0.02, stall_s=30.0):
+        self.seed, self.steps = seed, 0
+        self.trace: list[tuple[str, str, str]] = []
+        self.invariant: Callable[[], object] | None = None
+        self._options = f"{seed=}, {switch_probability=}, {changes=}, {length=}, {jump_probability=}"
+        self._switch_probability, self._jump_probability, self._stall_s = switch_probability, jump_probability, stall_s
+        self._changes, self._length, self._at_stretch = changes, length, 0
+        self._lowest = itertools.count(-1 - changes, -1)
+        self._random = random.Random(seed)
+        self._now_s = 1000.0
+        self._counts = Counter[str]()
+        self._threads: list[Any] = []
+        self._ready: list[Any] = []
+        self._sleepers: dict[Any, float] = {}
+        self._over = threading.Semaphore(0)
+        self._verdict: str | BaseException = ""
+        self._stopping = self._looking = False
+        for kind in (Lock, RLock, Condition, Event, Semaphore, Thread):
+            setattr(self, kind.__name__, type(kind.__name__, (kind,), {"_scheduler": self}))
+        self._main = self._running = self.Thread(name="MainThread")  # whoever calls while no run is on
+        self._main._started = self._main._alive = True
+
+    @classmethod
+    def varied(cls, seed: int, **options: Any) -> Scheduler:
+        """Another strategy from seed to seed: switches everywhere, rare switches, PCT with one to four changes."""
+        strategy = ({}, {"switch_probability": 0.1}, {"changes": 1 + seed // 3 % 4})[seed % 3]
+        return cls(seed, **{**strategy, **options})
+
+    # -- what tests and fakes call -------------------------------------------------------------------------------
+
+    def run(self, *functions: Callable[[], Any], steps=100_000, invariant: Callable[[], object] | None = None) -> list:
+        """Run functions and what they start until all but daemons have ended; what they returned.
+
+        What any thread raises ends the run and is raised here. Threads that were started before the run take part.
+        """
+        if self._running is not self._main:
+            raise RuntimeError("run() within run()")
+        self.invariant = invariant or self.invariant
+        results: list[Any] = [None] * len(functions)
+        for index, function in enumerate(functions):
+            name = getattr(function, "__name__", f"function-{index}")
+            self.Thread(target=_keep, args=(results, index, function), name=name, daemon=False).start()
+        if not self._ready:
+            return results
+        points = self._random.sample(range(1, self._length + 1), self._changes)
+        self._lowered = {self.steps + point: -1 - rank for rank, point in enumerate(points)}
+        self._limit, self._verdict, report = self.steps + steps, "", ""
+        with _undisturbed():
+            try:
+                for thread in self._threads:
+                    thread._open()
+                self._hand_to(self._next(None))
+                self._wait_until_over()
+                report = self._report() if self._verdict else ""
+            finally:
+                self._abandon()
+        verdict, self._verdict = self._verdict, ""
+        if isinstance(verdict, str):
+            if verdict:
+                raise Deadlock(f"{verdict}\n{report}")
+            return results
+        if isinstance(verdict, AssertionError):
+            verdict.args = (f"{verdict}\n{report}",)
+        elif hasattr(verdict, "add_note"):
+            verdict.add_note(report)
+        else:  # Python 3.10
+            print(report, file=sys.stderr)
+        raise verdict
+
+    def step(self, label: str = "") -> None:
+        """A point where others may run: fakes call it in the middle of what takes time."""
+        self._point("step", label)
+        if self._stopping:
+            raise Abandoned
+
+    def sleep(self, seconds: float) -> None:
+        self._block([], "sleep", None, self._deadline(seconds))
+
+    def now(self) -> float:
+        return self._now_s
+
+    def clock(self) -> Clock:
+        return Clock(self)
+
+    def get_ident(self) -> int:
+        return self._here().ident
+
+    def current_thread(self) -> Any:
+        return self._here()
+
+    # -- who runs ------------------------------------------------------------------------------------------------
+
+    def _here(self):
+        thread = self._running
+        if thread._os_ident != threading.get_ident() and thread is not self._main and not self._stopping:
+            raise RuntimeError("called from a thread that the scheduler did not start, while it runs others")
+        return thread
+
+    def _point(self, operation: str, label: str) -> None:
+        thread = self._here()
+        if not (self._looking or self._stopping or thread is self._main):
+            self._record(thread, operation, label)
+            self._switch(thread, self._next(thread))
+
+    def _block(self, queue: list, operation: str, what: Any, deadline_s: float = math.inf) -> bool:
+        """Wait in a queue until woken; False if the deadline came first."""
+        thread, label = self._here(), "" if what is None else what._label
+        if self._stopping:
+            raise Abandoned
+        if self._looking:
+            raise RuntimeError(f"the invariant waits: {operation} {label}")
+        if thread is self._main:
+            if deadline_s == math.inf:
+                raise Deadlock(f"outside of run() nobody can end this: {operation} {label}")
+            self._pass(deadline_s)
+            return False
+        queue.append(thread)
+        try:
+            self._record(thread, operation, label)
+            thread._woken = False
+            if deadline_s > self._now_s:
+                thread._waits = (operation, what)
+                self._ready.remove(thread)
+                if deadline_s < math.inf:
+                    self._sleepers[thread] = deadline_s
+            self._switch(thread, self._next(None if thread._waits else thread))
+            return thread._woken
+        finally:
+            if thread in queue:
+                queue.remove(thread)
+
+    def _wake(self, queue: list, n: int = sys.maxsize) -> None:
+        """Wake the first ``n``. One whose deadline has come but who has not run since uses it up: as in CPython."""
+        for thread in queue[:n]:
+            if thread._waits:
+                thread._woken = True
+                self._resume(thread)
+        del queue[:n]
+
+    def _resume(self, thread) -> None:
+        thread._waits = None
+        self._sleepers.pop(thread, None)
+        self._ready.append(thread)
+
+    def _pass(self, until_s: float) -> None:
+        self._now_s = max(self._now_s, until_s)
+        for thread in [thread for thread, deadline_s in self._sleepers.items() if deadline_s <= self._now_s]:
+            self._resume(thread)
+
+    def _deadline(self, timeout: float | None) -> float:
+        if timeout is None:
+            return math.inf
+        if timeout > self.TIMEOUT_MAX:
+            raise OverflowError("timeout value is too large")
+        return self._now_s if timeout <= 0 else max(self._now_s + timeout, math.nextafter(self._now_s, math.inf))
+
+    def _record(self, thread, operation: str, label: str) -> None:
+        self.steps += 1
+        self.trace.append((thread._label, operation, label))
+        if self.invariant is not None:
+            self._looking = True
+            try:
+                self.invariant()
+            except BaseException as error:
+                self._verdict = error
+            self._looking = False
+        if self._verdict or self.steps >= self._limit:
+            self._verdict = self._verdict or "The steps ran out."
+            self._switch(thread, None)
+
+    def _next(self, thread):
+        """Who runs from here; ``thread`` is the one that runs now, if it can go on."""
+        ready = self._ready
+        if self._sleepers and (not ready or self._random.random() < self._jump_probability):
+            self._pass(min(self._sleepers.values()))
+        if len(ready) < 2:
+            return ready[0] if ready else None
+        if not self._changes:
+            stays = thread and self._switch_probability < 1 and self._random.random() >= self._switch_probability
+            return thread if stays else ready[int(self._random.random() * len(ready))]
+        if thread and self.steps in self._lowered:
+            thread._priority = self._lowered[self.steps]
+        elif thread and self._at_stretch > PATIENCE:
+            thread._priority = next(self._lowest)
+        chosen = max(ready, key=lambda other: other._priority)
+        self._at_stretch = self._at_stretch + 1 if chosen is thread else 0
+        return chosen
+
+    def _switch(self, thread, chosen) -> None:
+        if chosen is not thread:
+            self._hand_to(chosen)
+            thread._baton.acquire()
+            if self._stopping:
+                raise Abandoned
+
+    def _hand_to(self, chosen) -> None:
+        if chosen is None:
+            self._verdict = self._verdict or "Nobody can run, and no deadline is to come."
+            self._over.release()
+        else:
+            self._running = chosen
+            chosen._baton.release()
+
+    def _ended(self, thread) -> None:
+        thread._alive = False
+        if not self._stopping:
+            self._ready.remove(thread)
+            self._wake(thread._queue)
+            if self._verdict or all(other.daemon for other in self._threads if other._alive):
+                self._over.release()
+            else:
+                self._hand_to(self._next(None))
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _wait_until_over(self) -> None:
+        seen = -1
+        while not self._over.acquire(timeout=self._stall_s):
+            if self.steps == seen:
+                self._verdict = f"No scheduling point for {self._stall_s} real seconds: {self._running._label} stalls."
+                return
+            seen = self.steps
+
+    def _abandon(self) -> None:
+        """Let every thread that is left unwind, one after the other, with locks that are always free."""
+        self._stopping = True
+        last = self._running
+        for thread in sorted(self._threads, key=lambda thread: thread is last):
+            if thread._alive:
+                self._running = thread
+                with contextlib.suppress(RuntimeError):  # it did not wait: stalled or interrupted
+                    thread._baton.release()
+            thread._os_thread.join(self._stall_s)
+        self._threads, self._ready, self._sleepers, self._over = [], [], {}, threading.Semaphore(0)
+        self._running, self._stopping = self._main, False
+
+    def _report(self) -> str:
+        frames = sys._current_frames()
+        lines = [f"Scheduler({self._options}), step {self.steps}, time {self._now_s}"]
+        for thread in (thread for thread in self._threads if thread._alive):
+            operation, what = thread._waits or ("can run", None)
+            owner = getattr(what, "_owner", None)
+            waits = f"{operation} {what._label if what else ''}" + (f", held by {owner._label}" if owner else "")
+            lines.append(f"  {thread._label}{' (daemon)' if thread.daemon else ''}: {waits}")
+            lines += _where(frames.get(thread._os_ident))
+        return "\n".join([*lines, "Last steps:", *(f"  {' '.join(step)}" for step in self.trace[-40:])])
+
+
+class Clock:
+    """Virtual time, as the manager's clock."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler, self.now = scheduler, scheduler.now
+
+    def wait(self, condition: Any, timeout_s: float | None) -> None:
+        forever = timeout_s is None or timeout_s == math.inf
+        condition.wait(None if forever else min(timeout_s, threading.TIMEOUT_MAX))
+
+    def jump(self, seconds: float) -> None:
+        """Let time pass; those whose deadline has come can run."""
+        self._scheduler._pass(self._scheduler.now() + seconds)
+        self._scheduler._point("jump", str(seconds))
+
+
+class _Part:
+    """Something of one scheduler, with a queue of those who wait; named by kind, number and the line that made it."""
+
+    _scheduler: Scheduler
+
+    def __init__(self) -> None:
+        kind, frame = type(self).__name__, sys._getframe(1)
+        while frame.f_code.co_filename == __file__ and frame.f_back:
+            frame = frame.f_back
+        self._scheduler._counts[kind] += 1
+        site = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        self._label = f"{kind}-{self._scheduler._counts[kind]}({site})"
+        self._queue: list[Any] = []
+
+    def _point(self, operation: str) -> None:
+        self._scheduler._point(operation, self._label)
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+class Lock(_Part):
+    _reentrant = False
+    _owner: Any = None
+    _count = 0
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if timeout != -1 and (timeout < 0 or not blocking):
+            raise ValueError("a timeout is not negative, and only for a blocking call")
+        self._point("acquire")
+        if self._reentrant and self._owner is self._scheduler._here():
+            self._count += 1
+            return True
+        if self._owner is not None and not blocking and not self._scheduler._stopping:
+            return False
+        return self._take(1, self._scheduler._deadline(None if timeout == -1 else timeout))
+
+    def release(self) -> None:
+        try:
+            self._point("release")
+        finally:  # also where the thread is abandoned
+            mine = self._owner is self._scheduler._here() if self._reentrant else self._owner is not None
+            if mine and self._count > 1:
+                self._count -= 1
+            elif mine:
+                self._free()
+            elif not self._scheduler._stopping:
+                raise RuntimeError("cannot release un-acquired lock")
+        self._point("released")
+
+    def locked(self) -> bool:
+        self._point("locked")
+        return self._owner is not None
+
+    def _take(self, count: int, deadline_s: float = math.inf) -> bool:
+        """Those who waited and those who come try for it alike, as in CPython."""
+        while self._owner is not None and not self._scheduler._stopping:
+            if not self._scheduler._block(self._queue, "wait for", self, deadline_s):
+                return False
+        self._owner, self._count = self._scheduler._here(), count
+        return True
+
+    def _free(self) -> int:
+        count, self._owner, self._count = self._count, None, 0
+        self._scheduler._wake(self._queue)
+        return count
+
+
+class RLock(Lock):
+    _reentrant = True
+
+
+class Condition(_Part):
+    """Stricter than `threading`: over a plain Lock too, only the thread that acquired it may wait and notify."""
+
+    def __init__(self, lock: Any = None) -> None:
+        super().__init__()
+        self._lock = self._scheduler.RLock() if lock is None else lock
+        if getattr(self._lock, "_scheduler", None) is not self._scheduler:
+            raise TypeError(f"not a lock of this scheduler: {lock}")
+        self.acquire, self.release = self._lock.acquire, self._lock.release
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._check("wait on")
+        deadline_s = self._scheduler._deadline(timeout)
+        count = self._lock._free()
+        try:
+            return self._scheduler._block(self._queue, "wait", self, deadline_s)
+        finally:
+            self._lock._take(count)
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        end_s = self._scheduler._deadline(timeout)
+        while not (result := predicate()) and (timeout is None or self._scheduler.now() < end_s):
+            self.wait(None if timeout is None else end_s - self._scheduler.now())
+        return result
+
+    def notify(self, n: int = 1) -> None:
+        self._check("notify")
+        self._point("notify" if n < sys.maxsize else "notify_all")
+        self._scheduler._wake(self._queue, n)
+
+    def notify_all(self) -> None:
+        self.notify(sys.maxsize)
+
+    def _check(self, verb: str) -> None:
+        if self._lock._owner is not self._scheduler._here() and not self._scheduler._stopping:
+            raise RuntimeError(f"cannot {verb} un-acquired lock")
+
+
+class Event(_Part):
+    _flag = False
+
+    def is_set(self) -> bool:
+        self._point("is_set")
+        return self._flag
+
+    def set(self) -> None:
+        self._point("set")
+        self._flag = True
+        self._scheduler._wake(self._queue)
+        self._point("was set")
+
+    def clear(self) -> None:
+        self._point("clear")
+        self._flag = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._point("look at")
+        return self._flag or self._scheduler._block(self._queue, "wait", self, self._scheduler._deadline(timeout))
+
+
+class Semaphore(_Part):
+    def __init__(self, value: int = 1) -> None:
+        super().__init__()
+        self._value = value
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        self._point("acquire")
+        deadline_s = self._scheduler._deadline(timeout)
+        while self._value == 0 and not self._scheduler._stopping:
+            if not blocking or not self._scheduler._block(self._queue, "wait for", self, deadline_s):
+                return False
+        self._value -= 1
+        return True
+
+    def release(self, n: int = 1) -> None:
+        try:
+            self._point("release")
+        finally:
+            self._value += n
+            self._scheduler._wake(self._queue)
+        self._point("released")
+
+
+class Thread(_Part):
+    """Started outside of a run, it begins with the next one. Who joins waits in its queue."""
+
+    _started = _alive = _woken = False
+    _waits: tuple[str, Any] | None = None
+    _os_ident = 0
+
+    def __init__(self, group=None, target=None, name=None, args=(), kwargs=None, *, daemon=None) -> None:
+        super().__init__()
+        self._scheduler._counts["of all threads"] += 1
+        self._number = self._scheduler._counts["of all threads"]
+        self.name = name or f"Thread-{self._number}"
+        self.daemon = self._scheduler._here().daemon if daemon is None and self._number > 1 else bool(daemon)
+        self._target, self._args, self._kwargs = target, args, kwargs or {}
+        self._label = f"{self._number}:{self.name}"
+        self._priority = self._scheduler._random.random()
+        self._baton = threading.Lock()
+        self._baton.acquire()
+
+    @property
+    def ident(self) -> int | None:
+        return self._number if self._started else None
+
+    def run(self) -> None:
+        if self._target is not None:
+            self._target(*self._args, **self._kwargs)
+
+    def start(self) -> None:
+        if self._started:
+            raise RuntimeError("threads can only be started once")
+        if self._scheduler._stopping:
+            raise Abandoned
+        self._started = self._alive = True
+        self._scheduler._threads.append(self)
+        if self._scheduler._here() is not self._scheduler._main:
+            self._open()
+        self._scheduler._ready.append(self)
+        self._point("start")
+
+    def is_alive(self) -> bool:
+        self._point("is_alive")
+        return self._alive
+
+    def join(self, timeout: float | None = None) -> None:
+        if not self._started or self._scheduler._here() is self:
+            raise RuntimeError("cannot join a thread that was not started, or the current one")
+        self._point("join")
+        if self._alive:
+            self._scheduler._block(self._queue, "join", self, self._scheduler._deadline(timeout))
+
+    def _open(self) -> None:
+        self._os_thread = threading.Thread(target=self._begin, name=self._label, daemon=True)
+        self._os_thread.start()
+        self._os_ident = self._os_thread.ident
+
+    def _begin(self) -> None:
+        scheduler = self._scheduler
+        self._baton.acquire()
+        try:
+            if not scheduler._stopping:
+                self.run()
+                scheduler._record(self, "end", "")
+        except Abandoned:
+            pass
+        except BaseException as error:
+            if not scheduler._stopping:
+                scheduler._verdict = error
+        scheduler._ended(self)
+
+
+def _keep(results: list, index: int, function: Callable[[], Any]) -> None:
+    results[index] = function()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """On one core, where handing on is several times faster; and no finalizer runs at a moment of its own choice."""
+    collecting = gc.isenabled()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    gc.disable()
+    try:
+        if cores:
+            os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+        if collecting:
+            gc.enable()
+
+
+def _where(frame: Any) -> list[str]:
+    """The innermost lines of a thread outside of this file and of `threading`."""
+    own = {__file__, threading.__file__}
+    calls = [(each.f_code, line) for each, line in traceback.walk_stack(frame) if each.f_code.co_filename not in own]
+    return [f"      {os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in calls[:6]]

@@ -1,0 +1,406 @@
+"""The seeded scheduler finds the classic races, replays them, and lets correct code be."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scheduler import Deadlock, Scheduler
+
+from residency import clock as clock_module
+from residency import leasing
+
+SEEDS = range(300)
+
+
+def first_failure(scenario: Callable[[Scheduler], Any], seeds: range = SEEDS) -> tuple[int, str, Scheduler]:
+    """The first seed that fails, with what it says and its scheduler."""
+    for seed in seeds:
+        scheduler = Scheduler.varied(seed)
+        try:
+            scenario(scheduler)
+        except AssertionError as error:
+            return seed, str(error), scheduler
+    pytest.fail(f"none of {len(seeds)} seeds found it")
+
+
+def lost_update(scheduler: Scheduler) -> None:
+    count = [0]
+
+    def add() -> None:
+        seen = count[0]
+        scheduler.step("between read and write")
+        count[0] = seen + 1
+
+    scheduler.run(add, add)
+    assert count == [2]
+
+
+def lock_order(scheduler: Scheduler) -> None:
+    a, b = scheduler.Lock(), scheduler.Lock()
+
+    def forth() -> None:
+        with a, b:
+            pass
+
+    def back() -> None:
+        with b, a:
+            pass
+
+    scheduler.run(forth, back)
+
+
+def lost_wake_up(scheduler: Scheduler) -> None:
+    ready, changed = [False], scheduler.Condition()
+
+    def wait() -> None:
+        if not ready[0]:  # outside of the lock
+            with changed:
+                changed.wait()
+
+    def tell() -> None:
+        ready[0] = True
+        with changed:
+            changed.notify()
+
+    scheduler.run(wait, tell)
+
+
+def deep_order(scheduler: Scheduler) -> None:
+    """Fails only if one particular thread stands still at one step while the other makes all of its forty."""
+    done = [0]
+
+    def long() -> None:
+        for _ in range(40):
+            scheduler.step()
+            done[0] += 1
+
+    def short() -> None:
+        scheduler.step()
+        before = done[0]
+        scheduler.step()
+        assert done[0] - before < 40
+
+    scheduler.run(long, short)
+
+
+class BoundedQueue:
+    """Correct: two conditions over one lock. Not so with ``shared``, one condition for both, and `notify` for one."""
+
+    def __init__(self, scheduler: Scheduler, room: int, shared: bool = False) -> None:
+        lock = scheduler.Lock()
+        self._not_full = scheduler.Condition(lock)
+        self._not_empty = self._not_full if shared else scheduler.Condition(lock)
+        self.items, self.room = deque[int](), room
+
+    def put(self, item: int) -> None:
+        with self._not_full:
+            while len(self.items) == self.room:
+                self._not_full.wait()
+            self.items.append(item)
+            self._not_empty.notify()
+
+    def get(self) -> int:
+        with self._not_empty:
+            self._not_empty.wait_for(lambda: self.items)
+            item = self.items.popleft()
+            self._not_full.notify()
+            return item
+
+
+def exchange(scheduler: Scheduler, shared: bool = False) -> None:
+    queue = BoundedQueue(scheduler, 1, shared)
+    got: list[int] = []
+
+    def put(*items: int) -> Callable[[], None]:
+        return lambda: [queue.put(item) for item in items] and None
+
+    def get() -> None:
+        got.extend([queue.get(), queue.get()])
+
+    scheduler.run(put(1, 2), put(3, 4), get, get, invariant=lambda: check(len(queue.items) <= queue.room, "too full"))
+    assert sorted(got) == [1, 2, 3, 4]
+
+
+def check(truth: bool, message: str) -> None:
+    assert truth, message
+
+
+@pytest.mark.parametrize("scenario", [lost_update, lock_order, lost_wake_up, deep_order])
+def test_a_classic_race_is_found_and_its_seed_replays_it(scenario: Callable[[Scheduler], Any]) -> None:
+    seed, says, found = first_failure(scenario)
+    again = Scheduler.varied(seed)
+    with pytest.raises(AssertionError) as failure:
+        scenario(again)
+    assert str(failure.value) == says
+    assert again.trace == found.trace
+    assert again.steps == len(again.trace)
+
+
+def test_one_condition_for_two_purposes_loses_a_wake_up_and_two_over_one_lock_do_not() -> None:
+    _, says, _ = first_failure(lambda scheduler: exchange(scheduler, shared=True))
+    assert "Nobody can run" in says
+    for seed in SEEDS:
+        exchange(Scheduler.varied(seed))
+
+
+def test_priorities_find_what_a_coin_at_every_point_does_not() -> None:
+    def found(**strategy: Any) -> int:
+        count = 0
+        for seed in range(100):
+            try:
+                deep_order(Scheduler(seed, length=50, **strategy))
+            except AssertionError:
+                count += 1
+        return count
+
+    assert found() == 0
+    assert found(changes=2) > 0
+
+
+def test_a_deadlock_says_who_waits_for_what_where_and_how_it_came() -> None:
+    seed, says, found = first_failure(lock_order)
+    assert f"seed={seed}," in says
+    assert "2:forth: wait for Lock-2(test_scheduler.py:" in says
+    assert "3:back: wait for Lock-1(test_scheduler.py:" in says
+    assert "held by 3:back\n      test_scheduler.py:" in says
+    assert says.endswith("\n".join(["Last steps:", *(f"  {' '.join(step)}" for step in found.trace[-40:])]))
+
+
+def test_the_same_seed_gives_the_same_trace_and_other_seeds_other_ones() -> None:
+    def trace(seed: int) -> tuple[tuple[str, str, str], ...]:
+        scheduler = Scheduler.varied(seed)
+        exchange(scheduler)
+        return tuple(scheduler.trace)
+
+    traces = [trace(seed) for seed in range(60)]
+    assert traces == [trace(seed) for seed in range(60)]
+    assert len(set(traces)) > 50
+
+
+def test_a_timeout_races_with_the_event_and_either_wins() -> None:
+    def outcomes(seed: int) -> tuple[bool, bool, bool, float]:
+        scheduler = Scheduler(seed, jump_probability=0.2)
+        changed, event, lock = scheduler.Condition(), scheduler.Event(), scheduler.Lock()
+
+        def wait() -> tuple[bool, bool, bool]:
+            with changed:
+                notified = changed.wait(5)
+            got = lock.acquire(timeout=5)
+            if got:
+                lock.release()
+            return notified, event.wait(5), got
+
+        def tell() -> None:
+            with lock:
+                for _ in range(4):
+                    scheduler.step()
+                    with changed:
+                        changed.notify()
+            event.set()
+
+        (notified, was_set, got), _ = scheduler.run(wait, tell)
+        return notified, was_set, got, scheduler.now()
+
+    seen = [outcomes(seed) for seed in SEEDS]
+    for index in range(3):
+        assert {outcome[index] for outcome in seen} == {True, False}
+    assert {outcome[3] for outcome in seen} <= {1000.0, 1005.0, 1010.0, 1015.0}
+
+
+def test_time_goes_to_the_next_deadline_when_nobody_can_run() -> None:
+    scheduler = Scheduler(jump_probability=0)
+    clock, changed = scheduler.clock(), scheduler.Condition()
+    woken: list[float] = []
+
+    def wait(timeout_s: float | None) -> Callable[[], None]:
+        def function() -> None:
+            with changed:
+                clock.wait(changed, timeout_s)
+                woken.append(clock.now())
+
+        return function
+
+    def jump() -> None:
+        scheduler.sleep(25)
+        clock.jump(100)
+        with changed:
+            changed.notify_all()
+
+    scheduler.run(wait(20), wait(10), wait(-1), wait(50), wait(None), wait(float("inf")), jump)
+    assert woken == [1000.0, 1010.0, 1020.0, 1125.0, 1125.0, 1125.0]
+
+
+def test_daemons_end_with_the_run_even_those_that_look_after_themselves() -> None:
+    before = threading.enumerate()
+    for seed in range(30):
+        scheduler = Scheduler.varied(seed)
+        lock = scheduler.Lock()
+        changed, undone = scheduler.Condition(lock), []
+
+        def watch(changed: Any = changed, undone: list[str] = undone) -> None:
+            try:
+                with changed:
+                    changed.wait_for(lambda: False)
+            except BaseException:
+                with changed:  # held by another daemon, which waits
+                    undone.append("watch")
+                    changed.notify_all()
+                raise
+
+        def hold(scheduler: Scheduler = scheduler, lock: Any = lock) -> None:
+            with lock:
+                scheduler.Event().wait()
+
+        def main(scheduler: Scheduler = scheduler, watch: Any = watch, hold: Any = hold) -> list[Any]:
+            daemons = [scheduler.Thread(target=target, daemon=True) for target in (watch, hold)]
+            for daemon in daemons:
+                daemon.start()
+            for _ in range(30):
+                scheduler.step()
+            assert all(daemon.is_alive() for daemon in daemons)
+            return daemons
+
+        (daemons,) = scheduler.run(main)
+        assert len(undone) <= 1
+        assert not any(daemon.is_alive() for daemon in daemons)
+        daemons[0].join()
+        assert not lock.locked()
+        assert threading.enumerate() == before
+
+
+def test_a_broken_invariant_ends_the_run_with_its_seed_whatever_is_held() -> None:
+    scheduler = Scheduler(7)
+    lock, value = scheduler.Lock(), [0]
+
+    def work() -> None:
+        with lock:
+            value[0] += 1
+            scheduler.step("inside")
+            value[0] += 1
+
+    with pytest.raises(AssertionError, match=r"odd") as failure:
+        scheduler.run(work, work, invariant=lambda: check(value[0] % 2 == 0, "odd"))
+    assert "seed=7," in str(failure.value)
+    assert str(failure.value).endswith("step inside")
+    assert not lock.locked()
+    with pytest.raises(RuntimeError, match="the invariant waits"):
+        scheduler.run(work, invariant=lock.acquire)
+
+
+def test_an_error_in_any_thread_is_raised_and_names_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    scheduler = Scheduler(3)
+
+    def fail() -> None:
+        raise LookupError("lost")
+
+    def start() -> None:
+        scheduler.Thread(target=fail, daemon=True).start()
+        scheduler.Event().wait()
+
+    with pytest.raises(LookupError, match="lost") as failure:
+        scheduler.run(start)
+    notes = [*getattr(failure.value, "__notes__", []), capsys.readouterr().err]
+    assert "seed=3," in "".join(notes)
+
+
+def test_a_thread_that_polls_for_ever_runs_out_of_steps() -> None:
+    for strategy in ({}, {"switch_probability": 0.1}, {"changes": 2}):
+        scheduler = Scheduler(**strategy)
+        stop = [False]
+
+        def poll(scheduler: Scheduler = scheduler, stop: list[bool] = stop) -> None:
+            while not stop[0]:
+                scheduler.step()
+
+        def end(scheduler: Scheduler = scheduler, stop: list[bool] = stop) -> None:
+            scheduler.step()
+            stop[0] = True
+
+        scheduler.run(poll, poll, end)  # and nobody starves the one it waits for
+        stop[0] = False
+        with pytest.raises(Deadlock, match="steps ran out"):
+            scheduler.run(poll, steps=1000)
+
+
+def test_a_thread_that_waits_for_something_real_is_named() -> None:
+    scheduler = Scheduler(stall_s=0.05, switch_probability=1)
+    real = threading.Lock()
+
+    def hold() -> None:
+        with real:
+            for _ in range(20):
+                scheduler.step()
+
+    with pytest.raises(Deadlock, match=":hold stalls"):
+        scheduler.run(hold, hold)
+    assert not real.locked()
+
+
+def test_misuse_is_told_as_threading_tells_it() -> None:
+    scheduler = Scheduler()
+    lock, rlock, changed = scheduler.Lock(), scheduler.RLock(), scheduler.Condition()
+
+    def main() -> None:
+        for misuse in (changed.wait, changed.notify, changed.notify_all, lock.release, rlock.release):
+            with pytest.raises(RuntimeError, match="un-acquired"):
+                misuse()
+        with rlock, rlock, lock:
+            assert not lock.acquire(blocking=False)
+            assert not lock.acquire(timeout=1)
+        with pytest.raises(OverflowError):
+            lock.acquire(timeout=scheduler.TIMEOUT_MAX * 2)
+        with pytest.raises(TypeError):
+            scheduler.Condition(threading.Lock())
+        me = scheduler.current_thread()
+        assert isinstance(me, scheduler.Thread)
+        assert (me.name, me.ident, me.is_alive(), me.daemon) == ("main", scheduler.get_ident(), True, False)
+        with pytest.raises(RuntimeError):
+            me.join()
+        with pytest.raises(RuntimeError):
+            me.start()
+
+    scheduler.run(main)
+    with pytest.raises(AssertionError):
+        scheduler.run(lambda: check(not lock.acquire() or lock.acquire(), ""))  # a Lock is not reentrant
+
+
+def test_semaphores_let_so_many_in() -> None:
+    for seed in range(50):
+        scheduler = Scheduler.varied(seed)
+        room, inside = scheduler.Semaphore(2), [0]
+
+        def visit(scheduler: Scheduler = scheduler, room: Any = room, inside: list[int] = inside) -> None:
+            with room:
+                inside[0] += 1
+                scheduler.step()
+                inside[0] -= 1
+
+        scheduler.run(visit, visit, visit, invariant=lambda inside=inside: check(inside[0] <= 2, "too many"))
+
+
+def test_what_is_made_outside_of_a_run_works_there_and_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler()
+    monkeypatch.setattr(clock_module, "threading", scheduler)
+    monkeypatch.setattr(leasing, "threading", scheduler)
+    changed = scheduler.Condition(scheduler.Lock())
+    began: list[str] = []
+    thread = scheduler.Thread(target=lambda: began.append(scheduler.current_thread().name), name="early")
+    thread.start()
+    with changed:
+        assert not changed.wait(3)
+        assert scheduler.now() == 1003
+        clock_module.SystemClock().wait(changed, 1e300)
+        changed.notify_all()
+        with pytest.raises(Deadlock, match="outside of run"):
+            changed.wait()
+    with pytest.raises(Deadlock, match="outside of run"):
+        thread.join()
+    assert not began
+    scheduler.run()
+    thread.join()
+    assert began == ["early"]
+    assert scheduler.run(changed.acquire) == [True]
