@@ -41,6 +41,9 @@ RETRY_AFTER_S = 30.0
 FREED_WITHIN_S = 5.0
 """How long a move waits at most until memory that others have just left is shown as free."""
 
+OUT_OF_MEMORY_RETRIES = 5
+"""How often a move to a full device is tried again at most, while other models come and go."""
+
 PROGRESS_EVERY_S = 0.1
 """Listeners are told of progress at most this often."""
 
@@ -52,13 +55,15 @@ class Dispatcher:
         self.device = device
         self.mover = mover
         self.clock = clock
-        self.budget_bytes = budget_bytes if device.separate else math.inf
+        total_bytes = device.memory().total_bytes
+        self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
         self.lock = threading.Lock()
         self.slots: dict[str, Slot] = {}
         self.listeners = Listeners()
         self.monitor = Monitor(threading.Condition(self.lock), clock, self._look_locked, self.act)
         self._spawning = threading.Lock()
         self._begun = False
+        self._changes = 0  # how many moves have begun or ended
 
     # -- planning -----------------------------------------------------------------------------------------------
 
@@ -89,6 +94,7 @@ class Dispatcher:
         task.progress.changed = lambda: self._tell_progress(task)
         slot.task = task
         self._begun = True
+        self._changes += 1
         slot.short = False
         slot.sent_away = slot.asked is not None
         if not task.arrives:
@@ -230,17 +236,22 @@ class Dispatcher:
                 self.clock.wait(slot.changed, 0.02)
 
     def _try_again(self, task: Task) -> bool:
-        """After the device was full: once more with emptied caches, if there is no model that could leave for it."""
+        """After the device was full: once more with emptied caches, if there is no model that could leave for it.
+
+        More often while other models came or went meanwhile: then it may have been them.
+        """
         slot = task.slot
         with self.lock:
             slot.lacking_bytes = _lacking_bytes(task.error)
             if not room_for(slot, self.slots.values(), self.budget_bytes).hopeless:
-                return False  # the commit sees to it
-            slot.lacking_bytes = 0
-            if task.retried:
+                task.put_off = True
                 return False
+            slot.lacking_bytes = 0
+            if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == self._changes):
+                return False
+            task.changes_seen = self._changes
         self.mover.tidy()
-        task.retried, task.error = True, None
+        task.retries, task.error = task.retries + 1, None
         return True
 
     def _commit(self, task: Task) -> None:
@@ -248,6 +259,7 @@ class Dispatcher:
         resident = task.resident
         sizes = (resident.device_bytes, resident.host_bytes) if resident else (0, 0)
         with self.lock:
+            self._changes += 1
             wanted = slot.task is task
             if wanted:
                 slot.device_bytes, slot.host_bytes = sizes
@@ -256,6 +268,7 @@ class Dispatcher:
                     self._arrived_locked(task)
                 else:
                     self._failed_locked(task, error)
+                at = slot.at
                 slot.task = None
                 self._after_locked(slot)
         if not wanted:
@@ -263,7 +276,7 @@ class Dispatcher:
             self.mover.forget(task)
             return
         self.act()
-        self._log(task)
+        self._log(task, at)
         self._tell("failed" if error else "done", task)
 
     def _arrived_locked(self, task: Task) -> None:
@@ -296,7 +309,7 @@ class Dispatcher:
         full = isinstance(error, MemoryError) or is_out_of_device_memory(error)
         gone = is_device_lost(error) or (move.via is State.RESTORING and not full)
         slot.broken = slot.at is not State.RELEASED and (slot.broken or gone)
-        if task.arrives and not slot.lacking_bytes:
+        if task.arrives and not task.put_off:
             self._refuse_arrival_locked(slot, error)
 
     def _after_locked(self, slot: Slot) -> None:
@@ -342,11 +355,12 @@ class Dispatcher:
             )
             self.listeners.tell(event)
 
-    def _log(self, task: Task) -> None:
+    def _log(self, task: Task, at: State) -> None:
         slot, move, elapsed_s = task.slot, task.move, self.clock.now() - task.started_s
         if task.error is not None:
-            where = slot.at.value
-            logger.error("%s: %s failed, back to %s: %s", slot.name, move.via.value, where, task.error)
+            waits = " and waits for room" if task.put_off else ""
+            level = logging.INFO if task.put_off else logging.ERROR
+            logger.log(level, "%s: %s failed%s, back to %s: %s", slot.name, move.via.value, waits, at.value, task.error)
             return
         source, target = (state.shown(self.device.kind) for state in (move.source, move.target))
         logger.info(

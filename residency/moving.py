@@ -37,7 +37,9 @@ class Task:
     made_room: bool = False
     spawned: bool = False
     claimed: bool = False
-    retried: bool = False
+    retries: int = 0
+    changes_seen: int = 0
+    put_off: bool = False
     told_s: float = -math.inf
     moved_bytes: int = 0
     error: BaseException | None = None

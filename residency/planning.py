@@ -112,7 +112,8 @@ def room_for(slot: Slot, slots: Collection[Slot], budget_bytes: float) -> Room:
     evict = _least_recently_used(idle, short_bytes)
     short_bytes -= sum(other.size_bytes for other in evict)
     busy = [other for other in others if head and other not in idle and _will_be_free(other, head, slots)]
-    if short_bytes > sum(other.size_bytes for other in busy):
+    # What is on its way for the first time may take anything.
+    if short_bytes > sum(other.size_bytes or (math.inf if other.task else 0) for other in busy):
         return Room(hopeless=True)
     return Room(evict=tuple(Move(other.name, State.DEVICE, State.HOST) for other in evict), wait=True)
 

@@ -353,6 +353,12 @@ def test_what_the_device_refused_sends_others_away_without_any_budget() -> None:
     assert [move.model for move in room_for(new, [new, small, large], math.inf).evict] == ["small"]
 
 
+def test_a_model_that_comes_for_the_first_time_may_be_what_fills_the_device() -> None:
+    new, coming = slot(State.HOST, name="new", size_bytes=60, lacking_bytes=1), slot(State.RELEASED, name="coming")
+    ask(new)
+    assert room_for(new, [new, moving(coming, State.DEVICE)], math.inf) == Room((), wait=True)
+
+
 def test_a_model_without_bytes_makes_no_room() -> None:
     new, empty = slot(State.HOST, name="new", size_bytes=60, lacking_bytes=1), slot(State.DEVICE, size_bytes=0)
     ask(new)

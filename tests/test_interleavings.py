@@ -1,0 +1,149 @@
+"""Many threads on one manager, switched by a seed at every lock and every step of every move: no sleeps, no luck.
+
+`python -m pytest tests/test_interleavings.py` tries a few hundred interleavings; as many as a night has room for with
+``HYPOTHESIS_PROFILE=nightly``. A failure names its seed, and the same seed fails again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scheduler import Scheduler
+from world import SIZES, World
+
+import gpu_manager
+from residency import admission, dispatch, leasing, monitor
+
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+SEEDS = 3000 if NIGHTLY else 8
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Scheduler, World]]:
+    def build(seed: int, **settings: Any) -> tuple[Scheduler, World]:
+        scheduler = Scheduler.varied(seed)
+        for module in (gpu_manager, admission, dispatch, leasing, monitor):
+            monkeypatch.setattr(module, "threading", scheduler)
+        return scheduler, World(seed, scheduler.clock(), step=scheduler.step, **settings)
+
+    return build
+
+
+def run(scheduler: Scheduler, world: World, *phases: list[Callable[[], None]]) -> None:
+    """The clients of each phase side by side, one phase after the other, then the end."""
+
+    def main() -> None:
+        for clients in phases:
+            threads = [scheduler.Thread(target=client) for client in clients]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        world.close()
+
+    scheduler.run(main, invariant=world.check)
+
+
+SETTINGS = [
+    {},
+    {"keep_warm": 5},
+    {"keep_warm": -1},
+    {"budget_bytes": 100},
+    {"budget_bytes": 60, "keep_warm": 3},
+    {"capacity_bytes": 100},
+    {"capacity_bytes": 100, "known": False},
+    {"capacity_bytes": 70, "keep_warm": 3},
+    {"keep_warm": "auto", "idle_timeout": 50},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_without_faults_every_request_is_served(build: Callable, settings: dict) -> None:
+    for seed in range(SEEDS):
+        scheduler, world = build(seed, **settings)
+        choose = random.Random(seed)
+        clients = [plain_client(world, choose, first) for first in range(0, 40, 10)]
+        run(scheduler, world, [*clients, steering(world, choose)])
+        assert world.outcomes == {"served": 12}, (seed, world.outcomes)
+        assert set(world.served.values()) == {1}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_with_faults_each_request_ends_in_one_clear_way_and_the_next_is_served(build: Callable, settings: dict) -> None:
+    for seed in range(SEEDS):
+        scheduler, world = build(seed, fault_rate=0.15, load_timeout=50, listener=True, **settings)
+        choose = random.Random(seed)
+        leases: list[Any] = []
+        clients = [unruly_client(world, choose, first, leases) for first in range(0, 40, 10)]
+        before = Counter[str]()
+
+        def peace(world: World = world, before: Counter[str] = before) -> None:
+            world.fault_rate = 0.0
+            for slot in world.manager._slots.values():
+                slot.load_timeout_s = math.inf
+            world.await_loaders()
+            before.update(world.outcomes)
+
+        after = [plain_client(world, choose, 5000 + number, names=[name]) for number, name in enumerate(SIZES)]
+        run(scheduler, world, [*clients, steering(world, choose, leases)], [peace], *([client] for client in after))
+        assert sum(before.values()) >= 12
+        assert set(world.served.values()) <= {1}
+        assert world.outcomes["served"] == before["served"] + len(SIZES), (seed, world.outcomes - before)
+
+
+def plain_client(world: World, choose: random.Random, first: int, names: list[str] | None = None) -> Callable[[], None]:
+    names = names or [choose.choice(list(SIZES)) for _ in range(3)]
+
+    def requests() -> None:
+        for offset, name in enumerate(names):
+            world.request(first + offset, name)
+
+    return requests
+
+
+def unruly_client(world: World, choose: random.Random, first: int, leases: list[Any]) -> Callable[[], None]:
+    """Requests with timeouts, requests within requests, and engines that turn out to be broken."""
+    plan = [(choose.choice(list(SIZES)), choose.choice([None, None, 0, 1, 30]), choose.random()) for _ in range(3)]
+
+    def requests() -> None:
+        for number, (name, timeout, luck) in enumerate(plan, first):
+            lease = world.manager.lease(name, timeout)
+            leases.append(lease)
+
+            def inside(number: int = number, name: str = name, luck: float = luck, lease: Any = lease) -> None:
+                if luck < 0.3:
+                    other = list(SIZES)[(list(SIZES).index(name) + 1) % len(SIZES)]
+                    world.request(1000 + number, other)
+                elif luck < 0.4:
+                    lease.discard()
+
+            world.request(number, name, lease, inside)
+
+    return requests
+
+
+def steering(world: World, choose: random.Random, leases: list[Any] | None = None) -> Callable[[], None]:
+    """Somebody who presses buttons."""
+    verbs = ["offload", "release", "warm", "status", "configure"] + (
+        ["cancel", "make_room"] if leases is not None else []
+    )
+    presses = [(choose.choice(verbs), choose.choice([None, *SIZES]), choose.choice([0, 2, "auto"])) for _ in range(6)]
+
+    def press() -> None:
+        for verb, name, keep_warm in presses:
+            if verb == "cancel" and leases:
+                choose.choice(leases).cancel()
+            elif verb == "status":
+                world.manager.status()
+            elif verb == "configure":
+                world.steer("configure", name, keep_warm=keep_warm)
+            elif verb != "cancel":
+                world.steer(verb, name or "tts" if verb == "make_room" else name)
+
+    return press

@@ -1,0 +1,243 @@
+"""A small world around a manager: models whose every step can fail, clients that count, and what must always hold.
+
+The same world serves random sequences (one thread, a rule at a time) and random interleavings (many threads under a
+`scheduler.Scheduler`, which switches at every `World.step`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from gpu_manager import (
+    DeviceOutOfMemory,
+    GPUResourceManager,
+    LeaseDeadlock,
+    LoadTimeout,
+    ManagerClosed,
+    ModelBusy,
+    RequestCancelled,
+    RequestTimeout,
+    SimulatedDevice,
+    State,
+)
+from residency.contracts import Device
+from residency.states import Slot
+
+SIZES = {"tts": 60, "asr": 50, "vad": 10}
+PLACES = {State.DEVICE: "device", State.HOST: "host", State.RELEASED: "nowhere"}
+
+
+class Fault(OSError):
+    """What goes wrong here on purpose."""
+
+
+#: What may be raised to a request or to who steers by hand when things go wrong on purpose.
+CLEAR = (
+    Fault, DeviceOutOfMemory, LeaseDeadlock, LoadTimeout, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout,
+)  # fmt: skip
+
+
+class Part:
+    """A resident that keeps the device's books and stops at every step of every move."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name, self.nbytes, self.place = world, name, SIZES[name], "nowhere"
+        self.users = 0
+        world.alive[name].append(self)
+
+    @property
+    def device_bytes(self) -> int:
+        return self.nbytes if self.place == "device" else 0
+
+    @property
+    def host_bytes(self) -> int:
+        return self.nbytes if self.place == "host" else 0
+
+    def arrive(self, verb: str) -> int:
+        if self.place == "device":
+            return 0
+        self.world.step(f"{verb} begins")
+        self.world.maybe_fail(verb)
+        self.world.device.charge(self.nbytes)
+        try:
+            self.world.step(f"{verb} half way")
+            self.world.maybe_fail(verb)
+        except BaseException:
+            self.world.device.refund(self.nbytes)
+            raise
+        self.place = "device"
+        return self.nbytes
+
+    def restore(self) -> int:
+        return self.arrive("restore")
+
+    def offload(self) -> int:
+        assert not self.users, "moved under a request"
+        if self.place != "device":
+            return 0
+        self.world.step("offload begins")
+        self.world.maybe_fail("offload")
+        self.place = "host"
+        self.world.device.refund(self.nbytes)
+        self.world.step("offload ends")
+        return self.nbytes
+
+    def release(self) -> int:
+        assert not self.users, "released under a request"
+        freed_bytes = self.device_bytes + self.host_bytes
+        self.world.device.refund(self.device_bytes)
+        self.place = "nowhere"
+        if self in self.world.alive[self.name]:
+            self.world.alive[self.name].remove(self)
+        self.world.step("released")
+        return freed_bytes
+
+    def save(self, store: Any, name: str) -> int:
+        raise AssertionError("no snapshots here")
+
+    load = save
+
+
+class World:
+    """``step`` is called wherever something else could happen; ``fault_rate`` is how often a step fails."""
+
+    def __init__(
+        self,
+        seed: int,
+        clock: Any,
+        *,
+        step: Callable[[str], None] = lambda label: None,
+        budget_bytes: int | None = None,
+        capacity_bytes: int = 1000,
+        fault_rate: float = 0.0,
+        keep_warm: float | str = 0,
+        idle_timeout: float = 600,
+        load_timeout: float = -1,
+        listener: bool = False,
+        known: bool = True,
+    ) -> None:
+        self.random = random.Random(f"world {seed}")
+        self.step, self.fault_rate, self.load_timeout = step, fault_rate, load_timeout
+        self.loading = 0
+        self.device = SimulatedDevice(capacity_bytes)
+        self.alive: dict[str, list[Part]] = {name: [] for name in SIZES}
+        self.outcomes: Counter[str] = Counter()
+        self.served: Counter[int] = Counter()
+        self.budget_bytes = budget_bytes
+        self.manager = GPUResourceManager(
+            self.device, clock=clock, adopt=self.adopt, budget_bytes=budget_bytes, keep_warm=keep_warm,
+            idle_timeout=idle_timeout,
+        )  # fmt: skip
+        if listener:
+            self.manager.subscribe(lambda event: self.maybe_fail("listener"))
+        for name, size in SIZES.items():
+            self.manager.register(name, self.loader(name), load_timeout=load_timeout, size_bytes=size if known else 0)
+
+    def maybe_fail(self, verb: str) -> None:
+        if self.random.random() < self.fault_rate:
+            raise self.random.choice(
+                [Fault(f"{verb} failed"), Fault(f"CUDA error in {verb}"), DeviceOutOfMemory(10, 0, "the world")]
+            )
+
+    def loader(self, name: str) -> Callable[[], Any]:
+        def load() -> Part:
+            self.loading += 1
+            try:
+                self.step("load begins")
+                self.maybe_fail("load")
+                part = Part(self, name)
+                try:
+                    part.arrive("load")
+                except BaseException:
+                    self.alive[name].remove(part)
+                    raise
+                return part
+            finally:
+                self.loading -= 1
+
+        return load
+
+    def adopt(self, engine: Any, device: Device, slot: Slot) -> Any:
+        return engine
+
+    # -- what clients do ----------------------------------------------------------------------------------------
+
+    def request(self, number: int, name: str, lease: Any = None, inside: Callable[[], None] = lambda: None) -> None:
+        """One request; it ends in exactly one outcome."""
+        try:
+            with lease or self.manager.lease(name) as part:
+                assert part.name == name
+                assert part.place == "device", "the engine is not where it should be"
+                part.users += 1
+                try:
+                    assert part.users == 1, "two requests in one engine"
+                    self.step("speaking")
+                    inside()
+                    self.step("spoken")
+                    assert part.place == "device", "the engine was moved while it spoke"
+                    self.served[number] += 1
+                finally:
+                    part.users -= 1
+        except CLEAR as error:
+            self.outcomes[type(error).__name__] += 1
+        else:
+            self.outcomes["served"] += 1
+
+    def steer(self, verb: str, *arguments: Any, **keywords: Any) -> Any:
+        """Something by hand, which may meet a fault."""
+        try:
+            return getattr(self.manager, verb)(*arguments, **keywords)
+        except CLEAR as error:
+            return error
+
+    # -- what must always hold ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """At any moment whatsoever."""
+        slots = self.manager._slots
+        for name, slot in slots.items():
+            parts = self.alive[name]
+            if slot.holder is not None and slot.holder.users:
+                assert slot.state is State.DEVICE, f"{name} is leased and {slot.state}"
+                assert slot.resident.place == "device"
+            if slot.task is None:
+                assert (slot.resident.place if slot.resident else "nowhere") == PLACES[slot.at], f"{name} is not there"
+            assert len(parts) <= 1 or self.load_timeout != -1, f"{name} was loaded twice"
+            assert len(set(slot.queue)) == len(slot.queue)
+            numbers = [request.number for request in slot.queue]
+            assert numbers == sorted(numbers), "somebody jumped the queue"
+        held = sum(part.nbytes for parts in self.alive.values() for part in parts if part.place == "device")
+        assert held <= self.device.ledger_bytes <= self.device.capacity_bytes
+        if self.budget_bytes is not None:
+            claimed = sum(slot.size_bytes for slot in slots.values() if slot.on_device)
+            assert claimed <= self.budget_bytes, f"{claimed} bytes of {self.budget_bytes}"
+
+    def check_at_rest(self) -> None:
+        """When nobody asks for anything and nothing moves."""
+        self.check()
+        for name, slot in self.manager._slots.items():
+            assert slot.task is None
+            assert not slot.in_use, f"somebody still uses {name}"
+            assert not slot.short
+            assert slot.device_bytes == (slot.resident.device_bytes if slot.resident else 0)
+            assert slot.host_bytes == (slot.resident.host_bytes if slot.resident else 0)
+        held = sum(part.device_bytes for parts in self.alive.values() for part in parts)
+        assert self.device.ledger_bytes == held
+
+    def await_loaders(self) -> None:
+        """Wait for loaders that were given up and have not noticed yet."""
+        while self.loading or any(len(parts) > 1 for parts in self.alive.values()):
+            self.step("waiting for loaders")
+
+    def close(self) -> None:
+        """The end, after which nothing is left."""
+        self.fault_rate = 0.0
+        assert self.manager.close()
+        while self.loading or (self.load_timeout != -1 and any(self.alive.values())):
+            self.step("waiting for loaders")
+        assert self.device.ledger_bytes == 0
+        assert not any(self.alive.values()), "an engine was left behind"
+        assert {model["state"] for model in self.manager.status()["models"].values()} <= {"released"}
