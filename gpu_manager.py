@@ -16,6 +16,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,6 @@ class GPUResourceManager:
                 name,
                 load,
                 policy,
-                threading.Condition(self._lock),
                 skip=tuple(skip),
                 keep=keep,
                 load_timeout_s=load_timeout_s,
@@ -317,8 +317,8 @@ class GPUResourceManager:
     def wait_for(self, name: str, state: State, timeout: float | None = None) -> bool:
         """Wait until a model is in ``state``; False if ``timeout`` real seconds pass first."""
         slot = self._slots_named(name)[0]
-        with slot.changed:
-            return slot.changed.wait_for(lambda: slot.state is state, timeout)
+        timeout_s = math.inf if timeout is None else timeout
+        return self._dispatcher.watch(slot, lambda: slot.state is state, timeout_s, SystemClock())
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -345,11 +345,10 @@ class GPUResourceManager:
     def wind_up(self, within_s: float) -> None:
         """At the end of the interpreter: refuse requests, and let moves end that are inside native code."""
         self._closed = True
-        until_s = self._clock.now() + within_s
+        clock = SystemClock()
+        until_s = clock.now() + within_s
         for slot in self._slots_named(None):
-            with slot.changed:
-                while slot.task is not None and self._clock.now() < until_s:
-                    self._clock.wait(slot.changed, until_s - self._clock.now())
+            self._dispatcher.watch(slot, partial(_stands, slot), until_s - clock.now(), clock)
         self._dispatcher.monitor.stop()
 
     def _retire(self, slots: list[Slot], reason: ResidencyError, grace_s: float) -> bool:
@@ -364,13 +363,7 @@ class GPUResourceManager:
         self._dispatcher.act()
         all_released = True
         for slot in slots:
-            with self._lock:
-                while slot.in_use or slot.task is not None:
-                    left_s = until_s - self._clock.now()
-                    if left_s <= 0:
-                        break
-                    self._clock.wait(slot.changed, left_s)
-                released = not slot.in_use and slot.task is None
+            released = self._dispatcher.watch(slot, partial(_rests, slot), until_s - self._clock.now())
             if released:
                 self._mover.forget(slot)  # what a release has kept for the next load
                 slot.kept = slot.keep = None
@@ -384,22 +377,24 @@ class GPUResourceManager:
         return all(answers)
 
     def _ask_one(self, slot: Slot, target: State) -> bool:
-        with self._lock:
-            self._check_open_locked(slot)
-            slot.wanted = False
-            while not slot.in_use and slot.task is not None:
-                slot.changed.wait()
-            if slot.in_use:
-                if target is State.HOST and not self.device.separate:
-                    return True
-                if slot.asked is not State.RELEASED:
+        task = None
+        while task is None:
+            self._dispatcher.watch(slot, lambda: slot.in_use or slot.task is None)
+            with self._lock:
+                self._check_open_locked(slot)
+                slot.wanted = False
+                if slot.in_use:
+                    if target is State.HOST and not self.device.separate:
+                        return True
+                    if slot.asked is not State.RELEASED:
+                        slot.asked = target
+                    return False
+                if slot.task is None:
+                    move = move_towards(slot, target, self.device.separate)
+                    if move is None:
+                        return True
                     slot.asked = target
-                return False
-            move = move_towards(slot, target, self.device.separate)
-            if move is None:
-                return True
-            slot.asked = target
-            task = self._dispatcher.begin_locked(slot, move)
+                    task = self._dispatcher.begin_locked(slot, move)
         self._dispatcher.await_task(task)
         if task.error is not None:
             raise task.error
@@ -423,6 +418,14 @@ class GPUResourceManager:
             raise ManagerClosed
         if slot.closing:
             raise UnknownModel(slot.name, tuple(self._slots))
+
+
+def _stands(slot: Slot) -> bool:
+    return slot.task is None
+
+
+def _rests(slot: Slot) -> bool:
+    return slot.task is None and not slot.in_use
 
 
 _singleton: GPUResourceManager | None = None

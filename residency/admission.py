@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from .dispatch import Dispatcher
 from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout
+from .latches import new_latch
 from .leasing import Lease, held_slots
 from .planning import would_wait_for_itself
 from .states import Request, Slot, State
@@ -49,34 +50,45 @@ class Admission:
             raise request.error
         return request
 
-    def share(self, request: Request) -> bool:
-        """For `Lease`: count one more user of a request in force; False if it has ended."""
+    def share(self, lease: Lease, request: Request) -> bool:
+        """For `Lease`: let it count on a request in force as well; False if that has ended."""
         with self._dispatcher.lock:
-            if request.users:
-                request.users += 1
-                return True
-            return False
+            if not request.users:
+                return False
+            request.users += 1
+            lease.request = request
+            return True
 
-    def give_back(self, request: Request, discard: bool = False) -> None:
+    def give_back(self, lease: Lease, discard: bool = False) -> None:
         """For `Lease`: end it, and wait for what its end brings, so that the caller finds it done."""
-        slot, dispatcher = request.slot, self._dispatcher
-        with self._dispatcher.lock:
-            slot.broken |= discard and slot.holder is request
+        dispatcher = self._dispatcher
+        with dispatcher.lock:
+            now_s = self._clock.now()
+            request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
+            if request is None:
+                return
+            slot = request.slot
             request.users -= 1
+            if slot.holder is request:
+                slot.broken = slot.broken or discard
+                if not request.users:
+                    slot.left_s = slot.idle_since_s = now_s
+                    slot.not_before_s = -math.inf
+                    slot.stuck = False
+                    slot.holder = None
             if request.users or dispatcher.slots.get(slot.name) is not slot:
                 return
-            if slot.holder is request:
-                slot.left_s = slot.idle_since_s = self._clock.now()
-                slot.not_before_s = -math.inf
-                slot.stuck = False
-                slot.holder = None
-            elif not request.answered:
+            if not request.answered:
                 request.answer(RequestCancelled(slot.name))
             dispatcher.plan_locked(slot)
             task = slot.task
         dispatcher.act()
         if task is not None and not task.arrives:
             dispatcher.await_task(task)
+
+    def look_again(self) -> None:
+        """For `Lease`: have the monitor find what somebody who was interrupted left undone."""
+        self._dispatcher.monitor.wake()
 
     def cancel(self, request: Request) -> bool:
         """For `Lease`: refuse a request that waits; False if it was answered already."""
@@ -114,22 +126,23 @@ class Admission:
                 raise ModelBusy(slot.name, waiting, slot.state.value)
 
     def _wait(self, request: Request, lease: Lease, asked_s: float, timeout_s: float | None) -> None:
-        slot = request.slot
+        slot, latch = request.slot, new_latch()
         until_s = math.inf if timeout_s is None else asked_s + timeout_s
         with self._dispatcher.lock:
-            request.woken = threading.Condition(self._dispatcher.lock)
-            slot.changed.notify_all()
-            while not request.answered:
+            request.latch = latch
+            slot.changed()
+        while not request.answered:
+            with self._dispatcher.lock:
                 now_s = self._clock.now()
-                if lease.cancelled:
+                if lease.cancelled and not request.answered:
                     request.answer(RequestCancelled(slot.name))
-                elif now_s >= until_s:
+                elif now_s >= until_s and not request.answered:
                     place = list(slot.waiting()).index(request) + 1
                     request.answer(RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value))
-                else:
-                    self._clock.wait(request.woken, until_s - now_s)
-            if request.error is not None:
-                self._dispatcher.plan_locked(slot)
+                if request.error is not None:
+                    self._dispatcher.plan_locked(slot)
+            if not request.answered:
+                self._clock.wait(latch, until_s - now_s)
         self._dispatcher.act()
 
 

@@ -6,6 +6,8 @@ import math
 import threading
 import time
 
+from .latches import open_latch
+
 
 class SystemClock:
     """``time.monotonic``: unmoved by changes of the wall clock."""
@@ -13,11 +15,8 @@ class SystemClock:
     def now(self) -> float:
         return time.monotonic()
 
-    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
-        if timeout_s is None or timeout_s == math.inf:
-            condition.wait()
-        else:
-            condition.wait(min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
+    def wait(self, latch: threading.Lock, timeout_s: float = math.inf) -> None:
+        latch.acquire(timeout=-1 if timeout_s == math.inf else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
 
 
 class ManualClock:
@@ -25,28 +24,22 @@ class ManualClock:
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self._now_s = now_s
-        self._waiting: dict[threading.Condition, int] = {}
+        self._waiting: list[threading.Lock] = []
         self._lock = threading.Lock()
 
     def now(self) -> float:
         return self._now_s
 
-    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
+    def wait(self, latch: threading.Lock, timeout_s: float = math.inf) -> None:
         with self._lock:
-            self._waiting[condition] = self._waiting.get(condition, 0) + 1
-        try:
-            condition.wait()
-        finally:
-            with self._lock:
-                self._waiting[condition] -= 1
-                if not self._waiting[condition]:
-                    del self._waiting[condition]
+            self._waiting.append(latch)
+        latch.acquire()
+        with self._lock:
+            self._waiting.remove(latch)
 
     def advance(self, seconds: float) -> None:
         """Move time forward and wake everyone who waits on this clock, to look at it again."""
         with self._lock:
             self._now_s += seconds
-            waiting = list(self._waiting)
-        for condition in waiting:
-            with condition:
-                condition.notify_all()
+            for latch in self._waiting:
+                open_latch(latch)

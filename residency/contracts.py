@@ -190,9 +190,12 @@ class Probe(Protocol):
 
 
 class Clock(Protocol):
-    """Monotonic time in seconds, and waiting on a condition until a deadline."""
+    """Monotonic time in seconds, and waiting until a deadline."""
 
     def now(self) -> float: ...
 
-    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
-        """Wait on a held condition until notified or until ``timeout_s`` of this clock have passed."""
+    def wait(self, latch: threading.Lock, timeout_s: float = ...) -> None:
+        """Wait until a latch (see `residency.latches`) is opened, or ``timeout_s`` (default: `math.inf`) have passed.
+
+        May return early: whoever waits looks again at what they wait for, with a new latch.
+        """

@@ -4,8 +4,9 @@ A change is planned under the lock (`residency.planning` decides), carried out i
 committed or rolled back under the lock again. Nothing that may take long happens while the lock is held.
 
 Lock order: the dispatcher's lock comes after ``_spawning``; no resident, device, loader or listener is called under it.
-An interrupt (Ctrl-C) can come between any two statements of the main thread. So state that others wait for changes in
-one assignment (``slot.task``, ``slot.holder``), and what should follow it is found again by whoever plans next.
+An interrupt (Ctrl-C) can come wherever the main thread calls something. So state that others wait for changes where
+nothing is called, or in one assignment (``slot.task``, ``slot.holder``), and what should follow it is found again by
+whoever plans next, at the latest by the monitor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextvars
 import logging
 import math
 import threading
+from collections.abc import Callable
 
 from .contracts import Clock, Device
 from .errors import (
@@ -23,6 +25,7 @@ from .errors import (
     is_out_of_device_memory,
 )
 from .events import Event, Listeners, What
+from .latches import new_latch
 from .leasing import loading
 from .monitor import Monitor
 from .moving import Mover, Task
@@ -60,7 +63,7 @@ class Dispatcher:
         self.lock = threading.Lock()
         self.slots: dict[str, Slot] = {}
         self.listeners = Listeners()
-        self.monitor = Monitor(threading.Condition(self.lock), clock, self._look_locked, self.act)
+        self.monitor = Monitor(self.lock, clock, self._look_locked, self.act)
         self._spawning = threading.Lock()
         self._begun = False
         self._changes = 0  # how many moves have begun or ended
@@ -74,7 +77,7 @@ class Dispatcher:
                 self._step_locked(other)
         self._step_locked(slot)
         now_s = self.clock.now()
-        self.monitor.expect_locked(now_s if self._begun else next_deadline(slot, now_s, self.device.separate))
+        self.monitor.expect_locked(next_deadline(slot, now_s, self.device.separate))
 
     def begin_locked(self, slot: Slot, move: Move) -> Task:
         """Begin a move of a settled model that nobody holds."""
@@ -99,7 +102,8 @@ class Dispatcher:
         slot.sent_away = slot.asked is not None
         if not task.arrives:
             slot.asked = None
-        slot.changed.notify_all()
+        self.monitor.expect_locked(now_s)  # in case that who begins it does not come to start it
+        slot.changed()
         return task
 
     def act(self) -> None:
@@ -124,9 +128,24 @@ class Dispatcher:
     def await_task(self, task: Task) -> None:
         """Wait until a move has ended, one way or the other."""
         self.act()
-        with self.lock:
-            while task.slot.task is task:
-                task.slot.changed.wait()
+        self.watch(task.slot, lambda: task.slot.task is not task)
+
+    def watch(
+        self, slot: Slot, comes_true: Callable[[], bool], timeout_s: float = math.inf, clock: Clock | None = None
+    ) -> bool:
+        """Wait until something is true of this model's books, ``timeout_s`` at most; False if it is not."""
+        clock = clock or self.clock
+        until_s = clock.now() + timeout_s
+        while True:
+            latch = new_latch()
+            with self.lock:
+                if comes_true():
+                    return True
+                left_s = until_s - clock.now()
+                if left_s <= 0:
+                    return False
+                slot.watchers.append(latch)
+            clock.wait(latch, left_s)
 
     def _look_locked(self) -> float:
         """For the monitor: begin what is due, and say when to look again."""
@@ -189,7 +208,7 @@ class Dispatcher:
         slot.lacking_bytes = 0
         for request in list(slot.waiting()):
             request.answer(error)
-        slot.changed.notify_all()
+        slot.changed()
 
     # -- moving -------------------------------------------------------------------------------------------------
 
@@ -232,8 +251,7 @@ class Dispatcher:
             free_bytes = self.device.memory().free_bytes
             if free_bytes is None or free_bytes >= slot.size_bytes:
                 return
-            with self.lock:
-                self.clock.wait(slot.changed, 0.02)
+            self.clock.wait(new_latch(), 0.02)
 
     def _try_again(self, task: Task) -> bool:
         """After the device was full: once more with emptied caches, if there is no model that could leave for it.
@@ -319,7 +337,7 @@ class Dispatcher:
         for move in over_budget(self.slots.values(), self.budget_bytes):
             self.begin_locked(self.slots[move.model], move)
         self.plan_locked(slot)
-        slot.changed.notify_all()
+        slot.changed()
 
     def _give_up_locked(self, slot: Slot) -> None:
         """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""

@@ -18,11 +18,14 @@ class Lessor(Protocol):
     def acquire(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
         """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
 
-    def share(self, request: Request) -> bool:
-        """Count one more user of a request in force; False if it has ended."""
+    def share(self, lease: Lease, request: Request) -> bool:
+        """Let the lease count on a request in force as well; False if it has ended."""
 
-    def give_back(self, request: Request, discard: bool = False) -> None:
-        """Count one user less; after the last one, what was waiting for the end happens."""
+    def give_back(self, lease: Lease, discard: bool = False) -> None:
+        """Count one user less, if the lease has a request; after the last one, what was waiting for the end happens."""
+
+    def look_again(self) -> None:
+        """Somebody was interrupted: have what they left undone found and done."""
 
     def cancel(self, request: Request) -> bool:
         """Let a request that waits be refused; False if it was answered already."""
@@ -62,18 +65,17 @@ class Lease:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
         for outer in _held.get():
-            if outer.slot is self._slot and self._lessor.share(outer):
-                self.request = outer
+            if outer.slot is self._slot and self._lessor.share(self, outer):
                 return self._slot.engine
         if self._cancelled:
             raise RequestCancelled(self._slot.name)
         try:
             request = self._lessor.acquire(self._slot, self._timeout_s, self)
             _held.set((*held_requests(), request))
+            return self._slot.engine
         except BaseException:
             self._leave()
             raise
-        return self._slot.engine
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         if error is not None and is_device_lost(error):
@@ -110,9 +112,11 @@ class Lease:
         self._broken = True
 
     def _leave(self) -> None:
-        request, self.request = self.request, None
-        if request is not None:
-            self._lessor.give_back(request, self._broken)
+        try:
+            self._lessor.give_back(self, self._broken)
+        except BaseException:
+            self._lessor.look_again()
+            raise
 
 
 def held_requests() -> tuple[Request, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .contracts import Clock
+from .latches import new_latch, open_latch
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +21,17 @@ class Monitor:
 
     A deadline that has come already means: act, and look again. An error in there is kept for the status and logged,
     and the thread goes on; should it end all the same, the next `expect_locked` starts another. Methods that end in
-    ``_locked`` want the lock of ``wake``.
+    ``_locked`` want ``lock``.
     """
 
-    def __init__(self, wake: threading.Condition, clock: Clock, look: Callable[[], float], act: Callable[[], None]):
-        self._wake = wake
+    def __init__(self, lock: threading.Lock, clock: Clock, look: Callable[[], float], act: Callable[[], None]):
+        self._lock = lock
+        self._latch: threading.Lock | None = None
         self._clock = clock
         self._look = look
         self._act = act
         self._thread: threading.Thread | None = None
+        self._turn: object = None
         self._stopping = False
         self._sleeps_until_s = -math.inf
         self._errors = 0
@@ -46,42 +49,50 @@ class Monitor:
     def expect_locked(self, deadline_s: float) -> None:
         """Be there at that time: wakes the thread only if it would sleep longer."""
         if deadline_s < self._sleeps_until_s:
-            self._wake.notify_all()
+            self.wake()
         if deadline_s < math.inf and not self._stopping and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._run, name="gpu-idle-monitor", daemon=True)
+            self.wake()
+            self._turn = turn = object()
+            self._thread = threading.Thread(target=self._run, args=(turn,), name="gpu-idle-monitor", daemon=True)
             self._thread.start()
 
     def leave(self) -> None:
         """For a forked child: the thread is the parent's."""
         self._stopping, self._thread = True, None
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
 
     def stop(self) -> None:
         """End the thread and wait for it."""
-        with self._wake:
+        with self._lock:
             self._stopping = True
-            self._wake.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self.wake()
+        thread = self._thread
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join()
 
-    def _run(self) -> None:
-        while not self._stopping:
+    def wake(self) -> None:
+        """Let the thread look again. Needs no lock."""
+        if self._latch is not None:
+            open_latch(self._latch)
+
+    def _run(self, turn: object) -> None:
+        # An interrupt while a thread is started can make it look dead; whoever took its place has the turn.
+        while self._turn is turn and not self._stopping:
             try:
                 self._act()
-                with self._wake:
-                    self._sleep_until_locked(self._look())
+                with self._lock:
+                    if self._turn is not turn:
+                        return
+                    latch, sleep_s = self._fall_asleep_locked(self._look())
             except Exception as error:
                 self._errors += 1
                 self._last_error = f"{type(error).__name__}: {error}"
                 logger.exception("The idle monitor met an error and goes on")
-                with self._wake:
-                    self._sleep_until_locked(self._clock.now() + PAUSE_AFTER_ERROR_S)
+                with self._lock:
+                    latch, sleep_s = self._fall_asleep_locked(self._clock.now() + PAUSE_AFTER_ERROR_S)
+            if sleep_s > 0:
+                self._clock.wait(latch, sleep_s)
 
-    def _sleep_until_locked(self, deadline_s: float) -> None:
-        sleep_s = deadline_s - self._clock.now()
-        if sleep_s > 0 and not self._stopping:
-            self._sleeps_until_s = deadline_s
-            try:
-                self._clock.wait(self._wake, sleep_s)
-            finally:
-                self._sleeps_until_s = -math.inf
+    def _fall_asleep_locked(self, deadline_s: float) -> tuple[threading.Lock, float]:
+        self._latch, self._sleeps_until_s = new_latch(), deadline_s
+        return self._latch, 0.0 if self._stopping else deadline_s - self._clock.now()

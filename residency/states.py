@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from .latches import open_latch
+
 if TYPE_CHECKING:
     from .contracts import Policy, Resident
 
@@ -99,7 +101,7 @@ class Request:
     meanwhile: models it has leased, or is loading. It is answered once it holds the model or has an ``error``.
     """
 
-    __slots__ = ("answered", "context", "error", "holding", "number", "slot", "thread", "users", "woken")
+    __slots__ = ("answered", "context", "error", "holding", "latch", "number", "slot", "thread", "users")
 
     def __init__(self, slot: Slot, number: int, thread: int, holding: tuple[Slot, ...] = ()) -> None:
         self.slot = slot
@@ -110,16 +112,16 @@ class Request:
         self.error: BaseException | None = None
         #: How many nested leases share it.
         self.users = 1
-        #: Made only if it has to wait: what it sleeps on, and where a load on its behalf runs.
-        self.woken: threading.Condition | None = None
+        #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
+        self.latch: threading.Lock | None = None
         self.context: contextvars.Context | None = None
 
     def answer(self, error: BaseException | None = None) -> None:
         """Served, or (with an error) not; wakes who waits for it."""
         self.error = error
         self.answered = True
-        if self.woken is not None:
-            self.woken.notify_all()
+        if self.latch is not None:
+            open_latch(self.latch)
 
 
 @dataclass(eq=False)
@@ -136,7 +138,6 @@ class Slot:
     name: str
     load: Callable[[], Any]
     policy: Policy
-    changed: threading.Condition
     at: State = State.RELEASED
     engine: Any = None
     resident: Resident | None = None
@@ -171,6 +172,7 @@ class Slot:
     not_before_s: float = -math.inf
     last_move: MoveRecord | None = None
     last_error: str | None = None
+    watchers: list[threading.Lock] = field(default_factory=list)
 
     @property
     def state(self) -> State:
@@ -197,6 +199,12 @@ class Slot:
     def in_use(self) -> bool:
         """Whether a request holds the model or waits for it."""
         return self.holder is not None or self.head() is not None
+
+    def changed(self) -> None:
+        """Wake those who watch for a change of these books."""
+        watchers, self.watchers = self.watchers, []
+        for latch in watchers:
+            open_latch(latch)
 
     def waiting(self) -> Iterator[Request]:
         """The requests that wait, in order of arrival."""

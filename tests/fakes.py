@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
+from gpu_manager import GPUResourceManager
+from residency.clock import SystemClock
 from residency.contracts import Device
 from residency.states import Slot
 
@@ -126,8 +129,13 @@ class Worker(threading.Thread):
             self.error = error
 
     def result(self) -> Any:
-        self.join(30)
+        self.join(10)
         assert not self.is_alive(), "the thread is still waiting"
         if self.error:
             raise self.error
         return self._value
+
+
+def await_that(manager: GPUResourceManager, slot: Slot, comes_true: Callable[[], bool]) -> bool:
+    """Wait until something is true of a model's books; False if it does not become so."""
+    return manager._dispatcher.watch(slot, comes_true, 10, SystemClock())

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
-PURE_LAYERS = [["errors"], ["contracts", "clock", "randomness", "progress", "events", "lifetime", "adaptive"],
-               ["policies", "states"],
+PURE_LAYERS = [["errors", "latches"], ["contracts", "clock", "randomness", "progress", "events", "lifetime"],
+               ["adaptive", "states"], ["policies"],
                ["settings", "planning", "leasing", "moving", "monitor", "cli"], ["status", "dispatch"],
                ["admission"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]

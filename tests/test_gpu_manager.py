@@ -6,7 +6,7 @@ import random
 import threading
 
 import pytest
-from fakes import FakeResident, Gate, Worker, Workshop
+from fakes import FakeResident, Gate, Worker, Workshop, await_that
 
 from gpu_manager import (
     CpuDevice,
@@ -267,8 +267,6 @@ def test_warm_brings_the_model_without_blocking_and_lets_it_go_again(
 def test_a_warmed_model_that_nobody_uses_is_offloaded(manager: GPUResourceManager, clock: ManualClock) -> None:
     manager.warm("tts")
     assert manager.wait_for("tts", State.DEVICE, 10)
-    with manager._slots["tts"].changed:
-        assert manager._slots["tts"].changed.wait_for(lambda: not manager._slots["tts"].in_use, 10)
     clock.advance(60)
     assert manager.wait_for("tts", State.HOST, 10)
 
@@ -300,8 +298,7 @@ def test_requests_are_served_one_at_a_time_in_order_of_arrival(manager: GPUResou
     with manager.lease("tts"):
         for number in range(8):
             requests.append(Worker(request, number))
-            with slot.changed:
-                assert slot.changed.wait_for(lambda n=number: sum(1 for _ in slot.waiting()) == n + 1, 10)
+            assert await_that(manager, slot, lambda n=number: sum(1 for _ in slot.waiting()) == n + 1)
         assert tts(manager)["waiting"] == 8
     for worker in requests:
         worker.result()
@@ -314,8 +311,7 @@ def test_a_model_stays_on_the_device_between_requests_that_wait(
     slot = manager._slots["tts"]
     with manager.lease("tts"):
         waiting = Worker(use, manager)
-        with slot.changed:
-            assert slot.changed.wait_for(lambda: bool(slot.queue), 10)
+        assert await_that(manager, slot, lambda: any(slot.waiting()))
     waiting.result()
     assert workshop.resident.log == ["offload"]
 
@@ -360,8 +356,7 @@ def test_those_who_wait_for_a_load_that_fails_get_its_error(manager: GPUResource
     requests = [Worker(use, manager) for _ in range(4)]
     gate.wait_for_arrival()
     slot = manager._slots["tts"]
-    with slot.changed:
-        assert slot.changed.wait_for(lambda: len(slot.queue) == 4, 10)
+    assert await_that(manager, slot, lambda: sum(1 for _ in slot.waiting()) == 4)
     gate.open()
     for request in requests:
         with pytest.raises(OSError, match="disk on fire"):
@@ -458,8 +453,7 @@ def test_close_waits_for_the_running_request_and_refuses_those_that_wait(
     inside.wait_for_arrival()
     waiting = Worker(use, manager)
     slot = manager._slots["tts"]
-    with slot.changed:
-        assert slot.changed.wait_for(lambda: bool(slot.queue), 10)
+    assert await_that(manager, slot, lambda: any(slot.waiting()))
     closing = Worker(manager.close)
     with pytest.raises(ManagerClosed):
         waiting.result()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -46,7 +45,7 @@ class Windows:
 
 
 def slot(state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, name: str = "m", **fields: object) -> Slot:
-    made = Slot(name, lambda: None, FixedPolicy(keep_warm_s, idle_timeout_s), threading.Condition(), state)
+    made = Slot(name, lambda: None, FixedPolicy(keep_warm_s, idle_timeout_s), state)
     made.idle_since_s = 0.0
     for key, value in fields.items():
         setattr(made, key, value)

@@ -1,0 +1,85 @@
+"""Ctrl-C at any moment of a request: the next request is served, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+from fakes import Worker, Workshop
+
+from gpu_manager import GPUResourceManager, SimulatedDevice
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+
+INTERRUPTS = 20_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100
+
+
+@pytest.fixture(autouse=True)
+def alarm_is_ctrl_c() -> Iterator[None]:
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def use(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"):
+        pass
+
+
+def nested(manager: GPUResourceManager) -> None:
+    with manager.lease("tts", timeout=60), manager.lease("tts"):
+        pass
+
+
+def by_hand(manager: GPUResourceManager) -> None:
+    manager.warm("tts")
+    manager.offload("tts")
+    manager.release("tts")
+    manager.configure(keep_warm=0)
+
+
+def seconds_for(work: Callable, manager: GPUResourceManager) -> float:
+    started_s = time.perf_counter()
+    for _ in range(20):
+        work(manager)
+    return (time.perf_counter() - started_s) / 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # interrupts within weakref callbacks
+@pytest.mark.parametrize("keep_warm", [0, 60])
+@pytest.mark.parametrize("work", [use, nested, by_hand])
+def test_an_interrupt_at_any_moment_harms_nobody(work: Callable, keep_warm: int) -> None:
+    workshop, device = Workshop(), SimulatedDevice(1000)
+    manager = GPUResourceManager(device, keep_warm=keep_warm, adopt=workshop.adopt)
+    manager.register("tts", workshop.load)
+    longest_s = 3 * seconds_for(work, manager)
+    delays = random.Random(1)
+    came = Counter[bool]()
+    for _ in range(INTERRUPTS):
+        interrupted = False
+        try:
+            signal.setitimer(signal.ITIMER_REAL, delays.uniform(1e-6, longest_s))
+            for _ in range(50):
+                work(manager)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupted = True
+        came[interrupted] += 1
+        # Another thread sees at once whether something was left held.
+        Worker(use, manager).result()
+    assert came[True] > INTERRUPTS / 2
+    assert manager.release("tts") is True
+    assert Worker(manager.close).result() is True
+    assert all(engine.resident.place == "nowhere" for engine in workshop.engines)
+    for thread in threading.enumerate():
+        # One whose start was interrupted stays in Python's list for ever, as if it were to begin.
+        if thread.name.startswith("gpu-") and thread.is_alive():
+            thread.join(10)
+            assert not thread.is_alive(), thread
