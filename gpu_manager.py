@@ -310,7 +310,7 @@ class GPUResourceManager:
     def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
         """Have every move's beginning, progress and end told to ``listener``; call the answer to end that.
 
-        It is called in the thread that moves the model; what it raises is logged, and harms nothing.
+        It is called in a thread of its own, in the order in which things happened; what it raises is logged.
         """
         return self._dispatcher.listeners.subscribe(listener)
 
@@ -335,6 +335,7 @@ class GPUResourceManager:
         self._closed = True
         all_released = self._retire(slots, ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
+        self._dispatcher.listeners.close()
         return all_released
 
     def leave_to_the_parent(self) -> None:

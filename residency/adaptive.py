@@ -34,6 +34,8 @@ _BORROWED = 10.0
 _EVIDENCE = 3.0
 #: A return begins this many restores ahead, since one restore takes longer than another.
 _LEAD = 1.2
+#: So many gaps of less than a second are worth a new plan.
+_PLAN_AFTER = 30
 _RESTORE_STEP = 0.2
 
 
@@ -59,8 +61,9 @@ class AdaptivePolicy:
             )
         self.idle_timeout_s = idle_timeout_s
         self.wait_weight = wait_weight
-        self._all = [0.0] * (_LONGER + 1)
-        self._by_class: dict[int, list[float]] = {}
+        self._all = _Histogram()
+        self._by_class: dict[int, _Histogram] = {}
+        self._unplanned = 0
         self._level: float | None = None
         self._restore_s: float | None = None
         self._windows: tuple[tuple[float, float], ...] | None = None
@@ -78,16 +81,19 @@ class AdaptivePolicy:
     def windows(self) -> tuple[tuple[float, float], ...]:
         """Computed once after new facts. ``((0.0, 0.0),)``, off at once, until a gap and a restore have been seen."""
         if self._windows is None:
-            self._windows = self._computed()
+            self._windows, self._unplanned = self._computed(), 0
         return self._windows
 
     def idle_ended(self, idle_s: float) -> None:
         if self._level is not None:
-            _count(self._by_class.setdefault(self._class(self._level), [0.0] * (_LONGER + 1)), idle_s)
-        _count(self._all, idle_s)
+            self._by_class.setdefault(self._class(self._level), _Histogram()).add(idle_s)
+        self._all.add(idle_s)
         log_gap = math.log(min(max(idle_s, 1.0), _EDGES_S[-1]))
         self._level = log_gap if self._level is None else self._level + _LEVEL_STEP * (log_gap - self._level)
-        self._windows = None
+        # One request right after another says little, and costs less than a new plan.
+        self._unplanned += 1
+        if idle_s >= 1.0 or self._unplanned >= _PLAN_AFTER:
+            self._windows = None
 
     def brought_back(self, seconds: float) -> None:
         usual_s = seconds if self._restore_s is None else self._restore_s
@@ -101,19 +107,31 @@ class AdaptivePolicy:
     def _computed(self) -> tuple[tuple[float, float], ...]:
         if self._level is None or self._restore_s is None:
             return ((0.0, 0.0),)
-        share = _BORROWED / sum(self._all)
-        counts = [_PRIOR + share * count for count in self._all]
+        everything = self._all.counts()
+        share = _BORROWED / sum(everything)
+        counts = [_PRIOR + share * count for count in everything]
         if (own := self._by_class.get(self._class(self._level))) is not None:
-            counts = [count + more for count, more in zip(counts, own, strict=True)]
+            counts = [count + more for count, more in zip(counts, own.counts(), strict=True)]
         # What is released is not brought back: a gap beyond the idle timeout is a long gap, whatever its length.
         end = bisect_right(_EDGES_S, self.idle_timeout_s) - 1
         return _plan(counts[:end], sum(counts[end:]), self._restore_s, self.wait_weight)
 
 
-def _count(counts: list[float], idle_s: float) -> None:
-    """Enter a gap, and let those before it fade."""
-    counts[:] = [count * _DECAY for count in counts]
-    counts[bisect_right(_EDGES_S, idle_s) - 1] += 1.0
+class _Histogram:
+    """Gaps by bin, older ones fading: each new one weighs more instead, which touches one bin and not all."""
+
+    def __init__(self) -> None:
+        self._counts = [0.0] * (_LONGER + 1)
+        self._weight = 1.0
+
+    def add(self, idle_s: float) -> None:
+        self._weight /= _DECAY
+        self._counts[bisect_right(_EDGES_S, idle_s) - 1] += self._weight
+        if self._weight > 1e100:
+            self._counts, self._weight = self.counts(), 1.0
+
+    def counts(self) -> list[float]:
+        return [count / self._weight for count in self._counts]
 
 
 def _plan(

@@ -41,6 +41,8 @@ class Admission:
                     other.stuck = False  # every request is worth another attempt to make room for it
             request.context = contextvars.copy_context()
             lease.request = request
+            if lease.cancelled:
+                raise RequestCancelled(slot.name)
             slot.queue.append(request)
             dispatcher.plan_locked(slot)
         dispatcher.act()

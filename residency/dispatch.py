@@ -96,6 +96,7 @@ class Dispatcher:
         )
         task.progress.changed = lambda: self._tell_progress(task)
         slot.task = task
+        slot.engine = slot.resident = None
         self._begun = True
         self._changes += 1
         slot.short = False
@@ -122,6 +123,7 @@ class Dispatcher:
         """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
         self.lock, self._spawning = threading.Lock(), threading.Lock()
         self.monitor.leave()
+        self.listeners.leave()
         slots, self.slots = self.slots, {}
         return slots
 
@@ -226,7 +228,7 @@ class Dispatcher:
             if task.claimed:
                 return
             task.spawned = task.claimed = True
-        self._tell("began", task)
+            self._tell("began", task)
         while True:
             try:
                 task.context.run(self._carry_out, task)
@@ -287,6 +289,7 @@ class Dispatcher:
                 else:
                     self._failed_locked(task, error)
                 at = slot.at
+                self._tell("failed" if error else "done", task)
                 slot.task = None
                 self._after_locked(slot)
         if not wanted:
@@ -295,7 +298,6 @@ class Dispatcher:
             return
         self.act()
         self._log(task, at)
-        self._tell("failed" if error else "done", task)
 
     def _arrived_locked(self, task: Task) -> None:
         slot, now_s = task.slot, self.clock.now()
@@ -342,9 +344,11 @@ class Dispatcher:
     def _give_up_locked(self, slot: Slot) -> None:
         """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
         logger.error("%s: its loader takes too long and is given up", slot.name)
-        slot.task = slot.engine = slot.resident = None
+        task, error = slot.task, LoadTimeout(slot.name, slot.load_timeout_s)
+        self._tell("failed", task, error)
+        slot.task = None
         slot.device_bytes = slot.host_bytes = 0
-        self._refuse_arrival_locked(slot, LoadTimeout(slot.name, slot.load_timeout_s))
+        self._refuse_arrival_locked(slot, error)
         self.plan_locked(slot)
 
     # -- telling ------------------------------------------------------------------------------------------------
@@ -355,10 +359,11 @@ class Dispatcher:
             task.told_s = now_s
             self._tell("progress", task)
 
-    def _tell(self, what: What, task: Task) -> None:
+    def _tell(self, what: What, task: Task, error: BaseException | None = None) -> None:
         if self.listeners:
             now_s, kind = self.clock.now(), self.device.kind
             phase, done_bytes, total_bytes = task.progress.facts
+            error = error or task.error
             event = Event(
                 what,
                 task.slot.name,
@@ -369,7 +374,7 @@ class Dispatcher:
                 phase,
                 done_bytes,
                 total_bytes,
-                f"{type(task.error).__name__}: {task.error}" if task.error else None,
+                f"{type(error).__name__}: {error}" if error else None,
             )
             self.listeners.tell(event)
 

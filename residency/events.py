@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .latches import new_latch, open_latch
+
 logger = logging.getLogger(__name__)
+
+_BACKLOG = 1000
 
 What = Literal["began", "progress", "done", "failed"]
 
@@ -33,18 +39,26 @@ class Event:
 
 
 class Listeners:
-    """Who wants to know. Any thread may subscribe at any time.
+    """Who wants to know. Any thread may subscribe, and tell, at any time.
 
-    Listeners are called in the thread that moves the model, in order for each model, and while no lock is held. One
-    that raises is logged and stays subscribed: it cannot harm a move, though a slow one delays it.
+    They are called one after the other in a thread of their own, in the order in which things happened; no move and
+    no request waits for them. One that raises is logged and stays subscribed. For one that is too slow, progress is
+    left out, and nothing else.
     """
 
     def __init__(self) -> None:
         self._listeners: tuple[Callable[[Event], Any], ...] = ()
+        self._events: deque[Event] = deque()
+        self._latch = new_latch()
+        self._thread: threading.Thread | None = None
+        self._closed = False
 
     def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
         """Have ``listener`` called from now on; call the answer to end that."""
         self._listeners = (*self._listeners, listener)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="gpu-events", daemon=True)
+            self._thread.start()
 
         def unsubscribe() -> None:
             self._listeners = tuple(other for other in self._listeners if other is not listener)
@@ -55,8 +69,33 @@ class Listeners:
         return bool(self._listeners)
 
     def tell(self, event: Event) -> None:
-        for listener in self._listeners:
-            try:
-                listener(event)
-            except Exception:
-                logger.exception("A listener failed at %s", event)
+        """Returns at once. May be called under any lock."""
+        if self._listeners and not (event.what == "progress" and len(self._events) > _BACKLOG):
+            self._events.append(event)
+            open_latch(self._latch)
+
+    def close(self) -> None:
+        """Wait until everything was told, and end."""
+        self._closed = True
+        open_latch(self._latch)
+        thread = self._thread
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join()
+
+    def leave(self) -> None:
+        """For a forked child: whoever listens is the parent's."""
+        self._listeners, self._thread = (), None
+
+    def _run(self) -> None:
+        while True:
+            self._latch = latch = new_latch()
+            while self._events:
+                event = self._events.popleft()
+                for listener in self._listeners:
+                    try:
+                        listener(event)
+                    except Exception:
+                        logger.exception("A listener failed at %s", event)
+            if self._closed:
+                return
+            latch.acquire()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from .errors import RequestCancelled, is_device_lost
+from .errors import is_device_lost
 from .states import Request, Slot
 
 
@@ -57,7 +57,7 @@ class Lease:
         self._lessor = lessor
         self._slot = slot
         self._timeout_s = timeout_s
-        self._entered = self._cancelled = self._broken = False
+        self._entered = self._ended = self._cancelled = self._broken = False
         self.request: Request | None = None
 
     def __enter__(self) -> Any:
@@ -67,8 +67,6 @@ class Lease:
         for outer in _held.get():
             if outer.slot is self._slot and self._lessor.share(self, outer):
                 return self._slot.engine
-        if self._cancelled:
-            raise RequestCancelled(self._slot.name)
         try:
             request = self._lessor.acquire(self._slot, self._timeout_s, self)
             _held.set((*held_requests(), request))
@@ -91,7 +89,7 @@ class Lease:
         """Let a lease that still waits raise `RequestCancelled`. False: it has the model, or has ended."""
         self._cancelled = True
         request = self.request
-        return request is None or self._lessor.cancel(request)
+        return not self._ended if request is None else self._lessor.cancel(request)
 
     @property
     def cancelled(self) -> bool:
@@ -112,8 +110,10 @@ class Lease:
         self._broken = True
 
     def _leave(self) -> None:
+        self._ended = True
         try:
             self._lessor.give_back(self, self._broken)
+            _held.set(held_requests())
         except BaseException:
             self._lessor.look_again()
             raise

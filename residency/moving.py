@@ -6,6 +6,7 @@ import contextvars
 import gc
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Task:
-    """A move under way: one thread carries it out, with the engine and resident that the slot had when it began.
+    """A move under way: one thread carries it out, and has the slot's engine and resident meanwhile.
 
     It is ``claimed`` once by that thread. ``make_room`` says that others left for it, ``give_up_at_s`` when its loader
     has taken too long, in ``context`` runs what it calls.
@@ -78,9 +79,13 @@ class Mover:
 
     def forget(self, holder: Task | Slot) -> int:
         """Give up an engine altogether; return the bytes freed."""
+        alive = _watched(holder.engine)
         resident, holder.engine, holder.resident = holder.resident, None, None
         freed_bytes = resident.release() if resident else 0
-        self.tidy()
+        del resident
+        if alive() is not None:
+            gc.collect()  # it is part of a cycle; this stops all threads for a moment, so only then
+        self._device.settle()
         return freed_bytes
 
     def tidy(self) -> None:
@@ -134,6 +139,15 @@ class Mover:
             if not self._sleep(task, resident):
                 self.forget(task)
             raise
+
+
+def _watched(engine: Any) -> Callable[[], Any]:
+    """A function whose answer is not None as long as the engine is there, or if that cannot be told."""
+    try:
+        return weakref.ref(engine)
+    except TypeError:
+        there = None if engine is None else True
+        return lambda: there
 
 
 def _build(name: str, load: Callable[[], Any], progress: Progress) -> Any:

@@ -20,6 +20,8 @@ def seconds(value: float | str) -> float:
 
     Raises `InvalidInput` for anything else (other negative numbers and NaN included).
     """
+    if isinstance(value, int | float) and 0 <= value < NEVER:
+        return float(value)
     text = str(value).strip().lower()
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([smh]?)", text)
     if text in ("inf", "-1", "-1.0"):

@@ -120,6 +120,7 @@ class Request:
         """Served, or (with an error) not; wakes who waits for it."""
         self.error = error
         self.answered = True
+        self.context = None  # it remembers who asked before, and so on
         if self.latch is not None:
             open_latch(self.latch)
 

@@ -18,7 +18,7 @@ from scheduler import Scheduler
 from world import SIZES, World
 
 import gpu_manager
-from residency import admission, dispatch, latches, leasing, monitor
+from residency import admission, dispatch, events, latches, leasing, monitor
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SEEDS = 3000 if NIGHTLY else 8
@@ -28,7 +28,7 @@ SEEDS = 3000 if NIGHTLY else 8
 def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Scheduler, World]]:
     def build(seed: int, **settings: Any) -> tuple[Scheduler, World]:
         scheduler = Scheduler.varied(seed)
-        for module in (gpu_manager, admission, dispatch, latches, leasing, monitor):
+        for module in (gpu_manager, admission, dispatch, events, latches, leasing, monitor):
             monkeypatch.setattr(module, "threading", scheduler)
         return scheduler, World(seed, scheduler.clock(), step=scheduler.step, **settings)
 
