@@ -1,0 +1,191 @@
+"""What became of every request, and what must be true of it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_manager import (
+    DeviceOutOfMemory,
+    Event,
+    LeaseDeadlock,
+    LoadTimeout,
+    ManagerClosed,
+    ModelBusy,
+    RequestCancelled,
+    RequestTimeout,
+)
+
+from ._soak_models import EngineBroke, LoaderBroke, ResidentBroke
+
+EARLY_S = 0.002
+"""A model that leaves this long before it is due did not leave because it was: somebody needed the room."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request is going to do."""
+
+    number: int
+    model: str
+    timeout_s: float | None = None
+    cancel_after_s: float | None = None
+    breaks: bool = False
+    discards: bool = False
+    nested: str | None = None
+    holds_s: float = 0.0
+
+
+class Books:
+    """Written by all threads; `problems` reads them at the end. Everything is made once, so that memory stays flat."""
+
+    #: An engine may come across it; it is none of the engine's parts.
+    not_of_the_engine = True
+
+    def __init__(self, requests: int) -> None:
+        self._lock = threading.Lock()
+        self.requests = requests
+        self.executed = array("b", bytes(requests))
+        self.ended = array("b", bytes(requests))
+        self.waits_s = array("d", [math.nan]) * requests
+        self.promised_cancels = array("b", bytes(requests))
+        self.late_timeouts_s = array("d")
+        self.outcomes: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.closing = False
+        self.progress = 0
+
+    def ran(self, number: int) -> None:
+        with self._lock:
+            self.executed[number] += 1
+
+    def fault(self, sentence: str) -> None:
+        with self._lock:
+            if len(self.wrong) < 1000:
+                self.wrong.append(sentence)
+
+    def end(self, plan: Plan, error: BaseException | None, wait_s: float) -> None:
+        """A request has ended: with its answer, or with an error that it must have brought upon itself."""
+        outcome = outcome_of(plan, error, self.closing)
+        with self._lock:
+            self.ended[plan.number] += 1
+            self.waits_s[plan.number] = wait_s
+            self.outcomes[outcome or f"UNEXPECTED {type(error).__name__}"] += 1
+            self.progress += 1
+            if isinstance(error, RequestTimeout) and plan.timeout_s is not None:
+                self.late_timeouts_s.append(max(0.0, wait_s - plan.timeout_s))
+        if outcome is None:
+            self.fault(f"request {plan.number} on {plan.model!r} ended with an error that is not its own: {error!r}")
+        ran = self.executed[plan.number]
+        expected = outcome in RUNS
+        if ran != expected:
+            self.fault(f"request {plan.number} ({outcome}) was in an engine {ran} times, not {int(expected)}")
+        if self.promised_cancels[plan.number] and outcome in RUNS:
+            self.fault(f"request {plan.number} was told that it is cancelled, and got the model")
+
+    def problems(self) -> list[str]:
+        found = list(self.wrong)
+        lost = [number for number, times in enumerate(self.ended) if not times]
+        doubled = [number for number, times in enumerate(self.ended) if times > 1]
+        if lost:
+            found.append(f"{len(lost)} requests were lost, the first is {lost[0]}")
+        if doubled:
+            found.append(f"{len(doubled)} requests ended more than once, the first is {doubled[0]}")
+        return found
+
+
+ANSWERED, BROKE, IN_DEADLOCK = "answered right", "its engine broke", "would have waited for itself"
+RUNS = (ANSWERED, BROKE)
+
+
+def outcome_of(plan: Plan, error: BaseException | None, closing: bool) -> str | None:
+    """In a word; None for an error that this request must not get."""
+    others = {plan.model, plan.nested}
+    if error is None:
+        return None if plan.breaks else ANSWERED
+    if isinstance(error, EngineBroke):
+        return BROKE if plan.breaks and error.args == (plan.number,) else None
+    if isinstance(error, RequestTimeout):
+        return "timed out" if plan.timeout_s is not None and error.name == plan.model else None
+    if isinstance(error, ModelBusy):
+        return "not taken: busy" if error.name in others else None
+    if isinstance(error, RequestCancelled):
+        return "cancelled" if plan.cancel_after_s is not None and error.name == plan.model else None
+    if isinstance(error, LoadTimeout):
+        return "its loader hung" if error.name in others else None
+    if isinstance(error, LoaderBroke):
+        return "its loader broke" if error.args[0] in others else None
+    if isinstance(error, ResidentBroke):
+        return "its move broke" if str(error).split(":")[0] in others else None
+    if isinstance(error, DeviceOutOfMemory):
+        return "device full"
+    if isinstance(error, LeaseDeadlock):
+        return IN_DEADLOCK if plan.nested and plan.nested != plan.model else None
+    if isinstance(error, ManagerClosed):
+        return "closed" if closing else None
+    return None
+
+
+class Deadlines:
+    """Listens when idle models leave, and how long after that was due: in seconds, as a listener hears it.
+
+    Only of idle times that nobody disturbed: no request, no steering by hand, no failed move since they began.
+    """
+
+    def __init__(self, status: Callable[[], dict[str, Any]], models: Sequence[str]) -> None:
+        self._status = status
+        self._touched_s = dict.fromkeys(models, -math.inf)
+        self._under_way: dict[str, Event | None] = dict.fromkeys(models)
+        self.overshot_s: dict[str, array[float]] = {"cpu": array("d"), "released": array("d")}
+        self.out_of_order = self.loads_without_end = 0
+        self.heard: Counter[str] = Counter()
+
+    def touch(self, model: str) -> None:
+        """Somebody begins to do something with this model."""
+        self._touched_s[model] = time.monotonic()
+
+    def hear(self, event: Event) -> None:
+        self.heard[event.what] += 1
+        if event.what == "failed":
+            self._touched_s[event.model] = event.time_s
+        if event.what in ("began", "done", "failed"):
+            before = self._under_way[event.model]
+            if before is not None and event.what == "began" and (before.source, before.target) == ("released", "gpu"):
+                self.loads_without_end += 1
+            elif (before is None) != (event.what == "began"):
+                self.out_of_order += 1
+            self._under_way[event.model] = event if event.what == "began" else None
+        if event.what != "began" or event.target == "gpu":
+            return
+        shown = self._status()["models"][event.model]
+        if shown["idle_s"] is None or -1 in (shown["keep_warm_s"], shown["idle_timeout_s"]):
+            return
+        idle_since_s = time.monotonic() - shown["idle_s"]
+        stays_s = shown["keep_warm_s"]
+        if event.target == "released":
+            stays_s = max(stays_s, shown["idle_timeout_s"])
+        late_s = event.time_s - idle_since_s - stays_s
+        if late_s >= -EARLY_S and self._touched_s[event.model] < idle_since_s:
+            self.overshot_s[event.target].append(max(0.0, late_s))
+
+
+def share_of(values: Sequence[float], share: float) -> float:
+    """A percentile; nan of nothing."""
+    ordered = sorted(value for value in values if not math.isnan(value))
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the straight line that is nearest to these points; 0 of less than two."""
+    if len(points) < 2:
+        return 0.0
+    middle_x = sum(x for x, _ in points) / len(points)
+    middle_y = sum(y for _, y in points) / len(points)
+    spread = sum((x - middle_x) ** 2 for x, _ in points)
+    return sum((x - middle_x) * (y - middle_y) for x, y in points) / spread if spread else 0.0
