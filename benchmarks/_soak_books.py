@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import threading
 import time
 from array import array
@@ -86,13 +88,14 @@ class Books:
         expected = outcome in RUNS
         if ran != expected:
             self.fault(f"request {plan.number} ({outcome}) was in an engine {ran} times, not {int(expected)}")
-        if self.promised_cancels[plan.number] and outcome in RUNS:
-            self.fault(f"request {plan.number} was told that it is cancelled, and got the model")
 
     def problems(self) -> list[str]:
         found = list(self.wrong)
         lost = [number for number, times in enumerate(self.ended) if not times]
         doubled = [number for number, times in enumerate(self.ended) if times > 1]
+        both = [number for number, promised in enumerate(self.promised_cancels) if promised and self.executed[number]]
+        if both:
+            found.append(f"{len(both)} requests got the model after cancel() had said True, the first is {both[0]}")
         if lost:
             found.append(f"{len(lost)} requests were lost, the first is {lost[0]}")
         if doubled:
@@ -135,7 +138,8 @@ def outcome_of(plan: Plan, error: BaseException | None, closing: bool) -> str | 
 class Deadlines:
     """Listens when idle models leave, and how long after that was due: in seconds, as a listener hears it.
 
-    Only of idle times that nobody disturbed: no request, no steering by hand, no failed move since they began.
+    Only where there is something to wait for (no keep-warm of 0), and of idle times that nobody disturbed: no request,
+    no steering by hand, no failed move since they began.
     """
 
     def __init__(self, status: Callable[[], dict[str, Any]], models: Sequence[str]) -> None:
@@ -171,7 +175,7 @@ class Deadlines:
         if event.target == "released":
             stays_s = max(stays_s, shown["idle_timeout_s"])
         late_s = event.time_s - idle_since_s - stays_s
-        if late_s >= -EARLY_S and self._touched_s[event.model] < idle_since_s:
+        if stays_s > 0 and late_s >= -EARLY_S and self._touched_s[event.model] < idle_since_s:
             self.overshot_s[event.target].append(max(0.0, late_s))
 
 
@@ -182,10 +186,6 @@ def share_of(values: Sequence[float], share: float) -> float:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the straight line that is nearest to these points; 0 of less than two."""
-    if len(points) < 2:
-        return 0.0
-    middle_x = sum(x for x, _ in points) / len(points)
-    middle_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - middle_x) ** 2 for x, _ in points)
-    return sum((x - middle_x) * (y - middle_y) for x, y in points) / spread if spread else 0.0
+    """The median of the slopes between any two points, which a few outliers do not move; 0 of less than two points."""
+    slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(points, 2)]
+    return statistics.median(slopes) if slopes else 0.0

@@ -409,8 +409,8 @@ def judge(alone: Sequence[Times], crowds: Sequence[Crowd], looks: Sequence[Times
 
 def print_goals(goals: Sequence[Reached]) -> None:
     print(
-        f"\nmust reach (flat: with the most threads waiting at most {FLAT} times as long as with the fewest; from thread to "
-        f"thread\nthe interpreter's own switching grows too, so there the bare queue's growth in this run is divided out)"
+        f"\nmust reach (flat: with the most threads waiting at most {FLAT} times as long as with the fewest;\nfrom "
+        f"thread to thread the interpreter's own price grows too, so the bare queue's growth is divided out there)"
     )
     print(f"{'':70}{'reached':>14}{'wanted':>12}")
     for goal in goals:

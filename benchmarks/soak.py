@@ -3,9 +3,10 @@
     python benchmarks/soak.py
     python benchmarks/soak.py --requests 1000 --threads 8 --seed 7
 
-Each request has a number, and ends once: with an answer that is right to the last bit, or with an error that it brought
-upon itself. The exit status is 1, with a sentence for each thing that is not as it must be. If nothing ends any more, the
-stacks of all threads are printed. The seed fixes what is asked for and what breaks, not how the threads interleave.
+Each request has a number, and ends once: with an answer that is right to the last bit, or with an error that it
+brought upon itself. The exit status is 1, with a sentence for each thing that is not as it must be. If nothing ends any
+more, the stacks of all threads are printed. The seed fixes what is asked for and what breaks, not how the threads
+interleave.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ BUDGET_MB, CARD_MB = 6.5, 7.0
 KEEP_WARM: tuple[float | str, ...] = (0, 0.02, 0.2, "auto")
 IDLE_TIMEOUT = (0.02, 0.1, 0.3)
 LOAD_TIMEOUT_S, HANG_S = 0.3, 0.5
-STOP_EVERY = 500
+STOP_EVERY = 250
 GROWTH_SHARE, GROWTH_MB = 0.01, 4.0
 
 
@@ -63,10 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--watchdog", type=float, default=30.0, help="seconds without an end of any request that are a deadlock (30)")
     options = parser.parse_args(arguments)
     print(
-        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, "
-        f"load average {os.getloadavg()[0]:.1f}, seed {options.seed}",
+        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, seed {options.seed}",
         flush=True,
     )
+    tame_malloc()
     logs = CountLogs()
     root = logging.getLogger()
     root.addHandler(logs)
@@ -88,6 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not problems:
         print("Every request was answered right or with its own error; nothing was lost, doubled or left behind.")
     return 1 if problems else 0
+
+
+def tame_malloc() -> None:
+    """Have glibc keep little of what was freed, so that the size of the process says what is in use."""
+    arena_max, mmap_threshold = -8, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(arena_max, 2)
+        libc.mallopt(mmap_threshold, 64 << 10)
 
 
 class CountLogs(logging.Handler):
@@ -163,7 +174,7 @@ class Soak:
         self.deadlines = Deadlines(self.manager.status, self.names)
         self.turnstile = Turnstile()
         self.samples: list[Sample] = []
-        self.calm = threading.Lock()  # who steers holds it
+        self.calm, self.looking = threading.Lock(), threading.Lock()  # who steers, and who looks, holds it
         self.over = threading.Event()
         self.to_cancel: queue.SimpleQueue[tuple[int, float, Lease] | None] = queue.SimpleQueue()
         self.looks_s = array("d")
@@ -244,10 +255,11 @@ class Soak:
                 time.sleep(0.01)
             if self.card.ledger_bytes:
                 self.books.fault(f"all models are released, and {self.card.ledger_bytes} bytes are on the card")
-            gc.collect()
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)
-            self.samples.append(Sample(self.books.progress, resident_bytes(), len(gc.get_objects())))
+            with self.looking:  # status() is not to blame for this
+                gc.collect()
+                with contextlib.suppress(OSError, AttributeError):
+                    ctypes.CDLL(None).malloc_trim(0)
+                self.samples.append(Sample(self.books.progress, resident_bytes(), len(gc.get_objects())))
 
     def _release_all(self) -> None:
         for name in self.names:
@@ -417,9 +429,10 @@ class Soak:
 
     def _look(self) -> None:
         while not self.over.wait(0.01):
-            start_s = time.perf_counter()
-            self.manager.status()
-            self.looks_s.append(time.perf_counter() - start_s)
+            with self.looking:
+                start_s = time.perf_counter()
+                self.manager.status()
+                self.looks_s.append(time.perf_counter() - start_s)
 
     def _cancel(self) -> None:
         while (entry := self.to_cancel.get()) is not None:
