@@ -145,9 +145,9 @@ class Deadlines:
     def __init__(self, status: Callable[[], dict[str, Any]], models: Sequence[str]) -> None:
         self._status = status
         self._touched_s = dict.fromkeys(models, -math.inf)
-        self._under_way: dict[str, Event | None] = dict.fromkeys(models)
+        self._under_way = dict.fromkeys(models, False)
         self.overshot_s: dict[str, array[float]] = {"cpu": array("d"), "released": array("d")}
-        self.out_of_order = self.loads_without_end = 0
+        self.out_of_order = 0
         self.heard: Counter[str] = Counter()
 
     def touch(self, model: str) -> None:
@@ -159,12 +159,9 @@ class Deadlines:
         if event.what == "failed":
             self._touched_s[event.model] = event.time_s
         if event.what in ("began", "done", "failed"):
-            before = self._under_way[event.model]
-            if before is not None and event.what == "began" and (before.source, before.target) == ("released", "gpu"):
-                self.loads_without_end += 1
-            elif (before is None) != (event.what == "began"):
-                self.out_of_order += 1
-            self._under_way[event.model] = event if event.what == "began" else None
+            begins = event.what == "began"
+            self.out_of_order += self._under_way[event.model] == begins
+            self._under_way[event.model] = begins
         if event.what != "began" or event.target == "gpu":
             return
         shown = self._status()["models"][event.model]

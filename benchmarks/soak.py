@@ -459,8 +459,7 @@ class Soak:
         rows(f"{'what was made to break':38}{'':>10}", self.faults.struck)
         rows(f"{'steered meanwhile':38}{'':>10}", self.steered)
         moves = {f"moves that {what}": self.deadlines.heard[what] for what in ("began", "done", "failed")}
-        moves["events out of order"] = self.deadlines.out_of_order
-        moves["loads given up, whose end nobody told"] = self.deadlines.loads_without_end
+        moves["events out of order, or without end"] = self.deadlines.out_of_order
         rows(f"{'moves and events':38}{'':>10}", {**moves, **{f"logged: {k}": v for k, v in logs.levels.items()}})
         print(f"{'waits':38}{'count':>10}{'median ms':>12}{'p99 ms':>12}{'longest ms':>12}")
         overshot = self.deadlines.overshot_s
