@@ -5,6 +5,11 @@ A move runs in a context of its own (`contextvars`), so loaders and residents ne
     progress = current()
     progress.enter("copying", total_bytes)
     progress.advance(nbytes)                # after each piece; from any thread that was given the object
+
+A move begins in the phase that is its state's name (``loading``, ``restoring``, ...), and may then be: ``building`` (a
+loader runs), ``checking`` (weights are compared with their mirror), ``copying`` (bytes cross between device and host;
+on a GPU: are queued to), ``sessions`` (ONNX Runtime builds), ``reading`` or ``writing`` (a snapshot). A model with
+several parts goes through them more than once.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..contracts import Device, SnapshotStore
 from ..errors import SnapshotUnusable
+from ..progress import current
 
 #: What refers to the native session: it is destroyed once all of them are gone.
 _NATIVE = {
@@ -91,11 +92,15 @@ class OnnxSessions:
         if self._alive:
             return 0
         self._device.charge(self._movable_bytes())
+        progress = current()
+        if self._movable():
+            progress.enter("sessions", self._movable_bytes())
         rebuilt: list[_Recipe] = []
         try:
             for recipe in self._movable():
                 recipe.rebuild()
                 rebuilt.append(recipe)
+                progress.advance(recipe.nbytes)
         except BaseException:
             for recipe in rebuilt:
                 recipe.destroy()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import xxhash
 
 from ..errors import InvalidInput, SnapshotUnusable
+from ..progress import current
 from .fingerprint import memoryview_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _DATA_ALIGNMENT = 4096
 _READ_BYTES = 512 << 10  # read and hashed piece by piece while it is in the processor's cache
+_WRITE_BYTES = 64 << 20  # as often as progress is worth telling
 _OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
 _FORMAT = "gpu-managed-tts"
 
@@ -156,10 +158,19 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write_file(file: BinaryIO, header: bytes, data: memoryview) -> None:
-    for block in (memoryview(header), data):
-        while block:
-            block = block[file.write(block) :]
+    progress = current()
+    progress.enter("writing", len(data))
+    _write_all(file, memoryview(header))
+    for start in range(0, len(data), _WRITE_BYTES):
+        block = data[start : start + _WRITE_BYTES]
+        _write_all(file, block)
+        progress.advance(len(block))
     os.fsync(file.fileno())
+
+
+def _write_all(file: BinaryIO, block: memoryview) -> None:
+    while block:
+        block = block[file.write(block) :]
 
 
 def _fsync(folder: Path) -> None:
@@ -178,6 +189,8 @@ def _read_ranges(
     numbers = itertools.count()  # whose next() is atomic: each range goes to one thread
     damaged: list[int] = []
     errors: list[BaseException] = []
+    progress = current()  # not to be had in other threads
+    progress.enter("reading", sum(stop - start for start, stop in ranges))
 
     def read() -> None:
         while not damaged and not errors and (number := next(numbers)) < len(ranges):
@@ -185,6 +198,7 @@ def _read_ranges(
             try:
                 if _read_range(handle, offset, target[start:stop], start) != hashes[number]:
                     damaged.append(start)
+                progress.advance(stop - start)
             except BaseException as error:
                 errors.append(error)
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
 from ..errors import DeviceOutOfMemory, SharedWeights, SnapshotUnusable
+from ..progress import Progress, current
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
@@ -116,7 +117,9 @@ class Weights:
             return 0
         import torch
 
-        mirror = self._ready_mirror()
+        mirror, progress = self._ready_mirror(), current()
+        if self._layout.nbytes:
+            progress.enter("copying", self._layout.nbytes)
         with self._moving, torch.inference_mode():
             try:
                 with self._device.transfer() as self._allocation:
@@ -125,6 +128,7 @@ class Weights:
                             self._device.allocate(piece.storage, piece.nbytes)
                     for span in self._layout.spans:
                         self._fill(span, mirror.span(span))
+                        progress.advance(span.nbytes)
                     for piece in self._pieces:
                         if piece.fill is not None:
                             piece.refill()
@@ -228,14 +232,19 @@ class Weights:
             # Something was written into a storage that had one value: it needs a place in the mirror now.
             self._drop_mirror()
             self._make_mirror()
-        mirror = self._ready_mirror()
+        mirror, progress = self._ready_mirror(), current()
         spans = self._layout.spans
-        now = fingerprints((self._gather(span) for span in spans), len(spans))
-        for index, (span, fingerprint) in enumerate(zip(spans, now, strict=True)):
-            if self._fingerprints[index] != fingerprint:
-                self._fingerprints[index] = None  # until the copy is whole
-                mirror.span(span).copy_(self._gather(span))
-                self._fingerprints[index] = fingerprint
+        if spans:
+            progress.enter("checking", self._layout.nbytes)
+        now = fingerprints(self._gather_all(progress), len(spans))
+        changed = [index for index, fingerprint in enumerate(now) if self._fingerprints[index] != fingerprint]
+        if changed:
+            progress.enter("copying", sum(spans[index].nbytes for index in changed))
+        for index in changed:
+            self._fingerprints[index] = None  # until the copy is whole
+            mirror.span(spans[index]).copy_(self._gather(spans[index]))
+            self._fingerprints[index] = now[index]
+            progress.advance(spans[index].nbytes)
         self._scratch = None
 
     def _ready_mirror(self) -> HostMirror:
@@ -249,6 +258,11 @@ class Weights:
         if self._mirror is not None:
             self._mirror.unpin(self._device)
             self._mirror = None
+
+    def _gather_all(self, progress: Progress) -> Iterator[torch.Tensor]:
+        for span in self._layout.spans:
+            yield self._gather(span)
+            progress.advance(span.nbytes)
 
     def _gather(self, span: Span) -> torch.Tensor:
         """The bytes of a span where they are now, on the device; valid until the next span is gathered."""
