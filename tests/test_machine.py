@@ -1,0 +1,276 @@
+"""Random lives of two models, held against a reference that is simple enough to be right.
+
+The reference knows no threads: after every rule the world is given time to come to rest, and must then be exactly where
+the reference says. ``HYPOTHESIS_PROFILE=nightly`` walks more than 100,000 steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from fakes import Gate, Worker, Workshop, await_that
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from gpu_manager import GPUResourceManager, RequestCancelled, RequestTimeout, SimulatedDevice
+from residency.clock import ManualClock
+from residency.dispatch import RETRY_AFTER_S, WARM_GRACE_S
+from residency.planning import next_step
+
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+NAMES = st.sampled_from(["tts", "asr"])
+TIMES = st.sampled_from([0.0, 5.0, 30.0, 90.0, 400.0, 700.0])
+
+
+class Client:
+    """A request in a thread of its own, which stays until it is told to leave."""
+
+    def __init__(self, manager: GPUResourceManager, name: str, timeout: float | None) -> None:
+        self.lease = manager.lease(name, timeout)
+        self.gives_up_s = math.inf if timeout is None else manager._clock.now() + timeout
+        self.inside = Gate()
+        self.discards = False
+        self.worker = Worker(self._request)
+
+    def _request(self) -> Any:
+        with self.lease as engine:
+            self.inside.pass_through()
+            if self.discards:
+                self.lease.discard()
+            return engine
+
+
+@dataclass
+class Reference:
+    """What a model should be like. ``line`` are its requests; the first one holds it."""
+
+    place: str = "released"
+    keep_warm_s: float = 0.0
+    idle_timeout_s: float = 600.0
+    idle_since_s: float | None = None
+    not_before_s: float = -math.inf
+    asked: str | None = None
+    broken: bool = False
+    loads: int = 0
+    armed: set[str] = field(default_factory=set)
+    line: list[Client] = field(default_factory=list)
+
+    def move(self, place: str) -> str | None:
+        """Move there, or say what went wrong."""
+        verb = {("released", "device"): "load", ("host", "device"): "restore", ("device", "host"): "offload"}.get(
+            (self.place, place)
+        )
+        if verb in self.armed:
+            self.armed.remove(verb)
+            return verb
+        if "released" in (self.place, place):
+            self.armed -= {"restore", "offload"}  # they were the old engine's
+            self.broken = False
+        self.loads += verb == "load"
+        self.place = place
+        return None
+
+    def arrive(self, now_s: float) -> str | None:
+        """Somebody calls for it; what went wrong, if anything."""
+        if self.broken:
+            self.move("released")
+        if self.place == "device":
+            return None
+        came_from = self.place
+        if wrong := self.move("device"):
+            self.not_before_s = now_s + RETRY_AFTER_S
+            self.broken = wrong == "restore"
+            return wrong
+        if came_from == "released":
+            self.idle_since_s = now_s
+        self.not_before_s = -math.inf
+        return None
+
+    def go_down(self, place: str, now_s: float) -> str | None:
+        if self.place == "released" or self.place == place:
+            return None
+        wrong = self.move(place)
+        if wrong:
+            self.not_before_s = now_s + RETRY_AFTER_S
+        return wrong
+
+    def settle(self, now_s: float) -> None:
+        """Nobody wants it: what was asked for happens, then what its times say."""
+        if self.line:
+            return
+        if self.asked:
+            asked, self.asked = self.asked, None
+            self.go_down(asked, now_s)
+        if self.broken and self.place == "device":
+            self.move("released")
+        if self.idle_since_s is None or now_s < self.not_before_s:
+            return
+        if now_s >= self.idle_since_s + max(self.idle_timeout_s, self.keep_warm_s):
+            self.go_down("released", now_s)
+        elif self.place == "device" and now_s >= self.idle_since_s + self.keep_warm_s:
+            self.go_down("host", now_s)
+
+
+class Lives(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock()
+        self.shops = {"tts": Workshop(), "asr": Workshop()}
+        self.references = {"tts": Reference(), "asr": Reference()}
+        self.manager = GPUResourceManager(SimulatedDevice(1000), clock=self.clock, adopt=Workshop.adopt)
+        for name, shop in self.shops.items():
+            self.manager.register(name, shop.load)
+
+    # -- rules --------------------------------------------------------------------------------------------------
+
+    @rule(name=NAMES, timeout=st.sampled_from([None, None, 20.0, 100.0]))
+    def request(self, name: str, timeout: float | None) -> None:
+        reference, slot = self.references[name], self.manager._slots[name]
+        client = Client(self.manager, name, timeout)
+        if reference.line:
+            reference.line.append(client)
+            assert await_that(self.manager, slot, lambda: sum(1 for _ in slot.waiting()) == len(reference.line) - 1)
+        elif wrong := reference.arrive(self.clock.now()):
+            with pytest.raises(OSError, match=wrong):
+                client.worker.result()
+        else:
+            reference.line.append(client)
+            client.inside.wait_for_arrival()
+        self.come_to_rest()
+
+    @rule(name=NAMES, discards=st.sampled_from([False, False, False, True]))
+    def leave(self, name: str, discards: bool) -> None:
+        reference, now_s = self.references[name], self.clock.now()
+        if not reference.line:
+            return
+        client = reference.line.pop(0)
+        client.discards = discards
+        client.inside.open()
+        assert client.worker.result() is self.shops[name].engines[reference.loads - 1]
+        reference.broken |= discards
+        reference.idle_since_s, reference.not_before_s = now_s, -math.inf
+        if reference.line:
+            asked, reference.asked = reference.asked, None
+            if asked:
+                reference.go_down(asked, now_s)
+            wrong = reference.arrive(now_s)
+            if not wrong:
+                reference.line[0].inside.wait_for_arrival()
+            for refused in reference.line if wrong else []:
+                with pytest.raises(OSError, match=wrong):
+                    refused.worker.result()
+            reference.line = [] if wrong else reference.line
+        self.come_to_rest()
+
+    @rule(name=NAMES, data=st.data())
+    def cancel(self, name: str, data: st.DataObject) -> None:
+        line = self.references[name].line
+        if not line:
+            return
+        client = data.draw(st.sampled_from(line))
+        waits = client is not line[0]
+        assert client.lease.cancel() is waits
+        if waits:
+            line.remove(client)
+            with pytest.raises(RequestCancelled):
+                client.worker.result()
+        self.come_to_rest()
+
+    @rule(seconds=st.sampled_from([1.0, 4.0, 26.0, 61.0, 500.0, 1000.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        for reference in self.references.values():
+            for client in reference.line[1:]:
+                if self.clock.now() >= client.gives_up_s:
+                    reference.line.remove(client)
+                    with pytest.raises(RequestTimeout):
+                        client.worker.result()
+        self.come_to_rest()
+
+    @rule(name=NAMES, place=st.sampled_from(["host", "released"]))
+    def by_hand(self, name: str, place: str) -> None:
+        reference = self.references[name]
+        press = self.manager.offload if place == "host" else self.manager.release
+        if reference.line:
+            assert press(name) is False
+            reference.asked = place if reference.asked != "released" else "released"
+        elif wrong := reference.go_down(place, self.clock.now()):
+            with pytest.raises(OSError, match=wrong):
+                press(name)
+        else:
+            assert press(name) is True
+        self.come_to_rest()
+
+    @rule(name=NAMES)
+    def warm(self, name: str) -> None:
+        reference, now_s = self.references[name], self.clock.now()
+        there = reference.place == "device"
+        assert self.manager.warm(name) is there
+        if there:
+            reference.not_before_s = max(reference.not_before_s, now_s + WARM_GRACE_S)
+        elif not reference.arrive(now_s):
+            reference.idle_since_s, reference.not_before_s = now_s, now_s + WARM_GRACE_S
+        self.come_to_rest()
+
+    @rule(name=NAMES, keep_warm=TIMES, idle_timeout=TIMES)
+    def configure(self, name: str, keep_warm: float, idle_timeout: float) -> None:
+        reference = self.references[name]
+        self.manager.configure(name, keep_warm=keep_warm, idle_timeout=idle_timeout)
+        reference.keep_warm_s, reference.idle_timeout_s = keep_warm, idle_timeout
+        self.come_to_rest()
+
+    @rule(name=NAMES, verb=st.sampled_from(["load", "restore", "offload"]))
+    def something_will_fail(self, name: str, verb: str) -> None:
+        reference, shop = self.references[name], self.shops[name]
+        if verb == "load":
+            shop.fail_next = OSError("load")
+        elif reference.place == "released":
+            return
+        else:
+            shop.resident.fail_next[verb] = OSError(verb)
+        reference.armed.add(verb)
+
+    # -- and what must hold after each --------------------------------------------------------------------------
+
+    def come_to_rest(self) -> None:
+        now_s = self.clock.now()
+        for name, reference in self.references.items():
+            slot = self.manager._slots[name]
+            assert await_that(
+                self.manager, slot, lambda slot=slot: slot.task is None and next_step(slot, now_s, True) is None
+            ), f"{name} does not come to rest"
+            reference.settle(now_s)
+            status = self.manager.status()["models"][name]
+            shown = {"gpu": "device", "cpu": "host", "released": "released"}[status["state"]]
+            assert (name, shown) == (name, reference.place)
+            assert len(self.shops[name].engines) == reference.loads
+            assert status["leases"] + status["waiting"] == len(reference.line)
+            assert status["pending"] == {None: None, "host": "offload", "released": "release"}[reference.asked]
+            assert slot.broken is reference.broken
+            if reference.loads:
+                place = {"released": "nowhere"}.get(reference.place, reference.place)
+                assert self.shops[name].resident.place == place
+            for place, client in enumerate(reference.line):
+                assert client.lease.place == place
+
+    def teardown(self) -> None:
+        for reference in self.references.values():
+            for client in reference.line:
+                client.inside.open()
+        assert Worker(self.manager.close).result() is True
+        for shop in self.shops.values():
+            assert all(engine.resident.place == "nowhere" for engine in shop.engines)
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(
+    max_examples=2_500 if NIGHTLY else 75,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
