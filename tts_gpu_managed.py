@@ -9,16 +9,20 @@ Importing this brings no torch; the engine is imported and built on the first ca
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpu_manager import GPUResourceManager, ModelExists, get_gpu_manager
 from residency.contracts import Engine
+from residency.errors import is_out_of_device_memory
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["GPUManagedTTS"]
+
+logger = logging.getLogger(__name__)
 
 
 class GPUManagedTTS:
@@ -73,9 +77,7 @@ class GPUManagedTTS:
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Say ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz."""
-        with self.manager.lease(self.name) as engine:
-            audio, sample_rate = engine.clone(prompt_wav_path, prompt_text, target_text)
-            return self._own(audio), sample_rate
+        return self._speak(lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text))
 
     def edit(
         self,
@@ -86,9 +88,7 @@ class GPUManagedTTS:
         text: str | None = None,
     ) -> tuple[torch.Tensor, int]:
         """Change a recording. Returns float32 [1, samples] on the CPU, and Hz."""
-        with self.manager.lease(self.name) as engine:
-            audio, sample_rate = engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
-            return self._own(audio), sample_rate
+        return self._speak(lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text))
 
     def get_gpu_status(self) -> dict[str, Any]:
         """The manager's status: what ``GET /gpu/status`` answers. Never counts as use."""
@@ -105,6 +105,22 @@ class GPUManagedTTS:
     def close(self) -> None:
         """Release the engine once its requests have ended, and give up its name."""
         self.manager.unregister(self.name)
+
+    def _speak(self, call: Callable[[Engine], tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, int]:
+        """One request. If the device is full in the middle of it, other models leave and it is made once more."""
+        with self.manager.lease(self.name) as engine:
+            try:
+                audio, sample_rate = call(engine)
+            except Exception as error:
+                if not is_out_of_device_memory(error):
+                    raise
+                logger.warning("%s: the device is full; making room and trying once more. %s", self.name, error)
+            else:
+                return self._own(audio), sample_rate
+            # Out of the except block: its traceback held what the first attempt had allocated.
+            self.manager.make_room(self.name)
+            audio, sample_rate = call(engine)
+            return self._own(audio), sample_rate
 
     def _own(self, audio: torch.Tensor) -> torch.Tensor:
         """Audio that survives the engine's leaving: what lies on the device may be a buffer of the engine."""

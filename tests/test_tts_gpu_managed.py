@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_manager import GPUResourceManager, ModelExists, SimulatedDevice, get_gpu_manager
+from gpu_manager import DeviceOutOfMemory, GPUResourceManager, ModelExists, SimulatedDevice, get_gpu_manager
 from residency.engines.builtin import HTTPException
 from tts_gpu_managed import GPUManagedTTS
 
@@ -21,6 +21,7 @@ class RecordingEngine:
         self.calls: list[tuple] = []
         self.states: list[str] = []
         self.raises: Exception | None = None
+        self.raises_once: Exception | None = None
         self.answer = torch.rand(1, 10), 24000
         self.tts = tts
 
@@ -28,8 +29,9 @@ class RecordingEngine:
         self.calls.append(arguments)
         self.states.append(self.tts.get_gpu_status()["models"]["tts"]["state"])
         assert self.weights.sum() == 4
-        if self.raises:
-            raise self.raises
+        once, self.raises_once = self.raises_once, None
+        if once or self.raises:
+            raise once or self.raises
         return self.answer
 
     def clone(self, prompt_wav_path, prompt_text, target_text):
@@ -126,3 +128,43 @@ def test_without_a_manager_it_shares_the_one_of_the_process(engine: RecordingEng
         assert (status["idle_timeout_s"], status["keep_warm_s"]) == (300, 3)
     finally:
         tts.manager.close()
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names it."""
+
+
+@pytest.mark.parametrize(
+    "error", [OutOfMemoryError("full"), DeviceOutOfMemory(5, 1, "card"), RuntimeError("CUDA out of memory")]
+)
+def test_a_device_that_is_full_in_the_middle_of_a_request_is_emptied_and_asked_once_more(
+    tts: GPUManagedTTS, engine: RecordingEngine, simulated: GPUResourceManager, error: Exception
+) -> None:
+    simulated.register("asr", lambda: RecordingEngine(), keep_warm=60)
+    with simulated.lease("asr"):
+        pass
+    assert simulated.status()["models"]["asr"]["state"] == "gpu"
+    engine.raises_once, expected = error, engine.answer[0].clone()
+    audio, _ = tts.clone("a.wav", "said", "to say")
+    assert torch.equal(audio, expected)
+    assert len(engine.calls) == 2
+    assert simulated.status()["models"]["asr"]["state"] == "cpu", "idle models make room"
+    assert state(tts) == "cpu"
+
+
+def test_a_device_that_stays_full_is_told(tts: GPUManagedTTS, engine: RecordingEngine) -> None:
+    engine.raises = DeviceOutOfMemory(5, 1, "card")
+    with pytest.raises(DeviceOutOfMemory):
+        tts.clone("a.wav", "said", "to say")
+    assert len(engine.calls) == 2
+    engine.raises = None
+    tts.clone("a.wav", "said", "to say")
+
+
+def test_after_an_error_that_leaves_no_engine_usable_the_next_request_builds_a_new_one(
+    tts: GPUManagedTTS, engine: RecordingEngine
+) -> None:
+    engine.raises = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        tts.clone("a.wav", "said", "to say")
+    assert state(tts) == "released"
