@@ -154,6 +154,7 @@ def _manager(settings: Settings) -> GPUResourceManager:
         idle_timeout=settings.gpu_idle_timeout,
         snapshot_dir=settings.gpu_snapshot_dir,
         snapshot_limit_bytes=settings.gpu_snapshot_limit,
+        budget_bytes=settings.gpu_budget,
     )
     logger.info("🚀 GPU 管理已启用 / GPU management is on: %s", manager.device.name)
     return manager
@@ -166,6 +167,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
         settings.model_path,
         gpu_idle_timeout=settings.gpu_idle_timeout,
         gpu_keep_warm=settings.gpu_keep_warm,
+        gpu_load_timeout=settings.gpu_load_timeout,
         manager=manager,
         load=lambda: build(manager.device.torch_device),
         name="tts",

@@ -45,6 +45,7 @@ class GPUManagedTTS:
         gpu_idle_timeout: float | str = 600,
         *,
         gpu_keep_warm: float | str | None = None,
+        gpu_load_timeout: float | str = -1,
         manager: GPUResourceManager | None = None,
         load: Callable[[], Engine] | None = None,
         name: str | None = None,
@@ -58,6 +59,7 @@ class GPUManagedTTS:
             model_source, torch_dtype: as StepAudioTTS takes them; None for its own defaults.
             gpu_idle_timeout: seconds idle (or ``"15m"``; -1 never) after which host memory is given up too.
             gpu_keep_warm: seconds on the GPU after a call, likewise; None for the manager's default (0).
+            gpu_load_timeout: seconds after which a load is given up (`LoadTimeout`); the next loads anew. -1: never.
             manager: None for the process's own, `get_gpu_manager`.
             load: builds another engine instead of those two.
             name: the model's name in status; ``tts`` (or ``tts-2`` and so on, where that is taken) by default.
@@ -73,7 +75,14 @@ class GPUManagedTTS:
         # A tokenizer that is ready is the caller's, and must outlive a release of the engine.
         keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
         load = load or self._loader(model_path, audio_tokenizer, arguments)
-        self.name = self._register(name, load, keep_warm=gpu_keep_warm, idle_timeout=gpu_idle_timeout, keep=keep)
+        self.name = self._register(
+            name,
+            load,
+            keep_warm=gpu_keep_warm,
+            idle_timeout=gpu_idle_timeout,
+            load_timeout=gpu_load_timeout,
+            keep=keep,
+        )
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Say ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz."""

@@ -7,15 +7,18 @@ must answer at once.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .errors import InvalidInput
 from .policies import seconds
+
+T = TypeVar("T")
 
 _SIZE_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
@@ -38,7 +41,9 @@ class Settings:
     enable_auto_transcribe: bool = False
     enable_gpu_management: bool = False
     gpu_idle_timeout: float = 600.0
-    gpu_keep_warm: float = 0.0
+    gpu_keep_warm: float | Literal["auto"] = 0.0
+    gpu_budget: int | None = None
+    gpu_load_timeout: float = math.inf
     engine: Literal["builtin", "step-audio"] = "builtin"
     step_audio_root: str | None = None
     gpu_snapshot_dir: str | None = None
@@ -46,6 +51,7 @@ class Settings:
     gpu_host_memory_limit: int | None = None
     simulate_gpu: int | None = None
     control_token: str | None = field(default=None, repr=False)
+    shutdown_grace: float = 10.0
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
@@ -109,12 +115,21 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--device-map", default=defaults.device_map, help="default: %(default)s")
     add("--enable-auto-transcribe", action="store_true", help="not available yet: type the prompt text")
 
+    add = parser.add_argument_group("the end").add_argument
+    add("--shutdown-grace", metavar="S", type=_checked(seconds), default=defaults.shutdown_grace,
+        help="after Ctrl-C or SIGTERM a running request may finish for this long (10, 90s, 15m; 0: not at all; "
+        "-1: as long as it takes); a second signal quits at once (default: 10)")  # fmt: skip
+
     add = parser.add_argument_group("GPU management").add_argument
     add("--enable-gpu-management", action="store_true", help="keep the model off the GPU while it is idle")
     add("--gpu-idle-timeout", metavar="S", type=_checked(seconds), default=defaults.gpu_idle_timeout,
         help="idle this long (600, 90s, 15m, 1h): released from host memory too; -1 never (default: 600)")  # fmt: skip
     add("--gpu-keep-warm", metavar="S", type=_checked(_keep_warm), default=defaults.gpu_keep_warm,
-        help="stay on the GPU this long after a request (default: 0)")  # fmt: skip
+        help="stay on the GPU this long after a request; auto learns it from the arrivals (default: 0)")  # fmt: skip
+    add("--gpu-budget", metavar="SIZE", type=_checked(size_bytes),
+        help="GPU memory that the models take together at most (24GB; default: what the GPU has)")  # fmt: skip
+    add("--gpu-load-timeout", metavar="S", type=_checked(seconds), default=defaults.gpu_load_timeout,
+        help="give up a load that takes longer, and load anew on the next request (default: -1, never)")  # fmt: skip
     add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
     add("--gpu-snapshot-dir", metavar="DIR", help="keep released weights on disk here and read them back from it")
     add("--gpu-snapshot-limit", metavar="SIZE", type=_checked(size_bytes),
@@ -143,13 +158,8 @@ def size_bytes(text: str) -> int:
     return nbytes
 
 
-def _keep_warm(text: str) -> float:
-    if text == "auto":
-        raise InvalidInput(
-            "auto is not available yet: give seconds or 90s, 15m; -1 means always on the GPU",
-            "auto 尚未提供：请写秒数，或 90s、15m；-1 表示一直留在 GPU 上",
-        )
-    return seconds(text)
+def _keep_warm(text: str) -> float | Literal["auto"]:
+    return "auto" if text.strip().lower() == "auto" else seconds(text)
 
 
 def _port(text: str) -> int:
@@ -158,10 +168,10 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _checked(read: Callable[[str], int | float]) -> Callable[[str], int | float]:
+def _checked(read: Callable[[str], T]) -> Callable[[str], T]:
     """A type for argparse that passes our sentences on; argparse hides those of other exceptions."""
 
-    def convert(text: str) -> int | float:
+    def convert(text: str) -> T:
         try:
             return read(text)
         except InvalidInput as error:

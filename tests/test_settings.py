@@ -23,6 +23,18 @@ def test_times_are_read_with_units_and_minus_one_is_never() -> None:
     assert (settings.gpu_idle_timeout, settings.gpu_keep_warm) == (900, math.inf)
 
 
+def test_budget_load_timeout_and_grace() -> None:
+    settings = parse([], {})
+    assert (settings.gpu_budget, settings.gpu_load_timeout, settings.shutdown_grace) == (None, math.inf, 10)
+    settings = parse(["--gpu-budget", "24GB", "--gpu-load-timeout", "5m", "--shutdown-grace", "0"], {})
+    assert (settings.gpu_budget, settings.gpu_load_timeout, settings.shutdown_grace) == (24 << 30, 300, 0)
+    assert parse(["--shutdown-grace", "-1"], {}).shutdown_grace == math.inf
+
+
+def test_keep_warm_may_be_left_to_learn() -> None:
+    assert parse(["--gpu-keep-warm", "auto"], {}).gpu_keep_warm == "auto"
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"), [("48GB", 48 << 30), ("48GiB", 48 << 30), ("512MB", 512 << 20), ("1.5g", 3 << 29)]
 )
@@ -58,8 +70,11 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
         (["--enable-gpu-management", "--simulate-gpu", "plenty"], "48GB"),
         (["--enable-gpu-management", "--simulate-gpu", "0GB"], "48GB"),
         (["--gpu-idle-timeout", "soon"], "15m"),
-        (["--gpu-keep-warm", "auto"], "not available yet"),
+        (["--gpu-keep-warm", "automatic"], "90s"),
         (["--gpu-keep-warm", "-5"], "-1"),
+        (["--gpu-budget", "half"], "48GB"),
+        (["--gpu-load-timeout", "soon"], "15m"),
+        (["--shutdown-grace", "-2"], "-1"),
         (["--gpu-isolation", "process"], "not available yet"),
         (["--server-port", "70000"], "65535"),
         (["--quantization", "int2"], "int4"),

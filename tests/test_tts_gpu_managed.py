@@ -7,8 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fakes import Gate
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, ModelExists, SimulatedDevice, get_gpu_manager
+
+
+from gpu_manager import GPUResourceManager, LoadTimeout, ModelExists, SimulatedDevice, get_gpu_manager
 from residency.engines.builtin import HTTPException
 from tts_gpu_managed import GPUManagedTTS
 
@@ -168,3 +172,20 @@ def test_after_an_error_that_leaves_no_engine_usable_the_next_request_builds_a_n
     with pytest.raises(RuntimeError, match="illegal memory"):
         tts.clone("a.wav", "said", "to say")
     assert state(tts) == "released"
+
+
+def test_a_load_that_takes_too_long_is_given_up(simulated: GPUResourceManager, engine: RecordingEngine) -> None:
+    gate = Gate()
+    hangs = iter([True, False])
+
+    def load() -> RecordingEngine:
+        if next(hangs):
+            gate.pass_through()
+            return RecordingEngine()
+        return engine
+
+    tts = engine.tts = GPUManagedTTS(None, None, manager=simulated, load=load, gpu_load_timeout=0.05)
+    with pytest.raises(LoadTimeout):
+        tts.clone("a.wav", "said", "to say")
+    gate.open()
+    assert tts.clone("a.wav", "said", "to say")[1] == 24000
