@@ -19,6 +19,28 @@ _PENDING = {
     "offload": "当前请求结束后卸载 / Will be offloaded when the running request ends",
     "release": "当前请求结束后释放 / Will be released when the running request ends",
 }
+IN_USE = "模型使用中，正在等候 / The model is in use; waiting for it"
+ARRIVED = {"gpu": "模型已就绪 / The model is ready", "cpu": "模型已回到内存 / The model is back in main memory"}
+_TO = {
+    "gpu": "前往显存 / To the GPU",
+    "cpu": "前往内存 / To main memory",
+    "released": "正在释放 / Being released",
+}
+_NEXT = {
+    "gpu": "{in_} 后回到显存 / to the GPU in {in_}",
+    "cpu": "{in_} 后卸载到内存 / to main memory in {in_}",
+    "released": "{in_} 后释放 / released in {in_}",
+}
+_PHASES = {
+    "loading": "加载 / loading",
+    "building": "构建 / building",
+    "copying": "复制 / copying",
+    "reading": "读取 / reading",
+    "saving": "保存 / saving",
+    "restoring": "恢复 / restoring",
+    "offloading": "卸载 / offloading",
+    "releasing": "释放 / releasing",
+}
 _STYLE = """<style>
 .gpu-device {display:flex; flex-wrap:wrap; gap:2px 12px; align-items:baseline; justify-content:space-between}
 .gpu-bar {height:8px; border-radius:4px; background:rgba(128,128,128,.25); margin:6px 0 2px; overflow:hidden}
@@ -81,14 +103,35 @@ def pressed(action: str, done: bool, status: dict[str, Any]) -> str:
     return "已卸载到内存。 / Offloaded to main memory."
 
 
+def share(done_bytes: int, total_bytes: int | None) -> float | None:
+    """From 0 to 1, how much is done; None where nobody knows."""
+    return min(1.0, done_bytes / total_bytes) if total_bytes and done_bytes else None
+
+
+def on_its_way(
+    device_kind: str, target: str, phase: str, done_bytes: int, total_bytes: int | None, seconds: float
+) -> str:
+    """Where a model goes, and how far it has come: phase, bytes of total, rate."""
+    facts = [_PHASES.get(phase, phase)]
+    if done_bytes:
+        of = "" if total_bytes is None else f" / {readable_bytes(total_bytes)}"
+        facts.append(f"{readable_bytes(done_bytes)}{of}")
+        if seconds > 0:
+            facts.append(f"{readable_bytes(round(done_bytes / seconds))}/s")
+    elif total_bytes:
+        facts.append(readable_bytes(total_bytes))
+    return f"{_called(_TO.get(target, target), device_kind)}: {' · '.join(facts)}"
+
+
 def as_text(status: dict[str, Any]) -> str:
     """The status as a few lines of plain text."""
     device = status["device"]
     lines = [f"{device['name']}: {_usage(device)}"]
     for name, model in status["models"].items():
         facts = ", ".join(f"{label} {value}" for label, value in _facts(model, device["kind"]))
-        lines += [f"{name}: {state_in_words(model['state'], device['kind'])} ({facts})", *_remarks(model)]
-    return "\n".join([*lines, *_notes(device)])
+        lines += [f"{name}: {state_in_words(model['state'], device['kind'])} ({facts})"]
+        lines += [line for line in (_activity(model), _course(model, device["kind"])) if line] + _remarks(model)
+    return "\n".join([*lines, *_notes(device), *_trouble(status)])
 
 
 def as_html(status: dict[str, Any]) -> str:
@@ -103,6 +146,7 @@ def as_html(status: dict[str, Any]) -> str:
         used_percent = 100 * (1 - device["free_bytes"] / device["total_bytes"])
         parts.append(f"<div class='gpu-bar'><i style='width:{used_percent:.1f}%'></i></div>")
     parts += [f"<div class='gpu-quiet'>{html.escape(note)}</div>" for note in _notes(device)]
+    parts += [f"<div class='gpu-error'>{html.escape(trouble)}</div>" for trouble in _trouble(status)]
     for name, model in status["models"].items():
         safe_name, state = html.escape(name, quote=True), model["state"]
         facts = "".join(
@@ -115,7 +159,7 @@ def as_html(status: dict[str, Any]) -> str:
             f"<span class='gpu-chip' data-model='{safe_name}' data-state='{state}'>"
             f"{state_in_words(state, device['kind'])}</span>"
             f"<span class='gpu-quiet'>{_activity(model)}</span></div>"
-            f"<div class='gpu-facts'>{facts}</div>{remarks}</div>"
+            f"{_way(model, device['kind'])}<div class='gpu-facts'>{facts}</div>{remarks}</div>"
         )
     return "".join(parts)
 
@@ -149,11 +193,53 @@ def _facts(model: dict[str, Any], device_kind: str) -> list[tuple[str, str]]:
 
 
 def _activity(model: dict[str, Any]) -> str:
-    if model.get("pending"):
-        return _PENDING[model["pending"]]
+    """What requests do with it: use it, wait for it."""
+    parts = ["使用中 / In use"] if model["leases"] else []
     if model["waiting"]:
-        return f"使用中，{model['waiting']} 个请求等待 / In use, {model['waiting']} waiting"
-    return "使用中 / In use" if model["leases"] else ""
+        parts.append(f"{model['waiting']} 个请求等待 / {model['waiting']} waiting")
+    if model.get("pending"):
+        parts.append(_PENDING[model["pending"]])
+    return " · ".join(parts)
+
+
+def _course(model: dict[str, Any], device_kind: str) -> str:
+    """Where it is going, or what happens to it next if nobody asks for it."""
+    if way := model["progress"]:
+        course = on_its_way(device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["seconds"])
+        return f"{course} · {readable_seconds(way['seconds'])}"
+    if model["next"] and not model["leases"]:
+        what = _NEXT[model["next"]["to"]].format(in_=readable_seconds(model["next"]["in_s"]))
+        return f"接下来 / Next: {_called(what, device_kind)}"
+    return ""
+
+
+def _way(model: dict[str, Any], device_kind: str) -> str:
+    course, way = html.escape(_course(model, device_kind)), model["progress"]
+    done = share(way["bytes"], way["total_bytes"]) if way else None
+    bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
+    return f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}" if course else ""
+
+
+def _called(sentence: str, device_kind: str) -> str:
+    """A simulated card is called simulated here too."""
+    if device_kind != "simulated":
+        return sentence
+    return sentence.replace("显存", "模拟显存").replace("the GPU", "the simulated GPU")
+
+
+def _trouble(status: dict[str, Any]) -> list[str]:
+    """What is wrong with the thread that moves idle models: it met an error, or is not there although one is due."""
+    monitor = status["monitor"]
+    sentences = []
+    if not monitor["alive"] and any(model["next"] for model in status["models"].values()):
+        sentences.append(
+            "空闲监视线程未运行，模型不会自动离开；下一次请求会重新启动它。 / "
+            "The idle monitor is not running, so models do not leave by themselves; the next request starts it again."
+        )
+    if monitor["errors"]:
+        times = f"{monitor['errors']} 次 / {monitor['errors']}×"
+        sentences.append(f"空闲监视出错 / Idle monitor, errors: {times}: {monitor['last_error']}")
+    return sentences
 
 
 def _remarks(model: dict[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from fakes import Gate, Workshop
 
 from gpu_manager import CpuDevice, GPUResourceManager
+from residency.clock import ManualClock
 from residency.web import words
 
 
@@ -71,3 +73,75 @@ def test_what_comes_from_outside_is_escaped(manager: GPUResourceManager) -> None
     assert "&lt;script&gt;card" in shown
     assert "&lt;i&gt;oops" in shown
     assert not {"<script>", "<b>'", "<i>oops"} & {part for part in ("<script>", "<b>'", "<i>oops") if part in shown}
+
+
+class TestCourse:
+    """Where a model goes, and what happens to it next."""
+
+    def test_a_move_tells_where_how_far_and_how_fast(self, manager: GPUResourceManager) -> None:
+        status = manager.status()
+        status["models"]["tts"] |= {
+            "state": "moving",
+            "progress": {
+                "to": "gpu",
+                "phase": "restoring",
+                "bytes": 3 << 30,
+                "total_bytes": 12 << 30,
+                "seconds": 1.5,
+                "bytes_per_s": 2 << 30,
+            },
+        }
+        for shown in (words.as_text(status), words.as_html(status)):
+            assert "前往模拟显存 / To the simulated GPU" in shown
+            assert "恢复 / restoring · 3 GB / 12 GB · 2 GB/s · 1.5 s" in shown
+        assert "width:25.0%" in words.as_html(status)
+
+    def test_what_nobody_knows_of_a_move_is_left_out(self) -> None:
+        assert words.on_its_way("cuda", "gpu", "thinking", 0, None, 0.0) == "前往显存 / To the GPU: thinking"
+        assert words.on_its_way("cuda", "cpu", "offloading", 0, 1 << 30, 0.0).endswith("offloading · 1 GB")
+        assert words.share(5, None) is words.share(0, 10) is None
+        assert words.share(20, 10) == 1.0
+
+    def test_what_a_moving_model_does_is_read_from_the_manager(
+        self, manager: GPUResourceManager, workshop: Workshop
+    ) -> None:
+        workshop.gate = gate = Gate()
+        manager.warm("tts")
+        gate.wait_for_arrival()
+        assert "To the simulated GPU: 构建 / building" in words.as_text(manager.status())
+        gate.open()
+        with manager.lease("tts"):
+            pass
+
+    def test_an_idle_model_tells_what_comes_next(self, manager: GPUResourceManager, clock: ManualClock) -> None:
+        manager.configure("tts", keep_warm=30, idle_timeout=600)
+        with manager.lease("tts"):
+            assert "Next" not in words.as_text(manager.status())
+        clock.advance(18)
+        for shown in (words.as_text(manager.status()), words.as_html(manager.status())):
+            assert "12 s 后卸载到内存 / to main memory in 12 s" in shown
+        manager.offload("tts")
+        assert "10 min 后释放 / released in 10 min" in words.as_text(manager.status())
+        manager.configure("tts", idle_timeout=-1)
+        assert "Next" not in words.as_text(manager.status())
+
+    def test_the_queue_is_counted(self, manager: GPUResourceManager) -> None:
+        status = manager.status()
+        status["models"]["tts"] |= {"leases": 1, "waiting": 3}
+        for shown in (words.as_text(status), words.as_html(status)):
+            assert "使用中 / In use · 3 个请求等待 / 3 waiting" in shown
+        status["models"]["tts"] |= {"leases": 0, "waiting": 1}
+        assert "In use" not in words.as_text(status)
+        assert "1 waiting" in words.as_text(status)
+
+    def test_a_monitor_in_trouble_is_shown_and_one_that_is_not_needed_is_not(self, manager: GPUResourceManager) -> None:
+        status = manager.status()
+        assert not status["monitor"]["alive"]
+        assert "monitor" not in words.as_text(status)
+        status["models"]["tts"]["next"] = {"to": "cpu", "in_s": 5.0}
+        for shown in (words.as_text(status), words.as_html(status)):
+            assert "空闲监视线程未运行" in shown
+            assert "The idle monitor is not running" in shown
+        status["monitor"] = {"alive": True, "errors": 2, "last_error": "<OSError>"}
+        assert "2×: <OSError>" in words.as_text(status)
+        assert "&lt;OSError&gt;" in words.as_html(status)
