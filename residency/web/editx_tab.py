@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import gradio as gr
@@ -18,7 +19,9 @@ from .compat import ENGINE, PRIVATE, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .history import Step, as_messages
+from .intent import Intent
 from .speech import Speech, explain
+from .waiting import told
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,8 @@ class EditxTab:
         self._builtin = getattr(args, "engine", None) == "builtin"
         manager = getattr(tts_engine, "manager", None)
         self.panel = None if manager is None else GpuPanel(manager)
+        self._manager, self._model = manager, getattr(tts_engine, "name", None)
+        self.intent = Intent(manager, self._model) if manager is not None and self._model else None
 
     # -- GPU ----------------------------------------------------------------------------------------------------
 
@@ -75,6 +80,10 @@ class EditxTab:
     def release_gpu(self) -> str:
         """Free the model's memory everywhere; say what came of it and where things are now."""
         return f"{self.panel.release()}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
+
+    def told(self) -> AbstractContextManager[None]:
+        """A block in which the person whose event this is reads what the model does meanwhile."""
+        return told(self._manager, self._model)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -150,7 +159,8 @@ class EditxTab:
 
     def _answer(self, work: Callable[[], State], state: State) -> tuple[Any, State, str]:
         try:
-            state = work()
+            with self.told():
+                state = work()
         except Exception as error:
             sentence = html.escape(explain(error))
             gr.Warning(sentence)
@@ -227,5 +237,12 @@ class EditxTab:
         for clear in (self.clean_history_submit.click, self.chat_box.clear):
             clear(self.clear_history, [state], outputs, **PRIVATE)
         self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, **PRIVATE)
+        if self.intent:
+            writing = [box.focus for box in (self.prompt_text_input, self.generated_text)]
+            writing += [box.input for box in (self.prompt_text_input, self.generated_text)]
+            # When an upload begins no event comes, but the server sees its request: `Traffic` looks for that.
+            speaking = [self.prompt_audio_input.start_recording, self.prompt_audio_input.upload]
+            for event in (*writing, *speaking):
+                event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
         if self.panel:
             self.panel.register_events(forget_message=[self.button_tts.click, self.button_edit.click])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -14,18 +15,23 @@ from .speech import Speech, explain
 T = TypeVar("T")
 
 
-def register_speech(speech: Speech) -> None:
-    """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people."""
+def register_speech(speech: Speech, told: Callable[[], AbstractContextManager[None]]) -> None:
+    """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people.
+
+    In a block of ``told`` the caller hears what happens to the model.
+    """
 
     def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
         """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
-        return _or_error(lambda: speech.clone(prompt_audio, prompt_text, target_text))
+        with told():
+            return _or_error(lambda: speech.clone(prompt_audio, prompt_text, target_text))
 
     def edit(
         input_audio: str, audio_text: str, edit_type: str, edit_info: str | None = None, text: str | None = None
     ) -> str:
         """Change input_audio, in which audio_text is said. Only paralinguistic uses text."""
-        return _or_error(lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
+        with told():
+            return _or_error(lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
 
     with gr.Row(visible=False):
         _expose(clone, [_recording(), gr.Textbox(), gr.Textbox()], gr.Audio(), **ENGINE)

@@ -41,7 +41,7 @@ class Page:
             gr.Markdown("## 🎙️ Step-Audio-EditX\n音色克隆与语音编辑 / Zero-shot voice cloning and audio editing")
             tab.register_components()
             tab.register_events()
-            endpoints.register_speech(tab.speech)
+            endpoints.register_speech(tab.speech, tab.told)
             if manager is not None:
                 endpoints.register_gpu(manager)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -22,3 +23,6 @@ class Manager(Protocol):
 
     def warm(self, name: str | None = None) -> bool:
         """True: on the device already; False: begun. `UnknownModel`."""
+
+    def subscribe(self, listener: Callable[[Any], Any]) -> Callable[[], None]:
+        """Have moves told to ``listener``; call the answer to end that."""

@@ -169,7 +169,7 @@ class TestWithoutManagement:
 class TestWithManagement:
     @pytest.fixture
     def tab(self, engine: Any, folder: Path, manager: GPUResourceManager) -> Iterator[EditxTab]:
-        engine.manager = manager
+        engine.manager, engine.name = manager, "tts"
         with manager.lease("tts"):
             pass
         return EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine)
@@ -196,8 +196,28 @@ class TestWithManagement:
         tab.get_gpu_status()
         assert manager.status()["models"]["tts"]["idle_s"] == 100
 
+    def test_what_people_do_before_they_ask_shows_intent(self, tab: EditxTab) -> None:
+        shown, waits = intent_events(tab)
+        assert shown == {
+            ("prompt-text", "focus"), ("prompt-text", "input"), ("target-text", "focus"), ("target-text", "input"),
+            ("prompt-audio", "start_recording"), ("prompt-audio", "upload"),
+        }  # fmt: skip
+        assert not waits
+
     def test_the_page_has_the_panel(self, tab: EditxTab) -> None:
         assert "gpu-status" in drawn(tab)
+
+
+def intent_events(tab: EditxTab) -> tuple[set[tuple[str, str]], bool]:
+    """Which events of the page show intent, and whether any of them waits in the queue or shows that it works."""
+    with gr.Blocks() as blocks:
+        tab.register_components()
+        tab.register_events()
+    assert tab.intent
+    functions = [function for function in blocks.fns.values() if function.fn == tab.intent.show]
+    targets = {(blocks.blocks[number].elem_id, event) for function in functions for number, event in function.targets}
+    waits = any(function.queue or function.show_progress != "hidden" for function in functions)
+    return targets, waits
 
 
 def drawn(tab: EditxTab) -> str:
