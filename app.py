@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import logging
+import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from residency.errors import EngineUnavailable, InvalidInput, ResidencyError
 from residency.settings import Settings, parse
+from residency.signals import Signals
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -33,7 +35,14 @@ __all__ = ["EditxTab", "main"]
 
 logger = logging.getLogger("app")
 
-CLOSE_WITHIN_S = 5.0
+DELIVERED_WITHIN_S = 5.0
+"""How long an answer that came in time may take to reach its receiver."""
+
+MOVED_WITHIN_S = 5.0
+"""How long models may take to be released, beyond what running requests were given."""
+
+_abandoned = threading.Event()
+"""Whether something was left running at the end."""
 
 
 def __getattr__(name: str) -> Any:
@@ -50,10 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _recordings_folder(settings.tmp_dir) as folder:
-            _serve(dataclasses.replace(settings, tmp_dir=folder))
+        with Signals() as signals, _recordings_folder(settings.tmp_dir, signals) as folder:
+            _serve(dataclasses.replace(settings, tmp_dir=folder), signals)
     except KeyboardInterrupt:
         return 0
     except (ResidencyError, OSError) as error:
@@ -62,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(settings: Settings) -> None:
+def _serve(settings: Settings, signals: Signals) -> None:
     from residency.web.port import check_port
 
     check_port(settings.server_name, settings.server_port)
@@ -77,6 +85,7 @@ def _serve(settings: Settings) -> None:
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
     page = Page(EditxTab(settings, tts_engine=engine, edit_types=_edit_types(settings)), manager)
+    signals.at_once(page.close_tunnels)
     try:
         public_link = page.serve(
             settings.server_name,
@@ -91,7 +100,8 @@ def _serve(settings: Settings) -> None:
             logger.info("Public link / 公开链接: %s", public_link or "could not be made / 创建失败")
         threading.Event().wait()
     finally:
-        _close(page, manager)
+        signals.interrupt_no_more()
+        _end(page, manager, settings.shutdown_grace)
 
 
 def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
@@ -175,7 +185,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
 
 
 @contextmanager
-def _recordings_folder(parent: str) -> Iterator[str]:
+def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
     """A folder of our own for uploads and results, gone at the end. Gradio is told to use it too.
 
     It is locked while we live: those of apps that were killed are not, and are removed, since they hold voices.
@@ -192,13 +202,12 @@ def _recordings_folder(parent: str) -> Iterator[str]:
             f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
         ) from error
     os.environ["GRADIO_TEMP_DIR"] = folder
+    signals.at_once(lambda: shutil.rmtree(folder, ignore_errors=True))
     with _locked(folder):
         try:
             yield folder
         finally:
-            # Impatient signals must not end the clearing up.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+            signals.interrupt_no_more()
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -213,26 +222,48 @@ def _locked(folder: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _close(page: Page, manager: GPUResourceManager | None) -> None:
-    """Stop serving and give everything back. A request that runs for minutes is not waited for."""
+def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None:
+    """Refuse new requests, let the running ones finish and be delivered, give everything back, then stop serving."""
+    began_s = time.monotonic()
 
-    def close() -> None:
-        page.close()
-        if manager is not None:
-            manager.close()
+    def left_s() -> float:
+        return max(0.0, began_s + grace_s - time.monotonic())
 
+    page.refuse()
+    if page.speech.running and grace_s:
+        allowed = "" if grace_s == math.inf else f" ({grace_s:g} s)"
+        logger.info(
+            "Shutting down; a running request may finish%s, a second signal quits at once. / "
+            "正在关闭；正在运行的请求可以完成%s，再次发送信号则立即退出。",
+            allowed,
+            allowed,
+        )
+    ended = manager is None or _closed(manager, grace_s)
+    if page.speech.wait_until_idle(left_s()):
+        page.traffic.wait_until_quiet(DELIVERED_WITHIN_S)
+    if page.speech.running:
+        logger.warning("A request is still running; leaving without it. / 仍有请求在运行，不再等待，直接退出。")
+    elif not ended:
+        logger.warning("A model is still on its way; leaving without it. / 模型仍在搬移，不再等待，直接退出。")
+    if page.speech.running or not ended:
+        _abandoned.set()
     # The server is stopped on purpose; what it says of requests that end with it helps nobody.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    closer = threading.Thread(target=close, name="app-close", daemon=True)
-    closer.start()
-    closer.join(CLOSE_WITHIN_S)
-    if closer.is_alive():
-        logger.warning("A request is still running; leaving without it. / 仍有请求在运行，不再等待，直接退出。")
+    page.close()
+
+
+def _closed(manager: GPUResourceManager, grace_s: float) -> bool:
+    """Close it; False if a request runs beyond its time, or a move beyond any."""
+    if manager.close(grace_s):
+        return True
+    if any(model["leases"] for model in manager.status()["models"].values()):
+        return False
+    return manager.close(MOVED_WITHIN_S)
 
 
 if __name__ == "__main__":
     code = main()
-    if any(thread.name == "app-close" for thread in threading.enumerate()):
+    if _abandoned.is_set():
         # The engine's threads are inside native code, which must not see the interpreter end around it.
         logging.shutdown()
         os._exit(code)

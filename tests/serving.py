@@ -17,6 +17,15 @@ from urllib.request import Request, urlopen
 ROOT = Path(__file__).resolve().parent.parent
 START_WITHIN_S = 180
 
+# Puts an engine in place of the built-in one that says what it does and waits until the test lets it go on.
+_WITH_GATES = """
+import pathlib, sys, types
+sys.path.insert(0, "tests")
+import gated_engine
+gated_engine.FOLDER = pathlib.Path({folder!r})
+sys.modules["residency.engines.builtin"] = gated_engine
+"""
+
 # Runs app.py; SIGUSR1 makes it print the names of its threads, so that a test can see who is there.
 _WITH_ROLL_CALL = """
 import runpy, signal, sys, threading
@@ -41,17 +50,21 @@ def run_app(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str
 
 
 class RunningApp:
-    """A served app, until the block ends. ``log`` is what it has printed so far."""
+    """A served app, until the block ends. ``log`` is what it has printed so far.
 
-    def __init__(self, tmp_dir: Path, *arguments: str) -> None:
+    With ``gates``, an empty folder, a `gated_engine` speaks in it.
+    """
+
+    def __init__(self, tmp_dir: Path, *arguments: str, gates: Path | None = None) -> None:
+        prelude = "" if gates is None else _WITH_GATES.format(folder=str(gates))
         self.tmp_dir = tmp_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._lines: list[str] = []
         self._news = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _WITH_ROLL_CALL, "--server-name", "127.0.0.1", "--server-port", str(self.port),
-             "--tmp-dir", str(tmp_dir), *arguments],
+            [sys.executable, "-c", prelude + _WITH_ROLL_CALL, "--server-name", "127.0.0.1",
+             "--server-port", str(self.port), "--tmp-dir", str(tmp_dir), *arguments],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             # Whoever runs the tests in the background may have it ignored, and children inherit that.

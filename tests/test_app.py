@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from gated_engine import close_gate
 from gradio_client import Client, handle_file
 from serving import ROOT, RunningApp, run_app
 
@@ -80,6 +81,9 @@ class TestWithManagement:
         assert managed.get("/healthz") == managed.get("/readyz") == (200, {"status": "ok"})
         code, status = managed.get("/gpu/status")
         assert (code, status["device"]["kind"], status["device"]["total_bytes"]) == (200, "simulated", 48 << 30)
+        assert status["device"]["budget_bytes"] is None
+        assert status["monitor"].keys() == {"alive", "errors", "last_error"}
+        assert {"policy", "next", "progress"} <= status["models"]["tts"].keys()
 
     def test_the_endpoints_are_these_and_no_others(self, managed: RunningApp) -> None:
         gpu = {"/gpu_status", "/gpu_offload", "/gpu_release", "/gpu_warm"}
@@ -134,6 +138,25 @@ class TestWithManagement:
         assert managed.model()["state"] == "cpu"
 
 
+class TestFlags:
+    def test_budget_and_times_arrive_at_the_manager(self, tmp_path: Path) -> None:
+        flags = ("--gpu-budget", "2GB", "--gpu-keep-warm", "-1", "--gpu-idle-timeout", "-1")
+        with RunningApp(tmp_path, *SIMULATED, *flags) as app:
+            assert app.get("/gpu/status")[1]["device"]["budget_bytes"] == 2 << 30
+            assert (app.model()["keep_warm_s"], app.model()["idle_timeout_s"]) == (-1, -1)
+
+    def test_a_load_that_hangs_is_given_up_and_said(self, tmp_path: Path, recording: str) -> None:
+        for name in ("gates", "recordings"):
+            (tmp_path / name).mkdir()
+        close_gate(tmp_path / "gates", "load")
+        flags = (*SIMULATED, "--gpu-load-timeout", "0.1", "--shutdown-grace", "0")
+        with RunningApp(tmp_path / "recordings", *flags, gates=tmp_path / "gates") as app:
+            client = Client(app.url, verbose=False)
+            with pytest.raises(Exception, match=r"was not loaded within 0.1 s.*未能在 0.1 秒内加载完成"):
+                client.predict(handle_file(recording), "Good morning.", "Hello.", api_name="/clone")
+            assert "LoadTimeout" in app.model()["last_error"]
+
+
 class TestEnd:
     @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_ends_it_well_and_nothing_is_left(self, tmp_path: Path, sign: signal.Signals) -> None:
@@ -143,8 +166,8 @@ class TestEnd:
         assert "Traceback" not in app.log
         assert not list(tmp_path.iterdir())
 
-    def test_a_running_request_does_not_hold_it(self, tmp_path: Path, recording: str) -> None:
-        with RunningApp(tmp_path, *SIMULATED) as app:
+    def test_without_grace_a_running_request_does_not_hold_it(self, tmp_path: Path, recording: str) -> None:
+        with RunningApp(tmp_path, *SIMULATED, "--shutdown-grace", "0") as app:
             text = "This is a sentence of a very long story that is told again and again. " * 40
             Client(app.url, verbose=False).submit(handle_file(recording), "Good morning.", text, api_name="/clone")
             app.wait_for_line("released -> gpu")
@@ -203,12 +226,11 @@ def test_recordings_of_a_killed_app_are_removed_and_those_of_a_running_one_kept(
 ) -> None:
     import app
 
-    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     for name in ("editx-dead", "editx-live", "somebody-elses"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "voice.wav").touch()
-    with app._locked(tmp_path / "editx-live"), app._recordings_folder(str(tmp_path)) as ours:
+    with app._locked(tmp_path / "editx-live"), app._recordings_folder(str(tmp_path), app.Signals()) as ours:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             ["editx-live", "somebody-elses", Path(ours).name]
         )

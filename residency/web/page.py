@@ -7,17 +7,20 @@ from typing import Any
 
 import gradio as gr
 from gradio.tunneling import CURRENT_TUNNELS
+from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from . import endpoints
 from .compat import supported
 from .editx_tab import EditxTab
 from .protocols import Manager
+from .traffic import Traffic
 
 _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _CSS = """
 #message:has(.prose:empty), #gpu-message:has(.prose:empty) {display: none}
+#history .progress-level-inner {text-align: center; overflow-wrap: anywhere; padding: 0 8px}
 #history button[aria-label=Share] {display: none}
 #history .waveform-wrapper {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div {flex: 1 0 100%}
@@ -29,6 +32,8 @@ class Page:
     """Gradio's page around an `EditxTab`. With a manager it has the GPU endpoints too."""
 
     def __init__(self, tab: EditxTab, manager: Manager | None = None) -> None:
+        self.speech = tab.speech
+        self.traffic = Traffic(tab.intent.show if tab.intent else None)
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)
         # Where launch() does not take the look, Blocks() does.
@@ -58,16 +63,28 @@ class Page:
             quiet=True,
             ssr_mode=False,
             # Given to FastAPI's constructor, and so ahead of Gradio's route that catches everything.
-            app_kwargs={"routes": list(routes)},
+            app_kwargs={"routes": list(routes), "middleware": [Middleware(self.traffic.around)]},
             **self._look,
             **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
         )
         return public_link or None
 
-    def close(self) -> None:
-        """Stop serving, take down the public link and delete what this page has put into Gradio's cache."""
+    def refuse(self) -> None:
+        """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""
+        self.speech.close()
+        for function in self.blocks.fns.values():
+            function.concurrency_limit = None
+        for queue in list(self.blocks._queue.event_queue_per_concurrency_id.values()):
+            queue.concurrency_limit = None
+
+    def close_tunnels(self) -> None:
+        """Take down the public link."""
         for tunnel in list(CURRENT_TUNNELS):
             tunnel.kill()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Stop serving, take down the public link and delete what this page has put into Gradio's cache."""
+        self.close_tunnels()
         if self.blocks.is_running:
             # Open pages hold a connection each, for as long as they are open.
             self.blocks.server.config.timeout_graceful_shutdown = _CLOSE_WITHIN_S

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,19 @@ import numpy as np
 import soundfile
 
 from ..contracts import Engine
-from ..errors import InvalidInput, ResidencyError
+from ..errors import InvalidInput, ManagerClosed, ResidencyError
 
 logger = logging.getLogger(__name__)
+
+
+class ShuttingDown(ResidencyError):
+    """The app is about to end, and takes no new requests."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The app is shutting down and takes no new requests; try again once it is back. / "
+            "应用正在关闭，不再接受新请求；请在其恢复后重试。"
+        )
 
 
 class Speech:
@@ -28,6 +40,23 @@ class Speech:
         self._engine = engine
         self.edit_types = edit_types
         self._folder = Path(folder)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._running = 0
+
+    @property
+    def running(self) -> int:
+        """How many requests are with the engine, or wait for it."""
+        return self._running
+
+    def close(self) -> None:
+        """Refuse new requests (`ShuttingDown`); those that run may finish."""
+        self._closed = True
+
+    def wait_until_idle(self, within_s: float) -> bool:
+        """Wait for the running requests; False if ``within_s`` passes first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._running, min(within_s, threading.TIMEOUT_MAX))
 
     def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
         """Say ``target_text`` in the voice of the recording. `InvalidInput`, or what the engine raises."""
@@ -38,7 +67,8 @@ class Speech:
         target = _given_text(
             target_text, "Target Text is empty: write what should be said", "目标文本为空：请填写要合成的内容"
         )
-        return self._write("clone", self._ready().clone(audio, prompt, target))
+        with self._engine_at_work() as engine:
+            return self._write("clone", engine.clone(audio, prompt, target))
 
     def edit(
         self,
@@ -60,7 +90,8 @@ class Speech:
                 "Target Text is empty: write the text with tags such as [Laughter]",
                 "目标文本为空：请填写带有 [Laughter] 等标签的文本",
             )
-        return self._write(task, self._ready().edit(audio, said, task, info, wanted)), wanted
+        with self._engine_at_work() as engine:
+            return self._write(task, engine.edit(audio, said, task, info, wanted)), wanted
 
     def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
         if not edit_type or edit_type == "clone":
@@ -78,10 +109,20 @@ class Speech:
             )
         return edit_type, edit_info if choices else None
 
-    def _ready(self) -> Engine:
+    @contextmanager
+    def _engine_at_work(self) -> Iterator[Engine]:
         if self._engine is None:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
-        return self._engine
+        with self._changed:
+            if self._closed:
+                raise ShuttingDown
+            self._running += 1
+        try:
+            yield self._engine
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
 
     def _write(self, kind: str, answer: tuple[Any, int]) -> str:
         audio, sample_rate = answer
@@ -99,6 +140,8 @@ class Speech:
 
 def explain(error: Exception) -> str:
     """An error as a sentence for people. What is not their mistake goes into the log with its traceback."""
+    if isinstance(error, ManagerClosed):
+        error = ShuttingDown()  # what it means to who waits for an answer
     if isinstance(error, ResidencyError):
         return str(error)
     # StepAudioTTS raises its own HTTPException, which says in `detail` what str() does not.

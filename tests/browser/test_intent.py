@@ -1,0 +1,98 @@
+"""Before anybody asks for speech: the page brings the model back, and says how far it has come."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import soundfile
+from gated_engine import close_gate, open_gate
+from serving import RunningApp
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+WAIT_MS = 90_000
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Path:
+    (tmp_path / "gates").mkdir()
+    close_gate(tmp_path / "gates", "load")
+    return tmp_path / "gates"
+
+
+@pytest.fixture
+def app(tmp_path: Path, gates: Path) -> Iterator[RunningApp]:
+    arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--shutdown-grace", "0")
+    with RunningApp(tmp_path / "recordings", *arguments, gates=gates) as app:
+        yield app
+
+
+@pytest.fixture
+def page(app: RunningApp) -> Iterator[Page]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 1100})
+        page.set_default_timeout(WAIT_MS)
+        page.goto(app.url)
+        expect_state(page, "released")
+        yield page
+        browser.close()
+
+
+@pytest.mark.parametrize("act", ["press into", "upload"])
+def test_who_is_about_to_ask_finds_the_model_on_the_gpu(
+    page: Page, app: RunningApp, gates: Path, tmp_path: Path, act: str
+) -> None:
+    if act == "press into":
+        page.get_by_label("Target Text").click()
+    else:
+        page.locator("#prompt-audio input[type=file]").set_input_files(recording(tmp_path))
+    app.wait_for_line("at the gate: load")
+    expect_state(page, "moving")
+    sync_api.expect(page.locator("#gpu-status .gpu-course")).to_contain_text("To the simulated GPU: ")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/intent-{act.replace(' ', '-')}.png", full_page=True)
+    # Nothing on the page waits for it.
+    page.get_by_label("Target Text").fill("to say")
+    open_gate(gates, "load")
+    expect_state(page, "gpu")
+    sync_api.expect(page.locator("#gpu-status .gpu-course")).to_contain_text("to main memory in")
+    assert app.model()["leases"] == 0
+    assert "Traceback" not in app.log
+
+
+def test_who_waits_for_the_model_reads_what_it_does(page: Page, app: RunningApp, gates: Path, tmp_path: Path) -> None:
+    page.locator("#prompt-audio input[type=file]").set_input_files(recording(tmp_path))
+    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
+    page.get_by_label("Prompt Text").fill("said")
+    page.get_by_label("Target Text").fill("to say")
+    page.get_by_role("button", name="CLONE", exact=True).click()
+    app.wait_for_line("at the gate: load")
+    sync_api.expect(page.locator("#history")).to_contain_text("To the simulated GPU: ")
+    sync_api.expect(page.locator("#gpu-status")).to_contain_text("1 waiting")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/waiting.png", full_page=True)
+    open_gate(gates, "load")
+    sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
+    expect_state(page, "cpu")
+
+
+def recording(folder: Path) -> str:
+    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
+    return str(folder / "prompt.wav")
+
+
+def expect_state(page: Page, state: str) -> None:
+    chip = page.locator("#gpu-status [data-model=tts]")
+    sync_api.expect(chip).to_have_attribute("data-state", state, timeout=WAIT_MS)
