@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -40,6 +42,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Look until it is so; False after half a minute. For what another process does without saying so."""
+    until_s = time.monotonic() + 30
+    while not (so := condition()) and time.monotonic() < until_s:
+        pass
+    return so
 
 
 def run_app(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:

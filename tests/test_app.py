@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from gated_engine import close_gate
+from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
-from serving import ROOT, RunningApp, run_app
+from serving import ROOT, RunningApp, run_app, wait_until
 
 SIMULATED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 
@@ -136,6 +136,19 @@ class TestWithManagement:
         with pytest.raises(Exception, match=r"audio.*音频"):
             client.predict(handle_file(str(text)), "Good morning.", "Hello.", api_name="/clone")
         assert managed.model()["state"] == "cpu"
+
+
+def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recording: str) -> None:
+    for name in ("gates", "recordings"):
+        (tmp_path / name).mkdir()
+    close_gate(tmp_path / "gates", "load")
+    with RunningApp(tmp_path / "recordings", *SIMULATED, gates=tmp_path / "gates") as app:
+        client = Client(app.url, verbose=False)
+        job = client.submit(handle_file(recording), "Good morning.", "Hello.", api_name="/clone")
+        assert wait_until(lambda: bool(job.status().progress_data))
+        assert job.status().progress_data[0].desc == "前往模拟显存 / To the simulated GPU: 构建 / building"
+        open_gate(tmp_path / "gates", "load")
+        assert Path(job.result(30)).is_file()
 
 
 class TestFlags:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import soundfile
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
-from serving import RunningApp
+from serving import RunningApp, wait_until
 
 MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 BARE = ()
@@ -62,14 +61,6 @@ class Visit:
         return len(audio) / sample_rate
 
 
-def wait_until(condition: Callable[[], bool]) -> bool:
-    """Look until it is so; False after half a minute."""
-    until_s = time.monotonic() + 30
-    while not (so := condition()) and time.monotonic() < until_s:
-        pass
-    return so
-
-
 def assert_nothing_left(app: RunningApp, recordings: Path) -> None:
     assert not list(recordings.iterdir())
     with socket.socket() as probe:
@@ -100,6 +91,7 @@ def test_a_running_request_is_answered_and_others_are_refused(
         assert running.spoken_s() == 1
         assert app.process.wait(30) == 0
     assert "直接退出" not in app.log
+    assert "the interpreter ends" in app.log
     assert_nothing_left(app, recordings)
 
 
@@ -135,6 +127,8 @@ def test_when_the_grace_is_over_it_leaves_without_the_request(
         assert app.stop() == 0
         assert app.wait_for_line("leaving without it. / 仍有请求在运行")
         assert running.answer.exception(30)
+    # Not around a thread in native code.
+    assert "the interpreter ends" not in app.log
     assert_nothing_left(app, recordings)
 
 
@@ -165,10 +159,10 @@ def test_a_second_signal_quits_at_once(
 
 
 def test_a_second_signal_quits_an_app_whose_main_thread_is_in_native_code(recordings: Path, gates: Path) -> None:
-    close_gate(gates, "load")
+    (gates / "native").touch()
     app = RunningApp(recordings, gates=gates)  # unmanaged: loads before it serves
     try:
-        app.wait_for_line("at the gate: load", 120)
+        app.wait_for_line("in native code", 120)
         app.process.send_signal(signal.SIGTERM)
         app.process.send_signal(signal.SIGINT)
         # Whichever the system delivers first, the other is the second.
@@ -182,7 +176,7 @@ def test_a_load_for_nobody_is_not_waited_for(recordings: Path, gates: Path, prom
     with RunningApp(recordings, *MANAGED, "--shutdown-grace", "0", gates=gates) as app:
         close_gate(gates, "load")
         asked = Visit(app, prompt).ask()
-        app.wait_for_line("at the gate: load")
+        assert wait_until(lambda: app.model()["waiting"] == 1)
         app.process.send_signal(signal.SIGTERM)
         with pytest.raises(Exception, match=REFUSED):
             asked.answer.result(30)
