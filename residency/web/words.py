@@ -207,7 +207,7 @@ def _course(model: dict[str, Any], device_kind: str) -> str:
     if way := model["progress"]:
         course = on_its_way(device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["seconds"])
         return f"{course} · {readable_seconds(way['seconds'])}"
-    if model["next"] and not model["leases"]:
+    if model["next"]:
         what = _NEXT[model["next"]["to"]].format(in_=readable_seconds(model["next"]["in_s"]))
         return f"接下来 / Next: {_called(what, device_kind)}"
     return ""

@@ -11,7 +11,7 @@ import soundfile
 
 from app import EditxTab
 from gpu_manager import GPUResourceManager
-from residency.errors import InvalidInput
+from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")  # what gr.Warning becomes outside a page
@@ -137,6 +137,24 @@ def test_what_the_engine_says_in_its_own_words_is_shown(session: Session, engine
     assert "cannot do this: Unsupported edit type" in session.edit("singing", None).message
     engine.error = RuntimeError("CUDA error")
     assert "CUDA error" in session.clone().message
+
+
+@pytest.mark.parametrize(
+    ("error", "en", "zh"),
+    [
+        (RequestTimeout("tts", 30.0, 2, "restoring"), "place 2 in the queue", "排队第 2 位"),
+        (ModelBusy("tts", 3, "device"), "is busy", "正忙"),
+        (RequestCancelled("tts"), "was cancelled", "被取消"),
+        (ManagerClosed(), "shutting down", "正在关闭"),
+    ],
+)
+def test_why_there_was_no_model_is_said_in_both_languages(
+    session: Session, engine: Any, error: Exception, en: str, zh: str
+) -> None:
+    engine.error = error
+    message = session.clone().message
+    assert en in message
+    assert zh in message
 
 
 def test_clear_forgets_history_and_files(session: Session, folder: Path) -> None:
