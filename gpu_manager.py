@@ -12,8 +12,8 @@ request: one that times out, is cancelled or interrupted leaves it to arrive.
 
 from __future__ import annotations
 
-import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Collection
 from functools import partial
@@ -24,7 +24,7 @@ from residency.admission import Admission
 from residency.clock import SystemClock
 from residency.contracts import Adopt, Clock, Device
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
-from residency.dispatch import WARM_GRACE_S, Dispatcher
+from residency.dispatch import Dispatcher
 from residency.errors import (
     DeviceOutOfMemory,
     DeviceUnavailable,
@@ -44,12 +44,12 @@ from residency.events import Event
 from residency.leasing import Lease, held_slots
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
-from residency.planning import move_towards
-from residency.policies import change_policy, make_policy, seconds
+from residency.policies import AUTO, change_policy, make_policy, seconds
 from residency.probes import HostProbe
 from residency.residents import SnapshotFolder, adopt
 from residency.states import Slot, State
-from residency.status import describe
+from residency.status import describe, describe_device
+from residency.steering import Steering
 
 __all__ = [
     "CpuDevice",
@@ -74,8 +74,6 @@ __all__ = [
     "find_device",
     "get_gpu_manager",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 class GPUResourceManager:
@@ -105,19 +103,21 @@ class GPUResourceManager:
         clock: Clock | None = None,
         adopt: Adopt = adopt,
     ) -> None:
-        make_policy(keep_warm, idle_timeout)  # refuses what is no duration
-        self.keep_warm = keep_warm
-        self.idle_timeout = idle_timeout
-        self.device: Device = device or find_device()
-        self.snapshot_dir = None if snapshot_dir is None else Path(snapshot_dir)
-        self.snapshot_limit_bytes = snapshot_limit_bytes
         if budget_bytes is not None and budget_bytes <= 0:
             raise InvalidInput(
                 f"A budget of {budget_bytes} bytes holds no model: give more, or None for no budget",
                 f"{budget_bytes} 字节的预算容纳不下任何模型：请调大，或用 None 表示不限制",
             )
-        self.budget_bytes = budget_bytes
-        snapshots = SnapshotFolder(self.snapshot_dir, snapshot_limit_bytes) if self.snapshot_dir else None
+        self.device: Device = device or find_device()
+        self.settings = _comparable(
+            device=self.device,
+            keep_warm=keep_warm,
+            idle_timeout=idle_timeout,
+            snapshot_dir=snapshot_dir,
+            snapshot_limit_bytes=snapshot_limit_bytes,
+            budget_bytes=budget_bytes,
+        )
+        snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
         self._mover = Mover(self.device, adopt, snapshots)
         self._clock: Clock = clock or SystemClock()
         self._host = HostProbe()
@@ -125,6 +125,7 @@ class GPUResourceManager:
             self.device, self._mover, self._clock, math.inf if budget_bytes is None else budget_bytes
         )
         self._admission = Admission(self._dispatcher, self._check_open_locked)
+        self._steering = Steering(self._dispatcher, self._check_open_locked)
         self._closed = False
         self._parents_slots: dict[str, Slot] = {}
         end_with_the_process(self)
@@ -178,8 +179,8 @@ class GPUResourceManager:
                 then it stays in main memory.
         """
         policy = make_policy(
-            self.keep_warm if keep_warm is None else keep_warm,
-            self.idle_timeout if idle_timeout is None else idle_timeout,
+            self.settings["keep_warm"] if keep_warm is None else keep_warm,
+            self.settings["idle_timeout"] if idle_timeout is None else idle_timeout,
         )
         load_timeout_s = seconds(load_timeout)
         with self._lock:
@@ -216,7 +217,9 @@ class GPUResourceManager:
         """
         slot = self._slots_named(name)[0]
         self._refuse_own("unregister()", [slot])
-        self._retire([slot], UnknownModel(name, tuple(other for other in self.names() if other != name)), math.inf)
+        self._steering.retire(
+            [slot], UnknownModel(name, tuple(other for other in self.names() if other != name)), math.inf
+        )
         with self._lock:
             if self._slots.get(name) is slot:
                 del self._slots[name]
@@ -243,11 +246,13 @@ class GPUResourceManager:
 
     def offload(self, name: str | None = None) -> bool:
         """Bring a model (None: all) to host memory. True: done; False: it follows the request that is running."""
-        return self._ask(name, State.HOST)
+        answers = [self._steering.bring_down(slot, State.HOST) for slot in self._slots_named(name)]
+        return all(answers)
 
     def release(self, name: str | None = None) -> bool:
         """Give up a model's memory (None: all) everywhere. True: done; False: it follows the running request."""
-        return self._ask(name, State.RELEASED)
+        answers = [self._steering.bring_down(slot, State.RELEASED) for slot in self._slots_named(name)]
+        return all(answers)
 
     def warm(self, name: str | None = None) -> bool:
         """Begin to bring a model (None: all) to the device and return at once. True: it is there already.
@@ -255,30 +260,12 @@ class GPUResourceManager:
         Without a request within `WARM_GRACE_S` it leaves again as after any request. A failure is logged and
         shown in `status`; the next request tries again.
         """
-        warm = True
-        for slot in self._slots_named(name):
-            with self._lock:
-                self._check_open_locked(slot)
-                if slot.at is State.DEVICE and slot.task is None:
-                    slot.not_before_s = max(slot.not_before_s, self._clock.now() + WARM_GRACE_S)
-                else:
-                    warm = False
-                    slot.wanted = slot.wanted or not slot.in_use
-                self._dispatcher.plan_locked(slot)
-            self._dispatcher.act()
-        return warm
+        answers = [self._steering.warm(slot) for slot in self._slots_named(name)]
+        return all(answers)
 
     def make_room(self, name: str) -> None:
         """Offload the other models as far as they are idle, and empty the device's caches; for who holds ``name``."""
-        others = [slot for slot in self._slots_named(None) if slot.name != name]
-        for slot in others:
-            with self._lock:
-                idle = slot.at is State.DEVICE and slot.task is None and not slot.in_use
-                move = move_towards(slot, State.HOST, self.device.separate) if idle and not slot.stays else None
-                task = self._dispatcher.begin_locked(slot, move) if move else None
-            if task:
-                self._dispatcher.await_task(task)
-        self._mover.tidy()
+        self._steering.move_aside(slot for slot in self._slots_named(None) if slot.name != name)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -287,21 +274,13 @@ class GPUResourceManager:
 
         Never counts as use and never waits for a move.
         """
+        device = self.device
         with self._lock:
             now_s = self._clock.now()
-            models = {
-                name: describe(slot, now_s, self.device.kind, self.device.separate)
-                for name, slot in self._slots.items()
-            }
+            models = {name: describe(slot, now_s, device.kind, device.separate) for name, slot in self._slots.items()}
         return {
             "enabled": True,
-            "device": {
-                "name": self.device.name,
-                "kind": self.device.kind,
-                **vars(self.device.memory()),
-                "budget_bytes": self.budget_bytes,
-                "note": self.device.note,
-            },
+            "device": describe_device(device, self.settings["budget_bytes"]),
             "host": vars(self._host.memory()),
             "monitor": self._dispatcher.monitor.health(),
             "models": models,
@@ -312,7 +291,7 @@ class GPUResourceManager:
 
         It is called in a thread of its own, in the order in which things happened; what it raises is logged.
         """
-        return self._dispatcher.listeners.subscribe(listener)
+        return self._dispatcher.reports.listeners.subscribe(listener)
 
     def wait_for(self, name: str, state: State, timeout: float | None = None) -> bool:
         """Wait until a model is in ``state``; False if ``timeout`` real seconds pass first."""
@@ -329,13 +308,13 @@ class GPUResourceManager:
         -1: as long as it takes) is left alone with its model; then the answer is False. RuntimeError if called by
         somebody who holds a lease, or in a loader.
         """
-        slots = self._slots_named(None)
-        self._refuse_own("close()", slots)
         grace_s = math.inf if grace is None else seconds(grace)
+        self._refuse_own("close()", self._slots_named(None))
         self._closed = True
-        all_released = self._retire(slots, ManagerClosed(), grace_s)
+        slots = self._slots_named(None)
+        all_released = self._steering.retire(slots, ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
-        self._dispatcher.listeners.close()
+        self._dispatcher.reports.listeners.close()
         return all_released
 
     def leave_to_the_parent(self) -> None:
@@ -352,54 +331,7 @@ class GPUResourceManager:
             self._dispatcher.watch(slot, partial(_stands, slot), until_s - clock.now(), clock)
         self._dispatcher.monitor.stop()
 
-    def _retire(self, slots: list[Slot], reason: ResidencyError, grace_s: float) -> bool:
-        """Refuse what waits for these models with ``reason``, let what runs end, and release them. False: some run."""
-        until_s = self._clock.now() + grace_s
-        with self._lock:
-            for slot in slots:
-                slot.closing = True
-                for request in list(slot.waiting()):
-                    request.answer(reason)
-                self._dispatcher.plan_locked(slot)
-        self._dispatcher.act()
-        all_released = True
-        for slot in slots:
-            released = self._dispatcher.watch(slot, partial(_rests, slot), until_s - self._clock.now())
-            if released:
-                self._mover.forget(slot)  # what a release has kept for the next load
-                slot.kept = slot.keep = None
-            all_released &= released
-        return all_released
-
     # -- helpers ------------------------------------------------------------------------------------------------
-
-    def _ask(self, name: str | None, target: State) -> bool:
-        answers = [self._ask_one(slot, target) for slot in self._slots_named(name)]
-        return all(answers)
-
-    def _ask_one(self, slot: Slot, target: State) -> bool:
-        task = None
-        while task is None:
-            self._dispatcher.watch(slot, lambda: slot.in_use or slot.task is None)
-            with self._lock:
-                self._check_open_locked(slot)
-                slot.wanted = False
-                if slot.in_use:
-                    if target is State.HOST and not self.device.separate:
-                        return True
-                    if slot.asked is not State.RELEASED:
-                        slot.asked = target
-                    return False
-                if slot.task is None:
-                    move = move_towards(slot, target, self.device.separate)
-                    if move is None:
-                        return True
-                    slot.asked = target
-                    task = self._dispatcher.begin_locked(slot, move)
-        self._dispatcher.await_task(task)
-        if task.error is not None:
-            raise task.error
-        return True
 
     def _slots_named(self, name: str | None) -> list[Slot]:
         with self._lock:
@@ -425,10 +357,6 @@ def _stands(slot: Slot) -> bool:
     return slot.task is None
 
 
-def _rests(slot: Slot) -> bool:
-    return slot.task is None and not slot.in_use
-
-
 _singleton: GPUResourceManager | None = None
 _singleton_lock = threading.Lock()
 
@@ -447,34 +375,35 @@ def get_gpu_manager(
     `SettingsConflict` if it exists with other settings than those given; after `close` a new one is made.
     """
     global _singleton
+    asked: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
     with _singleton_lock:
         if _singleton is None or _singleton.closed:
-            _singleton = GPUResourceManager(
-                device,
-                keep_warm=0 if keep_warm is None else keep_warm,
-                idle_timeout=600 if idle_timeout is None else idle_timeout,
-                snapshot_dir=snapshot_dir,
-                snapshot_limit_bytes=snapshot_limit_bytes,
-                budget_bytes=budget_bytes,
-            )
-            return _singleton
-        present = _singleton
+            _singleton = GPUResourceManager(**asked)
+        for setting, value in _comparable(**asked).items():
+            present = _singleton.settings[setting]
+            if value != present:
+                raise SettingsConflict(setting, str(present), str(value))
+        return _singleton
 
-        def duration(value: float | str | None) -> float | str | None:
-            return value if value in (None, "auto") else seconds(value)
 
-        asked_and_present = {
-            "device": (device, present.device),
-            "keep_warm": (duration(keep_warm), duration(present.keep_warm)),
-            "idle_timeout": (duration(idle_timeout), duration(present.idle_timeout)),
-            "snapshot_dir": (None if snapshot_dir is None else Path(snapshot_dir), present.snapshot_dir),
-            "snapshot_limit_bytes": (snapshot_limit_bytes, present.snapshot_limit_bytes),
-            "budget_bytes": (budget_bytes, present.budget_bytes),
-        }
-        for setting, (asked, have) in asked_and_present.items():
-            if asked is not None and asked != have:
-                raise SettingsConflict(setting, str(have), str(asked))
-        return present
+def _comparable(**settings: Any) -> dict[str, Any]:
+    """Settings in one way of writing: ``"5m"`` is 300.0."""
+    for name, value in settings.items():
+        if name in ("keep_warm", "idle_timeout") and value != AUTO:
+            settings[name] = seconds(value)
+        elif name == "snapshot_dir" and value is not None:
+            settings[name] = Path(value)
+    return settings
+
+
+def _renew_lock() -> None:
+    """In a forked child, where nobody may be left to open the old one."""
+    global _singleton_lock
+    _singleton_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 if __name__ == "__main__":

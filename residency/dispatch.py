@@ -24,13 +24,13 @@ from .errors import (
     is_device_lost,
     is_out_of_device_memory,
 )
-from .events import Event, Listeners, What
 from .latches import new_latch
 from .leasing import loading
 from .monitor import Monitor
 from .moving import Mover, Task
 from .planning import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
 from .progress import Progress, reporting
+from .reports import Reports
 from .states import Move, MoveRecord, Slot, State
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,6 @@ FREED_WITHIN_S = 5.0
 OUT_OF_MEMORY_RETRIES = 5
 """How often a move to a full device is tried again at most, while other models come and go."""
 
-PROGRESS_EVERY_S = 0.1
-"""Listeners are told of progress at most this often."""
-
 
 class Dispatcher:
     """Methods that end in ``_locked`` want ``lock``; call `act` after releasing it, to start what they began."""
@@ -62,7 +59,7 @@ class Dispatcher:
         self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
         self.lock = threading.Lock()
         self.slots: dict[str, Slot] = {}
-        self.listeners = Listeners()
+        self.reports = Reports(device, clock)
         self.monitor = Monitor(self.lock, clock, self._look_locked, self.act)
         self._spawning = threading.Lock()
         self._begun = False
@@ -94,7 +91,7 @@ class Dispatcher:
             give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
             made_room=slot.short,
         )
-        task.progress.changed = lambda: self._tell_progress(task)
+        task.progress.changed = lambda: self.reports.tell_progress(task)
         slot.task = task
         slot.engine = slot.resident = None
         self._begun = True
@@ -123,7 +120,7 @@ class Dispatcher:
         """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
         self.lock, self._spawning = threading.Lock(), threading.Lock()
         self.monitor.leave()
-        self.listeners.leave()
+        self.reports.listeners.leave()
         slots, self.slots = self.slots, {}
         return slots
 
@@ -228,7 +225,7 @@ class Dispatcher:
             if task.claimed:
                 return
             task.spawned = task.claimed = True
-            self._tell("began", task)
+            self.reports.tell("began", task)
         while True:
             try:
                 task.context.run(self._carry_out, task)
@@ -289,7 +286,7 @@ class Dispatcher:
                 else:
                     self._failed_locked(task, error)
                 at = slot.at
-                self._tell("failed" if error else "done", task)
+                self.reports.tell("failed" if error else "done", task)
                 slot.task = None
                 self._after_locked(slot)
         if not wanted:
@@ -297,7 +294,7 @@ class Dispatcher:
             self.mover.forget(task)
             return
         self.act()
-        self._log(task, at)
+        self.reports.log(task, at)
 
     def _arrived_locked(self, task: Task) -> None:
         slot, now_s = task.slot, self.clock.now()
@@ -345,51 +342,11 @@ class Dispatcher:
         """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
         logger.error("%s: its loader takes too long and is given up", slot.name)
         task, error = slot.task, LoadTimeout(slot.name, slot.load_timeout_s)
-        self._tell("failed", task, error)
+        self.reports.tell("failed", task, error)
         slot.task = None
         slot.device_bytes = slot.host_bytes = 0
         self._refuse_arrival_locked(slot, error)
         self.plan_locked(slot)
-
-    # -- telling ------------------------------------------------------------------------------------------------
-
-    def _tell_progress(self, task: Task) -> None:
-        now_s = self.clock.now()
-        if self.listeners and now_s >= task.told_s + PROGRESS_EVERY_S:
-            task.told_s = now_s
-            self._tell("progress", task)
-
-    def _tell(self, what: What, task: Task, error: BaseException | None = None) -> None:
-        if self.listeners:
-            now_s, kind = self.clock.now(), self.device.kind
-            phase, done_bytes, total_bytes = task.progress.facts
-            error = error or task.error
-            event = Event(
-                what,
-                task.slot.name,
-                task.move.source.shown(kind),
-                task.move.target.shown(kind),
-                now_s,
-                now_s - task.started_s,
-                phase,
-                done_bytes,
-                total_bytes,
-                f"{type(error).__name__}: {error}" if error else None,
-            )
-            self.listeners.tell(event)
-
-    def _log(self, task: Task, at: State) -> None:
-        slot, move, elapsed_s = task.slot, task.move, self.clock.now() - task.started_s
-        if task.error is not None:
-            waits = " and waits for room" if task.put_off else ""
-            level = logging.INFO if task.put_off else logging.ERROR
-            logger.log(level, "%s: %s failed%s, back to %s: %s", slot.name, move.via.value, waits, at.value, task.error)
-            return
-        source, target = (state.shown(self.device.kind) for state in (move.source, move.target))
-        logger.info(
-            "%s: %s -> %s, %.1f MB in %.3f s (%s)",
-            slot.name, source, target, task.moved_bytes / 1e6, elapsed_s, self.device.name,
-        )  # fmt: skip
 
 
 def _place_after_failure(task: Task) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .contracts import Device
 from .planning import next_deadline, next_step
 from .states import Move, Slot, State
 
@@ -36,6 +37,17 @@ def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict
         if record
         else None,
         "last_error": slot.last_error,
+    }
+
+
+def describe_device(device: Device, budget_bytes: int | None) -> dict[str, Any]:
+    """The device's entry; ``budget_bytes`` is what models under management may take of it, if that is limited."""
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        **vars(device.memory()),
+        "budget_bytes": budget_bytes,
+        "note": device.note,
     }
 
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from fakes import Gate
 
-from gpu_manager import DeviceOutOfMemory, GPUResourceManager, ModelExists, SimulatedDevice, get_gpu_manager
-
-
-from gpu_manager import GPUResourceManager, LoadTimeout, ModelExists, SimulatedDevice, get_gpu_manager
+from gpu_manager import (
+    DeviceOutOfMemory,
+    GPUResourceManager,
+    LoadTimeout,
+    ModelExists,
+    SimulatedDevice,
+    get_gpu_manager,
+)
 from residency.engines.builtin import HTTPException
 from tts_gpu_managed import GPUManagedTTS
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fakes import Gate, Workshop
+from fakes import Gate, Workshop, await_that
 
 from gpu_manager import GPUResourceManager, State
 from residency.clock import ManualClock
@@ -56,8 +56,8 @@ def test_a_loader_that_fails_is_left_to_requests(
     intent = Intent(manager, "tts", clock.now)
     workshop.fail_next = OSError("no disk")
     intent.show()
-    with manager._lock:
-        assert manager._slots["tts"].changed.wait_for(lambda: manager._slots["tts"].last_error is not None, 30)
+    slot = manager._slots["tts"]
+    assert await_that(manager, slot, lambda: slot.last_error is not None)
     clock.advance(EVERY_S)
     intent.show()
     assert workshop.loads == 1

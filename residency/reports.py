@@ -1,0 +1,64 @@
+"""What the dispatcher says of moves: to the log, and to whoever listens."""
+
+from __future__ import annotations
+
+import logging
+
+from .contracts import Clock, Device
+from .events import Event, Listeners, What
+from .moving import Task
+from .states import State
+
+logger = logging.getLogger("residency.moves")
+
+PROGRESS_EVERY_S = 0.1
+"""Listeners are told of progress at most this often."""
+
+
+class Reports:
+    """Nothing here waits; `tell` may be called under the dispatcher's lock, so that the order is that of the books."""
+
+    def __init__(self, device: Device, clock: Clock) -> None:
+        self._device = device
+        self._clock = clock
+        self.listeners = Listeners()
+
+    def tell_progress(self, task: Task) -> None:
+        now_s = self._clock.now()
+        if self.listeners and now_s >= task.told_s + PROGRESS_EVERY_S:
+            task.told_s = now_s
+            self.tell("progress", task)
+
+    def tell(self, what: What, task: Task, error: BaseException | None = None) -> None:
+        if not self.listeners:
+            return
+        now_s, kind = self._clock.now(), self._device.kind
+        phase, done_bytes, total_bytes = task.progress.facts
+        error = error or task.error
+        event = Event(
+            what,
+            task.slot.name,
+            task.move.source.shown(kind),
+            task.move.target.shown(kind),
+            now_s,
+            now_s - task.started_s,
+            phase,
+            done_bytes,
+            total_bytes,
+            f"{type(error).__name__}: {error}" if error else None,
+        )
+        self.listeners.tell(event)
+
+    def log(self, task: Task, at: State) -> None:
+        """A move has ended, ``at`` this place."""
+        name, move, elapsed_s = task.slot.name, task.move, self._clock.now() - task.started_s
+        if task.error is not None:
+            waits = " and waits for room" if task.put_off else ""
+            level = logging.INFO if task.put_off else logging.ERROR
+            logger.log(level, "%s: %s failed%s, back to %s: %s", name, move.via.value, waits, at.value, task.error)
+            return
+        source, target = (state.shown(self._device.kind) for state in (move.source, move.target))
+        logger.info(
+            "%s: %s -> %s, %.1f MB in %.3f s (%s)",
+            name, source, target, task.moved_bytes / 1e6, elapsed_s, self._device.name,
+        )  # fmt: skip

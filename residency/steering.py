@@ -1,0 +1,102 @@
+"""Models steered by hand: down, up, aside, and out. What is asked of a model in use follows its request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from .dispatch import WARM_GRACE_S, Dispatcher
+from .errors import ResidencyError
+from .planning import move_towards
+from .states import Slot, State
+
+
+class Steering:
+    """``check_locked`` raises where a model may not be steered any more."""
+
+    def __init__(self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None]) -> None:
+        self._dispatcher = dispatcher
+        self._check_locked = check_locked
+        self._separate = dispatcher.device.separate
+
+    def bring_down(self, slot: Slot, target: State) -> bool:
+        """Offload (HOST) or release (RELEASED). True: done; False: it follows the request; raises the move's error."""
+        dispatcher, task = self._dispatcher, None
+        while task is None:
+            dispatcher.watch(slot, lambda: slot.in_use or slot.task is None)
+            with dispatcher.lock:
+                self._check_locked(slot)
+                slot.wanted = False
+                if slot.in_use:
+                    if target is State.HOST and not self._separate:
+                        return True
+                    if slot.asked is not State.RELEASED:
+                        slot.asked = target
+                    return False
+                if slot.task is None:
+                    move = move_towards(slot, target, self._separate)
+                    if move is None:
+                        return True
+                    slot.asked = target
+                    task = dispatcher.begin_locked(slot, move)
+        dispatcher.await_task(task)
+        if task.error is not None:
+            raise task.error
+        return True
+
+    def warm(self, slot: Slot) -> bool:
+        """Begin to bring it to the device, or have it stay a while. True: it is there already."""
+        dispatcher = self._dispatcher
+        with dispatcher.lock:
+            self._check_locked(slot)
+            there = slot.at is State.DEVICE and slot.task is None
+            if there:
+                slot.not_before_s = max(slot.not_before_s, dispatcher.clock.now() + WARM_GRACE_S)
+            else:
+                slot.wanted = slot.wanted or not slot.in_use
+            dispatcher.plan_locked(slot)
+        dispatcher.act()
+        return there
+
+    def move_aside(self, slots: Iterable[Slot]) -> None:
+        """Offload these models as far as they are idle, and empty the device's caches."""
+        dispatcher = self._dispatcher
+        for slot in slots:
+            with dispatcher.lock:
+                idle = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.stays
+                move = move_towards(slot, State.HOST, self._separate) if idle else None
+                task = dispatcher.begin_locked(slot, move) if move else None
+            if task is not None:
+                dispatcher.await_task(task)
+        dispatcher.mover.tidy()
+
+    def retire(self, slots: list[Slot], reason: ResidencyError, grace_s: float) -> bool:
+        """Refuse what waits for these models with ``reason``, let what runs end, and release them.
+
+        What still runs after ``grace_s`` is left alone; then the answer is False.
+        """
+        dispatcher = self._dispatcher
+        until_s = dispatcher.clock.now() + grace_s
+        with dispatcher.lock:
+            for slot in slots:
+                slot.closing = True
+                for request in list(slot.waiting()):
+                    request.answer(reason)
+                dispatcher.plan_locked(slot)
+        dispatcher.act()
+        all_released = True
+        for slot in slots:
+            left_s = until_s - dispatcher.clock.now()
+            # The grace is for requests and loads; what is leaving has the time that it takes.
+            released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot), left_s)
+            if not released and slot.holder is None and slot.task is not None and not slot.task.arrives:
+                released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot))
+            if released:
+                dispatcher.mover.forget(slot)  # what a release has kept for the next load
+                slot.kept = slot.keep = None
+            all_released &= released
+        return all_released
+
+
+def _has_nothing_to_do(slot: Slot) -> bool:
+    return slot.task is None and not slot.in_use
