@@ -36,9 +36,6 @@ class Admission:
             self._refuse_if_futile_locked(request, timeout_s)
             if slot.left_s is not None and not slot.in_use:
                 slot.policy.idle_ended(max(0.0, now_s - slot.left_s))
-            if slot.at is not State.DEVICE:
-                for other in dispatcher.slots.values():
-                    other.stuck = False  # every request is worth another attempt to make room for it
             request.context = contextvars.copy_context()
             lease.request = request
             if lease.cancelled:

@@ -115,14 +115,19 @@ def room_for(slot: Slot, slots: Collection[Slot], budget_bytes: float) -> Room:
     # What is on its way for the first time may take anything.
     if short_bytes > sum(other.size_bytes or (math.inf if other.task else 0) for other in busy):
         return Room(hopeless=True)
-    return Room(evict=tuple(Move(other.name, State.DEVICE, State.HOST) for other in evict), wait=True)
+    return Room(evict=tuple(map(_eviction, evict)), wait=True)
 
 
 def over_budget(slots: Collection[Slot], budget_bytes: float) -> list[Move]:
     """Idle models that must leave because a model turned out to be larger than was known."""
     excess_bytes = sum(slot.size_bytes for slot in slots if slot.on_device and not _leaving(slot)) - budget_bytes
     leave = _least_recently_used([slot for slot in slots if _may_be_evicted(slot, None)], excess_bytes)
-    return [Move(slot.name, State.DEVICE, State.HOST) for slot in leave]
+    return [_eviction(slot) for slot in leave]
+
+
+def _eviction(slot: Slot) -> Move:
+    # What could not be offloaded a moment ago must go all the same: somebody waits for the room.
+    return Move(slot.name, State.DEVICE, State.RELEASED if slot.stuck else State.HOST)
 
 
 def would_wait_for_itself(request: Request, slots: Collection[Slot]) -> bool:
@@ -152,7 +157,7 @@ def _is_short_and_older(slot: Slot, head: Request) -> bool:
 
 
 def _may_be_evicted(slot: Slot, head: Request | None) -> bool:
-    if slot.at is not State.DEVICE or slot.task is not None or slot.holder is not None or slot.stuck or slot.stays:
+    if slot.at is not State.DEVICE or slot.task is not None or slot.holder is not None or slot.stays:
         return False
     mine = slot.head()
     return mine is None or (head is not None and head.number < mine.number and not mine.holding)

@@ -157,7 +157,7 @@ class Slot:
     short: bool = False
     #: Somebody sent it away by hand: it is not brought back before somebody asks for it.
     sent_away: bool = False
-    #: It could not leave the device; asking again at once would be no use.
+    #: It could not be offloaded: if others need its room, it is released.
     stuck: bool = False
     #: It cannot be used or moved any more: the next request has it loaded from scratch.
     broken: bool = False

@@ -334,10 +334,10 @@ def test_who_can_never_fit_is_told_so() -> None:
     assert room_for(big, [big, pinned], 110) == Room()
 
 
-def test_a_model_that_could_not_leave_is_not_asked_again_but_waited_for_when_used() -> None:
+def test_a_model_that_could_not_be_offloaded_is_released_for_others() -> None:
     new, stuck = slot(State.HOST, name="new", size_bytes=60), slot(State.DEVICE, size_bytes=60, stuck=True)
     ask(new)
-    assert room_for(new, [new, stuck], 100) == Room(hopeless=True)
+    assert room_for(new, [new, stuck], 100) == Room((Move("m", State.DEVICE, State.RELEASED),), wait=True)
     assert room_for(new, [new, hold(stuck)], 100) == Room((), wait=True)
 
 

@@ -1,0 +1,238 @@
+"""One fault at every step of every move: who waited gets it, the next request is served, and nothing leaks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import Gate, Worker, Workshop, await_that
+from world import SIZES, World
+
+from gpu_manager import DeviceOutOfMemory, GPUResourceManager, LoadTimeout, SimulatedDevice, State
+from residency.clock import ManualClock
+from residency.planning import next_step
+from residency.states import Slot
+
+KINDS: dict[str, Callable[[], BaseException]] = {
+    "exception": lambda: OSError("a fault on purpose"),
+    "host memory": lambda: MemoryError("a fault on purpose"),
+    "device memory": lambda: DeviceOutOfMemory(10, 0, "a fault on purpose"),
+    "device lost": lambda: RuntimeError("CUDA error: a fault on purpose"),
+    "exit": lambda: SystemExit("a fault on purpose"),
+}
+
+
+class Story:
+    """Every kind of move there is, one after the other, on two models that do not fit the device together."""
+
+    def __init__(self, disturb: Callable[[], None], at_step: int) -> None:
+        self.disturb, self.left = disturb, at_step
+        self.clock = ManualClock()
+        self.world = World(0, self.clock, step=self.step, budget_bytes=100, keep_warm=5, idle_timeout=50)
+        self.answers: list[tuple[str, BaseException | None]] = []
+        self.label = ""
+        self.failed: list[str] = []
+        self.world.manager.subscribe(lambda event: self.failed.append(event.error) if event.error else None)
+
+    def step(self, label: str) -> None:
+        self.left -= 1
+        if self.left == -1 and label not in ("speaking", "spoken"):
+            self.label = label
+            self.disturb()
+
+    def do(self, name: str, action: Callable[[], Any]) -> None:
+        error = None
+        try:
+            action()
+        except BaseException as raised:
+            error = raised
+        self.answers.append((name, error))
+        self.come_to_rest()
+
+    def use(self, name: str) -> None:
+        with self.world.manager.lease(name) as part:
+            assert part.place == "device"
+
+    def come_to_rest(self) -> None:
+        manager = self.world.manager
+        for name, slot in manager._slots.items():
+            assert await_that(manager, slot, lambda slot=slot: self.rests(slot)), f"{name} does not come to rest"
+        self.world.check_at_rest()
+
+    def rests(self, slot: Slot) -> bool:
+        return slot.task is None and next_step(slot, self.clock.now(), True) is None
+
+    def tell(self) -> None:
+        manager, clock = self.world.manager, self.clock
+        for action in (
+            ("load", lambda: self.use("tts")),
+            ("offload after a while", lambda: clock.advance(6)),
+            ("restore", lambda: self.use("tts")),
+            ("make room", lambda: self.use("asr")),
+            ("offload by hand", lambda: manager.offload("asr")),
+            ("warm", lambda: manager.warm("tts")),
+            ("release by hand", lambda: manager.release("tts")),
+            ("use again", lambda: self.use("asr")),
+            ("release after a while", lambda: (clock.advance(40), clock.advance(60))),
+        ):
+            self.do(*action)
+
+
+def stories(disturb: Callable[[Story], None]) -> list[Story]:
+    """The story, once for each of its steps that can be disturbed."""
+    told: list[Story] = []
+    for number in range(1000):
+        story: Story = Story(lambda: disturb(story), number)  # noqa: B023 - called while this is the one
+        story.tell()
+        if story.left >= 0:
+            assert len(told) >= 15, "the story is too short"
+            story.world.close()
+            return told
+        if story.label:
+            told.append(story)
+        else:
+            story.world.close()
+    raise AssertionError("the story has no end")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_at_any_step_harms_nobody_else(kind: str) -> None:
+    def fail(story: Story) -> None:
+        raise KINDS[kind]()
+
+    for story in stories(fail):
+        where = f"{kind} at {story.label!r}"
+        errors = [(name, error) for name, error in story.answers if error]
+        assert all("on purpose" in str(error) for _, error in errors), where
+        assert len(errors) <= 1, f"{where}: only who waited for it is told, not {errors}"
+        for name in SIZES:
+            story.use(name)
+        story.come_to_rest()
+        story.world.close()
+        healed = kind == "device memory" and story.label.startswith(("load", "restore"))
+        assert healed or any("on purpose" in line for line in story.failed), f"{where}: nobody was told"
+
+
+def test_a_device_that_is_full_for_a_moment_is_asked_once_more() -> None:
+    def refuse(story: Story) -> None:
+        raise DeviceOutOfMemory(10, 0, "fragments")
+
+    for story in stories(refuse):
+        if story.label.startswith(("load", "restore")):
+            assert not any(error for _, error in story.answers), story.label
+        story.world.close()
+
+
+@pytest.mark.parametrize("seconds", [1e7, -500.0])
+def test_a_clock_that_jumps_at_any_step_harms_nobody(seconds: float) -> None:
+    for story in stories(lambda story: story.clock.advance(seconds)):
+        assert [error for _, error in story.answers if error] == [], story.label
+        story.use("tts")
+        story.come_to_rest()
+        story.world.close()
+
+
+# -- loaders that hang ------------------------------------------------------------------------------------------
+
+
+def test_a_loader_that_hangs_is_given_up_and_what_it_brings_late_is_thrown_away() -> None:
+    clock, device, shop = ManualClock(), SimulatedDevice(1000), Workshop()
+    manager = GPUResourceManager(device, clock=clock, adopt=shop.adopt)
+    manager.register("tts", shop.load, load_timeout=60)
+    gate = shop.gate = Gate()
+    waiting = [Worker(lambda: manager.lease("tts").__enter__()) for _ in range(3)]
+    gate.wait_for_arrival()
+    slot = manager._slots["tts"]
+    assert await_that(manager, slot, lambda: sum(1 for _ in slot.waiting()) == 3)
+    clock.advance(59)
+    assert manager.status()["models"]["tts"]["state"] == "moving"
+    clock.advance(1)
+    for request in waiting:
+        with pytest.raises(LoadTimeout, match="60"):
+            request.result()
+    assert manager.status()["models"]["tts"]["state"] == "released"
+    with manager.lease("tts") as engine:
+        assert engine is shop.engines[0]
+    hung = next(thread for thread in threading.enumerate() if thread.name == "gpu-loading-tts")
+    gate.open()
+    hung.join(10)
+    late = shop.engines[1]
+    assert late.resident.place == "nowhere"
+    with manager.lease("tts") as engine:
+        assert engine is shop.engines[0], "the late one takes nobody's place"
+    assert manager.close() is True
+
+
+def test_with_snapshots_too_a_loader_that_hangs_takes_nothing_with_it(tmp_path: Path) -> None:
+    clock, device, gates = ManualClock(), SimulatedDevice(1 << 30), [Gate()]
+
+    def load() -> torch.nn.Module:
+        if gates:
+            gates.pop().pass_through()
+        return torch.nn.Linear(100, 100)
+
+    manager = GPUResourceManager(device, clock=clock, snapshot_dir=tmp_path)
+    manager.register("tts", load, load_timeout=60)
+    gate = gates[0]
+    request = Worker(lambda: manager.lease("tts").__enter__())
+    gate.wait_for_arrival()
+    clock.advance(60)
+    with pytest.raises(LoadTimeout):
+        request.result()
+    for _ in range(2):
+        with manager.lease("tts") as engine:
+            expected = engine.weight.sum().item()
+        manager.release("tts")
+    hung = next(thread for thread in threading.enumerate() if thread.name == "gpu-loading-tts")
+    gate.open()
+    hung.join(10)
+    with manager.lease("tts") as engine:
+        assert engine.weight.sum().item() == expected
+    assert manager.close() is True
+    assert device.ledger_bytes == 0
+
+
+# -- engines that break -----------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_said_to_be_broken_is_built_anew(manager: GPUResourceManager, workshop: Workshop) -> None:
+    lease = manager.lease("tts")
+    with lease:
+        lease.discard()
+    assert manager.status()["models"]["tts"]["state"] == "released"
+    with manager.lease("tts") as engine:
+        assert engine is workshop.engines[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered"), State.RELEASED),
+        (RuntimeError("CUDA out of memory"), State.HOST),
+        (ValueError("no such voice"), State.HOST),
+    ],
+)
+def test_an_error_that_says_the_device_is_lost_discards_the_engine(
+    error: Exception, state: State, manager: GPUResourceManager
+) -> None:
+    with pytest.raises(type(error)), manager.lease("tts"):
+        raise error
+    assert manager.wait_for("tts", state, 10)
+
+
+def test_an_engine_that_cannot_come_back_is_built_anew_by_the_next_request(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    with manager.lease("tts"):
+        pass
+    workshop.resident.fail_next["restore"] = FileNotFoundError("the model's file is gone")
+    with pytest.raises(FileNotFoundError), manager.lease("tts"):
+        pass
+    assert manager.status()["models"]["tts"]["state"] == "cpu", "a failed move is back where it was"
+    with manager.lease("tts") as engine:
+        assert engine is workshop.engines[1]
+    assert workshop.engines[0].resident.place == "nowhere"
