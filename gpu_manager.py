@@ -338,6 +338,8 @@ class GPUResourceManager:
             if name is None:
                 return list(self._slots.values())
             if name not in self._slots:
+                if self._parents_slots:
+                    raise ManagerClosed
                 raise UnknownModel(name, tuple(self._slots))
             return [self._slots[name]]
 
