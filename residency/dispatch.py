@@ -23,6 +23,7 @@ from .errors import (
     LoadTimeout,
     is_device_lost,
     is_out_of_device_memory,
+    lacking_bytes,
 )
 from .latches import new_latch
 from .leasing import loading
@@ -259,7 +260,7 @@ class Dispatcher:
         """
         slot = task.slot
         with self.lock:
-            slot.lacking_bytes = _lacking_bytes(task.error)
+            slot.lacking_bytes = lacking_bytes(task.error)
             if not room_for(slot, self.slots.values(), self.budget_bytes).hopeless:
                 task.put_off = True
                 return False
@@ -318,7 +319,7 @@ class Dispatcher:
 
     def _failed_locked(self, task: Task, error: BaseException) -> None:
         slot, move = task.slot, task.move
-        slot.at = _place_after_failure(task)
+        slot.at = task.back_at
         slot.last_error = f"{type(error).__name__}: {error}"
         slot.not_before_s = self.clock.now() + RETRY_AFTER_S
         slot.stuck = not task.arrives
@@ -347,20 +348,3 @@ class Dispatcher:
         slot.device_bytes = slot.host_bytes = 0
         self._refuse_arrival_locked(slot, error)
         self.plan_locked(slot)
-
-
-def _place_after_failure(task: Task) -> State:
-    """Where a model is whose move has failed: where it was, unless its bytes had gone already."""
-    if task.engine is None:
-        return State.RELEASED
-    off_the_device = task.resident is not None and not task.resident.device_bytes
-    return State.HOST if task.move.via is State.OFFLOADING and off_the_device else task.move.source
-
-
-def _lacking_bytes(error: BaseException | None) -> int:
-    """What the device said it lacked; at least 1, since free memory in pieces may be of no use."""
-    while error is not None and not isinstance(error, DeviceOutOfMemory):
-        error = error.__cause__
-    if error is None or error.free_bytes is None:
-        return 1
-    return max(1, error.needed_bytes - error.free_bytes)

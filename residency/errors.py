@@ -203,6 +203,15 @@ def is_out_of_device_memory(error: BaseException | None) -> bool:
     return False
 
 
+def lacking_bytes(error: BaseException | None) -> int:
+    """What a full device said it lacked; at least 1, since free memory in pieces may be of no use."""
+    while error is not None and not isinstance(error, DeviceOutOfMemory):
+        error = error.__cause__
+    if error is None or error.free_bytes is None:
+        return 1
+    return max(1, error.needed_bytes - error.free_bytes)
+
+
 def is_device_lost(error: BaseException | None) -> bool:
     """Whether an error says that the device, or this process's use of it, is gone: no engine on it works any more.
 

@@ -49,6 +49,14 @@ class Task:
     def arrives(self) -> bool:
         return self.move.target is State.DEVICE
 
+    @property
+    def back_at(self) -> State:
+        """Where the model is if the move has failed: where it was, unless its bytes had gone already."""
+        if self.engine is None:
+            return State.RELEASED
+        off_the_device = self.resident is not None and not self.resident.device_bytes
+        return State.HOST if self.move.via is State.OFFLOADING and off_the_device else self.move.source
+
 
 class Mover:
     """Carries out moves on one device. ``adopt`` finds what of a fresh engine holds memory.

@@ -213,25 +213,25 @@ def test_a_timeout_races_with_the_event_and_either_wins() -> None:
 
 def test_time_goes_to_the_next_deadline_when_nobody_can_run() -> None:
     scheduler = Scheduler(jump_probability=0)
-    clock, changed = scheduler.clock(), scheduler.Condition()
-    woken: list[float] = []
+    clock, woken = scheduler.clock(), []
+    latches = [scheduler.Lock() for _ in range(5)]
 
-    def wait(timeout_s: float | None) -> Callable[[], None]:
+    def wait(latch: Any, timeout_s: float) -> Callable[[], None]:
         def function() -> None:
-            with changed:
-                clock.wait(changed, timeout_s)
-                woken.append(clock.now())
+            clock.wait(latch, timeout_s)
+            woken.append(clock.now())
 
+        latch.acquire()
         return function
 
     def jump() -> None:
         scheduler.sleep(25)
         clock.jump(100)
-        with changed:
-            changed.notify_all()
+        latches[-1].release()
 
-    scheduler.run(wait(20), wait(10), wait(-1), wait(50), wait(None), wait(float("inf")), jump)
-    assert woken == [1000.0, 1010.0, 1020.0, 1125.0, 1125.0, 1125.0]
+    times = (20, 10, -1, 50, float("inf"))
+    scheduler.run(*(wait(latch, seconds) for latch, seconds in zip(latches, times, strict=True)), jump)
+    assert woken == [1000.0, 1010.0, 1020.0, 1125.0, 1125.0]
 
 
 def test_daemons_end_with_the_run_even_those_that_look_after_themselves() -> None:
@@ -393,7 +393,9 @@ def test_what_is_made_outside_of_a_run_works_there_and_inside(monkeypatch: pytes
     with changed:
         assert not changed.wait(3)
         assert scheduler.now() == 1003
-        clock_module.SystemClock().wait(changed, 1e300)
+        latch = scheduler.Lock()
+        latch.acquire()
+        clock_module.SystemClock().wait(latch, 1e300)
         changed.notify_all()
         with pytest.raises(Deadlock, match="outside of run"):
             changed.wait()
