@@ -274,8 +274,7 @@ class Dispatcher:
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
-        resident = task.resident
-        sizes = (resident.device_bytes, resident.host_bytes) if resident else (0, 0)
+        sizes = (task.resident.device_bytes, task.resident.host_bytes) if task.resident else (0, 0)
         with self.lock:
             self._changes += 1
             wanted = slot.task is task
@@ -289,6 +288,7 @@ class Dispatcher:
                 at = slot.at
                 self.reports.tell("failed" if error else "done", task)
                 slot.task = None
+                task.end()
                 self._after_locked(slot)
         if not wanted:
             logger.warning("%s: came after it had been given up, and is thrown away", slot.name)

@@ -49,6 +49,10 @@ class Task:
     def arrives(self) -> bool:
         return self.move.target is State.DEVICE
 
+    def end(self) -> None:
+        """Let go of what a task that is over must not keep alive: the engine, and itself."""
+        self.engine = self.resident = self.progress.changed = None
+
     @property
     def back_at(self) -> State:
         """Where the model is if the move has failed: where it was, unless its bytes had gone already."""
@@ -77,13 +81,10 @@ class Mover:
         """Do the move and return the bytes that changed place; on an error the engine is where it was before."""
         if task.move.via is State.LOADING:
             return self._wake(task) or self._load(task)
-        resident = task.resident
-        assert resident is not None, "a model on device or host has a resident"
-        if task.move.via is State.RESTORING:
-            return resident.restore()
-        if task.move.via is State.OFFLOADING:
-            return resident.offload()
-        return self._sleep(task, resident) or self.forget(task)
+        if task.move.via is State.RELEASING:
+            return self._sleep(task) or self.forget(task)
+        assert task.resident is not None, "a model on device or host has a resident"
+        return task.resident.restore() if task.arrives else task.resident.offload()
 
     def forget(self, holder: Task | Slot) -> int:
         """Give up an engine altogether; return the bytes freed."""
@@ -116,12 +117,12 @@ class Mover:
         task.engine, task.resident = engine, resident
         return resident.device_bytes + resident.host_bytes
 
-    def _sleep(self, task: Task, resident: Resident) -> int:
+    def _sleep(self, task: Task) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
-        if self._snapshots is None or task.slot.closing or task.slot.broken:
+        if self._snapshots is None or task.resident is None or task.slot.closing or task.slot.broken:
             return 0
         try:
-            freed_bytes = resident.save(self._snapshots, task.slot.name)
+            freed_bytes = task.resident.save(self._snapshots, task.slot.name)
         except Exception as error:
             # Whatever it is: somebody wants the memory.
             logger.warning("%s: released without a snapshot. %s", task.slot.name, error)
@@ -144,7 +145,7 @@ class Mover:
         try:
             return resident.restore()
         except BaseException:
-            if not self._sleep(task, resident):
+            if not self._sleep(task):
                 self.forget(task)
             raise
 

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from strategies import bytes_of
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
+from residency import moving
 from residency.clock import ManualClock
 from residency.residents import EngineResident, weights
 from residency.states import State
@@ -275,3 +277,17 @@ def test_a_limit_too_small_for_two_models_costs_a_load_and_nothing_else(
         assert studio.snapshot.name.startswith("asr-")
         assert studio.speak() == spoken
         assert studio.loads == 2
+
+
+def test_a_released_engine_is_gone_at_once_without_a_garbage_collection_that_would_stop_all_threads(
+    device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GPUResourceManager(device) as manager:
+        manager.register("tts", lambda: Voice(0))
+        with manager.lease("tts") as engine:
+            watched = weakref.ref(engine)
+        del engine
+        monkeypatch.setattr(moving.gc, "collect", lambda: pytest.fail("something still refers to the engine"))
+        manager.release("tts")
+        assert watched() is None
+        monkeypatch.undo()
