@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves a file in the temporary folder otherwise
@@ -18,8 +18,10 @@ from residency.clock import ManualClock
 
 #: HYPOTHESIS_PROFILE=nightly: as many examples as a night has room for.
 settings.register_profile("nightly", max_examples=10_000, deadline=None)
-if os.environ.get("HYPOTHESIS_PROFILE") == "nightly":
-    settings.load_profile("nightly")
+#: HYPOTHESIS_PROFILE=mutation: the same examples each time, and a failure is enough: it need not be small.
+settings.register_profile("mutation", derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+if profile := os.environ.get("HYPOTHESIS_PROFILE"):
+    settings.load_profile(profile)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gpu_manager import GPUResourceManager
-from residency.clock import SystemClock
+from residency.clock import ManualClock, SystemClock
 from residency.contracts import Device
-from residency.states import Slot
+from residency.states import Slot, State
 
 
 class Gate:
@@ -83,7 +83,8 @@ class FakeEngine:
 class Workshop:
     """A loader and the matching ``adopt``: counts loads, holds them at a gate, makes them fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int = 100) -> None:
+        self.nbytes = nbytes
         self.loads = 0
         self.fail_next: BaseException | None = None
         self.gate: Gate | None = None
@@ -97,7 +98,7 @@ class Workshop:
         if self.fail_next:
             error, self.fail_next = self.fail_next, None
             raise error
-        self.engines.append(FakeEngine(FakeResident()))
+        self.engines.append(FakeEngine(FakeResident(self.nbytes)))
         return self.engines[-1]
 
     @property
@@ -134,6 +135,54 @@ class Worker(threading.Thread):
         if self.error:
             raise self.error
         return self._value
+
+
+class Client:
+    """Somebody who asks for a model in a thread of their own, and has it until told to leave."""
+
+    def __init__(self, manager: GPUResourceManager, name: str = "tts", timeout: float | None = None) -> None:
+        self.manager, self.slot = manager, manager._slots[name]
+        self.lease = manager.lease(name, timeout)
+        self._inside = Gate()
+        self.worker = Worker(self._request)
+
+    def _request(self) -> Any:
+        with self.lease as engine:
+            self._inside.pass_through()
+            return engine
+
+    def comes_in(self) -> Client:
+        """Wait until it has the model."""
+        self._inside.wait_for_arrival()
+        return self
+
+    def queues(self) -> Client:
+        """Wait until it waits."""
+
+        def waits() -> bool:
+            request = self.lease.request
+            return request is not None and request.latch is not None and request in self.slot.waiting()
+
+        assert await_that(self.manager, self.slot, waits), "it does not wait"
+        return self
+
+    def leaves(self) -> Any:
+        self._inside.open()
+        return self.worker.result()
+
+
+def after(clock: ManualClock, seconds: float, worker: Worker) -> Any:
+    """What a thread answers or raises once so much time has passed."""
+    clock.advance(seconds)
+    while worker.is_alive():
+        worker.join(0.01)
+        clock.advance(0)  # it may just have been about to look at the clock
+    return worker.result()
+
+
+def comes_to(manager: GPUResourceManager, clock: ManualClock, state: State, name: str = "tts") -> bool:
+    """Whether a model is soon where it should be by now."""
+    return any(manager.wait_for(name, state, 0.01) or clock.advance(0) for _ in range(500))
 
 
 def await_that(manager: GPUResourceManager, slot: Slot, comes_true: Callable[[], bool]) -> bool:

@@ -1,0 +1,163 @@
+"""Leases that meet: circles that nobody may wait in, and leases that are shared, lost, or a loader's."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+from itertools import pairwise
+
+import pytest
+from fakes import Client, Gate, Worker, Workshop, await_that
+
+from gpu_manager import (
+    GPUResourceManager,
+    LeaseDeadlock,
+    ManagerClosed,
+    State,
+)
+from residency.clock import ManualClock
+
+
+def tts(manager: GPUResourceManager) -> dict:
+    return manager.status()["models"]["tts"]
+
+
+def use(manager: GPUResourceManager, name: str = "tts", timeout: float | None = None) -> object:
+    with manager.lease(name, timeout) as engine:
+        return engine
+
+
+# -- waiting in circles -----------------------------------------------------------------------------------------
+
+
+def chain(manager: GPUResourceManager, has: str, wants: str) -> Worker:
+    """Somebody who has one model and waits for another."""
+    wanted = manager.lease(wants)
+
+    def request() -> object:
+        with manager.lease(has), wanted as engine:
+            return engine
+
+    worker = Worker(request)
+    slot = manager._slots[wants]
+    assert await_that(manager, slot, lambda: wanted.request in slot.waiting())
+    return worker
+
+
+@pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
+def test_who_would_close_a_circle_is_refused_and_the_others_are_served(names: str, manager: GPUResourceManager) -> None:
+    for name in names:
+        manager.register(name, Workshop().load)
+    with manager.lease(names[-1]):
+        workers = [chain(manager, has, wants) for has, wants in reversed(list(pairwise(names)))]
+        with pytest.raises(LeaseDeadlock, match=f"{names[0]!r} while holding {names[-1]}") as caught:
+            use(manager, names[0])
+        assert (caught.value.name, caught.value.holding) == (names[0], (names[-1],))
+    for worker in workers:
+        assert worker.result()
+    assert use(manager, names[0])
+
+
+def test_waiting_in_a_row_is_no_circle(manager: GPUResourceManager) -> None:
+    for name in "ab":
+        manager.register(name, Workshop().load)
+    holder = Client(manager, "b").comes_in()
+    worker = chain(manager, "a", "b")
+    behind = Client(manager, "a").queues()
+    holder.leaves()
+    worker.result()
+    behind.comes_in().leaves()
+
+
+def test_a_loader_that_asks_for_its_own_model_is_refused(manager: GPUResourceManager) -> None:
+    manager.register("own", lambda: use(manager, "own"))
+    with pytest.raises(LeaseDeadlock) as caught:
+        use(manager, "own")
+    assert (caught.value.name, caught.value.holding) == ("own", ("own",))
+
+
+def test_two_loaders_that_need_each_other_are_refused(manager: GPUResourceManager) -> None:
+    at_a, at_b = Gate(), Gate()
+
+    def load(gate: Gate, other: str) -> object:
+        gate.pass_through()
+        return use(manager, other)
+
+    manager.register("a", lambda: load(at_a, "b"))
+    manager.register("b", lambda: load(at_b, "a"))
+    first, second = Worker(use, manager, "a"), Worker(use, manager, "b")
+    at_a.wait_for_arrival()
+    at_b.wait_for_arrival()
+    at_a.open()
+    slot = manager._slots["b"]
+    assert await_that(manager, slot, lambda: sum(1 for _ in slot.waiting()) == 2)
+    at_b.open()
+    for worker in (first, second):
+        with pytest.raises(LeaseDeadlock):
+            worker.result()
+
+
+# -- whose request it is ----------------------------------------------------------------------------------------
+
+
+def test_a_loader_sees_what_its_request_has_set_and_may_use_another_model(manager: GPUResourceManager) -> None:
+    who: contextvars.ContextVar[str] = contextvars.ContextVar("who", default="nobody")
+    workshop, seen = Workshop(), []
+
+    def load() -> object:
+        seen.append((who.get(), use(manager, "tts")))
+        return workshop.load()
+
+    manager.register("asr", load)
+
+    def request() -> None:
+        who.set("somebody")
+        use(manager, "asr")
+
+    Worker(request).result()
+    assert [name for name, _ in seen] == ["somebody"]
+    assert who.get() == "nobody"
+
+
+def test_work_started_with_the_context_of_a_request_shares_its_lease(manager: GPUResourceManager) -> None:
+    with manager.lease("tts") as engine:
+        context = contextvars.copy_context()
+        assert Worker(context.run, use, manager).result() is engine
+        assert tts(manager)["leases"] == 1
+        stranger = Client(manager).queues()
+    stranger.comes_in().leaves()
+
+
+def test_the_model_is_given_back_when_the_last_who_shares_it_has_left(
+    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    outer, inner = manager.lease("tts"), manager.lease("tts")
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__()
+    assert tts(manager)["leases"] == 1
+    assert workshop.resident.log == []
+    assert inner.place == 0
+    inner.__exit__()
+    assert workshop.resident.log == ["offload"]
+    context = contextvars.copy_context()
+    assert Worker(context.run, use, manager).result(), "a lease that has ended is shared with nobody"
+    assert workshop.resident.log == ["offload", "restore", "offload"]
+
+
+def test_a_lease_that_is_lost_is_given_back(manager: GPUResourceManager) -> None:
+    def lose() -> None:
+        manager.lease("tts").__enter__()
+
+    Worker(lose).result()
+    gc.collect()
+    assert use(manager, timeout=None)
+    slot = manager._slots["tts"]
+    assert await_that(manager, slot, lambda: not slot.in_use and slot.at is State.HOST)
+
+
+def test_a_lease_made_before_the_end_is_refused_after_it(manager: GPUResourceManager) -> None:
+    lease = manager.lease("tts")
+    manager.close()
+    with pytest.raises(ManagerClosed), lease:
+        pass

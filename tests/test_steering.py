@@ -1,0 +1,246 @@
+"""By hand, at run time: closing with a grace, other settings, broken engines, and what the status says meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fakes import Client, Gate, Worker, Workshop, after, comes_to
+
+from gpu_manager import (
+    Event,
+    GPUResourceManager,
+    ManagerClosed,
+    SimulatedDevice,
+    State,
+    UnknownModel,
+)
+from residency.clock import ManualClock
+from residency.errors import InvalidInput
+from residency.progress import current
+
+
+def tts(manager: GPUResourceManager) -> dict:
+    return manager.status()["models"]["tts"]
+
+
+def use(manager: GPUResourceManager, name: str = "tts") -> object:
+    with manager.lease(name) as engine:
+        return engine
+
+
+@pytest.fixture
+def warm_manager(clock: ManualClock, workshop: Workshop, device: SimulatedDevice) -> Iterator[GPUResourceManager]:
+    """Like ``manager``; its models stay on the device for an hour and are never released."""
+    with GPUResourceManager(
+        device, keep_warm=3600, idle_timeout=-1, clock=clock, adopt=workshop.adopt
+    ) as manager:  # fmt: skip
+        manager.register("tts", workshop.load)
+        yield manager
+
+
+# -- the end, with a grace --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grace", [0, 5, "1m"])
+def test_close_leaves_alone_what_still_runs_after_its_grace_and_refuses_who_waits_at_once(
+    grace: float | str, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    manager.register("asr", Workshop().load)
+    use(manager, "asr")
+    running, waiting = Client(manager).comes_in(), Client(manager).queues()
+    closing = Worker(manager.close, grace)
+    with pytest.raises(ManagerClosed):
+        waiting.worker.result()
+    assert closing.is_alive() or grace == 0
+    assert after(clock, {0: 0, 5: 5, "1m": 60}[grace], closing) is False
+    assert manager.closed
+    assert workshop.resident.place == "device"
+    assert manager.status()["models"]["asr"]["state"] == "released"
+    running.leaves()
+    assert workshop.resident.place == "nowhere"
+    assert manager.close(0) is True
+
+
+def test_close_waits_for_a_request_that_ends_within_its_grace(manager: GPUResourceManager, clock: ManualClock) -> None:
+    running = Client(manager).comes_in()
+    closing = Worker(manager.close, 5)
+    while not manager.closed:
+        closing.join(0.01)
+    clock.advance(4.9)
+    running.leaves()
+    assert closing.result() is True
+    assert tts(manager)["state"] == "released"
+
+
+def test_close_leaves_a_load_alone_that_takes_too_long(
+    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    gate = workshop.gate = Gate()
+    client = Client(manager).queues()
+    gate.wait_for_arrival()
+    assert manager.close(0) is False
+    with pytest.raises(ManagerClosed):
+        client.worker.result()
+    gate.open()
+    assert comes_to(manager, clock, State.RELEASED)
+    assert manager.close(0) is True
+    assert workshop.resident.place == "nowhere"
+
+
+@pytest.mark.parametrize("grace", [-2, "soon"])
+def test_what_is_no_grace_closes_nothing(grace: object, manager: GPUResourceManager) -> None:
+    with pytest.raises(InvalidInput):
+        manager.close(grace)
+    assert use(manager)
+
+
+def test_unregister_refuses_who_waits_and_lets_the_running_request_end(manager: GPUResourceManager) -> None:
+    manager.register("asr", Workshop().load)
+    running, waiting = Client(manager).comes_in(), Client(manager).queues()
+    unregistering = Worker(manager.unregister, "tts")
+    with pytest.raises(UnknownModel, match="known: asr") as caught:
+        waiting.worker.result()
+    assert (caught.value.name, caught.value.known) == ("tts", ("asr",))
+    with pytest.raises(UnknownModel):
+        use(manager)
+    running.leaves()
+    unregistering.result()
+    assert manager.names() == ("asr",)
+    with manager.lease("asr"), pytest.raises(RuntimeError, match=r"unregister\(\)"):
+        manager.unregister("asr")
+
+
+# -- other settings at run time ---------------------------------------------------------------------------------
+
+
+def test_a_shorter_keep_warm_counts_for_the_idle_time_that_has_begun(
+    warm_manager: GPUResourceManager, clock: ManualClock
+) -> None:
+    use(warm_manager)
+    clock.advance(100)
+    warm_manager.configure("tts", keep_warm="3m")
+    assert tts(warm_manager)["next"] == {"to": "cpu", "in_s": 80}
+    clock.advance(79)
+    assert tts(warm_manager)["state"] == "gpu"
+    clock.advance(1)
+    assert comes_to(warm_manager, clock, State.HOST)
+    warm_manager.configure("tts", idle_timeout=180)
+    assert comes_to(warm_manager, clock, State.RELEASED)
+
+
+def test_a_keep_warm_that_has_run_out_already_takes_effect_at_once(
+    warm_manager: GPUResourceManager, clock: ManualClock
+) -> None:
+    use(warm_manager)
+    clock.advance(100)
+    warm_manager.configure("tts", keep_warm=100)
+    assert warm_manager.wait_for("tts", State.HOST, 10)
+    warm_manager.configure("tts", keep_warm=1000)
+    assert tts(warm_manager)["state"] == "cpu", "it is brought by requests only"
+
+
+def test_to_auto_and_back(warm_manager: GPUResourceManager) -> None:
+    use(warm_manager)
+    warm_manager.configure("tts", keep_warm="auto")
+    assert (tts(warm_manager)["policy"], tts(warm_manager)["keep_warm_s"]) == ("auto", 0)
+    assert warm_manager.wait_for("tts", State.HOST, 10)
+    warm_manager.configure("tts", keep_warm=30, idle_timeout="1h")
+    assert (tts(warm_manager)["policy"], tts(warm_manager)["keep_warm_s"]) == ("fixed", 30)
+    assert tts(warm_manager)["idle_timeout_s"] == 3600
+    warm_manager.configure("tts")
+    assert (tts(warm_manager)["keep_warm_s"], tts(warm_manager)["idle_timeout_s"]) == (30, 3600)
+
+
+def test_all_models_are_configured_when_none_is_named(warm_manager: GPUResourceManager) -> None:
+    warm_manager.register("asr", Workshop().load)
+    use(warm_manager)
+    use(warm_manager, "asr")
+    warm_manager.configure(keep_warm=0)
+    for name in ("tts", "asr"):
+        assert warm_manager.wait_for(name, State.HOST, 10)
+
+
+def test_no_setting_is_changed_by_what_is_none(warm_manager: GPUResourceManager) -> None:
+    for settings in ({"keep_warm": "soon"}, {"idle_timeout": -5}):
+        with pytest.raises(InvalidInput):
+            warm_manager.configure("tts", **settings)
+    with pytest.raises(UnknownModel):
+        warm_manager.configure("llm", keep_warm=0)
+    assert (tts(warm_manager)["keep_warm_s"], tts(warm_manager)["idle_timeout_s"]) == (3600, -1)
+    warm_manager.close()
+    with pytest.raises(ManagerClosed):
+        warm_manager.configure("tts", keep_warm=0)
+
+
+# -- the status -------------------------------------------------------------------------------------------------
+
+
+def test_the_status_says_what_comes_next_and_when(manager: GPUResourceManager, clock: ManualClock) -> None:
+    assert tts(manager)["next"] is None
+    manager.configure("tts", keep_warm=10, idle_timeout=60)
+    with manager.lease("tts"):
+        assert (tts(manager)["next"], tts(manager)["idle_s"], tts(manager)["policy"]) == (None, 0.0, "fixed")
+    clock.advance(4)
+    assert (tts(manager)["next"], tts(manager)["idle_s"]) == ({"to": "cpu", "in_s": 6}, 4)
+    clock.advance(6)
+    assert comes_to(manager, clock, State.HOST)
+    assert tts(manager)["next"] == {"to": "released", "in_s": 50}
+    clock.advance(50)
+    assert comes_to(manager, clock, State.RELEASED)
+    assert tts(manager)["next"] is None
+
+
+def test_the_status_says_how_far_a_load_is(manager: GPUResourceManager, clock: ManualClock, workshop: Workshop) -> None:
+    at_start, half_way = Gate(), Gate()
+
+    def load() -> object:
+        at_start.pass_through()
+        current().enter("reading", 400)
+        current().advance(100)
+        half_way.pass_through()
+        return workshop.load()
+
+    manager.register("asr", load)
+    clients = [Client(manager, "asr").queues() for _ in range(2)]
+    at_start.wait_for_arrival()
+    told = {"to": "gpu", "phase": "building", "bytes": 0, "total_bytes": None, "seconds": 0, "bytes_per_s": None}
+    asr = manager.status()["models"]["asr"]
+    assert (asr["progress"], asr["state"], asr["waiting"], asr["next"]) == (told, "moving", 2, None)
+    at_start.open()
+    half_way.wait_for_arrival()
+    clock.advance(2)
+    told |= {"phase": "reading", "bytes": 100, "total_bytes": 400, "seconds": 2, "bytes_per_s": 50}
+    assert manager.status()["models"]["asr"]["progress"] == told
+    half_way.open()
+    for client in clients:
+        client.comes_in()
+        assert manager.status()["models"]["asr"]["progress"] is None
+        client.leaves()
+    assert manager.status()["models"]["asr"]["last_move"] == {"from": "gpu", "to": "cpu", "bytes": 100, "seconds": 0}
+
+
+def test_events_tell_every_move_in_order(manager: GPUResourceManager, clock: ManualClock, workshop: Workshop) -> None:
+    told: list[Event] = []
+    unsubscribe = manager.subscribe(told.append)
+    workshop.fail_next = OSError("no weights")
+    with pytest.raises(OSError, match="no weights"):
+        use(manager)
+    gate = workshop.gate = Gate()
+    client = Client(manager).queues()
+    gate.wait_for_arrival()
+    clock.advance(3)
+    gate.open()
+    client.comes_in().leaves()
+    manager.close()
+    assert [(event.what, event.source, event.target) for event in told if event.what != "progress"] == [
+        ("began", "released", "gpu"), ("failed", "released", "gpu"), ("began", "released", "gpu"),
+        ("done", "released", "gpu"), ("began", "gpu", "cpu"), ("done", "gpu", "cpu"), ("began", "cpu", "released"),
+        ("done", "cpu", "released"),
+    ]  # fmt: skip
+    ends = [event for event in told if event.what in ("done", "failed")]
+    assert [event.error for event in ends] == ["OSError: no weights", None, None, None]
+    assert [event.seconds for event in ends] == [0, 3, 0, 0]
+    assert [event.time_s for event in ends] == [1000, 1003, 1003, 1003]
+    assert {event.model for event in told} == {"tts"}
+    unsubscribe()
