@@ -88,11 +88,12 @@ def main(arguments: list[str]) -> int:
     if arguments != ["--report"]:
         COPY.mkdir(exist_ok=True)
         copy_tree(files)
-        environment = os.environ | {"HYPOTHESIS_PROFILE": "mutation"}
+        environment = os.environ | {"HYPOTHESIS_PROFILE": "mutation", "PYTHONDONTWRITEBYTECODE": ""}
         survivors = [mutant for file in files for mutant, verdict in verdicts(file).items() if verdict == SURVIVED]
-        subprocess.run(["mutmut", "run", *arguments], cwd=COPY, env=environment)
+        command = ["mutmut", "run", "--max-children", str(5 * (os.cpu_count() or 1))]  # most only wait
+        subprocess.run([*command, *arguments], cwd=COPY, env=environment)
         if survivors and not arguments:
-            subprocess.run(["mutmut", "run", *survivors], cwd=COPY, env=environment)
+            subprocess.run([*command, *survivors], cwd=COPY, env=environment)
     report(files)
     return 0
 

@@ -448,6 +448,14 @@ def test_waiting_in_a_circle_is_seen() -> None:
     assert not would_wait_for_itself(Request(a, 3, 0), models)
 
 
+def test_of_several_who_wait_each_may_close_the_circle() -> None:
+    a, b, c = (hold(slot(State.DEVICE, name=name)) for name in "abc")
+    ask(b, 1, holding=(a,))
+    ask(c, 2, holding=(a,))
+    for held in (b, c):
+        assert would_wait_for_itself(Request(a, 3, 0, holding=(held,)), [a, b, c])
+
+
 def test_a_loader_that_asks_for_its_own_model_waits_for_itself() -> None:
     a = moving(slot(State.RELEASED), State.DEVICE)
     assert would_wait_for_itself(Request(a, 1, 0, holding=(a,)), [a])

@@ -1,0 +1,319 @@
+"""What the manager says: to the status, the log and listeners; and what a process's end makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from pathlib import Path
+
+import pytest
+from fakes import Client, FakeResident, Gate, Worker, Workshop, after, comes_to
+
+from gpu_manager import Event, GPUResourceManager, SettingsConflict, SimulatedDevice, State, get_gpu_manager
+from residency.clock import ManualClock
+from residency.errors import DeviceOutOfMemory, InvalidInput
+from residency.progress import current
+
+
+def tts(manager: GPUResourceManager) -> dict:
+    return manager.status()["models"]["tts"]
+
+
+def use(manager: GPUResourceManager, name: str = "tts") -> object:
+    with manager.lease(name) as engine:
+        return engine
+
+
+# -- the status -------------------------------------------------------------------------------------------------
+
+
+def test_the_status_tells_of_the_device_the_host_and_the_monitor(workshop: Workshop) -> None:
+    with GPUResourceManager(SimulatedDevice(1000), budget_bytes=400, adopt=workshop.adopt) as manager:
+        status = manager.status()
+        assert set(status) == {"enabled", "device", "host", "monitor", "models"}
+        assert status["enabled"] is True
+        device = status["device"]
+        assert (device["kind"], device["total_bytes"], device["free_bytes"]) == ("simulated", 1000, 1000)
+        assert (device["budget_bytes"], device["name"]) == (400, "Simulated GPU (1000 B) / 模拟 GPU")
+        assert "Simulated" in device["note"]["en"]
+        assert set(status["host"]) == {"total_bytes", "free_bytes", "process_bytes"}
+        assert status["models"] == {}
+        assert (status["monitor"]["errors"], status["monitor"]["last_error"]) == (0, None)
+
+
+@pytest.mark.parametrize("budget_bytes", [0, -1])
+def test_a_budget_that_holds_nothing_is_refused(budget_bytes: int) -> None:
+    with pytest.raises(InvalidInput, match="or None for no budget"):
+        GPUResourceManager(SimulatedDevice(1000), budget_bytes=budget_bytes)
+    GPUResourceManager(SimulatedDevice(1000), budget_bytes=1).close()
+
+
+def test_the_monitor_survives_an_error_of_its_own_and_says_so(
+    manager: GPUResourceManager, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(manager)
+    slot = manager._slots["tts"]
+
+    class Broken:
+        name, keep_warm_s, idle_timeout_s = "broken", 0.0, math.inf
+        asked = Gate()
+
+        def windows(self) -> tuple[tuple[float, float], ...]:
+            self.asked._arrived.set()
+            raise ZeroDivisionError("windows")
+
+    policy, slot.policy = slot.policy, Broken()
+    clock.advance(600)
+    while not Broken.asked._arrived.wait(0.01):
+        clock.advance(0)
+    slot.policy = policy
+    clock.advance(1)
+    assert comes_to(manager, clock, State.RELEASED)
+    health = manager.status()["monitor"]
+    assert health["alive"] is True
+    assert health["errors"] >= 1
+    assert health["last_error"] == "ZeroDivisionError: windows"
+    assert "The idle monitor met an error and goes on" in caplog.text
+
+
+# -- the process's manager --------------------------------------------------------------------------------------
+
+
+def test_the_singleton_says_which_setting_differs(tmp_path: Path) -> None:
+    settings = {
+        "keep_warm": "auto", "idle_timeout": "5m", "snapshot_dir": str(tmp_path), "snapshot_limit_bytes": 10,
+        "budget_bytes": 400,
+    }  # fmt: skip
+    others = {
+        "keep_warm": 5, "idle_timeout": "6m", "snapshot_dir": tmp_path / "other", "snapshot_limit_bytes": 11,
+        "budget_bytes": 401,
+    }  # fmt: skip
+    device = SimulatedDevice(1000)
+    manager = get_gpu_manager(device, **settings)
+    try:
+        assert manager.device is device
+        assert get_gpu_manager(device, **settings | {"snapshot_dir": tmp_path, "idle_timeout": 300}) is manager
+        manager.register("tts", Workshop().load)
+        assert (tts(manager)["policy"], tts(manager)["idle_timeout_s"]) == ("auto", 300)
+        assert manager.status()["device"]["budget_bytes"] == 400
+        for setting, other in others.items():
+            with pytest.raises(SettingsConflict) as caught:
+                get_gpu_manager(**{setting: other})
+            assert caught.value.setting == setting
+            assert str(caught.value.asked) != str(caught.value.present)
+        with pytest.raises(SettingsConflict, match="device"):
+            get_gpu_manager(SimulatedDevice(2))
+        with pytest.raises(InvalidInput):
+            get_gpu_manager(idle_timeout="soon")
+    finally:
+        manager.close()
+
+
+def test_the_defaults_of_the_singleton_are_off_at_once_and_ten_minutes() -> None:
+    with get_gpu_manager(SimulatedDevice(1000)) as manager:
+        manager.register("tts", Workshop().load)
+        assert (tts(manager)["keep_warm_s"], tts(manager)["idle_timeout_s"]) == (0, 600)
+
+
+# -- the log and listeners --------------------------------------------------------------------------------------
+
+
+def test_the_log_has_every_move_with_bytes_and_seconds(
+    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    workshop.nbytes = 2_500_000
+    gate = workshop.gate = Gate()
+    client = Client(manager).queues()
+    gate.wait_for_arrival()
+    clock.advance(2)
+    gate.open()
+    client.comes_in().leaves()
+    manager.release()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("gpu-loading", "gpu-offloading", "gpu-releasing")):
+            thread.join(10)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("residency")]
+    assert lines == [
+        "tts: released -> gpu, 2.5 MB in 2.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
+        "tts: gpu -> cpu, 2.5 MB in 0.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
+        "tts: cpu -> released, 2.5 MB in 0.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
+    ]
+
+
+def test_the_log_has_what_failed_and_where_the_model_is_now(
+    manager: GPUResourceManager, workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(manager)
+    workshop.resident.fail_next["restore"] = MemoryError("card is full")
+    with pytest.raises(MemoryError):
+        use(manager)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (logging.ERROR, "tts: restoring failed, back to host: card is full")
+    ]
+
+
+def test_a_load_that_was_given_up_is_in_the_log(
+    manager: GPUResourceManager, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    workshop = Workshop()
+    manager.register("asr", workshop.load, load_timeout=5)
+    gate = workshop.gate = Gate()
+    client = Client(manager, "asr").queues()
+    gate.wait_for_arrival()
+    task = manager._slots["asr"].task
+    with pytest.raises(TimeoutError):
+        after(clock, 5, client.worker)
+    assert "asr: its loader takes too long and is given up" in caplog.text
+    gate.open()
+    while task.resident is not None or not workshop.engines:
+        client.worker.join(0.01)
+    assert "asr: came after it had been given up, and is thrown away" in caplog.text
+    assert workshop.resident.place == "nowhere"
+
+
+def test_listeners_hear_of_progress_ten_times_a_second_at_most(manager: GPUResourceManager, clock: ManualClock) -> None:
+    workshop, told = Workshop(), list[Event]()
+
+    def load() -> object:
+        for nbytes in (1, 2, 4, 8):
+            current().enter("reading", nbytes)
+            clock.advance(0.06)
+        return workshop.load()
+
+    manager.subscribe(told.append)
+    manager.register("asr", load)
+    use(manager, "asr")
+    manager.close()
+    progress = [event for event in told if event.what == "progress"]
+    assert [(event.phase, event.total_bytes) for event in progress] == [("building", None), ("reading", 4)]
+    assert [(event.source, event.target, event.done_bytes, event.error) for event in progress] == [
+        ("released", "gpu", 0, None)
+    ] * 2
+    assert round(progress[1].seconds, 6) == 0.12
+
+
+# -- full devices -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "places"),
+    [
+        (DeviceOutOfMemory(100, 40, "a card"), "HHD"),
+        (DeviceOutOfMemory(100, 51, "a card"), "HDD"),
+        (DeviceOutOfMemory(100, None, "a card"), "HDD"),
+        (DeviceOutOfMemory(100, 200, "a card in pieces"), "HDD"),
+    ],
+)
+def test_as_many_idle_models_leave_as_the_device_lacks(
+    error: DeviceOutOfMemory, places: str, clock: ManualClock, device: SimulatedDevice
+) -> None:
+    errors = [error]
+
+    def load() -> object:
+        if errors:
+            raise errors.pop()
+        return Workshop().load()
+
+    with GPUResourceManager(device, keep_warm=3600, clock=clock, adopt=Workshop.adopt) as manager:
+        for name in ("first", "second"):
+            manager.register(name, Workshop(50).load)
+            use(manager, name)
+            clock.advance(1)
+        manager.register("full", load)
+        use(manager, "full")
+        states = [model["state"] for model in manager.status()["models"].values()]
+        assert "".join({"gpu": "D", "cpu": "H"}[state] for state in states) == places
+
+
+# -- threads, loops and processes -------------------------------------------------------------------------------
+
+
+def test_a_second_task_of_an_event_loop_is_refused_instead_of_blocking_the_first(manager: GPUResourceManager) -> None:
+    async def main() -> None:
+        inside = asyncio.Event()
+
+        async def first() -> None:
+            with manager.lease("tts"):
+                inside.set()
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(first())
+        await inside.wait()
+        with pytest.raises(RuntimeError, match="Another task of this event loop holds 'tts'"):
+            use(manager)
+        await task
+
+    asyncio.run(main())
+    assert use(manager)
+
+
+def test_where_no_thread_can_be_had_moves_run_in_the_thread_that_needs_them(
+    manager: GPUResourceManager, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine = use(manager)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert use(manager) is engine
+        assert tts(manager)["state"] == "cpu"
+        assert manager.release() is True
+    assert workshop.resident.log == ["offload", "restore", "offload", "release"]
+
+
+def test_what_was_told_to_register_reaches_who_adopts_the_engine(device: SimulatedDevice) -> None:
+    seen = []
+
+    def adopt(engine: object, device: object, slot: object) -> FakeResident:
+        seen.append((slot.name, slot.skip, slot.keep))
+        return FakeResident()
+
+    with GPUResourceManager(device, adopt=adopt) as manager:
+        manager.register("tts", Workshop().load, skip=[".tokenizer"], keep="a part")
+        use(manager)
+        assert seen == [("tts", (".tokenizer",), "a part")]
+
+
+def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    child = GPUResourceManager(SimulatedDevice(1000), keep_warm=60, adopt=workshop.adopt)
+    child.register("tts", workshop.load)
+    told: list[Event] = []
+    child.subscribe(told.append)
+    lease = child.lease("tts")
+    use(child)
+    count = len(told)
+    child.leave_to_the_parent()
+    assert child.closed
+    assert child.names() == ()
+    assert child.status()["monitor"]["alive"] is False
+    with pytest.raises(Exception, match="closed"), lease:
+        pass
+    assert child.close(0) is True
+    assert workshop.resident.log == []
+    assert child._parents_slots["tts"].engine is workshop.engines[0], "it is kept from being collected"
+    assert len(told) == count
+
+
+def test_the_end_of_the_interpreter_waits_for_moves_but_not_for_ever(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    gate = workshop.gate = Gate()
+    client = Client(manager).queues()
+    gate.wait_for_arrival()
+    manager.wind_up(0.01)
+    assert manager.closed
+    assert manager.status()["monitor"]["alive"] is False
+    assert tts(manager)["state"] == "moving"
+    winding = Worker(manager.wind_up, 30)
+    winding.join(0.05)
+    assert winding.is_alive()
+    gate.open()
+    client.comes_in()
+    winding.result()
+    client.leaves()
