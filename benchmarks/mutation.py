@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
         copy_tree(files)
         environment = os.environ | {"HYPOTHESIS_PROFILE": "mutation", "PYTHONDONTWRITEBYTECODE": ""}
         survivors = [mutant for file in files for mutant, verdict in verdicts(file).items() if verdict == SURVIVED]
-        command = ["mutmut", "run", "--max-children", str(5 * (os.cpu_count() or 1))]  # most only wait
+        command = ["mutmut", "run", "--max-children", str(3 * (os.cpu_count() or 1))]  # some only wait
         subprocess.run([*command, *arguments], cwd=COPY, env=environment)
         if survivors and not arguments:
             subprocess.run([*command, *survivors], cwd=COPY, env=environment)

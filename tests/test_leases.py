@@ -13,6 +13,7 @@ from gpu_manager import (
     GPUResourceManager,
     LeaseDeadlock,
     ManagerClosed,
+    ModelBusy,
     State,
 )
 from residency.clock import ManualClock
@@ -134,13 +135,14 @@ def test_the_model_is_given_back_when_the_last_who_shares_it_has_left(
     outer, inner = manager.lease("tts"), manager.lease("tts")
     outer.__enter__()
     inner.__enter__()
+    context, request = contextvars.copy_context(), inner.request
     outer.__exit__()
     assert tts(manager)["leases"] == 1
     assert workshop.resident.log == []
     assert inner.place == 0
     inner.__exit__()
     assert workshop.resident.log == ["offload"]
-    context = contextvars.copy_context()
+    assert manager._admission.place(request) is None
     assert Worker(context.run, use, manager).result(), "a lease that has ended is shared with nobody"
     assert workshop.resident.log == ["offload", "restore", "offload"]
 
@@ -161,3 +163,8 @@ def test_a_lease_made_before_the_end_is_refused_after_it(manager: GPUResourceMan
     manager.close()
     with pytest.raises(ManagerClosed), lease:
         pass
+
+
+def test_who_has_a_model_but_asks_in_another_context_is_a_stranger(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"), pytest.raises(ModelBusy):
+        contextvars.Context().run(use, manager, "tts", 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fakes import Client, FakeResident, Gate, Worker, Workshop, after, comes_to
 
+import gpu_manager
 from gpu_manager import Event, GPUResourceManager, SettingsConflict, SimulatedDevice, State, get_gpu_manager
 from residency.clock import ManualClock
 from residency.errors import DeviceOutOfMemory, InvalidInput
@@ -87,9 +88,12 @@ def test_the_singleton_says_which_setting_differs(tmp_path: Path) -> None:
         "budget_bytes": 400,
     }  # fmt: skip
     others = {
-        "keep_warm": 5, "idle_timeout": "6m", "snapshot_dir": tmp_path / "other", "snapshot_limit_bytes": 11,
-        "budget_bytes": 401,
-    }  # fmt: skip
+        "keep_warm": (5, "auto", "5.0"),
+        "idle_timeout": ("6m", "300.0", "360.0"),
+        "snapshot_dir": (tmp_path / "other", str(tmp_path), str(tmp_path / "other")),
+        "snapshot_limit_bytes": (11, "10", "11"),
+        "budget_bytes": (401, "400", "401"),
+    }
     device = SimulatedDevice(1000)
     manager = get_gpu_manager(device, **settings)
     try:
@@ -98,17 +102,23 @@ def test_the_singleton_says_which_setting_differs(tmp_path: Path) -> None:
         manager.register("tts", Workshop().load)
         assert (tts(manager)["policy"], tts(manager)["idle_timeout_s"]) == ("auto", 300)
         assert manager.status()["device"]["budget_bytes"] == 400
-        for setting, other in others.items():
+        for setting, (other, present, asked) in others.items():
             with pytest.raises(SettingsConflict) as caught:
                 get_gpu_manager(**{setting: other})
-            assert caught.value.setting == setting
-            assert str(caught.value.asked) != str(caught.value.present)
+            assert (caught.value.setting, caught.value.present, caught.value.asked) == (setting, present, asked)
         with pytest.raises(SettingsConflict, match="device"):
             get_gpu_manager(SimulatedDevice(2))
         with pytest.raises(InvalidInput):
             get_gpu_manager(idle_timeout="soon")
     finally:
         manager.close()
+
+
+def test_the_lock_of_the_singleton_is_new_in_a_forked_child() -> None:
+    with gpu_manager._singleton_lock:
+        gpu_manager._renew_lock()
+        with get_gpu_manager(SimulatedDevice(1000)) as manager:
+            assert manager.names() == ()
 
 
 def test_the_defaults_of_the_singleton_are_off_at_once_and_ten_minutes() -> None:
