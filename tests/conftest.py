@@ -24,6 +24,11 @@ if profile := os.environ.get("HYPOTHESIS_PROFILE"):
     settings.load_profile(profile)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and os.environ.get("HYPOTHESIS_PROFILE") == "mutation":
+        os._exit(1)  # what a broken manager leaves behind may keep the test's end waiting
+
+
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes import Client, Gate, Workshop, after
+from fakes import Client, Gate, Worker, Workshop, after, comes_to
 
 from gpu_manager import (
+    CpuDevice,
     DeviceOutOfMemory,
     Event,
     GPUResourceManager,
@@ -63,8 +64,11 @@ def test_a_loader_that_takes_too_long_is_given_up_and_what_it_brings_is_thrown_a
     gate.open()
     assert workshop.loads == 2
     assert use(manager, "asr") is engine
+    assert manager.status()["monitor"]["errors"] == 0
     manager.close()
-    assert [event.what for event in told if event.what != "progress"][:3] == ["began", "failed", "began"]
+    told = [event for event in told if event.what != "progress"]
+    assert [event.what for event in told][:3] == ["began", "failed", "began"]
+    assert told[1].error.startswith("LoadTimeout: 'asr' was not loaded within 120 s")
 
 
 @pytest.mark.parametrize("how", ["discard", "device lost"])
@@ -154,3 +158,99 @@ def test_a_model_that_was_warmed_waits_for_its_request(manager: GPUResourceManag
     assert tts(manager)["next"] == {"to": "cpu", "in_s": WARM_GRACE_S}
     use(manager)
     assert tts(manager)["state"] == "cpu", "its request has been"
+
+
+def test_a_full_device_is_tried_again_while_other_models_come_and_go(
+    manager: GPUResourceManager, clock: ManualClock
+) -> None:
+    tries: list[int] = []
+
+    def load() -> object:
+        tries.append(1)
+        use(manager, "tts")
+        raise DeviceOutOfMemory(100, 40, "a card")
+
+    manager.register("asr", load)
+    with pytest.raises(DeviceOutOfMemory, match="a card"):
+        use(manager, "asr")
+    assert len(tries) == 1 + OUT_OF_MEMORY_RETRIES
+
+
+def test_after_a_refusal_the_next_request_sends_nobody_away(warm_manager: GPUResourceManager) -> None:
+    workshop, full = Workshop(), [True]
+
+    def load() -> object:
+        if full:
+            raise DeviceOutOfMemory(100, 40, "a card")
+        return workshop.load()
+
+    warm_manager.register("asr", load)
+    with pytest.raises(DeviceOutOfMemory):
+        use(warm_manager, "asr")
+    full.clear()
+    use(warm_manager, "tts")
+    use(warm_manager, "asr")
+    assert tts(warm_manager)["state"] == "gpu"
+
+
+def test_an_engine_that_cannot_come_back_is_built_anew(manager: GPUResourceManager, workshop: Workshop) -> None:
+    use(manager)
+    workshop.resident.fail_next["restore"] = OSError("the mirror is gone")
+    with pytest.raises(OSError, match="the mirror is gone"):
+        use(manager)
+    assert tts(manager)["state"] == "cpu"
+    use(manager)
+    assert workshop.loads == 2
+    assert workshop.engines[0].resident.place == "nowhere"
+
+
+def test_a_device_that_is_lost_while_a_model_leaves_it_breaks_the_engine(
+    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    with manager.lease("tts") as engine:
+        engine.resident.fail_next["offload"] = RuntimeError("CUDA error: unspecified launch failure")
+    clock.advance(RETRY_AFTER_S)
+    assert comes_to(manager, clock, State.RELEASED)
+    use(manager)
+    assert workshop.loads == 2
+
+
+def test_an_offload_that_fails_when_the_bytes_have_left_leaves_the_model_where_they_are(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    with manager.lease("tts") as engine:
+        resident = engine.resident
+
+        def offload() -> int:
+            resident.place = "host"
+            raise OSError("the caches could not be emptied")
+
+        resident.offload = offload
+    assert (tts(manager)["state"], tts(manager)["device_bytes"], tts(manager)["host_bytes"]) == ("cpu", 0, 100)
+    assert tts(manager)["last_error"] == "OSError: the caches could not be emptied"
+    assert use(manager) is engine
+
+
+def test_a_release_by_hand_waits_for_a_load_that_nobody_waits_for(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    gate = workshop.gate = Gate()
+    manager.warm("tts")
+    gate.wait_for_arrival()
+    releasing = Worker(manager.release, "tts")
+    releasing.join(0.05)
+    assert releasing.is_alive()
+    gate.open()
+    assert releasing.result() is True
+    assert tts(manager)["state"] == "released"
+
+
+def test_where_all_is_one_memory_an_offload_has_happened_and_a_release_follows_the_request(workshop: Workshop) -> None:
+    with GPUResourceManager(CpuDevice(), adopt=workshop.adopt) as manager:
+        manager.register("tts", workshop.load)
+        with manager.lease("tts"):
+            assert manager.offload("tts") is True
+            assert tts(manager)["pending"] is None
+            assert manager.release("tts") is False
+            assert tts(manager)["pending"] == "release"
+        assert tts(manager)["state"] == "released"

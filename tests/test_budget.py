@@ -279,6 +279,21 @@ def test_a_policy_brings_back_its_model_for_which_nobody_has_to_leave(house: Hou
     assert manager.status()["models"]["b"]["last_error"] is None
 
 
+def test_a_policy_brings_nothing_back_that_was_sent_away_by_hand(house: House, clock: ManualClock) -> None:
+    manager = house(None, "a")
+    manager._slots["a"].policy = Windows()
+    with manager.lease("a"):
+        assert manager.offload("a") is False
+    clock.advance(39)
+    assert manager.status()["models"]["a"]["next"] is None
+    use(manager, "a")
+    assert manager.status()["models"]["a"]["next"] == {"to": "gpu", "in_s": 40}
+    manager.warm("a")
+    assert manager.wait_for("a", State.DEVICE, 10)
+    assert manager.offload("a") is True
+    assert manager.status()["models"]["a"]["next"] is None
+
+
 def nudged(clock: ManualClock) -> Iterator[None]:
     """For whoever was just about to look at the clock."""
     for _ in range(500):

@@ -176,7 +176,7 @@ def test_a_load_that_was_given_up_is_in_the_log(
     task = manager._slots["asr"].task
     with pytest.raises(TimeoutError):
         after(clock, 5, client.worker)
-    assert "asr: its loader takes too long and is given up" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == ["asr: its loader takes too long and is given up"]
     gate.open()
     while task.resident is not None or not workshop.engines:
         client.worker.join(0.01)
@@ -208,17 +208,24 @@ def test_listeners_hear_of_progress_ten_times_a_second_at_most(manager: GPUResou
 # -- full devices -----------------------------------------------------------------------------------------------
 
 
+def wrapped(cause: BaseException) -> RuntimeError:
+    error = RuntimeError("the engine could not be built")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "places"),
     [
         (DeviceOutOfMemory(100, 40, "a card"), "HHD"),
         (DeviceOutOfMemory(100, 51, "a card"), "HDD"),
+        (wrapped(DeviceOutOfMemory(100, 40, "a card")), "HHD"),
         (DeviceOutOfMemory(100, None, "a card"), "HDD"),
         (DeviceOutOfMemory(100, 200, "a card in pieces"), "HDD"),
     ],
 )
 def test_as_many_idle_models_leave_as_the_device_lacks(
-    error: DeviceOutOfMemory, places: str, clock: ManualClock, device: SimulatedDevice
+    error: BaseException, places: str, clock: ManualClock, device: SimulatedDevice
 ) -> None:
     errors = [error]
 

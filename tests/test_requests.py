@@ -12,6 +12,7 @@ from gpu_manager import (
     ModelBusy,
     RequestCancelled,
     RequestTimeout,
+    SimulatedDevice,
     State,
 )
 from residency.clock import ManualClock
@@ -82,6 +83,18 @@ def test_without_a_timeout_it_takes_as_long_as_it_takes(
     clock.advance(1e9)
     holder.leaves()
     assert waiting.comes_in().leaves()
+
+
+def test_a_timeout_is_of_real_seconds_on_the_systems_clock(workshop: Workshop, device: SimulatedDevice) -> None:
+    with GPUResourceManager(device, adopt=workshop.adopt) as manager:
+        manager.register("tts", workshop.load)
+        holder = Client(manager).comes_in()
+        with pytest.raises(RequestTimeout) as caught:
+            Worker(use, manager, "tts", 0.02).result()
+        assert 0.02 <= caught.value.waited_s < 5
+        holder.leaves()
+        assert manager.wait_for("tts", State.HOST)
+        assert manager.wait_for("tts", State.DEVICE, 0.01) is False
 
 
 def test_a_timeout_of_0_takes_only_what_is_there_and_free(
