@@ -88,6 +88,26 @@ def test_close_leaves_a_load_alone_that_takes_too_long(
     assert workshop.resident.place == "nowhere"
 
 
+def test_the_grace_is_not_for_what_is_leaving(manager: GPUResourceManager, workshop: Workshop) -> None:
+    client = Client(manager).comes_in()
+    gate = workshop.resident.gates["offload"] = Gate()
+    leaving = Worker(client.leaves)
+    gate.wait_for_arrival()
+    closing = Worker(manager.close, 0)
+    closing.join(0.05)
+    assert closing.is_alive()
+    gate.open()
+    assert closing.result() is True
+    leaving.result()
+    assert workshop.resident.place == "nowhere"
+
+
+def test_who_has_a_lease_cannot_close(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"), pytest.raises(RuntimeError, match=r"^close\(\) would wait"):
+        manager.close()
+    assert not manager.closed
+
+
 @pytest.mark.parametrize("grace", [-2, "soon"])
 def test_what_is_no_grace_closes_nothing(grace: object, manager: GPUResourceManager) -> None:
     with pytest.raises(InvalidInput):
