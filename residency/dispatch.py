@@ -77,8 +77,8 @@ class Dispatcher:
         now_s = self.clock.now()
         self.monitor.expect_locked(next_deadline(slot, now_s, self.device.separate))
 
-    def begin_locked(self, slot: Slot, move: Move) -> Task:
-        """Begin a move of a settled model that nobody holds."""
+    def begin_locked(self, slot: Slot, move: Move, *, made_room: bool = False) -> Task:
+        """Begin a move of a settled model that nobody holds; ``made_room``: others have just left for it."""
         now_s = self.clock.now()
         head = slot.head() if move.target is State.DEVICE else None
         task = Task(
@@ -90,14 +90,13 @@ class Dispatcher:
             Progress(move.via.value, slot.size_bytes or None),
             head.context if head and head.context else contextvars.Context(),
             give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
-            made_room=slot.short,
+            made_room=made_room,
         )
         task.progress.changed = lambda: self.reports.tell_progress(task)
         slot.task = task
         slot.engine = slot.resident = None
         self._begun = True
         self._changes += 1
-        slot.short = False
         slot.sent_away = slot.asked is not None
         if not task.arrives:
             slot.asked = None
@@ -163,13 +162,13 @@ class Dispatcher:
     def _step_locked(self, slot: Slot) -> None:
         if slot.holder is not None and not slot.holder.users:
             slot.holder = None  # who left it was interrupted
-        slot.short = False
+        had_to_wait, slot.short = slot.short, False
         step = next_step(slot, self.clock.now(), self.device.separate)
         if step is Serve.HEAD:
             self._serve_locked(slot)
         elif isinstance(step, Move):
             if step.target is not State.DEVICE or self._has_room_locked(slot):
-                self.begin_locked(slot, step)
+                self.begin_locked(slot, step, made_room=had_to_wait)
         elif not slot.in_use and slot.task is None:
             slot.asked = None
 

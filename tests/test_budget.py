@@ -319,7 +319,6 @@ class SlowDriver(SimulatedDevice):
         return super().memory()
 
 
-@pytest.mark.xfail(strict=True, reason="made_room is never set, so nobody waits for what the driver shows")
 @pytest.mark.parametrize("shown", [0, 99, 100, None])
 def test_who_others_left_for_waits_until_the_driver_shows_it_but_not_for_ever(
     shown: int | None, house: House, clock: ManualClock
