@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import gc
+import math
+import threading
 from itertools import pairwise
 
 import pytest
@@ -168,3 +171,35 @@ def test_a_lease_made_before_the_end_is_refused_after_it(manager: GPUResourceMan
 def test_who_has_a_model_but_asks_in_another_context_is_a_stranger(manager: GPUResourceManager) -> None:
     with manager.lease("tts"), pytest.raises(ModelBusy):
         contextvars.Context().run(use, manager, "tts", 0)
+
+
+def test_within_an_event_loop_another_threads_lease_is_waited_for(manager: GPUResourceManager) -> None:
+    async def main() -> None:
+        with pytest.raises(ModelBusy):
+            use(manager, timeout=0)
+
+    holder = Client(manager).comes_in()
+    asyncio.run(main())
+    holder.leaves()
+
+
+def test_a_request_that_is_interrupted_while_it_waits_leaves_the_queue(
+    manager: GPUResourceManager, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = Client(manager).comes_in()
+    waits, here = clock.wait, threading.current_thread()
+
+    def wait(latch: threading.Lock, timeout_s: float = math.inf) -> None:
+        if threading.current_thread() is here:
+            raise KeyboardInterrupt
+        waits(latch, timeout_s)
+
+    lease = manager.lease("tts")
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "wait", wait)
+        with pytest.raises(KeyboardInterrupt), lease:
+            pass
+    assert tts(manager)["waiting"] == 0
+    assert (lease.place, lease.cancel()) == (None, False)
+    holder.leaves()
+    assert tts(manager)["state"] == "cpu"

@@ -217,7 +217,7 @@ def test_cancelling_before_entering_refuses_at_once(manager: GPUResourceManager,
     lease = manager.lease("tts")
     assert not lease.cancelled
     assert lease.cancel() is True
-    with pytest.raises(RequestCancelled), lease:
+    with pytest.raises(RequestCancelled, match="'tts'"), lease:
         pass
     assert workshop.loads == 0
     assert lease.cancel() is False
