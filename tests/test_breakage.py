@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes import Client, Gate, Worker, Workshop, after, comes_to
+from fakes import Client, Gate, Worker, Workshop, after, await_that, comes_to
 
 from gpu_manager import (
     CpuDevice,
@@ -254,3 +254,23 @@ def test_where_all_is_one_memory_an_offload_has_happened_and_a_release_follows_t
             assert manager.release("tts") is False
             assert tts(manager)["pending"] == "release"
         assert tts(manager)["state"] == "released"
+
+
+def test_who_waits_for_room_that_will_never_be_tries_once_more(warm_manager: GPUResourceManager) -> None:
+    errors: list[Exception] = [DeviceOutOfMemory(100, 40, "a card")]
+
+    def load() -> object:
+        if errors:
+            raise errors.pop()
+        return Workshop().load()
+
+    warm_manager.register("asr", load)
+    holder = Client(warm_manager).comes_in()
+    waiting = Client(warm_manager, "asr").queues()
+    slot = warm_manager._slots["asr"]
+    assert await_that(warm_manager, slot, lambda: slot.short)
+    warm_manager.configure("tts", keep_warm=-1)
+    waiting.comes_in()
+    assert tts(warm_manager)["state"] == "gpu"
+    for client in (waiting, holder):
+        client.leaves()

@@ -83,7 +83,7 @@ def test_a_lease_can_be_used_once(manager: GPUResourceManager) -> None:
     lease = manager.lease("tts")
     with lease:
         pass
-    with pytest.raises(RuntimeError, match="^A lease can be used once"), lease:
+    with pytest.raises(RuntimeError, match=r"^A lease can be used once"), lease:
         pass
 
 
