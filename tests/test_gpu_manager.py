@@ -271,6 +271,13 @@ def test_a_warmed_model_that_nobody_uses_is_offloaded(manager: GPUResourceManage
     assert manager.wait_for("tts", State.HOST, 10)
 
 
+def test_one_can_wait_for_a_state_for_as_long_as_it_takes(manager: GPUResourceManager) -> None:
+    waiting = Worker(manager.wait_for, "tts", State.HOST)
+    use(manager)
+    assert waiting.result() is True
+    assert manager.wait_for("tts", State.DEVICE, 0) is False
+
+
 # -- many threads -----------------------------------------------------------------------------------------------
 
 
@@ -471,7 +478,12 @@ def test_close_within_a_lease_is_refused_instead_of_waiting_for_itself(manager: 
 
 
 def test_unregister_releases_and_forgets_one_model(manager: GPUResourceManager, workshop: Workshop) -> None:
+    manager.register("asr", Workshop().load)
     use(manager)
+    use(manager, "asr")
+    manager.unregister("asr")
+    assert manager.names() == ("tts",)
+    assert workshop.resident.place == "host"
     manager.unregister("tts")
     assert workshop.resident.place == "nowhere"
     assert manager.names() == ()
@@ -506,8 +518,9 @@ def test_the_singleton_is_shared_and_refuses_other_settings() -> None:
     try:
         assert get_gpu_manager() is manager
         assert get_gpu_manager(idle_timeout="5m") is manager
-        with pytest.raises(SettingsConflict, match="idle_timeout"):
+        with pytest.raises(SettingsConflict, match="idle_timeout") as conflict:
             get_gpu_manager(idle_timeout=301)
+        assert (conflict.value.present, conflict.value.asked) == ("300.0", "301.0")
         with pytest.raises(SettingsConflict, match="keep_warm"):
             get_gpu_manager(keep_warm=1)
         with pytest.raises(SettingsConflict, match="device"):
