@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ if profile := os.environ.get("HYPOTHESIS_PROFILE"):
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed and os.environ.get("HYPOTHESIS_PROFILE") == "mutation":
         os._exit(1)  # what a broken manager leaves behind may keep the test's end waiting
+
+
+@pytest.fixture(autouse=True, scope="module")
+def swift_collections() -> None:
+    """Garbage collections within a test need not look at the hundreds of thousands of objects of other modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
