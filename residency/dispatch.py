@@ -11,6 +11,7 @@ whoever plans next, at the latest by the monitor.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import math
@@ -64,6 +65,7 @@ class Dispatcher:
         self.monitor = Monitor(self.lock, clock, self._look_locked, self.act)
         self._spawning = threading.Lock()
         self._begun = False
+        self._threads: dict[Task, threading.Thread] = {}
         self._changes = 0  # how many moves have begun or ended
 
     # -- planning -----------------------------------------------------------------------------------------------
@@ -74,6 +76,8 @@ class Dispatcher:
             for other in by_arrival([other for other in self.slots.values() if other.short and other is not slot]):
                 self._step_locked(other)
         self._step_locked(slot)
+        if slot.at is State.DEVICE and slot.task is None and slot.holder is None:
+            self._keep_budget_locked()
         now_s = self.clock.now()
         self.monitor.expect_locked(next_deadline(slot, now_s, self.device.separate))
 
@@ -146,6 +150,14 @@ class Dispatcher:
                 slot.watchers.append(latch)
             clock.wait(latch, left_s)
 
+    def join(self) -> None:
+        """Wait for the threads of moves that are over; they have nothing left to do."""
+        moving = [slot.task for slot in self.slots.values()]
+        for task, thread in list(self._threads.items()):
+            if task not in moving and not task.given_up and thread is not threading.current_thread():
+                with contextlib.suppress(RuntimeError):  # its start was interrupted
+                    thread.join()
+
     def _look_locked(self) -> float:
         """For the monitor: begin what is due, and say when to look again."""
         now_s = self.clock.now()
@@ -199,6 +211,10 @@ class Dispatcher:
         slot.short = room.wait
         return not room.wait
 
+    def _keep_budget_locked(self) -> None:
+        for move in over_budget(self.slots.values(), self.budget_bytes):
+            self.begin_locked(self.slots[move.model], move)
+
     def _refuse_arrival_locked(self, slot: Slot, error: BaseException) -> None:
         """Everybody who waits for a model to come gets the error; the next request tries again."""
         slot.last_error = f"{type(error).__name__}: {error}"
@@ -214,7 +230,8 @@ class Dispatcher:
     def _spawn(self, task: Task) -> bool:
         name = f"gpu-{task.move.via.value}-{task.slot.name}"
         try:
-            threading.Thread(target=self._run, args=(task,), name=name, daemon=True).start()
+            thread = self._threads[task] = threading.Thread(target=self._run, args=(task,), name=name, daemon=True)
+            thread.start()
         except RuntimeError:
             return False  # the system gives no more threads, or the interpreter is ending
         task.spawned = True
@@ -236,6 +253,7 @@ class Dispatcher:
             if not self._try_again(task):
                 break
         self._commit(task)
+        self._threads.pop(task, None)
 
     def _carry_out(self, task: Task) -> None:
         with reporting(task.progress), loading(task.slot):
@@ -273,6 +291,8 @@ class Dispatcher:
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
+        if slot.task is task:
+            self.reports.log(task)  # before anybody goes on who waited for it
         sizes = (task.resident.device_bytes, task.resident.host_bytes) if task.resident else (0, 0)
         with self.lock:
             self._changes += 1
@@ -284,7 +304,6 @@ class Dispatcher:
                     self._arrived_locked(task)
                 else:
                     self._failed_locked(task, error)
-                at = slot.at
                 self.reports.tell("failed" if error else "done", task)
                 slot.task = None
                 task.end()
@@ -292,9 +311,7 @@ class Dispatcher:
         if not wanted:
             logger.warning("%s: came after it had been given up, and is thrown away", slot.name)
             self.mover.forget(task)
-            return
         self.act()
-        self.reports.log(task, at)
 
     def _arrived_locked(self, task: Task) -> None:
         slot, now_s = task.slot, self.clock.now()
@@ -333,8 +350,7 @@ class Dispatcher:
         if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):
             # Who waited for it gets it, before anybody can ask for it to leave again.
             self._serve_locked(slot)
-        for move in over_budget(self.slots.values(), self.budget_bytes):
-            self.begin_locked(self.slots[move.model], move)
+        self._keep_budget_locked()
         self.plan_locked(slot)
         slot.changed()
 
@@ -342,6 +358,7 @@ class Dispatcher:
         """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
         logger.error("%s: its loader takes too long and is given up", slot.name)
         task, error = slot.task, LoadTimeout(slot.name, slot.load_timeout_s)
+        task.given_up = True
         self.reports.tell("failed", task, error)
         slot.task = None
         slot.device_bytes = slot.host_bytes = 0

@@ -41,6 +41,7 @@ class Task:
     retries: int = 0
     changes_seen: int = 0
     put_off: bool = False
+    given_up: bool = False
     told_s: float = -math.inf
     moved_bytes: int = 0
     error: BaseException | None = None

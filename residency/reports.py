@@ -7,7 +7,6 @@ import logging
 from .contracts import Clock, Device
 from .events import Event, Listeners, What
 from .moving import Task
-from .states import State
 
 logger = logging.getLogger("residency.moves")
 
@@ -49,13 +48,15 @@ class Reports:
         )
         self.listeners.tell(event)
 
-    def log(self, task: Task, at: State) -> None:
-        """A move has ended, ``at`` this place."""
+    def log(self, task: Task) -> None:
+        """A move has ended."""
         name, move, elapsed_s = task.slot.name, task.move, self._clock.now() - task.started_s
         if task.error is not None:
             waits = " and waits for room" if task.put_off else ""
             level = logging.INFO if task.put_off else logging.ERROR
-            logger.log(level, "%s: %s failed%s, back to %s: %s", name, move.via.value, waits, at.value, task.error)
+            logger.log(
+                level, "%s: %s failed%s, back to %s: %s", name, move.via.value, waits, task.back_at.value, task.error
+            )
             return
         source, target = (state.shown(self._device.kind) for state in (move.source, move.target))
         logger.info(

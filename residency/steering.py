@@ -95,6 +95,7 @@ class Steering:
                 dispatcher.mover.forget(slot)  # what a release has kept for the next load
                 slot.kept = slot.keep = None
             all_released &= released
+        dispatcher.join()
         return all_released
 
 

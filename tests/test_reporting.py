@@ -143,7 +143,7 @@ def test_the_log_has_every_move_with_bytes_and_seconds(
     client.comes_in().leaves()
     manager.release()
     for thread in threading.enumerate():
-        if thread.name.startswith(("gpu-loading", "gpu-offloading", "gpu-releasing")):
+        if thread.name.startswith(("gpu-loading", "gpu-offloading", "gpu-releasing")) and thread.is_alive():
             thread.join(10)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("residency")]
     assert lines == [
