@@ -43,7 +43,7 @@ WARM_GRACE_S = 60.0
 RETRY_AFTER_S = 30.0
 """How long after a failed move the monitor tries again. Requests and people may try at once."""
 
-FREED_WITHIN_S = 5.0
+FREED_WITHIN_S = 2.0
 """How long a move waits at most until memory that others have just left is shown as free."""
 
 OUT_OF_MEMORY_RETRIES = 5
