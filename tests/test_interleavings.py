@@ -21,7 +21,7 @@ import gpu_manager
 from residency import admission, dispatch, events, latches, leasing, monitor
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-SEEDS = 150 if NIGHTLY else 8
+SEEDS = 150 if NIGHTLY else 25
 
 
 @pytest.fixture
