@@ -54,7 +54,10 @@ class Monitor:
             self.wake()
             self._turn = turn = object()
             self._thread = threading.Thread(target=self._run, args=(turn,), name="gpu-idle-monitor", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # the system gives no more threads: the next call tries again
+                logger.warning("The idle monitor cannot be started now", exc_info=True)
 
     def leave(self) -> None:
         """For a forked child: the thread is the parent's."""
