@@ -137,6 +137,11 @@ class Worker(threading.Thread):
         return self._value
 
 
+def running(*names: str) -> list[threading.Thread]:
+    """The threads that run, by how their names begin. One whose start was interrupted is listed for ever, unstarted."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names) and thread.is_alive()]
+
+
 class Client:
     """Somebody who asks for a model in a thread of their own, and has it until told to leave."""
 

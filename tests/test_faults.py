@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fakes import Gate, Worker, Workshop, await_that
+from fakes import Gate, Worker, Workshop, await_that, running
 from world import SIZES, World
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, LoadTimeout, SimulatedDevice, State
@@ -157,7 +156,7 @@ def test_a_loader_that_hangs_is_given_up_and_what_it_brings_late_is_thrown_away(
     assert manager.status()["models"]["tts"]["state"] == "released"
     with manager.lease("tts") as engine:
         assert engine is shop.engines[0]
-    hung = next(thread for thread in threading.enumerate() if thread.name == "gpu-loading-tts")
+    hung = running("gpu-loading-tts")[0]
     gate.open()
     hung.join(10)
     late = shop.engines[1]
@@ -187,7 +186,7 @@ def test_with_snapshots_too_a_loader_that_hangs_takes_nothing_with_it(tmp_path: 
         with manager.lease("tts") as engine:
             expected = engine.weight.sum().item()
         manager.release("tts")
-    hung = next(thread for thread in threading.enumerate() if thread.name == "gpu-loading-tts")
+    hung = running("gpu-loading-tts")[0]
     gate.open()
     hung.join(10)
     with manager.lease("tts") as engine:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes import Worker, Workshop
+from fakes import Worker, Workshop, running
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 
@@ -78,8 +77,6 @@ def test_an_interrupt_at_any_moment_harms_nobody(work: Callable, keep_warm: int)
     assert manager.release("tts") is True
     assert Worker(manager.close).result() is True
     assert all(engine.resident.place == "nowhere" for engine in workshop.engines)
-    for thread in threading.enumerate():
-        # One whose start was interrupted stays in Python's list for ever, as if it were to begin.
-        if thread.name.startswith("gpu-") and thread.is_alive():
-            thread.join(10)
-            assert not thread.is_alive(), thread
+    for thread in running("gpu-"):
+        thread.join(10)
+        assert not thread.is_alive(), thread

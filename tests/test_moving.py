@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import running
 from strategies import bytes_of
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
@@ -203,7 +204,7 @@ def test_after_close_nothing_is_left(tmp_path: Path, device: SimulatedDevice, cl
         assert (device.ledger_bytes, device.pinned_bytes, studio.status["host_bytes"]) == (0, 0, 0)
         assert not list(tmp_path.glob(".*"))
     deadline_s = time.monotonic() + 10  # a thread that was told to stop may still be on its way out
-    while threads := [t.name for t in threading.enumerate() if t.name.startswith(("gpu-", "snapshot-"))]:
+    while threads := running("gpu-", "snapshot-"):
         assert time.monotonic() < deadline_s, threads
         threading.Event().wait(0.01)
 

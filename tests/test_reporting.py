@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fakes import Client, FakeResident, Gate, Worker, Workshop, after, comes_to
+from fakes import Client, FakeResident, Gate, Worker, Workshop, after, comes_to, running
 
 import gpu_manager
 from gpu_manager import Event, GPUResourceManager, SettingsConflict, SimulatedDevice, State, get_gpu_manager
@@ -142,9 +142,8 @@ def test_the_log_has_every_move_with_bytes_and_seconds(
     gate.open()
     client.comes_in().leaves()
     manager.release()
-    for thread in threading.enumerate():
-        if thread.name.startswith(("gpu-loading", "gpu-offloading", "gpu-releasing")) and thread.is_alive():
-            thread.join(10)
+    for thread in running("gpu-loading", "gpu-offloading", "gpu-releasing"):
+        thread.join(10)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("residency")]
     assert lines == [
         "tts: released -> gpu, 2.5 MB in 2.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
