@@ -292,3 +292,21 @@ def test_a_released_engine_is_gone_at_once_without_a_garbage_collection_that_wou
         manager.release("tts")
         assert watched() is None
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("snapshots", [False, True])
+def test_what_a_kept_part_makes_while_it_works_outlives_a_release_with_it(
+    device: SimulatedDevice, tmp_path: Path, snapshots: bool
+) -> None:
+    tokenizer = torch.nn.Linear(4, 4)
+    with GPUResourceManager(device, snapshot_dir=tmp_path if snapshots else None) as manager:
+        manager.register("tts", lambda: [tokenizer, Voice(0)], keep=tokenizer)
+        for turn in range(4):
+            with manager.lease("tts") as (kept, _):
+                assert kept is tokenizer
+                if turn:
+                    assert kept.session.tolist() == [turn - 1] * 100
+                kept.session = torch.full((100,), float(turn))
+            if turn % 2:
+                manager.release("tts")
+            assert device.ledger_bytes == 0

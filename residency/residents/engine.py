@@ -93,8 +93,10 @@ class EngineResident:
         return CompositeResident(self._loaded, self._late, self._sessions)
 
     def _find_latecomers(self) -> None:
-        if not self._loaded.device_bytes:
+        if not self._loaded.on_device:
             return
+        if self._beside:
+            self._beside._find_latecomers()  # what was made in there must outlive this engine too
         now = self._discovery.walk()
         there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
         self._loaded.keep_only(there)

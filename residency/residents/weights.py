@@ -57,7 +57,7 @@ class Weights:
                 (self._pieces if movable else self._elsewhere).append(piece)
             device.charge(self._movable_bytes)
             _managed.add(self)
-        self._on_device = True
+        self.on_device = True  # where the movable ones are
         self._layout = Layout((), (0,), 0)
         self._mirror: HostMirror | None = None
         #: Of each span, as last copied to the mirror; None where the mirror must not be trusted.
@@ -84,7 +84,7 @@ class Weights:
 
     @property
     def device_bytes(self) -> int:
-        return self._movable_bytes if self._on_device else 0
+        return self._movable_bytes if self.on_device else 0
 
     @property
     def host_bytes(self) -> int:
@@ -93,7 +93,7 @@ class Weights:
     # -- moves --------------------------------------------------------------------------------------------------
 
     def offload(self) -> int:
-        if not self._on_device:
+        if not self.on_device:
             return 0
         import torch
 
@@ -106,14 +106,14 @@ class Weights:
             if self._mirror is None:
                 self._make_mirror()
             self._update_mirror()
-            self._on_device = False
+            self.on_device = False
             self._empty()
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
         return self._movable_bytes
 
     def restore(self) -> int:
-        if self._on_device:
+        if self.on_device:
             return 0
         import torch
 
@@ -138,19 +138,19 @@ class Weights:
                     free_bytes = self._device.memory().free_bytes
                     raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
-            self._on_device = True
+            self.on_device = True
         return self._movable_bytes
 
     def release(self) -> int:
         freed_bytes = self.device_bytes + self.host_bytes
         pinning = self._pinning
         with self._moving:
-            if self._on_device:
+            if self.on_device:
                 self._empty()
             self._drop_mirror()
         if pinning is not None:
             pinning.join()
-        self._on_device = False
+        self.on_device = False
         self._pieces, self._elsewhere = [], []
         return freed_bytes
 
