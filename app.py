@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residency.errors import EngineUnavailable, InvalidInput, ResidencyError
+from residency.errors import InvalidInput, ResidencyError
 from residency.settings import Settings, parse
 from residency.signals import Signals
 
@@ -117,24 +117,19 @@ def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
 
     from residency.engines import step_audio
 
-    if step_audio.find_checkout(settings.step_audio_root) is None:
-        raise EngineUnavailable(
-            f"--model-path {settings.model_path} needs the code of Step-Audio-EditX: git clone "
-            f"https://github.com/stepfun-ai/Step-Audio-EditX and give its folder as --step-audio-root",
-            f"--model-path {settings.model_path} 需要 Step-Audio-EditX 的代码：请 git clone "
-            f"https://github.com/stepfun-ai/Step-Audio-EditX，并用 --step-audio-root 指定其目录",
-        )
+    where: dict[str, Any] = {
+        "root": settings.step_audio_root,
+        "model_source": settings.model_source,
+        "tokenizer_model_id": settings.tokenizer_model_id,
+        "tts_model_id": settings.tts_model_id,
+        "quantization": settings.quantization,
+    }
+    for shortcoming in step_audio.shortcomings(str(settings.model_path), **where):
+        logger.warning("%s", shortcoming)
 
     def real(torch_device: str) -> Engine:
         return step_audio.build(
-            str(settings.model_path),
-            root=settings.step_audio_root,
-            model_source=settings.model_source,
-            tokenizer_model_id=settings.tokenizer_model_id,
-            tts_model_id=settings.tts_model_id,
-            quantization=settings.quantization,
-            torch_dtype=settings.torch_dtype,
-            device_map=settings.device_map,
+            str(settings.model_path), **where, torch_dtype=settings.torch_dtype, device_map=settings.device_map
         )
 
     return real

@@ -3,19 +3,28 @@
     tts = GPUManagedTTS(model_path, audio_tokenizer, gpu_idle_timeout=600)
     audio, sample_rate = tts.clone("prompt.wav", "what is said in it", "what to say instead")
 
+What else the engine has is there too, each use under a lease of its own; several in one lease::
+
+    speech_tokens, *_ = tts.preprocess_prompt_wav("prompt.wav")
+    with tts.lease() as engine:
+        engine.llm.generate(...)
+
 Importing this brings no torch; the engine is imported and built on the first call.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from gpu_manager import GPUResourceManager, ModelExists, get_gpu_manager
+from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
 from residency.errors import is_out_of_device_memory
+from residency.residents.discovery import discover
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +40,10 @@ class GPUManagedTTS:
     The engine is built on the first call, not here. Calls from several threads are served one at a time, in
     order of arrival; they return what the engine returned and raise what it raised, and the engine leaves
     the device either way.
+
+    Other public attributes of the engine can be read here (which is a request, and loads it). What holds memory of the
+    device is not handed out, since it leaves the device: it is a `Part`. Attributes are set on the engine itself, in
+    ``load`` or under `lease`.
     """
 
     def __init__(
@@ -86,7 +99,10 @@ class GPUManagedTTS:
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Say ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz."""
-        return self._speak(lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text))
+        answer: tuple[torch.Tensor, int] = self._speak(
+            lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text)
+        )
+        return answer
 
     def edit(
         self,
@@ -97,7 +113,10 @@ class GPUManagedTTS:
         text: str | None = None,
     ) -> tuple[torch.Tensor, int]:
         """Change a recording. Returns float32 [1, samples] on the CPU, and Hz."""
-        return self._speak(lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text))
+        answer: tuple[torch.Tensor, int] = self._speak(
+            lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
+        )
+        return answer
 
     def get_gpu_status(self) -> dict[str, Any]:
         """The manager's status: what ``GET /gpu/status`` answers. Never counts as use."""
@@ -111,29 +130,65 @@ class GPUManagedTTS:
         """Leave GPU and host memory now. True: done; False: it follows the request that is running."""
         return self.manager.release(self.name)
 
+    def lease(self, timeout: float | str | None = None) -> Lease:
+        """``with tts.lease() as engine``: the engine itself, on the device until the block ends."""
+        return self.manager.lease(self.name, timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("manager", "name"):  # not a request: copy, pickle and shells ask for these
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self._read((name,))
+
     def close(self) -> None:
         """Release the engine once its requests have ended, and give up its name."""
         self.manager.unregister(self.name)
 
-    def _speak(self, call: Callable[[Engine], tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, int]:
+    def _speak(self, call: Callable[[Engine], Any]) -> Any:
         """One request. If the device is full in the middle of it, other models leave and it is made once more."""
-        with self.manager.lease(self.name) as engine:
+        with self.lease() as engine:
             try:
-                audio, sample_rate = call(engine)
+                answer = call(engine)
             except Exception as error:
                 if not is_out_of_device_memory(error):
                     raise
                 logger.warning("%s: the device is full; making room and trying once more. %s", self.name, error)
             else:
-                return self._own(audio), sample_rate
+                return self._own(answer)
             # Out of the except block: its traceback held what the first attempt had allocated.
             self.manager.make_room(self.name)
-            audio, sample_rate = call(engine)
-            return self._own(audio), sample_rate
+            return self._own(call(engine))
 
-    def _own(self, audio: torch.Tensor) -> torch.Tensor:
-        """Audio that survives the engine's leaving: what lies on the device may be a buffer of the engine."""
-        return audio.clone() if self.manager.device.holds_tensor(audio) else audio
+    def _own(self, answer: Any) -> Any:
+        """An answer that survives the engine's leaving: what lies on the device may be a buffer of the engine."""
+        if type(answer) in (tuple, list):
+            return type(answer)(map(self._own, answer))
+        if type(answer) is dict:
+            return {key: self._own(value) for key, value in answer.items()}
+        return answer.clone() if _is_tensor(answer) and self.manager.device.holds_tensor(answer) else answer
+
+    def _read(self, path: tuple[str, ...]) -> Any:
+        """What is found at this path of attributes: itself, a tensor's copy, or a `Part`."""
+        with self.lease() as engine:
+            value = _at(path, engine)
+            if _is_tensor(value):
+                return self._own(value)
+            return Part(self, path) if isinstance(value, types.MethodType) or _holds_memory(value) else value
+
+    def _call(self, path: tuple[str, ...], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        def call(engine: Engine) -> Any:
+            def there(value: Any) -> Any:
+                return _at(value._path, engine) if isinstance(value, Part) else value
+
+            keywords_there = {name: there(value) for name, value in keywords.items()}
+            return _at(path, engine)(*map(there, arguments), **keywords_there)
+
+        answer = self._speak(call)
+        return self._stream(call) if isinstance(answer, types.GeneratorType) else answer
+
+    def _stream(self, call: Callable[[Engine], Iterator[Any]]) -> Iterator[Any]:
+        """A generator of the engine runs under a lease, until it ends or is closed."""
+        with self.lease() as engine:
+            yield from map(self._own, call(engine))
 
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
         # The engines are imported where they are built: they bring torch and much else.
@@ -163,6 +218,44 @@ class GPUManagedTTS:
                 if name:
                     raise
         raise AssertionError("there is always a free name")
+
+
+class Part:
+    """Something of the engine that holds memory of the device, or a method of it: each use takes a lease.
+
+    Attributes are read, and calls made, as on the thing itself; answers are the engine's, and a `Part` may be an
+    argument. For anything else use `GPUManagedTTS.lease`.
+    """
+
+    def __init__(self, tts: GPUManagedTTS, path: tuple[str, ...]) -> None:
+        self._tts = tts
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_tts", "_path"):
+            raise AttributeError(f"{self!r} has no attribute {name!r}")
+        return self._tts._read((*self._path, name))
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._tts._call(self._path, arguments, keywords)
+
+    def __repr__(self) -> str:
+        return f"<{'.'.join(self._path)} of {self._tts.name}, on the device under a lease only>"
+
+
+def _at(path: tuple[str, ...], engine: Any) -> Any:
+    return functools.reduce(getattr, path, engine)
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def _holds_memory(value: Any) -> bool:
+    found = discover(value)
+    return bool(found.tensors or found.sessions)
 
 
 def _is_factory(audio_tokenizer: Any) -> bool:

@@ -252,6 +252,21 @@ class WeightsGone(ResidencyError):
         self.paths = paths
 
 
+class CapturedGraphs(ResidencyError):
+    """An engine has captured CUDA graphs, which remember addresses on the device: it can be released, not offloaded."""
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        where = ", ".join(paths)
+        super().__init__(
+            f"The engine has captured CUDA graphs ({where}), which remember where its weights lie: it cannot be "
+            f"offloaded, only released. Build it without them (enable_cuda_graph=False). / "
+            f"引擎已捕获 CUDA graph（{where}），其中记录了权重的显存地址：只能释放，不能卸载到内存。"
+            f"请在构建引擎时关闭它（enable_cuda_graph=False）。",
+            paths,
+        )
+        self.paths = paths
+
+
 class SnapshotUnusable(ResidencyError):
     """A snapshot cannot be written or read. No reason to fail: the engine is released or loaded the normal way."""
 

@@ -87,7 +87,7 @@ def _check_model_path(model_path: str | None, source: str) -> None:
     if source in ("auto", "local") and not Path(model_path).expanduser().exists():
         raise InvalidInput(
             f"--model-path {model_path} does not exist. Download stepfun-ai/Step-Audio-Tokenizer and "
-            f"stepfun-ai/Step-Audio-EditX into it (huggingface-cli download), give --model-source huggingface or "
+            f"stepfun-ai/Step-Audio-EditX into it (hf download), give --model-source huggingface or "
             f"modelscope if it is the id of a hub, or leave --model-path out to use the built-in engine",
             f"--model-path {model_path} 不存在。请把 stepfun-ai/Step-Audio-Tokenizer 和 stepfun-ai/Step-Audio-EditX "
             f"下载到其中；如果它是模型仓库的 ID，请加上 --model-source huggingface 或 modelscope；"

@@ -21,6 +21,7 @@ EXAMPLES = [
     errors.DeviceUnavailable("driver too old"),
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),
+    errors.CapturedGraphs((".flow.graph",)),
     errors.SnapshotUnusable("tts", "it is damaged"),
     errors.InvalidInput("give text", "请输入文本"),
     errors.EngineUnavailable("clone it", "请下载"),

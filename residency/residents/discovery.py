@@ -1,4 +1,4 @@
-"""Finds everything of an engine that holds memory: tensors and ONNX Runtime sessions, wherever they hang.
+"""Finds everything of an engine that holds memory: tensors, ONNX Runtime sessions, CUDA graphs, wherever they hang.
 
 Names of attributes are no way to find memory: the walk follows attributes, slots, containers, modules
 (TorchScript included), bound methods, partial functions and closures, each object once.
@@ -36,10 +36,11 @@ _ROOT: _Trail = (None, "", "")
 
 @dataclass
 class Found:
-    """Tensors and sessions by the path that leads to them from the engine (``.vad._model.weight``)."""
+    """Tensors, sessions and graphs by the path that leads to them from the engine (``.vad._model.weight``)."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     sessions: dict[str, Any] = field(default_factory=dict)
+    graphs: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
 
 class Discovery:
@@ -71,6 +72,9 @@ class Discovery:
                 found.tensors[_free_path(trail, found.tensors)] = thing
             elif _is_session(thing):
                 found.sessions[_free_path(trail, found.sessions)] = thing
+                continue
+            elif issubclass(type(thing), torch.cuda.CUDAGraph):
+                found.graphs[_free_path(trail, found.graphs)] = thing
                 continue
             if type(thing) in _CONTAINERS and len(thing) >= _LARGE and _is_barren(thing):
                 self._barren[id(thing)] = thing, len(thing)

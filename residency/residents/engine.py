@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import DeviceOutOfMemory, SharedWeights, WeightsGone
+from ..errors import CapturedGraphs, DeviceOutOfMemory, SharedWeights, WeightsGone
 from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .onnx import OnnxSessions
@@ -24,7 +24,8 @@ class EngineResident:
     """Everything of an engine that holds memory, found by walking it at the load and again before each offload.
 
     Engines make tensors as they work (caches, weights computed anew at each pass). Those that still hang on the
-    engine when it leaves the device leave with it.
+    engine when it leaves the device leave with it. One that has captured CUDA graphs stays until it is released
+    (`CapturedGraphs`): a graph remembers addresses, and weights come back to others.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class EngineResident:
         if self._beside:
             self._beside._find_latecomers()  # what was made in there must outlive this engine too
         now = self._discovery.walk()
+        if now.graphs:
+            raise CapturedGraphs(tuple(now.graphs))
         there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
         self._loaded.keep_only(there)
         self._loaded.also(now.tensors)

@@ -1,131 +1,283 @@
-"""The adapter to a Step-Audio-EditX checkout, against a stand-in of the same outward shape, in a process of its own."""
+"""Finding a Step-Audio-EditX checkout and its weights, and what is said when something of them is missing."""
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from miniature import CHECKOUT, make_recording, make_weights, run
 
-from residency.engines import step_audio
+from residency.engines import checkout as checkouts
+from residency.engines import requirements, step_audio
 from residency.errors import EngineUnavailable
 
-ROOT = Path(__file__).resolve().parents[2]
-
-TTS = """
-import torch
-class StepAudioTTS:
-    def __init__(self, model_path, audio_tokenizer, model_source="default", tts_model_id=None,
-                 quantization_config=None, torch_dtype=torch.bfloat16, device_map="cuda"):
-        self.arguments = (model_path, audio_tokenizer, model_source, tts_model_id, quantization_config, torch_dtype,
-                          device_map)
-        self.llm = torch.nn.Linear(8, 8)
-    def clone(self, prompt_wav_path, prompt_text, target_text):
-        return self.llm(torch.ones(1, 8)).detach(), 24000
-"""
-TOKENIZER = """
-class StepAudioTokenizer:
-    def __init__(self, path, model_source="default", funasr_model_id="default"):
-        self.arguments = (path, model_source, funasr_model_id)
-    def wav2token(self): ...
-    def __call__(self): raise AssertionError("a ready tokenizer is not a factory")
-"""
-LOADER = """
-import enum
-class ModelSource(enum.Enum):
-    AUTO = "auto"
-    LOCAL = "local"
-"""
+VOCODER = "Step-Audio-EditX/CosyVoice-300M-25Hz"
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    folder = tmp_path / "Step-Audio-EditX"
-    (folder / "stepvocoder").mkdir(parents=True)
-    for name, text in (("tts", TTS), ("tokenizer", TOKENIZER), ("model_loader", LOADER)):
-        (folder / f"{name}.py").write_text(text)
-    return folder
+    return Path(shutil.copytree(CHECKOUT, tmp_path / "Step-Audio-EditX", ignore=shutil.ignore_patterns("__pycache__")))
 
 
-def run(script: str, checkout: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a script where our root modules can be imported; the checkout's names must not leak into the tests."""
-    environ = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin", **environ}
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=checkout.parent, env=environ, capture_output=True, text=True, check=False
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return make_weights(tmp_path / "models")
+
+
+@pytest.fixture
+def voice(tmp_path: Path) -> Path:
+    return make_recording(tmp_path / "voice.wav")
+
+
+def refused(script: str, models: Path, voice: Path, checkout: Path) -> str:
+    """The sentence with which a scenario is told that there is no engine."""
+    return run(
+        f"""
+from residency.errors import EngineUnavailable
+try:
+    {script}
+except EngineUnavailable as error:
+    print(error)
+else:
+    raise AssertionError("nothing was said")
+""",
+        models,
+        voice,
+        checkout,
     )
 
 
-def test_the_engine_is_built_with_the_arguments_of_the_public_app(checkout: Path) -> None:
-    script = """
-import sys, torch
-from residency.engines.step_audio import build
-engine = build("/models", root="Step-Audio-EditX", model_source="local", tokenizer_model_id="funasr", tts_model_id="id",
-               quantization="awq-4bit", torch_dtype="float16", device_map="cpu")
-path, tokenizer, source, *rest = engine.arguments
-assert path == "/models/Step-Audio-EditX-AWQ-4bit", path
-assert source.value == "local"
-assert rest == ["id", "awq-4bit", torch.float16, "cpu"], rest
-assert tokenizer.arguments == ("/models/Step-Audio-Tokenizer", source, "funasr"), tokenizer.arguments
-assert build("/models", root="Step-Audio-EditX").arguments[0] == "/models/Step-Audio-EditX"
-"""
-    result = run(script, checkout)
-    assert result.returncode == 0, result.stderr
-
-
-def test_managed_it_is_a_drop_in_and_loads_its_tokenizer_lazily_too(checkout: Path) -> None:
-    script = """
-import sys, torch
-from gpu_manager import GPUResourceManager, SimulatedDevice
-from tts_gpu_managed import GPUManagedTTS
-manager = GPUResourceManager(SimulatedDevice(1 << 20))
-built = []
-def tokenizer():
-    from tokenizer import StepAudioTokenizer
-    built.append(1)
-    return StepAudioTokenizer("/models/Step-Audio-Tokenizer")
-tts = GPUManagedTTS("/models/Step-Audio-EditX", tokenizer, manager=manager)
-assert "tts" not in sys.modules and not built
-torch.manual_seed(1)
-first, rate = tts.clone("a.wav", "b", "c")
-assert rate == 24000 and built == [1]
-assert manager.status()["models"]["tts"]["state"] == "cpu" and manager.device.ledger_bytes == 0
-assert torch.equal(tts.clone("a.wav", "b", "c")[0], first)
-with manager.lease("tts") as engine:
-    path, ready, source, *rest = engine.arguments
-assert (path, source, rest) == ("/models/Step-Audio-EditX", "default", [None, None, torch.bfloat16, "cuda"])
-again = GPUManagedTTS("/models/Step-Audio-EditX", ready, manager=manager)
-again.clone("a.wav", "b", "c")
-manager.close()
-"""
-    result = run(script, checkout, STEP_AUDIO_ROOT=str(checkout))
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_missing_dependency_names_the_command_that_installs_it(checkout: Path) -> None:
-    (checkout / "tts.py").write_text("import hyperpyyaml_not_here")
-    result = run("from residency.engines.step_audio import build; build('/m', root='Step-Audio-EditX')", checkout)
-    assert "hyperpyyaml_not_here" in result.stderr
-    assert f"pip install -r {checkout}/requirements.txt" in result.stderr
-
-
-def test_a_missing_checkout_says_how_to_get_it(tmp_path: Path) -> None:
-    result = run("from residency.engines.step_audio import build; build('/models')", tmp_path / "nowhere")
-    assert "git clone https://github.com/stepfun-ai/Step-Audio-EditX" in result.stderr
+# -- the checkout -----------------------------------------------------------------------------------------------
 
 
 def test_the_checkout_is_found_by_name_environment_and_neighbourhood(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("STEP_AUDIO_ROOT", raising=False)
+    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "elsewhere" / "ours")
     monkeypatch.chdir(tmp_path)
-    assert step_audio.find_checkout() is None
-    assert step_audio.find_checkout(str(checkout)) == checkout
-    (tmp_path / "ours").mkdir()
-    monkeypatch.chdir(tmp_path / "ours")
-    assert step_audio.find_checkout() == checkout
+    assert checkouts.find_checkout() is None
+    assert checkouts.find_checkout(str(checkout)) == checkout
+    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "ours")
+    assert checkouts.find_checkout() == checkout, "beside this project"
+    monkeypatch.setattr(checkouts, "_OURS", checkout)
+    assert checkouts.find_checkout() == checkout, "this project was copied into it"
+    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "elsewhere" / "ours")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert checkouts.find_checkout() == checkout, "beside the current folder"
     monkeypatch.chdir(checkout)
-    assert step_audio.find_checkout() == checkout
-    monkeypatch.setenv("STEP_AUDIO_ROOT", str(tmp_path / "ours"))
+    assert checkouts.find_checkout() == checkout
+    monkeypatch.setenv("STEP_AUDIO_ROOT", str(tmp_path / "here"))
     with pytest.raises(EngineUnavailable, match="no Step-Audio-EditX checkout"):
-        step_audio.find_checkout()
+        checkouts.find_checkout()
+
+
+def test_the_checkout_that_a_program_uses_already_comes_first(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("tts")
+    module.__file__ = str(checkout / "tts.py")
+    monkeypatch.setitem(sys.modules, "tts", module)
+    monkeypatch.setenv("STEP_AUDIO_ROOT", str(tmp_path))
+    assert checkouts.find_checkout() == checkout
+
+
+def test_without_a_checkout_it_is_said_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("STEP_AUDIO_ROOT", raising=False)
+    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "ours")
+    monkeypatch.chdir(tmp_path)
+    for ask in (step_audio.build, step_audio.build_recognizer, lambda path: step_audio.shortcomings(path, None)):
+        with pytest.raises(EngineUnavailable, match=r"git clone https://github\.com/stepfun-ai/Step-Audio-EditX"):
+            ask("/models")
+
+
+def test_the_path_is_left_as_it_was_but_for_the_checkout_at_its_end(checkout: Path, models: Path, voice: Path) -> None:
+    script = """
+before = list(sys.path)
+build()
+assert sys.path == [*before, CHECKOUT]
+import utils, config
+assert {m.__file__.rpartition("/Step-Audio-EditX/")[0] for m in (utils, config)} == {CHECKOUT.rpartition("/")[0]}
+build()
+assert sys.path == [*before, CHECKOUT]
+"""
+    (checkout / "config" / "__init__.py").write_text("")
+    script = script.replace("import utils, config", "import utils; from config import edit_config as config")
+    run(f"CHECKOUT = {str(checkout)!r}\n{script}", models, voice, checkout)
+
+
+def test_a_module_of_the_same_name_is_not_taken_for_one_of_the_checkout(
+    checkout: Path, models: Path, voice: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "utils.py").write_text("")
+    script = f"sys.path.insert(0, {str(tmp_path / 'mine')!r}); import utils; build()"
+    said = refused(script, models, voice, checkout)
+    assert "'utils'" in said
+    assert str(tmp_path / "mine" / "utils.py") in said
+    installed = f"sys.path.insert(0, {str(tmp_path / 'mine')!r})\nbuild()\nimport utils\nassert utils.windows == {{}}"
+    run(installed, models, voice, checkout)
+
+
+# -- what it needs ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_dependency_names_the_command_that_installs_it(checkout: Path, models: Path, voice: Path) -> None:
+    (checkout / "tts.py").write_text("import hyperpyyaml_not_here")
+    said = refused("build()", models, voice, checkout)
+    assert "needs the Python module 'hyperpyyaml_not_here'" in said
+    assert f"pip install -r {checkout}/requirements.txt" in said
+
+
+def test_a_dependency_installed_meanwhile_is_found_without_a_restart(
+    checkout: Path, models: Path, voice: Path, tmp_path: Path
+) -> None:
+    (checkout / "tts.py").write_text(f"import installed_later\n{(checkout / 'tts.py').read_text()}")
+    script = f"""
+sys.path.insert(0, {str(tmp_path / "site")!r})
+tts = managed()
+try:
+    tts.clone(*SAY)
+except Exception as error:
+    assert "installed_later" in str(error)
+open({str(tmp_path / "site" / "installed_later.py")!r}, "w").close()
+assert tts.clone(*SAY)[1] == 24000
+"""
+    (tmp_path / "site").mkdir()
+    run(script, models, voice, checkout)
+
+
+def test_a_file_that_the_checkout_lacks_is_not_asked_of_pip(checkout: Path, models: Path, voice: Path) -> None:
+    (checkout / "model_loader.py").unlink()
+    said = refused("build()", models, voice, checkout)
+    assert "incomplete, model_loader is missing" in said
+    assert "pip" not in said
+
+
+def test_a_wrong_version_is_named_with_the_one_that_is_wanted(checkout: Path, models: Path, voice: Path) -> None:
+    (checkout / "tts.py").write_text("from torch import a_name_of_another_version")
+    (checkout / "requirements.txt").write_text("torch==1.0.0\nnumpy>=1\nno-such-package==3.1 # why\n-r other.txt\n")
+    said = refused("build()", models, voice, checkout)
+    assert "a_name_of_another_version" in said
+    assert "torch==1.0.0 (2." in said
+    assert "no-such-package==3.1 (missing" in said
+    assert "numpy" not in said
+
+
+def test_requirements_for_other_systems_and_lines_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "requirements.txt"
+    file.write_text('# a comment\n\n--index-url x\nnowhere-1 ; sys_platform == "win32"\nnowhere-2\n')
+    assert [str(each) for each in requirements.unmet(file)] == ["nowhere-2 (missing / 未安装)"]
+    assert requirements.unmet(tmp_path / "none.txt") == []
+
+
+# -- the weights ------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_is_built_with_the_arguments_of_the_public_app(checkout: Path, models: Path, voice: Path) -> None:
+    script = """
+def built(**arguments):
+    engine = step_audio.build(MODELS, **arguments)
+    return engine.arguments, engine.audio_tokenizer.arguments
+
+tts, tokenizer = built()
+assert tts == {
+    "model_path": f"{MODELS}/Step-Audio-EditX", "model_source": "auto", "tts_model_id": None,
+    "quantization_config": None, "torch_dtype": torch.bfloat16, "device_map": "cuda",
+}, tts
+assert tokenizer["encoder_path"] == f"{MODELS}/Step-Audio-Tokenizer" and tokenizer["model_source"] == "auto"
+tts, tokenizer = built(model_source="local", tokenizer_model_id="funasr", tts_model_id=f"{MODELS}/Step-Audio-EditX",
+                       quantization="awq-4bit", torch_dtype="float16", device_map="cpu")
+assert tts == {
+    "model_path": f"{MODELS}/Step-Audio-EditX-AWQ-4bit", "model_source": "local",
+    "tts_model_id": f"{MODELS}/Step-Audio-EditX", "quantization_config": "awq-4bit", "torch_dtype": torch.float16,
+    "device_map": "cpu",
+}, tts
+assert tokenizer["funasr_model_id"] == "funasr"
+"""
+    shutil.copytree(models / "Step-Audio-EditX", models / "Step-Audio-EditX-AWQ-4bit")
+    run(script, models, voice, checkout)
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (
+            "Step-Audio-Tokenizer",
+            "hf download stepfun-ai/Step-Audio-Tokenizer --local-dir {models}/Step-Audio-Tokenizer",
+        ),
+        ("Step-Audio-EditX", "hf download stepfun-ai/Step-Audio-EditX --local-dir {models}/Step-Audio-EditX"),
+        (f"{VOCODER}/flow.pt", "(CosyVoice-300M-25Hz/flow.pt)"),
+        ("Step-Audio-Tokenizer/linguistic_tokenizer.npy", "(linguistic_tokenizer.npy)"),
+    ],
+)
+def test_missing_weights_are_named_with_the_command_that_gets_them(models: Path, gone: str, said: str) -> None:
+    step_audio.check_weights(str(models))
+    path = models / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(EngineUnavailable) as raised:
+        step_audio.check_weights(str(models))
+    assert said.format(models=models) in str(raised.value)
+    step_audio.check_weights(str(models), model_source="huggingface")
+
+
+def test_weights_cloned_without_git_lfs_are_recognised(models: Path) -> None:
+    (models / "Step-Audio-EditX" / "model-00001.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(EngineUnavailable, match=r"model-00001\.safetensors.*git -C .*/Step-Audio-EditX lfs pull"):
+        step_audio.check_weights(str(models))
+
+
+def test_quantized_weights_and_weights_elsewhere_have_folders_of_their_own(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="hf download stepfun-ai/Step-Audio-EditX-AWQ-4bit"):
+        step_audio.check_weights(str(models), quantization="awq-4bit")
+    (models / "Step-Audio-EditX").rename(tmp_path / "other")
+    step_audio.check_weights(str(models), tts_model_id=str(tmp_path / "other"))
+    step_audio.check_weights(str(models), tts_model_id="someone/on-a-hub")
+
+
+def test_a_load_that_fails_for_want_of_weights_says_so_and_the_next_one_succeeds(
+    checkout: Path, models: Path, voice: Path
+) -> None:
+    file = models / "Step-Audio-Tokenizer" / "linguistic_tokenizer.npy"
+    script = f"""
+import os
+from residency.errors import EngineUnavailable
+os.rename({str(file)!r}, {str(file) + ".away"!r})
+tts = managed()
+try:
+    tts.clone(*SAY)
+except EngineUnavailable as error:
+    assert "linguistic_tokenizer.npy" in str(error) and type(error.__cause__) is FileNotFoundError
+else:
+    raise AssertionError
+assert state(tts) == "released" and "linguistic_tokenizer.npy" in tts.get_gpu_status()["models"]["tts"]["last_error"]
+os.rename({str(file) + ".away"!r}, {str(file)!r})
+assert tts.clone(*SAY)[1] == 24000
+"""
+    run(script, models, voice, checkout)
+
+
+def test_an_error_of_the_checkout_that_has_another_reason_is_left_as_it_is(
+    checkout: Path, models: Path, voice: Path
+) -> None:
+    (models / "Step-Audio-EditX" / "config.json").write_text('{"vocab_size": -1}')
+    script = """
+try:
+    build()
+except Exception as error:
+    print(type(error).__name__)
+"""
+    assert run(script, models, voice, checkout) == "RuntimeError\n"
+
+
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="is about machines without a GPU")
+def test_without_a_gpu_it_is_said_that_one_is_needed(checkout: Path, models: Path, voice: Path) -> None:
+    loader = checkout / "model_loader.py"
+    loader.write_text(loader.read_text().replace(".to(device_map)", "._apply(lambda t: torch._C._cuda_init() or t)"))
+    said = refused("build()", models, voice, checkout)
+    assert "an NVIDIA GPU" in said
+    assert "nvidia-smi" in said

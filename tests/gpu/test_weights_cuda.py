@@ -312,3 +312,29 @@ def test_sessions_on_the_card_are_rebuilt_with_an_arena_that_gives_memory_back(d
     after = session.run(None, feed)
     assert all(np.allclose(one, other, atol=1e-4) for one, other in zip(before, after, strict=True))
     sessions.release()
+
+
+def test_an_engine_with_a_captured_graph_stays_until_it_is_released_and_then_leaves_nothing(device: CudaDevice) -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.weight, self.x, self.graph = torch.ones(MB, device="cuda"), torch.ones(MB, device="cuda"), None
+
+        def run(self) -> float:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.y = self.x * self.weight
+            self.x.fill_(3)
+            self.graph.replay()
+            return self.y.sum().item()
+
+    before_bytes = torch.cuda.memory_reserved()
+    with GPUResourceManager(device) as manager:
+        manager.register("tts", Engine)
+        for _ in range(2):
+            with manager.lease("tts") as engine:
+                assert engine.run() == 3 * MB
+            assert manager.status()["models"]["tts"]["state"] == "gpu"
+        del engine
+        manager.release("tts")
+        assert torch.cuda.memory_reserved() <= before_bytes

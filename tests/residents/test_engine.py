@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_manager import DeviceOutOfMemory, SimulatedDevice
+from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
+from residency.errors import CapturedGraphs
 from residency.residents import EngineResident, SnapshotFolder
 
 
@@ -106,3 +107,50 @@ def test_a_new_view_stays_tied_when_its_weight_needs_a_new_home(engine: Engine, 
     engine.module.weight.data[2, 0] = 7.0
     assert engine.cache["row"][0] == 7.0
     assert device.ledger_bytes == 440
+
+
+def captured_graph() -> torch.cuda.CUDAGraph:
+    """One that may be looked at only: where there is no CUDA, nothing can be captured."""
+    return torch.cuda.CUDAGraph() if torch.cuda.is_available() else object.__new__(torch.cuda.CUDAGraph)
+
+
+def test_an_engine_with_captured_graphs_stays_where_they_expect_it(
+    engine: Engine, device: SimulatedDevice, tmp_path: Path
+) -> None:
+    engine.graphs = {24: captured_graph()}
+    resident = EngineResident(engine, device)
+    for leave in (resident.offload, lambda: resident.save(SnapshotFolder(tmp_path), "tts")):
+        with pytest.raises(CapturedGraphs, match=r"\.graphs\[24\].*enable_cuda_graph=False"):
+            leave()
+        assert resident.device_bytes == device.ledger_bytes == 440
+        assert engine.module(torch.ones(10)).isfinite().all()
+    engine.graphs.clear()
+    assert resident.offload() == 440
+
+
+def test_a_graph_captured_during_a_request_is_noticed(engine: Engine, device: SimulatedDevice) -> None:
+    resident = EngineResident(engine, device)
+    resident.offload()
+    resident.restore()
+    engine.module.graph = captured_graph()
+    with pytest.raises(CapturedGraphs):
+        resident.offload()
+    resident.release()
+    assert device.ledger_bytes == 0
+
+
+def test_under_the_manager_it_stays_until_its_release_and_says_why(engine: Engine, device: SimulatedDevice) -> None:
+    engine.graph = captured_graph()
+    with GPUResourceManager(device) as manager:
+        manager.register("tts", lambda: engine)
+        with manager.lease("tts"):
+            pass
+        status = manager.status()["models"]["tts"]
+        assert status["state"] == "gpu"
+        assert "CUDA graph" in status["last_error"]
+        with manager.lease("tts") as again:
+            assert again is engine
+        with pytest.raises(CapturedGraphs):
+            manager.offload("tts")
+        assert manager.release("tts") is True
+        assert device.ledger_bytes == 0

@@ -1,0 +1,2 @@
+def get_supported_edit_types():
+    return {"clone": [], "speed": ["faster", "slower"], "paralinguistic": []}

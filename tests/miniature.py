@@ -1,0 +1,84 @@
+"""Scenarios with the checkout in miniature, each in a process of its own: its modules have everybody's names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKOUT = ROOT / "tests" / "engines" / "miniature"
+
+PRELUDE = """
+from pretend_cuda import pretend_cuda
+pretend_cuda()
+import gc, sys, threading
+from contextlib import closing
+import torch
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.engines import step_audio
+from tts_gpu_managed import GPUManagedTTS, Part
+
+MODELS, VOICE = sys.argv[1:3]
+SAY = VOICE, "what is said", "what to say"
+
+def build():
+    return step_audio.build(MODELS)
+
+def managed(**settings):
+    manager = GPUResourceManager(SimulatedDevice(1 << 30), **settings)
+    return GPUManagedTTS(MODELS, load=build, manager=manager, name="tts")
+
+def state(tts):
+    return tts.get_gpu_status()["models"]["tts"]["state"]
+
+def spoken(engine):
+    torch.manual_seed(7)
+    return [engine.clone(*SAY)[0], engine.edit(VOICE, "what is said", "speed", "faster")[0]]
+"""
+
+
+def make_weights(folder: Path) -> Path:
+    """A --model-path for the miniature."""
+    tokenizer, llm = folder / "Step-Audio-Tokenizer", folder / "Step-Audio-EditX"
+    vocoder = llm / "CosyVoice-300M-25Hz"
+    for each in (tokenizer, vocoder):
+        each.mkdir(parents=True)
+    np.save(tokenizer / "linguistic_tokenizer.npy", np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32))
+    hibari = importlib.util.find_spec("hibari")
+    assert hibari is not None
+    assert hibari.origin is not None
+    shutil.copy(Path(hibari.origin).parent / "assets" / "oov.onnx", tokenizer / "speech_tokenizer_v1.onnx")
+    config = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+              "eos_token_id": None}  # fmt: skip
+    (llm / "config.json").write_text(json.dumps(config))
+    for name in ("cosyvoice.yaml", "flow.pt", "hift.pt", "campplus.onnx"):
+        (vocoder / name).write_text("")
+    return folder
+
+
+def make_recording(file: Path) -> Path:
+    """A second of a tone in noise."""
+    time_s = np.arange(16000) / 16000
+    noise = np.random.default_rng(1).normal(size=16000)
+    soundfile.write(file, 0.3 * np.sin(2 * np.pi * 220 * time_s) + 0.01 * noise, 16000)
+    return file
+
+
+def run(script: str, models: Path, voice: Path, checkout: Path = CHECKOUT, **environ: str) -> str:
+    """What a scenario prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PRELUDE + script, str(models), str(voice)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "STEP_AUDIO_ROOT": str(checkout), **environ},
+        cwd=models, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
