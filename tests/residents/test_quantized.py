@@ -1,0 +1,92 @@
+"""Language models quantized as Step-Audio-EditX does it compute the same bits wherever they have been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.residents.discovery import discover
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+PROMPT = torch.arange(20)[None]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    tiny().save_pretrained(folder)
+    return folder
+
+
+def tiny() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def from_pretrained(folder: Path, **keywords: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **keywords)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(PROMPT).logits
+
+
+def survives_every_move(load: Callable[[], Any], snapshots: Path) -> list[str]:
+    """Lead it through the whole ladder, and return what was found of it."""
+    bare = load()
+    paths = list(discover(bare).tensors)
+    expected = [logits(bare), logits(bare)]
+    with GPUResourceManager(SimulatedDevice(1 << 30), snapshot_dir=snapshots) as manager:
+        manager.register("llm", load)
+        for leave in (manager.offload, manager.release, manager.offload, manager.release):
+            with manager.lease("llm") as model:
+                assert [torch.equal(logits(model), each) for each in expected] == [True, True]
+            leave("llm")
+            assert manager.device.ledger_bytes == 0
+            assert not any(tensor.untyped_storage().nbytes() for tensor in discover(model).tensors.values())
+    return paths
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(bits: int, plain: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantized = transformers.BitsAndBytesConfig(
+        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    paths = survives_every_move(lambda: from_pretrained(plain, quantization_config=quantized), tmp_path)
+    states = [".quant_state.state2.absmax", ".quant_state.offset"] if bits == 4 else [".SCB"]
+    assert all(any(path.endswith(state) for path in paths) for state in states), "what is beside the weights is found"
+
+
+def test_four_bit_weights_packed_as_llmcompressor_packs_them(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    weights = quantization.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=128)
+    config = quantization.QuantizationConfig(
+        config_groups={"group_0": quantization.QuantizationScheme(targets=["Linear"], weights=weights)},
+        format="pack-quantized", ignore=["lm_head"], quantization_status="frozen",
+    )  # fmt: skip
+    model = tiny()
+    quantization.apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            groups = module.weight.detach().reshape(len(module.weight), -1, 128)
+            module.weight_scale.data.copy_(groups.abs().amax(-1) / 7)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model, quantization_format="pack-quantized")
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "packed")
+    compressor.update_config(tmp_path / "packed")
+    survives_every_move(lambda: from_pretrained(tmp_path / "packed", dtype=torch.bfloat16), tmp_path / "snapshots")
