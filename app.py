@@ -75,16 +75,16 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
     check_port(settings.server_name, settings.server_port)
     build = _engine_builder(settings)
-    if settings.enable_auto_transcribe:
-        logger.warning("Auto-transcription is not available yet: type the prompt text. / 自动转写尚未提供，请手动填写")
-
     from residency.web.control import routes
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
-    page = Page(EditxTab(settings, tts_engine=engine, edit_types=_edit_types(settings)), manager)
+    tab = EditxTab(
+        settings, tts_engine=engine, edit_types=_edit_types(settings), recognize=_recognizer(settings, manager)
+    )
+    page = Page(tab, manager)
     signals.at_once(page.close_tunnels)
     try:
         public_link = page.serve(
@@ -177,6 +177,30 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
         load=lambda: build(manager.device.torch_device),
         name="tts",
     )
+
+
+def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Callable[[str], str] | None:
+    """A function from a recording to what is said in it, if that is wanted: ``asr``, a second model of the manager."""
+    if not settings.enable_auto_transcribe:
+        return None
+
+    def load() -> Callable[[str], str]:
+        if settings.engine == "step-audio" and settings.asr_model is None:
+            from residency.engines.step_audio import build_recognizer
+
+            return build_recognizer(settings.step_audio_root)
+        from residency.engines.asr import DEFAULT_MODEL, Recognizer
+
+        return Recognizer(
+            settings.asr_model or DEFAULT_MODEL, manager.device.torch_device if manager else _torch_device()
+        )
+
+    if manager is None:
+        return load()
+    from tts_gpu_managed import ask
+
+    manager.register("asr", load, load_timeout=settings.gpu_load_timeout)
+    return lambda recording: ask(manager, "asr", lambda recognize: recognize(recording))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import itertools
 import logging
 import types
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
@@ -29,7 +29,9 @@ from residency.residents.discovery import discover
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GPUManagedTTS"]
+__all__ = ["GPUManagedTTS", "Part", "ask"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -144,19 +146,7 @@ class GPUManagedTTS:
         self.manager.unregister(self.name)
 
     def _speak(self, call: Callable[[Engine], Any]) -> Any:
-        """One request. If the device is full in the middle of it, other models leave and it is made once more."""
-        with self.lease() as engine:
-            try:
-                answer = call(engine)
-            except Exception as error:
-                if not is_out_of_device_memory(error):
-                    raise
-                logger.warning("%s: the device is full; making room and trying once more. %s", self.name, error)
-            else:
-                return self._own(answer)
-            # Out of the except block: its traceback held what the first attempt had allocated.
-            self.manager.make_room(self.name)
-            return self._own(call(engine))
+        return ask(self.manager, self.name, lambda engine: self._own(call(engine)))
 
     def _own(self, answer: Any) -> Any:
         """An answer that survives the engine's leaving: what lies on the device may be a buffer of the engine."""
@@ -218,6 +208,24 @@ class GPUManagedTTS:
                 if name:
                     raise
         raise AssertionError("there is always a free name")
+
+
+def ask(manager: GPUResourceManager, name: str, call: Callable[[Any], T]) -> T:
+    """One request to a managed model: what ``call`` answers, given the engine, which is on the device meanwhile.
+
+    If the device is full in the middle of it, other models leave and it is made once more. Raises what `Lease` and
+    ``call`` raise.
+    """
+    with manager.lease(name) as engine:
+        try:
+            return call(engine)
+        except Exception as error:
+            if not is_out_of_device_memory(error):
+                raise
+            logger.warning("%s: the device is full; making room and trying once more. %s", name, error)
+        # Out of the except block: its traceback held what the first attempt had allocated.
+        manager.make_room(name)
+        return call(engine)
 
 
 class Part:

@@ -39,6 +39,7 @@ class Settings:
     torch_dtype: str = "bfloat16"
     device_map: str = "cuda"
     enable_auto_transcribe: bool = False
+    asr_model: str | None = None
     enable_gpu_management: bool = False
     gpu_idle_timeout: float = 600.0
     gpu_keep_warm: float | Literal["auto"] = 0.0
@@ -65,6 +66,17 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
             "--simulate-gpu needs --enable-gpu-management; add it or leave --simulate-gpu out. / "
             "--simulate-gpu 需要与 --enable-gpu-management 一起使用。"
         )
+    if (model := values["asr_model"]) is not None:
+        if not values["enable_auto_transcribe"]:
+            parser.error(
+                "--asr-model needs --enable-auto-transcribe; add it or leave --asr-model out. / "
+                "--asr-model 需要与 --enable-auto-transcribe 一起使用。"
+            )
+        if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+            parser.error(
+                f"--asr-model {model} is no folder: give one with a model, or the id of one on a hub "
+                f"(openai/whisper-small). / --asr-model {model} 不是目录：请指定模型目录或模型仓库 ID。"
+            )
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
     if values["engine"] == "step-audio":
@@ -113,7 +125,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--quantization", choices=["int4", "int8", "awq-4bit"])
     add("--torch-dtype", choices=["float16", "bfloat16", "float32"], default=defaults.torch_dtype)
     add("--device-map", default=defaults.device_map, help="default: %(default)s")
-    add("--enable-auto-transcribe", action="store_true", help="not available yet: type the prompt text")
+    add("--enable-auto-transcribe", action="store_true",
+        help="what is said in an uploaded recording is written into the prompt text, if that is empty")  # fmt: skip
 
     add = parser.add_argument_group("the end").add_argument
     add("--shutdown-grace", metavar="S", type=_checked(seconds), default=defaults.shutdown_grace,
@@ -144,6 +157,9 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add = parser.add_argument_group("engine").add_argument
     add("--engine", choices=["auto", "builtin", "step-audio"], default="auto",
         help="auto: step-audio if --model-path is given, else builtin (default: auto)")  # fmt: skip
+    add("--asr-model", metavar="MODEL",
+        help="speech recognition for --enable-auto-transcribe: a folder or a hub's id (default: the checkout's own, or "
+        "openai/whisper-large-v3)")  # fmt: skip
     add("--step-audio-root", metavar="DIR", default=environ.get("STEP_AUDIO_ROOT") or None,
         help="checkout of Step-Audio-EditX (environment: STEP_AUDIO_ROOT)")  # fmt: skip
     return parser

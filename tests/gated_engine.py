@@ -11,7 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
+
+from residency.errors import InvalidInput
 
 FOLDER = Path()
 """Where the gates are. In the app set by `serving`, before anything here is used."""
@@ -40,6 +43,24 @@ class BuiltinEngine:
 
     def edit(self, *arguments: Any) -> tuple[torch.Tensor, int]:
         return self.clone()
+
+
+DEFAULT_MODEL = "gated"
+
+
+class Recognizer:
+    """Hears how long a recording is."""
+
+    def __init__(self, model: str, device: str) -> None:
+        self.weights = torch.ones(1 << 16)
+
+    def __call__(self, path: str) -> str:
+        _pass("hear")
+        frames = soundfile.info(path).frames
+        if frames < 100:
+            raise InvalidInput("too short", "太短")
+        print(f"heard: {frames}", flush=True)
+        return f"{frames} samples"
 
 
 def supported_edit_types() -> dict[str, list[str]]:

@@ -19,13 +19,13 @@ from urllib.request import Request, urlopen
 ROOT = Path(__file__).resolve().parent.parent
 START_WITHIN_S = 180
 
-# Puts an engine in place of the built-in one that says what it does and waits until the test lets it go on.
+# Puts in place of the built-in engine and the recognizer what says what it does and waits until the test lets it go on.
 _WITH_GATES = """
 import pathlib, sys, types
 sys.path.insert(0, "tests")
 import gated_engine
 gated_engine.FOLDER = pathlib.Path({folder!r})
-sys.modules["residency.engines.builtin"] = gated_engine
+sys.modules["residency.engines.builtin"] = sys.modules["residency.engines.asr"] = gated_engine
 """
 
 # Runs app.py; SIGUSR1 makes it print the names of its threads, so that a test can see who is there.

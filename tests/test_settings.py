@@ -87,3 +87,13 @@ def test_what_is_wrong_is_refused_with_what_to_do_next(
         parse(flags, {})
     assert exit_.value.code == 2
     assert hint in capsys.readouterr().err
+
+
+def test_a_recognizer_of_ones_own_needs_transcription_and_must_be_there(tmp_path: Path) -> None:
+    on = "--enable-auto-transcribe"
+    assert parse([on, "--asr-model", "openai/whisper-small"]).asr_model == "openai/whisper-small"
+    assert parse([on, "--asr-model", str(tmp_path)]).asr_model == str(tmp_path)
+    assert parse([on]).asr_model is None
+    for arguments in (["--asr-model", "openai/whisper-small"], [on, "--asr-model", str(tmp_path / "none")]):
+        with pytest.raises(SystemExit):
+            parse(arguments)

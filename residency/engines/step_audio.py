@@ -13,6 +13,7 @@ from typing import Any
 from ..contracts import Engine
 from ..errors import EngineUnavailable
 from . import requirements
+from .asr import DEFAULT_MODEL, unavailable
 from .checkout import find_checkout, import_from, not_found, unimportable
 
 _TOKENIZER_FILES = ("linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx")
@@ -91,7 +92,10 @@ def build_recognizer(root: str | None = None) -> Callable[[str], str]:
     """The checkout's own speech recognition: a function from an audio file to what is said in it."""
     checkout = _checkout(root)
     (module,) = import_from(checkout, "whisper_wrapper")
-    recognizer: Callable[[str], str] = module.WhisperWrapper()
+    try:
+        recognizer: Callable[[str], str] = module.WhisperWrapper()
+    except Exception as error:
+        raise unavailable(DEFAULT_MODEL, error) from error
     return recognizer
 
 

@@ -39,13 +39,15 @@ PARALINGUISTIC_HELP = """
 **paralinguistic** 在目标文本中加入标签 / put tags into the target text: `[Breathing] [Laughter] [Surprise-oh]
 [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei] [Dissatisfaction-hnn]`
 """
+_FILL_IN = "(heard, text) => text && text.trim() ? text : heard"
 
 
 class EditxTab:
     """Draws the tab and answers its events. One object serves all sessions; what belongs to one is in its `State`.
 
     Handlers raise nothing: an error becomes a message, and the history stays as it was. ``args`` is `Settings`
-    or any namespace with ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel too.
+    or any namespace with ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel too. With
+    ``recognize``, what is said in a recording is written into an empty prompt text.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class EditxTab:
         tts_engine: Engine | None = None,
         *,
         edit_types: Mapping[str, Sequence[str]] | None = None,
+        recognize: Callable[[str], str] | None = None,
     ) -> None:
         self.args = args
         self.encoder = encoder
         self.tts_engine = tts_engine
         folder = getattr(args, "tmp_dir", None) or os.path.join(tempfile.gettempdir(), "gradio")
-        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder)
+        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize)
         self._builtin = getattr(args, "engine", None) == "builtin"
         manager = getattr(tts_engine, "manager", None)
         self.panel = None if manager is None else GpuPanel(manager)
@@ -140,6 +143,16 @@ class EditxTab:
 
         return self._answer(edit, state)
 
+    def transcribe(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[str, str]:
+        """A recording came. Returns what is said in it, or nothing if there is a text already, and an error message."""
+        if not prompt_audio or (prompt_text and prompt_text.strip()):
+            return "", ""
+        try:
+            with told(self._manager, "asr"):
+                return self.speech.transcribe(prompt_audio), ""
+        except Exception as error:
+            return "", _warned(error)
+
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self.forget(state)
         return [], self.init_state(), ""
@@ -162,10 +175,8 @@ class EditxTab:
             with self.told():
                 state = work()
         except Exception as error:
-            sentence = html.escape(explain(error))
-            gr.Warning(sentence)
             # The chat is left alone, so that a player that is playing plays on.
-            return gr.skip(), state, f"<p role='alert'>⚠️ {sentence}</p>"
+            return gr.skip(), state, _warned(error)
         return as_messages(state["history_messages"]), state, ""
 
     # -- the page -----------------------------------------------------------------------------------------------
@@ -177,7 +188,11 @@ class EditxTab:
                 with gr.Column():
                     name = "内置引擎 / Built-in engine" if self._builtin else "Step-Audio-EditX"
                     self.model_input = gr.Textbox(label="模型 / Model Name", value=name, interactive=False)
-                    self.prompt_text_input = gr.Textbox(label="提示文本 / Prompt Text", elem_id="prompt-text")
+                    self.prompt_text_input = gr.Textbox(
+                        label="提示文本 / Prompt Text",
+                        placeholder="上传录音后自动填写 / Written from the recording" * self.speech.transcribes,
+                        elem_id="prompt-text",
+                    )
                     self.prompt_audio_input = gr.Audio(
                         label="输入音频 / Input Audio",
                         sources=["upload", "microphone"],
@@ -185,6 +200,7 @@ class EditxTab:
                         elem_id="prompt-audio",
                         **supported(gr.Audio, buttons=["download"]),
                     )
+                    self.heard = gr.Textbox(visible=False)
                     self.generated_text = gr.Textbox(
                         label="目标文本 / Target Text", max_lines=200, elem_id="target-text"
                     )
@@ -237,6 +253,18 @@ class EditxTab:
         for clear in (self.clean_history_submit.click, self.chat_box.clear):
             clear(self.clear_history, [state], outputs, **PRIVATE)
         self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, **PRIVATE)
+        if self.speech.transcribes:
+            hearing = self.prompt_audio_input.change(
+                self.transcribe,
+                [self.prompt_audio_input, self.prompt_text_input],
+                [self.heard, self.message],
+                trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
+                **supported(self.prompt_audio_input.change, show_progress_on=self.prompt_text_input),
+                **PRIVATE,
+            )
+            # In the browser, when the answer is there: what somebody has written meanwhile stays.
+            hearing.success(None, [self.heard, self.prompt_text_input], self.prompt_text_input, js=_FILL_IN, **PRIVATE)
+            self.prompt_audio_input.clear(None, cancels=[hearing], **PRIVATE)
         if self.intent:
             writing = [box.focus for box in (self.prompt_text_input, self.generated_text)]
             writing += [box.input for box in (self.prompt_text_input, self.generated_text)]
@@ -246,3 +274,10 @@ class EditxTab:
                 event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
         if self.panel:
             self.panel.register_events(forget_message=[self.button_tts.click, self.button_edit.click])
+
+
+def _warned(error: Exception) -> str:
+    """Show the error as a warning, and return it as a message for the page."""
+    sentence = html.escape(explain(error))
+    gr.Warning(sentence)
+    return f"<p role='alert'>⚠️ {sentence}</p>"

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,25 @@ class ShuttingDown(ResidencyError):
 class Speech:
     """Wraps an engine; answers are paths of 16-bit WAV files in ``folder``. Thread-safe as far as the engine is."""
 
-    def __init__(self, engine: Engine | None, edit_types: Mapping[str, Sequence[str]], folder: str) -> None:
+    def __init__(
+        self,
+        engine: Engine | None,
+        edit_types: Mapping[str, Sequence[str]],
+        folder: str,
+        recognize: Callable[[str], str] | None = None,
+    ) -> None:
+        """``recognize`` answers what is said in a recording; None if nobody can."""
         self._engine = engine
+        self._recognize = recognize
         self.edit_types = edit_types
         self._folder = Path(folder)
         self._changed = threading.Condition()
         self._closed = False
         self._running = 0
+
+    @property
+    def transcribes(self) -> bool:
+        return self._recognize is not None
 
     @property
     def running(self) -> int:
@@ -93,6 +105,17 @@ class Speech:
         with self._engine_at_work() as engine:
             return self._write(task, engine.edit(audio, said, task, info, wanted)), wanted
 
+    def transcribe(self, recording: str | None) -> str:
+        """What is said in a recording. `InvalidInput`, or what the recognizer raises."""
+        audio = _given_audio(recording)
+        if self._recognize is None:
+            raise InvalidInput(
+                "Recordings are not transcribed: start the app with --enable-auto-transcribe",
+                "未启用自动转写：启动时请加上 --enable-auto-transcribe",
+            )
+        with self._at_work():
+            return self._recognize(audio).strip()
+
     def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
         if not edit_type or edit_type == "clone":
             tasks = [name for name in self.edit_types if name != "clone"]
@@ -113,12 +136,17 @@ class Speech:
     def _engine_at_work(self) -> Iterator[Engine]:
         if self._engine is None:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
+        with self._at_work():
+            yield self._engine
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
         with self._changed:
             if self._closed:
                 raise ShuttingDown
             self._running += 1
         try:
-            yield self._engine
+            yield
         finally:
             with self._changed:
                 self._running -= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +15,7 @@ from serving import RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+    from playwright.sync_api import Browser, Page
 
 WAIT_MS = 90_000
 
@@ -39,15 +35,12 @@ def app(tmp_path: Path, gates: Path) -> Iterator[RunningApp]:
 
 
 @pytest.fixture
-def page(app: RunningApp) -> Iterator[Page]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 1100})
-        page.set_default_timeout(WAIT_MS)
-        page.goto(app.url)
-        expect_state(page, "released")
-        yield page
-        browser.close()
+def page(app: RunningApp, browser: Browser) -> Page:
+    page = browser.new_page(viewport={"width": 1200, "height": 1100})
+    page.set_default_timeout(WAIT_MS)
+    page.goto(app.url)
+    expect_state(page, "released")
+    return page
 
 
 @pytest.mark.parametrize("act", ["press into", "upload"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +14,9 @@ from serving import RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-    pytest.mark.skipif(int(gradio.__version__.split(".")[0]) < 6, reason="knows the players of Gradio 6 only"),
-]
+pytestmark = pytest.mark.skipif(int(gradio.__version__.split(".")[0]) < 6, reason="knows the players of Gradio 6 only")
 
 WAIT_MS = 90_000
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun."
@@ -47,10 +42,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
+def page(tmp_path: Path, browser: Browser) -> Iterator[Page]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-    with RunningApp(tmp_path, *arguments) as app, sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with RunningApp(tmp_path, *arguments) as app:
         page = browser.new_page(viewport={"width": 1200, "height": 1100})
         page.set_default_timeout(WAIT_MS)
         page.add_init_script(_WATCH)
@@ -58,7 +52,7 @@ def page(tmp_path: Path) -> Iterator[Page]:
         page.on("request", lambda request: strangers.append(request.url) if _abroad(request.url, app.url) else None)
         page.goto(app.url)
         yield page
-        browser.close()
+        page.close()
         assert not strangers, "the page asks the internet for something"
         assert app.stop() == 0
 

@@ -244,3 +244,39 @@ def drawn(tab: EditxTab) -> str:
         tab.register_components()
         tab.register_events()
     return str([component["props"].get("elem_id") for component in blocks.get_config_file()["components"]])
+
+
+# -- transcription ----------------------------------------------------------------------------------------------
+
+
+def listening(folder: Path, recognize: Any) -> EditxTab:
+    return EditxTab(Namespace(tmp_dir=str(folder)), recognize=recognize)
+
+
+def test_what_is_said_is_written_only_where_no_text_is(folder: Path, recording: str) -> None:
+    tab = listening(folder, lambda path: f" heard {Path(path).name} ")
+    assert tab.transcribe(recording, "") == ("heard prompt.wav", "")
+    assert tab.transcribe(recording, "  ") == ("heard prompt.wav", "")
+    assert tab.transcribe(recording, "mine") == ("", "")
+    assert tab.transcribe(None, "") == ("", "")
+
+
+def test_a_recognizer_that_fails_becomes_a_message(folder: Path, recording: str) -> None:
+    def fail(path: str) -> str:
+        raise InvalidInput("no <model>", "没有模型")
+
+    text, message = listening(folder, fail).transcribe(recording, "")
+    assert text == ""
+    assert "no &lt;model&gt; / 没有模型" in message
+
+
+def test_without_a_recognizer_nothing_is_transcribed(tab: EditxTab, recording: str) -> None:
+    assert tab.speech.transcribes is False
+    with pytest.raises(InvalidInput, match="--enable-auto-transcribe"):
+        tab.speech.transcribe(recording)
+
+
+def test_after_the_end_has_begun_nothing_is_transcribed(folder: Path, recording: str) -> None:
+    tab = listening(folder, lambda path: "heard")
+    tab.speech.close()
+    assert "shutting down" in tab.transcribe(recording, "")[1]

@@ -1,0 +1,49 @@
+"""Speech recognition with any model that transformers has a pipeline for: Whisper, wav2vec 2.0 and others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import EngineUnavailable
+from .audio import SAMPLE_RATE, read_audio
+
+DEFAULT_MODEL = "openai/whisper-large-v3"
+"""What the public Step-Audio-EditX app uses."""
+
+_CHUNK_S = 30
+
+
+def unavailable(model: str, error: Exception) -> EngineUnavailable:
+    """What it means that it cannot be loaded: a hub is not reached, a folder is none, a model is of another kind."""
+    return EngineUnavailable(
+        f"The speech recognition {model} cannot be loaded ({error}): give another model or a folder as "
+        f"--asr-model, or type the prompt text",
+        f"无法加载语音识别模型 {model}（{error}）：请用 --asr-model 指定其他模型或目录，或手动填写提示文本",
+    )
+
+
+class Recognizer:
+    """A recognizer: called with a recording's path, answers what is said in it. Not thread-safe."""
+
+    def __init__(self, model: str, device: str) -> None:
+        """``model`` is a folder or the id of a hub, ``device`` as torch names it; or `EngineUnavailable`."""
+        import transformers
+
+        try:
+            self.pipeline: Any = transformers.pipeline("automatic-speech-recognition", model=model, device=device)
+        except Exception as error:
+            raise unavailable(model, error) from error
+
+    def __call__(self, path: str) -> str:
+        """What is said in a recording, of any length and any format that libsndfile reads; `InvalidInput`."""
+        import soxr
+
+        sample_rate = self.pipeline.feature_extractor.sampling_rate
+        samples = soxr.resample(read_audio(path), SAMPLE_RATE, sample_rate)
+        keywords: dict[str, Any] = {}
+        if len(samples) > _CHUNK_S * sample_rate:
+            # Whisper goes on by itself where a piece ends, and needs timestamps for that; others are cut with overlap.
+            whisper = self.pipeline.type == "seq2seq_whisper"
+            keywords = {"return_timestamps": True} if whisper else {"chunk_length_s": _CHUNK_S}
+        heard = self.pipeline({"raw": samples, "sampling_rate": sample_rate}, **keywords)
+        return str(heard["text"]).strip()
