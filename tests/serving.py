@@ -28,10 +28,11 @@ gated_engine.FOLDER = pathlib.Path({folder!r})
 sys.modules["residency.engines.builtin"] = sys.modules["residency.engines.asr"] = gated_engine
 """
 
-# Runs app.py; SIGUSR1 makes it print the names of its threads, so that a test can see who is there.
+# Runs app.py; SIGUSR1 makes it print the names of its threads, SIGUSR2 those of its modules, for tests to see.
 _WITH_ROLL_CALL = """
 import runpy, signal, sys, threading
 signal.signal(signal.SIGUSR1, lambda *_: print("threads:", *sorted(t.name for t in threading.enumerate()), flush=True))
+signal.signal(signal.SIGUSR2, lambda *_: print("modules:", *sorted(sys.modules), flush=True))
 sys.argv[0] = "app.py"
 runpy.run_path("app.py", run_name="__main__")
 """
@@ -62,11 +63,11 @@ def run_app(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str
 class RunningApp:
     """A served app, until the block ends. ``log`` is what it has printed so far.
 
-    With ``gates``, an empty folder, a `gated_engine` speaks in it.
+    With ``gates``, an empty folder, a `gated_engine` speaks in it. ``prelude`` is run before anything of the app.
     """
 
-    def __init__(self, tmp_dir: Path, *arguments: str, gates: Path | None = None) -> None:
-        prelude = "" if gates is None else _WITH_GATES.format(folder=str(gates))
+    def __init__(self, tmp_dir: Path, *arguments: str, gates: Path | None = None, prelude: str = "") -> None:
+        prelude += "" if gates is None else _WITH_GATES.format(folder=str(gates))
         self.tmp_dir = tmp_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -113,6 +114,11 @@ class RunningApp:
         """The names of the threads in the process."""
         self.process.send_signal(signal.SIGUSR1)
         return self.wait_for_line("threads:")
+
+    def modules(self) -> set[str]:
+        """The names of the modules that the process has imported by now, when it is first asked."""
+        self.process.send_signal(signal.SIGUSR2)
+        return set(self.wait_for_line("modules:").split()[1:])
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to end; return the exit code."""

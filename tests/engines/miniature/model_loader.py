@@ -4,7 +4,6 @@ import json
 import os
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class ModelSource:
@@ -21,9 +20,25 @@ class Bytes:
         return list(text.encode())
 
 
+class LanguageModel(torch.nn.Module):
+    def __init__(self, vocab_size, hidden_size):
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(vocab_size, hidden_size)
+        self.layer = torch.nn.TransformerEncoderLayer(hidden_size, 4, 2 * hidden_size, batch_first=True)
+        self.lm_head = torch.nn.Linear(hidden_size, vocab_size, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    @torch.no_grad()
+    def generate(self, ids, max_length, temperature):
+        while ids.shape[1] < max_length:
+            logits = self.lm_head(self.layer(self.embed_tokens(ids))[:, -1]).float()
+            ids = torch.cat([ids, torch.multinomial((logits / temperature).softmax(-1), 1)], 1)
+        return ids
+
+
 def load_language_model(model_id, source, quantization_config, torch_dtype, device_map):
     assert source in vars(ModelSource).values(), source
     with open(os.path.join(model_id, "config.json")) as file:
-        config = LlamaConfig(**json.load(file))
+        config = json.load(file)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(torch_dtype).to(device_map).eval(), Bytes()
+    return LanguageModel(**config).to(torch_dtype).to(device_map).eval(), Bytes()

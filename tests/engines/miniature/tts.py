@@ -71,9 +71,6 @@ class StepAudioTTS:
     def _speak(self, path, prompt):
         codes, _ = self.preprocess_prompt_wav(path)
         ids = self.tokenizer.encode(prompt)[-64:]
-        spoken = self.llm.generate(
-            torch.tensor([ids]).to(torch.long).to("cuda"),
-            attention_mask=torch.ones(1, len(ids), device="cuda"), max_length=len(ids) + 24, temperature=0.7,
-            do_sample=True,
-        )  # fmt: skip
+        prompt_ids = torch.tensor([ids]).to(torch.long).to("cuda")
+        spoken = self.llm.generate(prompt_ids, max_length=len(ids) + 24, temperature=0.7)
         return self.cosy_model.token2wav_nonstream(spoken[:, len(ids) :], torch.tensor([codes])), 24000
