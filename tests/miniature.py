@@ -33,7 +33,7 @@ def build():
     return step_audio.build(MODELS)
 
 def managed(**settings):
-    manager = GPUResourceManager(SimulatedDevice(1 << 30), **settings)
+    manager = GPUResourceManager(SimulatedDevice(48 << 30), **settings)
     return GPUManagedTTS(MODELS, load=build, manager=manager, name="tts")
 
 def state(tts):
@@ -70,12 +70,14 @@ def make_recording(file: Path) -> Path:
     return file
 
 
-def run(script: str, models: Path, voice: Path, checkout: Path = CHECKOUT, **environ: str) -> str:
+def run(
+    script: str, models: Path, voice: Path, checkout: Path = CHECKOUT, prelude: str = PRELUDE, within_s: float = 120
+) -> str:
     """What a scenario prints; it must succeed."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PRELUDE + script, str(models), str(voice)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "STEP_AUDIO_ROOT": str(checkout), **environ},
-        cwd=models, capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-W", "ignore", "-c", prelude + script, str(models), str(voice)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "STEP_AUDIO_ROOT": str(checkout)},
+        cwd=models, capture_output=True, text=True, timeout=within_s, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""Lets code that says ``"cuda"`` run where there is none: the CPU stands in for it."""
+"""Lets code that says ``tensor.to("cuda")`` run where there is none: the CPU stands in for it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "randn", "rand", "linspace", "randint")
-
 
 def pretend_cuda() -> None:
-    """From now on, in this process, in all threads, the device ``cuda`` is the CPU. Does nothing where CUDA is real."""
+    """From now on, in this process, in all threads, tensors go to the CPU. Does nothing where CUDA is real.
+
+    Functions that make tensors are left alone: replaced ones do not get on with the meta tensors of transformers.
+    """
     if torch.cuda.is_available():
         return
     torch.Tensor.to = _on_cpu(torch.Tensor.to)
     torch.Tensor.cuda = lambda self, *_, **__: self
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def replaced(*arguments: Any, **keywords: Any) -> Any:
+        if isinstance(keywords.get("device"), int):
+            keywords["device"] = "cuda"
         return function(*map(_cpu, arguments), **{name: _cpu(value) for name, value in keywords.items()})
 
     return replaced

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from miniature import PRELUDE, ROOT, make_recording, run
+
+from residency.engines.checkout import find_checkout
+
+sys.path.append(str(Path(__file__).parent))
+
+from tiny_weights import FUNASR
+
+_BEFORE = """
+from pretend_torchaudio import pretend_torchaudio
+pretend_torchaudio()
+"""
+_AFTER = """
+def build():
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    return step_audio.build(
+        MODELS, tokenizer_model_id=FUNASR, device_map=where, torch_dtype=DTYPE, quantization=QUANTIZATION
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The one that ``STEP_AUDIO_ROOT`` names."""
+    root = os.environ.get("STEP_AUDIO_ROOT")
+    if not root:
+        pytest.skip("needs a Step-Audio-EditX checkout in STEP_AUDIO_ROOT, in its environment and with onnx")
+    found = find_checkout(root)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def models(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its weights, tiny and random."""
+    folder = tmp_path_factory.mktemp("models")
+    script = f"{_BEFORE}\nimport sys, tts, tiny_weights, pathlib\ntiny_weights.make(pathlib.Path(sys.argv[1]))"
+    paths = (ROOT, ROOT / "tests", ROOT / "tests" / "upstream", checkout)
+    made = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(folder)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": ":".join(map(str, paths))},
+    )  # fmt: skip
+    if made.returncode and "ModuleNotFoundError" in made.stderr:
+        pytest.skip(f"what the checkout needs is not installed: {made.stderr.strip().splitlines()[-1]}")
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recording(tmp_path_factory.mktemp("voice") / "voice.wav")
+
+
+@pytest.fixture
+def scenario(checkout: Path, models: Path, voice: Path) -> Callable[..., str]:
+    """Runs a script with the real checkout in a process of its own; returns what it prints."""
+
+    def play(script: str, dtype: str = "bfloat16", quantization: str | None = None) -> str:
+        names = f"FUNASR, DTYPE, QUANTIZATION = {FUNASR!r}, {dtype!r}, {quantization!r}\n"
+        return run(script, models, voice, checkout, prelude=_BEFORE + PRELUDE + names + _AFTER, within_s=600)
+
+    return play
