@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,13 @@ logger = logging.getLogger("app")
 DELIVERED_WITHIN_S = 5.0
 """How long an answer that came in time may take to reach its receiver."""
 
+REFUSED_WITHIN_S = 1.0
+"""How long it may take until those who wait have read that they are refused."""
+
 MOVED_WITHIN_S = 5.0
 """How long models may take to be released, beyond what running requests were given."""
+
+_MARK = ".recordings-of-a-running-app"
 
 _abandoned = threading.Event()
 """Whether something was left running at the end."""
@@ -207,22 +212,26 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
 def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
     """A folder of our own for uploads and results, gone at the end. Gradio is told to use it too.
 
-    It is locked while we live: those of apps that were killed are not, and are removed, since they hold voices.
+    It is locked while we live, and then marked as ours: those of apps that were killed are not locked any more, and
+    are removed, since they hold voices. Whatever bears no mark is somebody else's.
     """
-    try:
-        os.makedirs(parent, exist_ok=True)
-        for left in Path(parent).glob("editx-*"):
-            with suppress(OSError), _locked(left):
-                shutil.rmtree(left)
-        folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
-    except OSError as error:
-        raise InvalidInput(
-            f"Cannot write to --tmp-dir {parent} ({error.strerror}): give another folder",
-            f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
-        ) from error
-    os.environ["GRADIO_TEMP_DIR"] = folder
-    signals.at_once(lambda: shutil.rmtree(folder, ignore_errors=True))
-    with _locked(folder):
+    with ExitStack() as stack:
+        try:
+            os.makedirs(parent, exist_ok=True)
+            for mark in Path(parent).glob(f"editx-*/{_MARK}"):
+                with suppress(OSError), _locked(mark.parent):
+                    shutil.rmtree(mark.parent)
+                    logger.info("Removed what a killed app had left / 已清理异常退出遗留的目录: %s", mark.parent)
+            folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
+            stack.enter_context(_locked(folder))
+            Path(folder, _MARK).write_text("Recordings of a running app, removed when it ends.\n")
+        except OSError as error:
+            raise InvalidInput(
+                f"Cannot write to --tmp-dir {parent} ({error.strerror}): give another folder",
+                f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
+            ) from error
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        signals.at_once(lambda: shutil.rmtree(folder, ignore_errors=True))
         try:
             yield folder
         finally:
@@ -258,8 +267,9 @@ def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None
             allowed,
         )
     ended = manager is None or _closed(manager, grace_s)
-    if page.speech.wait_until_idle(left_s()):
-        page.traffic.wait_until_quiet(DELIVERED_WITHIN_S)
+    idle = page.speech.wait_until_idle(left_s())
+    # Refusals want to be delivered too, even where a request that still runs is not waited for.
+    page.traffic.wait_until_quiet(DELIVERED_WITHIN_S if idle else REFUSED_WITHIN_S)
     if page.speech.running:
         logger.warning("A request is still running; leaving without it. / 仍有请求在运行，不再等待，直接退出。")
     elif not ended:

@@ -44,7 +44,7 @@ from residency.events import Event
 from residency.leasing import Lease, held_slots
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
-from residency.policies import AUTO, change_policy, make_policy, seconds
+from residency.policies import AUTO, change_policy, check_counts, make_policy, seconds
 from residency.probes import HostProbe
 from residency.residents import SnapshotFolder, adopt
 from residency.states import Slot, State
@@ -103,11 +103,7 @@ class GPUResourceManager:
         clock: Clock | None = None,
         adopt: Adopt = adopt,
     ) -> None:
-        if budget_bytes is not None and budget_bytes <= 0:
-            raise InvalidInput(
-                f"A budget of {budget_bytes} bytes holds no model: give more, or None for no budget",
-                f"{budget_bytes} 字节的预算容纳不下任何模型：请调大，或用 None 表示不限制",
-            )
+        check_counts(1, budget_bytes=budget_bytes)
         self.device: Device = device or find_device()
         self.settings = _comparable(
             device=self.device,
@@ -183,6 +179,9 @@ class GPUResourceManager:
             self.settings["idle_timeout"] if idle_timeout is None else idle_timeout,
         )
         load_timeout_s = seconds(load_timeout)
+        check_counts(0, max_waiting=max_waiting, size_bytes=size_bytes)
+        if isinstance(skip, str):
+            raise InvalidInput(f"skip is several paths: give [{skip!r}]", f"skip 是多个路径：请写 [{skip!r}]")
         with self._lock:
             if self._closed:
                 raise ManagerClosed
@@ -245,12 +244,12 @@ class GPUResourceManager:
     # -- steering by hand ---------------------------------------------------------------------------------------
 
     def offload(self, name: str | None = None) -> bool:
-        """Bring a model (None: all) to host memory. True: done; False: it follows the request that is running."""
+        """Bring a model (None: all) to host memory. True: done; False: follows the running request, or its arrival."""
         answers = [self._steering.bring_down(slot, State.HOST) for slot in self._slots_named(name)]
         return all(answers)
 
     def release(self, name: str | None = None) -> bool:
-        """Give up a model's memory (None: all) everywhere. True: done; False: it follows the running request."""
+        """Give up a model's memory (None: all) everywhere. Answers as `offload` does."""
         answers = [self._steering.bring_down(slot, State.RELEASED) for slot in self._slots_named(name)]
         return all(answers)
 
@@ -293,10 +292,10 @@ class GPUResourceManager:
         """
         return self._dispatcher.reports.listeners.subscribe(listener)
 
-    def wait_for(self, name: str, state: State, timeout: float | None = None) -> bool:
-        """Wait until a model is in ``state``; False if ``timeout`` real seconds pass first."""
+    def wait_for(self, name: str, state: State, timeout: float | str | None = None) -> bool:
+        """Wait until a model is in ``state``; False if ``timeout`` (real seconds or ``"5s"``) passes first."""
         slot = self._slots_named(name)[0]
-        timeout_s = math.inf if timeout is None else timeout
+        timeout_s = math.inf if timeout is None else seconds(timeout)
         return self._dispatcher.watch(slot, lambda: slot.state is state, timeout_s, SystemClock())
 
     # -- the end ------------------------------------------------------------------------------------------------

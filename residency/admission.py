@@ -52,6 +52,8 @@ class Admission:
     def share(self, lease: Lease, request: Request) -> bool:
         """For `Lease`: let it count on a request in force as well; False if that has ended."""
         with self._dispatcher.lock:
+            if self._dispatcher.slots.get(request.slot.name) is not request.slot:
+                self._check_locked(request.slot)  # in a forked child: the engine is the parent's
             if not request.users:
                 return False
             request.users += 1

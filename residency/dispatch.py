@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 from .contracts import Clock, Device
 from .errors import (
-    DeviceOutOfMemory,
     LoadTimeout,
+    OverBudget,
     is_device_lost,
     is_out_of_device_memory,
     lacking_bytes,
@@ -203,7 +203,7 @@ class Dispatcher:
         if room.hopeless:
             stay_bytes = sum(other.size_bytes for other in self.slots.values() if other is not slot and other.on_device)
             free_bytes = max(0, int(self.budget_bytes) - stay_bytes)
-            error = DeviceOutOfMemory(slot.size_bytes, free_bytes, f"The budget of {self.device.name}")
+            error = OverBudget(slot.size_bytes, free_bytes, int(self.budget_bytes), self.device.name)
             self._refuse_arrival_locked(slot, error)
             return False
         for move in room.evict:
@@ -294,6 +294,8 @@ class Dispatcher:
         if slot.task is task:
             self.reports.log(task)  # before anybody goes on who waited for it
         sizes = (task.resident.device_bytes, task.resident.host_bytes) if task.resident else (0, 0)
+        if sizes[0] > self.budget_bytes:
+            self.reports.warn_of_budget(task, self.budget_bytes)
         with self.lock:
             self._changes += 1
             wanted = slot.task is task

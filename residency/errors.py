@@ -112,8 +112,9 @@ class LoadTimeout(ResidencyError, TimeoutError):
     def __init__(self, name: str, allowed_s: float) -> None:
         super().__init__(
             f"{name!r} was not loaded within {allowed_s:g} s. Look what its loader waits for (a download, a disk, a "
-            f"lock), or allow more with load_timeout. / {name!r} 未能在 {allowed_s:g} 秒内加载完成。"
-            f"请检查加载在等待什么（下载、磁盘、锁），或调大 load_timeout。",
+            f"lock), or allow more (--gpu-load-timeout, or load_timeout). / "
+            f"{name!r} 未能在 {allowed_s:g} 秒内加载完成。"
+            f"请检查加载在等待什么（下载、磁盘、锁），或延长时限（--gpu-load-timeout 或 load_timeout）。",
             name,
             allowed_s,
         )
@@ -175,6 +176,29 @@ class DeviceOutOfMemory(ResidencyError, MemoryError):
         self.free_bytes = free_bytes
         self.device = device
         self.holders = holders
+
+
+class OverBudget(DeviceOutOfMemory):
+    """The models under management may not take so much of the device together. Nothing was moved."""
+
+    def __init__(self, needed_bytes: int, free_bytes: int, budget_bytes: int, device: str) -> None:
+        ResidencyError.__init__(
+            self,
+            f"The budget of {device} is {budget_bytes:,} bytes, of which {free_bytes:,} are to be had, and "
+            f"{needed_bytes:,} are needed. Raise it (--gpu-budget, or budget_bytes), or let other models leave "
+            f"(keep-warm -1 keeps them). / "
+            f"{device} 的显存预算为 {budget_bytes:,} 字节，可用 {free_bytes:,}，需要 {needed_bytes:,}。"
+            f"请调大预算（--gpu-budget 或 budget_bytes），或让其他模型离开（keep-warm 为 -1 的模型不会离开）。",
+            needed_bytes,
+            free_bytes,
+            budget_bytes,
+            device,
+        )
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        self.budget_bytes = budget_bytes
+        self.device = device
+        self.holders = ()
 
 
 class DeviceUnavailable(ResidencyError):

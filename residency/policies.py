@@ -65,3 +65,13 @@ def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: 
     if isinstance(present, AdaptivePolicy) and keep_warm in (None, AUTO):
         return present.with_idle_timeout(idle_timeout_s)
     return make_policy(present.keep_warm_s if keep_warm is None else keep_warm, idle_timeout_s)
+
+
+def check_counts(least: int, **counts: object) -> None:
+    """`InvalidInput` for what is neither None nor a whole number of at least ``least``."""
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InvalidInput(
+                f"{name}={value!r} is no whole number from {least} on: give one such as {12 << 30}, or None",
+                f"{name}={value!r} 不是 {least} 以上的整数：请写一个数字（如 {12 << 30}）或 None",
+            )

@@ -48,6 +48,14 @@ class Reports:
         )
         self.listeners.tell(event)
 
+    def warn_of_budget(self, task: Task, budget_bytes: float) -> None:
+        """A model has come for the first time that the budget does not hold: the next time it will be refused."""
+        logger.warning(
+            "%s takes %s bytes, more than the budget of %s: the next request for it will be refused. Raise the budget "
+            "(--gpu-budget, or budget_bytes). / %s 超出显存预算，下次请求将被拒绝，请调大预算。",
+            task.slot.name, f"{task.moved_bytes:,}", f"{budget_bytes:,.0f}", task.slot.name,
+        )  # fmt: skip
+
     def log(self, task: Task) -> None:
         """A move has ended."""
         name, move, elapsed_s = task.slot.name, task.move, self._clock.now() - task.started_s

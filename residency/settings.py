@@ -21,6 +21,7 @@ from .policies import seconds
 T = TypeVar("T")
 
 _SIZE_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+_LARGEST_BYTES = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,12 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--gpu-load-timeout", metavar="S", type=_checked(seconds), default=defaults.gpu_load_timeout,
         help="give up a load that takes longer, and load anew on the next request (default: -1, never)")  # fmt: skip
     add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
-    add("--gpu-snapshot-dir", metavar="DIR", help="keep released weights on disk here and read them back from it")
+    add(
+        "--gpu-snapshot-dir",
+        metavar="DIR",
+        type=_checked(_folder),
+        help="keep released weights on disk here and read them back from it",
+    )
     add("--gpu-snapshot-limit", metavar="SIZE", type=_checked(size_bytes),
         help="remove the snapshots unused for longest beyond this size (100GB; default: no limit)")  # fmt: skip
     add("--gpu-host-memory-limit", metavar="SIZE", type=_checked(size_bytes),
@@ -168,10 +174,16 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 def size_bytes(text: str) -> int:
     """Read ``48GB``, ``48GiB`` or ``512MB``; a GB is 2**30 bytes, as on the box of a graphics card."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])I?B?", text.strip().upper())
-    nbytes = int(float(match[1]) * _SIZE_UNITS[match[2] + "B"]) if match else 0
-    if nbytes <= 0:
+    nbytes = float(match[1]) * _SIZE_UNITS[match[2] + "B"] if match else 0
+    if not 1 <= nbytes <= _LARGEST_BYTES:
         raise InvalidInput(f"{text!r} is no size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB")
-    return nbytes
+    return int(nbytes)
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise InvalidInput("no folder is named: give one, or leave the flag out", "未指定目录：请指定，或去掉该参数")
+    return text
 
 
 def _keep_warm(text: str) -> float | Literal["auto"]:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks for an orderly end, a second ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP (a terminal was closed): the first asks for an orderly end, a second ends it at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
@@ -30,7 +30,8 @@ class Signals:
     def __enter__(self) -> Signals:
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         for number in _NUMBERS:
-            signal.signal(number, self._asked)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+                signal.signal(number, self._asked)
         threading.Thread(target=self._watch, name="app-signals", daemon=True).start()
         return self
 

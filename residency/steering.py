@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -20,14 +21,18 @@ class Steering:
         self._separate = dispatcher.device.separate
 
     def bring_down(self, slot: Slot, target: State) -> bool:
-        """Offload (HOST) or release (RELEASED). True: done; False: it follows the request; raises the move's error."""
+        """Offload (HOST) or release (RELEASED). True: done; raises the move's error.
+
+        False: it follows the request that runs or waits, or the arrival of a model that is on its way to the device.
+        """
         dispatcher, task = self._dispatcher, None
         while task is None:
-            dispatcher.watch(slot, lambda: slot.in_use or slot.task is None)
+            dispatcher.watch(slot, lambda: slot.in_use or slot.task is None or slot.task.arrives)
             with dispatcher.lock:
                 self._check_locked(slot)
                 slot.wanted = False
-                if slot.in_use:
+                slot.not_before_s = -math.inf
+                if slot.in_use or (slot.task is not None and slot.task.arrives):
                     if target is State.HOST and not self._separate:
                         return True
                     if slot.asked is not State.RELEASED:

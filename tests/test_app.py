@@ -158,6 +158,22 @@ class TestFlags:
             assert app.get("/gpu/status")[1]["device"]["budget_bytes"] == 2 << 30
             assert (app.model()["keep_warm_s"], app.model()["idle_timeout_s"]) == (-1, -1)
 
+    def test_while_a_load_hangs_it_can_be_looked_at_and_steered_by_any_number_of_impatient_people(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "gates").mkdir()
+        close_gate(tmp_path / "gates", "load")
+        with RunningApp(tmp_path / "tmp", *SIMULATED, "--shutdown-grace", "0", gates=tmp_path / "gates") as app:
+            assert app.post("/gpu/warm", {})[0] == 202
+            app.wait_for_line("at the gate: load")
+            for _ in range(50):
+                code, status = app.post("/gpu/release", {})
+                assert (code, status["models"]["tts"]["pending"]) == (202, "release")
+            assert app.get("/healthz")[0] == app.get("/readyz")[0] == 200
+            assert app.model()["state"] == "moving"
+            open_gate(tmp_path / "gates", "load")
+            assert wait_until(lambda: app.model()["state"] == "released")
+
     def test_a_load_that_hangs_is_given_up_and_said(self, tmp_path: Path, recording: str) -> None:
         for name in ("gates", "recordings"):
             (tmp_path / name).mkdir()
@@ -240,11 +256,27 @@ def test_recordings_of_a_killed_app_are_removed_and_those_of_a_running_one_kept(
     import app
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    for name in ("editx-dead", "editx-live", "somebody-elses"):
+    for name in ("editx-dead", "editx-live", "editx-of-the-user", "somebody-elses"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "voice.wav").touch()
+        if name in ("editx-dead", "editx-live"):
+            (tmp_path / name / app._MARK).touch()
     with app._locked(tmp_path / "editx-live"), app._recordings_folder(str(tmp_path), app.Signals()) as ours:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-            ["editx-live", "somebody-elses", Path(ours).name]
+            ["editx-live", "editx-of-the-user", "somebody-elses", Path(ours).name]
         )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["editx-live", "somebody-elses"]
+        assert Path(ours, app._MARK).exists()
+    left = ["editx-live", "editx-of-the-user", "somebody-elses"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_apps_that_start_and_end_at_the_same_time_do_not_take_each_others_folders(tmp_path: Path) -> None:
+    script = """
+import app, sys
+for _ in range(100):
+    with app._recordings_folder(sys.argv[1], app.Signals()) as folder:
+        open(folder + "/voice.wav", "w").close()
+"""
+    apps = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) for _ in range(3)]
+    assert [each.wait(60) for each in apps] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes import Client, Gate, Worker, Workshop, after, await_that, comes_to
+from fakes import Client, Gate, Workshop, after, await_that, comes_to
 
 from gpu_manager import (
     CpuDevice,
@@ -231,18 +231,18 @@ def test_an_offload_that_fails_when_the_bytes_have_left_leaves_the_model_where_t
     assert use(manager) is engine
 
 
-def test_a_release_by_hand_waits_for_a_load_that_nobody_waits_for(
-    manager: GPUResourceManager, workshop: Workshop
+@pytest.mark.parametrize(("act", "state"), [("offload", State.HOST), ("release", State.RELEASED)])
+def test_what_is_asked_of_a_model_on_its_way_follows_its_arrival_and_nobody_waits(
+    manager: GPUResourceManager, workshop: Workshop, act: str, state: State
 ) -> None:
     gate = workshop.gate = Gate()
     manager.warm("tts")
     gate.wait_for_arrival()
-    releasing = Worker(manager.release, "tts")
-    releasing.join(0.05)
-    assert releasing.is_alive()
+    assert getattr(manager, act)("tts") is False
+    assert tts(manager)["pending"] == act
     gate.open()
-    assert releasing.result() is True
-    assert tts(manager)["state"] == "released"
+    assert manager.wait_for("tts", state, 10)
+    assert tts(manager)["pending"] is None
 
 
 def test_where_all_is_one_memory_an_offload_has_happened_and_a_release_follows_the_request(workshop: Workshop) -> None:

@@ -210,12 +210,21 @@ def test_a_model_larger_than_the_budget_is_refused_by_name_of_the_budget(told: b
         use(manager, "big")
         assert manager.wait_for("big", State.HOST, 10), "now it is known, and it leaves with the others"
         use(manager, "a")
-    with pytest.raises(DeviceOutOfMemory, match="budget of Simulated") as caught:
+    with pytest.raises(DeviceOutOfMemory, match="Raise it") as caught:
         use(manager, "big")
     assert (caught.value.needed_bytes, caught.value.free_bytes) == (300, 50)
     assert where(manager) == ("D-" if told else "DH"), "nobody had to leave for it"
-    assert "DeviceOutOfMemory" in manager.status()["models"]["big"]["last_error"]
+    assert "OverBudget" in manager.status()["models"]["big"]["last_error"]
     use(manager, "a")
+
+
+def test_a_model_that_the_budget_will_not_hold_again_is_named_at_once(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = house(150, big={"nbytes": 300})
+    use(manager, "big")
+    assert "big takes 300 bytes, more than the budget of 150" in caplog.text
+    assert "--gpu-budget" in caplog.text
 
 
 # -- what nobody waits for --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ EXAMPLES = [
     errors.SettingsConflict("idle_timeout", 600, 300),
     errors.DeviceOutOfMemory(10, 5, "card"),
     errors.DeviceOutOfMemory(10, None, "card", ((1234, 5), (1235, None))),
+    errors.OverBudget(10, 5, 8, "card"),
     errors.DeviceUnavailable("driver too old"),
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),

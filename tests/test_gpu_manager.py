@@ -529,3 +529,17 @@ def test_the_singleton_is_shared_and_refuses_other_settings() -> None:
         manager.close()
     with get_gpu_manager() as successor:
         assert successor is not manager
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"size_bytes": "12GB"}, {"size_bytes": -5}, {"max_waiting": -1}, {"max_waiting": 1.5}, {"skip": ".tokenizer"}],
+)
+def test_settings_of_a_wrong_kind_are_refused_at_once(
+    manager: GPUResourceManager, workshop: Workshop, settings: dict
+) -> None:
+    with pytest.raises(InvalidInput):
+        manager.register("asr", workshop.load, **settings)
+    assert manager.names() == ("tts",)
+    with pytest.raises(InvalidInput):
+        manager.wait_for("tts", State.HOST, "soon")

@@ -44,9 +44,9 @@ def test_the_status_tells_of_the_device_the_host_and_the_monitor(workshop: Works
         assert (status["monitor"]["errors"], status["monitor"]["last_error"]) == (0, None)
 
 
-@pytest.mark.parametrize("budget_bytes", [0, -1])
-def test_a_budget_that_holds_nothing_is_refused(budget_bytes: int) -> None:
-    with pytest.raises(InvalidInput, match="or None for no budget"):
+@pytest.mark.parametrize("budget_bytes", [0, -1, "24GB", 1.5, True])
+def test_a_budget_that_holds_nothing_or_is_no_number_is_refused(budget_bytes: object) -> None:
+    with pytest.raises(InvalidInput, match="whole number from 1 on"):
         GPUResourceManager(SimulatedDevice(1000), budget_bytes=budget_bytes)
     GPUResourceManager(SimulatedDevice(1000), budget_bytes=1).close()
 

@@ -89,6 +89,12 @@ def test_what_is_wrong_is_refused_with_what_to_do_next(
     assert hint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["--gpu-snapshot-dir", ""], ["--gpu-budget", "9" * 400 + "GB"]])
+def test_what_an_unset_variable_or_a_stuck_key_makes_of_a_flag_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+
+
 def test_a_recognizer_of_ones_own_needs_transcription_and_must_be_there(tmp_path: Path) -> None:
     on = "--enable-auto-transcribe"
     assert parse([on, "--asr-model", "openai/whisper-small"]).asr_model == "openai/whisper-small"

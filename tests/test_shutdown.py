@@ -132,6 +132,32 @@ def test_when_the_grace_is_over_it_leaves_without_the_request(
     assert_nothing_left(app, recordings)
 
 
+@both_modes
+def test_who_waits_is_told_even_where_nothing_is_waited_for(
+    recordings: Path, gates: Path, prompt: str, mode: tuple[str, ...]
+) -> None:
+    with RunningApp(recordings, *mode, "--shutdown-grace", "0", gates=gates) as app:
+        running, waiting = Visit(app, prompt), Visit(app, prompt)
+        close_gate(gates, "speak")
+        running.ask()
+        app.wait_for_line("at the gate: speak")
+        job = waiting.client.submit(handle_file(prompt), "said", "to say", api_name="/clone")
+        assert wait_until(lambda: job.status().rank is not None)
+        app.process.send_signal(signal.SIGTERM)
+        with pytest.raises(Exception, match=REFUSED):
+            job.result(30)
+        assert app.process.wait(30) == 0
+    assert_nothing_left(app, recordings)
+
+
+def test_a_terminal_that_is_closed_ends_it_as_other_signals_do(recordings: Path, gates: Path, prompt: str) -> None:
+    with RunningApp(recordings, *MANAGED, gates=gates) as app:
+        assert Visit(app, prompt).ask().spoken_s() == 1
+        assert app.stop(signal.SIGHUP) == 0
+    assert "cpu -> released" in app.log
+    assert_nothing_left(app, recordings)
+
+
 def test_without_grace_an_idle_model_is_still_released(recordings: Path, gates: Path, prompt: str) -> None:
     with RunningApp(recordings, *MANAGED, "--shutdown-grace", "0", gates=gates) as app:
         assert Visit(app, prompt).ask().spoken_s() == 1

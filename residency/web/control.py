@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -31,14 +31,17 @@ def routes(manager: Manager, token: str | None = None, *, trust_local: bool = Tr
     ``trust_local=False`` asks this machine for the token too: behind a tunnel (``--share``) every caller looks local.
     """
 
-    def healthz(request: Request) -> JSONResponse:
+    looking, acting = CapacityLimiter(4), CapacityLimiter(16)
+
+    # Not in the threads of the server's pool: looking must work when all of those wait for models.
+    async def healthz(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    def readyz(request: Request) -> JSONResponse:
+    async def readyz(request: Request) -> JSONResponse:
         return _refusal(503, str(ManagerClosed())) if manager.closed else JSONResponse({"status": "ok"})
 
-    def status(request: Request) -> JSONResponse:
-        return JSONResponse(manager.status())
+    async def status(request: Request) -> JSONResponse:
+        return JSONResponse(await to_thread.run_sync(manager.status, limiter=looking))
 
     def changing(change: Callable[[str | None], bool]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> JSONResponse:
@@ -52,7 +55,7 @@ def routes(manager: Manager, token: str | None = None, *, trust_local: bool = Tr
                 )
             try:
                 name = _model_named(await request.body())
-                done = await run_in_threadpool(change, name)
+                done = await to_thread.run_sync(change, name, limiter=acting)
             except UnknownModel as error:
                 return _refusal(404, str(error), known=list(error.known))
             except InvalidInput as error:
@@ -63,7 +66,7 @@ def routes(manager: Manager, token: str | None = None, *, trust_local: bool = Tr
                 logger.exception("A change asked for over HTTP failed")
                 known = isinstance(error, ResidencyError)
                 return _refusal(500, str(error) if known else f"It failed / 操作失败: {error}")
-            return JSONResponse(await run_in_threadpool(manager.status), 200 if done else 202)
+            return JSONResponse(await to_thread.run_sync(manager.status, limiter=looking), 200 if done else 202)
 
         return endpoint
 

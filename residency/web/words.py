@@ -16,8 +16,8 @@ STATES = {
     "moving": "搬移中 / Moving",
 }
 _PENDING = {
-    "offload": "当前请求结束后卸载 / Will be offloaded when the running request ends",
-    "release": "当前请求结束后释放 / Will be released when the running request ends",
+    "offload": "当前请求或加载结束后卸载 / Will be offloaded when the running request ends, or the load",
+    "release": "当前请求或加载结束后释放 / Will be released when the running request ends, or the load",
 }
 IN_USE = "模型使用中，正在等候 / The model is in use; waiting for it"
 ARRIVED = {"gpu": "模型已就绪 / The model is ready", "cpu": "模型已回到内存 / The model is back in main memory"}

@@ -124,6 +124,24 @@ assert use() is engine
 """
         )
 
+    def test_a_lease_made_before_the_fork_is_refused_in_the_child_even_inside_one_that_is_held(self) -> None:
+        succeeds(
+            """
+later = manager.lease("tts")
+def child():
+    try:
+        later.__enter__()
+    except ManagerClosed:
+        return
+    raise AssertionError("the engine is the parent's")
+
+with manager.lease("tts"):
+    in_child(child)
+    with later as engine:
+        assert engine is shop.engines[0]
+"""
+        )
+
     def test_multiprocessing_with_fork_and_a_child_that_exits_normally(self) -> None:
         succeeds(
             self.CHILD
