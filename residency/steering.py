@@ -31,7 +31,6 @@ class Steering:
             with dispatcher.lock:
                 self._check_locked(slot)
                 slot.wanted = False
-                slot.not_before_s = -math.inf
                 if slot.in_use or (slot.task is not None and slot.task.arrives):
                     if target is State.HOST and not self._separate:
                         return True
@@ -39,11 +38,16 @@ class Steering:
                         slot.asked = target
                     return False
                 if slot.task is None:
+                    slot.not_before_s = -math.inf  # who sends it away wants none of a grace that it had
                     move = move_towards(slot, target, self._separate)
                     if move is None:
-                        return True
+                        dispatcher.plan_locked(slot)
+                        break
                     slot.asked = target
                     task = dispatcher.begin_locked(slot, move)
+        if task is None:
+            dispatcher.act()
+            return True
         dispatcher.await_task(task)
         if task.error is not None:
             raise task.error

@@ -199,7 +199,10 @@ class Lives(RuleBasedStateMachine):
         if reference.line:
             assert press(name) is False
             reference.asked = place if reference.asked != "released" else "released"
-        elif wrong := reference.go_down(place, self.clock.now()):
+            self.come_to_rest()
+            return
+        reference.not_before_s = -math.inf
+        if wrong := reference.go_down(place, self.clock.now()):
             with pytest.raises(OSError, match=wrong):
                 press(name)
         else:
