@@ -1,0 +1,99 @@
+"""How long people wait for ``app.py`` to say something: its help, a wrong flag, the page.
+
+    python benchmarks/startup.py [--repeat 3] [--model-path DIR --step-audio-root DIR]
+
+In the same run: Python alone, and Python that imports Gradio, which the page cannot be faster than. The exit status is 1
+if a goal is missed, or if something heavy has been imported when the page is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "transformers", "onnxruntime", "tts", "tokenizer"}
+HELP_WITHIN_S, PAGE_WITHIN_S = 1.0, 5.0
+
+# Runs app.py until it serves; then says what is imported, and is gone.
+_UNTIL_IT_SERVES = """
+import logging, os, runpy, sys
+class Watch(logging.Handler):
+    def emit(self, record):
+        if "Serving on" in record.getMessage():
+            print("modules:", *sys.modules, flush=True)
+            os._exit(0)
+logging.getLogger("app").addHandler(Watch())
+sys.argv[0] = "app.py"
+runpy.run_path("app.py", run_name="__main__")
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--model-path", help="for the real engine; nothing of it is loaded")
+    parser.add_argument("--step-audio-root")
+    options = parser.parse_args()
+    real = [] if options.model_path is None else ["--model-path", options.model_path]
+    real += [] if options.step_audio_root is None else ["--step-audio-root", options.step_audio_root]
+
+    with tempfile.TemporaryDirectory() as folder:
+        page = ["-c", _UNTIL_IT_SERVES, "--server-name", "127.0.0.1", "--tmp-dir", folder, "--enable-gpu-management"]
+        commands = {
+            "python": ["-c", ""],
+            "python, which imports gradio": ["-c", "import gradio"],
+            "app.py --help": ["app.py", "--help"],
+            "app.py --gpu-keep-warm soon": ["app.py", "--gpu-keep-warm", "soon"],
+            "page, built-in engine": page,
+        } | ({"page, real engine": [*page, *real]} if real else {})
+        times: dict[str, list[float]] = {name: [] for name in commands}
+        imported: set[str] = set()
+        for _ in range(options.repeat + 1):
+            for name, command in commands.items():
+                port = ["--server-port", str(_free_port())] if name.startswith("page") else []
+                seconds, modules = _run([*command, *port])
+                times[name].append(seconds)
+                imported |= HEAVY & modules
+
+    print(
+        f"{date.today()}, Python {platform.python_version()}, medians of {options.repeat} after one to warm the cache\n"
+    )
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    for name, seconds in medians.items():
+        print(f"{name:35}{seconds:8.2f} s{seconds / medians['python, which imports gradio']:8.2f} x gradio")
+    helps = max(seconds for name, seconds in medians.items() if name.startswith("app.py"))
+    pages = max(seconds for name, seconds in medians.items() if name.startswith("page"))
+    good = helps <= HELP_WITHIN_S and pages <= PAGE_WITHIN_S and not imported
+    print(f"\nimported when the page is there, of {', '.join(sorted(HEAVY))}: {', '.join(sorted(imported)) or 'none'}")
+    print(f"help and errors within {HELP_WITHIN_S:g} s, page within {PAGE_WITHIN_S:g} s: {'yes' if good else 'NO'}")
+    return 0 if good else 1
+
+
+def _run(command: list[str]) -> tuple[float, set[str]]:
+    began_s = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began_s
+    line = next((line for line in done.stdout.splitlines() if line.startswith("modules:")), "")
+    if "-c" in command and "--tmp-dir" in command and not line:
+        raise SystemExit(f"The page did not come up:\n{done.stderr}")
+    return seconds, set(line.split()[1:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    sys.exit(main())
