@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--repeat 3] [--model-path DIR --step-audio-root DIR]
 
-In the same run: Python alone, and Python that imports Gradio, which the page cannot be faster than. The exit status is 1
-if a goal is missed, or if something heavy has been imported when the page is there.
+In the same run: Python alone, and Python that imports Gradio, which the page cannot be faster than. The exit status is
+1 if a goal is missed, or if something heavy has been imported when the page is there.
 """
 
 from __future__ import annotations

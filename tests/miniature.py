@@ -62,11 +62,11 @@ def make_weights(folder: Path) -> Path:
     return folder
 
 
-def make_recording(file: Path) -> Path:
+def make_recording(file: Path, sample_rate: int = 16000) -> Path:
     """A second of a tone in noise."""
-    time_s = np.arange(16000) / 16000
-    noise = np.random.default_rng(1).normal(size=16000)
-    soundfile.write(file, 0.3 * np.sin(2 * np.pi * 220 * time_s) + 0.01 * noise, 16000)
+    time_s = np.arange(sample_rate) / sample_rate
+    noise = np.random.default_rng(1).normal(size=sample_rate)
+    soundfile.write(file, 0.3 * np.sin(2 * np.pi * 220 * time_s) + 0.01 * noise, sample_rate)
     return file
 
 

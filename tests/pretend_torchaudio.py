@@ -22,12 +22,15 @@ def pretend_torchaudio() -> None:
             del sys.modules[name]
     else:
         return
-    names = ("torchaudio", "torchaudio.functional", "torchaudio.compliance", "torchaudio.compliance.kaldi")
-    whole, functional, compliance, kaldi = modules = [types.ModuleType(name) for name in names]
+    parts = ("", ".functional", ".transforms", ".compliance", ".compliance.kaldi")
+    names = [f"torchaudio{part}" for part in parts]
+    whole, functional, transforms, compliance, kaldi = modules = [types.ModuleType(name) for name in names]
     for name, module in zip(names, modules, strict=True):
         module.__spec__ = ModuleSpec(name, None)
     whole.load, whole.save, functional.resample, kaldi.fbank = _load, _save, _resample, _fbank
-    whole.functional, whole.compliance, compliance.kaldi = functional, compliance, kaldi
+    transforms.Resample = lambda orig_freq, new_freq: lambda audio: _resample(audio, orig_freq, new_freq)
+    whole.functional, whole.transforms, whole.compliance = functional, transforms, compliance
+    compliance.kaldi = kaldi
     sys.modules.update(zip(names, modules, strict=True))
 
 

@@ -57,7 +57,7 @@ def models(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_recording(tmp_path_factory.mktemp("voice") / "voice.wav")
+    return make_recording(tmp_path_factory.mktemp("voice") / "voice.wav", sample_rate=44100)
 
 
 @pytest.fixture
