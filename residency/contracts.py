@@ -123,8 +123,13 @@ class SnapshotStore(Protocol):
     def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
         """Keep ``raw`` (uint8), whose ``ranges`` (start, stop) have these XXH3 hashes; or `SnapshotUnusable`."""
 
-    def read(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
-        """Fill ``raw`` with what was written under that name and these hashes; `SnapshotUnusable` if it cannot be."""
+    def read(
+        self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor, *, once: bool
+    ) -> None:
+        """Fill ``raw`` with what was written under that name and these hashes; `SnapshotUnusable` if it cannot be.
+
+        With ``once`` it is not kept any longer: it will not be written in this form again.
+        """
 
 
 class Adopt(Protocol):

@@ -52,7 +52,7 @@ class EngineResident:
         if emptied:
             raise WeightsGone(tuple(emptied))
         self._loaded = self._late = Weights({}, device)
-        self._loaded = self._weights(found)
+        self._loaded = self._weights(found, passing=False)
         try:
             self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
         except BaseException:
@@ -110,15 +110,15 @@ class EngineResident:
         self._late.keep_only(())
         self._late = Weights({}, self._device)
         try:
-            self._late = self._weights(now)
+            self._late = self._weights(now, passing=True)
         except (DeviceOutOfMemory, SharedWeights) as error:
             logger.warning("Some tensors that were made since the load stay on the device: %s", error)
 
-    def _weights(self, found: Found) -> Weights:
+    def _weights(self, found: Found, passing: bool) -> Weights:
         """Weights of those tensors that nobody takes care of yet."""
         claimed = self.storages
         tensors = {path: tensor for path, tensor in found.tensors.items() if storage_key(tensor) not in claimed}
-        return Weights(tensors, self._device)
+        return Weights(tensors, self._device, passing)
 
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
         claimed = self._beside._sessions.sessions if self._beside else frozenset()

@@ -75,7 +75,15 @@ class SnapshotFolder:
         except OSError as error:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
 
-    def read(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
+    def read(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        hashes: Sequence[int],
+        raw: torch.Tensor,
+        *,
+        once: bool = False,
+    ) -> None:
         """Fill ``raw`` from the file, and check every range. `SnapshotUnusable`, and the file removed, if it is bad."""
         path = self._path(name, ranges, hashes)
         header = _header(len(raw))
@@ -87,9 +95,10 @@ class SnapshotFolder:
             damaged = _read_ranges(path, len(header), ranges, hashes, memoryview_of(raw))
         except OSError as error:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
-        if damaged is not None:
+        if damaged is not None or once:
             with contextlib.suppress(OSError):
                 path.unlink()
+        if damaged is not None:
             raise SnapshotUnusable(name, f"{path} is damaged at byte {len(header) + damaged:,}; it was removed")
 
     def _path(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int]) -> Path:

@@ -44,9 +44,13 @@ class Weights:
     Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], device: Device) -> None:
-        """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many."""
+    def __init__(self, tensors: Mapping[str, torch.Tensor], device: Device, passing: bool = False) -> None:
+        """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many.
+
+        ``passing`` ones will be others the next time, so that a snapshot of them is of use once.
+        """
         self._device = device
+        self._passing = passing
         self._pieces: list[Piece] = []
         self._elsewhere: list[Piece] = []
         pieces = pieces_of(tensors)
@@ -201,7 +205,7 @@ class Weights:
             raise SnapshotUnusable(name, "nothing was saved")
         mirror = HostMirror(self._layout)
         if self._saved:
-            store.read(name, self._ranges(), self._saved, mirror.raw)
+            store.read(name, self._ranges(), self._saved, mirror.raw, once=self._passing)
         self._mirror, self._saved = mirror, None
         return self._layout.nbytes
 

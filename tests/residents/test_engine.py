@@ -109,6 +109,21 @@ def test_a_new_view_stays_tied_when_its_weight_needs_a_new_home(engine: Engine, 
     assert device.ledger_bytes == 440
 
 
+def test_snapshots_of_what_is_made_in_passing_do_not_pile_up(
+    engine: Engine, device: SimulatedDevice, tmp_path: Path
+) -> None:
+    resident, store = EngineResident(engine, device), SnapshotFolder(tmp_path)
+    for turn in range(4):
+        engine.cache["session"] = torch.rand(1000)
+        expected = engine.cache["session"].tolist()
+        resident.save(store, "tts")
+        assert len(list(tmp_path.glob("*.safetensors"))) == 2, f"turn {turn}: the weights, and what was made since"
+        resident.load(store, "tts")
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1, "the weights are written once"
+        resident.restore()
+        assert engine.cache["session"].tolist() == expected
+
+
 def captured_graph() -> torch.cuda.CUDAGraph:
     """One that may be looked at only: where there is no CUDA, nothing can be captured."""
     return torch.cuda.CUDAGraph() if torch.cuda.is_available() else object.__new__(torch.cuda.CUDAGraph)
