@@ -72,6 +72,6 @@ def check_counts(least: int, **counts: object) -> None:
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise InvalidInput(
-                f"{name}={value!r} is no whole number from {least} on: give one such as {12 << 30}, or None",
-                f"{name}={value!r} 不是 {least} 以上的整数：请写一个数字（如 {12 << 30}）或 None",
+                f"{name}={value!r} is no whole number from {least} on: give one, or None",
+                f"{name}={value!r} 不是 {least} 以上的整数：请给出整数或 None",
             )

@@ -5,13 +5,13 @@ import math
 import pytest
 
 from residency.errors import InvalidInput
-from residency.policies import FixedPolicy, change_policy, make_policy, seconds
+from residency.policies import FixedPolicy, change_policy, check_counts, make_policy, seconds
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [(0, 0), (90, 90), (1.5, 1.5), ("90", 90), ("90s", 90), ("15m", 900), ("1h", 3600), (" 2H ", 7200), ("0.5m", 30),
-     (-1, math.inf), ("-1", math.inf), (math.inf, math.inf)],
+     (-1, math.inf), ("-1", math.inf), ("-1.0", math.inf), (math.inf, math.inf)],
 )  # fmt: skip
 def test_durations(text: float | str, expected: float) -> None:
     assert seconds(text) == expected
@@ -65,3 +65,23 @@ def test_what_auto_has_learned_outlives_a_change_of_the_idle_timeout(keep_warm: 
     assert changed.keep_warm_s >= 5
     assert learned.idle_timeout_s == 600
     assert change_policy(learned, keep_warm, 2).keep_warm_s <= 2
+
+
+@pytest.mark.parametrize("value", [None, 1, 12 << 30])
+def test_a_count_is_a_whole_number_or_nothing(value: int | None) -> None:
+    check_counts(1, size_bytes=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "1", True])
+def test_what_is_no_count_is_said_in_both_languages(value: object) -> None:
+    with pytest.raises(InvalidInput) as raised:
+        check_counts(1, size_bytes=value)
+    assert str(raised.value) == (
+        f"size_bytes={value!r} is no whole number from 1 on: give one, or None / "
+        f"size_bytes={value!r} 不是 1 以上的整数：请给出整数或 None"
+    )
+
+
+def test_what_is_no_time_is_said_in_both_languages() -> None:
+    with pytest.raises(InvalidInput, match="'soon' .*'soon' 不是有效的时长"):
+        seconds("soon")

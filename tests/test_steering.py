@@ -267,3 +267,16 @@ def test_events_tell_every_move_in_order(manager: GPUResourceManager, clock: Man
     assert [event.time_s for event in ends] == [1000, 1003, 1003, 1003]
     assert {event.model for event in told} == {"tts"}
     unsubscribe()
+
+
+def test_what_is_sent_away_by_hand_has_no_grace_of_its_warming_left(
+    manager: GPUResourceManager, clock: ManualClock
+) -> None:
+    manager.configure("tts", idle_timeout=30)
+    manager.warm("tts")
+    assert manager.wait_for("tts", State.DEVICE, 10)
+    assert manager.offload("tts") is True
+    clock.advance(29)
+    assert tts(manager)["state"] == "cpu"
+    clock.advance(2)
+    assert comes_to(manager, clock, State.RELEASED)
