@@ -83,5 +83,5 @@ def test_what_is_no_count_is_said_in_both_languages(value: object) -> None:
 
 
 def test_what_is_no_time_is_said_in_both_languages() -> None:
-    with pytest.raises(InvalidInput, match="'soon' .*'soon' 不是有效的时长"):
+    with pytest.raises(InvalidInput, match=r"'soon' .*'soon' 不是有效的时长"):
         seconds("soon")
