@@ -538,8 +538,12 @@ def test_the_singleton_is_shared_and_refuses_other_settings() -> None:
 def test_settings_of_a_wrong_kind_are_refused_at_once(
     manager: GPUResourceManager, workshop: Workshop, settings: dict
 ) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput) as raised:
         manager.register("asr", workshop.load, **settings)
+    if "skip" in settings:
+        assert str(raised.value) == (
+            "skip is several paths: give ['.tokenizer'] / skip 是多个路径：请写 ['.tokenizer']"
+        )
     assert manager.names() == ("tts",)
     with pytest.raises(InvalidInput):
         manager.wait_for("tts", State.HOST, "soon")
