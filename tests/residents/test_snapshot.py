@@ -1,66 +1,26 @@
-"""A snapshot is whole and right, or refused; nothing that fails on disk loses anything in memory."""
+"""A snapshot is whole and right, or refused; folders keep their limit, and many may share one."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors
 import torch
 from fakes import Worker
+from snapshots import RANGES, Content, listing, refused
 from strategies import bytes_of, small_layout
 
 from gpu_manager import SimulatedDevice
 from residency.errors import InvalidInput, SnapshotUnusable
-from residency.residents import snapshot
-from residency.residents.fingerprint import hash_of
 from residency.residents.snapshot import SnapshotFolder
 from residency.residents.weights import Weights
-
-RANGES = [(0, 1000), (1000, 1001), (1001, 5000), (5000, 10_000)]
-
-
-class Content:
-    """10,000 bytes in ranges, as weights would write them, and a place to read them into."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.raw = torch.randint(0, 256, (10_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-        self.hashes = [hash_of(self.raw[start:stop]) for start, stop in RANGES]
-        self.target = torch.zeros_like(self.raw)
-
-    def write(self, folder: SnapshotFolder, name: str = "tts") -> Path:
-        before = set(folder.folder.iterdir())
-        folder.write(name, RANGES, self.hashes, self.raw)
-        new = set(folder.folder.iterdir()) - before
-        return new.pop() if new else Path("nothing new")
-
-    def read(self, folder: SnapshotFolder, name: str = "tts") -> bool:
-        self.target.zero_()
-        folder.read(name, RANGES, self.hashes, self.target)
-        return torch.equal(self.target, self.raw)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> SnapshotFolder:
-    return SnapshotFolder(tmp_path / "snapshots")
-
-
-@pytest.fixture
-def content() -> Content:
-    return Content()
-
-
-def listing(folder: SnapshotFolder) -> list[str]:
-    return sorted(path.name for path in folder.folder.iterdir())
 
 
 def test_what_was_written_is_read_back_by_another_folder_object_too(folder: SnapshotFolder, content: Content) -> None:
@@ -106,12 +66,6 @@ def test_a_name_too_long_for_the_disk_is_refused(folder: SnapshotFolder, content
 
 
 # -- damage -----------------------------------------------------------------------------------------------------
-
-
-def refused(folder: SnapshotFolder, content: Content) -> str:
-    with pytest.raises(SnapshotUnusable) as error:
-        content.read(folder)
-    return error.value.reason
 
 
 def test_a_flipped_bit_anywhere_is_noticed(folder: SnapshotFolder, content: Content) -> None:
@@ -198,211 +152,6 @@ def test_a_place_that_cannot_be_a_folder_is_said_at_once(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="snapshots"):
         SnapshotFolder(tmp_path / "file")
-
-
-# -- the disk ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
-
-
-def test_a_full_disk_refuses_and_nothing_is_left_on_it(tiny_disk: Path, device: SimulatedDevice) -> None:
-    store = SnapshotFolder(tiny_disk)
-    tensor = torch.randn(1 << 19)
-    before = bytes_of(tensor)
-    weights = Weights({"t": tensor}, device)
-    with pytest.raises(SnapshotUnusable, match="No space"):
-        weights.save(store, "tts")
-    assert listing(store) == []
-    assert os.statvfs(tiny_disk).f_bfree == os.statvfs(tiny_disk).f_blocks
-    assert weights.host_bytes == 2 << 20, "the copy in main memory stays"
-    weights.restore()
-    assert bytes_of(tensor) == before
-
-
-def test_a_disk_that_fills_up_half_way_refuses(
-    folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "open", _opening(room=7000))
-    with pytest.raises(SnapshotUnusable, match="No space"):
-        content.write(folder)
-    monkeypatch.undo()
-    assert listing(folder) == []
-
-
-def test_short_writes_are_continued(folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "open", _opening(most=333))
-    content.write(folder)
-    monkeypatch.undo()
-    assert content.read(folder)
-
-
-def _opening(**limits: int) -> Any:
-    def opening(path: Path, mode: str, buffering: int = -1) -> Any:
-        file = open(path, mode, buffering)  # noqa: SIM115 - its user closes it
-        return _Disk(file, **limits) if "w" in mode else file
-
-    return opening
-
-
-class _Disk:
-    """A file that takes at most so many bytes at once, and has room for so many in all."""
-
-    def __init__(self, file: Any, most: int = 1 << 30, room: int = 1 << 30) -> None:
-        self._file, self._most, self._room = file, most, room
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> _Disk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, data: memoryview) -> int:
-        count = min(len(data), self._most, self._room)
-        if not count:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._room -= count
-        return int(self._file.write(data[:count]))
-
-
-def test_short_reads_are_continued(folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
-    content.write(folder)
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda handle, into, at: preadv(handle, [into[0][:77]], at))
-    assert content.read(folder)
-
-
-def test_a_file_that_ends_while_it_is_read_is_refused(
-    folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content.write(folder)
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda handle, into, at: preadv(handle, into, at) if at < 8000 else 0)
-    assert "damaged" in refused(folder, content)
-
-
-def test_a_disk_that_cannot_be_read_is_refused_and_the_file_stays(
-    folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = content.write(folder)
-
-    def fails(*_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "preadv", fails)
-    assert "Input/output error" in refused(folder, content)
-    assert path.exists(), "it may be whole when the disk is well again"
-
-
-def test_signals_do_not_cut_a_write_or_a_read_short(tmp_path: Path) -> None:
-    """EINTR, for real: in a process of its own, under a timer that never stops ringing."""
-    script = f"""
-import signal, sys, torch
-sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
-from residency.residents.fingerprint import hash_of
-from residency.residents.snapshot import SnapshotFolder
-rings = []
-signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
-signal.siginterrupt(signal.SIGALRM, True)
-raw = torch.randint(0, 256, (32 << 20,), dtype=torch.uint8)
-ranges = [(start, start + (8 << 20)) for start in range(0, 32 << 20, 8 << 20)]
-hashes = [hash_of(raw[start:stop]) for start, stop in ranges]
-signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-for turn in range(3):
-    folder = SnapshotFolder({str(tmp_path)!r})
-    folder.write(str(turn), ranges, hashes, raw)
-    target = torch.zeros_like(raw)
-    folder.read(str(turn), ranges, hashes, target)
-    assert torch.equal(raw, target)
-signal.setitimer(signal.ITIMER_REAL, 0)
-assert rings
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
-@pytest.mark.parametrize("failing", [0, 3])
-def test_an_error_of_any_kind_in_a_reading_thread_is_no_success(
-    folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    content.write(folder)
-    read_range = snapshot._read_range
-
-    def fails_once(handle: int, offset: int, target: memoryview, start: int) -> int:
-        if start == RANGES[failing][0]:
-            raise MemoryError
-        return read_range(handle, offset, target, start)
-
-    monkeypatch.setattr(snapshot, "_read_range", fails_once)
-    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
-    with pytest.raises((MemoryError, SnapshotUnusable)):
-        content.read(folder)
-
-
-def test_a_machine_with_no_thread_to_spare_reads_all_the_same(
-    folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content.write(folder)
-
-    def none_left(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", none_left)
-    assert content.read(folder)
-
-
-def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_memory_is_dropped(
-    folder: SnapshotFolder, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    def record(module: Any, name: str, text: Any) -> None:
-        function = getattr(module, name)
-
-        def recording(*arguments: Any) -> Any:
-            calls.append(text(*arguments))
-            return function(*arguments)
-
-        monkeypatch.setattr(module, name, recording)
-
-    record(os, "fsync", lambda handle: f"fsync {Path(os.readlink(f'/proc/self/fd/{handle}')).suffix or 'folder'}")
-    record(os, "replace", lambda source, target: f"rename {Path(source).suffix} to {Path(target).suffix}")
-    record(Weights, "_drop_mirror", lambda self: "drop")
-    Weights({"t": torch.randn(100)}, device).save(folder, "tts")
-    assert calls == ["fsync .tmp", "rename .tmp to .safetensors", "fsync folder", "drop"]
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace", "utime"])
-def test_whatever_fails_while_writing_leaves_no_half_file_and_all_of_memory(
-    folder: SnapshotFolder, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    tensor = torch.randn(100)
-    before = bytes_of(tensor)
-    weights = Weights({"t": tensor}, device)
-    monkeypatch.setattr(os, step, fails)
-    with pytest.raises(SnapshotUnusable, match="Input/output"):
-        weights.save(folder, "tts")
-    monkeypatch.undo()
-    assert not [name for name in listing(folder) if name.endswith(".tmp")]
-    assert (weights.device_bytes, weights.host_bytes) == (0, 400)
-    weights.restore()
-    assert bytes_of(tensor) == before
 
 
 # -- the limit --------------------------------------------------------------------------------------------------

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from snapshots import Content
+
+from residency.residents.snapshot import SnapshotFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SnapshotFolder:
+    return SnapshotFolder(tmp_path / "snapshots")
+
+
+@pytest.fixture
+def content() -> Content:
+    return Content()
