@@ -2,27 +2,42 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+#: How long a page may take to do what it should, in milliseconds: the machine that runs the tests can be a busy one.
+PATIENCE_MS = 90_000
 
 
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     """A real one. Where there is none the test is skipped, or fails if ``REQUIRE_BROWSER`` is set."""
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import expect, sync_playwright
     except ImportError:
         sync_playwright = None
     if CHROMIUM is None or sync_playwright is None:
         (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)("needs playwright and a Chromium")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def new_page(browser: Browser) -> Callable[..., Page]:
+    """Opens pages, each in a session of its own; takes what `Browser.new_page` takes."""
+
+    def new_page(**options: Any) -> Page:
+        page = browser.new_page(**{"viewport": {"width": 1200, "height": 1100}, **options})
+        page.set_default_timeout(PATIENCE_MS)
+        return page
+
+    return new_page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,7 @@ from serving import RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
-
-WAIT_MS = 90_000
+    from playwright.sync_api import Page
 
 
 @pytest.fixture
@@ -35,9 +33,8 @@ def app(tmp_path: Path, gates: Path) -> Iterator[RunningApp]:
 
 
 @pytest.fixture
-def page(app: RunningApp, browser: Browser) -> Page:
-    page = browser.new_page(viewport={"width": 1200, "height": 1100})
-    page.set_default_timeout(WAIT_MS)
+def page(app: RunningApp, new_page: Callable[..., Page]) -> Page:
+    page = new_page()
     page.goto(app.url)
     expect_state(page, "released")
     return page
@@ -88,4 +85,4 @@ def recording(folder: Path) -> str:
 
 def expect_state(page: Page, state: str) -> None:
     chip = page.locator("#gpu-status [data-model=tts]")
-    sync_api.expect(chip).to_have_attribute("data-state", state, timeout=WAIT_MS)
+    sync_api.expect(chip).to_have_attribute("data-state", state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,9 @@ from serving import RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Page
 
 pytestmark = pytest.mark.skipif(int(gradio.__version__.split(".")[0]) < 6, reason="knows the players of Gradio 6 only")
-
-WAIT_MS = 90_000
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun."
 #: Long enough to speak that the panel, which looks once a second, sees the model at work.
 STORY = " ".join([SENTENCE] * 8)
@@ -42,11 +40,10 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def page(tmp_path: Path, browser: Browser) -> Iterator[Page]:
+def page(tmp_path: Path, new_page: Callable[..., Page]) -> Iterator[Page]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB")
     with RunningApp(tmp_path, *arguments) as app:
-        page = browser.new_page(viewport={"width": 1200, "height": 1100})
-        page.set_default_timeout(WAIT_MS)
+        page = new_page()
         page.add_init_script(_WATCH)
         strangers: list[str] = []
         page.on("request", lambda request: strangers.append(request.url) if _abroad(request.url, app.url) else None)
@@ -58,7 +55,7 @@ def page(tmp_path: Path, browser: Browser) -> Iterator[Page]:
 
 
 def test_clone_edit_twice_release_and_clone_again(page: Page, recording: str, tmp_path: Path) -> None:
-    sync_api.expect(page.locator("#gpu-status")).to_contain_text("Simulated GPU", timeout=WAIT_MS)
+    sync_api.expect(page.locator("#gpu-status")).to_contain_text("Simulated GPU")
     expect_state(page, "released")
 
     fill(page, recording, prompt="Good morning, this is a short recording of my voice.", target=STORY)
@@ -98,7 +95,7 @@ def test_bad_input_is_said_and_nothing_is_lost(page: Page, recording: str, tmp_p
     press(page, "CLONE")
     expect_outputs(page, 1)
     message = sync_api.expect(page.locator("#message"))
-    message.to_have_text("", timeout=WAIT_MS)
+    message.to_have_text("")
 
     page.get_by_label("Target Text").fill("")
     press(page, "CLONE")
@@ -111,8 +108,8 @@ def test_bad_input_is_said_and_nothing_is_lost(page: Page, recording: str, tmp_p
     page.locator("#prompt-audio").get_by_label("Clear").click()
     fill(page, str(broken), prompt="Good morning.", target=SENTENCE)
     press(page, "CLONE")
-    sync_api.expect(page.locator("#message")).not_to_contain_text("Target Text", timeout=WAIT_MS)
-    message.to_contain_text("⚠️", timeout=WAIT_MS)
+    sync_api.expect(page.locator("#message")).not_to_contain_text("Target Text")
+    message.to_contain_text("⚠️")
     expect_outputs(page, 1)
 
     # The history is what EDIT works on, so it goes on as if nothing had been.
@@ -129,7 +126,7 @@ def test_bad_input_is_said_and_nothing_is_lost(page: Page, recording: str, tmp_p
 def fill(page: Page, recording: str, *, prompt: str, target: str) -> None:
     page.get_by_label("Prompt Text").fill(prompt)
     page.locator("#prompt-audio input[type=file]").set_input_files(recording)
-    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible(timeout=WAIT_MS)
+    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
     page.get_by_label("Target Text").fill(target)
 
 
@@ -150,12 +147,12 @@ def outputs(page: Page) -> list[str]:
 
 
 def expect_outputs(page: Page, count: int) -> None:
-    sync_api.expect(page.locator("#history .bot-row .waveform-wrapper")).to_have_count(count, timeout=WAIT_MS)
+    sync_api.expect(page.locator("#history .bot-row .waveform-wrapper")).to_have_count(count)
 
 
 def expect_state(page: Page, state: str) -> None:
     chip = page.locator("#gpu-status [data-model=tts]")
-    sync_api.expect(chip).to_have_attribute("data-state", state, timeout=WAIT_MS)
+    sync_api.expect(chip).to_have_attribute("data-state", state)
 
 
 def spoken_s(page: Page, index: int, folder: Path) -> float:
@@ -166,7 +163,7 @@ def spoken_s(page: Page, index: int, folder: Path) -> float:
     path.unlink()
     # What the player plays is what the link downloads.
     player = page.locator("#history .bot-row audio").nth(index)
-    sync_api.expect(player).to_have_js_property("readyState", 4, timeout=WAIT_MS)
+    sync_api.expect(player).to_have_js_property("readyState", 4)
     assert player.evaluate("audio => audio.duration") == pytest.approx(len(audio) / sample_rate, abs=0.1)
     assert np.isfinite(audio).all()
     assert np.sqrt(np.mean(audio**2)) > 0.005

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,7 @@ from serving import RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
-
-WAIT_MS = 90_000
+    from playwright.sync_api import Locator, Page
 
 
 @pytest.fixture
@@ -34,9 +32,8 @@ def app(tmp_path: Path, gates: Path) -> Iterator[RunningApp]:
 
 
 @pytest.fixture
-def page(app: RunningApp, browser: Browser) -> Page:
-    page = browser.new_page(viewport={"width": 1200, "height": 1100})
-    page.set_default_timeout(WAIT_MS)
+def page(app: RunningApp, new_page: Callable[..., Page]) -> Page:
+    page = new_page()
     page.goto(app.url)
     return page
 
