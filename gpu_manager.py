@@ -41,6 +41,7 @@ from residency.errors import (
     UnknownModel,
 )
 from residency.events import Event
+from residency.history import WINDOW_S
 from residency.leasing import Lease, held_slots
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
@@ -284,6 +285,26 @@ class GPUResourceManager:
             "monitor": self._dispatcher.monitor.health(),
             "models": models,
         }
+
+    @property
+    def version(self) -> int:
+        """A number that is another one whenever `status` has something new to tell, but for times and free memory."""
+        return self._dispatcher.version
+
+    def history(self) -> dict[str, Any]:
+        """What ``GET /gpu/history`` answers: counts since the start, the last moves, and the last 15 minutes by model.
+
+        Never counts as use and never waits for a move.
+        """
+        with self._lock:
+            now_s, kind = self._clock.now(), self.device.kind
+            return {
+                "window_s": WINDOW_S,
+                "models": {
+                    name: slot.history.as_dict(now_s, kind, slot.holder.served_s if slot.holder else None)
+                    for name, slot in self._slots.items()
+                },
+            }
 
     def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
         """Have every move's beginning, progress and end told to ``listener``; call the answer to end that.

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from .dispatch import Dispatcher
-from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout
+from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from .latches import new_latch
 from .leasing import Lease, held_slots
 from .planning import would_wait_for_itself
@@ -32,8 +32,12 @@ class Admission:
         with self._dispatcher.lock:
             self._check_locked(slot)
             now_s = self._clock.now()
-            request = Request(slot, next(self._numbers), threading.get_ident(), held_slots())
-            self._refuse_if_futile_locked(request, timeout_s)
+            request = Request(slot, next(self._numbers), threading.get_ident(), held_slots(), now_s)
+            try:
+                self._refuse_if_futile_locked(request, timeout_s)
+            except ResidencyError as error:
+                slot.history.refused(error)
+                raise
             if slot.left_s is not None and not slot.in_use:
                 slot.policy.idle_ended(max(0.0, now_s - slot.left_s))
             request.context = contextvars.copy_context()
@@ -60,7 +64,7 @@ class Admission:
             lease.request = request
             return True
 
-    def give_back(self, lease: Lease, discard: bool = False) -> None:
+    def give_back(self, lease: Lease, discard: bool = False, failed: bool = False) -> None:
         """For `Lease`: end it, and wait for what its end brings, so that the caller finds it done."""
         dispatcher = self._dispatcher
         with dispatcher.lock:
@@ -83,6 +87,10 @@ class Admission:
                 request.answer(RequestCancelled(slot.name))
             dispatcher.plan_locked(slot)
             task = slot.task
+            if request.error is None:
+                slot.history.served(request.asked_s, request.served_s, now_s, failed)
+            else:
+                slot.history.refused(request.error)
         dispatcher.act()
         if task is not None and not task.arrives:
             dispatcher.await_task(task)

@@ -29,6 +29,17 @@ class Memory:
     process_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Telemetry:
+    """What only a card's driver knows; None where unknown.
+
+    ``peers_bytes`` is what other processes of this project hold of its memory, ``power_w`` what it draws now, in watts.
+    """
+
+    peers_bytes: int | None = None
+    power_w: float | None = None
+
+
 class Device(Protocol):
     """Where models compute. Keeps the books of what lies there and gives memory back."""
 
@@ -43,6 +54,9 @@ class Device(Protocol):
 
     def memory(self) -> Memory:
         """Current sizes. Never raises, never creates a CUDA context."""
+
+    def telemetry(self) -> Telemetry:
+        """What the driver tells beside the sizes. Never raises, never creates a CUDA context."""
 
     def ensure_usable(self) -> None:
         """Check, before a first load, that torch can compute here; `DeviceUnavailable` if not."""

@@ -26,6 +26,7 @@ from .errors import (
     is_out_of_device_memory,
     lacking_bytes,
 )
+from .history import PastMove
 from .latches import new_latch
 from .leasing import loading
 from .monitor import Monitor
@@ -59,6 +60,7 @@ class Dispatcher:
         self.clock = clock
         total_bytes = device.memory().total_bytes
         self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
+        self.version = 0  # is another number whenever the books have changed
         self.lock = threading.Lock()
         self.slots: dict[str, Slot] = {}
         self.reports = Reports(device, clock)
@@ -72,6 +74,7 @@ class Dispatcher:
 
     def plan_locked(self, slot: Slot) -> None:
         """Let happen what is next for this model, and for those that wait for room."""
+        self.version += 1
         if any(other.short for other in self.slots.values()):
             for other in by_arrival([other for other in self.slots.values() if other.short and other is not slot]):
                 self._step_locked(other)
@@ -96,7 +99,7 @@ class Dispatcher:
             give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
             made_room=made_room,
         )
-        task.progress.changed = lambda: self.reports.tell_progress(task)
+        task.progress.changed = lambda: self._progressed(task)
         slot.task = task
         slot.engine = slot.resident = None
         self._begun = True
@@ -107,6 +110,10 @@ class Dispatcher:
         self.monitor.expect_locked(now_s)  # in case that who begins it does not come to start it
         slot.changed()
         return task
+
+    def _progressed(self, task: Task) -> None:
+        self.version += 1
+        self.reports.tell_progress(task)
 
     def act(self) -> None:
         """Start what was begun. A thread that cannot be had is done without."""
@@ -187,6 +194,7 @@ class Dispatcher:
     def _serve_locked(self, slot: Slot) -> None:
         request = slot.head()
         assert request is not None
+        request.served_s = self.clock.now()
         slot.holder = request
         request.answer()
 
@@ -307,6 +315,7 @@ class Dispatcher:
                 else:
                     self._failed_locked(task, error)
                 self.reports.tell("failed" if error else "done", task)
+                self._note_locked(task, "postponed" if task.put_off else "failed" if error else "ok")
                 slot.task = None
                 task.end()
                 self._after_locked(slot)
@@ -348,6 +357,11 @@ class Dispatcher:
         if task.arrives and not task.put_off:
             self._refuse_arrival_locked(slot, error)
 
+    def _note_locked(self, task: Task, outcome: str) -> None:
+        now_s = self.clock.now()
+        past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
+        task.slot.history.moved(past, task.slot.device_bytes)
+
     def _after_locked(self, slot: Slot) -> None:
         if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):
             # Who waited for it gets it, before anybody can ask for it to leave again.
@@ -364,5 +378,6 @@ class Dispatcher:
         self.reports.tell("failed", task, error)
         slot.task = None
         slot.device_bytes = slot.host_bytes = 0
+        self._note_locked(task, "failed")
         self._refuse_arrival_locked(slot, error)
         self.plan_locked(slot)

@@ -21,8 +21,11 @@ class Lessor(Protocol):
     def share(self, lease: Lease, request: Request) -> bool:
         """Let the lease count on a request in force as well; False if it has ended."""
 
-    def give_back(self, lease: Lease, discard: bool = False) -> None:
-        """Count one user less, if the lease has a request; after the last one, what was waiting for the end happens."""
+    def give_back(self, lease: Lease, discard: bool = False, failed: bool = False) -> None:
+        """Count one user less, if the lease has a request; after the last one, what was waiting for the end happens.
+
+        ``discard``: the engine is broken; ``failed``: the request has ended with an error.
+        """
 
     def look_again(self) -> None:
         """Somebody was interrupted: have what they left undone found and done."""
@@ -57,7 +60,7 @@ class Lease:
         self._lessor = lessor
         self._slot = slot
         self._timeout_s = timeout_s
-        self._entered = self._ended = self._cancelled = self._broken = False
+        self._entered = self._ended = self._cancelled = self._broken = self._failed = False
         self.request: Request | None = None
 
     def __enter__(self) -> Any:
@@ -76,6 +79,7 @@ class Lease:
             raise
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
+        self._failed = error is not None
         if error is not None and is_device_lost(error):
             self._broken = True
         self._leave()
@@ -112,7 +116,7 @@ class Lease:
     def _leave(self) -> None:
         self._ended = True
         try:
-            self._lessor.give_back(self, self._broken)
+            self._lessor.give_back(self, self._broken, self._failed)
             _held.set(held_requests())
         except BaseException:
             self._lessor.look_again()

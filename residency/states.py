@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from .history import History
 from .latches import open_latch
 
 if TYPE_CHECKING:
@@ -98,16 +99,21 @@ class Request:
     """One request for a model, from its arrival to its end; whoever changes it holds the manager's lock.
 
     ``number`` is its place in the order of arrival over all models. ``holding`` are the slots that who asks keeps busy
-    meanwhile: models it has leased, or is loading. It is answered once it holds the model or has an ``error``.
+    meanwhile: models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an
+    ``error``.
     """
 
-    __slots__ = ("answered", "context", "error", "holding", "latch", "number", "slot", "thread", "users")
+    __slots__ = ("answered", "asked_s", "context", "error", "holding", "latch", "number", "served_s", "slot", "thread",
+                 "users")  # fmt: skip
 
-    def __init__(self, slot: Slot, number: int, thread: int, holding: tuple[Slot, ...] = ()) -> None:
+    def __init__(
+        self, slot: Slot, number: int, thread: int, holding: tuple[Slot, ...] = (), asked_s: float = 0.0
+    ) -> None:
         self.slot = slot
         self.number = number
         self.thread = thread
         self.holding = holding
+        self.asked_s = self.served_s = asked_s
         self.answered = False
         self.error: BaseException | None = None
         #: How many nested leases share it.
@@ -173,6 +179,7 @@ class Slot:
     not_before_s: float = -math.inf
     last_move: MoveRecord | None = None
     last_error: str | None = None
+    history: History = field(default_factory=History)
     watchers: list[threading.Lock] = field(default_factory=list)
 
     @property

@@ -46,6 +46,7 @@ def describe_device(device: Device, budget_bytes: int | None) -> dict[str, Any]:
         "name": device.name,
         "kind": device.kind,
         **vars(device.memory()),
+        **vars(device.telemetry()),
         "budget_bytes": budget_bytes,
         "note": device.note,
     }

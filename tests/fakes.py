@@ -21,10 +21,10 @@ class Gate:
 
     def pass_through(self) -> None:
         self._arrived.set()
-        assert self._open.wait(30), "the test never opened the gate"
+        assert self._open.wait(60), "the test never opened the gate"
 
     def wait_for_arrival(self) -> None:
-        assert self._arrived.wait(30), "nobody came to the gate"
+        assert self._arrived.wait(60), "nobody came to the gate"
 
     def open(self) -> None:
         self._open.set()
@@ -130,7 +130,7 @@ class Worker(threading.Thread):
             self.error = error
 
     def result(self) -> Any:
-        self.join(10)
+        self.join(60)
         assert not self.is_alive(), "the thread is still waiting"
         if self.error:
             raise self.error
@@ -187,9 +187,9 @@ def after(clock: ManualClock, seconds: float, worker: Worker) -> Any:
 
 def comes_to(manager: GPUResourceManager, clock: ManualClock, state: State, name: str = "tts") -> bool:
     """Whether a model is soon where it should be by now."""
-    return any(manager.wait_for(name, state, 0.01) or clock.advance(0) for _ in range(500))
+    return any(manager.wait_for(name, state, 0.01) or clock.advance(0) for _ in range(6000))
 
 
 def await_that(manager: GPUResourceManager, slot: Slot, comes_true: Callable[[], bool]) -> bool:
     """Wait until something is true of a model's books; False if it does not become so."""
-    return manager._dispatcher.watch(slot, comes_true, 10, SystemClock())
+    return manager._dispatcher.watch(slot, comes_true, 60, SystemClock())

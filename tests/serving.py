@@ -46,8 +46,8 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
-    """Look until it is so; False after half a minute. For what another process does without saying so."""
-    until_s = time.monotonic() + 30
+    """Look until it is so; False after a minute and a half. For what another process does without saying so."""
+    until_s = time.monotonic() + 90
     while not (so := condition()) and time.monotonic() < until_s:
         pass
     return so
@@ -102,7 +102,7 @@ class RunningApp:
     def log(self) -> str:
         return "".join(self._lines)
 
-    def wait_for_line(self, part: str, timeout_s: float = 30) -> str:
+    def wait_for_line(self, part: str, timeout_s: float = 90) -> str:
         """The first line that contains ``part``."""
         with self._news:
             self._news.wait_for(lambda: self._find(part) or not self._reader.is_alive(), timeout_s)
@@ -123,7 +123,7 @@ class RunningApp:
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to end; return the exit code."""
         self.process.send_signal(sign)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=90)
 
     def get(self, path: str) -> tuple[int, Any]:
         return self._call(Request(self.url + path))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import DeviceKind, Memory
+from ..contracts import DeviceKind, Memory, Telemetry
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,9 @@ class CpuDevice:
 
     def memory(self) -> Memory:
         return Memory()
+
+    def telemetry(self) -> Telemetry:
+        return Telemetry()
 
     def ensure_usable(self) -> None:
         pass

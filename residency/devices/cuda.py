@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import DeviceKind, Memory
+from ..contracts import DeviceKind, Memory, Telemetry
 from ..errors import DeviceOutOfMemory, DeviceUnavailable
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ class CudaDevice:
 
     def memory(self) -> Memory:
         return self._probe.memory()
+
+    def telemetry(self) -> Telemetry:
+        return self._probe.telemetry()
 
     def ensure_usable(self) -> None:
         import torch

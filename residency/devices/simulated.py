@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import DeviceKind, Memory
+from ..contracts import DeviceKind, Memory, Telemetry
 from ..errors import DeviceOutOfMemory
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class SimulatedDevice:
     def memory(self) -> Memory:
         used = self._used_bytes
         return Memory(self.capacity_bytes, self.capacity_bytes - used, used)
+
+    def telemetry(self) -> Telemetry:
+        return Telemetry()
 
     def ensure_usable(self) -> None:
         pass

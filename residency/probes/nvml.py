@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import psutil
 import pynvml
 
-from ..contracts import Memory
+from ..contracts import Memory, Telemetry
+
+_OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed")
 
 
 class NvmlProbe:
@@ -49,6 +52,14 @@ class NvmlProbe:
         process_bytes = None if own and own[0] is None else sum(own) if own or not processes else None
         return Memory(memory.total, memory.free, process_bytes)
 
+    def telemetry(self) -> Telemetry:
+        try:
+            power_w = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
+        except pynvml.NVMLError:
+            power_w = None
+        sizes = [nbytes for pid, nbytes in self.holders() if pid != os.getpid() and _is_ours(pid)]
+        return Telemetry(None if None in sizes else sum(filter(None, sizes)), power_w)
+
     def holders(self) -> tuple[tuple[int, int | None], ...]:
         """The processes that hold memory of this GPU: (pid, bytes or None where the driver does not tell)."""
         try:
@@ -56,3 +67,11 @@ class NvmlProbe:
         except pynvml.NVMLError:
             return ()
         return tuple((process.pid, process.usedGpuMemory) for process in processes)
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process runs this project, as far as its command line tells."""
+    try:
+        return any(sign in argument for argument in psutil.Process(pid).cmdline() for sign in _OURS)
+    except (psutil.Error, OSError):
+        return False

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import itertools
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from fakes import Gate, Worker, Workshop, after
+
+from gpu_manager import GPUResourceManager, ModelBusy, RequestTimeout
+from residency.clock import ManualClock
+from residency.history import RECENT_MOVES, WINDOW_S, Histogram, History, PastMove
+from residency.states import Move, State
+
+UP, DOWN = Move("tts", State.HOST, State.DEVICE), Move("tts", State.DEVICE, State.HOST)
+
+
+def past(time_s: float, move: Move = UP, outcome: str = "ok") -> PastMove:
+    return PastMove(time_s, move, 100, 0.5, outcome)
+
+
+def test_a_histogram_counts_up_to_each_bound() -> None:
+    histogram = Histogram()
+    for seconds in (0, 0.001, 0.3, 1e9):
+        histogram.add(seconds)
+    shown = histogram.as_dict()
+    buckets = dict(shown["buckets"])
+    assert (buckets["0.001"], buckets["0.25"], buckets["0.5"], buckets["300.0"], buckets["+Inf"]) == (2, 2, 3, 3, 4)
+    assert shown["sum"] == 1e9 + 0.301
+
+
+class TestWindow:
+    def test_what_is_older_is_forgotten_but_for_the_size_that_it_begins_with(self) -> None:
+        history = History()
+        for time_s, nbytes in ((0, 100), (10, 0), (5000, 70)):
+            history.moved(past(time_s), nbytes)
+        history.served(0, 1, 2, False)
+        history.served(0, 4000, 5000, False)
+        shown = history.as_dict(5100, "cuda")
+        assert shown["device_bytes"] == [[WINDOW_S, 0], [100, 70]]
+        assert shown["requests"] == [[WINDOW_S, 100]]
+
+    def test_a_running_request_is_one_of_them(self) -> None:
+        assert History().as_dict(50, "cuda", running_since_s=20)["requests"] == [[30, 0]]
+
+    def test_a_busy_model_has_no_longer_a_past_than_an_idle_one(self) -> None:
+        history = History()
+        for tick in range(20_000):
+            time_s = tick / 10
+            history.moved(past(time_s), 100 if tick % 2 else 0)
+            history.served(time_s, time_s, time_s + 0.05, False)
+        shown = history.as_dict(2000, "cuda")
+        assert len(shown["device_bytes"]) <= 2 * WINDOW_S + 2
+        assert len(shown["requests"]) == 1
+        assert len(shown["moves"]) == RECENT_MOVES
+
+    @pytest.mark.parametrize("steps", [1, 3, 7])
+    def test_no_peak_and_no_end_is_lost_when_much_happens_at_once(self, steps: int) -> None:
+        history = History()
+        history.moved(past(0), 5)
+        for tick in range(steps):
+            history.moved(past(10 + tick / 100), 900 if tick == 0 else 7)
+        shown = [nbytes for _, nbytes in history.as_dict(20, "cuda")["device_bytes"]]
+        assert max(shown) == 900
+        assert shown[-1] == (900 if steps == 1 else 7)
+
+
+class TestManager:
+    """What the manager writes down."""
+
+    def outcomes(self, manager: GPUResourceManager) -> Any:
+        return manager.history()["models"]["tts"]["totals"]["requests"]
+
+    def test_requests_are_counted_by_how_they_ended(self, manager: GPUResourceManager) -> None:
+        with pytest.raises(RuntimeError), manager.lease("tts"):
+            raise RuntimeError("the engine's")
+        with manager.lease("tts"), suppress(RuntimeError), manager.lease("tts"):
+            raise RuntimeError("caught, and done again")
+        assert self.outcomes(manager) == {"error": 1, "ok": 1}
+
+    def test_a_nested_lease_is_no_request(self, manager: GPUResourceManager) -> None:
+        with manager.lease("tts"), manager.lease("tts"):
+            pass
+        assert self.outcomes(manager) == {"ok": 1}
+
+    def test_one_that_was_refused_is_counted_once(self, manager: GPUResourceManager, workshop: Workshop) -> None:
+        with pytest.raises(ModelBusy), manager.lease("tts", timeout=0):
+            pass
+        workshop.fail_next = OSError("no weights")
+        with pytest.raises(OSError, match="no weights"), manager.lease("tts"):
+            pass
+        assert self.outcomes(manager) == {"busy": 1, "failed": 1}
+        assert [move["outcome"] for move in manager.history()["models"]["tts"]["moves"]] == ["failed"]
+
+    def test_waiting_is_measured(self, manager: GPUResourceManager, workshop: Workshop, clock: ManualClock) -> None:
+        workshop.gate = gate = Gate()
+
+        def use() -> None:
+            with manager.lease("tts"):
+                pass
+
+        worker = Worker(use)
+        gate.wait_for_arrival()
+        clock.advance(7)
+        gate.open()
+        worker.result()
+        totals = manager.history()["models"]["tts"]["totals"]
+        assert totals["request_wait_seconds"]["sum"] == 7
+        assert totals["move_seconds"]["sum"] == pytest.approx(7)
+
+    def test_a_timeout_is_one(self, manager: GPUResourceManager, workshop: Workshop, clock: ManualClock) -> None:
+        workshop.gate = gate = Gate()
+
+        def use() -> None:
+            with manager.lease("tts", timeout=3):
+                pass
+
+        worker = Worker(use)
+        gate.wait_for_arrival()
+        with pytest.raises(RequestTimeout):
+            after(clock, 3, worker)
+        gate.open()
+        assert self.outcomes(manager) == {"timeout": 1}
+
+    def test_what_it_held_on_the_device_is_remembered(self, manager: GPUResourceManager, clock: ManualClock) -> None:
+        with manager.lease("tts"):
+            clock.advance(10)
+            running = manager.history()["models"]["tts"]
+            assert running["requests"] == [[10, 0]]
+        clock.advance(5)
+        shown = manager.history()["models"]["tts"]
+        assert [ago_s for ago_s, _ in shown["device_bytes"]] == [15, 5]
+        assert shown["device_bytes"][0][1] > shown["device_bytes"][1][1] == 0
+        assert shown["requests"] == [[15, 5]]
+        assert [(move["from"], move["to"]) for move in shown["moves"]] == list(
+            itertools.pairwise(["released", "gpu", "cpu"])
+        )
+
+    def test_the_version_tells_that_there_is_news(self, manager: GPUResourceManager) -> None:
+        versions = [manager.version]
+        with manager.lease("tts"):
+            versions.append(manager.version)
+        versions.append(manager.version)
+        manager.configure("tts", keep_warm=5)
+        versions.append(manager.version)
+        assert len(set(versions)) == 4
+        manager.status()
+        manager.history()
+        assert manager.version == versions[-1]
