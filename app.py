@@ -80,12 +80,14 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
     check_port(settings.server_name, settings.server_port)
     build = _engine_builder(settings)
-    from residency.web.control import routes
+    from residency.web.control import build as build_api
     from residency.web.editx_tab import EditxTab
+    from residency.web.guard import Guard
     from residency.web.page import Page
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
+    guard = Guard(settings.control_token, trust_local=not settings.share)
     tab = EditxTab(
         settings, tts_engine=engine, edit_types=_edit_types(settings), recognize=_recognizer(settings, manager)
     )
@@ -96,8 +98,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_name,
             settings.server_port,
             share=settings.share,
-            # A tunnel makes everybody look local.
-            routes=routes(manager, settings.control_token, trust_local=not settings.share) if manager else (),
+            api=build_api(manager, guard) if manager else None,
         )
         host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
         logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)

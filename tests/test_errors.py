@@ -25,6 +25,7 @@ EXAMPLES = [
     errors.CapturedGraphs((".flow.graph",)),
     errors.SnapshotUnusable("tts", "it is damaged"),
     errors.InvalidInput("give text", "请输入文本"),
+    errors.NotAllowed(),
     errors.EngineUnavailable("clone it", "请下载"),
 ]
 

@@ -1,132 +1,200 @@
-"""Health and GPU control over plain HTTP, for scripts and orchestrators.
+"""Health, status, metrics and control over plain HTTP, for scripts, orchestrators and dashboards.
 
-Looking is open to everybody who reaches the port. Changing calls are for people on this machine and for those
-who know the token; a page of another site in somebody's browser is neither.
+An application of its own, so that it can be tried without a page; its description is at ``/docs``. Answers that are no
+success are ``{"error": a sentence that says what to do}``.
 """
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import json
 import logging
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from anyio import CapacityLimiter, to_thread
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import InvalidInput, ManagerClosed, ResidencyError, UnknownModel
+from .. import errors
+from . import metrics
+from .guard import Guard
 from .protocols import Manager
+from .schema import Configuration, Health, History, Refusal, Status, Which
+from .stream import EventStream, moves
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_BODY_BYTES = 10_000
+_STATIC = "/docs/static"
+_PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
+_CODES: dict[type[Exception], int] = {
+    errors.NotAllowed: 401,
+    errors.UnknownModel: 404,
+    errors.InvalidInput: 422,
+    errors.ManagerClosed: 503,
+}
 
-def routes(manager: Manager, token: str | None = None, *, trust_local: bool = True) -> list[Route]:
-    """The routes of ``/healthz``, ``/readyz`` and ``/gpu``.
 
-    ``trust_local=False`` asks this machine for the token too: behind a tunnel (``--share``) every caller looks local.
-    """
-
+def build(manager: Manager, guard: Guard) -> FastAPI:
+    """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``."""
+    app = FastAPIOffline(
+        docs_url="/docs",
+        redoc_url=None,
+        static_url=_STATIC,
+        openapi_url="/openapi.json",
+        title="GPU management",
+        description=__doc__,
+        version="1",
+        exception_handlers={HTTPException: _said, Exception: _failed},
+    )
     looking, acting = CapacityLimiter(4), CapacityLimiter(16)
 
     # Not in the threads of the server's pool: looking must work when all of those wait for models.
-    async def healthz(request: Request) -> JSONResponse:
-        return JSONResponse({"status": "ok"})
+    async def status() -> Any:
+        return await to_thread.run_sync(manager.status, limiter=looking)
 
-    async def readyz(request: Request) -> JSONResponse:
-        return _refusal(503, str(ManagerClosed())) if manager.closed else JSONResponse({"status": "ok"})
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> Health:
+        """Whether the process serves."""
+        return Health(status="ok")
 
-    async def status(request: Request) -> JSONResponse:
-        return JSONResponse(await to_thread.run_sync(manager.status, limiter=looking))
+    @app.get("/readyz", tags=["health"], responses=_refusals(503))
+    async def readyz() -> Health:
+        """Whether a request would be accepted."""
+        if manager.closed:
+            raise errors.ManagerClosed
+        return Health(status="ok")
 
-    def changing(change: Callable[[str | None], bool]) -> Callable[[Request], Any]:
+    @app.get("/gpu/status", tags=["looking"], response_model=Status)
+    async def gpu_status() -> JSONResponse:
+        """Where the models are, in bytes and seconds; null where unknown. Never counts as use."""
+        return JSONResponse(await status())
+
+    @app.get("/gpu/history", tags=["looking"], response_model=History)
+    async def gpu_history() -> JSONResponse:
+        """The last moves, and the size on the GPU and the requests of the last 15 minutes."""
+        return JSONResponse(await to_thread.run_sync(manager.history, limiter=looking))
+
+    @app.get("/gpu/events", tags=["looking"], status_code=200, response_class=EventStream, responses=_EVENTS)
+    async def gpu_events() -> EventStream:
+        """The status, and then every move as it begins, goes on and ends, as server-sent events."""
+        return EventStream(moves(manager, status))
+
+    @app.get("/metrics", tags=["looking"], response_class=Response, responses=_METRICS)
+    async def prometheus() -> Response:
+        """Metrics for Prometheus."""
+        text = await to_thread.run_sync(metrics.exposition, manager, limiter=looking)
+        return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    def changing(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str) -> None:
         async def endpoint(request: Request) -> JSONResponse:
-            if not _may_change(request, token, trust_local):
-                return _refusal(
-                    401,
-                    "Changing calls from elsewhere need the token: start the app with --control-token and send "
-                    "'Authorization: Bearer TOKEN'. / 从其他地方发起的操作需要令牌：启动时设置 --control-token，"
-                    "并发送请求头 'Authorization: Bearer TOKEN'。",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-            try:
-                name = _model_named(await request.body())
-                done = await to_thread.run_sync(change, name, limiter=acting)
-            except UnknownModel as error:
-                return _refusal(404, str(error), known=list(error.known))
-            except InvalidInput as error:
-                return _refusal(422, str(error))
-            except ManagerClosed as error:
-                return _refusal(503, str(error))
-            except Exception as error:
-                logger.exception("A change asked for over HTTP failed")
-                known = isinstance(error, ResidencyError)
-                return _refusal(500, str(error) if known else f"It failed / 操作失败: {error}")
-            return JSONResponse(await to_thread.run_sync(manager.status, limiter=looking), 200 if done else 202)
+            guard.check(request)
+            asked = await _body(request, body)
+            done = await to_thread.run_sync(act, asked, limiter=acting)
+            return JSONResponse(await status(), 200 if done else 202)
 
-        return endpoint
+        endpoint.__name__ = path.strip("/").replace("/", "_")
+        endpoint.__doc__ = words
+        app.post(
+            path,
+            tags=["changing"],
+            response_model=Status,
+            responses={202: {"model": Status, "description": "It will follow."}, **_refusals(401, 404, 422, 500, 503)},
+            openapi_extra={
+                "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
+                "security": [{"token": []}, {}],
+            },
+        )(endpoint)
 
-    return [
-        Route("/healthz", healthz),
-        Route("/readyz", readyz),
-        Route("/gpu/status", status),
-        Route("/gpu/offload", changing(manager.offload), methods=["POST"]),
-        Route("/gpu/release", changing(manager.release), methods=["POST"]),
-        Route("/gpu/warm", changing(manager.warm), methods=["POST"]),
-    ]
+    changing("/gpu/offload", Which, lambda asked: manager.offload(asked.model),
+             "Bring a model, or all, to main memory; after the running request, if there is one.")  # fmt: skip
+    changing("/gpu/release", Which, lambda asked: manager.release(asked.model),
+             "Free a model's memory, or that of all, everywhere; after the running request, if any.")  # fmt: skip
+    changing("/gpu/warm", Which, lambda asked: manager.warm(asked.model),
+             "Begin to bring a model, or all, to the GPU.")  # fmt: skip
+    changing("/gpu/configure", Configuration, lambda asked: _configure(manager, asked),
+             "Change how long a model, or all, stays on the GPU and in main memory, from now on.")  # fmt: skip
+
+    for kind in _CODES:
+        app.add_exception_handler(kind, _refused)
+    _describe_token(app)
+    return app
 
 
-def _refusal(code: int, sentence: str, *, headers: dict[str, str] | None = None, **facts: Any) -> JSONResponse:
-    return JSONResponse({"error": sentence, **facts}, code, headers)
+def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
+    """An ASGI middleware: requests for the paths of ``api`` go there, all others on."""
+
+    def around(app: ASGIApp) -> ASGIApp:
+        async def either(scope: Scope, receive: Receive, send: Send) -> None:
+            path = scope.get("path", "") if scope["type"] == "http" else ""
+            ours = path in _PATHS or path.startswith(("/gpu/", "/docs/"))
+            await (api if ours else app)(scope, receive, send)
+
+        return either
+
+    return around
 
 
-def _model_named(body: bytes) -> str | None:
-    """The model that a body names: ``{"model": "tts"}``; ``{}`` or nothing is all (None). `InvalidInput` if garbled."""
+def _configure(manager: Manager, asked: Configuration) -> bool:
+    manager.configure(asked.model, keep_warm=asked.keep_warm, idle_timeout=asked.idle_timeout)
+    return True
+
+
+async def _body(request: Request, kind: type[BaseModel]) -> Any:
+    """What was sent, whatever type it is said to be of; nothing is ``{}``. `InvalidInput` if garbled."""
+    text = b""
     try:
-        asked = json.loads(body) if body.strip() else {}
-    except (ValueError, RecursionError):
-        asked = None
-    name = asked.get("model") if isinstance(asked, dict) and asked.keys() <= {"model"} else 0
-    if name is None or isinstance(name, str):
-        return name
-    raise InvalidInput(
-        'Send {"model": "tts"} for one model, or {} for all, as JSON',
-        '请发送 JSON：{"model": "tts"} 指定一个模型，或 {} 表示全部',
-    )
+        async for piece in request.stream():
+            text += piece
+            if len(text) > _LARGEST_BODY_BYTES:
+                raise ValueError("too long")
+        return kind.model_validate(json.loads(text) if text.strip() else {}, strict=True)
+    except (ValueError, RecursionError) as error:
+        fields = ", ".join(f'"{name}"' for name in kind.model_fields)
+        wrong = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
+        raise errors.InvalidInput(
+            f'Send a JSON object such as {{"model": "tts"}}, or {{}} for all; it may have {fields}{wrong}',
+            f'请发送 JSON 对象，如 {{"model": "tts"}}，或 {{}} 表示全部；可用字段：{fields}',
+        ) from None
 
 
-def _may_change(request: Request, token: str | None, trust_local: bool) -> bool:
-    if token is not None and hmac.compare_digest(_token_sent(request).encode(), token.encode()):
-        return True
-    return trust_local and _is_local(request) and not _from_another_site(request)
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
+    more = {"known": list(error.known)} if isinstance(error, errors.UnknownModel) else {}
+    headers = {"WWW-Authenticate": "Bearer"} if code == 401 else None
+    return JSONResponse({"error": str(error), **more}, code, headers)
 
 
-def _token_sent(request: Request) -> str:
-    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    return credentials.strip() if scheme.lower() == "bearer" else request.headers.get("x-control-token", "")
+async def _said(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    reason = f"{request.method} {request.url.path}: {error.detail}. See /docs / 请参阅 /docs"
+    return JSONResponse({"error": reason}, error.status_code, error.headers)
 
 
-def _is_local(request: Request) -> bool:
-    # uvicorn has put the address of a proxy's client in place of the proxy's, where the proxy told it.
-    try:
-        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
-    except ValueError:
-        return False
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    logger.error("A call over HTTP failed", exc_info=error)
+    known = isinstance(error, errors.ResidencyError)
+    return JSONResponse({"error": str(error) if known else f"It failed / 操作失败: {error}"}, 500)
 
 
-def _from_another_site(request: Request) -> bool:
-    """Whether a browser sends this for a page of somebody else: another origin, or a name rebound to this machine."""
-    host = request.headers.get("host", "")
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
-        return True
-    hostname = urlsplit(f"//{host}").hostname or ""
-    try:
-        ipaddress.ip_address(hostname)
-    except ValueError:
-        return hostname != "localhost"
-    return False
+def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
+    words = {401: "Not allowed from elsewhere without the token.", 404: "No such model.", 422: "Garbled.",
+             500: "The move failed; nothing is half-moved.", 503: "The app is shutting down."}  # fmt: skip
+    return {code: {"model": Refusal, "description": words[code]} for code in codes}
+
+
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."}
+}
+_METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+
+def _describe_token(app: FastAPI) -> None:
+    """Let the page at ``/docs`` know of the token, so that it can be entered there."""
+    schema = app.openapi()
+    schema.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    app.openapi_schema = schema

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
-from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 
-from . import endpoints
+from . import control, endpoints
 from .compat import supported
 from .editx_tab import EditxTab
 from .protocols import Manager
@@ -50,11 +49,12 @@ class Page:
             if manager is not None:
                 endpoints.register_gpu(manager)
 
-    def serve(self, host: str, port: int, *, share: bool = False, routes: Sequence[BaseRoute] = ()) -> str | None:
+    def serve(self, host: str, port: int, *, share: bool = False, api: ASGIApp | None = None) -> str | None:
         """Start serving in the background and return the public link, if one was asked for and could be had.
 
-        ``routes`` come before Gradio's own. OSError if the port is taken.
+        ``api`` has the paths of `control`. OSError if the port is taken.
         """
+        middleware = [self.traffic.around, *([control.beside(api)] if api else [])]
         _, _, public_link = self.blocks.launch(
             server_name=host,
             server_port=port,
@@ -62,8 +62,7 @@ class Page:
             prevent_thread_lock=True,
             quiet=True,
             ssr_mode=False,
-            # Given to FastAPI's constructor, and so ahead of Gradio's route that catches everything.
-            app_kwargs={"routes": list(routes), "middleware": [Middleware(self.traffic.around)]},
+            app_kwargs={"middleware": [Middleware(around) for around in middleware]},
             **self._look,
             **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
         )

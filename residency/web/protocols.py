@@ -12,8 +12,23 @@ class Manager(Protocol):
     @property
     def closed(self) -> bool: ...
 
+    @property
+    def version(self) -> int:
+        """Another number whenever `status` has something new to tell, but for times and free memory."""
+
     def status(self) -> dict[str, Any]:
         """The answer to ``GET /gpu/status``; never waits for a move, never counts as use."""
+
+    def history(self) -> dict[str, Any]:
+        """The answer to ``GET /gpu/history``; never waits for a move, never counts as use."""
+
+    def names(self) -> tuple[str, ...]:
+        """The models, in order of registration."""
+
+    def configure(
+        self, name: str | None = None, *, keep_warm: float | str | None = None, idle_timeout: float | str | None = None
+    ) -> None:
+        """Change how long a model (None: all) stays. `UnknownModel`, `InvalidInput`."""
 
     def offload(self, name: str | None = None) -> bool:
         """True: done; False: follows the running request. Blocks while bytes move; `UnknownModel`."""

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from fakes import Gate, Worker, Workshop
-from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager
-from residency.web.control import routes
+from residency.web.control import build
+from residency.web.guard import Guard
+from residency.web.schema import History, Status
 
 HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
 
 
 def client(manager: GPUResourceManager, address: tuple[str, int] = HERE, **keywords: Any) -> TestClient:
-    return TestClient(Starlette(routes=routes(manager, **keywords)), "http://127.0.0.1:7860", client=address)
+    app = build(manager, Guard(**keywords))
+    return TestClient(app, "http://127.0.0.1:7860", client=address, raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -74,12 +77,79 @@ def test_an_unknown_model_is_404_and_names_the_known(manager: GPUResourceManager
     assert answer.status_code == 404
     assert answer.json()["known"] == ["tts"]
     assert "asr" in answer.json()["error"]
+    assert client(manager).post("/gpu/offload", content='{"model": "\\ud800"}').status_code == 404
 
 
-@pytest.mark.parametrize("body", ["tts", "[]", '{"model": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "tts",
+        "[]",
+        '{"model": 1}',
+        "\xff",
+        '{"modle": "tts"}',
+        "[" * 5000,
+        "9" * 9000,
+        " " * 20000,
+    ],
+)
 def test_a_garbled_body_is_422_and_changes_nothing(used: GPUResourceManager, body: str) -> None:
-    assert client(used).post("/gpu/release", content=body).status_code == 422
+    answer = client(used).post("/gpu/release", content=body)
+    assert answer.status_code == 422
+    assert '{"model": "tts"}' in answer.json()["error"]
     assert used.status()["models"]["tts"]["state"] == "cpu"
+
+
+def test_how_long_it_stays_can_be_changed(used: GPUResourceManager) -> None:
+    answer = client(used).post("/gpu/configure", json={"model": "tts", "keep_warm": "30s", "idle_timeout": -1})
+    assert answer.status_code == 200
+    shown = answer.json()["models"]["tts"]
+    assert (shown["keep_warm_s"], shown["idle_timeout_s"]) == (30, -1)
+    assert client(used).post("/gpu/configure", json={"keep_warm": "auto"}).json()["models"]["tts"]["policy"] == "auto"
+    for wrong in ({"keep_warm": "soon"}, {"idle_timeout": []}, {"idle_timeout": -2}):
+        assert client(used).post("/gpu/configure", json=wrong).status_code == 422
+    assert used.status()["models"]["tts"]["idle_timeout_s"] == -1
+
+
+def test_history_is_the_managers(used: GPUResourceManager) -> None:
+    shown = client(used).get("/gpu/history").json()
+    assert [move["to"] for move in shown["models"]["tts"]["moves"]] == ["gpu", "cpu"]
+    assert shown["models"]["tts"]["totals"]["requests"] == {"ok": 1}
+
+
+def test_what_is_not_there_is_said_and_leads_to_the_description(manager: GPUResourceManager) -> None:
+    for path, code in (("/gpu/nothing", 404), ("/gpu/release", 405)):
+        answer = client(manager).get(path)
+        assert answer.status_code == code
+        assert "/docs" in answer.json()["error"]
+
+
+def test_the_description_tells_all_calls_and_brings_its_own_files(manager: GPUResourceManager) -> None:
+    calls = client(manager)
+    described = calls.get("/openapi.json").json()["paths"]
+    assert {path for path in described if path.startswith("/gpu/")} == {
+        f"/gpu/{call}" for call in ("status", "history", "events", "offload", "release", "warm", "configure")
+    }
+    page = calls.get("/docs").text
+    for file in re.findall(r"""(?:href|src)="([^"]+)""", page):
+        assert file.startswith("/docs/"), "the page asks the internet for something"
+        assert calls.get(file).status_code == 200
+
+
+def test_answers_are_as_described(used: GPUResourceManager) -> None:
+    calls = client(used)
+    Status.model_validate(calls.get("/gpu/status").json())
+    History.model_validate(calls.get("/gpu/history").json())
+    Status.model_validate(calls.post("/gpu/release").json())
+
+
+def test_an_error_that_nobody_expects_is_500_with_a_sentence(
+    manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "status", lambda: 1 // 0)
+    answer = client(manager).get("/gpu/status")
+    assert answer.status_code == 500
+    assert "by zero" in answer.json()["error"]
 
 
 def test_a_failed_move_is_500_with_its_sentence(used: GPUResourceManager, workshop: Workshop) -> None:
@@ -129,6 +199,8 @@ class TestWhoMayChange:
             ({"Origin": "http://evil.example"}, 401),
             ({"Origin": "http://127.0.0.1:9999"}, 401),
             ({"Origin": "null"}, 401),
+            ({"Origin": "http://[::1"}, 401),
+            ({"Host": "[::1"}, 401),
             ({"Host": "evil.example:7860", "Origin": "http://evil.example:7860"}, 401),
             ({"Host": "localhost:7860", "Origin": "http://localhost:7860"}, 200),
         ],

@@ -1,0 +1,148 @@
+"""What the HTTP calls take and answer, for their description at ``/docs``. Sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Literal["gpu", "cpu", "released", "moving"]
+Settled = Literal["gpu", "cpu", "released"]
+Seconds = float
+Duration = float | str
+
+
+class Which(BaseModel):
+    """``model`` left out or null is all models."""
+
+    model_config = ConfigDict(extra="forbid", title="Which")
+    model: str | None = Field(None, examples=["tts"])
+
+
+class Configuration(Which):
+    """Seconds or ``90s``, ``15m``, ``1h``; -1 is never; ``keep_warm`` may be ``auto``. What is left out stays."""
+
+    model_config = ConfigDict(extra="forbid", title="Configuration")
+    keep_warm: Duration | None = Field(None, examples=["30s"])
+    idle_timeout: Duration | None = Field(None, examples=["10m"])
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Refusal(BaseModel):
+    """Why not, and what to do next, in English and Chinese."""
+
+    error: str
+    known: list[str] | None = Field(None, description="The models that there are, where none is called so.")
+
+
+class Memory(BaseModel):
+    total_bytes: int | None
+    free_bytes: int | None
+    process_bytes: int | None = Field(description="What this process holds of it.")
+
+
+class Note(BaseModel):
+    en: str
+    zh: str
+
+
+class Device(Memory):
+    name: str
+    kind: Literal["cuda", "cpu", "simulated"]
+    peers_bytes: int | None = Field(description="What other processes of this project hold of it.")
+    power_w: float | None = Field(description="What the card draws, in watts.")
+    budget_bytes: int | None = Field(description="What the models together may take of it.")
+    note: Note | None
+
+
+class Move(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+    source: Settled = Field(alias="from")
+    to: Settled
+    bytes: int
+    seconds: Seconds
+
+
+class Next(BaseModel):
+    to: Settled
+    in_s: Seconds
+
+
+class Progress(BaseModel):
+    to: Settled
+    phase: str
+    bytes: int
+    total_bytes: int | None
+    seconds: Seconds
+    bytes_per_s: int | None
+
+
+class Model(BaseModel):
+    state: Name
+    device_bytes: int
+    host_bytes: int
+    idle_s: Seconds | None
+    leases: int = Field(description="1 while a request uses it.")
+    waiting: int = Field(description="Requests that wait for it.")
+    keep_warm_s: Seconds = Field(description="-1: for ever.")
+    idle_timeout_s: Seconds = Field(description="-1: never.")
+    policy: str
+    pending: Literal["offload", "release"] | None = Field(description="What was asked for and will follow.")
+    next: Next | None
+    progress: Progress | None
+    last_move: Move | None
+    last_error: str | None
+
+
+class Monitor(BaseModel):
+    alive: bool
+    errors: int
+    last_error: str | None
+
+
+class Status(BaseModel):
+    enabled: Literal[True]
+    device: Device
+    host: Memory
+    monitor: Monitor
+    models: dict[str, Model]
+
+
+class PastMove(Move):
+    ago_s: Seconds
+    outcome: Literal["ok", "failed", "postponed"]
+
+
+class Histogram(BaseModel):
+    buckets: list[tuple[str, int]] = Field(description="Upper bound, and how many up to it.")
+    sum: Seconds
+
+
+class CountedMoves(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+    source: Settled = Field(alias="from")
+    to: Settled
+    outcome: str
+    count: int
+
+
+class Totals(BaseModel):
+    requests: dict[str, int] = Field(description="By outcome.")
+    request_wait_seconds: Histogram
+    moves: list[CountedMoves]
+    move_seconds: Histogram
+
+
+class ModelHistory(BaseModel):
+    device_bytes: list[tuple[Seconds, int]] = Field(description="Seconds ago, and what it held from then on.")
+    requests: list[tuple[Seconds, Seconds]] = Field(description="Seconds ago: from, to.")
+    moves: list[PastMove]
+    totals: Totals
+
+
+class History(BaseModel):
+    window_s: Seconds
+    models: dict[str, ModelHistory]

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from fakes import Workshop
+from prometheus_client.parser import text_string_to_metric_families
+
+from gpu_manager import CpuDevice, GPUResourceManager
+from residency.web.metrics import exposition
+
+
+def samples(manager: GPUResourceManager) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """What Prometheus reads."""
+    families = text_string_to_metric_families(exposition(manager).decode())
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    return f"gpu_manager_{name}", frozenset(({"model": "tts"} | labels).items())
+
+
+def test_what_has_happened_is_counted(manager: GPUResourceManager) -> None:
+    for _ in range(2):
+        with manager.lease("tts"):
+            pass
+    seen = samples(manager)
+    assert seen[key("requests_total", outcome="ok")] == 2
+    assert seen[key("moves_total", **{"from": "released", "to": "gpu", "outcome": "ok"})] == 1
+    assert seen[key("moves_total", **{"from": "gpu", "to": "cpu", "outcome": "ok"})] == 2
+    assert seen[key("move_seconds_count")] == 4
+    assert seen[key("move_seconds_bucket", le="+Inf")] == 4
+    assert seen[key("request_wait_seconds_count")] == 2
+
+
+def test_what_is_now_is_shown(manager: GPUResourceManager, workshop: Workshop) -> None:
+    with manager.lease("tts"):
+        seen = samples(manager)
+        assert seen[key("model_state", state="gpu")] == 1
+        assert seen[key("model_state", state="cpu")] == 0
+        assert seen[key("device_bytes")] == workshop.nbytes
+        assert seen[key("running_requests")] == 1
+        free_bytes = seen["gpu_manager_gpu_free_bytes", frozenset()]
+    assert samples(manager)[key("device_bytes")] == 0
+    assert samples(manager)[key("host_bytes")] == workshop.nbytes
+    assert free_bytes <= samples(manager)["gpu_manager_gpu_free_bytes", frozenset()]
+
+
+def test_what_nobody_knows_is_left_out() -> None:
+    with GPUResourceManager(CpuDevice()) as manager:
+        assert not {name for name, _ in samples(manager)} & {
+            "gpu_manager_gpu_free_bytes",
+            "gpu_manager_gpu_power_watts",
+        }

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from gpu_manager import GPUResourceManager
+from residency.web import stream
+
+
+async def status() -> dict[str, str]:
+    return {"all": "well"}
+
+
+def said(message: str) -> tuple[str, Any]:
+    """(kind, data) of a message as a browser reads it."""
+    kind, data, *end = message.split("\n")
+    assert end == ["", ""]
+    return kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+def use(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"):
+        pass
+
+
+def listeners(manager: GPUResourceManager) -> int:
+    return len(manager._dispatcher.reports.listeners._listeners)
+
+
+def test_the_status_comes_first_and_then_every_move_in_order(manager: GPUResourceManager) -> None:
+    async def listen() -> list[tuple[str, Any]]:
+        messages = stream.moves(manager, status)
+        heard = [said(await anext(messages))]
+        await asyncio.to_thread(use, manager)
+        while len([kind for kind, _ in heard if kind == "done"]) < 2:
+            heard.append(said(await anext(messages)))
+        await messages.aclose()
+        return heard
+
+    heard = asyncio.run(listen())
+    assert heard[0] == ("status", {"all": "well"})
+    steps = [(kind, event["source"], event["target"]) for kind, event in heard[1:] if kind != "progress"]
+    assert steps == [
+        ("began", "released", "gpu"),
+        ("done", "released", "gpu"),
+        ("began", "gpu", "cpu"),
+        ("done", "gpu", "cpu"),
+    ]
+    assert listeners(manager) == 0, "nobody listens any more"
+
+
+def test_one_who_is_too_slow_is_sent_away(manager: GPUResourceManager, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stream, "_BACKLOG", 1)
+
+    async def listen() -> int:
+        messages = stream.moves(manager, status)
+        await anext(messages)
+        loop, told = asyncio.get_running_loop(), asyncio.Event()
+        # Called after the other listener, for each event.
+        end = manager.subscribe(
+            lambda event: event.target == "cpu" and event.what == "done" and loop.call_soon_threadsafe(told.set)
+        )
+        await asyncio.to_thread(use, manager)
+        await told.wait()
+        end()
+        return len([message async for message in messages])
+
+    assert asyncio.run(listen()) == 0
+    assert listeners(manager) == 0
+
+
+def test_somebody_who_hears_nothing_is_told_that_the_line_stands(manager: GPUResourceManager, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stream, "STILL_HERE_S", 0)
+
+    async def listen() -> str:
+        messages = stream.moves(manager, status)
+        await anext(messages)
+        return await anext(messages)
+
+    assert asyncio.run(listen()).startswith(": ")
+
+
+class TestNews:
+    def news(self, manager: GPUResourceManager, at_least_every_s: float = 1000) -> AsyncIterator[str]:
+        self.rendered = 0
+
+        async def render() -> int:
+            self.rendered += 1
+            return manager.version
+
+        return stream.news(manager, render, 0, at_least_every_s)
+
+    def test_it_comes_when_something_has_changed_and_not_before(self, manager: GPUResourceManager) -> None:
+        async def listen() -> None:
+            news = self.news(manager)
+            assert said(await anext(news)) == ("news", manager.version)
+            waiting = asyncio.ensure_future(anext(news))
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert self.rendered == 1
+            await asyncio.to_thread(use, manager)
+            assert said(await waiting)[0] == "news"
+
+        asyncio.run(listen())
+
+    def test_it_comes_now_and_then_all_the_same(self, manager: GPUResourceManager) -> None:
+        async def listen() -> None:
+            news = self.news(manager, at_least_every_s=0)
+            for _ in range(3):
+                await anext(news)
+
+        asyncio.run(listen())
+        assert self.rendered == 3
+
+    def test_it_ends_with_the_manager(self, manager: GPUResourceManager) -> None:
+        async def listen() -> None:
+            news = self.news(manager)
+            await anext(news)
+            manager.close()
+            assert [message async for message in news] == []
+
+        asyncio.run(listen())
