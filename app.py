@@ -89,16 +89,20 @@ def _serve(settings: Settings, signals: Signals) -> None:
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
     guard = Guard(settings.control_token, trust_local=not settings.share)
     tab = EditxTab(
-        settings, tts_engine=engine, edit_types=_edit_types(settings), recognize=_recognizer(settings, manager)
+        settings,
+        tts_engine=engine,
+        edit_types=_edit_types(settings),
+        recognize=_recognizer(settings, manager),
+        guard=guard,
     )
-    page = Page(tab, manager)
+    page = Page(tab, manager, guard)
     signals.at_once(page.close_tunnels)
     try:
         public_link = page.serve(
             settings.server_name,
             settings.server_port,
             share=settings.share,
-            api=build_api(manager, guard) if manager else None,
+            api=build_api(manager, guard, tab.panel.stream) if manager and tab.panel else None,
         )
         host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
         logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)

@@ -36,6 +36,7 @@ class Steering:
                         return True
                     if slot.asked is not State.RELEASED:
                         slot.asked = target
+                        dispatcher.version += 1
                     return False
                 if slot.task is None:
                     slot.not_before_s = -math.inf  # who sends it away wants none of a grace that it had

@@ -66,10 +66,12 @@ class RunningApp:
     With ``gates``, an empty folder, a `gated_engine` speaks in it. ``prelude`` is run before anything of the app.
     """
 
-    def __init__(self, tmp_dir: Path, *arguments: str, gates: Path | None = None, prelude: str = "") -> None:
+    def __init__(
+        self, tmp_dir: Path, *arguments: str, gates: Path | None = None, prelude: str = "", port: int | None = None
+    ) -> None:
         prelude += "" if gates is None else _WITH_GATES.format(folder=str(gates))
         self.tmp_dir = tmp_dir
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._lines: list[str] = []
         self._news = threading.Condition()
@@ -101,6 +103,11 @@ class RunningApp:
     @property
     def log(self) -> str:
         return "".join(self._lines)
+
+    def forget_log(self) -> None:
+        """For the next test with the same app."""
+        with self._news:
+            self._lines.clear()
 
     def wait_for_line(self, part: str, timeout_s: float = 90) -> str:
         """The first line that contains ``part``."""

@@ -140,10 +140,12 @@ class TestManager:
         versions = [manager.version]
         with manager.lease("tts"):
             versions.append(manager.version)
+            manager.release("tts")
+            versions.append(manager.version)
         versions.append(manager.version)
         manager.configure("tts", keep_warm=5)
         versions.append(manager.version)
-        assert len(set(versions)) == 4
+        assert len(set(versions)) == 5
         manager.status()
         manager.history()
         assert manager.version == versions[-1]

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
+
+from .language import Say, both, preferred
 
 
 def supported(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
@@ -20,3 +23,9 @@ PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_na
 
 ENGINE: dict[str, Any] = {"concurrency_id": "engine", "concurrency_limit": 1}
 """For events that use the engine: one at a time; the others wait in Gradio's queue, where people see their place."""
+
+
+def speaker() -> Say:
+    """Speaks the language of who has caused the event that is being handled; both languages if it is a program."""
+    headers = getattr(LocalContext.request.get(None), "headers", None)
+    return both if headers is None else preferred(headers.get("accept-language"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -39,8 +39,11 @@ _CODES: dict[type[Exception], int] = {
 }
 
 
-def build(manager: Manager, guard: Guard) -> FastAPI:
-    """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``."""
+def build(manager: Manager, guard: Guard, panel: Callable[[str | None], AsyncIterator[str]] | None = None) -> FastAPI:
+    """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
+
+    ``panel`` gives the page what it shows, in the language of a header ``Accept-Language``.
+    """
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
@@ -83,6 +86,12 @@ def build(manager: Manager, guard: Guard) -> FastAPI:
     async def gpu_events() -> EventStream:
         """The status, and then every move as it begins, goes on and ends, as server-sent events."""
         return EventStream(moves(manager, status))
+
+    if panel:
+
+        @app.get("/gpu/panel", include_in_schema=False)
+        async def gpu_panel(request: Request) -> EventStream:
+            return EventStream(panel(request.headers.get("accept-language")))
 
     @app.get("/metrics", tags=["looking"], response_class=Response, responses=_METRICS)
     async def prometheus() -> Response:

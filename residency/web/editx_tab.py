@@ -15,11 +15,14 @@ import gradio as gr
 from ..contracts import Engine
 from ..errors import InvalidInput
 from . import words
-from .compat import ENGINE, PRIVATE, supported
+from .compat import ENGINE, PRIVATE, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
+from .guard import Guard
 from .history import Step, as_messages
 from .intent import Intent
+from .labels import label
+from .language import translated
 from .speech import Speech, explain
 from .waiting import told
 
@@ -28,17 +31,21 @@ logger = logging.getLogger(__name__)
 State = dict[str, list[Any]]
 """Of one browser session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`]."""
 
-HELP = """
-**CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。
-Says the target text in the voice of the recording (task: clone); once it succeeds, a new history begins.
-
-**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。
-Changes the recording, or the latest result if there is one: edits stack. Clear the history to edit a new recording.
+HELP = (
+    "**CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。\n\n"
+    "**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。",
+    "**CLONE** says the target text in the voice of the recording (task: clone); once it succeeds, a new history "
+    "begins.\n\n**EDIT** changes the recording, or the latest result if there is one: edits stack. Clear the history "
+    "to edit a new recording.",
+)
+TAGS = """
+`[Breathing] [Laughter] [Surprise-oh] [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei]
+[Dissatisfaction-hnn]`
 """
-PARALINGUISTIC_HELP = """
-**paralinguistic** 在目标文本中加入标签 / put tags into the target text: `[Breathing] [Laughter] [Surprise-oh]
-[Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei] [Dissatisfaction-hnn]`
-"""
+PARALINGUISTIC_HELP = (
+    f"**paralinguistic** 在目标文本中加入标签： {TAGS}",
+    f"**paralinguistic** puts sounds where the target text has tags: {TAGS}",
+)
 _FILL_IN = "(heard, text) => text && text.trim() ? text : heard"
 
 
@@ -47,7 +54,8 @@ class EditxTab:
 
     Handlers raise nothing: an error becomes a message, and the history stays as it was. ``args`` is `Settings`
     or any namespace with ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel too. With
-    ``recognize``, what is said in a recording is written into an empty prompt text.
+    ``recognize``, what is said in a recording is written into an empty prompt text. ``guard`` decides who may press
+    the panel's buttons; without one only people on this machine, and who has signed in.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class EditxTab:
         *,
         edit_types: Mapping[str, Sequence[str]] | None = None,
         recognize: Callable[[str], str] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.args = args
         self.encoder = encoder
@@ -66,7 +75,7 @@ class EditxTab:
         self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize)
         self._builtin = getattr(args, "engine", None) == "builtin"
         manager = getattr(tts_engine, "manager", None)
-        self.panel = None if manager is None else GpuPanel(manager)
+        self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
         self._manager, self._model = manager, getattr(tts_engine, "name", None)
         self.intent = Intent(manager, self._model) if manager is not None and self._model else None
 
@@ -78,11 +87,11 @@ class EditxTab:
 
     def offload_gpu(self) -> str:
         """Bring the model to main memory; say what came of it and where things are now."""
-        return f"{self.panel.offload()}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
+        return f"{self.panel.press('offload')}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
 
     def release_gpu(self) -> str:
         """Free the model's memory everywhere; say what came of it and where things are now."""
-        return f"{self.panel.release()}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
+        return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
 
     def told(self) -> AbstractContextManager[None]:
         """A block in which the person whose event this is reads what the model does meanwhile."""
@@ -177,7 +186,7 @@ class EditxTab:
         except Exception as error:
             # The chat is left alone, so that a player that is playing plays on.
             return gr.skip(), state, _warned(error)
-        return as_messages(state["history_messages"]), state, ""
+        return as_messages(state["history_messages"], speaker()), state, ""
 
     # -- the page -----------------------------------------------------------------------------------------------
 
@@ -186,15 +195,16 @@ class EditxTab:
         with gr.Tab("Editx"):
             with gr.Row():
                 with gr.Column():
-                    name = "内置引擎 / Built-in engine" if self._builtin else "Step-Audio-EditX"
-                    self.model_input = gr.Textbox(label="模型 / Model Name", value=name, interactive=False)
+                    name = label("内置引擎", "Built-in engine") if self._builtin else "Step-Audio-EditX"
+                    self.model_input = gr.Textbox(label=label("模型", "Model Name"), value=name, interactive=False)
+                    heard = label("上传录音后自动填写", "Written from the recording")
                     self.prompt_text_input = gr.Textbox(
-                        label="提示文本 / Prompt Text",
-                        placeholder="上传录音后自动填写 / Written from the recording" * self.speech.transcribes,
+                        label=label("提示文本", "Prompt Text"),
+                        placeholder=heard if self.speech.transcribes else None,
                         elem_id="prompt-text",
                     )
                     self.prompt_audio_input = gr.Audio(
-                        label="输入音频 / Input Audio",
+                        label=label("输入音频", "Input Audio"),
                         sources=["upload", "microphone"],
                         type="filepath",
                         elem_id="prompt-audio",
@@ -202,17 +212,19 @@ class EditxTab:
                     )
                     self.heard = gr.Textbox(visible=False)
                     self.generated_text = gr.Textbox(
-                        label="目标文本 / Target Text", max_lines=200, elem_id="target-text"
+                        label=label("目标文本", "Target Text"), max_lines=200, elem_id="target-text"
                     )
                 with gr.Column():
                     with gr.Row():
                         tasks = list(self.speech.edit_types)
-                        self.edit_type = gr.Dropdown(label="任务 / Task", choices=tasks, value="clone", elem_id="task")
+                        self.edit_type = gr.Dropdown(
+                            label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
+                        )
                         self.edit_info = gr.Dropdown(
-                            label="子任务 / Sub-task", choices=[], interactive=False, elem_id="sub-task"
+                            label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
                         )
                     self.chat_box = gr.Chatbot(
-                        label="历史 / History",
+                        label=label("历史", "History"),
                         height=480,
                         render_markdown=False,
                         elem_id="history",
@@ -221,12 +233,14 @@ class EditxTab:
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
-                self.clean_history_submit = gr.Button("清空历史 / Clear History", elem_id="clear")
+                self.clean_history_submit = gr.Button(label("清空历史", "Clear History"), elem_id="clear")
             self.message = gr.HTML(elem_id="message")
             if self.panel:
                 self.panel.register_components()
-            with gr.Accordion("说明 / Help", open=False):
-                gr.Markdown(HELP + PARALINGUISTIC_HELP * ("paralinguistic" in self.speech.edit_types))
+            with gr.Accordion(label("说明", "Help"), open=False):
+                gr.Markdown(label(*HELP))
+                if "paralinguistic" in self.speech.edit_types:
+                    gr.Markdown(label(*PARALINGUISTIC_HELP))
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""
@@ -242,7 +256,7 @@ class EditxTab:
         outputs = [self.chat_box, state, self.message]
         # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
         self.button_tts.click(self._clone_and_wipe, inputs, outputs, **ENGINE, **PRIVATE).then(
-            lambda state: as_messages(state["history_messages"]),
+            lambda state: as_messages(state["history_messages"], speaker()),
             state,
             self.chat_box,
             show_progress="hidden",
@@ -278,6 +292,6 @@ class EditxTab:
 
 def _warned(error: Exception) -> str:
     """Show the error as a warning, and return it as a message for the page."""
-    sentence = html.escape(explain(error))
+    sentence = html.escape(translated(explain(error), speaker()))
     gr.Warning(sentence)
     return f"<p role='alert'>⚠️ {sentence}</p>"

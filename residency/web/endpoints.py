@@ -9,10 +9,13 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from .compat import ENGINE
+from .gpu_panel import check
+from .guard import Guard
 from .protocols import Manager
 from .speech import Speech, explain
 
 T = TypeVar("T")
+NOBODY = gr.Request()
 
 
 def register_speech(speech: Speech, told: Callable[[], AbstractContextManager[None]]) -> None:
@@ -38,27 +41,32 @@ def register_speech(speech: Speech, told: Callable[[], AbstractContextManager[No
         _expose(edit, [_recording(), gr.Textbox(), gr.Textbox(), gr.Textbox(), gr.Textbox()], gr.Audio(), **ENGINE)
 
 
-def register_gpu(manager: Manager) -> None:
-    """``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; no model, or an empty name, is all."""
+def register_gpu(manager: Manager, guard: Guard) -> None:
+    """``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; no model, or an empty name, is all.
+
+    Those that change something are for who the guard allows to; others get its sentence.
+    """
 
     def gpu_status() -> dict[str, Any]:
         """Where the models are, in bytes and seconds."""
         return manager.status()
 
-    def gpu_offload(model: str | None = None) -> dict[str, Any]:
+    def changed(change: Callable[[str | None], bool], model: str | None, request: gr.Request) -> dict[str, Any]:
+        _or_error(lambda: check(guard, request))
+        _or_error(lambda: change(model or None))
+        return manager.status()
+
+    def gpu_offload(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
         """Bring a model to main memory (after the running request, if there is one); answer the status."""
-        _or_error(lambda: manager.offload(model or None))
-        return manager.status()
+        return changed(manager.offload, model, request)
 
-    def gpu_release(model: str | None = None) -> dict[str, Any]:
+    def gpu_release(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
         """Free a model's memory everywhere (after the running request, if there is one); answer the status."""
-        _or_error(lambda: manager.release(model or None))
-        return manager.status()
+        return changed(manager.release, model, request)
 
-    def gpu_warm(model: str | None = None) -> dict[str, Any]:
+    def gpu_warm(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
         """Begin to bring a model to the device; answer the status."""
-        _or_error(lambda: manager.warm(model or None))
-        return manager.status()
+        return changed(manager.warm, model, request)
 
     with gr.Row(visible=False):
         _expose(gpu_status, [], gr.JSON())

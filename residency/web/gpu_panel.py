@@ -1,81 +1,199 @@
-"""The accordion with the GPU's state and three buttons. Looking at it never counts as use."""
+"""The accordion with the GPU's state and the buttons. Looking at it never counts as use.
+
+What it shows comes as pieces of HTML from `GpuPanel.stream`; ``panel.js`` puts them in place.
+"""
 
 from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from anyio import CapacityLimiter, to_thread
 
-from ..errors import ResidencyError
-from . import words
-from .compat import PRIVATE
+from ..errors import NotAllowed, ResidencyError
+from . import stream, views, words
+from .compat import PRIVATE, speaker
+from .guard import Guard
+from .labels import label
+from .language import Say, both, preferred, translated
 from .protocols import Manager
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 1.0
+LOOK_EVERY_S = 0.25
+"""How often it is looked whether there is anything new; that alone costs nothing."""
+
+FRESH_EVERY_S = 10.0
+"""How old at most is what only the driver knows: free memory, power."""
+
+ACTIONS = {
+    "warm": ("🔥 加载到GPU", "🔥 Warm up"),
+    "offload": ("💾 卸载到CPU", "💾 Offload to CPU"),
+    "release": ("🗑️ 完全释放", "🗑️ Release"),
+}
+_HERE = Path(__file__).parent
+_ALL = ""
 
 
 class GpuPanel:
-    """Shows what the manager says, and passes on what people press.
+    """Shows what the manager says, and passes on what people press who may.
 
-    `text`, `offload` and `release` may be called from any thread and raise nothing: an error becomes their answer.
+    `text`, `press` and `configure` may be called from any thread and raise nothing: an error becomes their answer.
     """
 
-    def __init__(self, manager: Manager) -> None:
+    def __init__(self, manager: Manager, guard: Guard) -> None:
         self._manager = manager
-
-    def html(self) -> str:
-        return words.as_html(self._manager.status())
+        self._guard = guard
+        self._presses: list[tuple[gr.Button, str, str | None]] = []
 
     def text(self) -> str:
         return words.as_text(self._manager.status())
 
-    def offload(self, name: str | None = None) -> str:
-        """Bring a model (None: all) to main memory; say what came of it."""
-        return self._press("offload", name)
+    def pieces(self, say: Say) -> dict[str, str]:
+        """By their place on the page, see `register_components`."""
+        status = self._manager.status()
+        return {
+            "device": views.device_html(status, say),
+            **{f"model-{name}": views.model_html(name, status, say) for name in status["models"]},
+            "past": views.past_html(self._manager.history(), say),
+            "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
+        }
 
-    def release(self, name: str | None = None) -> str:
-        """Free a model's memory (None: all) everywhere; say what came of it."""
-        return self._press("release", name)
+    def stream(self, accept_language: str | None) -> AsyncIterator[str]:
+        """`pieces` as server-sent events, whenever there is something new."""
+        say, limiter = preferred(accept_language), CapacityLimiter(1)
 
-    def _press(self, action: str, name: str | None) -> str:
+        async def render() -> dict[str, str]:
+            return await to_thread.run_sync(self.pieces, say, limiter=limiter)
+
+        return stream.news(self._manager, render, LOOK_EVERY_S, FRESH_EVERY_S)
+
+    def press(self, action: str, name: str | None = None, say: Say = both) -> str:
+        """Warm, offload or release a model (None: all); say what came of it, or when it will happen."""
         try:
-            done = self._manager.offload(name) if action == "offload" else self._manager.release(name)
+            done = getattr(self._manager, action)(name)
         except ResidencyError as error:
-            return str(error)
+            return translated(str(error), say)
         except Exception as error:
             logger.exception("%s by hand failed", action)
-            return f"操作失败 / It failed: {error}"
-        return words.pressed(action, done, self._manager.status())
+            return f"{say('操作失败', 'It failed')}: {error}"
+        return words.pressed(action, done, self._manager.status(), say)
+
+    def configure(self, name: str | None, keep_warm: str, idle_timeout: str, say: Say = both) -> str:
+        """Change how long a model (None: all) stays; what is empty stays as it is."""
+        times = {"keep_warm": keep_warm.strip() or None, "idle_timeout": idle_timeout.strip() or None}
+        try:
+            self._manager.configure(name, **times)
+        except ResidencyError as error:
+            return translated(str(error), say)
+        return say("已更改，立即生效。", "Changed, from now on.")
+
+    # -- the page -----------------------------------------------------------------------------------------------
 
     def register_components(self) -> None:
         """Draw the panel into the Blocks that are open."""
-        with gr.Accordion("🎮 GPU 显存管理 / GPU memory", open=True, elem_id="gpu-panel"):
-            self._status = gr.HTML(elem_id="gpu-status")
+        names = self._manager.names()
+        with gr.Accordion(label("🎮 GPU 显存管理", "🎮 GPU memory"), open=True, elem_id="gpu-panel"):
+            style = (_HERE / "panel.css").read_text(encoding="utf-8")
+            with gr.Column(elem_id="gpu-status"):
+                gr.HTML(f"<style>{style}</style>{_place('line')}{_place('device')}", padding=False)
+                for name in names:
+                    with gr.Column(elem_classes="gpu-model"):
+                        gr.HTML(_place(f"model-{name}"), padding=False)
+                        if len(names) > 1:
+                            with gr.Row():
+                                self._draw_buttons(name)
             with gr.Row():
-                self._refresh = gr.Button("🔄 刷新状态 / Refresh", size="sm", elem_id="gpu-refresh")
-                self._offload = gr.Button("💾 卸载到CPU / Offload to CPU", size="sm", elem_id="gpu-offload")
-                self._release = gr.Button("🗑️ 完全释放 / Release", size="sm", elem_id="gpu-release")
-            self._message = gr.HTML(elem_id="gpu-message")
-            self._timer = gr.Timer(TICK_S)
+                refresh = label("🔄 刷新状态", "🔄 Refresh")
+                self._refresh = gr.Button(refresh, size="sm", elem_id="gpu-refresh", min_width=120)
+                self._draw_buttons(None, of_many=len(names) > 1)
+            self._message = gr.HTML(elem_id="gpu-message", padding=False)
+            with gr.Accordion(label("⏱️ 保持时间", "⏱️ How long models stay"), open=False), gr.Row():
+                choices = [(label("全部模型", "All models"), _ALL), *((name, name) for name in names)]
+                self._which = gr.Dropdown(choices, value=_ALL, label=label("模型", "Model"), visible=len(names) > 1)
+                self._keep_warm = gr.Textbox(
+                    label=label("请求后保持在 GPU 上", "On the GPU after a request (keep-warm)"),
+                    placeholder="0, 30s, 5m, auto, -1",
+                    elem_id="gpu-keep-warm",
+                )
+                self._idle_timeout = gr.Textbox(
+                    label=label("空闲多久后释放", "Idle until released (idle timeout)"),
+                    placeholder="600, 15m, 1h, -1",
+                    elem_id="gpu-idle-timeout",
+                )
+                self._apply = gr.Button(label("应用", "Apply"), size="sm", elem_id="gpu-apply", min_width=120)
+            gr.HTML(_place("past"), elem_id="gpu-past", padding=False)
+            self._pieces = gr.JSON(visible=False)
+
+    def _draw_buttons(self, name: str | None, of_many: bool = False) -> None:
+        for action, (chinese, english) in ACTIONS.items():
+            text = label(f"{chinese}（全部）", f"{english} (all)") if of_many else label(chinese, english)
+            element = f"gpu-{action}-{name}" if name else f"gpu-{action}"
+            self._presses.append((gr.Button(text, size="sm", elem_id=element, min_width=120), action, name))
 
     def register_events(self, forget_message: Sequence[Callable[..., Any]] = ()) -> None:
-        """Connect the buttons and the clock; on events of ``forget_message`` the line about the last press goes."""
+        """Connect the buttons; on events of ``forget_message`` the line about the last press goes."""
         looking: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
-        # No triggers: when the page is opened.
-        gr.on(None, self.html, outputs=self._status, **looking)
-        self._timer.tick(self.html, outputs=self._status, trigger_mode="once", **looking)
-        self._refresh.click(lambda: (self.html(), ""), outputs=[self._status, self._message], **looking)
+        opened = partial(gr.on, None)  # no triggers: when the page is opened
+        opened(None, js=(_HERE / "panel.js").read_text(encoding="utf-8"), **PRIVATE)
+        for event in (opened, self._refresh.click):
+            event(self._look, outputs=self._pieces, **looking).then(
+                None, self._pieces, js="pieces => { window.gpuPanel?.show(pieces) }", **PRIVATE
+            )
+        changing = [*(button for button, _, _ in self._presses), self._apply]
+        opened(self._permitting(len(changing)), outputs=[*changing, self._message], **looking)
         for event in forget_message:
             event(lambda: "", outputs=self._message, **looking)
-        for button, press in ((self._offload, self.offload), (self._release, self.release)):
-            button.click(
-                lambda press=press: _paragraph(press()), outputs=self._message, show_progress="minimal", **PRIVATE
-            ).then(self.html, outputs=self._status, **looking)
+        for button, action, name in self._presses:
+            press = self._if_allowed(lambda say, action=action, name=name: self.press(action, name, say))
+            button.click(press, outputs=self._message, show_progress="minimal", **PRIVATE)
+        configure = self._if_allowed(lambda say, name, warm, idle: self.configure(name or None, warm, idle, say))
+        self._apply.click(configure, [self._which, self._keep_warm, self._idle_timeout], self._message, **PRIVATE)
+
+    def _look(self) -> dict[str, str]:
+        return self.pieces(speaker())
+
+    def _if_allowed(self, change: Callable[..., str]) -> Callable[..., str]:
+        """A handler that asks the guard first, and answers what is shown."""
+
+        def handler(request: gr.Request, *inputs: Any) -> str:
+            say = speaker()
+            try:
+                check(self._guard, request)
+            except NotAllowed as error:
+                return _paragraph(translated(str(error), say))
+            return _paragraph(change(say, *inputs))
+
+        return handler
+
+    def _permitting(self, buttons: int) -> Callable[..., list[Any]]:
+        """A handler for who opens the page: the buttons as they may press them, and why they may not."""
+
+        def handler(request: gr.Request) -> list[Any]:
+            try:
+                check(self._guard, request)
+            except NotAllowed as error:
+                reason = _paragraph(translated(str(error), speaker()))
+                return [*[gr.update(interactive=False)] * buttons, reason]
+            return [gr.skip()] * (buttons + 1)
+
+        return handler
+
+
+def check(guard: Guard, request: gr.Request) -> None:
+    """`NotAllowed` unless the sender of a Gradio event may change things."""
+    if request.request is None:
+        raise NotAllowed
+    guard.check(request.request, request.username)
+
+
+def _place(piece: str) -> str:
+    return f"<div data-gpu='{html.escape(piece, quote=True)}'></div>"
 
 
 def _paragraph(sentence: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from .compat import supported
+from .language import Say, both
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,18 @@ class Step:
     result_audio: str
 
 
-def as_messages(steps: Iterable[Step]) -> list[dict[str, Any]]:
+def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
     """Messages for `gr.Chatbot`: for each step text and player of the input, then text and player of the output."""
     shown: list[dict[str, Any]] = []
     for step in steps:
         task = " · ".join(filter(None, (step.edit_type, step.edit_info)))
         shown += [
-            {"role": "user", "content": f"任务 / Task: {task}\n文本 / Text: {step.source_text or '—'}"},
+            {
+                "role": "user",
+                "content": f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}",
+            },
             {"role": "user", "content": _player(step.source_audio)},
-            {"role": "assistant", "content": f"输出 / Output: {step.target_text or '—'}"},
+            {"role": "assistant", "content": f"{say('输出', 'Output')}: {step.target_text or '—'}"},
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown

@@ -12,17 +12,21 @@ from starlette.types import ASGIApp
 from . import control, endpoints
 from .compat import supported
 from .editx_tab import EditxTab
+from .guard import Guard
+from .labels import label, translations
 from .protocols import Manager
 from .traffic import Traffic
 
 _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
+_LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
 #message:has(.prose:empty), #gpu-message:has(.prose:empty) {display: none}
 #history .progress-level-inner {text-align: center; overflow-wrap: anywhere; padding: 0 8px}
 #history button[aria-label=Share] {display: none}
 #history .waveform-wrapper {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div {flex: 1 0 100%}
+@media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
 """
 _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 
@@ -30,7 +34,7 @@ _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "san
 class Page:
     """Gradio's page around an `EditxTab`. With a manager it has the GPU endpoints too."""
 
-    def __init__(self, tab: EditxTab, manager: Manager | None = None) -> None:
+    def __init__(self, tab: EditxTab, manager: Manager | None = None, guard: Guard | None = None) -> None:
         self.speech = tab.speech
         self.traffic = Traffic(tab.intent.show if tab.intent else None)
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
@@ -42,12 +46,13 @@ class Page:
             delete_cache=(_CACHE_CHECK_S, _CACHE_AGE_S),
             **({} if self._look else look),
         ) as self.blocks:
-            gr.Markdown("## 🎙️ Step-Audio-EditX\n音色克隆与语音编辑 / Zero-shot voice cloning and audio editing")
+            gr.Markdown("## 🎙️ Step-Audio-EditX")
+            gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
             endpoints.register_speech(tab.speech, tab.told)
             if manager is not None:
-                endpoints.register_gpu(manager)
+                endpoints.register_gpu(manager, guard or Guard())
 
     def serve(self, host: str, port: int, *, share: bool = False, api: ASGIApp | None = None) -> str | None:
         """Start serving in the background and return the public link, if one was asked for and could be had.
@@ -63,9 +68,13 @@ class Page:
             quiet=True,
             ssr_mode=False,
             app_kwargs={"middleware": [Middleware(around) for around in middleware]},
+            i18n=translations(),
             **self._look,
             **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
         )
+        # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
+        self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
+        self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
 
     def refuse(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from . import words
+from .compat import speaker
 from .protocols import Manager
 
 
@@ -23,7 +24,7 @@ def told(manager: Manager | None, model: str | None) -> Iterator[None]:
     if manager is None or model is None:
         yield
         return
-    context, progress = contextvars.copy_context(), gr.Progress()
+    context, progress, speak = contextvars.copy_context(), gr.Progress(), speaker()
     status = manager.status()
     kind, present = status["device"]["kind"], status["models"].get(model, {})
 
@@ -33,22 +34,24 @@ def told(manager: Manager | None, model: str | None) -> Iterator[None]:
         context.copy().run(progress, share, desc=sentence)
 
     def say_way(target: str, phase: str, done_bytes: int, total_bytes: int | None, seconds: float) -> None:
-        sentence = words.on_its_way(kind, target, phase, done_bytes, total_bytes, seconds)
+        sentence = words.on_its_way(kind, target, phase, done_bytes, total_bytes, seconds, speak)
         say(sentence, words.share(done_bytes, total_bytes) or 0.0)
 
     def listen(event: Any) -> None:
         if event.model == model:
             if event.what in ("began", "progress"):
                 say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.seconds)
-            elif event.what == "done" and event.target in words.ARRIVED:
-                say(words.ARRIVED[event.target], 1.0)
+            elif event.what == "done" and (arrival := words.arrived(event.target, speak)):
+                say(arrival, 1.0)
 
     unsubscribe = manager.subscribe(listen)
     try:
         if way := present.get("progress"):
             say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["seconds"])
         elif present.get("leases"):
-            say(words.IN_USE)
+            say(words.in_use(speak))
+        elif present.get("state") == "gpu":
+            say(words.ready(speak), 1.0)
         yield
     finally:
         unsubscribe()

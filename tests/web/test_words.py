@@ -7,7 +7,8 @@ from fakes import Gate, Workshop
 
 from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
-from residency.web import words
+from residency.web import views, words
+from residency.web.language import both, en, zh
 
 
 @pytest.mark.parametrize(
@@ -34,16 +35,22 @@ def test_seconds(seconds: float | None, text: str) -> None:
     assert words.readable_seconds(seconds) == text
 
 
+def as_html(status: dict[str, Any]) -> str:
+    """The card and all models."""
+    models = (views.model_html(name, status, both) for name in status["models"])
+    return views.device_html(status, both) + "".join(models)
+
+
 def test_every_state_has_words_and_a_mark(manager: GPUResourceManager) -> None:
     status = manager.status()
     for state in words.STATES:
         status["models"]["tts"]["state"] = state
-        assert f"data-model='tts' data-state='{state}'" in words.as_html(status)
-        assert words.state_in_words(state, "simulated") in words.as_text(status)
+        assert f"data-model='tts' data-state='{state}'" in as_html(status)
+        assert words.state_in_words(state, "simulated", both) in words.as_text(status)
 
 
 def test_a_simulated_card_is_called_simulated(manager: GPUResourceManager) -> None:
-    for shown in (words.as_text(manager.status()), words.as_html(manager.status())):
+    for shown in (words.as_text(manager.status()), as_html(manager.status())):
         assert "Simulated GPU (1 GB)" in shown
         assert "Simulated GPU memory" in shown
         assert "模拟 GPU" in shown
@@ -54,7 +61,7 @@ def test_no_other_card_is_called_simulated(manager: GPUResourceManager) -> None:
     status["device"] |= {"kind": "cuda", "name": "NVIDIA L40S", "note": None}
     status["models"]["tts"]["state"] = "gpu"
     assert "On the GPU" in words.as_text(status)
-    assert "imulated" not in words.as_html(status)
+    assert "imulated" not in as_html(status)
 
 
 def test_on_a_cpu_offload_is_said_to_save_nothing() -> None:
@@ -62,14 +69,14 @@ def test_on_a_cpu_offload_is_said_to_save_nothing() -> None:
         manager.register("tts", object)
         status = manager.status()
         assert "Offload saves nothing; release frees RAM" in words.as_text(status)
-        assert "release frees RAM" in words.pressed("offload", True, status)
+        assert "release frees RAM" in words.pressed("offload", True, status, both)
 
 
 def test_what_comes_from_outside_is_escaped(manager: GPUResourceManager) -> None:
     status: dict[str, Any] = manager.status()
     status["device"]["name"] = "<script>card"
     status["models"] = {"<b>'tts": status["models"]["tts"] | {"last_error": "<i>oops"}}
-    shown = words.as_html(status)
+    shown = as_html(status)
     assert "&lt;script&gt;card" in shown
     assert "&lt;i&gt;oops" in shown
     assert not {"<script>", "<b>'", "<i>oops"} & {part for part in ("<script>", "<b>'", "<i>oops") if part in shown}
@@ -91,14 +98,14 @@ class TestCourse:
                 "bytes_per_s": 2 << 30,
             },
         }
-        for shown in (words.as_text(status), words.as_html(status)):
-            assert "前往模拟显存 / To the simulated GPU" in shown
-            assert "恢复 / restoring · 3 GB / 12 GB · 2 GB/s · 1.5 s" in shown
-        assert "width:25.0%" in words.as_html(status)
+        assert "前往模拟显存 / To the simulated GPU: " in words.as_text(status)
+        assert "To the simulated GPU: restoring · 3 GB / 12 GB · 2 GB/s · 1.5 s" in words.as_text(status, en)
+        assert "前往模拟显存: 恢复 · 3 GB / 12 GB · 2 GB/s · 1.5 s" in words.as_text(status, zh)
+        assert "width:25.0%" in as_html(status)
 
     def test_what_nobody_knows_of_a_move_is_left_out(self) -> None:
-        assert words.on_its_way("cuda", "gpu", "thinking", 0, None, 0.0) == "前往显存 / To the GPU: thinking"
-        assert words.on_its_way("cuda", "cpu", "offloading", 0, 1 << 30, 0.0).endswith("offloading · 1 GB")
+        assert words.on_its_way("cuda", "gpu", "thinking", 0, None, 0.0, en) == "To the GPU: thinking"
+        assert words.on_its_way("cuda", "cpu", "offloading", 0, 1 << 30, 0.0, en).endswith("offloading · 1 GB")
         assert words.share(5, None) is words.share(0, 10) is None
         assert words.share(20, 10) == 1.0
 
@@ -118,8 +125,8 @@ class TestCourse:
         with manager.lease("tts"):
             assert "Next" not in words.as_text(manager.status())
         clock.advance(18)
-        for shown in (words.as_text(manager.status()), words.as_html(manager.status())):
-            assert "12 s 后卸载到内存 / to main memory in 12 s" in shown
+        assert "12 s 后卸载到内存 / to main memory in 12 s" in words.as_text(manager.status())
+        assert "<time data-s='12.0' data-way='-1'>12 s</time>" in as_html(manager.status())
         manager.offload("tts")
         assert "10 min 后释放 / released in 10 min" in words.as_text(manager.status())
         manager.configure("tts", idle_timeout=-1)
@@ -128,7 +135,7 @@ class TestCourse:
     def test_the_queue_is_counted(self, manager: GPUResourceManager) -> None:
         status = manager.status()
         status["models"]["tts"] |= {"leases": 1, "waiting": 3}
-        for shown in (words.as_text(status), words.as_html(status)):
+        for shown in (words.as_text(status), as_html(status)):
             assert "使用中 / In use · 3 个请求等待 / 3 waiting" in shown
         status["models"]["tts"] |= {"leases": 0, "waiting": 1}
         assert "In use" not in words.as_text(status)
@@ -139,9 +146,9 @@ class TestCourse:
         assert not status["monitor"]["alive"]
         assert "monitor" not in words.as_text(status)
         status["models"]["tts"]["next"] = {"to": "cpu", "in_s": 5.0}
-        for shown in (words.as_text(status), words.as_html(status)):
+        for shown in (words.as_text(status), as_html(status)):
             assert "空闲监视线程未运行" in shown
             assert "The idle monitor is not running" in shown
         status["monitor"] = {"alive": True, "errors": 2, "last_error": "<OSError>"}
-        assert "2×: <OSError>" in words.as_text(status)
-        assert "&lt;OSError&gt;" in words.as_html(status)
+        assert "errors: 2×: <OSError>" in words.as_text(status)
+        assert "&lt;OSError&gt;" in as_html(status)

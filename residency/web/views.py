@@ -1,0 +1,150 @@
+"""The status as pieces of the page. Pure; everything that comes from outside is escaped.
+
+Seconds that go on while somebody reads are ``<time data-s data-way>``: the page counts them up or down by itself.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from . import words
+from .chart import chart
+from .language import Say
+
+SHOWN_MOVES = 8
+
+_REST = {
+    "process": ("本进程其他", "This process, other"),
+    "peers": ("同类进程", "Peers"),
+    "others": ("其他进程", "Others"),
+    "free": ("空闲", "Free"),
+}
+_OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
+
+
+def device_html(status: dict[str, Any], say: Say) -> str:
+    """The card: its name, who uses its memory, and what people must know about it."""
+    device = status["device"]
+    name = escape(words.device_name(device, say))
+    parts = [
+        f"<div class='gpu-device'><b data-device='{device['kind']}'>{name}</b>"
+        f"<span class='gpu-quiet'>{words.usage(device, say)}</span></div>"
+    ]
+    if sizes := memory_parts(status):
+        bars = "".join(
+            f"<i data-part='{part}' style='width:{100 * nbytes / device['total_bytes']:.2f}%'></i>"
+            for part, _, nbytes in sizes
+        )
+        legend = "".join(
+            f"<span data-part='{part}'>{escape(say(*_REST[part]) if part in _REST else name)} "
+            f"{words.readable_bytes(nbytes)}</span>"
+            for part, name, nbytes in sizes
+            if nbytes or part not in _REST or part == "free"
+        )
+        parts.append(f"<div class='gpu-bar gpu-parts'>{bars}</div><div class='gpu-legend gpu-quiet'>{legend}</div>")
+    parts += [f"<div class='gpu-quiet'>{escape(note)}</div>" for note in words.notes(device, say)]
+    parts += [f"<div class='gpu-error'>{escape(trouble)}</div>" for trouble in words.trouble(status, say)]
+    return "".join(parts)
+
+
+def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """Who holds the card's memory: (part, name, bytes); empty where its size is unknown.
+
+    The models by name, then ``process``, ``peers``, ``others`` and ``free``. What nobody knows is somebody else's.
+    """
+    device = status["device"]
+    if not device["total_bytes"] or device["free_bytes"] is None:
+        return []
+    left = device["total_bytes"] - device["free_bytes"]
+    rest = {"process": device["process_bytes"] or 0, "peers": device["peers_bytes"] or 0, "others": left}
+    parts = []
+    for number, (name, model) in enumerate(status["models"].items()):
+        parts.append((f"model-{number % 4}", name, min(left, model["device_bytes"])))
+        rest["process"] -= parts[-1][2]
+        left -= parts[-1][2]
+    for part, nbytes in rest.items():
+        parts.append((part, "", max(0, min(left, nbytes))))
+        left -= parts[-1][2]
+    return [*parts, ("free", "", device["free_bytes"])]
+
+
+def model_html(name: str, status: dict[str, Any], say: Say) -> str:
+    """One model: where it is, who uses it, what happens next, and what it costs."""
+    model, kind = status["models"].get(name), status["device"]["kind"]
+    if model is None:
+        return ""
+    safe_name, state = escape(name, quote=True), model["state"]
+    course = words.course(model, kind, lambda chinese, english: escape(say(chinese, english)), counted)
+    way = model["progress"]
+    done = words.share(way["bytes"], way["total_bytes"]) if way else None
+    bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
+    facts = "".join(
+        f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>" for label, value in _facts(model, kind, say)
+    )
+    remarks = "".join(f"<div class='gpu-error'>{escape(remark)}</div>" for remark in words.remarks(model, say))
+    return (
+        f"<div class='gpu-head'><b>{safe_name}</b>"
+        f"<span class='gpu-chip' data-model='{safe_name}' data-state='{state}'>"
+        f"{words.state_in_words(state, kind, say)}</span>"
+        f"<span class='gpu-quiet'>{words.activity(model, say)}</span></div>"
+        f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>{facts}</div>{remarks}"
+    )
+
+
+def past_html(history: dict[str, Any], say: Say) -> str:
+    """The last 15 minutes as a picture, and the last moves as a table."""
+    models = history["models"]
+    moves = sorted(
+        ((move["ago_s"], name, move) for name, past in models.items() for move in past["moves"]),
+        key=lambda entry: entry[0],
+    )[:SHOWN_MOVES]
+    rows = "".join(
+        f"<tr><td>{counted(ago_s, 1)}</td><td>{escape(name)}</td>"
+        f"<td>{' → '.join(say(*words.PLACES[move[end]]) for end in ('from', 'to'))}</td>"
+        f"<td>{words.readable_bytes(move['bytes'])}</td><td>{words.readable_seconds(move['seconds'])}</td>"
+        f"<td>{_rate_or_outcome(move, say)}</td></tr>"
+        for ago_s, name, move in moves
+    )
+    heads = (
+        ("多久前", "Ago"),
+        ("模型", "Model"),
+        ("搬移", "Move"),
+        ("大小", "Size"),
+        ("用时", "Took"),
+        ("速度", "Rate"),
+    )
+    head = "".join(f"<th>{say(*pair)}</th>" for pair in heads)
+    table = f"<div class='gpu-scroll'><table class='gpu-moves'><tr>{head}</tr>{rows}</table></div>" if rows else ""
+    return chart(history, say) + table
+
+
+def counted(seconds: float, direction: int) -> str:
+    return f"<time data-s='{seconds:.1f}' data-way='{direction}'>{words.readable_seconds(round(seconds))}</time>"
+
+
+def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
+    if move["outcome"] in _OUTCOMES:
+        return say(*_OUTCOMES[move["outcome"]])
+    if not move["bytes"] or move["seconds"] <= 0 or move["to"] == "released":
+        return "—"
+    return words.readable_rate(move["bytes"], move["seconds"])
+
+
+def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str, str]]:
+    facts = [
+        (say("内存", "RAM"), words.readable_bytes(model["host_bytes"])),
+        (say("空闲", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
+        (say("保持在 GPU", "Keep warm"), _keep_warm(model, say)),
+        (say("空闲后释放", "Idle timeout"), words.duration(model["idle_timeout_s"], say)),
+        (say("上次搬移", "Last move"), escape(words.last_move(model, say))),
+    ]
+    if label := words.memory_label(device_kind, say):
+        facts.insert(0, (label, words.readable_bytes(model["device_bytes"])))
+    return facts
+
+
+def _keep_warm(model: dict[str, Any], say: Say) -> str:
+    automatic = f"{say('自动', 'auto')}: " if model["policy"] == "auto" else ""
+    seconds = model["keep_warm_s"]
+    return automatic + (say("一直", "always") if seconds == -1 else words.readable_seconds(seconds))

@@ -1,0 +1,227 @@
+"""The GPU panel: it tells the truth without being asked, and does what is pressed by those who may."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import soundfile
+from gated_engine import close_gate, open_gate
+from serving import RunningApp
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--enable-auto-transcribe", "--gpu-keep-warm", "-1")
+
+
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gates")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[RunningApp]:
+    with RunningApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS, gates=gates) as app:
+        yield app
+
+
+@pytest.fixture
+def app(served: RunningApp) -> RunningApp:
+    """As if it had just been started."""
+    served.forget_log()
+    assert served.post("/gpu/configure", {"keep_warm": -1, "idle_timeout": 600})[0] == 200
+    assert served.post("/gpu/release", {})[0] == 200
+    return served
+
+
+@pytest.fixture
+def page(app: RunningApp, new_page: Callable[..., Page]) -> Page:
+    return visit(new_page(), app.url)
+
+
+def test_it_follows_what_others_do_without_being_asked(page: Page, app: RunningApp) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    assert app.post("/gpu/warm", {"model": "tts"})[0] in (200, 202)
+    expect_state(page, "gpu")
+    sync_api.expect(page.locator("#gpu-past table")).to_contain_text("released → GPU")
+    app.post("/gpu/release", {})
+    expect_state(page, "released")
+    sync_api.expect(page.locator("#gpu-past table")).to_contain_text("GPU → released")
+    assert asked == [], "one line that stands is enough"
+
+
+def test_seconds_pass_without_the_server(page: Page, app: RunningApp) -> None:
+    app.post("/gpu/warm", {"model": "tts"})
+    expect_state(page, "gpu")
+    idle = page.locator("#gpu-status [data-gpu=model-tts] time").first
+    first = idle.inner_text()
+    sync_api.expect(idle).not_to_have_text(first)
+    assert re.fullmatch(r"\d+ s", idle.inner_text())
+
+
+def test_each_button_does_what_it_says_and_tells_what_came_of_it(page: Page) -> None:
+    message = sync_api.expect(page.locator("#gpu-message"))
+    for button, model, state, sentence in (
+        ("gpu-warm-tts", "tts", "gpu", "On its way to the simulated GPU"),
+        ("gpu-offload-tts", "tts", "cpu", "Offloaded to main memory"),
+        ("gpu-warm", "asr", "gpu", "On its way"),
+        ("gpu-offload", "asr", "cpu", "Offloaded"),
+        ("gpu-release-asr", "asr", "released", "the next request loads it again"),
+        ("gpu-release", "tts", "released", "the next request loads it again"),
+        ("gpu-warm-asr", "asr", "gpu", "On its way"),
+    ):
+        page.locator(f"#{button}").click()
+        message.to_contain_text(sentence)
+        expect_state(page, state, model)
+    expect_state(page, "released", "tts")
+    page.locator("#gpu-refresh").click()
+    expect_state(page, "gpu", "asr")
+
+
+def test_what_is_pressed_during_a_request_follows_it(page: Page, app: RunningApp, gates: Path, tmp_path: Path) -> None:
+    close_gate(gates, "speak")
+    ask(page, tmp_path)
+    app.wait_for_line("at the gate: speak")
+    page.locator("#gpu-release-tts").click()
+    sync_api.expect(page.locator("#gpu-message")).to_contain_text("Will be released when the running request ends")
+    sync_api.expect(page.locator("#gpu-status")).to_contain_text("In use · Will be released")
+    open_gate(gates, "speak")
+    expect_state(page, "released")
+    sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
+
+
+def test_how_long_models_stay_is_changed_there(page: Page, app: RunningApp) -> None:
+    page.get_by_text("How long models stay").click()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="tts", exact=True).click()
+    page.locator("#gpu-keep-warm input, #gpu-keep-warm textarea").fill("soon")
+    page.locator("#gpu-apply").click()
+    sync_api.expect(page.locator("#gpu-message")).to_contain_text("'soon' is no duration")
+    page.locator("#gpu-keep-warm input, #gpu-keep-warm textarea").fill("90s")
+    page.locator("#gpu-idle-timeout input, #gpu-idle-timeout textarea").fill("15m")
+    page.locator("#gpu-apply").click()
+    sync_api.expect(page.locator("#gpu-message")).to_contain_text("Changed")
+    sync_api.expect(page.locator("[data-gpu=model-tts] .gpu-facts")).to_contain_text("15 min")
+    models = app.get("/gpu/status")[1]["models"]
+    assert (models["tts"]["keep_warm_s"], models["tts"]["idle_timeout_s"]) == (90, 900)
+    assert models["asr"]["keep_warm_s"] == -1
+
+
+@pytest.mark.parametrize(
+    ("locale", "seen", "unseen"),
+    [("zh-CN", "加载到GPU", "Warm up"), ("en-US", "Warm up", "加载到GPU"), ("fr-FR", "Warm up", "加载到GPU")],
+)
+def test_it_speaks_the_language_of_the_browser(
+    app: RunningApp, new_page: Callable[..., Page], locale: str, seen: str, unseen: str
+) -> None:
+    page = visit(new_page(locale=locale), app.url)
+    body = sync_api.expect(page.locator("body"))
+    body.to_contain_text(seen)
+    body.not_to_contain_text(unseen)
+    page.locator("#gpu-release").click()
+    page.get_by_role("button", name="CLONE", exact=True).click()
+    alert = page.locator("#message [role=alert]")
+    sync_api.expect(alert).to_be_visible()
+    said = page.locator("#gpu-panel").inner_text() + alert.inner_text() + page.locator("#gpu-message").inner_text()
+    assert (re.search("[\u4e00-\u9fff]", said) is None) == (locale != "zh-CN"), said
+    if locale == "zh-CN":
+        assert "请" in alert.inner_text()
+
+
+def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., Page]) -> None:
+    app.post("/gpu/warm", {})
+    page = visit(new_page(viewport={"width": 360, "height": 740}), app.url)
+    expect_state(page, "gpu")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for button in page.locator("#gpu-panel button").all():
+        box = button.bounding_box()
+        assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 360)
+    screenshot(page, "phone")
+
+
+def test_who_may_not_press_sees_why(app: RunningApp, new_page: Callable[..., Page]) -> None:
+    page = visit(new_page(), app.url.replace("127.0.0.1", "elsewhere.localhost"))  # a name that others can give
+    sync_api.expect(page.locator("#gpu-message")).to_contain_text("--auth user:password")
+    page.get_by_text("How long models stay").click()
+    for button in ("gpu-warm", "gpu-offload-tts", "gpu-release-asr", "gpu-apply"):
+        sync_api.expect(page.locator(f"#{button}")).to_be_disabled()
+    sync_api.expect(page.locator("#gpu-refresh")).to_be_enabled()
+    app.post("/gpu/warm", {"model": "tts"})
+    expect_state(page, "gpu")  # looking is free
+
+
+def test_two_people_do_not_mix(page: Page, app: RunningApp, new_page: Callable[..., Page], tmp_path: Path) -> None:
+    other = visit(new_page(), app.url)
+    ask(page, tmp_path, "mine")
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["mine"])
+    ask(other, tmp_path, "theirs")
+    sync_api.expect(other.locator("#history .bot-row")).to_contain_text(["theirs"])
+    assert "theirs" not in page.locator("#history").inner_text()
+    assert "mine" not in other.locator("#history").inner_text()
+    expect_state(other, "gpu")
+    expect_state(page, "gpu")
+
+
+def test_a_page_that_is_loaded_again_during_a_request_works_on(
+    page: Page, app: RunningApp, gates: Path, tmp_path: Path
+) -> None:
+    close_gate(gates, "speak")
+    ask(page, tmp_path, "abandoned")
+    app.wait_for_line("at the gate: speak")
+    page.reload()
+    sync_api.expect(page.locator("#gpu-status")).to_contain_text("In use")
+    open_gate(gates, "speak")
+    sync_api.expect(page.locator("#gpu-status")).not_to_contain_text("In use")
+    ask(page, tmp_path, "again")
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["again"])
+    assert "Traceback" not in app.log
+
+
+def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
+    with RunningApp(tmp_path, *ARGUMENTS, gates=gates) as first:
+        first.post("/gpu/warm", {"model": "tts"})
+        page = visit(new_page(), first.url)
+        expect_state(page, "gpu")
+        assert first.stop() == 0
+    sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
+    with RunningApp(tmp_path, *ARGUMENTS, gates=gates, port=first.port):
+        expect_state(page, "released")
+        sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("The connection is lost")
+        page.locator("#gpu-warm-tts").click()
+        expect_state(page, "gpu")
+
+
+def visit(page: Page, url: str) -> Page:
+    page.goto(url)
+    sync_api.expect(chip(page, "tts")).to_be_visible()
+    return page
+
+
+def ask(page: Page, folder: Path, target: str = "to say") -> None:
+    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
+    page.get_by_label("Prompt Text").fill("said")
+    page.locator("#prompt-audio input[type=file]").set_input_files(str(folder / "prompt.wav"))
+    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
+    page.get_by_label("Target Text").fill(target)
+    page.get_by_role("button", name="CLONE", exact=True).click()
+
+
+def chip(page: Page, model: str) -> Locator:
+    return page.locator(f"#gpu-status [data-model={model}]")
+
+
+def expect_state(page: Page, state: str, model: str = "tts") -> None:
+    sync_api.expect(chip(page, model)).to_have_attribute("data-state", state)
+
+
+def screenshot(page: Page, name: str) -> None:
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)

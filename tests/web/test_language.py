@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from residency.errors import InvalidInput, NotAllowed, UnknownModel
+from residency.web.language import Say, both, en, preferred, translated, zh
+
+
+@pytest.mark.parametrize(
+    ("header", "say"),
+    [
+        ("zh-CN,zh;q=0.9,en;q=0.8", zh),
+        ("en-US,en;q=0.9,zh;q=0.8", en),
+        ("en;q=0.5, zh;q=0.9", zh),
+        ("de-DE,de;q=0.9", en),
+        ("de,zh;q=0.3", zh),
+        ("ZH-tw", zh),
+        ("zh;q=much, en", en),
+        ("*", en),
+        ("", both),
+        (None, both),
+    ],
+)
+def test_people_read_the_language_that_their_browser_asks_for(header: str | None, say: Say) -> None:
+    assert preferred(header) is say
+
+
+@pytest.mark.parametrize("error", [InvalidInput("Give text", "请输入"), UnknownModel("llm", ("tts",)), NotAllowed()])
+def test_an_error_is_said_in_one_language(error: Exception) -> None:
+    english, chinese = translated(str(error), en), translated(str(error), zh)
+    assert f"{english} / {chinese}" == str(error)
+    assert english.isascii()
+    assert not chinese.isascii()
+    assert translated(str(error), both) == str(error)
+
+
+@pytest.mark.parametrize("sentence", ["no / second / bar / counts", "in one language only"])
+def test_what_cannot_be_told_apart_is_said_whole(sentence: str) -> None:
+    assert translated(sentence, en) == translated(sentence, zh) == sentence

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from gpu_manager import CpuDevice, GPUResourceManager
+from residency.clock import ManualClock
+from residency.web import views
+from residency.web.chart import chart
+from residency.web.language import en, zh
+
+GB = 1 << 30
+
+
+def card(*, free: int | None, process: int | None, peers: int | None, model: int) -> dict[str, Any]:
+    device = {"total_bytes": 48 * GB, "free_bytes": free, "process_bytes": process, "peers_bytes": peers}
+    return {"device": device, "models": {"tts": {"device_bytes": model}}}
+
+
+@pytest.mark.parametrize(
+    ("status", "sizes"),
+    [
+        (card(free=20 * GB, process=13 * GB, peers=5 * GB, model=12 * GB), (12, 1, 5, 10, 20)),
+        (card(free=48 * GB, process=0, peers=0, model=0), (0, 0, 0, 0, 48)),
+        (card(free=20 * GB, process=None, peers=None, model=12 * GB), (12, 0, 0, 16, 20)),
+        # Books of different moments may contradict each other; nothing is shown that is more than what is used.
+        (card(free=44 * GB, process=40 * GB, peers=9 * GB, model=12 * GB), (4, 0, 0, 0, 44)),
+    ],
+)
+def test_every_byte_of_the_card_is_somebodys(status: dict[str, Any], sizes: tuple[int, ...]) -> None:
+    parts = views.memory_parts(status)
+    assert [part for part, _, _ in parts] == ["model-0", "process", "peers", "others", "free"]
+    assert tuple(nbytes // GB for _, _, nbytes in parts) == sizes
+    assert sum(nbytes for _, _, nbytes in parts) == 48 * GB
+
+
+def test_where_no_size_is_known_there_is_no_bar(manager: GPUResourceManager) -> None:
+    assert views.memory_parts(card(free=None, process=None, peers=None, model=1)) == []
+    with GPUResourceManager(CpuDevice()) as here:
+        assert "gpu-bar" not in views.device_html(here.status(), en)
+    assert "gpu-bar" in views.device_html(manager.status(), en)
+
+
+def test_the_power_that_the_card_draws_is_shown_if_it_is_known(manager: GPUResourceManager) -> None:
+    status = manager.status()
+    assert " W" not in views.device_html(status, en)
+    status["device"]["power_w"] = 67.6
+    assert "power 68 W" in views.device_html(status, en)
+    assert "功耗 68 W" in views.device_html(status, zh)
+
+
+def test_times_are_shown_as_they_were_set(manager: GPUResourceManager) -> None:
+    manager.configure("tts", keep_warm=-1, idle_timeout=-1)
+    shown = views.model_html("tts", manager.status(), en)
+    assert "Keep warm<b>always" in shown
+    assert "Idle timeout<b>never" in shown
+    manager.configure("tts", keep_warm="auto", idle_timeout="15m")
+    shown = views.model_html("tts", manager.status(), en)
+    assert "Keep warm<b>auto: " in shown
+    assert "Idle timeout<b>15 min" in shown
+
+
+def test_a_model_that_was_unregistered_is_shown_no_more(manager: GPUResourceManager) -> None:
+    assert views.model_html("asr", manager.status(), en) == ""
+
+
+class TestPast:
+    def used(self, manager: GPUResourceManager, clock: ManualClock) -> dict[str, Any]:
+        with manager.lease("tts"):
+            clock.advance(30)
+        clock.advance(60)
+        return manager.history()
+
+    def test_moves_are_told_the_last_one_first(self, manager: GPUResourceManager, clock: ManualClock) -> None:
+        shown = views.past_html(self.used(manager, clock), en)
+        rows = [re.sub("<[^>]+>", "|", row) for row in shown.split("<tr>")[2:]]
+        assert "GPU → RAM" in rows[0]
+        assert "released → GPU" in rows[1]
+        assert "60 s" in rows[0]
+        assert "90 s" in rows[1]
+
+    def test_a_move_that_failed_says_so(self, manager: GPUResourceManager, clock: ManualClock) -> None:
+        history = self.used(manager, clock)
+        history["models"]["tts"]["moves"][0]["outcome"] = "failed"
+        assert "failed" in views.past_html(history, en)
+        assert "失败" in views.past_html(history, zh)
+
+    def test_the_picture_has_the_sizes_and_the_requests(self, manager: GPUResourceManager, clock: ManualClock) -> None:
+        history = self.used(manager, clock)
+        history["models"]["asr"] = {"device_bytes": [[45.0, 300], [10.0, 0]], "requests": [[45.0, 10.0]], "moves": []}
+        shown = chart(history, en)
+        assert "data-requests='2'" in shown
+        assert "data-peak='300'" in shown, "they were not there at the same time"
+        # From 90 to 60 seconds before now, in a picture 600 wide for 900 seconds.
+        assert "<rect x='540.0' y='102' width='20.0'" in shown
+        assert "L540.0 100.0L540.0" in shown
+        assert shown.count("<path") == 2
+
+    def test_a_name_from_outside_is_escaped(self, manager: GPUResourceManager, clock: ManualClock) -> None:
+        history = self.used(manager, clock)
+        history["models"] = {"<script>": history["models"]["tts"]}
+        assert "<script>" not in views.past_html(history, en)
+
+    def test_nothing_has_happened_yet(self, manager: GPUResourceManager) -> None:
+        shown = views.past_html(manager.history(), en)
+        assert "data-peak='0'" in shown
+        assert "<table" not in shown
