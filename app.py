@@ -95,13 +95,14 @@ def _serve(settings: Settings, signals: Signals) -> None:
         recognize=_recognizer(settings, manager),
         guard=guard,
     )
-    page = Page(tab, manager, guard)
+    page = Page(tab, manager, guard, settings.max_upload)
     signals.at_once(page.close_tunnels)
     try:
         public_link = page.serve(
             settings.server_name,
             settings.server_port,
             share=settings.share,
+            auth=settings.auth,
             api=build_api(manager, guard, tab.panel.stream) if manager and tab.panel else None,
         )
         host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name

@@ -53,6 +53,10 @@ class Settings:
     gpu_host_memory_limit: int | None = None
     simulate_gpu: int | None = None
     control_token: str | None = field(default=None, repr=False)
+    auth: tuple[str, str] | None = field(default=None, repr=False)
+    max_upload: int = 100 << 20
+    max_audio: float = 600.0
+    max_text: int = 5000
     shutdown_grace: float = 10.0
 
 
@@ -129,6 +133,17 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--enable-auto-transcribe", action="store_true",
         help="what is said in an uploaded recording is written into the prompt text, if that is empty")  # fmt: skip
 
+    add = parser.add_argument_group("the page").add_argument
+    add("--auth", metavar="USER:PASSWORD", type=_checked(_auth), default=environ.get("GRADIO_AUTH") or None,
+        help="ask for these before showing the page; who has signed in may press its buttons (environment: "
+        "GRADIO_AUTH)")  # fmt: skip
+    add("--max-upload", metavar="SIZE", type=_checked(size_bytes), default=defaults.max_upload,
+        help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
+    add("--max-audio", metavar="S", type=_checked(seconds), default=defaults.max_audio,
+        help="longest recording that is worked on (600, 90s, 15m; -1: any; default: 600)")  # fmt: skip
+    add("--max-text", metavar="N", type=_checked(_count), default=defaults.max_text,
+        help="most characters of a text (default: %(default)s)")  # fmt: skip
+
     add = parser.add_argument_group("the end").add_argument
     add("--shutdown-grace", metavar="S", type=_checked(seconds), default=defaults.shutdown_grace,
         help="after Ctrl-C or SIGTERM a running request may finish for this long (10, 90s, 15m; 0: not at all; "
@@ -178,6 +193,19 @@ def size_bytes(text: str) -> int:
     if not 1 <= nbytes <= _LARGEST_BYTES:
         raise InvalidInput(f"{text!r} is no size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB")
     return int(nbytes)
+
+
+def _auth(text: str) -> tuple[str, str]:
+    user, colon, password = text.partition(":")
+    if not (user and colon and password):
+        raise InvalidInput("write USER:PASSWORD, both not empty", "请写 用户名:密码，两者都不能为空")
+    return user, password
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise InvalidInput(f"{text!r} is no number: give 1 or more", f"{text!r} 不是有效的数量：请写 1 或更大的数")
+    return int(text)
 
 
 def _folder(text: str) -> str:

@@ -56,6 +56,21 @@ def test_the_environment_is_a_default_and_a_flag_wins() -> None:
     assert parse([], {"GPU_CONTROL_TOKEN": ""}).control_token is None
 
 
+def test_what_the_page_asks_for_and_takes() -> None:
+    settings = parse(["--auth", "me:se:cret", "--max-upload", "5MB", "--max-audio", "2m", "--max-text", "10"], {})
+    assert (settings.auth, settings.max_upload, settings.max_audio) == (("me", "se:cret"), 5 << 20, 120)
+    assert settings.max_text == 10
+    assert "cret" not in str(settings)
+    assert parse([], {"GRADIO_AUTH": "me:secret"}).auth == ("me", "secret")
+    assert parse([], {"GRADIO_AUTH": ""}).auth is None
+
+
+@pytest.mark.parametrize("arguments", [["--auth", "me"], ["--auth", "me:"], ["--auth", ":me"], ["--max-text", "0"]])
+def test_what_the_page_cannot_ask_for_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments, {})
+
+
 def test_the_token_is_not_shown_with_the_settings() -> None:
     assert "secret" not in repr(parse(["--control-token", "secret"], {}))
 

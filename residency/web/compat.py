@@ -25,6 +25,11 @@ ENGINE: dict[str, Any] = {"concurrency_id": "engine", "concurrency_limit": 1}
 """For events that use the engine: one at a time; the others wait in Gradio's queue, where people see their place."""
 
 
+def session() -> str | None:
+    """The browser session whose event is being handled; None if it is no event."""
+    return getattr(LocalContext.request.get(None), "session_hash", None)
+
+
 def speaker() -> Say:
     """Speaks the language of who has caused the event that is being handled; both languages if it is a program."""
     headers = getattr(LocalContext.request.get(None), "headers", None)

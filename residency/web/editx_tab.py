@@ -15,7 +15,7 @@ import gradio as gr
 from ..contracts import Engine
 from ..errors import InvalidInput
 from . import words
-from .compat import ENGINE, PRIVATE, speaker, supported
+from .compat import ENGINE, PRIVATE, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .guard import Guard
@@ -23,7 +23,8 @@ from .history import Step, as_messages
 from .intent import Intent
 from .labels import label
 from .language import translated
-from .speech import Speech, explain
+from .recordings import Recordings
+from .speech import Limits, Speech, explain
 from .waiting import told
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ class EditxTab:
         self.encoder = encoder
         self.tts_engine = tts_engine
         folder = getattr(args, "tmp_dir", None) or os.path.join(tempfile.gettempdir(), "gradio")
-        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize)
+        limits = Limits(getattr(args, "max_audio", Limits.audio_s), getattr(args, "max_text", Limits.text))
+        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits)
+        self.recordings = Recordings(folder)
         self._builtin = getattr(args, "engine", None) == "builtin"
         manager = getattr(tts_engine, "manager", None)
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
@@ -120,6 +123,7 @@ class EditxTab:
                     "CLONE 需要任务 clone：请选择它，或点击 EDIT",
                 )
             result = self.speech.clone(prompt_audio, prompt_text, target_text)
+            self.recordings.own(session(), result)
             self.forget(state)
             entry = Step("clone", None, prompt_text, target_text, prompt_audio, result)
             return {"history_audio": [(result, target_text)], "history_messages": [entry]}
@@ -144,6 +148,7 @@ class EditxTab:
         def edit() -> State:
             source, said = state["history_audio"][-1] if state["history_audio"] else (prompt_audio, prompt_text)
             result, says = self.speech.edit(source, said, edit_type, edit_info, target_text)
+            self.recordings.own(session(), result)
             entry = Step(edit_type, edit_info, said, says, source, result)
             return {
                 "history_audio": [*state["history_audio"], (result, says)],
@@ -168,11 +173,7 @@ class EditxTab:
 
     def forget(self, state: State) -> None:
         """Delete the files of a history that nobody can see any more."""
-        for path, _ in state["history_audio"]:
-            try:
-                os.unlink(path)
-            except OSError:
-                logger.debug("%s was gone already", path)
+        self.recordings.remove(session(), *(path for path, _ in state["history_audio"]))
 
     def update_edit_info(self, edit_type: str) -> Any:
         """The sub-tasks of a task."""
@@ -266,6 +267,10 @@ class EditxTab:
         # The chat has a bin of its own.
         for clear in (self.clean_history_submit.click, self.chat_box.clear):
             clear(self.clear_history, [state], outputs, **PRIVATE)
+        # Of everything that is uploaded or recorded, whether or not it is used.
+        self.prompt_audio_input.change(
+            lambda path: self.recordings.own(session(), path), self.prompt_audio_input, queue=False, **PRIVATE
+        )
         self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, **PRIVATE)
         if self.speech.transcribes:
             hearing = self.prompt_audio_input.change(

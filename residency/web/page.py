@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gradio as gr
@@ -34,9 +35,21 @@ _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "san
 class Page:
     """Gradio's page around an `EditxTab`. With a manager it has the GPU endpoints too."""
 
-    def __init__(self, tab: EditxTab, manager: Manager | None = None, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        tab: EditxTab,
+        manager: Manager | None = None,
+        guard: Guard | None = None,
+        largest_upload_bytes: int | None = None,
+    ) -> None:
         self.speech = tab.speech
-        self.traffic = Traffic(tab.intent.show if tab.intent else None)
+        self._largest_upload_bytes = largest_upload_bytes
+        self.traffic = Traffic(
+            str(tab.speech.folder),
+            tab.intent.show if tab.intent else None,
+            tab.recordings.end,
+            math.inf if largest_upload_bytes is None else largest_upload_bytes,
+        )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)
         # Where launch() does not take the look, Blocks() does.
@@ -54,16 +67,27 @@ class Page:
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
 
-    def serve(self, host: str, port: int, *, share: bool = False, api: ASGIApp | None = None) -> str | None:
+    def serve(
+        self,
+        host: str,
+        port: int,
+        *,
+        share: bool = False,
+        api: ASGIApp | None = None,
+        auth: tuple[str, str] | None = None,
+    ) -> str | None:
         """Start serving in the background and return the public link, if one was asked for and could be had.
 
-        ``api`` has the paths of `control`. OSError if the port is taken.
+        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for. OSError if
+        the port is taken.
         """
         middleware = [self.traffic.around, *([control.beside(api)] if api else [])]
         _, _, public_link = self.blocks.launch(
             server_name=host,
             server_port=port,
             share=share,
+            auth=auth,
+            max_file_size=self._largest_upload_bytes,
             prevent_thread_lock=True,
             quiet=True,
             ssr_mode=False,

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ class ShuttingDown(ResidencyError):
         )
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Of what is given: seconds of a recording, characters of a text."""
+
+    audio_s: float = 600.0
+    text: int = 5000
+
+
 class Speech:
     """Wraps an engine; answers are paths of 16-bit WAV files in ``folder``. Thread-safe as far as the engine is."""
 
@@ -42,12 +51,14 @@ class Speech:
         edit_types: Mapping[str, Sequence[str]],
         folder: str,
         recognize: Callable[[str], str] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """``recognize`` answers what is said in a recording; None if nobody can."""
         self._engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
-        self._folder = Path(folder)
+        self.folder = Path(folder)
+        self.limits = limits or Limits()
         self._changed = threading.Condition()
         self._closed = False
         self._running = 0
@@ -72,12 +83,18 @@ class Speech:
 
     def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
         """Say ``target_text`` in the voice of the recording. `InvalidInput`, or what the engine raises."""
-        audio = _given_audio(prompt_audio)
+        audio = _given_audio(prompt_audio, self.limits)
         prompt = _given_text(
-            prompt_text, "Prompt Text is empty: write what is said in the recording", "提示文本为空：请填写录音中的内容"
+            prompt_text,
+            self.limits,
+            "Prompt Text is empty: write what is said in the recording",
+            "提示文本为空：请填写录音中的内容",
         )
         target = _given_text(
-            target_text, "Target Text is empty: write what should be said", "目标文本为空：请填写要合成的内容"
+            target_text,
+            self.limits,
+            "Target Text is empty: write what should be said",
+            "目标文本为空：请填写要合成的内容",
         )
         with self._engine_at_work() as engine:
             return self._write("clone", engine.clone(audio, prompt, target))
@@ -91,14 +108,15 @@ class Speech:
         text: str | None,
     ) -> tuple[str, str]:
         """Change a recording; return the file and the text it now says. `InvalidInput`, or what the engine raises."""
-        audio = _given_audio(input_audio)
+        audio = _given_audio(input_audio, self.limits)
         task, info = self._task(edit_type, edit_info)
-        said = (audio_text or "").strip()
+        said = _short_enough((audio_text or "").strip(), self.limits)
         # Only paralinguistic changes what is said: its target text is the old one with tags such as [Laughter].
         wanted = said
         if task == "paralinguistic":
             wanted = _given_text(
                 text,
+                self.limits,
                 "Target Text is empty: write the text with tags such as [Laughter]",
                 "目标文本为空：请填写带有 [Laughter] 等标签的文本",
             )
@@ -107,7 +125,7 @@ class Speech:
 
     def transcribe(self, recording: str | None) -> str:
         """What is said in a recording. `InvalidInput`, or what the recognizer raises."""
-        audio = _given_audio(recording)
+        audio = _given_audio(recording, self.limits)
         if self._recognize is None:
             raise InvalidInput(
                 "Recordings are not transcribed: start the app with --enable-auto-transcribe",
@@ -155,8 +173,8 @@ class Speech:
     def _write(self, kind: str, answer: tuple[Any, int]) -> str:
         audio, sample_rate = answer
         samples = np.asarray(audio, dtype=np.float32).reshape(-1)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(prefix=f"{kind}-", suffix=".wav", dir=self._folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=f"{kind}-", suffix=".wav", dir=self.folder)
         os.close(handle)
         try:
             soundfile.write(path, samples, sample_rate, subtype="PCM_16")
@@ -180,15 +198,34 @@ def explain(error: Exception) -> str:
     return f"The engine failed: {reason}. Nothing was lost; try again. / 引擎出错：{reason}。历史未丢失，请重试。"
 
 
-def _given_audio(path: str | None) -> str:
+def _given_audio(path: str | None, limits: Limits) -> str:
     if not path:
         raise InvalidInput("Input Audio is missing: upload or record something first", "缺少输入音频：请先上传或录制")
     if not os.path.isfile(path):
         raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")
+    try:
+        header = soundfile.info(path)
+    except soundfile.LibsndfileError:
+        return path  # the engine may know more formats than we do, or else says what is wrong
+    if header.samplerate and header.frames / header.samplerate > limits.audio_s:
+        raise InvalidInput(
+            f"The recording is longer than {limits.audio_s:g} s: cut it, or start the app with a larger --max-audio",
+            f"录音超过 {limits.audio_s:g} 秒：请裁剪，或启动时调大 --max-audio",
+        )
     return path
 
 
-def _given_text(text: str | None, en: str, zh: str) -> str:
+def _given_text(text: str | None, limits: Limits, en: str, zh: str) -> str:
     if not text or not text.strip():
         raise InvalidInput(en, zh)
-    return text.strip()
+    return _short_enough(text.strip(), limits)
+
+
+def _short_enough(text: str, limits: Limits) -> str:
+    if len(text) > limits.text:
+        raise InvalidInput(
+            f"The text has {len(text)} characters, more than {limits.text}: shorten it, or start the app with a larger "
+            f"--max-text",
+            f"文本有 {len(text)} 个字符，超过 {limits.text}：请缩短，或启动时调大 --max-text",
+        )
+    return text

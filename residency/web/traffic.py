@@ -1,15 +1,34 @@
-"""Looks at the HTTP requests that pass by: which answers are still on their way, and when an upload begins."""
+"""Looks at the HTTP requests that pass by: answers on their way, uploads, and pages that come and go."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from anyio import to_thread
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import recordings
+from .words import readable_bytes
+
+logger = logging.getLogger(__name__)
+
+_UPLOAD, _HEARTBEAT = "/upload", "/heartbeat/"
+_ENVELOPE_BYTES = 10_000
+"""What a form may add to the files in it."""
+_FULL = (
+    "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
+    "服务器无法保存录音（{reason}）：请清理 --tmp-dir 所在磁盘后重试。"
+)
 #: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
 _ANSWERS = ("/queue/", "/call/", "/file=")
 _QUIET_S = 1.0
@@ -17,28 +36,94 @@ _QUIET_S = 1.0
 
 
 class Traffic:
-    """`around` is an ASGI middleware. ``upload_begins`` is called in a thread of its own whenever one does."""
+    """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
 
-    def __init__(self, upload_begins: Callable[[], object] | None = None) -> None:
+    ``upload_begins`` is called in a thread of its own whenever one does, ``session_ends`` with a page's session when
+    that has not been heard of for `recordings.LEFT_FOR_S`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        upload_begins: Callable[[], object] | None = None,
+        session_ends: Callable[[str], object] | None = None,
+        largest_upload_bytes: float = math.inf,
+    ) -> None:
+        self._folder = Path(folder)
         self._upload_begins = upload_begins
+        self._session_ends = session_ends
+        self._largest_upload_bytes = largest_upload_bytes
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
+        self._uploads = 0
+        self._pages: Counter[str] = Counter()
 
     def around(self, app: ASGIApp) -> ASGIApp:
         async def passed_by(scope: Scope, receive: Receive, send: Send) -> None:
             path = scope.get("path", "") if scope["type"] == "http" else ""
-            if self._upload_begins and path.endswith("/upload") and scope["method"] == "POST":
-                asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
-            if not any(part in path for part in _ANSWERS):
-                return await app(scope, receive, send)
-            self._count(+1)
-            try:
+            if path.endswith(_UPLOAD) and scope["method"] == "POST":
+                await self._upload(app, scope, receive, send)
+            elif _HEARTBEAT in path:
+                await self._page(path.rpartition("/")[2], app, scope, receive, send)
+            elif any(part in path for part in _ANSWERS):
+                self._count(+1)
+                try:
+                    await app(scope, receive, send)
+                finally:
+                    self._count(-1)
+            else:
                 await app(scope, receive, send)
-            finally:
-                self._count(-1)
 
         return passed_by
+
+    async def _upload(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        length = Headers(scope=scope).get("content-length", "0")
+        if length.isdecimal() and int(length) > self._largest_upload_bytes + _ENVELOPE_BYTES:
+            return await _say(413, too_large(self._largest_upload_bytes))(scope, receive, send)
+        if self._upload_begins:
+            asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
+        answered = False
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        self._uploads += 1
+        try:
+            await app(scope, receive, noted)
+        except ClientDisconnect:
+            logger.debug("An upload was given up")
+        except OSError as error:
+            logger.error("An upload could not be kept: %s", error)
+            if answered:
+                raise
+            await _say(507, _FULL.format(reason=error.strerror))(scope, receive, send)
+        finally:
+            self._uploads -= 1
+            if not self._uploads:  # then what lies there was left by those that were given up
+                await to_thread.run_sync(self._sweep)
+
+    def _sweep(self) -> None:
+        for left in self._folder.glob("tmp*"):
+            if left.is_file() and not self._uploads:
+                left.unlink(missing_ok=True)
+
+    async def _page(self, session: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """A page holds this line for as long as it is open, and takes it up again if it was cut."""
+        self._pages[session] += 1
+        try:
+            await app(scope, receive, send)
+        finally:
+            self._pages[session] -= 1
+            asyncio.get_running_loop().call_later(recordings.LEFT_FOR_S, self._look_after, session)
+
+    def _look_after(self, session: str) -> None:
+        if self._pages.get(session) == 0:
+            del self._pages[session]
+            if self._session_ends:
+                asyncio.get_running_loop().run_in_executor(None, self._session_ends, session)
 
     def wait_until_quiet(self, within_s: float) -> bool:
         """Wait until all answers have been fetched; False if ``within_s`` passes first."""
@@ -56,3 +141,16 @@ class Traffic:
             self._under_way += step
             self._last_s = time.monotonic()
             self._changed.notify_all()
+
+
+def too_large(limit_bytes: float) -> str:
+    """What is said of an upload beyond the limit."""
+    size = readable_bytes(int(limit_bytes))
+    return (
+        f"The recording is larger than {size}: cut it, save it as FLAC or MP3, or start the app with a larger "
+        f"--max-upload. / 录音超过 {size}：请裁剪、另存为 FLAC 或 MP3，或启动时调大 --max-upload。"
+    )
+
+
+def _say(code: int, sentence: str) -> PlainTextResponse:
+    return PlainTextResponse(sentence, code)

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import Gate, Worker
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from residency.web import recordings
 from residency.web import traffic as traffic_module
 from residency.web.traffic import Traffic
 
@@ -27,14 +31,22 @@ def uploads() -> threading.Semaphore:
 
 
 @pytest.fixture
-def traffic(uploads: threading.Semaphore) -> Traffic:
-    return Traffic(uploads.release)
+def ended() -> list[str]:
+    """The sessions that have ended."""
+    return []
+
+
+@pytest.fixture
+def traffic(uploads: threading.Semaphore, ended: list[str], tmp_path: Path) -> Traffic:
+    return Traffic(str(tmp_path), uploads.release, ended.append, largest_upload_bytes=1 << 20)
 
 
 @pytest.fixture
 def client(traffic: Traffic, gate: Gate) -> Iterator[TestClient]:
     def slow(request: Request) -> PlainTextResponse:
         gate.pass_through()
+        if error := getattr(request.app, "error", None):
+            raise error
         return PlainTextResponse("done")
 
     routes = [Route(path, slow, methods=["GET", "POST"]) for path in ("/gradio_api/{rest:path}", "/")]
@@ -85,3 +97,68 @@ def test_the_beginning_of_an_upload_is_told_before_it_is_done(
     upload.result()
     client.get("/gradio_api/upload")
     assert not uploads.acquire(blocking=False)
+
+
+class TestUploads:
+    def test_one_that_is_too_large_is_refused_before_it_is_read(
+        self, client: TestClient, uploads: threading.Semaphore
+    ) -> None:
+        answer = client.post("/gradio_api/upload", content=b"x" * (2 << 20))
+        assert answer.status_code == 413
+        assert "larger than 1 MB" in answer.text
+        assert "--max-upload" in answer.text
+        assert not uploads.acquire(blocking=False), "nobody is about to ask for speech"
+
+    def test_a_full_disk_is_said(self, client: TestClient, gate: Gate) -> None:
+        client.app.error = OSError(28, "No space left on device")  # type: ignore[attr-defined]
+        gate.open()
+        answer = client.post("/gradio_api/upload", content=b"x")
+        assert answer.status_code == 507
+        assert "No space left on device" in answer.text
+        assert "--tmp-dir" in answer.text
+
+    def test_what_was_given_up_leaves_nothing(self, client: TestClient, gate: Gate, tmp_path: Path) -> None:
+        (tmp_path / "tmpabc").write_text("half of a recording")
+        (tmp_path / "clone-1.wav").write_text("a result")
+        (tmp_path / "tmpfolder").mkdir()
+        other = Worker(client.post, "/gradio_api/upload")
+        gate.wait_for_arrival()
+        assert (tmp_path / "tmpabc").exists(), "it may be that of an upload that is under way"
+        client.app.error = ClientDisconnect()  # type: ignore[attr-defined]
+        gate.open()
+        with pytest.raises(AssertionError):  # the client of the test misses an answer
+            other.result()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["clone-1.wav", "tmpfolder"]
+
+
+class TestSessions:
+    """A page holds a line for as long as it is open."""
+
+    @pytest.fixture(autouse=True)
+    def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(recordings, "LEFT_FOR_S", 0)
+
+    def test_one_that_has_left_and_not_come_back_has_ended(self, traffic: Traffic, ended: list[str]) -> None:
+        async def visit() -> None:
+            lines = {name: asyncio.Event() for name in ("first", "again")}
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                await lines[scope["line"]].wait()
+
+            def hold(line: str) -> asyncio.Future[None]:
+                scope = {"type": "http", "path": "/gradio_api/heartbeat/one", "line": line}
+                return asyncio.ensure_future(traffic.around(app)(scope, None, None))  # type: ignore[arg-type]
+
+            first, again = hold("first"), hold("again")
+            await asyncio.sleep(0)
+            lines["first"].set()
+            await first
+            await asyncio.to_thread(lambda: None)
+            assert not ended, "it has come back"
+            lines["again"].set()
+            await again
+            while not ended:
+                await asyncio.sleep(0)
+
+        asyncio.run(visit())
+        assert ended == ["one"]
