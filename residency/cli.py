@@ -16,7 +16,14 @@ DEFAULT_URL = "http://127.0.0.1:7860"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and print the status; 0 if it was done or will follow, 1 if the app refused or is not there."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    times = [arguments.keep_warm, arguments.idle_timeout]
+    if (arguments.command == "configure") != any(time is not None for time in times):
+        parser.error(
+            "--keep-warm and --idle-timeout go with configure, which needs one of them / "
+            "configure 需要 --keep-warm 或 --idle-timeout，且只有它使用这两个参数"
+        )
     try:
         done, status = _call(arguments)
     except urllib.error.HTTPError as error:
@@ -39,10 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gpu_manager", description="Steer a running app.", allow_abbrev=False
     )
-    parser.add_argument("command", choices=["status", "offload", "release", "warm"])
+    parser.add_argument("command", choices=["status", "offload", "release", "warm", "configure"])
     parser.add_argument("model", nargs="?", help="the model's name, such as tts (default: all)")
     parser.add_argument("--url", default=DEFAULT_URL, help="the app's address (default: %(default)s)")
     parser.add_argument("--token", default=os.environ.get("GPU_CONTROL_TOKEN"), help="or GPU_CONTROL_TOKEN")
+    parser.add_argument("--keep-warm", metavar="S", help="for configure: 30s, 5m, auto, -1 (for ever)")
+    parser.add_argument("--idle-timeout", metavar="S", help="for configure: 600, 15m, -1 (never)")
     parser.add_argument("--json", action="store_true", help="print the whole status as JSON")
     return parser
 
@@ -51,7 +60,8 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
     """The answer of the app: whether it is done, and the status."""
     request = urllib.request.Request(f"{arguments.url.rstrip('/')}/gpu/{arguments.command}")
     if arguments.command != "status":
-        request.data = json.dumps({"model": arguments.model} if arguments.model else {}).encode()
+        asked = {"model": arguments.model, "keep_warm": arguments.keep_warm, "idle_timeout": arguments.idle_timeout}
+        request.data = json.dumps({name: value for name, value in asked.items() if value is not None}).encode()
         request.add_header("Content-Type", "application/json")
     if arguments.token:
         request.add_header("Authorization", f"Bearer {arguments.token}")
@@ -68,11 +78,20 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def _table(status: dict[str, Any]) -> str:
-    rows = [("MODEL", "STATE", "GPU MB", "RAM MB", "IDLE S", "PENDING")]
+    rows = [("MODEL", "STATE", "GPU MB", "RAM MB", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
         megabytes = (f"{model[key] / 1e6:.1f}" for key in ("device_bytes", "host_bytes"))
-        rows.append((name, model["state"], *megabytes, idle, model["pending"] or "-"))
+        rows.append((name, model["state"], *megabytes, idle, str(model["waiting"]), _next(model)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([status["device"]["name"], *lines])
+
+
+def _next(model: dict[str, Any]) -> str:
+    """What will happen to it: what was asked for, where it is going, or what its policy has in mind."""
+    if model["pending"]:
+        return f"{model['pending']} after the request"
+    if way := model["progress"]:
+        return f"to {way['to']}: {way['phase']}"
+    return f"{model['next']['to']} in {model['next']['in_s']:.0f} s" if model["next"] else "-"

@@ -51,7 +51,21 @@ def test_status_prints_a_table(app: HTTPServer, capsys: pytest.CaptureFixture[st
     assert run(app, "status") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Simulated GPU")
-    assert lines[2].split() == ["tts", "released", "0.0", "0.0", "-", "-"]
+    assert lines[2].split() == ["tts", "released", "0.0", "0.0", "-", "0", "-"]
+
+
+def test_the_table_tells_what_comes_next(
+    app: HTTPServer, manager: GPUResourceManager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager.configure("tts", keep_warm=90)
+    with manager.lease("tts"):
+        manager.release("tts")
+        run(app, "status")
+        assert "release after the request" in capsys.readouterr().out
+    with manager.lease("tts"):
+        pass
+    run(app, "status")
+    assert "cpu in 90 s" in capsys.readouterr().out
 
 
 def test_json_prints_the_whole_status(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +80,20 @@ def test_commands_name_their_model_and_send_the_token(app: HTTPServer, capsys: p
     app.next_answer = (202, app.next_answer[1])
     assert run(app, "warm") == 0
     assert "will follow" in capsys.readouterr().err
+
+
+def test_how_long_models_stay_is_changed(app: HTTPServer) -> None:
+    assert run(app, "configure", "tts", "--keep-warm", "auto", "--idle-timeout", "1h") == 0
+    assert app.seen == [("/gpu/configure", {"model": "tts", "keep_warm": "auto", "idle_timeout": "1h"}, None)]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["configure"], ["release", "--keep-warm", "5"], ["status", "--idle-timeout", "5"]]
+)
+def test_times_go_with_configure(app: HTTPServer, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(app, *arguments)
+    assert app.seen == []
 
 
 def test_a_refusal_is_printed_and_fails(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
