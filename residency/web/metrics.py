@@ -10,6 +10,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from .protocols import Manager
 
+OUTCOMES = ("ok", "error", "timeout", "busy", "cancelled", "refused", "failed")
+MOVES = (("released", "gpu"), ("gpu", "cpu"), ("cpu", "gpu"), ("cpu", "released"), ("gpu", "released"))
+MOVES_HERE = (("released", "cpu"), ("cpu", "released"))
+"""Where device and host are one memory."""
 STATES = ("gpu", "cpu", "released", "moving")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -53,9 +57,14 @@ class _Books:
         )
         requests = CounterMetricFamily("gpu_manager_requests", "Requests that have ended.", labels=("model", "outcome"))
         for name, past in self._history.items():
+            # Those that have not happened too: Prometheus sees no increase in what begins with 1.
+            possible = MOVES_HERE if device["kind"] == "cpu" else MOVES
+            counts = {(*ends, outcome): 0 for ends in possible for outcome in ("ok", "failed")}
             for move in past["totals"]["moves"]:
-                moves.add_metric((name, move["from"], move["to"], move["outcome"]), move["count"])
-            for outcome, count in past["totals"]["requests"].items():
+                counts[move["from"], move["to"], move["outcome"]] = move["count"]
+            for labels, count in counts.items():
+                moves.add_metric((name, *labels), count)
+            for outcome, count in (dict.fromkeys(OUTCOMES, 0) | past["totals"]["requests"]).items():
                 requests.add_metric((name, outcome), count)
         yield moves
         yield requests

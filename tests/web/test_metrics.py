@@ -34,6 +34,12 @@ def test_what_has_happened_is_counted(manager: GPUResourceManager) -> None:
     assert seen[key("request_wait_seconds_count")] == 2
 
 
+def test_what_has_not_happened_yet_is_zero(manager: GPUResourceManager) -> None:
+    seen = samples(manager)
+    assert seen[key("requests_total", outcome="timeout")] == 0
+    assert seen[key("moves_total", **{"from": "cpu", "to": "gpu", "outcome": "failed"})] == 0
+
+
 def test_what_is_now_is_shown(manager: GPUResourceManager, workshop: Workshop) -> None:
     with manager.lease("tts"):
         seen = samples(manager)
