@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from gradio import route_utils
 from gradio.context import LocalContext
 
 from .language import Say, both, preferred
@@ -23,6 +26,13 @@ PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_na
 
 ENGINE: dict[str, Any] = {"concurrency_id": "engine", "concurrency_limit": 1}
 """For events that use the engine: one at a time; the others wait in Gradio's queue, where people see their place."""
+
+
+def keep_uploads_in(folder: str) -> None:
+    """Have uploads under way lie there, also with Gradio 5, which puts them into the system's folder."""
+    if "upload_dir" not in inspect.signature(route_utils.GradioMultiPartParser.__init__).parameters:
+        elsewhere = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
+        route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
 
 
 def session() -> str | None:

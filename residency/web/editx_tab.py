@@ -47,7 +47,9 @@ PARALINGUISTIC_HELP = (
     f"**paralinguistic** 在目标文本中加入标签： {TAGS}",
     f"**paralinguistic** puts sounds where the target text has tags: {TAGS}",
 )
-_FILL_IN = "(heard, text) => text && text.trim() ? text : heard"
+# Not over what somebody has written meanwhile, and not about a recording that was taken away.
+_FILL_IN = """(heard, text, audio) =>
+  (text && text.trim()) || !audio || audio.path !== heard.recording ? text : heard.text"""
 
 
 class EditxTab:
@@ -167,6 +169,10 @@ class EditxTab:
         except Exception as error:
             return "", _warned(error)
 
+    def _hear(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[dict[str, Any], str]:
+        text, message = self.transcribe(prompt_audio, prompt_text)
+        return {"recording": prompt_audio, "text": text}, message
+
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self.forget(state)
         return [], self.init_state(), ""
@@ -211,7 +217,7 @@ class EditxTab:
                         elem_id="prompt-audio",
                         **supported(gr.Audio, buttons=["download"]),
                     )
-                    self.heard = gr.Textbox(visible=False)
+                    self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
                         label=label("目标文本", "Target Text"), max_lines=200, elem_id="target-text"
                     )
@@ -274,15 +280,16 @@ class EditxTab:
         self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, **PRIVATE)
         if self.speech.transcribes:
             hearing = self.prompt_audio_input.change(
-                self.transcribe,
+                self._hear,
                 [self.prompt_audio_input, self.prompt_text_input],
                 [self.heard, self.message],
                 trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
                 **supported(self.prompt_audio_input.change, show_progress_on=self.prompt_text_input),
                 **PRIVATE,
             )
-            # In the browser, when the answer is there: what somebody has written meanwhile stays.
-            hearing.success(None, [self.heard, self.prompt_text_input], self.prompt_text_input, js=_FILL_IN, **PRIVATE)
+            # In the browser, when the answer is there.
+            present = [self.heard, self.prompt_text_input, self.prompt_audio_input]
+            hearing.success(None, present, self.prompt_text_input, js=_FILL_IN, **PRIVATE)
             self.prompt_audio_input.clear(None, cancels=[hearing], **PRIVATE)
         if self.intent:
             writing = [box.focus for box in (self.prompt_text_input, self.generated_text)]

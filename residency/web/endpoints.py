@@ -8,33 +8,39 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from .compat import ENGINE
+from .compat import ENGINE, session
 from .gpu_panel import check
 from .guard import Guard
 from .protocols import Manager
+from .recordings import Recordings
 from .speech import Speech, explain
 
 T = TypeVar("T")
 NOBODY = gr.Request()
 
 
-def register_speech(speech: Speech, told: Callable[[], AbstractContextManager[None]]) -> None:
+def register_speech(speech: Speech, told: Callable[[], AbstractContextManager[None]], recordings: Recordings) -> None:
     """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people.
 
-    In a block of ``told`` the caller hears what happens to the model.
+    In a block of ``told`` the caller hears what happens to the model. Files go with the session of ``gradio_client``.
     """
+
+    def answer(recording: str, work: Callable[[], str]) -> str:
+        recordings.own(session(), recording)
+        with told():
+            result = _or_error(work)
+        recordings.own(session(), result)
+        return result
 
     def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
         """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
-        with told():
-            return _or_error(lambda: speech.clone(prompt_audio, prompt_text, target_text))
+        return answer(prompt_audio, lambda: speech.clone(prompt_audio, prompt_text, target_text))
 
     def edit(
         input_audio: str, audio_text: str, edit_type: str, edit_info: str | None = None, text: str | None = None
     ) -> str:
         """Change input_audio, in which audio_text is said. Only paralinguistic uses text."""
-        with told():
-            return _or_error(lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
+        return answer(input_audio, lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
 
     with gr.Row(visible=False):
         _expose(clone, [_recording(), gr.Textbox(), gr.Textbox()], gr.Audio(), **ENGINE)

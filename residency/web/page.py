@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from . import control, endpoints
-from .compat import supported
+from .compat import keep_uploads_in, supported
 from .editx_tab import EditxTab
 from .guard import Guard
 from .labels import label, translations
@@ -44,6 +44,7 @@ class Page:
     ) -> None:
         self.speech = tab.speech
         self._largest_upload_bytes = largest_upload_bytes
+        keep_uploads_in(str(tab.speech.folder))
         self.traffic = Traffic(
             str(tab.speech.folder),
             tab.intent.show if tab.intent else None,
@@ -63,7 +64,7 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            endpoints.register_speech(tab.speech, tab.told)
+            endpoints.register_speech(tab.speech, tab.told, tab.recordings)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
 

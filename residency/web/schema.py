@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 Name = Literal["gpu", "cpu", "released", "moving"]
 Settled = Literal["gpu", "cpu", "released"]
 Seconds = float
-Duration = float | str
+
+
+def _duration(words: str) -> WithJsonSchema:
+    """Checked by the manager, which says what is wrong better than a schema can."""
+    text = {"type": "string", "pattern": rf"^([0-9]+(\.[0-9]+)?[smh]?|-1{words})$"}
+    return WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": -1}, text]})
+
+
+Duration = Annotated[float | str, _duration("")]
+DurationOrAuto = Annotated[float | str, _duration("|auto")]
 
 
 class Which(BaseModel):
@@ -23,7 +32,7 @@ class Configuration(Which):
     """Seconds or ``90s``, ``15m``, ``1h``; -1 is never; ``keep_warm`` may be ``auto``. What is left out stays."""
 
     model_config = ConfigDict(extra="forbid", title="Configuration")
-    keep_warm: Duration | None = Field(None, examples=["30s"])
+    keep_warm: DurationOrAuto | None = Field(None, examples=["30s", "auto"])
     idle_timeout: Duration | None = Field(None, examples=["10m"])
 
 
