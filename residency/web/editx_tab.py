@@ -277,7 +277,7 @@ class EditxTab:
         self.prompt_audio_input.change(
             lambda path: self.recordings.own(session(), path), self.prompt_audio_input, queue=False, **PRIVATE
         )
-        self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, **PRIVATE)
+        self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, queue=False, **PRIVATE)
         if self.speech.transcribes:
             hearing = self.prompt_audio_input.change(
                 self._hear,
