@@ -94,6 +94,11 @@ class TestSteering:
         assert "event: complete" not in said
         assert app.model()["state"] == "released"
 
+    @pytest.mark.parametrize("path", ["queue/join", "call/clone", "run/predict", "upload"])
+    def test_a_page_of_another_site_cannot_ask_for_speech_either(self, app: RunningApp, path: str) -> None:
+        code, said = ask(app, f"/gradio_api/{path}", {}, **{"Sec-Fetch-Site": "cross-site"})
+        assert (code, "other sites" in said) == (403, True)
+
     @pytest.mark.parametrize("name", CHANGES)
     def test_this_machine_and_the_token_can(self, app: RunningApp, name: str) -> None:
         assert "event: complete" in self.call(app, name)

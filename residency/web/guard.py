@@ -63,7 +63,13 @@ def _is_address(host: str) -> bool:
 
 
 def _from_another_site(request: HTTPConnection) -> bool:
-    """Whether a browser sends this for a page of somebody else; browsers name the origin of whatever changes things."""
+    """Whether a browser sends this for a page of somebody else.
+
+    Browsers say so themselves over https and on localhost; else they name the origin of whatever changes things.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
     origin = request.headers.get("origin")
     return origin is not None and _split(origin).netloc != request.headers.get("host", "")
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _UPLOAD, _HEARTBEAT = "/upload", "/heartbeat/"
 _ENVELOPE_BYTES = 10_000
 """What a form may add to the files in it."""
+_STRANGER = "Pages of other sites may not use this one. / 其他网站的页面不能使用本页面。"
 _FULL = (
     "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
     "服务器无法保存录音（{reason}）：请清理 --tmp-dir 所在磁盘后重试。"
@@ -62,7 +63,9 @@ class Traffic:
     def around(self, app: ASGIApp) -> ASGIApp:
         async def passed_by(scope: Scope, receive: Receive, send: Send) -> None:
             path = scope.get("path", "") if scope["type"] == "http" else ""
-            if path.endswith(_UPLOAD) and scope["method"] == "POST":
+            if path and scope["method"] == "POST" and Headers(scope=scope).get("sec-fetch-site") == "cross-site":
+                await _say(403, _STRANGER)(scope, receive, send)
+            elif path.endswith(_UPLOAD) and scope["method"] == "POST":
                 await self._upload(app, scope, receive, send)
             elif _HEARTBEAT in path:
                 await self._page(path.rpartition("/")[2], app, scope, receive, send)

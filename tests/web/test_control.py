@@ -200,6 +200,10 @@ class TestWhoMayChange:
             ({"Origin": "http://127.0.0.1:9999"}, 401),
             ({"Origin": "null"}, 401),
             ({"Origin": "http://[::1"}, 401),
+            ({"Sec-Fetch-Site": "cross-site"}, 401),
+            ({"Sec-Fetch-Site": "same-site"}, 401),
+            # A proxy on this machine that changes the host, and a page that was served through it.
+            ({"Sec-Fetch-Site": "same-origin", "Origin": "https://tts.example"}, 200),
             ({"Host": "[::1"}, 401),
             ({"Host": "evil.example:7860", "Origin": "http://evil.example:7860"}, 401),
             ({"Host": "localhost:7860", "Origin": "http://localhost:7860"}, 200),

@@ -146,7 +146,7 @@ class TestSessions:
                 await lines[scope["line"]].wait()
 
             def hold(line: str) -> asyncio.Future[None]:
-                scope = {"type": "http", "path": "/gradio_api/heartbeat/one", "line": line}
+                scope = {"type": "http", "method": "GET", "path": "/gradio_api/heartbeat/one", "line": line}
                 return asyncio.ensure_future(traffic.around(app)(scope, None, None))  # type: ignore[arg-type]
 
             first, again = hold("first"), hold("again")
