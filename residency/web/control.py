@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -39,10 +39,11 @@ _CODES: dict[type[Exception], int] = {
 }
 
 
-def build(manager: Manager, guard: Guard, panel: Callable[[str | None], AsyncIterator[str]] | None = None) -> FastAPI:
+def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | None], Any] | None = None) -> FastAPI:
     """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
 
-    ``panel`` gives the page what it shows, in the language of a header ``Accept-Language``.
+    ``panel`` gives the page what it shows, in the language of a header ``Accept-Language``; None if the page shows that
+    version already.
     """
     app = FastAPIOffline(
         docs_url="/docs",
@@ -90,8 +91,10 @@ def build(manager: Manager, guard: Guard, panel: Callable[[str | None], AsyncIte
     if panel:
 
         @app.get("/gpu/panel", include_in_schema=False)
-        async def gpu_panel(request: Request) -> EventStream:
-            return EventStream(panel(request.headers.get("accept-language")))
+        async def gpu_panel(request: Request, known: int | None = None) -> Response:
+            language = request.headers.get("accept-language")
+            news = await to_thread.run_sync(panel, language, known, limiter=looking)
+            return Response(status_code=204) if news is None else JSONResponse(news, headers=_NOT_KEPT)
 
     @app.get("/metrics", tags=["looking"], response_class=Response, responses=_METRICS)
     async def prometheus() -> Response:
@@ -196,6 +199,7 @@ def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": Refusal, "description": words[code]} for code in codes}
 
 
+_NOT_KEPT = {"Cache-Control": "no-store"}
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."}
 }

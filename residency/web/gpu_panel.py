@@ -1,22 +1,21 @@
 """The accordion with the GPU's state and the buttons. Looking at it never counts as use.
 
-What it shows comes as pieces of HTML from `GpuPanel.stream`; ``panel.js`` puts them in place.
+What it shows comes as pieces of HTML from `GpuPanel.news`; ``panel.js`` asks for them and puts them in place.
 """
 
 from __future__ import annotations
 
 import html
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from anyio import CapacityLimiter, to_thread
 
 from ..errors import NotAllowed, ResidencyError
-from . import stream, views, words
+from . import views, words
 from .compat import PRIVATE, speaker
 from .guard import Guard
 from .labels import label
@@ -24,12 +23,6 @@ from .language import Say, both, preferred, translated
 from .protocols import Manager
 
 logger = logging.getLogger(__name__)
-
-LOOK_EVERY_S = 0.25
-"""How often it is looked whether there is anything new; that alone costs nothing."""
-
-FRESH_EVERY_S = 10.0
-"""How old at most is what only the driver knows: free memory, power."""
 
 ACTIONS = {
     "warm": ("🔥 加载到GPU", "🔥 Warm up"),
@@ -64,14 +57,13 @@ class GpuPanel:
             "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
         }
 
-    def stream(self, accept_language: str | None) -> AsyncIterator[str]:
-        """`pieces` as server-sent events, whenever there is something new."""
-        say, limiter = preferred(accept_language), CapacityLimiter(1)
-
-        async def render() -> dict[str, str]:
-            return await to_thread.run_sync(self.pieces, say, limiter=limiter)
-
-        return stream.news(self._manager, render, LOOK_EVERY_S, FRESH_EVERY_S)
+    def news(self, accept_language: str | None, known: int | None) -> dict[str, Any] | None:
+        """`pieces` with their ``version``, and whether something is moving; None if the page knows that version."""
+        version = self._manager.version
+        if version == known:
+            return None
+        pieces = self.pieces(preferred(accept_language))
+        return {"version": version, "pieces": pieces, "moving": "data-state='moving'" in str(pieces)}
 
     def press(self, action: str, name: str | None = None, say: Say = both) -> str:
         """Warm, offload or release a model (None: all); say what came of it, or when it will happen."""

@@ -56,20 +56,3 @@ async def moves(manager: Manager, status: Callable[[], Awaitable[Any]]) -> Async
                 yield message(event.what, asdict(event))
     finally:
         unsubscribe()
-
-
-async def news(
-    manager: Manager, render: Callable[[], Awaitable[Any]], every_s: float, at_least_every_s: float
-) -> AsyncIterator[str]:
-    """What ``render`` answers whenever the manager's books have changed; looked at so often, which costs nothing.
-
-    What the books do not know (free memory) is told when it is time to.
-    """
-    loop = asyncio.get_running_loop()
-    version, told_s = None, 0.0
-    while not manager.closed:
-        present, now_s = manager.version, loop.time()
-        if present != version or now_s >= told_s + at_least_every_s:
-            version, told_s = present, now_s
-            yield message("news", await render())
-        await asyncio.sleep(every_s)

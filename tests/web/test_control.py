@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager
 from residency.web.control import build
+from residency.web.gpu_panel import GpuPanel
 from residency.web.guard import Guard
 from residency.web.schema import History, Status
 
@@ -134,6 +135,22 @@ def test_the_description_tells_all_calls_and_brings_its_own_files(manager: GPURe
     for file in re.findall(r"""(?:href|src)="([^"]+)""", page):
         assert file.startswith("/docs/"), "the page asks the internet for something"
         assert calls.get(file).status_code == 200
+
+
+def test_the_page_is_told_what_it_does_not_know(used: GPUResourceManager) -> None:
+    panel = GpuPanel(used, Guard())
+    calls = TestClient(build(used, Guard(), panel.news), "http://127.0.0.1:7860")
+    for language, word in (("zh-CN,zh", "在内存中"), ("en", "In main memory")):
+        answer = calls.get("/gpu/panel", headers={"Accept-Language": language})
+        assert word in answer.json()["pieces"]["model-tts"]
+        assert answer.json()["moving"] is False
+    version = answer.json()["version"]
+    assert calls.get(f"/gpu/panel?known={version}").status_code == 204
+    assert calls.get(f"/gpu/panel?known={version - 1}").status_code == 200
+    used.release()
+    assert calls.get(f"/gpu/panel?known={version}").json()["version"] != version
+    assert calls.get("/gpu/panel?known=old").status_code == 422
+    assert client(used).get("/gpu/panel").status_code == 404
 
 
 def test_answers_are_as_described(used: GPUResourceManager) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 from gpu_manager import GPUResourceManager
@@ -80,45 +79,3 @@ def test_somebody_who_hears_nothing_is_told_that_the_line_stands(manager: GPURes
         return await anext(messages)
 
     assert asyncio.run(listen()).startswith(": ")
-
-
-class TestNews:
-    def news(self, manager: GPUResourceManager, at_least_every_s: float = 1000) -> AsyncIterator[str]:
-        self.rendered = 0
-
-        async def render() -> int:
-            self.rendered += 1
-            return manager.version
-
-        return stream.news(manager, render, 0, at_least_every_s)
-
-    def test_it_comes_when_something_has_changed_and_not_before(self, manager: GPUResourceManager) -> None:
-        async def listen() -> None:
-            news = self.news(manager)
-            assert said(await anext(news)) == ("news", manager.version)
-            waiting = asyncio.ensure_future(anext(news))
-            for _ in range(100):
-                await asyncio.sleep(0)
-            assert self.rendered == 1
-            await asyncio.to_thread(use, manager)
-            assert said(await waiting)[0] == "news"
-
-        asyncio.run(listen())
-
-    def test_it_comes_now_and_then_all_the_same(self, manager: GPUResourceManager) -> None:
-        async def listen() -> None:
-            news = self.news(manager, at_least_every_s=0)
-            for _ in range(3):
-                await anext(news)
-
-        asyncio.run(listen())
-        assert self.rendered == 3
-
-    def test_it_ends_with_the_manager(self, manager: GPUResourceManager) -> None:
-        async def listen() -> None:
-            news = self.news(manager)
-            await anext(news)
-            manager.close()
-            assert [message async for message in news] == []
-
-        asyncio.run(listen())
