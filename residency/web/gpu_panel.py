@@ -74,13 +74,13 @@ class GpuPanel:
         except Exception as error:
             logger.exception("%s by hand failed", action)
             return f"{say('操作失败', 'It failed')}: {error}"
-        return words.pressed(action, done, self._manager.status(), say)
+        return words.pressed(action, name, done, self._manager.status(), say)
 
-    def configure(self, name: str | None, keep_warm: str, idle_timeout: str, say: Say = both) -> str:
+    def configure(self, name: str | None, keep_warm: str | None, idle_timeout: str | None, say: Say = both) -> str:
         """Change how long a model (None: all) stays; what is empty stays as it is."""
-        times = {"keep_warm": keep_warm.strip() or None, "idle_timeout": idle_timeout.strip() or None}
+        times = {"keep_warm": keep_warm and keep_warm.strip(), "idle_timeout": idle_timeout and idle_timeout.strip()}
         try:
-            self._manager.configure(name, **times)
+            self._manager.configure(name, **{which: time for which, time in times.items() if time})
         except ResidencyError as error:
             return translated(str(error), say)
         return say("已更改，立即生效。", "Changed, from now on.")

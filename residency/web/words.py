@@ -113,8 +113,8 @@ def notes(device: dict[str, Any], say: Say) -> list[str]:
     return [say(note["zh"], note["en"])] if note else []
 
 
-def pressed(action: str, done: bool, status: dict[str, Any], say: Say) -> str:
-    """What came of a press on warm, offload or release, or when it will happen."""
+def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], say: Say) -> str:
+    """What came of a press on warm, offload or release of a model (None: all), or when it will happen."""
     kind = status["device"]["kind"]
     if action == "warm":
         if done:
@@ -126,7 +126,8 @@ def pressed(action: str, done: bool, status: dict[str, Any], say: Say) -> str:
         return say("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
     if kind == "cpu":
         return say("本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees RAM.")
-    if all(model["state"] == "released" for model in status["models"].values()):
+    models = status["models"] if name is None else {name: status["models"][name]}
+    if all(model["state"] == "released" for model in models.values()):
         return say("模型已释放，无需卸载。", "Nothing to offload: the model is released.")
     return say("已卸载到内存。", "Offloaded to main memory.")
 

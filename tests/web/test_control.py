@@ -230,3 +230,23 @@ class TestWhoMayChange:
         self, manager: GPUResourceManager, headers: dict[str, str], code: int
     ) -> None:
         assert client(manager).post("/gpu/release", headers=headers).status_code == code
+
+
+class TestPanelsTimes:
+    """What is written into the panel's boxes."""
+
+    @pytest.mark.parametrize(
+        ("boxes", "times"),
+        [((" 90s ", ""), (90, 600)), ((None, "1h"), (0, 3600)), (("", None), (0, 600)), (("-1", "-1"), (-1, -1))],
+    )
+    def test_what_is_empty_stays(
+        self, manager: GPUResourceManager, boxes: tuple[str | None, str | None], times: tuple[float, float]
+    ) -> None:
+        manager.configure("tts", keep_warm=0, idle_timeout=600)
+        assert GpuPanel(manager, Guard()).configure("tts", *boxes).endswith("Changed, from now on.")
+        model = manager.status()["models"]["tts"]
+        assert (model["keep_warm_s"], model["idle_timeout_s"]) == times
+
+    def test_what_is_wrong_is_said(self, manager: GPUResourceManager) -> None:
+        assert "'soon' is no duration" in GpuPanel(manager, Guard()).configure(None, "soon", "")
+        assert "asr" in GpuPanel(manager, Guard()).configure("asr", "5", "")

@@ -69,7 +69,19 @@ def test_on_a_cpu_offload_is_said_to_save_nothing() -> None:
         manager.register("tts", object)
         status = manager.status()
         assert "Offload saves nothing; release frees RAM" in words.as_text(status)
-        assert "release frees RAM" in words.pressed("offload", True, status, both)
+        assert "release frees RAM" in words.pressed("offload", None, True, status, both)
+
+
+def test_what_came_of_a_press_is_said_of_the_model_that_it_was_about(manager: GPUResourceManager) -> None:
+    manager.register("asr", object)
+    with manager.lease("tts"):
+        pass
+    status = manager.status()
+    assert words.pressed("offload", "asr", True, status, en).startswith("Nothing to offload")
+    assert words.pressed("offload", "tts", True, status, en) == "Offloaded to main memory."
+    assert words.pressed("offload", None, True, status, zh) == "已卸载到内存。"
+    assert words.pressed("release", "tts", False, status, zh).endswith("释放。")
+    assert words.pressed("warm", "tts", False, status, en).startswith("On its way to the simulated GPU")
 
 
 def test_what_comes_from_outside_is_escaped(manager: GPUResourceManager) -> None:
