@@ -48,6 +48,7 @@ class Page:
         self.traffic = Traffic(
             str(tab.speech.folder),
             tab.intent.show if tab.intent else None,
+            tab.recordings.begin,
             tab.recordings.end,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
         )

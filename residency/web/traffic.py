@@ -39,19 +39,21 @@ _QUIET_S = 1.0
 class Traffic:
     """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
 
-    ``upload_begins`` is called in a thread of its own whenever one does, ``session_ends`` with a page's session when
-    that has not been heard of for `recordings.LEFT_FOR_S`.
+    ``upload_begins`` is called in a thread of its own whenever one does, ``session_begins`` with a page's session
+    when that is there (again), and ``session_ends`` when it has not been heard of for `recordings.LEFT_FOR_S`.
     """
 
     def __init__(
         self,
         folder: str,
         upload_begins: Callable[[], object] | None = None,
+        session_begins: Callable[[str], object] | None = None,
         session_ends: Callable[[str], object] | None = None,
         largest_upload_bytes: float = math.inf,
     ) -> None:
         self._folder = Path(folder)
         self._upload_begins = upload_begins
+        self._session_begins = session_begins
         self._session_ends = session_ends
         self._largest_upload_bytes = largest_upload_bytes
         self._changed = threading.Condition()
@@ -116,6 +118,8 @@ class Traffic:
     async def _page(self, session: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """A page holds this line for as long as it is open, and takes it up again if it was cut."""
         self._pages[session] += 1
+        if self._session_begins:
+            self._session_begins(session)
         try:
             await app(scope, receive, send)
         finally:

@@ -58,3 +58,13 @@ def test_who_is_no_session_owns_nothing(recordings: Recordings, tmp_path: Path) 
     recordings.remove(None, path)
     assert not Path(path).exists()
     assert tmp_path.exists()
+
+
+def test_an_answer_that_comes_after_the_end_is_for_nobody(recordings: Recordings, tmp_path: Path) -> None:
+    recordings.own("me", result(tmp_path, "first.wav"))
+    recordings.end("me")
+    recordings.own("me", result(tmp_path, "late.wav"))
+    assert not list(tmp_path.iterdir())
+    recordings.begin("me")
+    recordings.own("me", result(tmp_path, "again.wav"))
+    assert [path.name for path in tmp_path.iterdir()] == ["again.wav"]

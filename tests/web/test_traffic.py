@@ -38,7 +38,9 @@ def ended() -> list[str]:
 
 @pytest.fixture
 def traffic(uploads: threading.Semaphore, ended: list[str], tmp_path: Path) -> Traffic:
-    return Traffic(str(tmp_path), uploads.release, ended.append, largest_upload_bytes=1 << 20)
+    return Traffic(
+        str(tmp_path), uploads.release, lambda session: ended.clear(), ended.append, largest_upload_bytes=1 << 20
+    )
 
 
 @pytest.fixture
@@ -160,5 +162,8 @@ class TestSessions:
             while not ended:
                 await asyncio.sleep(0)
 
+            again = hold("again")
+            await again
+            assert not ended, "it is there again"
+
         asyncio.run(visit())
-        assert ended == ["one"]
