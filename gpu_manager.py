@@ -245,14 +245,15 @@ class GPUResourceManager:
     # -- steering by hand ---------------------------------------------------------------------------------------
 
     def offload(self, name: str | None = None) -> bool:
-        """Bring a model (None: all) to host memory. True: done; False: follows the running request, or its arrival."""
-        answers = [self._steering.bring_down(slot, State.HOST) for slot in self._slots_named(name)]
-        return all(answers)
+        """Bring a model (None: all) to host memory. True: done; False: follows the running request, or its arrival.
+
+        Of all, each is tried, and then the first error raised.
+        """
+        return self._each(name, lambda slot: self._steering.bring_down(slot, State.HOST))
 
     def release(self, name: str | None = None) -> bool:
         """Give up a model's memory (None: all) everywhere. Answers as `offload` does."""
-        answers = [self._steering.bring_down(slot, State.RELEASED) for slot in self._slots_named(name)]
-        return all(answers)
+        return self._each(name, lambda slot: self._steering.bring_down(slot, State.RELEASED))
 
     def warm(self, name: str | None = None) -> bool:
         """Begin to bring a model (None: all) to the device and return at once. True: it is there already.
@@ -260,8 +261,7 @@ class GPUResourceManager:
         Without a request within `WARM_GRACE_S` it leaves again as after any request. A failure is logged and
         shown in `status`; the next request tries again.
         """
-        answers = [self._steering.warm(slot) for slot in self._slots_named(name)]
-        return all(answers)
+        return self._each(name, self._steering.warm)
 
     def make_room(self, name: str) -> None:
         """Offload the other models as far as they are idle, and empty the device's caches; for who holds ``name``."""
@@ -362,6 +362,18 @@ class GPUResourceManager:
                     raise ManagerClosed
                 raise UnknownModel(name, tuple(self._slots))
             return [self._slots[name]]
+
+    def _each(self, name: str | None, act: Callable[[Slot], bool]) -> bool:
+        """Whether it was done for every model; all are tried before the first error is raised."""
+        answers, errors = [], []
+        for slot in self._slots_named(name):
+            try:
+                answers.append(act(slot))
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return all(answers)
 
     def _refuse_own(self, what: str, slots: list[Slot]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""

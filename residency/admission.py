@@ -40,6 +40,7 @@ class Admission:
                 raise
             if slot.left_s is not None and not slot.in_use:
                 slot.policy.idle_ended(max(0.0, now_s - slot.left_s))
+                slot.left_s = None  # learned once, even if this request comes to nothing
             request.context = contextvars.copy_context()
             lease.request = request
             if lease.cancelled:

@@ -22,6 +22,7 @@ from .contracts import Clock, Device
 from .errors import (
     LoadTimeout,
     OverBudget,
+    in_words,
     is_device_lost,
     is_out_of_device_memory,
     lacking_bytes,
@@ -225,7 +226,7 @@ class Dispatcher:
 
     def _refuse_arrival_locked(self, slot: Slot, error: BaseException) -> None:
         """Everybody who waits for a model to come gets the error; the next request tries again."""
-        slot.last_error = f"{type(error).__name__}: {error}"
+        slot.last_error = in_words(error)
         slot.not_before_s = self.clock.now() + RETRY_AFTER_S
         slot.wanted = slot.short = False
         slot.lacking_bytes = 0
@@ -293,17 +294,18 @@ class Dispatcher:
             if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == self._changes):
                 return False
             task.changes_seen = self._changes
+        task.retries, task.error = task.retries + 1, None  # the error keeps alive what the attempt has made
         self.mover.tidy()
-        task.retries, task.error = task.retries + 1, None
         return True
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
-        if slot.task is task:
-            self.reports.log(task)  # before anybody goes on who waited for it
         sizes = (task.resident.device_bytes, task.resident.host_bytes) if task.resident else (0, 0)
-        if sizes[0] > self.budget_bytes:
-            self.reports.warn_of_budget(task, self.budget_bytes)
+        with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
+            if slot.task is task:
+                self.reports.log(task)  # before anybody goes on who waited for it
+            if sizes[0] > self.budget_bytes:
+                self.reports.warn_of_budget(task, self.budget_bytes)
         with self.lock:
             self._changes += 1
             wanted = slot.task is task
@@ -320,8 +322,7 @@ class Dispatcher:
                 task.end()
                 self._after_locked(slot)
         if not wanted:
-            logger.warning("%s: came after it had been given up, and is thrown away", slot.name)
-            self.mover.forget(task)
+            self.mover.throw_away(task)
         self.act()
 
     def _arrived_locked(self, task: Task) -> None:
@@ -347,7 +348,7 @@ class Dispatcher:
     def _failed_locked(self, task: Task, error: BaseException) -> None:
         slot, move = task.slot, task.move
         slot.at = task.back_at
-        slot.last_error = f"{type(error).__name__}: {error}"
+        slot.last_error = in_words(error)
         slot.not_before_s = self.clock.now() + RETRY_AFTER_S
         slot.stuck = not task.arrives
         # What cannot come back, or is on a device that is gone, is built anew.

@@ -214,6 +214,14 @@ class DeviceUnavailable(ResidencyError):
         self.reason = reason
 
 
+def in_words(error: BaseException) -> str:
+    """Kind and message of any error, also of one whose own words fail."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 def is_out_of_device_memory(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that the device has no memory: ours, torch's or ONNX Runtime's."""
     seen: set[int] = set()
@@ -221,7 +229,7 @@ def is_out_of_device_memory(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, DeviceOutOfMemory) or type(error).__name__ == "OutOfMemoryError":
             return True
-        if any(sign in str(error) for sign in ("CUDA out of memory", "CUDA failure 2", "ALLOC_FAILED")):
+        if any(sign in in_words(error) for sign in ("CUDA out of memory", "CUDA failure 2", "ALLOC_FAILED")):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -245,7 +253,7 @@ def is_device_lost(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        lost = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error) or "CUDA failure" in str(error)
+        lost = type(error).__name__ == "AcceleratorError" or "CUDA error" in in_words(error) or "CUDA failure" in in_words(error)
         if isinstance(error, RuntimeError) and lost and not is_out_of_device_memory(error):
             return True
         error = error.__cause__

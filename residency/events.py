@@ -6,12 +6,16 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .latches import new_latch, open_latch
 
 logger = logging.getLogger(__name__)
+
+TOLD_WITHIN_S = 5.0
+"""How long the end waits at most for what listeners are still to be told."""
 
 _BACKLOG = 1000
 
@@ -50,18 +54,21 @@ class Listeners:
         self._listeners: tuple[Callable[[Event], Any], ...] = ()
         self._events: deque[Event] = deque()
         self._latch = new_latch()
+        self._lock = threading.Lock()  # for changes of who listens
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
         """Have ``listener`` called from now on; call the answer to end that."""
-        self._listeners = (*self._listeners, listener)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="gpu-events", daemon=True)
-            self._thread.start()
+        with self._lock:
+            self._listeners = (*self._listeners, listener)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="gpu-events", daemon=True)
+                self._thread.start()
 
         def unsubscribe() -> None:
-            self._listeners = tuple(other for other in self._listeners if other is not listener)
+            with self._lock:
+                self._listeners = tuple(other for other in self._listeners if other is not listener)
 
         return unsubscribe
 
@@ -75,16 +82,16 @@ class Listeners:
             open_latch(self._latch)
 
     def close(self) -> None:
-        """Wait until everything was told, and end."""
+        """End, once everything was told; a listener that does not return is left alone after `TOLD_WITHIN_S`."""
         self._closed = True
         open_latch(self._latch)
         thread = self._thread
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            thread.join()
+            thread.join(TOLD_WITHIN_S)
 
     def leave(self) -> None:
         """For a forked child: whoever listens is the parent's."""
-        self._listeners, self._thread = (), None
+        self._listeners, self._thread, self._lock = (), None, threading.Lock()
 
     def _run(self) -> None:
         while True:
@@ -94,8 +101,9 @@ class Listeners:
                 for listener in self._listeners:
                     try:
                         listener(event)
-                    except Exception:
-                        logger.exception("A listener failed at %s", event)
+                    except BaseException:  # whatever it is, the others are told
+                        with suppress(Exception):
+                            logger.exception("A listener failed at %s", event)
             if self._closed:
                 return
             latch.acquire()

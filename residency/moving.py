@@ -98,6 +98,17 @@ class Mover:
         self._device.settle()
         return freed_bytes
 
+    def throw_away(self, task: Task) -> None:
+        """Give up what a load brings that was given up: not the part that the engine in force has as well."""
+        logger.warning("%s: came after it had been given up, and is thrown away", task.slot.name)
+        kept, resident = task.slot.kept, task.resident
+        task.engine = task.resident = None
+        for part in getattr(resident, "parts", (resident,)):
+            if part is not None and part is not kept:
+                part.release()
+        del resident, part
+        self.tidy()
+
     def tidy(self) -> None:
         """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
         gc.collect()
@@ -112,7 +123,7 @@ class Mover:
             engine = _build(slot.name, slot.load, task.progress)
             resident = self._adopt(engine, self._device, slot)
         except BaseException:
-            if slot.kept is not None:
+            if slot.kept is not None and not task.given_up:  # then it is the next load's, or already in use
                 slot.kept.offload()
             raise
         task.engine, task.resident = engine, resident

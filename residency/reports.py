@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from .contracts import Clock, Device
+from .errors import in_words
 from .events import Event, Listeners, What
 from .moving import Task
 
@@ -44,7 +45,7 @@ class Reports:
             phase,
             done_bytes,
             total_bytes,
-            f"{type(error).__name__}: {error}" if error else None,
+            in_words(error) if error else None,
         )
         self.listeners.tell(event)
 
@@ -63,7 +64,13 @@ class Reports:
             waits = " and waits for room" if task.put_off else ""
             level = logging.INFO if task.put_off else logging.ERROR
             logger.log(
-                level, "%s: %s failed%s, back to %s: %s", name, move.via.value, waits, task.back_at.value, task.error
+                level,
+                "%s: %s failed%s, back to %s: %s",
+                name,
+                move.via.value,
+                waits,
+                task.back_at.value,
+                in_words(task.error),
             )
             return
         source, target = (state.shown(self._device.kind) for state in (move.source, move.target))

@@ -160,7 +160,7 @@ def test_the_log_has_what_failed_and_where_the_model_is_now(
     with pytest.raises(MemoryError):
         use(manager)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
-        (logging.ERROR, "tts: restoring failed, back to host: card is full")
+        (logging.ERROR, "tts: restoring failed, back to host: MemoryError: card is full")
     ]
 
 

@@ -11,7 +11,7 @@ class CompositeResident:
     """Parts restore in order and offload in reverse; if one fails, those that moved are moved back."""
 
     def __init__(self, *parts: Resident) -> None:
-        self._parts = parts
+        self.parts = parts
 
     @classmethod
     def build(cls, *factories: Callable[[], Resident]) -> CompositeResident:
@@ -28,20 +28,20 @@ class CompositeResident:
 
     @property
     def device_bytes(self) -> int:
-        return sum(part.device_bytes for part in self._parts)
+        return sum(part.device_bytes for part in self.parts)
 
     @property
     def host_bytes(self) -> int:
-        return sum(part.host_bytes for part in self._parts)
+        return sum(part.host_bytes for part in self.parts)
 
     def restore(self) -> int:
-        return self._all_or_nothing(self._parts, _restore, _offload)
+        return self._all_or_nothing(self.parts, _restore, _offload)
 
     def offload(self) -> int:
-        return self._all_or_nothing(self._parts[::-1], _offload, _restore)
+        return self._all_or_nothing(self.parts[::-1], _offload, _restore)
 
     def release(self) -> int:
-        return sum(part.release() for part in self._parts)
+        return sum(part.release() for part in self.parts)
 
     def save(self, store: SnapshotStore, name: str) -> int:
         def save(part: Resident) -> int:
@@ -50,11 +50,11 @@ class CompositeResident:
         def load(part: Resident) -> int:
             return part.load(store, name)
 
-        return self._all_or_nothing(self._parts, save, load)
+        return self._all_or_nothing(self.parts, save, load)
 
     def load(self, store: SnapshotStore, name: str) -> int:
         try:
-            return sum(part.load(store, name) for part in self._parts)
+            return sum(part.load(store, name) for part in self.parts)
         except BaseException:
             self.release()
             raise

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ..errors import OverBudget
 from .protocols import Manager
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ class Intent:
     """`show` may be called from any thread and as often as one likes; it never raises and waits for no move.
 
     Without a request the model leaves again as after any `Manager.warm`. One whose last move has failed is left to
-    requests, which tell people the error; so is one that is in use.
+    requests, which tell people the error; not so one that found no room, since others come and go.
     """
 
     def __init__(self, manager: Manager, model: str, now: Callable[[], float] = time.monotonic) -> None:
@@ -37,7 +38,8 @@ class Intent:
                 return
             self._silent_until_s = now_s + EVERY_S
         try:
-            if self._manager.status()["models"][self._model]["last_error"] is None:
+            error = self._manager.status()["models"][self._model]["last_error"]
+            if error is None or error.startswith(OverBudget.__name__):
                 self._manager.warm(self._model)
         except Exception:
             logger.debug("%s cannot be warmed", self._model, exc_info=True)
