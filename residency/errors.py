@@ -253,7 +253,11 @@ def is_device_lost(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        lost = type(error).__name__ == "AcceleratorError" or "CUDA error" in in_words(error) or "CUDA failure" in in_words(error)
+        lost = (
+            type(error).__name__ == "AcceleratorError"
+            or "CUDA error" in in_words(error)
+            or "CUDA failure" in in_words(error)
+        )
         if isinstance(error, RuntimeError) and lost and not is_out_of_device_memory(error):
             return True
         error = error.__cause__
