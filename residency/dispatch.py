@@ -95,7 +95,7 @@ class Dispatcher:
             now_s,
             slot.engine,
             slot.resident,
-            Progress(move.via.value, slot.size_bytes or None),
+            Progress(move.via.value, slot.size_bytes or None, self.clock.now),
             head.context if head and head.context else contextvars.Context(),
             give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
             made_room=made_room,

@@ -26,8 +26,9 @@ What = Literal["began", "progress", "done", "failed"]
 class Event:
     """One thing that happened to one model. Times in seconds of the manager's clock, sizes in bytes.
 
-    ``phase``, ``done_bytes`` and ``total_bytes`` (None: unknown) say how far the move has come; see
-    `residency.progress`. ``source`` and ``target`` are states as people see them: ``gpu``, ``cpu``, ``released``.
+    ``seconds`` is since the move began. ``phase``, ``done_bytes``, ``total_bytes`` and ``bytes_per_s`` (None: unknown)
+    say how far it has come in its phase, and how fast; see `residency.progress`.
+    ``source`` and ``target`` are states as people see them: ``gpu``, ``cpu``, ``released``.
     """
 
     what: What
@@ -39,6 +40,7 @@ class Event:
     phase: str
     done_bytes: int
     total_bytes: int | None
+    bytes_per_s: float | None
     error: str | None = None
 
 

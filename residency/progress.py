@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,12 +24,14 @@ from contextlib import contextmanager
 class Progress:
     """Phase, bytes done and bytes in all (None where unknown) of one move. Thread-safe; never raises.
 
-    ``changed`` is called after each change, in the thread that made it.
+    ``now`` tells the time in seconds. ``changed`` is called after each change, in the thread that made it.
     """
 
-    def __init__(self, phase: str, total_bytes: int | None = None, changed: Callable[[], None] | None = None) -> None:
+    def __init__(self, phase: str, total_bytes: int | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._facts = (phase, 0, total_bytes)
-        self.changed = changed
+        self._now = now
+        self._phase_began_s = now()
+        self.changed: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -36,10 +39,18 @@ class Progress:
         """(phase, bytes done in it, bytes in all or None), of one moment."""
         return self._facts
 
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast the phase goes, since it began; None where nothing can be said."""
+        with self._lock:
+            elapsed_s, done_bytes = self._now() - self._phase_began_s, self._facts[1]
+        return done_bytes / elapsed_s if done_bytes and elapsed_s > 0 else None
+
     def enter(self, phase: str, total_bytes: int | None = None) -> None:
         """Begin a phase of ``total_bytes`` (None: unknown), of which nothing is done yet."""
         with self._lock:
             self._facts = (phase, 0, total_bytes)
+            self._phase_began_s = self._now()
         self._tell()
 
     def advance(self, nbytes: int) -> None:

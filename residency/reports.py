@@ -45,6 +45,7 @@ class Reports:
             phase,
             done_bytes,
             total_bytes,
+            task.progress.bytes_per_s,
             in_words(error) if error else None,
         )
         self.listeners.tell(event)

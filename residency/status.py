@@ -68,19 +68,19 @@ def _next(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[st
 
 
 def _progress(slot: Slot, now_s: float, device_kind: str) -> dict[str, Any] | None:
-    """How far the move under way has come; the rate is of its phase, in bytes per second."""
+    """How far the move under way has come: seconds since it began, and the bytes and the rate of its phase."""
     task = slot.task
     if task is None:
         return None
     phase, done_bytes, total_bytes = task.progress.facts
-    elapsed_s = max(0.0, now_s - task.started_s)
+    bytes_per_s = task.progress.bytes_per_s
     return {
         "to": task.move.target.shown(device_kind),
         "phase": phase,
         "bytes": done_bytes,
         "total_bytes": total_bytes,
-        "seconds": round(elapsed_s, 3),
-        "bytes_per_s": round(done_bytes / elapsed_s) if elapsed_s else None,
+        "seconds": round(max(0.0, now_s - task.started_s), 3),
+        "bytes_per_s": None if bytes_per_s is None else round(bytes_per_s),
     }
 
 

@@ -204,6 +204,26 @@ def test_listeners_hear_of_progress_ten_times_a_second_at_most(manager: GPUResou
     assert round(progress[1].seconds, 6) == 0.12
 
 
+def test_the_rate_is_that_of_the_phase(manager: GPUResourceManager, clock: ManualClock) -> None:
+    workshop, told, rates = Workshop(), list[Event](), list[float | None]()
+
+    def load() -> object:
+        clock.advance(60)
+        current().enter("reading", 400)
+        rates.append(manager.status()["models"]["asr"]["progress"]["bytes_per_s"])
+        clock.advance(2)
+        current().advance(300)
+        rates.append(manager.status()["models"]["asr"]["progress"]["bytes_per_s"])
+        return workshop.load()
+
+    manager.subscribe(told.append)
+    manager.register("asr", load)
+    use(manager, "asr")
+    manager.close()
+    assert rates == [None, 150]
+    assert [event.bytes_per_s for event in told if event.what == "progress" and event.done_bytes] == [150]
+
+
 # -- full devices -----------------------------------------------------------------------------------------------
 
 

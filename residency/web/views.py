@@ -128,7 +128,7 @@ def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
         return say(*_OUTCOMES[move["outcome"]])
     if not move["bytes"] or move["seconds"] <= 0 or move["to"] == "released":
         return "—"
-    return words.readable_rate(move["bytes"], move["seconds"])
+    return words.readable_rate(move["bytes"] / move["seconds"])
 
 
 def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str, str]]:

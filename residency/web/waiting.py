@@ -33,21 +33,21 @@ def told(manager: Manager | None, model: str | None) -> Iterator[None]:
         # Pages show no sentence without a share, so one that nobody knows is 0.
         context.copy().run(progress, share, desc=sentence)
 
-    def say_way(target: str, phase: str, done_bytes: int, total_bytes: int | None, seconds: float) -> None:
-        sentence = words.on_its_way(kind, target, phase, done_bytes, total_bytes, seconds, speak)
+    def say_way(target: str, phase: str, done_bytes: int, total_bytes: int | None, rate: float | None) -> None:
+        sentence = words.on_its_way(kind, target, phase, done_bytes, total_bytes, rate, speak)
         say(sentence, words.share(done_bytes, total_bytes) or 0.0)
 
     def listen(event: Any) -> None:
         if event.model == model:
             if event.what in ("began", "progress"):
-                say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.seconds)
+                say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.bytes_per_s)
             elif event.what == "done" and (arrival := words.arrived(event.target, speak)):
                 say(arrival, 1.0)
 
     unsubscribe = manager.subscribe(listen)
     try:
         if way := present.get("progress"):
-            say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["seconds"])
+            say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"])
         elif present.get("leases"):
             say(words.in_use(speak))
         elif present.get("state") == "gpu":

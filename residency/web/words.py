@@ -73,8 +73,8 @@ def readable_seconds(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def readable_rate(nbytes: int, seconds: float) -> str:
-    return f"{readable_bytes(round(nbytes / seconds))}/s"
+def readable_rate(bytes_per_s: float) -> str:
+    return f"{readable_bytes(round(bytes_per_s))}/s"
 
 
 def of_device(pair: tuple[str, str], device_kind: str, say: Say) -> str:
@@ -153,15 +153,21 @@ def share(done_bytes: int, total_bytes: int | None) -> float | None:
 
 
 def on_its_way(
-    device_kind: str, target: str, phase: str, done_bytes: int, total_bytes: int | None, seconds: float, say: Say
+    device_kind: str,
+    target: str,
+    phase: str,
+    done_bytes: int,
+    total_bytes: int | None,
+    bytes_per_s: float | None,
+    say: Say,
 ) -> str:
     """Where a model goes, and how far it has come: phase, bytes of total, rate."""
     facts = [say(*_PHASES[phase]) if phase in _PHASES else phase]
     if done_bytes:
         of = "" if total_bytes is None else f" / {readable_bytes(total_bytes)}"
         facts.append(f"{readable_bytes(done_bytes)}{of}")
-        if seconds > 0:
-            facts.append(readable_rate(done_bytes, seconds))
+        if bytes_per_s:
+            facts.append(readable_rate(bytes_per_s))
     elif total_bytes:
         facts.append(readable_bytes(total_bytes))
     return f"{of_device(_TO[target], device_kind, say)}: {' · '.join(facts)}"
@@ -187,7 +193,7 @@ def course(
     counted = counted or (lambda seconds, direction: readable_seconds(seconds))
     if way := model["progress"]:
         sentence = on_its_way(
-            device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["seconds"], say
+            device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"], say
         )
         return f"{sentence} · {counted(way['seconds'], 1)}"
     if step := model["next"]:

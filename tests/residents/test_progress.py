@@ -18,7 +18,8 @@ class Watched(Progress):
 
     def __init__(self) -> None:
         self.steps: list[tuple[str, int, int | None]] = []
-        super().__init__("begins", None, self._look)
+        super().__init__("begins")
+        self.changed = self._look
 
     def _look(self) -> None:
         phase, done_bytes, total_bytes = self.facts
