@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from .dispatch import Dispatcher
-from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
+from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError, is_device_lost
 from .latches import new_latch
 from .leasing import Lease, held_slots
 from .planning import would_wait_for_itself
@@ -65,9 +65,9 @@ class Admission:
             lease.request = request
             return True
 
-    def give_back(self, lease: Lease, discard: bool = False, failed: bool = False) -> None:
+    def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
         """For `Lease`: end it, and wait for what its end brings, so that the caller finds it done."""
-        dispatcher = self._dispatcher
+        dispatcher, lost = self._dispatcher, is_device_lost(error)
         with dispatcher.lock:
             now_s = self._clock.now()
             request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
@@ -77,6 +77,8 @@ class Admission:
             request.users -= 1
             if slot.holder is request:
                 slot.broken = slot.broken or discard
+                if lost:
+                    dispatcher.lost_locked()
                 if not request.users:
                     slot.left_s = slot.idle_since_s = now_s
                     slot.not_before_s = -math.inf
@@ -89,7 +91,7 @@ class Admission:
             dispatcher.plan_locked(slot)
             task = slot.task
             if request.error is None:
-                slot.history.served(request.asked_s, request.served_s, now_s, failed)
+                slot.history.served(request.asked_s, request.served_s, now_s, failed=error is not None)
             else:
                 slot.history.refused(request.error)
         dispatcher.act()

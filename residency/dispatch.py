@@ -22,6 +22,7 @@ from .contracts import Clock, Device
 from .errors import (
     LoadTimeout,
     OverBudget,
+    empty_frames,
     in_words,
     is_device_lost,
     is_out_of_device_memory,
@@ -229,10 +230,16 @@ class Dispatcher:
         slot.last_error = in_words(error)
         slot.not_before_s = self.clock.now() + RETRY_AFTER_S
         slot.wanted = slot.short = False
-        slot.lacking_bytes = 0
+        slot.lacking_bytes = slot.needed_bytes = 0
         for request in list(slot.waiting()):
             request.answer(error)
         slot.changed()
+
+    def lost_locked(self) -> None:
+        """The device has failed: what lies on it is of no use, and is built anew."""
+        for slot in self.slots.values():
+            slot.broken = slot.broken or slot.at is State.DEVICE
+        self.monitor.expect_locked(self.clock.now())
 
     # -- moving -------------------------------------------------------------------------------------------------
 
@@ -255,11 +262,11 @@ class Dispatcher:
         while True:
             try:
                 task.context.run(self._carry_out, task)
+                break
             except BaseException as error:
                 task.error = error
-            if task.error is None or not task.arrives or not is_out_of_device_memory(task.error):
-                break
-            if not self._try_again(task):
+                empty_frames(error)  # those who waited keep the error, and not what the attempt has made
+            if not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task)):
                 break
         self._commit(task)
         self._threads.pop(task, None)
@@ -275,7 +282,7 @@ class Dispatcher:
         until_s = self.clock.now() + FREED_WITHIN_S
         while self.clock.now() < until_s:
             free_bytes = self.device.memory().free_bytes
-            if free_bytes is None or free_bytes >= slot.size_bytes:
+            if free_bytes is None or free_bytes >= (slot.size_bytes or slot.needed_bytes):
                 return
             self.clock.wait(new_latch(), 0.02)
 
@@ -287,15 +294,24 @@ class Dispatcher:
         slot = task.slot
         with self.lock:
             slot.lacking_bytes = lacking_bytes(task.error)
-            if not room_for(slot, self.slots.values(), self.budget_bytes).hopeless:
-                task.put_off = True
-                return False
-            slot.lacking_bytes = 0
-            if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == self._changes):
-                return False
-            task.changes_seen = self._changes
-        task.retries, task.error = task.retries + 1, None  # the error keeps alive what the attempt has made
-        self.mover.tidy()
+            task.put_off = not room_for(slot, self.slots.values(), self.budget_bytes).hopeless
+            if not task.put_off:
+                slot.lacking_bytes = 0
+                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == self._changes):
+                    return False
+                task.changes_seen = self._changes
+        try:
+            self.mover.tidy()
+        except Exception as error:
+            task.error, task.put_off = error, False
+            return False
+        if task.put_off:
+            memory = self.device.memory()
+            with self.lock:
+                needed_bytes = (memory.free_bytes or 0) + slot.lacking_bytes
+                slot.needed_bytes = min(needed_bytes, memory.total_bytes or needed_bytes)
+            return False
+        task.retries, task.error = task.retries + 1, None
         return True
 
     def _commit(self, task: Task) -> None:
@@ -322,7 +338,8 @@ class Dispatcher:
                 task.end()
                 self._after_locked(slot)
         if not wanted:
-            self.mover.throw_away(task)
+            with contextlib.suppress(Exception):  # of a device that is gone
+                self.mover.throw_away(task)
         self.act()
 
     def _arrived_locked(self, task: Task) -> None:
@@ -355,6 +372,8 @@ class Dispatcher:
         full = isinstance(error, MemoryError) or is_out_of_device_memory(error)
         gone = is_device_lost(error) or (move.via is State.RESTORING and not full)
         slot.broken = slot.at is not State.RELEASED and (slot.broken or gone)
+        if is_device_lost(error):
+            self.lost_locked()
         if task.arrives and not task.put_off:
             self._refuse_arrival_locked(slot, error)
 

@@ -6,6 +6,8 @@ hands it to its parent). Messages that reach the page are written in English and
 
 from __future__ import annotations
 
+import traceback
+
 
 class ResidencyError(Exception):
     """Base of all errors raised by this project. Its fields are the arguments of its constructor."""
@@ -214,6 +216,19 @@ class DeviceUnavailable(ResidencyError):
         self.reason = reason
 
 
+class DeviceLost(DeviceUnavailable):
+    """The GPU, or this process's use of it, has failed for good: CUDA answers nothing else to a process after that."""
+
+    def __init__(self, reason: str) -> None:
+        ResidencyError.__init__(
+            self,
+            f"The GPU has failed, and this process cannot use it any more: {reason}. Restart the app. / "
+            f"GPU 出现故障，本进程无法再使用它：{reason}。请重启应用。",
+            reason,
+        )
+        self.reason = reason
+
+
 def in_words(error: BaseException) -> str:
     """Kind and message of any error, also of one whose own words fail."""
     try:
@@ -242,6 +257,15 @@ def lacking_bytes(error: BaseException | None) -> int:
     if error is None or error.free_bytes is None:
         return 1
     return max(1, error.needed_bytes - error.free_bytes)
+
+
+def empty_frames(error: BaseException | None) -> None:
+    """Let go of what an error's frames hold, such as the half of a model that was made before it; lines stay."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def is_device_lost(error: BaseException | None) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from .errors import is_device_lost
 from .states import Request, Slot
 
 
@@ -21,10 +20,10 @@ class Lessor(Protocol):
     def share(self, lease: Lease, request: Request) -> bool:
         """Let the lease count on a request in force as well; False if it has ended."""
 
-    def give_back(self, lease: Lease, discard: bool = False, failed: bool = False) -> None:
+    def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
         """Count one user less, if the lease has a request; after the last one, what was waiting for the end happens.
 
-        ``discard``: the engine is broken; ``failed``: the request has ended with an error.
+        ``discard``: the engine is broken; ``error``: what has ended the request, if it failed.
         """
 
     def look_again(self) -> None:
@@ -60,7 +59,7 @@ class Lease:
         self._lessor = lessor
         self._slot = slot
         self._timeout_s = timeout_s
-        self._entered = self._ended = self._cancelled = self._broken = self._failed = False
+        self._entered = self._ended = self._cancelled = self._broken = False
         self.request: Request | None = None
 
     def __enter__(self) -> Any:
@@ -79,10 +78,7 @@ class Lease:
             raise
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
-        self._failed = error is not None
-        if error is not None and is_device_lost(error):
-            self._broken = True
-        self._leave()
+        self._leave(error)
 
     def __del__(self) -> None:
         if self.request is not None:
@@ -113,10 +109,10 @@ class Lease:
         """
         self._broken = True
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None = None) -> None:
         self._ended = True
         try:
-            self._lessor.give_back(self, self._broken, self._failed)
+            self._lessor.give_back(self, self._broken, error)
             _held.set(held_requests())
         except BaseException:
             self._lessor.look_again()

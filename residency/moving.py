@@ -100,13 +100,17 @@ class Mover:
 
     def throw_away(self, task: Task) -> None:
         """Give up what a load brings that was given up: not the part that the engine in force has as well."""
-        logger.warning("%s: came after it had been given up, and is thrown away", task.slot.name)
-        kept, resident = task.slot.kept, task.resident
+        slot, kept, resident = task.slot, task.slot.kept, task.resident
+        logger.warning("%s: came after it had been given up, and is thrown away", slot.name)
         task.engine = task.resident = None
         for part in getattr(resident, "parts", (resident,)):
             if part is not None and part is not kept:
                 part.release()
         del resident, part
+        with slot.kept_lock:
+            # A load that begins after this look brings it back.
+            if kept is not None and slot.task is None and slot.at is not State.DEVICE:
+                kept.offload()
         self.tidy()
 
     def tidy(self) -> None:
@@ -118,13 +122,15 @@ class Mover:
         slot = task.slot
         self._device.ensure_usable()
         if slot.kept is not None:
-            slot.kept.restore()
+            with slot.kept_lock:
+                slot.kept.restore()
         try:
             engine = _build(slot.name, slot.load, task.progress)
             resident = self._adopt(engine, self._device, slot)
         except BaseException:
-            if slot.kept is not None and not task.given_up:  # then it is the next load's, or already in use
-                slot.kept.offload()
+            with slot.kept_lock:
+                if slot.kept is not None and not task.given_up:  # then it is the next load's, or already in use
+                    slot.kept.offload()
             raise
         task.engine, task.resident = engine, resident
         return resident.device_bytes + resident.host_bytes

@@ -154,6 +154,8 @@ class Slot:
     size_bytes: int = 0
     #: What the device lacked when it last refused this model; models that leave make it less.
     lacking_bytes: int = 0
+    #: What must be free there when it is tried again, where its size is not known.
+    needed_bytes: int = 0
     holder: Request | None = None
     queue: deque[Request] = field(default_factory=deque)
     task: Any = None
@@ -171,6 +173,8 @@ class Slot:
     skip: tuple[str, ...] = ()
     keep: Any = None
     kept: Resident | None = None
+    #: Held by who moves ``kept``: a load that was given up may come to its end beside the next one.
+    kept_lock: threading.Lock = field(default_factory=threading.Lock)
     load_timeout_s: float = math.inf
     max_waiting: float = math.inf
     #: When its last request ended; and since when it is idle, which a restore that nobody used begins anew.

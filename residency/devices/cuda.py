@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
-from ..errors import DeviceOutOfMemory, DeviceUnavailable
+from ..errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,10 @@ class CudaDevice:
 
         if not torch.cuda.is_available():
             raise DeviceUnavailable(f"torch {torch.__version__} does not see {self.name}")
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(str(error).partition("\n")[0]) from error
 
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
         return tensor.is_cuda
