@@ -141,11 +141,11 @@ class Mover:
             return 0
         try:
             freed_bytes = task.resident.save(self._snapshots, task.slot.name)
-        except Exception as error:
+            self._device.settle()
+        except BaseException as error:
             # Whatever it is: somebody wants the memory.
             logger.warning("%s: released without a snapshot. %s", task.slot.name, error)
             return 0
-        self._device.settle()
         return freed_bytes
 
     def _wake(self, task: Task) -> int:
@@ -155,7 +155,7 @@ class Mover:
             return 0
         try:
             resident.load(self._snapshots, task.slot.name)
-        except Exception as error:
+        except BaseException as error:
             # Whatever it is: the loader can still build the engine.
             logger.warning("%s: loaded without its snapshot. %s", task.slot.name, error)
             self.forget(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,6 +11,8 @@ from .dispatch import WARM_GRACE_S, Dispatcher
 from .errors import ResidencyError
 from .planning import move_towards
 from .states import Slot, State
+
+logger = logging.getLogger(__name__)
 
 
 class Steering:
@@ -102,7 +105,10 @@ class Steering:
             if not released and slot.holder is None and slot.task is not None and not slot.task.arrives:
                 released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot))
             if released:
-                dispatcher.mover.forget(slot)  # what a release has kept for the next load
+                try:
+                    dispatcher.mover.forget(slot)  # what a release has kept for the next load
+                except Exception:
+                    logger.exception("%s: the device took its memory back with an error", slot.name)
                 slot.kept = slot.keep = None
             all_released &= released
         dispatcher.join()

@@ -11,6 +11,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,19 +19,20 @@ from scheduler import Scheduler
 from world import SIZES, World
 
 import gpu_manager
-from residency import admission, dispatch, events, latches, leasing, monitor
+from residency import admission, dispatch, events, latches, leasing, monitor, states
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SEEDS = 150 if NIGHTLY else 25
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Scheduler, World]]:
-    def build(seed: int, **settings: Any) -> tuple[Scheduler, World]:
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Scheduler, World]]:
+    def build(seed: int, snapshots: bool = False, **settings: Any) -> tuple[Scheduler, World]:
         scheduler = Scheduler.varied(seed)
-        for module in (gpu_manager, admission, dispatch, events, latches, leasing, monitor):
+        for module in (gpu_manager, admission, dispatch, events, latches, leasing, monitor, states):
             monkeypatch.setattr(module, "threading", scheduler)
-        return scheduler, World(seed, scheduler.clock(), step=scheduler.step, **settings)
+        folder = tmp_path if snapshots else None
+        return scheduler, World(seed, scheduler.clock(), step=scheduler.step, snapshot_dir=folder, **settings)
 
     return build
 
@@ -60,6 +62,9 @@ SETTINGS = [
     {"capacity_bytes": 100, "known": False},
     {"capacity_bytes": 70, "keep_warm": 3},
     {"keep_warm": "auto", "idle_timeout": 50},
+    {"snapshots": True, "idle_timeout": 5},
+    {"keeps": "tts", "budget_bytes": 100},
+    {"keeps": "tts", "snapshots": True, "capacity_bytes": 100},
 ]
 
 

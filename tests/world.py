@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gpu_manager import (
@@ -24,6 +25,7 @@ from gpu_manager import (
     State,
 )
 from residency.contracts import Device
+from residency.residents import CompositeResident
 from residency.states import Slot
 
 SIZES = {"tts": 60, "asr": 50, "vad": 10}
@@ -44,7 +46,8 @@ class Part:
     """A resident that keeps the device's books and stops at every step of every move."""
 
     def __init__(self, world: World, name: str) -> None:
-        self.world, self.name, self.nbytes, self.place = world, name, SIZES[name], "nowhere"
+        self.world, self.name, self.place = world, name, "nowhere"
+        self.nbytes = SIZES[name] - (Kept.nbytes if name == world.keeps else 0)
         self.users = 0
         world.alive[name].append(self)
 
@@ -96,13 +99,89 @@ class Part:
         return freed_bytes
 
     def save(self, store: Any, name: str) -> int:
-        raise AssertionError("no snapshots here")
+        assert not self.users, "released under a request"
+        self.world.step("save begins")
+        self.world.maybe_fail("save")
+        self.world.device.refund(self.device_bytes)
+        self.place = "nowhere"
+        return self.nbytes
 
-    load = save
+    def load(self, store: Any, name: str) -> int:
+        self.world.step("wake begins")
+        self.world.maybe_fail("wake")
+        self.place = "host"
+        self.world.step("wake ends")
+        return self.nbytes
+
+
+class Kept:
+    """The resident of what outlives a release, shared by the engines of one model that come one after the other."""
+
+    nbytes = 5
+
+    def __init__(self, world: World) -> None:
+        self.world, self.place = world, "host"
+
+    @property
+    def device_bytes(self) -> int:
+        return self.nbytes if self.place == "device" else 0
+
+    @property
+    def host_bytes(self) -> int:
+        return self.nbytes - self.device_bytes
+
+    def restore(self) -> int:
+        if self.place == "device":
+            return 0
+        self.world.step("restore of what is kept")
+        self.world.maybe_fail("restore of what is kept")
+        self.world.device.charge(self.nbytes)
+        self.place = "device"
+        return self.nbytes
+
+    def offload(self) -> int:
+        if self.place == "host":
+            return 0
+        self.world.step("offload of what is kept")
+        self.place = "host"
+        self.world.device.refund(self.nbytes)
+        return self.nbytes
+
+    def release(self) -> int:
+        return self.offload()
+
+    def save(self, store: Any, name: str) -> int:
+        return self.offload()
+
+    def load(self, store: Any, name: str) -> int:
+        return 0
+
+
+def place_of(slot: Slot) -> str:
+    """Where the engine is, whatever else moves with it."""
+    if slot.resident is None:
+        return "nowhere"
+    resident: Any = slot.resident
+    return resident.parts[-1].place if isinstance(resident, CompositeResident) else resident.place
+
+
+class Card(SimulatedDevice):
+    """A simulated card whose driver can fail as it takes memory back."""
+
+    def __init__(self, world: World, capacity_bytes: int) -> None:
+        super().__init__(capacity_bytes)
+        self.world = world
+
+    def settle(self) -> None:
+        self.world.step("settling")
+        self.world.maybe_fail("settling")
 
 
 class World:
-    """``step`` is called wherever something else could happen; ``fault_rate`` is how often a step fails."""
+    """``step`` is called wherever something else could happen; ``fault_rate`` is how often a step fails.
+
+    With ``snapshot_dir`` released engines stay as skeletons; with ``keeps`` that model has a part that outlives a release.
+    """
 
     def __init__(
         self,
@@ -118,18 +197,21 @@ class World:
         load_timeout: float = -1,
         listener: bool = False,
         known: bool = True,
+        snapshot_dir: Path | None = None,
+        keeps: str | None = None,
     ) -> None:
         self.random = random.Random(f"world {seed}")
         self.step, self.fault_rate, self.load_timeout = step, fault_rate, load_timeout
         self.loading = 0
-        self.device = SimulatedDevice(capacity_bytes)
+        self.keeps, self.kept = keeps, Kept(self)
+        self.device = Card(self, capacity_bytes)
         self.alive: dict[str, list[Part]] = {name: [] for name in SIZES}
         self.outcomes: Counter[str] = Counter()
         self.served: Counter[int] = Counter()
         self.budget_bytes = budget_bytes
         self.manager = GPUResourceManager(
             self.device, clock=clock, adopt=self.adopt, budget_bytes=budget_bytes, keep_warm=keep_warm,
-            idle_timeout=idle_timeout,
+            idle_timeout=idle_timeout, snapshot_dir=snapshot_dir,
         )  # fmt: skip
         if listener:
             self.manager.subscribe(lambda event: self.maybe_fail("listener"))
@@ -161,7 +243,16 @@ class World:
         return load
 
     def adopt(self, engine: Any, device: Device, slot: Slot) -> Any:
-        return engine
+        if slot.name != self.keeps:
+            return engine
+        if slot.kept is None:
+            try:
+                self.kept.restore()  # it comes with the first engine, wherever that lies
+            except BaseException:
+                engine.release()
+                raise
+            slot.kept = self.kept
+        return CompositeResident(self.kept, engine)
 
     # -- what clients do ----------------------------------------------------------------------------------------
 
@@ -202,14 +293,14 @@ class World:
             parts = self.alive[name]
             if slot.holder is not None and slot.holder.users:
                 assert slot.state is State.DEVICE, f"{name} is leased and {slot.state}"
-                assert slot.resident.place == "device"
+                assert place_of(slot) == "device"
             if slot.task is None:
-                assert (slot.resident.place if slot.resident else "nowhere") == PLACES[slot.at], f"{name} is not there"
+                assert place_of(slot) == PLACES[slot.at], f"{name} is not there"
             assert len(parts) <= 1 or self.load_timeout != -1, f"{name} was loaded twice"
             assert len(set(slot.queue)) == len(slot.queue)
             numbers = [request.number for request in slot.queue]
             assert numbers == sorted(numbers), "somebody jumped the queue"
-        held = sum(part.nbytes for parts in self.alive.values() for part in parts if part.place == "device")
+        held = self.kept.device_bytes + sum(part.device_bytes for parts in self.alive.values() for part in parts)
         assert held <= self.device.ledger_bytes <= self.device.capacity_bytes
         if self.budget_bytes is not None:
             claimed = sum(slot.size_bytes for slot in slots.values() if slot.on_device)
@@ -224,12 +315,18 @@ class World:
             assert not slot.short
             assert slot.device_bytes == (slot.resident.device_bytes if slot.resident else 0)
             assert slot.host_bytes == (slot.resident.host_bytes if slot.resident else 0)
-        held = sum(part.device_bytes for parts in self.alive.values() for part in parts)
+        if self.load_timeout == -1 and self.keeps and self.manager._slots[self.keeps].at is not State.DEVICE:
+            assert self.kept.place == "host", "what is kept stays on the device alone"
+        held = self.kept.device_bytes + sum(part.device_bytes for parts in self.alive.values() for part in parts)
         assert self.device.ledger_bytes == held
 
     def await_loaders(self) -> None:
         """Wait for loaders that were given up and have not noticed yet."""
-        while self.loading or any(len(parts) > 1 for parts in self.alive.values()):
+        slots = self.manager._slots
+        while self.loading or any(
+            len(parts) > (slots[name].task is not None or slots[name].resident is not None)
+            for name, parts in self.alive.items()
+        ):
             self.step("waiting for loaders")
 
     def close(self) -> None:

@@ -35,10 +35,10 @@ class CompositeResident:
         return sum(part.host_bytes for part in self.parts)
 
     def restore(self) -> int:
-        return self._all_or_nothing(self.parts, _restore, _offload)
+        return self._all_or_nothing(self.parts, _restore, _offload, undo_failed=True)
 
     def offload(self) -> int:
-        return self._all_or_nothing(self.parts[::-1], _offload, _restore)
+        return self._all_or_nothing(self.parts[::-1], _offload, _restore, undo_failed=True)
 
     def release(self) -> int:
         return sum(part.release() for part in self.parts)
@@ -61,14 +61,18 @@ class CompositeResident:
 
     @staticmethod
     def _all_or_nothing(
-        parts: tuple[Resident, ...], move: Callable[[Resident], int], undo: Callable[[Resident], int]
+        parts: tuple[Resident, ...],
+        move: Callable[[Resident], int],
+        undo: Callable[[Resident], int],
+        undo_failed: bool = False,
     ) -> int:
+        """``undo_failed``: for moves that do nothing where nothing has moved; a part may fail after it has moved."""
         moved_bytes = 0
         for index, part in enumerate(parts):
             try:
                 moved_bytes += move(part)
             except BaseException:
-                for moved in reversed(parts[:index]):
+                for moved in reversed(parts[: index + undo_failed]):
                     undo(moved)
                 raise
         return moved_bytes
