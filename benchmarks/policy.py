@@ -6,8 +6,9 @@
 Pure arithmetic: four kinds of traces (steady, bursty, daily, random) are replayed without a clock or a device, so the
 tables are the same on every machine. GPU-seconds are those in which the device holds an idle model's weights: warm,
 on the way there or on the way back; the requests' own seconds, the same for all policies, are left out. Delayed is a
-request that does not find all weights on the device, even if they are already on their way. Nothing is released from
-main memory. All numbers are means over the seeds.
+request that does not find all weights on the device, even if they are already on their way. All numbers are means
+over the seeds. auto is replayed with the app's idle timeout, after which it plans nothing any more (the weights are
+released from main memory), and without one; fixed timeouts have none, which lets them stay for longer.
 
 The fixed timeouts make a curve: more GPU-seconds, fewer delays. "against the curve" is how far auto lies above it (+)
 or below it (-) at its own GPU-seconds, in percent of all requests, with the standard error over the seeds. Between two
@@ -26,7 +27,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,6 +39,7 @@ from residency.policies import NEVER, FixedPolicy
 
 KEEP_WARM_S = (0, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, NEVER)
 WAIT_WEIGHTS = (10.0, 60.0, 600.0)
+IDLE_TIMEOUTS_S = (600, NEVER)
 SERVICE_S, RESTORE_S, OFFLOAD_S = 4.0, 0.5, 0.3
 NOISE, RESOLUTION = 2.0, 0.01
 """Still on the curve: so many standard errors, and so many percent (what is printed), above it or below."""
@@ -121,30 +123,31 @@ def on_curve(points: Sequence[Outcome], gpu_s: float) -> float:
     return points[0].delayed if gpu_s < points[0].gpu_s else points[-1].delayed
 
 
-def compare(name: str, seeds: int, days: float, weights: Sequence[float]) -> dict[float, Distance]:
-    """Replay and print one kind of trace; the distance of auto from the curve, by wait weight."""
+def compare(name: str, seeds: int, days: float, weights: Sequence[float]) -> dict[tuple[float, float], Distance]:
+    """Replay and print one kind of trace; the distance of auto from the curve, by wait weight and idle timeout."""
     traces = [trace(name, seed, days) for seed in range(seeds)]
     curves = [[replay(arrivals, FixedPolicy(keep_s, NEVER)) for keep_s in KEEP_WARM_S] for arrivals in traces]
     requests = statistics.fmean(map(len, traces))
     print(f"\n{name}: {requests:,.0f} requests in {days:g} days")
-    print(f"{'keep warm':24}{'GPU-seconds':>12}{'of time':>9}{'delayed':>9}{'of all':>8}{'against the curve':>20}")
+    print(f"{'keep warm':40}{'GPU-seconds':>12}{'of time':>9}{'delayed':>9}{'of all':>8}{'against the curve':>20}")
 
     def row(title: str, outcomes: Sequence[Outcome], rest: str = "") -> None:
         gpu_s = statistics.fmean(outcome.gpu_s for outcome in outcomes)
         delayed = statistics.fmean(outcome.delayed for outcome in outcomes)
-        print(f"{title:24}{gpu_s:12,.0f}{gpu_s / (days * DAY_S):9.2%}{delayed:9,.0f}{delayed / requests:8.1%}{rest}")
+        print(f"{title:40}{gpu_s:12,.0f}{gpu_s / (days * DAY_S):9.2%}{delayed:9,.0f}{delayed / requests:8.1%}{rest}")
 
     for index, keep_s in enumerate(KEEP_WARM_S):
         row("never leaves" if keep_s == NEVER else f"{keep_s} s", [curve[index] for curve in curves])
     distances = {}
-    for weight in weights:
-        outcomes = [replay(arrivals, AdaptivePolicy(NEVER, wait_weight=weight)) for arrivals in traces]
-        distances[weight] = distance = Distance.of([
+    for weight, idle_timeout_s in product(weights, IDLE_TIMEOUTS_S):
+        until = "no idle timeout" if idle_timeout_s == NEVER else f"released at {idle_timeout_s} s"
+        outcomes = [replay(arrivals, AdaptivePolicy(idle_timeout_s, wait_weight=weight)) for arrivals in traces]
+        distances[weight, idle_timeout_s] = distance = Distance.of([
             100.0 * (outcome.delayed - on_curve(curve, outcome.gpu_s)) / len(arrivals)
             for outcome, curve, arrivals in zip(outcomes, curves, traces, strict=True)
         ])  # fmt: skip
         row(
-            f"auto, wait weight {weight:g}",
+            f"auto, wait weight {weight:g}, {until}",
             outcomes,
             f"{distance.mean:+11.2f} +- {distance.error:4.2f}  {distance.verdict}",
         )

@@ -180,7 +180,7 @@ class Card(SimulatedDevice):
 class World:
     """``step`` is called wherever something else could happen; ``fault_rate`` is how often a step fails.
 
-    With ``snapshot_dir`` released engines stay as skeletons; with ``keeps`` that model has a part that outlives a release.
+    With ``snapshot_dir`` released engines stay as skeletons; the model ``keeps`` has a part that outlives a release.
     """
 
     def __init__(
