@@ -16,6 +16,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from residency.errors import (
 )
 from residency.events import Event
 from residency.history import WINDOW_S
-from residency.leasing import Lease, held_slots
+from residency.leasing import Lease, held_slots, watching
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
 from residency.policies import AUTO, change_policy, check_counts, make_policy, seconds
@@ -306,8 +307,16 @@ class GPUResourceManager:
                 },
             }
 
+    @staticmethod
+    def watching(watch: Callable[[Lease], object]) -> AbstractContextManager[None]:
+        """A block in which ``watch`` sees each lease that is entered, of any manager, before it waits.
+
+        It holds for what is started with the block's context too. What ``watch`` raises ends the request.
+        """
+        return watching(watch)
+
     def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
-        """Have every move's beginning, progress and end told to ``listener``; call the answer to end that.
+        """Have moves (beginning, progress, end) and changes of queues told to ``listener`` until the answer is called.
 
         It is called in a thread of its own, in the order in which things happened; what it raises is logged.
         """

@@ -108,6 +108,7 @@ class Admission:
             if request.answered:
                 return False
             request.answer(RequestCancelled(request.slot.name))
+            self._dispatcher.reports.tell_queue(request.slot)
             self._dispatcher.plan_locked(request.slot)
         self._dispatcher.act()
         return True
@@ -142,6 +143,7 @@ class Admission:
         until_s = math.inf if timeout_s is None else asked_s + timeout_s
         with self._dispatcher.lock:
             request.latch = latch
+            self._dispatcher.reports.tell_queue(slot)
             slot.changed()
         while not request.answered:
             with self._dispatcher.lock:
@@ -152,6 +154,7 @@ class Admission:
                     place = list(slot.waiting()).index(request) + 1
                     request.answer(RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value))
                 if request.error is not None:
+                    self._dispatcher.reports.tell_queue(slot)
                     self._dispatcher.plan_locked(slot)
             if not request.answered:
                 self._clock.wait(latch, until_s - now_s)

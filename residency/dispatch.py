@@ -199,6 +199,8 @@ class Dispatcher:
         request.served_s = self.clock.now()
         slot.holder = request
         request.answer()
+        if request.latch is not None:  # it has waited
+            self.reports.tell_queue(slot)
 
     def _has_room_locked(self, slot: Slot) -> bool:
         """Whether the model may go to the device now. Begins evictions; refuses who would wait for ever."""
@@ -233,6 +235,7 @@ class Dispatcher:
         slot.lacking_bytes = slot.needed_bytes = 0
         for request in list(slot.waiting()):
             request.answer(error)
+        self.reports.tell_queue(slot)
         slot.changed()
 
     def lost_locked(self) -> None:

@@ -19,16 +19,17 @@ TOLD_WITHIN_S = 5.0
 
 _BACKLOG = 1000
 
-What = Literal["began", "progress", "done", "failed"]
+What = Literal["began", "progress", "done", "failed", "queue"]
 
 
 @dataclass(frozen=True)
 class Event:
     """One thing that happened to one model. Times in seconds of the manager's clock, sizes in bytes.
 
-    ``seconds`` is since the move began. ``phase``, ``done_bytes``, ``total_bytes`` and ``bytes_per_s`` (None: unknown)
-    say how far it has come in its phase, and how fast; see `residency.progress`.
-    ``source`` and ``target`` are states as people see them: ``gpu``, ``cpu``, ``released``.
+    ``waiting`` requests are in its queue. ``queue`` tells of changes of that; the others tell of a move: ``seconds``
+    since it began, and ``phase``, ``done_bytes``, ``total_bytes`` and ``bytes_per_s`` (None: unknown), which say how
+    far it has come in its phase, and how fast; see `residency.progress`. ``source`` and ``target`` are states as people
+    see them (``gpu``, ``cpu``, ``released``, ``moving``); without a move, the one that the model is in.
     """
 
     what: What
@@ -36,11 +37,12 @@ class Event:
     source: str
     target: str
     time_s: float
-    seconds: float
-    phase: str
-    done_bytes: int
-    total_bytes: int | None
-    bytes_per_s: float | None
+    waiting: int
+    seconds: float = 0.0
+    phase: str = ""
+    done_bytes: int = 0
+    total_bytes: int | None = None
+    bytes_per_s: float | None = None
     error: str | None = None
 
 

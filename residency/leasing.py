@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ class Lessor(Protocol):
 
 
 _held: contextvars.ContextVar[tuple[Request, ...]] = contextvars.ContextVar("held_requests", default=())
+_watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
 _loading: contextvars.ContextVar[tuple[Slot, ...]] = contextvars.ContextVar("loading_slots", default=())
 
 
@@ -66,6 +67,8 @@ class Lease:
         if self._entered:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
+        if watch := _watch.get():
+            watch(self)
         for outer in _held.get():
             if outer.slot is self._slot and self._lessor.share(self, outer):
                 return self._slot.engine
@@ -127,6 +130,16 @@ def held_requests() -> tuple[Request, ...]:
 def held_slots() -> tuple[Slot, ...]:
     """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
     return (*(request.slot for request in held_requests()), *_loading.get())
+
+
+@contextmanager
+def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
+    """Within this block, and in what is started with its context, ``watch`` sees each lease before it waits."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
 
 
 @contextmanager

@@ -8,11 +8,17 @@ from .contracts import Clock, Device
 from .errors import in_words
 from .events import Event, Listeners, What
 from .moving import Task
+from .states import Slot
 
 logger = logging.getLogger("residency.moves")
 
 PROGRESS_EVERY_S = 0.1
 """Listeners are told of progress at most this often."""
+
+
+def waiting_for(slot: Slot) -> int:
+    """How many requests are in a model's queue."""
+    return sum(1 for _ in slot.waiting())
 
 
 class Reports:
@@ -41,6 +47,7 @@ class Reports:
             task.move.source.shown(kind),
             task.move.target.shown(kind),
             now_s,
+            waiting_for(task.slot),
             now_s - task.started_s,
             phase,
             done_bytes,
@@ -49,6 +56,12 @@ class Reports:
             in_words(error) if error else None,
         )
         self.listeners.tell(event)
+
+    def tell_queue(self, slot: Slot) -> None:
+        """Somebody has come into a model's queue, or left it."""
+        if self.listeners:
+            state = slot.state.shown(self._device.kind)
+            self.listeners.tell(Event("queue", slot.name, state, state, self._clock.now(), waiting_for(slot)))
 
     def warn_of_budget(self, task: Task, budget_bytes: float) -> None:
         """A model has come for the first time that the budget does not hold: the next time it will be refused."""

@@ -107,6 +107,22 @@ class TestWithManagement:
         assert client.predict(api_name="/gpu_release")["models"]["tts"]["state"] == "released"
         assert client.predict("tts", api_name="/gpu_warm")["models"]["tts"]["state"] in ("moving", "gpu")
 
+    def test_who_waits_is_counted_and_finds_the_model_there(self, managed: RunningApp, recording: str) -> None:
+        client = Client(managed.url, verbose=False)
+        client.predict(handle_file(recording), "Good morning.", "Come back.", api_name="/clone")
+
+        def moves() -> list[dict[str, object]]:
+            return managed.get("/gpu/history")[1]["models"]["tts"]["moves"]
+
+        before = len(moves())
+        jobs = [
+            client.submit(handle_file(recording), "Good morning.", "It is one of three.", api_name="/clone")
+            for _ in range(3)
+        ]
+        assert wait_until(lambda: managed.model()["waiting"] == 2)
+        assert all(spoken_s(job.result()) > 0.5 for job in jobs)
+        assert [(move["from"], move["to"]) for move in moves()[before:]] == [("cpu", "gpu"), ("gpu", "cpu")]
+
     def test_http_steers_too(self, managed: RunningApp) -> None:
         code, status = managed.post("/gpu/release", {"model": "tts"})
         assert (code, status["models"]["tts"]["state"]) in ((200, "released"), (202, "moving"), (202, "gpu"))

@@ -24,8 +24,13 @@ def supported(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
 PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_name": False}
 """For events of the page that are no endpoint for programs."""
 
-ENGINE: dict[str, Any] = {"concurrency_id": "engine", "concurrency_limit": 1}
-"""For events that use the engine: one at a time; the others wait in Gradio's queue, where people see their place."""
+
+def engine_event(managed: bool) -> dict[str, Any]:
+    """For events that use the engine. A manager has a queue of its own: only if it knows who waits, it keeps the model.
+
+    Some of Gradio's 40 threads are left for everything else.
+    """
+    return {"concurrency_id": "engine", "concurrency_limit": 20 if managed else 1}
 
 
 def keep_uploads_in(folder: str) -> None:

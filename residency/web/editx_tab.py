@@ -15,7 +15,7 @@ import gradio as gr
 from ..contracts import Engine
 from ..errors import InvalidInput
 from . import words
-from .compat import ENGINE, PRIVATE, session, speaker, supported
+from .compat import PRIVATE, engine_event, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .guard import Guard
@@ -25,7 +25,7 @@ from .labels import label
 from .language import translated
 from .recordings import Recordings
 from .speech import Limits, Speech, explain
-from .waiting import told
+from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,9 @@ class EditxTab:
         self._builtin = getattr(args, "engine", None) == "builtin"
         manager = getattr(tts_engine, "manager", None)
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
-        self._manager, self._model = manager, getattr(tts_engine, "name", None)
+        self._model = getattr(tts_engine, "name", None)
+        self.waiting = Waiting(manager)
+        self.engine_event = engine_event(manager is not None)
         self.intent = Intent(manager, self._model) if manager is not None and self._model else None
 
     # -- GPU ----------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class EditxTab:
 
     def told(self) -> AbstractContextManager[None]:
         """A block in which the person whose event this is reads what the model does meanwhile."""
-        return told(self._manager, self._model)
+        return self.waiting.told(self._model)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class EditxTab:
         if not prompt_audio or (prompt_text and prompt_text.strip()):
             return "", ""
         try:
-            with told(self._manager, "asr"):
+            with self.waiting.told("asr"):
                 return self.speech.transcribe(prompt_audio), ""
         except Exception as error:
             return "", _warned(error)
@@ -262,14 +264,14 @@ class EditxTab:
         ]
         outputs = [self.chat_box, state, self.message]
         # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
-        self.button_tts.click(self._clone_and_wipe, inputs, outputs, **ENGINE, **PRIVATE).then(
+        self.button_tts.click(self._clone_and_wipe, inputs, outputs, **self.engine_event, **PRIVATE).then(
             lambda state: as_messages(state["history_messages"], speaker()),
             state,
             self.chat_box,
             show_progress="hidden",
             **PRIVATE,
         )
-        self.button_edit.click(self.generate_edit, inputs, outputs, **ENGINE, **PRIVATE)
+        self.button_edit.click(self.generate_edit, inputs, outputs, **self.engine_event, **PRIVATE)
         # The chat has a bin of its own.
         for clear in (self.clean_history_submit.click, self.chat_box.clear):
             clear(self.clear_history, [state], outputs, **PRIVATE)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from .compat import ENGINE, session
+from .compat import session
 from .gpu_panel import check
 from .guard import Guard
 from .protocols import Manager
@@ -19,7 +19,12 @@ T = TypeVar("T")
 NOBODY = gr.Request()
 
 
-def register_speech(speech: Speech, told: Callable[[], AbstractContextManager[None]], recordings: Recordings) -> None:
+def register_speech(
+    speech: Speech,
+    told: Callable[[], AbstractContextManager[None]],
+    recordings: Recordings,
+    engine_event: dict[str, Any],
+) -> None:
     """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people.
 
     In a block of ``told`` the caller hears what happens to the model. Files go with the session of ``gradio_client``.
@@ -43,8 +48,10 @@ def register_speech(speech: Speech, told: Callable[[], AbstractContextManager[No
         return answer(input_audio, lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
 
     with gr.Row(visible=False):
-        _expose(clone, [_recording(), gr.Textbox(), gr.Textbox()], gr.Audio(), **ENGINE)
-        _expose(edit, [_recording(), gr.Textbox(), gr.Textbox(), gr.Textbox(), gr.Textbox()], gr.Audio(), **ENGINE)
+        _expose(clone, [_recording(), gr.Textbox(), gr.Textbox()], gr.Audio(), **engine_event)
+        _expose(
+            edit, [_recording(), gr.Textbox(), gr.Textbox(), gr.Textbox(), gr.Textbox()], gr.Audio(), **engine_event
+        )
 
 
 def register_gpu(manager: Manager, guard: Guard) -> None:

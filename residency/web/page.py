@@ -50,6 +50,7 @@ class Page:
             tab.intent.show if tab.intent else None,
             tab.recordings.begin,
             tab.recordings.end,
+            tab.waiting.gone,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
@@ -65,7 +66,7 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            endpoints.register_speech(tab.speech, tab.told, tab.recordings)
+            endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
 

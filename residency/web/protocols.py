@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+
+class Lease(Protocol):
+    """A request that waits for a model, or holds it."""
+
+    @property
+    def place(self) -> int | None:
+        """0: holds the model; 1: served next; None: not yet in the queue, or ended."""
+
+    def cancel(self) -> bool:
+        """Take it out of the queue; False if it holds the model, or has ended."""
 
 
 class Manager(Protocol):
@@ -39,5 +51,8 @@ class Manager(Protocol):
     def warm(self, name: str | None = None) -> bool:
         """True: on the device already; False: begun. `UnknownModel`."""
 
+    def watching(self, watch: Callable[[Lease], object]) -> AbstractContextManager[None]:
+        """A block in which ``watch`` sees each lease that is entered, before it waits."""
+
     def subscribe(self, listener: Callable[[Any], Any]) -> Callable[[], None]:
-        """Have moves told to ``listener``; call the answer to end that."""
+        """Have moves and queues told to ``listener``; call the answer to end that."""

@@ -34,7 +34,7 @@ def message(kind: str, data: Any) -> str:
 
 
 async def moves(manager: Manager, status: Callable[[], Awaitable[Any]]) -> AsyncIterator[str]:
-    """``status`` once, then every move's ``began``, ``progress``, ``done`` and ``failed`` until the listener leaves.
+    """``status`` once, then every `Event` of the manager's, by its ``what``, until the listener leaves.
 
     One who is too slow loses progress first, and is then sent away; they may come again and get the status.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anyio import to_thread
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +32,8 @@ _FULL = (
 )
 #: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
 _ANSWERS = ("/queue/", "/call/", "/file=")
+_LINE, _LINE_CUT_S = "/queue/data", 3.0
+"""Where a session hears what becomes of its requests, for as long as there are any; and how long it may be cut."""
 _QUIET_S = 1.0
 """After an answer its receiver may come for the recordings in it: that long nobody has come means that nobody will."""
 
@@ -41,6 +43,7 @@ class Traffic:
 
     ``upload_begins`` is called in a thread of its own whenever one does, ``session_begins`` with a page's session
     when that is there (again), and ``session_ends`` when it has not been heard of for `recordings.LEFT_FOR_S`.
+    ``answers_end`` is called when a session has hung up on which it hears what becomes of its requests.
     """
 
     def __init__(
@@ -49,18 +52,21 @@ class Traffic:
         upload_begins: Callable[[], object] | None = None,
         session_begins: Callable[[str], object] | None = None,
         session_ends: Callable[[str], object] | None = None,
+        answers_end: Callable[[str], object] | None = None,
         largest_upload_bytes: float = math.inf,
     ) -> None:
         self._folder = Path(folder)
         self._upload_begins = upload_begins
         self._session_begins = session_begins
         self._session_ends = session_ends
+        self._answers_end = answers_end
         self._largest_upload_bytes = largest_upload_bytes
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
         self._uploads = 0
         self._pages: Counter[str] = Counter()
+        self._lines: Counter[str] = Counter()
 
     def around(self, app: ASGIApp) -> ASGIApp:
         async def passed_by(scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,11 +78,17 @@ class Traffic:
             elif _HEARTBEAT in path:
                 await self._page(path.rpartition("/")[2], app, scope, receive, send)
             elif any(part in path for part in _ANSWERS):
+                line = _session(scope) if path.endswith(_LINE) else None
                 self._count(+1)
+                if line:
+                    self._lines[line] += 1
                 try:
                     await app(scope, receive, send)
                 finally:
                     self._count(-1)
+                    if line:
+                        self._lines[line] -= 1  # its next line may be on the way
+                        asyncio.get_running_loop().call_later(_LINE_CUT_S, self._hung_up, line)
             else:
                 await app(scope, receive, send)
 
@@ -126,6 +138,12 @@ class Traffic:
             self._pages[session] -= 1
             asyncio.get_running_loop().call_later(recordings.LEFT_FOR_S, self._look_after, session)
 
+    def _hung_up(self, session: str) -> None:
+        if self._lines.get(session) == 0:
+            del self._lines[session]
+            if self._answers_end:
+                asyncio.get_running_loop().run_in_executor(None, self._answers_end, session)
+
     def _look_after(self, session: str) -> None:
         if self._pages.get(session) == 0:
             del self._pages[session]
@@ -157,6 +175,10 @@ def too_large(limit_bytes: float) -> str:
         f"The recording is larger than {size}: cut it, save it as FLAC or MP3, or start the app with a larger "
         f"--max-upload. / 录音超过 {size}：请裁剪、另存为 FLAC 或 MP3，或启动时调大 --max-upload。"
     )
+
+
+def _session(scope: Scope) -> str:
+    return QueryParams(scope["query_string"]).get("session_hash", "")
 
 
 def _say(code: int, sentence: str) -> PlainTextResponse:

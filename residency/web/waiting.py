@@ -1,12 +1,12 @@
-"""Who waits for an answer reads why: what the model does, in Gradio's own line of progress.
+"""Who waits for an answer reads why, in Gradio's own line of progress: the place in the queue, and what the model does.
 
-Before it is a request's turn, Gradio shows its place in the queue there; this is for what comes after. Programs read
-the same in ``job.status()`` of ``gradio_client``.
+Programs read the same in ``job.status()`` of ``gradio_client``. Who has gone waits for nothing.
 """
 
 from __future__ import annotations
 
 import contextvars
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,44 +14,90 @@ from typing import Any
 import gradio as gr
 
 from . import words
-from .compat import speaker
-from .protocols import Manager
+from .compat import session, speaker
+from .protocols import Lease, Manager
 
 
-@contextmanager
-def told(manager: Manager | None, model: str | None) -> Iterator[None]:
-    """Within this block, what happens to the model is told to the person whose event this is."""
-    if manager is None or model is None:
-        yield
-        return
-    context, progress, speak = contextvars.copy_context(), gr.Progress(), speaker()
-    status = manager.status()
-    kind, present = status["device"]["kind"], status["models"].get(model, {})
+class Waiting:
+    """The leases that sessions wait for. Any thread may call."""
 
-    def say(sentence: str, share: float = 0.0) -> None:
+    def __init__(self, manager: Manager | None) -> None:
+        self._manager = manager
+        self._lock = threading.Lock()
+        self._leases: dict[str | None, set[Lease]] = {}
+
+    @contextmanager
+    def told(self, model: str | None) -> Iterator[None]:
+        """Within this block, what happens to the model and to its queue is told to the person whose event this is."""
+        if self._manager is None or model is None:
+            yield
+            return
+        teller, whose = _Teller(self._manager, model), session()
+
+        def watch(lease: Lease) -> None:
+            teller.lease = lease
+            with self._lock:
+                self._leases.setdefault(whose, set()).add(lease)
+
+        unsubscribe = self._manager.subscribe(teller.listen)
+        try:
+            teller.begin()
+            with self._manager.watching(watch):
+                yield
+        finally:
+            unsubscribe()
+            with self._lock:
+                if teller.lease is not None and (leases := self._leases.get(whose)):
+                    leases.discard(teller.lease)
+                    if not leases:
+                        del self._leases[whose]
+
+    def gone(self, whose: str) -> None:
+        """Nobody of this session listens any more: what still waits in a queue leaves it; what runs goes on."""
+        with self._lock:
+            leases = list(self._leases.get(whose, ()))
+        for lease in leases:
+            lease.cancel()
+
+
+class _Teller:
+    """Says to one person what their request waits for."""
+
+    def __init__(self, manager: Manager, model: str) -> None:
+        self._model, self._speak = model, speaker()
+        self._context, self._progress = contextvars.copy_context(), gr.Progress()
+        status = manager.status()
+        self._kind, self._present = status["device"]["kind"], status["models"].get(model, {})
+        self.lease: Lease | None = None
+
+    def begin(self) -> None:
+        if way := self._present.get("progress"):
+            self._say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"])
+        elif self._present.get("leases"):
+            self._say(words.in_use(self._speak))
+        elif self._present.get("state") == "gpu":
+            self._say(words.ready(self._speak), 1.0)
+
+    def listen(self, event: Any) -> None:
+        if event.model != self._model:
+            return
+        place = self.lease.place if self.lease else None
+        if place is not None and place > 1:
+            self._say(words.queued(place, self._speak))
+        elif event.what in ("began", "progress"):
+            self._say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.bytes_per_s)
+        elif event.what == "done" and (arrival := words.arrived(event.target, self._speak)):
+            self._say(arrival, 1.0)
+        elif event.what == "queue" and event.source == "gpu" and place is not None:
+            self._say(*((words.in_use(self._speak),) if place else (words.ready(self._speak), 1.0)))
+
+    def _say(self, sentence: str, share: float = 0.0) -> None:
         # The context tells Gradio whose event it is; a copy, since two threads cannot be in the same one.
         # Pages show no sentence without a share, so one that nobody knows is 0.
-        context.copy().run(progress, share, desc=sentence)
+        self._context.copy().run(self._progress, share, desc=sentence)
 
-    def say_way(target: str, phase: str, done_bytes: int, total_bytes: int | None, rate: float | None) -> None:
-        sentence = words.on_its_way(kind, target, phase, done_bytes, total_bytes, rate, speak)
-        say(sentence, words.share(done_bytes, total_bytes) or 0.0)
-
-    def listen(event: Any) -> None:
-        if event.model == model:
-            if event.what in ("began", "progress"):
-                say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.bytes_per_s)
-            elif event.what == "done" and (arrival := words.arrived(event.target, speak)):
-                say(arrival, 1.0)
-
-    unsubscribe = manager.subscribe(listen)
-    try:
-        if way := present.get("progress"):
-            say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"])
-        elif present.get("leases"):
-            say(words.in_use(speak))
-        elif present.get("state") == "gpu":
-            say(words.ready(speak), 1.0)
-        yield
-    finally:
-        unsubscribe()
+    def _say_way(
+        self, target: str, phase: str, done_bytes: int, total_bytes: int | None, bytes_per_s: float | None
+    ) -> None:
+        sentence = words.on_its_way(self._kind, target, phase, done_bytes, total_bytes, bytes_per_s, self._speak)
+        self._say(sentence, words.share(done_bytes, total_bytes) or 0.0)

@@ -133,7 +133,11 @@ def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], s
 
 
 def in_use(say: Say) -> str:
-    return say("模型使用中，正在等候", "The model is in use; waiting for it")
+    return say("模型使用中，下一个轮到您", "The model is in use; you are next")
+
+
+def queued(place: int, say: Say) -> str:
+    return say(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue")
 
 
 def ready(say: Say) -> str:

@@ -4,10 +4,12 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 from fakes import Gate, Worker
+from serving import wait_until
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -69,6 +71,23 @@ def test_answers_on_their_way_are_waited_for(
     gate.open()
     assert receiver.result().text == "done"
     assert waiter.result()
+
+
+def test_who_hangs_up_and_does_not_call_again_is_reported(
+    client: TestClient, traffic: Traffic, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Queue[str]()
+    traffic._answers_end = gone.put
+    monkeypatch.setattr(traffic_module, "_LINE_CUT_S", 0)
+    lines = [Worker(client.get, f"/gradio_api/queue/data?session_hash={name}") for name in ("anna", "anna", "bert")]
+    assert wait_until(lambda: traffic._lines == {"anna": 2, "bert": 1})
+    gate.open()
+    for line in lines:
+        line.result()
+    assert sorted([gone.get(timeout=30), gone.get(timeout=30)]) == ["anna", "bert"]
+    client.get("/gradio_api/file=/a.wav")
+    assert gone.empty()
+    assert not +traffic._lines
 
 
 def test_who_has_just_had_an_answer_may_come_for_its_recording(

@@ -1,0 +1,112 @@
+"""Who waits reads why, in the order of the queue; who has gone leaves it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fakes import Gate, Worker
+
+from gpu_manager import GPUResourceManager, RequestCancelled
+from residency.web import waiting as waiting_module
+from residency.web.waiting import Waiting
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """What each person was told, by the session that their thread is of."""
+    heard: dict[str, list[str]] = {}
+    changed = threading.Condition()
+
+    def progress() -> Callable[..., None]:
+        whose = threading.current_thread().name
+
+        def say(share: float, desc: str) -> None:
+            with changed:
+                heard.setdefault(whose, []).append(desc.partition(" / ")[2])
+                changed.notify_all()
+
+        return say
+
+    monkeypatch.setattr(waiting_module.gr, "Progress", progress)
+    monkeypatch.setattr(waiting_module, "session", lambda: threading.current_thread().name)
+    heard["await"] = lambda whose, words: _await(changed, heard, whose, words)  # type: ignore[assignment]
+    return heard
+
+
+def _await(changed: threading.Condition, heard: dict[str, list[str]], whose: str, words: str) -> None:
+    with changed:
+        assert changed.wait_for(lambda: any(words in line for line in heard.get(whose, [])), 30), heard.get(whose)
+
+
+class Person:
+    """Asks for speech in a thread whose name is their session."""
+
+    def __init__(self, waiting: Waiting, manager: GPUResourceManager, name: str) -> None:
+        self.gate, self._waiting, self._manager = Gate(), waiting, manager
+        self.worker = Worker(self._ask, name)
+
+    def _ask(self, name: str) -> None:
+        threading.current_thread().name = name
+        with self._waiting.told("tts"), self._manager.lease("tts"):
+            self.gate.pass_through()
+
+
+def test_each_hears_their_place_and_then_their_turn(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
+    waiting = Waiting(manager)
+    first = Person(waiting, manager, "first")
+    first.gate.wait_for_arrival()
+    second = Person(waiting, manager, "second")
+    heard["await"]("second", "you are next")
+    third = Person(waiting, manager, "third")
+    heard["await"]("third", "place 2 in the queue")
+    first.gate.open()
+    first.worker.result()
+    second.gate.wait_for_arrival()
+    heard["await"]("second", "generating")
+    heard["await"]("third", "you are next")
+    assert [event for event in heard["third"] if "place" in event] == ["Waiting; place 2 in the queue"]
+    for person in (second, third):
+        person.gate.open()
+        person.worker.result()
+
+
+def test_the_model_stays_for_who_waits(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
+    waiting, moves = Waiting(manager), list[tuple[str, str]]()
+    manager.subscribe(lambda event: moves.append((event.source, event.target)) if event.what == "done" else None)
+    first = Person(waiting, manager, "first")
+    first.gate.wait_for_arrival()
+    second = Person(waiting, manager, "second")
+    heard["await"]("second", "you are next")
+    for person in (first, second):
+        person.gate.open()
+        person.worker.result()
+    manager.close()
+    assert moves[:2] == [("released", "gpu"), ("gpu", "cpu")], "it left between two requests"
+
+
+def test_who_has_gone_leaves_the_queue_and_nobody_else_does(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
+    waiting = Waiting(manager)
+    first = Person(waiting, manager, "first")
+    first.gate.wait_for_arrival()
+    second = Person(waiting, manager, "second")
+    heard["await"]("second", "you are next")
+    third = Person(waiting, manager, "third")
+    heard["await"]("third", "place 2 in the queue")
+    waiting.gone("second")
+    with pytest.raises(RequestCancelled):
+        second.worker.result()
+    waiting.gone("first")
+    waiting.gone("nobody")
+    for person in (first, third):
+        person.gate.open()
+        person.worker.result()
+    assert waiting._leases == {}
+
+
+def test_without_a_manager_nothing_is_said() -> None:
+    with Waiting(None).told("tts"):
+        pass
+    Waiting(None).gone("anybody")
