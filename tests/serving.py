@@ -73,6 +73,7 @@ class RunningApp:
         self.tmp_dir = tmp_dir
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.managed = "--enable-gpu-management" in arguments
         self._lines: list[str] = []
         self._news = threading.Condition()
         self.process = subprocess.Popen(

@@ -20,6 +20,7 @@ EXAMPLES = [
     errors.DeviceOutOfMemory(10, None, "card", ((1234, 5), (1235, None))),
     errors.OverBudget(10, 5, 8, "card"),
     errors.DeviceUnavailable("driver too old"),
+    errors.DeviceLost("illegal memory access"),
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),
     errors.CapturedGraphs((".flow.graph",)),

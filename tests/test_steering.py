@@ -11,6 +11,8 @@ from gpu_manager import (
     Event,
     GPUResourceManager,
     ManagerClosed,
+    RequestCancelled,
+    RequestTimeout,
     SimulatedDevice,
     State,
     UnknownModel,
@@ -256,7 +258,7 @@ def test_events_tell_every_move_in_order(manager: GPUResourceManager, clock: Man
     gate.open()
     client.comes_in().leaves()
     manager.close()
-    assert [(event.what, event.source, event.target) for event in told if event.what != "progress"] == [
+    assert [(event.what, event.source, event.target) for event in told if event.what not in ("progress", "queue")] == [
         ("began", "released", "gpu"), ("failed", "released", "gpu"), ("began", "released", "gpu"),
         ("done", "released", "gpu"), ("began", "gpu", "cpu"), ("done", "gpu", "cpu"), ("began", "cpu", "released"),
         ("done", "cpu", "released"),
@@ -267,6 +269,24 @@ def test_events_tell_every_move_in_order(manager: GPUResourceManager, clock: Man
     assert [event.time_s for event in ends] == [1000, 1003, 1003, 1003]
     assert {event.model for event in told} == {"tts"}
     unsubscribe()
+
+
+def test_events_tell_who_comes_into_the_queue_and_who_leaves_it(manager: GPUResourceManager, clock: ManualClock) -> None:
+    told: list[Event] = []
+    manager.subscribe(told.append)
+    running = Client(manager).comes_in()
+    second, third, impatient = Client(manager).queues(), Client(manager).queues(), Client(manager, timeout=5).queues()
+    assert third.lease.cancel() is True
+    with pytest.raises(RequestCancelled):
+        third.worker.result()
+    with pytest.raises(RequestTimeout):
+        after(clock, 5, impatient.worker)
+    running.leaves()
+    second.comes_in().leaves()
+    manager.close()
+    # The first may have come before the model did; from then on the queue is what changes.
+    queue = [(event.source, event.waiting) for event in told if event.what == "queue" and event.source == "gpu"]
+    assert queue == [("gpu", 1), ("gpu", 2), ("gpu", 3), ("gpu", 2), ("gpu", 1), ("gpu", 0)]
 
 
 def test_what_is_sent_away_by_hand_has_no_grace_of_its_warming_left(
