@@ -1,30 +1,62 @@
 #!/usr/bin/env bash
-# Starts the app with GPU management on a machine that has nothing but Python: `--help` tells the settings.
+# Runs the app with GPU management on a machine that has nothing but Python, or Docker: `--help` tells the settings.
 set -euo pipefail
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 # shellcheck source=scripts/environment.sh
 source "$here/scripts/environment.sh"
+# shellcheck source=scripts/checks.sh
+source "$here/scripts/checks.sh"
+# shellcheck source=scripts/service.sh
+source "$here/scripts/service.sh"
+# shellcheck source=scripts/container.sh
+source "$here/scripts/container.sh"
+
+readonly SETTINGS=(HOST PORT GPU_ID GPU_IDLE_TIMEOUT GPU_KEEP_WARM GPU_SNAPSHOT_DIR MODEL_PATH STEP_AUDIO_ROOT PROJECT_DIR
+    VENV_DIR RUN_DIR DOCKER DETACH REPLACE FOLLOW CONTAINER_NAME IMAGE BASE_IMAGE SOCKET_DIR READY_TIMEOUT STOP_TIMEOUT)
+readonly SWITCHES=(DOCKER DETACH REPLACE FOLLOW)
+# What the next `restart` takes from this start, besides the arguments of app.py.
+readonly REMEMBERED=(HOST GPU_ID GPU_IDLE_TIMEOUT GPU_KEEP_WARM GPU_SNAPSHOT_DIR MODEL_PATH STEP_AUDIO_ROOT PROJECT_DIR VENV_DIR
+    DETACH GPU_CONTROL_TOKEN GRADIO_AUTH CUDA_VISIBLE_DEVICES TORCH_INDEX_URL)
 
 usage() {
     cat <<'EOF_USAGE'
-Usage / 用法: start_with_gpu_management.sh [--name value | --name=value]... [arguments of app.py]...
+Usage / 用法: start_with_gpu_management.sh [start|stop|restart|status|logs] [--name value]... [arguments of app.py]...
 
-A setting is a flag or an environment variable; the flag wins.
-每项设置可用参数或环境变量给出，参数优先。
+  start      the app, in this terminal or with --detach / 启动应用，在本终端或后台（--detach）
+  stop       what start has started; a container that was replaced is back / 停止；被替换的容器恢复原名
+  restart    with the settings of the last start; other ones may be given / 按上次的设置重启，可另给新设置
+  status     where the app and its models are; 3 if it does not run / 应用与模型的状态；未运行时返回 3
+  logs       the last lines; --follow goes on / 最后的日志；--follow 持续显示
+
+A setting is a flag or an environment variable; the flag wins. Of DOCKER, DETACH, REPLACE and FOLLOW the variable is 1.
+每项设置可用参数或环境变量给出，参数优先；DOCKER、DETACH、REPLACE、FOLLOW 的变量值为 1。
 
   --host              HOST              address to listen on / 监听地址 (127.0.0.1)
   --port              PORT              port / 端口 (7860)
-  --gpu-id            GPU_ID            GPU as nvidia-smi numbers it / 使用哪块 GPU (most free memory / 空闲显存最多的)
+  --gpu-id            GPU_ID            GPU as nvidia-smi numbers it, or none / 使用哪块 GPU 或 none (most free memory / 空闲显存最多的)
   --gpu-idle-timeout  GPU_IDLE_TIMEOUT  idle this long: released / 空闲多久后完全释放: 600, 90s, 15m, 1h, -1 (600)
-  --gpu-keep-warm     GPU_KEEP_WARM     stay on the GPU this long after a request / 请求后在 GPU 上保留多久 (0)
+  --gpu-keep-warm     GPU_KEEP_WARM     stay on the GPU this long after a request, or auto / 请求后在 GPU 上保留多久，或 auto (0)
+  --gpu-snapshot-dir  GPU_SNAPSHOT_DIR  released weights are kept here / 已释放的权重保存在此 (none / 无)
   --model-path        MODEL_PATH        weights of Step-Audio-EditX / 模型权重目录 (none: built-in engine / 不设则用内置引擎)
   --step-audio-root   STEP_AUDIO_ROOT   checkout of Step-Audio-EditX / 其代码目录
   --project-dir       PROJECT_DIR       folder of app.py / app.py 所在目录 (this script's / 本脚本所在目录)
   --venv-dir          VENV_DIR          Python environment / Python 环境 (PROJECT_DIR/.venv); one that you made is never
                                         changed / 您自己创建的环境不会被改动
+  --detach            DETACH            run in the background; returns once it is ready / 后台运行，就绪后返回
+  --run-dir           RUN_DIR           log and pid of what runs / 日志与进程号 (PROJECT_DIR/.run)
+  --ready-timeout     READY_TIMEOUT     wait this many seconds for it / 等待就绪的秒数 (300)
+  --stop-timeout      STOP_TIMEOUT      wait this many seconds for its end / 等待退出的秒数 (60)
   --check                               say what would be done, do nothing / 只说明将做什么，不执行
   --help                                this text / 显示本说明
+
+  --docker            DOCKER            in a container / 在容器中运行
+  --container-name    CONTAINER_NAME    its name / 容器名 (step-audio-gpu-managed)
+  --replace           REPLACE           put it in the place of one of that name / 替换同名容器
+  --image             IMAGE             name of the image / 镜像名 (gpu-managed-tts)
+  --base-image        BASE_IMAGE        what it is built on; the image of a Step-Audio-EditX checkout for the real engine /
+                                        基础镜像；真实引擎请用 Step-Audio-EditX 的镜像 (python:3.11-slim-bookworm)
+  --socket-dir        SOCKET_DIR        folder for sockets between services / 服务间套接字目录 (/tmp/gpu-managed-tts)
 
 pip's own variables work as usual (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...). TORCH_INDEX_URL is where PyTorch alone comes
 from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB.
@@ -32,192 +64,170 @@ pip 的环境变量照常生效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU
 EOF_USAGE
 }
 
-# Everything that is no setting of this script goes on to app.py.
+# is_one_of WORD WORDS...
+is_one_of() {
+    local word=$1 other
+    shift
+    for other; do
+        [[ $word != "$other" ]] || return 0
+    done
+    return 1
+}
+
+# setting_of ARGUMENT: prints the setting that a flag is for; fails if it is none of this script's.
+setting_of() {
+    local name=${1%%=*}
+    case $name in
+        --server-name) name=HOST ;; # as app.py calls them
+        --server-port) name=PORT ;;
+        --*) name=${name#--} name=${name^^} name=${name//-/_} ;;
+    esac
+    is_one_of "$name" "${SETTINGS[@]}" && echo "$name"
+}
+
+# Sets action, check, given[SETTING]; everything that is no setting of this script goes on to app.py (arguments).
 read_arguments() {
-    local setting value
-    check=no
-    arguments=(--enable-gpu-management)
+    local setting
+    action=start check=no arguments=()
+    if is_one_of "${1:-}" start stop restart status logs; then
+        action=$1
+        shift
+    fi
     while (($#)); do
-        case ${1%%=*} in
-            --host | --server-name) setting=HOST ;;
-            --port | --server-port) setting=PORT ;;
-            --gpu-id) setting=GPU_ID ;;
-            --gpu-idle-timeout) setting=GPU_IDLE_TIMEOUT ;;
-            --gpu-keep-warm) setting=GPU_KEEP_WARM ;;
-            --model-path) setting=MODEL_PATH ;;
-            --step-audio-root) setting=STEP_AUDIO_ROOT ;;
-            --project-dir) setting=PROJECT_DIR ;;
-            --venv-dir) setting=VENV_DIR ;;
-            --docker | --container-name) fail "$1 is not available yet; leave it out" "$1 尚未提供，请去掉" ;;
-            --help | -h)
-                usage
-                exit 0
-                ;;
-            *)
-                if [[ $1 == --check ]]; then check=yes; else arguments+=("$1"); fi
-                shift
-                continue
-                ;;
-        esac
-        if [[ $1 == *=* ]]; then
-            value=${1#*=}
+        if [[ $1 == --check ]]; then
+            check=yes
+        elif is_one_of "$1" --help -h; then
+            usage
+            exit 0
+        elif ! setting=$(setting_of "$1"); then
+            arguments+=("$1")
+        elif is_one_of "$setting" "${SWITCHES[@]}"; then
+            [[ $1 != *=* ]] || fail "${1%%=*} takes no value" "${1%%=*} 不带值"
+            given[$setting]=1
+        elif [[ $1 == *=* ]]; then
+            given[$setting]=${1#*=}
         else
             (($# > 1)) || fail "$1 needs a value" "$1 需要一个值"
-            value=$2
+            given[$setting]=$2
             shift
         fi
         shift
-        printf -v "$setting" '%s' "$value"
     done
+    is_one_of "$action" start restart || ((${#arguments[@]} == 0)) ||
+        fail "$action does not know ${arguments[0]}; see --help" "$action 不支持 ${arguments[0]}；参见 --help"
+    [[ $check == no || $action == start ]] || fail "--check goes with start" "--check 仅用于 start"
 }
 
-check_settings() {
-    local duration='[0-9]+(\.[0-9]+)?[smh]?'
+# settle SETTING [DEFAULT]: from the flag, else the environment, else what the last start had. Without any of them and
+# without a default it stays unset.
+settle() {
+    local name=$1
+    if [[ -n ${given[$name]+set} ]]; then
+        printf -v "$name" '%s' "${given[$name]}"
+    elif [[ -z ${!name:-} && -n ${remembered[$name]+set} ]]; then
+        printf -v "$name" '%s' "${remembered[$name]}"
+    elif (($# > 1)); then
+        printf -v "$name" '%s' "${!name:-$2}"
+    fi
+}
+
+# Where something is, and where to find out what was started.
+settle_identity() {
+    settle PROJECT_DIR "$here"
+    PROJECT_DIR=$(absolute "$PROJECT_DIR")
+    settle RUN_DIR "$PROJECT_DIR/.run"
+    RUN_DIR=$(absolute "$RUN_DIR")
+    settle PORT 7860
+    settle DOCKER 0
+    settle CONTAINER_NAME step-audio-gpu-managed
+    settle READY_TIMEOUT 300
+    settle STOP_TIMEOUT 60
+    settle REPLACE 0
+    settle FOLLOW 0
+    local name
     if [[ ! $PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((PORT > 65535)); then
         fail "PORT '$PORT' is no port: give 1 to 65535" "PORT '$PORT' 不是有效端口：请写 1 到 65535"
     fi
+    for name in READY_TIMEOUT STOP_TIMEOUT; do
+        [[ ${!name} =~ ^[1-9][0-9]{0,6}$ ]] ||
+            fail "$name '${!name}' is no number of seconds: give 1 or more" "$name '${!name}' 不是秒数：请写 1 或更大的整数"
+    done
+    for name in DOCKER REPLACE FOLLOW; do check_switch "$name"; done
+}
+
+settle_rest() {
+    local name
+    settle HOST 127.0.0.1
+    settle GPU_ID ''
+    settle GPU_IDLE_TIMEOUT 600
+    settle GPU_KEEP_WARM 0
+    settle GPU_SNAPSHOT_DIR ''
+    settle MODEL_PATH ''
+    settle STEP_AUDIO_ROOT ''
+    settle VENV_DIR "$PROJECT_DIR/.venv"
+    settle IMAGE gpu-managed-tts
+    settle BASE_IMAGE python:3.11-slim-bookworm
+    settle SOCKET_DIR /tmp/gpu-managed-tts
+    settle DETACH 0
+    check_switch DETACH
+    for name in GPU_CONTROL_TOKEN GRADIO_AUTH CUDA_VISIBLE_DEVICES TORCH_INDEX_URL; do
+        settle "$name"
+        [[ -z ${!name+set} ]] || export "${name?}"
+    done
+    # A restart may come from another folder, and a container knows whole names only.
+    for name in GPU_SNAPSHOT_DIR STEP_AUDIO_ROOT VENV_DIR SOCKET_DIR; do
+        [[ -z ${!name} ]] || printf -v "$name" '%s' "$(absolute "${!name}")"
+    done
+    [[ ! -d $MODEL_PATH ]] || MODEL_PATH=$(absolute "$MODEL_PATH") # what is no folder may be the id of a hub
+}
+
+absolute() { if [[ $1 == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
+
+check_switch() { [[ ${!1} =~ ^[01]$ ]] || fail "$1 '${!1}' is neither 1 nor 0" "$1 '${!1}' 应为 1 或 0"; }
+
+# Before a start, and before what runs is stopped for another one.
+check_settings() {
+    local duration='[0-9]+(\.[0-9]+)?[smh]?'
     [[ $GPU_IDLE_TIMEOUT =~ ^(-1|$duration)$ ]] ||
         fail "GPU_IDLE_TIMEOUT '$GPU_IDLE_TIMEOUT' is no duration: give seconds or 90s, 15m, 1h; -1 is never" \
             "GPU_IDLE_TIMEOUT '$GPU_IDLE_TIMEOUT' 不是有效时长：请写秒数或 90s、15m、1h；-1 表示永不"
     [[ $GPU_KEEP_WARM =~ ^(-1|auto|$duration)$ ]] ||
-        fail "GPU_KEEP_WARM '$GPU_KEEP_WARM' is no duration: give seconds or 90s, 15m, 1h; -1 is for ever" \
-            "GPU_KEEP_WARM '$GPU_KEEP_WARM' 不是有效时长：请写秒数或 90s、15m、1h；-1 表示一直保留"
+        fail "GPU_KEEP_WARM '$GPU_KEEP_WARM' is no duration: give seconds or 90s, 15m, 1h, -1 (for ever) or auto" \
+            "GPU_KEEP_WARM '$GPU_KEEP_WARM' 不是有效时长：请写秒数或 90s、15m、1h、-1（一直保留）或 auto"
     [[ -f $PROJECT_DIR/app.py && -f $PROJECT_DIR/requirements.txt ]] ||
         fail "PROJECT_DIR '$PROJECT_DIR' has no app.py and requirements.txt: give this project's folder" \
             "PROJECT_DIR '$PROJECT_DIR' 中没有 app.py 和 requirements.txt：请指向本项目目录"
-    # With a hub as its source the model path may be an id.
-    [[ -z $MODEL_PATH || -e $MODEL_PATH || " ${arguments[*]} " =~ \ --model-source[=\ ](huggingface|modelscope)\  ]] ||
-        fail "MODEL_PATH '$MODEL_PATH' does not exist: give the folder with the weights, or leave it out for the built-in engine" \
-            "MODEL_PATH '$MODEL_PATH' 不存在：请指向权重目录，或不设置以使用内置引擎"
     [[ -z $STEP_AUDIO_ROOT || -d $STEP_AUDIO_ROOT ]] ||
         fail "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' is no folder: give a checkout of Step-Audio-EditX" \
             "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' 不是目录：请指向 Step-Audio-EditX 的代码目录"
+    check_models
 }
 
-# Binds as the server will; with the port in use, says who holds it and which one is free.
-check_port() {
-    local python=$1 answer
-    answer=$(
-        "$python" -I - "$HOST" "$PORT" <<'PYTHON'
-import errno
-import socket
-import sys
-
-host, wanted = sys.argv[1], int(sys.argv[2])
-
-
-def refusal(port):
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(address)
-    except OSError as error:
-        return error
-
-
-reason = refusal(wanted)
-if reason and reason.errno == errno.EADDRINUSE:
-    others = (*range(wanted + 1, 65536), *range(1024, wanted))
-    print("busy", next(port for port in others if not refusal(port)))
-elif reason:
-    print("refused", reason)
-PYTHON
-    )
-    case $answer in
-        busy*)
-            fail "Port $PORT on $HOST is in use$(holder_of_port). Stop that program or choose another port: --port ${answer#busy }" \
-                "$HOST 的端口 $PORT 已被占用。请停止占用它的程序，或换一个端口：--port ${answer#busy }"
-            ;;
-        refused*)
-            fail "Cannot listen on HOST '$HOST', PORT $PORT: ${answer#refused }. Give an address of this machine (--host 127.0.0.1) and a port above 1023" \
-                "无法监听 HOST '$HOST' PORT $PORT。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口"
-            ;;
-    esac
+# Sets passed: what app.py is called with.
+app_arguments() {
+    passed=(--enable-gpu-management "${arguments[@]}" --server-name "$HOST" --server-port "$PORT"
+        --gpu-idle-timeout "$GPU_IDLE_TIMEOUT" --gpu-keep-warm "$GPU_KEEP_WARM")
+    [[ -z $GPU_SNAPSHOT_DIR ]] || passed+=(--gpu-snapshot-dir "$GPU_SNAPSHOT_DIR")
+    [[ -z $MODEL_PATH ]] || passed+=(--model-path "$MODEL_PATH")
+    [[ -z $STEP_AUDIO_ROOT ]] || passed+=(--step-audio-root "$STEP_AUDIO_ROOT")
 }
 
-holder_of_port() {
-    local pid
-    pid=$(ss -Hltnp "sport = :$PORT" 2>/dev/null | sed -n 's/.*pid=\([0-9]*\).*/\1/p' | sort -u) || true
-    pid=${pid:-$(lsof -nP -t -iTCP:"$PORT" -sTCP:LISTEN 2>/dev/null)} || true
-    pid=${pid%%$'\n'*}
-    [[ -z $pid ]] || printf ' by pid %s: %s' "$pid" "$(ps -o args= -p "$pid" | cut -c 1-80)"
-}
-
-# Sets CUDA_VISIBLE_DEVICES to GPU_ID or to the GPU with the most free memory.
-choose_gpu() {
-    local list index free name chosen='' chosen_free=-1 chosen_name='' known=''
-    if [[ -z $GPU_ID && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        say "GPU: as CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' says" "GPU：按 CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES'"
-        return
-    fi
-    if ! command -v nvidia-smi >/dev/null; then
-        # Some containers have a GPU all the same, so none is hidden from PyTorch.
-        no_gpu "nvidia-smi is not here" "找不到 nvidia-smi"
-        return
-    fi
-    # A driver in trouble can make it hang.
-    if ! list=$(timeout 30 nvidia-smi --query-gpu=index,memory.free,name --format=csv,noheader,nounits 2>&1); then
-        no_gpu "nvidia-smi fails: ${list%%$'\n'*}" "nvidia-smi 执行失败：${list%%$'\n'*}"
-        export CUDA_VISIBLE_DEVICES='' # PyTorch would meet the same trouble, or hang
-        return
-    fi
-    while IFS=, read -r index free name; do
-        index=${index// /}
-        free=${free//[^0-9]/} # "[N/A]" where GPU and host share one memory
-        [[ $index =~ ^[0-9]+$ ]] || continue
-        known+=" $index"
-        if [[ $index == "$GPU_ID" || (-z $GPU_ID && ${free:-0} -gt $chosen_free) ]]; then
-            chosen=$index chosen_free=${free:-0} chosen_name=${name# }
-        fi
-    done <<<"$list"
-    if [[ -z $known ]]; then
-        no_gpu "nvidia-smi lists none" "nvidia-smi 没有列出 GPU"
-        return
-    fi
-    [[ -n $chosen ]] || fail "There is no GPU_ID '$GPU_ID'; nvidia-smi lists:$known" "没有 GPU_ID '$GPU_ID'；nvidia-smi 列出：$known"
-    export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=$chosen # numbered as nvidia-smi does
-    if [[ -n $GPU_ID ]]; then
-        say "GPU: $chosen ($chosen_name), as asked for; $chosen_free MiB free" "GPU：按指定使用 $chosen（$chosen_name），空闲 $chosen_free MiB"
+# A container if that is said; where something is to be found that runs, also if there is one and no process.
+kind_of_app() {
+    if [[ $DOCKER == 1 ]]; then
+        echo container
+    elif [[ $action != start ]] && ! has_record && command -v docker >/dev/null && [[ $(container_state) == ours* ]]; then
+        echo container
     else
-        say "GPU: $chosen ($chosen_name) has the most free memory, $chosen_free MiB, of:$known" \
-            "GPU：$chosen（$chosen_name）空闲显存最多，$chosen_free MiB；共有：$known"
+        echo service
     fi
 }
 
-no_gpu() {
-    [[ -z $GPU_ID ]] || fail "GPU_ID is '$GPU_ID', but $1. Leave GPU_ID out to use the CPU" "GPU_ID 为 '$GPU_ID'，但 $2。不设置 GPU_ID 则使用 CPU"
-    say "GPU: none ($1); the CPU is used" "GPU：无（$2），使用 CPU"
-}
-
+declare -A given=() remembered=()
 read_arguments "$@"
-PROJECT_DIR=${PROJECT_DIR:-$here}
-HOST=${HOST:-127.0.0.1}
-PORT=${PORT:-7860}
-GPU_ID=${GPU_ID:-}
-GPU_IDLE_TIMEOUT=${GPU_IDLE_TIMEOUT:-600}
-GPU_KEEP_WARM=${GPU_KEEP_WARM:-0}
-MODEL_PATH=${MODEL_PATH:-}
-STEP_AUDIO_ROOT=${STEP_AUDIO_ROOT:-}
-VENV_DIR=${VENV_DIR:-$PROJECT_DIR/.venv}
-check_settings
-
-# The app is not given another working folder: relative paths among its arguments are the caller's.
-command=("$VENV_DIR/bin/python" "$PROJECT_DIR/app.py" "${arguments[@]}" --server-name "$HOST" --server-port "$PORT"
-    --gpu-idle-timeout "$GPU_IDLE_TIMEOUT" --gpu-keep-warm "$GPU_KEEP_WARM")
-[[ -z $MODEL_PATH ]] || command+=(--model-path "$MODEL_PATH")
-[[ -z $STEP_AUDIO_ROOT ]] || command+=(--step-audio-root "$STEP_AUDIO_ROOT")
-
-python=$VENV_DIR/bin/python
-"$python" -Ic '' 2>/dev/null || python=$(find_python)
-check_port "$python" # before an install of minutes, and again after it
-choose_gpu
-if [[ $check == yes ]]; then
-    plan_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
-    say "Would run:$(printf ' %q' "${command[@]}")" "以上为将要执行的操作，未做任何改动"
-    exit 0
-fi
-prepare_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
-check_port "$VENV_DIR/bin/python"
-say "Starting http://$HOST:$PORT" "正在启动 http://$HOST:$PORT"
-exec "${command[@]}"
+settle_identity
+kind=$(kind_of_app)
+[[ $action == start ]] || "remember_$kind"
+settle_rest
+if is_one_of "$action" start restart; then check_settings; fi
+"${action}_$kind"

@@ -1,0 +1,28 @@
+# The app with GPU management, as a user without rights. ./start_with_gpu_management.sh --docker and compose.yaml build and run it.
+# Without a GPU, --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu saves several GB.
+#
+# For the real engine build it on the image of a Step-Audio-EditX checkout: docker build --tag step-audio-editx CHECKOUT, then
+# --build-arg BASE_IMAGE=step-audio-editx. What that has is used, and what this project needs besides lies beside it.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+FROM ${BASE_IMAGE}
+
+ARG TORCH_INDEX_URL=
+WORKDIR /app
+COPY requirements.txt pyproject.toml ./
+COPY scripts/environment.sh scripts/install_in_image ./scripts/
+RUN scripts/install_in_image /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HEALTH_URL=http://127.0.0.1:7860/healthz
+
+COPY *.py ./
+COPY residency ./residency
+RUN python -m compileall -q *.py residency \
+    && useradd --uid 10001 --create-home app \
+    && mkdir -p /snapshots /run/gpu-managed-tts \
+    && chown app /snapshots /run/gpu-managed-tts
+
+USER app
+EXPOSE 7860
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
+    CMD ["python", "-Ic", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
+ENTRYPOINT ["python", "/app/app.py"]
+CMD ["--enable-gpu-management", "--server-name", "0.0.0.0", "--server-port", "7860"]

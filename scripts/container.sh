@@ -1,0 +1,274 @@
+# The app in a container: needs Docker, and for a GPU the NVIDIA Container Toolkit. Needs environment.sh, checks.sh, service.sh.
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154 # the settings are those of the script that sources this
+#
+# The container has the host's network: then an address of this machine means here what it means outside, and the panel
+# knows who is local. Folders lie inside where they lie outside, so that arguments mean the same.
+
+# A container of that name that somebody else made is kept under another name, and gets its own back at `stop`.
+
+readonly LABEL=gpu-managed-tts
+
+need_docker() {
+    command -v docker >/dev/null ||
+        fail "docker is not here: install it (https://docs.docker.com/engine/install/), or start without --docker" \
+            "找不到 docker：请安装（https://docs.docker.com/engine/install/），或不使用 --docker"
+    local why
+    why=$(docker info 2>&1 >/dev/null) ||
+        fail "docker does not answer: ${why%%$'\n'*}. Start its daemon (sudo systemctl start docker), or let this user use it (group docker)" \
+            "docker 无响应：请启动其服务（sudo systemctl start docker），或将当前用户加入 docker 组"
+}
+
+# label NAME CONTAINER: what this script has noted there.
+label() { docker container inspect --format "{{index .Config.Labels \"$LABEL.$1\"}}" "${2:-$CONTAINER_NAME}" 2>/dev/null || true; }
+
+# container_state [CONTAINER]: prints absent, or ours/other and its state.
+container_state() {
+    local status
+    status=$(docker container inspect --format '{{.State.Status}}' "${1:-$CONTAINER_NAME}" 2>/dev/null) || {
+        echo absent
+        return
+    }
+    if [[ $(label port "${1:-$CONTAINER_NAME}") =~ ^[0-9]+$ ]]; then echo "ours $status"; else echo "other $status"; fi
+}
+
+container_runs() { [[ $(container_state) == "ours running" ]]; }
+
+# The name under which a container is kept that was here before ours.
+kept_as() { echo "$CONTAINER_NAME-before-gpu-management"; }
+
+# For all that comes after a start: the container listens where it was told to.
+remember_container() {
+    need_docker
+    local name
+    for name in HOST PORT; do
+        local noted
+        noted=$(label "${name,,}")
+        [[ -z $noted || $noted == "<no value>" ]] || printf -v "$name" '%s' "$noted"
+    done
+    [[ $action == restart ]] || return 0
+    for name in "${!given[@]}"; do
+        is_one_of "$name" DOCKER CONTAINER_NAME READY_TIMEOUT STOP_TIMEOUT ||
+            fail "A container keeps the settings that it was started with; for others: start --docker --replace" \
+                "容器保留启动时的设置；如需更改请用：start --docker --replace"
+    done
+    ((${#arguments[@]} == 0)) ||
+        fail "A container keeps the arguments that it was started with; for others: start --docker --replace" \
+            "容器保留启动时的参数；如需更改请用：start --docker --replace"
+}
+
+# What the image is made of, in one number.
+source_digest() {
+    (
+        cd "$PROJECT_DIR" || exit
+        printf '%s\n' "$BASE_IMAGE" "${TORCH_INDEX_URL:-}"
+        find Dockerfile requirements.txt pyproject.toml scripts ./*.py residency -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | xargs -d '\n' sha256sum
+    ) | sha256sum | cut -c 1-64
+}
+
+# Whether an image is made of what is here now.
+image_is_current() {
+    [[ $(docker image inspect --format "{{index .Config.Labels \"$LABEL.source\"}}" "$IMAGE" 2>/dev/null) == "$1" ]]
+}
+
+start_container() {
+    need_docker
+    local digest state gpus=() build run passed
+    choose_gpu
+    choose_gpu_of_container
+    state=$(container_state)
+    check_name "$state"
+    # What runs in the container that is replaced may hold the port.
+    [[ $state == *" running" ]] || ! is_listening || port_in_use $((PORT + 1))
+    container_command
+    digest=$(source_digest)
+    build=(docker build --tag "$IMAGE" --label "$LABEL.source=$digest" --build-arg "BASE_IMAGE=$BASE_IMAGE"
+        --build-arg "TORCH_INDEX_URL=${TORCH_INDEX_URL:-}" "$PROJECT_DIR")
+    if image_is_current "$digest"; then
+        build=()
+        say "Image: $IMAGE is up to date" "镜像：$IMAGE 已是最新"
+        check_driver "$(torch_of_image)" "$IMAGE"
+    else
+        check_disk_of_docker
+    fi
+    if [[ $check == yes ]]; then
+        tell_container_plan "$state"
+        return
+    fi
+    if ((${#build[@]})); then
+        "${build[@]}" || fail "The image could not be built (see above): check the network and the disk space, and run this again" \
+            "镜像构建失败（见上）：请检查网络与磁盘空间后重试"
+        check_driver "$(torch_of_image)" "$IMAGE"
+    fi
+    make_place "$state"
+    [[ -z $GPU_SNAPSHOT_DIR ]] || mkdir -p "$GPU_SNAPSHOT_DIR"
+    mkdir -p "$SOCKET_DIR"
+    say "Starting $(address)" "正在启动 $(address)"
+    if [[ $DETACH == 1 ]]; then
+        "${run[@]}" >/dev/null || fail "The container could not be started (see above). $(way_back en)" "容器启动失败（见上）。$(way_back zh)"
+        await_container
+    else
+        tell_when_ready 0.5 "here / 本终端" "Ctrl-C, $(this_script stop)"
+        exec "${run[@]}"
+    fi
+}
+
+# Sets gpus: what docker run is told of them.
+choose_gpu_of_container() {
+    [[ -n $gpu ]] || return 0
+    gpus=(--gpus "\"device=$gpu\"")
+    command -v nvidia-container-runtime-hook nvidia-ctk >/dev/null ||
+        say "⚠️  The NVIDIA Container Toolkit is not here, and docker needs it to give a GPU to a container (https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/); or give GPU_ID=none" \
+            "未找到 NVIDIA Container Toolkit，docker 需要它才能向容器提供 GPU；或设 GPU_ID=none"
+}
+
+# check_name STATE: refuses to take a name without --replace; what is left of a container of ours that has ended is no obstacle.
+check_name() {
+    case $1 in
+        absent | "ours exited" | "ours created" | "ours dead") return ;;
+    esac
+    [[ $REPLACE == 1 ]] ||
+        fail "There is a container $CONTAINER_NAME already (${1#* }). Give --replace to put this one in its place, or another --container-name" \
+            "已有容器 $CONTAINER_NAME（${1#* }）。用 --replace 替换它，或用 --container-name 换一个名字"
+    [[ $1 == ours* || $(container_state "$(kept_as)") == absent ]] ||
+        fail "$CONTAINER_NAME is somebody else's, and there is a $(kept_as) already: remove or rename one of them (docker rename)" \
+            "容器 $CONTAINER_NAME 不是本脚本创建的，且 $(kept_as) 已存在：请删除或重命名其中之一（docker rename）"
+}
+
+tell_container_plan() {
+    ((${#build[@]} == 0)) || say "Would build:$(printf ' %q' "${build[@]}")" "将构建镜像"
+    case $1 in
+        ours*) say "Would replace the container $CONTAINER_NAME" "将替换容器 $CONTAINER_NAME" ;;
+        other*) say "Would stop $CONTAINER_NAME and keep it as $(kept_as) until stop" "将停止 $CONTAINER_NAME，并以 $(kept_as) 保留至 stop" ;;
+    esac
+    say "Would run:$(printf ' %q' "${run[@]}")" "以上为将要执行的操作，未做任何改动"
+    say "Would wait for $(address)/readyz, at most $READY_TIMEOUT s" "随后等待 $(address)/readyz，最多 $READY_TIMEOUT 秒"
+}
+
+# make_place STATE: the name is free afterwards.
+make_place() {
+    case $1 in
+        ours*) remove_container ;;
+        other*)
+            docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
+            docker rename "$CONTAINER_NAME" "$(kept_as)"
+            docker update --restart no "$(kept_as)" >/dev/null # or it would be back after the next boot
+            say "Stopped $CONTAINER_NAME; it is kept as $(kept_as), and is back under its name after stop" \
+                "已停止 $CONTAINER_NAME，并以 $(kept_as) 保留；执行 stop 后恢复原名"
+            ;;
+    esac
+}
+
+# The version.py of the torch in the image, wherever that lies.
+torch_of_image() {
+    [[ -n $driver ]] || return 0
+    docker run --rm --entrypoint python "$IMAGE" -Ic 'import importlib.util, pathlib
+print(pathlib.Path(importlib.util.find_spec("torch").origin).with_name("version.py").read_text())' 2>/dev/null || true
+}
+
+check_disk_of_docker() {
+    local root needed
+    root=$(docker info --format '{{.DockerRootDir}}')
+    [[ -d $root ]] || return 0 # on another machine
+    needed=$(size_of_environment)
+    check_disk "$root" "$needed" "The image" "镜像"
+}
+
+# Sets run.
+container_command() {
+    local policy
+    app_arguments
+    run=(docker run --name "$CONTAINER_NAME" --label "$LABEL.host=$HOST" --label "$LABEL.port=$PORT" --init --network host
+        --security-opt no-new-privileges --cap-drop ALL --stop-timeout "$STOP_TIMEOUT")
+    [[ $DETACH == 0 ]] || run+=(--detach --restart unless-stopped)
+    # How the container that is kept was restarted, for when it is back; handed on if this one is replaced in turn.
+    if [[ $state == other* ]]; then
+        policy=$(docker container inspect --format '{{.HostConfig.RestartPolicy.Name}}:{{.HostConfig.RestartPolicy.MaximumRetryCount}}' "$CONTAINER_NAME")
+    else
+        policy=$(label kept-restarts)
+    fi
+    [[ -z $policy || $policy == "<no value>" ]] || run+=(--label "$LABEL.kept-restarts=${policy%:0}")
+    # Files that it writes are this user's; root's are those of the image's own user.
+    ((EUID == 0)) || run+=(--user "$EUID:$(id -g)" --env HOME=/tmp)
+    run+=("${gpus[@]}")
+    [[ ! -d $MODEL_PATH ]] || run+=(--volume "$MODEL_PATH:$MODEL_PATH:ro")
+    [[ -z $STEP_AUDIO_ROOT ]] || run+=(--volume "$STEP_AUDIO_ROOT:$STEP_AUDIO_ROOT:ro")
+    [[ -z $GPU_SNAPSHOT_DIR ]] || run+=(--volume "$GPU_SNAPSHOT_DIR:$GPU_SNAPSHOT_DIR")
+    run+=(--volume "$SOCKET_DIR:$SOCKET_DIR")
+    # By name only: values would be seen in the list of processes.
+    run+=(--env GPU_CONTROL_TOKEN --env GRADIO_AUTH --env "HEALTH_URL=$(address)/healthz" "$IMAGE" "${passed[@]}")
+}
+
+# Whether anybody listens there.
+is_listening() { (exec 3<>"/dev/tcp/$(reached_at)/$PORT") 2>/dev/null; }
+
+await_container() {
+    local code=0
+    await_ready 0.5 container_runs || code=$?
+    case $code in
+        0) tell_ways "$(this_script logs)" "$(this_script stop)" ;;
+        1)
+            docker logs --tail 20 "$CONTAINER_NAME" >&2 || true
+            fail "The container ended while it started; the end of its log is above. $(way_back en)" "容器在启动时退出；日志末尾见上。$(way_back zh)"
+            ;;
+        *)
+            fail "It is not ready after $READY_TIMEOUT s (READY_TIMEOUT), and goes on starting. Log: $(this_script logs)" \
+                "$READY_TIMEOUT 秒后（READY_TIMEOUT）仍未就绪，启动继续进行。日志：$(this_script logs)"
+            ;;
+    esac
+}
+
+# way_back en|zh: how things become again as they were before the start.
+way_back() {
+    if [[ $1 == en ]]; then echo "Back to what was: $(this_script stop)"; else echo "恢复原状：$(this_script stop)"; fi
+}
+
+remove_container() {
+    docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
+    docker rm "$CONTAINER_NAME" >/dev/null
+}
+
+# Leaves things as they were before the first start.
+stop_container() {
+    local policy
+    policy=$(label kept-restarts)
+    case $(container_state) in
+        ours*)
+            say "Stopping $CONTAINER_NAME; a running request may finish" "正在停止 $CONTAINER_NAME；正在运行的请求可以完成"
+            remove_container
+            say "Stopped" "已停止"
+            ;;
+        other*)
+            fail "The container $CONTAINER_NAME was not started by this script; it is left alone" "容器 $CONTAINER_NAME 不是由本脚本启动的，未做改动"
+            ;;
+        *) say "There is no container $CONTAINER_NAME" "没有容器 $CONTAINER_NAME" ;;
+    esac
+    [[ $(container_state "$(kept_as)") != absent ]] || return 0
+    docker rename "$(kept_as)" "$CONTAINER_NAME"
+    [[ -z $policy || $policy == "<no value>" ]] || docker update --restart "$policy" "$CONTAINER_NAME" >/dev/null
+    say "$CONTAINER_NAME is the old container again, stopped: docker start $CONTAINER_NAME" "$CONTAINER_NAME 已恢复为原来的容器（已停止）：docker start $CONTAINER_NAME"
+}
+
+status_container() {
+    local state
+    state=$(container_state)
+    say "Container $CONTAINER_NAME: $state" "容器 $CONTAINER_NAME：$state"
+    [[ $state == "ours running" ]] || return 3
+    if is_ready; then
+        docker exec "$CONTAINER_NAME" python -m gpu_manager status --url "$(address)"
+    else
+        say "Not ready yet, or on its way out" "尚未就绪，或正在退出"
+    fi
+}
+
+logs_container() {
+    local follow=()
+    [[ $FOLLOW != 1 ]] || follow=(--follow)
+    exec docker logs --tail 100 "${follow[@]}" "$CONTAINER_NAME"
+}
+
+restart_container() {
+    [[ $(container_state) == ours* ]] ||
+        fail "There is no container $CONTAINER_NAME of this script's: start it" "没有由本脚本创建的容器 $CONTAINER_NAME：请先启动"
+    docker restart -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
+    await_container
+}
