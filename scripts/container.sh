@@ -7,6 +7,7 @@
 # A container of that name that somebody else made is kept under another name, and gets its own back at `stop`.
 
 readonly LABEL=gpu-managed-tts
+readonly IMAGE_USER=10001 # in the Dockerfile
 
 need_docker() {
     command -v docker >/dev/null ||
@@ -100,8 +101,8 @@ start_container() {
         check_driver "$(torch_of_image)" "$IMAGE"
     fi
     make_place "$state"
-    [[ -z $GPU_SNAPSHOT_DIR ]] || mkdir -p "$GPU_SNAPSHOT_DIR"
-    mkdir -p "$SOCKET_DIR"
+    make_folder "$GPU_SNAPSHOT_DIR"
+    make_folder "$SOCKET_DIR"
     say "Starting $(address)" "正在启动 $(address)"
     if [[ $DETACH == 1 ]]; then
         "${run[@]}" >/dev/null || fail "The container could not be started (see above). $(way_back en)" "容器启动失败（见上）。$(way_back zh)"
@@ -110,6 +111,13 @@ start_container() {
         tell_when_ready 0.5 "here / 本终端" "Ctrl-C, $(this_script stop)"
         exec "${run[@]}"
     fi
+}
+
+# make_folder FOLDER: one that the app may write to. Docker would make it for root alone.
+make_folder() {
+    [[ -n $1 && ! -d $1 ]] || return 0
+    mkdir -p "$1" || fail "$1 cannot be made: give another folder" "无法创建 $1：请换一个目录"
+    ((EUID)) || chown "$IMAGE_USER" "$1"
 }
 
 # Sets gpus: what docker run is told of them.

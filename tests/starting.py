@@ -4,30 +4,57 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = set(
-    """PROJECT_DIR HOST PORT GPU_ID GPU_IDLE_TIMEOUT GPU_KEEP_WARM GPU_SNAPSHOT_DIR MODEL_PATH STEP_AUDIO_ROOT VENV_DIR RUN_DIR
-    DOCKER DETACH REPLACE FOLLOW CONTAINER_NAME IMAGE BASE_IMAGE SOCKET_DIR READY_TIMEOUT STOP_TIMEOUT TORCH_INDEX_URL""".split()
-)
+SCRIPT = ROOT / "start_with_gpu_management.sh"
+_list = re.search(r"readonly SETTINGS=\((.*?)\)", SCRIPT.read_text(), re.DOTALL)
+assert _list
+SETTINGS = {*_list[1].split(), "TORCH_INDEX_URL"}
+
+OTHERS = {"CUDA_VISIBLE_DEVICES", "GPU_CONTROL_TOKEN", "GRADIO_AUTH"}
 
 APP = """\
-import json, os, signal, sys
+import http.server, json, os, signal, sys, threading
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 cuda = {name: value for name, value in os.environ.items() if name.startswith("CUDA_")}
-print("APP", json.dumps({"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda}), flush=True)
-if "--until-sigterm" in sys.argv:
-    signal.sigwait([signal.SIGTERM])
-    print("stopped by SIGTERM")
+secrets = {name: os.environ.get(name) for name in ("GPU_CONTROL_TOKEN", "GRADIO_AUTH")}
+facts = {"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda, "secrets": secrets}
+print("APP", json.dumps(facts), flush=True)
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503 if "--never-ready" in sys.argv else 200)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+if "--break" in sys.argv:
+    sys.exit("a mistake on purpose")
+if "--serve" in sys.argv:
+    port = int(sys.argv[sys.argv.index("--server-port") + 1])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+if "--serve" in sys.argv or "--until-sigterm" in sys.argv:
+    for _ in range(2 if "--stubborn" in sys.argv else 1):
+        signal.sigwait([signal.SIGTERM])
+        print("SIGTERM came", flush=True)
+    print("stopped by SIGTERM", flush=True)
 if "--say-greeting" in sys.argv:
     import greeting
     print(greeting.WORDS)
 """
+
+# Instead of `python -m gpu_manager`.
+SHELL_COMMAND = 'import sys; print("ASKED", *sys.argv[1:])'
 
 
 class Project:
@@ -39,19 +66,18 @@ class Project:
         self.requirements = folder / "requirements.txt"
         (folder / "scripts").mkdir(parents=True)
         bin_folder.mkdir()
-        shutil.copy(ROOT / "start_with_gpu_management.sh", folder)
+        shutil.copy(SCRIPT, folder)
         for file in (ROOT / "scripts").glob("*.sh"):
             shutil.copy(file, folder / "scripts")
         (folder / "app.py").write_text(APP)
+        (folder / "gpu_manager.py").write_text(SHELL_COMMAND)
         self.requirements.write_text("")
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
-        inherited = {
-            name: value for name, value in os.environ.items() if name not in SETTINGS | {"CUDA_VISIBLE_DEVICES"}
-        }
+        inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}
         # Nothing here may reach a registry, whatever this machine's pip is told.
         ours = {
-            "PATH": f"{self.bin}:{_path_without_nvidia_smi(self.bin)}",
+            "PATH": f"{self.bin}:{_path_without({'nvidia-smi', 'nvidia-ctk', 'docker'}, self.bin)}",
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_NO_INDEX": "1",
             "PORT": str(free_port()),
@@ -105,16 +131,16 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _path_without_nvidia_smi(scratch: Path) -> str:
-    """PATH as it is, but for folders with nvidia-smi: those are mirrored without it."""
+def _path_without(programs: set[str], scratch: Path) -> str:
+    """PATH as it is, but for folders with these programs: those are mirrored without them."""
     folders = []
     for number, folder in enumerate(os.environ["PATH"].split(os.pathsep)):
-        if (Path(folder) / "nvidia-smi").exists():
+        if any((Path(folder) / name).exists() for name in programs):
             mirror = scratch / f"mirror-{number}"
             if not mirror.exists():
                 mirror.mkdir()
                 for program in Path(folder).iterdir():
-                    if program.name != "nvidia-smi":
+                    if program.name not in programs:
                         (mirror / program.name).symlink_to(program)
             folder = str(mirror)
         folders.append(folder)

@@ -137,6 +137,75 @@ class TestGPU:
         assert "GPU_ID is '0'" in project.refuse(GPU_ID="0")
 
 
+class TestDriver:
+    """Against the torch that is installed, by what that says of itself."""
+
+    @pytest.fixture
+    def torch(self, project: Project) -> Iterator[Path]:
+        folder = next((project.folder / ".venv").glob("lib/python3*/site-packages")) / "torch"
+        folder.mkdir()
+        yield folder / "version.py"
+        shutil.rmtree(folder)
+
+    @pytest.mark.parametrize(("driver", "cuda"), [("580.65.06", "13.0"), ("535.1", "12.8"), ("525.60.13", "12.1")])
+    def test_new_enough(self, project: Project, torch: Path, driver: str, cuda: str) -> None:
+        torch.write_text(f"cuda: Optional[str] = '{cuda}'\nhip = None\n")
+        project.nvidia_smi(f'echo "0, 1000, {driver}, NVIDIA A"')
+        assert project.serve()["cuda"]["CUDA_VISIBLE_DEVICES"] == "0"
+
+    @pytest.mark.parametrize(("driver", "cuda", "needed"), [("575.1", "13.0", 580), ("470.1", "12.8", 525)])
+    def test_too_old(self, project: Project, torch: Path, driver: str, cuda: str, needed: int) -> None:
+        torch.write_text(f"cuda = '{cuda}'\n")
+        project.nvidia_smi(f'echo "0, 1000, {driver}, NVIDIA A"')
+        said = project.refuse()
+        assert f"Driver {driver} is too old for torch with CUDA {cuda[:2]}, which needs {needed} or newer" in said
+        assert said == project.refuse("--check"), "the plan meets it too"
+        assert project.serve(GPU_ID="none")["cuda"] == {"CUDA_VISIBLE_DEVICES": ""}
+
+    def test_a_torch_that_cannot_use_it(self, project: Project, torch: Path) -> None:
+        torch.write_text("cuda: Optional[str] = None\n")
+        project.nvidia_smi(GPUS)
+        _, output = project.run()
+        assert "built without CUDA, so the GPU is not used" in output
+        assert app_line(output)
+
+    def test_none_without_a_gpu(self, project: Project, torch: Path) -> None:
+        torch.write_text("cuda = '13.0'\n")
+        assert project.serve()
+
+
+class TestDisk:
+    @pytest.mark.parametrize(("index", "needed"), [("https://download.pytorch.org/whl/cpu", 3000), ("", 9000)])
+    def test_too_little(self, fresh: Project, index: str, needed: int) -> None:
+        fresh.program("df", f'echo "Filesystem 1M-blocks Used Available"; echo "disk 99999 0 {needed - 1} 0% /"')
+        said = fresh.refuse(TORCH_INDEX_URL=index, VENV_DIR=str(fresh.folder / "not" / "yet"))
+        assert f"about {needed} MB" in said
+        assert f"there are {needed - 1} MB" in said
+        assert not (fresh.folder / "not").exists()
+
+    def test_what_is_installed_needs_none(self, project: Project) -> None:
+        project.program("df", 'echo "disk 99999 0 0 0% /"')
+        try:
+            assert project.serve()
+        finally:
+            (project.bin / "df").unlink()
+
+
+class TestModels:
+    def test_a_file_is_none(self, project: Project, tmp_path: Path) -> None:
+        (tmp_path / "weights").touch()
+        assert "is no folder that can be read" in project.refuse(MODEL_PATH=str(tmp_path / "weights"))
+
+    def test_what_is_missing_in_the_folder_is_said(self, project: Project, tmp_path: Path) -> None:
+        (tmp_path / "Step-Audio-Tokenizer").mkdir()
+        _, output = project.run(MODEL_PATH=str(tmp_path))
+        assert "has no Step-Audio-EditX:" in output
+        assert app_line(output), "it may come later"
+        (tmp_path / "Step-Audio-EditX-AWQ-4bit").mkdir()
+        _, output = project.run(MODEL_PATH=str(tmp_path))
+        assert "has no" not in output
+
+
 class TestPort:
     def test_one_in_use(self, fresh: Project) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:

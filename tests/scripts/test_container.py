@@ -1,0 +1,275 @@
+"""The start script with ``--docker``, against a docker that answers as the real one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starting import ROOT, Project, free_port
+
+NAME = "step-audio-gpu-managed"
+KEPT = f"{NAME}-before-gpu-management"
+OLD = {"labels": {}, "status": "running", "restart": "on-failure", "retries": 3, "image": "theirs", "command": []}
+
+
+class Machine:
+    """A machine with a docker, on which the start script is called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.project = Project(folder / "a project", folder / "bin")
+        shutil.copy(ROOT / "Dockerfile", self.project.folder)
+        (self.project.folder / "pyproject.toml").touch()
+        (self.project.folder / "residency").mkdir()
+        self.docker = folder / "docker"
+        self.docker.mkdir()
+        fake = Path(__file__).with_name("fake_docker.py")
+        self.project.program("docker", f'exec "{sys.executable}" "{fake}" "$@"')
+        self.sockets = folder / "sockets"
+        self.port = str(free_port())
+        self.environ = {"FAKE_DOCKER": str(self.docker), "PORT": self.port, "SOCKET_DIR": str(self.sockets)}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        file = self.docker / "state.json"
+        return json.loads(file.read_text()) if file.exists() else {"containers": {}, "images": {}}
+
+    def set(self, **facts: Any) -> None:
+        (self.docker / "state.json").write_text(json.dumps(self.state | facts))
+
+    @property
+    def containers(self) -> dict[str, Any]:
+        return self.state["containers"]
+
+    def calls(self, verb: str) -> list[list[str]]:
+        file = self.docker / "calls.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [call[1:] for call in map(json.loads, lines) if call[0] == verb]
+
+    def call(self, *arguments: str, **environ: str) -> tuple[int, str]:
+        return self.project.run(*arguments, **(self.environ | environ))
+
+    def say(self, *arguments: str, **environ: str) -> str:
+        code, output = self.call(*arguments, **environ)
+        assert code == 0, output
+        return output
+
+    def refuse(self, *arguments: str, **environ: str) -> str:
+        before = self.containers
+        code, output = self.call(*arguments, **environ)
+        assert code == 1, output
+        assert "❌" in output
+        assert self.containers == before, "what is refused changes nothing"
+        return output
+
+    def start(self, *arguments: str, **environ: str) -> str:
+        return self.say("--docker", "--detach", *arguments, **environ)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path)
+    yield machine
+    for made in machine.containers.values():
+        with suppress(KeyError, ProcessLookupError):
+            os.kill(made["pid"], signal.SIGKILL)
+
+
+def value_of(option: str, call: list[str]) -> str:
+    return call[call.index(option) + 1]
+
+
+def pairs(option: str, call: list[str]) -> list[str]:
+    return [call[index + 1] for index, word in enumerate(call) if word == option]
+
+
+def test_from_start_to_stop(machine: Machine) -> None:
+    said = machine.start("--simulate-gpu", "48GB")
+    assert f"Ready: http://127.0.0.1:{machine.port}" in said
+    assert "stop --docker" in said
+    assert machine.containers[NAME]["command"] == [
+        *("--enable-gpu-management", "--simulate-gpu", "48GB", "--server-name", "127.0.0.1", "--server-port"),
+        *(machine.port, "--gpu-idle-timeout", "600", "--gpu-keep-warm", "0"),
+    ]
+    assert machine.containers[NAME]["restart"] == "unless-stopped"
+    # Where a container is all that runs, it need not be said.
+    assert f"EXEC python -m gpu_manager status --url http://127.0.0.1:{machine.port}" in machine.say("status", PORT="")
+    assert "LOG of" in machine.say("logs", "--docker")
+    assert "Ready" in machine.say("restart", PORT="")
+    assert "Stopped" in machine.say("stop")
+    assert machine.containers == {}
+    assert machine.call("status", "--docker")[0] == 3
+
+
+def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> None:
+    models, checkout, snapshots = tmp_path / "mo dels", tmp_path / "checkout", tmp_path / "snapshots"
+    models.mkdir()
+    checkout.mkdir()
+    folders = {"MODEL_PATH": models, "STEP_AUDIO_ROOT": checkout, "GPU_SNAPSHOT_DIR": snapshots}
+    machine.start(GPU_CONTROL_TOKEN="secret", **{name: str(folder) for name, folder in folders.items()})
+    run = machine.calls("run")[-1]
+    assert value_of("--cap-drop", run) == "ALL"
+    assert value_of("--security-opt", run) == "no-new-privileges"
+    assert pairs("--volume", run) == [
+        f"{models}:{models}:ro", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
+        f"{machine.sockets}:{machine.sockets}",
+    ]  # fmt: skip
+    assert snapshots.is_dir()
+    assert machine.sockets.is_dir()
+    assert "GPU_CONTROL_TOKEN" in pairs("--env", run)
+    assert not any("secret" in word for word in run), "a secret is not for the list of processes"
+    if os.geteuid():
+        assert value_of("--user", run) == f"{os.geteuid()}:{os.getegid()}"
+
+
+def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None:
+    machine.start(BASE_IMAGE="step-audio-editx", TORCH_INDEX_URL="https://example.org/cpu")
+    build = machine.calls("build")[-1]
+    assert build[-1] == str(machine.project.folder)
+    arguments = ["BASE_IMAGE=step-audio-editx", "TORCH_INDEX_URL=https://example.org/cpu"]
+    assert pairs("--build-arg", build) == arguments
+    same = {"BASE_IMAGE": "step-audio-editx", "TORCH_INDEX_URL": "https://example.org/cpu"}
+    assert "up to date" in machine.start("--replace", **same)
+    assert len(machine.calls("build")) == 1
+    (machine.project.folder / "residency" / "new.py").touch()
+    machine.start("--replace", **same)
+    assert len(machine.calls("build")) == 2
+
+
+def test_without_a_network_what_is_built_already_starts(machine: Machine) -> None:
+    machine.start()
+    machine.say("stop")
+    machine.set(offline=True)
+    machine.start()
+    machine.say("stop")
+    machine.project.requirements.write_text("# changed\n")
+    assert "could not be built" in machine.refuse("--docker", "--detach")
+
+
+class TestSomebodyElses:
+    @pytest.fixture(autouse=True)
+    def old(self, machine: Machine) -> None:
+        machine.set(containers={NAME: OLD})
+
+    def test_it_is_left_alone(self, machine: Machine) -> None:
+        assert f"a container {NAME} already (running). Give --replace" in machine.refuse("--docker", "--detach")
+        assert "was not started by this script" in machine.refuse("stop", "--docker")
+        assert machine.containers == {NAME: OLD}
+
+    def test_it_is_replaced_when_that_is_said_and_back_after_stop(self, machine: Machine) -> None:
+        said = machine.start("--replace")
+        assert KEPT in said
+        assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}, "it stays down"
+        assert machine.containers[NAME]["image"] == "gpu-managed-tts"
+        assert f"docker start {NAME}" in machine.say("stop")
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
+    def test_it_is_back_also_after_ours_was_replaced_in_turn(self, machine: Machine) -> None:
+        machine.start("--replace")
+        assert "Give --replace" in machine.refuse("--docker", "--detach")
+        machine.start("--replace", "--simulate-gpu", "48GB")
+        machine.say("stop")
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
+    def test_none_is_lost_to_another_of_that_name(self, machine: Machine) -> None:
+        machine.set(containers={NAME: OLD, KEPT: OLD | {"status": "exited"}})
+        assert "remove or rename one of them" in machine.refuse("--docker", "--detach", "--replace")
+
+    def test_a_start_that_fails_says_the_way_back(self, machine: Machine) -> None:
+        code, said = machine.call("--docker", "--detach", "--replace", "--break")
+        assert (code, "Back to what was: " in said, "LOG of" in said) == (1, True, True)
+        machine.say("stop", "--docker")
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
+    def test_check_says_so_and_does_nothing(self, machine: Machine) -> None:
+        said = machine.say("--docker", "--check", "--replace")
+        assert f"Would stop {NAME} and keep it as {KEPT}" in said
+        assert "Would build: docker build" in said
+        assert f"Would run: docker run --name {NAME}" in said
+        assert machine.containers == {NAME: OLD}
+        assert not machine.sockets.exists()
+
+
+def test_what_check_says_is_what_is_done(machine: Machine) -> None:
+    said = machine.say("--docker", "--detach", "--check", "--simulate-gpu", "48GB")
+    machine.start("--simulate-gpu", "48GB")
+    for verb in ("build", "run"):
+        planned = next(line for line in said.splitlines() if f": docker {verb}" in line)
+        assert planned.partition(f": docker {verb} ")[2].partition(" / ")[0].replace("\\", "").split() == [
+            word for argument in machine.calls(verb)[-1] for word in argument.split()
+        ]
+
+
+def test_what_is_left_of_one_that_has_ended_is_no_obstacle(machine: Machine) -> None:
+    machine.call("--docker", "--detach", "--break")
+    assert machine.containers[NAME]["status"] == "exited"
+    machine.start()
+    assert machine.containers[NAME]["status"] == "running"
+
+
+def test_one_in_a_terminal_is_stopped_from_another_one(machine: Machine) -> None:
+    process = machine.project.start("--docker", **machine.environ)
+    assert process.stdout is not None
+    assert any("Ready" in line for line in process.stdout)
+    assert "--detach" not in machine.calls("run")[-1]
+    machine.say("stop", "--docker")
+    process.communicate(timeout=30)
+    assert machine.containers == {}
+
+
+class TestGPU:
+    GPUS = 'echo "0, 100, {driver}, NVIDIA A"; echo "1, 200, {driver}, NVIDIA B"'
+
+    def test_the_chosen_one_is_given(self, machine: Machine) -> None:
+        machine.project.nvidia_smi(self.GPUS.format(driver="580.95"))
+        machine.project.program("nvidia-ctk", "")
+        machine.set(runtimes="runc nvidia")
+        assert "Toolkit" not in machine.start()
+        assert value_of("--gpus", machine.calls("run")[-1]) == '"device=1"'
+
+    def test_none_if_none_is_wanted(self, machine: Machine) -> None:
+        machine.project.nvidia_smi(self.GPUS.format(driver="580.95"))
+        machine.start(GPU_ID="none")
+        assert "--gpus" not in machine.calls("run")[-1]
+
+    def test_a_docker_that_cannot_give_one(self, machine: Machine) -> None:
+        machine.project.nvidia_smi(self.GPUS.format(driver="580.95"))
+        said = machine.refuse("--docker", "--detach")
+        assert "NVIDIA Container Toolkit" in said
+        assert "could not select device driver" in said
+
+    def test_a_driver_that_is_too_old_for_the_image(self, machine: Machine) -> None:
+        machine.project.nvidia_smi(self.GPUS.format(driver="535.1"))
+        said = machine.refuse("--docker", "--detach")
+        assert "Driver 535.1 is too old for torch with CUDA 13, which needs 580" in said
+
+
+def test_a_restart_refuses_what_it_cannot_change(machine: Machine) -> None:
+    machine.start()
+    assert "start --docker --replace" in machine.refuse("restart", "--docker", "--gpu-idle-timeout", "1h")
+    assert "start --docker --replace" in machine.refuse("restart", "--docker", "--simulate-gpu", "48GB")
+
+
+@pytest.mark.parametrize("action", ["start", "stop", "status", "logs", "restart"])
+def test_a_docker_that_does_not_answer(machine: Machine, action: str) -> None:
+    machine.set(down=True)
+    said = machine.refuse(action, "--docker")
+    assert "docker does not answer: Cannot connect to the Docker daemon" in said
+
+
+def test_no_docker(machine: Machine) -> None:
+    (machine.project.bin / "docker").unlink()
+    assert "docker is not here" in machine.refuse("--docker")
+
+
+def test_a_port_in_use(machine: Machine) -> None:
+    machine.start()
+    said = machine.refuse("--docker", "--detach", "--container-name", "another")
+    assert f"Port {machine.port} on 127.0.0.1 is in use" in said

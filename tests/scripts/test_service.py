@@ -1,0 +1,285 @@
+"""What the start script has started, found again from another terminal: stop, status, restart, logs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from serving import wait_until
+from starting import OTHERS, SCRIPT, SETTINGS, Project, app_line, free_port
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("service")
+    project = Project(folder / "a project", folder / "bin")
+    project.serve()
+    return project
+
+
+class Service:
+    """An app that a project runs in the background, on a port of its own."""
+
+    def __init__(self, project: Project, run_dir: Path) -> None:
+        self.project, self.run_dir, self.port = project, run_dir, str(free_port())
+        self.environ = {"PORT": self.port, "RUN_DIR": str(run_dir)}
+        self.log = run_dir / f"{self.port}.log"
+
+    def call(self, *arguments: str, **environ: str) -> tuple[int, str]:
+        return self.project.run(*arguments, **(self.environ | environ))
+
+    def say(self, *arguments: str, **environ: str) -> str:
+        code, output = self.call(*arguments, **environ)
+        assert code == 0, output
+        return output
+
+    def start(self, *arguments: str, **environ: str) -> dict:
+        """Returns what the app saw."""
+        assert "Ready: http://127.0.0.1:" + self.port in self.say("--detach", "--serve", *arguments, **environ)
+        return self.seen()
+
+    def seen(self) -> dict:
+        return app_line(self.log.read_text())
+
+    @property
+    def pid(self) -> int:
+        return int((self.run_dir / f"{self.port}.pid").read_text())
+
+
+@pytest.fixture
+def service(shared: Project, tmp_path: Path) -> Iterator[Service]:
+    service = Service(shared, tmp_path / "run, 运行")
+    yield service
+    with suppress(OSError, ValueError):
+        os.kill(service.pid, signal.SIGKILL)
+
+
+def runs(pid: int) -> bool:
+    """Whether it does; what has ended and is nobody's child any more may not have been buried yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def test_from_start_to_stop(service: Service) -> None:
+    seen = service.start()
+    assert service.pid == seen["pid"], "the file has the app's own pid, for whoever wants to send it a signal"
+    assert seen["argv"][2] == "--serve"
+    assert f"ASKED status --url http://127.0.0.1:{service.port}" in service.say("status")
+    assert "APP" in service.say("logs")
+    assert "Stopped" in service.say("stop")
+    assert not runs(seen["pid"])
+    assert "stopped by SIGTERM" in service.log.read_text()
+    assert sorted(file.name for file in service.run_dir.iterdir()) == [f"{service.port}.log"]
+    code, output = service.call("status")
+    assert (code, "Nothing" in output) == (3, True)
+    assert "Nothing" in service.say("stop")
+
+
+def test_the_address_log_and_ways_to_stop_are_said(service: Service) -> None:
+    output = service.say("--detach", "--serve")
+    assert f"http://127.0.0.1:{service.port}" in output
+    assert str(service.log) in output
+    line = next(line for line in output.splitlines() if "Stop:" in line).partition("Stop: ")[2].partition(" / ")[0]
+    assert subprocess.run(["bash", "-c", line], capture_output=True, cwd="/", check=True)
+    assert not runs(service.seen()["pid"]), "what is said can be typed anywhere"
+
+
+def test_it_is_not_started_twice(service: Service) -> None:
+    pid = service.start()["pid"]
+    code, output = service.call("--detach", "--serve")
+    assert code == 1
+    assert f"runs already on port {service.port} (pid {pid})" in output
+    assert runs(pid)
+
+
+def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service, tmp_path: Path) -> None:
+    first = service.start(
+        *("--gpu-idle-timeout", "15m", "--title=a b"),
+        GPU_KEEP_WARM="30s",
+        GPU_CONTROL_TOKEN="a secret",
+        GRADIO_AUTH="me:x",
+    )
+    assert "Ready" in service.say("restart", "--gpu-idle-timeout", "1h", "--more")
+    seen = service.seen()
+    assert seen["pid"] != first["pid"]
+    assert not runs(first["pid"])
+    assert seen["cwd"] == first["cwd"]
+    assert seen["secrets"] == {"GPU_CONTROL_TOKEN": "a secret", "GRADIO_AUTH": "me:x"}
+    assert seen["argv"][2:5] == ["--serve", "--title=a b", "--more"]
+    assert seen["argv"][-4:] == ["--gpu-idle-timeout", "1h", "--gpu-keep-warm", "30s"]
+    service.say("restart", GPU_CONTROL_TOKEN="another")
+    assert service.seen()["secrets"]["GPU_CONTROL_TOKEN"] == "another"
+    assert service.seen()["argv"] == seen["argv"]
+    assert Path(f"{service.log}.1").exists(), "the log before the last restart"
+
+
+def test_a_restart_chooses_the_gpu_anew_unless_it_was_said(service: Service) -> None:
+    gpus = 'echo "0, {}, 580.1, NVIDIA A"; echo "1, {}, 580.1, NVIDIA B"'
+    service.project.nvidia_smi(gpus.format(100, 200))
+    try:
+        assert service.start()["cuda"]["CUDA_VISIBLE_DEVICES"] == "1"
+        service.project.nvidia_smi(gpus.format(300, 200))
+        service.say("restart")
+        assert service.seen()["cuda"]["CUDA_VISIBLE_DEVICES"] == "0"
+        service.say("restart", "--gpu-id", "1")
+        assert service.seen()["cuda"]["CUDA_VISIBLE_DEVICES"] == "1"
+        service.say("restart")
+        assert service.seen()["cuda"]["CUDA_VISIBLE_DEVICES"] == "1"
+    finally:
+        (service.project.bin / "nvidia-smi").unlink()
+
+
+def test_a_restart_that_cannot_be_leaves_what_runs_alone(service: Service) -> None:
+    pid = service.start()["pid"]
+    for wrong in (
+        ["--gpu-idle-timeout", "soon"],
+        ["--model-path", "/no/such/model"],
+        ["--step-audio-root", "/nowhere"],
+    ):
+        code, output = service.call("restart", *wrong)
+        assert (code, wrong[1] in output) == (1, True), output
+    assert runs(pid)
+
+
+def test_a_restart_of_nothing_is_a_start(service: Service) -> None:
+    assert "Ready" in service.say("restart", "--detach", "--serve")
+
+
+def test_an_app_that_ends_while_it_starts(service: Service) -> None:
+    code, output = service.call("--detach", "--break")
+    assert code == 1
+    assert "a mistake on purpose" in output, "the end of its log"
+    assert str(service.log) in output
+    assert service.call("status")[0] == 3
+
+
+def test_an_app_that_is_not_ready_in_time_goes_on(service: Service) -> None:
+    code, output = service.call("--detach", "--serve", "--never-ready", READY_TIMEOUT="1")
+    assert code == 1
+    assert "not ready after 1 s" in output
+    assert runs(service.pid)
+    assert "Not ready yet" in service.say("status")
+    service.say("stop")
+
+
+def test_an_app_that_does_not_end_in_time_is_ended_by_a_second_stop(service: Service) -> None:
+    pid = service.start("--stubborn")["pid"]
+    code, output = service.call("stop", STOP_TIMEOUT="1")
+    assert (code, f"{pid} still runs after 1 s" in output) == (1, True)
+    assert runs(pid)
+    service.say("stop")
+    assert not runs(pid)
+
+
+def test_another_process_with_the_same_number_is_left_alone(service: Service) -> None:
+    service.start()
+    service.say("stop")
+    innocent = subprocess.Popen(["sleep", "60"])
+    try:
+        record = [str(innocent.pid), "12345", "", "/", "0"]
+        (service.run_dir / f"{service.port}.run").write_text("\0".join(record) + "\0")
+        assert "Nothing" in service.say("stop")
+        assert service.call("status")[0] == 3
+        assert innocent.poll() is None
+    finally:
+        innocent.kill()
+        innocent.wait()
+
+
+def test_one_in_a_terminal_is_stopped_from_another_one(service: Service) -> None:
+    process = service.project.start("--serve", **service.environ)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ready" in line:
+            break
+    assert f"pid {process.pid}" in service.say("status")
+    code, output = service.call("logs")
+    assert (code, "terminal" in output) == (1, True)
+    service.say("stop")
+    assert process.wait(30) == 0
+    assert "stopped by SIGTERM" in process.stdout.read()
+
+
+def test_two_apps_do_not_mix(service: Service, shared: Project) -> None:
+    other = Service(shared, service.run_dir)
+    service.start("--one")
+    other.start("--two")
+    service.say("stop")
+    assert runs(other.pid)
+    assert "--two" in other.say("logs")
+    other.say("stop")
+
+
+def test_secrets_are_for_the_owner_only(service: Service) -> None:
+    service.start("--control-token", "a secret")
+    assert all(file.stat().st_mode & 0o077 == 0 for file in service.run_dir.iterdir())
+
+
+def test_logs_follow_what_comes(service: Service) -> None:
+    service.start()
+    follower = service.project.start("logs", "--follow", **service.environ)
+    assert follower.stdout is not None
+    assert "APP" in follower.stdout.readline()
+    service.say("stop")
+    assert "SIGTERM came" in follower.stdout.readline()
+    follower.kill()
+    follower.communicate()
+
+
+@pytest.mark.parametrize("action", ["stop", "status", "logs"])
+def test_what_is_no_setting_is_refused_where_nothing_is_started(service: Service, action: str) -> None:
+    code, output = service.call(action, "--simulate-gpu", "48GB")
+    assert (code, f"{action} does not know --simulate-gpu" in output) == (1, True)
+
+
+def environment_like_ours(folder: Path) -> Path:
+    """This Python's packages, in an environment that the script did not make."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    prefix = Path(sys.prefix)
+    (folder / "lib").symlink_to(prefix / "lib")
+    if (prefix / "pyvenv.cfg").exists():
+        (folder / "pyvenv.cfg").symlink_to(prefix / "pyvenv.cfg")
+    return folder
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs this project's packages in a virtual environment")
+def test_the_real_app_starts_answers_starts_again_and_stops(tmp_path: Path) -> None:
+    recordings, port = tmp_path / "recordings", str(free_port())
+    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}
+    environ |= {
+        "VENV_DIR": str(environment_like_ours(tmp_path / "venv")),
+        "RUN_DIR": str(tmp_path / "run"),
+        "PORT": port,
+    }
+
+    def script(*arguments: str) -> str:
+        command = [str(SCRIPT), *arguments]
+        done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        said = script("--detach", "--simulate-gpu", "48GB", "--tmp-dir", str(recordings), "--gpu-keep-warm", "7s")
+        assert f"Ready: http://127.0.0.1:{port}" in said
+        first = int((tmp_path / "run" / f"{port}.pid").read_text())
+        assert "Simulated GPU" in script("status")
+        assert "released" in script("status")
+        script("restart")
+        assert not runs(first)
+        assert "Simulated GPU" in script("status")
+        assert "GPU 管理已启用" in script("logs")
+    finally:
+        script("stop")
+    assert not list(recordings.iterdir())
+    log = (tmp_path / "run" / f"{port}.log").read_text()
+    assert "Traceback" not in log
+    assert wait_until(lambda: not list((tmp_path / "run").glob("*.pid")))
