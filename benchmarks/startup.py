@@ -1,4 +1,4 @@
-"""How long people wait for ``app.py`` to say something: its help, a wrong flag, the page.
+"""How long people wait for ``app.py`` to say something: its help, a wrong flag, the page; and for the start script.
 
     python benchmarks/startup.py [--repeat 3] [--model-path DIR --step-audio-root DIR]
 
@@ -9,6 +9,7 @@ In the same run: Python alone, and Python that imports Gradio, which the page ca
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import socket
 import statistics
@@ -16,12 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "onnxruntime", "tts", "tokenizer"}
-HELP_WITHIN_S, PAGE_WITHIN_S = 1.0, 5.0
+HELP_WITHIN_S, PAGE_WITHIN_S, SCRIPT_WITHIN = 1.0, 5.0, 1.3
+BARE, SCRIPT = "app.py, until /readyz", "start script, until /readyz"
 
 # Runs app.py until it serves; then says what is imported, and is gone.
 _UNTIL_IT_SERVES = """
@@ -55,7 +59,7 @@ def main() -> int:
             "app.py --gpu-keep-warm soon": ["app.py", "--gpu-keep-warm", "soon"],
             "page, built-in engine": page,
         } | ({"page, real engine": [*page, *real]} if real else {})
-        times: dict[str, list[float]] = {name: [] for name in commands}
+        times: dict[str, list[float]] = {name: [] for name in (*commands, BARE, SCRIPT)}
         imported: set[str] = set()
         for _ in range(options.repeat + 1):
             for name, command in commands.items():
@@ -63,6 +67,11 @@ def main() -> int:
                 seconds, modules = _run([*command, *port])
                 times[name].append(seconds)
                 imported |= HEAVY & modules
+            managed = ["--enable-gpu-management", "--tmp-dir", folder, "--server-name", "127.0.0.1", "--server-port"]
+            times[BARE].append(_until_ready([sys.executable, "app.py", *managed], folder))
+            times[SCRIPT].append(
+                _until_ready(["./start_with_gpu_management.sh", "--tmp-dir", folder, "--port"], folder)
+            )
 
     print(
         f"{date.today()}, Python {platform.python_version()}, medians of {options.repeat} after one to warm the cache\n"
@@ -75,7 +84,28 @@ def main() -> int:
     good = helps <= HELP_WITHIN_S and pages <= PAGE_WITHIN_S and not imported
     print(f"\nimported when the page is there, of {', '.join(sorted(HEAVY))}: {', '.join(sorted(imported)) or 'none'}")
     print(f"help and errors within {HELP_WITHIN_S:g} s, page within {PAGE_WITHIN_S:g} s: {'yes' if good else 'NO'}")
-    return 0 if good else 1
+    ratio = statistics.median(ours / bare for ours, bare in zip(times[SCRIPT][1:], times[BARE][1:], strict=True))
+    quick = ratio <= SCRIPT_WITHIN
+    print(f"second start by the script, over app.py alone, in pairs: {ratio:.2f}, wanted <= {SCRIPT_WITHIN:g}: "
+          f"{'yes' if quick else 'NO'}")  # fmt: skip
+    return 0 if good and quick else 1
+
+
+def _until_ready(command: list[str], folder: str) -> float:
+    """Seconds until it answers; the port is added to the command."""
+    port = _free_port()
+    environ = {name: value for name, value in os.environ.items() if name not in ("PORT", "PROJECT_DIR")}
+    environ |= {"VENV_DIR": sys.prefix, "RUN_DIR": f"{folder}/run"}
+    began_s = time.perf_counter()
+    with subprocess.Popen([*command, str(port)], cwd=ROOT, env=environ, stdout=subprocess.DEVNULL) as app:
+        try:
+            while app.poll() is None:
+                with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+                    return time.perf_counter() - began_s
+                time.sleep(0.005)
+        finally:
+            app.terminate()
+    raise SystemExit(f"It did not start: {command}")
 
 
 def _run(command: list[str]) -> tuple[float, set[str]]:

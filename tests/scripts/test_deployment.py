@@ -1,0 +1,97 @@
+"""Dockerfile, compose file and systemd unit agree with the app and with the start script."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from starting import OTHERS, ROOT, SETTINGS
+
+UNIT = ROOT / "examples" / "gpu-managed-tts.service"
+COMPOSE: Any = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def run_app(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "app.py", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_image_has_every_file_that_the_app_imports_and_no_more_is_sent_to_the_builder() -> None:
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE)).split()
+    ours = [*ROOT.glob("*.py"), ROOT / "residency", ROOT / "requirements.txt", ROOT / "pyproject.toml"]
+    assert all(any(fnmatch.fnmatch(path.name, pattern.removeprefix("./")) for pattern in copied) for path in ours)
+    sent = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
+    assert all(pattern.removeprefix("./").split("/")[0] in sent for pattern in copied)
+
+
+def test_the_image_runs_as_a_user_without_rights_and_can_be_asked_for_its_health() -> None:
+    assert re.search(r"^USER app$", DOCKERFILE, re.MULTILINE)
+    user = re.search(r"useradd --uid (\d+)", DOCKERFILE)
+    assert user
+    assert f"IMAGE_USER={user[1]}" in (ROOT / "scripts" / "container.sh").read_text()
+    assert "HEALTHCHECK" in DOCKERFILE
+    command = re.search(r"^CMD (.*)", DOCKERFILE, re.MULTILINE)
+    assert command
+    assert not run_app(*yaml.safe_load(command[1]), "--help").returncode
+
+
+@pytest.mark.parametrize("service", ["cpu", "gpu"])
+def test_compose_gives_as_few_rights_as_the_script_does(service: str) -> None:
+    made = COMPOSE["services"][service]
+    assert made["cap_drop"] == ["ALL"]
+    assert made["security_opt"] == ["no-new-privileges:true"]
+    assert made["network_mode"] == "host"
+    read_only = [volume for volume in made["volumes"] if "MODEL_PATH" in volume or "STEP_AUDIO_ROOT" in volume]
+    assert len(read_only) == 2
+    assert all(volume.endswith(":ro") for volume in read_only)
+
+
+def test_compose_takes_the_settings_of_the_script() -> None:
+    text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
+    known = SETTINGS | OTHERS | {"HEALTH_HOST"}
+    assert set(re.findall(r"(?<!\$)\$\{(\w+)", text)) <= known
+
+
+@pytest.mark.parametrize(
+    "set_", [{}, {"MODEL_PATH": "somewhere", "GPU_SNAPSHOT_DIR": "elsewhere"}], ids=["none", "both"]
+)
+def test_what_compose_runs_is_understood_by_the_app(set_: dict[str, str], tmp_path: Path) -> None:
+    shell, flag, script, name = COMPOSE["services"]["cpu"]["entrypoint"]
+    # Compose makes $ of $$; nothing is interpolated there.
+    script = script.replace("$$", "$").replace("exec python /app/app.py", "printf '%s\\n'")
+    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS} | set_
+    said = subprocess.run([shell, flag, script, name, "--a"], env=environ, capture_output=True, text=True, check=True)
+    expected = ["--a"]
+    expected += ["--model-path", "/models"] if "MODEL_PATH" in set_ else []
+    expected += ["--gpu-snapshot-dir", "/snapshots"] if "GPU_SNAPSHOT_DIR" in set_ else []
+    assert said.stdout.split() == expected
+    for argument in COMPOSE["services"]["cpu"]["command"]:
+        default = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", argument)
+        assert not run_app(default, "--help").returncode
+
+
+def test_the_unit_starts_the_script_with_its_settings() -> None:
+    text = UNIT.read_text(encoding="utf-8")
+    start = re.search(r"^ExecStart=/opt/gpu-managed-tts/(\S+)", text, re.MULTILINE)
+    assert start
+    assert os.access(ROOT / start[1], os.X_OK)
+    named = {
+        name for line in re.findall(r"^Environment=(.*)", text, re.MULTILINE) for name in re.findall(r"(\w+)=", line)
+    }
+    assert named - {"HOME"} <= SETTINGS
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text(encoding="utf-8").replace("/opt/gpu-managed-tts/", f"{ROOT}/"))
+    said = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert UNIT.stem not in said.stderr, said.stderr
