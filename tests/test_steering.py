@@ -271,7 +271,9 @@ def test_events_tell_every_move_in_order(manager: GPUResourceManager, clock: Man
     unsubscribe()
 
 
-def test_events_tell_who_comes_into_the_queue_and_who_leaves_it(manager: GPUResourceManager, clock: ManualClock) -> None:
+def test_events_tell_who_comes_into_the_queue_and_who_leaves_it(
+    manager: GPUResourceManager, clock: ManualClock
+) -> None:
     told: list[Event] = []
     manager.subscribe(told.append)
     running = Client(manager).comes_in()
