@@ -23,7 +23,7 @@ from typing import Any
 
 from residency.admission import Admission
 from residency.clock import SystemClock
-from residency.contracts import Adopt, Clock, Device
+from residency.contracts import Adopt, Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
 from residency.dispatch import Dispatcher
 from residency.errors import (
@@ -46,7 +46,7 @@ from residency.history import WINDOW_S
 from residency.leasing import Lease, held_slots, watching
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
-from residency.policies import AUTO, change_policy, check_counts, make_policy, seconds
+from residency.policies import AUTO, change_policy, check_counts, guarded, make_policy, seconds
 from residency.probes import HostProbe
 from residency.residents import SnapshotFolder, adopt
 from residency.states import Slot, State
@@ -155,6 +155,7 @@ class GPUResourceManager:
         *,
         keep_warm: float | str | None = None,
         idle_timeout: float | str | None = None,
+        policy: Policy | None = None,
         load_timeout: float | str = -1,
         max_waiting: int | None = None,
         size_bytes: int = 0,
@@ -169,6 +170,8 @@ class GPUResourceManager:
         Args:
             keep_warm: seconds on the device after a request; -1: it stays, and never makes room; ``"auto"``.
             idle_timeout: seconds idle until it is released.
+            policy: decides instead of those two: a `residency.contracts.Policy` of your own, one object for each model.
+                If it raises, that is logged, and from then on it is as if nothing had been said (0, and 600 seconds).
             load_timeout: seconds after which a load is given up (`LoadTimeout`) and the next request loads anew.
             max_waiting: how many requests may wait; further ones get `ModelBusy`. None: any number.
             size_bytes: what it takes on the device, for the budget of the first load; later it is known.
@@ -176,10 +179,13 @@ class GPUResourceManager:
             keep: a part of the engine that ``load`` does not build but is given, and that must outlive a release:
                 then it stays in main memory.
         """
-        policy = make_policy(
-            self.settings["keep_warm"] if keep_warm is None else keep_warm,
-            self.settings["idle_timeout"] if idle_timeout is None else idle_timeout,
-        )
+        if policy is None:
+            policy = make_policy(
+                self.settings["keep_warm"] if keep_warm is None else keep_warm,
+                self.settings["idle_timeout"] if idle_timeout is None else idle_timeout,
+            )
+        else:
+            policy = guarded(policy, keep_warm, idle_timeout)
         load_timeout_s = seconds(load_timeout)
         check_counts(0, max_waiting=max_waiting, size_bytes=size_bytes)
         if isinstance(skip, str):
@@ -203,7 +209,10 @@ class GPUResourceManager:
     def configure(
         self, name: str | None = None, *, keep_warm: float | str | None = None, idle_timeout: float | str | None = None
     ) -> None:
-        """Change how long a model (None: all) stays, from now on and for the idle time that has begun too."""
+        """Change how long a model (None: all) stays, from now on and for the idle time that has begun too.
+
+        ``keep_warm`` takes the place of a policy given to `register`; ``idle_timeout`` alone is passed on to it.
+        """
         for slot in self._slots_named(name):
             with self._lock:
                 self._check_open_locked(slot)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -170,11 +170,13 @@ class Engine(Protocol):
     ) -> tuple[torch.Tensor, int]: ...
 
 
+@runtime_checkable
 class Policy(Protocol):
     """When an idle model is on the device, and when it leaves main memory. Pure: is fed with times, asks no clock.
 
     All times are seconds after the end of the last lease; ``math.inf`` is never. Calls come one at a time, under the
-    manager's lock, and answer at once.
+    manager's lock, and answer at once; what the others answer may change in `idle_ended` and `brought_back` only.
+    One object serves one model.
     """
 
     @property
@@ -200,6 +202,9 @@ class Policy(Protocol):
 
     def brought_back(self, seconds: float) -> None:
         """A restore has taken this long."""
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> Policy:
+        """The policy that takes its place when somebody changes the idle timeout: what was learned is kept."""
 
 
 class Probe(Protocol):

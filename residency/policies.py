@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TypeVar
 
 from .adaptive import AdaptivePolicy
 from .contracts import Policy
 from .errors import InvalidInput
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 NEVER = math.inf
@@ -51,6 +59,59 @@ class FixedPolicy:
     def brought_back(self, seconds: float) -> None:
         """Nothing is learned from it."""
 
+    def with_idle_timeout(self, idle_timeout_s: float) -> FixedPolicy:
+        return replace(self, idle_timeout_s=idle_timeout_s)
+
+
+class GuardedPolicy:
+    """A policy of somebody's own, asked under the manager's lock: where it fails, no request may be lost over it.
+
+    Once it has raised, or answered what cannot be, that is logged and a `FixedPolicy` takes its place for good.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    @property
+    def name(self) -> str:
+        return self._ask(lambda policy: policy.name)
+
+    @property
+    def keep_warm_s(self) -> float:
+        return self._ask(lambda policy: float(policy.keep_warm_s))
+
+    @property
+    def idle_timeout_s(self) -> float:
+        return self._ask(lambda policy: float(policy.idle_timeout_s))
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        return self._ask(lambda policy: _in_order(policy.windows()))
+
+    def idle_ended(self, idle_s: float) -> None:
+        self._ask(lambda policy: policy.idle_ended(idle_s))
+
+    def brought_back(self, seconds: float) -> None:
+        self._ask(lambda policy: policy.brought_back(seconds))
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> GuardedPolicy:
+        return GuardedPolicy(self._ask(lambda policy: policy.with_idle_timeout(idle_timeout_s)))
+
+    def _ask(self, ask: Callable[[Policy], T]) -> T:
+        try:
+            return ask(self._policy)
+        except Exception:
+            instead = FixedPolicy()
+            logger.exception("The policy %r failed; %r takes its place", self._policy, instead)
+            self._policy = instead
+            return ask(instead)
+
+
+def _in_order(windows: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    edges_s = [edge_s for from_s, until_s in windows for edge_s in (from_s, until_s)]
+    if not edges_s or edges_s[0] != 0 or any(not earlier <= later for earlier, later in pairwise(edges_s)):
+        raise ValueError(f"windows() answered {windows!r}: they begin at 0, and are in order and apart")
+    return windows
+
 
 def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
     """The policy for what a user asked: a duration or ``"auto"``, and a duration. `InvalidInput` for anything else."""
@@ -59,12 +120,30 @@ def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
     return FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
 
 
+def guarded(policy: Policy, keep_warm: object, idle_timeout: object) -> Policy:
+    """A policy that a user gives instead of ``keep_warm`` and ``idle_timeout``; `InvalidInput` if it cannot be one."""
+    if not isinstance(policy, Policy):
+        raise InvalidInput(
+            f"policy={policy!r} does not have all that residency.contracts.Policy has; for durations and 'auto' there "
+            f"is keep_warm",
+            f"policy={policy!r} 未实现 residency.contracts.Policy 的全部成员；时长与 'auto' 请用 keep_warm",
+        )
+    if keep_warm is not None or idle_timeout is not None:
+        raise InvalidInput(
+            "A policy decides instead of keep_warm and idle_timeout: leave those out",
+            "policy 会取代 keep_warm 与 idle_timeout：请不要同时给出",
+        )
+    return policy if isinstance(policy, FixedPolicy | AdaptivePolicy) else GuardedPolicy(policy)
+
+
 def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:
-    """A policy with other settings; None is as in ``present``, and what ``auto`` has learned is kept."""
-    idle_timeout_s = present.idle_timeout_s if idle_timeout is None else seconds(idle_timeout)
-    if isinstance(present, AdaptivePolicy) and keep_warm in (None, AUTO):
-        return present.with_idle_timeout(idle_timeout_s)
-    return make_policy(present.keep_warm_s if keep_warm is None else keep_warm, idle_timeout_s)
+    """A policy with other settings; None is as in ``present``.
+
+    What it has learned outlives a change of the idle timeout, and ``"auto"`` for one that is ``auto`` already.
+    """
+    if keep_warm is None or (keep_warm == AUTO and isinstance(present, AdaptivePolicy)):
+        return present if idle_timeout is None else present.with_idle_timeout(seconds(idle_timeout))
+    return make_policy(keep_warm, present.idle_timeout_s if idle_timeout is None else idle_timeout)
 
 
 def check_counts(least: int, **counts: object) -> None:

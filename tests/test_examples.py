@@ -1,13 +1,21 @@
-"""The examples name metrics and calls that there are."""
+"""The programs do and print what they say at their top; the other examples name metrics and calls that there are."""
 
 from __future__ import annotations
 
+import ast
+import doctest
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
+import soundfile
+from miniature import CHECKOUT, make_recording, make_weights
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
@@ -65,3 +73,114 @@ def test_the_scrape_asks_where_the_metrics_are() -> None:
     text = (EXAMPLES / "prometheus.yml").read_text(encoding="utf-8")
     assert "metrics_path: /metrics" in text
     assert (EXAMPLES / re.findall(r"- (\S+rules\.yml)", text)[0]).is_file()
+
+
+# -- programs, each in a process of its own, started in another folder -----------------------------------------------
+
+
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    """What a program prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, encoding="utf-8", timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_example(name: str, folder: Path, *arguments: str) -> str:
+    """What an example prints, which must be what its docstring says."""
+    printed = run([str(EXAMPLES / name), *arguments], folder, PYTHONIOENCODING="utf-8")
+    docstring = ast.get_docstring(ast.parse((EXAMPLES / name).read_text(encoding="utf-8")))
+    assert docstring is not None
+    promised = re.findall(r"Prints[^.]*::\n\n((?:    .*\n?)+)", docstring)
+    assert len(promised) == 1, f"{name} does not say what it prints"
+    assert doctest.OutputChecker().check_output(
+        dedent(promised[0]).rstrip() + "\n", printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    ), f"{name} prints\n{printed}and not\n{promised[0]}"
+    return printed
+
+
+def simulated(printed: str) -> bool:
+    return "Simulated GPU" in printed
+
+
+def assert_moves_change_nothing(printed: str, weights_bytes: int) -> None:
+    on_device = re.findall(r" gpu +device ([\d,]+) B", printed)
+    assert len(on_device) == 3
+    assert all(int(nbytes.replace(",", "")) >= weights_bytes for nbytes in on_device)
+    assert re.search(r"^after the lease .* host [1-9]", printed, re.MULTILINE)
+    assert not simulated(printed) or printed.endswith("of the device: 0 B\n")
+
+
+def test_a_model_of_transformers_is_on_the_device_only_while_it_writes(tmp_path: Path) -> None:
+    printed = run_example("transformers_model.py", tmp_path)
+    assert_moves_change_nothing(printed, 4 * (2 * 512 * 128 + 4 * (4 * 128 * 128 + 3 * 128 * 256)))
+
+
+def test_a_model_of_transformers_may_come_from_a_folder(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"[UNK]": 0, "once": 1, "upon": 2, "a": 3, "time": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    printed = run_example("transformers_model.py", tmp_path, "--model", str(tmp_path), "--prompt", "once upon a time")
+    assert_moves_change_nothing(printed, 4 * (64 + 64) * 32)
+
+
+def test_two_models_share_a_budget_that_holds_one_and_every_request_is_served(tmp_path: Path) -> None:
+    printed = run_example("two_models_one_budget.py", tmp_path)
+    moves = re.findall(r"^(tts|asr): (\w+) -> (\w+)$", printed, re.MULTILINE)
+    there: set[str] = set()
+    for model, source, target in moves:
+        assert (source == "gpu") == (model in there)
+        there ^= {model} if "gpu" in (source, target) else set()
+        assert len(there) <= 1, "one has left before the other comes"
+    assert not there
+    made_room = int(re.findall(r"made room for the other model: (\d+) times", printed)[0])
+    assert made_room == sum(move[1:] == ("gpu", "cpu") for move in moves) >= 1
+
+
+def test_a_program_for_step_audio_runs_with_the_builtin_engine(tmp_path: Path) -> None:
+    printed = run_example("drop_in.py", tmp_path)
+    clone, faster = (soundfile.info(tmp_path / name) for name in ("clone.wav", "faster.wav"))
+    assert clone.samplerate == faster.samplerate == 24000
+    assert 0.7 * clone.frames < faster.frames < 0.95 * clone.frames
+    assert_released(printed)
+
+
+def test_a_program_for_step_audio_runs_with_a_checkout(tmp_path: Path) -> None:
+    models, voice = make_weights(tmp_path / "models"), make_recording(tmp_path / "voice.wav")
+    script = "import runpy, sys\nfrom pretend_cuda import pretend_cuda\npretend_cuda()\ndel sys.argv[0]\n"
+    printed = run(
+        ["-c", script + "runpy.run_path(sys.argv[0], run_name='__main__')", str(EXAMPLES / "drop_in.py"),
+         "--model-path", str(models), "--step-audio-root", str(CHECKOUT), "--prompt", str(voice)],
+        tmp_path, PYTHONPATH=str(Path(__file__).parent), CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert re.findall(r"^(\w+) +(gpu|cpu|released) +device 0 B", printed, re.MULTILINE) == [
+        ("before", "released"), ("cloned", "cpu"), ("edited", "cpu"), ("released", "released"),
+    ]  # fmt: skip
+    assert all(soundfile.info(tmp_path / name).frames > 0 for name in ("clone.wav", "faster.wav"))
+    assert_released(printed)
+
+
+def assert_released(printed: str) -> None:
+    status: Any = json.loads(printed[printed.index("{") :])
+    assert status["models"]["tts"]["state"] == "released"
+    assert status["models"]["tts"]["device_bytes"] == status["models"]["tts"]["host_bytes"] == 0
+    assert not simulated(printed) or status["device"]["process_bytes"] == 0
+
+
+def test_a_policy_of_ones_own_keeps_the_model_while_people_converse(tmp_path: Path) -> None:
+    run_example("own_policy.py", tmp_path)
+
+
+def test_the_readme_names_every_example_in_english_and_chinese() -> None:
+    rows = re.findall(r"^\| (\[.*)$", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"\]\(([^)]+)\)", row)]
+    assert sorted(named) == sorted(file.name for file in EXAMPLES.iterdir() if file.suffix in (".py", ".yml", ".json"))
+    assert all(re.search(r"[a-z] .*<br>.*[一-鿿]", row) for row in rows)

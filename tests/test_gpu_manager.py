@@ -176,6 +176,66 @@ def test_times_can_be_set_per_model(manager: GPUResourceManager, clock: ManualCl
         manager.register("llm", Workshop().load, keep_warm="soon")
 
 
+class OnlyAfterTheThird:
+    """Stays a minute, once three requests have come after others."""
+
+    name, idle_timeout_s = "third", 3600.0
+
+    def __init__(self, fails: bool = False) -> None:
+        self.requests, self.fails = 0, fails
+
+    @property
+    def keep_warm_s(self) -> float:
+        return 60.0 if self.requests >= 3 else 0.0
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        return ((0.0, self.keep_warm_s),)
+
+    def idle_ended(self, idle_s: float) -> None:
+        self.requests += 1
+
+    def brought_back(self, seconds: float) -> None:
+        if self.fails:
+            raise ZeroDivisionError
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> OnlyAfterTheThird:
+        self.idle_timeout_s = idle_timeout_s
+        return self
+
+
+def test_a_policy_of_ones_own_decides(manager: GPUResourceManager, clock: ManualClock) -> None:
+    manager.register("asr", Workshop().load, policy=OnlyAfterTheThird())
+    states = []
+    for _ in range(4):
+        with manager.lease("asr"):
+            pass
+        states.append(manager.status()["models"]["asr"]["state"])
+    assert states == ["cpu", "cpu", "cpu", "gpu"]
+    manager.configure("asr", idle_timeout="2m")
+    asr = manager.status()["models"]["asr"]
+    assert (asr["policy"], asr["keep_warm_s"], asr["idle_timeout_s"]) == ("third", 60, 120)
+    clock.advance(60)
+    assert manager.wait_for("asr", State.HOST, 10)
+    clock.advance(60)
+    assert manager.wait_for("asr", State.RELEASED, 10)
+
+
+def test_a_policy_that_fails_costs_no_request(workshop: Workshop, device: SimulatedDevice) -> None:
+    manager = GPUResourceManager(device, adopt=workshop.adopt)  # not the fixture: closing would wait for a lost move
+    manager.register("asr", workshop.load, policy=OnlyAfterTheThird(fails=True))
+    for _ in range(5):
+        assert Worker(use, manager, "asr").result() is not None
+    asr = manager.status()["models"]["asr"]
+    assert (asr["policy"], asr["state"]) == ("fixed", "cpu"), "it failed when the model came back for the second time"
+    manager.close()
+
+
+def test_a_policy_and_times_are_not_given_together(manager: GPUResourceManager) -> None:
+    with pytest.raises(InvalidInput, match="leave those out"):
+        manager.register("asr", Workshop().load, keep_warm=0, policy=OnlyAfterTheThird())
+    assert manager.names() == ("tts",)
+
+
 def test_the_monitor_survives_a_move_that_fails_and_tries_again_later(
     manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
 ) -> None:

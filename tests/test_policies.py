@@ -1,11 +1,52 @@
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
+from residency.adaptive import AdaptivePolicy
+from residency.contracts import Policy
 from residency.errors import InvalidInput
-from residency.policies import FixedPolicy, change_policy, check_counts, make_policy, seconds
+from residency.policies import FixedPolicy, change_policy, check_counts, guarded, make_policy, seconds
+
+
+@dataclass
+class Own:
+    """A policy that is neither of ours; it raises in the method that it is told to."""
+
+    idle_timeout_s: float = 100.0
+    spans: Any = ((0.0, 5.0),)
+    fails_in: str = ""
+    learned: list[float] = field(default_factory=list)
+    name: str = "own"
+    keep_warm_s: float = 5.0
+
+    def _or_fail(self, method: str, answer: Any) -> Any:
+        if method == self.fails_in:
+            raise ZeroDivisionError(method)
+        return answer
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        return self._or_fail("windows", self.spans)
+
+    def idle_ended(self, idle_s: float) -> None:
+        self._or_fail("idle_ended", self.learned.append(idle_s))
+
+    def brought_back(self, seconds: float) -> None:
+        self._or_fail("brought_back", self.learned.append(seconds))
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> Policy:
+        return self._or_fail("with_idle_timeout", replace(self, idle_timeout_s=idle_timeout_s))
+
+
+def use_all(policy: Policy) -> tuple:
+    policy.idle_ended(3)
+    policy.brought_back(4)
+    policy.with_idle_timeout(50)
+    return policy.name, policy.windows(), policy.keep_warm_s, policy.idle_timeout_s
 
 
 @pytest.mark.parametrize(
@@ -65,6 +106,63 @@ def test_what_auto_has_learned_outlives_a_change_of_the_idle_timeout(keep_warm: 
     assert changed.keep_warm_s >= 5
     assert learned.idle_timeout_s == 600
     assert change_policy(learned, keep_warm, 2).keep_warm_s <= 2
+
+
+def test_a_policy_of_ones_own_is_asked_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    own = Own()
+    assert use_all(guarded(own, None, None)) == ("own", ((0.0, 5.0),), 5, 100)
+    assert own.learned == [3, 4]
+    assert caplog.records == []
+
+
+def test_changing_the_idle_timeout_leaves_a_policy_of_ones_own_in_place_and_keep_warm_does_not() -> None:
+    policy = guarded(Own(), None, None)
+    policy.idle_ended(3)
+    assert change_policy(policy, None, None) is policy
+    changed = change_policy(policy, None, "1h")
+    assert (changed.name, changed.keep_warm_s, changed.idle_timeout_s) == ("own", 5, 3600)
+    assert change_policy(policy, 7, None) == FixedPolicy(7, 100)
+    assert change_policy(policy, "auto", None).name == "auto"
+
+
+@pytest.mark.parametrize("fails_in", ["windows", "idle_ended", "brought_back", "with_idle_timeout"])
+def test_a_policy_of_ones_own_that_raises_is_done_without(fails_in: str, caplog: pytest.LogCaptureFixture) -> None:
+    policy = guarded(Own(fails_in=fails_in), None, None)
+    use_all(policy)
+    assert use_all(policy) == ("fixed", ((0.0, 0.0),), 0, 600)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert fails_in in str(record.exc_info[1])
+
+
+@pytest.mark.parametrize(
+    "spans", [(), None, ((1.0, 2.0),), ((0.0, 5.0), (3.0, 8.0)), ((0.0, math.nan),), ((0.0, 5.0), (8.0, 6.0))]
+)
+def test_windows_that_cannot_be_are_a_failure_of_the_policy(spans: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert guarded(Own(spans=spans), None, None).windows() == ((0.0, 0.0),)
+    assert len(caplog.records) == 1
+
+
+def test_times_that_cannot_be_are_a_failure_of_the_policy() -> None:
+    assert guarded(Own(idle_timeout_s="soon"), None, None).idle_timeout_s == 600
+    assert guarded(replace(Own(), keep_warm_s=None), None, None).keep_warm_s == 0
+
+
+def test_auto_with_settings_of_ones_own_stays_auto() -> None:
+    policy = AdaptivePolicy(600, wait_weight=5)
+    assert guarded(policy, None, None) is policy
+
+
+@pytest.mark.parametrize(("policy", "says"), [("auto", "there is keep_warm"), (object(), "residency.contracts.Policy")])
+def test_what_is_no_policy_is_refused(policy: Any, says: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"{says}.* / policy=.* 请用 keep_warm"):
+        guarded(policy, None, None)
+
+
+@pytest.mark.parametrize("settings", [(0, None), (None, 600), ("auto", 0)])
+def test_a_policy_and_times_contradict_each_other(settings: tuple) -> None:
+    with pytest.raises(InvalidInput, match=r"leave those out / .*请不要同时给出"):
+        guarded(Own(), *settings)
 
 
 @pytest.mark.parametrize("value", [None, 1, 12 << 30])
