@@ -27,6 +27,7 @@ from residency.contracts import Adopt, Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
 from residency.dispatch import Dispatcher
 from residency.errors import (
+    DeviceLost,
     DeviceOutOfMemory,
     DeviceUnavailable,
     InvalidInput,
@@ -56,6 +57,7 @@ from residency.steering import Steering
 __all__ = [
     "CpuDevice",
     "CudaDevice",
+    "DeviceLost",
     "DeviceOutOfMemory",
     "DeviceUnavailable",
     "Event",
@@ -295,6 +297,11 @@ class GPUResourceManager:
             "monitor": self._dispatcher.monitor.health(),
             "models": models,
         }
+
+    @property
+    def device_lost(self) -> DeviceLost | None:
+        """Why the device answers nothing to this process any more, as CUDA does after some errors; None if it does."""
+        return self._dispatcher.device_lost
 
     @property
     def version(self) -> int:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
-from residency.errors import is_out_of_device_memory
+from residency.diagnosis import is_out_of_device_memory
 from residency.residents.discovery import discover
 
 if TYPE_CHECKING:

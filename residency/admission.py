@@ -9,8 +9,9 @@ import math
 import threading
 from collections.abc import Callable
 
+from .diagnosis import is_device_lost
 from .dispatch import Dispatcher
-from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError, is_device_lost
+from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from .latches import new_latch
 from .leasing import Lease, held_slots
 from .planning import would_wait_for_itself
@@ -86,9 +87,10 @@ class Admission:
                     slot.holder = None
             if request.users or dispatcher.slots.get(slot.name) is not slot:
                 return
-            if not request.answered:
-                request.answer(RequestCancelled(slot.name))
-            dispatcher.plan_locked(slot)
+            if request.answered:
+                dispatcher.plan_locked(slot)
+            else:
+                self._refuse_locked(request, RequestCancelled(slot.name))
             task = slot.task
             if request.error is None:
                 slot.history.served(request.asked_s, request.served_s, now_s, failed=error is not None)
@@ -107,9 +109,7 @@ class Admission:
         with self._dispatcher.lock:
             if request.answered:
                 return False
-            request.answer(RequestCancelled(request.slot.name))
-            self._dispatcher.reports.tell_queue(request.slot)
-            self._dispatcher.plan_locked(request.slot)
+            self._refuse_locked(request, RequestCancelled(request.slot.name))
         self._dispatcher.act()
         return True
 
@@ -120,6 +120,11 @@ class Admission:
                 return 0
             waiting = list(request.slot.waiting())
             return waiting.index(request) + 1 if request in waiting else None
+
+    def _refuse_locked(self, request: Request, error: ResidencyError) -> None:
+        request.answer(error)
+        self._dispatcher.reports.tell_queue(request.slot)
+        self._dispatcher.plan_locked(request.slot)
 
     def _refuse_if_futile_locked(self, request: Request, timeout_s: float | None) -> None:
         slot, holding = request.slot, request.holding
@@ -149,13 +154,10 @@ class Admission:
             with self._dispatcher.lock:
                 now_s = self._clock.now()
                 if lease.cancelled and not request.answered:
-                    request.answer(RequestCancelled(slot.name))
+                    self._refuse_locked(request, RequestCancelled(slot.name))
                 elif now_s >= until_s and not request.answered:
                     place = list(slot.waiting()).index(request) + 1
-                    request.answer(RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value))
-                if request.error is not None:
-                    self._dispatcher.reports.tell_queue(slot)
-                    self._dispatcher.plan_locked(slot)
+                    self._refuse_locked(request, RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value))
             if not request.answered:
                 self._clock.wait(latch, until_s - now_s)
         self._dispatcher.act()

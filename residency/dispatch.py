@@ -19,15 +19,15 @@ import threading
 from collections.abc import Callable
 
 from .contracts import Clock, Device
-from .errors import (
-    LoadTimeout,
-    OverBudget,
+from .diagnosis import (
     empty_frames,
     in_words,
     is_device_lost,
     is_out_of_device_memory,
     lacking_bytes,
+    loss_beyond_repair,
 )
+from .errors import DeviceLost, LoadTimeout, OverBudget
 from .history import PastMove
 from .latches import new_latch
 from .leasing import loading
@@ -63,6 +63,7 @@ class Dispatcher:
         total_bytes = device.memory().total_bytes
         self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
         self.version = 0  # is another number whenever the books have changed
+        self.device_lost: DeviceLost | None = None  # for good: this process can use it no more
         self.lock = threading.Lock()
         self.slots: dict[str, Slot] = {}
         self.reports = Reports(device, clock)
@@ -269,7 +270,8 @@ class Dispatcher:
             except BaseException as error:
                 task.error = error
                 empty_frames(error)  # those who waited keep the error, and not what the attempt has made
-            if not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task)):
+            full = task.arrives and is_out_of_device_memory(task.error)
+            if not (full and self._try_again(task)):
                 break
         self._commit(task)
         self._threads.pop(task, None)
@@ -296,6 +298,8 @@ class Dispatcher:
         """
         slot = task.slot
         with self.lock:
+            if slot.task is not task:
+                return False  # given up meanwhile
             slot.lacking_bytes = lacking_bytes(task.error)
             task.put_off = not room_for(slot, self.slots.values(), self.budget_bytes).hopeless
             if not task.put_off:
@@ -377,6 +381,7 @@ class Dispatcher:
         slot.broken = slot.at is not State.RELEASED and (slot.broken or gone)
         if is_device_lost(error):
             self.lost_locked()
+        self.device_lost = self.device_lost or loss_beyond_repair(error)
         if task.arrives and not task.put_off:
             self._refuse_arrival_locked(slot, error)
 

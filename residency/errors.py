@@ -6,8 +6,6 @@ hands it to its parent). Messages that reach the page are written in English and
 
 from __future__ import annotations
 
-import traceback
-
 
 class ResidencyError(Exception):
     """Base of all errors raised by this project. Its fields are the arguments of its constructor."""
@@ -227,65 +225,6 @@ class DeviceLost(DeviceUnavailable):
             reason,
         )
         self.reason = reason
-
-
-def in_words(error: BaseException) -> str:
-    """Kind and message of any error, also of one whose own words fail."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return type(error).__name__
-
-
-def is_out_of_device_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, says that the device has no memory: ours, torch's or ONNX Runtime's."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, DeviceOutOfMemory) or type(error).__name__ == "OutOfMemoryError":
-            return True
-        if any(sign in in_words(error) for sign in ("CUDA out of memory", "CUDA failure 2", "ALLOC_FAILED")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def lacking_bytes(error: BaseException | None) -> int:
-    """What a full device said it lacked; at least 1, since free memory in pieces may be of no use."""
-    while error is not None and not isinstance(error, DeviceOutOfMemory):
-        error = error.__cause__
-    if error is None or error.free_bytes is None:
-        return 1
-    return max(1, error.needed_bytes - error.free_bytes)
-
-
-def empty_frames(error: BaseException | None) -> None:
-    """Let go of what an error's frames hold, such as the half of a model that was made before it; lines stay."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def is_device_lost(error: BaseException | None) -> bool:
-    """Whether an error says that the device, or this process's use of it, is gone: no engine on it works any more.
-
-    CUDA reports a failed kernel to every later call of the process. torch raises AcceleratorError (a RuntimeError that
-    begins with "CUDA error" before 2.9), ONNX Runtime "CUDA failure" with the number of the error.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        lost = (
-            type(error).__name__ == "AcceleratorError"
-            or "CUDA error" in in_words(error)
-            or "CUDA failure" in in_words(error)
-        )
-        if isinstance(error, RuntimeError) and lost and not is_out_of_device_memory(error):
-            return True
-        error = error.__cause__
-    return False
 
 
 class SharedWeights(ResidencyError):

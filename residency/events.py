@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 TOLD_WITHIN_S = 5.0
 """How long the end waits at most for what listeners are still to be told."""
 
-_BACKLOG = 1000
+_BACKLOG, _BACKLOG_AT_MOST = 1000, 100_000
 
 What = Literal["began", "progress", "done", "failed", "queue"]
 
@@ -51,12 +51,12 @@ class Listeners:
 
     They are called one after the other in a thread of their own, in the order in which things happened; no move and
     no request waits for them. One that raises is logged and stays subscribed. For one that is too slow, progress is
-    left out, and nothing else.
+    left out; for one that does not return at all, what is `_BACKLOG_AT_MOST` events old.
     """
 
     def __init__(self) -> None:
         self._listeners: tuple[Callable[[Event], Any], ...] = ()
-        self._events: deque[Event] = deque()
+        self._events: deque[Event] = deque(maxlen=_BACKLOG_AT_MOST)
         self._latch = new_latch()
         self._lock = threading.Lock()  # for changes of who listens
         self._thread: threading.Thread | None = None
@@ -67,8 +67,13 @@ class Listeners:
         with self._lock:
             self._listeners = (*self._listeners, listener)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="gpu-events", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="gpu-events", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system gives no more threads: the next listener tries again
+                    logger.warning("Events are not told for now", exc_info=True)
+                else:
+                    self._thread = thread
 
         def unsubscribe() -> None:
             with self._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from .contracts import Clock, Device
-from .errors import in_words
+from .diagnosis import in_words
 from .events import Event, Listeners, What
 from .moving import Task
 from .states import Slot

@@ -95,6 +95,7 @@ class Steering:
                 slot.closing = True
                 for request in list(slot.waiting()):
                     request.answer(reason)
+                dispatcher.reports.tell_queue(slot)
                 dispatcher.plan_locked(slot)
         dispatcher.act()
         all_released = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes import Client, Gate, Workshop, after, await_that, comes_to
+from fakes import Client, Gate, Workshop, after, await_that, comes_to, running
 
 from gpu_manager import (
     CpuDevice,
@@ -40,6 +40,32 @@ def warm_manager(clock: ManualClock, workshop: Workshop, device: SimulatedDevice
 
 
 # -- what breaks ------------------------------------------------------------------------------------------------
+
+
+def test_a_loader_that_was_given_up_is_not_run_again_when_it_meets_a_full_device(
+    manager: GPUResourceManager, clock: ManualClock
+) -> None:
+    gate, workshop, calls = Gate(), Workshop(), list[int]()
+
+    def load() -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            gate.pass_through()
+            raise DeviceOutOfMemory(10, 0, "the card")
+        return workshop.load()
+
+    manager.register("asr", load, load_timeout="2m")
+    client = Client(manager, "asr").queues()
+    gate.wait_for_arrival()
+    with pytest.raises(LoadTimeout):
+        after(clock, 120, client.worker)
+    with manager.lease("asr"):
+        hung = running("gpu-loading-asr")
+        gate.open()
+        for thread in hung:
+            thread.join(60)
+        assert len(calls) == 2
+    assert manager.close() is True
 
 
 def test_a_loader_that_takes_too_long_is_given_up_and_what_it_brings_is_thrown_away(

@@ -291,6 +291,20 @@ def test_events_tell_who_comes_into_the_queue_and_who_leaves_it(
     assert queue == [("gpu", 1), ("gpu", 2), ("gpu", 3), ("gpu", 2), ("gpu", 1), ("gpu", 0)]
 
 
+@pytest.mark.parametrize("verb", ["unregister", "close"])
+def test_events_tell_that_nobody_waits_any_more_at_the_end(manager: GPUResourceManager, verb: str) -> None:
+    told: list[Event] = []
+    manager.subscribe(told.append)
+    running = Client(manager).comes_in()
+    for waiting in [Client(manager).queues() for _ in range(2)]:
+        del waiting
+    ending = Worker(*((manager.unregister, "tts") if verb == "unregister" else (manager.close,)))
+    running.leaves()
+    ending.result()
+    manager.close()
+    assert [event.waiting for event in told if event.what == "queue"][-1] == 0
+
+
 def test_what_is_sent_away_by_hand_has_no_grace_of_its_warming_left(
     manager: GPUResourceManager, clock: ManualClock
 ) -> None:

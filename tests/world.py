@@ -36,6 +36,10 @@ class Fault(OSError):
     """What goes wrong here on purpose."""
 
 
+class Loss(Fault, RuntimeError):
+    """A fault that says that the device is lost."""
+
+
 #: What may be raised to a request or to who steers by hand when things go wrong on purpose.
 CLEAR = (
     Fault, DeviceOutOfMemory, LeaseDeadlock, LoadTimeout, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout,
@@ -221,7 +225,7 @@ class World:
     def maybe_fail(self, verb: str) -> None:
         if self.random.random() < self.fault_rate:
             raise self.random.choice(
-                [Fault(f"{verb} failed"), Fault(f"CUDA error in {verb}"), DeviceOutOfMemory(10, 0, "the world")]
+                [Fault(f"{verb} failed"), Loss(f"CUDA error in {verb}"), DeviceOutOfMemory(10, 0, "the world")]
             )
 
     def loader(self, name: str) -> Callable[[], Any]:
@@ -294,6 +298,7 @@ class World:
             if slot.holder is not None and slot.holder.users:
                 assert slot.state is State.DEVICE, f"{name} is leased and {slot.state}"
                 assert place_of(slot) == "device"
+                assert name != self.keeps or self.kept.place == "device", "what is kept left under a request"
             if slot.task is None:
                 assert place_of(slot) == PLACES[slot.at], f"{name} is not there"
             assert len(parts) <= 1 or self.load_timeout != -1, f"{name} was loaded twice"

@@ -36,6 +36,7 @@ _CODES: dict[type[Exception], int] = {
     errors.UnknownModel: 404,
     errors.InvalidInput: 422,
     errors.ManagerClosed: 503,
+    errors.DeviceLost: 503,
 }
 
 
@@ -71,6 +72,8 @@ def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | Non
         """Whether a request would be accepted."""
         if manager.closed:
             raise errors.ManagerClosed
+        if manager.device_lost:
+            raise manager.device_lost
         return Health(status="ok")
 
     @app.get("/gpu/status", tags=["looking"], response_model=Status)
@@ -195,7 +198,8 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
 
 def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
     words = {401: "Not allowed from elsewhere without the token.", 404: "No such model.", 422: "Garbled.",
-             500: "The move failed; nothing is half-moved.", 503: "The app is shutting down."}  # fmt: skip
+             500: "The move failed; nothing is half-moved.",
+             503: "The app is shutting down, or its GPU has failed."}  # fmt: skip
     return {code: {"model": Refusal, "description": words[code]} for code in codes}
 
 

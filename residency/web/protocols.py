@@ -25,6 +25,10 @@ class Manager(Protocol):
     def closed(self) -> bool: ...
 
     @property
+    def device_lost(self) -> Exception | None:
+        """Why this process can use the device no more; None if it can."""
+
+    @property
     def version(self) -> int:
         """Another number whenever `status` has something new to tell, but for times and free memory."""
 

@@ -7,7 +7,7 @@ import pytest
 from fakes import Gate, Worker, Workshop
 from starlette.testclient import TestClient
 
-from gpu_manager import DeviceOutOfMemory, GPUResourceManager
+from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager
 from residency.web.control import build
 from residency.web.gpu_panel import GpuPanel
 from residency.web.guard import Guard
@@ -181,6 +181,17 @@ def test_after_close_it_is_alive_but_not_ready(manager: GPUResourceManager) -> N
     assert client(manager).get("/healthz").status_code == 200
     assert client(manager).get("/readyz").status_code == 503
     assert client(manager).post("/gpu/release", json={"model": "tts"}).status_code == 503
+
+
+def test_with_a_gpu_that_has_failed_for_good_it_is_alive_but_not_ready(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    workshop.fail_next = DeviceLost("an illegal memory access was encountered")
+    with pytest.raises(DeviceLost), manager.lease("tts"):
+        pass
+    assert client(manager).get("/healthz").status_code == 200
+    answer = client(manager).get("/readyz")
+    assert (answer.status_code, "Restart the app" in answer.json()["error"]) == (503, True)
 
 
 class TestWhoMayChange:

@@ -1,0 +1,76 @@
+"""What an error says of the device: that it is full, or gone. Pure."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+
+from .errors import DeviceLost, DeviceOutOfMemory
+
+
+def in_words(error: BaseException) -> str:
+    """Kind and message of any error, also of one whose own words fail."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def is_out_of_device_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, says that the device has no memory: ours, torch's or ONNX Runtime's."""
+    return any(map(_says_full, _all_of(error)))
+
+
+def is_device_lost(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, says that the device, or this process's use of it, is gone.
+
+    CUDA reports a failed kernel to every later call of the process. torch raises AcceleratorError (a RuntimeError that
+    begins with "CUDA error" before 2.9), ONNX Runtime "CUDA failure" with the number of the error.
+    """
+    return any(map(_says_lost, _all_of(error)))
+
+
+def loss_beyond_repair(error: BaseException | None) -> DeviceLost | None:
+    """The error that says that the device answers nothing to this process any more, if that was found out."""
+    return next((found for found in _all_of(error) if isinstance(found, DeviceLost)), None)
+
+
+def lacking_bytes(error: BaseException | None) -> int:
+    """What a full device said it lacked; at least 1, since free memory in pieces may be of no use."""
+    found = next((found for found in _all_of(error) if isinstance(found, DeviceOutOfMemory)), None)
+    if found is None or found.free_bytes is None:
+        return 1
+    return max(1, found.needed_bytes - found.free_bytes)
+
+
+def empty_frames(error: BaseException | None) -> None:
+    """Let go of what an error's frames hold, such as the half of a model that was made before it; lines stay."""
+    for found in _all_of(error, hidden=True):
+        traceback.clear_frames(found.__traceback__)
+
+
+def _says_full(error: BaseException) -> bool:
+    # An error of cudaErrorMemoryAllocation, whose number is 2, breaks nothing: the next call may succeed.
+    signs = r"CUDA out of memory|CUDA error: out of memory|CUDA failure 2\b|ALLOC_FAILED"
+    named = isinstance(error, DeviceOutOfMemory) or type(error).__name__ == "OutOfMemoryError"
+    return named or re.search(signs, in_words(error)) is not None
+
+
+def _says_lost(error: BaseException) -> bool:
+    named = type(error).__name__ == "AcceleratorError" or re.search("CUDA error|CUDA failure", in_words(error))
+    return isinstance(error, DeviceLost) or (isinstance(error, RuntimeError) and bool(named) and not _says_full(error))
+
+
+def _all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseException]:
+    """An error, and those that led to it; ``hidden``: also those that ``raise ... from None`` has put aside."""
+    todo, seen = [error], set[int]()
+    while todo:
+        found = todo.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        if hidden or not found.__suppress_context__:
+            todo.append(found.__context__)
+        todo += [found.__cause__, *getattr(found, "exceptions", ())]
