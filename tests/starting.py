@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ class Project:
         inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}
         # Nothing here may reach a registry, whatever this machine's pip is told.
         ours = {
-            "PATH": f"{self.bin}:{_path_without({'nvidia-smi', 'nvidia-ctk', 'docker'}, self.bin)}",
+            "PATH": f"{self.bin}:{hide_programs({'nvidia-smi', 'nvidia-ctk', 'docker'}, self.bin)}",
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_NO_INDEX": "1",
             "PORT": str(free_port()),
@@ -125,13 +126,24 @@ def app_line(output: str) -> dict:
     return json.loads(next(line for line in output.splitlines() if line.startswith("APP ")).removeprefix("APP "))
 
 
+def environment_like_ours(folder: Path) -> Path:
+    """This Python's packages, in an environment that the script did not make."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    prefix = Path(sys.prefix)
+    (folder / "lib").symlink_to(prefix / "lib")
+    if (prefix / "pyvenv.cfg").exists():
+        (folder / "pyvenv.cfg").symlink_to(prefix / "pyvenv.cfg")
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
-def _path_without(programs: set[str], scratch: Path) -> str:
+def hide_programs(programs: set[str], scratch: Path) -> str:
     """PATH as it is, but for folders with these programs: those are mirrored without them."""
     folders = []
     for number, folder in enumerate(os.environ["PATH"].split(os.pathsep)):

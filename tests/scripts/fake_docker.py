@@ -73,9 +73,11 @@ class Docker:
         print(re.sub(r"\{\{(.*?)\}\}", value, template))
 
     def build(self, arguments: list[str]) -> None:
-        found, _ = options(arguments, set())
+        found, (folder,) = options(arguments, set())
         if self.state.get("offline"):
             fail("ERROR: failed to solve: python:3.11-slim-bookworm: failed to resolve source metadata: no such host")
+        if not Path(folder, "Dockerfile").exists():
+            fail("ERROR: failed to build: failed to read dockerfile: open Dockerfile: no such file or directory")
         self.images[found["--tag"][0]] = {"labels": labels(found)}
 
     def run(self, arguments: list[str]) -> None:
@@ -166,6 +168,9 @@ class Docker:
                 if self.container(name)["status"] != "running":
                     fail(f"Error response from daemon: container {name} is not running")
                 print("EXEC", *command)
+            case ["compose", "--profile", profile, "up" | "down", *_]:
+                if f"profiles: [{profile}]" not in Path("compose.yaml").read_text(encoding="utf-8"):
+                    fail("no service selected")
             case _:
                 fail(f"docker: unknown command: {arguments}")
         self.save()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from serving import wait_until
-from starting import OTHERS, SCRIPT, SETTINGS, Project, app_line, free_port
+from starting import OTHERS, SCRIPT, SETTINGS, Project, app_line, environment_like_ours, free_port
 
 
 @pytest.fixture(scope="module")
@@ -238,17 +238,6 @@ def test_logs_follow_what_comes(service: Service) -> None:
 def test_what_is_no_setting_is_refused_where_nothing_is_started(service: Service, action: str) -> None:
     code, output = service.call(action, "--simulate-gpu", "48GB")
     assert (code, f"{action} does not know --simulate-gpu" in output) == (1, True)
-
-
-def environment_like_ours(folder: Path) -> Path:
-    """This Python's packages, in an environment that the script did not make."""
-    (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "python").symlink_to(sys.executable)
-    prefix = Path(sys.prefix)
-    (folder / "lib").symlink_to(prefix / "lib")
-    if (prefix / "pyvenv.cfg").exists():
-        (folder / "pyvenv.cfg").symlink_to(prefix / "pyvenv.cfg")
-    return folder
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs this project's packages in a virtual environment")

@@ -1,0 +1,217 @@
+"""Every command of the documents is run, as it stands there: for real, but for what would change the machine.
+
+A chapter's commands run one after the other in one folder. Docker is a stand-in that answers as the real one does;
+sudo, systemctl and journalctl only look at what they are given; of tests it is only looked whether they are there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from miniature import CHECKOUT, make_weights
+from starting import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
+
+DOCUMENTS = ["README.md", "README_CN.md", "GPU_MANAGEMENT.md", "examples/README.md"]
+COPIED = [
+    "*.py",
+    "*.sh",
+    "*.toml",
+    "*.yaml",
+    "*.txt",
+    "Dockerfile",
+    "LICENSE",
+    "README.md",
+    "residency",
+    "scripts",
+    "examples",
+]
+#: Starts the app in the terminal, and so does not end by itself.
+FOREGROUND = re.compile(r"start_with_gpu_management\.sh( --simulate-gpu \S+)?$")
+
+STAND_INS = {
+    "docker": f'exec "{sys.executable}" "{ROOT}/tests/scripts/fake_docker.py" "$@"',
+    "sudo": """
+[[ $1 == cp ]] || exec "$@"
+shift
+for file in "${@:1:$#-1}"; do  # a copy goes nowhere, but must be of something
+    [[ $file == -r || -e ${file/#\\/opt\\/gpu-managed-tts/$PWD} ]] || exit 1
+done""",
+    "systemctl": "[[ $* == daemon-reload || ($* == *gpu-managed-tts && -e examples/gpu-managed-tts.service) ]]",
+    "journalctl": "[[ $* == *'--unit gpu-managed-tts'* ]]",
+}
+
+
+def chapters(document: str) -> Iterator[tuple[str, list[str]]]:
+    """The headings of the second level that have commands, and these."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for chapter in re.split(r"^## ", text, flags=re.MULTILINE):
+        blocks = re.findall(r"^( *)```bash\n(.*?)^ *```", chapter, re.MULTILINE | re.DOTALL)
+        commands = [
+            line.removeprefix(indent) for indent, block in blocks for line in block.splitlines() if line.strip()
+        ]
+        if commands:
+            yield chapter.partition("\n")[0], commands
+
+
+def to_be_typed() -> dict[str, list[str]]:
+    """The commands by chapter. Of chapters in Chinese only those that are not in the English ones."""
+    found: dict[str, list[str]] = {}
+    for document in DOCUMENTS:
+        for heading, commands in chapters(document):
+            if not heading.isascii():
+                commands = [command for command in commands if command not in itertools.chain(*found.values())]
+            if commands:
+                found[f"{document}: {heading}"] = commands
+    return found
+
+
+CHAPTERS = to_be_typed()
+
+
+class Shell:
+    """A folder with a copy of the project, in which a reader types what is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.project = folder / "project"
+        self.project.mkdir()
+        for path in itertools.chain.from_iterable(map(ROOT.glob, COPIED)):
+            if path.is_dir():
+                shutil.copytree(path, self.project / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, self.project)
+        environment_like_ours(self.project / ".venv")
+        (self.project / "scripts" / "test").write_text("#!/bin/sh\nexec .venv/bin/python -m pytest --version\n")
+        self.models, self.checkout = folder / "models", folder / "Step-Audio-EditX"
+        make_weights(self.models)
+        shutil.copytree(CHECKOUT, self.checkout)
+        (self.checkout / "Dockerfile").touch()
+        environment_like_ours(self.checkout / ".venv")
+        pip = self.checkout / ".venv" / "bin" / "pip"
+        pip.write_text(
+            f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --dry-run --no-deps --no-build-isolation --no-index\n'
+        )
+        pip.chmod(0o755)
+        stand_ins = folder / "bin"
+        stand_ins.mkdir()
+        for name, script in STAND_INS.items():
+            (stand_ins / name).write_text(f"#!/bin/bash\n{script}\n")
+            (stand_ins / name).chmod(0o755)
+        (folder / "docker").mkdir()
+        self.port, self.other_port = str(free_port()), str(free_port())
+        self.environ = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS} | {
+            "PATH": f"{stand_ins}:{hide_programs({'nvidia-smi'}, stand_ins)}",
+            "PORT": self.port,
+            "SOCKET_DIR": str(folder / "sockets"),
+            "FAKE_DOCKER": str(folder / "docker"),
+        }
+
+    def type(self, command: str) -> str:
+        """What is written, with the places of this machine, until it ends, or serves."""
+        for written, here in {
+            "/models": str(self.models),
+            "/opt/Step-Audio-EditX": str(self.checkout),
+            ":7860": f":{self.port}",
+            "--port 7861": f"--port {self.other_port}",
+            "python test_gpu_management.py": "python -m pytest --collect-only -q test_gpu_management.py",
+            "curl -sN": "timeout 3 curl -sN",  # of events, which do not end
+        }.items():
+            command = command.replace(written, here)
+        if "-m gpu_manager" in command:
+            command += f" --url http://127.0.0.1:{self.port}"
+        if FOREGROUND.search(command):
+            return self._serve(command)
+        done = self.run(command)
+        assert done.returncode == 0 or ("timeout" in command and done.returncode == 124), done.stdout
+        return done.stdout
+
+    def run(self, command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", command], cwd=self.project, env=self.environ, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    def _serve(self, command: str) -> str:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec env {command}"], cwd=self.project, env=self.environ, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert process.stdout
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "Ready: " in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=60)
+        assert "Ready: " in said, said + rest
+        assert process.returncode == 0, said + rest
+        return said
+
+    def needs_an_app(self, commands: list[str]) -> bool:
+        """Whether the first command asks an app that some chapter before has started."""
+        return "curl" in commands[0] or "-m gpu_manager" in commands[0]
+
+    def close(self) -> None:
+        for port in (self.port, self.other_port):
+            self.run(f"./start_with_gpu_management.sh stop --port {port}")
+        for state in (self.project.parent / "docker").glob("state.json"):
+            for pid in re.findall(r'"pid": (\d+)', state.read_text()):
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    shell = Shell(tmp_path)
+    yield shell
+    shell.close()
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs this project's packages in a virtual environment")
+@pytest.mark.parametrize("commands", CHAPTERS.values(), ids=CHAPTERS)
+def test_what_is_written_can_be_typed(shell: Shell, commands: list[str]) -> None:
+    if shell.needs_an_app(commands):
+        shell.type("./start_with_gpu_management.sh --detach --simulate-gpu 48GB")
+    for command in commands:
+        shell.type(command)
+
+
+def test_the_documents_have_commands() -> None:
+    assert {name.partition(":")[0] for name in CHAPTERS} >= {"README.md", "GPU_MANAGEMENT.md"}
+    assert len(CHAPTERS) >= 8
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (ROOT / document).parent / path if path else ROOT / document
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def anchors(file: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_in_the_documents_is_python(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for code in re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+        compile(code, document, "exec")
