@@ -319,7 +319,8 @@ def _started(work: Callable[[], None], number: int) -> list[threading.Thread]:
 def print_crowds(rows: Sequence[Crowd]) -> None:
     first = rows[0]
     print(
-        f"\nwith others waiting and one listening, in microseconds (x: times the first row)\n{'':8}{'leaving':>31}{'bare queue':>16}"
+        "\nwith others waiting and one listening, in microseconds (x: times the first row)\n"
+        f"{'':8}{'leaving':>31}{'bare queue':>16}"
         f"{'one thread to the next':>26}{'bare queue':>16}{'Lock':>10}\n"
         f"{'waiting':8}{'median':>11}{'x':>8}{'p99':>12}{'median':>9}{'x':>7}{'mean':>18}{'x':>8}{'mean':>9}{'x':>7}"
         f"{'mean':>10}"
