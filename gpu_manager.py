@@ -49,7 +49,8 @@ from residency.lifetime import end_with_the_process
 from residency.moving import Mover
 from residency.policies import AUTO, change_policy, check_counts, guarded, make_policy, seconds
 from residency.probes import HostProbe
-from residency.residents import SnapshotFolder, adopt
+from residency.randomness import RandomState
+from residency.residents import KeptResident, SnapshotFolder, adopt
 from residency.states import Slot, State
 from residency.status import describe, describe_device
 from residency.steering import Steering
@@ -167,7 +168,8 @@ class GPUResourceManager:
         """Put a model under management; ``load`` builds its engine on the first request, and not before.
 
         ``load`` places the weights on the device itself; it runs in a thread of its own, with the context of the
-        request that it serves. `ModelExists` if the name is taken.
+        request that it serves and the random numbers of now, so that it makes the same engine whenever it runs.
+        `ModelExists` if the name is taken.
 
         Args:
             keep_warm: seconds on the device after a request; -1: it stays, and never makes room; ``"auto"``.
@@ -178,8 +180,9 @@ class GPUResourceManager:
             max_waiting: how many requests may wait; further ones get `ModelBusy`. None: any number.
             size_bytes: what it takes on the device, for the budget of the first load; later it is known.
             skip: attribute paths of the engine (``.tokenizer``); what hangs on them is left alone.
-            keep: a part of the engine that ``load`` does not build but is given, and that must outlive a release:
-                then it stays in main memory.
+            keep: a part of the engine that ``load`` does not build but is given, and that must outlive a release. It
+                leaves the device now, is in main memory while released, and is on the device again, and its owner's,
+                once the model is unregistered or the manager closed. Until then only the engine may use it.
         """
         if policy is None:
             policy = make_policy(
@@ -193,20 +196,29 @@ class GPUResourceManager:
         if isinstance(skip, str):
             raise InvalidInput(f"skip is several paths: give [{skip!r}]", f"skip 是多个路径：请写 [{skip!r}]")
         with self._lock:
-            if self._closed:
-                raise ManagerClosed
-            if name in self._slots:
-                raise ModelExists(name)
-            self._slots[name] = Slot(
-                name,
-                load,
-                policy,
-                skip=tuple(skip),
-                keep=keep,
-                load_timeout_s=load_timeout_s,
-                max_waiting=math.inf if max_waiting is None else max_waiting,
-                size_bytes=size_bytes,
-            )
+            self._check_free_locked(name)
+        slot = Slot(
+            name,
+            load,
+            policy,
+            skip=tuple(skip),
+            random_state=RandomState(),
+            load_timeout_s=load_timeout_s,
+            max_waiting=math.inf if max_waiting is None else max_waiting,
+            size_bytes=size_bytes,
+        )
+        if keep is not None:
+            slot.kept = KeptResident(keep, self.device)
+        try:
+            if slot.kept is not None:
+                slot.kept.offload()
+                slot.host_bytes = slot.kept.host_bytes
+            with self._lock:
+                self._check_free_locked(name)
+                self._slots[name] = slot
+        except BaseException:
+            self._mover.hand_back(slot)
+            raise
 
     def configure(
         self, name: str | None = None, *, keep_warm: float | str | None = None, idle_timeout: float | str | None = None
@@ -404,6 +416,12 @@ class GPUResourceManager:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
         if any(held is slot for held in held_slots() for slot in slots):
             raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
+
+    def _check_free_locked(self, name: str) -> None:
+        if self._closed:
+            raise ManagerClosed
+        if name in self._slots:
+            raise ModelExists(name)
 
     def _check_open_locked(self, slot: Slot) -> None:
         if self._closed:

@@ -69,8 +69,8 @@ class GPUManagedTTS:
 
         Args:
             model_path: folder of the Step-Audio-EditX weights; None for the small built-in English engine.
-            audio_tokenizer: a function without arguments that makes a StepAudioTokenizer on first use, or a ready one
-                (which stays in main memory after a release, since it cannot be made again).
+            audio_tokenizer: a function without arguments that makes a StepAudioTokenizer on first use, or a ready one,
+                which leaves the device now, outlives releases, and is yours again after `close`.
             model_source, torch_dtype: as StepAudioTTS takes them; None for its own defaults.
             gpu_idle_timeout: seconds idle (or ``"15m"``; -1 never) after which host memory is given up too.
             gpu_keep_warm: seconds on the GPU after a call, likewise; None for the manager's default (0).

@@ -131,6 +131,13 @@ class Resident(Protocol):
         """
 
 
+class KeptPart(Resident, Protocol):
+    """A part that a loader is given and does not build: it outlives releases, on the host, and is its owner's."""
+
+    def hand_back(self) -> None:
+        """Come back to the device, as it was given, and be taken care of no more. On an error nothing has changed."""
+
+
 class SnapshotStore(Protocol):
     """Keeps bytes on disk between a release and the next load. Thread-safe for different names."""
 
@@ -147,7 +154,7 @@ class SnapshotStore(Protocol):
 
 
 class Adopt(Protocol):
-    """Finds what of a fresh engine holds memory; may note in the slot what of it outlives a release (``kept``)."""
+    """Finds what of a fresh engine holds memory. What the slot keeps (``kept``) is part of it, and stays its own."""
 
     def __call__(self, engine: Any, device: Device, slot: Slot) -> Resident: ...
 

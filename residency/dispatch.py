@@ -323,7 +323,8 @@ class Dispatcher:
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
-        sizes = (task.resident.device_bytes, task.resident.host_bytes) if task.resident else (0, 0)
+        left = task.resident or slot.kept
+        sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
         with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
             if slot.task is task:
                 self.reports.log(task)  # before anybody goes on who waited for it
@@ -405,7 +406,6 @@ class Dispatcher:
         task.given_up = True
         self.reports.tell("failed", task, error)
         slot.task = None
-        slot.device_bytes = slot.host_bytes = 0
         self._note_locked(task, "failed")
         self._refuse_arrival_locked(slot, error)
         self.plan_locked(slot)

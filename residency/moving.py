@@ -113,6 +113,12 @@ class Mover:
                 kept.offload()
         self.tidy()
 
+    def hand_back(self, slot: Slot) -> None:
+        """Put the part that the loader was given where it was when it was given, once the model is gone."""
+        if slot.kept is not None:
+            with slot.kept_lock:
+                slot.kept.hand_back()
+
     def tidy(self) -> None:
         """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
         gc.collect()
@@ -125,8 +131,9 @@ class Mover:
             with slot.kept_lock:
                 slot.kept.restore()
         try:
-            engine = _build(slot.name, slot.load, task.progress)
-            resident = self._adopt(engine, self._device, slot)
+            engine = _build(slot, task.progress)
+            with slot.kept_lock:
+                resident = self._adopt(engine, self._device, slot)
         except BaseException:
             with slot.kept_lock:
                 if slot.kept is not None and not task.given_up:  # then it is the next load's, or already in use
@@ -177,10 +184,12 @@ def _watched(engine: Any) -> Callable[[], Any]:
         return lambda: there
 
 
-def _build(name: str, load: Callable[[], Any], progress: Progress) -> Any:
+def _build(slot: Slot, progress: Progress) -> Any:
     progress.enter("building")
     with preserved_random_state():
-        engine = load()
+        if slot.random_state is not None:
+            slot.random_state.put_back()  # what it draws is the same, however often and for whomever it builds
+        engine = slot.load()
     if engine is None:
-        raise TypeError(f"The loader of {name!r} returned None; let it return the engine.")
+        raise TypeError(f"The loader of {slot.name!r} returned None; let it return the engine.")
     return engine

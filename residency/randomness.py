@@ -1,7 +1,7 @@
-"""Loading a model must not change the random numbers of the request that caused it.
+"""Loading a model must not change the random numbers of the request that caused it, nor depend on them.
 
 Some loaders seed Python, numpy and torch (FunASR's ``AutoModel`` sets all three to 0), and building modules
-draws from torch's generator for weights that are then overwritten.
+draws from torch's generator: for weights that are then overwritten, and for buffers that are kept (a vocoder's noise).
 """
 
 from __future__ import annotations
@@ -12,24 +12,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class RandomState:
+    """The global random states of Python, numpy and torch (CUDA's too), as they are when it is made."""
+
+    def __init__(self) -> None:
+        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        self._python = random.getstate()
+        self._numpy = numpy.random.get_state() if numpy else None
+        self._torch = torch.random.get_rng_state() if torch else None
+        self._torch_seed = torch.random.initial_seed() if torch else None
+        self._cuda = torch.cuda.get_rng_state_all() if torch and torch.cuda.is_initialized() else None
+
+    def put_back(self) -> None:
+        """Have them all as they were.
+
+        What came later is as nobody has touched it: torch with its own seed, CUDA with the one that torch had. numpy,
+        which begins differently in each process, is left alone then.
+        """
+        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        random.setstate(self._python)
+        if numpy and self._numpy is not None:
+            numpy.random.set_state(self._numpy)
+        if torch and self._torch is None:
+            torch.manual_seed(torch.Generator().initial_seed())
+        elif torch:
+            torch.random.set_rng_state(self._torch)
+            if self._cuda is not None:
+                torch.cuda.set_rng_state_all(self._cuda)
+            elif torch.cuda.is_initialized():
+                torch.cuda.manual_seed_all(self._torch_seed)
+
+
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put the global random states of Python, numpy and torch back as they were before the block.
-
-    Libraries that are not imported yet have no state that anybody could have set, and are left alone.
-    """
-    python_state = random.getstate()
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    numpy_state = numpy.random.get_state() if numpy else None
-    torch_state = torch.random.get_rng_state() if torch else None
-    cuda_states = torch.cuda.get_rng_state_all() if torch and torch.cuda.is_initialized() else None
+    """Put the global random states of Python, numpy and torch back as they were before the block."""
+    before = RandomState()
     try:
         yield
     finally:
-        random.setstate(python_state)
-        if numpy and numpy_state is not None:
-            numpy.random.set_state(numpy_state)
-        if torch and torch_state is not None:
-            torch.random.set_rng_state(torch_state)
-            if cuda_states is not None:
-                torch.cuda.set_rng_state_all(cuda_states)
+        before.put_back()

@@ -27,7 +27,8 @@ from .history import History
 from .latches import open_latch
 
 if TYPE_CHECKING:
-    from .contracts import Policy, Resident
+    from .contracts import KeptPart, Policy, Resident
+    from .randomness import RandomState
 
 
 class State(enum.Enum):
@@ -138,7 +139,8 @@ class Slot:
     ``holder`` is the request in force and ``queue`` those that came after it, in order of arrival; those answered in
     the meantime leave it when they come to its head. ``task`` is the move under way. ``asked`` is a place that
     somebody asked for while a request was running, ``wanted`` a restore that no request waits for. What hangs on the
-    paths in ``skip`` is left alone; ``keep`` is a part of the engine that outlives a release, ``kept`` its resident.
+    paths in ``skip`` is left alone; ``kept`` is the resident of what the loader is given, and outlives a release; loads
+    begin with ``random_state``.
     Times are of the manager's clock, in seconds; bytes are those of the last settled state.
     """
 
@@ -171,8 +173,8 @@ class Slot:
     broken: bool = False
     closing: bool = False
     skip: tuple[str, ...] = ()
-    keep: Any = None
-    kept: Resident | None = None
+    random_state: RandomState | None = None
+    kept: KeptPart | None = None
     #: Held by who moves ``kept``: a load that was given up may come to its end beside the next one.
     kept_lock: threading.Lock = field(default_factory=lambda: threading.Lock())
     load_timeout_s: float = math.inf

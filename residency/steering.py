@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from .dispatch import WARM_GRACE_S, Dispatcher
-from .errors import ResidencyError
+from .errors import ResidencyError, is_out_of_device_memory
 from .planning import move_towards
 from .states import Slot, State
 
@@ -98,7 +98,7 @@ class Steering:
                 dispatcher.reports.tell_queue(slot)
                 dispatcher.plan_locked(slot)
         dispatcher.act()
-        all_released = True
+        gone = []
         for slot in slots:
             left_s = until_s - dispatcher.clock.now()
             # The grace is for requests and loads; what is leaving has the time that it takes.
@@ -110,10 +110,32 @@ class Steering:
                     dispatcher.mover.forget(slot)  # what a release has kept for the next load
                 except Exception:
                     logger.exception("%s: the device took its memory back with an error", slot.name)
-                slot.kept = slot.keep = None
-            all_released &= released
+                gone.append(slot)
+        for slot in gone:  # now that they all have left
+            self._hand_back(slot)
         dispatcher.join()
-        return all_released
+        return len(gone) == len(slots)
+
+    def _hand_back(self, slot: Slot) -> None:
+        """Give its owner the part that the loader was given, on the device; idle models make room for it."""
+        dispatcher = self._dispatcher
+        try:
+            try:
+                dispatcher.mover.hand_back(slot)
+            except Exception as error:
+                if not is_out_of_device_memory(error):
+                    raise
+                with dispatcher.lock:
+                    others = [other for other in dispatcher.slots.values() if other is not slot]
+                self.move_aside(others)
+                dispatcher.mover.hand_back(slot)
+        except Exception as error:
+            logger.error(
+                "%s: what its loader was given cannot come back to the device (%s); make it anew before you use it. / "
+                "交给加载函数的部分无法回到设备，使用前请重新创建。",
+                slot.name,
+                error,
+            )
 
 
 def _has_nothing_to_do(slot: Slot) -> bool:

@@ -305,13 +305,13 @@ def test_what_was_told_to_register_reaches_who_adopts_the_engine(device: Simulat
     seen = []
 
     def adopt(engine: object, device: object, slot: object) -> FakeResident:
-        seen.append((slot.name, slot.skip, slot.keep))
+        seen.append((slot.name, slot.skip))
         return FakeResident()
 
     with GPUResourceManager(device, adopt=adopt) as manager:
-        manager.register("tts", Workshop().load, skip=[".tokenizer"], keep="a part")
+        manager.register("tts", Workshop().load, skip=[".tokenizer"])
         use(manager)
-        assert seen == [("tts", (".tokenizer",), "a part")]
+        assert seen == [("tts", (".tokenizer",))]
 
 
 def test_a_forked_child_has_a_closed_manager_and_touches_nothing(

@@ -132,10 +132,10 @@ class Kept:
 
     @property
     def host_bytes(self) -> int:
-        return self.nbytes - self.device_bytes
+        return self.nbytes if self.place == "host" else 0
 
     def restore(self) -> int:
-        if self.place == "device":
+        if self.place != "host":
             return 0
         self.world.step("restore of what is kept")
         self.world.maybe_fail("restore of what is kept")
@@ -144,7 +144,7 @@ class Kept:
         return self.nbytes
 
     def offload(self) -> int:
-        if self.place == "host":
+        if self.place != "device":
             return 0
         self.world.step("offload of what is kept")
         self.place = "host"
@@ -159,6 +159,11 @@ class Kept:
 
     def load(self, store: Any, name: str) -> int:
         return 0
+
+    def hand_back(self) -> None:
+        self.restore()
+        self.world.device.refund(self.device_bytes)
+        self.place = "its owner's"
 
 
 def place_of(slot: Slot) -> str:
@@ -221,6 +226,9 @@ class World:
             self.manager.subscribe(lambda event: self.maybe_fail("listener"))
         for name, size in SIZES.items():
             self.manager.register(name, self.loader(name), load_timeout=load_timeout, size_bytes=size if known else 0)
+        if keeps is not None:
+            slot = self.manager._slots[keeps]
+            slot.kept, slot.host_bytes = self.kept, self.kept.host_bytes
 
     def maybe_fail(self, verb: str) -> None:
         if self.random.random() < self.fault_rate:
@@ -249,13 +257,6 @@ class World:
     def adopt(self, engine: Any, device: Device, slot: Slot) -> Any:
         if slot.name != self.keeps:
             return engine
-        if slot.kept is None:
-            try:
-                self.kept.restore()  # it comes with the first engine, wherever that lies
-            except BaseException:
-                engine.release()
-                raise
-            slot.kept = self.kept
         return CompositeResident(self.kept, engine)
 
     # -- what clients do ----------------------------------------------------------------------------------------
@@ -318,8 +319,10 @@ class World:
             assert slot.task is None
             assert not slot.in_use, f"somebody still uses {name}"
             assert not slot.short
-            assert slot.device_bytes == (slot.resident.device_bytes if slot.resident else 0)
-            assert slot.host_bytes == (slot.resident.host_bytes if slot.resident else 0)
+            left = slot.resident or slot.kept
+            if left is not self.kept or self.load_timeout == -1:  # a load that is given up has it meanwhile
+                assert slot.device_bytes == (left.device_bytes if left else 0)
+                assert slot.host_bytes == (left.host_bytes if left else 0)
         if self.load_timeout == -1 and self.keeps and self.manager._slots[self.keeps].at is not State.DEVICE:
             assert self.kept.place == "host", "what is kept stays on the device alone"
         held = self.kept.device_bytes + sum(part.device_bytes for parts in self.alive.values() for part in parts)

@@ -26,12 +26,9 @@ __all__ = [
 def adopt(engine: Any, device: Device, slot: Slot) -> Resident:
     """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
 
-    What the slot says outlives a release (``keep``) gets a resident of its own, once, that moves with the engine.
+    What the slot keeps beyond a release has a resident of its own, and moves with the engine.
     """
-    if slot.keep is None:
+    if slot.kept is None:
         return EngineResident(engine, device, slot.skip)
-    kept = slot.kept or KeptResident(slot.keep, device)
-    assert isinstance(kept, KeptResident)
-    resident = CompositeResident(kept, EngineResident(engine, device, slot.skip, beside=kept))
-    slot.kept = kept
-    return resident
+    assert isinstance(slot.kept, KeptResident)
+    return CompositeResident(slot.kept, EngineResident(engine, device, slot.skip, beside=slot.kept))

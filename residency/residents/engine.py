@@ -12,7 +12,7 @@ from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .onnx import OnnxSessions
 from .pieces import storage_key
-from .weights import Weights
+from .weights import Weights, are_managed
 
 if TYPE_CHECKING:
     import torch
@@ -48,21 +48,26 @@ class EngineResident:
         self._discovery = Discovery(engine, skip)
         self._beside = beside
         found = self._discovery.walk()
-        emptied = [path for path, tensor in found.tensors.items() if _is_emptied(tensor)]
+        emptied = {path: tensor for path, tensor in found.tensors.items() if _is_emptied(tensor)}
         if emptied:
-            raise WeightsGone(tuple(emptied))
+            raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
         self._loaded = self._late = Weights({}, device)
         self._loaded = self._weights(found, passing=False)
         try:
             self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
         except BaseException:
-            self._loaded.release()
+            self._abandon()
             raise
 
     @property
     def storages(self) -> frozenset[int]:
         beside = self._beside.storages if self._beside else frozenset()
         return self._loaded.storages | self._late.storages | beside
+
+    @property
+    def sessions(self) -> frozenset[int]:
+        """The sessions that are accounted for here (``id``)."""
+        return self._sessions.sessions
 
     @property
     def device_bytes(self) -> int:
@@ -93,6 +98,9 @@ class EngineResident:
     def _all(self) -> CompositeResident:
         return CompositeResident(self._loaded, self._late, self._sessions)
 
+    def _abandon(self) -> None:
+        self._loaded.release()
+
     def _find_latecomers(self) -> None:
         if not self._loaded.on_device:
             return
@@ -121,12 +129,35 @@ class EngineResident:
         return Weights(tensors, self._device, passing)
 
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
-        claimed = self._beside._sessions.sessions if self._beside else frozenset()
+        claimed = self._beside.sessions if self._beside else frozenset()
         return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
 
 
 class KeptResident(EngineResident):
     """A part that outlives the engine, such as a tokenizer given to the loader: released, it stays on the host."""
+
+    _owners: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+
+    @property
+    def storages(self) -> frozenset[int]:
+        return super().storages | self._owners[0]
+
+    @property
+    def sessions(self) -> frozenset[int]:
+        return super().sessions | self._owners[1]
+
+    def hand_back(self) -> None:
+        """Put it on the device, as it was given, and take no further care of it."""
+        self.restore()
+        # By number only, so that it can be let go: a load that was given up may bring an engine around it yet.
+        self._owners = self.storages, self.sessions
+        self._loaded.keep_only(())
+        self._late.keep_only(())
+        self._sessions.let_go()
+        self._discovery = Discovery(None)
+
+    def _abandon(self) -> None:
+        self._loaded.keep_only(())  # somebody else has it
 
     def release(self) -> int:
         return self.offload()

@@ -117,6 +117,11 @@ class OnnxSessions:
         self._recipes, self._alive = [], False
         return freed_bytes
 
+    def let_go(self) -> None:
+        """Take no further care of them; they stay as they are."""
+        self._device.refund(self.device_bytes)
+        self._recipes = []
+
     def save(self, store: SnapshotStore, name: str) -> int:
         """Nothing need be written: a session is built from its file again."""
         freed_bytes = self.device_bytes + self.host_bytes

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
@@ -307,8 +307,18 @@ class Weights:
             logger.exception("The device did not settle")
 
 
+def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether some of these are under management, wherever their bytes are now."""
+    with _managed_lock:
+        return not {tensor.untyped_storage()._cdata for tensor in tensors}.isdisjoint(_taken())
+
+
+def _taken() -> set[int]:
+    return {piece.storage._cdata for other in _managed for piece in other._pieces}
+
+
 def _refuse_shared(pieces: list[Piece]) -> None:
-    taken = {piece.storage._cdata for other in _managed for piece in other._pieces}
+    taken = _taken()
     shared = [path for piece in pieces if piece.storage._cdata in taken for path in piece.tensors]
     if shared:
         raise SharedWeights(tuple(shared))

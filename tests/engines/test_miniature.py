@@ -181,14 +181,21 @@ arguments = {"model_source": ModelSource.LOCAL, "tts_model_id": None, "quantizat
              "torch_dtype": torch.float16, "device_map": "cpu"}
 bare = StepAudioTTS(folder, tokenizer(), **arguments)
 expected = spoken(bare)
-for given in (tokenizer, tokenizer()):
+for ready in (False, True):
     manager = GPUResourceManager(SimulatedDevice(1 << 30))
+    given = tokenizer() if ready else tokenizer
     tts = GPUManagedTTS(folder, given, **arguments, manager=manager)
+    torch.manual_seed(99)  # where a request loads it, another one may be
     for leave in (tts.force_offload, tts.force_release, tts.force_offload):
-        assert all(map(torch.equal, spoken(tts), expected))
-        assert tts.arguments == bare.arguments
-        leave()
         assert manager.device.ledger_bytes == 0
+        assert tts.arguments == bare.arguments
+        assert all(map(torch.equal, spoken(tts), expected)), ready
+        leave()
+    tts.close()
+    assert manager.device.ledger_bytes == 0
+    if ready:
+        samples, rate = bare.process_audio_file(VOICE)
+        assert given(torch.from_numpy(samples), rate) == bare.audio_tokenizer(torch.from_numpy(samples), rate)
     manager.close()
 """
     run(f"CHECKOUT = {str(CHECKOUT)!r}\n{script}", models, voice)

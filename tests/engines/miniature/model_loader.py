@@ -40,5 +40,4 @@ def load_language_model(model_id, source, quantization_config, torch_dtype, devi
     assert source in vars(ModelSource).values(), source
     with open(os.path.join(model_id, "config.json")) as file:
         config = json.load(file)
-    torch.manual_seed(0)
     return LanguageModel(**config).to(torch_dtype).to(device_map).eval(), Bytes()

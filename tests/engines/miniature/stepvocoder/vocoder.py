@@ -54,7 +54,6 @@ class Stream(torch.nn.Module):
 class CosyVoice:
     def __init__(self, model_dir):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.manual_seed(1)
         self.cosy_impl = Stream().to(self.device).eval()
         with open(f"{model_dir}/cosyvoice.yaml") as file:
             self.configuration = file.read()
