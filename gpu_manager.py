@@ -50,7 +50,7 @@ from residency.moving import Mover
 from residency.policies import AUTO, change_policy, check_counts, guarded, make_policy, seconds
 from residency.probes import HostProbe
 from residency.randomness import RandomState
-from residency.residents import KeptResident, SnapshotFolder, adopt
+from residency.residents import Kept, KeptResident, SnapshotFolder, adopt
 from residency.states import Slot, State
 from residency.status import describe, describe_device
 from residency.steering import Steering
@@ -208,7 +208,7 @@ class GPUResourceManager:
             size_bytes=size_bytes,
         )
         if keep is not None:
-            slot.kept = KeptResident(keep, self.device)
+            slot.kept = Kept(KeptResident(keep, self.device))
         try:
             if slot.kept is not None:
                 slot.kept.offload()

@@ -131,8 +131,30 @@ class Resident(Protocol):
         """
 
 
-class KeptPart(Resident, Protocol):
+class Loan(Resident, Protocol):
+    """A kept part as one engine has it. Once another has borrowed it, this moves nothing any more and holds nothing."""
+
+    def beside(self, engine: Resident) -> Resident:
+        """The engine and what it has borrowed, as one."""
+
+
+class KeptPart(Protocol):
     """A part that a loader is given and does not build: it outlives releases, on the host, and is its owner's."""
+
+    lock: threading.Lock
+    """Held by who looks at it or moves it: a load that was given up may come to its end beside the next one."""
+
+    @property
+    def device_bytes(self) -> int: ...
+
+    @property
+    def host_bytes(self) -> int: ...
+
+    def offload(self) -> int:
+        """Leave the device, before anybody has borrowed it."""
+
+    def borrow_locked(self) -> Loan:
+        """Have it for a load; who had it before has it no more."""
 
     def hand_back(self) -> None:
         """Come back to the device, as it was given, and be taken care of no more. On an error nothing has changed."""
@@ -154,7 +176,7 @@ class SnapshotStore(Protocol):
 
 
 class Adopt(Protocol):
-    """Finds what of a fresh engine holds memory. What the slot keeps (``kept``) is part of it, and stays its own."""
+    """Finds what of a fresh engine holds memory, but for what the slot keeps (``kept``)."""
 
     def __call__(self, engine: Any, device: Device, slot: Slot) -> Resident: ...
 

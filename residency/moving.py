@@ -8,6 +8,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,25 +100,18 @@ class Mover:
         return freed_bytes
 
     def throw_away(self, task: Task) -> None:
-        """Give up what a load brings that was given up: not the part that the engine in force has as well."""
-        slot, kept, resident = task.slot, task.slot.kept, task.resident
-        logger.warning("%s: came after it had been given up, and is thrown away", slot.name)
-        task.engine = task.resident = None
-        for part in getattr(resident, "parts", (resident,)):
-            if part is not None and part is not kept:
-                part.release()
-        del resident, part
-        with slot.kept_lock:
-            # A load that begins after this look brings it back.
-            if kept is not None and slot.task is None and slot.at is not State.DEVICE:
-                kept.offload()
+        """Give up what a load brings that was given up; what it had borrowed may be another engine's by now."""
+        logger.warning("%s: came after it had been given up, and is thrown away", task.slot.name)
+        resident, task.engine, task.resident = task.resident, None, None
+        if resident is not None:
+            resident.release()
+        del resident
         self.tidy()
 
     def hand_back(self, slot: Slot) -> None:
         """Put the part that the loader was given where it was when it was given, once the model is gone."""
         if slot.kept is not None:
-            with slot.kept_lock:
-                slot.kept.hand_back()
+            slot.kept.hand_back()
 
     def tidy(self) -> None:
         """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
@@ -125,22 +119,27 @@ class Mover:
         self._device.settle()
 
     def _load(self, task: Task) -> int:
-        slot = task.slot
+        slot, loan = task.slot, None
+        if task.given_up:
+            return 0
         self._device.ensure_usable()
         if slot.kept is not None:
-            with slot.kept_lock:
-                slot.kept.restore()
+            with slot.kept.lock:
+                if task.given_up:
+                    return 0  # the next load may have it already
+                loan = slot.kept.borrow_locked()
         try:
+            if loan is not None:
+                loan.restore()
             engine = _build(slot, task.progress)
-            with slot.kept_lock:
+            with slot.kept.lock if slot.kept is not None else nullcontext():
                 resident = self._adopt(engine, self._device, slot)
         except BaseException:
-            with slot.kept_lock:
-                if slot.kept is not None and not task.given_up:  # then it is the next load's, or already in use
-                    slot.kept.offload()
+            if loan is not None:
+                loan.offload()
             raise
-        task.engine, task.resident = engine, resident
-        return resident.device_bytes + resident.host_bytes
+        task.engine, task.resident = engine, loan.beside(resident) if loan else resident
+        return task.resident.device_bytes + task.resident.host_bytes
 
     def _sleep(self, task: Task) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
@@ -167,6 +166,8 @@ class Mover:
             logger.warning("%s: loaded without its snapshot. %s", task.slot.name, error)
             self.forget(task)
             return 0
+        if task.given_up:
+            return resident.host_bytes
         try:
             return resident.restore()
         except BaseException:

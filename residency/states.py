@@ -175,8 +175,6 @@ class Slot:
     skip: tuple[str, ...] = ()
     random_state: RandomState | None = None
     kept: KeptPart | None = None
-    #: Held by who moves ``kept``: a load that was given up may come to its end beside the next one.
-    kept_lock: threading.Lock = field(default_factory=lambda: threading.Lock())
     load_timeout_s: float = math.inf
     max_waiting: float = math.inf
     #: When its last request ended; and since when it is idle, which a restore that nobody used begins anew.

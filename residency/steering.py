@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from .diagnosis import is_out_of_device_memory
 from .dispatch import WARM_GRACE_S, Dispatcher
-from .errors import ResidencyError, is_out_of_device_memory
+from .errors import ResidencyError
 from .planning import move_towards
 from .states import Slot, State
 

@@ -29,6 +29,10 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
+    @property
+    def arrived(self) -> bool:
+        return self._arrived.is_set()
+
 
 class FakeResident:
     """A resident of ``nbytes`` that logs its moves and fails when told to."""

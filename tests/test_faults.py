@@ -56,6 +56,10 @@ class Story:
         with self.world.manager.lease(name) as part:
             assert part.place == "device"
 
+    @property
+    def slot(self) -> Slot:
+        return self.world.manager._slots["tts"]
+
     def come_to_rest(self) -> None:
         manager = self.world.manager
         for name, slot in manager._slots.items():
@@ -190,6 +194,68 @@ def test_a_loader_that_hangs_is_given_up_and_what_it_brings_late_is_thrown_away(
     with manager.lease("tts") as engine:
         assert engine is shop.engines[0], "the late one takes nobody's place"
     assert manager.close() is True
+
+
+class Hang:
+    """Stops the move that comes to a step, until it may go on; then it goes on, or fails."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.gate, self.error = Gate(), error
+
+    def __call__(self) -> None:
+        self.gate.pass_through()
+        if self.error:
+            raise self.error
+
+
+@both_worlds
+@pytest.mark.parametrize("end", [None, OSError("the disk went away"), DeviceOutOfMemory(60, 0, "the card")], ids=str)
+def test_a_load_that_hangs_at_any_step_is_given_up_and_harms_nobody_however_it_ends(
+    end: BaseException | None, world: str, tmp_path: Path
+) -> None:
+    """While it hangs the next request loads anew, and it ends beside that one, or after the model has left."""
+    for number in range(100):
+        hang = Hang(end)
+        story = Story(hang, 10**6, load_timeout=60, **world_settings(world, tmp_path / str(number)))
+        if world != "plain":
+            story.use("tts")
+            story.come_to_rest()
+            story.world.manager.release("tts")
+        story.left = number
+        request = Worker(story.use, "tts")
+        while request.is_alive() and not hang.gate.arrived:
+            request.join(0.01)
+        if not hang.gate.arrived:
+            assert number >= 3, "there are not that few steps"
+            story.left = -1
+            story.world.close()
+            return
+        story.clock.advance(60)
+        with pytest.raises(LoadTimeout):
+            request.result()
+        if "what is kept" in story.label:  # nobody can have it meanwhile
+            second = Worker(story.use, "tts")
+            assert await_that(story.world.manager, story.slot, lambda story=story: story.slot.task is not None)
+            story.clock.advance(60)
+            with pytest.raises(LoadTimeout):
+                second.result()
+            hang.gate.open()
+        beside = number % 2 == 0
+        threads = running("gpu-loading-tts")
+        with story.world.manager.lease("tts") as part:
+            if beside:
+                hang.gate.open()
+                for thread in threads:
+                    thread.join(60)
+            assert part.place == "device"
+            story.world.check()
+        story.come_to_rest()
+        hang.gate.open()
+        for thread in threads:
+            thread.join(60)
+        story.use("tts")
+        story.come_to_rest()
+        story.world.close()
 
 
 def test_with_snapshots_too_a_loader_that_hangs_takes_nothing_with_it(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from gpu_manager import (
 )
 from residency.contracts import Device
 from residency.residents import CompositeResident
+from residency.residents import Kept as Lent
 from residency.states import Slot
 
 SIZES = {"tts": 60, "asr": 50, "vad": 10}
@@ -151,15 +152,6 @@ class Kept:
         self.world.device.refund(self.nbytes)
         return self.nbytes
 
-    def release(self) -> int:
-        return self.offload()
-
-    def save(self, store: Any, name: str) -> int:
-        return self.offload()
-
-    def load(self, store: Any, name: str) -> int:
-        return 0
-
     def hand_back(self) -> None:
         self.restore()
         self.world.device.refund(self.device_bytes)
@@ -228,7 +220,7 @@ class World:
             self.manager.register(name, self.loader(name), load_timeout=load_timeout, size_bytes=size if known else 0)
         if keeps is not None:
             slot = self.manager._slots[keeps]
-            slot.kept, slot.host_bytes = self.kept, self.kept.host_bytes
+            slot.kept, slot.host_bytes = Lent(self.kept), self.kept.host_bytes
 
     def maybe_fail(self, verb: str) -> None:
         if self.random.random() < self.fault_rate:
@@ -255,9 +247,7 @@ class World:
         return load
 
     def adopt(self, engine: Any, device: Device, slot: Slot) -> Any:
-        if slot.name != self.keeps:
-            return engine
-        return CompositeResident(self.kept, engine)
+        return engine
 
     # -- what clients do ----------------------------------------------------------------------------------------
 
@@ -320,7 +310,7 @@ class World:
             assert not slot.in_use, f"somebody still uses {name}"
             assert not slot.short
             left = slot.resident or slot.kept
-            if left is not self.kept or self.load_timeout == -1:  # a load that is given up has it meanwhile
+            if left is not slot.kept or self.load_timeout == -1:  # a load that is given up has it meanwhile
                 assert slot.device_bytes == (left.device_bytes if left else 0)
                 assert slot.host_bytes == (left.host_bytes if left else 0)
         if self.load_timeout == -1 and self.keeps and self.manager._slots[self.keeps].at is not State.DEVICE:

@@ -7,7 +7,8 @@ from typing import Any
 from ..contracts import Device, Resident
 from ..states import Slot
 from .composite import CompositeResident
-from .engine import EngineResident, KeptResident
+from .engine import EngineResident
+from .kept import Kept, KeptResident
 from .onnx import OnnxSessions
 from .snapshot import SnapshotFolder
 from .weights import Weights
@@ -15,6 +16,7 @@ from .weights import Weights
 __all__ = [
     "CompositeResident",
     "EngineResident",
+    "Kept",
     "KeptResident",
     "OnnxSessions",
     "SnapshotFolder",
@@ -26,9 +28,7 @@ __all__ = [
 def adopt(engine: Any, device: Device, slot: Slot) -> Resident:
     """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
 
-    What the slot keeps beyond a release has a resident of its own, and moves with the engine.
+    What the slot keeps beyond a release is left out.
     """
-    if slot.kept is None:
-        return EngineResident(engine, device, slot.skip)
-    assert isinstance(slot.kept, KeptResident)
-    return CompositeResident(slot.kept, EngineResident(engine, device, slot.skip, beside=slot.kept))
+    kept = slot.kept.part if isinstance(slot.kept, Kept) else None
+    return EngineResident(engine, device, slot.skip, beside=kept if isinstance(kept, EngineResident) else None)

@@ -35,7 +35,7 @@ class EngineResident:
 
         Args:
             skip: attribute paths of the engine (``.tokenizer``) that are left alone.
-            beside: another resident, whose tensors and sessions are not taken care of twice.
+            beside: a part that is kept, whose tensors and sessions are not taken care of twice.
 
         Raises:
             DeviceOutOfMemory: the device cannot hold the engine.
@@ -131,42 +131,6 @@ class EngineResident:
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
         claimed = self._beside.sessions if self._beside else frozenset()
         return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
-
-
-class KeptResident(EngineResident):
-    """A part that outlives the engine, such as a tokenizer given to the loader: released, it stays on the host."""
-
-    _owners: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
-
-    @property
-    def storages(self) -> frozenset[int]:
-        return super().storages | self._owners[0]
-
-    @property
-    def sessions(self) -> frozenset[int]:
-        return super().sessions | self._owners[1]
-
-    def hand_back(self) -> None:
-        """Put it on the device, as it was given, and take no further care of it."""
-        self.restore()
-        # By number only, so that it can be let go: a load that was given up may bring an engine around it yet.
-        self._owners = self.storages, self.sessions
-        self._loaded.keep_only(())
-        self._late.keep_only(())
-        self._sessions.let_go()
-        self._discovery = Discovery(None)
-
-    def _abandon(self) -> None:
-        self._loaded.keep_only(())  # somebody else has it
-
-    def release(self) -> int:
-        return self.offload()
-
-    def save(self, store: SnapshotStore, name: str) -> int:
-        return self.offload()
-
-    def load(self, store: SnapshotStore, name: str) -> int:
-        return 0
 
 
 def _is_emptied(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,121 @@
+"""A part of an engine that its loader is given, such as a ready tokenizer: it outlives releases, on the host."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..contracts import Device, Resident, SnapshotStore
+from .composite import CompositeResident
+from .discovery import Discovery
+from .engine import EngineResident
+
+
+class Part(Protocol):
+    """What `Kept` moves."""
+
+    @property
+    def device_bytes(self) -> int: ...
+    @property
+    def host_bytes(self) -> int: ...
+    def offload(self) -> int: ...
+    def restore(self) -> int: ...
+    def hand_back(self) -> None: ...
+
+
+class Kept:
+    """One part and who has it. See `KeptPart` for what the methods promise."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.lock = threading.Lock()
+        self.loan: Loan | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        return self.part.device_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return self.part.host_bytes
+
+    def offload(self) -> int:
+        with self.lock:
+            return self.part.offload()
+
+    def borrow_locked(self) -> Loan:
+        self.loan = Loan(self)
+        return self.loan
+
+    def hand_back(self) -> None:
+        with self.lock:
+            self.part.hand_back()
+            self.loan = None
+
+
+class Loan:
+    """See `residency.contracts.Loan`. Thread-safe: a load that was given up may end beside the next one."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+
+    @property
+    def device_bytes(self) -> int:
+        return self._kept.device_bytes if self._kept.loan is self else 0
+
+    @property
+    def host_bytes(self) -> int:
+        return self._kept.host_bytes if self._kept.loan is self else 0
+
+    def beside(self, engine: Resident) -> Resident:
+        return CompositeResident(self, engine)
+
+    def restore(self) -> int:
+        return self._unless_lost(self._kept.part.restore)
+
+    def offload(self) -> int:
+        return self._unless_lost(self._kept.part.offload)
+
+    def release(self) -> int:
+        return self.offload()
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        return self.offload()
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        return 0
+
+    def _unless_lost(self, move: Callable[[], int]) -> int:
+        with self._kept.lock:
+            return move() if self._kept.loan is self else 0
+
+
+class KeptResident(EngineResident):
+    """The memory of a part that is its owner's before and after."""
+
+    _owners: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+
+    def __init__(self, part: Any, device: Device) -> None:
+        super().__init__(part, device)
+
+    @property
+    def storages(self) -> frozenset[int]:
+        return super().storages | self._owners[0]
+
+    @property
+    def sessions(self) -> frozenset[int]:
+        return super().sessions | self._owners[1]
+
+    def hand_back(self) -> None:
+        """Put it on the device, as it was given, and take no further care of it."""
+        self.restore()
+        # By number only, so that it can be let go: a load that was given up may bring an engine around it yet.
+        self._owners = self.storages, self.sessions
+        self._loaded.keep_only(())
+        self._late.keep_only(())
+        self._sessions.let_go()
+        self._discovery = Discovery(None)
+
+    def _abandon(self) -> None:
+        self._loaded.keep_only(())  # somebody else has it
