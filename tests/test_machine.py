@@ -227,6 +227,17 @@ class Lives(RuleBasedStateMachine):
         reference.keep_warm_s, reference.idle_timeout_s = keep_warm, idle_timeout
         self.come_to_rest()
 
+    @rule(name=NAMES)
+    def goes_and_comes_anew(self, name: str) -> None:
+        """Unregistered and registered again, it remembers nothing."""
+        if self.references[name].line:
+            return
+        self.manager.unregister(name)
+        assert all(engine.resident.place == "nowhere" for engine in self.shops[name].engines)
+        self.shops[name], self.references[name] = Workshop(), Reference()
+        self.manager.register(name, self.shops[name].load)
+        self.come_to_rest()
+
     @rule(name=NAMES, verb=st.sampled_from(["load", "restore", "offload"]))
     def something_will_fail(self, name: str, verb: str) -> None:
         reference, shop = self.references[name], self.shops[name]
