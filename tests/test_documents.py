@@ -215,3 +215,37 @@ def test_python_in_the_documents_is_python(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for code in re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
         compile(code, document, "exec")
+
+
+def halves() -> tuple[str, str]:
+    """The guide in English, and in Chinese."""
+    english, line, chinese = (ROOT / "GPU_MANAGEMENT.md").read_text(encoding="utf-8").partition("\n---\n")
+    assert line
+    return english, chinese
+
+
+def blocks(text: str, *kinds: str) -> list[str]:
+    return re.findall(rf"^ *```(?:{'|'.join(kinds)})\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+
+
+def shape(text: str) -> list[str]:
+    """Levels of headings, rows of tables with their columns, items of lists."""
+    plain = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL).replace("\\|", "")
+    return [
+        match[1] + str(line.count("|"))
+        for line in plain.splitlines()
+        if (match := re.match(r"(#+ |\||- |\d+\. )", line)) and not line.startswith("- [")
+    ]
+
+
+def test_both_halves_of_the_guide_have_the_same_chapters_tables_and_commands() -> None:
+    english, chinese = halves()
+    assert shape(english) == shape(chinese)
+    assert blocks(english, "bash", "diff", "json") == blocks(chinese, "bash", "diff", "json")
+    assert len(blocks(english, "python")) == len(blocks(chinese, "python"))
+    assert all(re.search(r"[\u4e00-\u9fff]", heading) for heading in re.findall(r"^#+ (.*)$", chinese, re.MULTILINE))
+
+
+def test_what_the_english_readme_lets_people_type_the_chinese_one_does_too() -> None:
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md"))
+    assert set(blocks(english, "bash")) <= set(blocks(chinese, "bash"))
