@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
-PURE_LAYERS = [["errors", "latches"], ["contracts", "clock", "randomness", "progress", "events", "lifetime", "signals"],
+PURE_LAYERS = [["errors", "latches"], ["contracts", "clock", "randomness", "progress", "events", "lifetime", "parts",
+                "signals"],
                ["adaptive", "history"], ["states", "policies"],
                ["settings", "planning", "leasing", "moving", "monitor", "cli"], ["status", "reports"],
                ["dispatch"], ["admission", "steering"]]  # fmt: skip

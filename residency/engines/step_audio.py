@@ -74,7 +74,6 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
     ``make_tokenizer`` is called once the checkout's modules can be imported. Errors as for `build`.
     """
     checkout = _checkout(None)
-    arguments = {name: value for name, value in arguments.items() if value is not None}
     (tts,) = import_from(checkout, "tts")
 
     def engine() -> Engine:

@@ -243,6 +243,24 @@ def test_where_all_that_is_asked_for_is_there_a_reinstallation_of_everything_is_
     assert "-r " not in said
 
 
+def test_a_drop_in_tells_at_the_start_what_is_not_as_it_should_be(checkout: Path, models: Path, voice: Path) -> None:
+    (checkout / "requirements.txt").write_text("not-here==1.16.0\n")
+    script = """
+import logging
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+manager = GPUResourceManager(SimulatedDevice(1 << 30))
+GPUManagedTTS(f"{MODELS}/nowhere", lambda: None, manager=manager)
+assert "torch" in sys.modules and not {"tts", "tokenizer"} & set(sys.modules), "nothing is imported for that"
+print(*said, sep="\\n")
+"""
+    said = run(script, models, voice, checkout)
+    assert "not-here==1.16.0 (missing" in said
+    assert "hf download stepfun-ai/Step-Audio-EditX --local-dir" in said
+
+
 # -- the weights ------------------------------------------------------------------------------------------------
 
 
