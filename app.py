@@ -202,7 +202,7 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
             return build_recognizer(settings.step_audio_root)
         from residency.engines.asr import DEFAULT_MODEL, Recognizer
 
-        return Recognizer(
+        return Recognizer.load(
             settings.asr_model or DEFAULT_MODEL, manager.device.torch_device if manager else _torch_device()
         )
 

@@ -14,16 +14,18 @@ Importing this brings no torch; the engine is imported and built on the first ca
 
 from __future__ import annotations
 
-import functools
+import enum
 import itertools
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
 from residency.diagnosis import is_out_of_device_memory
+from residency.parts import Part, Path, asked_by_tools, follow, not_settable, unwrapped
 from residency.residents.discovery import discover
 
 if TYPE_CHECKING:
@@ -33,7 +35,15 @@ __all__ = ["GPUManagedTTS", "Part", "ask"]
 
 T = TypeVar("T")
 
+_OWN = ("manager", "name")
+
 logger = logging.getLogger(__name__)
+
+
+class Default(enum.Enum):
+    """What is left out, where None means something to the engine."""
+
+    ENGINES_OWN = "StepAudioTTS's own default"
 
 
 class GPUManagedTTS:
@@ -43,20 +53,20 @@ class GPUManagedTTS:
     order of arrival; they return what the engine returned and raise what it raised, and the engine leaves
     the device either way.
 
-    Other public attributes of the engine can be read here (which is a request, and loads it). What holds memory of the
-    device is not handed out, since it leaves the device: it is a `Part`. Attributes are set on the engine itself, in
-    ``load`` or under `lease`.
+    The engine's other attributes can be read here (which is a request, and loads it). What holds memory of the device
+    is not handed out, since it leaves the device: it is a `Part`. Attributes are set on the engine itself, in ``load``
+    or under `lease`; here they are refused, unless a subclass has them in its body.
     """
 
     def __init__(
         self,
         model_path: str | None,
         audio_tokenizer: Any = None,
-        model_source: Any = None,
+        model_source: Any = Default.ENGINES_OWN,
         tts_model_id: str | None = None,
         quantization_config: str | None = None,
-        torch_dtype: Any = None,
-        device_map: str = "cuda",
+        torch_dtype: Any = Default.ENGINES_OWN,
+        device_map: Any = "cuda",
         gpu_idle_timeout: float | str = 600,
         *,
         gpu_keep_warm: float | str | None = None,
@@ -71,7 +81,7 @@ class GPUManagedTTS:
             model_path: folder of the Step-Audio-EditX weights; None for the small built-in English engine.
             audio_tokenizer: a function without arguments that makes a StepAudioTokenizer on first use, or a ready one,
                 which leaves the device now, outlives releases, and is yours again after `close`.
-            model_source, torch_dtype: as StepAudioTTS takes them; None for its own defaults.
+            model_source, torch_dtype: as StepAudioTTS takes them; left out, its own defaults.
             gpu_idle_timeout: seconds idle (or ``"15m"``; -1 never) after which host memory is given up too.
             gpu_keep_warm: seconds on the GPU after a call, likewise; None for the manager's default (0).
             gpu_load_timeout: seconds after which a load is given up (`LoadTimeout`); the next loads anew. -1: never.
@@ -80,13 +90,14 @@ class GPUManagedTTS:
             name: the model's name in status; ``tts`` (or ``tts-2`` and so on, where that is taken) by default.
         """
         self.manager = manager or get_gpu_manager()
-        arguments = {
+        given = {
             "model_source": model_source,
             "tts_model_id": tts_model_id,
             "quantization_config": quantization_config,
             "torch_dtype": torch_dtype,
             "device_map": device_map,
         }
+        arguments = {name: value for name, value in given.items() if value is not Default.ENGINES_OWN}
         # A tokenizer that is ready is the caller's, and must outlive a release of the engine.
         keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
         load = load or self._loader(model_path, audio_tokenizer, arguments)
@@ -137,9 +148,14 @@ class GPUManagedTTS:
         return self.manager.lease(self.name, timeout)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("manager", "name"):  # not a request: copy, pickle and shells ask for these
+        if asked_by_tools(name) or name in _OWN:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self._read((name,))
+        return self.read_part((name,))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN and not hasattr(type(self), name):
+            raise not_settable(f"a {type(self).__name__}", name)
+        super().__setattr__(name, value)
 
     def close(self) -> None:
         """Release the engine once its requests have ended, and give up its name."""
@@ -156,44 +172,48 @@ class GPUManagedTTS:
             return {key: self._own(value) for key, value in answer.items()}
         return answer.clone() if _is_tensor(answer) and self.manager.device.holds_tensor(answer) else answer
 
-    def _read(self, path: tuple[str, ...]) -> Any:
-        """What is found at this path of attributes: itself, a tensor's copy, or a `Part`."""
+    def read_part(self, path: Path) -> Any:
+        """What is found there in the engine: itself, a tensor's copy, or a `Part`."""
         with self.lease() as engine:
-            value = _at(path, engine)
+            value = follow(path, engine)
             if _is_tensor(value):
                 return self._own(value)
             return Part(self, path) if isinstance(value, types.MethodType) or _holds_memory(value) else value
 
-    def _call(self, path: tuple[str, ...], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    def use_part(self, path: Path, use: Callable[[Any], Any]) -> Any:
+        return self._speak(lambda engine: use(follow(path, engine)))
+
+    def call_part(self, path: Path, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         def call(engine: Engine) -> Any:
-            def there(value: Any) -> Any:
-                return _at(value._path, engine) if isinstance(value, Part) else value
+            there = {name: unwrapped(value, engine) for name, value in keywords.items()}
+            return follow(path, engine)(*(unwrapped(value, engine) for value in arguments), **there)
 
-            keywords_there = {name: there(value) for name, value in keywords.items()}
-            return _at(path, engine)(*map(there, arguments), **keywords_there)
+        with ExitStack() as held:
+            held.enter_context(self.lease())
+            answer = self._speak(call)
+            return self._stream(held.pop_all(), answer) if isinstance(answer, types.GeneratorType) else answer
 
-        answer = self._speak(call)
-        return self._stream(call) if isinstance(answer, types.GeneratorType) else answer
-
-    def _stream(self, call: Callable[[Engine], Iterator[Any]]) -> Iterator[Any]:
-        """A generator of the engine runs under a lease, until it ends or is closed."""
-        with self.lease() as engine:
-            yield from map(self._own, call(engine))
+    def _stream(self, held: AbstractContextManager[Any], stream: Generator[Any, Any, Any]) -> Iterator[Any]:
+        """A generator of the engine keeps the lease under which it began, until it ends, is closed or is let go."""
+        with held, closing(stream):
+            yield from map(self._own, stream)
 
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
-        # The engines are imported where they are built: they bring torch and much else.
         if not model_path:
 
-            def builtin() -> Engine:
+            def builtin() -> Engine:  # which brings torch and much else
                 from residency.engines.builtin import BuiltinEngine
 
                 return BuiltinEngine(device=self.manager.device.torch_device)
 
             return builtin
 
-        def step_audio() -> Engine:
-            from residency.engines.step_audio import build_tts
+        from residency.engines.step_audio import build_tts, tts_shortcomings
 
+        for shortcoming in tts_shortcomings(model_path, **arguments):
+            logger.warning("%s", shortcoming)
+
+        def step_audio() -> Engine:
             make_tokenizer = audio_tokenizer if _is_factory(audio_tokenizer) else lambda: audio_tokenizer
             return build_tts(model_path, make_tokenizer, **arguments)
 
@@ -226,33 +246,6 @@ def ask(manager: GPUResourceManager, name: str, call: Callable[[Any], T]) -> T:
         # Out of the except block: its traceback held what the first attempt had allocated.
         manager.make_room(name)
         return call(engine)
-
-
-class Part:
-    """Something of the engine that holds memory of the device, or a method of it: each use takes a lease.
-
-    Attributes are read, and calls made, as on the thing itself; answers are the engine's, and a `Part` may be an
-    argument. For anything else use `GPUManagedTTS.lease`.
-    """
-
-    def __init__(self, tts: GPUManagedTTS, path: tuple[str, ...]) -> None:
-        self._tts = tts
-        self._path = path
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_tts", "_path"):
-            raise AttributeError(f"{self!r} has no attribute {name!r}")
-        return self._tts._read((*self._path, name))
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._tts._call(self._path, arguments, keywords)
-
-    def __repr__(self) -> str:
-        return f"<{'.'.join(self._path)} of {self._tts.name}, on the device under a lease only>"
-
-
-def _at(path: tuple[str, ...], engine: Any) -> Any:
-    return functools.reduce(getattr, path, engine)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -62,7 +62,7 @@ class Device(Protocol):
         """Check, before a first load, that torch can compute here; `DeviceUnavailable` if not."""
 
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
-        """Whether this tensor's bytes lie on the device and leave it at an offload."""
+        """Whether this tensor's bytes lie on the device and leave it at an offload; or `OnAnotherDevice`."""
 
     def holds_session(self, providers: Sequence[str]) -> bool:
         """Whether an ONNX Runtime session with these execution providers takes memory of the device."""

@@ -239,6 +239,22 @@ class SharedWeights(ResidencyError):
         self.paths = paths
 
 
+class OnAnotherDevice(ResidencyError):
+    """A part of an engine lies on a GPU that is not the managed one."""
+
+    def __init__(self, where: str, managed: str) -> None:
+        super().__init__(
+            f"The engine has a part on {where}, and only {managed} is managed: place it on one GPU (--device-map cuda, "
+            f"not auto), or let the process see one (CUDA_VISIBLE_DEVICES=0). / 引擎有一部分位于 {where}，而这里只管理 "
+            f"{managed}：请放在一块 GPU 上（--device-map cuda，而非 auto），"
+            f"或让进程只看到一块（CUDA_VISIBLE_DEVICES=0）。",
+            where,
+            managed,
+        )
+        self.where = where
+        self.managed = managed
+
+
 class WeightsGone(ResidencyError):
     """A loader returned an engine that was released before: its tensors have no bytes any more."""
 

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _SIZE_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 _LARGEST_BYTES = 1 << 60
+_HUB_OWNER = r"[A-Za-z0-9][\w.-]*"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
                 "--asr-model needs --enable-auto-transcribe; add it or leave --asr-model out. / "
                 "--asr-model 需要与 --enable-auto-transcribe 一起使用。"
             )
-        if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
             parser.error(
                 f"--asr-model {model} is no folder: give one with a model, or the id of one on a hub "
                 f"(openai/whisper-small). / --asr-model {model} 不是目录：请指定模型目录或模型仓库 ID。"
@@ -93,7 +94,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
 
 
 def _check_model_path(model_path: str | None, source: str) -> None:
-    """Weights on this machine must exist; with a hub as the source the path may be an id."""
+    """Weights on this machine must exist; what may be the id of a hub is left to it, unless the source is local."""
     if model_path is None:
         raise InvalidInput(
             "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX; "
@@ -101,7 +102,15 @@ def _check_model_path(model_path: str | None, source: str) -> None:
             "--engine step-audio 需要 --model-path（包含 Step-Audio-Tokenizer 和 Step-Audio-EditX 的目录）；"
             "不写 --engine 则使用内置引擎",
         )
-    if source in ("auto", "local") and not Path(model_path).expanduser().exists():
+    if source in ("huggingface", "modelscope") and Path(model_path).is_absolute():
+        raise InvalidInput(
+            f"--model-path {model_path} is a folder, and --model-source {source} takes the id of a hub: leave "
+            f"--model-source out, or give an id (stepfun-ai)",
+            f"--model-path {model_path} 是目录，而 --model-source {source} 需要模型仓库 ID：请去掉 --model-source，"
+            f"或给出 ID（stepfun-ai）",
+        )
+    may_be_an_id = source == "auto" and re.fullmatch(_HUB_OWNER, model_path)
+    if source in ("auto", "local") and not may_be_an_id and not Path(model_path).exists():
         raise InvalidInput(
             f"--model-path {model_path} does not exist. Download stepfun-ai/Step-Audio-Tokenizer and "
             f"stepfun-ai/Step-Audio-EditX into it (hf download), give --model-source huggingface or "
@@ -119,14 +128,24 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("as in the Step-Audio-EditX app").add_argument
-    add("--model-path", metavar="DIR", help="where the weights are; without it the built-in engine serves")
+    add(
+        "--model-path",
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="where the weights are; without it the built-in engine serves",
+    )
     add("--server-name", default=defaults.server_name, help="address to listen on (default: %(default)s)")
     add("--server-port", type=_checked(_port), default=defaults.server_port, help="default: %(default)s")
-    add("--tmp-dir", default=defaults.tmp_dir, help="recordings live here while the app runs (default: %(default)s)")
+    add(
+        "--tmp-dir",
+        type=os.path.expanduser,
+        default=defaults.tmp_dir,
+        help="recordings live here while the app runs (default: %(default)s)",
+    )
     add("--share", action="store_true", help="make a public gradio.live link")
     add("--model-source", choices=["auto", "local", "modelscope", "huggingface"], default=defaults.model_source)
-    add("--tokenizer-model-id", metavar="ID", default=defaults.tokenizer_model_id)
-    add("--tts-model-id", metavar="ID", help="if it differs from the model path")
+    add("--tokenizer-model-id", metavar="ID", type=os.path.expanduser, default=defaults.tokenizer_model_id)
+    add("--tts-model-id", metavar="ID", type=os.path.expanduser, help="if it differs from the model path")
     add("--quantization", choices=["int4", "int8", "awq-4bit"])
     add("--torch-dtype", choices=["float16", "bfloat16", "float32"], default=defaults.torch_dtype)
     add("--device-map", default=defaults.device_map, help="default: %(default)s")
@@ -178,10 +197,10 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add = parser.add_argument_group("engine").add_argument
     add("--engine", choices=["auto", "builtin", "step-audio"], default="auto",
         help="auto: step-audio if --model-path is given, else builtin (default: auto)")  # fmt: skip
-    add("--asr-model", metavar="MODEL",
+    add("--asr-model", metavar="MODEL", type=os.path.expanduser,
         help="speech recognition for --enable-auto-transcribe: a folder or a hub's id (default: the checkout's own, or "
         "openai/whisper-large-v3)")  # fmt: skip
-    add("--step-audio-root", metavar="DIR", default=environ.get("STEP_AUDIO_ROOT") or None,
+    add("--step-audio-root", metavar="DIR", type=os.path.expanduser, default=environ.get("STEP_AUDIO_ROOT") or None,
         help="checkout of Step-Audio-EditX (environment: STEP_AUDIO_ROOT)")  # fmt: skip
     return parser
 
@@ -211,7 +230,7 @@ def _count(text: str) -> int:
 def _folder(text: str) -> str:
     if not text:
         raise InvalidInput("no folder is named: give one, or leave the flag out", "未指定目录：请指定，或去掉该参数")
-    return text
+    return os.path.expanduser(text)
 
 
 def _keep_warm(text: str) -> float | Literal["auto"]:

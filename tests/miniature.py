@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from residency.engines.step_audio_weights import ACOUSTIC_MODEL
+
 ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = ROOT / "tests" / "engines" / "miniature"
 
@@ -49,17 +51,28 @@ def make_weights(folder: Path) -> Path:
     """A --model-path for the miniature."""
     tokenizer, llm = folder / "Step-Audio-Tokenizer", folder / "Step-Audio-EditX"
     vocoder = llm / "CosyVoice-300M-25Hz"
-    for each in (tokenizer, vocoder):
+    acoustic = tokenizer / ACOUSTIC_MODEL
+    for each in (acoustic, vocoder):
         each.mkdir(parents=True)
+    for name in ("config.yaml", "model.pt"):
+        (acoustic / name).write_text("")
     np.save(tokenizer / "linguistic_tokenizer.npy", np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32))
     hibari = importlib.util.find_spec("hibari")
     assert hibari is not None
     assert hibari.origin is not None
     shutil.copy(Path(hibari.origin).parent / "assets" / "oov.onnx", tokenizer / "speech_tokenizer_v1.onnx")
     (llm / "config.json").write_text(json.dumps({"vocab_size": 256, "hidden_size": 64}))
+    (llm / "tokenizer_config.json").write_text("{}")
+    (llm / "model.safetensors").write_bytes(safetensors_of(4))
     for name in ("cosyvoice.yaml", "flow.pt", "hift.pt", "campplus.onnx"):
         (vocoder / name).write_text("")
     return folder
+
+
+def safetensors_of(nbytes: int) -> bytes:
+    """A file with one tensor."""
+    header = json.dumps({"t": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(nbytes)
 
 
 def make_recording(file: Path, sample_rate: int = 16000) -> Path:

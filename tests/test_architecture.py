@@ -14,7 +14,7 @@ ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import thos
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
 PURE_LAYERS = [["errors", "latches"],
-               ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "signals"],
+               ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
                ["adaptive", "history"], ["states", "policies"],
                ["settings", "planning", "leasing", "moving", "monitor", "cli"], ["status", "reports"],
                ["dispatch"], ["admission", "steering"]]  # fmt: skip

@@ -24,6 +24,7 @@ EXAMPLES = [
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),
     errors.CapturedGraphs((".flow.graph",)),
+    errors.OnAnotherDevice("cuda:1", "cuda:0"),
     errors.SnapshotUnusable("tts", "it is damaged"),
     errors.InvalidInput("give text", "请输入文本"),
     errors.NotAllowed(),

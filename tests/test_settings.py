@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from residency.engines.step_audio_weights import ACOUSTIC_MODEL
 from residency.settings import parse, size_bytes
 
 
@@ -46,6 +47,24 @@ def test_an_engine_follows_the_model_path(tmp_path: Path) -> None:
     assert parse(["--model-path", str(tmp_path)], {}).engine == "step-audio"
     assert parse(["--model-path", str(tmp_path), "--engine", "builtin"], {}).engine == "builtin"
     assert parse(["--model-path", "stepfun-ai", "--model-source", "huggingface"], {}).engine == "step-audio"
+    assert parse(["--model-path", "stepfun-ai"], {}).model_path == "stepfun-ai", "auto looks for it on a hub"
+
+
+def test_a_home_folder_that_the_shell_has_left_as_it_is_is_meant_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    paths = ["model_path", "asr_model", "step_audio_root", "tts_model_id", "tokenizer_model_id", "tmp_dir",
+             "gpu_snapshot_dir"]  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}=~/m" for name in paths]
+    settings = parse(["--enable-auto-transcribe", *flags], {})
+    assert {getattr(settings, name) for name in paths} == {str(tmp_path / "m")}
+    assert parse([], {"STEP_AUDIO_ROOT": "~/m"}).step_audio_root == str(tmp_path / "m")
+
+
+def test_the_acoustic_model_is_the_one_that_weights_are_checked_for() -> None:
+    assert parse([], {}).tokenizer_model_id == ACOUSTIC_MODEL
 
 
 def test_the_environment_is_a_default_and_a_flag_wins() -> None:
@@ -80,6 +99,8 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
     [
         (["--model-path", "/no/such/place"], "/no/such/place"),
         (["--model-path", "no-such-place", "--model-source", "local"], "leave --model-path out"),
+        (["--model-path", "no/such/place"], "no/such/place"),
+        (["--model-path", "/models", "--model-source", "huggingface"], "leave --model-source out"),
         (["--engine", "step-audio"], "--model-path"),
         (["--simulate-gpu", "48GB"], "--enable-gpu-management"),
         (["--enable-gpu-management", "--simulate-gpu", "plenty"], "48GB"),

@@ -15,8 +15,10 @@ from gpu_manager import (
     LoadTimeout,
     ModelExists,
     SimulatedDevice,
+    State,
     get_gpu_manager,
 )
+from residency.engines import step_audio
 from residency.engines.builtin import HTTPException
 from tts_gpu_managed import GPUManagedTTS
 
@@ -193,3 +195,102 @@ def test_a_load_that_takes_too_long_is_given_up(simulated: GPUResourceManager, e
         tts.clone("a.wav", "said", "to say")
     gate.open()
     assert tts.clone("a.wav", "said", "to say")[1] == 24000
+
+
+# -- what else the engine has -----------------------------------------------------------------------------------
+
+
+class Rich(torch.nn.Module):
+    """An engine with parts, containers, private methods, and methods that answer generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.ReLU()])
+        self.named = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+        self.caches: dict[str, torch.Tensor] = {"latest": torch.ones(3)}
+        self.weights, self.prompt, self.calls = torch.ones(3), "Edit.", 0
+
+    clone = edit = _build = lambda self, *arguments: arguments
+
+    def stream(self, count: int) -> Iterator[torch.Tensor]:
+        self.calls += 1
+        return (self.weights * number for number in range(count))
+
+
+@pytest.fixture
+def rich(simulated: GPUResourceManager) -> GPUManagedTTS:
+    return GPUManagedTTS(None, None, manager=simulated, load=Rich)
+
+
+def test_a_method_that_answers_a_generator_is_called_once_and_keeps_the_model_until_its_end(
+    rich: GPUManagedTTS,
+) -> None:
+    stream = rich.stream(3)
+    assert state(rich) == "gpu", "what it has begun is not moved under it"
+    assert [part.sum().item() for part in stream] == [0, 3, 6]
+    assert state(rich) == "cpu"
+    assert rich.calls == 1
+    stream = rich.stream(3)
+    next(stream)
+    assert state(rich) == "gpu"
+    stream.close()
+    assert state(rich) == "cpu"
+
+
+def test_a_generator_that_nobody_wants_keeps_nothing(rich: GPUManagedTTS, simulated: GPUResourceManager) -> None:
+    rich.stream(3)
+    assert simulated.wait_for("tts", State.HOST, 60)
+
+
+def test_private_methods_are_reached_too_but_for_what_tools_look_for(rich: GPUManagedTTS) -> None:
+    for name in ("__deepcopy__", "_repr_html_", "_ipython_display_"):
+        assert not hasattr(rich, name)
+    assert state(rich) == "released"
+    assert rich._build(1, 2) == (1, 2)
+    assert not hasattr(rich, "_no_such_thing")
+
+
+def test_what_would_be_set_on_the_wrong_object_is_refused_with_what_to_do(rich: GPUManagedTTS) -> None:
+    for target in (rich, rich.blocks):
+        with pytest.raises(AttributeError, match=r"'prompt' cannot be set on .*with tts\.lease\(\) as engine"):
+            target.prompt = "OTHER"
+    with rich.lease() as engine:
+        engine.prompt = "OTHER"
+    assert rich.prompt == "OTHER"
+
+    class Mine(GPUManagedTTS):
+        extra = None
+
+    mine = Mine(None, None, manager=rich.manager, load=Rich)
+    mine.extra = 1
+    assert mine.extra == 1
+
+
+def test_parts_that_are_containers_are_used_like_them(rich: GPUManagedTTS, simulated: GPUResourceManager) -> None:
+    assert len(rich.blocks) == 2
+    assert rich.blocks
+    assert "blocks[0]" in repr(rich.blocks[0])
+    assert torch.equal(rich.blocks[0].weight, next(iter(rich.blocks)).weight)
+    assert rich.blocks[-1](torch.tensor([-1.0, 2.0])).tolist() == [0, 2]
+    assert list(rich.named) == ["a"]
+    assert "a" in rich.named
+    assert rich.named["a"].in_features == 2
+    cached = rich.caches["latest"]
+    rich.force_offload()
+    assert cached.tolist() == [1, 1, 1]
+    with pytest.raises(TypeError, match="len"):
+        iter(rich.blocks[0])
+    assert simulated.device.ledger_bytes == 0
+
+
+def test_arguments_reach_the_engine_as_they_were_given_also_none(
+    simulated: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr(step_audio, "tts_shortcomings", lambda *_, **__: [])
+    monkeypatch.setattr(step_audio, "build_tts", lambda path, make, **arguments: given.append(arguments) or Rich())
+    for arguments in ({}, {"torch_dtype": None, "device_map": None, "model_source": None}):
+        GPUManagedTTS("models", lambda: None, manager=simulated, **arguments).clone("a.wav", "said", "to say")
+    plain = {"tts_model_id": None, "quantization_config": None, "device_map": "cuda"}
+    assert given == [plain, {**plain, "torch_dtype": None, "device_map": None, "model_source": None}]
+    assert "own default" in repr(inspect.signature(GPUManagedTTS).parameters["torch_dtype"].default)

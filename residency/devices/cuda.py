@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
-from ..errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable
+from ..errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,8 @@ class CudaDevice:
             raise DeviceLost(str(error).partition("\n")[0]) from error
 
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
+        if tensor.is_cuda and tensor.device.index != 0:
+            raise OnAnotherDevice(str(tensor.device), "cuda:0")  # streams and pools of memory are of one device
         return tensor.is_cuda
 
     def holds_session(self, providers: Sequence[str]) -> bool:

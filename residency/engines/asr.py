@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from ..errors import EngineUnavailable
@@ -26,14 +27,21 @@ def unavailable(model: str, error: Exception) -> EngineUnavailable:
 class Recognizer:
     """A recognizer: called with a recording's path, answers what is said in it. Not thread-safe."""
 
-    def __init__(self, model: str, device: str) -> None:
-        """``model`` is a folder or the id of a hub, ``device`` as torch names it; or `EngineUnavailable`."""
-        import transformers
+    def __init__(self, pipeline: Any) -> None:
+        """Around a speech recognition pipeline of transformers; or `EngineUnavailable`."""
+        self.pipeline = pipeline
+        for module in ("soundfile", "soxr"):  # which it reads with: missed now, rather than at the first recording
+            _imported(module)
 
+    @classmethod
+    def load(cls, model: str, device: str) -> Recognizer:
+        """``model`` is a folder or the id of a hub, ``device`` as torch names it; or `EngineUnavailable`."""
+        transformers = _imported("transformers")
         try:
-            self.pipeline: Any = transformers.pipeline("automatic-speech-recognition", model=model, device=device)
+            pipeline = transformers.pipeline("automatic-speech-recognition", model=model, device=device)
         except Exception as error:
             raise unavailable(model, error) from error
+        return cls(pipeline)
 
     def __call__(self, path: str) -> str:
         """What is said in a recording, of any length and any format that libsndfile reads; `InvalidInput`."""
@@ -48,3 +56,13 @@ class Recognizer:
             keywords = {"return_timestamps": True} if whisper else {"chunk_length_s": _CHUNK_S}
         heard = self.pipeline({"raw": samples, "sampling_rate": sample_rate}, **keywords)
         return str(heard["text"]).strip()
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise EngineUnavailable(
+            f"Speech recognition needs the Python module {module!r} ({error}): pip install {module}",
+            f"语音识别需要 Python 模块 {module!r}（{error}）：请 pip install {module}",
+        ) from error

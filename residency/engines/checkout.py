@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import EngineUnavailable
+from ..errors import EngineUnavailable, ResidencyError, in_words
 from . import requirements
 
 REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"
@@ -82,9 +83,36 @@ def import_from(checkout: Path, *names: str) -> list[ModuleType]:
             raise unimportable(checkout, error) from error
 
 
-def unimportable(checkout: Path, error: Exception) -> EngineUnavailable:
+def install_command(checkout: Path) -> str:
+    """What installs what the checkout asks for."""
+    return f"pip install -r {shlex.quote(str(checkout / 'requirements.txt'))}"
+
+
+def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
+    """Whether an error may come from packages that are missing or of another version, and what to do.
+
+    The checkout passes over parts of its own that cannot be imported, and stumbles over their absence later. Errors
+    that are raised on purpose say it better themselves; packages of another version show in misuse only.
+    """
+    if isinstance(error, (ValueError, OSError, MemoryError, ResidencyError)):
+        return None
+    others = requirements.unmet(checkout / "requirements.txt")
+    if not isinstance(error, (AttributeError, LookupError, NameError, TypeError)):
+        others = [each for each in others if each.installed is None]
+    if not others:
+        return None
+    install, listed = install_command(checkout), "; ".join(map(str, others))
+    return EngineUnavailable(
+        f"Step-Audio-EditX cannot be built ({in_words(error)}). Not as it asks for: {listed}. {install}, and restart "
+        f"this program: what could not be imported is not tried again",
+        f"无法构建 Step-Audio-EditX（{in_words(error)}）。与其要求不符：{listed}。请 {install}，然后重启本程序"
+        f"（导入失败的部分不会重试）",
+    )
+
+
+def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
     """What an error at an import means, in sentences, and what to do."""
-    install = f"pip install -r {checkout}/requirements.txt"
+    install = install_command(checkout)
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
     if missing and missing.split(".")[0] in _NAMES:
         return EngineUnavailable(
@@ -97,11 +125,13 @@ def unimportable(checkout: Path, error: Exception) -> EngineUnavailable:
             f"Step-Audio-EditX 缺少 Python 模块 {missing!r}：请 {install}",
         )
     others = "; ".join(map(str, requirements.unmet(checkout / "requirements.txt")))
+    # Not all of them again: that would replace a torch that fits this machine's driver.
+    again = "pip install --force-reinstall --no-deps"
     return EngineUnavailable(
-        f"Step-Audio-EditX cannot be imported ({type(error).__name__}: {error}). "
-        + (f"Not as it asks for: {others}. {install}" if others else f"{install} --force-reinstall"),
-        f"无法导入 Step-Audio-EditX（{type(error).__name__}: {error}）。"
-        + (f"与其要求不符：{others}。请 {install}" if others else f"请 {install} --force-reinstall"),
+        f"Step-Audio-EditX cannot be imported ({in_words(error)}). "
+        + (f"Not as it asks for: {others}. {install}" if others else f"{again} the package that this comes from"),
+        f"无法导入 Step-Audio-EditX（{in_words(error)}）。"
+        + (f"与其要求不符：{others}。请 {install}" if others else f"请对出错的软件包执行 {again}"),
     )
 
 

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import Engine
-from ..errors import EngineUnavailable
+from ..errors import EngineUnavailable, in_words, is_device_lost, is_out_of_device_memory
 from . import requirements
-from .asr import DEFAULT_MODEL, unavailable
-from .checkout import find_checkout, import_from, not_found, unimportable
-
-_TOKENIZER_FILES = ("linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx")
-_VOCODER = "CosyVoice-300M-25Hz"
-_VOCODER_FILES = ("cosyvoice.yaml", "flow.pt", "hift.pt", "campplus.onnx")
-_POINTER = b"version https://git-lfs"
+from .asr import DEFAULT_MODEL, Recognizer, unavailable
+from .checkout import find_checkout, import_from, install_command, not_found, unfit, unimportable
+from .step_audio_weights import check_model, check_weights, from_a_hub, model_folder
 
 
 def build(
@@ -49,7 +45,7 @@ def build(
             os.path.join(model_path, "Step-Audio-Tokenizer"), model_source=source, **tokenizer_arguments
         )
         engine: Engine = tts.StepAudioTTS(
-            os.path.join(model_path, _folder(quantization)),
+            os.path.join(model_path, model_folder(quantization)),
             tokenizer,
             model_source=source,
             tts_model_id=tts_model_id,
@@ -73,66 +69,74 @@ def build(
 
 
 def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
-    """StepAudioTTS as a program builds it itself; arguments that are None are left to its own defaults.
+    """StepAudioTTS as a program builds it itself.
 
     ``make_tokenizer`` is called once the checkout's modules can be imported. Errors as for `build`.
     """
     checkout = _checkout(None)
-    given = {name: value for name, value in arguments.items() if value is not None}
     (tts,) = import_from(checkout, "tts")
 
     def engine() -> Engine:
-        built: Engine = tts.StepAudioTTS(model_path, make_tokenizer(), **given)
+        built: Engine = tts.StepAudioTTS(model_path, make_tokenizer(), **arguments)
         return built
 
-    return _explained(engine, checkout, lambda: _check_llm(given.get("tts_model_id", model_path)))
+    return _explained(engine, checkout, lambda: _check_tts(model_path, arguments))
 
 
 def build_recognizer(root: str | None = None) -> Callable[[str], str]:
-    """The checkout's own speech recognition: a function from an audio file to what is said in it."""
+    """The checkout's own speech recognition: a function from an audio file to what is said in it.
+
+    Its model only: its wrapper turns errors into empty answers, also that of a full device.
+    """
     checkout = _checkout(root)
     (module,) = import_from(checkout, "whisper_wrapper")
     try:
-        recognizer: Callable[[str], str] = module.WhisperWrapper()
+        pipeline = module.WhisperWrapper().model
     except Exception as error:
         raise unavailable(DEFAULT_MODEL, error) from error
-    return recognizer
+    return Recognizer(pipeline)
 
 
-def shortcomings(model_path: str, root: str | None, **weights: Any) -> list[str]:
+def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto", **weights: Any) -> list[str]:
     """What is not as it should be, in sentences, before anything is loaded: it may work all the same.
 
     `EngineUnavailable` without a checkout.
     """
+    found = _shortcomings(root, lambda: check_weights(model_path, model_source=model_source, **weights))
+    hub = from_a_hub(model_path, model_source)
+    return [hub, *found] if hub else found
+
+
+def tts_shortcomings(model_path: str, **arguments: Any) -> list[str]:
+    """The same for what `build_tts` is given; a missing checkout is one of them."""
+    try:
+        return _shortcomings(None, lambda: _check_tts(model_path, arguments))
+    except EngineUnavailable as error:
+        return [str(error)]
+
+
+def _shortcomings(root: str | None, check: Callable[[], None]) -> list[str]:
     checkout = _checkout(root)
     found = []
     try:
-        check_weights(model_path, **weights)
+        check()
     except EngineUnavailable as error:
         found.append(str(error))
     if others := requirements.unmet(checkout / "requirements.txt"):
         found.append(
             f"Not as Step-Audio-EditX asks for / 与 Step-Audio-EditX 的要求不符: {'; '.join(map(str, others))}. "
-            f"If it does not load / 若无法加载: pip install -r {checkout}/requirements.txt"
+            f"If it does not load / 若无法加载: {install_command(checkout)}"
         )
     return found
 
 
-def check_weights(
-    model_path: str,
-    *,
-    model_source: str = "auto",
-    tokenizer_model_id: str | None = None,
-    tts_model_id: str | None = None,
-    quantization: str | None = None,
-) -> None:
-    """`EngineUnavailable` if weights that should be on this machine are not there, or only as git-lfs pointers."""
-    folder = Path(model_path)
-    if model_source not in ("auto", "local") or not (folder.is_absolute() or folder.exists()):
-        return  # the id of a hub
-    tokenizer = folder / "Step-Audio-Tokenizer"
-    _check_folder(tokenizer, (*_TOKENIZER_FILES, *([tokenizer_model_id] if tokenizer_model_id else [])))
-    _check_llm(str(folder / _folder(quantization)) if tts_model_id is None else tts_model_id)
+def _check_tts(model_path: str, arguments: dict[str, Any]) -> None:
+    model = arguments.get("tts_model_id")
+    check_model(
+        str(model_path if model is None else model),
+        model_source=arguments.get("model_source", "auto"),
+        quantization=arguments.get("quantization_config"),
+    )
 
 
 def _checkout(root: str | None) -> Path:
@@ -146,60 +150,52 @@ def _explained(make: Callable[[], Engine], checkout: Path, check: Callable[[], N
     """What ``make`` builds. If it fails for want of something, the error says what, and what to do."""
     try:
         return make()
-    except ImportError as error:
-        raise unimportable(checkout, error) from error
     except Exception as error:
-        try:
-            # Only now: the checkout knows best what it needs.
-            check()
-        except EngineUnavailable as reason:
-            raise reason from error
-        if _no_cuda(error):
-            raise EngineUnavailable(
-                f"Step-Audio-EditX computes on an NVIDIA GPU, and torch finds none here ({error}): check nvidia-smi "
-                f"and the driver, or use the built-in engine (no --model-path)",
-                f"Step-Audio-EditX 需要 NVIDIA GPU，而 torch 在此未找到（{error}）：请检查 nvidia-smi 与驱动，"
-                f"或使用内置引擎（不写 --model-path）",
-            ) from error
-        raise
+        # Only now: the checkout knows best what it needs.
+        reason = _reason(error, checkout, check)
+        if reason is None:
+            raise
+        raise reason from error
 
 
-def _no_cuda(error: Exception) -> bool:
+def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:
+    """What is missing, if that is why it could not be built; None if the error says it best itself."""
+    if is_out_of_device_memory(error) or is_device_lost(error):
+        return None
+    try:
+        check()
+    except EngineUnavailable as reason:
+        return reason
+    first = _what_came_first(error)
+    if isinstance(first, ImportError):
+        return unimportable(checkout, first)
+    if _no_cuda(first):
+        return EngineUnavailable(
+            f"Step-Audio-EditX computes on an NVIDIA GPU, and torch finds none here ({first}): check nvidia-smi "
+            f"and the driver, or use the built-in engine (no --model-path)",
+            f"Step-Audio-EditX 需要 NVIDIA GPU，而 torch 在此未找到（{first}）：请检查 nvidia-smi 与驱动，"
+            f"或使用内置引擎（不写 --model-path）",
+        )
+    packages = unfit(checkout, first)
+    if packages or first is error:
+        return packages
+    return EngineUnavailable(
+        f"Step-Audio-EditX cannot be built ({in_words(first)}; what it tried after that failed as well: {error}): "
+        f"check --model-path, --model-source and the connection to the hub",
+        f"无法构建 Step-Audio-EditX（{in_words(first)}；随后的尝试也失败了：{error}）：请检查 --model-path、"
+        f"--model-source 以及与模型仓库的连接",
+    )
+
+
+def _what_came_first(error: BaseException) -> BaseException:
+    """Where something failed, and what was tried instead wants a module, what failed."""
+    first = error
+    while isinstance(first, ImportError) and first.__context__ is not None:
+        first = first.__context__
+    return error if isinstance(first, ImportError) else first
+
+
+def _no_cuda(error: BaseException) -> bool:
     import torch
 
     return not torch.cuda.is_available() and "cuda" in str(error).lower()
-
-
-def _check_llm(model: str) -> None:
-    folder = Path(model)
-    if folder.is_absolute() or folder.exists():
-        _check_folder(folder, ("config.json", *(f"{_VOCODER}/{name}" for name in _VOCODER_FILES)))
-
-
-def _folder(quantization: str | None) -> str:
-    return "Step-Audio-EditX-AWQ-4bit" if quantization == "awq-4bit" else "Step-Audio-EditX"
-
-
-def _check_folder(folder: Path, wanted: tuple[str, ...]) -> None:
-    download = f"hf download stepfun-ai/{folder.name} --local-dir {folder}"
-    missing = [name for name in wanted if not (folder / name).exists()]
-    if missing:
-        what = ", ".join(missing) if folder.is_dir() else "the whole folder / 整个目录"
-        raise EngineUnavailable(
-            f"The weights in {folder} are missing or incomplete ({what}): {download}",
-            f"{folder} 中的权重缺失或不完整（{what}）：请 {download}",
-        )
-    files = [folder / name for name in wanted] + list(folder.glob("*.safetensors"))
-    pointers = [file.name for file in files if file.is_file() and _is_pointer(file)]
-    if pointers:
-        raise EngineUnavailable(
-            f"The weights in {folder} were cloned without git-lfs ({', '.join(pointers)} hold only a reference): "
-            f"git lfs install && git -C {folder} lfs pull",
-            f"{folder} 中的权重是在没有 git-lfs 的情况下克隆的（{', '.join(pointers)} 只是引用）："
-            f"请 git lfs install && git -C {folder} lfs pull",
-        )
-
-
-def _is_pointer(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(len(_POINTER)) == _POINTER

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import CapturedGraphs, DeviceOutOfMemory, SharedWeights, WeightsGone
+from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
 from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .onnx import OnnxSessions
@@ -40,6 +40,7 @@ class EngineResident:
         Raises:
             DeviceOutOfMemory: the device cannot hold the engine.
             SharedWeights: some of its bytes belong to another model.
+            OnAnotherDevice: some of them lie on a GPU that is not the managed one.
             WeightsGone: the engine was released before.
 
         After an error nothing is left in the device's books.
@@ -119,7 +120,7 @@ class EngineResident:
         self._late = Weights({}, self._device)
         try:
             self._late = self._weights(now, passing=True)
-        except (DeviceOutOfMemory, SharedWeights) as error:
+        except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
             logger.warning("Some tensors that were made since the load stay on the device: %s", error)
 
     def _weights(self, found: Found, passing: bool) -> Weights:

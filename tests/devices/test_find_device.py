@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import types
+from typing import Any
 
 import pynvml
 import pytest
+import torch
 
 from residency.devices import CpuDevice, CudaDevice, find_device
+from residency.errors import OnAnotherDevice
 
 GIB = 1 << 30
 
@@ -106,3 +110,16 @@ def test_a_driver_that_fails_later_makes_the_numbers_unknown(torch_version, monk
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lost)
     assert device.memory().free_bytes is None
+
+
+def test_tensors_on_another_gpu_than_the_managed_one_are_refused(torch_version, monkeypatch) -> None:
+    FakeNvml(monkeypatch, [])
+    torch_version("2.13.0+cu130")
+    device = find_device()
+
+    def tensor(where: str) -> Any:
+        return types.SimpleNamespace(is_cuda=where != "cpu", device=torch.device(where))
+
+    assert [device.holds_tensor(tensor(where)) for where in ("cpu", "cuda:0")] == [False, True]
+    with pytest.raises(OnAnotherDevice, match=r"cuda:1.*CUDA_VISIBLE_DEVICES=0"):
+        device.holds_tensor(tensor("cuda:1"))

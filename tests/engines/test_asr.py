@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,11 @@ import pytest
 import soundfile
 import torch
 import transformers
+from miniature import CHECKOUT
 from tokenizers import pre_tokenizers
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.engines import step_audio
 from residency.engines.asr import Recognizer
 from residency.errors import EngineUnavailable, InvalidInput
 from tts_gpu_managed import ask
@@ -77,7 +82,7 @@ def tone(file: Path, seconds: float, sample_rate: int = 16000) -> str:
 def test_recordings_of_any_length_and_rate_are_heard(
     model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    recognize = Recognizer(str(request.getfixturevalue(model)), "cpu")
+    recognize = Recognizer.load(str(request.getfixturevalue(model)), "cpu")
     heard = [recognize(tone(tmp_path / f"{seconds}.flac", seconds, 44100)) for seconds in (3, 45)]
     assert all(isinstance(text, str) for text in heard)
     assert len(heard[0]) < len(heard[1]), "a long recording is heard to its end"
@@ -85,10 +90,10 @@ def test_recordings_of_any_length_and_rate_are_heard(
 
 def test_it_is_a_model_like_others_to_the_manager(wav2vec2: Path, tmp_path: Path) -> None:
     recording = tone(tmp_path / "a.wav", 2)
-    expected = Recognizer(str(wav2vec2), "cpu")(recording)
+    expected = Recognizer.load(str(wav2vec2), "cpu")(recording)
     assert expected
     with GPUResourceManager(SimulatedDevice(1 << 30), snapshot_dir=tmp_path / "snapshots") as manager:
-        manager.register("asr", lambda: Recognizer(str(wav2vec2), "cpu"))
+        manager.register("asr", lambda: Recognizer.load(str(wav2vec2), "cpu"))
         for leave in (manager.offload, manager.release, manager.offload):
             assert ask(manager, "asr", lambda recognize: recognize(recording)) == expected
             leave("asr")
@@ -97,10 +102,47 @@ def test_it_is_a_model_like_others_to_the_manager(wav2vec2: Path, tmp_path: Path
 
 def test_a_model_that_cannot_be_loaded_says_what_to_give_instead(tmp_path: Path) -> None:
     with pytest.raises(EngineUnavailable, match="--asr-model, or type the prompt text"):
-        Recognizer(str(tmp_path), "cpu")
+        Recognizer.load(str(tmp_path), "cpu")
 
 
 def test_a_recording_with_nothing_in_it_is_refused_in_words(wav2vec2: Path, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "silence.wav", np.zeros(16000), 16000)
     with pytest.raises(InvalidInput, match="silent"):
-        Recognizer(str(wav2vec2), "cpu")(str(tmp_path / "silence.wav"))
+        Recognizer.load(str(wav2vec2), "cpu")(str(tmp_path / "silence.wav"))
+
+
+def test_the_checkouts_own_recognizer_hides_no_error_and_hears_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its wrapper answers nothing where its model fails: too long a recording, or a device that is full."""
+    wrapper = runpy.run_path(str(CHECKOUT / "whisper_wrapper.py"))["WhisperWrapper"]
+    module = types.SimpleNamespace(WhisperWrapper=wrapper)
+    monkeypatch.setattr(step_audio, "import_from", lambda checkout, name: [module])
+    recording = tone(tmp_path / "long.wav", 45)
+    assert wrapper()(recording) == ""
+    recognize = step_audio.build_recognizer(str(CHECKOUT))
+    assert recognize(recording) == f"{45 * 16000} samples"
+
+    class Full(type(recognize.pipeline)):
+        calls = 0
+
+        def __call__(self, audio: object, **keywords: object) -> object:
+            Full.calls += 1
+            if Full.calls == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(audio, **keywords)
+
+    recognize.pipeline = Full()
+    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
+        manager.register("asr", lambda: recognize)
+        assert ask(manager, "asr", lambda recognize: recognize(tone(tmp_path / "a.wav", 1))) == "16000 samples"
+    assert Full.calls == 2, "once more, after others had left"
+
+
+@pytest.mark.parametrize("module", ["transformers", "soxr"])
+def test_a_package_that_it_needs_is_named_when_it_is_loaded(
+    module: str, wav2vec2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(EngineUnavailable, match=f"'{module}'.*pip install {module}"):
+        Recognizer.load(str(wav2vec2), "cpu")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from miniature import CHECKOUT, make_recording, make_weights, run
+import torch
+from miniature import CHECKOUT, make_recording, make_weights, run, safetensors_of
 
 from residency.engines import checkout as checkouts
 from residency.engines import requirements, step_audio
+from residency.engines.step_audio_weights import ACOUSTIC_MODEL
 from residency.errors import EngineUnavailable
 
 VOCODER = "Step-Audio-EditX/CosyVoice-300M-25Hz"
@@ -175,6 +178,89 @@ def test_requirements_for_other_systems_and_lines_that_are_none_are_passed_over(
     assert requirements.unmet(tmp_path / "none.txt") == []
 
 
+def test_what_the_checkout_passes_over_at_its_import_is_named_when_it_is_missed(
+    checkout: Path, models: Path, voice: Path
+) -> None:
+    (checkout / "tokenizer.py").write_text(
+        "try:\n    import not_here\nexcept Exception:\n    AutoModel = None\nStepAudioTokenizer = AutoModel\n"
+    )
+    (checkout / "requirements.txt").write_text("not-here==1.16.0\ntorch==1.0.0\n")
+    said = refused("build()", models, voice, checkout)
+    assert "TypeError: 'NoneType' object is not callable" in said
+    assert "not-here==1.16.0 (missing" in said
+    assert "torch==1.0.0 (2." in said, "one of another version can show like that too"
+    assert f"pip install -r {checkout}/requirements.txt, and restart" in said
+
+
+def test_what_was_raised_on_purpose_or_for_want_of_memory_is_not_put_down_to_packages(
+    checkout: Path, models: Path, voice: Path
+) -> None:
+    (checkout / "requirements.txt").write_text("not-here==1.16.0\n")
+    loader, original = checkout / "model_loader.py", (checkout / "model_loader.py").read_text()
+    for error in ("ValueError('int3?')", "FileNotFoundError('x')", "torch.OutOfMemoryError('CUDA out of memory')",
+                  "RuntimeError('CUDA error: an illegal memory access was encountered')"):  # fmt: skip
+        loader.write_text(original.replace("    assert source in", f"    raise {error}\n    assert source in"))
+        script = f"""
+try:
+    build()
+except Exception as error:
+    assert repr(error) == repr({error}), error
+else:
+    raise AssertionError
+"""
+        run(script, models, voice, checkout)
+
+
+def test_weights_that_are_missing_are_named_and_not_the_module_for_another_way_to_them(
+    checkout: Path, models: Path, voice: Path
+) -> None:
+    tokenizer = checkout / "tokenizer.py"
+    tokenizer.write_text(
+        tokenizer.read_text().replace(
+            "        self.funasr_model = AutoModel(",
+            "        if FAILS:\n            try:\n                raise FAILS('no route to the hub')\n"
+            "            except Exception:\n                import modelscope_not_here\n"
+            "        self.funasr_model = AutoModel(",
+        )
+    )
+    tokenizer.write_text(f"{tokenizer.read_text()}\nFAILS = OSError\n")
+    said = refused("build()", models, voice, checkout)
+    assert "OSError: no route to the hub" in said
+    assert "modelscope_not_here" in said
+    assert "--model-source and the connection" in said
+    (models / "Step-Audio-Tokenizer" / "linguistic_tokenizer.npy").unlink()
+    said = refused("build()", models, voice, checkout)
+    assert "hf download stepfun-ai/Step-Audio-Tokenizer" in said
+    assert "modelscope" not in said
+
+
+def test_where_all_that_is_asked_for_is_there_a_reinstallation_of_everything_is_not_advised(
+    checkout: Path, models: Path, voice: Path
+) -> None:
+    (checkout / "tts.py").write_text("from torch import a_name_of_another_version")
+    said = refused("build()", models, voice, checkout)
+    assert "pip install --force-reinstall --no-deps the package" in said
+    assert "-r " not in said
+
+
+def test_a_drop_in_tells_at_the_start_what_is_not_as_it_should_be(checkout: Path, models: Path, voice: Path) -> None:
+    (checkout / "requirements.txt").write_text("not-here==1.16.0\n")
+    script = """
+import logging
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+manager = GPUResourceManager(SimulatedDevice(1 << 30))
+GPUManagedTTS(f"{MODELS}/nowhere", lambda: None, manager=manager)
+assert "torch" in sys.modules and not {"tts", "tokenizer"} & set(sys.modules), "nothing is imported for that"
+print(*said, sep="\\n")
+"""
+    said = run(script, models, voice, checkout)
+    assert "not-here==1.16.0 (missing" in said
+    assert "hf download stepfun-ai/Step-Audio-EditX --local-dir" in said
+
+
 # -- the weights ------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +298,10 @@ assert tokenizer["funasr_model_id"] == "funasr"
         ),
         ("Step-Audio-EditX", "hf download stepfun-ai/Step-Audio-EditX --local-dir {models}/Step-Audio-EditX"),
         (f"{VOCODER}/flow.pt", "(CosyVoice-300M-25Hz/flow.pt)"),
+        ("Step-Audio-EditX/model.safetensors", "(model.safetensors)"),
+        ("Step-Audio-EditX/tokenizer_config.json", "(tokenizer_config.json)"),
+        (f"Step-Audio-Tokenizer/{ACOUSTIC_MODEL}/model.pt", f"({ACOUSTIC_MODEL}/model.pt)"),
+        (f"Step-Audio-Tokenizer/{ACOUSTIC_MODEL}", f"({ACOUSTIC_MODEL}/config.yaml, {ACOUSTIC_MODEL}/model.pt)"),
         ("Step-Audio-Tokenizer/linguistic_tokenizer.npy", "(linguistic_tokenizer.npy)"),
     ],
 )
@@ -222,7 +312,80 @@ def test_missing_weights_are_named_with_the_command_that_gets_them(models: Path,
     with pytest.raises(EngineUnavailable) as raised:
         step_audio.check_weights(str(models))
     assert said.format(models=models) in str(raised.value)
-    step_audio.check_weights(str(models), model_source="huggingface")
+
+
+def test_every_shard_of_the_language_model_and_what_funasr_names_itself_are_wanted(models: Path) -> None:
+    llm, acoustic = models / "Step-Audio-EditX", models / "Step-Audio-Tokenizer" / ACOUSTIC_MODEL
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
+    (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (llm / "model.safetensors").rename(llm / "model-1.safetensors")
+    with pytest.raises(EngineUnavailable, match=r"incomplete \(model-2\.safetensors\)"):
+        step_audio.check_weights(str(models))
+    shutil.copy(llm / "model-1.safetensors", llm / "model-2.safetensors")
+    step_audio.check_weights(str(models))
+    (acoustic / "configuration.json").write_text(json.dumps({"file_path_metas": {"init_param": "other.pt"}}))
+    with pytest.raises(EngineUnavailable, match=r"/other\.pt\)"):
+        step_audio.check_weights(str(models))
+    (acoustic / "configuration.json").write_text("{")
+    with pytest.raises(EngineUnavailable, match=r"configuration\.json is damaged .*download it again"):
+        step_audio.check_weights(str(models))
+
+
+def test_files_that_were_not_downloaded_to_their_end_are_recognised(models: Path) -> None:
+    weights, flow = models / "Step-Audio-EditX" / "model.safetensors", models / VOCODER / "flow.pt"
+    torch.save({"t": torch.ones(1000)}, flow)
+    weights.write_bytes(safetensors_of(1000))
+    step_audio.check_weights(str(models))
+    for file, name in ((weights, "model.safetensors"), (flow, "CosyVoice-300M-25Hz/flow.pt")):
+        whole = file.read_bytes()
+        for kept in (5, 40, len(whole) - 100):
+            file.write_bytes(whole[:kept])
+            with pytest.raises(EngineUnavailable, match=r"to their end.*remove these files, and hf download") as raised:
+                step_audio.check_weights(str(models))
+            assert f"({name})" in str(raised.value)
+        file.write_bytes(whole)
+    step_audio.check_weights(str(models))
+
+
+def test_commands_can_be_pasted_and_name_repositories_that_exist(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match=r"stepfun-ai/Step-Audio-EditX --local-dir /x/my-editx"):
+        step_audio.check_weights(str(models), tts_model_id="/x/my-editx")
+    with pytest.raises(EngineUnavailable, match=r"stepfun-ai/Step-Audio-EditX-AWQ-4bit --local-dir /x/my-editx"):
+        step_audio.check_weights(str(models), tts_model_id="/x/my-editx", quantization="awq-4bit")
+    mine = models.rename(tmp_path / "my models")
+    (mine / "Step-Audio-Tokenizer" / "linguistic_tokenizer.npy").unlink()
+    with pytest.raises(EngineUnavailable, match=r"--local-dir '.*/my models/Step-Audio-Tokenizer'"):
+        step_audio.check_weights(str(mine))
+
+
+def test_an_acoustic_model_of_ones_own_is_not_looked_for_in_the_public_repository(models: Path) -> None:
+    (models / "Step-Audio-Tokenizer" / "mine").mkdir()
+    with pytest.raises(EngineUnavailable, match=r"mine/model\.pt.*leave --tokenizer-model-id out") as raised:
+        step_audio.check_weights(str(models), tokenizer_model_id="mine")
+    assert "hf download" not in str(raised.value)
+
+
+def test_where_the_checkout_looks_is_where_weights_are_missed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    step_audio.check_weights("stepfun-ai")
+    step_audio.check_weights("stepfun-ai", model_source="huggingface")
+    with pytest.raises(EngineUnavailable, match="stepfun-ai/Step-Audio-Tokenizer are missing"):
+        step_audio.check_weights("stepfun-ai", model_source="local")
+    step_audio.check_weights("models", model_source="local")
+    for source in ("huggingface", "modelscope"):
+        with pytest.raises(EngineUnavailable, match="takes the id of a repository: leave --model-source out"):
+            step_audio.check_weights(str(models), model_source=source)
+
+
+def test_a_path_that_is_taken_for_the_id_of_a_hub_is_told_at_the_start(
+    models: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ["come from Hugging Face" in each for each in step_audio.shortcomings("stepfun-ai", str(checkout))] == [True]
+    assert step_audio.shortcomings("models", str(checkout)) == []
+    assert step_audio.shortcomings("stepfun-ai", str(checkout), model_source="modelscope") == []
 
 
 def test_weights_cloned_without_git_lfs_are_recognised(models: Path) -> None:

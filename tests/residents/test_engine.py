@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
-from residency.errors import CapturedGraphs
+from residency.errors import CapturedGraphs, OnAnotherDevice
 from residency.residents import EngineResident, SnapshotFolder
 
 
@@ -70,6 +70,26 @@ def test_newcomers_that_the_books_have_no_room_for_do_not_stop_the_offload(
     assert device.ledger_bytes == 0
     assert "stay on the device" in caplog.text
     assert engine.cache["large"].sum() == 100
+
+
+def test_newcomers_on_another_gpu_do_not_stop_the_offload(
+    engine: Engine, device: SimulatedDevice, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = EngineResident(engine, device)
+    late = engine.cache["elsewhere"] = torch.ones(100)
+
+    def holds_tensor(tensor: torch.Tensor) -> bool:
+        if tensor is late:
+            raise OnAnotherDevice("cuda:1", "cuda:0")
+        return True
+
+    monkeypatch.setattr(device, "holds_tensor", holds_tensor)
+    resident.offload()
+    assert device.ledger_bytes == 0
+    assert "cuda:1" in caplog.text
+    with pytest.raises(OnAnotherDevice):
+        EngineResident(late, device)
+    assert device.ledger_bytes == 0
 
 
 def test_what_is_skipped_stays_where_it_is(engine: Engine, device: SimulatedDevice) -> None:

@@ -1,0 +1,166 @@
+"""Whether the weights of Step-Audio-EditX are on this machine, and whole; if not, what is missing and what gets it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import EngineUnavailable
+
+ACOUSTIC_MODEL = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
+"""The FunASR model that comes with the public tokenizer, in its folder."""
+
+_TOKENIZER_FILES = ("linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx")
+_MODEL_FILES = ("config.json", "tokenizer_config.json")
+_VOCODER = "CosyVoice-300M-25Hz"
+_VOCODER_FILES = ("cosyvoice.yaml", "flow.pt", "hift.pt", "campplus.onnx")
+_POINTER = b"version https://git-lfs"
+
+
+def model_folder(quantization: str | None) -> str:
+    """The name of the engine's folder in a model path, and of its repository."""
+    return "Step-Audio-EditX-AWQ-4bit" if quantization == "awq-4bit" else "Step-Audio-EditX"
+
+
+def check_weights(
+    model_path: str,
+    *,
+    model_source: str = "auto",
+    tokenizer_model_id: str | None = None,
+    tts_model_id: str | None = None,
+    quantization: str | None = None,
+) -> None:
+    """`EngineUnavailable` if weights that should be on this machine are not there, cut off, or git-lfs pointers."""
+    folder = Path(model_path)
+    if _is_local(model_path, model_source):
+        _check_tokenizer(folder / "Step-Audio-Tokenizer", tokenizer_model_id or ACOUSTIC_MODEL)
+    check_model(
+        str(folder / model_folder(quantization)) if tts_model_id is None else tts_model_id,
+        model_source=model_source,
+        quantization=quantization,
+    )
+
+
+def check_model(model: str, *, model_source: str = "auto", quantization: str | None = None) -> None:
+    """The same for the language model and the vocoder in its folder alone."""
+    if _is_local(model, model_source):
+        folder = Path(model)
+        wanted = [*_MODEL_FILES, *_shards(folder), *(f"{_VOCODER}/{name}" for name in _VOCODER_FILES)]
+        _check_files(folder, wanted, _download(model_folder(quantization), folder))
+
+
+def from_a_hub(model_path: str, model_source: str) -> str | None:
+    """What must be known of a path that ``auto`` takes for the id of a hub, since it is no folder here."""
+    if model_source != "auto" or _is_local(model_path, model_source):
+        return None
+    return (
+        f"{model_path} is no folder here ({Path.cwd()}): the weights come from Hugging Face, {model_path}/..., with "
+        f"the first request / 此处没有目录 {model_path}：首次请求时将从 Hugging Face 下载权重 {model_path}/..."
+    )
+
+
+def _is_local(path: str, source: str) -> bool:
+    """Whether the checkout looks for it on this machine, as it decides that itself."""
+    absolute = Path(path).is_absolute()
+    if source in ("huggingface", "modelscope") and absolute:
+        raise EngineUnavailable(
+            f"{path} is a folder, and --model-source {source} takes the id of a repository: leave --model-source out, "
+            f"or give an id such as stepfun-ai",
+            f"{path} 是目录，而 --model-source {source} 需要模型仓库 ID：请去掉 --model-source，"
+            f"或给出 stepfun-ai 之类的 ID",
+        )
+    return source == "local" or (source == "auto" and (absolute or Path(path).exists()))
+
+
+def _check_tokenizer(folder: Path, acoustic_model: str) -> None:
+    acoustic = [f"{acoustic_model}/{name}" for name in _acoustic_files(folder / acoustic_model)]
+    get = _download("Step-Audio-Tokenizer", folder)
+    if acoustic_model == ACOUSTIC_MODEL:
+        _check_files(folder, [*_TOKENIZER_FILES, *acoustic], get)
+        return
+    _check_files(folder, _TOKENIZER_FILES, get)
+    _check_files(folder, acoustic, "put it there, or leave --tokenizer-model-id out / 或去掉 --tokenizer-model-id")
+
+
+def _acoustic_files(folder: Path) -> list[str]:
+    """Configuration and weights. FunASR passes over weights that are not there, and computes with random ones."""
+    names = {"config": "config.yaml", "init_param": "model.pt"}
+    file = folder / "configuration.json"
+    if file.is_file():
+        named = _read(file).get("file_path_metas", {})
+        names.update({key: name for key, name in named.items() if key in names})
+    return list(names.values())
+
+
+def _shards(folder: Path) -> list[str]:
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            return sorted(set(_read(folder / index).get("weight_map", {}).values()))
+    whole = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return [] if whole else ["model.safetensors"]
+
+
+def _read(file: Path) -> dict[str, dict[str, str]]:
+    try:
+        content: dict[str, dict[str, str]] = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise EngineUnavailable(
+            f"{file} is damaged ({error}): remove it and download it again", f"{file} 已损坏：请删除后重新下载"
+        ) from error
+    return content
+
+
+def _check_files(folder: Path, wanted: Sequence[str], get: str) -> None:
+    missing = [name for name in wanted if not (folder / name).exists()]
+    if missing:
+        what = ", ".join(missing) if folder.is_dir() else "the whole folder / 整个目录"
+        raise EngineUnavailable(
+            f"The weights in {folder} are missing or incomplete ({what}): {get}",
+            f"{folder} 中的权重缺失或不完整（{what}）：请 {get}",
+        )
+    files = [*(folder / name for name in wanted), *folder.glob("*.safetensors")]
+    pointers = _names(folder, [file for file in files if file.is_file() and _begins_with(file, _POINTER)])
+    if pointers:
+        pull = f"git lfs install && git -C {shlex.quote(str(folder))} lfs pull"
+        raise EngineUnavailable(
+            f"The weights in {folder} were cloned without git-lfs ({pointers} hold only a reference): {pull}",
+            f"{folder} 中的权重是在没有 git-lfs 的情况下克隆的（{pointers} 只是引用）：请 {pull}",
+        )
+    cut_off = _names(folder, [file for file in files if file.is_file() and _is_cut_off(file)])
+    if cut_off:
+        raise EngineUnavailable(
+            f"The weights in {folder} were not downloaded to their end ({cut_off}): remove these files, and {get}",
+            f"{folder} 中的权重没有下载完整（{cut_off}）：请删除这些文件，然后 {get}",
+        )
+
+
+def _names(folder: Path, files: Sequence[Path]) -> str:
+    return ", ".join(dict.fromkeys(str(file.relative_to(folder)) for file in files))
+
+
+def _download(repository: str, folder: Path) -> str:
+    return f"hf download stepfun-ai/{repository} --local-dir {shlex.quote(str(folder))}"
+
+
+def _begins_with(file: Path, beginning: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(beginning)) == beginning
+
+
+def _is_cut_off(file: Path) -> bool:
+    """By what a file says of its length at its beginning (safetensors), or has at its end (torch's are zip files)."""
+    if file.suffix == ".pt":
+        return _begins_with(file, b"PK") and not zipfile.is_zipfile(file)
+    if file.suffix != ".safetensors":
+        return False
+    with file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+        header = opened.read(header_bytes) if header_bytes < 1 << 27 else b""
+    try:
+        ends = [tensor["data_offsets"][1] for name, tensor in json.loads(header).items() if name != "__metadata__"]
+    except ValueError:
+        return True
+    return file.stat().st_size < 8 + header_bytes + max(ends, default=0)
