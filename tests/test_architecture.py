@@ -20,7 +20,7 @@ PURE_LAYERS = [["errors", "latches"],
                ["dispatch"], ["admission", "steering"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
-SHARED = {"contracts", "states", "errors", "progress"}
+SHARED = {"contracts", "states", "errors", "diagnosis", "progress"}
 ALSO = {"devices": {"probes"}}
 #: Names that a Step-Audio-EditX checkout owns.
 FOREIGN = {"config", "utils", "tts", "tokenizer", "model_loader", "whisper_wrapper", "quantization", "stepvocoder",

@@ -17,7 +17,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import EngineUnavailable, ResidencyError, in_words
+from ..diagnosis import in_words
+from ..errors import EngineUnavailable, ResidencyError
 from . import requirements
 
 REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import Engine
-from ..errors import EngineUnavailable, in_words, is_device_lost, is_out_of_device_memory
+from ..diagnosis import in_words, is_device_lost, is_out_of_device_memory
+from ..errors import EngineUnavailable
 from . import requirements
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
 from .checkout import find_checkout, import_from, install_command, not_found, unfit, unimportable
