@@ -139,11 +139,25 @@ remember_service() {
 
 # -- start --------------------------------------------------------------------------------------------------------
 
-start_service() {
+refuse_second_start() {
     if read_record && lives; then
         fail "It runs already on port $PORT (pid $pid): $(address). Use restart or stop, or another --port" \
             "端口 $PORT 上已在运行（进程 $pid）：$(address)。请用 restart 或 stop，或换一个 --port"
     fi
+}
+
+# Of two starts at once, one waits here until the other's record is written.
+lock_records() {
+    if command -v flock >/dev/null && mkdir -p "$RUN_DIR" 2>/dev/null; then
+        exec 8<"$RUN_DIR"
+        flock 8
+    fi
+}
+
+unlock_records() { exec 8<&-; }
+
+start_service() {
+    refuse_second_start
     local python=$VENV_DIR/bin/python command to_remember passed
     note_settings
     app_arguments
@@ -161,6 +175,8 @@ start_service() {
     fi
     prepare_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
     check_driver "$(torch_of_environment)" "$VENV_DIR"
+    lock_records
+    refuse_second_start
     check_port "$VENV_DIR/bin/python"
     say "Starting $(address)" "正在启动 $(address)"
     if [[ $DETACH == 1 ]]; then run_detached "${command[@]}"; else run_here "${command[@]}"; fi
@@ -178,6 +194,7 @@ check_install() {
 # The app takes this shell's place, so that signals and the exit code are its own.
 run_here() {
     write_record $$ ""
+    unlock_records
     tell_when_ready 0.1 "here / 本终端" "Ctrl-C, $(this_script stop)"
     exec "$@"
 }
@@ -196,9 +213,10 @@ run_detached() {
     [[ ! -s $log ]] || mv "$log" "$log.1"
     ! command -v setsid >/dev/null || detach=setsid
     (umask 077 && : >"$log")
-    "$detach" "$@" >>"$log" 2>&1 </dev/null &
+    "$detach" "$@" >>"$log" 2>&1 </dev/null 8<&- &
     pid=$!
     write_record "$pid" "$log"
+    unlock_records
     trap 'say "It goes on starting. Stop: $(this_script stop)" "启动继续进行。停止：$(this_script stop)"; exit 130' INT
     await_ready 0.05 has_process "$pid" || code=$?
     trap - INT

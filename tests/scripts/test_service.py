@@ -100,6 +100,15 @@ def test_it_is_not_started_twice(service: Service) -> None:
     assert runs(pid)
 
 
+def test_of_two_starts_at_once_one_wins_and_is_found(service: Service) -> None:
+    starts = [service.project.start("--detach", "--serve", **service.environ) for _ in range(2)]
+    said = [start.communicate(timeout=60)[0] for start in starts]
+    assert sorted(start.returncode for start in starts) == [0, 1], said
+    assert sum("runs already" in words for words in said) == 1, said
+    assert f"pid {service.pid}" in service.say("status")
+    service.say("stop")
+
+
 def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service, tmp_path: Path) -> None:
     first = service.start(
         *("--gpu-idle-timeout", "15m", "--title=a b"),
