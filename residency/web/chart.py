@@ -9,7 +9,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from . import words
+from ..units import readable_bytes
 from .language import Say
 
 _WIDTH, _HEIGHT, _STRIP = 600.0, 100.0, 8.0
@@ -40,7 +40,7 @@ def chart(history: dict[str, Any], say: Say) -> str:
     title = say("最近 15 分钟的显存", "GPU memory in the last 15 minutes")
     return (
         f"<figure class='gpu-chart' data-requests='{requests}' data-peak='{peak_bytes}'>"
-        f"<figcaption class='gpu-quiet'><span>{title} · {say('峰值', 'peak')} {words.readable_bytes(peak_bytes)}</span>"
+        f"<figcaption class='gpu-quiet'><span>{title} · {say('峰值', 'peak')} {readable_bytes(peak_bytes)}</span>"
         f"<span class='gpu-legend'>{names}<span><i class='gpu-request'></i>{say('请求', 'Requests')}</span></span>"
         f"</figcaption><svg viewBox='0 0 {_WIDTH:g} {_HEIGHT + _STRIP + 2:g}' preserveAspectRatio='none' role='img' "
         f"aria-label='{title}'>{areas}<g class='gpu-request'>{marks}</g></svg>"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from ..units import readable_bytes, readable_rate
 from . import words
 from .chart import chart
 from .language import Say
@@ -38,7 +39,7 @@ def device_html(status: dict[str, Any], say: Say) -> str:
         )
         legend = "".join(
             f"<span data-part='{part}'>{escape(say(*_REST[part]) if part in _REST else name)} "
-            f"{words.readable_bytes(nbytes)}</span>"
+            f"{readable_bytes(nbytes)}</span>"
             for part, name, nbytes in sizes
             if nbytes or part not in _REST or part == "free"
         )
@@ -102,7 +103,7 @@ def past_html(history: dict[str, Any], say: Say) -> str:
     rows = "".join(
         f"<tr><td>{counted(ago_s, 1)}</td><td>{escape(name)}</td>"
         f"<td>{' → '.join(say(*words.PLACES[move[end]]) for end in ('from', 'to'))}</td>"
-        f"<td>{words.readable_bytes(move['bytes'])}</td><td>{words.readable_seconds(move['seconds'])}</td>"
+        f"<td>{readable_bytes(move['bytes'])}</td><td>{words.readable_seconds(move['seconds'])}</td>"
         f"<td>{_rate_or_outcome(move, say)}</td></tr>"
         for ago_s, name, move in moves
     )
@@ -128,19 +129,19 @@ def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
         return say(*_OUTCOMES[move["outcome"]])
     if not move["bytes"] or move["seconds"] <= 0 or move["to"] == "released":
         return "—"
-    return words.readable_rate(move["bytes"] / move["seconds"])
+    return readable_rate(move["bytes"] / move["seconds"])
 
 
 def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str, str]]:
     facts = [
-        (say("内存", "RAM"), words.readable_bytes(model["host_bytes"])),
+        (say("内存", "RAM"), readable_bytes(model["host_bytes"])),
         (say("空闲", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
         (say("保持在 GPU", "Keep warm"), _keep_warm(model, say)),
         (say("空闲后释放", "Idle timeout"), words.duration(model["idle_timeout_s"], say)),
         (say("上次搬移", "Last move"), escape(words.last_move(model, say))),
     ]
     if label := words.memory_label(device_kind, say):
-        facts.insert(0, (label, words.readable_bytes(model["device_bytes"])))
+        facts.insert(0, (label, readable_bytes(model["device_bytes"])))
     return facts
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..units import readable_bytes, readable_rate
 from .language import Say, both
 
 NOT_ENABLED = both(
@@ -49,17 +50,6 @@ _PHASES = {
 }
 
 
-def readable_bytes(nbytes: int | None) -> str:
-    """``1.25 GB``; a GB is 2**30 bytes, as on the box of a graphics card. ``?`` if unknown."""
-    if nbytes is None:
-        return "?"
-    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
-        if nbytes >= size:
-            number = nbytes / size
-            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
-    return f"{nbytes} B"
-
-
 def readable_seconds(seconds: float | None) -> str:
     """``0.31 s``, ``42 s``, ``12 min``, ``3.5 h``; a dash if there is nothing to tell."""
     if seconds is None:
@@ -71,10 +61,6 @@ def readable_seconds(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def readable_rate(bytes_per_s: float) -> str:
-    return f"{readable_bytes(round(bytes_per_s))}/s"
 
 
 def of_device(pair: tuple[str, str], device_kind: str, say: Say) -> str:

@@ -12,22 +12,6 @@ from residency.web.language import both, en, zh
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [
-        (None, "?"),
-        (0, "0 B"),
-        (900, "900 B"),
-        (1536, "1.5 KB"),
-        (48 << 30, "48 GB"),
-        ((1 << 30) - 1, "1024 MB"),
-        (int(99.96 * 2**20), "100 MB"),
-    ],
-)
-def test_bytes(nbytes: int | None, text: str) -> None:
-    assert words.readable_bytes(nbytes) == text
-
-
-@pytest.mark.parametrize(
     ("seconds", "text"),
     [(None, "—"), (0, "0 s"), (1e-5, "< 0.01 s"), (0.312, "0.31 s"), (42, "42 s"), (600, "10 min"), (9000, "2.5 h")],
 )
