@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..units import readable_bytes, readable_rate
-from .language import Say, both
+from .language import Say, both, reason
 
 NOT_ENABLED = both(
     "GPU 管理未启用；启动时加上 --enable-gpu-management 即可使用。",
@@ -206,12 +206,12 @@ def trouble(status: dict[str, Any], say: Say) -> list[str]:
         )
     if monitor["errors"]:
         times = say(f"空闲监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
-        sentences.append(f"{times}: {monitor['last_error']}")
+        sentences.append(f"{times}: {reason(monitor['last_error'], say)}")
     return sentences
 
 
 def remarks(model: dict[str, Any], say: Say) -> list[str]:
-    return [f"{say('上次错误', 'Last error')}: {model['last_error']}"] if model["last_error"] else []
+    return [f"{say('上次错误', 'Last error')}: {reason(model['last_error'], say)}"] if model["last_error"] else []
 
 
 def memory_label(device_kind: str, say: Say) -> str | None:

@@ -7,6 +7,7 @@ from fakes import Gate, Workshop
 
 from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
+from residency.errors import InvalidInput, in_words
 from residency.web import views, words
 from residency.web.language import both, en, zh
 
@@ -136,6 +137,14 @@ class TestCourse:
         status["models"]["tts"] |= {"leases": 0, "waiting": 1}
         assert "In use" not in words.as_text(status)
         assert "1 waiting" in words.as_text(status)
+
+    def test_the_last_error_is_said_in_the_language_of_who_reads(self, manager: GPUResourceManager) -> None:
+        status = manager.status()
+        error = in_words(InvalidInput("No weights: give a folder", "没有权重：请指定目录"))
+        status["models"]["tts"]["last_error"] = status["monitor"]["last_error"] = error
+        status["monitor"]["errors"] = 1
+        assert words.remarks(status["models"]["tts"], zh) == ["上次错误: 没有权重：请指定目录"]
+        assert words.trouble(status, en) == ["Idle monitor, errors: 1×: No weights: give a folder"]
 
     def test_a_monitor_in_trouble_is_shown_and_one_that_is_not_needed_is_not(self, manager: GPUResourceManager) -> None:
         status = manager.status()
