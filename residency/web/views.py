@@ -21,6 +21,7 @@ _REST = {
     "others": ("其他进程", "Others"),
     "free": ("空闲", "Free"),
 }
+_KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("空闲后释放", "Idle timeout")
 _OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
 
 
@@ -93,6 +94,16 @@ def model_html(name: str, status: dict[str, Any], say: Say) -> str:
     )
 
 
+def stay_html(status: dict[str, Any], say: Say) -> str:
+    """How long each model stays, as it is set now."""
+    rows = "".join(
+        f"<div><b>{escape(name)}</b> {say(*_KEEP_WARM)} {_keep_warm(model, say)} · "
+        f"{say(*_IDLE_TIMEOUT)} {words.duration(model['idle_timeout_s'], say)}</div>"
+        for name, model in status["models"].items()
+    )
+    return f"<div class='gpu-quiet'>{say('当前设置', 'Now')}: {rows}</div>"
+
+
 def past_html(history: dict[str, Any], say: Say) -> str:
     """The last 15 minutes as a picture, and the last moves as a table."""
     models = history["models"]
@@ -136,8 +147,8 @@ def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str,
     facts = [
         (say("内存", "RAM"), readable_bytes(model["host_bytes"])),
         (say("空闲", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
-        (say("保持在 GPU", "Keep warm"), _keep_warm(model, say)),
-        (say("空闲后释放", "Idle timeout"), words.duration(model["idle_timeout_s"], say)),
+        (say(*_KEEP_WARM), _keep_warm(model, say)),
+        (say(*_IDLE_TIMEOUT), words.duration(model["idle_timeout_s"], say)),
         (say("上次搬移", "Last move"), escape(words.last_move(model, say))),
     ]
     if label := words.memory_label(device_kind, say):

@@ -51,7 +51,7 @@ _PHASES = {
 
 
 def readable_seconds(seconds: float | None) -> str:
-    """``0.31 s``, ``42 s``, ``12 min``, ``3.5 h``; a dash if there is nothing to tell."""
+    """``0.31 s``, ``42 s``, ``12 min``, ``3.5 h``, ``4 d``; a dash if there is nothing to tell."""
     if seconds is None:
         return "—"
     if 0 < seconds < 0.01:
@@ -60,7 +60,9 @@ def readable_seconds(seconds: float | None) -> str:
         return f"{seconds:.2g} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
 def of_device(pair: tuple[str, str], device_kind: str, say: Say) -> str:

@@ -60,6 +60,7 @@ def test_times_are_shown_as_they_were_set(manager: GPUResourceManager) -> None:
     shown = views.model_html("tts", manager.status(), en)
     assert "Keep warm<b>auto: " in shown
     assert "Idle timeout<b>15 min" in shown
+    assert "<b>tts</b> Keep warm auto: 0 s · Idle timeout 15 min" in views.stay_html(manager.status(), en)
 
 
 def test_a_model_that_was_unregistered_is_shown_no_more(manager: GPUResourceManager) -> None:

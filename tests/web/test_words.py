@@ -14,7 +14,16 @@ from residency.web.language import both, en, zh
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "—"), (0, "0 s"), (1e-5, "< 0.01 s"), (0.312, "0.31 s"), (42, "42 s"), (600, "10 min"), (9000, "2.5 h")],
+    [
+        (None, "—"),
+        (0, "0 s"),
+        (1e-5, "< 0.01 s"),
+        (0.312, "0.31 s"),
+        (42, "42 s"),
+        (600, "10 min"),
+        (9000, "2.5 h"),
+        (864_000, "10 d"),
+    ],
 )
 def test_seconds(seconds: float | None, text: str) -> None:
     assert words.readable_seconds(seconds) == text
