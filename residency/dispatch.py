@@ -18,7 +18,7 @@ import math
 import threading
 from collections.abc import Callable
 
-from .contracts import Clock, Device
+from .contracts import Clock, Device, Memory
 from .errors import (
     LoadTimeout,
     OverBudget,
@@ -28,7 +28,7 @@ from .errors import (
     is_out_of_device_memory,
     lacking_bytes,
 )
-from .history import PastMove
+from .history import CardHistory, PastMove
 from .latches import new_latch
 from .leasing import loading
 from .monitor import Monitor
@@ -65,6 +65,7 @@ class Dispatcher:
         self.version = 0  # is another number whenever the books have changed
         self.lock = threading.Lock()
         self.slots: dict[str, Slot] = {}
+        self.card = CardHistory()
         self.reports = Reports(device, clock)
         self.monitor = Monitor(self.lock, clock, self._look_locked, self.act)
         self._spawning = threading.Lock()
@@ -320,13 +321,16 @@ class Dispatcher:
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
         sizes = (task.resident.device_bytes, task.resident.host_bytes) if task.resident else (0, 0)
+        memory = Memory()
         with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
+            memory = self.device.memory()
             if slot.task is task:
                 self.reports.log(task)  # before anybody goes on who waited for it
             if sizes[0] > self.budget_bytes:
                 self.reports.warn_of_budget(task, self.budget_bytes)
         with self.lock:
             self._changes += 1
+            self.card.seen(self.clock.now(), memory)
             wanted = slot.task is task
             if wanted:
                 slot.device_bytes, slot.host_bytes = sizes

@@ -54,7 +54,7 @@ class GpuPanel:
             "device": views.device_html(status, say),
             **{f"model-{name}": views.model_html(name, status, say) for name in status["models"]},
             "stay": views.stay_html(status, say),
-            "past": views.past_html(self._manager.history(), say),
+            "past": views.past_html(self._manager.history(), status["device"]["kind"], say),
             "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
         }
 

@@ -104,7 +104,7 @@ def stay_html(status: dict[str, Any], say: Say) -> str:
     return f"<div class='gpu-quiet'>{say('当前设置', 'Now')}: {rows}</div>"
 
 
-def past_html(history: dict[str, Any], say: Say) -> str:
+def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
     """The last 15 minutes as a picture, and the last moves as a table."""
     models = history["models"]
     moves = sorted(
@@ -113,7 +113,7 @@ def past_html(history: dict[str, Any], say: Say) -> str:
     )[:SHOWN_MOVES]
     rows = "".join(
         f"<tr><td>{counted(ago_s, 1)}</td><td>{escape(name)}</td>"
-        f"<td>{' → '.join(say(*words.PLACES[move[end]]) for end in ('from', 'to'))}</td>"
+        f"<td>{words.route(move, device_kind, say)}</td>"
         f"<td>{readable_bytes(move['bytes'])}</td><td>{words.readable_seconds(move['seconds'])}</td>"
         f"<td>{_rate_or_outcome(move, say)}</td></tr>"
         for ago_s, name, move in moves
@@ -128,7 +128,7 @@ def past_html(history: dict[str, Any], say: Say) -> str:
     )
     head = "".join(f"<th>{say(*pair)}</th>" for pair in heads)
     table = f"<div class='gpu-scroll'><table class='gpu-moves'><tr>{head}</tr>{rows}</table></div>" if rows else ""
-    return chart(history, say) + table
+    return chart(history, device_kind, say) + table
 
 
 def counted(seconds: float, direction: int) -> str:
@@ -149,7 +149,7 @@ def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str,
         (say("空闲", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
         (say(*_KEEP_WARM), _keep_warm(model, say)),
         (say(*_IDLE_TIMEOUT), words.duration(model["idle_timeout_s"], say)),
-        (say("上次搬移", "Last move"), escape(words.last_move(model, say))),
+        (say("上次搬移", "Last move"), escape(words.last_move(model, device_kind, say))),
     ]
     if label := words.memory_label(device_kind, say):
         facts.insert(0, (label, readable_bytes(model["device_bytes"])))

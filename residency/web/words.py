@@ -5,6 +5,7 @@ Every function takes ``say``, which chooses the language.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +70,9 @@ def of_device(pair: tuple[str, str], device_kind: str, say: Say) -> str:
     """A phrase that may name the GPU; a simulated card is called simulated wherever it is named."""
     chinese, english = pair
     if device_kind == "simulated":
-        chinese = chinese.replace("显存", "模拟显存").replace("GPU", "模拟 GPU")
+        chinese = re.sub(" ?GPU", "模拟 GPU", chinese.replace("显存", "模拟显存"))
         english = english.replace("GPU", "simulated GPU")
+        english = english[:1].upper() + english[1:] if pair[1].startswith("GPU ") else english
     return say(chinese, english)
 
 
@@ -218,8 +220,14 @@ def remarks(model: dict[str, Any], say: Say) -> list[str]:
 
 def memory_label(device_kind: str, say: Say) -> str | None:
     """What the memory of the device is called; None where it is main memory."""
-    labels = {"cuda": ("显存", "GPU memory"), "simulated": ("模拟显存", "Simulated GPU memory")}
-    return say(*labels[device_kind]) if device_kind in labels else None
+    return None if device_kind == "cpu" else of_device(("显存", "GPU memory"), device_kind, say)
+
+
+def memory_title(device_kind: str, say: Say) -> str:
+    """What the picture of the past shows."""
+    if device_kind == "cpu":
+        return say("最近 15 分钟模型占用的内存", "Main memory of the models, last 15 minutes")
+    return of_device(("最近 15 分钟的显存", "GPU memory, last 15 minutes"), device_kind, say)
 
 
 def duration(seconds: float, say: Say) -> str:
@@ -227,12 +235,16 @@ def duration(seconds: float, say: Say) -> str:
     return say("永不", "never") if seconds == -1 else readable_seconds(seconds)
 
 
-def last_move(model: dict[str, Any], say: Say) -> str:
+def route(move: dict[str, Any], device_kind: str, say: Say) -> str:
+    """From where to where."""
+    return " → ".join(of_device(PLACES[move[end]], device_kind, say) for end in ("from", "to"))
+
+
+def last_move(model: dict[str, Any], device_kind: str, say: Say) -> str:
     move = model["last_move"]
     if not move:
         return "—"
-    way = " → ".join(say(*PLACES[move[end]]) for end in ("from", "to"))
-    return f"{way}, {readable_bytes(move['bytes'])}, {readable_seconds(move['seconds'])}"
+    return f"{route(move, device_kind, say)}, {readable_bytes(move['bytes'])}, {readable_seconds(move['seconds'])}"
 
 
 def as_text(status: dict[str, Any], say: Say = both) -> str:
@@ -243,7 +255,7 @@ def as_text(status: dict[str, Any], say: Say = both) -> str:
     for name, model in status["models"].items():
         facts = [(say("内存", "RAM"), readable_bytes(model["host_bytes"])),
                  (say("空闲", "Idle"), readable_seconds(model["idle_s"])),
-                 (say("上次搬移", "Last move"), last_move(model, say))]  # fmt: skip
+                 (say("上次搬移", "Last move"), last_move(model, kind, say))]  # fmt: skip
         if label := memory_label(kind, say):
             facts.insert(0, (label, readable_bytes(model["device_bytes"])))
         told = ", ".join(f"{label} {value}" for label, value in facts)
