@@ -299,12 +299,14 @@ class GPUResourceManager:
         Never counts as use and never waits for a move.
         """
         device = self.device
+        memory = device.memory()
         with self._lock:
             now_s = self._clock.now()
+            self._dispatcher.card.seen(now_s, memory)
             models = {name: describe(slot, now_s, device.kind, device.separate) for name, slot in self._slots.items()}
         return {
             "enabled": True,
-            "device": describe_device(device, self.settings["budget_bytes"]),
+            "device": describe_device(device, memory, self.settings["budget_bytes"]),
             "host": vars(self._host.memory()),
             "monitor": self._dispatcher.monitor.health(),
             "models": models,
@@ -321,7 +323,8 @@ class GPUResourceManager:
         return self._dispatcher.version
 
     def history(self) -> dict[str, Any]:
-        """What ``GET /gpu/history`` answers: counts since the start, the last moves, and the last 15 minutes by model.
+        """What ``GET /gpu/history`` answers: counts since the start, the last moves, and the last 15 minutes of
+        each model and of the card.
 
         Never counts as use and never waits for a move.
         """
@@ -329,6 +332,7 @@ class GPUResourceManager:
             now_s, kind = self._clock.now(), self.device.kind
             return {
                 "window_s": WINDOW_S,
+                "device": self._dispatcher.card.as_dict(now_s),
                 "models": {
                     name: slot.history.as_dict(now_s, kind, slot.holder.served_s if slot.holder else None)
                     for name, slot in self._slots.items()

@@ -11,6 +11,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from .units import readable_bytes
+
 DEFAULT_URL = "http://127.0.0.1:7860"
 
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else _table(status))
+    print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else table(status))
     if not done:
         print("It will follow / 稍后完成", file=sys.stderr)
     return 0
@@ -77,12 +79,13 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return f"{error.url}: {error.code} {error.reason}"
 
 
-def _table(status: dict[str, Any]) -> str:
-    rows = [("MODEL", "STATE", "GPU MB", "RAM MB", "IDLE S", "WAITING", "NEXT")]
+def table(status: dict[str, Any]) -> str:
+    """One line for each model, below the name of the device."""
+    rows = [("MODEL", "STATE", "GPU", "RAM", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
-        megabytes = (f"{model[key] / 1e6:.1f}" for key in ("device_bytes", "host_bytes"))
-        rows.append((name, model["state"], *megabytes, idle, str(model["waiting"]), _next(model)))
+        sizes = (readable_bytes(model[key]) for key in ("device_bytes", "host_bytes"))
+        rows.append((name, model["state"], *sizes, idle, str(model["waiting"]), _next(model)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([status["device"]["name"], *lines])

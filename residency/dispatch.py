@@ -18,7 +18,7 @@ import math
 import threading
 from collections.abc import Callable
 
-from .contracts import Clock, Device
+from .contracts import Clock, Device, Memory
 from .diagnosis import (
     empty_frames,
     in_words,
@@ -28,7 +28,7 @@ from .diagnosis import (
     loss_beyond_repair,
 )
 from .errors import DeviceLost, LoadTimeout, OverBudget
-from .history import PastMove
+from .history import CardHistory, PastMove
 from .latches import new_latch
 from .leasing import loading
 from .monitor import Monitor
@@ -66,6 +66,7 @@ class Dispatcher:
         self.device_lost: DeviceLost | None = None  # for good: this process can use it no more
         self.lock = threading.Lock()
         self.slots: dict[str, Slot] = {}
+        self.card = CardHistory()
         self.reports = Reports(device, clock)
         self.monitor = Monitor(self.lock, clock, self._look_locked, self.act)
         self._spawning = threading.Lock()
@@ -323,15 +324,17 @@ class Dispatcher:
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
-        left = task.resident or slot.kept
+        left, memory = task.resident or slot.kept, Memory()
         sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
         with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
+            memory = self.device.memory()
             if slot.task is task:
                 self.reports.log(task)  # before anybody goes on who waited for it
             if sizes[0] > self.budget_bytes:
                 self.reports.warn_of_budget(task, self.budget_bytes)
         with self.lock:
             self._changes += 1
+            self.card.seen(self.clock.now(), memory)
             wanted = slot.task is task
             if wanted:
                 slot.device_bytes, slot.host_bytes = sizes

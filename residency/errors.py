@@ -147,6 +147,12 @@ class SettingsConflict(ResidencyError):
         self.asked = asked
 
 
+def _names(device: str) -> tuple[str, str]:
+    """The name of a device in English and in Chinese: a simulated card has two."""
+    english, _, chinese = device.partition(" / ")
+    return english, chinese or english
+
+
 class DeviceOutOfMemory(ResidencyError, MemoryError):
     """A move needed more device memory than there is. Nothing was moved.
 
@@ -163,9 +169,10 @@ class DeviceOutOfMemory(ResidencyError, MemoryError):
         free = "unknown" if free_bytes is None else f"{free_bytes:,}"
         held = "; ".join(f"pid {pid}: {'?' if nbytes is None else f'{nbytes:,}'}" for pid, nbytes in holders)
         by = f" (held by {held})" if held else ""
+        english, chinese = _names(device)
         super().__init__(
-            f"{device} is short of memory: {needed_bytes:,} bytes needed, {free} free{by}. Release another model or "
-            f"stop another program on it, then try again. / {device} 显存不足：需要 {needed_bytes:,} 字节，"
+            f"{english} is short of memory: {needed_bytes:,} bytes needed, {free} free{by}. Release another model or "
+            f"stop another program on it, then try again. / {chinese} 显存不足：需要 {needed_bytes:,} 字节，"
             f"可用 {free} 字节{by}。请释放其他模型或停止占用显存的程序后重试。",
             needed_bytes,
             free_bytes,
@@ -182,12 +189,13 @@ class OverBudget(DeviceOutOfMemory):
     """The models under management may not take so much of the device together. Nothing was moved."""
 
     def __init__(self, needed_bytes: int, free_bytes: int, budget_bytes: int, device: str) -> None:
+        english, chinese = _names(device)
         ResidencyError.__init__(
             self,
-            f"The budget of {device} is {budget_bytes:,} bytes, of which {free_bytes:,} are to be had, and "
+            f"The budget of {english} is {budget_bytes:,} bytes, of which {free_bytes:,} are to be had, and "
             f"{needed_bytes:,} are needed. Raise it (--gpu-budget, or budget_bytes), or let other models leave "
             f"(keep-warm -1 keeps them). / "
-            f"{device} 的显存预算为 {budget_bytes:,} 字节，可用 {free_bytes:,}，需要 {needed_bytes:,}。"
+            f"{chinese} 的显存预算为 {budget_bytes:,} 字节，可用 {free_bytes:,}，需要 {needed_bytes:,}。"
             f"请调大预算（--gpu-budget 或 budget_bytes），或让其他模型离开（keep-warm 为 -1 的模型不会离开）。",
             needed_bytes,
             free_bytes,

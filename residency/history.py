@@ -1,7 +1,7 @@
 """What has happened to one model: counts for dashboards, and the last quarter of an hour for the page. Pure.
 
-Written when something happens and read when somebody looks; no thread samples anything. Times are of the manager's
-clock, in seconds.
+Written when something happens and read when somebody looks; no thread samples anything. What others take of the card is
+no event here, so its use is written whenever somebody looks anyway. Times are of the manager's clock, in seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout, UnknownModel
 
 if TYPE_CHECKING:
+    from .contracts import Memory
     from .states import Move, State
 
 WINDOW_S = 900.0
@@ -26,6 +27,9 @@ BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 
 _TOGETHER_S = 1.0
 """Finer than this the past is not kept, so that a busy model's is no longer than an idle one's."""
+
+_CARD_TOGETHER_S = 5.0
+"""The same for the card, at which any number of pages may look."""
 
 _OUTCOMES = {
     RequestTimeout: "timeout",
@@ -56,6 +60,46 @@ class Histogram:
         }
 
 
+class Sizes:
+    """A size over the last `WINDOW_S`: each that is noted holds until the next. No peak is lost, and not the last."""
+
+    def __init__(self, together_s: float = _TOGETHER_S) -> None:
+        self._together_s = together_s
+        self._points: deque[tuple[float, int]] = deque()
+
+    def note(self, now_s: float, nbytes: int) -> None:
+        points = self._points
+        if points and points[-1][1] == nbytes:
+            return
+        if len(points) > 1 and now_s - points[-2][0] < self._together_s:
+            last = points.pop()
+            points[-1] = (points[-1][0], max(points[-1][1], last[1]))
+        points.append((now_s, nbytes))
+        while len(points) > 1 and points[1][0] < now_s - WINDOW_S:  # one from before: what the window begins with
+            points.popleft()
+
+    def as_list(self, now_s: float) -> list[list[float]]:
+        """[seconds before ``now_s``, bytes from then on], the oldest first."""
+        return [[_ago(max(time_s, now_s - WINDOW_S), now_s), nbytes] for time_s, nbytes in self._points]
+
+
+class CardHistory:
+    """What was used of the device's memory, by whomever. Whoever reads or writes it holds the manager's lock."""
+
+    def __init__(self) -> None:
+        self._used = Sizes(_CARD_TOGETHER_S)
+        self._total_bytes: int | None = None
+
+    def seen(self, now_s: float, memory: Memory) -> None:
+        """Somebody has looked."""
+        if memory.total_bytes is not None and memory.free_bytes is not None:
+            self._total_bytes = memory.total_bytes
+            self._used.note(now_s, memory.total_bytes - memory.free_bytes)
+
+    def as_dict(self, now_s: float) -> dict[str, Any]:
+        return {"used_bytes": self._used.as_list(now_s), "total_bytes": self._total_bytes}
+
+
 @dataclass(frozen=True)
 class PastMove:
     """A move that has ended at ``time_s``: ``ok``, ``failed``, or ``postponed`` until there is room."""
@@ -77,7 +121,7 @@ class History:
     moves: Counter[tuple[State, State, str]] = field(default_factory=Counter)
     move_seconds: Histogram = field(default_factory=Histogram)
     recent: deque[PastMove] = field(default_factory=lambda: deque(maxlen=RECENT_MOVES))
-    _sizes: deque[tuple[float, int]] = field(default_factory=deque)
+    _sizes: Sizes = field(default_factory=Sizes)
     _spans: deque[tuple[float, float]] = field(default_factory=deque)
 
     def served(self, asked_s: float, began_s: float, ended_s: float, failed: bool) -> None:
@@ -100,20 +144,14 @@ class History:
         self.moves[past.move.source, past.move.target, past.outcome] += 1
         self.move_seconds.add(past.seconds)
         self.recent.append(past)
-        sizes, now_s = self._sizes, past.time_s
-        if len(sizes) > 1 and now_s - sizes[-2][0] < _TOGETHER_S:
-            last = sizes.pop()
-            sizes[-1] = (sizes[-1][0], max(sizes[-1][1], last[1]))
-        sizes.append((now_s, device_bytes))
-        while len(sizes) > 1 and sizes[1][0] < now_s - WINDOW_S:  # one from before: what the window begins with
-            sizes.popleft()
+        self._sizes.note(past.time_s, device_bytes)
 
     def as_dict(self, now_s: float, device_kind: str, running_since_s: float | None = None) -> dict[str, Any]:
         """For ``GET /gpu/history``: times in seconds before ``now_s``, the oldest first; counts since the beginning."""
         begin_s = now_s - WINDOW_S
         spans = [*self._spans, *([] if running_since_s is None else [(running_since_s, now_s)])]
         return {
-            "device_bytes": [[_ago(max(time_s, begin_s), now_s), nbytes] for time_s, nbytes in self._sizes],
+            "device_bytes": self._sizes.as_list(now_s),
             "requests": [
                 [_ago(max(began_s, begin_s), now_s), _ago(ended_s, now_s)]
                 for began_s, ended_s in spans

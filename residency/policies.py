@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 NEVER = math.inf
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST_S = 100_000 * 3600.0
+"""Who writes more than these eleven years has mistyped, or means never."""
 
 
 def seconds(value: float | str) -> float:
@@ -28,14 +30,20 @@ def seconds(value: float | str) -> float:
 
     Raises `InvalidInput` for anything else (other negative numbers and NaN included).
     """
-    if isinstance(value, int | float) and 0 <= value < NEVER:
+    if isinstance(value, int | float) and 0 <= value <= _LONGEST_S:
         return float(value)
     text = str(value).strip().lower()
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([smh]?)", text)
     if text in ("inf", "-1", "-1.0"):
         return NEVER
     if match and not match[1].startswith("-"):
-        return float(match[1]) * _UNITS_S[match[2]]
+        given_s = float(match[1]) * _UNITS_S[match[2]]
+        if given_s <= _LONGEST_S:
+            return given_s
+        raise InvalidInput(
+            f"{value!r} is too long: give at most 100000h, or -1 for never",
+            f"{value!r} 太长：最长为 100000h；-1 表示永不",
+        )
     raise InvalidInput(
         f"{value!r} is no duration: give seconds or 90s, 15m, 1h; -1 means never",
         f"{value!r} 不是有效的时长：请写秒数，或 90s、15m、1h；-1 表示永不",

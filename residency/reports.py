@@ -9,6 +9,7 @@ from .diagnosis import in_words
 from .events import Event, Listeners, What
 from .moving import Task
 from .states import Slot
+from .units import readable_bytes
 
 logger = logging.getLogger("residency.moves")
 
@@ -89,6 +90,6 @@ class Reports:
             return
         source, target = (state.shown(self._device.kind) for state in (move.source, move.target))
         logger.info(
-            "%s: %s -> %s, %.1f MB in %.3f s (%s)",
-            name, source, target, task.moved_bytes / 1e6, elapsed_s, self._device.name,
+            "%s: %s -> %s, %s in %.3f s (%s)",
+            name, source, target, readable_bytes(task.moved_bytes), elapsed_s, self._device.name,
         )  # fmt: skip

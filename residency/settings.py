@@ -17,10 +17,10 @@ from typing import Literal, TypeVar
 
 from .errors import InvalidInput
 from .policies import seconds
+from .units import UNITS_BYTES
 
 T = TypeVar("T")
 
-_SIZE_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 _LARGEST_BYTES = 1 << 60
 _HUB_OWNER = r"[A-Za-z0-9][\w.-]*"
 
@@ -206,9 +206,9 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 
 
 def size_bytes(text: str) -> int:
-    """Read ``48GB``, ``48GiB`` or ``512MB``; a GB is 2**30 bytes, as on the box of a graphics card."""
+    """Read ``48GB``, ``48GiB`` or ``512MB``; a GB is 2**30 bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])I?B?", text.strip().upper())
-    nbytes = float(match[1]) * _SIZE_UNITS[match[2] + "B"] if match else 0
+    nbytes = float(match[1]) * UNITS_BYTES[match[2] + "B"] if match else 0
     if not 1 <= nbytes <= _LARGEST_BYTES:
         raise InvalidInput(f"{text!r} is no size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB")
     return int(nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .contracts import Device
+from .contracts import Device, Memory
 from .planning import next_deadline, next_step
 from .states import Move, Slot, State
 
@@ -40,12 +40,12 @@ def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict
     }
 
 
-def describe_device(device: Device, budget_bytes: int | None) -> dict[str, Any]:
+def describe_device(device: Device, memory: Memory, budget_bytes: int | None) -> dict[str, Any]:
     """The device's entry; ``budget_bytes`` is what models under management may take of it, if that is limited."""
     return {
         "name": device.name,
         "kind": device.kind,
-        **vars(device.memory()),
+        **vars(memory),
         **vars(device.telemetry()),
         "budget_bytes": budget_bytes,
         "note": device.note,

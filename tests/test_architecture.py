@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
-PURE_LAYERS = [["errors", "latches"],
+PURE_LAYERS = [["errors", "latches", "units"],
                ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
                ["adaptive", "history"], ["states", "policies"],
                ["settings", "planning", "leasing", "moving", "monitor", "cli"], ["status", "reports"],
                ["dispatch"], ["admission", "steering"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
-SHARED = {"contracts", "states", "errors", "diagnosis", "progress"}
+PURE_LAYERS = [["errors", "latches", "units"],
+               ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
 ALSO = {"devices": {"probes"}}
 #: Names that a Step-Audio-EditX checkout owns.
 FOREIGN = {"config", "utils", "tts", "tokenizer", "model_loader", "whisper_wrapper", "quantization", "stepvocoder",

@@ -51,7 +51,7 @@ def test_status_prints_a_table(app: HTTPServer, capsys: pytest.CaptureFixture[st
     assert run(app, "status") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Simulated GPU")
-    assert lines[2].split() == ["tts", "released", "0.0", "0.0", "-", "0", "-"]
+    assert lines[2].split() == ["tts", "released", "0", "B", "0", "B", "-", "0", "-"]
 
 
 def test_the_table_tells_what_comes_next(
@@ -66,6 +66,12 @@ def test_the_table_tells_what_comes_next(
         pass
     run(app, "status")
     assert "cpu in 90 s" in capsys.readouterr().out
+
+
+def test_sizes_are_in_the_unit_of_the_page(manager: GPUResourceManager) -> None:
+    status = manager.status()
+    status["models"]["tts"]["device_bytes"] = 25 << 19
+    assert "12.5 MB" in cli.table(status)
 
 
 def test_json_prints_the_whole_status(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ from fakes import Gate, Worker, Workshop, after
 
 from gpu_manager import GPUResourceManager, ModelBusy, RequestTimeout
 from residency.clock import ManualClock
-from residency.history import RECENT_MOVES, WINDOW_S, Histogram, History, PastMove
+from residency.contracts import Memory
+from residency.history import RECENT_MOVES, WINDOW_S, CardHistory, Histogram, History, PastMove
 from residency.states import Move, State
 
 UP, DOWN = Move("tts", State.HOST, State.DEVICE), Move("tts", State.DEVICE, State.HOST)
@@ -63,6 +64,36 @@ class TestWindow:
         shown = [nbytes for _, nbytes in history.as_dict(20, "cuda")["device_bytes"]]
         assert max(shown) == 900
         assert shown[-1] == (900 if steps == 1 else 7)
+
+
+class TestCard:
+    """What everybody together uses of the card, as far as somebody looked."""
+
+    def test_it_is_written_by_who_looks_and_by_moves(self, manager: GPUResourceManager, clock: ManualClock) -> None:
+        device: Any = manager.device
+        clock.advance(1)
+        manager.status()
+        device.charge(300)  # somebody else
+        clock.advance(20)
+        assert manager.history()["device"] == {"used_bytes": [[20, 0]], "total_bytes": 1 << 30}
+        manager.warm("tts")
+        assert manager.wait_for("tts", State.DEVICE)
+        clock.advance(10)
+        assert manager.history()["device"]["used_bytes"] == [[30, 0], [10, 300]]
+        device.refund(300)
+
+    def test_nobody_makes_it_long(self) -> None:
+        card = CardHistory()
+        for tick in range(20_000):
+            card.seen(tick / 10, Memory(1000, tick % 7))
+        assert len(card.as_dict(2000)["used_bytes"]) <= 2 * WINDOW_S / 5 + 2
+
+    def test_what_stays_is_one_point_and_what_is_unknown_is_none(self) -> None:
+        card = CardHistory()
+        for time_s in range(100):
+            card.seen(time_s, Memory(1000, 400))
+            card.seen(time_s, Memory())
+        assert card.as_dict(100) == {"used_bytes": [[100, 600]], "total_bytes": 1000}
 
 
 class TestManager:

@@ -64,6 +64,13 @@ def test_what_is_no_duration_says_what_would_be(text: object) -> None:
         seconds(text)
 
 
+@pytest.mark.parametrize("value", ["100001h", "9" * 30, 1e12])
+def test_what_is_too_long_says_what_is_not(value: object) -> None:
+    with pytest.raises(InvalidInput, match="at most 100000h, or -1 for never"):
+        seconds(value)  # type: ignore[arg-type]
+    assert seconds("100000h") == 3.6e8
+
+
 def test_a_fixed_policy_has_one_window_and_learns_nothing() -> None:
     policy = make_policy("30s", -1)
     assert (policy.name, policy.keep_warm_s, policy.idle_timeout_s) == ("fixed", 30, math.inf)

@@ -146,9 +146,9 @@ def test_the_log_has_every_move_with_bytes_and_seconds(
         thread.join(10)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("residency")]
     assert lines == [
-        "tts: released -> gpu, 2.5 MB in 2.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
-        "tts: gpu -> cpu, 2.5 MB in 0.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
-        "tts: cpu -> released, 2.5 MB in 0.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
+        "tts: released -> gpu, 2.38 MB in 2.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
+        "tts: gpu -> cpu, 2.38 MB in 0.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
+        "tts: cpu -> released, 2.38 MB in 0.000 s (Simulated GPU (1 GB) / 模拟 GPU)",
     ]
 
 

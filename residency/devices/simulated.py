@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
 from ..errors import DeviceOutOfMemory
+from ..units import readable_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class SimulatedDevice:
         self.capacity_bytes = capacity_bytes
         self.pinned_limit_bytes = pinned_limit_bytes
         self.pinned_bytes = 0
-        self.name = f"Simulated GPU ({_readable(capacity_bytes)}) / 模拟 GPU"
+        self.name = f"Simulated GPU ({readable_bytes(capacity_bytes)}) / 模拟 GPU"
         self._used_bytes = 0
         self._lock = threading.Lock()
 
@@ -100,10 +101,3 @@ class SimulatedDevice:
 
     def settle(self) -> None:
         pass
-
-
-def _readable(nbytes: int) -> str:
-    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
-        if nbytes >= size:
-            return f"{nbytes / size:g} {unit}"
-    return f"{nbytes} B"

@@ -83,7 +83,7 @@ def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | Non
 
     @app.get("/gpu/history", tags=["looking"], response_model=History)
     async def gpu_history() -> JSONResponse:
-        """The last moves, and the size on the GPU and the requests of the last 15 minutes."""
+        """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
         return JSONResponse(await to_thread.run_sync(manager.history, limiter=looking))
 
     @app.get("/gpu/events", tags=["looking"], status_code=200, response_class=EventStream, responses=_EVENTS)

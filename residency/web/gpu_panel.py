@@ -53,7 +53,8 @@ class GpuPanel:
         return {
             "device": views.device_html(status, say),
             **{f"model-{name}": views.model_html(name, status, say) for name in status["models"]},
-            "past": views.past_html(self._manager.history(), say),
+            "stay": views.stay_html(status, say),
+            "past": views.past_html(self._manager.history(), status["device"]["kind"], say),
             "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
         }
 
@@ -78,12 +79,18 @@ class GpuPanel:
 
     def configure(self, name: str | None, keep_warm: str | None, idle_timeout: str | None, say: Say = both) -> str:
         """Change how long a model (None: all) stays; what is empty stays as it is."""
-        times = {"keep_warm": keep_warm and keep_warm.strip(), "idle_timeout": idle_timeout and idle_timeout.strip()}
+        given = {"keep_warm": (keep_warm or "").strip(), "idle_timeout": (idle_timeout or "").strip()}
+        times = {which: time for which, time in given.items() if time}
+        if not times:
+            return say(
+                "未填写时长：请先填写，如 30s、5m 或 -1（永不）。",
+                "No time is given: write one first, such as 30s, 5m or -1.",
+            )
         try:
-            self._manager.configure(name, **{which: time for which, time in times.items() if time})
+            self._manager.configure(name, **times)
         except ResidencyError as error:
             return translated(str(error), say)
-        return say("已更改，立即生效。", "Changed, from now on.")
+        return say("已更改，立即生效。", "Changed; it applies from now on.")
 
     # -- the page -----------------------------------------------------------------------------------------------
 
@@ -105,20 +112,22 @@ class GpuPanel:
                 self._refresh = gr.Button(refresh, size="sm", elem_id="gpu-refresh", min_width=120)
                 self._draw_buttons(None, of_many=len(names) > 1)
             self._message = gr.HTML(elem_id="gpu-message", padding=False)
-            with gr.Accordion(label("⏱️ 保持时间", "⏱️ How long models stay"), open=False), gr.Row():
-                choices = [(label("全部模型", "All models"), _ALL), *((name, name) for name in names)]
-                self._which = gr.Dropdown(choices, value=_ALL, label=label("模型", "Model"), visible=len(names) > 1)
-                self._keep_warm = gr.Textbox(
-                    label=label("请求后保持在 GPU 上", "On the GPU after a request (keep-warm)"),
-                    placeholder="0, 30s, 5m, auto, -1",
-                    elem_id="gpu-keep-warm",
-                )
-                self._idle_timeout = gr.Textbox(
-                    label=label("空闲多久后释放", "Idle until released (idle timeout)"),
-                    placeholder="600, 15m, 1h, -1",
-                    elem_id="gpu-idle-timeout",
-                )
-                self._apply = gr.Button(label("应用", "Apply"), size="sm", elem_id="gpu-apply", min_width=120)
+            with gr.Accordion(label("⏱️ 保持时间", "⏱️ How long models stay"), open=False):
+                gr.HTML(_place("stay"), padding=False)
+                with gr.Row():
+                    choices = [(label("全部模型", "All models"), _ALL), *((name, name) for name in names)]
+                    self._which = gr.Dropdown(choices, value=_ALL, label=label("模型", "Model"), visible=len(names) > 1)
+                    self._keep_warm = gr.Textbox(
+                        label=label("请求后保持在 GPU 上", "On the GPU after a request (keep-warm)"),
+                        placeholder="0, 30s, 5m, auto, -1",
+                        elem_id="gpu-keep-warm",
+                    )
+                    self._idle_timeout = gr.Textbox(
+                        label=label("空闲多久后释放", "Idle until released (idle timeout)"),
+                        placeholder="600, 15m, 1h, -1",
+                        elem_id="gpu-idle-timeout",
+                    )
+                    self._apply = gr.Button(label("应用", "Apply"), size="sm", elem_id="gpu-apply", min_width=120)
             gr.HTML(_place("past"), elem_id="gpu-past", padding=False)
             self._pieces = gr.JSON(visible=False)
 

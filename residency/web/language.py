@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 Say = Callable[[str, str], str]
 """Chooses from a sentence in Chinese and the same in English."""
+
+_HAN = re.compile("[\u4e00-\u9fff]")
 
 
 def zh(chinese: str, english: str) -> str:
@@ -40,6 +43,18 @@ def preferred(accept_language: str | None) -> Say:
 
 
 def translated(sentence: str, say: Say) -> str:
-    """The half that is wanted of what an error says in both languages: ``English. / 中文。``."""
-    english, bar, chinese = sentence.partition(" / ")
-    return sentence if not bar or " / " in chinese else say(chinese, english) if say is not both else sentence
+    """The half that is wanted of what an error says in both languages: ``English. / 中文。``.
+
+    What both halves quote may have bars of its own: they are as many on either side of the one in the middle.
+    """
+    parts = sentence.split(" / ")
+    english, chinese = (" / ".join(half) for half in (parts[: len(parts) // 2], parts[len(parts) // 2 :]))
+    one_language = len(parts) % 2 or not _HAN.search(chinese)
+    return sentence if one_language or say is both else say(chinese, english)
+
+
+def reason(last_error: str, say: Say) -> str:
+    """The same for an error that its kind was written before; that is left out where the sentence says enough."""
+    _, _, sentence = last_error.partition(": ")
+    said = translated(sentence, say)
+    return last_error if said == sentence else said

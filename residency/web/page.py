@@ -10,7 +10,7 @@ from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
-from . import control, endpoints
+from . import control, endpoints, locale
 from .compat import keep_uploads_in, supported
 from .editx_tab import EditxTab
 from .guard import Guard
@@ -84,7 +84,7 @@ class Page:
         ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for. OSError if
         the port is taken.
         """
-        middleware = [self.traffic.around, *([control.beside(api)] if api else [])]
+        middleware = [self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
         _, _, public_link = self.blocks.launch(
             server_name=host,
             server_port=port,

@@ -7,7 +7,8 @@
   let pieces = {}, version = null, since = 0, moving = false, asking = false;
 
   const seconds = s =>
-    s < 120 ? `${Math.round(s)} s` : s < 7200 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
+    s < 120 ? `${Math.round(s)} s` : s < 7200 ? `${Math.round(s / 60)} min`
+      : s < 172800 ? `${(s / 3600).toFixed(1)} h` : `${Math.round(s / 86400)} d`;
 
   // Gradio makes elements anew, for example when an accordion is opened: each knows what it shows.
   const draw = () => {

@@ -152,6 +152,12 @@ class ModelHistory(BaseModel):
     totals: Totals
 
 
+class CardHistory(BaseModel):
+    used_bytes: list[tuple[Seconds, int]] = Field(description="Seconds ago, and what all together used from then on.")
+    total_bytes: int | None
+
+
 class History(BaseModel):
     window_s: Seconds
+    device: CardHistory
     models: dict[str, ModelHistory]

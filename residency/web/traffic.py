@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..units import readable_bytes
 from . import recordings
-from .words import readable_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from ..units import readable_bytes, readable_rate
 from . import words
 from .chart import chart
 from .language import Say
@@ -20,6 +21,7 @@ _REST = {
     "others": ("其他进程", "Others"),
     "free": ("空闲", "Free"),
 }
+_KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("空闲后释放", "Idle timeout")
 _OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
 
 
@@ -38,7 +40,7 @@ def device_html(status: dict[str, Any], say: Say) -> str:
         )
         legend = "".join(
             f"<span data-part='{part}'>{escape(say(*_REST[part]) if part in _REST else name)} "
-            f"{words.readable_bytes(nbytes)}</span>"
+            f"{readable_bytes(nbytes)}</span>"
             for part, name, nbytes in sizes
             if nbytes or part not in _REST or part == "free"
         )
@@ -92,7 +94,17 @@ def model_html(name: str, status: dict[str, Any], say: Say) -> str:
     )
 
 
-def past_html(history: dict[str, Any], say: Say) -> str:
+def stay_html(status: dict[str, Any], say: Say) -> str:
+    """How long each model stays, as it is set now."""
+    rows = "".join(
+        f"<div><b>{escape(name)}</b> {say(*_KEEP_WARM)} {_keep_warm(model, say)} · "
+        f"{say(*_IDLE_TIMEOUT)} {words.duration(model['idle_timeout_s'], say)}</div>"
+        for name, model in status["models"].items()
+    )
+    return f"<div class='gpu-quiet'>{say('当前设置', 'Now')}: {rows}</div>"
+
+
+def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
     """The last 15 minutes as a picture, and the last moves as a table."""
     models = history["models"]
     moves = sorted(
@@ -101,8 +113,8 @@ def past_html(history: dict[str, Any], say: Say) -> str:
     )[:SHOWN_MOVES]
     rows = "".join(
         f"<tr><td>{counted(ago_s, 1)}</td><td>{escape(name)}</td>"
-        f"<td>{' → '.join(say(*words.PLACES[move[end]]) for end in ('from', 'to'))}</td>"
-        f"<td>{words.readable_bytes(move['bytes'])}</td><td>{words.readable_seconds(move['seconds'])}</td>"
+        f"<td>{words.route(move, device_kind, say)}</td>"
+        f"<td>{readable_bytes(move['bytes'])}</td><td>{words.readable_seconds(move['seconds'])}</td>"
         f"<td>{_rate_or_outcome(move, say)}</td></tr>"
         for ago_s, name, move in moves
     )
@@ -116,7 +128,7 @@ def past_html(history: dict[str, Any], say: Say) -> str:
     )
     head = "".join(f"<th>{say(*pair)}</th>" for pair in heads)
     table = f"<div class='gpu-scroll'><table class='gpu-moves'><tr>{head}</tr>{rows}</table></div>" if rows else ""
-    return chart(history, say) + table
+    return chart(history, device_kind, say) + table
 
 
 def counted(seconds: float, direction: int) -> str:
@@ -128,19 +140,19 @@ def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
         return say(*_OUTCOMES[move["outcome"]])
     if not move["bytes"] or move["seconds"] <= 0 or move["to"] == "released":
         return "—"
-    return words.readable_rate(move["bytes"] / move["seconds"])
+    return readable_rate(move["bytes"] / move["seconds"])
 
 
 def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str, str]]:
     facts = [
-        (say("内存", "RAM"), words.readable_bytes(model["host_bytes"])),
+        (say("内存", "RAM"), readable_bytes(model["host_bytes"])),
         (say("空闲", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
-        (say("保持在 GPU", "Keep warm"), _keep_warm(model, say)),
-        (say("空闲后释放", "Idle timeout"), words.duration(model["idle_timeout_s"], say)),
-        (say("上次搬移", "Last move"), escape(words.last_move(model, say))),
+        (say(*_KEEP_WARM), _keep_warm(model, say)),
+        (say(*_IDLE_TIMEOUT), words.duration(model["idle_timeout_s"], say)),
+        (say("上次搬移", "Last move"), escape(words.last_move(model, device_kind, say))),
     ]
     if label := words.memory_label(device_kind, say):
-        facts.insert(0, (label, words.readable_bytes(model["device_bytes"])))
+        facts.insert(0, (label, readable_bytes(model["device_bytes"])))
     return facts
 
 

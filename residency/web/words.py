@@ -5,10 +5,12 @@ Every function takes ``say``, which chooses the language.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from .language import Say, both
+from ..units import readable_bytes, readable_rate
+from .language import Say, both, reason
 
 NOT_ENABLED = both(
     "GPU 管理未启用；启动时加上 --enable-gpu-management 即可使用。",
@@ -49,19 +51,8 @@ _PHASES = {
 }
 
 
-def readable_bytes(nbytes: int | None) -> str:
-    """``1.25 GB``; a GB is 2**30 bytes, as on the box of a graphics card. ``?`` if unknown."""
-    if nbytes is None:
-        return "?"
-    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
-        if nbytes >= size:
-            number = nbytes / size
-            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
-    return f"{nbytes} B"
-
-
 def readable_seconds(seconds: float | None) -> str:
-    """``0.31 s``, ``42 s``, ``12 min``, ``3.5 h``; a dash if there is nothing to tell."""
+    """``0.31 s``, ``42 s``, ``12 min``, ``3.5 h``, ``4 d``; a dash if there is nothing to tell."""
     if seconds is None:
         return "—"
     if 0 < seconds < 0.01:
@@ -70,19 +61,18 @@ def readable_seconds(seconds: float | None) -> str:
         return f"{seconds:.2g} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def readable_rate(bytes_per_s: float) -> str:
-    return f"{readable_bytes(round(bytes_per_s))}/s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
 def of_device(pair: tuple[str, str], device_kind: str, say: Say) -> str:
     """A phrase that may name the GPU; a simulated card is called simulated wherever it is named."""
     chinese, english = pair
     if device_kind == "simulated":
-        chinese = chinese.replace("显存", "模拟显存").replace("GPU", "模拟 GPU")
+        chinese = re.sub(" ?GPU", "模拟 GPU", chinese.replace("显存", "模拟显存"))
         english = english.replace("GPU", "simulated GPU")
+        english = english[:1].upper() + english[1:] if pair[1].startswith("GPU ") else english
     return say(chinese, english)
 
 
@@ -220,18 +210,24 @@ def trouble(status: dict[str, Any], say: Say) -> list[str]:
         )
     if monitor["errors"]:
         times = say(f"空闲监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
-        sentences.append(f"{times}: {monitor['last_error']}")
+        sentences.append(f"{times}: {reason(monitor['last_error'], say)}")
     return sentences
 
 
 def remarks(model: dict[str, Any], say: Say) -> list[str]:
-    return [f"{say('上次错误', 'Last error')}: {model['last_error']}"] if model["last_error"] else []
+    return [f"{say('上次错误', 'Last error')}: {reason(model['last_error'], say)}"] if model["last_error"] else []
 
 
 def memory_label(device_kind: str, say: Say) -> str | None:
     """What the memory of the device is called; None where it is main memory."""
-    labels = {"cuda": ("显存", "GPU memory"), "simulated": ("模拟显存", "Simulated GPU memory")}
-    return say(*labels[device_kind]) if device_kind in labels else None
+    return None if device_kind == "cpu" else of_device(("显存", "GPU memory"), device_kind, say)
+
+
+def memory_title(device_kind: str, say: Say) -> str:
+    """What the picture of the past shows."""
+    if device_kind == "cpu":
+        return say("最近 15 分钟模型占用的内存", "Main memory of the models, last 15 minutes")
+    return of_device(("最近 15 分钟的显存", "GPU memory, last 15 minutes"), device_kind, say)
 
 
 def duration(seconds: float, say: Say) -> str:
@@ -239,12 +235,16 @@ def duration(seconds: float, say: Say) -> str:
     return say("永不", "never") if seconds == -1 else readable_seconds(seconds)
 
 
-def last_move(model: dict[str, Any], say: Say) -> str:
+def route(move: dict[str, Any], device_kind: str, say: Say) -> str:
+    """From where to where."""
+    return " → ".join(of_device(PLACES[move[end]], device_kind, say) for end in ("from", "to"))
+
+
+def last_move(model: dict[str, Any], device_kind: str, say: Say) -> str:
     move = model["last_move"]
     if not move:
         return "—"
-    way = " → ".join(say(*PLACES[move[end]]) for end in ("from", "to"))
-    return f"{way}, {readable_bytes(move['bytes'])}, {readable_seconds(move['seconds'])}"
+    return f"{route(move, device_kind, say)}, {readable_bytes(move['bytes'])}, {readable_seconds(move['seconds'])}"
 
 
 def as_text(status: dict[str, Any], say: Say = both) -> str:
@@ -255,7 +255,7 @@ def as_text(status: dict[str, Any], say: Say = both) -> str:
     for name, model in status["models"].items():
         facts = [(say("内存", "RAM"), readable_bytes(model["host_bytes"])),
                  (say("空闲", "Idle"), readable_seconds(model["idle_s"])),
-                 (say("上次搬移", "Last move"), last_move(model, say))]  # fmt: skip
+                 (say("上次搬移", "Last move"), last_move(model, kind, say))]  # fmt: skip
         if label := memory_label(kind, say):
             facts.insert(0, (label, readable_bytes(model["device_bytes"])))
         told = ", ".join(f"{label} {value}" for label, value in facts)

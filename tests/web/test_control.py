@@ -248,15 +248,23 @@ class TestPanelsTimes:
 
     @pytest.mark.parametrize(
         ("boxes", "times"),
-        [((" 90s ", ""), (90, 600)), ((None, "1h"), (0, 3600)), (("", None), (0, 600)), (("-1", "-1"), (-1, -1))],
+        [((" 90s ", ""), (90, 600)), ((None, "1h"), (0, 3600)), (("-1", "-1"), (-1, -1))],
     )
     def test_what_is_empty_stays(
         self, manager: GPUResourceManager, boxes: tuple[str | None, str | None], times: tuple[float, float]
     ) -> None:
         manager.configure("tts", keep_warm=0, idle_timeout=600)
-        assert GpuPanel(manager, Guard()).configure("tts", *boxes).endswith("Changed, from now on.")
+        assert GpuPanel(manager, Guard()).configure("tts", *boxes).endswith("Changed; it applies from now on.")
         model = manager.status()["models"]["tts"]
         assert (model["keep_warm_s"], model["idle_timeout_s"]) == times
+
+    @pytest.mark.parametrize("boxes", [("", None), (None, " "), ("99999999999999999999999h", "")])
+    def test_nothing_is_changed_by_nothing_and_by_nonsense(
+        self, manager: GPUResourceManager, boxes: tuple[str | None, str | None]
+    ) -> None:
+        before = manager.status()["models"]["tts"]
+        assert "Changed" not in GpuPanel(manager, Guard()).configure("tts", *boxes)
+        assert manager.status()["models"]["tts"] == before
 
     def test_what_is_wrong_is_said(self, manager: GPUResourceManager) -> None:
         assert "'soon' is no duration" in GpuPanel(manager, Guard()).configure(None, "soon", "")

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from residency.errors import InvalidInput, NotAllowed, UnknownModel
-from residency.web.language import Say, both, en, preferred, translated, zh
+from gpu_manager import SimulatedDevice
+from residency.errors import DeviceOutOfMemory, InvalidInput, NotAllowed, OverBudget, UnknownModel, in_words
+from residency.web.language import Say, both, en, preferred, reason, translated, zh
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,17 @@ def test_people_read_the_language_that_their_browser_asks_for(header: str | None
     assert preferred(header) is say
 
 
-@pytest.mark.parametrize("error", [InvalidInput("Give text", "请输入"), UnknownModel("llm", ("tts",)), NotAllowed()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidInput("Give text", "请输入"),
+        UnknownModel("llm", ("tts",)),
+        NotAllowed(),
+        InvalidInput("The engine failed: 3 / 0", "引擎出错：3 / 0"),
+        OverBudget(100, 50, 150, SimulatedDevice(1 << 30).name),
+        DeviceOutOfMemory(100, 50, SimulatedDevice(1 << 30).name),
+    ],
+)
 def test_an_error_is_said_in_one_language(error: Exception) -> None:
     english, chinese = translated(str(error), en), translated(str(error), zh)
     assert f"{english} / {chinese}" == str(error)
@@ -34,6 +45,17 @@ def test_an_error_is_said_in_one_language(error: Exception) -> None:
     assert translated(str(error), both) == str(error)
 
 
-@pytest.mark.parametrize("sentence", ["no / second / bar / counts", "in one language only"])
+@pytest.mark.parametrize(
+    "sentence", ["no / second / bar / counts", "in one language only", "shape / mismatch", "一 / 二 / 三"]
+)
 def test_what_cannot_be_told_apart_is_said_whole(sentence: str) -> None:
     assert translated(sentence, en) == translated(sentence, zh) == sentence
+
+
+def test_an_error_that_was_kept_is_said_in_one_language_without_its_kind() -> None:
+    kept = in_words(InvalidInput("No room: let others leave", "没有空间：请释放其他模型"))
+    assert reason(kept, en) == "No room: let others leave"
+    assert reason(kept, zh) == "没有空间：请释放其他模型"
+    assert reason(kept, both) == kept
+    for strange in ("OSError: no weights", "Wordless", "OSError: a / b"):
+        assert reason(strange, en) == reason(strange, zh) == strange

@@ -8,7 +8,7 @@ import pytest
 from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
 from residency.web import views
-from residency.web.chart import chart
+from residency.web.chart import chart, scale_top
 from residency.web.language import en, zh
 
 GB = 1 << 30
@@ -60,6 +60,7 @@ def test_times_are_shown_as_they_were_set(manager: GPUResourceManager) -> None:
     shown = views.model_html("tts", manager.status(), en)
     assert "Keep warm<b>auto: " in shown
     assert "Idle timeout<b>15 min" in shown
+    assert "<b>tts</b> Keep warm auto: 0 s · Idle timeout 15 min" in views.stay_html(manager.status(), en)
 
 
 def test_a_model_that_was_unregistered_is_shown_no_more(manager: GPUResourceManager) -> None:
@@ -74,36 +75,73 @@ class TestPast:
         return manager.history()
 
     def test_moves_are_told_the_last_one_first(self, manager: GPUResourceManager, clock: ManualClock) -> None:
-        shown = views.past_html(self.used(manager, clock), en)
+        shown = views.past_html(self.used(manager, clock), "simulated", en)
         rows = [re.sub("<[^>]+>", "|", row) for row in shown.split("<tr>")[2:]]
-        assert "GPU → RAM" in rows[0]
-        assert "released → GPU" in rows[1]
+        assert "simulated GPU → RAM" in rows[0]
+        assert "released → simulated GPU" in rows[1]
         assert "60 s" in rows[0]
         assert "90 s" in rows[1]
 
     def test_a_move_that_failed_says_so(self, manager: GPUResourceManager, clock: ManualClock) -> None:
         history = self.used(manager, clock)
         history["models"]["tts"]["moves"][0]["outcome"] = "failed"
-        assert "failed" in views.past_html(history, en)
-        assert "失败" in views.past_html(history, zh)
+        assert "failed" in views.past_html(history, "simulated", en)
+        assert "失败" in views.past_html(history, "simulated", zh)
 
     def test_the_picture_has_the_sizes_and_the_requests(self, manager: GPUResourceManager, clock: ManualClock) -> None:
         history = self.used(manager, clock)
         history["models"]["asr"] = {"device_bytes": [[45.0, 300], [10.0, 0]], "requests": [[45.0, 10.0]], "moves": []}
-        shown = chart(history, en)
+        shown = chart(history, "simulated", en)
         assert "data-requests='2'" in shown
         assert "data-peak='300'" in shown, "they were not there at the same time"
         # From 90 to 60 seconds before now, in a picture 600 wide for 900 seconds.
         assert "<rect x='540.0' y='102' width='20.0'" in shown
         assert "L540.0 100.0L540.0" in shown
-        assert shown.count("<path") == 2
+        assert shown.count("data-part='model-0' />") == shown.count("data-part='model-1' />") == 1
+
+    def test_what_others_use_of_the_card_is_drawn_behind_the_models(
+        self, manager: GPUResourceManager, clock: ManualClock
+    ) -> None:
+        history = self.used(manager, clock)
+        history["device"] = {"used_bytes": [[90.0, 20 * GB], [30.0, 30 * GB]], "total_bytes": 48 * GB}
+        shown = chart(history, "cuda", en)
+        assert f"data-top='{32 * GB}'" in shown
+        assert "<span>32 GB</span><span>16 GB</span><span>0 B</span>" in shown
+        assert "M540.0 100L540.0 100.0L540.0 37.5L580.0 37.5L580.0 6.2L600 6.2L600 100Z' data-part='card'" in shown
+        assert shown.index("data-part='card' />") < shown.index("data-part='model-0' />")
+        assert "Used on the card" in shown
+        assert "GPU memory, last 15 minutes" in shown
+
+    def test_a_simulated_card_is_called_so_in_the_past_too(
+        self, manager: GPUResourceManager, clock: ManualClock
+    ) -> None:
+        shown = views.past_html(self.used(manager, clock), "simulated", zh)
+        assert "最近 15 分钟的模拟显存" in shown
+        assert "模拟 GPU → 内存" in shown
+        assert "Main memory of the models" in views.past_html(manager.history(), "cpu", en)
+
+    @pytest.mark.parametrize(
+        ("peak", "total", "top"),
+        [
+            (0, None, 1024),
+            (13 << 20, 48 * GB, 16 << 20),
+            (20 * GB, 48 * GB, 24 * GB),
+            (23 * GB, 48 * GB, 32 * GB),
+            (70 * GB, 80 * GB, 80 * GB),
+            (80 * GB, 80 * GB, 80 * GB),
+        ],
+    )
+    def test_the_scale_ends_at_a_round_size_and_not_beyond_the_card(
+        self, peak: int, total: int | None, top: int
+    ) -> None:
+        assert scale_top(peak, total) == top
 
     def test_a_name_from_outside_is_escaped(self, manager: GPUResourceManager, clock: ManualClock) -> None:
         history = self.used(manager, clock)
         history["models"] = {"<script>": history["models"]["tts"]}
-        assert "<script>" not in views.past_html(history, en)
+        assert "<script>" not in views.past_html(history, "simulated", en)
 
     def test_nothing_has_happened_yet(self, manager: GPUResourceManager) -> None:
-        shown = views.past_html(manager.history(), en)
+        shown = views.past_html(manager.history(), "simulated", en)
         assert "data-peak='0'" in shown
         assert "<table" not in shown

@@ -7,29 +7,23 @@ from fakes import Gate, Workshop
 
 from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
+from residency.errors import InvalidInput, in_words
 from residency.web import views, words
 from residency.web.language import both, en, zh
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [
-        (None, "?"),
-        (0, "0 B"),
-        (900, "900 B"),
-        (1536, "1.5 KB"),
-        (48 << 30, "48 GB"),
-        ((1 << 30) - 1, "1024 MB"),
-        (int(99.96 * 2**20), "100 MB"),
-    ],
-)
-def test_bytes(nbytes: int | None, text: str) -> None:
-    assert words.readable_bytes(nbytes) == text
-
-
-@pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "—"), (0, "0 s"), (1e-5, "< 0.01 s"), (0.312, "0.31 s"), (42, "42 s"), (600, "10 min"), (9000, "2.5 h")],
+    [
+        (None, "—"),
+        (0, "0 s"),
+        (1e-5, "< 0.01 s"),
+        (0.312, "0.31 s"),
+        (42, "42 s"),
+        (600, "10 min"),
+        (9000, "2.5 h"),
+        (864_000, "10 d"),
+    ],
 )
 def test_seconds(seconds: float | None, text: str) -> None:
     assert words.readable_seconds(seconds) == text
@@ -152,6 +146,14 @@ class TestCourse:
         status["models"]["tts"] |= {"leases": 0, "waiting": 1}
         assert "In use" not in words.as_text(status)
         assert "1 waiting" in words.as_text(status)
+
+    def test_the_last_error_is_said_in_the_language_of_who_reads(self, manager: GPUResourceManager) -> None:
+        status = manager.status()
+        error = in_words(InvalidInput("No weights: give a folder", "没有权重：请指定目录"))
+        status["models"]["tts"]["last_error"] = status["monitor"]["last_error"] = error
+        status["monitor"]["errors"] = 1
+        assert words.remarks(status["models"]["tts"], zh) == ["上次错误: 没有权重：请指定目录"]
+        assert words.trouble(status, en) == ["Idle monitor, errors: 1×: No weights: give a folder"]
 
     def test_a_monitor_in_trouble_is_shown_and_one_that_is_not_needed_is_not(self, manager: GPUResourceManager) -> None:
         status = manager.status()
