@@ -20,8 +20,7 @@ PURE_LAYERS = [["errors", "latches", "units"],
                ["dispatch"], ["admission", "steering"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
-PURE_LAYERS = [["errors", "latches", "units"],
-               ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
+SHARED = {"contracts", "states", "errors", "diagnosis", "progress", "units"}
 ALSO = {"devices": {"probes"}}
 #: Names that a Step-Audio-EditX checkout owns.
 FOREIGN = {"config", "utils", "tts", "tokenizer", "model_loader", "whisper_wrapper", "quantization", "stepvocoder",
