@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from gpu_manager import SimulatedDevice
-from residency.errors import DeviceOutOfMemory, InvalidInput, NotAllowed, OverBudget, UnknownModel, in_words
+from residency.diagnosis import in_words
+from residency.errors import DeviceOutOfMemory, InvalidInput, NotAllowed, OverBudget, UnknownModel
 from residency.web.language import Say, both, en, preferred, reason, translated, zh
 
 

@@ -7,7 +7,8 @@ from fakes import Gate, Workshop
 
 from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
-from residency.errors import InvalidInput, in_words
+from residency.diagnosis import in_words
+from residency.errors import InvalidInput
 from residency.web import views, words
 from residency.web.language import both, en, zh
 
