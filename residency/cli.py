@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--keep-warm and --idle-timeout go with configure, which needs one of them / "
             "configure 需要 --keep-warm 或 --idle-timeout，且只有它使用这两个参数"
         )
+    if not (arguments.token or "").isascii():
+        parser.error("--token: only Latin letters, digits and signs can be sent / --token 只能包含英文字母、数字和符号")
     try:
         done, status = _call(arguments)
     except urllib.error.HTTPError as error:
@@ -67,8 +70,13 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
         request.add_header("Content-Type", "application/json")
     if arguments.token:
         request.add_header("Authorization", f"Bearer {arguments.token}")
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        status: dict[str, Any] = json.load(answer)
+    # What a proxy calls 127.0.0.1 is another machine.
+    here = urllib.parse.urlsplit(request.full_url).hostname in ("localhost", "127.0.0.1", "::1")
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
+    with opener.open(request, timeout=600) as answer:
+        status = json.load(answer)
+        if not isinstance(status, dict) or not {"device", "models"} <= status.keys():
+            raise ValueError("it answers something else")
         return answer.status == 200, status
 
 

@@ -16,6 +16,7 @@ import soundfile
 import torch
 
 from residency.errors import InvalidInput
+from residency.progress import current
 
 FOLDER = Path()
 """Where the gates are. In the app set by `serving`, before anything here is used."""
@@ -36,6 +37,11 @@ def open_gate(folder: Path, name: str) -> None:
 class BuiltinEngine:
     def __init__(self, device: str = "cpu") -> None:
         atexit.register(print, "the interpreter ends", flush=True)
+        if (FOLDER / "broken").exists():
+            raise InvalidInput("No weights: give a folder", "没有权重：请指定目录")
+        progress = current()
+        progress.enter("reading", 4 << 30)
+        progress.advance(1 << 30)
         _pass("load")
         self.weights = torch.ones(1 << 18)
 

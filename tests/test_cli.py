@@ -108,6 +108,28 @@ def test_a_refusal_is_printed_and_fails(app: HTTPServer, capsys: pytest.CaptureF
     assert capsys.readouterr().err == "No model is called 'llm'\n"
 
 
+def test_a_proxy_is_not_asked_for_an_app_on_this_machine(app: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert run(app, "status") == 0
+
+
+def test_a_token_that_cannot_be_sent_is_refused(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(app, "release", "--token", "秘密")
+    assert "--token" in capsys.readouterr().err
+    assert app.seen == []
+
+
+@pytest.mark.parametrize("content", [{"status": "ok"}, [1], "text", {"models": {}}])
+def test_another_server_is_no_app(app: HTTPServer, capsys: pytest.CaptureFixture[str], content: object) -> None:
+    app.next_answer = (200, content)
+    assert run(app, "release") == 1
+    assert "start one, or give --url" in capsys.readouterr().err
+
+
 def test_no_app_there_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "--url", "http://127.0.0.1:9"]) == 1
     assert "start one, or give --url" in capsys.readouterr().err

@@ -54,6 +54,12 @@ def test_every_metric_that_is_asked_for_is_there(metrics: dict[str, set[str]], n
         assert set(re.findall(r"(\w+)=", labels)) <= metrics[metric], metric
 
 
+def test_a_busy_instance_does_not_hide_an_idle_one() -> None:
+    text = (EXAMPLES / "prometheus-rules.yml").read_text(encoding="utf-8")
+    for labels in re.findall(r"\b(?:on|by) \(([^)]*)\)", text):
+        assert "instance" in labels
+
+
 def test_the_dashboard_is_one_and_its_panels_do_not_overlap() -> None:
     board: Any = json.loads((EXAMPLES / "grafana-dashboard.json").read_text(encoding="utf-8"))
     cells = [

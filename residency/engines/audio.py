@@ -116,10 +116,10 @@ def _decode(path: str) -> tuple[NDArray[np.float32], int]:
             f"{name} 无法作为音频读取（{reason}）：请转换为 WAV、FLAC、OGG 或 MP3",
         ) from error
     if len(samples) > limit:
-        minutes = f"{limit / 60 / sample_rate:.0f}"
+        longest_s = limit / sample_rate
         raise InvalidInput(
-            f"{name} is longer than {minutes} minutes: cut it into pieces, or convert it to mono at 48 kHz",
-            f"{name} 超过 {minutes} 分钟：请切成几段，或转换为 48 kHz 单声道",
+            f"{name} is longer than {longest_s:.0f} s: cut it into pieces, or convert it to mono at 48 kHz",
+            f"{name} 超过 {longest_s:.0f} 秒：请切成几段，或转换为 48 kHz 单声道",
         )
     return samples, sample_rate
 

@@ -51,10 +51,10 @@ def chart(history: dict[str, Any], device_kind: str, say: Say) -> str:
     return (
         f"<figure class='gpu-chart' data-requests='{requests}' data-peak='{peak_bytes}' data-top='{round(top_bytes)}'>"
         f"<figcaption class='gpu-quiet'><span>{title} · {peak}</span>{_legend(list(models), bool(used), say)}"
-        f"</figcaption><div class='gpu-plot'><svg viewBox='0 0 {_WIDTH:g} {_HEIGHT + _STRIP + 2:g}' "
+        f"</figcaption><div class='gpu-plot'><div><svg viewBox='0 0 {_WIDTH:g} {_HEIGHT + _STRIP + 2:g}' "
         f"preserveAspectRatio='none' role='img' aria-label='{title}'><g class='gpu-grid'>{lines}</g>{''.join(areas)}"
-        f"<g class='gpu-request'>{marks}</g></svg><div class='gpu-scale gpu-quiet'>{scale}</div></div>"
-        f"<div class='gpu-axis gpu-quiet'><span>-15 min</span><span>{say('现在', 'now')}</span></div></figure>"
+        f"<g class='gpu-request'>{marks}</g></svg><div class='gpu-axis gpu-quiet'><span>-15 min</span>"
+        f"<span>{say('现在', 'now')}</span></div></div><div class='gpu-scale gpu-quiet'>{scale}</div></div></figure>"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ValidationError
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .. import errors
 from . import metrics
 from .guard import Guard
+from .language import Say, preferred
 from .protocols import Manager
 from .schema import Configuration, Health, History, Refusal, Status, Which
 from .stream import EventStream, moves
@@ -40,11 +42,10 @@ _CODES: dict[type[Exception], int] = {
 }
 
 
-def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | None], Any] | None = None) -> FastAPI:
+def build(manager: Manager, guard: Guard, panel: Callable[[Say, int | None], Any] | None = None) -> FastAPI:
     """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
 
-    ``panel`` gives the page what it shows, in the language of a header ``Accept-Language``; None if the page shows that
-    version already.
+    ``panel`` gives the page what it shows; None if the page shows that version already.
     """
     app = FastAPIOffline(
         docs_url="/docs",
@@ -54,7 +55,7 @@ def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | Non
         title="GPU management",
         description=__doc__,
         version="1",
-        exception_handlers={HTTPException: _said, Exception: _failed},
+        exception_handlers={HTTPException: _said, RequestValidationError: _garbled, Exception: _failed},
     )
     looking, acting = CapacityLimiter(4), CapacityLimiter(16)
 
@@ -95,8 +96,8 @@ def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | Non
 
         @app.get("/gpu/panel", include_in_schema=False)
         async def gpu_panel(request: Request, known: int | None = None) -> Response:
-            language = request.headers.get("accept-language")
-            news = await to_thread.run_sync(panel, language, known, limiter=looking)
+            say = preferred(request.headers.get("accept-language"))
+            news = await to_thread.run_sync(panel, say, known, limiter=looking)
             return Response(status_code=204) if news is None else JSONResponse(news, headers=_NOT_KEPT)
 
     @app.get("/metrics", tags=["looking"], response_class=Response, responses=_METRICS)
@@ -188,6 +189,12 @@ async def _said(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     reason = f"{request.method} {request.url.path}: {error.detail}. See /docs / 请参阅 /docs"
     return JSONResponse({"error": reason}, error.status_code, error.headers)
+
+
+async def _garbled(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    wrong = "; ".join(f"{wrong['loc'][-1]}: {wrong['msg']}" for wrong in error.errors())
+    return JSONResponse({"error": f"{request.url.path}: {wrong}. See /docs / 请参阅 /docs"}, 422)
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:

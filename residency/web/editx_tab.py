@@ -301,11 +301,10 @@ class EditxTab:
             for event in (*writing, *speaking):
                 event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
         if self.panel:
-            self.panel.register_events(forget_message=[self.button_tts.click, self.button_edit.click])
+            self.panel.register_events()
 
 
 def _warned(error: Exception) -> str:
-    """Show the error as a warning, and return it as a message for the page."""
+    """The error as a message for the page, which stays until the next press; a toast would say it a second time."""
     sentence = html.escape(translated(explain(error), speaker()))
-    gr.Warning(sentence)
     return f"<p role='alert'>⚠️ {sentence}</p>"

@@ -6,6 +6,7 @@ What it shows comes as pieces of HTML from `GpuPanel.news`; ``panel.js`` asks fo
 from __future__ import annotations
 
 import html
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from . import views, words
 from .compat import PRIVATE, speaker
 from .guard import Guard
 from .labels import label
-from .language import Say, both, preferred, translated
+from .language import Say, both, translated
 from .protocols import Manager
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,26 @@ class GpuPanel:
     def text(self) -> str:
         return words.as_text(self._manager.status())
 
-    def pieces(self, say: Say) -> dict[str, str]:
-        """By their place on the page, see `register_components`."""
+    def news(self, say: Say, known: int | None = None) -> dict[str, Any] | None:
+        """What the page shows: ``pieces`` of HTML by their place, see `register_components`, and their ``version``.
+
+        Also whether something is ``moving``, and for each model what came of the last press on it, None while that is
+        still to come. None if the page knows that version.
+        """
+        version = self._manager.version
+        if version == known:
+            return None
         status = self._manager.status()
+        kind = status["device"]["kind"]
+        outcomes = {name: words.outcome(name, model, kind, say) for name, model in status["models"].items()}
+        return {
+            "version": version,
+            "pieces": self._pieces(status, say),
+            "moving": any(model["state"] == "moving" for model in status["models"].values()),
+            "outcomes": {name: said and _paragraph(said) for name, said in outcomes.items()},
+        }
+
+    def _pieces(self, status: dict[str, Any], say: Say) -> dict[str, str]:
         return {
             "device": views.device_html(status, say),
             **{f"model-{name}": views.model_html(name, status, say) for name in status["models"]},
@@ -58,24 +76,21 @@ class GpuPanel:
             "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
         }
 
-    def news(self, accept_language: str | None, known: int | None) -> dict[str, Any] | None:
-        """`pieces` with their ``version``, and whether something is moving; None if the page knows that version."""
-        version = self._manager.version
-        if version == known:
-            return None
-        pieces = self.pieces(preferred(accept_language))
-        return {"version": version, "pieces": pieces, "moving": "data-state='moving'" in str(pieces)}
-
     def press(self, action: str, name: str | None = None, say: Say = both) -> str:
         """Warm, offload or release a model (None: all); say what came of it, or when it will happen."""
+        return self._press(action, name, say)[0]
+
+    def _press(self, action: str, name: str | None, say: Say) -> tuple[str, list[str]]:
+        """What is said, and the models of which it says what is still to come."""
         try:
             done = getattr(self._manager, action)(name)
         except ResidencyError as error:
-            return translated(str(error), say)
+            return translated(str(error), say), []
         except Exception as error:
             logger.exception("%s by hand failed", action)
-            return f"{say('操作失败', 'It failed')}: {error}"
-        return words.pressed(action, name, done, self._manager.status(), say)
+            return f"{say('操作失败', 'It failed')}: {error}", []
+        status = self._manager.status()
+        return words.pressed(action, name, done, status, say), [] if done else [name] if name else [*status["models"]]
 
     def configure(self, name: str | None, keep_warm: str | None, idle_timeout: str | None, say: Say = both) -> str:
         """Change how long a model (None: all) stays; what is empty stays as it is."""
@@ -111,7 +126,8 @@ class GpuPanel:
                 refresh = label("🔄 刷新状态", "🔄 Refresh")
                 self._refresh = gr.Button(refresh, size="sm", elem_id="gpu-refresh", min_width=120)
                 self._draw_buttons(None, of_many=len(names) > 1)
-            self._message = gr.HTML(elem_id="gpu-message", padding=False)
+            gr.HTML(_place("pressed"), elem_id="gpu-message", padding=False)
+            self._refusal = gr.HTML(elem_id="gpu-refusal", padding=False)
             with gr.Accordion(label("⏱️ 保持时间", "⏱️ How long models stay"), open=False):
                 gr.HTML(_place("stay"), padding=False)
                 with gr.Row():
@@ -129,7 +145,8 @@ class GpuPanel:
                     )
                     self._apply = gr.Button(label("应用", "Apply"), size="sm", elem_id="gpu-apply", min_width=120)
             gr.HTML(_place("past"), elem_id="gpu-past", padding=False)
-            self._pieces = gr.JSON(visible=False)
+            # Text, since Gradio 5 hands JSON to scripts as Python would print it.
+            self._news, self._pressed = gr.Textbox(visible=False), gr.Textbox(visible=False)
 
     def _draw_buttons(self, name: str | None, of_many: bool = False) -> None:
         for action, (chinese, english) in ACTIONS.items():
@@ -137,40 +154,41 @@ class GpuPanel:
             element = f"gpu-{action}-{name}" if name else f"gpu-{action}"
             self._presses.append((gr.Button(text, size="sm", elem_id=element, min_width=120), action, name))
 
-    def register_events(self, forget_message: Sequence[Callable[..., Any]] = ()) -> None:
-        """Connect the buttons; on events of ``forget_message`` the line about the last press goes."""
+    def register_events(self) -> None:
+        """Connect the buttons."""
         looking: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
         opened = partial(gr.on, None)  # no triggers: when the page is opened
         opened(None, js=(_HERE / "panel.js").read_text(encoding="utf-8"), **PRIVATE)
         for event in (opened, self._refresh.click):
-            event(self._look, outputs=self._pieces, **looking).then(
-                None, self._pieces, js="pieces => { window.gpuPanel?.show(pieces) }", **PRIVATE
+            event(lambda: json.dumps(self.news(speaker())), outputs=self._news, **looking).then(
+                None, self._news, js="news => { window.gpuPanel?.show(JSON.parse(news)) }", **PRIVATE
             )
         changing = [*(button for button, _, _ in self._presses), self._apply]
-        opened(self._permitting(len(changing)), outputs=[*changing, self._message], **looking)
-        for event in forget_message:
-            event(lambda: "", outputs=self._message, **looking)
+        opened(self._permitting(len(changing)), outputs=[*changing, self._refusal], **looking)
         for button, action, name in self._presses:
-            press = self._if_allowed(lambda say, action=action, name=name: self.press(action, name, say))
-            button.click(press, outputs=self._message, show_progress="minimal", **PRIVATE)
-        configure = self._if_allowed(lambda say, name, warm, idle: self.configure(name or None, warm, idle, say))
-        self._apply.click(configure, [self._which, self._keep_warm, self._idle_timeout], self._message, **PRIVATE)
+            self._on_press(button, lambda say, action=action, name=name: self._press(action, name, say))
+        times = [self._which, self._keep_warm, self._idle_timeout]
+        self._on_press(
+            self._apply, lambda say, name, warm, idle: (self.configure(name or None, warm, idle, say), []), times
+        )
 
-    def _look(self) -> dict[str, str]:
-        return self.pieces(speaker())
+    def _on_press(
+        self, button: gr.Button, change: Callable[..., tuple[str, list[str]]], inputs: Sequence[Any] = ()
+    ) -> None:
+        """Have a press ask the guard, make the change, and show what is said of it until that has come true."""
 
-    def _if_allowed(self, change: Callable[..., str]) -> Callable[..., str]:
-        """A handler that asks the guard first, and answers what is shown."""
-
-        def handler(request: gr.Request, *inputs: Any) -> str:
+        def handler(request: gr.Request, *given: Any) -> str:
             say = speaker()
             try:
                 check(self._guard, request)
+                line, awaits = change(say, *given)
             except NotAllowed as error:
-                return _paragraph(translated(str(error), say))
-            return _paragraph(change(say, *inputs))
+                line, awaits = translated(str(error), say), []
+            return json.dumps({"line": _paragraph(line), "awaits": awaits, "version": self._manager.version})
 
-        return handler
+        button.click(handler, list(inputs), self._pressed, show_progress="hidden", **PRIVATE).then(
+            None, self._pressed, js="press => { window.gpuPanel?.say(JSON.parse(press)) }", **PRIVATE
+        )
 
     def _permitting(self, buttons: int) -> Callable[..., list[Any]]:
         """A handler for who opens the page: the buttons as they may press them, and why they may not."""

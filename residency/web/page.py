@@ -22,11 +22,24 @@ _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
-#message:has(.prose:empty), #gpu-message:has(.prose:empty) {display: none}
-#history .progress-level-inner {text-align: center; overflow-wrap: anywhere; padding: 0 8px}
+#message:has(.prose:empty) {display: none}
+/* The last line is Gradio's percentage, which for a place in a queue or unknown work would be 0. */
+:is(#history, #prompt-text) .progress-level-inner {
+  white-space: pre-line; text-align: center; overflow-wrap: anywhere; padding: 0 8px;
+  line-height: 1.5em; margin-bottom: -.5em; clip-path: inset(0 0 1.5em 0)
+}
+:is(#history, #prompt-text) .progress-bar-wrap {overflow: hidden}
+/* Nobody knows how much is done. */
+:is(#history, #prompt-text) .progress-bar[style*="width: 0%"] {
+  width: 30% !important; animation: at-work 1.2s ease-in-out infinite alternate
+}
+@keyframes at-work {from {transform: translateX(0)} to {transform: translateX(233%)}}
 #history button[aria-label=Share] {display: none}
-#history .waveform-wrapper {height: 40px; display: flex; align-items: center; overflow: hidden}
-#history .waveform-wrapper > div {flex: 1 0 100%}
+/* The players of Gradio 6, and those of Gradio 5, whose waves are 128 pixels high. */
+#history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
+#history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}
+#history .waveform > div {transform: scaleY(.32)}
+footer .divider:last-child {display: none}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
 """
 _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")

@@ -127,7 +127,7 @@ def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
         ("速度", "Rate"),
     )
     head = "".join(f"<th>{say(*pair)}</th>" for pair in heads)
-    table = f"<div class='gpu-scroll'><table class='gpu-moves'><tr>{head}</tr>{rows}</table></div>" if rows else ""
+    table = f"<table class='gpu-moves'><tr>{head}</tr>{rows}</table>" if rows else ""
     return chart(history, device_kind, say) + table
 
 

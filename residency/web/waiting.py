@@ -15,6 +15,7 @@ import gradio as gr
 
 from . import words
 from .compat import session, speaker
+from .language import both
 from .protocols import Lease, Manager
 
 
@@ -69,6 +70,7 @@ class _Teller:
         status = manager.status()
         self._kind, self._present = status["device"]["kind"], status["models"].get(model, {})
         self.lease: Lease | None = None
+        self._said: tuple[str, float] | None = None
 
     def begin(self) -> None:
         if way := self._present.get("progress"):
@@ -76,7 +78,7 @@ class _Teller:
         elif self._present.get("leases"):
             self._say(words.in_use(self._speak))
         elif self._present.get("state") == "gpu":
-            self._say(words.ready(self._speak), 1.0)
+            self._say(words.ready(self._speak))
 
     def listen(self, event: Any) -> None:
         if event.model != self._model:
@@ -87,14 +89,18 @@ class _Teller:
         elif event.what in ("began", "progress"):
             self._say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.bytes_per_s)
         elif event.what == "done" and (arrival := words.arrived(event.target, self._speak)):
-            self._say(arrival, 1.0)
+            self._say(arrival)
         elif event.what == "queue" and event.source == "gpu" and place is not None:
-            self._say(*((words.in_use(self._speak),) if place else (words.ready(self._speak), 1.0)))
+            self._say(words.in_use(self._speak) if place else words.ready(self._speak))
 
     def _say(self, sentence: str, share: float = 0.0) -> None:
-        # The context tells Gradio whose event it is; a copy, since two threads cannot be in the same one.
-        # Pages show no sentence without a share, so one that nobody knows is 0.
-        self._context.copy().run(self._progress, share, desc=sentence)
+        # Pages show no sentence without a share, so one that nobody knows is 0; and they write it behind the sentence,
+        # which ends in a new line for them: then the page's style can leave the share out.
+        desc = sentence if self._speak is both else f"{sentence}\n"
+        if (desc, share) != self._said:
+            self._said = desc, share
+            # The context tells Gradio whose event it is; a copy, since two threads cannot be in the same one.
+            self._context.copy().run(self._progress, share, desc=desc)
 
     def _say_way(
         self, target: str, phase: str, done_bytes: int, total_bytes: int | None, bytes_per_s: float | None

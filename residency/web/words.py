@@ -24,8 +24,8 @@ STATES = {
 }
 PLACES = {"gpu": ("GPU", "GPU"), "cpu": ("内存", "RAM"), "released": ("已释放", "released")}
 _PENDING = {
-    "offload": ("当前请求或加载结束后卸载", "Will be offloaded when the running request ends, or the load"),
-    "release": ("当前请求或加载结束后释放", "Will be released when the running request ends, or the load"),
+    "offload": ("当前请求或加载结束后卸载", "Will be offloaded once the running request or load has ended"),
+    "release": ("当前请求或加载结束后释放", "Will be released once the running request or load has ended"),
 }
 _TO = {
     "gpu": ("前往显存", "To the GPU"),
@@ -91,8 +91,8 @@ def usage(device: dict[str, Any], say: Say) -> str:
     facts = []
     if device["total_bytes"] is not None:
         used = None if device["free_bytes"] is None else device["total_bytes"] - device["free_bytes"]
-        facts.append(f"{say('已用', 'used')} {readable_bytes(used)}")
-        facts.append(f"{say('共', 'of')} {readable_bytes(device['total_bytes'])}")
+        used_words, total_words = readable_bytes(used), readable_bytes(device["total_bytes"])
+        facts.append(say(f"已用 {used_words}，共 {total_words}", f"{used_words} of {total_words} used"))
     if device["power_w"] is not None:
         facts.append(f"{say('功耗', 'power')} {device['power_w']:.0f} W")
     return " · ".join(facts)
@@ -120,6 +120,20 @@ def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], s
     if all(model["state"] == "released" for model in models.values()):
         return say("模型已释放，无需卸载。", "Nothing to offload: the model is released.")
     return say("已卸载到内存。", "Offloaded to main memory.")
+
+
+def outcome(name: str, model: dict[str, Any], device_kind: str, say: Say) -> str | None:
+    """What came of a press that was to be followed by a move of this model; None as long as it is not settled."""
+    if model["state"] == "moving" or model["pending"]:
+        return None
+    if model["last_error"]:
+        return f"{name}: {reason(model['last_error'], say)}"
+    sentences = {
+        "gpu": of_device((f"{name} 已到达 GPU。", f"{name} has come to the GPU."), device_kind, say),
+        "cpu": say(f"{name} 已回到内存。", f"{name} has come to main memory."),
+        "released": say(f"{name} 已完全释放。", f"{name} has been released."),
+    }
+    return sentences[model["state"]]
 
 
 def in_use(say: Say) -> str:

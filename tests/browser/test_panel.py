@@ -53,10 +53,10 @@ def test_it_follows_what_others_do_without_being_asked(page: Page, app: RunningA
         pass  # there is nothing new
     assert app.post("/gpu/warm", {"model": "tts"})[0] in (200, 202)
     expect_state(page, "gpu")
-    sync_api.expect(page.locator("#gpu-past table")).to_contain_text("released → GPU")
+    sync_api.expect(page.locator("#gpu-past table")).to_contain_text("released → simulated GPU")
     app.post("/gpu/release", {})
     expect_state(page, "released")
-    sync_api.expect(page.locator("#gpu-past table")).to_contain_text("GPU → released")
+    sync_api.expect(page.locator("#gpu-past table")).to_contain_text("simulated GPU → released")
     assert {url.partition("?")[0] for url in asked} == {f"{app.url}/gpu/panel"}, "Gradio has no part in it"
 
 
@@ -70,15 +70,18 @@ def test_seconds_pass_without_the_server(page: Page, app: RunningApp) -> None:
 
 
 def test_each_button_does_what_it_says_and_tells_what_came_of_it(page: Page) -> None:
+    refused: list[str] = []
+    page.on("response", lambda answer: refused.append(answer.url) if answer.status >= 400 else None)
     message = sync_api.expect(page.locator("#gpu-message"))
     for button, model, state, sentence in (
-        ("gpu-warm-tts", "tts", "gpu", "On its way to the simulated GPU"),
+        ("gpu-warm-tts", "tts", "gpu", "tts has come to the simulated GPU."),
+        ("gpu-warm-tts", "tts", "gpu", "The model is on the simulated GPU already."),
         ("gpu-offload-tts", "tts", "cpu", "Offloaded to main memory"),
-        ("gpu-warm", "asr", "gpu", "On its way"),
+        ("gpu-warm", "asr", "gpu", "tts has come to the simulated GPU.asr has come to the simulated GPU."),
         ("gpu-offload", "asr", "cpu", "Offloaded"),
         ("gpu-release-asr", "asr", "released", "the next request loads it again"),
         ("gpu-release", "tts", "released", "the next request loads it again"),
-        ("gpu-warm-asr", "asr", "gpu", "On its way"),
+        ("gpu-warm-asr", "asr", "gpu", "asr has come to the simulated GPU."),
     ):
         page.locator(f"#{button}").click()
         message.to_contain_text(sentence)
@@ -86,6 +89,69 @@ def test_each_button_does_what_it_says_and_tells_what_came_of_it(page: Page) -> 
     expect_state(page, "released", "tts")
     page.locator("#gpu-refresh").click()
     expect_state(page, "gpu", "asr")
+    assert not refused
+
+
+def test_what_was_promised_gives_way_to_what_came_of_it(page: Page, app: RunningApp, gates: Path) -> None:
+    message = sync_api.expect(page.locator("#gpu-message"))
+    close_gate(gates, "load")
+    page.locator("#gpu-warm-tts").click()
+    app.wait_for_line("at the gate: load")
+    message.to_have_text("On its way to the simulated GPU; go on meanwhile.")
+    sync_api.expect(page.locator("[data-gpu=model-tts]")).to_contain_text("reading · 1 GB / 4 GB · ")
+    open_gate(gates, "load")
+    message.to_have_text("tts has come to the simulated GPU.")
+    app.post("/gpu/release", {})
+    (gates / "broken").touch()
+    page.locator("#gpu-warm-tts").click()
+    message.to_have_text("tts: No weights: give a folder")
+    (gates / "broken").unlink()
+    page.locator("#gpu-warm-tts").click()
+    message.to_have_text("tts has come to the simulated GPU.")
+    expect_state(page, "gpu")
+
+
+def test_a_line_that_is_dead_is_noticed(page: Page, app: RunningApp) -> None:
+    page.route("**/gpu/panel*", lambda route: None)  # nothing comes back, and nobody says so
+    app.post("/gpu/warm", {"model": "tts"})
+    sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
+    page.unroute("**/gpu/panel*")
+    expect_state(page, "gpu")
+    sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("The connection is lost")
+
+
+def test_who_waits_reads_why(
+    page: Page, app: RunningApp, gates: Path, tmp_path: Path, new_page: Callable[..., Page]
+) -> None:
+    close_gate(gates, "load")
+    close_gate(gates, "speak")
+    ask(page, tmp_path)
+    app.wait_for_line("at the gate: load")
+    expect_progress(page, re.compile(r"To the simulated GPU: reading · 1 GB / 4 GB · [\d.]+ GB/s"), share="25%")
+    open_gate(gates, "load")
+    app.wait_for_line("at the gate: speak")
+    expect_progress(page, re.compile("The model is ready; generating"), share=None)
+    second, third = (visit(new_page(), app.url) for _ in range(2))
+    ask(second, tmp_path)
+    expect_progress(second, re.compile("The model is in use; you are next"), share=None)
+    ask(third, tmp_path)
+    expect_progress(third, re.compile("Waiting; place 2 in the queue"), share=None)
+    open_gate(gates, "speak")
+    for one in (page, second, third):
+        sync_api.expect(one.locator("#history .bot-row")).not_to_have_count(0)
+
+
+def expect_progress(page: Page, sentence: re.Pattern[str], share: str | None) -> None:
+    """What is read while waiting, and how far the bar is; None: it runs to and fro. The percentage cannot be seen."""
+    line = page.locator("#history .progress-level-inner")
+    sync_api.expect(line).to_have_text(sentence)
+    clipped = line.evaluate("line => [line.clientHeight, parseFloat(getComputedStyle(line).lineHeight)]")
+    assert clipped[0] == pytest.approx(2 * clipped[1], abs=2), "the percentage is not on a line of its own"
+    assert "inset" in line.evaluate("line => getComputedStyle(line).clipPath")
+    bar = page.locator("#history .progress-bar")
+    sync_api.expect(bar).to_have_attribute("style", re.compile(f"width: {share or '0%'}"))
+    moves = bar.evaluate("bar => getComputedStyle(bar).animationName.includes('at-work')")
+    assert moves == (share is None)
 
 
 def test_what_is_pressed_during_a_request_follows_it(page: Page, app: RunningApp, gates: Path, tmp_path: Path) -> None:
@@ -93,10 +159,13 @@ def test_what_is_pressed_during_a_request_follows_it(page: Page, app: RunningApp
     ask(page, tmp_path)
     app.wait_for_line("at the gate: speak")
     page.locator("#gpu-release-tts").click()
-    sync_api.expect(page.locator("#gpu-message")).to_contain_text("Will be released when the running request ends")
+    sync_api.expect(page.locator("#gpu-message")).to_contain_text(
+        "Will be released once the running request or load has ended"
+    )
     sync_api.expect(page.locator("#gpu-status")).to_contain_text("In use · Will be released")
     open_gate(gates, "speak")
     expect_state(page, "released")
+    sync_api.expect(page.locator("#gpu-message")).to_have_text("tts has been released.")
     sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
 
 
@@ -143,6 +212,7 @@ def test_it_speaks_the_language_of_the_browser(
     page.get_by_role("button", name="CLONE", exact=True).click()
     alert = page.locator("#message [role=alert]")
     sync_api.expect(alert).to_be_visible()
+    assert page.locator(".toast-body").count() == 0, "it is said twice"
     said = page.locator("#gpu-panel").inner_text() + alert.inner_text() + page.locator("#gpu-message").inner_text()
     assert (re.search("[\u4e00-\u9fff]", said) is None) == (not locale.startswith("zh")), said
     if locale.startswith("zh"):
@@ -153,6 +223,13 @@ def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., 
     app.post("/gpu/warm", {})
     page = visit(new_page(viewport={"width": 360, "height": 740}), app.url)
     expect_state(page, "gpu")
+    app.post("/gpu/offload", {})
+    rate = page.locator("#gpu-past td", has_text="GB/s").first
+    sync_api.expect(rate).to_be_visible()
+    for part in page.locator("footer .divider").all() if page.locator("footer button:visible").count() == 0 else []:
+        sync_api.expect(part).to_be_hidden()
+    right_px = rate.evaluate("cell => cell.getBoundingClientRect().right")
+    assert right_px <= 360
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     for button in page.locator("#gpu-panel button").all():
         box = button.bounding_box()
@@ -162,7 +239,12 @@ def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., 
 
 def test_who_may_not_press_sees_why(app: RunningApp, new_page: Callable[..., Page]) -> None:
     page = visit(new_page(), app.url.replace("127.0.0.1", "elsewhere.localhost"))  # a name that others can give
-    sync_api.expect(page.locator("#gpu-message")).to_contain_text("--auth user:password")
+    refusal = sync_api.expect(page.locator("#gpu-refusal"))
+    refusal.to_contain_text("--auth user:password")
+    page.get_by_role("button", name="EDIT", exact=True).click()
+    sync_api.expect(page.locator("#message [role=alert]")).to_be_visible()
+    refusal.to_contain_text("--auth user:password")
+    sync_api.expect(page.locator("#gpu-refusal")).to_be_visible()
     page.get_by_text("How long models stay").click()
     for button in ("gpu-warm", "gpu-offload-tts", "gpu-release-asr", "gpu-apply"):
         sync_api.expect(page.locator(f"#{button}")).to_be_disabled()

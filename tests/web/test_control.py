@@ -7,10 +7,12 @@ import pytest
 from fakes import Gate, Worker, Workshop
 from starlette.testclient import TestClient
 
-from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager
+from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager, State
+from residency.errors import InvalidInput
 from residency.web.control import build
 from residency.web.gpu_panel import GpuPanel
 from residency.web.guard import Guard
+from residency.web.language import en
 from residency.web.schema import History, Status
 
 HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
@@ -149,8 +151,36 @@ def test_the_page_is_told_what_it_does_not_know(used: GPUResourceManager) -> Non
     assert calls.get(f"/gpu/panel?known={version - 1}").status_code == 200
     used.release()
     assert calls.get(f"/gpu/panel?known={version}").json()["version"] != version
-    assert calls.get("/gpu/panel?known=old").status_code == 422
+    refused = calls.get("/gpu/panel?known=old")
+    assert (refused.status_code, list(refused.json())) == (422, ["error"])
+    assert "known" in refused.json()["error"]
     assert client(used).get("/gpu/panel").status_code == 404
+
+
+def test_the_page_is_told_what_came_of_a_press_once_it_is_settled(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    panel = GpuPanel(manager, Guard())
+
+    def outcome() -> Any:
+        news = panel.news(en)
+        assert news
+        return news["outcomes"]["tts"]
+
+    assert "tts has been released." in outcome()
+    workshop.gate = gate = Gate()
+    manager.warm("tts")
+    gate.wait_for_arrival()
+    assert outcome() is None
+    gate.open()
+    with manager.lease("tts"):
+        assert "tts has come to the simulated GPU." in outcome()
+        manager.release("tts")
+        assert outcome() is None
+    workshop.gate, workshop.fail_next = None, InvalidInput("No <weights>: give a folder", "没有权重")
+    manager.warm("tts")
+    assert manager.wait_for("tts", State.RELEASED)
+    assert "tts: No &lt;weights&gt;: give a folder" in outcome()
 
 
 def test_answers_are_as_described(used: GPUResourceManager) -> None:

@@ -14,8 +14,6 @@ from gpu_manager import GPUResourceManager
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")  # what gr.Warning becomes outside a page
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -201,7 +199,7 @@ class TestWithManagement:
 
     def test_during_a_request_they_say_that_they_follow(self, tab: EditxTab, manager: GPUResourceManager) -> None:
         with manager.lease("tts"):
-            assert "when the running request ends" in tab.release_gpu()
+            assert "once the running request or load has ended" in tab.release_gpu()
             assert "On the simulated GPU" in tab.get_gpu_status()
         assert "Released" in tab.get_gpu_status()
 

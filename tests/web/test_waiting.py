@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes import Gate, Worker
+from fakes import Gate, Worker, Workshop
 
 from gpu_manager import GPUResourceManager, RequestCancelled
 from residency.web import waiting as waiting_module
+from residency.web.language import en
 from residency.web.waiting import Waiting
 
 
@@ -104,6 +106,25 @@ def test_who_has_gone_leaves_the_queue_and_nobody_else_does(manager: GPUResource
         person.gate.open()
         person.worker.result()
     assert waiting._leases == {}
+
+
+def test_how_much_is_done_is_told_only_where_it_is_known(
+    manager: GPUResourceManager, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[float, str]] = []
+    generating = Gate()
+
+    def say(share: float, desc: str) -> None:
+        told.append((share, desc))
+        if "generating" in desc:
+            generating.open()
+
+    monkeypatch.setattr(waiting_module.gr, "Progress", lambda: say)
+    monkeypatch.setattr(waiting_module, "speaker", lambda: en)
+    with Waiting(manager).told("tts"), manager.lease("tts"):
+        generating.pass_through()
+    assert (0.0, "The model is ready; generating\n") in told, "pages show the share on the second line, hidden"
+    assert all(said != again for said, again in itertools.pairwise(told)), "the same is said twice"
 
 
 def test_without_a_manager_nothing_is_said() -> None:
