@@ -102,6 +102,7 @@ def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
         others = [each for each in others if each.installed is None]
     if not others:
         return None
+    others.sort(key=lambda each: each.installed is not None)  # what is missing first
     install, listed = install_command(checkout), "; ".join(map(str, others))
     return EngineUnavailable(
         f"Step-Audio-EditX cannot be built ({in_words(error)}). Not as it asks for: {listed}. {install}, and restart "

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packing import save_packed
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.residents.discovery import discover
@@ -72,21 +73,6 @@ def test_bitsandbytes(bits: int, plain: Path, tmp_path: Path) -> None:
 
 
 def test_four_bit_weights_packed_as_llmcompressor_packs_them(tmp_path: Path) -> None:
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    compressors = pytest.importorskip("compressed_tensors.compressors")
-    weights = quantization.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=128)
-    config = quantization.QuantizationConfig(
-        config_groups={"group_0": quantization.QuantizationScheme(targets=["Linear"], weights=weights)},
-        format="pack-quantized", ignore=["lm_head"], quantization_status="frozen",
-    )  # fmt: skip
-    model = tiny()
-    quantization.apply_quantization_config(model, config)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            groups = module.weight.detach().reshape(len(module.weight), -1, 128)
-            module.weight_scale.data.copy_(groups.abs().amax(-1) / 7)
-    compressor = compressors.ModelCompressor.from_pretrained_model(model, quantization_format="pack-quantized")
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path / "packed")
-    compressor.update_config(tmp_path / "packed")
+    pytest.importorskip("compressed_tensors")
+    save_packed(tiny(), tmp_path / "packed", group_size=128)
     survives_every_move(lambda: from_pretrained(tmp_path / "packed", dtype=torch.bfloat16), tmp_path / "snapshots")

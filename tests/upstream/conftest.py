@@ -28,9 +28,10 @@ def bare():
     import model_loader, tokenizer, tts
     source = model_loader.ModelSource.AUTO
     listener = tokenizer.StepAudioTokenizer(MODELS + "/Step-Audio-Tokenizer", source, FUNASR)
-    return tts.StepAudioTTS(
-        MODELS + "/Step-Audio-EditX", listener, source, None, QUANTIZATION, getattr(torch, DTYPE), WHERE
-    )
+    return tts.StepAudioTTS(engine_folder(), listener, source, None, QUANTIZATION, getattr(torch, DTYPE), WHERE)
+
+def engine_folder():
+    return MODELS + "/Step-Audio-EditX" + ("-AWQ-4bit" if QUANTIZATION == "awq-4bit" else "")
 
 def build():
     return step_audio.build(

@@ -14,13 +14,14 @@ from edits import edited
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("dtype", "quantization"), [("bfloat16", None), ("float32", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
+    ("dtype", "quantization"),
+    [("bfloat16", None), ("float32", None), ("bfloat16", "int8"), ("bfloat16", "int4"), ("bfloat16", "awq-4bit")],
 )
 def test_speech_is_bit_identical_wherever_the_model_has_been(
     scenario: Callable[..., str], tmp_path: Path, dtype: str, quantization: str | None
 ) -> None:
     if quantization:
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("compressed_tensors" if quantization == "awq-4bit" else "bitsandbytes")
     heard = str(tmp_path / "bare.pt")
     script = f"""
 expected = spoken(bare())
@@ -66,6 +67,38 @@ for snapshots in (None, Path({str(tmp_path / "snapshots")!r})):
         print({dtype!r}, {quantization!r}, f"snapshots: {{kept_bytes}}", move)
 """
     print(scenario(script, dtype, quantization))
+
+
+@pytest.mark.timeout(600)
+def test_a_drop_in_with_a_ready_tokenizer_sounds_as_what_it_stands_for(scenario: Callable[..., str]) -> None:
+    """Its tokenizer seeds nothing in a load, and the vocoder draws a noise that it keeps."""
+    script = """
+sys.path.insert(0, CHECKOUT)
+import tokenizer, tts as theirs
+
+def ready():
+    return tokenizer.StepAudioTokenizer(MODELS + "/Step-Audio-Tokenizer", funasr_model_id=FUNASR)
+
+def heard(listener):
+    return listener(torch.sin(torch.arange(16000.0) / 9)[None], 16000)
+
+expected = spoken(theirs.StepAudioTTS(engine_folder(), ready(), device_map=WHERE))
+manager = GPUResourceManager(SimulatedDevice(48 << 30))
+given = ready()
+tts = GPUManagedTTS(engine_folder(), given, device_map=WHERE, manager=manager)
+for seed in range(2):
+    assert manager.device.ledger_bytes == 0 and given.ort_session._sess is None
+    assert state(tts) == "released" and tts.get_gpu_status()["models"]["tts"]["host_bytes"] > 0
+    torch.manual_seed(seed)
+    tts.detect_instruction_name("whoever loads it")
+    assert all(map(torch.equal, spoken(tts), expected)), seed
+    assert tts.force_release() is True
+tts.close()
+assert manager.device.ledger_bytes == 0
+assert heard(given) == heard(ready())
+manager.close()
+"""
+    scenario(script)
 
 
 @pytest.mark.timeout(600)

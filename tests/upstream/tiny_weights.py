@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from packing import save_packed
 
 FUNASR = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
 _AUDIO_TOKENS_FROM = 65536
@@ -27,6 +30,8 @@ def make(folder: Path) -> Path:
     _language_model(model)
     _speaker_model(vocoder / "campplus.onnx")
     _vocoder(vocoder)
+    if importlib.util.find_spec("compressed_tensors"):
+        _packed(model, folder / "Step-Audio-EditX-AWQ-4bit")
     return folder
 
 
@@ -46,6 +51,11 @@ def _acoustic_model(folder: Path) -> None:
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(config))  # which is YAML
     (folder / "configuration.json").write_text(json.dumps({"file_path_metas": {"config": "config.yaml"}}))
+    from funasr_detach import AutoModel
+
+    torch.save(AutoModel(model=str(folder), model_hub="local").model.state_dict(), folder / "model.pt")
+    metas = {"config": "config.yaml", "init_param": "model.pt"}
+    (folder / "configuration.json").write_text(json.dumps({"file_path_metas": metas}))
 
 
 def _language_model(folder: Path) -> None:
@@ -67,6 +77,15 @@ def _language_model(folder: Path) -> None:
         eos_token_id=list(range(0, config.vocab_size, 8)), pad_token_id=0, min_new_tokens=12
     )
     model.save_pretrained(folder)
+
+
+def _packed(plain: Path, folder: Path) -> None:
+    import transformers
+
+    shutil.copytree(plain, folder)
+    (folder / "model.safetensors").unlink()
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, torch_dtype=torch.bfloat16)
+    save_packed(model, folder, group_size=32)
 
 
 def _vocoder(folder: Path) -> None:
