@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-NO_GRACE = "import residency.web.recordings; residency.web.recordings.LEFT_FOR_S = 0\n"
+NO_GRACE = "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 0\n"
 
 
 @pytest.fixture
