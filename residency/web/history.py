@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +62,23 @@ class Histories:
     def __init__(self, recordings: Recordings) -> None:
         self._recordings = recordings
         self._lock = threading.Lock()
+        self._at_work: Counter[int] = Counter()
+
+    @contextmanager
+    def at_work(self, state: State) -> Iterator[None]:
+        """A block in which something is done that may change this state."""
+        with self._lock:
+            self._at_work[id(state)] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work[id(state)] -= 1
+                self._at_work += Counter()  # what is nothing goes
+
+    def busy(self, state: State) -> bool:
+        """Whether something may still change this state."""
+        return id(state) in self._at_work
 
     def go_on(self, state: State, history: list[Any], step: Step) -> None:
         """A result is the next of its history."""
@@ -75,12 +95,8 @@ class Histories:
         with self._lock:
             self._begin_anew(state)
 
-    def forget(self, state: State) -> None:
-        """Delete the files of a history that nobody can see any more."""
-        self._recordings.remove(session(), *(path for path, _ in state["history_audio"]))
-
     def _begin_anew(self, state: State) -> None:
-        self.forget(state)
+        self._recordings.remove(session(), *(path for path, _ in state["history_audio"]))
         state.update(new_state())
 
     @contextmanager
@@ -107,13 +123,22 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
         shown += [
             {
                 "role": "user",
-                "content": f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}",
+                "content": _literal(f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}"),
             },
             {"role": "user", "content": _player(step.source_audio)},
-            {"role": "assistant", "content": f"{say('输出', 'Output')}: {step.target_text or '—'}"},
+            {"role": "assistant", "content": _literal(f"{say('输出', 'Output')}: {step.target_text or '—'}")},
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown
+
+
+def _literal(text: str) -> str:
+    """What a page shows as this very text. Only what it would take for HTML is changed: people may copy the rest."""
+    return re.sub(
+        r"<(?=[A-Za-z/!?])|&#?\w+;?",
+        lambda found: found[0] if html.unescape(found[0]) == found[0] != "<" else html.escape(found[0]),
+        text,
+    )
 
 
 def _player(path: str | None) -> gr.Audio:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,11 +14,9 @@ from starlette.types import ASGIApp
 
 from . import control, endpoints
 from .compat import (
-    PRIVATE,
     answer_no_other_sites,
     keep_uploads_in,
     leave_out_the_internet,
-    session,
     set_closed,
     supported,
     user,
@@ -31,9 +28,6 @@ from .presence import Presence
 from .protocols import Manager
 from .traffic import Traffic
 
-TELL_EVERY_S = 30.0
-"""How often open pages tell that they are there."""
-
 _SWEEP_EVERY_S = 600
 _BODY_BYTES, _BYTES_PER_CHARACTER = 1 << 20, 2 * 12
 """Of a request that is no upload: recordings are only named in it, two texts may be, each character as JSON escapes."""
@@ -43,7 +37,7 @@ _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
 #message:has(.prose:empty), #gpu-message:has(.prose:empty) {display: none}
 #history .progress-level-inner {text-align: center; overflow-wrap: anywhere; padding: 0 8px}
-#history button[aria-label=Share] {display: none}
+#history .download-link ~ button, #hear-the-end {display: none}
 #history .waveform-wrapper {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div {flex: 1 0 100%}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
@@ -63,7 +57,7 @@ class Page:
     ) -> None:
         self.speech = tab.speech
         self._largest_upload_bytes = largest_upload_bytes
-        self._recordings = tab.recordings
+        self._recordings, self._visits = tab.recordings, tab.visits
         self._ended = threading.Event()
         keep_uploads_in(str(tab.speech.folder))
         leave_out_the_internet()
@@ -88,7 +82,7 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            self._register_presence()
+            tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.message)
             endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
@@ -129,12 +123,6 @@ class Page:
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
 
-    def _register_presence(self) -> None:
-        here = gr.JSON(visible=False)
-        script = (Path(__file__).parent / "here.js").read_text(encoding="utf-8")
-        opened = gr.on(None, lambda: {"session": session()}, None, here, queue=False, show_progress="hidden", **PRIVATE)
-        opened.then(None, here, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
-
     def signed_in(self, request: HTTPConnection) -> str | None:
         """Who sends this, if the page has asked them for a password."""
         return user(self.blocks.app, request)
@@ -145,6 +133,7 @@ class Page:
 
     def _session_ends(self, session: str) -> None:
         self._recordings.end(session)
+        self._visits.end(session)
         set_closed(self.blocks, session, True)
 
     def _sweep(self) -> None:

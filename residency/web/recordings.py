@@ -35,6 +35,7 @@ class Recordings:
         self._lock = Lock()
         self._files: defaultdict[str, set[str]] = defaultdict(set)
         self._present: set[str] = set()
+        self._heirs: dict[str, str] = {}
         self._ended: deque[str] = deque(maxlen=_REMEMBERED)
 
     def own(self, session: str | None, *paths: str | None) -> None:
@@ -43,6 +44,7 @@ class Recordings:
             return
         files = _real(filter(None, paths))
         with self._lock:
+            session = self._heirs.get(session, session)
             if session in self._ended:
                 self._delete_locked(files)
             else:
@@ -53,8 +55,15 @@ class Recordings:
         files = _real(paths)
         with self._lock:
             if session is not None:
-                self._files[session] -= files
+                self._files[self._heirs.get(session, session)] -= files
             self._delete_locked(files)
+
+    def inherit(self, before: str, session: str) -> None:
+        """A session goes on as another, which has what the first had, and what is still made for it."""
+        with self._lock:
+            self._heirs = {who: session if heir == before else heir for who, heir in self._heirs.items()}
+            self._heirs[before] = session
+            self._files[session] |= self._files.pop(before, set())
 
     def begin(self, session: str) -> None:
         """The session is there, perhaps again."""
@@ -67,6 +76,7 @@ class Recordings:
         """The session needs nothing more."""
         with self._lock:
             self._present.discard(session)
+            self._heirs = {who: heir for who, heir in self._heirs.items() if heir != session}
             self._ended.append(session)
             self._delete_locked(self._files.pop(session, set()))
 
