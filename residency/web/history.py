@@ -1,15 +1,22 @@
-"""What a session has done so far, as the chat on the page shows it."""
+"""What sessions have done so far, and how the chat on the page shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import html
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from .compat import supported
+from ..errors import InvalidInput
+from .compat import session, supported
 from .language import Say, both
+from .recordings import Recordings
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,90 @@ class Step:
     result_audio: str
 
 
+State = dict[str, list[Any]]
+"""Of one session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`].
+
+It is changed in place, since several requests of a session may run. A history that begins anew has lists of its own: by
+them a request that ends late sees that it is not about this one.
+"""
+
+
+def new_state() -> State:
+    return {"history_audio": [], "history_messages": []}
+
+
+class Overtaken(InvalidInput):
+    """A request ends late: another has cleared its history, or begun a new one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The history was cleared or begun anew meanwhile, so this result was dropped: ask again if you want it",
+            "期间历史已被清空或重新开始，本次结果未保留：如仍需要，请重新提交",
+        )
+
+
+class Histories:
+    """Changes the `State` of sessions, and gives their results to `Recordings`. Thread-safe.
+
+    ``history`` is the ``history_audio`` that a request has begun with; `Overtaken` if it is not the present one.
+    """
+
+    def __init__(self, recordings: Recordings) -> None:
+        self._recordings = recordings
+        self._lock = threading.Lock()
+        self._at_work: Counter[int] = Counter()
+
+    @contextmanager
+    def at_work(self, state: State) -> Iterator[None]:
+        """A block in which something is done that may change this state."""
+        with self._lock:
+            self._at_work[id(state)] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work[id(state)] -= 1
+                self._at_work += Counter()  # what is nothing goes
+
+    def busy(self, state: State) -> bool:
+        """Whether something may still change this state."""
+        return id(state) in self._at_work
+
+    def go_on(self, state: State, history: list[Any], step: Step) -> None:
+        """A result is the next of its history."""
+        with self._of_the_present(state, history, step):
+            _append(state, step)
+
+    def begin(self, state: State, history: list[Any], step: Step) -> None:
+        """A result is the first of a new history."""
+        with self._of_the_present(state, history, step):
+            self._begin_anew(state)
+            _append(state, step)
+
+    def clear(self, state: State) -> None:
+        with self._lock:
+            self._begin_anew(state)
+
+    def _begin_anew(self, state: State) -> None:
+        self._recordings.remove(session(), *(path for path, _ in state["history_audio"]))
+        state.update(new_state())
+
+    @contextmanager
+    def _of_the_present(self, state: State, history: list[Any], step: Step) -> Iterator[None]:
+        self._recordings.own(session(), step.result_audio)
+        with self._lock:
+            if state["history_audio"] is history:
+                yield
+                return
+        self._recordings.remove(session(), step.result_audio)
+        raise Overtaken
+
+
+def _append(state: State, step: Step) -> None:
+    state["history_audio"].append((step.result_audio, step.target_text))
+    state["history_messages"].append(step)
+
+
 def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
     """Messages for `gr.Chatbot`: for each step text and player of the input, then text and player of the output."""
     shown: list[dict[str, Any]] = []
@@ -32,13 +123,22 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
         shown += [
             {
                 "role": "user",
-                "content": f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}",
+                "content": _literal(f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}"),
             },
             {"role": "user", "content": _player(step.source_audio)},
-            {"role": "assistant", "content": f"{say('输出', 'Output')}: {step.target_text or '—'}"},
+            {"role": "assistant", "content": _literal(f"{say('输出', 'Output')}: {step.target_text or '—'}")},
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown
+
+
+def _literal(text: str) -> str:
+    """What a page shows as this very text. Only what it would take for HTML is changed: people may copy the rest."""
+    return re.sub(
+        r"<(?=[A-Za-z/!?])|&#?\w+;?",
+        lambda found: found[0] if html.unescape(found[0]) == found[0] != "<" else html.escape(found[0]),
+        text,
+    )
 
 
 def _player(path: str | None) -> gr.Audio:

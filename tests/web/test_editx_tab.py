@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import html
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import pytest
 import soundfile
 
@@ -160,6 +163,88 @@ def test_clear_forgets_history_and_files(session: Session, folder: Path) -> None
     chat, state, message = session.tab.clear_history(session.state)
     assert (chat, state, message) == ([], session.tab.init_state(), "")
     assert not list(folder.iterdir())
+
+
+class TestOvertaken:
+    """A request is overtaken by another that clears the history, or begins a new one."""
+
+    @pytest.fixture
+    def meanwhile(self, engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """Has something happen while the engine speaks once, which then raises an error, if there is one."""
+
+        def meanwhile(act: Any, error: Exception | None = None) -> None:
+            speak = engine._speak
+
+            def and_then(*asked: Any) -> Any:
+                monkeypatch.setattr(engine, "_speak", speak)
+                act()
+                if error:
+                    raise error
+                return speak(*asked)
+
+            monkeypatch.setattr(engine, "_speak", and_then)
+
+        return meanwhile
+
+    @pytest.mark.parametrize("late", ["clone", "edit"])
+    @pytest.mark.parametrize("error", [None, InvalidInput("The recording is gone", "录音已不存在")])
+    def test_what_was_cleared_stays_cleared(
+        self, session: Session, folder: Path, meanwhile: Any, late: str, error: Exception | None
+    ) -> None:
+        session.clone()
+        meanwhile(lambda: session.tab.clear_history(session.state), error)
+        getattr(session, late)()
+        assert "cleared or begun anew" in session.message
+        assert session.state == session.tab.init_state()
+        assert not list(folder.iterdir())
+        assert session.edit().message == ""
+        assert len(session.results) == 1
+
+    def test_a_new_clone_is_not_lost_to_an_edit_of_the_old(
+        self, session: Session, folder: Path, meanwhile: Any
+    ) -> None:
+        session.clone(target="old")
+        meanwhile(lambda: session.clone(target="new"))
+        session.edit()
+        assert "cleared or begun anew" in session.message
+        assert [says for _, says in session.results] == ["new"]
+        assert list(folder.iterdir()) == [Path(session.results[0][0])]
+
+    def test_two_edits_both_stay(self, session: Session, folder: Path, meanwhile: Any) -> None:
+        session.clone()
+        meanwhile(lambda: session.edit("vad", None))
+        assert session.edit().message == ""
+        assert len(session.chat) == 12
+        assert len(list(folder.iterdir())) == 3
+
+    def test_an_edit_whose_latest_result_is_gone_says_what_to_do(self, session: Session) -> None:
+        session.clone()
+        Path(session.results[0][0]).unlink()
+        assert "press Clear History" in session.edit().message
+        assert str(Path(session.results[0][0]).parent) not in session.message
+
+
+@pytest.mark.parametrize("text", ["<b>bold</b>", "<img src=x>", "R&D &lt; &copy 1 < 2 [Laughter]", "</think> <!-- -->"])
+def test_texts_are_shown_as_they_are(session: Session, text: str) -> None:
+    session.clone(prompt=text, target=text)
+    for place in (0, 2):
+        shown = session.chat[place]["content"]
+        assert html.unescape(shown).endswith(text)
+        assert not re.search("<[a-zA-Z/!?]", shown)
+    assert "R&D" not in text or "R&D" in shown, "what is no markup can be copied"
+
+
+@pytest.mark.parametrize(("channels", "refused"), [(1, None), (2, None), (3, "convert it to mono at 48 kHz")])
+def test_a_recording_of_many_channels_is_refused_however_short(
+    engine: Any, folder: Path, tmp_path: Path, channels: int, refused: str | None
+) -> None:
+    soundfile.write(tmp_path / "many.flac", np.zeros((96000, channels), np.int16), 48000)
+    speech = EditxTab(Namespace(tmp_dir=str(folder), max_audio=2.0, max_text=100), tts_engine=engine).speech
+    if refused:
+        with pytest.raises(InvalidInput, match=refused):
+            speech.clone(str(tmp_path / "many.flac"), "said", "to say")
+    else:
+        assert speech.clone(str(tmp_path / "many.flac"), "said", "to say")
 
 
 def test_sessions_do_not_see_each_other(tab: EditxTab, recording: str) -> None:

@@ -127,6 +127,26 @@ def test_how_much_is_done_is_told_only_where_it_is_known(
     assert all(said != again for said, again in itertools.pairwise(told)), "the same is said twice"
 
 
+def test_who_goes_on_as_another_keeps_their_place(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
+    waiting = Waiting(manager)
+    first = Person(waiting, manager, "first")
+    first.gate.wait_for_arrival()
+    second = Person(waiting, manager, "second")
+    heard["await"]("second", "you are next")
+    third = Person(waiting, manager, "third")
+    heard["await"]("third", "place 2 in the queue")
+    waiting.inherit("second", "second again")
+    waiting.inherit("third", "third again")
+    waiting.gone("second")
+    waiting.gone("third again")
+    with pytest.raises(RequestCancelled):
+        third.worker.result()
+    for person in (first, second):
+        person.gate.open()
+        person.worker.result()
+    assert waiting._leases == {}
+
+
 def test_without_a_manager_nothing_is_said() -> None:
     with Waiting(None).told("tts"):
         pass
