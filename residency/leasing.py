@@ -95,6 +95,11 @@ class Lease:
         return not self._ended if request is None else self._lessor.cancel(request)
 
     @property
+    def model(self) -> str:
+        """The name of the model."""
+        return self._slot.name
+
+    @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled

@@ -28,12 +28,12 @@ PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_na
 """For events of the page that are no endpoint for programs."""
 
 
-def engine_event(managed: bool) -> dict[str, Any]:
-    """For events that use the engine. A manager has a queue of its own: only if it knows who waits, it keeps the model.
+def engine_event(managed: bool, model: str = "engine", at_once: int = 20) -> dict[str, Any]:
+    """For events that use a model. A manager has a queue of its own: only if it knows who waits, it keeps the model.
 
     Some of Gradio's 40 threads are left for everything else.
     """
-    return {"concurrency_id": "engine", "concurrency_limit": 20 if managed else 1}
+    return {"concurrency_id": model, "concurrency_limit": at_once if managed else 1}
 
 
 def keep_uploads_in(folder: str) -> None:

@@ -84,6 +84,7 @@ class EditxTab:
         self.waiting = Waiting(manager)
         self.visits = Visits(self._histories, self.recordings, self.waiting)
         self.engine_event = engine_event(manager is not None)
+        self._hearing_event = engine_event(manager is not None, "recognizer", 8)
         self.intent = Intent(manager, self._model) if manager is not None and self._model else None
 
     # -- GPU ----------------------------------------------------------------------------------------------------
@@ -285,6 +286,7 @@ class EditxTab:
                 self._hear,
                 [self.prompt_audio_input, self.prompt_text_input],
                 [self.heard, self.message],
+                **self._hearing_event,
                 trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
                 **supported(self.prompt_audio_input.change, show_progress_on=self.prompt_text_input),
                 **PRIVATE,

@@ -11,6 +11,10 @@ class Lease(Protocol):
     """A request that waits for a model, or holds it."""
 
     @property
+    def model(self) -> str:
+        """The name of the model."""
+
+    @property
     def place(self) -> int | None:
         """0: holds the model; 1: served next; None: not yet in the queue, or ended."""
 

@@ -59,8 +59,9 @@ class Traffic:
     """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
 
     ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
-    session that has hung up where it hears what becomes of its requests; both in threads of their own. What is larger
-    than the largest upload, or other body, is refused.
+    session and for how many seconds it has not listened to what becomes of its requests, and again if the answer is
+    that it still waits for some; both in threads of their own. What is larger than the largest upload, or other body,
+    is refused.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Traffic:
         folder: str,
         presence: Presence,
         upload_begins: Callable[[], object] | None = None,
-        answers_end: Callable[[str], object] | None = None,
+        answers_end: Callable[[str, float], bool] | None = None,
         largest_upload_bytes: float = math.inf,
         largest_body_bytes: float = 1 << 20,
     ) -> None:
@@ -83,6 +84,7 @@ class Traffic:
         self._last_s = -math.inf
         self._uploads = 0
         self._lines: Counter[str] = Counter()
+        self._silent: dict[str, asyncio.Task[None]] = {}
 
     def around(self, app: ASGIApp) -> ASGIApp:
         async def passed_by(scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,14 +167,22 @@ class Traffic:
         try:
             yield
         finally:
-            self._lines[session] -= 1  # its next line may be on the way
-            asyncio.get_running_loop().call_later(_LINE_CUT_S, self._hung_up, session)
+            self._lines[session] -= 1
+            if not self._lines[session]:  # its next line may be on the way
+                self._silent[session] = asyncio.get_running_loop().create_task(self._watch_silence(session))
 
-    def _hung_up(self, session: str) -> None:
-        if self._lines.get(session) == 0:
-            del self._lines[session]
-            if self._answers_end:
-                asyncio.get_running_loop().run_in_executor(None, self._answers_end, session)
+    async def _watch_silence(self, session: str) -> None:
+        """Until it hears again, or has asked for nothing within that time: a request may come before its line."""
+        waits = True
+        while waits:
+            await asyncio.sleep(_LINE_CUT_S)
+            if self._silent.get(session) is not asyncio.current_task() or self._lines[session]:
+                return  # it has listened meanwhile
+            waits = self._answers_end is not None and bool(
+                await to_thread.run_sync(self._answers_end, session, _LINE_CUT_S)
+            )
+        if self._silent.get(session) is asyncio.current_task() and not self._lines[session]:
+            del self._silent[session], self._lines[session]
 
     def wait_until_quiet(self, within_s: float) -> bool:
         """Wait until all answers have been fetched; False if ``within_s`` passes first."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 
+from ..states import State
 from . import words
 from .compat import session, speaker
 from .language import both
@@ -25,7 +27,7 @@ class Waiting:
     def __init__(self, manager: Manager | None) -> None:
         self._manager = manager
         self._lock = threading.Lock()
-        self._leases: dict[str | None, set[Lease]] = {}
+        self._leases: dict[str | None, dict[Lease, float]] = {}  # and since when
 
     @contextmanager
     def told(self, model: str | None) -> Iterator[None]:
@@ -33,12 +35,14 @@ class Waiting:
         if self._manager is None or model is None:
             yield
             return
-        teller, whose = _Teller(self._manager, model), session()
+        teller, whose, mine = _Teller(self._manager, model), session(), list[Lease]()
 
         def watch(lease: Lease) -> None:
-            teller.lease = lease
+            mine.append(lease)
+            if lease.model == model:  # and not one that its loader asks for
+                teller.lease = lease
             with self._lock:
-                self._leases.setdefault(whose, set()).add(lease)
+                self._leases.setdefault(whose, {})[lease] = time.monotonic()
 
         unsubscribe = self._manager.subscribe(teller.listen)
         try:
@@ -49,8 +53,8 @@ class Waiting:
             unsubscribe()
             with self._lock:
                 for who, leases in list(self._leases.items()):  # by now they may be another session's
-                    if teller.lease is not None:
-                        leases.discard(teller.lease)
+                    for lease in mine:
+                        leases.pop(lease, None)
                     if not leases:
                         del self._leases[who]
 
@@ -58,14 +62,21 @@ class Waiting:
         """A session goes on as another, which now waits for what the first did."""
         with self._lock:
             if leases := self._leases.pop(before, None):
-                self._leases.setdefault(whose, set()).update(leases)
+                self._leases.setdefault(whose, {}).update(leases)
 
-    def gone(self, whose: str) -> None:
-        """Nobody of this session listens any more: what still waits in a queue leaves it; what runs goes on."""
+    def gone(self, whose: str, for_s: float) -> bool:
+        """Nobody of this session has listened for so long: what has waited for that long leaves its queue.
+
+        What runs goes on. True: something waits that came later, and whose line may be on the way.
+        """
+        now_s = time.monotonic()
         with self._lock:
-            leases = list(self._leases.get(whose, ()))
-        for lease in leases:
+            leases = self._leases.get(whose, {})
+            old = [lease for lease, since_s in leases.items() if now_s - since_s >= for_s]
+            younger = len(leases) > len(old)
+        for lease in old:
             lease.cancel()
+        return younger
 
 
 class _Teller:
@@ -76,6 +87,7 @@ class _Teller:
         self._context, self._progress = contextvars.copy_context(), gr.Progress()
         status = manager.status()
         self._kind, self._present = status["device"]["kind"], status["models"].get(model, {})
+        self._there = State.DEVICE.shown(self._kind)
         self.lease: Lease | None = None
         self._said: tuple[str, float] | None = None
 
@@ -84,7 +96,7 @@ class _Teller:
             self._say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"])
         elif self._present.get("leases"):
             self._say(words.in_use(self._speak))
-        elif self._present.get("state") == "gpu":
+        elif self._present.get("state") == self._there:
             self._say(words.ready(self._speak))
 
     def listen(self, event: Any) -> None:
@@ -95,9 +107,9 @@ class _Teller:
             self._say(words.queued(place, self._speak))
         elif event.what in ("began", "progress"):
             self._say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.bytes_per_s)
-        elif event.what == "done" and (arrival := words.arrived(event.target, self._speak)):
+        elif event.what == "done" and (arrival := words.arrived(self._kind, event.target, self._speak)):
             self._say(arrival)
-        elif event.what == "queue" and event.source == "gpu" and place is not None:
+        elif event.what == "queue" and event.source == self._there and place is not None:
             self._say(words.in_use(self._speak) if place else words.ready(self._speak))
 
     def _say(self, sentence: str, share: float = 0.0) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ..states import State
 from ..units import readable_bytes, readable_rate
 from .language import Say, both, reason
 
@@ -148,9 +149,9 @@ def ready(say: Say) -> str:
     return say("模型已就绪，正在生成", "The model is ready; generating")
 
 
-def arrived(target: str, say: Say) -> str | None:
+def arrived(device_kind: str, target: str, say: Say) -> str | None:
     """What is said when a model has come to the device or the host; None for the other end."""
-    if target == "gpu":
+    if target == State.DEVICE.shown(device_kind):
         return ready(say)
     return say("模型已回到内存", "The model is back in main memory") if target == "cpu" else None
 

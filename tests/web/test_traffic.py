@@ -80,8 +80,16 @@ def test_answers_on_their_way_are_waited_for(
 def test_who_hangs_up_and_does_not_call_again_is_reported(
     client: TestClient, traffic: Traffic, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = Queue[str]()
-    traffic._answers_end = gone.put
+    gone, asked = Queue[str](), list[str]()
+
+    def still_waits(session: str, for_s: float) -> bool:
+        asked.append(session)
+        if session == "bert" and asked.count("bert") < 3:
+            return True  # for something that it has asked for a moment ago
+        gone.put(session)
+        return False
+
+    traffic._answers_end = still_waits
     monkeypatch.setattr(traffic_module, "_LINE_CUT_S", 0)
     lines = [Worker(client.get, f"/gradio_api/queue/data?session_hash={name}") for name in ("anna", "anna", "bert")]
     assert wait_until(lambda: traffic._lines == {"anna": 2, "bert": 1})
@@ -91,7 +99,32 @@ def test_who_hangs_up_and_does_not_call_again_is_reported(
     assert sorted([gone.get(timeout=30), gone.get(timeout=30)]) == ["anna", "bert"]
     client.get("/gradio_api/file=/a.wav")
     assert gone.empty()
-    assert not +traffic._lines
+    assert asked.count("bert") == 3
+    assert asked.count("anna") == 1
+    assert wait_until(lambda: not traffic._lines and not traffic._silent)
+
+
+def test_a_short_cut_is_no_end_however_long_ago_the_last_answer_was(
+    client: TestClient, traffic: Traffic, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time counts from the last cut, and not from an earlier one."""
+    gone, silences = list[str](), list[threading.Event]()
+    traffic._answers_end = lambda session, for_s: bool(gone.append(session))
+    monkeypatch.setattr(traffic_module.asyncio, "sleep", lambda s: _until_told(silences))
+    gate.open()
+    for number in (1, 2):
+        client.get("/gradio_api/queue/data?session_hash=anna")
+        assert wait_until(lambda number=number: len(silences) == number)
+    silences[0].set()
+    client.get("/gradio_api/file=/a.wav")
+    assert not gone
+    silences[1].set()
+    assert wait_until(lambda: gone == ["anna"])
+
+
+async def _until_told(silences: list[threading.Event]) -> None:
+    silences.append(threading.Event())
+    await to_thread.run_sync(silences[-1].wait)
 
 
 def test_who_has_just_had_an_answer_may_come_for_its_recording(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fakes import Gate, Worker, Workshop
 
-from gpu_manager import GPUResourceManager, RequestCancelled
+from gpu_manager import CpuDevice, GPUResourceManager, RequestCancelled
 from residency.web import waiting as waiting_module
 from residency.web.language import en
 from residency.web.waiting import Waiting
@@ -97,11 +97,12 @@ def test_who_has_gone_leaves_the_queue_and_nobody_else_does(manager: GPUResource
     heard["await"]("second", "you are next")
     third = Person(waiting, manager, "third")
     heard["await"]("third", "place 2 in the queue")
-    waiting.gone("second")
+    assert waiting.gone("second", 3600) is True, "it has asked just now, and may be about to listen"
+    assert waiting.gone("second", 0) is False
     with pytest.raises(RequestCancelled):
         second.worker.result()
-    waiting.gone("first")
-    waiting.gone("nobody")
+    waiting.gone("first", 0)
+    assert waiting.gone("nobody", 0) is False
     for person in (first, third):
         person.gate.open()
         person.worker.result()
@@ -137,8 +138,8 @@ def test_who_goes_on_as_another_keeps_their_place(manager: GPUResourceManager, h
     heard["await"]("third", "place 2 in the queue")
     waiting.inherit("second", "second again")
     waiting.inherit("third", "third again")
-    waiting.gone("second")
-    waiting.gone("third again")
+    waiting.gone("second", 0)
+    waiting.gone("third again", 0)
     with pytest.raises(RequestCancelled):
         third.worker.result()
     for person in (first, second):
@@ -147,7 +148,38 @@ def test_who_goes_on_as_another_keeps_their_place(manager: GPUResourceManager, h
     assert waiting._leases == {}
 
 
+def test_without_a_gpu_too_each_hears_their_turn(heard: dict[str, Any]) -> None:
+    workshop = Workshop()
+    with GPUResourceManager(CpuDevice(), adopt=workshop.adopt) as manager:
+        manager.register("tts", workshop.load)
+        waiting = Waiting(manager)
+        first = Person(waiting, manager, "first")
+        heard["await"]("first", "generating")
+        second = Person(waiting, manager, "second")
+        heard["await"]("second", "you are next")
+        first.gate.open()
+        first.worker.result()
+        heard["await"]("second", "generating")
+        second.gate.open()
+        second.worker.result()
+        assert not any("back in main memory" in said for said in heard["first"])
+
+
+def test_leases_of_other_models_are_neither_told_as_ones_own_nor_kept(
+    manager: GPUResourceManager, heard: dict[str, Any]
+) -> None:
+    waiting, other = Waiting(manager), Workshop()
+    manager.register("asr", other.load)
+    threading.current_thread().name = "first"
+    with waiting.told("tts"):
+        for name in ("asr", "tts", "asr"):
+            with manager.lease(name):
+                assert waiting._leases["first"]
+    assert waiting._leases == {}
+    threading.current_thread().name = "MainThread"
+
+
 def test_without_a_manager_nothing_is_said() -> None:
     with Waiting(None).told("tts"):
         pass
-    Waiting(None).gone("anybody")
+    Waiting(None).gone("anybody", 0)
