@@ -134,11 +134,12 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
 
 def _literal(text: str) -> str:
     """What a page shows as this very text. Only what it would take for HTML is changed: people may copy the rest."""
-    return re.sub(
-        r"<(?=[A-Za-z/!?])|&#?\w+;?",
-        lambda found: found[0] if html.unescape(found[0]) == found[0] != "<" else html.escape(found[0]),
-        text,
-    )
+
+    def as_seen(found: re.Match[str]) -> str:
+        piece = found[0]
+        return html.escape(piece) if piece == "<" or html.unescape(piece) != piece else piece
+
+    return re.sub(r"<(?=[A-Za-z/!?])|&#?\w+;?", as_seen, text)
 
 
 def _player(path: str | None) -> gr.Audio:
