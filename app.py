@@ -103,7 +103,9 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
-            api=build_api(manager, guard, tab.panel.news) if manager and tab.panel else None,
+            api=build_api(manager, guard, tab.panel.news, page.signed_in if settings.auth else None)
+            if manager and tab.panel
+            else None,
         )
         host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
         logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)

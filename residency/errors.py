@@ -348,12 +348,12 @@ class InvalidInput(ResidencyError, ValueError):
 
 
 class NotAllowed(ResidencyError, PermissionError):
-    """Somebody asked for a change who may only look."""
+    """Somebody asked for what is not for everybody."""
 
     def __init__(self) -> None:
         super().__init__(
             "Only people on this machine, signed-in users (--auth user:password) and holders of the token "
-            "(--control-token, sent as 'Authorization: Bearer TOKEN') may change this. / "
+            "(--control-token, sent as 'Authorization: Bearer TOKEN') may do this. / "
             "只有本机用户、已登录用户（--auth user:password）或持有令牌者（--control-token，"
             "以请求头 'Authorization: Bearer TOKEN' 发送）可以执行此操作。"
         )

@@ -173,7 +173,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--simulate-gpu", metavar="SIZE", type=_checked(size_bytes),
         help="a simulated card of this size (48GB), to try everything without a GPU")  # fmt: skip
     add("--control-token", metavar="TOKEN", default=environ.get("GPU_CONTROL_TOKEN") or None,
-        help="asked of changing calls under /gpu from other machines (environment: GPU_CONTROL_TOKEN)")  # fmt: skip
+        help="asked of changing calls under /gpu from other machines, and of looking too if there is --auth "
+        "(environment: GPU_CONTROL_TOKEN)")  # fmt: skip
 
     add = parser.add_argument_group("engine").add_argument
     add("--engine", choices=["auto", "builtin", "step-audio"], default="auto",

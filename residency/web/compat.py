@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from gradio import route_utils
 from gradio.context import LocalContext
+from starlette.requests import HTTPConnection
 
 from .language import Say, both, preferred
 
@@ -38,6 +39,14 @@ def keep_uploads_in(folder: str) -> None:
     if "upload_dir" not in inspect.signature(route_utils.GradioMultiPartParser.__init__).parameters:
         elsewhere = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
         route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
+
+
+def user(app: Any, request: HTTPConnection) -> str | None:
+    """The name that somebody has signed in with on the page of this running app."""
+    for cookie in (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"):
+        if (name := app.tokens.get(request.cookies.get(cookie))) is not None:
+            return str(name)
+    return None
 
 
 def session() -> str | None:

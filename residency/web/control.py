@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ValidationError
@@ -39,11 +39,17 @@ _CODES: dict[type[Exception], int] = {
 }
 
 
-def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | None], Any] | None = None) -> FastAPI:
+def build(
+    manager: Manager,
+    guard: Guard,
+    panel: Callable[[str | None, int | None], Any] | None = None,
+    signed_in: Callable[[Request], str | None] | None = None,
+) -> FastAPI:
     """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
 
     ``panel`` gives the page what it shows, in the language of a header ``Accept-Language``; None if the page shows that
-    version already.
+    version already. With ``signed_in`` (who has sent a request, if they gave the page's password) only who may change
+    things may look, too.
     """
     app = FastAPIOffline(
         docs_url="/docs",
@@ -56,6 +62,12 @@ def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | Non
         exception_handlers={HTTPException: _said, Exception: _failed},
     )
     looking, acting = CapacityLimiter(4), CapacityLimiter(16)
+
+    def may_look(request: Request) -> None:
+        if signed_in:
+            guard.check(request, signed_in(request))
+
+    looks: dict[str, Any] = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
 
     # Not in the threads of the server's pool: looking must work when all of those wait for models.
     async def status() -> Any:
@@ -73,30 +85,30 @@ def build(manager: Manager, guard: Guard, panel: Callable[[str | None, int | Non
             raise errors.ManagerClosed
         return Health(status="ok")
 
-    @app.get("/gpu/status", tags=["looking"], response_model=Status)
+    @app.get("/gpu/status", response_model=Status, responses=_refusals(401), **looks)
     async def gpu_status() -> JSONResponse:
         """Where the models are, in bytes and seconds; null where unknown. Never counts as use."""
         return JSONResponse(await status())
 
-    @app.get("/gpu/history", tags=["looking"], response_model=History)
+    @app.get("/gpu/history", response_model=History, responses=_refusals(401), **looks)
     async def gpu_history() -> JSONResponse:
         """The last moves, and the size on the GPU and the requests of the last 15 minutes."""
         return JSONResponse(await to_thread.run_sync(manager.history, limiter=looking))
 
-    @app.get("/gpu/events", tags=["looking"], status_code=200, response_class=EventStream, responses=_EVENTS)
+    @app.get("/gpu/events", status_code=200, response_class=EventStream, responses=_EVENTS, **looks)
     async def gpu_events() -> EventStream:
         """The status, and then every move as it begins, goes on and ends, as server-sent events."""
         return EventStream(moves(manager, status))
 
     if panel:
 
-        @app.get("/gpu/panel", include_in_schema=False)
+        @app.get("/gpu/panel", include_in_schema=False, **looks)
         async def gpu_panel(request: Request, known: int | None = None) -> Response:
             language = request.headers.get("accept-language")
             news = await to_thread.run_sync(panel, language, known, limiter=looking)
             return Response(status_code=204) if news is None else JSONResponse(news, headers=_NOT_KEPT)
 
-    @app.get("/metrics", tags=["looking"], response_class=Response, responses=_METRICS)
+    @app.get("/metrics", response_class=Response, responses=_METRICS, **looks)
     async def prometheus() -> Response:
         """Metrics for Prometheus."""
         text = await to_thread.run_sync(metrics.exposition, manager, limiter=looking)
@@ -201,9 +213,13 @@ def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 _NOT_KEPT = {"Cache-Control": "no-store"}
 _EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."}
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."},
+    **_refusals(401),
 }
-_METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+    **_refusals(401),
+}
 
 
 def _describe_token(app: FastAPI) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import gradio as gr
 from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from . import control, endpoints
-from .compat import keep_uploads_in, supported
+from .compat import keep_uploads_in, supported, user
 from .editx_tab import EditxTab
 from .guard import Guard
 from .labels import label, translations
@@ -103,6 +104,10 @@ class Page:
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
+
+    def signed_in(self, request: HTTPConnection) -> str | None:
+        """Who sends this, if the page has asked them for a password."""
+        return user(self.blocks.app, request)
 
     def refuse(self) -> None:
         """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""

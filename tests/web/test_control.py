@@ -204,6 +204,18 @@ class TestWhoMayChange:
         assert client(manager, token="secret").post("/gpu/release").status_code == 200
         assert client(manager, ("::1", 4000), token="secret").post("/gpu/release").status_code == 200
 
+    @pytest.mark.parametrize("address", [HERE, ("::1", 4000)])
+    @pytest.mark.parametrize(
+        "header", ["X-Forwarded-For", "X-Forwarded-Proto", "X-Real-IP", "Forwarded", "Via", "x-forwarded-host"]
+    )
+    def test_what_a_proxy_on_this_machine_passes_on_is_not_from_it(
+        self, manager: GPUResourceManager, header: str, address: tuple[str, int]
+    ) -> None:
+        calls = client(manager, address, token="secret")
+        assert calls.post("/gpu/release", headers={header: "127.0.0.1"}).status_code == 401
+        passed_on = {header: "127.0.0.1", "Authorization": "Bearer secret"}
+        assert calls.post("/gpu/release", headers=passed_on).status_code == 200
+
     def test_behind_a_tunnel_everybody_does(self, manager: GPUResourceManager) -> None:
         calls = client(manager, token="secret", trust_local=False)
         assert calls.post("/gpu/release").status_code == 401
@@ -219,8 +231,8 @@ class TestWhoMayChange:
             ({"Origin": "http://[::1"}, 401),
             ({"Sec-Fetch-Site": "cross-site"}, 401),
             ({"Sec-Fetch-Site": "same-site"}, 401),
-            # A proxy on this machine that changes the host, and a page that was served through it.
-            ({"Sec-Fetch-Site": "same-origin", "Origin": "https://tts.example"}, 200),
+            # A proxy on this machine that changes the host and says nothing, and a page that was served through it.
+            ({"Sec-Fetch-Site": "same-origin", "Origin": "https://tts.example"}, 401),
             ({"Host": "[::1"}, 401),
             ({"Host": "evil.example:7860", "Origin": "http://evil.example:7860"}, 401),
             ({"Host": "localhost:7860", "Origin": "http://localhost:7860"}, 200),
@@ -230,6 +242,31 @@ class TestWhoMayChange:
         self, manager: GPUResourceManager, headers: dict[str, str], code: int
     ) -> None:
         assert client(manager).post("/gpu/release", headers=headers).status_code == code
+
+
+class TestWhoMayLookWhereThePageAsksForAPassword:
+    LOOKING = ("/gpu/status", "/gpu/history", "/gpu/panel", "/metrics")
+
+    def client(self, manager: GPUResourceManager, address: tuple[str, int]) -> TestClient:
+        guard = Guard("secret")
+        panel = GpuPanel(manager, guard)
+        app = build(manager, guard, panel.news, lambda request: request.cookies.get("name"))
+        return TestClient(app, "http://127.0.0.1:7860", client=address)
+
+    def test_others_may_not(self, manager: GPUResourceManager) -> None:
+        calls = self.client(manager, ELSEWHERE)
+        for path in (*self.LOOKING, "/gpu/events"):
+            answer = calls.get(path)
+            assert (answer.status_code, "--auth" in answer.json()["error"]) == (401, True)
+        for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
+            assert calls.get(path).status_code == 200
+
+    def test_who_has_signed_in_or_is_here_or_has_the_token_may(self, manager: GPUResourceManager) -> None:
+        here, elsewhere = self.client(manager, HERE), self.client(manager, ELSEWHERE)
+        for path in self.LOOKING:
+            assert here.get(path).status_code == 200
+            assert elsewhere.get(path, headers={"Cookie": "name=me"}).status_code == 200
+            assert elsewhere.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
 class TestPanelsTimes:
