@@ -94,9 +94,9 @@ def _decode(path: str) -> tuple[NDArray[np.float32], int]:
 
     if not path:
         raise InvalidInput("No audio was given: upload or record some", "没有提供音频：请上传或录制")
-    if not os.path.isfile(path):
-        raise InvalidInput(f"There is no file {path}: check its path", f"文件 {path} 不存在：请检查路径")
     name = os.path.basename(path)
+    if not os.path.isfile(path):
+        raise InvalidInput(f"{name} is gone: upload or record it again", f"{name} 已不存在：请重新上传或录制")
     try:
         with soundfile.SoundFile(path) as file:
             sample_rate = int(file.samplerate)

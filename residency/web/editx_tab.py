@@ -19,7 +19,7 @@ from .compat import PRIVATE, engine_event, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .guard import Guard
-from .history import Step, as_messages
+from .history import Histories, Overtaken, State, Step, as_messages, new_state
 from .intent import Intent
 from .labels import label
 from .language import translated
@@ -28,9 +28,6 @@ from .speech import Limits, Speech, explain
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, list[Any]]
-"""Of one browser session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`]."""
 
 HELP = (
     "**CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。\n\n"
@@ -78,6 +75,7 @@ class EditxTab:
         limits = Limits(getattr(args, "max_audio", Limits.audio_s), getattr(args, "max_text", Limits.text))
         self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits)
         self.recordings = Recordings(folder)
+        self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
         manager = getattr(tts_engine, "manager", None)
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
@@ -107,7 +105,7 @@ class EditxTab:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def init_state(self) -> State:
-        return {"history_audio": [], "history_messages": []}
+        return new_state()
 
     def generate_clone(
         self,
@@ -120,17 +118,17 @@ class EditxTab:
     ) -> tuple[Any, State, str]:
         """CLONE was pressed. Returns chat messages, state and an error message (empty if it went well)."""
 
-        def clone() -> State:
+        history = state["history_audio"]
+
+        def clone() -> None:
             if edit_type != "clone":
                 raise InvalidInput(
                     "CLONE needs the task clone: choose it, or press EDIT",
                     "CLONE 需要任务 clone：请选择它，或点击 EDIT",
                 )
             result = self.speech.clone(prompt_audio, prompt_text, target_text)
-            self.recordings.own(session(), result)
-            self.forget(state)
             entry = Step("clone", None, prompt_text, target_text, prompt_audio, result)
-            return {"history_audio": [(result, target_text)], "history_messages": [entry]}
+            self._histories.begin(state, history, entry)
 
         return self._answer(clone, state)
 
@@ -149,15 +147,17 @@ class EditxTab:
     ) -> tuple[Any, State, str]:
         """EDIT was pressed: works on the latest result, or on the recording. Returns as `generate_clone` does."""
 
-        def edit() -> State:
-            source, said = state["history_audio"][-1] if state["history_audio"] else (prompt_audio, prompt_text)
+        history = state["history_audio"]
+        source, said = history[-1] if history else (prompt_audio, prompt_text)
+
+        def edit() -> None:
+            if history and not os.path.isfile(str(source)):
+                raise InvalidInput(
+                    "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
+                    "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
+                )
             result, says = self.speech.edit(source, said, edit_type, edit_info, target_text)
-            self.recordings.own(session(), result)
-            entry = Step(edit_type, edit_info, said, says, source, result)
-            return {
-                "history_audio": [*state["history_audio"], (result, says)],
-                "history_messages": [*state["history_messages"], entry],
-            }
+            self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, source, result))
 
         return self._answer(edit, state)
 
@@ -176,25 +176,23 @@ class EditxTab:
         return {"recording": prompt_audio, "text": text}, message
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
-        self.forget(state)
-        return [], self.init_state(), ""
-
-    def forget(self, state: State) -> None:
-        """Delete the files of a history that nobody can see any more."""
-        self.recordings.remove(session(), *(path for path, _ in state["history_audio"]))
+        self._histories.clear(state)
+        return [], state, ""
 
     def update_edit_info(self, edit_type: str) -> Any:
         """The sub-tasks of a task."""
         choices = list(self.speech.edit_types.get(edit_type, []))
         return gr.update(choices=choices, value=choices[0] if choices else None, interactive=bool(choices))
 
-    def _answer(self, work: Callable[[], State], state: State) -> tuple[Any, State, str]:
+    def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
+        history = state["history_audio"]
         try:
             with self.told():
-                state = work()
+                work()
         except Exception as error:
+            late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
             # The chat is left alone, so that a player that is playing plays on.
-            return gr.skip(), state, _warned(error)
+            return gr.skip(), state, _warned(Overtaken() if late else error)
         return as_messages(state["history_messages"], speaker()), state, ""
 
     # -- the page -----------------------------------------------------------------------------------------------
@@ -253,7 +251,7 @@ class EditxTab:
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""
-        state = gr.State(self.init_state(), delete_callback=self.forget)
+        state = gr.State(self.init_state())
         inputs = [
             self.prompt_text_input,
             self.prompt_audio_input,

@@ -1,15 +1,19 @@
-"""What a session has done so far, as the chat on the page shows it."""
+"""What sessions have done so far, and how the chat on the page shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from .compat import supported
+from ..errors import InvalidInput
+from .compat import session, supported
 from .language import Say, both
+from .recordings import Recordings
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,73 @@ class Step:
     target_text: str | None
     source_audio: str | None
     result_audio: str
+
+
+State = dict[str, list[Any]]
+"""Of one session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`].
+
+It is changed in place, since several requests of a session may run. A history that begins anew has lists of its own: by
+them a request that ends late sees that it is not about this one.
+"""
+
+
+def new_state() -> State:
+    return {"history_audio": [], "history_messages": []}
+
+
+class Overtaken(InvalidInput):
+    """A request ends late: another has cleared its history, or begun a new one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The history was cleared or begun anew meanwhile, so this result was dropped: ask again if you want it",
+            "期间历史已被清空或重新开始，本次结果未保留：如仍需要，请重新提交",
+        )
+
+
+class Histories:
+    """Changes the `State` of sessions, and gives their results to `Recordings`. Thread-safe.
+
+    ``history`` is the ``history_audio`` that a request has begun with; `Overtaken` if it is not the present one.
+    """
+
+    def __init__(self, recordings: Recordings) -> None:
+        self._recordings = recordings
+        self._lock = threading.Lock()
+
+    def go_on(self, state: State, history: list[Any], step: Step) -> None:
+        """A result is the next of its history."""
+        with self._of_the_present(state, history, step):
+            _append(state, step)
+
+    def begin(self, state: State, history: list[Any], step: Step) -> None:
+        """A result is the first of a new history."""
+        with self._of_the_present(state, history, step):
+            self._begin_anew(state)
+            _append(state, step)
+
+    def clear(self, state: State) -> None:
+        with self._lock:
+            self._begin_anew(state)
+
+    def _begin_anew(self, state: State) -> None:
+        self._recordings.remove(session(), *(path for path, _ in state["history_audio"]))
+        state.update(new_state())
+
+    @contextmanager
+    def _of_the_present(self, state: State, history: list[Any], step: Step) -> Iterator[None]:
+        self._recordings.own(session(), step.result_audio)
+        with self._lock:
+            if state["history_audio"] is history:
+                yield
+                return
+        self._recordings.remove(session(), step.result_audio)
+        raise Overtaken
+
+
+def _append(state: State, step: Step) -> None:
+    state["history_audio"].append((step.result_audio, step.target_text))
+    state["history_messages"].append(step)
 
 
 def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:

@@ -164,6 +164,65 @@ def test_clear_forgets_history_and_files(session: Session, folder: Path) -> None
     assert not list(folder.iterdir())
 
 
+class TestOvertaken:
+    """A request is overtaken by another that clears the history, or begins a new one."""
+
+    @pytest.fixture
+    def meanwhile(self, engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """Has something happen while the engine speaks once, which then raises an error, if there is one."""
+
+        def meanwhile(act: Any, error: Exception | None = None) -> None:
+            speak = engine._speak
+
+            def and_then(*asked: Any) -> Any:
+                monkeypatch.setattr(engine, "_speak", speak)
+                act()
+                if error:
+                    raise error
+                return speak(*asked)
+
+            monkeypatch.setattr(engine, "_speak", and_then)
+
+        return meanwhile
+
+    @pytest.mark.parametrize("late", ["clone", "edit"])
+    @pytest.mark.parametrize("error", [None, InvalidInput("The recording is gone", "录音已不存在")])
+    def test_what_was_cleared_stays_cleared(
+        self, session: Session, folder: Path, meanwhile: Any, late: str, error: Exception | None
+    ) -> None:
+        session.clone()
+        meanwhile(lambda: session.tab.clear_history(session.state), error)
+        getattr(session, late)()
+        assert "cleared or begun anew" in session.message
+        assert session.state == session.tab.init_state()
+        assert not list(folder.iterdir())
+        assert session.edit().message == ""
+        assert len(session.results) == 1
+
+    def test_a_new_clone_is_not_lost_to_an_edit_of_the_old(
+        self, session: Session, folder: Path, meanwhile: Any
+    ) -> None:
+        session.clone(target="old")
+        meanwhile(lambda: session.clone(target="new"))
+        session.edit()
+        assert "cleared or begun anew" in session.message
+        assert [says for _, says in session.results] == ["new"]
+        assert list(folder.iterdir()) == [Path(session.results[0][0])]
+
+    def test_two_edits_both_stay(self, session: Session, folder: Path, meanwhile: Any) -> None:
+        session.clone()
+        meanwhile(lambda: session.edit("vad", None))
+        assert session.edit().message == ""
+        assert len(session.chat) == 12
+        assert len(list(folder.iterdir())) == 3
+
+    def test_an_edit_whose_latest_result_is_gone_says_what_to_do(self, session: Session) -> None:
+        session.clone()
+        Path(session.results[0][0]).unlink()
+        assert "press Clear History" in session.edit().message
+        assert str(Path(session.results[0][0]).parent) not in session.message
+
+
 def test_sessions_do_not_see_each_other(tab: EditxTab, recording: str) -> None:
     mine, theirs = Session(tab, recording).clone(), Session(tab, recording)
     assert theirs.edit().results[0] != mine.results[0]
