@@ -21,6 +21,9 @@ import soundfile
 from ..contracts import Engine
 from ..errors import InvalidInput, ManagerClosed, ResidencyError
 
+_MOST_SAMPLES_PER_S = 2 * 48_000
+"""Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -211,6 +214,13 @@ def _given_audio(path: str | None, limits: Limits) -> str:
         raise InvalidInput(
             f"The recording is longer than {limits.audio_s:g} s: cut it, or start the app with a larger --max-audio",
             f"录音超过 {limits.audio_s:g} 秒：请裁剪，或启动时调大 --max-audio",
+        )
+    if header.frames * header.channels > limits.audio_s * _MOST_SAMPLES_PER_S:
+        raise InvalidInput(
+            f"The recording holds more samples than {limits.audio_s:g} s in stereo at 48 kHz: convert it to mono at "
+            f"48 kHz, cut it, or start the app with a larger --max-audio",
+            f"录音的采样数超过 {limits.audio_s:g} 秒 48 kHz 立体声：请转换为 48 kHz 单声道、裁剪，"
+            f"或启动时调大 --max-audio",
         )
     return path
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import pytest
 import soundfile
 
@@ -221,6 +222,19 @@ class TestOvertaken:
         Path(session.results[0][0]).unlink()
         assert "press Clear History" in session.edit().message
         assert str(Path(session.results[0][0]).parent) not in session.message
+
+
+@pytest.mark.parametrize(("channels", "refused"), [(1, None), (2, None), (3, "convert it to mono at 48 kHz")])
+def test_a_recording_of_many_channels_is_refused_however_short(
+    engine: Any, folder: Path, tmp_path: Path, channels: int, refused: str | None
+) -> None:
+    soundfile.write(tmp_path / "many.flac", np.zeros((96000, channels), np.int16), 48000)
+    speech = EditxTab(Namespace(tmp_dir=str(folder), max_audio=2.0, max_text=100), tts_engine=engine).speech
+    if refused:
+        with pytest.raises(InvalidInput, match=refused):
+            speech.clone(str(tmp_path / "many.flac"), "said", "to say")
+    else:
+        assert speech.clone(str(tmp_path / "many.flac"), "said", "to say")
 
 
 def test_sessions_do_not_see_each_other(tab: EditxTab, recording: str) -> None:
