@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -103,13 +105,23 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
         shown += [
             {
                 "role": "user",
-                "content": f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}",
+                "content": _literal(f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}"),
             },
             {"role": "user", "content": _player(step.source_audio)},
-            {"role": "assistant", "content": f"{say('输出', 'Output')}: {step.target_text or '—'}"},
+            {"role": "assistant", "content": _literal(f"{say('输出', 'Output')}: {step.target_text or '—'}")},
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown
+
+
+def _literal(text: str) -> str:
+    """What a page shows as this very text. Only what it would take for HTML is changed: people may copy the rest."""
+
+    def as_seen(found: re.Match[str]) -> str:
+        piece = found[0]
+        return html.escape(piece) if piece == "<" or html.unescape(piece) != piece else piece
+
+    return re.sub(r"<(?=[A-Za-z/!?])|&#?\w+;?", as_seen, text)
 
 
 def _player(path: str | None) -> gr.Audio:

@@ -25,7 +25,7 @@ _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
 #message:has(.prose:empty), #gpu-message:has(.prose:empty) {display: none}
 #history .progress-level-inner {text-align: center; overflow-wrap: anywhere; padding: 0 8px}
-#history button[aria-label=Share] {display: none}
+#history .download-link ~ button {display: none}
 #history .waveform-wrapper {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div {flex: 1 0 100%}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}

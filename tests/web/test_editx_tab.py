@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import html
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,6 +224,16 @@ class TestOvertaken:
         Path(session.results[0][0]).unlink()
         assert "press Clear History" in session.edit().message
         assert str(Path(session.results[0][0]).parent) not in session.message
+
+
+@pytest.mark.parametrize("text", ["<b>bold</b>", "<img src=x>", "R&D &lt; &copy 1 < 2 [Laughter]", "</think> <!-- -->"])
+def test_texts_are_shown_as_they_are(session: Session, text: str) -> None:
+    session.clone(prompt=text, target=text)
+    for place in (0, 2):
+        shown = session.chat[place]["content"]
+        assert html.unescape(shown).endswith(text)
+        assert not re.search("<[a-zA-Z/!?]", shown)
+    assert "R&D" not in text or "R&D" in shown, "what is no markup can be copied"
 
 
 @pytest.mark.parametrize(("channels", "refused"), [(1, None), (2, None), (3, "convert it to mono at 48 kHz")])
