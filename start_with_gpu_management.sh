@@ -89,7 +89,9 @@ setting_of() {
 read_arguments() {
     local setting
     action=start check=no arguments=()
-    if is_one_of "${1:-}" start stop restart status logs; then
+    if [[ ${1:-} == [!-]* ]]; then
+        is_one_of "$1" start stop restart status logs ||
+            fail "There is no action '$1': start, stop, restart, status, logs; see --help" "没有操作 '$1'：可用 start、stop、restart、status、logs；参见 --help"
         action=$1
         shift
     fi
@@ -107,7 +109,7 @@ read_arguments() {
         elif [[ $1 == *=* ]]; then
             given[$setting]=${1#*=}
         else
-            (($# > 1)) || fail "$1 needs a value" "$1 需要一个值"
+            [[ $# -gt 1 && $2 != --* ]] || fail "$1 needs a value" "$1 需要一个值"
             given[$setting]=$2
             shift
         fi
@@ -181,6 +183,9 @@ settle_rest() {
     [[ ! -d $MODEL_PATH ]] || MODEL_PATH=$(absolute "$MODEL_PATH") # what is no folder may be the id of a hub
 }
 
+# In words that can be typed, whatever the language of the terminal.
+quoted() { LC_ALL=C.UTF-8 printf ' %q' "$@"; }
+
 absolute() { if [[ $1 == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
 
 check_switch() { [[ ${!1} =~ ^[01]$ ]] || fail "$1 '${!1}' is neither 1 nor 0" "$1 '${!1}' 应为 1 或 0"; }
@@ -200,7 +205,12 @@ check_settings() {
     [[ -z $STEP_AUDIO_ROOT || -d $STEP_AUDIO_ROOT ]] ||
         fail "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' is no folder: give a checkout of Step-Audio-EditX" \
             "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' 不是目录：请指向 Step-Audio-EditX 的代码目录"
+    [[ -z $STEP_AUDIO_ROOT || -f $STEP_AUDIO_ROOT/tts.py ]] ||
+        say "⚠️  STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' has no tts.py: it is no checkout of Step-Audio-EditX" \
+            "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' 中没有 tts.py，不是 Step-Audio-EditX 的代码目录"
     check_models
+    [[ -z $GPU_SNAPSHOT_DIR ]] || check_writable GPU_SNAPSHOT_DIR
+    check_arguments
 }
 
 # Sets passed: what app.py is called with.

@@ -55,7 +55,7 @@ choose_gpu() {
 }
 
 no_gpu() {
-    [[ -z $GPU_ID ]] || fail "GPU_ID is '$GPU_ID', but $1. Give GPU_ID=none to use the CPU" "GPU_ID 为 '$GPU_ID'，但 $2。使用 CPU 请设 GPU_ID=none"
+    [[ -z $GPU_ID ]] || fail "GPU_ID is '$GPU_ID', but $1. Give GPU_ID=none to use the CPU" "GPU_ID 为 '$GPU_ID'，但$2。使用 CPU 请设 GPU_ID=none"
     say "GPU: none ($1); the CPU is used" "GPU：无（$2），使用 CPU"
 }
 
@@ -91,6 +91,34 @@ check_models() {
 
 # What an install takes, in MB.
 size_of_environment() { if [[ ${TORCH_INDEX_URL:-} == */cpu* ]]; then echo "$DISK_CPU"; else echo "$DISK_CUDA"; fi; }
+
+# check_writable SETTING: the folder, or what it will be made in.
+check_writable() {
+    local folder=${!1}
+    while [[ ! -e $folder ]]; do folder=$(dirname "$folder"); done
+    [[ -d $folder && -w $folder ]] ||
+        fail "$1 '${!1}' cannot be written: give a folder that can be" "$1 '${!1}' 不可写：请指向可写的目录"
+}
+
+# What app.py would say of its arguments, before anything is installed, or stopped for another start. They are read by its own
+# module, which needs nothing but Python.
+check_arguments() {
+    local python=$VENV_DIR/bin/python said passed
+    [[ -f $PROJECT_DIR/residency/settings.py ]] || return 0
+    "$python" -Ic '' 2>/dev/null || python=python3
+    "$python" -Ic 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || return 0
+    app_arguments
+    said=$("$python" -I -B - "$PROJECT_DIR" "${passed[@]}" 2>&1 <<'PYTHON'
+import sys
+
+sys.path.insert(0, sys.argv.pop(1))
+sys.argv[0] = "app.py"
+from residency.settings import parse
+
+parse(sys.argv[1:])
+PYTHON
+    ) || fail "${said##*app.py: error: } (app.py --help tells them all)" "参数有误（全部参数见 app.py --help）"
+}
 
 # check_disk FOLDER MB WHAT_EN WHAT_ZH: whether there is room for something where the folder is, or will be.
 check_disk() {
@@ -135,21 +163,23 @@ PYTHON
         busy*) port_in_use "${answer#busy }" ;;
         refused*)
             fail "Cannot listen on HOST '$HOST', PORT $PORT: ${answer#refused }. Give an address of this machine (--host 127.0.0.1) and a port above 1023" \
-                "无法监听 HOST '$HOST' PORT $PORT。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口"
+                "无法监听 HOST '$HOST' PORT $PORT：${answer#refused }。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口"
             ;;
     esac
 }
 
 # port_in_use OTHER: OTHER is a port to take instead.
 port_in_use() {
-    fail "Port $PORT on $HOST is in use$(holder_of_port). Stop that program or choose another port: --port $1" \
-        "$HOST 的端口 $PORT 已被占用。请停止占用它的程序，或换一个端口：--port $1"
+    local pid command=''
+    pid=$(holder_of_port)
+    [[ -z $pid ]] || command=$(ps -o args= -p "$pid" 2>/dev/null | cut -c 1-80)
+    fail "Port $PORT on $HOST is in use${pid:+ by pid $pid: $command}. Stop that program or choose another port: --port $1" \
+        "$HOST 的端口 $PORT 已被占用${pid:+（进程 $pid：$command）}。请停止占用它的程序，或换一个端口：--port $1"
 }
 
 holder_of_port() {
     local pid
     pid=$(ss -Hltnp "sport = :$PORT" 2>/dev/null | sed -n 's/.*pid=\([0-9]*\).*/\1/p' | sort -u) || true
     pid=${pid:-$(lsof -nP -t -iTCP:"$PORT" -sTCP:LISTEN 2>/dev/null)} || true
-    pid=${pid%%$'\n'*}
-    [[ -z $pid ]] || printf ' by pid %s: %s' "$pid" "$(ps -o args= -p "$pid" | cut -c 1-80)"
+    echo "${pid%%$'\n'*}"
 }

@@ -16,7 +16,7 @@ need_docker() {
     local why
     why=$(docker info 2>&1 >/dev/null) ||
         fail "docker does not answer: ${why%%$'\n'*}. Start its daemon (sudo systemctl start docker), or let this user use it (group docker)" \
-            "docker 无响应：请启动其服务（sudo systemctl start docker），或将当前用户加入 docker 组"
+            "docker 无响应（${why%%$'\n'*}）：请启动其服务（sudo systemctl start docker），或将当前用户加入 docker 组"
 }
 
 # label NAME CONTAINER: what this script has noted there.
@@ -108,7 +108,7 @@ start_container() {
         "${run[@]}" >/dev/null || fail "The container could not be started (see above). $(way_back en)" "容器启动失败（见上）。$(way_back zh)"
         await_container
     else
-        tell_when_ready 0.5 "here / 本终端" "Ctrl-C, $(this_script stop)"
+        tell_when_ready 0.5
         exec "${run[@]}"
     fi
 }
@@ -126,7 +126,7 @@ choose_gpu_of_container() {
     gpus=(--gpus "\"device=$gpu\"")
     command -v nvidia-container-runtime-hook nvidia-ctk >/dev/null ||
         say "⚠️  The NVIDIA Container Toolkit is not here, and docker needs it to give a GPU to a container (https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/); or give GPU_ID=none" \
-            "未找到 NVIDIA Container Toolkit，docker 需要它才能向容器提供 GPU；或设 GPU_ID=none"
+            "未找到 NVIDIA Container Toolkit，docker 需要它才能向容器提供 GPU（https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/）；或设 GPU_ID=none"
 }
 
 # check_name STATE: refuses to take a name without --replace; what is left of a container of ours that has ended is no obstacle.
@@ -143,13 +143,12 @@ check_name() {
 }
 
 tell_container_plan() {
-    ((${#build[@]} == 0)) || say "Would build:$(printf ' %q' "${build[@]}")" "将构建镜像"
+    ((${#build[@]} == 0)) || say "Would build:$(quoted "${build[@]}")" "将构建镜像"
     case $1 in
         ours*) say "Would replace the container $CONTAINER_NAME" "将替换容器 $CONTAINER_NAME" ;;
         other*) say "Would stop $CONTAINER_NAME and keep it as $(kept_as) until stop" "将停止 $CONTAINER_NAME，并以 $(kept_as) 保留至 stop" ;;
     esac
-    say "Would run:$(printf ' %q' "${run[@]}")" "以上为将要执行的操作，未做任何改动"
-    say "Would wait for $(address)/readyz, at most $READY_TIMEOUT s" "随后等待 $(address)/readyz，最多 $READY_TIMEOUT 秒"
+    tell_plan "${run[@]}"
 }
 
 # make_place STATE: the name is free afterwards.

@@ -86,7 +86,7 @@ prepare_environment() {
     case $(environment_state "$@") in
         ready | foreign) return ;;
     esac
-    mkdir -p "$venv/$MARK"
+    mkdir -p "$venv/$MARK" 2>/dev/null || fail "$venv cannot be made: give a folder that can be written with VENV_DIR" "无法创建 $venv：请用 VENV_DIR 指定可写的目录"
     (
         # One start at a time; where there is no flock (macOS) people take care themselves.
         if command -v flock >/dev/null && ! flock --nonblock 9; then

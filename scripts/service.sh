@@ -47,21 +47,21 @@ await_ready() {
     done
 }
 
-# tell_ways LOG STOP: says where it is, and how to look into it and end it.
+# tell_ways LOG STOP [LOG_ZH STOP_ZH]: says where it is, and how to look into it and end it.
 tell_ways() {
     say "✅ Ready: $(address)" "已就绪：$(address)"
-    say "   Log: $1" "日志：$1"
-    say "   Stop: $2" "停止：$2"
+    say "   Log: $1" "日志：${3:-$1}"
+    say "   Stop: $2" "停止：${4:-$2}"
 }
 
 # this_script ACTION: how this script is called for the app that it has just started.
 this_script() {
-    printf '%q %s' "$0" "$1"
+    printf '%s %s' "$(quoted "$0" | cut -c 2-)" "$1"
     [[ $kind == service ]] || printf ' --docker'
-    [[ $CONTAINER_NAME == step-audio-gpu-managed || $kind == service ]] || printf ' --container-name %q' "$CONTAINER_NAME"
+    [[ $CONTAINER_NAME == step-audio-gpu-managed || $kind == service ]] || quoted --container-name "$CONTAINER_NAME"
     [[ $PORT == 7860 || $kind == container ]] || printf ' --port %s' "$PORT"
-    [[ $RUN_DIR == "$PROJECT_DIR/.run" || $kind == container ]] || printf ' --run-dir %q' "$RUN_DIR"
-    [[ $PROJECT_DIR == "$here" ]] || printf ' --project-dir %q' "$PROJECT_DIR"
+    [[ $RUN_DIR == "$PROJECT_DIR/.run" || $kind == container ]] || quoted --run-dir "$RUN_DIR"
+    [[ $PROJECT_DIR == "$here" ]] || quoted --project-dir "$PROJECT_DIR"
 }
 
 # -- what is known of it ------------------------------------------------------------------------------------------
@@ -98,14 +98,20 @@ write_record() {
     file=$(record_file)
     (
         umask 077
-        mkdir -p "$RUN_DIR" &&
+        mkdir -p "$RUN_DIR" && { [[ ! -e $file ]] || mv "$file" "$file.last"; } &&
             printf '%s\0' "$1" "$(born "$1")" "$2" "$PWD" "${#arguments[@]}" "${arguments[@]}" "${to_remember[@]}" >"$file.new" &&
             mv "$file.new" "$file" && echo "$1" >"$(pid_file)"
     ) || say "⚠️  RUN_DIR '$RUN_DIR' cannot be written: stop, status and restart will not find this app" \
         "无法写入 RUN_DIR '$RUN_DIR'：stop、status、restart 将找不到本应用"
 }
 
-forget_record() { rm -f "$(record_file)" "$(pid_file)"; }
+forget_record() { rm -f "$(record_file)" "$(record_file).last" "$(pid_file)"; }
+
+# The start came to nothing: what counts for a restart is the one before, if there was one.
+forget_start() {
+    rm -f "$(pid_file)"
+    [[ ! -e $(record_file).last ]] || mv "$(record_file).last" "$(record_file)"
+}
 
 has_record() { [[ -e $(record_file) ]]; }
 
@@ -131,7 +137,11 @@ lives() { [[ -n ${pid:-} && -n $pid_born && $(born "$pid") == "$pid_born" ]]; }
 
 # For all that comes after a start: the settings are those of that, and arguments are added to it.
 remember_service() {
-    read_record || return 0
+    if ! read_record; then
+        [[ $action != restart ]] ||
+            say "Nothing is known of an earlier start on port $PORT: started with what is given now" "没有端口 $PORT 上次启动的设置：按现在给出的设置启动"
+        return 0
+    fi
     arguments=("${remembered_arguments[@]}" "${arguments[@]}")
     cd "$started_in" 2>/dev/null || [[ $action != restart ]] ||
         fail "The folder that it was started in is gone: $started_in" "启动时所在的目录已不存在：$started_in"
@@ -166,11 +176,11 @@ start_service() {
     check_port "$python" # before an install of minutes, and again after it
     choose_gpu
     check_install
+    [[ $DETACH == 0 ]] || check_writable RUN_DIR
     if [[ $check == yes ]]; then
         plan_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
         check_driver "$(torch_of_environment)" "$VENV_DIR"
-        say "Would run:$(printf ' %q' "${command[@]}")" "以上为将要执行的操作，未做任何改动"
-        say "Would wait for $(address)/readyz, at most $READY_TIMEOUT s" "随后等待 $(address)/readyz，最多 $READY_TIMEOUT 秒"
+        tell_plan "${command[@]}"
         return
     fi
     prepare_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
@@ -182,12 +192,25 @@ start_service() {
     if [[ $DETACH == 1 ]]; then run_detached "${command[@]}"; else run_here "${command[@]}"; fi
 }
 
+# tell_plan COMMAND...
+tell_plan() {
+    say "Would run:$(quoted "$@")" "将执行上述命令"
+    say "Would wait for $(address)/readyz, at most $READY_TIMEOUT s" "随后等待 $(address)/readyz，最多 $READY_TIMEOUT 秒"
+    say "Nothing was changed" "未做任何改动"
+}
+
 torch_of_environment() { cat "$VENV_DIR"/lib/python3*/site-packages/torch/version.py 2>/dev/null || true; }
 
 # The folder of an environment that is not ready yet must have room for it.
 check_install() {
     case $(environment_state "$VENV_DIR" "$PROJECT_DIR/requirements.txt") in
-        absent | broken) check_disk "$VENV_DIR" "$(size_of_environment)" "The environment" "Python 环境" ;;
+        absent | broken)
+            [[ -z $STEP_AUDIO_ROOT || $VENV_DIR != "$STEP_AUDIO_ROOT"/* ]] ||
+                fail "There is no Python environment $VENV_DIR, and nothing is made in a checkout: make it as Step-Audio-EditX says, or leave VENV_DIR out" \
+                    "没有 Python 环境 $VENV_DIR，且不会在代码目录中新建：请按 Step-Audio-EditX 的说明创建，或不设置 VENV_DIR"
+            check_writable VENV_DIR
+            check_disk "$VENV_DIR" "$(size_of_environment)" "The environment" "Python 环境"
+            ;;
     esac
 }
 
@@ -195,15 +218,17 @@ check_install() {
 run_here() {
     write_record $$ ""
     unlock_records
-    tell_when_ready 0.1 "here / 本终端" "Ctrl-C, $(this_script stop)"
+    tell_when_ready 0.1
     exec "$@"
 }
 
-# tell_when_ready EVERY LOG STOP: in the background, for as long as this process lives. Nobody's child, so that the app that takes
+# tell_when_ready EVERY: in the background, for as long as this process lives. Nobody's child, so that the app that takes
 # the place of this shell has none that it does not know.
 tell_when_ready() {
     (
-        (if await_ready "$1" has_process $$; then tell_ways "$2" "$3"; fi) &
+        (if await_ready "$1" has_process $$; then
+            tell_ways "this terminal" "Ctrl-C, or $(this_script stop)" "本终端" "Ctrl-C 或 $(this_script stop)"
+        fi) &
     )
 }
 
@@ -221,9 +246,12 @@ run_detached() {
     await_ready 0.05 has_process "$pid" || code=$?
     trap - INT
     case $code in
-        0) tell_ways "$log (pid $pid)" "$(this_script stop)" ;;
+        0)
+            rm -f "$(record_file).last"
+            tell_ways "$log (pid $pid)" "$(this_script stop)"
+            ;;
         1)
-            forget_record
+            forget_start
             tail -n 20 "$log" >&2
             fail "The app ended while it started; the end of its log is above ($log)" "应用在启动时退出；日志末尾见上（$log）"
             ;;
@@ -237,11 +265,11 @@ run_detached() {
 # -- and the rest ---------------------------------------------------------------------------------------------------
 
 nothing_runs() {
-    forget_record
+    rm -f "$(pid_file)"
     say "Nothing that this script started runs on port $PORT" "端口 $PORT 上没有由本脚本启动的应用"
 }
 
-stop_service() {
+end_it() {
     if ! lives; then
         nothing_runs
         return
@@ -255,8 +283,12 @@ stop_service() {
                 "$STOP_TIMEOUT 秒后（STOP_TIMEOUT）进程 $pid 仍在运行。再次执行 stop 可立即结束"
         sleep 0.1
     done
-    forget_record
     say "Stopped" "已停止"
+}
+
+stop_service() {
+    end_it
+    forget_record
 }
 
 # 0: runs; 3: does not.
@@ -276,13 +308,16 @@ status_service() {
 
 logs_service() {
     local follow=() file=$RUN_DIR/$PORT.log
+    ! lives || [[ -n $log ]] ||
+        fail "It writes to the terminal in which it was started (pid $pid); with --detach there is a log" "它输出到启动时的终端（进程 $pid）；用 --detach 启动才有日志"
     [[ -e $file ]] || fail "There is no log of port $PORT: the app writes to its terminal unless it was started with --detach" \
         "没有端口 $PORT 的日志：未用 --detach 启动时，应用输出到其终端"
     [[ $FOLLOW != 1 ]] || follow=(-F)
     exec tail -n 100 "${follow[@]}" "$file"
 }
 
+# What is known of the last start stays known until the next one has begun.
 restart_service() {
-    stop_service
+    end_it
     start_service
 }

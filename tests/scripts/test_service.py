@@ -158,6 +158,24 @@ def test_a_restart_that_cannot_be_leaves_what_runs_alone(service: Service) -> No
     assert runs(pid)
 
 
+def test_a_restart_that_comes_to_nothing_is_mended_by_another_one(service: Service) -> None:
+    first = service.start("--title=a b", "--gpu-idle-timeout", "15m", GPU_CONTROL_TOKEN="a secret")
+    code, output = service.call("restart", "--break")
+    assert (code, "a mistake on purpose" in output) == (1, True)
+    assert service.call("status")[0] == 3
+    service.say("restart")
+    seen = service.seen()
+    assert seen["argv"] == first["argv"]
+    assert seen["secrets"]["GPU_CONTROL_TOKEN"] == "a secret"
+
+
+def test_after_a_stop_nothing_is_remembered(service: Service) -> None:
+    service.start("--title=a b", GPU_CONTROL_TOKEN="a secret")
+    service.say("stop")
+    assert "Nothing is known of an earlier start" in service.say("restart", "--detach", "--serve")
+    assert service.seen()["secrets"]["GPU_CONTROL_TOKEN"] is None
+
+
 def test_a_restart_of_nothing_is_a_start(service: Service) -> None:
     assert "Ready" in service.say("restart", "--detach", "--serve")
 
@@ -210,8 +228,9 @@ def test_one_in_a_terminal_is_stopped_from_another_one(service: Service) -> None
         if "Ready" in line:
             break
     assert f"pid {process.pid}" in service.say("status")
+    service.log.write_text("of an earlier one in the background\n")
     code, output = service.call("logs")
-    assert (code, "terminal" in output) == (1, True)
+    assert (code, "terminal" in output, "earlier" in output) == (1, True, False)
     service.say("stop")
     assert process.wait(30) == 0
     assert "stopped by SIGTERM" in process.stdout.read()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from starting import SETTINGS, Project, app_line, free_port
+from starting import ROOT, SETTINGS, Project, app_line, free_port
 
 
 def _wheel(folder: Path, name: str, version: str, module: str) -> Path:
@@ -250,9 +250,54 @@ def test_wrong_settings_are_named(project: Project, wrong: dict[str, str]) -> No
     assert all(name in said and value in said for name, value in wrong.items())
 
 
-@pytest.mark.parametrize("arguments", [["--port"], ["--docker=yes"], ["--gpu-id"]])
+@pytest.mark.parametrize("arguments", [["--port"], ["--docker=yes"], ["--gpu-id"], ["--port", "--check"]])
 def test_arguments_that_cannot_be_followed(project: Project, arguments: list[str]) -> None:
     assert arguments[0].partition("=")[0] in project.refuse(*arguments)
+
+
+def test_an_action_that_there_is_not(project: Project) -> None:
+    assert "no action 'staus': start, stop, restart, status, logs" in project.refuse("staus")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prot", "7861"], "unrecognized arguments: --prot 7861"),
+        (["--simulate-gpu", "abc"], "'abc' is no size"),
+        (["--control-token"], "expected one argument"),
+    ],
+)
+def test_what_the_app_would_refuse_is_said_before_anything_is_installed(
+    fresh: Project, arguments: list[str], said: str
+) -> None:
+    (fresh.folder / "residency").symlink_to(ROOT / "residency")
+    assert said in fresh.refuse(*arguments)
+    assert said in fresh.refuse("--check", *arguments)
+    assert not (fresh.folder / ".venv").exists()
+    code, output = fresh.run("--check", "--simulate-gpu", "48GB", "--gpu-snapshot-dir", "snap shots")
+    assert code == 0, output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("setting", ["VENV_DIR", "GPU_SNAPSHOT_DIR"])
+def test_folders_that_cannot_be_written(fresh: Project, setting: str) -> None:
+    assert f"{setting} '/proc/x/y' cannot be written" in fresh.refuse("--check", **{setting: "/proc/x/y"})
+
+
+def test_a_file_in_the_place_of_a_folder(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wrong = str(tmp_path / "file" / "below")
+    assert f"GPU_SNAPSHOT_DIR '{wrong}' cannot be written" in project.refuse(GPU_SNAPSHOT_DIR=wrong)
+    assert f"RUN_DIR '{wrong}' cannot be written" in project.refuse("--detach", RUN_DIR=wrong)
+
+
+def test_no_environment_is_made_in_a_checkout(fresh: Project, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    said = fresh.refuse("--check", STEP_AUDIO_ROOT=str(checkout), VENV_DIR=str(checkout / ".venv"))
+    assert "has no tts.py" in said
+    assert "nothing is made in a checkout" in said
+    assert not list(checkout.iterdir())
 
 
 def test_check_says_the_plan_and_does_nothing(fresh: Project) -> None:
