@@ -225,6 +225,8 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
     """
     with ExitStack() as stack:
         try:
+            if parent == Settings.tmp_dir and os.path.exists(parent) and not os.access(parent, os.W_OK):
+                parent += f"-{os.getuid()}"  # the default is another user's here
             os.makedirs(parent, exist_ok=True)
             for mark in Path(parent).glob(f"editx-*/{_MARK}"):
                 with suppress(OSError), _locked(mark.parent):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from .adaptive import AdaptivePolicy
 from .contracts import Policy
@@ -121,11 +121,20 @@ def _in_order(windows: tuple[tuple[float, float], ...]) -> tuple[tuple[float, fl
     return windows
 
 
+def keep_warm_seconds(value: float | str) -> float | Literal["auto"]:
+    """A duration, or ``auto``; `InvalidInput` for anything else."""
+    if isinstance(value, str) and value.strip().lower() == AUTO:
+        return "auto"
+    try:
+        return seconds(value)
+    except InvalidInput as error:
+        raise InvalidInput(f"{error.en}; or auto, which learns it", f"{error.zh}；也可写 auto（自动学习）") from None
+
+
 def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
     """The policy for what a user asked: a duration or ``"auto"``, and a duration. `InvalidInput` for anything else."""
-    if keep_warm == AUTO:
-        return AdaptivePolicy(seconds(idle_timeout))
-    return FixedPolicy(seconds(keep_warm), seconds(idle_timeout))
+    warm_s, idle_timeout_s = keep_warm_seconds(keep_warm), seconds(idle_timeout)
+    return AdaptivePolicy(idle_timeout_s) if warm_s == AUTO else FixedPolicy(float(warm_s), idle_timeout_s)
 
 
 def guarded(policy: Policy, keep_warm: object, idle_timeout: object) -> Policy:

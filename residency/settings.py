@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from .errors import InvalidInput
-from .policies import seconds
+from .policies import keep_warm_seconds, seconds
 from .units import UNITS_BYTES
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--enable-gpu-management", action="store_true", help="keep the model off the GPU while it is idle")
     add("--gpu-idle-timeout", metavar="S", type=_checked(seconds), default=defaults.gpu_idle_timeout,
         help="idle this long (600, 90s, 15m, 1h): released from host memory too; -1 never (default: 600)")  # fmt: skip
-    add("--gpu-keep-warm", metavar="S", type=_checked(_keep_warm), default=defaults.gpu_keep_warm,
+    add("--gpu-keep-warm", metavar="S", type=_checked(keep_warm_seconds), default=defaults.gpu_keep_warm,
         help="stay on the GPU this long after a request; auto learns it from the arrivals (default: 0)")  # fmt: skip
     add("--gpu-budget", metavar="SIZE", type=_checked(size_bytes),
         help="GPU memory that the models take together at most (24GB; default: what the GPU has)")  # fmt: skip
@@ -232,10 +232,6 @@ def _folder(text: str) -> str:
     if not text:
         raise InvalidInput("no folder is named: give one, or leave the flag out", "未指定目录：请指定，或去掉该参数")
     return os.path.expanduser(text)
-
-
-def _keep_warm(text: str) -> float | Literal["auto"]:
-    return "auto" if text.strip().lower() == "auto" else seconds(text)
 
 
 def _port(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -285,6 +286,19 @@ def test_recordings_of_a_killed_app_are_removed_and_those_of_a_running_one_kept(
         assert Path(ours, app._MARK).exists()
     left = ["editx-live", "editx-of-the-user", "somebody-elses"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_the_default_folder_may_be_another_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import app
+
+    theirs = tmp_path / "gradio"
+    theirs.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr(app.Settings, "tmp_dir", str(theirs))
+    monkeypatch.setattr(app.os, "access", lambda path, mode: str(path) != str(theirs))
+    with app._recordings_folder(str(theirs), app.Signals()) as ours:
+        assert Path(ours).parent == tmp_path / f"gradio-{os.getuid()}"
+    assert not list(theirs.iterdir())
 
 
 def test_apps_that_start_and_end_at_the_same_time_do_not_take_each_others_folders(tmp_path: Path) -> None:

@@ -51,6 +51,13 @@ done""",
 }
 
 
+#: Looks whether it could be done.
+PIP = f"""#!/bin/sh
+[ "$1" != uninstall ] || exec {sys.executable} -m pip show -q pip
+exec {sys.executable} -m pip "$@" --dry-run --no-deps --no-build-isolation --no-index
+"""
+
+
 def chapters(document: str) -> Iterator[tuple[str, list[str]]]:
     """The headings of the second level that have commands, and these."""
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -97,9 +104,7 @@ class Shell:
         (self.checkout / "Dockerfile").touch()
         environment_like_ours(self.checkout / ".venv")
         pip = self.checkout / ".venv" / "bin" / "pip"
-        pip.write_text(
-            f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --dry-run --no-deps --no-build-isolation --no-index\n'
-        )
+        pip.write_text(PIP)
         pip.chmod(0o755)
         stand_ins = folder / "bin"
         stand_ins.mkdir()
