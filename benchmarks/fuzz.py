@@ -38,7 +38,7 @@ from serving import RunningApp, wait_until
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--max-upload", "20MB", "--gpu-keep-warm", "60")
 #: Recordings go as soon as their session has ended.
-PRELUDE = "import residency.web.recordings; residency.web.recordings.LEFT_FOR_S = 0\n"
+PRELUDE = "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 0\n"
 PATIENCE_S = 120
 
 

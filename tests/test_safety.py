@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 from collections.abc import Iterator
@@ -10,13 +11,17 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
 from gradio_client import Client, handle_file
 from serving import ROOT, RunningApp, wait_until
 
+from residency.cli import main
+
 SECRET = "nobody is to read this"
+PROXIED = {"X-Forwarded-For": "203.0.113.9"}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,14 @@ def app(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--control-token", "the token", "--max-upload",
                  "1MB", "--max-audio", "20s", "--max-text", "100")  # fmt: skip
     with RunningApp(folder, *arguments, gates=tmp_path_factory.mktemp("gates")) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def closed_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--auth", "me:secret", "--control-token", "t")
+    folder, gates = (tmp_path_factory.mktemp(name) for name in ("recordings", "gates"))
+    with RunningApp(folder, *arguments, gates=gates) as app:
         yield app
 
 
@@ -95,9 +108,24 @@ class TestSteering:
         assert app.model()["state"] == "released"
 
     @pytest.mark.parametrize("path", ["queue/join", "call/clone", "run/predict", "upload"])
-    def test_a_page_of_another_site_cannot_ask_for_speech_either(self, app: RunningApp, path: str) -> None:
-        code, said = ask(app, f"/gradio_api/{path}", {}, **{"Sec-Fetch-Site": "cross-site"})
+    @pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
+                                         {"Origin": "http://evil.example", "Host": "lan.example"}])  # fmt: skip
+    def test_a_page_of_another_site_cannot_ask_for_speech_either(
+        self, app: RunningApp, path: str, headers: dict[str, str]
+    ) -> None:
+        code, said = ask(app, f"/gradio_api/{path}", {}, **headers)
         assert (code, "other sites" in said) == (403, True)
+
+    def test_a_page_of_another_site_cannot_read_nor_prepare_to_write(self, app: RunningApp) -> None:
+        foreign = {"Origin": "http://evil.example", "Host": "lan.example"}
+        assert ask(app, "/gpu/status", **foreign)[0] == 403
+        line = http.client.HTTPConnection("127.0.0.1", app.port, timeout=60)
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "X-Forwarded-Host"}
+        line.request("OPTIONS", "/gradio_api/queue/join", headers={**foreign, **asked})
+        answer = line.getresponse()
+        assert answer.status == 403
+        assert not [name for name, _ in answer.getheaders() if name.lower().startswith("access-control")]
+        line.close()
 
     @pytest.mark.parametrize("name", CHANGES)
     def test_this_machine_and_the_token_can(self, app: RunningApp, name: str) -> None:
@@ -131,6 +159,37 @@ class TestLimits:
         with pytest.raises(Exception, match=r"longer than 20 s.*--max-audio"):
             client(app).predict(handle_file(str(path)), "said", "to say", api_name="/clone")
 
+    def test_one_of_many_channels_is_refused_however_short_it_seems(self, app: RunningApp, tmp_path: Path) -> None:
+        path = tmp_path / "channels.flac"
+        soundfile.write(path, np.zeros((192_000 * 19, 8), np.int16), 192_000)
+        assert path.stat().st_size < 1 << 20
+        with pytest.raises(Exception, match=r"more samples than 20 s.*mono.*采样数"):
+            client(app).predict(handle_file(str(path)), "said", "to say", api_name="/clone")
+
+    def test_a_request_that_is_no_upload_is_not_read_without_end(self, app: RunningApp) -> None:
+        pieces = [b'{"data": ["', *[b"x" * (1 << 18)] * 16, b'"]}']
+        for path in ("/gradio_api/queue/join", "/gradio_api/call/clone", "/gradio_api/run/clone"):
+            assert self.sent_in_pieces(app, path, "application/json", pieces)
+
+    def test_files_are_refused_that_are_too_large_together(self, app: RunningApp, folder: Path) -> None:
+        head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="%d.wav"\r\n\r\n'
+        files = [piece for number in range(3) for piece in (head % number, b"x" * (1 << 19), b"\r\n")]
+        form = "multipart/form-data; boundary=b"
+        assert self.sent_in_pieces(app, "/gradio_api/upload", form, [*files, b"--b--\r\n"])
+        assert wait_until(lambda: self.leftovers(folder) == [])
+
+    def sent_in_pieces(self, app: RunningApp, path: str, kind: str, pieces: list[bytes]) -> bool:
+        """Whether a body is refused for its size, which is not told."""
+        with socket.create_connection(("127.0.0.1", app.port), timeout=60) as line:
+            told = f"Host: 127.0.0.1\r\nTransfer-Encoding: chunked\r\nContent-Type: {kind}"
+            line.sendall(f"POST {path} HTTP/1.1\r\n{told}\r\n\r\n".encode())
+            try:
+                for piece in (*pieces, b""):
+                    line.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+            except OSError:
+                pass  # it has hung up already
+            return b" 413 " in line.recv(100)
+
     def test_a_large_file_is_refused(self, app: RunningApp, tmp_path: Path, folder: Path) -> None:
         path = sound(tmp_path / "large.wav", 40)
         with pytest.raises(Exception, match="exceeds the maximum file size"):
@@ -141,18 +200,9 @@ class TestLimits:
         assert self.leftovers(folder) == []
 
     def test_one_whose_size_is_not_told_is_refused_too(self, app: RunningApp, folder: Path) -> None:
-        with socket.create_connection(("127.0.0.1", app.port), timeout=60) as line:
-            line.sendall(
-                b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n"
-                b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
-            )
-            head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n'
-            try:
-                for piece in (head, *[b"x" * (1 << 18)] * 8, b"\r\n--b--\r\n", b""):
-                    line.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
-            except OSError:
-                pass  # it has hung up already
-            assert b"413" in line.recv(100)
+        head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n'
+        pieces = [head, *[b"x" * (1 << 18)] * 8, b"\r\n--b--\r\n"]
+        assert self.sent_in_pieces(app, "/gradio_api/upload", "multipart/form-data; boundary=b", pieces)
         assert wait_until(lambda: self.leftovers(folder) == [])
 
     def test_an_upload_that_is_given_up_leaves_nothing(self, app: RunningApp, folder: Path) -> None:
@@ -169,3 +219,29 @@ class TestLimits:
 
     def leftovers(self, folder: Path) -> list[Path]:
         return list(folder.glob("editx-*/tmp*"))
+
+
+class TestSignedOut:
+    """Where the page asks for a password."""
+
+    def test_they_wake_no_model(self, closed_app: RunningApp) -> None:
+        for path in ("/gradio_api/upload", "/nonsense/upload"):
+            assert ask(closed_app, path, {}, **PROXIED)[0] in (401, 404)
+        assert closed_app.model()["state"] == "released"
+
+    def test_they_do_not_look_but_health_checks_do(self, closed_app: RunningApp) -> None:
+        for path in ("/gpu/status", "/gpu/history", "/gpu/panel", "/metrics", "/gpu/events"):
+            assert ask(closed_app, path, **PROXIED)[0] == 401
+        for path in ("/healthz", "/readyz"):
+            assert ask(closed_app, path, **PROXIED)[0] == 200
+
+    def test_this_machine_the_token_and_who_has_signed_in_do(self, closed_app: RunningApp) -> None:
+        assert main(["status", "--url", closed_app.url]) == 0
+        for path in ("/gpu/status", "/metrics"):
+            assert ask(closed_app, path)[0] == 200
+            assert ask(closed_app, path, **PROXIED, Authorization="Bearer t")[0] == 200
+        with httpx.Client(base_url=closed_app.url, headers=PROXIED) as browser:
+            browser.post("/login", data={"username": "me", "password": "wrong"})
+            assert browser.get("/gpu/status").status_code == 401
+            assert browser.post("/login", data={"username": "me", "password": "secret"}).status_code == 200
+            assert browser.get("/gpu/status").status_code == 200

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
-from gradio import route_utils
+from gradio import route_utils, routes
 from gradio.context import LocalContext
+from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
 
 from .language import Say, both, preferred
@@ -41,12 +43,37 @@ def keep_uploads_in(folder: str) -> None:
         route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
 
 
+def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
+    """Gradio forgets the state of a session an hour after a line was cut, also if the session goes on."""
+    if state := blocks.state_holder.session_data.get(session):
+        state.is_closed = closed
+
+
 def user(app: Any, request: HTTPConnection) -> str | None:
     """The name that somebody has signed in with on the page of this running app."""
     for cookie in (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"):
         if (name := app.tokens.get(request.cookies.get(cookie))) is not None:
             return str(name)
     return None
+
+
+def answer_no_other_sites(app: Any) -> None:
+    """Gradio has pages of other sites read its answers and send it any header, unless it is asked as localhost."""
+    app.user_middleware = [each for each in app.user_middleware if each.cls is not route_utils.CustomCORSMiddleware]
+    app.middleware_stack = None  # made anew by the next request
+
+
+@functools.cache
+def leave_out_the_internet() -> None:
+    """Gradio 5 has its pages load a script, and prepare to load fonts, from elsewhere."""
+    environment: Any = routes.templates.env
+    pages = environment.loader
+
+    def without_links(name: str) -> str | None:
+        source = pages.get_source(environment, name)[0]
+        return re.sub(r"<link\s+rel=\"preconnect\"[^>]*>|<script\s+src=\"https:[^>]*></script>", "", source)
+
+    environment.loader = FunctionLoader(without_links)
 
 
 def session() -> str | None:

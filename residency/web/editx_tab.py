@@ -25,6 +25,7 @@ from .labels import label
 from .language import translated
 from .recordings import Recordings
 from .speech import Limits, Speech, explain
+from .visits import Visits
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class EditxTab:
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
         self._model = getattr(tts_engine, "name", None)
         self.waiting = Waiting(manager)
+        self.visits = Visits(self._histories, self.recordings, self.waiting)
         self.engine_event = engine_event(manager is not None)
         self.intent = Intent(manager, self._model) if manager is not None and self._model else None
 
@@ -187,7 +189,7 @@ class EditxTab:
     def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
         history = state["history_audio"]
         try:
-            with self.told():
+            with self._histories.at_work(state), self.told():
                 work()
         except Exception as error:
             late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
@@ -251,7 +253,7 @@ class EditxTab:
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""
-        state = gr.State(self.init_state())
+        state = self.state = gr.State(self.init_state())
         inputs = [
             self.prompt_text_input,
             self.prompt_audio_input,

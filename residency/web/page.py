@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import gradio as gr
@@ -12,20 +13,31 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from . import control, endpoints
-from .compat import keep_uploads_in, supported, user
+from .compat import (
+    answer_no_other_sites,
+    keep_uploads_in,
+    leave_out_the_internet,
+    set_closed,
+    supported,
+    user,
+)
 from .editx_tab import EditxTab
 from .guard import Guard
 from .labels import label, translations
+from .presence import Presence
 from .protocols import Manager
 from .traffic import Traffic
 
+_SWEEP_EVERY_S = 600
+_BODY_BYTES, _BYTES_PER_CHARACTER = 1 << 20, 2 * 12
+"""Of a request that is no upload: recordings are only named in it, two texts may be, each character as JSON escapes."""
 _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
 #message:has(.prose:empty), #gpu-message:has(.prose:empty) {display: none}
 #history .progress-level-inner {text-align: center; overflow-wrap: anywhere; padding: 0 8px}
-#history .download-link ~ button {display: none}
+#history .download-link ~ button, #hear-the-end {display: none}
 #history .waveform-wrapper {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div {flex: 1 0 100%}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
@@ -45,14 +57,17 @@ class Page:
     ) -> None:
         self.speech = tab.speech
         self._largest_upload_bytes = largest_upload_bytes
+        self._recordings, self._visits = tab.recordings, tab.visits
+        self._ended = threading.Event()
         keep_uploads_in(str(tab.speech.folder))
+        leave_out_the_internet()
         self.traffic = Traffic(
             str(tab.speech.folder),
+            Presence(self._session_begins, self._session_ends),
             tab.intent.show if tab.intent else None,
-            tab.recordings.begin,
-            tab.recordings.end,
             tab.waiting.gone,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
+            _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)
@@ -67,6 +82,7 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
+            tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.message)
             endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
@@ -100,6 +116,8 @@ class Page:
             **self._look,
             **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
         )
+        answer_no_other_sites(self.blocks.app)
+        threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
         # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
@@ -108,6 +126,19 @@ class Page:
     def signed_in(self, request: HTTPConnection) -> str | None:
         """Who sends this, if the page has asked them for a password."""
         return user(self.blocks.app, request)
+
+    def _session_begins(self, session: str) -> None:
+        self._recordings.begin(session)
+        set_closed(self.blocks, session, False)
+
+    def _session_ends(self, session: str) -> None:
+        self._recordings.end(session)
+        self._visits.end(session)
+        set_closed(self.blocks, session, True)
+
+    def _sweep(self) -> None:
+        while not self._ended.wait(_SWEEP_EVERY_S):
+            self._recordings.sweep()
 
     def refuse(self) -> None:
         """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""
@@ -124,6 +155,7 @@ class Page:
 
     def close(self) -> None:
         """Stop serving, take down the public link and delete what this page has put into Gradio's cache."""
+        self._ended.set()
         self.close_tunnels()
         if self.blocks.is_running:
             # Open pages hold a connection each, for as long as they are open.

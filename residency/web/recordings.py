@@ -1,16 +1,23 @@
-"""Whose recordings lie on the disk: what a browser session has uploaded or been given goes when the session does."""
+"""Whose recordings lie on the disk.
+
+What a session has uploaded or been given goes when the session does; what is nobody's, after a while.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+import os
+import time
 from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 
 logger = logging.getLogger(__name__)
 
-LEFT_FOR_S = 60.0
-"""How long a session may be away, for want of a network or while its page is loaded anew, before it has ended."""
+UNOWNED_FOR_S = 3600.0
+"""How long what is nobody's is kept: of programs that name no session, and uploads that were not used."""
 
 _REMEMBERED = 1000
 """How many sessions that have ended are known to have: their last requests may still be running."""
@@ -19,22 +26,25 @@ _REMEMBERED = 1000
 class Recordings:
     """Files by session. A file that several sessions have (the same upload lies on the disk once) goes with the last.
 
-    Thread-safe. A session of None (a program that names none) owns nothing; its files go with the app. Files lie in
-    ``folder``, or in a folder of their own below it.
+    Thread-safe. A session of None, or one that has not begun (of a program that names none), owns nothing. Files lie in
+    ``folder``, or in a folder of their own below it; those whose name begins with a dot are none of ours.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
+        self._folder = os.path.realpath(folder)
         self._lock = Lock()
         self._files: defaultdict[str, set[str]] = defaultdict(set)
+        self._present: set[str] = set()
+        self._heirs: dict[str, str] = {}
         self._ended: deque[str] = deque(maxlen=_REMEMBERED)
 
     def own(self, session: str | None, *paths: str | None) -> None:
         """These files (None: no file) belong to the session too; if that has ended meanwhile, they go at once."""
         if session is None:
             return
-        files = set(filter(None, paths))
+        files = _real(filter(None, paths))
         with self._lock:
+            session = self._heirs.get(session, session)
             if session in self._ended:
                 self._delete_locked(files)
             else:
@@ -42,29 +52,66 @@ class Recordings:
 
     def remove(self, session: str | None, *paths: str) -> None:
         """The session needs these files no more."""
+        files = _real(paths)
         with self._lock:
             if session is not None:
-                self._files[session].difference_update(paths)
-            self._delete_locked(set(paths))
+                self._files[self._heirs.get(session, session)] -= files
+            self._delete_locked(files)
+
+    def inherit(self, before: str, session: str) -> None:
+        """A session goes on as another, which has what the first had, and what is still made for it."""
+        with self._lock:
+            self._heirs = {who: session if heir == before else heir for who, heir in self._heirs.items()}
+            self._heirs[before] = session
+            self._files[session] |= self._files.pop(before, set())
 
     def begin(self, session: str) -> None:
         """The session is there, perhaps again."""
         with self._lock:
+            self._present.add(session)
             if session in self._ended:
                 self._ended.remove(session)
 
     def end(self, session: str) -> None:
         """The session needs nothing more."""
         with self._lock:
+            self._present.discard(session)
+            self._heirs = {who: heir for who, heir in self._heirs.items() if heir != session}
             self._ended.append(session)
             self._delete_locked(self._files.pop(session, set()))
 
+    def sweep(self, now_s: float | None = None) -> None:
+        """Delete what has been nobody's for `UNOWNED_FOR_S`; ``now_s`` as of `time.time`."""
+        before_s = (time.time() if now_s is None else now_s) - UNOWNED_FOR_S
+        with self._lock:
+            old = {path for path in self._all() if _modified_s(path) < before_s}
+            for absent in self._files.keys() - self._present:
+                self._files[absent] -= old
+                if not self._files[absent]:
+                    del self._files[absent]
+            self._delete_locked(old)
+
+    def _all(self) -> Iterator[str]:
+        for folder, _, names in os.walk(self._folder):
+            yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+
     def _delete_locked(self, paths: set[str]) -> None:
         for path in paths.difference(*self._files.values()):
-            file = Path(path)
             try:
-                file.unlink()
-                if file.parent != self._folder:
-                    file.parent.rmdir()
+                os.unlink(path)
+                if (folder := os.path.dirname(path)) != self._folder:
+                    os.rmdir(folder)
             except OSError:
                 logger.debug("%s or its folder stays, or was gone already", path)
+
+
+def _real(paths: Iterable[str]) -> set[str]:
+    """One file by one name, whichever way it was reached."""
+    return {os.path.realpath(path) for path in paths}
+
+
+def _modified_s(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return math.inf

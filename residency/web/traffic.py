@@ -8,147 +8,171 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from anyio import to_thread
-from starlette.datastructures import Headers, QueryParams
-from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse
+from gradio.route_utils import API_PREFIX
+from starlette.datastructures import MutableHeaders, QueryParams
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import recordings
+from .bodies import read_at_most
+from .guard import from_another_site
+from .presence import Presence
 from .words import readable_bytes
 
 logger = logging.getLogger(__name__)
 
-_UPLOAD, _HEARTBEAT = "/upload", "/heartbeat/"
+_HERE = f"{API_PREFIX}/here/"
+"""Where a page says that its session (the rest) is there: Gradio does not take up its own line again if it was cut."""
+
+_UPLOAD, _HEARTBEAT = f"{API_PREFIX}/upload", f"{API_PREFIX}/heartbeat/"
 _ENVELOPE_BYTES = 10_000
 """What a form may add to the files in it."""
-_STRANGER = "Pages of other sites may not use this one. / 其他网站的页面不能使用本页面。"
+_STRANGER = (
+    "Pages of other sites may not use this one. If this is its own site: have the proxy send the header "
+    "X-Forwarded-Host. / 其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 X-Forwarded-Host。"
+)
 _FULL = (
     "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
     "服务器无法保存录音（{reason}）：请清理 --tmp-dir 所在磁盘后重试。"
 )
+_WORDY = (
+    "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
+    "请求超过 {size}：录音请以文件上传，并缩短文本。"
+)
 #: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
-_ANSWERS = ("/queue/", "/call/", "/file=")
-_LINE, _LINE_CUT_S = "/queue/data", 3.0
+_LINE, _CALL = f"{API_PREFIX}/queue/data", f"{API_PREFIX}/call/"
+_ANSWERS = (f"{API_PREFIX}/queue/", _CALL, f"{API_PREFIX}/file=")
+_LINE_CUT_S = 3.0
 """Where a session hears what becomes of its requests, for as long as there are any; and how long it may be cut."""
 _QUIET_S = 1.0
 """After an answer its receiver may come for the recordings in it: that long nobody has come means that nobody will."""
+_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
+"""Of pages: nothing comes from elsewhere, and no other site has people press buttons in a frame they do not see."""
 
 
 class Traffic:
     """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
 
-    ``upload_begins`` is called in a thread of its own whenever one does, ``session_begins`` with a page's session
-    when that is there (again), and ``session_ends`` when it has not been heard of for `recordings.LEFT_FOR_S`.
-    ``answers_end`` is called when a session has hung up on which it hears what becomes of its requests.
+    ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
+    session that has hung up where it hears what becomes of its requests; both in threads of their own. What is larger
+    than the largest upload, or other body, is refused.
     """
 
     def __init__(
         self,
         folder: str,
+        presence: Presence,
         upload_begins: Callable[[], object] | None = None,
-        session_begins: Callable[[str], object] | None = None,
-        session_ends: Callable[[str], object] | None = None,
         answers_end: Callable[[str], object] | None = None,
         largest_upload_bytes: float = math.inf,
+        largest_body_bytes: float = 1 << 20,
     ) -> None:
         self._folder = Path(folder)
+        self._presence = presence
         self._upload_begins = upload_begins
-        self._session_begins = session_begins
-        self._session_ends = session_ends
         self._answers_end = answers_end
         self._largest_upload_bytes = largest_upload_bytes
+        self._largest_body_bytes = largest_body_bytes
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
         self._uploads = 0
-        self._pages: Counter[str] = Counter()
         self._lines: Counter[str] = Counter()
 
     def around(self, app: ASGIApp) -> ASGIApp:
         async def passed_by(scope: Scope, receive: Receive, send: Send) -> None:
-            path = scope.get("path", "") if scope["type"] == "http" else ""
-            if path and scope["method"] == "POST" and Headers(scope=scope).get("sec-fetch-site") == "cross-site":
+            if scope["type"] != "http":
+                return await app(scope, receive, send)
+            path, request = scope["path"], HTTPConnection(scope)
+            # Links from other sites lead here; what their pages send does not.
+            sent = scope["method"] not in ("GET", "HEAD") or "origin" in request.headers
+            if sent and from_another_site(request):
                 await _say(403, _STRANGER)(scope, receive, send)
-            elif path.endswith(_UPLOAD) and scope["method"] == "POST":
-                await self._upload(app, scope, receive, send)
-            elif _HEARTBEAT in path:
-                await self._page(path.rpartition("/")[2], app, scope, receive, send)
-            elif any(part in path for part in _ANSWERS):
-                line = _session(scope) if path.endswith(_LINE) else None
-                self._count(+1)
-                if line:
-                    self._lines[line] += 1
-                try:
-                    await app(scope, receive, send)
-                finally:
-                    self._count(-1)
-                    if line:
-                        self._lines[line] -= 1  # its next line may be on the way
-                        asyncio.get_running_loop().call_later(_LINE_CUT_S, self._hung_up, line)
+            elif path.startswith(_HERE):
+                self._presence.heard_of(path[len(_HERE) :])
+                await Response(status_code=204)(scope, receive, send)
+            elif path == _UPLOAD and scope["method"] == "POST":
+                limit_bytes = self._largest_upload_bytes
+                await read_at_most(
+                    limit_bytes + _ENVELOPE_BYTES, too_large(limit_bytes), self._upload(app), scope, receive, send
+                )
             else:
-                await app(scope, receive, send)
+                refusal = _WORDY.format(size=readable_bytes(int(self._largest_body_bytes)))
+                await read_at_most(self._largest_body_bytes, refusal, self._answer(app), scope, receive, _as_page(send))
 
         return passed_by
 
-    async def _upload(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        length = Headers(scope=scope).get("content-length", "0")
-        if length.isdecimal() and int(length) > self._largest_upload_bytes + _ENVELOPE_BYTES:
-            return await _say(413, too_large(self._largest_upload_bytes))(scope, receive, send)
-        if self._upload_begins:
-            asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
-        answered = False
+    def _answer(self, app: ASGIApp) -> ASGIApp:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            path = scope["path"]
+            with ExitStack() as until_answered:
+                if session := _listener(scope):
+                    until_answered.enter_context(self._presence.line(session))
+                if path == _LINE and session:
+                    until_answered.enter_context(self._line(session))
+                if path.startswith(_ANSWERS):
+                    until_answered.enter_context(self._counted())
+                await app(scope, receive, send)
 
-        async def noted(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
+        return answer
 
-        self._uploads += 1
-        try:
-            await app(scope, receive, noted)
-        except ClientDisconnect:
-            logger.debug("An upload was given up")
-        except OSError as error:
-            logger.error("An upload could not be kept: %s", error)
-            if answered:
-                raise
-            await _say(507, _FULL.format(reason=error.strerror))(scope, receive, send)
-        finally:
-            self._uploads -= 1
-            if not self._uploads:  # then what lies there was left by those that were given up
-                await to_thread.run_sync(self._sweep)
+    def _upload(self, app: ASGIApp) -> ASGIApp:
+        async def upload(scope: Scope, receive: Receive, send: Send) -> None:
+            begun = answered = False
+
+            async def begins() -> Message:
+                nonlocal begun
+                if not begun and self._upload_begins:  # not before: who may not upload is not read
+                    asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
+                begun = True
+                return await receive()
+
+            async def noted(message: Message) -> None:
+                nonlocal answered
+                answered = True
+                await send(message)
+
+            self._uploads += 1
+            try:
+                await app(scope, begins, noted)
+            except ClientDisconnect:
+                logger.debug("An upload was given up")
+            except OSError as error:
+                logger.error("An upload could not be kept: %s", error)
+                if answered:
+                    raise
+                await _say(507, _FULL.format(reason=error.strerror))(scope, receive, send)
+            finally:
+                self._uploads -= 1
+                if not self._uploads:  # then what lies there was left by those that were given up
+                    await to_thread.run_sync(self._sweep)
+
+        return upload
 
     def _sweep(self) -> None:
         for left in self._folder.glob("tmp*"):
             if left.is_file() and not self._uploads:
                 left.unlink(missing_ok=True)
 
-    async def _page(self, session: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """A page holds this line for as long as it is open, and takes it up again if it was cut."""
-        self._pages[session] += 1
-        if self._session_begins:
-            self._session_begins(session)
+    @contextmanager
+    def _line(self, session: str) -> Iterator[None]:
+        self._lines[session] += 1
         try:
-            await app(scope, receive, send)
+            yield
         finally:
-            self._pages[session] -= 1
-            asyncio.get_running_loop().call_later(recordings.LEFT_FOR_S, self._look_after, session)
+            self._lines[session] -= 1  # its next line may be on the way
+            asyncio.get_running_loop().call_later(_LINE_CUT_S, self._hung_up, session)
 
     def _hung_up(self, session: str) -> None:
         if self._lines.get(session) == 0:
             del self._lines[session]
             if self._answers_end:
                 asyncio.get_running_loop().run_in_executor(None, self._answers_end, session)
-
-    def _look_after(self, session: str) -> None:
-        if self._pages.get(session) == 0:
-            del self._pages[session]
-            if self._session_ends:
-                asyncio.get_running_loop().run_in_executor(None, self._session_ends, session)
 
     def wait_until_quiet(self, within_s: float) -> bool:
         """Wait until all answers have been fetched; False if ``within_s`` passes first."""
@@ -160,6 +184,14 @@ class Traffic:
                     return True
                 self._changed.wait(min(quiet_in_s, until_s - now_s))
         return False
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._count(+1)
+        try:
+            yield
+        finally:
+            self._count(-1)
 
     def _count(self, step: int) -> None:
         with self._changed:
@@ -177,8 +209,27 @@ def too_large(limit_bytes: float) -> str:
     )
 
 
-def _session(scope: Scope) -> str:
-    return QueryParams(scope["query_string"]).get("session_hash", "")
+def _listener(scope: Scope) -> str:
+    """The session that holds this line; empty if it is none. What nobody has named has the name of its one request."""
+    path = scope["path"]
+    if path == _LINE:
+        return QueryParams(scope["query_string"]).get("session_hash", "")
+    if path.startswith(_HEARTBEAT) or (path.startswith(_CALL) and scope["method"] == "GET"):
+        return str(path.rpartition("/")[2])
+    return ""
+
+
+def _as_page(send: Send) -> Send:
+    """Pages are sent with the `_POLICY`."""
+
+    async def with_policy(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if headers.get("content-type", "").startswith("text/html"):
+                headers["Content-Security-Policy"] = _POLICY
+        await send(message)
+
+    return with_policy
 
 
 def _say(code: int, sentence: str) -> PlainTextResponse:

@@ -47,10 +47,17 @@ class Waiting:
         finally:
             unsubscribe()
             with self._lock:
-                if teller.lease is not None and (leases := self._leases.get(whose)):
-                    leases.discard(teller.lease)
+                for who, leases in list(self._leases.items()):  # by now they may be another session's
+                    if teller.lease is not None:
+                        leases.discard(teller.lease)
                     if not leases:
-                        del self._leases[whose]
+                        del self._leases[who]
+
+    def inherit(self, before: str, whose: str) -> None:
+        """A session goes on as another, which now waits for what the first did."""
+        with self._lock:
+            if leases := self._leases.pop(before, None):
+                self._leases.setdefault(whose, set()).update(leases)
 
     def gone(self, whose: str) -> None:
         """Nobody of this session listens any more: what still waits in a queue leaves it; what runs goes on."""

@@ -47,10 +47,11 @@ def page(tmp_path: Path, new_page: Callable[..., Page]) -> Iterator[Page]:
         strangers: list[str] = []
         page.on("request", lambda request: strangers.append(request.url) if _abroad(request.url, app.url) else None)
         page.goto(app.url)
+        page_source = page.content()
         yield page
         page.close()
-        # Gradio 5 has this one in its own page.
-        assert not [url for url in strangers if "iframe-resizer" not in url], "the page asks the internet for something"
+        assert not strangers, "the page asks the internet for something"
+        assert "https://fonts" not in page_source, "it prepares to"
         assert app.stop() == 0
 
 

@@ -182,6 +182,7 @@ def test_a_page_that_is_loaded_again_during_a_request_works_on(
     sync_api.expect(page.locator("#gpu-status")).to_contain_text("In use")
     open_gate(gates, "speak")
     sync_api.expect(page.locator("#gpu-status")).not_to_contain_text("In use")
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["abandoned"])
     ask(page, tmp_path, "again")
     sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["again"])
     assert "Traceback" not in app.log

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import soundfile
+from network import Network
 from serving import RunningApp, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-NO_GRACE = "import residency.web.recordings; residency.web.recordings.LEFT_FOR_S = 0\n"
+NO_GRACE = "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 0\n"
 
 
 @pytest.fixture
@@ -28,11 +29,6 @@ def gates(tmp_path: Path) -> Path:
 
 def test_recordings_go_when_their_page_is_closed(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
     folder = tmp_path / "recordings"
-
-    def recordings() -> set[str]:
-        # Not rglob: it raises where a folder goes while it looks.
-        return {name for _, _, names in os.walk(folder) for name in names if name.endswith(".wav")}
-
     with RunningApp(folder, *ARGUMENTS, gates=gates, prelude=NO_GRACE) as app:
         page, other = new_page(), new_page()
         for each, name in ((page, "mine"), (other, "theirs")):
@@ -42,11 +38,46 @@ def test_recordings_go_when_their_page_is_closed(new_page: Callable[..., Page], 
         page.get_by_label("Target Text").fill("to say")
         page.get_by_role("button", name="CLONE", exact=True).click()
         sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
-        assert {"mine.wav", "theirs.wav"} < recordings()
+        assert {"mine.wav", "theirs.wav"} < recordings(folder)
         page.context.close()
-        assert wait_until(lambda: recordings() == {"theirs.wav"}), recordings()
+        assert wait_until(lambda: recordings(folder) == {"theirs.wav"}), recordings(folder)
         assert app.stop() == 0
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [ARGUMENTS, ()], ids=["managed", "unmanaged"])
+def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
+    new_page: Callable[..., Page], tmp_path: Path, gates: Path, arguments: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "recordings"
+    prelude = "import residency.web.visits, residency.web.presence as presence\npresence.LEFT_FOR_S = 10\n"
+    prelude += "residency.web.visits.TELL_EVERY_S = 0.5\n"
+    with RunningApp(folder, *arguments, gates=gates, prelude=prelude) as app, Network(app.port) as network:
+        page = new_page()
+        page.goto(network.url)
+        clone(page, tmp_path, "mine.wav")
+        with page.expect_event("requestfailed", lambda request: "/here/" in request.url):
+            network.cut()
+        with page.expect_response(lambda answer: "/here/" in answer.url):
+            network.mend()
+
+        # Whoever is away for as long as others were since the cut has ended, and so would they have.
+        mine = recordings(folder)
+        other = new_page()
+        other.goto(app.url)
+        clone(other, tmp_path, "theirs.wav")
+        other.context.close()
+        assert wait_until(lambda: recordings(folder) == mine), recordings(folder)
+
+        choose_task(page, "vad")
+        page.get_by_role("button", name="EDIT", exact=True).click()
+        expect_results(page, 2)
+        page.locator("#prompt-audio").get_by_label("Clear").click()
+        upload(page, tmp_path, "another.wav")
+        choose_task(page, "clone")
+        page.get_by_role("button", name="CLONE", exact=True).click()
+        expect_results(page, 1)
+        assert page.locator("#message").inner_text().strip() == ""
 
 
 def test_who_has_signed_in_may_press(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
@@ -67,6 +98,29 @@ def sign_in(page: Page, user: str, password: str) -> None:
     page.get_by_label("username").fill(user)
     page.get_by_label("password").fill(password)
     page.get_by_role("button", name="Login").click()
+
+
+def recordings(folder: Path) -> set[str]:
+    # Not rglob: it raises where a folder goes while it looks.
+    return {name for _, _, names in os.walk(folder) for name in names if name.endswith(".wav")}
+
+
+def clone(page: Page, folder: Path, name: str) -> None:
+    page.get_by_label("Prompt Text").fill("said")
+    upload(page, folder, name)
+    page.get_by_label("Target Text").fill("to say")
+    page.get_by_role("button", name="CLONE", exact=True).click()
+    sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
+
+
+def expect_results(page: Page, count: int) -> None:
+    links = "#history .message-buttons-left a[download], #history .bot-row a[download]"
+    sync_api.expect(page.locator(links)).to_have_count(count)
+
+
+def choose_task(page: Page, task: str) -> None:
+    page.locator("#task input").click()
+    page.get_by_role("option", name=task, exact=True).click()
 
 
 def upload(page: Page, folder: Path, name: str) -> None:

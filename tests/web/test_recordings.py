@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from residency.web.recordings import Recordings
+from residency.web.recordings import UNOWNED_FOR_S, Recordings
 
 
 @pytest.fixture
@@ -58,6 +59,67 @@ def test_who_is_no_session_owns_nothing(recordings: Recordings, tmp_path: Path) 
     recordings.remove(None, path)
     assert not Path(path).exists()
     assert tmp_path.exists()
+
+
+def test_who_goes_on_as_another_has_what_they_had_and_what_is_still_made(
+    recordings: Recordings, tmp_path: Path
+) -> None:
+    recordings.own("first", result(tmp_path, "1.wav"))
+    recordings.inherit("first", "second")
+    recordings.own("first", result(tmp_path, "2.wav"))
+    recordings.inherit("second", "third")
+    recordings.end("first")
+    recordings.end("second")
+    recordings.own("first", result(tmp_path, "3.wav"))
+    assert len(list(tmp_path.iterdir())) == 3
+    recordings.remove("first", str(tmp_path / "1.wav"))
+    assert len(list(tmp_path.iterdir())) == 2
+    recordings.end("third")
+    assert not list(tmp_path.iterdir())
+    recordings.own("first", result(tmp_path, "late.wav"))
+    assert not list(tmp_path.iterdir()), "it has ended too"
+
+
+class TestSweep:
+    @pytest.fixture(autouse=True)
+    def here(self, recordings: Recordings) -> None:
+        recordings.begin("here")
+
+    def test_what_is_nobodys_goes_after_a_while(self, recordings: Recordings, tmp_path: Path) -> None:
+        mark = tmp_path / ".mark"
+        mark.touch()
+        mine = [upload(tmp_path), result(tmp_path)]
+        recordings.own("here", *mine)
+        recordings.own("a program that holds no line", result(tmp_path, "theirs.wav"))
+        result(tmp_path, "unused.wav")
+        written_s = mark.stat().st_mtime
+        recordings.sweep(written_s + UNOWNED_FOR_S - 60)
+        assert len(list(tmp_path.rglob("*.wav"))) == 4
+        recordings.sweep(written_s + UNOWNED_FOR_S + 60)
+        assert sorted(str(path) for path in tmp_path.rglob("*") if path.is_file()) == sorted([str(mark), *mine])
+
+    def test_what_was_asked_for_before_its_session_was_heard_of_stays(
+        self, recordings: Recordings, tmp_path: Path
+    ) -> None:
+        path = result(tmp_path)
+        recordings.own("late", path)
+        recordings.sweep(0)
+        recordings.begin("late")
+        recordings.sweep(os.stat(path).st_mtime + 2 * UNOWNED_FOR_S)
+        assert os.path.exists(path)
+
+    def test_a_folder_that_has_two_names_is_one(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        path = result(tmp_path / "real")
+        recordings = Recordings(tmp_path / "link")
+        recordings.begin("here")
+        recordings.own("here", path)
+        recordings.sweep(os.stat(path).st_mtime + 2 * UNOWNED_FOR_S)
+        assert os.path.exists(path)
+        recordings.end("here")
+        assert not os.path.exists(path)
+        assert (tmp_path / "real").exists()
 
 
 def test_an_answer_that_comes_after_the_end_is_for_nobody(recordings: Recordings, tmp_path: Path) -> None:

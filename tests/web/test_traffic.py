@@ -1,24 +1,24 @@
 from __future__ import annotations
 
-import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
-from typing import Any
 
 import pytest
+from anyio import to_thread
 from fakes import Gate, Worker
 from serving import wait_until
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from residency.web import recordings
 from residency.web import traffic as traffic_module
+from residency.web.presence import Presence
 from residency.web.traffic import Traffic
 
 
@@ -33,27 +33,31 @@ def uploads() -> threading.Semaphore:
 
 
 @pytest.fixture
-def ended() -> list[str]:
-    """The sessions that have ended."""
+def begun() -> list[str]:
+    """The sessions that were heard of."""
     return []
 
 
 @pytest.fixture
-def traffic(uploads: threading.Semaphore, ended: list[str], tmp_path: Path) -> Traffic:
-    return Traffic(
-        str(tmp_path), uploads.release, lambda session: ended.clear(), ended.append, largest_upload_bytes=1 << 20
-    )
+def traffic(uploads: threading.Semaphore, begun: list[str], tmp_path: Path) -> Traffic:
+    presence = Presence(begun.append, lambda session: None)
+    return Traffic(str(tmp_path), presence, uploads.release, largest_upload_bytes=1 << 20, largest_body_bytes=1 << 16)
 
 
 @pytest.fixture
 def client(traffic: Traffic, gate: Gate) -> Iterator[TestClient]:
-    def slow(request: Request) -> PlainTextResponse:
-        gate.pass_through()
+    async def slow(request: Request) -> PlainTextResponse:
+        if request.headers.get("authorization") == "none":
+            return PlainTextResponse("sign in", 401)
+        read_bytes = 0
+        async for piece in request.stream():
+            read_bytes += len(piece)
+        await to_thread.run_sync(gate.pass_through)
         if error := getattr(request.app, "error", None):
             raise error
-        return PlainTextResponse("done")
+        return PlainTextResponse(f"read {read_bytes}")
 
-    routes = [Route(path, slow, methods=["GET", "POST"]) for path in ("/gradio_api/{rest:path}", "/")]
+    routes = [Route("/{rest:path}", slow, methods=["GET", "POST"])]
     with TestClient(Starlette(routes=routes, middleware=[Middleware(traffic.around)])) as client:
         yield client
 
@@ -69,7 +73,7 @@ def test_answers_on_their_way_are_waited_for(
     assert not traffic.wait_until_quiet(0.05)
     waiter = Worker(traffic.wait_until_quiet, 30)
     gate.open()
-    assert receiver.result().text == "done"
+    assert receiver.result().text == "read 0"
     assert waiter.result()
 
 
@@ -117,7 +121,9 @@ def test_the_beginning_of_an_upload_is_told_before_it_is_done(
     gate.open()
     upload.result()
     client.get("/gradio_api/upload")
-    assert not uploads.acquire(blocking=False)
+    client.post("/nonsense/upload")
+    assert client.post("/gradio_api/upload", headers={"Authorization": "none"}).status_code == 401
+    assert not uploads.acquire(blocking=False), "nobody has uploaded, or may"
 
 
 class TestUploads:
@@ -152,37 +158,74 @@ class TestUploads:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["clone-1.wav", "tmpfolder"]
 
 
-class TestSessions:
-    """A page holds a line for as long as it is open."""
+class TestLargeBodies:
+    """Whether or not their size is told, and of however many files."""
 
+    @pytest.mark.parametrize(
+        ("path", "limit_bytes", "way_out"),
+        [("/gradio_api/upload", (1 << 20) + 10_000, "--max-upload"), ("/gradio_api/queue/join", 1 << 16, "as files"),
+         ("/login", 1 << 16, "as files")],
+    )  # fmt: skip
+    def test_they_are_read_up_to_the_limit(
+        self, client: TestClient, gate: Gate, path: str, limit_bytes: int, way_out: str
+    ) -> None:
+        gate.open()
+        told, untold = b"x" * limit_bytes, lambda: iter([b"x" * (limit_bytes - 1), b"x"])
+        for body in (told, untold()):
+            assert client.post(path, content=body).text == f"read {limit_bytes}"
+        for body in (told + b"x", itertools.chain(untold(), [b"x"])):
+            answer = client.post(path, content=body)
+            assert (answer.status_code, way_out in answer.text) == (413, True)
+
+
+class TestOtherSites:
     @pytest.fixture(autouse=True)
-    def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(recordings, "LEFT_FOR_S", 0)
+    def at_once(self, gate: Gate) -> None:
+        gate.open()
 
-    def test_one_that_has_left_and_not_come_back_has_ended(self, traffic: Traffic, ended: list[str]) -> None:
-        async def visit() -> None:
-            lines = {name: asyncio.Event() for name in ("first", "again")}
+    @pytest.mark.parametrize(
+        ("headers", "allowed"),
+        [
+            ({}, True),
+            ({"Origin": "http://testserver"}, True),
+            ({"Origin": "http://evil.example"}, False),
+            ({"Origin": "http://testserver:9999"}, False),
+            ({"Origin": "null"}, False),
+            ({"Sec-Fetch-Site": "cross-site"}, False),
+            ({"Sec-Fetch-Site": "same-site"}, False),
+            ({"Sec-Fetch-Site": "same-origin", "Origin": "https://tts.example"}, True),
+            ({"X-Forwarded-Host": "tts.example", "Origin": "http://tts.example"}, True),
+            ({"X-Forwarded-Host": "tts.example, inner", "Origin": "http://tts.example"}, True),
+            ({"X-Forwarded-Host": "tts.example", "Origin": "http://evil.example"}, False),
+        ],
+    )
+    def test_their_pages_may_send_nothing(self, client: TestClient, headers: dict[str, str], allowed: bool) -> None:
+        answer = client.post("/gradio_api/queue/join", headers=headers)
+        assert answer.status_code == (200 if allowed else 403)
+        assert allowed or "X-Forwarded-Host" in answer.text
 
-            async def app(scope: Any, receive: Any, send: Any) -> None:
-                await lines[scope["line"]].wait()
+    def test_their_pages_may_read_nothing_and_their_links_work(self, client: TestClient) -> None:
+        assert client.get("/gpu/status", headers={"Origin": "http://evil.example"}).status_code == 403
+        assert client.get("/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}).is_success
 
-            def hold(line: str) -> asyncio.Future[None]:
-                scope = {"type": "http", "method": "GET", "path": "/gradio_api/heartbeat/one", "line": line}
-                return asyncio.ensure_future(traffic.around(app)(scope, None, None))  # type: ignore[arg-type]
 
-            first, again = hold("first"), hold("again")
-            await asyncio.sleep(0)
-            lines["first"].set()
-            await first
-            await asyncio.to_thread(lambda: None)
-            assert not ended, "it has come back"
-            lines["again"].set()
-            await again
-            while not ended:
-                await asyncio.sleep(0)
+def test_pages_are_in_no_frame_of_other_sites_and_load_nothing_from_them(traffic: Traffic) -> None:
+    routes = [Route("/", lambda request: HTMLResponse("a page")), Route("/plain", lambda request: PlainTextResponse())]
+    with TestClient(Starlette(routes=routes, middleware=[Middleware(traffic.around)])) as client:
+        policy = client.get("/").headers["content-security-policy"]
+        assert policy.startswith("default-src 'self' ")
+        assert policy.endswith("; frame-ancestors 'self'")
+        assert "content-security-policy" not in client.get("/plain").headers
 
-            again = hold("again")
-            await again
-            assert not ended, "it is there again"
 
-        asyncio.run(visit())
+@pytest.mark.parametrize(
+    "path",
+    ["/gradio_api/heartbeat/anna", "/gradio_api/queue/data?session_hash=anna", "/gradio_api/call/clone/anna",
+     "/gradio_api/here/anna"],
+)  # fmt: skip
+def test_who_listens_or_says_so_is_there(client: TestClient, gate: Gate, begun: list[str], path: str) -> None:
+    gate.open()
+    client.get("/gradio_api/queue/status")
+    assert begun == []
+    assert client.get(path).is_success
+    assert begun == ["anna"]

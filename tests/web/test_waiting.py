@@ -106,6 +106,26 @@ def test_who_has_gone_leaves_the_queue_and_nobody_else_does(manager: GPUResource
     assert waiting._leases == {}
 
 
+def test_who_goes_on_as_another_keeps_their_place(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
+    waiting = Waiting(manager)
+    first = Person(waiting, manager, "first")
+    first.gate.wait_for_arrival()
+    second = Person(waiting, manager, "second")
+    heard["await"]("second", "you are next")
+    third = Person(waiting, manager, "third")
+    heard["await"]("third", "place 2 in the queue")
+    waiting.inherit("second", "second again")
+    waiting.inherit("third", "third again")
+    waiting.gone("second")
+    waiting.gone("third again")
+    with pytest.raises(RequestCancelled):
+        third.worker.result()
+    for person in (first, second):
+        person.gate.open()
+        person.worker.result()
+    assert waiting._leases == {}
+
+
 def test_without_a_manager_nothing_is_said() -> None:
     with Waiting(None).told("tts"):
         pass

@@ -1,0 +1,40 @@
+"""How much of a request is read: what is larger is refused before it fills memory or disk, its size told or not."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+async def read_at_most(
+    limit_bytes: float, refusal: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Let the app have a body of up to that size; 413 with the sentence if it is larger."""
+    refuse = PlainTextResponse(refusal, 413)
+    length = Headers(scope=scope).get("content-length", "")
+    if length.isdecimal() and int(length) > limit_bytes:
+        return await refuse(scope, receive, send)
+    read_bytes, answered = 0, False
+
+    async def counted() -> Message:
+        nonlocal read_bytes
+        message = await receive()
+        read_bytes += len(message.get("body", b""))
+        # As if the sender had hung up: apps tidy up then.
+        return message if read_bytes <= limit_bytes else {"type": "http.disconnect"}
+
+    async def unless_refused(message: Message) -> None:
+        nonlocal answered
+        if answered or read_bytes <= limit_bytes:
+            answered = True
+            await send(message)
+
+    try:
+        await app(scope, counted, unless_refused)
+    except ClientDisconnect:
+        if read_bytes <= limit_bytes:
+            raise
+    if read_bytes > limit_bytes and not answered:
+        await refuse(scope, receive, send)

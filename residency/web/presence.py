@@ -1,0 +1,55 @@
+"""Who is there: sessions that hold a line to the server, or have been heard of a short while ago."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LEFT_FOR_S = 1800.0
+"""How long a session may be silent (a phone asleep, another network, a page loaded anew) before it has ended."""
+
+
+class Presence:
+    """For the thread of the server's loop.
+
+    ``begins`` is called with a session whenever it is heard of, ``ends`` (in another thread) when it has been silent
+    for `LEFT_FOR_S`.
+    """
+
+    def __init__(self, begins: Callable[[str], object], ends: Callable[[str], object]) -> None:
+        self._begins, self._ends = begins, ends
+        self._lines: Counter[str] = Counter()
+        self._silent: dict[str, asyncio.TimerHandle] = {}
+
+    @contextmanager
+    def line(self, session: str) -> Iterator[None]:
+        """In this block the session is there. It may hold several lines."""
+        self._lines[session] += 1
+        self.heard_of(session)
+        try:
+            yield
+        finally:
+            self._lines[session] -= 1
+            if self._lines[session]:
+                self.heard_of(session)  # whatever has taken the end of this line for its end
+            else:
+                del self._lines[session]
+                self._wait_for(session)
+
+    def heard_of(self, session: str) -> None:
+        """The session is there, if only for a moment."""
+        self._begins(session)
+        if session in self._silent:
+            self._silent.pop(session).cancel()
+        if session not in self._lines:
+            self._wait_for(session)
+
+    def _wait_for(self, session: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._silent[session] = loop.call_later(LEFT_FOR_S, self._end, loop, session)
+
+    def _end(self, loop: asyncio.AbstractEventLoop, session: str) -> None:
+        del self._silent[session]
+        loop.run_in_executor(None, self._ends, session)

@@ -1,0 +1,206 @@
+"""The history of a session: requests that overtake each other, and what is shown of them."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import soundfile
+from gated_engine import close_gate, open_gate
+from serving import RunningApp
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+LINKS = "#history .message-buttons-left a[download], #history .bot-row a[download]"
+
+
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gates")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[RunningApp]:
+    arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "-1")
+    with RunningApp(tmp_path_factory.mktemp("recordings"), *arguments, gates=gates) as app:
+        yield app
+
+
+@pytest.fixture
+def page(app: RunningApp, new_page: Callable[..., Page]) -> Page:
+    app.forget_log()
+    page = new_page()
+    page.goto(app.url)
+    return page
+
+
+@pytest.fixture
+def released(page: Page, app: RunningApp, gates: Path, tmp_path: Path) -> Page:
+    """A page with one result, whose next request waits at the gate ``load``."""
+    clone(page, tmp_path, "old")
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["old"])
+    assert app.post("/gpu/release", {})[0] == 200
+    close_gate(gates, "load")
+    return page
+
+
+def test_what_is_cleared_during_an_edit_stays_cleared(
+    released: Page, app: RunningApp, gates: Path, tmp_path: Path
+) -> None:
+    page = released
+    edit(page)
+    app.wait_for_line("at the gate: load")
+    page.get_by_role("button", name="Clear History").click()
+    sync_api.expect(page.locator("#history .bot-row")).to_have_count(0)
+    open_gate(gates, "load")
+    sync_api.expect(page.locator("#message")).to_contain_text("cleared or begun anew")
+    sync_api.expect(page.locator("#history .bot-row")).to_have_count(0)
+    assert str(app.tmp_dir) not in page.locator("#message").inner_text()
+    press(page, "EDIT")
+    expect_results(page, 1)
+    sync_api.expect(page.locator("#message")).to_have_text("")
+
+
+def test_a_clone_is_not_lost_to_an_edit_that_was_asked_for_meanwhile(
+    released: Page, app: RunningApp, gates: Path
+) -> None:
+    page = released
+    page.get_by_label("Target Text").fill("new")
+    press(page, "CLONE")
+    app.wait_for_line("at the gate: load")
+    close_gate(gates, "edit")
+    edit(page)
+    sync_api.expect(page.locator("#gpu-status")).to_contain_text("2 waiting")
+    open_gate(gates, "load")
+    app.wait_for_line("at the gate: edit")
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["new"])
+    open_gate(gates, "edit")
+    sync_api.expect(page.locator("#message")).to_contain_text("cleared or begun anew")
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["new"])
+    expect_results(page, 1)
+    assert all(page.request.get(link).ok for link in results(page))
+    press(page, "EDIT")
+    expect_results(page, 2)
+
+
+@pytest.mark.parametrize("outcome", ["spoken", "failed"])
+def test_a_page_that_is_loaded_anew_during_a_request_hears_its_end(
+    page: Page, app: RunningApp, gates: Path, tmp_path: Path, outcome: str
+) -> None:
+    clone(page, tmp_path, "first")
+    expect_results(page, 1)
+    assert app.post("/gpu/release", {})[0] == 200
+    close_gate(gates, "load")
+    edit(page)
+    app.wait_for_line("at the gate: load")
+    page.reload()
+    sync_api.expect(page.locator("#message")).to_contain_text("goes on")
+    expect_results(page, 1)
+    page.reload()
+    sync_api.expect(page.locator("#message")).to_contain_text("goes on")
+    if outcome == "failed":
+        (gates / "broken").touch()
+    open_gate(gates, "load")
+    if outcome == "failed":
+        sync_api.expect(page.locator("#message")).to_contain_text("ask again")
+        (gates / "broken").unlink()
+        expect_results(page, 1)
+    else:
+        expect_results(page, 2)
+        sync_api.expect(page.locator("#message")).to_have_text("")
+    assert all(page.request.get(link).ok for link in results(page))
+    edit(page)
+    expect_results(page, 2 if outcome == "failed" else 3)
+    assert "Traceback" not in app.log or outcome == "failed"
+
+
+def test_a_page_that_is_opened_beside_another_begins_at_the_beginning(
+    page: Page, app: RunningApp, tmp_path: Path
+) -> None:
+    clone(page, tmp_path, "mine")
+    expect_results(page, 1)
+    with page.expect_popup() as opened:
+        page.evaluate("window.open(location.href)")  # with a copy of what the page keeps
+    copy = opened.value
+    clone(copy, tmp_path, "another")
+    sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
+    page.reload()
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["mine"])
+
+
+@pytest.mark.parametrize("locale", ["zh-CN", "en-US", "de-DE"])
+def test_there_is_a_button_to_save_a_result_and_none_to_publish_it(
+    app: RunningApp, new_page: Callable[..., Page], tmp_path: Path, locale: str
+) -> None:
+    page = new_page(locale=locale)
+    page.goto(app.url)
+    clone(page, tmp_path, "to say")
+    expect_results(page, 1)
+    seen = page.locator("#history .download-link, #history .download-link ~ *").locator("visible=true")
+    tags = seen.evaluate_all("each => each.map(element => element.tagName)")
+    assert tags == ["A", "A"], "of the prompt and of the result"
+
+
+def test_texts_are_shown_as_they_are(page: Page, tmp_path: Path) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    text = "<b>bold</b> <img src=nowhere> R&D &lt; 1 < 2"
+    clone(page, tmp_path, text)
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text([text])
+    expect_results(page, 1)
+    assert page.locator("#history b, #history img[src=nowhere]").count() == 0
+    assert not [url for url in asked if "nowhere" in url]
+
+
+def test_no_other_site_shows_the_page_in_a_frame(app: RunningApp, new_page: Callable[..., Page]) -> None:
+    class Prize(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(f"<h1>Win a prize</h1><iframe src='{app.url}'></iframe>".encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prize) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        page = new_page()
+        with page.expect_console_message(lambda message: "frame-ancestors" in message.text):
+            page.goto(f"http://localhost:{site.server_port}")
+        assert page.frame_locator("iframe").locator("#clone").count() == 0
+        site.shutdown()
+
+
+def clone(page: Page, folder: Path, target: str) -> None:
+    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
+    page.locator("#prompt-text").locator("input, textarea").fill("said")
+    page.locator("#prompt-audio input[type=file]").set_input_files(str(folder / "prompt.wav"))
+    sync_api.expect(page.locator("#prompt-audio audio, #prompt-audio .waveform-container").first).to_be_attached()
+    page.locator("#target-text").locator("input, textarea").fill(target)
+    press(page, "CLONE")
+
+
+def edit(page: Page) -> None:
+    page.locator("#task input").click()
+    page.get_by_role("option", name="vad", exact=True).click()
+    press(page, "EDIT")
+
+
+def press(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def results(page: Page) -> list[str]:
+    return page.locator(LINKS).evaluate_all("links => links.map(link => link.href)")
+
+
+def expect_results(page: Page, count: int) -> None:
+    sync_api.expect(page.locator(LINKS)).to_have_count(count)

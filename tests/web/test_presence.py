@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from residency.web import presence as presence_module
+from residency.web.presence import Presence
+
+
+class Loop:
+    """Of a server, with a clock that is turned by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._waiting: list[tuple[float, Callable[[], object], list[bool]]] = []
+
+    def call_later(self, delay_s: float, function: Callable[..., object], *arguments: object) -> Loop.Handle:
+        cancelled: list[bool] = []
+        self._waiting.append((self.now_s + delay_s, lambda: function(*arguments), cancelled))
+        return Loop.Handle(cancelled)
+
+    def run_in_executor(self, executor: None, function: Callable[..., object], *arguments: object) -> None:
+        function(*arguments)
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+        due = [each for each in self._waiting if each[0] <= self.now_s]
+        self._waiting = [each for each in self._waiting if each[0] > self.now_s]
+        for _, act, cancelled in due:
+            if not cancelled:
+                act()
+
+    class Handle:
+        def __init__(self, cancelled: list[bool]) -> None:
+            self._cancelled = cancelled
+
+        def cancel(self) -> None:
+            self._cancelled.append(True)
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
+    loop = Loop()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
+    monkeypatch.setattr(presence_module, "LEFT_FOR_S", 60.0)
+    return loop
+
+
+@pytest.fixture
+def told() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+def presence(loop: Loop, told: list[tuple[str, str]]) -> Presence:
+    return Presence(lambda session: told.append(("begins", session)), lambda session: told.append(("ends", session)))
+
+
+def ended(told: list[tuple[str, str]]) -> list[str]:
+    return [session for what, session in told if what == "ends"]
+
+
+def test_who_holds_a_line_is_there_for_as_long(presence: Presence, loop: Loop, told: list[tuple[str, str]]) -> None:
+    with presence.line("anna"):
+        loop.advance(1000)
+        assert told == [("begins", "anna")]
+    loop.advance(59)
+    assert ended(told) == []
+    loop.advance(1)
+    assert ended(told) == ["anna"]
+
+
+def test_who_takes_the_line_up_again_was_never_away(
+    presence: Presence, loop: Loop, told: list[tuple[str, str]]
+) -> None:
+    with presence.line("anna"):
+        pass
+    loop.advance(59)
+    with presence.line("anna"):
+        loop.advance(1000)
+    assert ended(told) == []
+
+
+def test_a_line_that_was_cut_and_never_taken_up_again_is_no_end_while_something_is_heard(
+    presence: Presence, loop: Loop, told: list[tuple[str, str]]
+) -> None:
+    with presence.line("anna"), presence.line("bert"):
+        pass
+    for _ in range(10):
+        loop.advance(59)
+        presence.heard_of("anna")
+    assert ended(told) == ["bert"]
+    loop.advance(60)
+    assert ended(told) == ["bert", "anna"]
+
+
+def test_the_end_of_one_of_two_lines_is_no_end_and_is_corrected(
+    presence: Presence, loop: Loop, told: list[tuple[str, str]]
+) -> None:
+    with presence.line("anna"):
+        with presence.line("anna"):
+            told.clear()
+        assert told == [("begins", "anna")], "Gradio has taken it for gone"
+        loop.advance(1000)
+    assert ended(told) == []
+
+
+def test_who_comes_back_begins_again(presence: Presence, loop: Loop, told: list[tuple[str, str]]) -> None:
+    presence.heard_of("anna")
+    loop.advance(60)
+    presence.heard_of("anna")
+    assert told == [("begins", "anna"), ("ends", "anna"), ("begins", "anna")]
+    loop.advance(60)
+    assert ended(told) == ["anna", "anna"]
