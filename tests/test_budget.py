@@ -320,10 +320,12 @@ class SlowDriver(SimulatedDevice):
         super().__init__(10_000)
         self.shown: int | None = 10_000
         self.asked = Gate()
+        self.waits: Callable[[], bool] = lambda: False
 
     def memory(self) -> Memory:
-        if hasattr(self, "asked"):
-            self.asked._arrived.set()
+        if hasattr(self, "waits"):
+            if self.waits():  # others look, too
+                self.asked._arrived.set()
             return Memory(self.capacity_bytes, self.shown, 0)
         return super().memory()
 
@@ -337,6 +339,7 @@ def test_who_others_left_for_waits_until_the_driver_shows_it_but_not_for_ever(
     use(manager, "b", "a")
     log = manager._slots["b"].resident.log
     device.shown, device.asked = 0, Gate()
+    device.waits = lambda: manager._slots["b"].task is not None
     worker = Worker(use, manager, "b")
     while not device.asked._arrived.wait(0.01) and len(log) == 1:
         clock.advance(0)
