@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from anyio import move_on_after
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_LINGER_BYTES, _LINGER_S = 32 << 20, 5.0
+"""Who is still sending does not read an answer: so much more is read first, and thrown away."""
 
 
 async def read_at_most(
     limit_bytes: float, refusal: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Let the app have a body of up to that size; 413 with the sentence if it is larger."""
-    refuse = PlainTextResponse(refusal, 413)
+
+    async def refuse() -> None:
+        left_bytes, more = _LINGER_BYTES, True
+        with move_on_after(_LINGER_S):
+            while more and left_bytes > 0:
+                message = await receive()
+                left_bytes -= len(message.get("body", b""))
+                more = message.get("more_body", False)
+        await PlainTextResponse(refusal, 413)(scope, receive, send)
+
     length = Headers(scope=scope).get("content-length", "")
     if length.isdecimal() and int(length) > limit_bytes:
-        return await refuse(scope, receive, send)
+        return await refuse()
     read_bytes, answered = 0, False
 
     async def counted() -> Message:
@@ -37,4 +50,4 @@ async def read_at_most(
         if read_bytes <= limit_bytes:
             raise
     if read_bytes > limit_bytes and not answered:
-        await refuse(scope, receive, send)
+        await refuse()

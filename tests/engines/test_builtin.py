@@ -135,7 +135,7 @@ def test_prompts_without_a_voice(engine: BuiltinEngine, write: Write, speech: np
         engine.clone(write(noise), "nobody", "Hello.")
     with pytest.raises(InvalidInput, match="voiced speech"):
         engine.clone(write(effects.whisper(speech), name="w.wav"), "a fox", "Hello.")
-    with pytest.raises(InvalidInput, match="no file"):
+    with pytest.raises(InvalidInput, match="is gone"):
         engine.clone("/nowhere.wav", "nobody", "Hello.")
     check_speech(*engine.clone(write(speech, name="still works.wav"), "a fox", "Hello."))
 
