@@ -62,8 +62,12 @@ DEFAULT_MODEL = "gated"
 class Recognizer:
     """Hears how long a recording is."""
 
-    def __init__(self, model: str, device: str) -> None:
+    def __init__(self) -> None:
         self.weights = torch.ones(1 << 16)
+
+    @classmethod
+    def load(cls, model: str, device: str) -> Recognizer:
+        return cls()
 
     def __call__(self, path: str) -> str:
         _pass("hear")
