@@ -68,7 +68,7 @@ def test_the_engine_comes_with_its_first_request_and_leaves_after_it(managed: Ru
 def test_the_checkouts_own_speech_recognition_is_a_model_of_its_own(managed: RunningApp) -> None:
     assert managed.get("/gpu/status")[1]["models"]["asr"]["state"] == "released"
     managed.post("/gpu/warm", {"model": "asr"})
-    managed.wait_for_line("asr: released -> gpu, 0.0 MB")
+    managed.wait_for_line("asr: released -> gpu, 16.2 KB")
     assert managed.get("/gpu/status")[1]["models"]["asr"]["device_bytes"] == 64 * 64 * 4 + 64 * 4
     assert managed.model()["state"] == "released"
 
