@@ -79,7 +79,7 @@ def main() -> int:
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     for name, seconds in medians.items():
         print(f"{name:35}{seconds:8.2f} s{seconds / medians['python, which imports gradio']:8.2f} x gradio")
-    helps = max(seconds for name, seconds in medians.items() if name.startswith("app.py"))
+    helps = max(seconds for name, seconds in medians.items() if name.startswith("app.py -"))
     pages = max(seconds for name, seconds in medians.items() if name.startswith("page"))
     good = helps <= HELP_WITHIN_S and pages <= PAGE_WITHIN_S and not imported
     print(f"\nimported when the page is there, of {', '.join(sorted(HEAVY))}: {', '.join(sorted(imported)) or 'none'}")
@@ -97,7 +97,8 @@ def _until_ready(command: list[str], folder: str) -> float:
     environ = {name: value for name, value in os.environ.items() if name not in ("PORT", "PROJECT_DIR")}
     environ |= {"VENV_DIR": sys.prefix, "RUN_DIR": f"{folder}/run"}
     began_s = time.perf_counter()
-    with subprocess.Popen([*command, str(port)], cwd=ROOT, env=environ, stdout=subprocess.DEVNULL) as app:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*command, str(port)], cwd=ROOT, env=environ, **quiet) as app:
         try:
             while app.poll() is None:
                 with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
