@@ -22,6 +22,19 @@ NAMES = (
     "..", "con.wav", "%2e%2e%2fescaped.wav", "a;b|c&d.wav", "$(touch escaped).wav", "-rf.wav", "editx-1/x.wav", "",
 )  # fmt: skip
 
+FILE = "{file}"  # stands for what was uploaded
+#: What clone is called with by who writes the body by hand.
+BODIES: tuple[tuple[object, ...], ...] = (
+    (), (FILE,), (FILE, "Good morning.", "Hello.", "more"), (None, None, None), (None, "Good morning.", "Hello."),
+    (FILE, None, "Hello."), (FILE, "Good morning.", None), (FILE, 7, True), (FILE, ["Good", "morning."], {"a": 1}),
+    (FILE, "", "  \n"), (FILE, "\0\ud83d\x1b[31m", "Hello."), (FILE, "Good morning.", "a" * 5_000_000),
+    ("/etc/passwd", "a", "b"), ({"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, "a", "b"),
+    ({"path": "http://127.0.0.1:9/a.wav", "meta": {"_type": "gradio.FileData"}}, "a", "b"),
+    ({"url": "file:///etc/passwd", "meta": {"_type": "gradio.FileData"}}, "a", "b"), ({}, "a", "b"), ([], "a", "b"),
+    ([FILE, FILE], "a", "b"), (functools.reduce(lambda inner, _: [inner], range(100), []), "a", "b"),
+    (float("nan"), float("inf"), -0.0), ([16000, [0.1] * 100], "a", "b"),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -29,6 +42,8 @@ class Upload:
     name: str
     content: bytes
     good: bool = False
+    copies: int = 1  #: of it in one body
+    data: tuple[object, ...] = (FILE, "Good morning.", "Hello.")  #: what clone is called with
 
 
 def uploads(count: int, seed: int) -> Iterator[Upload]:
@@ -128,6 +143,23 @@ def nothing(chance: random.Random) -> Upload:
     return Upload("silent, empty or short", "voice.wav", _encoded(samples, 16000, "wav"))
 
 
+def many_channels(chance: random.Random) -> Upload:
+    form, most = chance.choice([("wav", 1000), ("flac", 8), ("ogg", 255), ("aiff", 64)])
+    samples = np.stack([_voice(chance, 2)] * chance.choice([3, 6, 8, most]), axis=1)
+    return Upload("many channels", f"voice.{form}", _encoded(samples, 16000, form))
+
+
+def many_files(chance: random.Random) -> Upload:
+    content = _encoded(_voice(chance), 16000, "flac")
+    return Upload("many files in one body", "voice.flac", content, copies=chance.choice([2, 20, 1001]))
+
+
+def odd_body(chance: random.Random) -> Upload:
+    content = _encoded(_voice(chance), 16000, "wav")
+    return Upload("odd bodies of the call", "voice.wav", content, data=chance.choice(BODIES))
+
+
 KINDS: list[Callable[[random.Random], Upload]] = [
-    good, named_badly, truncated, flipped, renamed, huge_header, not_numbers, bomb, nothing,
+    good, named_badly, truncated, flipped, renamed, huge_header, not_numbers, bomb, nothing, many_channels,
+    many_files, odd_body,
 ]  # fmt: skip

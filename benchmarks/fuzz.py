@@ -33,12 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import psutil
 import soundfile
-from _uploads import Upload, uploads
+from _uploads import FILE, Upload, uploads
 from serving import RunningApp, wait_until
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--max-upload", "20MB", "--gpu-keep-warm", "60")
-#: Recordings go as soon as their session has ended.
-PRELUDE = "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 0\n"
+#: Recordings go as soon as their session has ended, and soon if nothing has used them.
+PRELUDE = """
+from residency.web import page, presence, recordings
+presence.LEFT_FOR_S, recordings.UNOWNED_FOR_S, page._SWEEP_EVERY_S = 0, 10, 1
+"""
 PATIENCE_S = 120
 
 
@@ -99,10 +102,10 @@ def judged(app: RunningApp, upload: Upload) -> tuple[str, str]:
         if code != 200:
             return ("refused" if code in (400, 413) and not upload.good else "wrong"), f"upload: {code} {said}"
         file = {"path": json.loads(said)[0], "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [file, "Good morning.", "Hello."], "session_hash": session}
+        body = {"data": _filled_in(upload.data, file), "session_hash": session}
         code, said = call(app, "/gradio_api/call/clone", json.dumps(body).encode(), "application/json")
         if code != 200:
-            return "wrong", f"call: {code} {said}"
+            return ("refused" if 400 <= code < 500 and not upload.good else "wrong"), f"call: {code} {said}"
         code, said = call(app, f"/gradio_api/call/clone/{json.loads(said)['event_id']}")
         event, _, data = said.rpartition("event: ")[2].partition("\ndata: ")
         if event == "complete":
@@ -112,6 +115,12 @@ def judged(app: RunningApp, upload: Upload) -> tuple[str, str]:
             and "engine failed" not in data
         )
         return ("refused" if event == "error" and clear and not upload.good else "wrong"), said
+
+
+def _filled_in(data: object, file: object) -> object:
+    if isinstance(data, list | tuple):
+        return [_filled_in(part, file) for part in data]
+    return file if data == FILE else data
 
 
 @contextmanager
@@ -130,7 +139,7 @@ def in_session(app: RunningApp, session: str) -> Iterator[None]:
 def post_file(app: RunningApp, upload: Upload) -> tuple[int, str]:
     name = upload.name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "%0A")
     head = f'--b0undary\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
-    body = head + upload.content + b"\r\n--b0undary--\r\n"
+    body = (head + upload.content + b"\r\n") * upload.copies + b"--b0undary--\r\n"
     return call(app, "/gradio_api/upload", body, "multipart/form-data; boundary=b0undary")
 
 

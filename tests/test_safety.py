@@ -90,6 +90,14 @@ class TestDisk:
         assert "event: complete" not in said
         assert "clone-" not in said
 
+    @pytest.mark.parametrize("data", [[], [{}, "said", "to say"], ["/etc/passwd", "said", "to say"], [[[]], 1, 2]])
+    def test_a_call_that_cannot_be_read_hears_why_in_both_languages(self, app: RunningApp, data: list[Any]) -> None:
+        code, said = ask(app, "/gradio_api/call/clone", {"data": data})
+        said = ask(app, f"/gradio_api/call/clone/{json.loads(said)['event_id']}")[1]
+        message = json.loads(said.partition("event: error\ndata: ")[2])["error"]
+        assert "无法读取收到的内容" in message
+        assert "What was sent cannot be read" in message
+
     def test_the_folder_of_recordings_has_no_index(self, app: RunningApp, folder: Path) -> None:
         inside = next(folder.glob("editx-*"))
         assert ask(app, f"/gradio_api/file={inside}")[0] in (403, 404)

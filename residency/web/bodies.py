@@ -8,8 +8,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_LINGER_BYTES, _LINGER_S = 32 << 20, 5.0
-"""Who is still sending does not read an answer: so much more is read first, and thrown away."""
+_LINGER_S = 30.0
+"""Who is still sending does not read an answer: so long the rest is read first, and thrown away (as by nginx)."""
 
 
 async def read_at_most(
@@ -18,12 +18,9 @@ async def read_at_most(
     """Let the app have a body of up to that size; 413 with the sentence if it is larger."""
 
     async def refuse() -> None:
-        left_bytes, more = _LINGER_BYTES, True
         with move_on_after(_LINGER_S):
-            while more and left_bytes > 0:
-                message = await receive()
-                left_bytes -= len(message.get("body", b""))
-                more = message.get("more_body", False)
+            while (await receive()).get("more_body", False):
+                pass
         await PlainTextResponse(refusal, 413)(scope, receive, send)
 
     length = Headers(scope=scope).get("content-length", "")

@@ -18,6 +18,9 @@ from starlette.requests import HTTPConnection
 from .language import Say, both, preferred
 
 
+_REASON_CHARACTERS = 200
+
+
 def supported(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
     """Those of the keywords that this version's function takes."""
     parameters = inspect.signature(function).parameters
@@ -26,6 +29,26 @@ def supported(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
 
 PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_name": False}
 """For events of the page that are no endpoint for programs."""
+
+
+class Blocks(gr.Blocks):
+    """Says what was wrong with what an event was sent, where Gradio fails without a word."""
+
+    async def preprocess_data(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return await super().preprocess_data(*arguments, **keywords)
+        except gr.Error:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
+            raise gr.Error(
+                speaker()(
+                    f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
+                    f"What was sent cannot be read: reload the page and upload the recording again; "
+                    f"programs find at /gradio_api/info what to send ({reason})",
+                ),
+                print_exception=False,
+            ) from None
 
 
 def engine_event(managed: bool, model: str = "engine", at_once: int = 20) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from . import control, endpoints, locale
 from .compat import (
+    Blocks,
     answer_no_other_sites,
     keep_uploads_in,
     leave_out_the_internet,
@@ -85,7 +86,7 @@ class Page:
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)
         # Where launch() does not take the look, Blocks() does.
-        with gr.Blocks(
+        with Blocks(
             title="Step-Audio-EditX",
             analytics_enabled=False,
             delete_cache=(_CACHE_CHECK_S, _CACHE_AGE_S),
