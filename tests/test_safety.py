@@ -92,7 +92,7 @@ class TestDisk:
 
     @pytest.mark.parametrize("data", [[], [{}, "said", "to say"], ["/etc/passwd", "said", "to say"], [[[]], 1, 2]])
     def test_a_call_that_cannot_be_read_hears_why_in_both_languages(self, app: RunningApp, data: list[Any]) -> None:
-        code, said = ask(app, "/gradio_api/call/clone", {"data": data})
+        said = ask(app, "/gradio_api/call/clone", {"data": data})[1]
         said = ask(app, f"/gradio_api/call/clone/{json.loads(said)['event_id']}")[1]
         message = json.loads(said.partition("event: error\ndata: ")[2])["error"]
         assert "无法读取收到的内容" in message

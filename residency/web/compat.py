@@ -17,7 +17,6 @@ from starlette.requests import HTTPConnection
 
 from .language import Say, both, preferred
 
-
 _REASON_CHARACTERS = 200
 
 
