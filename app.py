@@ -111,7 +111,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
         logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)
         if settings.share:
             logger.info("Public link / 公开链接: %s", public_link or "could not be made / 创建失败")
-        threading.Event().wait()
+        signals.wait()
     finally:
         signals.interrupt_no_more()
         _end(page, manager, settings.shutdown_grace)

@@ -47,7 +47,7 @@ from residency.history import WINDOW_S
 from residency.leasing import Lease, held_slots, watching
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
-from residency.policies import AUTO, change_policy, check_counts, guarded, make_policy, seconds
+from residency.policies import change_policy, check_counts, guarded, keep_warm_seconds, make_policy, seconds
 from residency.probes import HostProbe
 from residency.randomness import RandomState
 from residency.residents import Kept, KeptResident, SnapshotFolder, adopt
@@ -142,7 +142,7 @@ class GPUResourceManager:
         return self._closed
 
     @property
-    def _lock(self) -> threading.Lock:
+    def _lock(self) -> AbstractContextManager[bool]:
         return self._dispatcher.lock
 
     @property
@@ -355,10 +355,16 @@ class GPUResourceManager:
         return self._dispatcher.reports.listeners.subscribe(listener)
 
     def wait_for(self, name: str, state: State, timeout: float | str | None = None) -> bool:
-        """Wait until a model is in ``state``; False if ``timeout`` (real seconds or ``"5s"``) passes first."""
+        """Wait until a model is in ``state``; False if it will not be.
+
+        That is if ``timeout`` (real seconds or ``"5s"``) passes first, or the model or the manager has its end.
+        """
         slot = self._slots_named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
-        return self._dispatcher.watch(slot, lambda: slot.state is state, timeout_s, SystemClock())
+        self._dispatcher.watch(
+            slot, lambda: slot.state is state or (slot.closing and _stands(slot)), timeout_s, SystemClock()
+        )
+        return slot.state is state
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -470,7 +476,9 @@ def get_gpu_manager(
 def _comparable(**settings: Any) -> dict[str, Any]:
     """Settings in one way of writing: ``"5m"`` is 300.0."""
     for name, value in settings.items():
-        if name in ("keep_warm", "idle_timeout") and value != AUTO:
+        if name == "keep_warm":
+            settings[name] = keep_warm_seconds(value)
+        elif name == "idle_timeout":
             settings[name] = seconds(value)
         elif name == "snapshot_dir" and value is not None:
             settings[name] = Path(value)

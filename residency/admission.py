@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
+import logging
 import math
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from .diagnosis import is_device_lost
 from .dispatch import Dispatcher
 from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
-from .latches import new_latch
+from .latches import holds, new_latch
 from .leasing import Lease, held_slots
 from .planning import would_wait_for_itself
 from .states import Request, Slot, State
+
+logger = logging.getLogger(__name__)
 
 
 class Admission:
@@ -62,13 +67,20 @@ class Admission:
                 self._check_locked(request.slot)  # in a forked child: the engine is the parent's
             if not request.users:
                 return False
+            if lease.cancelled:
+                raise RequestCancelled(request.slot.name)
             request.users += 1
             lease.request = request
             return True
 
-    def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """For `Lease`: end it, and wait for what its end brings, so that the caller finds it done."""
+    def give_back(
+        self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
+    ) -> None:
+        """For `Lease`: end it, and wait for what the end of a request brings, so that the caller finds it done."""
         dispatcher, lost = self._dispatcher, is_device_lost(error)
+        if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
+            self.give_back_later(lease, discard)
+            return
         with dispatcher.lock:
             now_s = self._clock.now()
             request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
@@ -97,8 +109,16 @@ class Admission:
             else:
                 slot.history.refused(request.error)
         dispatcher.act()
-        if task is not None and not task.arrives:
-            dispatcher.await_task(task)
+        # Who was refused, or waits no longer, has nothing to do with a model that is leaving.
+        if not wait or task is None or task.arrives or request.error is not None:
+            return
+        if not dispatcher.await_task_that_goes_on(task):
+            logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
+
+    def give_back_later(self, lease: Lease, discard: bool = False) -> None:
+        """For `Lease`: let the monitor end it, or whoever acts next."""
+        self._dispatcher.left.append(partial(self.give_back, lease, discard, wait=False))
+        self._dispatcher.monitor.wake()
 
     def look_again(self) -> None:
         """For `Lease`: have the monitor find what somebody who was interrupted left undone."""
@@ -123,11 +143,16 @@ class Admission:
 
     def _refuse_locked(self, request: Request, error: ResidencyError) -> None:
         request.answer(error)
+        with suppress(ValueError):  # one that was made and never queued
+            request.slot.queue.remove(request)
         self._dispatcher.reports.tell_queue(request.slot)
         self._dispatcher.plan_locked(request.slot)
 
     def _refuse_if_futile_locked(self, request: Request, timeout_s: float | None) -> None:
         slot, holding = request.slot, request.holding
+        at_once = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken
+        if timeout_s == 0 and not at_once:
+            raise ModelBusy(slot.name, sum(1 for _ in slot.waiting()), slot.state.value)
         if slot.holder is not None and slot.holder.thread == request.thread and _in_event_loop():
             raise RuntimeError(
                 f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: take leases "
@@ -135,9 +160,6 @@ class Admission:
             )
         if holding and would_wait_for_itself(request, self._dispatcher.slots.values()):
             raise LeaseDeadlock(slot.name, tuple(held.name for held in holding))
-        at_once = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken
-        if timeout_s == 0 and not at_once:
-            raise ModelBusy(slot.name, sum(1 for _ in slot.waiting()), slot.state.value)
         if slot.max_waiting < math.inf and not at_once:
             waiting = sum(1 for _ in slot.waiting())
             if waiting >= slot.max_waiting and slot.in_use:

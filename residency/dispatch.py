@@ -16,6 +16,7 @@ import contextvars
 import logging
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from .contracts import Clock, Device, Memory
@@ -29,7 +30,7 @@ from .diagnosis import (
 )
 from .errors import DeviceLost, LoadTimeout, OverBudget
 from .history import CardHistory, PastMove
-from .latches import new_latch
+from .latches import holds, new_latch
 from .leasing import loading
 from .monitor import Monitor
 from .moving import Mover, Task
@@ -49,6 +50,9 @@ RETRY_AFTER_S = 30.0
 FREED_WITHIN_S = 2.0
 """How long a move waits at most until memory that others have just left is shown as free."""
 
+STUCK_AFTER_S = 30.0
+"""How long a model that is leaving may stand still before nobody waits for it any more."""
+
 OUT_OF_MEMORY_RETRIES = 5
 """How often a move to a full device is tried again at most, while other models come and go."""
 
@@ -64,12 +68,13 @@ class Dispatcher:
         self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
         self.version = 0  # is another number whenever the books have changed
         self.device_lost: DeviceLost | None = None  # for good: this process can use it no more
-        self.lock = threading.Lock()
+        # Both can be met again by a thread that has them: Python collects at any point, and runs what it finds there.
+        self.lock, self._spawning = threading.RLock(), threading.RLock()
+        self.left: deque[Callable[[], None]] = deque()  # leases that ended where nothing could be done about it
         self.slots: dict[str, Slot] = {}
         self.card = CardHistory()
         self.reports = Reports(device, clock)
         self.monitor = Monitor(self.lock, clock, self._look_locked, self.act)
-        self._spawning = threading.Lock()
         self._begun = False
         self._threads: dict[Task, threading.Thread] = {}
         self._changes = 0  # how many moves have begun or ended
@@ -121,6 +126,9 @@ class Dispatcher:
 
     def act(self) -> None:
         """Start what was begun. A thread that cannot be had is done without."""
+        while self.left and not holds(self.lock):
+            with contextlib.suppress(IndexError):  # another thread was first
+                self.left.popleft()()
         if not self._begun:
             return
         with self._spawning:
@@ -133,7 +141,8 @@ class Dispatcher:
 
     def leave(self) -> dict[str, Slot]:
         """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
-        self.lock, self._spawning = threading.Lock(), threading.Lock()
+        self.lock, self._spawning = threading.RLock(), threading.RLock()
+        self.left.clear()
         self.monitor.leave()
         self.reports.listeners.leave()
         slots, self.slots = self.slots, {}
@@ -144,20 +153,33 @@ class Dispatcher:
         self.act()
         self.watch(task.slot, lambda: task.slot.task is not task)
 
+    def await_task_that_goes_on(self, task: Task) -> bool:
+        """Wait until a move has ended; False if it stands still for `STUCK_AFTER_S`."""
+        self.act()
+        while True:
+            before = task.progress.facts
+            if self.watch(task.slot, lambda: task.slot.task is not task, STUCK_AFTER_S):
+                return True
+            if task.progress.facts == before:
+                return False
+
     def watch(
         self, slot: Slot, comes_true: Callable[[], bool], timeout_s: float = math.inf, clock: Clock | None = None
     ) -> bool:
         """Wait until something is true of this model's books, ``timeout_s`` at most; False if it is not."""
         clock = clock or self.clock
         until_s = clock.now() + timeout_s
+        latch = new_latch()
         while True:
-            latch = new_latch()
             with self.lock:
+                if latch in slot.watchers:  # the time is over, and no change
+                    slot.watchers.remove(latch)
                 if comes_true():
                     return True
                 left_s = until_s - clock.now()
                 if left_s <= 0:
                     return False
+                latch = new_latch()
                 slot.watchers.append(latch)
             clock.wait(latch, left_s)
 
@@ -178,6 +200,8 @@ class Dispatcher:
             self._step_locked(slot)
         if any(slot.task and not slot.task.spawned for slot in self.slots.values()):
             self._begun = True
+            return now_s
+        if self.left:
             return now_s
         separate = self.device.separate
         return min((next_deadline(slot, now_s, separate) for slot in self.slots.values()), default=math.inf)
@@ -333,18 +357,19 @@ class Dispatcher:
             if sizes[0] > self.budget_bytes:
                 self.reports.warn_of_budget(task, self.budget_bytes)
         with self.lock:
+            now_s = self.clock.now()
             self._changes += 1
-            self.card.seen(self.clock.now(), memory)
+            self.card.seen(now_s, memory)
             wanted = slot.task is task
             if wanted:
                 slot.device_bytes, slot.host_bytes = sizes
                 slot.engine, slot.resident = task.engine, task.resident
                 if error is None:
-                    self._arrived_locked(task)
+                    self._arrived_locked(task, now_s)
                 else:
                     self._failed_locked(task, error)
                 self.reports.tell("failed" if error else "done", task)
-                self._note_locked(task, "postponed" if task.put_off else "failed" if error else "ok")
+                self._note_locked(task, "postponed" if task.put_off else "failed" if error else "ok", now_s)
                 slot.task = None
                 task.end()
                 self._after_locked(slot)
@@ -353,8 +378,8 @@ class Dispatcher:
                 self.mover.throw_away(task)
         self.act()
 
-    def _arrived_locked(self, task: Task) -> None:
-        slot, now_s = task.slot, self.clock.now()
+    def _arrived_locked(self, task: Task, now_s: float) -> None:
+        slot = task.slot
         slot.at = task.move.target
         slot.last_move = MoveRecord(task.move, task.moved_bytes, now_s - task.started_s)
         slot.last_error = None
@@ -389,8 +414,7 @@ class Dispatcher:
         if task.arrives and not task.put_off:
             self._refuse_arrival_locked(slot, error)
 
-    def _note_locked(self, task: Task, outcome: str) -> None:
-        now_s = self.clock.now()
+    def _note_locked(self, task: Task, outcome: str, now_s: float) -> None:
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
         task.slot.history.moved(past, task.slot.device_bytes)
 
@@ -409,6 +433,6 @@ class Dispatcher:
         task.given_up = True
         self.reports.tell("failed", task, error)
         slot.task = None
-        self._note_locked(task, "failed")
+        self._note_locked(task, "failed", self.clock.now())
         self._refuse_arrival_locked(slot, error)
         self.plan_locked(slot)

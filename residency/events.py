@@ -101,6 +101,7 @@ class Listeners:
     def leave(self) -> None:
         """For a forked child: whoever listens is the parent's."""
         self._listeners, self._thread, self._lock = (), None, threading.Lock()
+        self._events.clear()
 
     def _run(self) -> None:
         while True:

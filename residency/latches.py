@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from typing import Any
 
 
 def new_latch() -> threading.Lock:
@@ -15,6 +16,11 @@ def new_latch() -> threading.Lock:
     latch = threading.Lock()
     latch.acquire()
     return latch
+
+
+def holds(lock: Any) -> bool:
+    """Whether this thread has this `threading.RLock`: `threading.Condition` asks it so, too."""
+    return bool(lock._is_owned())
 
 
 def open_latch(latch: threading.Lock) -> None:

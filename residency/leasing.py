@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-import threading
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -26,6 +26,9 @@ class Lessor(Protocol):
         ``discard``: the engine is broken; ``error``: what has ended the request, if it failed.
         """
 
+    def give_back_later(self, lease: Lease, discard: bool = False) -> None:
+        """Have another thread do that. May be called at any point, where somebody holds the manager's lock."""
+
     def look_again(self) -> None:
         """Somebody was interrupted: have what they left undone found and done."""
 
@@ -38,7 +41,7 @@ class Lessor(Protocol):
 
 _held: contextvars.ContextVar[tuple[Request, ...]] = contextvars.ContextVar("held_requests", default=())
 _watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
-_loading: contextvars.ContextVar[tuple[Slot, ...]] = contextvars.ContextVar("loading_slots", default=())
+_loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_slots", default=())
 
 
 class Lease:
@@ -83,10 +86,11 @@ class Lease:
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         self._leave(error)
 
-    def __del__(self) -> None:
-        if self.request is not None:
-            # In a thread of its own: this may be called at any point, where somebody holds the manager's lock.
-            threading.Thread(target=self._leave, name="gpu-lost-lease", daemon=True).start()
+    # Bound now: at the end of the interpreter modules lose what is in them, and no thread can be begun or waited for.
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.request is not None and not ending():
+            self._ended = True
+            self._lessor.give_back_later(self, self._broken)
 
     def cancel(self) -> bool:
         """Let a lease that still waits raise `RequestCancelled`. False: it has the model, or has ended."""
@@ -117,8 +121,10 @@ class Lease:
         """
         self._broken = True
 
-    def _leave(self, error: BaseException | None = None) -> None:
+    def _leave(self, error: BaseException | None = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         self._ended = True
+        if ending():
+            return
         try:
             self._lessor.give_back(self, self._broken, error)
             _held.set(held_requests())
@@ -134,7 +140,8 @@ def held_requests() -> tuple[Request, ...]:
 
 def held_slots() -> tuple[Slot, ...]:
     """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
-    return (*(request.slot for request in held_requests()), *_loading.get())
+    loads = (load.slot for load in _loading.get() if load.under_way)
+    return (*(request.slot for request in held_requests()), *loads)
 
 
 @contextmanager
@@ -150,8 +157,16 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
 @contextmanager
 def loading(slot: Slot) -> Iterator[None]:
     """Within this block, and in what is started with its context, the model is being moved by who asks."""
-    token = _loading.set((*_loading.get(), slot))
+    load = _Loading(slot)
+    token = _loading.set((*_loading.get(), load))
     try:
         yield
     finally:
+        load.under_way = False  # threads that the loader has started with its context go on
         _loading.reset(token)
+
+
+class _Loading:
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.under_way = True

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .contracts import Clock
@@ -24,7 +25,13 @@ class Monitor:
     ``_locked`` want ``lock``.
     """
 
-    def __init__(self, lock: threading.Lock, clock: Clock, look: Callable[[], float], act: Callable[[], None]):
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        clock: Clock,
+        look: Callable[[], float],
+        act: Callable[[], None],
+    ) -> None:
         self._lock = lock
         self._latch: threading.Lock | None = None
         self._clock = clock
@@ -50,7 +57,7 @@ class Monitor:
         """Be there at that time: wakes the thread only if it would sleep longer."""
         if deadline_s < self._sleeps_until_s:
             self.wake()
-        if deadline_s < math.inf and not self._stopping and (self._thread is None or not self._thread.is_alive()):
+        if not self._stopping and (self._thread is None or not self._thread.is_alive()):
             self.wake()
             self._turn = turn = object()
             self._thread = threading.Thread(target=self._run, args=(turn,), name="gpu-idle-monitor", daemon=True)
@@ -86,16 +93,18 @@ class Monitor:
                 with self._lock:
                     if self._turn is not turn:
                         return
-                    latch, sleep_s = self._fall_asleep_locked(self._look())
-            except Exception as error:
+                    latch, sleep_s = self._fall_asleep_locked(self._look)
+            except BaseException as error:  # whatever it is: nobody else sees to the deadlines
                 self._errors += 1
                 self._last_error = f"{type(error).__name__}: {error}"
                 logger.exception("The idle monitor met an error and goes on")
                 with self._lock:
-                    latch, sleep_s = self._fall_asleep_locked(self._clock.now() + PAUSE_AFTER_ERROR_S)
+                    latch, sleep_s = self._fall_asleep_locked(lambda: self._clock.now() + PAUSE_AFTER_ERROR_S)
             if sleep_s > 0:
                 self._clock.wait(latch, sleep_s)
 
-    def _fall_asleep_locked(self, deadline_s: float) -> tuple[threading.Lock, float]:
-        self._latch, self._sleeps_until_s = new_latch(), deadline_s
-        return self._latch, 0.0 if self._stopping else deadline_s - self._clock.now()
+    def _fall_asleep_locked(self, decide: Callable[[], float]) -> tuple[threading.Lock, float]:
+        # First the latch: who wakes this thread without the lock has either been seen, or opens this one.
+        self._latch = latch = new_latch()
+        self._sleeps_until_s = deadline_s = decide()
+        return latch, 0.0 if self._stopping else deadline_s - self._clock.now()

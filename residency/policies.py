@@ -86,11 +86,11 @@ class GuardedPolicy:
 
     @property
     def keep_warm_s(self) -> float:
-        return self._ask(lambda policy: float(policy.keep_warm_s))
+        return self._ask(lambda policy: _duration(policy.keep_warm_s))
 
     @property
     def idle_timeout_s(self) -> float:
-        return self._ask(lambda policy: float(policy.idle_timeout_s))
+        return self._ask(lambda policy: _duration(policy.idle_timeout_s))
 
     def windows(self) -> tuple[tuple[float, float], ...]:
         return self._ask(lambda policy: _in_order(policy.windows()))
@@ -112,6 +112,12 @@ class GuardedPolicy:
             logger.exception("The policy %r failed; %r takes its place", self._policy, instead)
             self._policy = instead
             return ask(instead)
+
+
+def _duration(value: float) -> float:
+    if not value >= 0:
+        raise ValueError(f"{value!r} is no duration")
+    return float(value)
 
 
 def _in_order(windows: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
@@ -150,7 +156,7 @@ def guarded(policy: Policy, keep_warm: object, idle_timeout: object) -> Policy:
             "A policy decides instead of keep_warm and idle_timeout: leave those out",
             "policy 会取代 keep_warm 与 idle_timeout：请不要同时给出",
         )
-    return policy if isinstance(policy, FixedPolicy | AdaptivePolicy) else GuardedPolicy(policy)
+    return policy if type(policy) in (FixedPolicy, AdaptivePolicy) else GuardedPolicy(policy)
 
 
 def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:

@@ -18,12 +18,14 @@ class Signals:
 
     At a second one what was given to `at_once` is called, and the process is gone with exit code 128 + the signal's
     number. A thread of its own sees to that, so that a main thread inside native code does not delay it. Once the
-    block has been left, a first signal raises nothing more.
+    block has been left, a first signal raises nothing more. Who has nothing else to do calls `wait`: where Python
+    swallows what a signal raises (in ``__del__``, in callbacks of weak references), that ends all the same.
     """
 
     def __init__(self) -> None:
         self._last_deeds: list[Callable[[], object]] = []
         self._interrupts = True
+        self._came = threading.Event()
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
 
@@ -37,6 +39,10 @@ class Signals:
 
     def __exit__(self, *exc_info: object) -> None:
         self.interrupt_no_more()
+
+    def wait(self) -> None:
+        """Return once a signal has come."""
+        self._came.wait()
 
     def at_once(self, deed: Callable[[], object]) -> None:
         """Have this called before a second signal ends the process; the latest first. It must be quick."""
@@ -57,7 +63,9 @@ class Signals:
             for number in self._reading.recv(64):  # one byte for each signal, whoever handles it
                 if number in _NUMBERS and asked:
                     self._quit(number)
-                asked |= number in _NUMBERS
+                if number in _NUMBERS:
+                    asked = True
+                    self._came.set()
 
     def _quit(self, number: int) -> None:
         try:

@@ -87,7 +87,7 @@ class Steering:
     def retire(self, slots: list[Slot], reason: ResidencyError, grace_s: float) -> bool:
         """Refuse what waits for these models with ``reason``, let what runs end, and release them.
 
-        What still runs after ``grace_s`` is left alone; then the answer is False.
+        What still runs after ``grace_s``, or hangs as it leaves, is left alone; then the answer is False.
         """
         dispatcher = self._dispatcher
         until_s = dispatcher.clock.now() + grace_s
@@ -98,14 +98,12 @@ class Steering:
                     request.answer(reason)
                 dispatcher.reports.tell_queue(slot)
                 dispatcher.plan_locked(slot)
+                slot.changed()
         dispatcher.act()
         gone = []
         for slot in slots:
             left_s = until_s - dispatcher.clock.now()
-            # The grace is for requests and loads; what is leaving has the time that it takes.
-            released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot), left_s)
-            if not released and slot.holder is None and slot.task is not None and not slot.task.arrives:
-                released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot))
+            released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot), left_s) or self._leaves(slot)
             if released:
                 try:
                     dispatcher.mover.forget(slot)  # what a release has kept for the next load
@@ -116,6 +114,13 @@ class Steering:
             self._hand_back(slot)
         dispatcher.join()
         return len(gone) == len(slots)
+
+    def _leaves(self, slot: Slot) -> bool:
+        """The grace is for requests and loads; what is leaving has the time that it takes, as long as it goes on."""
+        while slot.holder is None and (task := slot.task) is not None and not task.arrives:
+            if not self._dispatcher.await_task_that_goes_on(task):
+                return False
+        return _has_nothing_to_do(slot)
 
     def _hand_back(self, slot: Slot) -> None:
         """Give its owner the part that the loader was given, on the device; idle models make room for it."""

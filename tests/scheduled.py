@@ -94,6 +94,9 @@ class Lock(_Part):
 class RLock(Lock):
     _reentrant = True
 
+    def _is_owned(self) -> bool:
+        return self._owner is self._scheduler._here()
+
 
 class Condition(_Part):
     """Stricter than `threading`: over a plain Lock too, only the thread that acquired it may wait and notify."""

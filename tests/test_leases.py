@@ -6,17 +6,22 @@ import asyncio
 import contextvars
 import gc
 import math
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from fakes import Client, Gate, Worker, Workshop, await_that
+from fakes import Client, FakeEngine, Gate, Worker, Workshop, await_that
+from serving import ROOT
 
 from gpu_manager import (
     GPUResourceManager,
     LeaseDeadlock,
     ManagerClosed,
     ModelBusy,
+    RequestCancelled,
     State,
 )
 from residency.clock import ManualClock
@@ -159,6 +164,65 @@ def test_a_lease_that_is_lost_is_given_back(manager: GPUResourceManager) -> None
     assert use(manager, timeout=None)
     slot = manager._slots["tts"]
     assert await_that(manager, slot, lambda: not slot.in_use and slot.at is State.HOST)
+
+
+@pytest.mark.parametrize("busy", ["the books", "starting a move"])
+def test_a_generator_that_is_collected_where_its_manager_is_at_work_gives_its_lease_back(
+    busy: str, manager: GPUResourceManager
+) -> None:
+    def stream() -> Iterator[object]:
+        with manager.lease("tts") as engine:
+            yield engine
+
+    pieces = stream()
+    next(pieces)
+    # Python collects at any point: here, where this thread has the lock.
+    with manager._lock if busy == "the books" else manager._dispatcher._spawning:
+        pieces.close()
+    assert manager.wait_for("tts", State.HOST, 60)
+    assert tts(manager)["leases"] == 0
+
+
+@pytest.mark.parametrize("how", ["a lease", "a generator", "an error"])
+def test_a_program_that_ends_with_a_lease_in_force_ends(how: str) -> None:
+    program = f"""
+from gpu_manager import GPUResourceManager, SimulatedDevice
+manager = GPUResourceManager(SimulatedDevice(1000))
+manager.register("tts", dict)
+def stream():
+    with manager.lease("tts") as engine:
+        yield engine
+pieces, lease = stream(), manager.lease("tts")
+{"lease.__enter__()" if how == "a lease" else "next(pieces)"}
+{"raise SystemExit(3)" if how == "an error" else ""}
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3 if how == "an error" else 0, "")
+
+
+def test_a_lease_that_shares_can_be_cancelled_before_it_is_entered(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"):
+        inner = manager.lease("tts")
+        assert inner.cancel() is True
+        with pytest.raises(RequestCancelled), inner:
+            pass
+
+
+def test_what_a_loader_has_started_may_use_the_model_once_it_is_loaded(manager: GPUResourceManager) -> None:
+    loaded, workers = threading.Event(), []
+
+    def later() -> object:
+        assert loaded.wait(60)
+        return use(manager, "other")
+
+    def load() -> FakeEngine:
+        workers.append(Worker(contextvars.copy_context().run, later))
+        return Workshop().load()
+
+    manager.register("other", load)
+    use(manager, "other")
+    loaded.set()
+    assert workers[0].result()
 
 
 def test_a_lease_made_before_the_end_is_refused_after_it(manager: GPUResourceManager) -> None:

@@ -150,6 +150,20 @@ def test_windows_that_cannot_be_are_a_failure_of_the_policy(spans: Any, caplog: 
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("time_s", [math.nan, -1.0])
+def test_a_time_that_is_none_is_a_failure_of_the_policy(time_s: float) -> None:
+    policy = guarded(Own(idle_timeout_s=time_s), None, None)
+    assert (policy.idle_timeout_s, policy.name) == (600, "fixed")
+
+
+def test_a_policy_made_from_one_of_ours_is_guarded_too() -> None:
+    class Fails(FixedPolicy):
+        def windows(self) -> tuple[tuple[float, float], ...]:
+            raise KeyError
+
+    assert guarded(Fails(), None, None).windows() == ((0, 0),)
+
+
 def test_times_that_cannot_be_are_a_failure_of_the_policy() -> None:
     assert guarded(Own(idle_timeout_s="soon"), None, None).idle_timeout_s == 600
     assert guarded(replace(Own(), keep_warm_s=None), None, None).keep_warm_s == 0

@@ -12,7 +12,15 @@ import pytest
 from fakes import Client, FakeResident, Gate, Worker, Workshop, after, comes_to, running
 
 import gpu_manager
-from gpu_manager import Event, GPUResourceManager, SettingsConflict, SimulatedDevice, State, get_gpu_manager
+from gpu_manager import (
+    Event,
+    GPUResourceManager,
+    ModelBusy,
+    SettingsConflict,
+    SimulatedDevice,
+    State,
+    get_gpu_manager,
+)
 from residency.clock import ManualClock
 from residency.errors import DeviceOutOfMemory, InvalidInput
 from residency.progress import current
@@ -119,6 +127,11 @@ def test_the_lock_of_the_singleton_is_new_in_a_forked_child() -> None:
         gpu_manager._renew_lock()
         with get_gpu_manager(SimulatedDevice(1000)) as manager:
             assert manager.names() == ()
+
+
+def test_auto_can_be_written_in_any_case() -> None:
+    with get_gpu_manager(SimulatedDevice(1000), keep_warm="AUTO") as manager:
+        assert get_gpu_manager(keep_warm="auto") is manager
 
 
 def test_the_defaults_of_the_singleton_are_off_at_once_and_ten_minutes() -> None:
@@ -280,6 +293,8 @@ def test_a_second_task_of_an_event_loop_is_refused_instead_of_blocking_the_first
         await inside.wait()
         with pytest.raises(RuntimeError, match="Another task of this event loop holds 'tts'"):
             use(manager)
+        with pytest.raises(ModelBusy), manager.lease("tts", timeout=0):
+            pass
         await task
 
     asyncio.run(main())
@@ -323,7 +338,9 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
     child.subscribe(told.append)
     lease = child.lease("tts")
     use(child)
-    count = len(told)
+    child._dispatcher.reports.listeners.close()
+    count, heard = len(told), []
+    child._dispatcher.reports.listeners._events.append(told[0])
     child.leave_to_the_parent()
     assert child.closed
     assert child.names() == ()
@@ -334,6 +351,9 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
     assert workshop.resident.log == []
     assert child._parents_slots["tts"].engine is workshop.engines[0], "it is kept from being collected"
     assert len(told) == count
+    child.subscribe(heard.append)
+    child._dispatcher.reports.listeners.close()
+    assert not heard, "what was left to tell is the parent's"
 
 
 def test_the_end_of_the_interpreter_waits_for_moves_but_not_for_ever(

@@ -16,6 +16,7 @@ from gpu_manager import (
     State,
 )
 from residency.clock import ManualClock
+from residency.dispatch import STUCK_AFTER_S
 from residency.errors import InvalidInput
 
 
@@ -63,6 +64,54 @@ def test_a_request_behind_others_times_out_alone(manager: GPUResourceManager, cl
     assert [client.lease.place for client in (holder, first, hasty, last)] == [0, 1, None, 2]
     for client in (holder, first, last):
         client.comes_in().leaves()
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancel"])
+def test_who_gives_up_does_not_wait_for_a_model_that_is_leaving(
+    end: str, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    first = Client(manager).comes_in()
+    gate = workshop.resident.gates["offload"] = Gate()
+    leaving = Worker(first.leaves)
+    gate.wait_for_arrival()
+    second = Client(manager, timeout=5).queues()
+    if end == "timeout":
+        with pytest.raises(RequestTimeout):
+            after(clock, 5, second.worker)
+    else:
+        second.lease.cancel()
+        with pytest.raises(RequestCancelled):
+            second.worker.result()
+    assert leaving.is_alive()
+    gate.open()
+    leaving.result()
+
+
+def test_an_answer_is_not_lost_to_a_model_that_hangs_as_it_leaves(
+    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client(manager).comes_in()
+    gate = workshop.resident.gates["offload"] = Gate()
+    leaving = Worker(client.leaves)
+    gate.wait_for_arrival()
+    while leaving.is_alive():  # it may just have been about to look at the clock
+        clock.advance(STUCK_AFTER_S)
+        leaving.join(0.01)
+    assert leaving.result() is workshop.engines[0]
+    assert "tts: hangs on its way off the device" in caplog.text
+    gate.open()
+    assert comes_to(manager, clock, State.HOST)
+
+
+def test_requests_that_gave_up_are_not_remembered_while_the_model_is_held(
+    manager: GPUResourceManager, clock: ManualClock
+) -> None:
+    holder = Client(manager).comes_in()
+    for _ in range(3):
+        with pytest.raises(RequestTimeout):
+            after(clock, 1, Client(manager, timeout=1).queues().worker)
+    assert len(holder.slot.queue) <= 1, "the holder itself may be in it"
+    holder.leaves()
 
 
 def test_a_timeout_that_is_a_text_is_a_duration(manager: GPUResourceManager, clock: ManualClock) -> None:

@@ -11,7 +11,6 @@ import pytest
 from scheduler import Deadlock, Scheduler
 
 from residency import clock as clock_module
-from residency import leasing
 
 SEEDS = range(300)
 
@@ -385,7 +384,6 @@ def test_semaphores_let_so_many_in() -> None:
 def test_what_is_made_outside_of_a_run_works_there_and_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler()
     monkeypatch.setattr(clock_module, "threading", scheduler)
-    monkeypatch.setattr(leasing, "threading", scheduler)
     changed = scheduler.Condition(scheduler.Lock())
     began: list[str] = []
     thread = scheduler.Thread(target=lambda: began.append(scheduler.current_thread().name), name="early")

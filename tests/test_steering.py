@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes import Client, Gate, Worker, Workshop, after, comes_to
+from fakes import Client, Gate, Worker, Workshop, after, await_that, comes_to
 
 from gpu_manager import (
     Event,
@@ -18,6 +18,7 @@ from gpu_manager import (
     UnknownModel,
 )
 from residency.clock import ManualClock
+from residency.dispatch import STUCK_AFTER_S
 from residency.errors import InvalidInput
 from residency.progress import current
 
@@ -102,6 +103,44 @@ def test_the_grace_is_not_for_what_is_leaving(manager: GPUResourceManager, works
     assert closing.result() is True
     leaving.result()
     assert workshop.resident.place == "nowhere"
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_hangs_as_it_leaves_is_left_alone_at_the_end(
+    goes_on: bool, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    client = Client(manager).comes_in()
+    gate = workshop.resident.gates["offload"] = Gate()
+    leaving = Worker(client.leaves)
+    gate.wait_for_arrival()
+    closing = Worker(manager.close, 0)
+    for _ in range(3):
+        if goes_on:
+            client.slot.task.progress.advance(1)
+        clock.advance(STUCK_AFTER_S)
+        closing.join(0.05)
+    assert closing.is_alive() is goes_on
+    if not goes_on:
+        assert closing.result() is False
+    gate.open()
+    leaving.result()
+    assert closing.result() is goes_on
+    assert manager.close() is True
+    assert workshop.resident.place == "nowhere"
+
+
+@pytest.mark.parametrize("end", ["close", "unregister"])
+def test_who_waits_for_a_state_hears_that_it_will_not_come(end: str, manager: GPUResourceManager) -> None:
+    slot = manager._slots["tts"]
+    watching = Worker(manager.wait_for, "tts", State.DEVICE)
+    assert await_that(manager, slot, lambda: len(slot.watchers) == 1)
+    manager.close() if end == "close" else manager.unregister("tts")
+    assert watching.result() is False
+
+
+def test_who_watches_in_vain_leaves_nothing_behind(manager: GPUResourceManager) -> None:
+    assert manager.wait_for("tts", State.DEVICE, 0.001) is False
+    assert not manager._slots["tts"].watchers
 
 
 def test_who_has_a_lease_cannot_close(manager: GPUResourceManager) -> None:
