@@ -36,7 +36,7 @@ def test_the_image_runs_as_a_user_without_rights_and_can_be_asked_for_its_health
     assert re.search(r"^USER app$", DOCKERFILE, re.MULTILINE)
     user = re.search(r"useradd --uid (\d+)", DOCKERFILE)
     assert user
-    assert f"IMAGE_USER={user[1]}" in (ROOT / "scripts" / "container.sh").read_text()
+    assert f"IMAGE_USER={user[1]}" in (ROOT / "scripts" / "container_run.sh").read_text()
     assert "HEALTHCHECK" in DOCKERFILE
     command = re.search(r"^CMD (.*)", DOCKERFILE, re.MULTILINE)
     assert command
