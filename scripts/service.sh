@@ -138,9 +138,9 @@ tell_plan() {
     say "Nothing was changed" "未做任何改动"
 }
 
-torch_of_environment() { cat "$VENV_DIR"/lib/python3*/site-packages/torch/version.py 2>/dev/null || torch_of_pins; }
+torch_of_environment() { cat "$VENV_DIR"/lib/python3*/site-packages/torch/version.py 2>/dev/null || true; }
 
-# The folder of an environment that is not ready yet must have room for it.
+# The folder of an environment that is not ready yet must have room for it, and the driver be one for its torch.
 check_install() {
     case $(environment_state "$VENV_DIR" "$PROJECT_DIR/requirements.txt") in
         absent | broken)
@@ -149,7 +149,8 @@ check_install() {
                     "没有 Python 环境 $VENV_DIR，且不会在代码目录中新建：请按 Step-Audio-EditX 的说明创建，或不设置 VENV_DIR"
             check_writable VENV_DIR
             check_disk "$VENV_DIR" "$(size_of_environment)" "The environment" "Python 环境"
-            ;;
+            ;;&
+        absent | broken | outdated) [[ -n $(torch_of_environment) ]] || check_driver "$(torch_of_pins)" "$VENV_DIR" ;;
     esac
 }
 
