@@ -62,11 +62,12 @@ A setting is a flag or an environment variable; the flag wins. Of DOCKER, DETACH
   --image             IMAGE             name of the image / 镜像名 (gpu-managed-tts)
   --base-image        BASE_IMAGE        what it is built on; the image of a Step-Audio-EditX checkout for the real engine /
                                         基础镜像；真实引擎请用 Step-Audio-EditX 的镜像 (python:3.11-slim-bookworm)
-  --socket-dir        SOCKET_DIR        folder for sockets between services / 服务间套接字目录 (/tmp/gpu-managed-tts)
+  --socket-dir        SOCKET_DIR        folder for sockets between services, not used yet / 服务间套接字目录，尚未使用
+                                        (/tmp/gpu-managed-tts)
 
-pip's own variables work as usual (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...). TORCH_INDEX_URL is where PyTorch alone comes
-from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB.
-pip 的环境变量照常生效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为 https://download.pytorch.org/whl/cpu 可少下载数 GB。
+pip's own variables work as usual; while an image is built, PIP_INDEX_URL and PIP_EXTRA_INDEX_URL do. TORCH_INDEX_URL is where
+PyTorch alone comes from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB.
+pip 的环境变量照常生效；构建镜像时，其中 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为 https://download.pytorch.org/whl/cpu 可少下载数 GB。
 EOF_USAGE
 }
 
