@@ -48,7 +48,7 @@ remember_container() {
     done
     [[ $action == restart ]] || return 0
     for name in "${!given[@]}"; do
-        is_one_of "$name" DOCKER CONTAINER_NAME READY_TIMEOUT STOP_TIMEOUT ||
+        is_one_of "$name" DOCKER CONTAINER_NAME READY_TIMEOUT STOP_TIMEOUT || [[ $name == PORT && ${given[PORT]} == "$PORT" ]] ||
             fail "A container keeps the settings that it was started with; for others: start --docker --replace" \
                 "容器保留启动时的设置；如需更改请用：start --docker --replace"
     done

@@ -327,6 +327,7 @@ def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
     assert f"Nothing that this script started runs on port {other}" in machine.say("stop", "--port", other)
     assert machine.call("status", PORT=other)[0] == 3
     assert machine.containers[NAME]["status"] == "running"
+    assert "Ready" in machine.say("restart", "--port", machine.port)
 
 
 def test_one_that_runs_is_found_behind_the_record_of_a_process_that_has_ended(machine: Machine) -> None:
