@@ -109,7 +109,15 @@ give_folders_of_arguments() {
         fi
         is_one_of "${flag%=}" --tmp-dir --asr-model --tts-model-id --tokenizer-model-id || continue
         folder=$(absolute "$value")
-        if [[ $flag == --tmp-dir* ]]; then give_folder "$folder" rw; elif [[ -d $folder ]]; then give_folder "$folder" ro; else continue; fi
+        if [[ $flag == --tmp-dir* ]]; then
+            local TMP_DIR=$folder
+            check_writable TMP_DIR
+            give_folder "$folder" rw
+        elif [[ -d $folder ]]; then
+            give_folder "$folder" ro
+        else
+            continue # the id of a hub
+        fi
         if [[ $flag == *= ]]; then arguments[index]=$flag$folder; else arguments[index]=$folder; fi
     done
 }

@@ -147,6 +147,14 @@ def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: 
     ]
 
 
+def test_a_folder_that_cannot_be_is_met_before_a_container_is_replaced(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    machine.set(containers={NAME: OLD})
+    said = machine.refuse("--docker", "--detach", "--replace", "--tmp-dir", str(tmp_path / "file" / "below"))
+    assert "TMP_DIR" in said
+    assert "cannot be written" in said
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="of root alone the container is another user's")
 def test_folders_that_root_may_use_but_not_the_user_inside(machine: Machine, tmp_path: Path) -> None:
     snapshots, models = tmp_path / "snapshots", tmp_path / "models"
