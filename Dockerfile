@@ -7,22 +7,26 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
 ARG TORCH_INDEX_URL=
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
 WORKDIR /app
 COPY requirements.txt pyproject.toml ./
 COPY scripts/environment.sh scripts/install_in_image ./scripts/
 RUN scripts/install_in_image /opt/venv
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HEALTH_URL=http://127.0.0.1:7860/healthz
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HEALTH_URL=http://127.0.0.1:7860/healthz \
+    HF_HOME=/hub/huggingface MODELSCOPE_CACHE=/hub/modelscope
 
 COPY *.py ./
 COPY residency ./residency
 RUN python -m compileall -q *.py residency \
     && useradd --uid 10001 --create-home app \
-    && mkdir -p /snapshots /run/gpu-managed-tts \
-    && chown app /snapshots /run/gpu-managed-tts
+    && mkdir -p /snapshots /run/gpu-managed-tts /hub \
+    && chown app /snapshots /run/gpu-managed-tts \
+    && chmod 1777 /hub # for a volume, whoever the app runs as
 
 USER app
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
-    CMD ["python", "-Ic", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
+    CMD ["python", "-Ic", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open(os.environ['HEALTH_URL'], timeout=4)"]
 ENTRYPOINT ["python", "/app/app.py"]
 CMD ["--enable-gpu-management", "--server-name", "0.0.0.0", "--server-port", "7860"]

@@ -5,10 +5,16 @@ set -euo pipefail
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 # shellcheck source=scripts/environment.sh
 source "$here/scripts/environment.sh"
+# shellcheck source=scripts/gpu.sh
+source "$here/scripts/gpu.sh"
 # shellcheck source=scripts/checks.sh
 source "$here/scripts/checks.sh"
+# shellcheck source=scripts/records.sh
+source "$here/scripts/records.sh"
 # shellcheck source=scripts/service.sh
 source "$here/scripts/service.sh"
+# shellcheck source=scripts/container_run.sh
+source "$here/scripts/container_run.sh"
 # shellcheck source=scripts/container.sh
 source "$here/scripts/container.sh"
 
@@ -56,11 +62,12 @@ A setting is a flag or an environment variable; the flag wins. Of DOCKER, DETACH
   --image             IMAGE             name of the image / 镜像名 (gpu-managed-tts)
   --base-image        BASE_IMAGE        what it is built on; the image of a Step-Audio-EditX checkout for the real engine /
                                         基础镜像；真实引擎请用 Step-Audio-EditX 的镜像 (python:3.11-slim-bookworm)
-  --socket-dir        SOCKET_DIR        folder for sockets between services / 服务间套接字目录 (/tmp/gpu-managed-tts)
+  --socket-dir        SOCKET_DIR        folder for sockets between services, not used yet / 服务间套接字目录，尚未使用
+                                        (/tmp/gpu-managed-tts)
 
-pip's own variables work as usual (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...). TORCH_INDEX_URL is where PyTorch alone comes
-from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB.
-pip 的环境变量照常生效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为 https://download.pytorch.org/whl/cpu 可少下载数 GB。
+pip's own variables work as usual; while an image is built, PIP_INDEX_URL and PIP_EXTRA_INDEX_URL do. TORCH_INDEX_URL is where
+PyTorch alone comes from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB.
+pip 的环境变量照常生效；构建镜像时，其中 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为 https://download.pytorch.org/whl/cpu 可少下载数 GB。
 EOF_USAGE
 }
 
@@ -139,6 +146,8 @@ settle_identity() {
     PROJECT_DIR=$(absolute "$PROJECT_DIR")
     settle RUN_DIR "$PROJECT_DIR/.run"
     RUN_DIR=$(absolute "$RUN_DIR")
+    port_was_given=no
+    [[ -z ${given[PORT]:-}${PORT:-} ]] || port_was_given=yes
     settle PORT 7860
     settle DOCKER 0
     settle CONTAINER_NAME step-audio-gpu-managed
@@ -176,17 +185,31 @@ settle_rest() {
         settle "$name"
         [[ -z ${!name+set} ]] || export "${name?}"
     done
-    # A restart may come from another folder, and a container knows whole names only.
-    for name in GPU_SNAPSHOT_DIR STEP_AUDIO_ROOT VENV_DIR SOCKET_DIR; do
-        [[ -z ${!name} ]] || printf -v "$name" '%s' "$(absolute "${!name}")"
-    done
-    [[ ! -d $MODEL_PATH ]] || MODEL_PATH=$(absolute "$MODEL_PATH") # what is no folder may be the id of a hub
 }
+
+# A folder is meant from where this is called. A restart goes on in another one, and a container knows whole names only.
+settle_folders() {
+    local name
+    for name in GPU_SNAPSHOT_DIR STEP_AUDIO_ROOT VENV_DIR SOCKET_DIR MODEL_PATH; do
+        [[ -z ${given[$name]:-} ]] || given[$name]=$(folder_of "$name" "${given[$name]}")
+        [[ -z ${!name:-} ]] || printf -v "$name" '%s' "$(folder_of "$name" "${!name}")"
+    done
+}
+
+# folder_of SETTING VALUE. What is no folder may be the id of a hub.
+folder_of() { if [[ $1 == MODEL_PATH && $2 != \~/* && ! -d $2 ]]; then echo "$2"; else absolute "$2"; fi; }
 
 # In words that can be typed, whatever the language of the terminal.
 quoted() { LC_ALL=C.UTF-8 printf ' %q' "$@"; }
 
-absolute() { if [[ $1 == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
+# Also of ~/..., which the shell leaves as it is after a =.
+absolute() {
+    case $1 in
+        /*) echo "$1" ;;
+        \~/*) echo ~/"${1:2}" ;;
+        *) echo "$PWD/$1" ;;
+    esac
+}
 
 check_switch() { [[ ${!1} =~ ^[01]$ ]] || fail "$1 '${!1}' is neither 1 nor 0" "$1 '${!1}' 应为 1 或 0"; }
 
@@ -222,22 +245,29 @@ app_arguments() {
     [[ -z $STEP_AUDIO_ROOT ]] || passed+=(--step-audio-root "$STEP_AUDIO_ROOT")
 }
 
-# A container if that is said; where something is to be found that runs, also if there is one and no process.
+# A container if that is said; where something is to be found that runs, also if one serves that port and no process does.
 kind_of_app() {
+    local state=absent
     if [[ $DOCKER == 1 ]]; then
         echo container
-    elif [[ $action != start ]] && ! has_record && command -v docker >/dev/null && [[ $(container_state) == ours* ]]; then
-        echo container
-    else
-        echo service
+        return
     fi
+    if [[ $action != start ]] && ! { read_record && lives; } && command -v docker >/dev/null; then
+        [[ $port_was_given == yes && $(label port) != "$PORT" ]] || state=$(container_state)
+    fi
+    # What is left of a process says more than what is left of a container.
+    if [[ $state == "ours running" ]] || { [[ $state == ours* ]] && ! has_record; }; then echo container; else echo service; fi
 }
 
 declare -A given=() remembered=()
 read_arguments "$@"
+settle_folders
 settle_identity
 kind=$(kind_of_app)
 [[ $action == start ]] || "remember_$kind"
 settle_rest
-if is_one_of "$action" start restart; then check_settings; fi
+if is_one_of "$action" start restart; then
+    note_settings
+    check_settings
+fi
 "${action}_$kind"

@@ -1,13 +1,13 @@
-# The app in a container: needs Docker, and for a GPU the NVIDIA Container Toolkit. Needs environment.sh, checks.sh, service.sh.
+# The app in a container: needs Docker, and for a GPU the NVIDIA Container Toolkit. What docker is told of it is in
+# container_run.sh. Needs environment.sh, gpu.sh, checks.sh, service.sh.
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154 # the settings are those of the script that sources this
 #
 # The container has the host's network: then an address of this machine means here what it means outside, and the panel
-# knows who is local. Folders lie inside where they lie outside, so that arguments mean the same.
-
+# knows who is local.
+#
 # A container of that name that somebody else made is kept under another name, and gets its own back at `stop`.
 
 readonly LABEL=gpu-managed-tts
-readonly IMAGE_USER=10001 # in the Dockerfile
 
 need_docker() {
     command -v docker >/dev/null ||
@@ -48,7 +48,7 @@ remember_container() {
     done
     [[ $action == restart ]] || return 0
     for name in "${!given[@]}"; do
-        is_one_of "$name" DOCKER CONTAINER_NAME READY_TIMEOUT STOP_TIMEOUT ||
+        is_one_of "$name" DOCKER CONTAINER_NAME READY_TIMEOUT STOP_TIMEOUT || [[ $name == PORT && ${given[PORT]} == "$PORT" ]] ||
             fail "A container keeps the settings that it was started with; for others: start --docker --replace" \
                 "容器保留启动时的设置；如需更改请用：start --docker --replace"
     done
@@ -57,38 +57,25 @@ remember_container() {
             "容器保留启动时的参数；如需更改请用：start --docker --replace"
 }
 
-# What the image is made of, in one number.
-source_digest() {
-    (
-        cd "$PROJECT_DIR" || exit
-        printf '%s\n' "$BASE_IMAGE" "${TORCH_INDEX_URL:-}"
-        find Dockerfile requirements.txt pyproject.toml scripts ./*.py residency -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | xargs -d '\n' sha256sum
-    ) | sha256sum | cut -c 1-64
-}
-
-# Whether an image is made of what is here now.
-image_is_current() {
-    [[ $(docker image inspect --format "{{index .Config.Labels \"$LABEL.source\"}}" "$IMAGE" 2>/dev/null) == "$1" ]]
-}
-
 start_container() {
     need_docker
-    local digest state gpus=() build run passed
+    local digest state gpus=() folders=() build run passed
     choose_gpu
     choose_gpu_of_container
     state=$(container_state)
     check_name "$state"
     # What runs in the container that is replaced may hold the port.
-    [[ $state == *" running" ]] || ! is_listening || port_in_use $((PORT + 1))
+    [[ $state == *" running" ]] || ! is_listening "$PORT" || port_in_use "$(port_beside)"
     container_command
     digest=$(source_digest)
     build=(docker build --tag "$IMAGE" --label "$LABEL.source=$digest" --build-arg "BASE_IMAGE=$BASE_IMAGE"
-        --build-arg "TORCH_INDEX_URL=${TORCH_INDEX_URL:-}" "$PROJECT_DIR")
+        --build-arg "TORCH_INDEX_URL=${TORCH_INDEX_URL:-}" --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL "$PROJECT_DIR")
     if image_is_current "$digest"; then
         build=()
         say "Image: $IMAGE is up to date" "镜像：$IMAGE 已是最新"
         check_driver "$(torch_of_image)" "$IMAGE"
     else
+        [[ $BASE_IMAGE != python:* ]] || check_driver "$(torch_of_pins)" "$IMAGE" # others have a torch of their own
         check_disk_of_docker
     fi
     if [[ $check == yes ]]; then
@@ -100,9 +87,9 @@ start_container() {
             "镜像构建失败（见上）：请检查网络与磁盘空间后重试"
         check_driver "$(torch_of_image)" "$IMAGE"
     fi
+    local folder
+    for folder in "${folders[@]}"; do make_folder "$folder"; done
     make_place "$state"
-    make_folder "$GPU_SNAPSHOT_DIR"
-    make_folder "$SOCKET_DIR"
     say "Starting $(address)" "正在启动 $(address)"
     if [[ $DETACH == 1 ]]; then
         "${run[@]}" >/dev/null || fail "The container could not be started (see above). $(way_back en)" "容器启动失败（见上）。$(way_back zh)"
@@ -115,18 +102,9 @@ start_container() {
 
 # make_folder FOLDER: one that the app may write to. Docker would make it for root alone.
 make_folder() {
-    [[ -n $1 && ! -d $1 ]] || return 0
+    [[ ! -d $1 ]] || return 0
     mkdir -p "$1" || fail "$1 cannot be made: give another folder" "无法创建 $1：请换一个目录"
     ((EUID)) || chown "$IMAGE_USER" "$1"
-}
-
-# Sets gpus: what docker run is told of them.
-choose_gpu_of_container() {
-    [[ -n $gpu ]] || return 0
-    gpus=(--gpus "\"device=$gpu\"")
-    command -v nvidia-container-runtime-hook nvidia-ctk >/dev/null ||
-        say "⚠️  The NVIDIA Container Toolkit is not here, and docker needs it to give a GPU to a container (https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/); or give GPU_ID=none" \
-            "未找到 NVIDIA Container Toolkit，docker 需要它才能向容器提供 GPU（https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/）；或设 GPU_ID=none"
 }
 
 # check_name STATE: refuses to take a name without --replace; what is left of a container of ours that has ended is no obstacle.
@@ -137,17 +115,24 @@ check_name() {
     [[ $REPLACE == 1 ]] ||
         fail "There is a container $CONTAINER_NAME already (${1#* }). Give --replace to put this one in its place, or another --container-name" \
             "已有容器 $CONTAINER_NAME（${1#* }）。用 --replace 替换它，或用 --container-name 换一个名字"
+    [[ $1 == ours* || $(docker container inspect --format '{{.HostConfig.AutoRemove}}' "$CONTAINER_NAME") != true ]] ||
+        fail "The container $CONTAINER_NAME was started with --rm: once it is stopped it is gone and cannot be kept. If what starts it can make it anew, stop it yourself (docker stop $CONTAINER_NAME) and run this again" \
+            "容器 $CONTAINER_NAME 是用 --rm 启动的：一旦停止即被删除，无法保留。如果原来的启动方式能重新创建它，请自行停止（docker stop $CONTAINER_NAME），然后重新运行"
     [[ $1 == ours* || $(container_state "$(kept_as)") == absent ]] ||
         fail "$CONTAINER_NAME is somebody else's, and there is a $(kept_as) already: remove or rename one of them (docker rename)" \
             "容器 $CONTAINER_NAME 不是本脚本创建的，且 $(kept_as) 已存在：请删除或重命名其中之一（docker rename）"
 }
 
 tell_container_plan() {
+    local folder
     ((${#build[@]} == 0)) || say "Would build:$(quoted "${build[@]}")" "将构建镜像"
     case $1 in
         ours*) say "Would replace the container $CONTAINER_NAME" "将替换容器 $CONTAINER_NAME" ;;
         other*) say "Would stop $CONTAINER_NAME and keep it as $(kept_as) until stop" "将停止 $CONTAINER_NAME，并以 $(kept_as) 保留至 stop" ;;
     esac
+    for folder in "${folders[@]}"; do
+        [[ -d $folder ]] || say "Would make the folder $folder" "将创建目录 $folder"
+    done
     tell_plan "${run[@]}"
 }
 
@@ -165,52 +150,19 @@ make_place() {
     esac
 }
 
-# The version.py of the torch in the image, wherever that lies.
-torch_of_image() {
-    [[ -n $driver ]] || return 0
-    docker run --rm --entrypoint python "$IMAGE" -Ic 'import importlib.util, pathlib
-print(pathlib.Path(importlib.util.find_spec("torch").origin).with_name("version.py").read_text())' 2>/dev/null || true
-}
+# is_listening PORT: whether anybody does there.
+is_listening() { (exec 3<>"/dev/tcp/$(reached_at)/$1") 2>/dev/null; }
 
-check_disk_of_docker() {
-    local root needed
-    root=$(docker info --format '{{.DockerRootDir}}')
-    [[ -d $root ]] || return 0 # on another machine
-    needed=$(size_of_environment)
-    check_disk "$root" "$needed" "The image" "镜像"
+# A port to take instead.
+port_beside() {
+    local port=$PORT
+    while is_listening "$port"; do port=$((port < 65535 ? port + 1 : 1024)); done
+    echo "$port"
 }
-
-# Sets run.
-container_command() {
-    local policy
-    app_arguments
-    run=(docker run --name "$CONTAINER_NAME" --label "$LABEL.host=$HOST" --label "$LABEL.port=$PORT" --init --network host
-        --security-opt no-new-privileges --cap-drop ALL --stop-timeout "$STOP_TIMEOUT")
-    [[ $DETACH == 0 ]] || run+=(--detach --restart unless-stopped)
-    # How the container that is kept was restarted, for when it is back; handed on if this one is replaced in turn.
-    if [[ $state == other* ]]; then
-        policy=$(docker container inspect --format '{{.HostConfig.RestartPolicy.Name}}:{{.HostConfig.RestartPolicy.MaximumRetryCount}}' "$CONTAINER_NAME")
-    else
-        policy=$(label kept-restarts)
-    fi
-    [[ -z $policy || $policy == "<no value>" ]] || run+=(--label "$LABEL.kept-restarts=${policy%:0}")
-    # Files that it writes are this user's; root's are those of the image's own user.
-    ((EUID == 0)) || run+=(--user "$EUID:$(id -g)" --env HOME=/tmp)
-    run+=("${gpus[@]}")
-    [[ ! -d $MODEL_PATH ]] || run+=(--volume "$MODEL_PATH:$MODEL_PATH:ro")
-    [[ -z $STEP_AUDIO_ROOT ]] || run+=(--volume "$STEP_AUDIO_ROOT:$STEP_AUDIO_ROOT:ro")
-    [[ -z $GPU_SNAPSHOT_DIR ]] || run+=(--volume "$GPU_SNAPSHOT_DIR:$GPU_SNAPSHOT_DIR")
-    run+=(--volume "$SOCKET_DIR:$SOCKET_DIR")
-    # By name only: values would be seen in the list of processes.
-    run+=(--env GPU_CONTROL_TOKEN --env GRADIO_AUTH --env "HEALTH_URL=$(address)/healthz" "$IMAGE" "${passed[@]}")
-}
-
-# Whether anybody listens there.
-is_listening() { (exec 3<>"/dev/tcp/$(reached_at)/$PORT") 2>/dev/null; }
 
 await_container() {
     local code=0
-    await_ready 0.5 container_runs || code=$?
+    await_ready 0.5 || code=$?
     case $code in
         0) tell_ways "$(this_script logs)" "$(this_script stop)" ;;
         1)
@@ -251,7 +203,12 @@ stop_container() {
     esac
     [[ $(container_state "$(kept_as)") != absent ]] || return 0
     docker rename "$(kept_as)" "$CONTAINER_NAME"
-    [[ -z $policy || $policy == "<no value>" ]] || docker update --restart "$policy" "$CONTAINER_NAME" >/dev/null
+    if [[ $policy == [a-z]* ]]; then
+        docker update --restart "$policy" "$CONTAINER_NAME" >/dev/null
+    else # ours, which knew it, was removed by somebody else
+        say "⚠️  How it was restarted is not known any more, and it is not now: docker update --restart unless-stopped $CONTAINER_NAME" \
+            "原来的重启策略已无从得知，现为不自动重启：docker update --restart unless-stopped $CONTAINER_NAME"
+    fi
     say "$CONTAINER_NAME is the old container again, stopped: docker start $CONTAINER_NAME" "$CONTAINER_NAME 已恢复为原来的容器（已停止）：docker start $CONTAINER_NAME"
 }
 

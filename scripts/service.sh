@@ -1,8 +1,6 @@
-# The app as a process of this machine: start, and from another terminal stop, status, restart, logs. Needs environment.sh.
+# The app as a process of this machine: start, and from another terminal stop, status, restart, logs. How that finds it
+# is in records.sh. Needs environment.sh, checks.sh.
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154 # the settings are those of the script that sources this
-#
-# What runs is known by its port: RUN_DIR/PORT.pid has its pid, RUN_DIR/PORT.run what stop, status and restart need: pid, when that
-# was born, log, folder, arguments and settings, NUL after each. The files are for their owner only: they may hold secrets.
 
 # Where a browser finds it.
 address() {
@@ -31,12 +29,11 @@ is_ready() {
     ) 2>/dev/null
 }
 
-# await_ready EVERY COMMAND...: wait until it is ready; 1 if COMMAND (is it alive?) says no, 2 after READY_TIMEOUT.
+# await_ready EVERY [PID]: wait until the process is ready, or else the container; 1 if it ends, 2 after READY_TIMEOUT.
 await_ready() {
-    local every=$1 began=$SECONDS told=0
-    shift
-    until is_ready; do
-        "$@" || return 1
+    local every=$1 began=$SECONDS told=0 pid=${2:-}
+    until is_ready && { [[ -z $pid ]] || is_served_by "$pid"; }; do
+        if [[ -n $pid ]]; then has_process "$pid"; else container_runs; fi || return 1
         if ((SECONDS - began >= READY_TIMEOUT)); then
             return 2
         elif ((SECONDS - began >= told + 10)); then
@@ -45,6 +42,18 @@ await_ready() {
         fi
         sleep "$every"
     done
+}
+
+# Whether a process, or a child of it, listens on the port: somebody else may have taken that while it started. Where it
+# cannot be known who listens, it is taken to be the one.
+is_served_by() {
+    local holder holders
+    has_process "$1" || return 1
+    holders=$(holders_of_port)
+    for holder in $holders; do
+        [[ $holder != "$1" ]] && ! grep -qsx "PPid:[[:space:]]*$1" "/proc/$holder/status" || return 0
+    done
+    [[ -z $holders ]]
 }
 
 # tell_ways LOG STOP [LOG_ZH STOP_ZH]: says where it is, and how to look into it and end it.
@@ -62,89 +71,6 @@ this_script() {
     [[ $PORT == 7860 || $kind == container ]] || printf ' --port %s' "$PORT"
     [[ $RUN_DIR == "$PROJECT_DIR/.run" || $kind == container ]] || quoted --run-dir "$RUN_DIR"
     [[ $PROJECT_DIR == "$here" ]] || quoted --project-dir "$PROJECT_DIR"
-}
-
-# -- what is known of it ------------------------------------------------------------------------------------------
-
-# When a process was born, so that another one with its number is not taken for it; nothing if it has ended.
-born() {
-    local stat
-    if [[ -r /proc/self/stat ]]; then
-        stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
-        read -ra stat <<<"${stat##*) }" # the name before that may have spaces
-        [[ ${stat[0]} == Z ]] || echo "${stat[19]}"
-    else
-        ps -o lstart= -p "$1" 2>/dev/null || true
-    fi
-}
-
-has_process() { [[ -n $(born "$1") ]]; }
-
-record_file() { echo "$RUN_DIR/$PORT.run"; }
-pid_file() { echo "$RUN_DIR/$PORT.pid"; }
-
-# Sets to_remember: of the settings what a restart takes over, as they are before anything is chosen for the user.
-note_settings() {
-    local name
-    to_remember=()
-    for name in "${REMEMBERED[@]}"; do
-        [[ -z ${!name+set} ]] || to_remember+=("$name" "${!name}")
-    done
-}
-
-# write_record PID LOG
-write_record() {
-    local file
-    file=$(record_file)
-    (
-        umask 077
-        mkdir -p "$RUN_DIR" && { [[ ! -e $file ]] || mv "$file" "$file.last"; } &&
-            printf '%s\0' "$1" "$(born "$1")" "$2" "$PWD" "${#arguments[@]}" "${arguments[@]}" "${to_remember[@]}" >"$file.new" &&
-            mv "$file.new" "$file" && echo "$1" >"$(pid_file)"
-    ) || say "⚠️  RUN_DIR '$RUN_DIR' cannot be written: stop, status and restart will not find this app" \
-        "无法写入 RUN_DIR '$RUN_DIR'：stop、status、restart 将找不到本应用"
-}
-
-forget_record() { rm -f "$(record_file)" "$(record_file).last" "$(pid_file)"; }
-
-# The start came to nothing: what counts for a restart is the one before, if there was one.
-forget_start() {
-    rm -f "$(pid_file)"
-    [[ ! -e $(record_file).last ]] || mv "$(record_file).last" "$(record_file)"
-}
-
-has_record() { [[ -e $(record_file) ]]; }
-
-# Sets pid, pid_born, log, started_in, remembered_arguments and remembered[SETTING]; fails if there is no record.
-read_record() {
-    local file record count index
-    file=$(record_file)
-    has_record || return 1
-    # A restart runs what it says.
-    [[ -O $file || $action != start ]] || return 1
-    [[ -O $file ]] || fail "What runs on port $PORT was started by the user $(stat -c %U "$file"): be that user (sudo -u)" \
-        "端口 $PORT 上的应用由用户 $(stat -c %U "$file") 启动：请以该用户身份执行（sudo -u）"
-    mapfile -d '' -t record <"$file"
-    pid=${record[0]} pid_born=${record[1]} log=${record[2]} started_in=${record[3]} count=${record[4]}
-    remembered_arguments=("${record[@]:5:count}")
-    for ((index = 5 + count; index < ${#record[@]}; index += 2)); do
-        remembered["${record[index]}"]=${record[index + 1]}
-    done
-}
-
-# Whether the process of the record is still that one, and not another one with its number.
-lives() { [[ -n ${pid:-} && -n $pid_born && $(born "$pid") == "$pid_born" ]]; }
-
-# For all that comes after a start: the settings are those of that, and arguments are added to it.
-remember_service() {
-    if ! read_record; then
-        [[ $action != restart ]] ||
-            say "Nothing is known of an earlier start on port $PORT: started with what is given now" "没有端口 $PORT 上次启动的设置：按现在给出的设置启动"
-        return 0
-    fi
-    arguments=("${remembered_arguments[@]}" "${arguments[@]}")
-    cd "$started_in" 2>/dev/null || [[ $action != restart ]] ||
-        fail "The folder that it was started in is gone: $started_in" "启动时所在的目录已不存在：$started_in"
 }
 
 # -- start --------------------------------------------------------------------------------------------------------
@@ -168,26 +94,37 @@ unlock_records() { exec 8<&-; }
 
 start_service() {
     refuse_second_start
-    local python=$VENV_DIR/bin/python command to_remember passed
-    note_settings
+    local passed
     app_arguments
-    command=("$python" "$PROJECT_DIR/app.py" "${passed[@]}")
+    prepare_start "$PORT" # the port before an install of minutes, and again after it
+    if [[ $check == yes ]]; then
+        tell_plan "$VENV_DIR/bin/python" "$PROJECT_DIR/app.py" "${passed[@]}"
+    else
+        launch
+    fi
+}
+
+# prepare_start PORT: all that can make a start impossible; ends the script if it is. Port 0: any will do.
+prepare_start() {
+    local python=$VENV_DIR/bin/python
     "$python" -Ic '' 2>/dev/null || python=$(find_python)
-    check_port "$python" # before an install of minutes, and again after it
+    check_port "$python" "$1"
     choose_gpu
     check_install
     [[ $DETACH == 0 ]] || check_writable RUN_DIR
     if [[ $check == yes ]]; then
         plan_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
-        check_driver "$(torch_of_environment)" "$VENV_DIR"
-        tell_plan "${command[@]}"
-        return
+    else
+        prepare_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
     fi
-    prepare_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
     check_driver "$(torch_of_environment)" "$VENV_DIR"
+}
+
+launch() {
+    local command=("$VENV_DIR/bin/python" "$PROJECT_DIR/app.py" "${passed[@]}")
     lock_records
     refuse_second_start
-    check_port "$VENV_DIR/bin/python"
+    check_port "$VENV_DIR/bin/python" "$PORT"
     say "Starting $(address)" "正在启动 $(address)"
     if [[ $DETACH == 1 ]]; then run_detached "${command[@]}"; else run_here "${command[@]}"; fi
 }
@@ -195,13 +132,15 @@ start_service() {
 # tell_plan COMMAND...
 tell_plan() {
     say "Would run:$(quoted "$@")" "将执行上述命令"
+    [[ $DETACH == 0 || $kind == container ]] ||
+        say "Would run in the background; log: $RUN_DIR/$PORT.log, pid: $(pid_file)" "将在后台运行；日志：$RUN_DIR/$PORT.log，进程号：$(pid_file)"
     say "Would wait for $(address)/readyz, at most $READY_TIMEOUT s" "随后等待 $(address)/readyz，最多 $READY_TIMEOUT 秒"
     say "Nothing was changed" "未做任何改动"
 }
 
 torch_of_environment() { cat "$VENV_DIR"/lib/python3*/site-packages/torch/version.py 2>/dev/null || true; }
 
-# The folder of an environment that is not ready yet must have room for it.
+# The folder of an environment that is not ready yet must have room for it, and the driver be one for its torch.
 check_install() {
     case $(environment_state "$VENV_DIR" "$PROJECT_DIR/requirements.txt") in
         absent | broken)
@@ -210,7 +149,8 @@ check_install() {
                     "没有 Python 环境 $VENV_DIR，且不会在代码目录中新建：请按 Step-Audio-EditX 的说明创建，或不设置 VENV_DIR"
             check_writable VENV_DIR
             check_disk "$VENV_DIR" "$(size_of_environment)" "The environment" "Python 环境"
-            ;;
+            ;;&
+        absent | broken | outdated) [[ -n $(torch_of_environment) ]] || check_driver "$(torch_of_pins)" "$VENV_DIR" ;;
     esac
 }
 
@@ -226,7 +166,7 @@ run_here() {
 # the place of this shell has none that it does not know.
 tell_when_ready() {
     (
-        (if await_ready "$1" has_process $$; then
+        (if await_ready "$1" $$; then
             tell_ways "this terminal" "Ctrl-C, or $(this_script stop)" "本终端" "Ctrl-C 或 $(this_script stop)"
         fi) &
     )
@@ -243,7 +183,7 @@ run_detached() {
     write_record "$pid" "$log"
     unlock_records
     trap 'say "It goes on starting. Stop: $(this_script stop)" "启动继续进行。停止：$(this_script stop)"; exit 130' INT
-    await_ready 0.05 has_process "$pid" || code=$?
+    await_ready 0.05 "$pid" || code=$?
     trap - INT
     case $code in
         0)
@@ -318,6 +258,15 @@ logs_service() {
 
 # What is known of the last start stays known until the next one has begun.
 restart_service() {
+    local passed
+    if ! lives; then
+        nothing_runs
+        start_service
+        return
+    fi
+    app_arguments
+    (prepare_start 0) # before what runs is ended, which has the port still
     end_it
-    start_service
+    choose_gpu # by the memory that is free now
+    launch
 }

@@ -1,7 +1,8 @@
-"""Every command of the documents is run, as it stands there: for real, but for what would change the machine.
+"""Every command in a block of the documents is run as it stands there: for real, but for what would change the machine.
 
 A chapter's commands run one after the other in one folder. Docker is a stand-in that answers as the real one does;
 sudo, systemctl and journalctl only look at what they are given; of tests it is only looked whether they are there.
+Of commands and files that a sentence names in passing it is looked whether they are there and know their flags.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,6 +43,8 @@ FOREGROUND = re.compile(r"start_with_gpu_management\.sh( --simulate-gpu \S+)?$")
 STAND_INS = {
     "docker": f'exec "{sys.executable}" "{ROOT}/tests/scripts/fake_docker.py" "$@"',
     "sudo": """
+[[ $1 != mkdir ]] || exit 0
+[[ $1 != tar ]] || exec tar -tf - >/dev/null  # it is unpacked nowhere, but must be something
 [[ $1 == cp ]] || exec "$@"
 shift
 for file in "${@:1:$#-1}"; do  # a copy goes nowhere, but must be of something
@@ -194,6 +198,40 @@ def test_what_is_written_can_be_typed(shell: Shell, commands: list[str]) -> None
 def test_the_documents_have_commands() -> None:
     assert {name.partition(":")[0] for name in CHAPTERS} >= {"README.md", "GPU_MANAGEMENT.md"}
     assert len(CHAPTERS) >= 8
+
+
+def named_in_passing() -> set[str]:
+    """Commands of this project, and its files, in the sentences of the documents; not those of others (docker, pip)."""
+    found = set()
+    for document in [*DOCUMENTS, "CONTRIBUTING.md"]:
+        text = re.sub(r"^ *```.*?^ *```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.M | re.S)
+        for words in re.findall(r"`([^`]+)`", text):
+            command = " ".join(word for word in words.split() if not re.match(r"[A-Z_]+=", word))
+            if re.match(r"(\.venv/bin/)?python \S|(\./)?(start_with\S+|(scripts|tests|benchmarks|\.ci)/\S+)", command):
+                found.add(command)
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(named_in_passing()))
+def test_what_is_named_in_passing_is_there(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    if "python" not in program:
+        assert (ROOT / program).exists()
+        assert "scripts/" not in program or os.access(ROOT / program, os.X_OK)
+        return
+    start = 2 if arguments[0] == "-m" else 1
+    if arguments[:2] == ["-m", "pytest"]:
+        asked = [*arguments, "--collect-only", "-q"]
+    elif arguments == ["test_gpu_management.py"]:
+        asked = ["-m", "pytest", "--collect-only", "-q", *arguments]
+    else:
+        asked = [*arguments[:start], "--help"]
+    done = subprocess.run([sys.executable, *asked], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "--help" in asked:
+        known = set(re.findall(r"[\w-]+", done.stdout))
+        named = re.findall(r"--[\w-]+|\w+(?=\|)|(?<=\|)\w+", " ".join(arguments[start:]))
+        assert set(named) <= known
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -68,6 +68,8 @@ class Docker:
                 ".State.Status": thing.get("status"),
                 ".HostConfig.RestartPolicy.Name": thing.get("restart"),
                 ".HostConfig.RestartPolicy.MaximumRetryCount": thing.get("retries", 0),
+                ".HostConfig.AutoRemove": str(thing.get("auto_remove", False)).lower(),
+                ".Id": thing.get("id"),
             }[what])  # fmt: skip
 
         print(re.sub(r"\{\{(.*?)\}\}", value, template))
@@ -144,6 +146,8 @@ class Docker:
                 self.run(rest)
             case ["stop", "-t", _, name]:
                 self.take_down(self.container(name))
+                if self.container(name).get("auto_remove"):
+                    del self.containers[name]
                 print(name)
             case ["restart", "-t", _, name]:
                 self.take_down(self.container(name))

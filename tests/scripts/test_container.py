@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -118,7 +119,7 @@ def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> No
     assert value_of("--cap-drop", run) == "ALL"
     assert value_of("--security-opt", run) == "no-new-privileges"
     assert pairs("--volume", run) == [
-        f"{models}:{models}:ro", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
+        f"{models}:{models}:ro", "gpu-managed-tts-hub:/hub", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
         f"{machine.sockets}:{machine.sockets}",
     ]  # fmt: skip
     assert snapshots.is_dir()
@@ -127,6 +128,54 @@ def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> No
     assert not any("secret" in word for word in run), "a secret is not for the list of processes"
     if os.geteuid():
         assert value_of("--user", run) == f"{os.geteuid()}:{os.getegid()}"
+        assert set(pairs("--group-add", run)) == {str(group) for group in (os.getegid(), *os.getgroups())}
+
+
+def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: Machine, tmp_path: Path) -> None:
+    recordings, whisper = tmp_path / "recordings", machine.project.bin / "whisper"
+    whisper.mkdir()
+    machine.start(
+        *("--tmp-dir", str(recordings), "--enable-auto-transcribe", "--asr-model=whisper", "--tts-model-id", "an/id")
+    )
+    assert pairs("--volume", machine.calls("run")[-1]) == [
+        "gpu-managed-tts-hub:/hub", f"{recordings}:{recordings}", f"{whisper}:{whisper}:ro",
+        f"{machine.sockets}:{machine.sockets}",
+    ]  # fmt: skip
+    assert recordings.is_dir()
+    assert machine.containers[NAME]["command"][1:6] == [
+        *("--tmp-dir", str(recordings), "--enable-auto-transcribe", f"--asr-model={whisper}", "--tts-model-id"),
+    ]
+
+
+def test_a_folder_that_cannot_be_is_met_before_a_container_is_replaced(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    machine.set(containers={NAME: OLD})
+    said = machine.refuse("--docker", "--detach", "--replace", "--tmp-dir", str(tmp_path / "file" / "below"))
+    assert "TMP_DIR" in said
+    assert "cannot be written" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="of root alone the container is another user's")
+def test_folders_that_root_may_use_but_not_the_user_inside(machine: Machine, tmp_path: Path) -> None:
+    snapshots, models = tmp_path / "snapshots", tmp_path / "models"
+    snapshots.mkdir()
+    models.mkdir(mode=0o700)
+    for setting, folder, mend in (
+        ("GPU_SNAPSHOT_DIR", snapshots, "chown -R 10001"),
+        ("MODEL_PATH", models, "chmod -R o+rX"),
+    ):
+        for arguments in (["--detach"], ["--check"]):
+            said = machine.refuse("--docker", *arguments, **{setting: str(folder)})
+            assert f"{mend} {folder}" in said
+    os.chown(snapshots, 10001, -1)
+    models.chmod(0o755)
+    machine.start(GPU_SNAPSHOT_DIR=str(snapshots), MODEL_PATH=str(models))
+
+
+def test_what_would_be_made_is_said(machine: Machine, tmp_path: Path) -> None:
+    said = machine.say("--docker", "--check", GPU_SNAPSHOT_DIR=str(tmp_path / "snapshots"))
+    assert f"Would make the folder {tmp_path / 'snapshots'}" in said
+    assert f"Would make the folder {machine.sockets}" in said
 
 
 def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None:
@@ -134,6 +183,7 @@ def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None
     build = machine.calls("build")[-1]
     assert build[-1] == str(machine.project.folder)
     arguments = ["BASE_IMAGE=step-audio-editx", "TORCH_INDEX_URL=https://example.org/cpu"]
+    arguments += ["PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"]  # by name: they may hold a password
     assert pairs("--build-arg", build) == arguments
     same = {"BASE_IMAGE": "step-audio-editx", "TORCH_INDEX_URL": "https://example.org/cpu"}
     assert "up to date" in machine.start("--replace", **same)
@@ -141,6 +191,9 @@ def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None
     (machine.project.folder / "residency" / "new.py").touch()
     machine.start("--replace", **same)
     assert len(machine.calls("build")) == 2
+    machine.set(images=machine.state["images"] | {"step-audio-editx": {"labels": {}, "id": "sha256:made anew"}})
+    machine.start("--replace", **same)
+    assert len(machine.calls("build")) == 3
 
 
 def test_without_a_network_what_is_built_already_starts(machine: Machine) -> None:
@@ -181,6 +234,18 @@ class TestSomebodyElses:
     def test_none_is_lost_to_another_of_that_name(self, machine: Machine) -> None:
         machine.set(containers={NAME: OLD, KEPT: OLD | {"status": "exited"}})
         assert "remove or rename one of them" in machine.refuse("--docker", "--detach", "--replace")
+
+    def test_one_that_would_be_gone_once_it_is_stopped_is_not_stopped(self, machine: Machine) -> None:
+        machine.set(containers={NAME: OLD | {"auto_remove": True, "restart": "no"}})
+        said = machine.refuse("--docker", "--detach", "--replace")
+        assert "started with --rm" in said
+        assert f"docker stop {NAME}" in said
+
+    def test_its_policy_is_asked_for_where_ours_is_gone_which_knew_it(self, machine: Machine) -> None:
+        machine.start("--replace")
+        machine.say("stop")
+        machine.set(containers={KEPT: OLD | {"status": "exited", "restart": "no"}})
+        assert f"docker update --restart unless-stopped {NAME}" in machine.say("stop", "--docker")
 
     def test_a_start_that_fails_says_the_way_back(self, machine: Machine) -> None:
         code, said = machine.call("--docker", "--detach", "--replace", "--break")
@@ -245,10 +310,42 @@ class TestGPU:
         assert "NVIDIA Container Toolkit" in said
         assert "could not select device driver" in said
 
+    def test_none_by_the_users_own_choice(self, machine: Machine) -> None:
+        machine.start(CUDA_VISIBLE_DEVICES="-1")
+        assert "--gpus" not in machine.calls("run")[-1]
+
+    @pytest.mark.parametrize("own", [{}, {"CUDA_VISIBLE_DEVICES": "1"}], ids=["ours", "theirs"])
+    def test_a_driver_that_is_too_old_for_what_would_be_built(self, machine: Machine, own: dict[str, str]) -> None:
+        machine.project.requirements.write_text("torch==2.13.0\n")
+        machine.project.nvidia_smi(self.GPUS.format(driver="535.1"))
+        for arguments in (["--detach"], ["--check"]):
+            said = machine.refuse("--docker", *arguments, **own)
+            assert "Driver 535.1 is too old for torch with CUDA 13, which needs 580" in said
+        assert machine.calls("build") == []
+
     def test_a_driver_that_is_too_old_for_the_image(self, machine: Machine) -> None:
         machine.project.nvidia_smi(self.GPUS.format(driver="535.1"))
         said = machine.refuse("--docker", "--detach")
         assert "Driver 535.1 is too old for torch with CUDA 13, which needs 580" in said
+
+
+def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
+    machine.start()
+    other = str(free_port())
+    assert f"Nothing that this script started runs on port {other}" in machine.say("stop", "--port", other)
+    assert machine.call("status", PORT=other)[0] == 3
+    assert machine.containers[NAME]["status"] == "running"
+    assert "Ready" in machine.say("restart", "--port", machine.port)
+
+
+def test_one_that_runs_is_found_behind_the_record_of_a_process_that_has_ended(machine: Machine) -> None:
+    records = machine.project.folder / ".run"
+    records.mkdir()
+    (records / f"{machine.port}.run").write_text("\0".join(["999999999", "12345", "", "/", "0"]) + "\0")
+    machine.start()
+    assert "EXEC" in machine.say("status")
+    machine.say("stop")
+    assert machine.containers == {}
 
 
 def test_a_restart_refuses_what_it_cannot_change(machine: Machine) -> None:
@@ -273,3 +370,9 @@ def test_a_port_in_use(machine: Machine) -> None:
     machine.start()
     said = machine.refuse("--docker", "--detach", "--container-name", "another")
     assert f"Port {machine.port} on 127.0.0.1 is in use" in said
+
+
+def test_the_port_that_is_suggested_is_free(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 65535)), socket.create_server(("127.0.0.1", 1024)):
+        said = machine.refuse("--docker", "--check", PORT="65535")
+    assert "--port 1025" in said

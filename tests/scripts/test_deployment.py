@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,49 @@ def test_the_image_runs_as_a_user_without_rights_and_can_be_asked_for_its_health
     assert re.search(r"^USER app$", DOCKERFILE, re.MULTILINE)
     user = re.search(r"useradd --uid (\d+)", DOCKERFILE)
     assert user
-    assert f"IMAGE_USER={user[1]}" in (ROOT / "scripts" / "container.sh").read_text()
+    assert f"IMAGE_USER={user[1]}" in (ROOT / "scripts" / "container_run.sh").read_text()
     assert "HEALTHCHECK" in DOCKERFILE
     command = re.search(r"^CMD (.*)", DOCKERFILE, re.MULTILINE)
     assert command
     assert not run_app(*yaml.safe_load(command[1]), "--help").returncode
+
+
+def test_the_health_check_asks_the_app_whatever_proxy_the_container_was_given() -> None:
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    check = re.search(r"^HEALTHCHECK .*\\\n *CMD (.*)$", DOCKERFILE, re.MULTILINE)
+    assert check
+    _, *command = yaml.safe_load(check[1])
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environ = {"HEALTH_URL": f"http://127.0.0.1:{server.server_port}/healthz", "http_proxy": "http://127.0.0.1:9"}
+        done = subprocess.run([sys.executable, *command], env=os.environ | environ, capture_output=True, check=False)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_build_is_told_reaches_the_install() -> None:
+    taken = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+    script = (ROOT / "scripts" / "container.sh").read_text()
+    assert taken == set(re.findall(r"--build-arg \"?(\w+)", script))
+    assert taken == set(COMPOSE["services"]["cpu"]["build"]["args"])
+    # Without a default, or pip would be given an index without a name.
+    assert {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"} <= set(re.findall(r"^ARG (\w+)$", DOCKERFILE, re.MULTILINE))
+
+
+def test_compose_asks_for_health_where_the_app_listens() -> None:
+    assert "//${HEALTH_HOST:-${HOST:-127.0.0.1}}:" in COMPOSE["services"]["cpu"]["environment"]["HEALTH_URL"]
+
+
+def test_what_a_hub_sends_outlives_the_container() -> None:
+    assert "hub:/hub" in COMPOSE["services"]["cpu"]["volumes"]
+    assert set(re.findall(r"(\w+)=/hub/", DOCKERFILE)) == {"HF_HOME", "MODELSCOPE_CACHE"}
 
 
 @pytest.mark.parametrize("service", ["cpu", "gpu"])

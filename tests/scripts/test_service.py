@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -146,16 +149,49 @@ def test_a_restart_chooses_the_gpu_anew_unless_it_was_said(service: Service) -> 
         (service.project.bin / "nvidia-smi").unlink()
 
 
-def test_a_restart_that_cannot_be_leaves_what_runs_alone(service: Service) -> None:
+def test_folders_of_a_restart_are_meant_from_where_it_is_called(service: Service, tmp_path: Path) -> None:
+    service.start()
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "models").mkdir()
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "GPU_ID": "none", "STEP_AUDIO_ROOT": "checkout"}
+    done = subprocess.run(
+        [service.project.folder / SCRIPT.name, "restart", "--model-path", "models", "--gpu-snapshot-dir=~/snapshots"],
+        env=environ | service.environ, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert service.seen()["argv"][-6:] == [
+        *("--gpu-snapshot-dir", f"{tmp_path}/snapshots", "--model-path", f"{tmp_path}/models"),
+        *("--step-audio-root", f"{tmp_path}/checkout"),
+    ]
+
+
+def test_a_restart_that_cannot_be_leaves_what_runs_alone(service: Service, tmp_path: Path) -> None:
     pid = service.start()["pid"]
+    no_environment, new_environment = tmp_path / "diary", tmp_path / "without a disk"
+    no_environment.mkdir()
+    (no_environment / "today.txt").touch()
+    service.project.program("df", 'echo "disk 9 9 0 0% /"')
+    service.project.nvidia_smi('echo "0, 100, 580.1, NVIDIA A"')
     for wrong in (
         ["--gpu-idle-timeout", "soon"],
         ["--model-path", "/no/such/model"],
         ["--step-audio-root", "/nowhere"],
+        ["--gpu-id", "7"],
+        ["--host", "192.0.2.1"],
+        ["--venv-dir", str(no_environment)],
+        ["--venv-dir", str(new_environment)],
     ):
         code, output = service.call("restart", *wrong)
         assert (code, wrong[1] in output) == (1, True), output
-    assert runs(pid)
+        assert runs(pid), output
+    for program in ("df", "nvidia-smi"):
+        (service.project.bin / program).unlink()
+    service.project.requirements.write_text("new-since-the-start==1.0\n")
+    try:
+        assert "new-since-the-start" in service.call("restart")[1]
+    finally:
+        service.project.requirements.write_text("")
+    assert f"pid {pid}" in service.say("status")
 
 
 def test_a_restart_that_comes_to_nothing_is_mended_by_another_one(service: Service) -> None:
@@ -186,6 +222,30 @@ def test_an_app_that_ends_while_it_starts(service: Service) -> None:
     assert "a mistake on purpose" in output, "the end of its log"
     assert str(service.log) in output
     assert service.call("status")[0] == 3
+
+
+@pytest.mark.skipif(not shutil.which("ss") and not shutil.which("lsof"), reason="needs to know who listens")
+def test_an_app_that_lost_its_port_while_it_started_is_not_ready(service: Service) -> None:
+    """Somebody else answers there."""
+
+    class Somebody(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(ProcessLookupError):
+                os.kill(service.pid, signal.SIGTERM)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    start = service.project.start("--detach", "--until-sigterm", **service.environ)
+    assert start.stdout
+    assert any(line.startswith("Starting") for line in start.stdout)
+    with HTTPServer(("127.0.0.1", int(service.port)), Somebody) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        said = start.communicate(timeout=60)[0]
+        other.shutdown()
+    assert (start.returncode, "ended while it started" in said, "Ready" in said) == (1, True, False), said
 
 
 def test_an_app_that_is_not_ready_in_time_goes_on(service: Service) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from starting import ROOT, SETTINGS, Project, app_line, free_port
+from starting import ROOT, SETTINGS, Project, app_line, free_port, hide_programs
 
 
 def _wheel(folder: Path, name: str, version: str, module: str) -> Path:
@@ -114,6 +114,21 @@ class TestGPU:
         project.nvidia_smi('echo "0, [N/A], 580.9, NVIDIA GB10"')
         assert project.serve()["cuda"]["CUDA_VISIBLE_DEVICES"] == "0"
 
+    @pytest.fixture
+    def patience(self, project: Project) -> Iterator[None]:
+        """Less of it than people have."""
+        script = project.folder / "scripts" / "gpu.sh"
+        text = script.read_text()
+        script.write_text(text.replace("NVIDIA_SMI_S=30", "NVIDIA_SMI_S=0.3"))
+        yield
+        script.write_text(text)
+
+    def test_one_beside_a_broken_one(self, project: Project) -> None:
+        project.nvidia_smi(
+            'echo "0, 20000, 580.1, NVIDIA A"; echo "Unable to determine the device handle for GPU1"; exit 255'
+        )
+        assert project.serve()["cuda"]["CUDA_VISIBLE_DEVICES"] == "0"
+
     def test_the_users_own_choice_stays(self, project: Project) -> None:
         project.nvidia_smi(GPUS)
         assert project.serve(CUDA_VISIBLE_DEVICES="2,0")["cuda"] == {"CUDA_VISIBLE_DEVICES": "2,0"}
@@ -124,9 +139,10 @@ class TestGPU:
             ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "version mismatch"),
             ("echo", "lists none"),
             (None, "nvidia-smi is not here"),
+            ("trap '' TERM; while :; do :; done", "does not answer within 0.3 s"),
         ],
     )
-    def test_none_is_no_obstacle(self, project: Project, nvidia_smi: str | None, reason: str) -> None:
+    def test_none_is_no_obstacle(self, project: Project, patience: None, nvidia_smi: str | None, reason: str) -> None:
         if nvidia_smi is not None:
             project.nvidia_smi(nvidia_smi)
         code, output = project.run()
@@ -162,6 +178,30 @@ class TestDriver:
         assert said == project.refuse("--check"), "the plan meets it too"
         assert project.serve(GPU_ID="none")["cuda"] == {"CUDA_VISIBLE_DEVICES": ""}
 
+    @pytest.mark.parametrize("own", [{}, {"CUDA_VISIBLE_DEVICES": "0"}], ids=["ours", "theirs"])
+    def test_too_old_for_what_would_be_installed(self, fresh: Project, own: dict[str, str]) -> None:
+        fresh.requirements.write_text("torch==2.13.0\n")
+        fresh.nvidia_smi('echo "0, 1000, 470.1, NVIDIA A"')
+        for arguments in (["--check"], []):
+            said = fresh.refuse(*arguments, **own)
+            assert "Driver 470.1 is too old for torch with CUDA 13, which needs 580 or newer" in said
+        assert not (fresh.folder / ".venv").exists(), "before gigabytes are fetched"
+        assert "Nothing was changed" in fresh.run("--check", TORCH_INDEX_URL="https://example.org/cu126", **own)[1]
+
+    def test_nobody_is_told_to_remove_an_environment_of_his_own(self, fresh: Project, tmp_path: Path) -> None:
+        theirs = tmp_path / "theirs"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(theirs)], check=True)
+        torch = next(theirs.glob("lib/python3*/site-packages")) / "torch"
+        torch.mkdir()
+        fresh.nvidia_smi('echo "0, 1000, 470.1, NVIDIA A"')
+        (torch / "version.py").write_text("cuda = '12.8'\n")
+        said = fresh.refuse("--check", VENV_DIR=str(theirs))
+        assert f"install it into {theirs}" in said
+        (torch / "version.py").write_text("cuda = None\n")
+        said += fresh.run("--check", VENV_DIR=str(theirs))[1]
+        assert "install another torch into it" in said
+        assert f"remove {theirs}" not in said
+
     def test_a_torch_that_cannot_use_it(self, project: Project, torch: Path) -> None:
         torch.write_text("cuda: Optional[str] = None\n")
         project.nvidia_smi(GPUS)
@@ -196,6 +236,17 @@ class TestModels:
         (tmp_path / "weights").touch()
         assert "is no folder that can be read" in project.refuse(MODEL_PATH=str(tmp_path / "weights"))
 
+    def test_the_id_of_a_hub(self, project: Project) -> None:
+        code, output = project.run("--model-path", "stepfun-ai")
+        assert code == 0, output
+        assert "taken as the id of a hub" in output
+        assert "stepfun-ai" in app_line(output)["argv"]
+        assert "is no folder" in project.refuse("--model-path", "stepfun-ai", "--model-source", "local")
+
+    def test_one_at_home(self, project: Project, tmp_path: Path) -> None:
+        (tmp_path / "weights").mkdir()
+        assert f"{tmp_path}/weights" in project.serve("--model-path=~/weights", HOME=str(tmp_path))["argv"]
+
     def test_what_is_missing_in_the_folder_is_said(self, project: Project, tmp_path: Path) -> None:
         (tmp_path / "Step-Audio-Tokenizer").mkdir()
         _, output = project.run(MODEL_PATH=str(tmp_path))
@@ -216,6 +267,12 @@ class TestPort:
         assert "--port" in said
         if shutil.which("ss") or shutil.which("lsof"):
             assert f"by pid {os.getpid()}" in said
+
+    def test_one_in_use_on_a_machine_that_cannot_say_by_what(self, project: Project, tmp_path: Path) -> None:
+        path = hide_programs({"ps", "nvidia-smi", "docker"}, tmp_path)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            assert f"Port {port} on 127.0.0.1 is in use" in project.refuse(PORT=str(port), PATH=path)
 
     def test_an_address_of_another_machine(self, project: Project) -> None:
         assert "Cannot listen on HOST '192.0.2.1'" in project.refuse(HOST="192.0.2.1")
@@ -309,6 +366,9 @@ def test_check_says_the_plan_and_does_nothing(fresh: Project) -> None:
     assert f"{fresh.folder}/.venv is made with" in output
     assert "app.py --enable-gpu-management --tmp-dir a\\ b" in output
     assert "APP" not in output
+    assert "background" not in output
+    code, output = fresh.run("--check", "--detach", PORT="7999")
+    assert (code, f"log: {fresh.folder}/.run/7999.log, pid: {fresh.folder}/.run/7999.pid" in output) == (0, True)
     assert sorted(fresh.folder.rglob("*")) == before
 
 
