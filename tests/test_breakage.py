@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from fakes import Client, Gate, Workshop, after, await_that, comes_to, running
 
 from gpu_manager import (
     CpuDevice,
+    DeviceLost,
     DeviceOutOfMemory,
     Event,
     GPUResourceManager,
@@ -239,6 +241,46 @@ def test_a_device_that_is_lost_while_a_model_leaves_it_breaks_the_engine(
     assert comes_to(manager, clock, State.RELEASED)
     use(manager)
     assert workshop.loads == 2
+
+
+def test_a_device_that_answers_nothing_more_is_remembered_whatever_fails_later(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    assert manager.device_lost is None
+    loss = DeviceLost("CUDA error: unspecified launch failure")
+    for error in (loss, DeviceLost("the same again"), OSError("no weights")):
+        workshop.fail_next = error
+        with pytest.raises(type(error)):
+            use(manager)
+        assert manager.device_lost is loss
+
+
+def test_who_waited_keeps_the_error_of_a_load_and_not_what_it_had_made(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    class Half:
+        pass
+
+    made: list[weakref.ref[Half]] = []
+
+    def load() -> None:
+        half = Half()
+        made.append(weakref.ref(half))
+        raise OSError("the other half is missing")
+
+    manager.register("half", load)
+    with pytest.raises(OSError, match="other half") as caught:
+        use(manager, "half")
+    assert caught.value.__traceback__
+    assert made[0]() is None
+
+
+def test_moves_leave_no_thread_behind(manager: GPUResourceManager) -> None:
+    for _ in range(3):
+        use(manager)
+    manager.release()
+    manager._dispatcher.join()
+    assert not manager._dispatcher._threads
 
 
 def test_an_offload_that_fails_when_the_bytes_have_left_leaves_the_model_where_they_are(

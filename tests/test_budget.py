@@ -190,6 +190,15 @@ def test_a_first_load_of_unknown_size_goes_over_budget_and_the_idle_ones_leave_a
     assert where(manager) == "DH", "now its size is known"
 
 
+def test_who_went_over_the_budget_leaves_when_its_request_ends(house: House, clock: ManualClock) -> None:
+    manager = house(150, a={"size_bytes": 0}, b={"size_bytes": 0})
+    first = Client(manager, "a").comes_in()
+    use(manager, "b")
+    assert comes_to(manager, clock, State.HOST, "b"), "it would have stayed for an hour"
+    first.leaves()
+    assert where(manager) == "DH"
+
+
 def test_a_size_that_was_told_makes_room_before_the_first_load(house: House) -> None:
     manager, workshop = house(150, "a"), Workshop()
     manager.register("told", workshop.load, size_bytes=100)

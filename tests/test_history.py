@@ -5,9 +5,9 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from fakes import Gate, Worker, Workshop, after
+from fakes import Client, Gate, Worker, Workshop, after
 
-from gpu_manager import GPUResourceManager, ModelBusy, RequestTimeout
+from gpu_manager import GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout
 from residency.clock import ManualClock
 from residency.contracts import Memory
 from residency.history import RECENT_MOVES, WINDOW_S, CardHistory, Histogram, History, PastMove
@@ -108,6 +108,37 @@ class TestManager:
         with manager.lease("tts"), suppress(RuntimeError), manager.lease("tts"):
             raise RuntimeError("caught, and done again")
         assert self.outcomes(manager) == {"error": 1, "ok": 1}
+
+    def test_moves_are_told_as_they_ended(
+        self, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+    ) -> None:
+        manager.configure(keep_warm=0)
+        workshop.fail_next = OSError("no weights")
+        for _ in range(2):
+            with suppress(OSError), manager.lease("tts"):
+                clock.advance(5)
+        moves = manager.history()["models"]["tts"]["moves"]
+        said = [(past["from"], past["to"], past["outcome"], past["bytes"]) for past in moves]
+        assert sorted(said) == [
+            ("gpu", "cpu", "ok", 100),
+            ("released", "gpu", "failed", 0),
+            ("released", "gpu", "ok", 100),
+        ]
+        assert all(past["seconds"] == 0 for past in moves), "the clock stood still meanwhile"
+
+    def test_a_load_that_was_given_up_has_failed(
+        self, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+    ) -> None:
+        manager.register("slow", workshop.load, load_timeout=10)
+        gate = workshop.gate = Gate()
+        client = Client(manager, "slow").queues()
+        gate.wait_for_arrival()
+        with pytest.raises(LoadTimeout):
+            after(clock, 10, client.worker)
+        assert [(past["outcome"], past["seconds"]) for past in manager.history()["models"]["slow"]["moves"]] == [
+            ("failed", 10)
+        ]
+        gate.open()
 
     def test_a_nested_lease_is_no_request(self, manager: GPUResourceManager) -> None:
         with manager.lease("tts"), manager.lease("tts"):

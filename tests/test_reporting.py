@@ -59,6 +59,41 @@ def test_a_budget_that_holds_nothing_or_is_no_number_is_refused(budget_bytes: ob
     GPUResourceManager(SimulatedDevice(1000), budget_bytes=1).close()
 
 
+def test_there_is_a_new_version_whenever_there_is_something_to_tell(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    versions = [manager.version]
+
+    def tell() -> None:
+        versions.append(manager.version)
+
+    gate = workshop.gate = Gate()
+    client = Client(manager).queues()
+    gate.wait_for_arrival()
+    tell()
+    for _ in range(2):
+        client.slot.task.progress.advance(10)
+        tell()
+    gate.open()
+    client.comes_in()
+    tell()
+    client.leaves()
+    tell()
+    manager.release()
+    tell()
+    assert len(set(versions)) == len(versions)
+
+
+def test_a_monitor_without_models_has_nothing_to_do(manager: GPUResourceManager, clock: ManualClock) -> None:
+    use(manager)
+    manager.unregister("tts")
+    manager._dispatcher.monitor.wake()
+    clock.advance(1)
+    slot = manager.register("tts", Workshop().load)
+    assert use(manager) is not slot
+    assert manager.status()["monitor"]["errors"] == 0
+
+
 def test_the_monitor_survives_an_error_of_its_own_and_says_so(
     manager: GPUResourceManager, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
