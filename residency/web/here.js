@@ -2,7 +2,13 @@
 // Gradio has a line for that, but does not take it up again once it was cut. The server puts EVERY_MS in.
 (visit) => {
   const [session, secret, goesOn] = visit.split(".");
-  sessionStorage.setItem("visit", `${session}.${secret}`);  // for when this page is loaded anew
+  const stay = () => {
+    sessionStorage.setItem("visit", `${session}.${secret}`);  // for when this page is loaded anew
+    sessionStorage.removeItem("left");
+  };
+  stay();
+  window.addEventListener("pageshow", stay);  // as it was left, from the browser's memory
+  window.addEventListener("pagehide", () => sessionStorage.setItem("left", `${session}.${secret}`));
   if (goesOn) document.querySelector("#hear-the-end").click();
   const tell = () => fetch(`gradio_api/here/${session}`).catch(() => {});  // the next one may arrive
   setInterval(tell, EVERY_MS);

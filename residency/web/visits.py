@@ -21,9 +21,15 @@ TELL_EVERY_S = 30.0
 
 _LOOK_EVERY_S = 0.2
 _GOES_ON = ".goes-on"
-# Only a page that is loaded anew: one that is a copy of another would take its history away.
-_EARLIER = """(_, state) => [
-  performance.getEntriesByType("navigation")[0]?.type === "navigate" ? null : sessionStorage.getItem("visit"), state]"""
+# Who reloads goes on with the visit. Who comes back by the history, only with one whose page has left: a duplicated tab comes
+# so too, with a copy of what the tab keeps in which nobody has left. Copies that take nothing forget what they have copied.
+_EARLIER = """(_, state) => {
+  const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
+  const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
+  sessionStorage.setItem("visit", earlier ?? "");
+  sessionStorage.removeItem("left");
+  return [earlier, state];
+}"""
 
 
 class Visits:

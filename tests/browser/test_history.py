@@ -135,6 +135,39 @@ def test_a_page_that_is_opened_beside_another_begins_at_the_beginning(
     sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["mine"])
 
 
+def test_a_duplicate_begins_at_the_beginning_and_who_comes_back_goes_on(
+    page: Page, app: RunningApp, tmp_path: Path
+) -> None:
+    clone(page, tmp_path, "mine")
+    expect_results(page, 1)
+    # As of a duplicated tab: a copy of what the tab keeps, and a page that comes by the history.
+    with page.expect_popup() as opened:
+        page.evaluate("window.open('healthz')")
+    copy = opened.value
+    copy.wait_for_url("**/healthz")
+    assert "visit" in copy.evaluate("Object.keys(sessionStorage)")
+    copy.evaluate("history.replaceState(null, '', '/')")
+    copy.goto(f"{app.url}/readyz")
+    copy.go_back()
+    assert copy.evaluate("performance.getEntriesByType('navigation')[0].type") == "back_forward"
+    clone(copy, tmp_path, "another")
+    sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
+    expect_results(copy, 1)
+
+    edit(page)
+    expect_results(page, 2)
+    page.goto(f"{app.url}/readyz")
+    page.go_back()
+    expect_results(page, 2)
+    page.reload()
+    expect_results(page, 2)
+    sync_api.expect(page.locator("#history")).not_to_contain_text("another")
+    edit(page)
+    expect_results(page, 3)
+    copy.reload()
+    sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
+
+
 @pytest.mark.parametrize("locale", ["zh-CN", "en-US", "de-DE"])
 def test_there_is_a_button_to_save_a_result_and_none_to_publish_it(
     app: RunningApp, new_page: Callable[..., Page], tmp_path: Path, locale: str
