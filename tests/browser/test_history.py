@@ -109,7 +109,7 @@ def test_a_page_that_is_loaded_anew_during_a_request_hears_its_end(
         (gates / "broken").touch()
     open_gate(gates, "load")
     if outcome == "failed":
-        sync_api.expect(page.locator("#message")).to_contain_text("ask again")
+        sync_api.expect(page.locator("#message")).to_contain_text("broken")
         (gates / "broken").unlink()
         expect_results(page, 1)
     else:
