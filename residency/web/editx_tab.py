@@ -189,13 +189,16 @@ class EditxTab:
 
     def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
         history = state["history_audio"]
-        try:
-            with self._histories.at_work(state), self.told():
-                work()
-        except Exception as error:
-            late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
-            # The chat is left alone, so that a player that is playing plays on.
-            return gr.skip(), state, _warned(Overtaken() if late else error)
+        with self._histories.at_work(state):  # until it is kept what came of it, for who has lost the line meanwhile
+            try:
+                with self.told():
+                    work()
+            except Exception as error:
+                late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
+                state["message"] = _warned(Overtaken() if late else error)
+                # The chat is left alone, so that a player that is playing plays on.
+                return gr.skip(), state, state["message"]
+            state["message"] = ""
         return as_messages(state["history_messages"], speaker()), state, ""
 
     # -- the page -----------------------------------------------------------------------------------------------
@@ -244,6 +247,7 @@ class EditxTab:
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
                 self.clean_history_submit = gr.Button(label("清空历史", "Clear History"), elem_id="clear")
+            gr.HTML("<p role='alert'></p>", elem_id="not-known")  # here.js writes it
             self.message = gr.HTML(elem_id="message")
             if self.panel:
                 self.panel.register_components()

@@ -74,6 +74,7 @@ class GpuPanel:
             "stay": views.stay_html(status, say),
             "past": views.past_html(self._manager.history(), status["device"]["kind"], say),
             "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
+            "strange": say("登录已失效：请刷新页面重新登录。", "You are signed out: reload the page and sign in."),
         }
 
     def press(self, action: str, name: str | None = None, say: Say = both) -> str:

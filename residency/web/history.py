@@ -31,8 +31,9 @@ class Step:
     result_audio: str
 
 
-State = dict[str, list[Any]]
-"""Of one session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`].
+State = dict[str, Any]
+"""Of one session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is HTML that says
+what was wrong with its latest request, empty if nothing was.
 
 It is changed in place, since several requests of a session may run. A history that begins anew has lists of its own: by
 them a request that ends late sees that it is not about this one.
@@ -40,7 +41,7 @@ them a request that ends late sees that it is not about this one.
 
 
 def new_state() -> State:
-    return {"history_audio": [], "history_messages": []}
+    return {"history_audio": [], "history_messages": [], "message": ""}
 
 
 class Overtaken(InvalidInput):

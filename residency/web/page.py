@@ -36,7 +36,9 @@ _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
-#message:has(.prose:empty) {display: none}
+#message:has(.prose:empty), #not-known:has(p:empty) {display: none}
+/* There it says what has gone wrong; Gradio's bare "Error" would only cover what is left. */
+body:has(#not-known p:not(:empty)) :is(#history, #message) .wrap:has(> .error) {display: none}
 #history .download-link ~ button, #hear-the-end {display: none}
 /* The last line is Gradio's percentage, which for a place in a queue or unknown work would be 0. */
 :is(#history, #prompt-text) .progress-level-inner {
@@ -82,6 +84,7 @@ class Page:
             tab.waiting.gone,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
             _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
+            self._visits.know,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)

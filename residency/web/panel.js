@@ -51,10 +51,13 @@
       } else if (answer.status === 404 && document.querySelector("#gpu-refresh")) {
         // The page is part of somebody's own app, which has no such call: then the button does it.
         document.querySelector("#gpu-refresh").click();
+      } else if (answer.status !== 204) {
+        throw answer;  // of a proxy before an app that is away, for example
       }
-    } catch {
+    } catch (problem) {
       if (pressed) pressed.version = 0;  // who answers next may have begun to count anew
-      show({...news, version: null, pieces: {...news.pieces, line: news.pieces.lost}});
+      const line = problem.status === 401 ? news.pieces.strange : news.pieces.lost;
+      show({...news, version: null, pieces: {...news.pieces, line}});
     }
     asking = false;
   };

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 
 from ..contracts import Engine
-from ..errors import InvalidInput, ManagerClosed, ResidencyError
+from ..errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError
 
 _MOST_SAMPLES_PER_S = 2 * 48_000
 """Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
@@ -191,6 +191,11 @@ def explain(error: Exception) -> str:
     """An error as a sentence for people. What is not their mistake goes into the log with its traceback."""
     if isinstance(error, ManagerClosed):
         error = ShuttingDown()  # what it means to who waits for an answer
+    if isinstance(error, RequestCancelled):  # as happens to those who are away
+        return (
+            "The request was cancelled in the queue, because the connection was away: ask again / "
+            "连接中断，排队中的请求已被取消：请重新提交"
+        )
     if isinstance(error, ResidencyError):
         return str(error)
     # StepAudioTTS raises its own HTTPException, which says in `detail` what str() does not.

@@ -22,7 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..units import readable_bytes
 from .bodies import read_at_most
 from .guard import from_another_site
-from .presence import Presence
+from .language import preferred
+from .presence import LOST, Presence
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,18 @@ _WORDY = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
 )
+_NOT_LOST = (
+    "填写的文字仍在：请重新上传录音，或刷新页面。",
+    " The texts are still here: upload the recording again, or reload the page.",
+)
 #: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
 _LINE, _CALL = f"{API_PREFIX}/queue/data", f"{API_PREFIX}/call/"
 _ANSWERS = (f"{API_PREFIX}/queue/", _CALL, f"{API_PREFIX}/file=")
-_LINE_CUT_S = 3.0
-"""Where a session hears what becomes of its requests, for as long as there are any; and how long it may be cut."""
+_LINE_CUT_S = 20.0
+"""How long the line may be cut on which a session hears what becomes of its requests, for as long as there are any.
+
+Enough for a page that is loaded anew on a slow network; and until then who has closed theirs stands in others' way.
+"""
 _QUIET_S = 1.0
 """After an answer its receiver may come for the recordings in it: that long nobody has come means that nobody will."""
 _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
@@ -60,8 +68,8 @@ class Traffic:
 
     ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
     session and for how many seconds it has not listened to what becomes of its requests, and again if the answer is
-    that it still waits for some; both in threads of their own. What is larger than the largest upload, or other body,
-    is refused.
+    that it still waits for some; both in threads of their own. ``know`` is asked whether a page that says that it is
+    there may go on. What is larger than the largest upload, or other body, is refused.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class Traffic:
         answers_end: Callable[[str, float], bool] | None = None,
         largest_upload_bytes: float = math.inf,
         largest_body_bytes: float = 1 << 20,
+        know: Callable[[str], bool] = lambda session: True,
     ) -> None:
         self._folder = Path(folder)
         self._presence = presence
@@ -79,6 +88,7 @@ class Traffic:
         self._answers_end = answers_end
         self._largest_upload_bytes = largest_upload_bytes
         self._largest_body_bytes = largest_body_bytes
+        self._know = know
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
@@ -96,8 +106,10 @@ class Traffic:
             if sent and from_another_site(request):
                 await _say(403, _STRANGER)(scope, receive, send)
             elif path.startswith(_HERE):
-                self._presence.heard_of(path[len(_HERE) :])
-                await Response(status_code=204)(scope, receive, send)
+                self._presence.heard_of(session := path[len(_HERE) :])
+                say = preferred(request.headers.get("accept-language"))
+                lost = _say(410, f"⚠️ {say(*LOST)}{say(*_NOT_LOST)}")
+                await (Response(status_code=204) if self._know(session) else lost)(scope, receive, send)
             elif path == _UPLOAD and scope["method"] == "POST":
                 limit_bytes = self._largest_upload_bytes
                 await read_at_most(

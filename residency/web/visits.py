@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import html
 import secrets
 import threading
 from pathlib import Path
@@ -13,17 +12,24 @@ import gradio as gr
 
 from .compat import PRIVATE, session, speaker
 from .history import Histories, State, as_messages
+from .presence import LOST
 from .recordings import Recordings
 from .waiting import Waiting
 
-TELL_EVERY_S = 30.0
-"""How often open pages tell that they are there."""
+TELL_EVERY_S = 5.0
+"""How often open pages tell that they are there, and hear whether they are known."""
 
 _LOOK_EVERY_S = 0.2
 _GOES_ON = ".goes-on"
-# Only a page that is loaded anew: one that is a copy of another would take its history away.
-_EARLIER = """(_, state) => [
-  performance.getEntriesByType("navigation")[0]?.type === "navigate" ? null : sessionStorage.getItem("visit"), state]"""
+# Who reloads goes on with the visit; who comes by the browser's history, only with one whose page has left: duplicated
+# tabs come so too, with a copy of what a tab keeps whose page is there. What a copy does not take it forgets.
+_EARLIER = """(_, state) => {
+  const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
+  const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
+  sessionStorage.setItem("visit", earlier ?? "");
+  sessionStorage.removeItem("left");
+  return [earlier, state];
+}"""
 
 
 class Visits:
@@ -39,49 +45,44 @@ class Visits:
         visit = gr.Textbox(visible=False)
         script = (Path(__file__).parent / "here.js").read_text(encoding="utf-8")
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-        going_on = gr.State("")
         # Pressed by here.js. Not invisible, since Gradio does not draw what is.
         hear_the_end = gr.Button(elem_id="hear-the-end")
-        came = page.load(
-            self._come, [visit, state], [visit, state, chat, message, going_on], js=_EARLIER, queue=False, **hidden
-        )
+        came = page.load(self._come, [visit, state], [visit, state, chat, message], js=_EARLIER, queue=False, **hidden)
         came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
-        hear_the_end.click(self._hear_the_end, [state, going_on], [chat, message], concurrency_limit=None, **hidden)
+        hear_the_end.click(self._hear_the_end, state, [chat, message], concurrency_limit=None, **hidden)
+
+    def know(self, session: str) -> bool:
+        """Whether a page of this session was drawn by this process, and its session has not ended."""
+        with self._lock:
+            return any(whose == session for whose, _ in self._visits.values())
 
     def end(self, whose: str) -> None:
         """The session is over, and nobody will come back to it."""
         with self._lock:
             self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
 
-    def _come(self, earlier: str | None, state: State) -> tuple[str, State, Any, Any, str]:
+    def _come(self, earlier: str | None, state: State) -> tuple[str, State, Any, Any]:
         whose = session() or ""
         visit = f"{whose}.{secrets.token_urlsafe(16)}"
         with self._lock:
             before, state = self._visits.pop(earlier or "", (None, state))
             self._visits[visit] = (whose, state)
         if before is None:
-            return visit, state, gr.skip(), gr.skip(), ""
+            return visit, state, gr.skip(), _status(f"⚠️ {speaker()(*LOST)}") if earlier else gr.skip()
         self._recordings.inherit(before, whose)
         self._waiting.inherit(before, whose)
-        say, news = speaker(), ""
-        latest = _latest(state)  # before it is asked whether more may come
-        if self._histories.busy(state):
+        goes_on, say = self._histories.busy(state), speaker()
+        shown, news = as_messages(state["history_messages"], say), state["message"]
+        if goes_on:
             visit += _GOES_ON
-            news = _paragraph(say("先前的请求仍在进行…", "What you asked for before goes on…"))
-        return visit, state, as_messages(state["history_messages"], say), news, latest
+            news = _status(say("先前的请求仍在进行…", "What you asked for before goes on…"))
+        return visit, state, shown, news
 
-    async def _hear_the_end(self, state: State, latest: str) -> tuple[Any, Any]:
+    async def _hear_the_end(self, state: State) -> tuple[Any, str]:
         while self._histories.busy(state):
             await asyncio.sleep(_LOOK_EVERY_S)
-        say, outcome = speaker(), ""
-        if _latest(state) == latest:
-            outcome = _paragraph(say("先前的请求没有成功：请重新提交。", "It has failed: ask again."))
-        return as_messages(state["history_messages"], say), outcome
+        return as_messages(state["history_messages"], speaker()), state["message"]
 
 
-def _latest(state: State) -> str:
-    return str(state["history_audio"][-1][0]) if state["history_audio"] else ""
-
-
-def _paragraph(sentence: str) -> str:
-    return f"<p role='status'>{html.escape(sentence)}</p>"
+def _status(sentence: str) -> str:
+    return f"<p role='status'>{sentence}</p>"

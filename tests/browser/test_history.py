@@ -109,7 +109,7 @@ def test_a_page_that_is_loaded_anew_during_a_request_hears_its_end(
         (gates / "broken").touch()
     open_gate(gates, "load")
     if outcome == "failed":
-        sync_api.expect(page.locator("#message")).to_contain_text("ask again")
+        sync_api.expect(page.locator("#message")).to_contain_text("broken")
         (gates / "broken").unlink()
         expect_results(page, 1)
     else:
@@ -133,6 +133,39 @@ def test_a_page_that_is_opened_beside_another_begins_at_the_beginning(
     sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
     page.reload()
     sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["mine"])
+
+
+def test_a_duplicate_begins_at_the_beginning_and_who_comes_back_goes_on(
+    page: Page, app: RunningApp, tmp_path: Path
+) -> None:
+    clone(page, tmp_path, "mine")
+    expect_results(page, 1)
+    # As of a duplicated tab: a copy of what the tab keeps, and a page that comes by the history.
+    with page.expect_popup() as opened:
+        page.evaluate("window.open('healthz')")
+    copy = opened.value
+    copy.wait_for_url("**/healthz")
+    assert "visit" in copy.evaluate("Object.keys(sessionStorage)")
+    copy.evaluate("history.replaceState(null, '', '/')")
+    copy.goto(f"{app.url}/readyz")
+    copy.go_back()
+    assert copy.evaluate("performance.getEntriesByType('navigation')[0].type") == "back_forward"
+    clone(copy, tmp_path, "another")
+    sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
+    expect_results(copy, 1)
+
+    edit(page)
+    expect_results(page, 2)
+    page.goto(f"{app.url}/readyz")
+    page.go_back()
+    expect_results(page, 2)
+    page.reload()
+    expect_results(page, 2)
+    sync_api.expect(page.locator("#history")).not_to_contain_text("another")
+    edit(page)
+    expect_results(page, 3)
+    copy.reload()
+    sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
 
 
 @pytest.mark.parametrize("locale", ["zh-CN", "en-US", "de-DE"])

@@ -295,6 +295,18 @@ def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page],
         expect_state(page, "gpu")
 
 
+@pytest.mark.parametrize(
+    ("code", "line"), [(502, "The connection is lost"), (500, "The connection is lost"), (401, "sign in")]
+)
+def test_it_says_that_it_hears_nothing_when_another_answers(page: Page, app: RunningApp, code: int, line: str) -> None:
+    page.route("**/gpu/panel*", lambda route: route.fulfill(status=code, body="<h1>by a proxy</h1>"))
+    sync_api.expect(page.locator("#gpu-panel [data-gpu=line]")).to_contain_text(line)
+    app.post("/gpu/warm", {"model": "tts"})
+    page.unroute("**/gpu/panel*")
+    expect_state(page, "gpu")
+    sync_api.expect(page.locator("#gpu-panel [data-gpu=line]")).to_have_text("")
+
+
 def visit(page: Page, url: str) -> Page:
     page.goto(url)
     sync_api.expect(chip(page, "tts")).to_be_visible()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import soundfile
+from gated_engine import close_gate, open_gate
 from network import Network
 from serving import RunningApp, wait_until
 
@@ -80,6 +81,60 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
         assert page.locator("#message").inner_text().strip() == ""
 
 
+def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
+    new_page: Callable[..., Page], tmp_path: Path, gates: Path
+) -> None:
+    prelude = "import residency.web.traffic; residency.web.traffic._LINE_CUT_S = 0.1\n"
+    with (
+        RunningApp(tmp_path / "recordings", *ARGUMENTS, gates=gates, prelude=prelude) as app,
+        Network(app.port) as network,
+    ):
+        close_gate(gates, "speak")
+        first, page = new_page(), new_page()
+        first.goto(app.url)
+        ask(first, tmp_path, "first.wav")
+        app.wait_for_line("at the gate: speak")
+        page.goto(network.url)
+        ask(page, tmp_path, "mine.wav")
+        sync_api.expect(page.locator("#history")).to_contain_text("you are next")
+        network.cut()
+        assert wait_until(lambda: app.model()["waiting"] == 0)
+        network.mend()
+        sync_api.expect(page.locator("#message [role=alert]")).to_contain_text("ask again")
+        open_gate(gates, "speak")
+        expect_results(first, 1)
+
+
+def test_a_page_from_before_a_restart_says_so(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
+    with RunningApp(tmp_path / "first", *ARGUMENTS, gates=gates) as first:
+        page, idle = new_page(), new_page(locale="zh-CN")
+        page.goto(first.url)
+        idle.goto(first.url)
+        clone(page, tmp_path, "mine.wav")
+        sync_api.expect(page.locator("#not-known")).to_be_hidden()
+        assert first.stop() == 0
+    with RunningApp(tmp_path / "second", *ARGUMENTS, gates=gates, port=first.port):
+        choose_task(page, "vad")
+        page.get_by_role("button", name="EDIT", exact=True).click()
+        sync_api.expect(page.locator("#not-known")).to_contain_text("upload the recording again")
+        sync_api.expect(page.locator("body")).to_contain_text("What was sent cannot be read")
+        for place in ("#history", "#message"):
+            covered = page.locator(place).get_by_text("Error", exact=True)
+            sync_api.expect(covered).to_have_count(1)
+            sync_api.expect(covered).to_be_hidden()
+        sync_api.expect(idle.locator("#not-known")).to_contain_text("此前的录音和结果已不在服务器上")
+
+        page.locator("#prompt-audio").get_by_label("Clear").click()
+        upload(page, tmp_path, "another.wav")
+        page.get_by_role("button", name="EDIT", exact=True).click()
+        expect_results(page, 1)
+        idle.reload()
+        sync_api.expect(idle.locator("#message")).to_contain_text("此前的录音和结果已不在服务器上")
+        idle.reload()
+        sync_api.expect(idle.locator("#gpu-status [data-model=tts]")).to_be_visible()
+        sync_api.expect(idle.locator("#message")).to_be_hidden()
+
+
 def test_who_has_signed_in_may_press(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
     with RunningApp(tmp_path / "recordings", *ARGUMENTS, "--auth", "me:secret", gates=gates) as app:
         page = new_page()
@@ -106,11 +161,15 @@ def recordings(folder: Path) -> set[str]:
 
 
 def clone(page: Page, folder: Path, name: str) -> None:
+    ask(page, folder, name)
+    sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
+
+
+def ask(page: Page, folder: Path, name: str) -> None:
     page.get_by_label("Prompt Text").fill("said")
     upload(page, folder, name)
     page.get_by_label("Target Text").fill("to say")
     page.get_by_role("button", name="CLONE", exact=True).click()
-    sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
 
 
 def expect_results(page: Page, count: int) -> None:

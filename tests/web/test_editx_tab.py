@@ -195,7 +195,7 @@ class TestOvertaken:
         meanwhile(lambda: session.tab.clear_history(session.state), error)
         getattr(session, late)()
         assert "cleared or begun anew" in session.message
-        assert session.state == session.tab.init_state()
+        assert session.state == {**session.tab.init_state(), "message": session.message}
         assert not list(folder.iterdir())
         assert session.edit().message == ""
         assert len(session.results) == 1

@@ -41,7 +41,14 @@ def begun() -> list[str]:
 @pytest.fixture
 def traffic(uploads: threading.Semaphore, begun: list[str], tmp_path: Path) -> Traffic:
     presence = Presence(begun.append, lambda session: None)
-    return Traffic(str(tmp_path), presence, uploads.release, largest_upload_bytes=1 << 20, largest_body_bytes=1 << 16)
+    return Traffic(
+        str(tmp_path),
+        presence,
+        uploads.release,
+        largest_upload_bytes=1 << 20,
+        largest_body_bytes=1 << 16,
+        know=lambda session: session == "anna",
+    )
 
 
 @pytest.fixture
@@ -262,3 +269,15 @@ def test_who_listens_or_says_so_is_there(client: TestClient, gate: Gate, begun: 
     assert begun == []
     assert client.get(path).is_success
     assert begun == ["anna"]
+
+
+@pytest.mark.parametrize(("language", "words"), [("zh-CN,zh", "请重新上传录音"), ("en", "upload the recording again")])
+def test_a_page_that_is_not_known_hears_what_that_means(
+    client: TestClient, begun: list[str], language: str, words: str
+) -> None:
+    assert client.get("/gradio_api/here/anna", headers={"Accept-Language": language}).status_code == 204
+    answer = client.get("/gradio_api/here/bert", headers={"Accept-Language": language})
+    assert answer.status_code == 410
+    assert words in answer.text
+    assert "  " not in answer.text
+    assert begun == ["anna", "bert"], "who goes on there has recordings again"
