@@ -280,3 +280,5 @@ class TestSignedOut:
             assert browser.get("/gpu/status").status_code == 401
             assert browser.post("/login", data={"username": "me", "password": "secret"}).status_code == 200
             assert browser.get("/gpu/status").status_code == 200
+            assert browser.post("/gpu/release").status_code == 200
+            assert browser.post("/gpu/release", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403

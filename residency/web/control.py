@@ -120,7 +120,7 @@ def build(
 
     def changing(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str) -> None:
         async def endpoint(request: Request) -> JSONResponse:
-            guard.check(request)
+            guard.check(request, signed_in(request) if signed_in else None)
             asked = await _body(request, body)
             done = await to_thread.run_sync(act, asked, limiter=acting)
             return JSONResponse(await status(), 200 if done else 202)

@@ -309,6 +309,23 @@ class TestWhoMayLookWhereThePageAsksForAPassword:
             assert elsewhere.get(path, headers={"Cookie": "name=me"}).status_code == 200
             assert elsewhere.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
 
+    @pytest.mark.parametrize(
+        ("headers", "code"),
+        [
+            ({}, 401),
+            ({"Cookie": "name=me"}, 200),
+            ({"Cookie": "name=me", "Origin": "http://127.0.0.1:7860"}, 200),
+            ({"Cookie": "name=me", "Origin": "http://evil.example"}, 401),
+            ({"Cookie": "name=me", "Origin": "null"}, 401),
+            ({"Cookie": "name=me", "Sec-Fetch-Site": "cross-site"}, 401),
+            ({"Cookie": "name=me", "Sec-Fetch-Site": "same-site"}, 401),
+        ],
+    )
+    def test_who_has_signed_in_may_change_things_but_no_other_site_in_their_browser(
+        self, manager: GPUResourceManager, headers: dict[str, str], code: int
+    ) -> None:
+        assert self.client(manager, ELSEWHERE).post("/gpu/release", headers=headers).status_code == code
+
 
 class TestPanelsTimes:
     """What is written into the panel's boxes."""
