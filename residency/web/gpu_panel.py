@@ -26,8 +26,8 @@ from .protocols import Manager
 logger = logging.getLogger(__name__)
 
 ACTIONS = {
-    "warm": ("🔥 加载到GPU", "🔥 Warm up"),
-    "offload": ("💾 卸载到CPU", "💾 Offload to CPU"),
+    "warm": ("🔥 加载到 GPU", "🔥 Warm up"),
+    "offload": ("💾 卸载到内存", "💾 Offload to main memory"),
     "release": ("🗑️ 完全释放", "🗑️ Release"),
 }
 _HERE = Path(__file__).parent
