@@ -194,11 +194,11 @@ async def _body(request: Request, kind: type[BaseModel]) -> Any:
                 raise ValueError("too long")
         return kind.model_validate(json.loads(text) if text.strip() else {}, strict=True)
     except (ValueError, RecursionError) as error:
-        fields = ", ".join(f'"{name}"' for name in kind.model_fields)
+        fields = [f'"{name}"' for name in kind.model_fields]
         wrong = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
         raise errors.InvalidInput(
-            f'Send a JSON object such as {{"model": "tts"}}, or {{}} for all; it may have {fields}{wrong}',
-            f'请发送 JSON 对象，如 {{"model": "tts"}}，或 {{}} 表示全部；可用字段：{fields}',
+            f'Send a JSON object such as {{"model": "tts"}}, or {{}} for all; it may have {", ".join(fields)}{wrong}',
+            f'请发送 JSON 对象，如 {{"model": "tts"}}，或 {{}} 表示全部；可用字段：{"、".join(fields)}',
         ) from None
 
 
@@ -224,7 +224,7 @@ async def _garbled(request: Request, error: Exception) -> JSONResponse:
 async def _failed(request: Request, error: Exception) -> JSONResponse:
     logger.error("A call over HTTP failed", exc_info=error)
     known = isinstance(error, errors.ResidencyError)
-    return JSONResponse({"error": str(error) if known else f"It failed / 操作失败: {error}"}, 500)
+    return JSONResponse({"error": str(error) if known else f"It failed: {error} / 操作失败：{error}"}, 500)
 
 
 def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:

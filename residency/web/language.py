@@ -23,6 +23,16 @@ def both(chinese: str, english: str) -> str:
     return f"{chinese} / {english}"
 
 
+def mark(sign: str, say: Say) -> str:
+    """A colon or comma between what is said and what is shown, as the language writes it."""
+    return {":": "：", ",": "，"}[sign] if say is zh else f"{sign} "
+
+
+def bracketed(text: str, say: Say) -> str:
+    """What is added behind something, with the space that its language leaves."""
+    return f"（{text}）" if say is zh else f" ({text})"
+
+
 def preferred(accept_language: str | None) -> Say:
     """By the header ``Accept-Language``: English for those who read neither, both where nothing is said."""
     if not accept_language:
