@@ -110,7 +110,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
         host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
         logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)
         if settings.share:
-            logger.info("Public link / 公开链接: %s", public_link or "could not be made / 创建失败")
+            logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()
     finally:
         signals.interrupt_no_more()
@@ -231,7 +231,7 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
             for mark in Path(parent).glob(f"editx-*/{_MARK}"):
                 with suppress(OSError), _locked(mark.parent):
                     shutil.rmtree(mark.parent)
-                    logger.info("Removed what a killed app had left / 已清理异常退出遗留的目录: %s", mark.parent)
+                    logger.info("Removed what a killed app had left / 已清理异常退出遗留的目录：%s", mark.parent)
             folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
             stack.enter_context(_locked(folder))
             Path(folder, _MARK).write_text("Recordings of a running app, removed when it ends.\n")

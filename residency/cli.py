@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -12,6 +13,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from .errors import UnknownModel
+from .settings import checked, sendable
 from .units import readable_bytes
 
 DEFAULT_URL = "http://127.0.0.1:7860"
@@ -27,20 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--keep-warm and --idle-timeout go with configure, which needs one of them / "
             "configure 需要 --keep-warm 或 --idle-timeout，且只有它使用这两个参数"
         )
-    if not (arguments.token or "").isascii():
-        parser.error("--token: only Latin letters, digits and signs can be sent / --token 只能包含英文字母、数字和符号")
+    if "://" not in arguments.url:
+        arguments.url = f"http://{arguments.url}"
     try:
         done, status = _call(arguments)
     except urllib.error.HTTPError as error:
-        print(_reason(error), file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        print(
+        return _failed(_reason(error))
+    except UnknownModel as error:
+        return _failed(str(error))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return _failed(
             f"No app with GPU management answers at {arguments.url} ({error}): start one, or give --url / "
-            f"{arguments.url} 没有启用 GPU 管理的应用：请先启动，或用 --url 指定地址",
-            file=sys.stderr,
+            f"{arguments.url} 没有启用 GPU 管理的应用：请先启动，或用 --url 指定地址"
         )
-        return 1
     print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else table(status))
     if not done:
         print("It will follow / 稍后完成", file=sys.stderr)
@@ -54,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=["status", "offload", "release", "warm", "configure"])
     parser.add_argument("model", nargs="?", help="the model's name, such as tts (default: all)")
     parser.add_argument("--url", default=DEFAULT_URL, help="the app's address (default: %(default)s)")
-    parser.add_argument("--token", default=os.environ.get("GPU_CONTROL_TOKEN"), help="or GPU_CONTROL_TOKEN")
+    parser.add_argument("--token", type=checked(sendable), default=os.environ.get("GPU_CONTROL_TOKEN"),
+                        help="or GPU_CONTROL_TOKEN")  # fmt: skip
     parser.add_argument("--keep-warm", metavar="S", help="for configure: 30s, 5m, auto, -1 (for ever)")
     parser.add_argument("--idle-timeout", metavar="S", help="for configure: 600, 15m, -1 (never)")
     parser.add_argument("--json", action="store_true", help="print the whole status as JSON")
@@ -77,19 +80,33 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
         status = json.load(answer)
         if not isinstance(status, dict) or not {"device", "models"} <= status.keys():
             raise ValueError("it answers something else")
-        return answer.status == 200, status
+    if arguments.command == "status" and (name := arguments.model) is not None:
+        if name not in status["models"]:
+            raise UnknownModel(name, tuple(status["models"]))
+        status["models"] = {name: status["models"][name]}
+    return answer.status == 200, status
+
+
+def _failed(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 1
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.load(error)["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"{error.url}: {error.code} {error.reason}"
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+        if error.code not in (404, 405):
+            return f"{error.url}: {error.code} {error.reason}"
+        return (
+            f"There is no GPU management at {error.url}: start the app with --enable-gpu-management, or give --url / "
+            f"{error.url} 没有 GPU 管理：请在启动应用时加上 --enable-gpu-management，或用 --url 指定地址"
+        )
 
 
 def table(status: dict[str, Any]) -> str:
     """One line for each model, below the name of the device."""
-    rows = [("MODEL", "STATE", "GPU", "RAM", "IDLE S", "WAITING", "NEXT")]
+    rows = [("MODEL", "STATE", "GPU", "MAIN MEMORY", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
         sizes = (readable_bytes(model[key]) for key in ("device_bytes", "host_bytes"))

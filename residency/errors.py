@@ -22,9 +22,11 @@ class UnknownModel(ResidencyError, KeyError):
     """No model of that name is registered."""
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
-        names = ", ".join(known) or "none"
         super().__init__(
-            f"No model is called {name!r}; known: {names}. / 没有名为 {name!r} 的模型；已注册：{names}。", name, known
+            f"No model is called {name!r}; known: {', '.join(known) or 'none'}. / "
+            f"没有名为 {name!r} 的模型；已注册：{'、'.join(known) or '无'}。",
+            name,
+            known,
         )
         self.name = name
         self.known = known
@@ -98,7 +100,7 @@ class LeaseDeadlock(ResidencyError, RuntimeError):
         super().__init__(
             f"Waiting for {name!r} while holding {', '.join(holding)} would be waiting for ever: who has it waits for "
             f"those, or a loader asks for its own model. Take the leases in the same order everywhere. / "
-            f"持有 {', '.join(holding)} 时等待 {name!r} 会造成死锁：请在各处以相同顺序获取租约。",
+            f"持有 {'、'.join(holding)} 时等待 {name!r} 会造成死锁：请在各处以相同顺序获取租约。",
             name,
             holding,
         )
@@ -167,13 +169,15 @@ class DeviceOutOfMemory(ResidencyError, MemoryError):
         holders: tuple[tuple[int, int | None], ...] = (),
     ) -> None:
         free = "unknown" if free_bytes is None else f"{free_bytes:,}"
-        held = "; ".join(f"pid {pid}: {'?' if nbytes is None else f'{nbytes:,}'}" for pid, nbytes in holders)
-        by = f" (held by {held})" if held else ""
+        held = [(pid, "?" if nbytes is None else f"{nbytes:,}") for pid, nbytes in holders]
+        by = f" (held by {'; '.join(f'pid {pid}: {nbytes}' for pid, nbytes in held)})" if held else ""
+        whose = f"（{'；'.join(f'进程 {pid}：{nbytes}' for pid, nbytes in held)}）" if held else ""
         english, chinese = _names(device)
         super().__init__(
             f"{english} is short of memory: {needed_bytes:,} bytes needed, {free} free{by}. Release another model or "
             f"stop another program on it, then try again. / {chinese} 显存不足：需要 {needed_bytes:,} 字节，"
-            f"可用 {free} 字节{by}。请释放其他模型或停止占用显存的程序后重试。",
+            f"可用 {'未知' if free_bytes is None else f'{free} 字节'}{whose}。"
+            f"请释放其他模型或停止占用显存的程序后重试。",
             needed_bytes,
             free_bytes,
             device,
@@ -279,11 +283,10 @@ class CapturedGraphs(ResidencyError):
     """An engine has captured CUDA graphs, which remember addresses on the device: it can be released, not offloaded."""
 
     def __init__(self, paths: tuple[str, ...]) -> None:
-        where = ", ".join(paths)
         super().__init__(
-            f"The engine has captured CUDA graphs ({where}), which remember where its weights lie: it cannot be "
-            f"offloaded, only released. Build it without them (enable_cuda_graph=False). / "
-            f"引擎已捕获 CUDA graph（{where}），其中记录了权重的显存地址：只能释放，不能卸载到内存。"
+            f"The engine has captured CUDA graphs ({', '.join(paths)}), which remember where its weights lie: it "
+            f"cannot be offloaded, only released. Build it without them (enable_cuda_graph=False). / "
+            f"引擎已捕获 CUDA graph（{'、'.join(paths)}），其中记录了权重的显存地址：只能释放，不能卸载到内存。"
             f"请在构建引擎时关闭它（enable_cuda_graph=False）。",
             paths,
         )

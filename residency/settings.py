@@ -135,7 +135,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="where the weights are; without it the built-in engine serves",
     )
     add("--server-name", default=defaults.server_name, help="address to listen on (default: %(default)s)")
-    add("--server-port", type=_checked(_port), default=defaults.server_port, help="default: %(default)s")
+    add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
     add(
         "--tmp-dir",
         type=os.path.expanduser,
@@ -153,45 +153,45 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="what is said in an uploaded recording is written into the prompt text, if that is empty")  # fmt: skip
 
     add = parser.add_argument_group("the page").add_argument
-    add("--auth", metavar="USER:PASSWORD", type=_checked(_auth), default=environ.get("GRADIO_AUTH") or None,
+    add("--auth", metavar="USER:PASSWORD", type=checked(_auth), default=environ.get("GRADIO_AUTH") or None,
         help="ask for these before showing the page; who has signed in may press its buttons (environment: "
         "GRADIO_AUTH)")  # fmt: skip
-    add("--max-upload", metavar="SIZE", type=_checked(size_bytes), default=defaults.max_upload,
+    add("--max-upload", metavar="SIZE", type=checked(size_bytes), default=defaults.max_upload,
         help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
-    add("--max-audio", metavar="S", type=_checked(seconds), default=defaults.max_audio,
+    add("--max-audio", metavar="S", type=checked(seconds), default=defaults.max_audio,
         help="longest recording that is worked on (600, 90s, 15m; -1: any; default: 600)")  # fmt: skip
-    add("--max-text", metavar="N", type=_checked(_count), default=defaults.max_text,
+    add("--max-text", metavar="N", type=checked(_count), default=defaults.max_text,
         help="most characters of a text (default: %(default)s)")  # fmt: skip
 
     add = parser.add_argument_group("the end").add_argument
-    add("--shutdown-grace", metavar="S", type=_checked(seconds), default=defaults.shutdown_grace,
+    add("--shutdown-grace", metavar="S", type=checked(seconds), default=defaults.shutdown_grace,
         help="after Ctrl-C or SIGTERM a running request may finish for this long (10, 90s, 15m; 0: not at all; "
         "-1: as long as it takes); a second signal quits at once (default: 10)")  # fmt: skip
 
     add = parser.add_argument_group("GPU management").add_argument
     add("--enable-gpu-management", action="store_true", help="keep the model off the GPU while it is idle")
-    add("--gpu-idle-timeout", metavar="S", type=_checked(seconds), default=defaults.gpu_idle_timeout,
+    add("--gpu-idle-timeout", metavar="S", type=checked(seconds), default=defaults.gpu_idle_timeout,
         help="idle this long (600, 90s, 15m, 1h): released from host memory too; -1 never (default: 600)")  # fmt: skip
-    add("--gpu-keep-warm", metavar="S", type=_checked(keep_warm_seconds), default=defaults.gpu_keep_warm,
+    add("--gpu-keep-warm", metavar="S", type=checked(keep_warm_seconds), default=defaults.gpu_keep_warm,
         help="stay on the GPU this long after a request; auto learns it from the arrivals (default: 0)")  # fmt: skip
-    add("--gpu-budget", metavar="SIZE", type=_checked(size_bytes),
+    add("--gpu-budget", metavar="SIZE", type=checked(size_bytes),
         help="GPU memory that the models take together at most (24GB; default: what the GPU has)")  # fmt: skip
-    add("--gpu-load-timeout", metavar="S", type=_checked(seconds), default=defaults.gpu_load_timeout,
+    add("--gpu-load-timeout", metavar="S", type=checked(seconds), default=defaults.gpu_load_timeout,
         help="give up a load that takes longer, and load anew on the next request (default: -1, never)")  # fmt: skip
     add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
     add(
         "--gpu-snapshot-dir",
         metavar="DIR",
-        type=_checked(_folder),
+        type=checked(_folder),
         help="keep released weights on disk here and read them back from it",
     )
-    add("--gpu-snapshot-limit", metavar="SIZE", type=_checked(size_bytes),
+    add("--gpu-snapshot-limit", metavar="SIZE", type=checked(size_bytes),
         help="remove the snapshots unused for longest beyond this size (100GB; default: no limit)")  # fmt: skip
-    add("--gpu-host-memory-limit", metavar="SIZE", type=_checked(size_bytes),
+    add("--gpu-host-memory-limit", metavar="SIZE", type=checked(size_bytes),
         help="pin at most this much main memory for fast copies (16GB; default: no limit)")  # fmt: skip
-    add("--simulate-gpu", metavar="SIZE", type=_checked(size_bytes),
+    add("--simulate-gpu", metavar="SIZE", type=checked(size_bytes),
         help="a simulated card of this size (48GB), to try everything without a GPU")  # fmt: skip
-    add("--control-token", metavar="TOKEN", default=environ.get("GPU_CONTROL_TOKEN") or None,
+    add("--control-token", metavar="TOKEN", type=checked(sendable), default=environ.get("GPU_CONTROL_TOKEN") or None,
         help="asked of changing calls under /gpu from other machines, and of looking too if there is --auth "
         "(environment: GPU_CONTROL_TOKEN)")  # fmt: skip
 
@@ -213,6 +213,17 @@ def size_bytes(text: str) -> int:
     if not 1 <= nbytes <= _LARGEST_BYTES:
         raise InvalidInput(f"{text!r} is no size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB")
     return int(nbytes)
+
+
+def sendable(token: str) -> str:
+    """A token without what stands around it in a file; it has to fit into a header. Never says what it is."""
+    if not (token.strip().isascii() and token.strip().isprintable()):
+        raise InvalidInput(
+            "a token has only Latin letters, digits and signs, since others cannot be sent (--control-token, --token, "
+            "GPU_CONTROL_TOKEN)",
+            "令牌只能包含英文字母、数字和符号，其他字符无法发送（--control-token、--token、GPU_CONTROL_TOKEN）",
+        )
+    return token.strip()
 
 
 def _auth(text: str) -> tuple[str, str]:
@@ -240,7 +251,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _checked(read: Callable[[str], T]) -> Callable[[str], T]:
+def checked(read: Callable[[str], T]) -> Callable[[str], T]:
     """A type for argparse that passes our sentences on; argparse hides those of other exceptions."""
 
     def convert(text: str) -> T:

@@ -16,7 +16,7 @@ ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import thos
 PURE_LAYERS = [["errors", "latches", "units"],
                ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
                ["adaptive", "history"], ["states", "policies"],
-               ["settings", "planning", "leasing", "moving", "monitor", "cli"], ["status", "reports"],
+               ["settings", "planning", "leasing", "moving", "monitor"], ["status", "reports", "cli"],
                ["dispatch"], ["admission", "steering"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.

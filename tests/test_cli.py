@@ -17,7 +17,10 @@ from residency import cli
 def app(manager: GPUResourceManager) -> Iterator[HTTPServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer(200, manager.status())
+            if server.garbage:
+                self.wfile.write(server.garbage)
+            else:
+                self.answer(200, manager.status())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -34,6 +37,7 @@ def app(manager: GPUResourceManager) -> Iterator[HTTPServer]:
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     server.seen = []
+    server.garbage = b""
     server.next_answer = (200, manager.status())
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -52,6 +56,19 @@ def test_status_prints_a_table(app: HTTPServer, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Simulated GPU")
     assert lines[2].split() == ["tts", "released", "0", "B", "0", "B", "-", "0", "-"]
+
+
+def test_status_of_one_model_is_that_of_no_other(
+    app: HTTPServer, manager: GPUResourceManager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager.register("asr", object)
+    assert run(app, "status", "asr") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["asr"]
+    assert run(app, "status", "asr", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["models"]) == ["asr"]
+    assert run(app, "status", "nosuch") == 1
+    said = capsys.readouterr()
+    assert (said.out, "'nosuch'; known: tts, asr" in said.err) == ("", True)
 
 
 def test_the_table_tells_what_comes_next(
@@ -116,11 +133,24 @@ def test_a_proxy_is_not_asked_for_an_app_on_this_machine(app: HTTPServer, monkey
     assert run(app, "status") == 0
 
 
-def test_a_token_that_cannot_be_sent_is_refused(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("token", ["秘密", "s3cret\x07", "s3cret\nX-More: 1"])
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(
+    app: HTTPServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, token: str, by: str
+) -> None:
+    if by == "environment":
+        monkeypatch.setenv("GPU_CONTROL_TOKEN", token)
     with pytest.raises(SystemExit):
-        run(app, "release", "--token", "秘密")
-    assert "--token" in capsys.readouterr().err
+        run(app, "release", *(["--token", token] if by == "flag" else []))
+    said = capsys.readouterr().err
+    assert "--token" in said
+    assert token[:6] not in said
     assert app.seen == []
+
+
+def test_a_token_from_a_file_may_end_in_a_new_line(app: HTTPServer) -> None:
+    assert run(app, "release", "--token", " secret\n") == 0
+    assert app.seen == [("/gpu/release", {}, "Bearer secret")]
 
 
 @pytest.mark.parametrize("content", [{"status": "ok"}, [1], "text", {"models": {}}])
@@ -128,6 +158,30 @@ def test_another_server_is_no_app(app: HTTPServer, capsys: pytest.CaptureFixture
     app.next_answer = (200, content)
     assert run(app, "release") == 1
     assert "start one, or give --url" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{", b"\xff\r\n\r\n"]
+)
+def test_what_is_no_http_is_no_app(app: HTTPServer, capsys: pytest.CaptureFixture[str], garbage: bytes) -> None:
+    app.garbage = garbage
+    assert run(app, "status") == 1
+    assert "start one, or give --url" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [404, 405])
+def test_an_app_without_management_is_said_to_be_one(
+    app: HTTPServer, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    app.next_answer = (code, {"detail": "Not Found"})
+    assert run(app, "release") == 1
+    said = capsys.readouterr().err
+    assert "--enable-gpu-management" in said
+    assert "没有 GPU 管理" in said
+
+
+def test_an_address_needs_no_scheme(app: HTTPServer) -> None:
+    assert cli.main(["status", "--url", f"127.0.0.1:{app.server_port}"]) == 0
 
 
 def test_no_app_there_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

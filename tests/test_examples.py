@@ -60,6 +60,16 @@ def test_a_busy_instance_does_not_hide_an_idle_one() -> None:
         assert "instance" in labels
 
 
+def test_states_of_several_apps_are_not_added_up() -> None:
+    """They are drawn as numbers: two models on the GPU would be one in main memory."""
+    board: Any = json.loads((EXAMPLES / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    states = [each for panel in board["panels"] for each in panel["targets"] if "model_state" in each["expr"]]
+    assert states
+    for target in states:
+        assert all("instance" in labels for labels in re.findall(r"by \(([^)]*)\)", target["expr"]))
+        assert "{{instance}}" in target["legendFormat"]
+
+
 def test_the_dashboard_is_one_and_its_panels_do_not_overlap() -> None:
     board: Any = json.loads((EXAMPLES / "grafana-dashboard.json").read_text(encoding="utf-8"))
     cells = [

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from fakes import Client, Gate, Worker, Workshop, after
 
-from gpu_manager import GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout
-from residency.clock import ManualClock
+from gpu_manager import GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout, SimulatedDevice
+from residency.clock import ManualClock, SystemClock
 from residency.contracts import Memory
 from residency.history import RECENT_MOVES, WINDOW_S, CardHistory, Histogram, History, PastMove
 from residency.states import Move, State
@@ -197,6 +197,21 @@ class TestManager:
         assert [(move["from"], move["to"]) for move in shown["moves"]] == list(
             itertools.pairwise(["released", "gpu", "cpu"])
         )
+
+    def test_a_move_has_taken_one_time_wherever_it_is_told(self) -> None:
+        class Ticking(SystemClock):
+            ticks = itertools.count()
+
+            def now(self) -> float:
+                return next(self.ticks) / 1024
+
+        with GPUResourceManager(SimulatedDevice(1 << 30), clock=Ticking()) as manager:
+            manager.register("tts", Workshop().load)
+            manager.warm("tts")
+            assert manager.wait_for("tts", State.DEVICE)
+            told = manager.status()["models"]["tts"]["last_move"]["seconds"]
+            past = manager.history()["models"]["tts"]
+            assert past["moves"][0]["seconds"] == round(past["totals"]["move_seconds"]["sum"], 6) == told
 
     def test_the_version_tells_that_there_is_news(self, manager: GPUResourceManager) -> None:
         versions = [manager.version]

@@ -139,3 +139,19 @@ def test_a_recognizer_of_ones_own_needs_transcription_and_must_be_there(tmp_path
     for arguments in (["--asr-model", "openai/whisper-small"], [on, "--asr-model", str(tmp_path / "none")]):
         with pytest.raises(SystemExit):
             parse(arguments)
+
+
+@pytest.mark.parametrize("token", ["tökén", "秘密", "sec\nret", "sec\x00ret"])
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_a_token_that_nobody_could_send_is_refused_and_not_shown(
+    capsys: pytest.CaptureFixture[str], token: str, by: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(*(([f"--control-token={token}"], {}) if by == "flag" else ([], {"GPU_CONTROL_TOKEN": token})))
+    said = capsys.readouterr().err
+    assert "--control-token" in said
+    assert token not in said
+
+
+def test_a_token_from_a_file_may_end_in_a_new_line() -> None:
+    assert parse([], {"GPU_CONTROL_TOKEN": "secret\n"}).control_token == "secret"

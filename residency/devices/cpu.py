@@ -20,7 +20,7 @@ class CpuDevice:
     torch_device = "cpu"
     separate = False
     note: dict[str, str] | None = {  # noqa: RUF012 - never changed
-        "en": "No GPU here: models run in main memory. Offload saves nothing; release frees RAM.",
+        "en": "No GPU here: models run in main memory. Offload saves nothing; release frees main memory.",
         "zh": "本机没有 GPU：模型在内存中运行。卸载不会节省任何资源；释放可以腾出内存。",
     }
 

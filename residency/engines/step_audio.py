@@ -123,10 +123,11 @@ def _shortcomings(root: str | None, check: Callable[[], None]) -> list[str]:
         check()
     except EngineUnavailable as error:
         found.append(str(error))
-    if others := requirements.unmet(checkout / "requirements.txt"):
+    if unmet := requirements.unmet(checkout / "requirements.txt"):
+        others, command = [str(each) for each in unmet], install_command(checkout)
         found.append(
-            f"Not as Step-Audio-EditX asks for / 与 Step-Audio-EditX 的要求不符: {'; '.join(map(str, others))}. "
-            f"If it does not load / 若无法加载: {install_command(checkout)}"
+            f"Not as Step-Audio-EditX asks for: {'; '.join(others)}. If it does not load: {command} / "
+            f"与 Step-Audio-EditX 的要求不符：{'；'.join(others)}。若无法加载：{command}"
         )
     return found
 

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from gradio import route_utils, routes
 from gradio.context import LocalContext
+from gradio_client import utils as client_utils
 from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
 
@@ -31,11 +32,15 @@ PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_na
 
 
 class Blocks(gr.Blocks):
-    """Says what was wrong with what an event was sent, where Gradio fails without a word."""
+    """Says what was wrong with what an event was sent, where Gradio fails without a word.
 
-    async def preprocess_data(self, *arguments: Any, **keywords: Any) -> Any:
+    And refuses links: Gradio would fetch what they lead to, whole, into memory and onto the disk.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
         try:
-            return await super().preprocess_data(*arguments, **keywords)
+            client_utils.traverse(inputs, _refuse_link, client_utils.is_file_obj_with_meta)
+            return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error:
             raise
         except Exception as error:
@@ -48,6 +53,14 @@ class Blocks(gr.Blocks):
                 ),
                 print_exception=False,
             ) from None
+
+
+def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
+    if client_utils.is_http_url_like(file["path"]):
+        raise gr.Error(
+            speaker()("不接受链接：请上传录音文件", "Upload the recording instead of a link"), print_exception=False
+        )
+    return file
 
 
 def engine_event(managed: bool, model: str = "engine", at_once: int = 20) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Health, status, metrics and control over plain HTTP, for scripts, orchestrators and dashboards.
 
 An application of its own, so that it can be tried without a page; its description is at ``/docs``. Answers that are no
-success are ``{"error": a sentence that says what to do}``.
+success are ``{"error": a sentence that says what to do}``; what is refused for who sends it or for its size, before it
+comes here, is answered with the sentence alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from . import metrics
 from .guard import Guard
 from .language import Say, preferred
 from .protocols import Manager
-from .schema import Configuration, Health, History, Refusal, Status, Which
+from .schema import Configuration, Event, Health, History, Refusal, Status, Which
 from .stream import EventStream, moves
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def build(
         title="GPU management",
         description=__doc__,
         version="1",
+        responses=_early(403),
         exception_handlers={HTTPException: _said, RequestValidationError: _garbled, Exception: _failed},
     )
     looking, acting = CapacityLimiter(4), CapacityLimiter(16)
@@ -75,11 +77,13 @@ def build(
     async def status() -> Any:
         return await to_thread.run_sync(manager.status, limiter=looking)
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["health"])
     async def healthz() -> Health:
         """Whether the process serves."""
         return Health(status="ok")
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["health"], responses=_refusals(503))
     async def readyz() -> Health:
         """Whether a request would be accepted."""
@@ -99,9 +103,13 @@ def build(
         """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
         return JSONResponse(await to_thread.run_sync(manager.history, limiter=looking))
 
-    @app.get("/gpu/events", status_code=200, response_class=EventStream, responses=_EVENTS, **looks)
+    @app.get("/gpu/events", response_class=Response, responses=_EVENTS, **looks)
     async def gpu_events() -> EventStream:
-        """The status, and then every move as it begins, goes on and ends, as server-sent events."""
+        """The status, and then every move as it begins, goes on and ends, as server-sent events.
+
+        The first is called `status`, and its data is the `Status`; the others are called by their `what`, and their
+        data is an `Event`.
+        """
         return EventStream(moves(manager, status))
 
     if panel:
@@ -118,9 +126,9 @@ def build(
         text = await to_thread.run_sync(metrics.exposition, manager, limiter=looking)
         return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    def changing(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str) -> None:
+    def changing(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str, *also: int) -> None:
         async def endpoint(request: Request) -> JSONResponse:
-            guard.check(request)
+            guard.check(request, signed_in(request) if signed_in else None)
             asked = await _body(request, body)
             done = await to_thread.run_sync(act, asked, limiter=acting)
             return JSONResponse(await status(), 200 if done else 202)
@@ -131,7 +139,11 @@ def build(
             path,
             tags=["changing"],
             response_model=Status,
-            responses={202: {"model": Status, "description": "It will follow."}, **_refusals(401, 404, 422, 500, 503)},
+            responses={
+                **{code: {"model": Status, "description": "It will follow."} for code in also},
+                **_refusals(401, 404, 422, 500, 503),
+                **_early(413),
+            },
             openapi_extra={
                 "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
                 "security": [{"token": []}, {}],
@@ -139,17 +151,17 @@ def build(
         )(endpoint)
 
     changing("/gpu/offload", Which, lambda asked: manager.offload(asked.model),
-             "Bring a model, or all, to main memory; after the running request, if there is one.")  # fmt: skip
+             "Bring a model, or all, to main memory; after the running request, if there is one.", 202)  # fmt: skip
     changing("/gpu/release", Which, lambda asked: manager.release(asked.model),
-             "Free a model's memory, or that of all, everywhere; after the running request, if any.")  # fmt: skip
+             "Free a model's memory, or that of all, everywhere; after the running request, if any.", 202)  # fmt: skip
     changing("/gpu/warm", Which, lambda asked: manager.warm(asked.model),
-             "Begin to bring a model, or all, to the GPU.")  # fmt: skip
+             "Begin to bring a model, or all, to the GPU.", 202)  # fmt: skip
     changing("/gpu/configure", Configuration, lambda asked: _configure(manager, asked),
              "Change how long a model, or all, stays on the GPU and in main memory, from now on.")  # fmt: skip
 
     for kind in _CODES:
         app.add_exception_handler(kind, _refused)
-    _describe_token(app)
+    _describe(app)
     return app
 
 
@@ -182,11 +194,11 @@ async def _body(request: Request, kind: type[BaseModel]) -> Any:
                 raise ValueError("too long")
         return kind.model_validate(json.loads(text) if text.strip() else {}, strict=True)
     except (ValueError, RecursionError) as error:
-        fields = ", ".join(f'"{name}"' for name in kind.model_fields)
+        fields = [f'"{name}"' for name in kind.model_fields]
         wrong = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
         raise errors.InvalidInput(
-            f'Send a JSON object such as {{"model": "tts"}}, or {{}} for all; it may have {fields}{wrong}',
-            f'请发送 JSON 对象，如 {{"model": "tts"}}，或 {{}} 表示全部；可用字段：{fields}',
+            f'Send a JSON object such as {{"model": "tts"}}, or {{}} for all; it may have {", ".join(fields)}{wrong}',
+            f'请发送 JSON 对象，如 {{"model": "tts"}}，或 {{}} 表示全部；可用字段：{"、".join(fields)}',
         ) from None
 
 
@@ -212,7 +224,7 @@ async def _garbled(request: Request, error: Exception) -> JSONResponse:
 async def _failed(request: Request, error: Exception) -> JSONResponse:
     logger.error("A call over HTTP failed", exc_info=error)
     known = isinstance(error, errors.ResidencyError)
-    return JSONResponse({"error": str(error) if known else f"It failed / 操作失败: {error}"}, 500)
+    return JSONResponse({"error": str(error) if known else f"It failed: {error} / 操作失败：{error}"}, 500)
 
 
 def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -220,6 +232,12 @@ def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
              500: "The move failed; nothing is half-moved.",
              503: "The app is shutting down, or its GPU has failed."}  # fmt: skip
     return {code: {"model": Refusal, "description": words[code]} for code in codes}
+
+
+def _early(*codes: int) -> dict[int | str, dict[str, Any]]:
+    words = {403: "A page of another site may not ask.", 413: "So much is not read."}
+    sentence = {"text/plain": {"schema": {"type": "string"}}}
+    return {code: {"content": sentence, "description": words[code]} for code in codes}
 
 
 _NOT_KEPT = {"Cache-Control": "no-store"}
@@ -233,8 +251,9 @@ _METRICS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _describe_token(app: FastAPI) -> None:
-    """Let the page at ``/docs`` know of the token, so that it can be entered there."""
+def _describe(app: FastAPI) -> None:
+    """Let the page at ``/docs`` know of the token, so that it can be entered there, and of what is in a stream."""
     schema = app.openapi()
-    schema.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    schema["components"]["schemas"]["Event"] = Event.model_json_schema()
     app.openapi_schema = schema

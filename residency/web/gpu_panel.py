@@ -20,14 +20,14 @@ from . import views, words
 from .compat import PRIVATE, speaker
 from .guard import Guard
 from .labels import label
-from .language import Say, both, translated
+from .language import Say, both, mark, translated
 from .protocols import Manager
 
 logger = logging.getLogger(__name__)
 
 ACTIONS = {
-    "warm": ("🔥 加载到GPU", "🔥 Warm up"),
-    "offload": ("💾 卸载到CPU", "💾 Offload to CPU"),
+    "warm": ("🔥 加载到 GPU", "🔥 Warm up"),
+    "offload": ("💾 卸载到内存", "💾 Offload to main memory"),
     "release": ("🗑️ 完全释放", "🗑️ Release"),
 }
 _HERE = Path(__file__).parent
@@ -89,7 +89,7 @@ class GpuPanel:
             return translated(str(error), say), []
         except Exception as error:
             logger.exception("%s by hand failed", action)
-            return f"{say('操作失败', 'It failed')}: {error}", []
+            return f"{say('操作失败', 'It failed')}{mark(':', say)}{error}", []
         status = self._manager.status()
         return words.pressed(action, name, done, status, say), [] if done else [name] if name else [*status["models"]]
 
@@ -140,7 +140,7 @@ class GpuPanel:
                         elem_id="gpu-keep-warm",
                     )
                     self._idle_timeout = gr.Textbox(
-                        label=label("空闲多久后释放", "Idle until released (idle timeout)"),
+                        label=label("闲置多久后释放", "Idle until released (idle timeout)"),
                         placeholder="600, 15m, 1h, -1",
                         elem_id="gpu-idle-timeout",
                     )

@@ -15,7 +15,7 @@ import gradio as gr
 
 from ..errors import InvalidInput
 from .compat import session, supported
-from .language import Say, both
+from .language import Say, both, mark
 from .recordings import Recordings
 
 
@@ -119,15 +119,14 @@ def _append(state: State, step: Step) -> None:
 def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
     """Messages for `gr.Chatbot`: for each step text and player of the input, then text and player of the output."""
     shown: list[dict[str, Any]] = []
+    colon = mark(":", say)
     for step in steps:
         task = " · ".join(filter(None, (step.edit_type, step.edit_info)))
+        asked = f"{say('任务', 'Task')}{colon}{task}\n{say('文本', 'Text')}{colon}{step.source_text or '—'}"
         shown += [
-            {
-                "role": "user",
-                "content": _literal(f"{say('任务', 'Task')}: {task}\n{say('文本', 'Text')}: {step.source_text or '—'}"),
-            },
+            {"role": "user", "content": _literal(asked)},
             {"role": "user", "content": _player(step.source_audio)},
-            {"role": "assistant", "content": _literal(f"{say('输出', 'Output')}: {step.target_text or '—'}")},
+            {"role": "assistant", "content": _literal(f"{say('输出', 'Output')}{colon}{step.target_text or '—'}")},
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown

@@ -23,23 +23,30 @@ def both(chinese: str, english: str) -> str:
     return f"{chinese} / {english}"
 
 
+def mark(sign: str, say: Say) -> str:
+    """A colon or comma between what is said and what is shown, as the language writes it."""
+    return {":": "：", ",": "，"}[sign] if say is zh else f"{sign} "
+
+
+def bracketed(text: str, say: Say) -> str:
+    """What is added behind something, with the space that its language leaves."""
+    return f"（{text}）" if say is zh else f" ({text})"
+
+
 def preferred(accept_language: str | None) -> Say:
     """By the header ``Accept-Language``: English for those who read neither, both where nothing is said."""
     if not accept_language:
         return both
     ranked = []
-    for place, part in enumerate(accept_language.split(",")):
-        tag, _, quality = part.strip().partition(";q=")
+    for place, part in enumerate(accept_language.lower().split(",")):
+        tag, *weights = re.split(r"\s*;\s*q\s*=\s*", part.strip())
         try:
-            ranked.append((-float(quality or 1), place, tag.lower()))
+            quality = float(weights[0]) if weights else 1.0
         except ValueError:
             continue
-    for _, _, tag in sorted(ranked):
-        if tag.startswith("zh"):
-            return zh
-        if tag.startswith("en"):
-            return en
-    return en
+        if quality > 0:
+            ranked.append((-quality, place, tag.partition("-")[0]))
+    return next(({"zh": zh, "en": en}[tag] for _, _, tag in sorted(ranked) if tag in ("zh", "en")), en)
 
 
 def translated(sentence: str, say: Say) -> str:

@@ -1,7 +1,8 @@
-"""Chinese under the names that Gradio knows it by. Everybody else who reads it would get an English page.
+"""Chinese for everybody whose answers are in Chinese, under the names that Gradio knows it by.
 
-Gradio's page speaks zh-CN and zh-TW; a browser that says zh-HK or zh-Hans-CN is taken for an English one, before
-anything of ours is run. So the page's first line has those browsers call it by one of the two names.
+Gradio's page speaks zh-CN and zh-TW, and looks at the browser's first language only, before anything of ours is run; a
+browser that says zh-HK or zh-Hans-CN is taken for an English one. Answers are in the first of Chinese and English among
+all its languages (`language.preferred`). So the page's first line has it named by that, if it is Chinese.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SCRIPT = b"""<script>
-if (/^zh\\b/i.test(navigator.language)) {
-  const known = /hant|tw|hk|mo/i.test(navigator.language) ? "zh-TW" : "zh-CN";
-  Object.defineProperty(navigator, "language", {get: () => known});
+{
+  const read = navigator.languages.find(each => /^(zh|en)\\b/i.test(each));
+  const known = /hant|tw|hk|mo/i.test(read) ? "zh-TW" : "zh-CN";
+  if (/^zh/i.test(read)) Object.defineProperty(navigator, "language", {get: () => known});
 }
 </script>"""
 

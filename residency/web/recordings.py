@@ -27,7 +27,7 @@ class Recordings:
     """Files by session. A file that several sessions have (the same upload lies on the disk once) goes with the last.
 
     Thread-safe. A session of None, or one that has not begun (of a program that names none), owns nothing. Files lie in
-    ``folder``, or in a folder of their own below it; those whose name begins with a dot are none of ours.
+    ``folder``, or in a folder of their own below it; directly in it, names that begin with a dot are none of ours.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -93,7 +93,8 @@ class Recordings:
 
     def _all(self) -> Iterator[str]:
         for folder, _, names in os.walk(self._folder):
-            yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+            ours = folder != self._folder
+            yield from (os.path.join(folder, name) for name in names if ours or not name.startswith("."))
 
     def _delete_locked(self, paths: set[str]) -> None:
         for path in paths.difference(*self._files.values()):

@@ -31,7 +31,7 @@ class Which(BaseModel):
 class Configuration(Which):
     """Seconds or ``90s``, ``15m``, ``1h``; -1 is never; ``keep_warm`` may be ``auto``. What is left out stays."""
 
-    model_config = ConfigDict(extra="forbid", title="Configuration")
+    model_config = ConfigDict(extra="forbid", title="Configuration", allow_inf_nan=False)
     keep_warm: DurationOrAuto | None = Field(None, examples=["30s", "auto"])
     idle_timeout: Duration | None = Field(None, examples=["10m"])
 
@@ -118,6 +118,23 @@ class Status(BaseModel):
     host: Memory
     monitor: Monitor
     models: dict[str, Model]
+
+
+class Event(BaseModel):
+    """One thing that happened to one model; ``queue`` tells of who waits for it, the others of a move."""
+
+    what: Literal["began", "progress", "done", "failed", "queue"]
+    model: str
+    source: Name = Field(description="Where the move began; without a move, where the model is.")
+    target: Name = Field(description="Where it leads; without a move, the same.")
+    time_s: Seconds = Field(description="By a clock of the app's own: only differences mean something.")
+    waiting: int = Field(description="Requests that wait for the model.")
+    seconds: Seconds = Field(description="Since the move began.")
+    phase: str = Field(description="What is being done: loading, copying, reading, ...; empty without a move.")
+    done_bytes: int = Field(description="Of this phase.")
+    total_bytes: int | None = Field(description="Of this phase.")
+    bytes_per_s: float | None
+    error: str | None = Field(description="Why it has failed.")
 
 
 class PastMove(Move):

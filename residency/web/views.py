@@ -11,7 +11,7 @@ from typing import Any
 from ..units import readable_bytes, readable_rate
 from . import words
 from .chart import chart
-from .language import Say
+from .language import Say, bracketed, mark
 
 SHOWN_MOVES = 8
 
@@ -19,9 +19,9 @@ _REST = {
     "process": ("本进程其他", "This process, other"),
     "peers": ("同类进程", "Peers"),
     "others": ("其他进程", "Others"),
-    "free": ("空闲", "Free"),
+    "free": ("可用", "Free"),
 }
-_KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("空闲后释放", "Idle timeout")
+_KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("闲置多久后释放", "Idle timeout")
 _OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
 
 
@@ -96,12 +96,13 @@ def model_html(name: str, status: dict[str, Any], say: Say) -> str:
 
 def stay_html(status: dict[str, Any], say: Say) -> str:
     """How long each model stays, as it is set now."""
+    colon = mark(":", say)
     rows = "".join(
-        f"<div><b>{escape(name)}</b> {say(*_KEEP_WARM)} {_keep_warm(model, say)} · "
-        f"{say(*_IDLE_TIMEOUT)} {words.duration(model['idle_timeout_s'], say)}</div>"
+        f"<div><b>{escape(name)}</b> {say(*_KEEP_WARM)}{colon}{_keep_warm(model, say)} · "
+        f"{say(*_IDLE_TIMEOUT)}{colon}{words.duration(model['idle_timeout_s'], say)}</div>"
         for name, model in status["models"].items()
     )
-    return f"<div class='gpu-quiet'>{say('当前设置', 'Now')}: {rows}</div>"
+    return f"<div class='gpu-quiet'>{say('当前设置', 'Now')}{colon}{rows}</div>"
 
 
 def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
@@ -145,8 +146,8 @@ def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
 
 def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str, str]]:
     facts = [
-        (say("内存", "RAM"), readable_bytes(model["host_bytes"])),
-        (say("空闲", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
+        (say("内存", "Main memory"), readable_bytes(model["host_bytes"])),
+        (say("已闲置", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
         (say(*_KEEP_WARM), _keep_warm(model, say)),
         (say(*_IDLE_TIMEOUT), words.duration(model["idle_timeout_s"], say)),
         (say("上次搬移", "Last move"), escape(words.last_move(model, device_kind, say))),
@@ -157,6 +158,8 @@ def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str,
 
 
 def _keep_warm(model: dict[str, Any], say: Say) -> str:
-    automatic = f"{say('自动', 'auto')}: " if model["policy"] == "auto" else ""
-    seconds = model["keep_warm_s"]
-    return automatic + (say("一直", "always") if seconds == -1 else words.readable_seconds(seconds))
+    seconds, automatic = model["keep_warm_s"], model["policy"] == "auto"
+    if seconds == 0 and not automatic:
+        return say("请求后立即离开", "leaves at once")
+    stays = say("一直", "always") if seconds == -1 else words.readable_seconds(seconds)
+    return say("自动", "auto") + bracketed(stays, say) if automatic else stays

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..states import State
 from ..units import readable_bytes, readable_rate
-from .language import Say, both, reason
+from .language import Say, both, bracketed, mark, reason
 
 NOT_ENABLED = both(
     "GPU 管理未启用；启动时加上 --enable-gpu-management 即可使用。",
@@ -23,7 +23,7 @@ STATES = {
     "released": ("已释放", "Released"),
     "moving": ("搬移中", "Moving"),
 }
-PLACES = {"gpu": ("GPU", "GPU"), "cpu": ("内存", "RAM"), "released": ("已释放", "released")}
+PLACES = {"gpu": ("GPU", "GPU"), "cpu": ("内存", "main memory"), "released": ("已释放", "released")}
 _PENDING = {
     "offload": ("当前请求或加载结束后卸载", "Will be offloaded once the running request or load has ended"),
     "release": ("当前请求或加载结束后释放", "Will be released once the running request or load has ended"),
@@ -84,7 +84,8 @@ def state_in_words(state: str, device_kind: str, say: Say) -> str:
 def device_name(device: dict[str, Any], say: Say) -> str:
     """A simulated card has its name in both languages, with its size in one."""
     english, bar, chinese = str(device["name"]).partition(" / ")
-    return say(chinese + english.removeprefix("Simulated GPU"), english) if bar else english
+    size = english.partition("(")[2].rstrip(")")
+    return say(f"{chinese}（{size}）", english) if bar else english
 
 
 def usage(device: dict[str, Any], say: Say) -> str:
@@ -116,7 +117,9 @@ def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], s
     if action == "release":
         return say("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
     if kind == "cpu":
-        return say("本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees RAM.")
+        return say(
+            "本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees main memory."
+        )
     models = status["models"] if name is None else {name: status["models"][name]}
     if all(model["state"] == "released" for model in models.values()):
         return say("模型已释放，无需卸载。", "Nothing to offload: the model is released.")
@@ -128,7 +131,7 @@ def outcome(name: str, model: dict[str, Any], device_kind: str, say: Say) -> str
     if model["state"] == "moving" or model["pending"]:
         return None
     if model["last_error"]:
-        return f"{name}: {reason(model['last_error'], say)}"
+        return f"{name}{mark(':', say)}{reason(model['last_error'], say)}"
     sentences = {
         "gpu": of_device((f"{name} 已到达 GPU。", f"{name} has come to the GPU."), device_kind, say),
         "cpu": say(f"{name} 已回到内存。", f"{name} has come to main memory."),
@@ -179,7 +182,7 @@ def on_its_way(
             facts.append(readable_rate(bytes_per_s))
     elif total_bytes:
         facts.append(readable_bytes(total_bytes))
-    return f"{of_device(_TO[target], device_kind, say)}: {' · '.join(facts)}"
+    return f"{of_device(_TO[target], device_kind, say)}{mark(':', say)}{' · '.join(facts)}"
 
 
 def activity(model: dict[str, Any], say: Say) -> str:
@@ -207,7 +210,7 @@ def course(
         return f"{sentence} · {counted(way['seconds'], 1)}"
     if step := model["next"]:
         what = of_device(_NEXT[step["to"]], device_kind, say).replace("{}", counted(step["in_s"], -1))
-        return f"{say('接下来', 'Next')}: {what}"
+        return f"{say('接下来', 'Next')}{mark(':', say)}{what}"
     return ""
 
 
@@ -218,19 +221,20 @@ def trouble(status: dict[str, Any], say: Say) -> list[str]:
     if not monitor["alive"] and any(model["next"] for model in status["models"].values()):
         sentences.append(
             say(
-                "空闲监视线程未运行，模型不会自动离开；下一次请求会重新启动它。",
+                "闲置监视线程未运行，模型不会自动离开；下一次请求会重新启动它。",
                 "The idle monitor is not running, so models do not leave by themselves; the next request starts it "
                 "again.",
             )
         )
     if monitor["errors"]:
-        times = say(f"空闲监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
-        sentences.append(f"{times}: {reason(monitor['last_error'], say)}")
+        times = say(f"闲置监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
+        sentences.append(f"{times}{mark(':', say)}{reason(monitor['last_error'], say)}")
     return sentences
 
 
 def remarks(model: dict[str, Any], say: Say) -> list[str]:
-    return [f"{say('上次错误', 'Last error')}: {reason(model['last_error'], say)}"] if model["last_error"] else []
+    error = model["last_error"]
+    return [f"{say('上次错误', 'Last error')}{mark(':', say)}{reason(error, say)}"] if error else []
 
 
 def memory_label(device_kind: str, say: Say) -> str | None:
@@ -259,21 +263,22 @@ def last_move(model: dict[str, Any], device_kind: str, say: Say) -> str:
     move = model["last_move"]
     if not move:
         return "—"
-    return f"{route(move, device_kind, say)}, {readable_bytes(move['bytes'])}, {readable_seconds(move['seconds'])}"
+    facts = route(move, device_kind, say), readable_bytes(move["bytes"]), readable_seconds(move["seconds"])
+    return mark(",", say).join(facts)
 
 
 def as_text(status: dict[str, Any], say: Say = both) -> str:
     """The status as a few lines of plain text."""
     device = status["device"]
-    kind = device["kind"]
-    lines = [f"{device_name(device, say)}: {usage(device, say)}".rstrip(": ")]
+    kind, colon = device["kind"], mark(":", say)
+    lines = [colon.join(filter(None, (device_name(device, say), usage(device, say))))]
     for name, model in status["models"].items():
-        facts = [(say("内存", "RAM"), readable_bytes(model["host_bytes"])),
-                 (say("空闲", "Idle"), readable_seconds(model["idle_s"])),
+        facts = [(say("内存", "Main memory"), readable_bytes(model["host_bytes"])),
+                 (say("已闲置", "Idle"), readable_seconds(model["idle_s"])),
                  (say("上次搬移", "Last move"), last_move(model, kind, say))]  # fmt: skip
         if label := memory_label(kind, say):
             facts.insert(0, (label, readable_bytes(model["device_bytes"])))
-        told = ", ".join(f"{label} {value}" for label, value in facts)
-        lines += [f"{name}: {state_in_words(model['state'], kind, say)} ({told})"]
+        told = mark(",", say).join(f"{label} {value}" for label, value in facts)
+        lines += [f"{name}{colon}{state_in_words(model['state'], kind, say)}{bracketed(told, say)}"]
         lines += [line for line in (activity(model, say), course(model, kind, say)) if line] + remarks(model, say)
     return "\n".join([*lines, *notes(device, say), *trouble(status, say)])

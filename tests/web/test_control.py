@@ -34,6 +34,7 @@ def test_healthy_and_ready(manager: GPUResourceManager) -> None:
     for path in ("/healthz", "/readyz"):
         answer = client(manager).get(path)
         assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        assert client(manager).head(path).status_code == 200
 
 
 def test_status_is_the_managers(used: GPUResourceManager) -> None:
@@ -111,6 +112,8 @@ def test_how_long_it_stays_can_be_changed(used: GPUResourceManager) -> None:
     assert client(used).post("/gpu/configure", json={"keep_warm": "auto"}).json()["models"]["tts"]["policy"] == "auto"
     for wrong in ({"keep_warm": "soon"}, {"idle_timeout": []}, {"idle_timeout": -2}):
         assert client(used).post("/gpu/configure", json=wrong).status_code == 422
+    for number in ("1e400", "Infinity", "NaN"):
+        assert client(used).post("/gpu/configure", content=f'{{"keep_warm": {number}}}').status_code == 422
     assert used.status()["models"]["tts"]["idle_timeout_s"] == -1
 
 
@@ -188,6 +191,24 @@ def test_answers_are_as_described(used: GPUResourceManager) -> None:
     Status.model_validate(calls.get("/gpu/status").json())
     History.model_validate(calls.get("/gpu/history").json())
     Status.model_validate(calls.post("/gpu/release").json())
+
+
+def test_answers_are_described_as_they_are(manager: GPUResourceManager) -> None:
+    description = client(manager).get("/openapi.json").json()
+    assert "Event" in description["components"]["schemas"]
+    kinds = {
+        (path, int(code)): list(answer["content"])
+        for path, calls in description["paths"].items()
+        for call in calls.values()
+        for code, answer in call["responses"].items()
+    }
+    assert {path for path, code in kinds if code == 202} == {"/gpu/offload", "/gpu/release", "/gpu/warm"}
+    assert {path for path, code in kinds if code == 413} == {path for path, code in kinds if code == 422}
+    others = {("/gpu/events", 200): "text/event-stream", ("/metrics", 200): "text/plain"}
+    for (path, code), named in kinds.items():
+        early = "text/plain" if code in (403, 413) else "application/json"
+        assert named == [others.get((path, code), early)], (path, code)
+        assert (path, 403) in kinds
 
 
 def test_an_error_that_nobody_expects_is_500_with_a_sentence(
@@ -308,6 +329,23 @@ class TestWhoMayLookWhereThePageAsksForAPassword:
             assert here.get(path).status_code == 200
             assert elsewhere.get(path, headers={"Cookie": "name=me"}).status_code == 200
             assert elsewhere.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("headers", "code"),
+        [
+            ({}, 401),
+            ({"Cookie": "name=me"}, 200),
+            ({"Cookie": "name=me", "Origin": "http://127.0.0.1:7860"}, 200),
+            ({"Cookie": "name=me", "Origin": "http://evil.example"}, 401),
+            ({"Cookie": "name=me", "Origin": "null"}, 401),
+            ({"Cookie": "name=me", "Sec-Fetch-Site": "cross-site"}, 401),
+            ({"Cookie": "name=me", "Sec-Fetch-Site": "same-site"}, 401),
+        ],
+    )
+    def test_who_has_signed_in_may_change_things_but_no_other_site_in_their_browser(
+        self, manager: GPUResourceManager, headers: dict[str, str], code: int
+    ) -> None:
+        assert self.client(manager, ELSEWHERE).post("/gpu/release", headers=headers).status_code == code
 
 
 class TestPanelsTimes:

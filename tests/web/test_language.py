@@ -18,6 +18,11 @@ from residency.web.language import Say, both, en, preferred, reason, translated,
         ("de,zh;q=0.3", zh),
         ("ZH-tw", zh),
         ("zh;q=much, en", en),
+        ("zh; q=0.5, en; q=0.9", en),
+        ("en ;q=0.5 , zh ; q = 0.9", zh),
+        ("zh;q=0, fr", en),
+        ("fr-FR,fr;q=0.9,zh-CN;q=0.8,en;q=0.7", zh),
+        ("zha, en", en),
         ("*", en),
         ("", both),
         (None, both),
@@ -36,6 +41,7 @@ def test_people_read_the_language_that_their_browser_asks_for(header: str | None
         InvalidInput("The engine failed: 3 / 0", "引擎出错：3 / 0"),
         OverBudget(100, 50, 150, SimulatedDevice(1 << 30).name),
         DeviceOutOfMemory(100, 50, SimulatedDevice(1 << 30).name),
+        DeviceOutOfMemory(100, None, "card", ((7, 5), (8, None))),
     ],
 )
 def test_an_error_is_said_in_one_language(error: Exception) -> None:
@@ -43,6 +49,7 @@ def test_an_error_is_said_in_one_language(error: Exception) -> None:
     assert f"{english} / {chinese}" == str(error)
     assert english.isascii()
     assert not chinese.isascii()
+    assert not {"(", ";"} & set(chinese)
     assert translated(str(error), both) == str(error)
 
 

@@ -92,9 +92,10 @@ class TestSweep:
         recordings.own("here", *mine)
         recordings.own("a program that holds no line", result(tmp_path, "theirs.wav"))
         result(tmp_path, "unused.wav")
+        upload(tmp_path, ".memo.wav")
         written_s = mark.stat().st_mtime
         recordings.sweep(written_s + UNOWNED_FOR_S - 60)
-        assert len(list(tmp_path.rglob("*.wav"))) == 4
+        assert len(list(tmp_path.rglob("*.wav"))) == 5
         recordings.sweep(written_s + UNOWNED_FOR_S + 60)
         assert sorted(str(path) for path in tmp_path.rglob("*") if path.is_file()) == sorted([str(mark), *mine])
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from gpu_manager import GPUResourceManager
 from residency.web import stream
+from residency.web.schema import Event
 
 
 async def status() -> dict[str, str]:
@@ -40,6 +41,8 @@ def test_the_status_comes_first_and_then_every_move_in_order(manager: GPUResourc
 
     heard = asyncio.run(listen())
     assert heard[0] == ("status", {"all": "well"})
+    for _, event in heard[1:]:
+        assert set(event) == set(Event.model_validate(event).model_fields_set) == set(Event.model_fields)
     steps = [(kind, event["source"], event["target"]) for kind, event in heard[1:] if kind in ("began", "done")]
     assert steps == [
         ("began", "released", "gpu"),

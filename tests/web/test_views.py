@@ -58,9 +58,11 @@ def test_times_are_shown_as_they_were_set(manager: GPUResourceManager) -> None:
     assert "Idle timeout<b>never" in shown
     manager.configure("tts", keep_warm="auto", idle_timeout="15m")
     shown = views.model_html("tts", manager.status(), en)
-    assert "Keep warm<b>auto: " in shown
+    assert "Keep warm<b>auto (" in shown
     assert "Idle timeout<b>15 min" in shown
-    assert "<b>tts</b> Keep warm auto: 0 s · Idle timeout 15 min" in views.stay_html(manager.status(), en)
+    assert "<b>tts</b> Keep warm: auto (0 s) · Idle timeout: 15 min" in views.stay_html(manager.status(), en)
+    manager.configure("tts", keep_warm=0)
+    assert "保持在 GPU：请求后立即离开 · 闲置多久后释放：15 min" in views.stay_html(manager.status(), zh)
 
 
 def test_a_model_that_was_unregistered_is_shown_no_more(manager: GPUResourceManager) -> None:
@@ -77,7 +79,7 @@ class TestPast:
     def test_moves_are_told_the_last_one_first(self, manager: GPUResourceManager, clock: ManualClock) -> None:
         shown = views.past_html(self.used(manager, clock), "simulated", en)
         rows = [re.sub("<[^>]+>", "|", row) for row in shown.split("<tr>")[2:]]
-        assert "simulated GPU → RAM" in rows[0]
+        assert "simulated GPU → main memory" in rows[0]
         assert "released → simulated GPU" in rows[1]
         assert "60 s" in rows[0]
         assert "90 s" in rows[1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +52,21 @@ def test_a_simulated_card_is_called_simulated(manager: GPUResourceManager) -> No
         assert "模拟 GPU" in shown
 
 
+def test_chinese_has_its_own_punctuation_and_one_word_for_one_thing(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"):
+        pass
+    manager.release("tts")
+    manager.configure("tts", keep_warm="auto")
+    status = manager.status()
+    status["models"]["tts"]["last_error"] = "OSError: no weights"
+    outcome = words.outcome("tts", status["models"]["tts"], "simulated", zh)
+    html = "".join(re.findall(">([^<>]+)", views.model_html("tts", status, zh) + views.stay_html(status, zh)))
+    for shown in (words.as_text(status, zh), html, outcome):
+        assert not re.search(r"[:,(]", str(shown).replace("OSError: ", "")), shown
+        assert "空闲" not in str(shown)
+    assert "模拟 GPU（1 GB）：已用 0 B，共 1 GB" in words.as_text(status, zh)
+
+
 def test_no_other_card_is_called_simulated(manager: GPUResourceManager) -> None:
     status = manager.status()
     status["device"] |= {"kind": "cuda", "name": "NVIDIA L40S", "note": None}
@@ -63,8 +79,8 @@ def test_on_a_cpu_offload_is_said_to_save_nothing() -> None:
     with GPUResourceManager(CpuDevice()) as manager:
         manager.register("tts", object)
         status = manager.status()
-        assert "Offload saves nothing; release frees RAM" in words.as_text(status)
-        assert "release frees RAM" in words.pressed("offload", None, True, status, both)
+        assert "Offload saves nothing; release frees main memory" in words.as_text(status)
+        assert "release frees main memory" in words.pressed("offload", None, True, status, both)
 
 
 def test_what_came_of_a_press_is_said_of_the_model_that_it_was_about(manager: GPUResourceManager) -> None:
@@ -107,7 +123,7 @@ class TestCourse:
         }
         assert "前往模拟显存 / To the simulated GPU: " in words.as_text(status)
         assert "To the simulated GPU: restoring · 3 GB / 12 GB · 2 GB/s · 1.5 s" in words.as_text(status, en)
-        assert "前往模拟显存: 恢复 · 3 GB / 12 GB · 2 GB/s · 1.5 s" in words.as_text(status, zh)
+        assert "前往模拟显存：恢复 · 3 GB / 12 GB · 2 GB/s · 1.5 s" in words.as_text(status, zh)
         assert "width:25.0%" in as_html(status)
 
     def test_what_nobody_knows_of_a_move_is_left_out(self) -> None:
@@ -153,7 +169,7 @@ class TestCourse:
         error = in_words(InvalidInput("No weights: give a folder", "没有权重：请指定目录"))
         status["models"]["tts"]["last_error"] = status["monitor"]["last_error"] = error
         status["monitor"]["errors"] = 1
-        assert words.remarks(status["models"]["tts"], zh) == ["上次错误: 没有权重：请指定目录"]
+        assert words.remarks(status["models"]["tts"], zh) == ["上次错误：没有权重：请指定目录"]
         assert words.trouble(status, en) == ["Idle monitor, errors: 1×: No weights: give a folder"]
 
     def test_a_monitor_in_trouble_is_shown_and_one_that_is_not_needed_is_not(self, manager: GPUResourceManager) -> None:
@@ -162,7 +178,7 @@ class TestCourse:
         assert "monitor" not in words.as_text(status)
         status["models"]["tts"]["next"] = {"to": "cpu", "in_s": 5.0}
         for shown in (words.as_text(status), as_html(status)):
-            assert "空闲监视线程未运行" in shown
+            assert "闲置监视线程未运行" in shown
             assert "The idle monitor is not running" in shown
         status["monitor"] = {"alive": True, "errors": 2, "last_error": "<OSError>"}
         assert "errors: 2×: <OSError>" in words.as_text(status)
