@@ -220,13 +220,12 @@ def test_a_load_that_was_given_up_is_in_the_log(
     gate = workshop.gate = Gate()
     client = Client(manager, "asr").queues()
     gate.wait_for_arrival()
-    task = manager._slots["asr"].task
     with pytest.raises(TimeoutError):
         after(clock, 5, client.worker)
     assert [record.getMessage() for record in caplog.records] == ["asr: its loader takes too long and is given up"]
     gate.open()
-    while task.resident is not None or not workshop.engines:
-        client.worker.join(0.01)
+    for thread in running("gpu-loading-asr"):
+        thread.join(60)
     assert "asr: came after it had been given up, and is thrown away" in caplog.text
     assert workshop.resident.place == "nowhere"
 
