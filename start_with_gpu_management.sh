@@ -54,7 +54,8 @@ A setting is a flag or an environment variable; the flag wins. Of DOCKER, DETACH
   --ready-timeout     READY_TIMEOUT     wait this many seconds for it / 等待就绪的秒数 (300)
   --stop-timeout      STOP_TIMEOUT      wait this many seconds for its end / 等待退出的秒数 (60)
   --check                               say what would be done, do nothing / 只说明将做什么，不执行
-  --help                                this text / 显示本说明
+  --help                                this text; the arguments of app.py (--simulate-gpu, --auth, --max-upload ...) are told
+                                        by `python app.py --help` / 显示本说明；app.py 自己的参数见 python app.py --help
 
   --docker            DOCKER            in a container / 在容器中运行
   --container-name    CONTAINER_NAME    its name / 容器名 (step-audio-gpu-managed)

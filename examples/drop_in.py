@@ -95,6 +95,7 @@ def save(file: Path, audio: Any, sample_rate: int) -> str:
 
 
 def speak(text: str, file: Path) -> Path:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves files behind otherwise
     from hibari import Hibari
 
     Hibari().save(text, str(file), seed=1)

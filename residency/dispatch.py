@@ -416,7 +416,7 @@ class Dispatcher:
 
     def _note_locked(self, task: Task, outcome: str, now_s: float) -> None:
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
-        task.slot.history.moved(past, task.slot.device_bytes)
+        task.slot.history.moved(past, task.slot.device_bytes if self.device.separate else task.slot.host_bytes)
 
     def _after_locked(self, slot: Slot) -> None:
         if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):

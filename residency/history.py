@@ -140,7 +140,7 @@ class History:
         self.requests[next((word for kind, word in _OUTCOMES.items() if isinstance(error, kind)), "failed")] += 1
 
     def moved(self, past: PastMove, device_bytes: int) -> None:
-        """A move has ended, one way or the other; ``device_bytes`` is what the model has on the device now."""
+        """A move has ended, one way or the other; ``device_bytes`` is what the model has on the device (or CPU) now."""
         self.moves[past.move.source, past.move.target, past.outcome] += 1
         self.move_seconds.add(past.seconds)
         self.recent.append(past)

@@ -25,10 +25,11 @@ _LONGEST_S = 100_000 * 3600.0
 """Who writes more than these eleven years has mistyped, or means never."""
 
 
-def seconds(value: float | str) -> float:
-    """Read a duration: a number of seconds, ``90s``, ``15m`` or ``1h``; ``-1`` is never (`math.inf`).
+def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) -> float:
+    """Read a duration: a number of seconds, ``90s``, ``15m`` or ``1h``; ``-1`` is without end (`math.inf`).
 
-    Raises `InvalidInput` for anything else (other negative numbers and NaN included).
+    ``endless`` is what -1 means here, in English and Chinese. Raises `InvalidInput` for anything else (other negative
+    numbers and NaN included).
     """
     if isinstance(value, int | float) and 0 <= value <= _LONGEST_S:
         return float(value)
@@ -41,12 +42,12 @@ def seconds(value: float | str) -> float:
         if given_s <= _LONGEST_S:
             return given_s
         raise InvalidInput(
-            f"{value!r} is too long: give at most 100000h, or -1 for never",
-            f"{value!r} 太长：最长为 100000h；-1 表示永不",
+            f"{value!r} is too long: give at most 100000h, or -1 for {endless[0]}",
+            f"{value!r} 太长：最长为 100000h；-1 表示{endless[1]}",
         )
     raise InvalidInput(
-        f"{value!r} is no duration: give seconds or 90s, 15m, 1h; -1 means never",
-        f"{value!r} 不是有效的时长：请写秒数，或 90s、15m、1h；-1 表示永不",
+        f"{value!r} is no duration: give seconds or 90s, 15m, 1h; -1 means {endless[0]}",
+        f"{value!r} 不是有效的时长：请写秒数，或 90s、15m、1h；-1 表示{endless[1]}",
     )
 
 
@@ -132,7 +133,7 @@ def keep_warm_seconds(value: float | str) -> float | Literal["auto"]:
     if isinstance(value, str) and value.strip().lower() == AUTO:
         return "auto"
     try:
-        return seconds(value)
+        return seconds(value, ("always", "始终保留"))
     except InvalidInput as error:
         raise InvalidInput(f"{error.en}; or auto, which learns it", f"{error.zh}；也可写 auto（自动学习）") from None
 

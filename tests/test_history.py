@@ -5,9 +5,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
 from fakes import Client, Gate, Worker, Workshop, after
 
-from gpu_manager import GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout, SimulatedDevice
+from gpu_manager import CpuDevice, GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout, SimulatedDevice
 from residency.clock import ManualClock, SystemClock
 from residency.contracts import Memory
 from residency.history import RECENT_MOVES, WINDOW_S, CardHistory, Histogram, History, PastMove
@@ -125,6 +126,15 @@ class TestManager:
             ("released", "gpu", "ok", 100),
         ]
         assert all(past["seconds"] == 0 for past in moves), "the clock stood still meanwhile"
+
+    def test_where_the_device_is_a_cpu_it_is_its_memory_that_is_shown(self) -> None:
+        with GPUResourceManager(CpuDevice()) as manager:
+            manager.register("tts", lambda: torch.nn.Linear(10, 10))
+            with manager.lease("tts"):
+                pass
+            assert manager.history()["models"]["tts"]["device_bytes"][-1][1] == 440
+            manager.release()
+            assert manager.history()["models"]["tts"]["device_bytes"][-1][1] == 0
 
     def test_a_load_that_was_given_up_has_failed(
         self, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -465,3 +466,11 @@ def test_who_was_answered_holds_up_nobody() -> None:
     a, b = (hold(slot(State.DEVICE, name=name)) for name in "ab")
     ask(b, 1, holding=(a,)).answer(TimeoutError())
     assert not would_wait_for_itself(Request(a, 2, 0, holding=(b,)), [a, b])
+
+
+def test_a_request_begins_unanswered_and_an_answer_lets_go_of_who_asked() -> None:
+    request = Request(Slot("tts", dict, FixedPolicy()), 1, 1)
+    assert (request.answered, request.error, request.context, request.asked_s) == (False, None, None, 0)
+    request.context = contextvars.Context()
+    request.answer()
+    assert (request.answered, request.error, request.context) == (True, None, None)

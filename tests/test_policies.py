@@ -139,6 +139,10 @@ def test_a_policy_of_ones_own_that_raises_is_done_without(fails_in: str, caplog:
     assert use_all(policy) == ("fixed", ((0.0, 0.0),), 0, 600)
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
+    assert record.getMessage().startswith("The policy Own(")
+    assert record.getMessage().endswith(
+        "FixedPolicy(keep_warm_s=0.0, idle_timeout_s=600.0, name='fixed') takes its place"
+    )
     assert fails_in in str(record.exc_info[1])
 
 
@@ -148,6 +152,11 @@ def test_a_policy_of_ones_own_that_raises_is_done_without(fails_in: str, caplog:
 def test_windows_that_cannot_be_are_a_failure_of_the_policy(spans: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert guarded(Own(spans=spans), None, None).windows() == ((0.0, 0.0),)
     assert len(caplog.records) == 1
+
+
+def test_what_is_no_keep_warm_says_that_it_can_be_for_ever_and_auto() -> None:
+    with pytest.raises(InvalidInput, match=r"-1 means always; or auto, .*-1 表示始终保留；也可写 auto"):
+        make_policy("soon", 600)
 
 
 @pytest.mark.parametrize("time_s", [math.nan, -1.0])

@@ -25,12 +25,17 @@ def both(chinese: str, english: str) -> str:
 
 def mark(sign: str, say: Say) -> str:
     """A colon or comma between what is said and what is shown, as the language writes it."""
-    return {":": "：", ",": "，"}[sign] if say is zh else f"{sign} "
+    return {":": "：", ",": "，"}[sign] if _is_chinese(say) else f"{sign} "
 
 
 def bracketed(text: str, say: Say) -> str:
     """What is added behind something, with the space that its language leaves."""
-    return f"（{text}）" if say is zh else f" ({text})"
+    return f"（{text}）" if _is_chinese(say) else f" ({text})"
+
+
+def _is_chinese(say: Say) -> bool:
+    """Also of one that escapes what it says, for example."""
+    return say("zh", "en") == "zh"
 
 
 def preferred(accept_language: str | None) -> Say:

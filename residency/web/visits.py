@@ -20,6 +20,7 @@ TELL_EVERY_S = 5.0
 """How often open pages tell that they are there, and hear whether they are known."""
 
 _LOOK_EVERY_S = 0.2
+_ALL_LOST = (f"{LOST[0]}文字也请重新填写。", f"{LOST[1]} Write the texts again, too.")
 _GOES_ON = ".goes-on"
 # Who reloads goes on with the visit; who comes by the browser's history, only with one whose page has left: duplicated
 # tabs come so too, with a copy of what a tab keeps whose page is there. What a copy does not take it forgets.
@@ -68,7 +69,7 @@ class Visits:
             before, state = self._visits.pop(earlier or "", (None, state))
             self._visits[visit] = (whose, state)
         if before is None:
-            return visit, state, gr.skip(), _status(f"⚠️ {speaker()(*LOST)}") if earlier else gr.skip()
+            return visit, state, gr.skip(), _status(f"⚠️ {speaker()(*_ALL_LOST)}") if earlier else gr.skip()
         self._recordings.inherit(before, whose)
         self._waiting.inherit(before, whose)
         goes_on, say = self._histories.busy(state), speaker()

@@ -110,7 +110,11 @@ def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], s
     kind = status["device"]["kind"]
     if action == "warm":
         if done:
+            if kind == "cpu":
+                return say("模型已加载。", "The model is loaded already.")
             return of_device(("模型已在 GPU 上。", "The model is on the GPU already."), kind, say)
+        if kind == "cpu":
+            return say("正在加载，可以继续操作。", "It is being loaded; go on meanwhile.")
         return of_device(("正在加载到 GPU，可以继续操作。", "On its way to the GPU; go on meanwhile."), kind, say)
     if not done:
         return say(*(f"{phrase}{dot}" for phrase, dot in zip(_PENDING[action], "。.", strict=True)))

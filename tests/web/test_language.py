@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from html import escape
+
 import pytest
 
 from gpu_manager import SimulatedDevice
 from residency.diagnosis import in_words
 from residency.errors import DeviceOutOfMemory, InvalidInput, NotAllowed, OverBudget, UnknownModel
-from residency.web.language import Say, both, en, preferred, reason, translated, zh
+from residency.web.language import Say, both, bracketed, en, mark, preferred, reason, translated, zh
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,11 @@ def test_an_error_that_was_kept_is_said_in_one_language_without_its_kind() -> No
     assert reason(kept, both) == kept
     for strange in ("OSError: no weights", "Wordless", "OSError: a / b"):
         assert reason(strange, en) == reason(strange, zh) == strange
+
+
+def test_signs_are_those_of_the_language_also_where_what_is_said_is_escaped() -> None:
+    def escaped(chinese: str, english: str) -> str:
+        return escape(zh(chinese, english))
+
+    assert [mark(":", say) for say in (zh, en, both, escaped)] == ["：", ": ", ": ", "："]
+    assert [bracketed("1", say) for say in (zh, en, both, escaped)] == ["（1）", " (1)", " (1)", "（1）"]
