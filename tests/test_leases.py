@@ -166,6 +166,18 @@ def test_a_lease_that_is_lost_is_given_back(manager: GPUResourceManager) -> None
     assert await_that(manager, slot, lambda: not slot.in_use and slot.at is State.HOST)
 
 
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_lease_that_is_lost_with_a_broken_engine_has_it_dropped(broken: bool, manager: GPUResourceManager) -> None:
+    manager.configure(keep_warm=-1)
+    lease = manager.lease("tts")
+    engine = lease.__enter__()
+    if broken:
+        lease.discard()
+    del lease
+    gc.collect()
+    assert (Worker(use, manager).result() is engine) is not broken
+
+
 @pytest.mark.parametrize("busy", ["the books", "starting a move"])
 def test_a_generator_that_is_collected_where_its_manager_is_at_work_gives_its_lease_back(
     busy: str, manager: GPUResourceManager
