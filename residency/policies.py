@@ -37,8 +37,9 @@ def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) 
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([smh]?)", text)
     if text in ("inf", "-1", "-1.0"):
         return NEVER
-    if match and not match[1].startswith("-"):
-        given_s = float(match[1]) * _UNITS_S[match[2]]
+    large = isinstance(value, int | float) and value > _LONGEST_S
+    if large or (match and not match[1].startswith("-")):
+        given_s = float(match[1]) * _UNITS_S[match[2]] if match else NEVER
         if given_s <= _LONGEST_S:
             return given_s
         raise InvalidInput(

@@ -13,8 +13,10 @@ Seconds = float
 
 def _duration(words: str) -> WithJsonSchema:
     """Checked by the manager, which says what is wrong better than a schema can."""
-    text = {"type": "string", "pattern": rf"^([0-9]+(\.[0-9]+)?[smh]?|-1{words})$"}
-    return WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": -1}, text]})
+    digits = r"([0-9]{1,8}(\.[0-9]+)?s?|[0-9]{1,6}(\.[0-9]+)?m|[0-9]{1,5}(\.[0-9]+)?h"
+    text = {"type": "string", "pattern": rf"^{digits}|-1{words})$"}
+    number = {"type": "number", "minimum": 0, "maximum": 360_000_000}
+    return WithJsonSchema({"anyOf": [number, {"const": -1}, text]})
 
 
 Duration = Annotated[float | str, _duration("")]
