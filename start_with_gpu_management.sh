@@ -257,7 +257,7 @@ kind_of_app() {
         [[ $port_was_given == yes && $(label port) != "$PORT" ]] || state=$(container_state)
     fi
     # What is left of a process says more than what is left of a container.
-    if [[ $state == "ours running" ]] || { [[ $state == ours* ]] && ! has_record; }; then echo container; else echo service; fi
+    if [[ $state == "ours running" ]] || { [[ $state == ours* ]] && ! read_record; }; then echo container; else echo service; fi
 }
 
 declare -A given=() remembered=()
@@ -265,6 +265,7 @@ read_arguments "$@"
 settle_folders
 settle_identity
 kind=$(kind_of_app)
+[[ $kind == container ]] || tell_of_damage
 [[ $action == start ]] || "remember_$kind"
 settle_rest
 if is_one_of "$action" start restart; then

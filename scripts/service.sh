@@ -187,7 +187,7 @@ run_detached() {
     trap - INT
     case $code in
         0)
-            rm -f "$(record_file).last"
+            rm -rf "$(record_file).last"
             tell_ways "$log (pid $pid)" "$(this_script stop)"
             ;;
         1)

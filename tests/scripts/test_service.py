@@ -360,3 +360,18 @@ def test_the_real_app_starts_answers_starts_again_and_stops(tmp_path: Path) -> N
     log = (tmp_path / "run" / f"{port}.log").read_text()
     assert "Traceback" not in log
     assert wait_until(lambda: not list((tmp_path / "run").glob("*.pid")))
+
+
+@pytest.mark.parametrize("written", [b"", b"word", b"\0" * 9, b"1\0a\0\0/\09\0", b"1\0a\0\0/\0000\0HOST\0cut", None], ids=repr)
+def test_a_damaged_record_is_told_and_counts_as_none(service: Service, written: bytes | None) -> None:
+    record = service.run_dir / f"{service.port}.run"
+    service.run_dir.mkdir()
+    if written is None:
+        record.mkdir()
+    else:
+        record.write_bytes(written)
+    code, said = service.call("status")
+    assert (code, said.count(f"{record} is damaged")) == (3, 1), said
+    assert f"{record} is damaged" in service.say("--detach", "--serve")
+    assert "damaged" not in service.say("stop")
+    assert not record.exists()
