@@ -133,7 +133,7 @@ read_arguments() {
 settle() {
     local name=$1
     if [[ -n ${given[$name]+set} ]]; then
-        printf -v "$name" '%s' "${given[$name]}"
+        printf -v "$name" '%s' "${given[$name]:-${2:-}}"
     elif [[ -z ${!name:-} && -n ${remembered[$name]+set} ]]; then
         printf -v "$name" '%s' "${remembered[$name]}"
     elif (($# > 1)); then
@@ -234,6 +234,7 @@ check_settings() {
             "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' 中没有 tts.py，不是 Step-Audio-EditX 的代码目录"
     check_models
     [[ -z $GPU_SNAPSHOT_DIR ]] || check_writable GPU_SNAPSHOT_DIR
+    check_tmp_dir
     check_arguments
 }
 

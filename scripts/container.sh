@@ -69,6 +69,7 @@ start_container() {
     check_name "$state"
     # What runs in the container that is replaced may hold the port.
     [[ $state == *" running" ]] || ! is_listening "$PORT" || port_in_use "$(port_beside)"
+    check_port_of_container
     container_command
     digest=$(source_digest)
     build=(docker build --tag "$IMAGE" --label "$LABEL.source=$digest" --build-arg "BASE_IMAGE=$BASE_IMAGE"

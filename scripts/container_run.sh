@@ -110,8 +110,6 @@ give_folders_of_arguments() {
         is_one_of "${flag%=}" --tmp-dir --asr-model --tts-model-id --tokenizer-model-id || continue
         folder=$(absolute "$value")
         if [[ $flag == --tmp-dir* ]]; then
-            local TMP_DIR=$folder
-            check_writable TMP_DIR
             give_folder "$folder" rw
         elif [[ -d $folder ]]; then
             give_folder "$folder" ro

@@ -404,3 +404,21 @@ def test_the_port_that_is_suggested_is_free(machine: Machine) -> None:
     with socket.create_server(("127.0.0.1", 65535)), socket.create_server(("127.0.0.1", 1024)):
         said = machine.refuse("--docker", "--check", PORT="65535")
     assert "--port 1025" in said
+
+
+LOWEST = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+CLOSED = pytest.mark.skipif(LOWEST.exists() and int(LOWEST.read_text()) < 2, reason="here anybody may take any port")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--host", "300.1.1.1"], "300.1.1.1"),
+        pytest.param(["--port", "1"], "no rights to a port below", marks=CLOSED),
+    ],
+)
+def test_where_it_cannot_listen_nothing_is_stopped(machine: Machine, arguments: list[str], why: str) -> None:
+    machine.set(containers={NAME: OLD})
+    said = machine.refuse("--docker", "--detach", "--replace", *arguments)
+    assert "Cannot listen on HOST" in said
+    assert why in said
