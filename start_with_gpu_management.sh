@@ -133,7 +133,7 @@ read_arguments() {
 settle() {
     local name=$1
     if [[ -n ${given[$name]+set} ]]; then
-        printf -v "$name" '%s' "${given[$name]}"
+        printf -v "$name" '%s' "${given[$name]:-${2:-}}"
     elif [[ -z ${!name:-} && -n ${remembered[$name]+set} ]]; then
         printf -v "$name" '%s' "${remembered[$name]}"
     elif (($# > 1)); then
@@ -234,6 +234,7 @@ check_settings() {
             "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' 中没有 tts.py，不是 Step-Audio-EditX 的代码目录"
     check_models
     [[ -z $GPU_SNAPSHOT_DIR ]] || check_writable GPU_SNAPSHOT_DIR
+    check_tmp_dir
     check_arguments
 }
 
@@ -257,7 +258,7 @@ kind_of_app() {
         [[ $port_was_given == yes && $(label port) != "$PORT" ]] || state=$(container_state)
     fi
     # What is left of a process says more than what is left of a container.
-    if [[ $state == "ours running" ]] || { [[ $state == ours* ]] && ! has_record; }; then echo container; else echo service; fi
+    if [[ $state == "ours running" ]] || { [[ $state == ours* ]] && ! read_record; }; then echo container; else echo service; fi
 }
 
 declare -A given=() remembered=()
@@ -265,6 +266,7 @@ read_arguments "$@"
 settle_folders
 settle_identity
 kind=$(kind_of_app)
+[[ $kind == container ]] || tell_of_damage
 [[ $action == start ]] || "remember_$kind"
 settle_rest
 if is_one_of "$action" start restart; then

@@ -28,10 +28,34 @@ size_of_environment() { if [[ ${TORCH_INDEX_URL:-} == */cpu* ]]; then echo "$DIS
 
 # check_writable SETTING: the folder, or what it will be made in.
 check_writable() {
-    local folder=${!1}
-    while [[ ! -e $folder ]]; do folder=$(dirname "$folder"); done
+    local folder
+    folder=$(resolved "${!1}")
+    while [[ ! -e $folder && ! -L $folder ]]; do folder=$(dirname "$folder"); done
     [[ -d $folder && -w $folder ]] ||
         fail "$1 '${!1}' cannot be written: give a folder that can be" "$1 '${!1}' 不可写：请指向可写的目录"
+}
+
+# The log and the record need a disk that is not full.
+check_run_dir() {
+    check_writable RUN_DIR
+    [[ $check == no ]] || return 0
+    (mkdir -p "$RUN_DIR" && echo >"$RUN_DIR/$PORT.try" && rm "$RUN_DIR/$PORT.try") ||
+        fail "RUN_DIR '$RUN_DIR' cannot be written (see above): free space, or give another folder" \
+            "RUN_DIR '$RUN_DIR' 无法写入（见上）：请清理空间，或换一个目录"
+}
+
+# The folder that --tmp-dir names.
+check_tmp_dir() {
+    local index TMP_DIR=''
+    for index in "${!arguments[@]}"; do
+        case ${arguments[index]} in
+            --tmp-dir) TMP_DIR=${arguments[index + 1]:-} ;;
+            --tmp-dir=*) TMP_DIR=${arguments[index]#*=} ;;
+        esac
+    done
+    [[ -n $TMP_DIR ]] || return 0
+    TMP_DIR=$(absolute "$TMP_DIR")
+    check_writable TMP_DIR
 }
 
 # What app.py would say of its arguments, before anything is installed, or stopped for another start. They are read by its own
@@ -56,7 +80,8 @@ PYTHON
 
 # check_disk FOLDER MB WHAT_EN WHAT_ZH: whether there is room for something where the folder is, or will be.
 check_disk() {
-    local folder=$1 free
+    local folder free
+    folder=$(resolved "$1")
     while [[ ! -e $folder ]]; do folder=$(dirname "$folder"); done
     free=$(df -Pm "$folder" | awk 'END {print $4}')
     ((free >= $2)) || fail "$3 needs about $2 MB in $1, and there are $free MB. Free space, or choose another disk" \
@@ -95,11 +120,22 @@ PYTHON
     )
     case $answer in
         busy*) port_in_use "${answer#busy }" ;;
-        refused*)
-            fail "Cannot listen on HOST '$HOST', PORT $PORT: ${answer#refused }. Give an address of this machine (--host 127.0.0.1) and a port above 1023" \
-                "无法监听 HOST '$HOST' PORT $PORT：${answer#refused }。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口"
-            ;;
+        refused*) cannot_listen "${answer#refused }" ;;
     esac
+}
+
+# cannot_listen WHY
+cannot_listen() {
+    fail "Cannot listen on HOST '$HOST', PORT $PORT: $1. Give an address of this machine (--host 127.0.0.1) and a port above 1023" \
+        "无法监听 HOST '$HOST' PORT $PORT：$1。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口"
+}
+
+# What a container without rights can listen on, on the host's network. Its port may be held by the one that it replaces.
+check_port_of_container() {
+    local lowest=1024
+    [[ ! -r /proc/sys/net/ipv4/ip_unprivileged_port_start ]] || lowest=$(</proc/sys/net/ipv4/ip_unprivileged_port_start)
+    ((PORT >= lowest)) || cannot_listen "the container has no rights to a port below $lowest"
+    ! python3 -Ic '' 2>/dev/null || check_port python3 0
 }
 
 # port_in_use OTHER: OTHER is a port to take instead.

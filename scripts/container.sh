@@ -32,6 +32,9 @@ container_state() {
     if [[ $(label port "${1:-$CONTAINER_NAME}") =~ ^[0-9]+$ ]]; then echo "ours $status"; else echo "other $status"; fi
 }
 
+# restarts_of CONTAINER: its restart policy.
+restarts_of() { docker container inspect --format '{{.HostConfig.RestartPolicy.Name}}:{{.HostConfig.RestartPolicy.MaximumRetryCount}}' "$1"; }
+
 container_runs() { [[ $(container_state) == "ours running" ]]; }
 
 # The name under which a container is kept that was here before ours.
@@ -66,6 +69,7 @@ start_container() {
     check_name "$state"
     # What runs in the container that is replaced may hold the port.
     [[ $state == *" running" ]] || ! is_listening "$PORT" || port_in_use "$(port_beside)"
+    check_port_of_container
     container_command
     digest=$(source_digest)
     build=(docker build --tag "$IMAGE" --label "$LABEL.source=$digest" --build-arg "BASE_IMAGE=$BASE_IMAGE"
@@ -92,7 +96,8 @@ start_container() {
     make_place "$state"
     say "Starting $(address)" "正在启动 $(address)"
     if [[ $DETACH == 1 ]]; then
-        "${run[@]}" >/dev/null || fail "The container could not be started (see above). $(way_back en)" "容器启动失败（见上）。$(way_back zh)"
+        "${run[@]}" >/dev/null || undo_start
+        hold_kept
         await_container
     else
         tell_when_ready 0.5
@@ -142,8 +147,9 @@ make_place() {
         ours*) remove_container ;;
         other*)
             docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
-            docker rename "$CONTAINER_NAME" "$(kept_as)"
-            docker update --restart no "$(kept_as)" >/dev/null # or it would be back after the next boot
+            docker rename "$CONTAINER_NAME" "$(kept_as)" ||
+                fail "$CONTAINER_NAME could not be renamed (see above), and is stopped: docker start $CONTAINER_NAME" \
+                    "无法重命名 $CONTAINER_NAME（见上），它已停止：docker start $CONTAINER_NAME"
             say "Stopped $CONTAINER_NAME; it is kept as $(kept_as), and is back under its name after stop" \
                 "已停止 $CONTAINER_NAME，并以 $(kept_as) 保留；执行 stop 后恢复原名"
             ;;
@@ -181,17 +187,41 @@ way_back() {
     if [[ $1 == en ]]; then echo "Back to what was: $(this_script stop)"; else echo "恢复原状：$(this_script stop)"; fi
 }
 
+# hold_kept: what is kept does not come back at the next boot. Until ours runs, which knows its policy, it has that itself.
+hold_kept() {
+    [[ $(container_state "$(kept_as)") == absent ]] || docker update --restart no "$(kept_as)" >/dev/null ||
+        say "⚠️  $(kept_as) may be back after the next boot: docker update --restart no $(kept_as)" \
+            "$(kept_as) 可能在下次开机后自动启动：docker update --restart no $(kept_as)"
+}
+
+# The old container has its name again. Docker may have made ours before it could not start it.
+undo_start() {
+    say "❌ The container could not be started (see above)" "容器启动失败（见上）" >&2
+    [[ $(container_state) != ours* ]] || remove_container
+    [[ $(container_state "$(kept_as)") == absent ]] || give_name_back
+    exit 1
+}
+
+give_name_back() {
+    docker rename "$(kept_as)" "$CONTAINER_NAME"
+    say "$CONTAINER_NAME is the old container again, stopped: docker start $CONTAINER_NAME" "$CONTAINER_NAME 已恢复为原来的容器（已停止）：docker start $CONTAINER_NAME"
+}
+
+# Ours knows how the kept one was restarted: that has it again before ours is gone.
 remove_container() {
+    local policy
+    policy=$(label kept-restarts)
+    [[ $policy != [a-z]* || $(container_state "$(kept_as)") == absent ]] || docker update --restart "$policy" "$(kept_as)" >/dev/null
     docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
     docker rm "$CONTAINER_NAME" >/dev/null
 }
 
 # Leaves things as they were before the first start.
 stop_container() {
-    local policy
-    policy=$(label kept-restarts)
+    local known=no
     case $(container_state) in
         ours*)
+            known=yes
             say "Stopping $CONTAINER_NAME; a running request may finish" "正在停止 $CONTAINER_NAME；正在运行的请求可以完成"
             remove_container
             say "Stopped" "已停止"
@@ -202,14 +232,11 @@ stop_container() {
         *) say "There is no container $CONTAINER_NAME" "没有容器 $CONTAINER_NAME" ;;
     esac
     [[ $(container_state "$(kept_as)") != absent ]] || return 0
-    docker rename "$(kept_as)" "$CONTAINER_NAME"
-    if [[ $policy == [a-z]* ]]; then
-        docker update --restart "$policy" "$CONTAINER_NAME" >/dev/null
-    else # ours, which knew it, was removed by somebody else
+    if [[ $known == no && $(restarts_of "$(kept_as)") == no* ]]; then # ours, which knew it, was removed by somebody else
         say "⚠️  How it was restarted is not known any more, and it is not now: docker update --restart unless-stopped $CONTAINER_NAME" \
             "原来的重启策略已无从得知，现为不自动重启：docker update --restart unless-stopped $CONTAINER_NAME"
     fi
-    say "$CONTAINER_NAME is the old container again, stopped: docker start $CONTAINER_NAME" "$CONTAINER_NAME 已恢复为原来的容器（已停止）：docker start $CONTAINER_NAME"
+    give_name_back
 }
 
 status_container() {

@@ -53,7 +53,7 @@ container_command() {
     [[ $DETACH == 0 ]] || run+=(--detach --restart unless-stopped)
     # How the container that is kept was restarted, for when it is back; handed on if this one is replaced in turn.
     if [[ $state == other* ]]; then
-        policy=$(docker container inspect --format '{{.HostConfig.RestartPolicy.Name}}:{{.HostConfig.RestartPolicy.MaximumRetryCount}}' "$CONTAINER_NAME")
+        policy=$(restarts_of "$CONTAINER_NAME")
     else
         policy=$(label kept-restarts)
     fi
@@ -110,8 +110,6 @@ give_folders_of_arguments() {
         is_one_of "${flag%=}" --tmp-dir --asr-model --tts-model-id --tokenizer-model-id || continue
         folder=$(absolute "$value")
         if [[ $flag == --tmp-dir* ]]; then
-            local TMP_DIR=$folder
-            check_writable TMP_DIR
             give_folder "$folder" rw
         elif [[ -d $folder ]]; then
             give_folder "$folder" ro

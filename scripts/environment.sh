@@ -12,6 +12,9 @@ fail() {
     exit 1
 }
 
+# A link may point to what is not made yet.
+resolved() { readlink -f "$1" 2>/dev/null || echo "$1"; }
+
 # Prints the first Python that is new enough and can make an environment.
 find_python() {
     local candidate
@@ -86,6 +89,8 @@ prepare_environment() {
     case $(environment_state "$@") in
         ready | foreign) return ;;
     esac
+    venv=$(resolved "$venv")
+    set -- "$venv" "${@:2}"
     mkdir -p "$venv/$MARK" 2>/dev/null || fail "$venv cannot be made: give a folder that can be written with VENV_DIR" "无法创建 $venv：请用 VENV_DIR 指定可写的目录"
     (
         # One start at a time; where there is no flock (macOS) people take care themselves.

@@ -36,14 +36,14 @@ write_record() {
     file=$(record_file)
     (
         umask 077
-        mkdir -p "$RUN_DIR" && { [[ ! -e $file ]] || mv "$file" "$file.last"; } &&
+        mkdir -p "$RUN_DIR" && if [[ -f $file ]]; then mv "$file" "$file.last"; else rm -rf "$file"; fi && rm -f "$file.new" &&
             printf '%s\0' "$1" "$(born "$1")" "$2" "$PWD" "${#arguments[@]}" "${arguments[@]}" "${to_remember[@]}" >"$file.new" &&
             mv "$file.new" "$file" && echo "$1" >"$(pid_file)"
     ) || say "⚠️  RUN_DIR '$RUN_DIR' cannot be written: stop, status and restart will not find this app" \
         "无法写入 RUN_DIR '$RUN_DIR'：stop、status、restart 将找不到本应用"
 }
 
-forget_record() { rm -f "$(record_file)" "$(record_file).last" "$(pid_file)"; }
+forget_record() { rm -rf "$(record_file)" "$(record_file).last" "$(pid_file)"; }
 
 # The start came to nothing: what counts for a restart is the one before, if there was one.
 forget_start() {
@@ -52,6 +52,28 @@ forget_start() {
 }
 
 has_record() { [[ -e $(record_file) ]]; }
+
+# Sets record and count; fails if what is there is not what write_record writes: cut off, empty, no file at all.
+load_record() {
+    local file index
+    file=$(record_file)
+    [[ -f $file && -r $file && -z $(tail -c 1 "$file" | tr -d '\0') ]] && mapfile -d '' -t record <"$file" || return 1
+    count=${record[4]:-}
+    [[ ${record[0]:-} =~ ^[1-9][0-9]*$ && $count =~ ^(0|[1-9][0-9]{0,5})$ ]] || return 1
+    ((${#record[@]} >= 5 + count && (${#record[@]} - 5 - count) % 2 == 0)) || return 1
+    for ((index = 5 + count; index < ${#record[@]}; index += 2)); do
+        is_one_of "${record[index]}" "${REMEMBERED[@]}" || return 1
+    done
+}
+
+# A damaged record counts as none, and that is said.
+tell_of_damage() {
+    local record count holder
+    has_record && [[ -O $(record_file) ]] && ! load_record || return 0
+    holder=$(holders_of_port | head -n 1)
+    say "⚠️  $(record_file) is damaged, so what it tells of port $PORT counts for nothing${holder:+; pid $holder listens there}" \
+        "$(record_file) 已损坏，其中关于端口 $PORT 的记录不再有效${holder:+；进程 $holder 正在监听该端口}" >&2
+}
 
 # Sets pid, pid_born, log, started_in, remembered_arguments and remembered[SETTING]; fails if there is no record.
 read_record() {
@@ -62,8 +84,8 @@ read_record() {
     [[ -O $file || $action != start ]] || return 1
     [[ -O $file ]] || fail "What runs on port $PORT was started by the user $(stat -c %U "$file"): be that user (sudo -u)" \
         "端口 $PORT 上的应用由用户 $(stat -c %U "$file") 启动：请以该用户身份执行（sudo -u）"
-    mapfile -d '' -t record <"$file"
-    pid=${record[0]} pid_born=${record[1]} log=${record[2]} started_in=${record[3]} count=${record[4]}
+    load_record || return 1
+    pid=${record[0]} pid_born=${record[1]} log=${record[2]} started_in=${record[3]}
     remembered_arguments=("${record[@]:5:count}")
     for ((index = 5 + count; index < ${#record[@]}; index += 2)); do
         remembered["${record[index]}"]=${record[index + 1]}

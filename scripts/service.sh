@@ -111,7 +111,7 @@ prepare_start() {
     check_port "$python" "$1"
     choose_gpu
     check_install
-    [[ $DETACH == 0 ]] || check_writable RUN_DIR
+    [[ $DETACH == 0 ]] || check_run_dir
     if [[ $check == yes ]]; then
         plan_environment "$VENV_DIR" "$PROJECT_DIR/requirements.txt"
     else
@@ -187,7 +187,7 @@ run_detached() {
     trap - INT
     case $code in
         0)
-            rm -f "$(record_file).last"
+            rm -rf "$(record_file).last"
             tell_ways "$log (pid $pid)" "$(this_script stop)"
             ;;
         1)
@@ -219,8 +219,8 @@ end_it() {
     local until=$((SECONDS + STOP_TIMEOUT))
     while lives; do
         ((SECONDS < until)) ||
-            fail "Pid $pid still runs after $STOP_TIMEOUT s (STOP_TIMEOUT). Stop it once more to end it at once" \
-                "$STOP_TIMEOUT 秒后（STOP_TIMEOUT）进程 $pid 仍在运行。再次执行 stop 可立即结束"
+            fail "Pid $pid still runs after $STOP_TIMEOUT s (STOP_TIMEOUT). Stop it once more to end it at once; if it hangs: kill -9 $pid" \
+                "$STOP_TIMEOUT 秒后（STOP_TIMEOUT）进程 $pid 仍在运行。再次执行 stop 可立即结束；如已卡死：kill -9 $pid"
         sleep 0.1
     done
     say "Stopped" "已停止"

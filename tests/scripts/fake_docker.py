@@ -102,6 +102,10 @@ class Docker:
             "image": image,
             "command": command,
         }
+        if self.state.get("no_start"):
+            self.containers[name] = made | {"status": "created"}
+            self.save()
+            fail("docker: Error response from daemon: failed to create task for container", 125)
         self.containers[name] = made
         if "--detach" in found:
             self.bring_up(made)
@@ -131,6 +135,8 @@ class Docker:
     def answer(self, arguments: list[str]) -> None:
         if self.state["down"]:
             self.info([])
+        if arguments[0] in self.state.get("failing", []):
+            fail("Error response from daemon: no space left on device")
         match arguments:
             case ["info", *rest]:
                 self.info(rest)

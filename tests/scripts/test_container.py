@@ -253,6 +253,34 @@ class TestSomebodyElses:
         machine.say("stop", "--docker")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
+    @pytest.mark.parametrize("over", ["theirs", "ours"])
+    @pytest.mark.parametrize("trouble", [{"failing": ["run"]}, {"no_start": True}], ids=["not made", "made"])
+    def test_a_container_that_docker_cannot_start_leaves_the_old_one_as_it_was(
+        self, machine: Machine, over: str, trouble: dict[str, Any]
+    ) -> None:
+        if over == "ours":
+            machine.start("--replace")
+        machine.set(**trouble)
+        code, said = machine.call("--docker", "--detach", "--replace")
+        assert (code, f"docker start {NAME}" in said) == (1, True), said
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
+    @pytest.mark.parametrize("failing", ["rename", "update"])
+    def test_its_policy_outlives_a_docker_that_fails_in_the_middle_of_stop(
+        self, machine: Machine, failing: str
+    ) -> None:
+        machine.start("--replace")
+        machine.set(failing=[failing])
+        assert machine.call("stop", "--docker")[0] == 1
+        machine.set(failing=[])
+        assert "not known" not in machine.say("stop", "--docker")
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
+    def test_one_that_cannot_be_renamed_is_said_to_be_stopped(self, machine: Machine) -> None:
+        machine.set(failing=["rename"])
+        code, said = machine.call("--docker", "--detach", "--replace")
+        assert (code, f"is stopped: docker start {NAME}" in said) == (1, True), said
+
     def test_check_says_so_and_does_nothing(self, machine: Machine) -> None:
         said = machine.say("--docker", "--check", "--replace")
         assert f"Would stop {NAME} and keep it as {KEPT}" in said
@@ -376,3 +404,21 @@ def test_the_port_that_is_suggested_is_free(machine: Machine) -> None:
     with socket.create_server(("127.0.0.1", 65535)), socket.create_server(("127.0.0.1", 1024)):
         said = machine.refuse("--docker", "--check", PORT="65535")
     assert "--port 1025" in said
+
+
+LOWEST = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+CLOSED = pytest.mark.skipif(LOWEST.exists() and int(LOWEST.read_text()) < 2, reason="here anybody may take any port")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--host", "300.1.1.1"], "300.1.1.1"),
+        pytest.param(["--port", "1"], "no rights to a port below", marks=CLOSED),
+    ],
+)
+def test_where_it_cannot_listen_nothing_is_stopped(machine: Machine, arguments: list[str], why: str) -> None:
+    machine.set(containers={NAME: OLD})
+    said = machine.refuse("--docker", "--detach", "--replace", *arguments)
+    assert "Cannot listen on HOST" in said
+    assert why in said

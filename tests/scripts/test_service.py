@@ -260,7 +260,7 @@ def test_an_app_that_is_not_ready_in_time_goes_on(service: Service) -> None:
 def test_an_app_that_does_not_end_in_time_is_ended_by_a_second_stop(service: Service) -> None:
     pid = service.start("--stubborn")["pid"]
     code, output = service.call("stop", STOP_TIMEOUT="1")
-    assert (code, f"{pid} still runs after 1 s" in output) == (1, True)
+    assert (code, f"{pid} still runs after 1 s" in output, f"if it hangs: kill -9 {pid}" in output) == (1, True, True)
     assert runs(pid)
     service.say("stop")
     assert not runs(pid)
@@ -360,3 +360,31 @@ def test_the_real_app_starts_answers_starts_again_and_stops(tmp_path: Path) -> N
     log = (tmp_path / "run" / f"{port}.log").read_text()
     assert "Traceback" not in log
     assert wait_until(lambda: not list((tmp_path / "run").glob("*.pid")))
+
+
+@pytest.mark.parametrize(
+    "written", [b"", b"word", b"\0" * 9, b"1\0a\0\0/\09\0", b"1\0a\0\0/\0000\0HOST\0cut", None], ids=repr
+)
+def test_a_damaged_record_is_told_and_counts_as_none(service: Service, written: bytes | None) -> None:
+    record = service.run_dir / f"{service.port}.run"
+    service.run_dir.mkdir()
+    if written is None:
+        record.mkdir()
+    else:
+        record.write_bytes(written)
+    code, said = service.call("status")
+    assert (code, said.count(f"{record} is damaged")) == (3, 1), said
+    assert f"{record} is damaged" in service.say("--detach", "--serve")
+    assert "damaged" not in service.say("stop")
+    assert not record.exists()
+
+
+def test_a_restart_that_cannot_write_leaves_what_runs(service: Service, tmp_path: Path) -> None:
+    pid = service.start()["pid"]
+    (tmp_path / "file").touch()
+    code, said = service.call("restart", "--tmp-dir", str(tmp_path / "file" / "below"))
+    assert (code, "TMP_DIR" in said) == (1, True), said
+    (service.run_dir / f"{service.port}.try").symlink_to("/dev/full")
+    code, said = service.call("restart")
+    assert (code, f"RUN_DIR '{service.run_dir}' cannot be written" in said) == (1, True), said
+    assert runs(pid)

@@ -463,3 +463,21 @@ class TestEnvironment:
             (fresh.bin / name).write_text("#!/bin/sh\necho 'No module named ensurepip' >&2\nexit 1\n")
             (fresh.bin / name).chmod(0o755)
         assert "apt-get install python3 python3-venv" in fresh.refuse()
+
+
+def test_an_environment_may_be_a_link_to_what_is_not_made_yet(project: Project, tmp_path: Path) -> None:
+    link, disk = tmp_path / "environment", tmp_path / "disk"
+    link.symlink_to(disk)
+    project.serve(VENV_DIR=str(link))
+    assert (disk / "pyvenv.cfg").exists()
+    nowhere = tmp_path / "nowhere"
+    nowhere.symlink_to(tmp_path / "no disk" / "environment")
+    assert "cannot be written" in project.refuse("--check", VENV_DIR=str(nowhere))
+
+
+def test_an_empty_flag_is_the_default(shared: Project) -> None:
+    code, said = shared.run("--check", "--detach", "--venv-dir", "", "--run-dir=", "--host", "")
+    assert code == 0, said
+    assert f"{shared.folder}/.venv is ready" in said
+    assert "log: " + str(shared.folder / ".run") in said
+    assert "http://127.0.0.1:" in said
