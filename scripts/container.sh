@@ -100,7 +100,7 @@ start_container() {
         hold_kept
         await_container
     else
-        tell_when_ready 0.5
+        DOCKER=1 tell_when_ready 0.5
         exec "${run[@]}"
     fi
 }

@@ -32,7 +32,8 @@ is_ready() {
 # await_ready EVERY [PID]: wait until the process is ready, or else the container; 1 if it ends, 2 after READY_TIMEOUT.
 await_ready() {
     local every=$1 began=$SECONDS told=0 pid=${2:-}
-    until is_ready && { [[ -z $pid ]] || is_served_by "$pid"; }; do
+    # Who listens for a container is not the process that began it.
+    until is_ready && { [[ -z $pid || $DOCKER == 1 ]] || is_served_by "$pid"; }; do
         if [[ -n $pid ]]; then has_process "$pid"; else container_runs; fi || return 1
         if ((SECONDS - began >= READY_TIMEOUT)); then
             return 2

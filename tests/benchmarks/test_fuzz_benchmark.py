@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_one_upload_of_each_kind() -> None:
-    command = [sys.executable, "benchmarks/fuzz.py", "--uploads", "9", "--cases", "0", "--seed", "3"]
+    command = [sys.executable, "benchmarks/fuzz.py", "--uploads", "12", "--cases", "0", "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line.split() for line in done.stdout.splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,8 +71,12 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
         other.context.close()
         assert wait_until(lambda: recordings(folder) == mine), recordings(folder)
 
-        choose_task(page, "vad")
-        page.get_by_role("button", name="EDIT", exact=True).click()
+        for _ in range(2):  # a page that has lost its line may be loading itself anew just when it is pressed
+            choose_task(page, "vad")
+            page.get_by_role("button", name="EDIT", exact=True).click()
+            with suppress(AssertionError):
+                expect_results(page, 2, within_ms=40_000)
+                break
         expect_results(page, 2)
         page.locator("#prompt-audio").get_by_label("Clear").click()
         upload(page, tmp_path, "another.wav")
@@ -172,9 +177,9 @@ def ask(page: Page, folder: Path, name: str) -> None:
     page.get_by_role("button", name="CLONE", exact=True).click()
 
 
-def expect_results(page: Page, count: int) -> None:
+def expect_results(page: Page, count: int, within_ms: float | None = None) -> None:
     links = "#history .message-buttons-left a[download], #history .bot-row a[download]"
-    sync_api.expect(page.locator(links)).to_have_count(count)
+    sync_api.expect(page.locator(links)).to_have_count(count, timeout=within_ms)
 
 
 def choose_task(page: Page, task: str) -> None:
