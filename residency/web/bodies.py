@@ -16,22 +16,24 @@ async def read_at_most(
     limit_bytes: float, refusal: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Let the app have a body of up to that size; 413 with the sentence if it is larger."""
+    read_bytes, more, answered = 0, True, False
 
     async def refuse() -> None:
+        rest = more
         with move_on_after(_LINGER_S):
-            while (await receive()).get("more_body", False):
-                pass
+            while rest:
+                rest = (await receive()).get("more_body", False)
         await PlainTextResponse(refusal, 413)(scope, receive, send)
 
     length = Headers(scope=scope).get("content-length", "")
     if length.isdecimal() and int(length) > limit_bytes:
         return await refuse()
-    read_bytes, answered = 0, False
 
     async def counted() -> Message:
-        nonlocal read_bytes
+        nonlocal read_bytes, more
         message = await receive()
         read_bytes += len(message.get("body", b""))
+        more = message.get("more_body", False)
         # As if the sender had hung up: apps tidy up then.
         return message if read_bytes <= limit_bytes else {"type": "http.disconnect"}
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from residency.web import bodies
 from residency.web import traffic as traffic_module
 from residency.web.presence import Presence
 from residency.web.traffic import Traffic
@@ -207,8 +209,15 @@ class TestLargeBodies:
          ("/login", 1 << 16, "as files")],
     )  # fmt: skip
     def test_they_are_read_up_to_the_limit(
-        self, client: TestClient, gate: Gate, path: str, limit_bytes: int, way_out: str
+        self,
+        client: TestClient,
+        gate: Gate,
+        path: str,
+        limit_bytes: int,
+        way_out: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(bodies, "_LINGER_S", math.inf)  # who has sent all is answered without it
         gate.open()
         told, untold = b"x" * limit_bytes, lambda: iter([b"x" * (limit_bytes - 1), b"x"])
         for body in (told, untold()):
