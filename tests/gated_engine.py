@@ -84,10 +84,12 @@ def supported_edit_types() -> dict[str, list[str]]:
 
 def _pass(name: str) -> None:
     if (FOLDER / "native").exists():
-        print("in native code", flush=True)
         mutex = ctypes.create_string_buffer(64)
-        for _ in range(2):  # the second time for ever; no signal ends it
-            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        for _ in range(2):  # a signal may come before the first time has got there
+            with suppress(KeyboardInterrupt):
+                print("in native code", flush=True)
+                for _ in range(2):  # the second time for ever; no signal ends it
+                    ctypes.CDLL(None).pthread_mutex_lock(mutex)
     gate = FOLDER / name
     if gate.exists():
         print(f"at the gate: {name}", flush=True)

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from gradio_client import Client, handle_file
 from miniature import CHECKOUT, make_recording, make_weights
-from serving import RunningApp, run_app
+from serving import RunningApp, run_app, wait_until
 
 # Without a GPU "cuda" becomes the CPU; not before the checkout is imported, so that tests see what is imported when.
 PRETEND = """
@@ -69,6 +69,7 @@ def test_the_checkouts_own_speech_recognition_is_a_model_of_its_own(managed: Run
     assert managed.get("/gpu/status")[1]["models"]["asr"]["state"] == "released"
     managed.post("/gpu/warm", {"model": "asr"})
     managed.wait_for_line("asr: released -> gpu, 16.2 KB")
+    assert wait_until(lambda: managed.get("/gpu/status")[1]["models"]["asr"]["state"] == "gpu"), "soon after the line"
     assert managed.get("/gpu/status")[1]["models"]["asr"]["device_bytes"] == 64 * 64 * 4 + 64 * 4
     assert managed.model()["state"] == "released"
 
