@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.admission import Admission
+from residency.callers import call_site
 from residency.clock import SystemClock
 from residency.contracts import Adopt, Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
@@ -88,6 +89,8 @@ class GPUResourceManager:
     seconds or ``"15m"``; -1 is never; ``keep_warm="auto"`` learns it. With ``snapshot_dir`` released weights are kept
     on disk there, at most ``snapshot_limit_bytes`` of them, and read back instead of loaded. With ``budget_bytes`` the
     models together take no more of the device: idle ones leave for others, and requests wait for models in use.
+    ``wait_timeout`` is how long a request that names no time of its own waits for its turn and for room, at most; -1 is
+    any time. A load or restore on its behalf is not counted.
 
     All methods may be called from any thread. Moves run outside the lock, so `status` answers at once even while a
     model loads. A forked child has a closed manager: the models stay the parent's.
@@ -105,6 +108,7 @@ class GPUResourceManager:
         snapshot_dir: str | Path | None = None,
         snapshot_limit_bytes: int | None = None,
         budget_bytes: int | None = None,
+        wait_timeout: float | str = -1,
         clock: Clock | None = None,
         adopt: Adopt = adopt,
     ) -> None:
@@ -117,6 +121,7 @@ class GPUResourceManager:
             snapshot_dir=snapshot_dir,
             snapshot_limit_bytes=snapshot_limit_bytes,
             budget_bytes=budget_bytes,
+            wait_timeout=wait_timeout,
         )
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
         self._mover = Mover(self.device, adopt, snapshots)
@@ -125,7 +130,7 @@ class GPUResourceManager:
         self._dispatcher = Dispatcher(
             self.device, self._mover, self._clock, math.inf if budget_bytes is None else budget_bytes
         )
-        self._admission = Admission(self._dispatcher, self._check_open_locked)
+        self._admission = Admission(self._dispatcher, self._check_open_locked, self.settings["wait_timeout"])
         self._steering = Steering(self._dispatcher, self._check_open_locked)
         self._closed = False
         self._parents_slots: dict[str, Slot] = {}
@@ -253,18 +258,22 @@ class GPUResourceManager:
         with self._lock:
             return tuple(self._slots)
 
-    def lease(self, name: str, timeout: float | str | None = None) -> Lease:
+    def lease(self, name: str, timeout: float | str | None = None, *, reading: bool = False) -> Lease:
         """A context manager that gives the model's engine, on the device, and takes it back at its end.
 
+        The block's end does not wait until a large model has left the device: `status` says ``moving`` until then, and
+        `offload` waits for it. A model of at most 64 MB has left, unless that takes longer than a quarter of a second.
+
         ``timeout`` is how long to wait for the model at most, from entering until it is there: seconds or ``"30s"``;
-        None or -1: as long as it takes; 0: not at all.
+        0: not at all; -1: as long as it takes; None: the manager's ``wait_timeout``, which does not count the load.
+        With ``reading`` the block runs beside the request that has the model, if one has it: only for reading values.
 
         Entering raises what the loader raised (every request that waited for that load gets the same error; the
         next one tries again), `DeviceOutOfMemory`, `ManagerClosed`, `RequestTimeout`, `ModelBusy` (a timeout of 0, or
         too many waiting), `RequestCancelled`, `LoadTimeout`, or `LeaseDeadlock`.
         """
         timeout_s = None if timeout is None else seconds(timeout)
-        return Lease(self._admission, self._slots_named(name)[0], None if timeout_s == math.inf else timeout_s)
+        return Lease(self._admission, self._slots_named(name)[0], timeout_s, reading)
 
     # -- steering by hand ---------------------------------------------------------------------------------------
 
@@ -424,7 +433,9 @@ class GPUResourceManager:
 
     def _refuse_own(self, what: str, slots: list[Slot]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
-        if any(held is slot for held in held_slots() for slot in slots):
+        with self._lock:
+            kept_busy = (*held_slots(), *self._admission.kept_busy_locked(call_site()))
+        if any(held is slot for held in kept_busy for slot in slots):
             raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
 
     def _check_free_locked(self, name: str) -> None:
@@ -456,6 +467,7 @@ def get_gpu_manager(
     snapshot_dir: str | Path | None = None,
     snapshot_limit_bytes: int | None = None,
     budget_bytes: int | None = None,
+    wait_timeout: float | str | None = None,
 ) -> GPUResourceManager:
     """The manager of this process, made on the first call. Settings left out are those it already has.
 
@@ -478,7 +490,7 @@ def _comparable(**settings: Any) -> dict[str, Any]:
     for name, value in settings.items():
         if name == "keep_warm":
             settings[name] = keep_warm_seconds(value)
-        elif name == "idle_timeout":
+        elif name in ("idle_timeout", "wait_timeout"):
             settings[name] = seconds(value)
         elif name == "snapshot_dir" and value is not None:
             settings[name] = Path(value)

@@ -173,8 +173,11 @@ class GPUManagedTTS:
         return answer.clone() if _is_tensor(answer) and self.manager.device.holds_tensor(answer) else answer
 
     def read_part(self, path: Path) -> Any:
-        """What is found there in the engine: itself, a tensor's copy, or a `Part`."""
-        with self.lease() as engine:
+        """What is found there in the engine: itself, a tensor's copy, or a `Part`.
+
+        Joins the request that has the model, if one has it.
+        """
+        with self.manager.lease(self.name, reading=True) as engine:
             value = follow(path, engine)
             if _is_tensor(value):
                 return self._own(value)
@@ -189,14 +192,22 @@ class GPUManagedTTS:
             return follow(path, engine)(*(unwrapped(value, engine) for value in arguments), **there)
 
         with ExitStack() as held:
-            held.enter_context(self.lease())
+            lease = self.lease()
+            held.enter_context(lease)
             answer = self._speak(call)
-            return self._stream(held.pop_all(), answer) if isinstance(answer, types.GeneratorType) else answer
+            if not isinstance(answer, types.GeneratorType):
+                return answer
+            return self._stream(lease, held.pop_all(), answer)
 
-    def _stream(self, held: AbstractContextManager[Any], stream: Generator[Any, Any, Any]) -> Iterator[Any]:
+    def _stream(
+        self, lease: Lease, held: AbstractContextManager[Any], stream: Generator[Any, Any, Any]
+    ) -> Iterator[Any]:
         """A generator of the engine keeps the lease under which it began, until it ends, is closed or is let go."""
         with held, closing(stream):
-            yield from map(self._own, stream)
+            lease.resumed()
+            for item in stream:
+                yield self._own(item)
+                lease.resumed()
 
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
         if not model_path:

@@ -7,14 +7,14 @@ import contextvars
 import itertools
 import logging
 import math
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
+from .callers import CallSite, call_site, in_thread_pool
 from .diagnosis import is_device_lost
 from .dispatch import Dispatcher
-from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
+from .errors import Holder, LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from .latches import holds, new_latch
 from .leasing import Lease, held_slots
 from .planning import would_wait_for_itself
@@ -23,22 +23,51 @@ from .states import Request, Slot, State
 logger = logging.getLogger(__name__)
 
 
-class Admission:
-    """One request after the other on each model, in order of arrival. ``check_locked`` raises where none are taken."""
+FIRST_LOOK_S = 0.05
+"""How long after its arrival a request that waits first looks whether it waits for itself; then at growing intervals."""
 
-    def __init__(self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None]) -> None:
+LONGEST_PAUSE_S = 8.0
+"""The longest of these intervals."""
+
+STALLED_AFTER_S = 3.0
+"""How long a suspended generator may stand still before a request in the thread that resumes it gives up waiting."""
+
+TELL_AFTER_S = 30.0
+"""How long a request waits for another one until the log says so."""
+
+SMALL_BYTES = 64 << 20
+SMALL_LEAVES_WITHIN_S = 0.25
+"""A model of at most so many bytes has left the device when the block of a lease ends, if it leaves in that time."""
+
+
+class Admission:
+    """One request after the other on each model, in order of arrival. ``check_locked`` raises where none are taken.
+
+    ``wait_timeout_s`` is how long a request that names no time of its own waits for its turn and for room at most; the
+    time in which the model is brought to the device for this request is not counted.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None], wait_timeout_s: float = math.inf
+    ) -> None:
         self._dispatcher = dispatcher
         self._check_locked = check_locked
         self._clock = dispatcher.clock
+        self._wait_timeout_s = wait_timeout_s
         self._numbers = itertools.count(1)
 
     def acquire(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
         """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
-        dispatcher = self._dispatcher
+        dispatcher, site = self._dispatcher, call_site()
         with self._dispatcher.lock:
             self._check_locked(slot)
             now_s = self._clock.now()
-            request = Request(slot, next(self._numbers), threading.get_ident(), held_slots(), now_s)
+            holder = slot.holder
+            may_share = holder is not None and timeout_s != 0  # 0 asks for a model that nobody has
+            if holder and may_share and self._same_flow(holder, site, lease) and self._share_locked(lease, holder):
+                return holder
+            holding = (*held_slots(), *self.kept_busy_locked(site, lease.made_after))
+            request = Request(slot, next(self._numbers), site, holding, now_s)
             try:
                 self._refuse_if_futile_locked(request, timeout_s)
             except ResidencyError as error:
@@ -49,6 +78,7 @@ class Admission:
                 slot.left_s = None  # learned once, even if this request comes to nothing
             request.context = contextvars.copy_context()
             lease.request = request
+            lease.owns = True
             if lease.cancelled:
                 raise RequestCancelled(slot.name)
             slot.queue.append(request)
@@ -58,25 +88,62 @@ class Admission:
             self._wait(request, lease, now_s, timeout_s)
         if request.error is not None:
             raise request.error
-        return request
+        return lease.request or request
 
     def share(self, lease: Lease, request: Request) -> bool:
         """For `Lease`: let it count on a request in force as well; False if that has ended."""
         with self._dispatcher.lock:
             if self._dispatcher.slots.get(request.slot.name) is not request.slot:
                 self._check_locked(request.slot)  # in a forked child: the engine is the parent's
-            if not request.users:
-                return False
-            if lease.cancelled:
-                raise RequestCancelled(request.slot.name)
-            request.users += 1
-            lease.request = request
+            return self._share_locked(lease, request)
+
+    def join(self, lease: Lease, slot: Slot) -> bool:
+        """For `Lease`: let it count on the request that has the model now; False if none has."""
+        with self._dispatcher.lock:
+            self._check_locked(slot)
+            # Once the lease of that request has ended, readers must not keep the model from those who wait for it.
+            return slot.holder is not None and not slot.holder.ended and self._share_locked(lease, slot.holder)
+
+    def resumed(self, request: Request) -> None:
+        """For `Lease`: the generator in which the model is leased goes on, maybe in another thread."""
+        request.site = call_site()
+        request.resumed_s = self._clock.now()
+
+    def kept_busy_locked(self, site: CallSite, made_after: Iterable[Request] = ()) -> tuple[Slot, ...]:
+        """The models that this code keeps busy, as far as the call stack tells and the context does not."""
+        holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
+        return tuple(
+            holder.slot
+            for holder in holders
+            if holder.users and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
+        )
+
+    @staticmethod
+    def _same_flow(holder: Request, site: CallSite, lease: Lease) -> bool:
+        """Whether a request is made by the code that has the model, so that waiting would be waiting for itself."""
+        there = holder.site
+        if there.thread == site.thread and there.executes():
             return True
+        return there.same_flow(site) or (holder in lease.made_after and not there.executes())
+
+    @staticmethod
+    def _share_locked(lease: Lease, request: Request) -> bool:
+        if not request.users:
+            return False
+        if lease.cancelled:
+            raise RequestCancelled(request.slot.name)
+        request.users += 1
+        lease.request = request
+        lease.owns = False
+        return True
 
     def give_back(
         self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
     ) -> None:
-        """For `Lease`: end it, and wait for what the end of a request brings, so that the caller finds it done."""
+        """For `Lease`: end it, and begin what follows from the end of a request.
+
+        The caller does not wait until the model has left the device, unless the model is small.
+        """
         dispatcher, lost = self._dispatcher, is_device_lost(error)
         if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
             self.give_back_later(lease, discard)
@@ -88,6 +155,7 @@ class Admission:
                 return
             slot = request.slot
             request.users -= 1
+            request.ended = request.ended or lease.owns
             if slot.holder is request:
                 slot.broken = slot.broken or discard
                 if lost:
@@ -109,11 +177,9 @@ class Admission:
             else:
                 slot.history.refused(request.error)
         dispatcher.act()
-        # Who was refused, or waits no longer, has nothing to do with a model that is leaving.
-        if not wait or task is None or task.arrives or request.error is not None:
-            return
-        if not dispatcher.await_task_that_goes_on(task):
-            logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
+        small = slot.device_bytes <= SMALL_BYTES and request.error is None
+        if wait and small and task is not None and not task.arrives:
+            dispatcher.watch(slot, lambda: slot.task is not task, SMALL_LEAVES_WITHIN_S)
 
     def give_back_later(self, lease: Lease, discard: bool = False) -> None:
         """For `Lease`: let the monitor end it, or whoever acts next."""
@@ -153,13 +219,16 @@ class Admission:
         at_once = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken
         if timeout_s == 0 and not at_once:
             raise ModelBusy(slot.name, sum(1 for _ in slot.waiting()), slot.state.value)
-        if slot.holder is not None and slot.holder.thread == request.thread and _in_event_loop():
+        holder = slot.holder
+        if holder is not None and holder.site.resumed_by(request.site):
+            raise LeaseDeadlock(slot.name, _names(holding), self._facts(holder))
+        if holder is not None and holder.site.thread == request.site.thread and _in_event_loop():
             raise RuntimeError(
                 f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: take leases "
                 f"in worker threads (asyncio.to_thread)."
             )
         if holding and would_wait_for_itself(request, self._dispatcher.slots.values()):
-            raise LeaseDeadlock(slot.name, tuple(held.name for held in holding))
+            raise LeaseDeadlock(slot.name, _names(holding), self._facts(holder))
         if slot.max_waiting < math.inf and not at_once:
             waiting = sum(1 for _ in slot.waiting())
             if waiting >= slot.max_waiting and slot.in_use:
@@ -167,7 +236,8 @@ class Admission:
 
     def _wait(self, request: Request, lease: Lease, asked_s: float, timeout_s: float | None) -> None:
         slot, latch = request.slot, new_latch()
-        until_s = math.inf if timeout_s is None else asked_s + timeout_s
+        until_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
+        look_s, tell_s = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S
         with self._dispatcher.lock:
             request.latch = latch
             self._dispatcher.reports.tell_queue(slot)
@@ -175,14 +245,70 @@ class Admission:
         while not request.answered:
             with self._dispatcher.lock:
                 now_s = self._clock.now()
+                late = now_s >= until_s and not (timeout_s is None and self._comes_for(request))
                 if lease.cancelled and not request.answered:
                     self._refuse_locked(request, RequestCancelled(slot.name))
-                elif now_s >= until_s and not request.answered:
+                elif late and not request.answered:
                     place = list(slot.waiting()).index(request) + 1
-                    self._refuse_locked(request, RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value))
+                    facts = self._facts(slot.holder)
+                    self._refuse_locked(
+                        request, RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value, facts)
+                    )
+            if now_s >= look_s and not request.answered:
+                self._end_deadlock(request, lease)
+                look_s = now_s + min(max(now_s - asked_s, FIRST_LOOK_S), LONGEST_PAUSE_S)
+            if now_s >= tell_s and not request.answered and (facts := self._facts(slot.holder)) is not None:
+                logger.warning(
+                    "%s: a request has waited for %.0f s; the model is %s", slot.name, now_s - asked_s, facts.en
+                )
+                tell_s = math.inf
             if not request.answered:
-                self._clock.wait(latch, until_s - now_s)
+                self._clock.wait(latch, min(until_s if until_s > now_s else math.inf, look_s) - now_s)
         self._dispatcher.act()
+
+    def _end_deadlock(self, request: Request, lease: Lease) -> None:
+        """Serve or refuse a request that turns out to wait for the code that makes it."""
+        slot = request.slot
+        holder = slot.holder
+        if holder is None or not holder.users:
+            return
+        shares = self._same_flow(holder, request.site, lease)
+        if not shares and not self._waits_for(holder, request):
+            return
+        with self._dispatcher.lock:
+            if request.answered or slot.holder is not holder:
+                return
+            if shares and self._share_locked(lease, holder):
+                request.answer()
+                slot.queue.remove(request)
+                self._dispatcher.reports.tell_queue(slot)
+                slot.changed()
+            elif not shares:
+                self._refuse_locked(request, LeaseDeadlock(slot.name, _names(request.holding), self._facts(holder)))
+
+    def _waits_for(self, holder: Request, request: Request) -> bool:
+        """Whether the code that has the model cannot go on before the request is answered."""
+        if holder.site.waits_for(request.site.thread):
+            return True
+        if holder.site.thread != request.site.thread or holder.site.executes() or in_thread_pool():
+            return False
+        # Suspended, and this thread has resumed it until now. Another thread would have gone on with it meanwhile.
+        return self._clock.now() - holder.resumed_s >= STALLED_AFTER_S
+
+    @staticmethod
+    def _comes_for(request: Request) -> bool:
+        """Whether the model is on its way to the device for this request."""
+        slot = request.slot
+        return slot.task is not None and slot.task.arrives and slot.head() is request
+
+    def _facts(self, holder: Request | None) -> Holder | None:
+        if holder is None or not holder.users:
+            return None
+        return Holder(holder.site.where, holder.site.thread_name, max(0.0, self._clock.now() - holder.served_s))
+
+
+def _names(slots: Iterable[Slot]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(slot.name for slot in slots))
 
 
 def _in_event_loop() -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import gc
 import logging
 import math
 import threading
@@ -53,6 +54,9 @@ FREED_WITHIN_S = 2.0
 STUCK_AFTER_S = 30.0
 """How long a model that is leaving may stand still before nobody waits for it any more."""
 
+_SEARCH_REST = 20.0
+"""A collection of garbage may take long in a large program: then so many times as long passes until the next."""
+
 OUT_OF_MEMORY_RETRIES = 5
 """How often a move to a full device is tried again at most, while other models come and go."""
 
@@ -74,8 +78,9 @@ class Dispatcher:
         self.slots: dict[str, Slot] = {}
         self.card = CardHistory()
         self.reports = Reports(device, clock)
-        self.monitor = Monitor(self.lock, clock, self._look_locked, self.act)
+        self.monitor = Monitor(self.lock, clock, self._look_locked, self._act_for_monitor)
         self._begun = False
+        self._search_garbage, self._search_from_s = False, -math.inf
         self._threads: dict[Task, threading.Thread] = {}
         self._changes = 0  # how many moves have begun or ended
 
@@ -91,7 +96,7 @@ class Dispatcher:
         if slot.at is State.DEVICE and slot.task is None and slot.holder is None:
             self._keep_budget_locked()
         now_s = self.clock.now()
-        self.monitor.expect_locked(next_deadline(slot, now_s, self.device.separate))
+        self.monitor.expect_locked(self._deadline_locked(slot, now_s))
 
     def begin_locked(self, slot: Slot, move: Move, *, made_room: bool = False) -> Task:
         """Begin a move of a settled model that nobody holds; ``made_room``: others have just left for it."""
@@ -107,6 +112,7 @@ class Dispatcher:
             head.context if head and head.context else contextvars.Context(),
             give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
             made_room=made_room,
+            seen_s=now_s,
         )
         task.progress.changed = lambda: self._progressed(task)
         slot.task = task
@@ -138,6 +144,15 @@ class Dispatcher:
             left = [task for task in tasks if not self._spawn(task)]
         for task in left:
             self._run(task)
+
+    def _act_for_monitor(self) -> None:
+        """Also find leases that nothing refers to but themselves. Python might not collect for hours."""
+        if self._search_garbage:
+            self._search_garbage = False
+            began_s = self.clock.now()
+            gc.collect()
+            self._search_from_s = self.clock.now() + _SEARCH_REST * (self.clock.now() - began_s)
+        self.act()
 
     def leave(self) -> dict[str, Slot]:
         """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
@@ -198,13 +213,42 @@ class Dispatcher:
             if slot.task is not None and now_s >= slot.task.give_up_at_s:
                 self._give_up_locked(slot)
             self._step_locked(slot)
-        if any(slot.task and not slot.task.spawned for slot in self.slots.values()):
+            self._search_locked(slot, now_s)
+            self._tell_of_standstill_locked(slot, now_s)
+        if self._search_garbage or any(slot.task and not slot.task.spawned for slot in self.slots.values()):
             self._begun = True
             return now_s
         if self.left:
             return now_s
-        separate = self.device.separate
-        return min((next_deadline(slot, now_s, separate) for slot in self.slots.values()), default=math.inf)
+        return min((self._deadline_locked(slot, now_s) for slot in self.slots.values()), default=math.inf)
+
+    def _deadline_locked(self, slot: Slot, now_s: float) -> float:
+        deadline_s = next_deadline(slot, now_s, self.device.separate)
+        if slot.holder is not None:
+            return min(deadline_s, slot.holder.search_s)
+        task = slot.task
+        if task is not None and not task.arrives and not task.hangs:
+            return min(deadline_s, float(task.seen_s) + STUCK_AFTER_S)
+        return deadline_s
+
+    def _search_locked(self, slot: Slot, now_s: float) -> None:
+        """Have garbage collected if the model is leased by code that does not execute any more."""
+        holder = slot.holder
+        if holder is None or now_s < holder.search_s:
+            return
+        holder.searched_s = now_s
+        if now_s >= self._search_from_s and not holder.site.executes():
+            self._search_garbage = True
+
+    def _tell_of_standstill_locked(self, slot: Slot, now_s: float) -> None:
+        """Log once that a model which leaves does not make progress: its memory stays taken."""
+        task = slot.task
+        if task is None or task.arrives or task.hangs or now_s < task.seen_s + STUCK_AFTER_S:
+            return
+        task.hangs = task.seen == task.progress.facts
+        task.seen, task.seen_s = task.progress.facts, now_s
+        if task.hangs:
+            logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
 
     def _step_locked(self, slot: Slot) -> None:
         if slot.holder is not None and not slot.holder.users:
@@ -222,7 +266,7 @@ class Dispatcher:
     def _serve_locked(self, slot: Slot) -> None:
         request = slot.head()
         assert request is not None
-        request.served_s = self.clock.now()
+        request.served_s = request.resumed_s = request.searched_s = self.clock.now()
         slot.holder = request
         request.answer()
         if request.latch is not None:  # it has waited

@@ -6,6 +6,8 @@ hands it to its parent). Messages that reach the page are written in English and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class ResidencyError(Exception):
     """Base of all errors raised by this project. Its fields are the arguments of its constructor."""
@@ -45,26 +47,47 @@ class ModelExists(ResidencyError):
         self.name = name
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The request that has a model: the code that took the lease, its thread, and since how many seconds."""
+
+    where: str
+    thread: str
+    held_s: float
+
+    @property
+    def en(self) -> str:
+        return f"held for {self.held_s:.3g} s by {self.where} (thread {self.thread})"
+
+    @property
+    def zh(self) -> str:
+        return f"{self.where}（线程 {self.thread}）已占用 {self.held_s:.3g} 秒"
+
+
 class RequestTimeout(ResidencyError, TimeoutError):
     """A request did not get its model in the time it had. Nothing was harmed: what was being moved arrives.
 
-    ``place`` is where it stood (1: served next), ``doing`` what the model was doing then (a state's name).
+    ``place`` is where it stood (1: served next), ``doing`` what the model was doing then (a state's name), ``holder``
+    the request that had the model then, if one had it.
     """
 
-    def __init__(self, name: str, waited_s: float, place: int, doing: str) -> None:
+    def __init__(self, name: str, waited_s: float, place: int, doing: str, holder: Holder | None = None) -> None:
+        held_en, held_zh = (f"; {holder.en}", f"；{holder.zh}") if holder else ("", "")
         super().__init__(
-            f"{name!r} was not to be had within {waited_s:.3g} s ({doing}; place {place} in the queue). Try again, or "
-            f"allow more time. / {waited_s:.3g} 秒内未能使用 {name!r}（{doing}；排队第 {place} 位）。"
-            f"请重试，或延长等待时间。",
+            f"{name!r} was not to be had within {waited_s:.3g} s ({doing}; place {place} in the queue{held_en}). Try "
+            f"again, or allow more time (--gpu-wait-timeout, or timeout). / {waited_s:.3g} 秒内未能使用 {name!r}"
+            f"（{doing}；排队第 {place} 位{held_zh}）。请重试，或延长等待时间（--gpu-wait-timeout 或 timeout）。",
             name,
             waited_s,
             place,
             doing,
+            holder,
         )
         self.name = name
         self.waited_s = waited_s
         self.place = place
         self.doing = doing
+        self.holder = holder
 
 
 class ModelBusy(ResidencyError):
@@ -94,18 +117,34 @@ class RequestCancelled(ResidencyError):
 
 
 class LeaseDeadlock(ResidencyError, RuntimeError):
-    """A request would wait for somebody who waits for who makes it, for ever."""
+    """A request would wait for ever: the code that has the model waits for the code that makes the request.
 
-    def __init__(self, name: str, holding: tuple[str, ...]) -> None:
-        super().__init__(
-            f"Waiting for {name!r} while holding {', '.join(holding)} would be waiting for ever: who has it waits for "
-            f"those, or a loader asks for its own model. Take the leases in the same order everywhere. / "
-            f"持有 {'、'.join(holding)} 时等待 {name!r} 会造成死锁：请在各处以相同顺序获取租约。",
-            name,
-            holding,
-        )
+    ``holding`` are the models that the request's own code has or loads, ``holder`` is the request that has the model.
+    """
+
+    def __init__(self, name: str, holding: tuple[str, ...], holder: Holder | None = None) -> None:
+        held_en, held_zh = (f" ({holder.en})", f"（{holder.zh}）") if holder else ("", "")
+        if holding:
+            en = (
+                f"Waiting for {name!r} while holding {', '.join(holding)} would never end{held_en}: the request that "
+                f"has it waits for those, or a loader asks for its own model. Take the leases in the same order "
+                f"everywhere."
+            )
+            zh = f"持有 {'、'.join(holding)} 时等待 {name!r}{held_zh} 会造成死锁：请在各处以相同顺序获取租约。"
+        else:
+            en = (
+                f"Waiting for {name!r}{held_en} would never end: the code that has it waits for this request, or is "
+                f"continued by it. Leave that lease first, or make this request in its context "
+                f"(contextvars.copy_context().run) to share it."
+            )
+            zh = (
+                f"等待 {name!r}{held_zh} 会造成死锁：占用它的代码正在等待本请求，或需由本请求的代码继续执行。"
+                f"请先退出该租约，或在其上下文中（contextvars.copy_context().run）发出请求以共享它。"
+            )
+        super().__init__(f"{en} / {zh}", name, holding, holder)
         self.name = name
         self.holding = holding
+        self.holder = holder
 
 
 class LoadTimeout(ResidencyError, TimeoutError):

@@ -29,6 +29,12 @@ class Lessor(Protocol):
     def give_back_later(self, lease: Lease, discard: bool = False) -> None:
         """Have another thread do that. May be called at any point, where somebody holds the manager's lock."""
 
+    def join(self, lease: Lease, slot: Slot) -> bool:
+        """Let the lease count on the request that has the model now; False if none has."""
+
+    def resumed(self, request: Request) -> None:
+        """The generator in which the model is leased goes on, maybe in another thread."""
+
     def look_again(self) -> None:
         """Somebody was interrupted: have what they left undone found and done."""
 
@@ -40,6 +46,7 @@ class Lessor(Protocol):
 
 
 _held: contextvars.ContextVar[tuple[Request, ...]] = contextvars.ContextVar("held_requests", default=())
+_made: contextvars.ContextVar[tuple[_Made, ...]] = contextvars.ContextVar("made_leases", default=())
 _watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
 _loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_slots", default=())
 
@@ -51,7 +58,12 @@ class Lease:
     arrival), loads or restores the model and gives the engine. It blocks its thread: asyncio programs enter it in a
     worker thread. Who holds a lease and enters another one on the same model, in the same thread of control or in
     work started with its context (`asyncio.to_thread`), shares the first; the model is given back when all have
-    left. A lease that is lost without having been left is given back when Python collects it.
+    left. The same holds for a generator that is resumed with another context or in another thread, and for a coroutine
+    that makes a lease and enters it with `asyncio.to_thread`. A lease that is lost without having been left is given
+    back when Python collects it; a collection is made if the code that holds it does not execute for some seconds.
+
+    With ``reading`` the lease joins the request that has the model at the moment, if one has it, and takes a turn of its
+    own otherwise: for looking at a value that no request changes.
 
     `cancel`, `place` and `discard` may be called from any thread.
     """
@@ -59,12 +71,20 @@ class Lease:
     #: Discovery stops here: behind a lease there are the manager and other models.
     not_of_the_engine = True
 
-    def __init__(self, lessor: Lessor, slot: Slot, timeout_s: float | None = None) -> None:
+    def __init__(self, lessor: Lessor, slot: Slot, timeout_s: float | None = None, reading: bool = False) -> None:
         self._lessor = lessor
         self._slot = slot
         self._timeout_s = timeout_s
+        self._reading = reading
         self._entered = self._ended = self._cancelled = self._broken = False
         self.request: Request | None = None
+        #: Whether the request was made for this lease, and not for one that it shares.
+        self.owns = False
+        made = tuple(one for one in _made.get() if not one.over)
+        #: Requests in force whose leases were made in this context before, wherever they were entered.
+        self.made_after = tuple(one.request for one in made if one.request is not None)
+        self._made = _Made()
+        _made.set((*made, self._made))
 
     def __enter__(self) -> Any:
         if self._entered:
@@ -75,9 +95,13 @@ class Lease:
         for outer in _held.get():
             if outer.slot is self._slot and self._lessor.share(self, outer):
                 return self._slot.engine
+        if self._reading and self._lessor.join(self, self._slot):
+            return self._slot.engine
         try:
             request = self._lessor.acquire(self._slot, self._timeout_s, self)
             _held.set((*held_requests(), request))
+            if self._made in _made.get():  # here or with a copy of the context in which it was made
+                self._made.request = request
             return self._slot.engine
         except BaseException:
             self._leave()
@@ -88,6 +112,7 @@ class Lease:
 
     # Bound now: at the end of the interpreter modules lose what is in them, and no thread can be begun or waited for.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        self._made.over = True
         if self.request is not None and not ending():
             self._ended = True
             self._lessor.give_back_later(self, self._broken)
@@ -114,6 +139,11 @@ class Lease:
         request = self.request
         return None if request is None else self._lessor.place(request)
 
+    def resumed(self) -> None:
+        """For a generator that holds the lease: say at each step that it goes on, and where from."""
+        if self.request is not None and self.owns:
+            self._lessor.resumed(self.request)
+
     def discard(self) -> None:
         """Say that the engine is broken: it is dropped when the lease ends, and the next request loads it anew.
 
@@ -122,7 +152,8 @@ class Lease:
         self._broken = True
 
     def _leave(self, error: BaseException | None = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        self._ended = True
+        self._ended = self._made.over = True
+        self._made.request = None
         if ending():
             return
         try:
@@ -164,6 +195,16 @@ def loading(slot: Slot) -> Iterator[None]:
     finally:
         load.under_way = False  # threads that the loader has started with its context go on
         _loading.reset(token)
+
+
+class _Made:
+    """A lease in the context in which it was made: its request while it is in force, and whether it is over."""
+
+    __slots__ = ("over", "request")
+
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.over = False
 
 
 class _Loading:

@@ -44,6 +44,10 @@ class Task:
     put_off: bool = False
     given_up: bool = False
     told_s: float = -math.inf
+    #: How far it had come when that was last looked at, and when.
+    seen: tuple[str, int, int | None] | None = None
+    seen_s: float = -math.inf
+    hangs: bool = False
     moved_bytes: int = 0
     error: BaseException | None = None
 

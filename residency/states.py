@@ -27,6 +27,7 @@ from .history import History
 from .latches import open_latch
 
 if TYPE_CHECKING:
+    from .callers import CallSite
     from .contracts import KeptPart, Policy, Resident
     from .randomness import RandomState
 
@@ -60,6 +61,9 @@ class State(enum.Enum):
             return "cpu" if device_kind == "cpu" else "gpu"
         return "moving"
 
+
+SEARCH_AFTER_S = 2.0
+"""How long the code that has a lease may stand still until the manager looks whether it still exists."""
 
 SETTLED = frozenset({State.RELEASED, State.DEVICE, State.HOST})
 
@@ -99,29 +103,37 @@ class MoveRecord:
 class Request:
     """One request for a model, from its arrival to its end; whoever changes it holds the manager's lock.
 
-    ``number`` is its place in the order of arrival over all models. ``holding`` are the slots that who asks keeps busy
-    meanwhile: models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an
-    ``error``.
+    ``number`` is its place in the order of arrival over all models. ``site`` is the code that asks, or that last
+    resumed the generator in which the model is leased. ``holding`` are the slots that this code keeps busy meanwhile:
+    models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an ``error``.
     """
 
-    __slots__ = ("answered", "asked_s", "context", "error", "holding", "latch", "number", "served_s", "slot", "thread",
-                 "users")  # fmt: skip
+    __slots__ = ("answered", "asked_s", "context", "ended", "error", "holding", "latch", "number", "resumed_s",
+                 "searched_s", "served_s", "site", "slot", "users")  # fmt: skip
 
     def __init__(
-        self, slot: Slot, number: int, thread: int, holding: tuple[Slot, ...] = (), asked_s: float = 0.0
+        self, slot: Slot, number: int, site: CallSite, holding: tuple[Slot, ...] = (), asked_s: float = 0.0
     ) -> None:
         self.slot = slot
         self.number = number
-        self.thread = thread
+        self.site = site
         self.holding = holding
-        self.asked_s = self.served_s = asked_s
+        self.asked_s = self.served_s = self.resumed_s = asked_s
+        #: When garbage was last collected in case that nothing refers to its lease any more.
+        self.searched_s = asked_s
         self.answered = False
         self.error: BaseException | None = None
-        #: How many nested leases share it.
+        #: How many nested leases share it; and whether the lease that it was made for has ended.
         self.users = 1
+        self.ended = False
         #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
         self.latch: threading.Lock | None = None
         self.context: contextvars.Context | None = None
+
+    @property
+    def search_s(self) -> float:
+        """When to look whether the code that has the lease still exists: at intervals that double."""
+        return self.searched_s + max(SEARCH_AFTER_S, self.searched_s - self.resumed_s)
 
     def answer(self, error: BaseException | None = None) -> None:
         """Served, or (with an error) not; wakes who waits for it."""

@@ -21,6 +21,7 @@ def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict
         "host_bytes": slot.host_bytes,
         "idle_s": _idle_s(slot, now_s),
         "leases": int(slot.holder is not None),
+        "holder": _holder(slot, now_s),
         "waiting": sum(1 for _ in slot.waiting()),
         "keep_warm_s": _finite(slot.policy.keep_warm_s),
         "idle_timeout_s": _finite(slot.policy.idle_timeout_s),
@@ -56,6 +57,15 @@ def _idle_s(slot: Slot, now_s: float) -> float | None:
     if slot.holder is not None:
         return 0.0
     return None if slot.idle_since_s is None else round(max(0.0, now_s - slot.idle_since_s), 3)
+
+
+def _holder(slot: Slot, now_s: float) -> dict[str, Any] | None:
+    """The request that has the model: the code that took the lease, its thread, and since how many seconds."""
+    holder = slot.holder
+    if holder is None:
+        return None
+    held_s = round(max(0.0, now_s - holder.served_s), 3)
+    return {"where": holder.site.where, "thread": holder.site.thread_name, "held_s": held_s}
 
 
 def _next(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[str, Any] | None:

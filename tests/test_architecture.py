@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
-PURE_LAYERS = [["errors", "latches", "units"],
+PURE_LAYERS = [["callers", "errors", "latches", "units"],
                ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
                ["adaptive", "history"], ["states", "policies"],
                ["settings", "planning", "leasing", "moving", "monitor"], ["status", "reports", "cli"],

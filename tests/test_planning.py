@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from residency.callers import call_site
 from residency.planning import (
     Room,
     Serve,
@@ -25,6 +26,7 @@ from residency.planning import (
 from residency.policies import FixedPolicy
 from residency.states import TRANSITIONS, Move, Request, Slot, State
 
+HERE = call_site()
 SETTLED = [State.RELEASED, State.DEVICE, State.HOST]
 
 
@@ -54,13 +56,13 @@ def slot(state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, nam
 
 
 def ask(model: Slot, number: int = 1, holding: tuple[Slot, ...] = ()) -> Request:
-    request = Request(model, number, 0, holding)
+    request = Request(model, number, HERE, holding)
     model.queue.append(request)
     return request
 
 
 def hold(model: Slot, number: int = 0) -> Slot:
-    model.holder = Request(model, number, 0)
+    model.holder = Request(model, number, HERE)
     model.holder.answered = True
     return model
 
@@ -444,9 +446,9 @@ def test_waiting_in_a_circle_is_seen() -> None:
     models = [a, b, c]
     ask(b, 1, holding=(a,))
     ask(c, 2, holding=(b,))
-    assert would_wait_for_itself(Request(a, 3, 0, holding=(c,)), models)
-    assert not would_wait_for_itself(Request(c, 3, 0, holding=(a,)), models)
-    assert not would_wait_for_itself(Request(a, 3, 0), models)
+    assert would_wait_for_itself(Request(a, 3, HERE, holding=(c,)), models)
+    assert not would_wait_for_itself(Request(c, 3, HERE, holding=(a,)), models)
+    assert not would_wait_for_itself(Request(a, 3, HERE), models)
 
 
 def test_of_several_who_wait_each_may_close_the_circle() -> None:
@@ -454,22 +456,22 @@ def test_of_several_who_wait_each_may_close_the_circle() -> None:
     ask(b, 1, holding=(a,))
     ask(c, 2, holding=(a,))
     for held in (b, c):
-        assert would_wait_for_itself(Request(a, 3, 0, holding=(held,)), [a, b, c])
+        assert would_wait_for_itself(Request(a, 3, HERE, holding=(held,)), [a, b, c])
 
 
 def test_a_loader_that_asks_for_its_own_model_waits_for_itself() -> None:
     a = moving(slot(State.RELEASED), State.DEVICE)
-    assert would_wait_for_itself(Request(a, 1, 0, holding=(a,)), [a])
+    assert would_wait_for_itself(Request(a, 1, HERE, holding=(a,)), [a])
 
 
 def test_who_was_answered_holds_up_nobody() -> None:
     a, b = (hold(slot(State.DEVICE, name=name)) for name in "ab")
     ask(b, 1, holding=(a,)).answer(TimeoutError())
-    assert not would_wait_for_itself(Request(a, 2, 0, holding=(b,)), [a, b])
+    assert not would_wait_for_itself(Request(a, 2, HERE, holding=(b,)), [a, b])
 
 
 def test_a_request_begins_unanswered_and_an_answer_lets_go_of_who_asked() -> None:
-    request = Request(Slot("tts", dict, FixedPolicy()), 1, 1)
+    request = Request(Slot("tts", dict, FixedPolicy()), 1, HERE)
     assert (request.answered, request.error, request.context, request.asked_s) == (False, None, None, 0)
     request.context = contextvars.Context()
     request.answer()

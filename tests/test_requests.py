@@ -82,7 +82,7 @@ def test_who_gives_up_does_not_wait_for_a_model_that_is_leaving(
         second.lease.cancel()
         with pytest.raises(RequestCancelled):
             second.worker.result()
-    assert leaving.is_alive()
+    assert manager.status()["models"]["tts"]["state"] == "moving"
     gate.open()
     leaving.result()
 

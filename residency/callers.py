@@ -1,0 +1,142 @@
+"""Where a lease was taken, and whether that code can go on while another request waits for the lease.
+
+A context (`contextvars`) does not tell who holds a lease: frameworks run each step of a generator with a fresh copy of
+the context, often in another thread, and thread pools pass no context on. Call stacks tell more:
+
+- A generator keeps its frame from step to step. A request that is made with that frame on its stack belongs to the same
+  flow of control as the lease that was taken under the frame.
+- A function whose frame is on no stack has returned or is suspended, and does not execute.
+- A thread that waits in `Thread.join` or `Future.result` names in its frame what it waits for.
+
+Frames are remembered by address and code object, since a reference to a frame keeps its local variables alive.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import concurrent.futures.thread
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from types import CodeType, FrameType
+from typing import Any
+
+_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+#: Modules between a lease and the code that asks for it.
+_INTERNAL = frozenset({__name__, "contextlib", "gpu_manager", "tts_gpu_managed", "residency.admission",
+                       "residency.leasing", "residency.parts"})  # fmt: skip
+
+#: Modules that run one task after the other in a thread.
+_POOLS = ("concurrent.futures", "anyio")
+_RUNNERS = (*_POOLS, "asyncio", "threading")
+
+_JOIN = threading.Thread.join.__code__
+_RESULTS = frozenset({concurrent.futures.Future.result.__code__, concurrent.futures.Future.exception.__code__})
+_WAITS = frozenset({concurrent.futures.wait.__code__, concurrent.futures.as_completed.__code__})
+_WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
+
+Activation = tuple[int, CodeType]
+"""One execution of a function: the address of its frame, and its code object."""
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """The stack of a thread at the moment when it asks for a lease.
+
+    Attributes:
+        thread: `threading.get_ident` of the thread.
+        code, line: the innermost frame outside of this library.
+        frame: that frame; None if it is a thread pool's, which outlives the task that takes the lease.
+        generators: the generators and coroutines of the stack outside of this library, innermost first.
+    """
+
+    thread: int
+    code: CodeType
+    line: int
+    frame: Activation | None
+    generators: tuple[Activation, ...]
+
+    @property
+    def where(self) -> str:
+        """File, line and function, such as ``web/speech.py:146 in clone``."""
+        file = "/".join(PurePath(self.code.co_filename).parts[-2:])
+        return f"{file}:{self.line} in {self.code.co_name}"
+
+    @property
+    def thread_name(self) -> str:
+        """The name of the thread, if it still runs."""
+        return next((one.name for one in threading.enumerate() if one.ident == self.thread), f"{self.thread} (ended)")
+
+    def executes(self) -> bool:
+        """Whether the function that asked for the lease is on its thread's stack: not returned and not suspended."""
+        return self.frame is not None and self.frame in map(_activation, _stack(self.thread))
+
+    def same_flow(self, other: CallSite) -> bool:
+        """Whether a request made there is made by the generator under which the lease was taken here."""
+        return bool(self.generators) and self.generators[0] in other.generators
+
+    def resumed_by(self, other: CallSite) -> bool:
+        """Whether a generator that resumes what holds the lease is on that stack, and so cannot do it meanwhile."""
+        return not set(self.generators).isdisjoint(other.generators)
+
+    def waits_for(self, thread: int) -> bool:
+        """Whether the thread waits, in `Thread.join` or for futures, until another thread has done its present task."""
+        tasks = {id(_local(frame, "self").future) for frame in _stack(thread) if frame.f_code is _WORK_ITEM}
+        return any(_waits_for(frame, thread, tasks) for frame in _stack(self.thread))
+
+
+def call_site() -> CallSite:
+    """The stack of this thread. Costs some microseconds."""
+    frame: FrameType | None = sys._getframe(1)
+    caller: FrameType | None = None
+    generators: list[Activation] = []
+    while frame is not None:
+        suspendable = frame.f_code.co_flags & _SUSPENDABLE
+        if (caller is None or suspendable) and frame.f_globals.get("__name__") not in _INTERNAL:
+            caller = caller or frame
+            if suspendable:
+                generators.append(_activation(frame))
+        outermost, frame = frame, frame.f_back
+    if caller is None:
+        caller = outermost
+    activation = None if _module(caller).startswith(_RUNNERS) else _activation(caller)
+    return CallSite(threading.get_ident(), caller.f_code, caller.f_lineno, activation, tuple(generators))
+
+
+def in_thread_pool() -> bool:
+    """Whether this thread belongs to a pool, in which other threads may resume what this one has suspended."""
+    return any(_module(frame).startswith(_POOLS) for frame in _stack(threading.get_ident()))
+
+
+def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
+    code = frame.f_code
+    if code is _JOIN:
+        return bool(_local(frame, "self").ident == thread)
+    if code in _RESULTS:
+        return id(_local(frame, "self")) in tasks
+    futures = _local(frame, "fs") if code in _WAITS else None
+    return isinstance(futures, set) and not tasks.isdisjoint(map(id, futures))
+
+
+def _stack(thread: int) -> Iterator[FrameType]:
+    """The frames of a thread, innermost first; none if it has ended."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _activation(frame: FrameType) -> Activation:
+    return id(frame), frame.f_code
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _local(frame: FrameType, name: str) -> Any:
+    return frame.f_locals.get(name)

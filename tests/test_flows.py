@@ -1,0 +1,419 @@
+"""Leases in generators, coroutines and thread pools, where the context does not tell who holds them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from typing import Any
+
+import pytest
+import torch
+from fakes import Worker, Workshop, await_that
+
+from gpu_manager import GPUResourceManager, LeaseDeadlock, RequestTimeout, SimulatedDevice
+from residency.clock import ManualClock
+from tts_gpu_managed import GPUManagedTTS
+
+
+class Speaker(torch.nn.Module):
+    """An engine that streams, with a plain value, a tensor, and a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sample_rate = 24_000
+        self.voice = torch.nn.Linear(4, 4)
+
+    def stream(self, text: str) -> Iterator[torch.Tensor]:
+        for number, _ in enumerate(text):
+            yield self.voice.weight.sum() + number
+
+    def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
+        return self.voice.weight.sum().reshape(1, 1), self.sample_rate
+
+
+@pytest.fixture
+def shop() -> Iterator[GPUManagedTTS]:
+    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
+        yield GPUManagedTTS(None, manager=manager, load=Speaker)
+
+
+def held(manager: GPUResourceManager, name: str = "tts") -> dict[str, Any] | None:
+    holder: dict[str, Any] | None = manager.status()["models"][name]["holder"]
+    return holder
+
+
+def step(generator: Iterator[Any]) -> Any:
+    """One step as frameworks make it: with a fresh copy of the context, in a thread of a pool."""
+    return Worker(contextvars.copy_context().run, next, generator, None).result()
+
+
+def steps(generator: Iterator[Any]) -> list[Any]:
+    found = []
+    while (one := step(generator)) is not None:
+        found.append(one)
+    return found
+
+
+# -- handlers that stream ---------------------------------------------------------------------------------------
+
+
+def test_a_handler_reads_values_while_it_streams(shop: GPUManagedTTS) -> None:
+    def handler() -> Iterator[str]:
+        for chunk in shop.stream("abc"):
+            yield f"{chunk.dim()} at {shop.sample_rate} with {shop.voice.weight.shape}"
+
+    assert len(steps(handler())) == 3
+    assert held(shop.manager) is None
+
+
+@pytest.mark.parametrize("second", ["a call", "a lease", "a part", "another stream"])
+def test_a_handler_makes_a_second_request_while_it_streams(shop: GPUManagedTTS, second: str) -> None:
+    def ask() -> Any:
+        if second == "a call":
+            return shop.clone("", "", "")[1]
+        if second == "a lease":
+            with shop.lease() as engine:
+                return engine.sample_rate
+        if second == "a part":
+            return shop.voice(torch.ones(4)).shape[0] * 6000
+        return sum(1 for _ in shop.stream("ab")) * 12_000
+
+    def handler() -> Iterator[Any]:
+        for _ in shop.stream("abc"):
+            yield ask()
+
+    assert steps(handler()) == [24_000] * 3
+    assert held(shop.manager) is None
+
+
+def test_a_lease_in_a_handler_is_its_own_at_each_step(shop: GPUManagedTTS) -> None:
+    def handler() -> Iterator[int]:
+        with shop.lease():
+            for _ in range(3):
+                with shop.lease() as engine:
+                    yield engine.sample_rate
+
+    assert steps(handler()) == [24_000] * 3
+    assert held(shop.manager) is None
+
+
+def test_values_are_read_beside_a_request_that_has_the_model(shop: GPUManagedTTS) -> None:
+    stream = shop.stream("ab")
+    step(stream)
+    assert Worker(lambda: (shop.sample_rate, float(shop.voice.bias.sum()))).result()[0] == 24_000
+    assert held(shop.manager) is not None
+    stream.close()
+    assert held(shop.manager) is None
+
+
+def test_readers_do_not_keep_a_model_from_those_who_wait_for_it(manager: GPUResourceManager) -> None:
+    holder = manager.lease("tts")
+    holder.__enter__()
+    reader = manager.lease("tts", reading=True)
+    Worker(reader.__enter__).result()
+    holder.__exit__()
+    late = manager.lease("tts", reading=True)
+    late_reader = Worker(late.__enter__)
+    slot = manager._slots["tts"]
+    assert await_that(manager, slot, lambda: late.request in slot.waiting())
+    reader.__exit__()
+    late_reader.result()
+    late.__exit__()
+
+
+def test_a_strangers_request_waits_for_a_stream_and_is_served_after_it(shop: GPUManagedTTS) -> None:
+    stream = shop.stream("ab")
+    step(stream)
+    lease = shop.lease()
+    stranger = Worker(lease.__enter__)
+    slot = shop.manager._slots["tts"]
+    assert await_that(shop.manager, slot, lambda: lease.request in slot.waiting())
+    assert len(steps(stream)) == 1
+    stranger.result()
+    lease.__exit__()
+
+
+# -- waiting in circles -----------------------------------------------------------------------------------------
+
+
+def takes(manager: GPUResourceManager, first: str, second: str) -> Iterator[str]:
+    with manager.lease(first):
+        yield first
+        with manager.lease(second):
+            yield second
+
+
+@pytest.fixture
+def pair() -> Iterator[GPUResourceManager]:
+    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
+        for name in "ab":
+            manager.register(name, Speaker)
+        yield manager
+
+
+def test_two_generators_in_opposite_order_are_told_of_their_deadlock(pair: GPUResourceManager) -> None:
+    one, other = takes(pair, "a", "b"), takes(pair, "b", "a")
+    step(one)
+    step(other)
+    waiting = Worker(contextvars.copy_context().run, next, one)
+    slot = pair._slots["b"]
+    assert await_that(pair, slot, lambda: slot.head() is not None)
+    with pytest.raises(LeaseDeadlock, match="'a' while holding b") as caught:
+        step(other)
+    assert caught.value.holder is not None
+    assert "test_flows.py" in caught.value.holder.where
+    assert waiting.result() == "b"
+
+
+def test_a_thread_that_resumes_both_generators_itself_is_told(pair: GPUResourceManager) -> None:
+    one, other = takes(pair, "a", "b"), takes(pair, "b", "a")
+    contextvars.copy_context().run(next, one)
+    contextvars.copy_context().run(next, other)
+    with pytest.raises(LeaseDeadlock) as caught:
+        contextvars.copy_context().run(next, one)
+    assert caught.value.holder is not None
+    assert "in takes" in caught.value.holder.where
+
+
+def test_a_generator_under_the_one_that_holds_the_model_is_told(pair: GPUResourceManager) -> None:
+    def inner() -> Iterator[None]:
+        with pair.lease("a"):
+            yield
+
+    def outer() -> Iterator[Any]:
+        within = inner()
+        next(within)
+        yield "holds"
+        with pair.lease("a") as engine:
+            yield engine
+        within.close()
+
+    handler = outer()
+    step(handler)
+    with pytest.raises(LeaseDeadlock):
+        step(handler)
+    del handler
+
+
+DELEGATES: dict[str, Callable[[ThreadPoolExecutor, Callable[[], Any]], Any]] = {
+    "result": lambda pool, work: pool.submit(work).result(),
+    "map": lambda pool, work: list(pool.map(lambda _: work(), range(2))),
+    "wait": lambda pool, work: [one.result() for one in wait([pool.submit(work)]).done],
+    "as_completed": lambda pool, work: [one.result() for one in as_completed([pool.submit(work)])],
+}
+
+
+@pytest.mark.parametrize("how", DELEGATES)
+def test_a_holder_that_waits_for_a_pool_in_which_a_function_leases_is_told(shop: GPUManagedTTS, how: str) -> None:
+    def work() -> Any:
+        return shop.clone("", "", "")
+
+    with ThreadPoolExecutor(1) as pool, shop.lease(), pytest.raises(LeaseDeadlock, match="test_flows.py:"):
+        DELEGATES[how](pool, work)
+    assert shop.clone("", "", "")[1] == 24_000
+
+
+def test_a_holder_that_joins_a_thread_which_leases_is_told_there(shop: GPUManagedTTS) -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            shop.clone("", "", "")
+        except LeaseDeadlock as error:
+            errors.append(error)
+
+    with shop.lease():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1
+
+
+def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedTTS) -> None:
+    asked = shop.lease()
+    slot = shop.manager._slots["tts"]
+    with shop.lease():
+        thread = Worker(asked.__enter__)
+        assert await_that(shop.manager, slot, lambda: asked.request in slot.waiting())
+    assert isinstance(thread.result(), Speaker)
+    asked.__exit__()
+
+
+# -- coroutines -------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_entered_in_a_worker_thread_is_its_coroutines(shop: GPUManagedTTS) -> None:
+    async def main() -> list[int]:
+        lease = shop.lease()
+        await asyncio.to_thread(lease.__enter__)
+        try:
+            first = await asyncio.to_thread(shop.clone, "", "", "")
+            with shop.lease() as engine:
+                second = engine.sample_rate
+            return [first[1], second]
+        finally:
+            await asyncio.to_thread(lease.__exit__)
+
+    assert asyncio.run(main()) == [24_000, 24_000]
+    assert held(shop.manager) is None
+
+
+def test_coroutines_that_lease_side_by_side_take_turns(shop: GPUManagedTTS) -> None:
+    inside: list[int] = []
+
+    async def request(number: int) -> None:
+        lease = shop.lease()
+        await asyncio.to_thread(lease.__enter__)
+        inside.append(number)
+        await asyncio.sleep(0)
+        assert inside == [number]
+        inside.clear()
+        await asyncio.to_thread(lease.__exit__)
+
+    async def main() -> None:
+        await asyncio.gather(*map(request, range(8)))
+
+    asyncio.run(main())
+
+
+def test_leases_that_are_made_ahead_and_entered_in_threads_take_turns(shop: GPUManagedTTS) -> None:
+    inside: list[object] = []
+
+    def work(lease: Any) -> None:
+        with lease:
+            inside.append(lease)
+            assert inside == [lease]
+            inside.clear()
+
+    async def main() -> None:
+        await asyncio.gather(*[asyncio.to_thread(work, shop.lease()) for _ in range(8)])
+
+    asyncio.run(main())
+
+
+# -- never silence ----------------------------------------------------------------------------------------------
+
+
+def test_a_wait_that_is_too_long_tells_who_has_the_model_since_when_and_where(shop: GPUManagedTTS) -> None:
+    stream = shop.stream("ab")
+    step(stream)
+    with pytest.raises(RequestTimeout) as caught:
+        Worker(lambda: shop.lease(0.01).__enter__()).result()
+    holder = caught.value.holder
+    assert holder is not None
+    assert holder.held_s >= 0
+    assert holder.where in str(caught.value)
+    assert holder.thread in str(caught.value)
+    stream.close()
+
+
+def test_the_status_says_who_has_a_model_and_since_when(manager: GPUResourceManager, clock: ManualClock) -> None:
+    with manager.lease("tts"):
+        clock.advance(5)
+        holder = held(manager)
+        assert holder is not None
+        where = "tests/test_flows.py"
+        assert holder["where"].startswith(where), holder
+        assert holder["where"].endswith("in test_the_status_says_who_has_a_model_and_since_when")
+        assert (holder["thread"], holder["held_s"]) == (threading.current_thread().name, 5)
+    assert held(manager) is None
+
+
+def test_waiting_is_said_aloud(
+    manager: GPUResourceManager, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with manager.lease("tts"):
+        waiting = manager.lease("tts")
+        worker = Worker(waiting.__enter__)
+        slot = manager._slots["tts"]
+        assert await_that(manager, slot, lambda: waiting.request in slot.waiting())
+        while "has waited" not in caplog.text:
+            clock.advance(31)
+            worker.join(0.01)
+        assert "test_waiting_is_said_aloud" in caplog.text
+    worker.result()
+    waiting.__exit__()
+
+
+def test_a_manager_has_a_longest_wait_for_requests_that_name_none(clock: ManualClock) -> None:
+    workshop = Workshop()
+    with GPUResourceManager(SimulatedDevice(1 << 30), clock=clock, adopt=workshop.adopt, wait_timeout="10m") as manager:
+        manager.register("tts", workshop.load)
+        lease = manager.lease("tts")
+        with manager.lease("tts"):
+            worker = Worker(lease.__enter__)
+            slot = manager._slots["tts"]
+            assert await_that(manager, slot, lambda: lease.request in slot.waiting())
+            clock.advance(599)
+            assert worker.is_alive()
+            while worker.is_alive():
+                clock.advance(1)
+                worker.join(0.01)
+        with pytest.raises(RequestTimeout):
+            worker.result()
+
+
+def test_the_longest_wait_does_not_count_the_load(clock: ManualClock) -> None:
+    from fakes import Gate
+
+    workshop = Workshop()
+    workshop.gate = gate = Gate()
+    with GPUResourceManager(SimulatedDevice(1 << 30), clock=clock, adopt=workshop.adopt, wait_timeout=5) as manager:
+        manager.register("tts", workshop.load)
+        lease = manager.lease("tts")
+        worker = Worker(lease.__enter__)
+        gate.wait_for_arrival()
+        for _ in range(5):
+            clock.advance(100)
+            worker.join(0.01)
+        gate.open()
+        assert worker.result() is workshop.engines[0]
+        lease.__exit__()
+
+
+# -- leases that are lost ---------------------------------------------------------------------------------------
+
+
+def test_a_stream_lost_in_a_cycle_gives_its_lease_back_without_a_collection_by_python(shop: GPUManagedTTS) -> None:
+    class Response:
+        def __init__(self) -> None:
+            self.body = shop.stream("abc")
+            self.me = self
+
+    gc.disable()
+    try:
+        response = Response()
+        step(response.body)
+        del response
+        slot = shop.manager._slots["tts"]
+        assert await_that(shop.manager, slot, lambda: slot.holder is None)
+    finally:
+        gc.enable()
+
+
+def test_a_stream_that_goes_on_is_never_taken_for_lost(manager: GPUResourceManager, clock: ManualClock) -> None:
+    def stream() -> Iterator[int]:
+        with manager.lease("tts"):
+            yield from range(3)
+
+    generator = stream()
+    assert step(generator) == 0
+    for _ in range(10):
+        clock.advance(60)
+    assert held(manager) is not None
+    assert [step(generator), step(generator), step(generator)] == [1, 2, None]
+    assert held(manager) is None
+
+
+def test_closing_within_a_stream_is_refused_and_does_not_wait_for_itself(shop: GPUManagedTTS) -> None:
+    def handler() -> Iterator[str]:
+        for _ in shop.stream("ab"):
+            with pytest.raises(RuntimeError, match="would wait for the lease"):
+                shop.manager.close()
+            yield "refused"
+
+    assert steps(handler()) == ["refused"] * 2
