@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 FIRST_LOOK_S = 0.05
-"""How long after its arrival a request that waits first looks whether it waits for itself; then at growing intervals."""
+"""When a request that waits first looks whether it waits for itself, after its arrival; then at growing intervals."""
 
 LONGEST_PAUSE_S = 8.0
 """The longest of these intervals."""

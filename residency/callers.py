@@ -37,6 +37,7 @@ _RUNNERS = (*_POOLS, "asyncio", "threading")
 _JOIN = threading.Thread.join.__code__
 _RESULTS = frozenset({concurrent.futures.Future.result.__code__, concurrent.futures.Future.exception.__code__})
 _WAITS = frozenset({concurrent.futures.wait.__code__, concurrent.futures.as_completed.__code__})
+_BLOCKING = frozenset({_JOIN}) | _RESULTS | _WAITS
 _WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
 
 Activation = tuple[int, CodeType]
@@ -84,7 +85,7 @@ class CallSite:
         return not set(self.generators).isdisjoint(other.generators)
 
     def waits_for(self, thread: int) -> bool:
-        """Whether the thread waits, in `Thread.join` or for futures, until another thread has done its present task."""
+        """Whether the thread waits without a timeout, in `Thread.join` or for futures, for what another thread does."""
         tasks = {id(_local(frame, "self").future) for frame in _stack(thread) if frame.f_code is _WORK_ITEM}
         return any(_waits_for(frame, thread, tasks) for frame in _stack(self.thread))
 
@@ -114,11 +115,13 @@ def in_thread_pool() -> bool:
 
 def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
     code = frame.f_code
+    if code not in _BLOCKING or _local(frame, "timeout") is not None:
+        return False
     if code is _JOIN:
         return bool(_local(frame, "self").ident == thread)
     if code in _RESULTS:
         return id(_local(frame, "self")) in tasks
-    futures = _local(frame, "fs") if code in _WAITS else None
+    futures = _local(frame, "fs")
     return isinstance(futures, set) and not tasks.isdisjoint(map(id, futures))
 
 

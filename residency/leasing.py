@@ -62,8 +62,8 @@ class Lease:
     that makes a lease and enters it with `asyncio.to_thread`. A lease that is lost without having been left is given
     back when Python collects it; a collection is made if the code that holds it does not execute for some seconds.
 
-    With ``reading`` the lease joins the request that has the model at the moment, if one has it, and takes a turn of its
-    own otherwise: for looking at a value that no request changes.
+    With ``reading`` the lease joins the request that has the model at the moment, if one has it, and takes a turn of
+    its own otherwise: for looking at a value that no request changes.
 
     `cancel`, `place` and `discard` may be called from any thread.
     """
@@ -90,6 +90,9 @@ class Lease:
         if self._entered:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
+        here = self._made in _made.get()  # in the context in which it was made, or a copy of it
+        if not here:
+            self.made_after = ()
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
@@ -100,7 +103,7 @@ class Lease:
         try:
             request = self._lessor.acquire(self._slot, self._timeout_s, self)
             _held.set((*held_requests(), request))
-            if self._made in _made.get():  # here or with a copy of the context in which it was made
+            if here:
                 self._made.request = request
             return self._slot.engine
         except BaseException:
