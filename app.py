@@ -173,6 +173,7 @@ def _manager(settings: Settings) -> GPUResourceManager:
         snapshot_dir=settings.gpu_snapshot_dir,
         snapshot_limit_bytes=settings.gpu_snapshot_limit,
         budget_bytes=settings.gpu_budget,
+        wait_timeout=settings.gpu_wait_timeout,
     )
     logger.info("🚀 GPU 管理已启用 / GPU management is on: %s", manager.device.name)
     return manager

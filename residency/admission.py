@@ -176,9 +176,11 @@ class Admission:
                 slot.history.served(request.asked_s, request.served_s, now_s, failed=error is not None)
             else:
                 slot.history.refused(request.error)
+        leaves = wait and task is not None and not task.arrives and request.error is None
+        if leaves and slot.device_bytes > SMALL_BYTES and dispatcher.monitor.alive:
+            return  # the monitor starts it: a thread that moves bytes would take this one's turn to answer
         dispatcher.act()
-        small = slot.device_bytes <= SMALL_BYTES and request.error is None
-        if wait and small and task is not None and not task.arrives:
+        if leaves and slot.device_bytes <= SMALL_BYTES:
             dispatcher.watch(slot, lambda: slot.task is not task, SMALL_LEAVES_WITHIN_S)
 
     def give_back_later(self, lease: Lease, discard: bool = False) -> None:

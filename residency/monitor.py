@@ -44,11 +44,16 @@ class Monitor:
         self._errors = 0
         self._last_error: str | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread lives."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
     def health(self) -> dict[str, Any]:
         """Whether the thread lives, and how often something went wrong in it."""
-        thread = self._thread
         return {
-            "alive": thread is not None and thread.is_alive(),
+            "alive": self.alive,
             "errors": self._errors,
             "last_error": self._last_error,
         }

@@ -47,6 +47,7 @@ class Settings:
     gpu_keep_warm: float | Literal["auto"] = 0.0
     gpu_budget: int | None = None
     gpu_load_timeout: float = math.inf
+    gpu_wait_timeout: float = 600.0
     engine: Literal["builtin", "step-audio"] = "builtin"
     step_audio_root: str | None = None
     gpu_snapshot_dir: str | None = None
@@ -178,6 +179,9 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="GPU memory that the models take together at most (24GB; default: what the GPU has)")  # fmt: skip
     add("--gpu-load-timeout", metavar="S", type=checked(seconds), default=defaults.gpu_load_timeout,
         help="give up a load that takes longer, and load anew on the next request (default: -1, never)")  # fmt: skip
+    add("--gpu-wait-timeout", metavar="S", type=checked(seconds), default=defaults.gpu_wait_timeout,
+        help="refuse a request that has waited longer for its turn, or for memory that others hold (10m, 90s; -1: "
+        "never; default: 10m); a load is not counted")  # fmt: skip
     add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
     add(
         "--gpu-snapshot-dir",

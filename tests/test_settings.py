@@ -32,6 +32,12 @@ def test_budget_load_timeout_and_grace() -> None:
     assert parse(["--shutdown-grace", "-1"], {}).shutdown_grace == math.inf
 
 
+def test_a_request_waits_ten_minutes_at_most_unless_told_otherwise() -> None:
+    assert parse([], {}).gpu_wait_timeout == 600
+    assert parse(["--gpu-wait-timeout", "90s"], {}).gpu_wait_timeout == 90
+    assert parse(["--gpu-wait-timeout", "-1"], {}).gpu_wait_timeout == math.inf
+
+
 def test_keep_warm_may_be_left_to_learn() -> None:
     assert parse(["--gpu-keep-warm", "auto"], {}).gpu_keep_warm == "auto"
 

@@ -91,12 +91,19 @@ class Progress(BaseModel):
     bytes_per_s: int | None
 
 
+class Holder(BaseModel):
+    where: str = Field(description="File, line and function that took the lease.")
+    thread: str
+    held_s: Seconds
+
+
 class Model(BaseModel):
     state: Name
     device_bytes: int
     host_bytes: int
     idle_s: Seconds | None
     leases: int = Field(description="1 while a request uses it.")
+    holder: Holder | None = Field(description="The request that uses it.")
     waiting: int = Field(description="Requests that wait for it.")
     keep_warm_s: Seconds = Field(description="-1: for ever.")
     idle_timeout_s: Seconds = Field(description="-1: never.")

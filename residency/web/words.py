@@ -199,6 +199,15 @@ def activity(model: dict[str, Any], say: Say) -> str:
     return " · ".join(parts)
 
 
+def holder(model: dict[str, Any], say: Say) -> str:
+    """The code that uses it, and since when."""
+    facts = model.get("holder")
+    if not facts:
+        return ""
+    since, where, thread = readable_seconds(facts["held_s"]), facts["where"], facts["thread"]
+    return say(f"已被 {where}（线程 {thread}）占用 {since}", f"Held for {since} by {where} (thread {thread})")
+
+
 def course(
     model: dict[str, Any], device_kind: str, say: Say, counted: Callable[[float, int], str] | None = None
 ) -> str:
@@ -282,7 +291,9 @@ def as_text(status: dict[str, Any], say: Say = both) -> str:
                  (say("上次搬移", "Last move"), last_move(model, kind, say))]  # fmt: skip
         if label := memory_label(kind, say):
             facts.insert(0, (label, readable_bytes(model["device_bytes"])))
-        told = mark(",", say).join(f"{label} {value}" for label, value in facts)
-        lines += [f"{name}{colon}{state_in_words(model['state'], kind, say)}{bracketed(told, say)}"]
-        lines += [line for line in (activity(model, say), course(model, kind, say)) if line] + remarks(model, say)
+        sizes = mark(",", say).join(f"{label} {value}" for label, value in facts)
+        lines += [f"{name}{colon}{state_in_words(model['state'], kind, say)}{bracketed(sizes, say)}"]
+        lines += [
+            line for line in (activity(model, say), holder(model, say), course(model, kind, say)) if line
+        ] + remarks(model, say)
     return "\n".join([*lines, *notes(device, say), *trouble(status, say)])
