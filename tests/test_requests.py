@@ -87,6 +87,28 @@ def test_who_gives_up_does_not_wait_for_a_model_that_is_leaving(
     leaving.result()
 
 
+def test_an_answer_does_not_wait_until_a_large_model_has_left(device: SimulatedDevice) -> None:
+    workshop = Workshop(1 << 30)
+    with GPUResourceManager(device, adopt=workshop.adopt) as manager:
+        manager.register("tts", workshop.load)
+        for _ in range(2):  # the first one copies all weights
+            client = Client(manager).comes_in()
+            gate = workshop.resident.gates["offload"] = Gate()
+            assert client.leaves() is workshop.engines[0]
+            gate.wait_for_arrival()
+            assert manager.status()["models"]["tts"]["state"] == "moving"
+            offload = Worker(manager.offload, "tts")
+            gate.open()
+            assert offload.result() is True
+            assert manager.status()["models"]["tts"]["state"] == "cpu"
+
+
+def test_a_small_model_has_left_when_the_block_ends(manager: GPUResourceManager) -> None:
+    with manager.lease("tts"):
+        pass
+    assert manager.status()["models"]["tts"]["state"] == "cpu"
+
+
 def test_an_answer_is_not_lost_to_a_model_that_hangs_as_it_leaves(
     manager: GPUResourceManager, clock: ManualClock, workshop: Workshop, caplog: pytest.LogCaptureFixture
 ) -> None:
