@@ -206,7 +206,9 @@ class GPUManagedTTS:
         with held, closing(stream):
             lease.resumed()
             for item in stream:
-                yield self._own(item)
+                own = self._own(item)
+                lease.suspended()
+                yield own
                 lease.resumed()
 
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:

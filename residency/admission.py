@@ -7,6 +7,7 @@ import contextvars
 import itertools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -109,6 +110,10 @@ class Admission:
         request.site = call_site()
         request.resumed_s = self._clock.now()
 
+    def suspended(self, request: Request) -> None:
+        """For `Lease`: the generator in which the model is leased yields."""
+        request.site = request.site.suspended()
+
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[Request] = ()) -> tuple[Slot, ...]:
         """The models that this code keeps busy, as far as the call stack tells and the context does not."""
         holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
@@ -122,7 +127,7 @@ class Admission:
     def _same_flow(holder: Request, site: CallSite, lease: Lease) -> bool:
         """Whether a request is made by the code that has the model, so that waiting would be waiting for itself."""
         there = holder.site
-        if there.thread == site.thread and there.executes():
+        if there.thread == site.thread == threading.get_ident() and there.executes_here():
             return True
         return there.same_flow(site) or (holder in lease.made_after and not there.executes())
 
@@ -292,10 +297,11 @@ class Admission:
         """Whether the code that has the model cannot go on before the request is answered."""
         if holder.site.waits_for(request.site.thread):
             return True
-        if holder.site.thread != request.site.thread or holder.site.executes() or in_thread_pool():
+        resumes_it = holder.site.thread == request.site.thread or _in_event_loop()
+        if not resumes_it or holder.site.executes() or in_thread_pool():
             return False
-        # Suspended, and this thread has resumed it until now. Another thread would have gone on with it meanwhile.
-        return self._clock.now() - holder.resumed_s >= STALLED_AFTER_S
+        # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
+        return self._clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
 
     @staticmethod
     def _comes_for(request: Request) -> bool:

@@ -19,7 +19,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from types import CodeType, FrameType
 from typing import Any
@@ -73,8 +73,18 @@ class CallSite:
         return next((one.name for one in threading.enumerate() if one.ident == self.thread), f"{self.thread} (ended)")
 
     def executes(self) -> bool:
-        """Whether the function that asked for the lease is on its thread's stack: not returned and not suspended."""
-        return self.frame is not None and self.frame in map(_activation, _stack(self.thread))
+        """Whether the function that asked for the lease is on a stack: it has not returned and is not suspended."""
+        if self.frame is None:
+            return False
+        return any(self.frame == _activation(frame) for top in sys._current_frames().values() for frame in _below(top))
+
+    def executes_here(self) -> bool:
+        """The same of the stack of the thread that calls this."""
+        return self.frame is not None and self.frame in map(_activation, _stack(threading.get_ident()))
+
+    def suspended(self) -> CallSite:
+        """The same site, for a generator that is about to yield."""
+        return replace(self, frame=None)
 
     def same_flow(self, other: CallSite) -> bool:
         """Whether a request made there is made by the generator under which the lease was taken here."""
@@ -127,7 +137,10 @@ def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
 
 def _stack(thread: int) -> Iterator[FrameType]:
     """The frames of a thread, innermost first; none if it has ended."""
-    frame = sys._current_frames().get(thread)
+    return _below(sys._current_frames().get(thread))
+
+
+def _below(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -35,6 +35,9 @@ class Lessor(Protocol):
     def resumed(self, request: Request) -> None:
         """The generator in which the model is leased goes on, maybe in another thread."""
 
+    def suspended(self, request: Request) -> None:
+        """The generator in which the model is leased yields."""
+
     def look_again(self) -> None:
         """Somebody was interrupted: have what they left undone found and done."""
 
@@ -143,9 +146,14 @@ class Lease:
         return None if request is None else self._lessor.place(request)
 
     def resumed(self) -> None:
-        """For a generator that holds the lease: say at each step that it goes on, and where from."""
+        """For a generator that holds the lease: call this when a step begins. Tells the code that makes the step."""
         if self.request is not None and self.owns:
             self._lessor.resumed(self.request)
+
+    def suspended(self) -> None:
+        """For a generator that holds the lease: call this before it yields."""
+        if self.request is not None and self.owns:
+            self._lessor.suspended(self.request)
 
     def discard(self) -> None:
         """Say that the engine is broken: it is dropped when the lease ends, and the next request loads it anew.

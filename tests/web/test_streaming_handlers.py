@@ -1,4 +1,4 @@
-"""Handlers that stream from a managed model, in real servers: values read and requests made meanwhile, clients that go."""
+"""Handlers that stream from a managed model, in real servers: values read, requests made meanwhile, clients that go."""
 
 from __future__ import annotations
 
