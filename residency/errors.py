@@ -279,6 +279,31 @@ class WeightsGone(ResidencyError):
         self.paths = paths
 
 
+class NotHandedOut(ResidencyError, TypeError):
+    """An answer contains what would go on reading the engine's memory after the lease and cannot be copied."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(
+            f"The engine's answer contains a {kind}, which cannot be copied and would read memory that leaves the "
+            f"device. Use it until the engine leaves: with tts.lease() as engine. / "
+            f"引擎的返回值含有 {kind}，它无法复制，且会读取将离开设备的内存。请在 with tts.lease() as engine 中使用。",
+            kind,
+        )
+        self.kind = kind
+
+
+class PartGone(ResidencyError, ReferenceError):
+    """An object that the engine made and did not keep was used after that engine had been released."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(
+            f"This {kind} was made by an engine that has been released since. Ask the engine for a new one. / "
+            f"此 {kind} 由已释放的引擎创建，已失效。请重新向引擎获取。",
+            kind,
+        )
+        self.kind = kind
+
+
 class CapturedGraphs(ResidencyError):
     """An engine has captured CUDA graphs, which remember addresses on the device: it can be released, not offloaded."""
 

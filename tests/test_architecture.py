@@ -15,7 +15,7 @@ ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import thos
 #: Modules of residency/ in layers: one may import those of the layers before its own.
 PURE_LAYERS = [["errors", "latches", "units"],
                ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
-               ["adaptive", "history"], ["states", "policies"],
+               ["adaptive", "handout", "history"], ["states", "policies"],
                ["settings", "planning", "leasing", "moving", "monitor"], ["status", "reports", "cli"],
                ["dispatch"], ["admission", "steering"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
