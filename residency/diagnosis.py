@@ -6,15 +6,25 @@ import re
 import traceback
 from collections.abc import Iterator
 
-from .errors import DeviceLost, DeviceOutOfMemory
+from .errors import DeviceLost, DeviceOutOfMemory, ResidencyError
+from .sentences import Sentence
 
 
-def in_words(error: BaseException) -> str:
-    """Kind and message of any error, also of one whose own words fail."""
+def in_words(error: BaseException) -> Sentence:
+    """Kind and message of any error, also of one whose own words fail.
+
+    Its halves are those of the message where the error is one of ours, which says enough without its kind.
+    """
     try:
-        return f"{type(error).__name__}: {error}"
+        whole = f"{type(error).__name__}: {error}"
     except Exception:
-        return type(error).__name__
+        whole = type(error).__name__
+    return Sentence(error.en, error.zh, whole) if isinstance(error, ResidencyError) else Sentence.of(whole)
+
+
+def message_of(error: BaseException) -> Sentence:
+    """What an error says, without its kind; an error of others says the same in both languages."""
+    return Sentence(error.en, error.zh) if isinstance(error, ResidencyError) else Sentence.of(str(error))
 
 
 def is_out_of_device_memory(error: BaseException | None) -> bool:

@@ -42,6 +42,14 @@ def test_errors_pickle_with_their_fields_and_words(error: errors.ResidencyError)
     assert vars(copy) == vars(error)
 
 
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_errors_say_it_in_english_and_in_chinese(error: errors.ResidencyError) -> None:
+    assert str(error) == f"{error.en} / {error.zh}"
+    assert error.en.isascii()
+    assert not error.zh.isascii()
+    assert " / " not in error.en + error.zh
+
+
 def test_every_error_has_an_example_here() -> None:
     defined = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
     assert defined - {errors.ResidencyError} == {type(error) for error in EXAMPLES}
