@@ -187,6 +187,8 @@ class GPUManagedTTS:
                 if any(found is other for other in callers):
                     continue
                 traceback.clear_frames(found.__traceback__)
+                if isinstance(found, AttributeError):
+                    found.obj = None
                 if _holds_memory((found.args, vars(found))):
                     found.args, attributes = self._own((found.args, vars(found)), engine)
                     vars(found).update(attributes)
@@ -194,7 +196,7 @@ class GPUManagedTTS:
 
     def read_part(self, path: Path) -> Any:
         """What is found there in the engine: itself, a tensor's copy, or a `Part`."""
-        with self.lease() as engine:
+        with self.lease() as engine, self._own_errors(engine):
             value = follow(path, engine)
             if not _is_tensor(value) and (is_bound(value) or _holds_memory(value)):
                 return Part(self, path)

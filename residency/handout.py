@@ -90,10 +90,9 @@ class HandOut:
         if isinstance(thing, (list, deque)):
             return self._sequence(thing)
         if isinstance(thing, tuple):
-            return _again(tuple, kind, [self._copy(item) for item in thing])
+            return self._again(tuple, thing)
         if isinstance(thing, (set, frozenset)):
-            base = set if isinstance(thing, set) else frozenset
-            return _again(base, kind, [self._copy(item) for item in thing])
+            return self._again(set if isinstance(thing, set) else frozenset, thing)
         if kind is types.MappingProxyType:
             return types.MappingProxyType({self._copy(key): self._copy(value) for key, value in thing.items()})
         if isinstance(thing, (KeysView, ValuesView, ItemsView)):
@@ -129,11 +128,8 @@ class HandOut:
         if not self._holds_tensor(tensor):
             # What leads back to the weights for gradients stays behind.
             return tensor if tensor.grad_fn is None else tensor.detach()
-        if (
-            tensor.layout != torch.strided
-            or tensor.is_quantized
-            or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        ):
+        simple = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+        if not simple or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             copy = tensor.detach().clone()
             if type(copy) is type(tensor):  # a subclass may have more tensors as attributes
                 vars(copy).update(self._attributes(tensor))
@@ -175,6 +171,19 @@ class HandOut:
         base.extend(copy, [item if type(item) in _VALUES else self._copy(item) for item in items])
         return self._with_attributes(copy, sequence)
 
+    def _again(self, base: Any, thing: Any) -> Any:
+        """A tuple or set of the same kind. Some kinds, such as torch.return_types, can only be called."""
+        kind, items = type(thing), [self._copy(item) for item in base.__iter__(thing)]
+        if base is set:
+            copy = set.__new__(kind)
+            copy.update(items)
+        else:
+            try:
+                copy = base.__new__(kind, items)
+            except TypeError:
+                copy = kind(items)
+        return self._with_attributes(copy, thing)
+
     def _record(self, record: Any) -> Any:
         maker = types.SimpleNamespace if isinstance(record, types.SimpleNamespace) else object
         copy = maker.__new__(type(record))
@@ -215,18 +224,6 @@ def is_bound(thing: Any) -> bool:
 def _owner(thing: Any) -> Any:
     owner = thing.__self__ if isinstance(thing, _BOUND) else None
     return thing if owner is None or isinstance(owner, types.ModuleType) else owner
-
-
-def _again(base: Any, kind: type, items: list[Any]) -> Any:
-    """A tuple or set of that kind. Some kinds, such as torch.return_types, can only be called."""
-    if base is set:
-        copy: Any = set.__new__(kind)
-        copy.update(items)
-        return copy
-    try:
-        return base.__new__(kind, items)
-    except TypeError:
-        return kind(items)
 
 
 def _copied_view(view: memoryview) -> memoryview:

@@ -23,6 +23,7 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import NotHandedOut, PartGone
+from residency.parts import Held
 from tts_gpu_managed import GPUManagedTTS, Part
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,10 @@ class Output(collections.OrderedDict):
 
 class Window(list):
     pass
+
+
+class Row(tuple):
+    """A tuple with an attribute."""
 
 
 class Cache:
@@ -117,6 +122,10 @@ CONTAINERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "set": (lambda w: {w}, lambda a: a.copy().pop()),
     "frozen set": (lambda w: frozenset([w]), lambda a: next(iter(a))),
     "key": (lambda w: {w: 1}, lambda a: next(iter(a))),
+    "size": (lambda w: (w, w.size()), lambda a: a[0] if a[1] == (2, 2) else None),
+    "tuple's kind": (lambda w: _named_row(w), lambda a: a.owner),
+    "nested": (lambda w: [torch.nested.nested_tensor([w, w])], lambda a: a[0].unbind()[1]),
+    "sparse": (lambda w: [w.to_sparse()], lambda a: a[0].to_dense()),
     "proxy": (lambda w: types.MappingProxyType({"a": w}), lambda a: a["a"]),
     "values": (lambda w: {"a": w}.values(), lambda a: next(iter(a))),
     "items": (lambda w: {"a": w}.items(), lambda a: next(iter(a))[1]),
@@ -138,6 +147,12 @@ CONTAINERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "closure": (lambda w: lambda: w, lambda a: a()),
     "method": (lambda w: {"a": w}.get, lambda a: a("a")),
 }
+
+
+def _named_row(w: Any) -> Row:
+    made = Row([1])
+    made.owner = w
+    return made
 
 
 def _strict(w: Any) -> Strict:
@@ -218,14 +233,16 @@ def test_what_the_engine_has_made_and_does_not_keep_is_held_until_it_is_released
         made(torch.ones(1, 2))
 
 
-def test_a_part_in_an_answer_does_not_keep_a_released_engine(tts: GPUManagedTTS) -> None:
-    made = tts.make(lambda engine: Cache(torch.ones(1)))
-    with tts.lease() as engine:
-        engine = weakref.ref(engine)
-    tts.force_release()
-    assert engine() is None
-    with pytest.raises(PartGone):
-        made.weight  # noqa: B018
+def test_what_is_held_does_not_keep_a_released_engine() -> None:
+    engine, other, tuple_engine = Engine(), Engine(), (1, 2)
+    held, kept = Held("made", engine), Held("made", tuple_engine)
+    assert held.of(engine) == kept.of(tuple_engine) == "made"
+    gone = weakref.ref(engine)
+    del engine
+    assert gone() is None
+    for part in (held, kept):
+        with pytest.raises(PartGone):
+            part.of(other)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +302,12 @@ def test_what_an_error_carries_is_there_after_the_engine_has_left(tts: GPUManage
         assert raised.args == ("other", 1)
         assert raised.live["w"].sum() == 4
         assert raised.__cause__.args[1].sum() == 4
+
+
+def test_an_error_of_reading_holds_no_part_of_the_engine(tts: GPUManagedTTS) -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'") as caught:
+        tts.llm.nothing  # noqa: B018
+    assert not isinstance(caught.value.obj, torch.nn.Module)
 
 
 def test_methods_written_in_c_are_parts_too(tts: GPUManagedTTS) -> None:
