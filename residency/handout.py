@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _VALUES = frozenset({str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented)})
+_PLAIN = (dict, list, set, frozenset, tuple)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 #: Their attributes are all that they are, so copies of those make a copy.
 _RECORDS = (types.SimpleNamespace, UserDict, UserList)
@@ -79,6 +80,8 @@ class HandOut:
         from torch.utils._pytree import SUPPORTED_NODES
 
         kind = type(thing)
+        if kind in _PLAIN and _only_values(thing):
+            return kind(thing)
         if isinstance(thing, torch.Tensor):
             return self._tensor(thing)
         if isinstance(thing, (torch.UntypedStorage, torch.TypedStorage)):
@@ -158,7 +161,7 @@ class HandOut:
         if kind is defaultdict:
             copy.default_factory = self._copy(mapping.default_factory)
         for key, value in kind.items(mapping):
-            kind.__setitem__(copy, self._copy(key), value if type(value) in _VALUES else self._copy(value))
+            kind.__setitem__(copy, self._copy(key), self._copy(value))
         return self._with_attributes(copy, mapping)
 
     def _sequence(self, sequence: Any) -> Any:
@@ -167,8 +170,7 @@ class HandOut:
         if base is deque:
             deque.__init__(copy, (), sequence.maxlen)
         self._memo[id(sequence)] = sequence, copy
-        items = base.__iter__(sequence)
-        base.extend(copy, [item if type(item) in _VALUES else self._copy(item) for item in items])
+        base.extend(copy, [self._copy(item) for item in base.__iter__(sequence)])
         return self._with_attributes(copy, sequence)
 
     def _again(self, base: Any, thing: Any) -> Any:
@@ -234,6 +236,12 @@ def _copied_view(view: memoryview) -> memoryview:
         return copy.cast(view.format, view.shape or ())  # type: ignore[call-overload,no-any-return]
     except ValueError:
         raise NotHandedOut(f"memoryview of format {view.format!r}") from None
+
+
+def _only_values(container: Any) -> bool:
+    """Whether there is nothing in it that could be changed or hold memory, as in a vocabulary."""
+    values = container.values() if type(container) is dict else ()
+    return _VALUES.issuperset(map(type, container)) and _VALUES.issuperset(map(type, values))
 
 
 def _goes_on(thing: Any) -> bool:
