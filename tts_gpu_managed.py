@@ -178,7 +178,7 @@ class GPUManagedTTS:
 
     @contextmanager
     def _own_errors(self, engine: Engine) -> Iterator[None]:
-        """The same for what errors carry; they stay the objects that they are. Locals of their frames are let go."""
+        """Replaces what errors carry by copies, in place, and clears the locals of their frames, which are live."""
         callers = list(all_of(sys.exc_info()[1], hidden=True))
         try:
             yield

@@ -23,7 +23,7 @@ def in_words(error: BaseException) -> Sentence:
 
 
 def message_of(error: BaseException) -> Sentence:
-    """What an error says, without its kind; an error of others says the same in both languages."""
+    """Returns an error's message without its kind; errors of other libraries are the same in both languages."""
     return Sentence(error.en, error.zh) if isinstance(error, ResidencyError) else Sentence.of(str(error))
 
 

@@ -293,7 +293,7 @@ class WeightsGone(ResidencyError):
 
 
 class NotHandedOut(ResidencyError, TypeError):
-    """An answer contains what would go on reading the engine's memory after the lease and cannot be copied."""
+    """An answer contains an object that cannot be copied and would read the engine's memory after the lease."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(

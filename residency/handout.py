@@ -1,4 +1,4 @@
-"""What leaves a managed engine is a copy or a `Part`, at any depth: nothing of it is empty once the engine has left."""
+"""Copies of a managed engine's answers, at any depth, with a `Part` for each object that cannot be copied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _VALUES = frozenset({str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented)})
 _PLAIN = (dict, list, set, frozenset, tuple)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
-#: Their attributes are all that they are, so copies of those make a copy.
+#: Objects that are no more than their attributes: copying those copies the object.
 _RECORDS = (types.SimpleNamespace, UserDict, UserList)
 #: Iterators of these modules are written in C and show nothing of what they go through.
 _OPAQUE = ("builtins", "itertools", "numpy")
@@ -31,9 +31,9 @@ class HandOut:
 
     Tensors for which ``holds_tensor`` is true are cloned, without their graph; arrays and views of memory are copied;
     containers and dataclasses are built again from copies, without their constructors. Repeated objects, cycles and
-    equal views of one storage stay what they are. Every other object in which ``holds_memory`` finds tensors or
+    equal views of one storage are kept as such. Every other object in which ``holds_memory`` finds tensors or
     sessions becomes a `Part`: by its path in the engine, or else holding the object until the engine is released.
-    `NotHandedOut` for what is neither: iterators, coroutines, weak references, capsules.
+    Raises `NotHandedOut` for iterators, coroutines, weak references and capsules inside the answer.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class HandOut:
         import torch
 
         if not self._holds_tensor(tensor):
-            # What leads back to the weights for gradients stays behind.
+            # The autograd graph would hold the weights.
             return tensor if tensor.grad_fn is None else tensor.detach()
         simple = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
         if not simple or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -239,7 +239,7 @@ def _copied_view(view: memoryview) -> memoryview:
 
 
 def _only_values(container: Any) -> bool:
-    """Whether there is nothing in it that could be changed or hold memory, as in a vocabulary."""
+    """Tells whether a container holds plain values only, as a vocabulary does."""
     values = container.values() if type(container) is dict else ()
     return _VALUES.issuperset(map(type, container)) and _VALUES.issuperset(map(type, values))
 

@@ -7,14 +7,15 @@ import functools
 import logging
 import types
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from .errors import PartGone
 
 _LEAVES = (str, bytes, int, float, complex, type(None), type, types.ModuleType, types.FunctionType, logging.Logger)
+_SIZED = (dict, OrderedDict, list, tuple, set)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class Item:
 
 
 class Held:
-    """The first step to what an engine has made and does not keep: holds it, for as long as that engine is used."""
+    """First step of a path to an object that the engine made and does not keep.
+
+    Holds the object, and the engine weakly. Usable until that engine is released.
+    """
 
     def __init__(self, thing: Any, engine: Any) -> None:
         self._thing = thing
@@ -71,8 +75,8 @@ class Part:
 
     Answers are copies at any depth, as of a state_dict: tensors, arrays, containers, dataclasses. A module or another
     object in an answer that holds memory of the device is a `Part` again; one that the engine does not keep is held
-    by its `Part` alone, and gone (`PartGone`) once the engine has been released. What can be neither is refused
-    (`NotHandedOut`). Functions that are given as arguments run under the lease and get what the engine gives them:
+    by its `Part` alone, and gone (`PartGone`) once the engine has been released. Anything else that would read the engine's memory
+    after the lease is refused (`NotHandedOut`). Functions that are given as arguments run under the lease and get what the engine gives them:
     they clone what they keep. For anything else there is the engine's own lease.
     """
 
@@ -126,38 +130,67 @@ def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
     """The shortest path to each of these objects, by id; those that no path leads to are left out."""
     found: dict[int, Path] = {}
     seen = {id(engine): engine}  # kept, so that no other object takes an id meanwhile
-    todo: deque[tuple[Any, Path]] = deque([(engine, ())])
+    slots: dict[type, list[tuple[str, Any]] | None] = {}  # by kind; None for one that is not entered
+    todo: deque[tuple[Any, _Trail]] = deque([(engine, None)])
     while todo and len(found) < len(wanted):
-        thing, path = todo.popleft()
-        if id(thing) in wanted and _leads_to(path, engine, thing):
+        thing, trail = todo.popleft()
+        if id(thing) in wanted and _leads_to(path := _path(trail), engine, thing):
             found[id(thing)] = path
-        for step, child in _steps(thing):
-            if id(child) not in seen and not issubclass(type(child), _LEAVES) and not _is_foreign(child):
+        for step, child in _steps(thing, slots.get(type(thing)) or ()):
+            kind = type(child)
+            if kind not in slots:
+                slots[kind] = None if _is_leaf(kind) else _slots(kind)
+            if slots[kind] is not None and id(child) not in seen:
                 seen[id(child)] = child
-                todo.append((child, (*path, step)))
+                todo.append((child, (trail, step)))
     return found
 
 
 def instance_attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    """What is in its ``__dict__`` and its slots; no property or ``__getattr__`` runs."""
-    with contextlib.suppress(AttributeError):
-        yield from list(object.__getattribute__(thing, "__dict__").items())
-    for base in type(thing).__mro__:
-        for name, slot in list(vars(base).items()) if "__slots__" in vars(base) else ():
-            if isinstance(slot, types.MemberDescriptorType):
-                with contextlib.suppress(AttributeError):
-                    yield name, slot.__get__(thing)
+    """Yields the attributes in ``__dict__`` and slots; runs no property or ``__getattr__``."""
+    yield from _attributes(thing, _slots(type(thing)))
 
 
-def _steps(thing: Any) -> Iterator[tuple[str | Item, Any]]:
+_Trail = tuple[Any, "str | Item"] | None
+
+
+def _path(trail: _Trail) -> Path:
+    steps: list[str | Item] = []
+    while trail is not None:
+        trail, step = trail
+        steps.append(step)
+    return tuple(reversed(steps))
+
+
+def _steps(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str | Item, Any]]:
     if isinstance(thing, dict):
         yield from ((Item(key), value) for key, value in list(dict.items(thing)))
     elif isinstance(thing, (list, tuple, deque)):
         yield from ((Item(index), value) for index, value in enumerate(list(thing)))
-    for name, value in instance_attributes(thing):
+    for name, value in _attributes(thing, slots):
         if name == "_modules" and isinstance(value, dict):  # torch reads them as attributes
             yield from list(value.items())
-        yield name, value
+        elif type(value) not in _SIZED or value:  # a module has a dozen empty ones
+            yield name, value
+
+
+def _attributes(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    with contextlib.suppress(AttributeError):
+        yield from list(object.__getattribute__(thing, "__dict__").items())
+    for name, slot in slots:
+        with contextlib.suppress(AttributeError):
+            yield name, slot.__get__(thing)
+
+
+def _slots(kind: type) -> list[tuple[str, Any]]:
+    classes = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
+    members = [member for names in classes for member in names.items()]
+    return [(name, slot) for name, slot in members if isinstance(slot, types.MemberDescriptorType)]
+
+
+def _is_leaf(kind: type) -> bool:
+    """Values, what leads out of the engine, and what marks itself: a manager, whose other models are not of it."""
+    return issubclass(kind, _LEAVES) or getattr(kind, "not_of_the_engine", False) is True
 
 
 def _leads_to(path: Path, engine: Any, thing: Any) -> bool:
@@ -166,11 +199,6 @@ def _leads_to(path: Path, engine: Any, thing: Any) -> bool:
         return follow(path, engine) is thing
     except Exception:
         return False
-
-
-def _is_foreign(thing: Any) -> bool:
-    """Of what marks itself: a manager, whose other models are not of this engine."""
-    return getattr(type(thing), "not_of_the_engine", False) is True
 
 
 def unwrapped(value: Any, engine: Any) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 
 class Sentence(str):
-    """A string ``en / zh`` that knows its halves, so that nobody has to look for them in it.
+    """The string ``en / zh`` with its halves as attributes, so that no reader has to split it.
 
-    ``en`` and ``zh`` may be the same: names, and what others say in a language of their own. ``whole`` is what the
-    string is, if that is not the two halves.
+    ``en`` and ``zh`` are equal for names and for messages of other programs. ``whole`` replaces the string itself.
     """
 
     en: str

@@ -1,4 +1,4 @@
-"""What leaves the engine through `GPUManagedTTS` is a copy or a `Part`, at any depth."""
+"""`GPUManagedTTS` hands out copies and `Part`s only, at any depth."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import NotHandedOut, PartGone
-from residency.parts import Held
+from residency.parts import Held, find_paths, follow
 from tts_gpu_managed import GPUManagedTTS, Part
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,6 +231,29 @@ def test_what_the_engine_has_made_and_does_not_keep_is_held_until_it_is_released
     tts.force_release()
     with pytest.raises(PartGone, match="Sequential was made by an engine that has been released"):
         made(torch.ones(1, 2))
+
+
+def test_paths_lead_through_attributes_slots_and_containers_and_ask_nothing_of_what_they_pass() -> None:
+    class Slotted:
+        __slots__ = ("module", "other")
+
+        def __bool__(self) -> bool:
+            raise AssertionError("not asked")
+
+    class Shadowed:
+        @property
+        def module(self) -> None:
+            raise AssertionError("not asked")
+
+    module, behind, hidden, in_set = (torch.nn.ReLU() for _ in range(4))
+    slotted, shadowed = Slotted(), Shadowed()
+    slotted.module = [(module, {"a": behind})]
+    vars(shadowed)["module"] = hidden
+    engine = types.SimpleNamespace(slotted=slotted, shadowed=shadowed, several={in_set}, weight=torch.ones(3))
+    wanted = {id(each): each for each in (engine, module, behind, hidden, in_set)}
+    found = find_paths(engine, wanted)
+    assert found.keys() == {id(engine), id(module), id(behind)}
+    assert all(follow(path, engine) is wanted[key] for key, path in found.items())
 
 
 def test_what_is_held_does_not_keep_a_released_engine() -> None:

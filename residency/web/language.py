@@ -57,6 +57,6 @@ def preferred(accept_language: str | None) -> Say:
 
 
 def translated(said: str | ResidencyError, say: Say) -> str:
-    """What an error or a `Sentence` says in the language that is wanted; another string as it is."""
+    """Returns the message of an error, or a `Sentence`, in the language that is wanted; other strings unchanged."""
     sentence = message_of(said) if isinstance(said, ResidencyError) else Sentence.of(said)
     return str(sentence) if say is both else say(sentence.zh, sentence.en)

@@ -82,7 +82,7 @@ def state_in_words(state: str, device_kind: str, say: Say) -> str:
 
 
 def device_name(device: dict[str, Any], say: Say) -> str:
-    """Its name in the language that is wanted; names of real cards have none."""
+    """Returns the device's name in the language that is wanted; real cards have one name."""
     return translated(device["name"], say)
 
 
