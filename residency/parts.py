@@ -75,9 +75,9 @@ class Part:
 
     Answers are copies at any depth, as of a state_dict: tensors, arrays, containers, dataclasses. A module or another
     object in an answer that holds memory of the device is a `Part` again; one that the engine does not keep is held
-    by its `Part` alone, and gone (`PartGone`) once the engine has been released. Anything else that would read the engine's memory
-    after the lease is refused (`NotHandedOut`). Functions that are given as arguments run under the lease and get what the engine gives them:
-    they clone what they keep. For anything else there is the engine's own lease.
+    by its `Part` alone, and gone (`PartGone`) once the engine has been released. Anything else that would read the
+    engine's memory after the lease is refused (`NotHandedOut`). Functions that are given as arguments run under the
+    lease and get the engine's own objects: they clone what they keep. For other uses there is the engine's own lease.
     """
 
     __slots__ = ("_keeper", "_path")
