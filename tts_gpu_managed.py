@@ -17,14 +17,17 @@ from __future__ import annotations
 import enum
 import itertools
 import logging
+import sys
+import traceback
 import types
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
-from residency.diagnosis import is_out_of_device_memory
+from residency.diagnosis import all_of, is_out_of_device_memory
+from residency.handout import HandOut, is_bound, is_stream
 from residency.parts import Part, Path, asked_by_tools, follow, not_settable, unwrapped
 from residency.residents.discovery import discover
 
@@ -54,8 +57,9 @@ class GPUManagedTTS:
     the device either way.
 
     The engine's other attributes can be read here (which is a request, and loads it). What holds memory of the device
-    is not handed out, since it leaves the device: it is a `Part`. Attributes are set on the engine itself, in ``load``
-    or under `lease`; here they are refused, unless a subclass has them in its body.
+    is not handed out, since it leaves the device: it is a `Part`, or in answers a copy, at any depth. Attributes are
+    set on the engine itself, in ``load`` or under `lease`; here they are refused, unless a subclass has them in its
+    body.
     """
 
     def __init__(
@@ -162,26 +166,44 @@ class GPUManagedTTS:
         self.manager.unregister(self.name)
 
     def _speak(self, call: Callable[[Engine], Any]) -> Any:
-        return ask(self.manager, self.name, lambda engine: self._own(call(engine)))
+        def answer(engine: Engine) -> Any:
+            with self._own_errors(engine):
+                return self._own(call(engine), engine)
 
-    def _own(self, answer: Any) -> Any:
-        """An answer that survives the engine's leaving: what lies on the device may be a buffer of the engine."""
-        if type(answer) in (tuple, list):
-            return type(answer)(map(self._own, answer))
-        if type(answer) is dict:
-            return {key: self._own(value) for key, value in answer.items()}
-        return answer.clone() if _is_tensor(answer) and self.manager.device.holds_tensor(answer) else answer
+        return ask(self.manager, self.name, answer)
+
+    def _own(self, answer: Any, engine: Engine) -> Any:
+        """An answer that survives the engine's leaving."""
+        return HandOut(self, engine, self.manager.device.holds_tensor, _holds_memory)(answer)
+
+    @contextmanager
+    def _own_errors(self, engine: Engine) -> Iterator[None]:
+        """Replaces what errors carry by copies, in place, and clears the locals of their frames, which are live."""
+        callers = list(all_of(sys.exc_info()[1], hidden=True))
+        try:
+            yield
+        except Exception as error:
+            for found in all_of(error, hidden=True):
+                if any(found is other for other in callers):
+                    continue
+                traceback.clear_frames(found.__traceback__)
+                if isinstance(found, AttributeError):
+                    found.obj = None
+                if _holds_memory((found.args, vars(found))):
+                    found.args, attributes = self._own((found.args, vars(found)), engine)
+                    vars(found).update(attributes)
+            raise
 
     def read_part(self, path: Path) -> Any:
         """What is found there in the engine: itself, a tensor's copy, or a `Part`.
 
         Joins the request that has the model, if one has it.
         """
-        with self.manager.lease(self.name, reading=True) as engine:
+        with self.manager.lease(self.name, reading=True) as engine, self._own_errors(engine):
             value = follow(path, engine)
-            if _is_tensor(value):
-                return self._own(value)
-            return Part(self, path) if isinstance(value, types.MethodType) or _holds_memory(value) else value
+            if not _is_tensor(value) and (is_bound(value) or _holds_memory(value)):
+                return Part(self, path)
+            return self._own(value, engine)
 
     def use_part(self, path: Path, use: Callable[[Any], Any]) -> Any:
         return self._speak(lambda engine: use(follow(path, engine)))
@@ -189,12 +211,14 @@ class GPUManagedTTS:
     def call_part(self, path: Path, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         def call(engine: Engine) -> Any:
             there = {name: unwrapped(value, engine) for name, value in keywords.items()}
-            return follow(path, engine)(*(unwrapped(value, engine) for value in arguments), **there)
+            with self._own_errors(engine):
+                answer = follow(path, engine)(*(unwrapped(value, engine) for value in arguments), **there)
+                return self._items(answer, engine) if is_stream(answer) else self._own(answer, engine)
 
         with ExitStack() as held:
             lease = self.lease()
             held.enter_context(lease)
-            answer = self._speak(call)
+            answer = ask(self.manager, self.name, call)
             if not isinstance(answer, types.GeneratorType):
                 return answer
             return self._stream(lease, held.pop_all(), answer)
@@ -206,10 +230,16 @@ class GPUManagedTTS:
         with held, closing(stream):
             lease.resumed()
             for item in stream:
-                own = self._own(item)
                 lease.suspended()
-                yield own
+                yield item
                 lease.resumed()
+
+    def _items(self, stream: Iterator[Any], engine: Engine) -> Generator[Any, None, None]:
+        """The items as they go out. The lease is `_stream`'s."""
+        generator = closing(stream) if isinstance(stream, Generator) else nullcontext()
+        with self._own_errors(engine), generator:
+            for item in stream:
+                yield self._own(item, engine)
 
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
         if not model_path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from residency.residents.layout import Layout
 from residency.residents.mirror import HostMirror
 from residency.residents.weights import Weights
+from residency.sentences import Sentence
 
 from ._children import Job, Unavailable, installed
 from ._material import Plan, check, filled, make_device, nbytes_of, plain_tensors, start
@@ -193,7 +194,7 @@ def describe(plan: Plan) -> dict[str, str]:
         kind = "cuda" if torch.cuda.is_available() else "simulated"
     plan = Plan(plan.size, plan.tensors, plan.many, kind, plan.folder)
     name = torch.cuda.get_device_name() if kind == "cuda" else make_device(plan).name
-    return {"device": kind, "name": name.split(" / ")[0], "torch": torch.__version__}
+    return {"device": kind, "name": Sentence.of(name).en, "torch": torch.__version__}
 
 
 def _module(plan: Plan) -> tuple[torch.nn.Module, int]:

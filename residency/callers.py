@@ -28,7 +28,7 @@ _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GE
 
 #: Modules between a lease and the code that asks for it.
 _INTERNAL = frozenset({__name__, "contextlib", "gpu_manager", "tts_gpu_managed", "residency.admission",
-                       "residency.leasing", "residency.parts"})  # fmt: skip
+                       "residency.leasing", "residency.parts", "residency.handout"})  # fmt: skip
 
 #: Modules that run one task after the other in a thread.
 _POOLS = ("concurrent.futures", "anyio")

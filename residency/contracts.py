@@ -45,6 +45,7 @@ class Device(Protocol):
 
     kind: DeviceKind
     name: str
+    """What people call it; a `Sentence` where that depends on the language."""
     torch_device: str
     """What engines pass to ``torch`` to place tensors: ``"cuda"`` or ``"cpu"``."""
     separate: bool

@@ -6,20 +6,30 @@ import re
 import traceback
 from collections.abc import Iterator
 
-from .errors import DeviceLost, DeviceOutOfMemory
+from .errors import DeviceLost, DeviceOutOfMemory, ResidencyError
+from .sentences import Sentence
 
 
-def in_words(error: BaseException) -> str:
-    """Kind and message of any error, also of one whose own words fail."""
+def in_words(error: BaseException) -> Sentence:
+    """Kind and message of any error, also of one whose own words fail.
+
+    Its halves are those of the message where the error is one of ours, which says enough without its kind.
+    """
     try:
-        return f"{type(error).__name__}: {error}"
+        whole = f"{type(error).__name__}: {error}"
     except Exception:
-        return type(error).__name__
+        whole = type(error).__name__
+    return Sentence(error.en, error.zh, whole) if isinstance(error, ResidencyError) else Sentence.of(whole)
+
+
+def message_of(error: BaseException) -> Sentence:
+    """Returns an error's message without its kind; errors of other libraries are the same in both languages."""
+    return Sentence(error.en, error.zh) if isinstance(error, ResidencyError) else Sentence.of(str(error))
 
 
 def is_out_of_device_memory(error: BaseException | None) -> bool:
     """Whether an error, or what led to it, says that the device has no memory: ours, torch's or ONNX Runtime's."""
-    return any(map(_says_full, _all_of(error)))
+    return any(map(_says_full, all_of(error)))
 
 
 def is_device_lost(error: BaseException | None) -> bool:
@@ -28,17 +38,17 @@ def is_device_lost(error: BaseException | None) -> bool:
     CUDA reports a failed kernel to every later call of the process. torch raises AcceleratorError (a RuntimeError that
     begins with "CUDA error" before 2.9), ONNX Runtime "CUDA failure" with the number of the error.
     """
-    return any(map(_says_lost, _all_of(error)))
+    return any(map(_says_lost, all_of(error)))
 
 
 def loss_beyond_repair(error: BaseException | None) -> DeviceLost | None:
     """The error that says that the device answers nothing to this process any more, if that was found out."""
-    return next((found for found in _all_of(error) if isinstance(found, DeviceLost)), None)
+    return next((found for found in all_of(error) if isinstance(found, DeviceLost)), None)
 
 
 def lacking_bytes(error: BaseException | None) -> int:
     """What a full device said it lacked; at least 1, since free memory in pieces may be of no use."""
-    found = next((found for found in _all_of(error) if isinstance(found, DeviceOutOfMemory)), None)
+    found = next((found for found in all_of(error) if isinstance(found, DeviceOutOfMemory)), None)
     if found is None or found.free_bytes is None:
         return 1
     return max(1, found.needed_bytes - found.free_bytes)
@@ -46,7 +56,7 @@ def lacking_bytes(error: BaseException | None) -> int:
 
 def empty_frames(error: BaseException | None) -> None:
     """Let go of what an error's frames hold, such as the half of a model that was made before it; lines stay."""
-    for found in _all_of(error, hidden=True):
+    for found in all_of(error, hidden=True):
         traceback.clear_frames(found.__traceback__)
 
 
@@ -62,7 +72,7 @@ def _says_lost(error: BaseException) -> bool:
     return isinstance(error, DeviceLost) or (isinstance(error, RuntimeError) and bool(named) and not _says_full(error))
 
 
-def _all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseException]:
+def all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseException]:
     """An error, and those that led to it; ``hidden``: also those that ``raise ... from None`` has put aside."""
     todo, seen = [error], set[int]()
     while todo:

@@ -1,19 +1,27 @@
 """Errors that people and programs can act on.
 
 Every error says what to do next, keeps its facts as attributes and survives pickling (a worker process
-hands it to its parent). Messages that reach the page are written in English and Chinese.
+hands it to its parent). Messages are written in English and Chinese.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .sentences import Sentence
+
 
 class ResidencyError(Exception):
-    """Base of all errors raised by this project. Its fields are the arguments of its constructor."""
+    """Base of all errors raised by this project.
 
-    def __init__(self, message: str, *fields: object) -> None:
-        super().__init__(message)
+    ``en`` and ``zh`` are the message in English and in Chinese, ``str`` both: ``en / zh``. ``fields`` are the arguments
+    of the subclass's own constructor.
+    """
+
+    def __init__(self, en: str, zh: str, *fields: object) -> None:
+        super().__init__(f"{en} / {zh}")
+        self.en = en
+        self.zh = zh
         self._fields = fields
 
     def __reduce__(self) -> tuple[type[ResidencyError], tuple[object, ...]]:
@@ -25,7 +33,7 @@ class UnknownModel(ResidencyError, KeyError):
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         super().__init__(
-            f"No model is called {name!r}; known: {', '.join(known) or 'none'}. / "
+            f"No model is called {name!r}; known: {', '.join(known) or 'none'}.",
             f"没有名为 {name!r} 的模型；已注册：{'、'.join(known) or '无'}。",
             name,
             known,
@@ -42,7 +50,9 @@ class ModelExists(ResidencyError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"A model called {name!r} is registered already; choose another name or unregister({name!r}) first.", name
+            f"A model called {name!r} is registered already; choose another name or unregister({name!r}) first.",
+            f"已注册名为 {name!r} 的模型；请换一个名称，或先调用 unregister({name!r})。",
+            name,
         )
         self.name = name
 
@@ -75,8 +85,9 @@ class RequestTimeout(ResidencyError, TimeoutError):
         held_en, held_zh = (f"; {holder.en}", f"；{holder.zh}") if holder else ("", "")
         super().__init__(
             f"{name!r} was not to be had within {waited_s:.3g} s ({doing}; place {place} in the queue{held_en}). Try "
-            f"again, or allow more time (--gpu-wait-timeout, or timeout). / {waited_s:.3g} 秒内未能使用 {name!r}"
-            f"（{doing}；排队第 {place} 位{held_zh}）。请重试，或延长等待时间（--gpu-wait-timeout 或 timeout）。",
+            f"again, or allow more time (--gpu-wait-timeout, or timeout).",
+            f"{waited_s:.3g} 秒内未能使用 {name!r}（{doing}；排队第 {place} 位{held_zh}）。请重试，或延长等待时间"
+            f"（--gpu-wait-timeout 或 timeout）。",
             name,
             waited_s,
             place,
@@ -95,7 +106,7 @@ class ModelBusy(ResidencyError):
 
     def __init__(self, name: str, waiting: int, doing: str) -> None:
         super().__init__(
-            f"{name!r} is busy ({doing}; {waiting} waiting). Try again later. / "
+            f"{name!r} is busy ({doing}; {waiting} waiting). Try again later.",
             f"{name!r} 正忙（{doing}；{waiting} 个请求等待中），请稍后重试。",
             name,
             waiting,
@@ -111,7 +122,7 @@ class RequestCancelled(ResidencyError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"The request for {name!r} was cancelled while it waited. / 对 {name!r} 的请求在等待时被取消。", name
+            f"The request for {name!r} was cancelled while it waited.", f"对 {name!r} 的请求在等待时被取消。", name
         )
         self.name = name
 
@@ -141,7 +152,7 @@ class LeaseDeadlock(ResidencyError, RuntimeError):
                 f"等待 {name!r}{held_zh} 会造成死锁：占用它的代码正在等待本请求，或需由本请求的代码继续执行。"
                 f"请先退出该租约，或在其上下文中（contextvars.copy_context().run）发出请求以共享它。"
             )
-        super().__init__(f"{en} / {zh}", name, holding, holder)
+        super().__init__(en, zh, name, holding, holder)
         self.name = name
         self.holding = holding
         self.holder = holder
@@ -153,7 +164,7 @@ class LoadTimeout(ResidencyError, TimeoutError):
     def __init__(self, name: str, allowed_s: float) -> None:
         super().__init__(
             f"{name!r} was not loaded within {allowed_s:g} s. Look what its loader waits for (a download, a disk, a "
-            f"lock), or allow more (--gpu-load-timeout, or load_timeout). / "
+            f"lock), or allow more (--gpu-load-timeout, or load_timeout).",
             f"{name!r} 未能在 {allowed_s:g} 秒内加载完成。"
             f"请检查加载在等待什么（下载、磁盘、锁），或延长时限（--gpu-load-timeout 或 load_timeout）。",
             name,
@@ -168,7 +179,8 @@ class ManagerClosed(ResidencyError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The GPU manager is closed; make a new one or restart the app. / GPU 管理器已关闭，请新建一个或重启应用。"
+            "The GPU manager is closed; make a new one or restart the app.",
+            "GPU 管理器已关闭，请新建一个或重启应用。",
         )
 
 
@@ -179,6 +191,8 @@ class SettingsConflict(ResidencyError):
         super().__init__(
             f"The manager of this process already runs with {setting}={present!r}, not {asked!r}. Call "
             f"get_gpu_manager() without settings to share it, or close() it first.",
+            f"本进程的管理器已以 {setting}={present!r} 运行，而不是 {asked!r}。"
+            f"请不带参数调用 get_gpu_manager() 以共用它，或先调用 close()。",
             setting,
             present,
             asked,
@@ -186,12 +200,6 @@ class SettingsConflict(ResidencyError):
         self.setting = setting
         self.present = present
         self.asked = asked
-
-
-def _names(device: str) -> tuple[str, str]:
-    """The name of a device in English and in Chinese: a simulated card has two."""
-    english, _, chinese = device.partition(" / ")
-    return english, chinese or english
 
 
 class DeviceOutOfMemory(ResidencyError, MemoryError):
@@ -211,10 +219,11 @@ class DeviceOutOfMemory(ResidencyError, MemoryError):
         held = [(pid, "?" if nbytes is None else f"{nbytes:,}") for pid, nbytes in holders]
         by = f" (held by {'; '.join(f'pid {pid}: {nbytes}' for pid, nbytes in held)})" if held else ""
         whose = f"（{'；'.join(f'进程 {pid}：{nbytes}' for pid, nbytes in held)}）" if held else ""
-        english, chinese = _names(device)
+        name = Sentence.of(device)
         super().__init__(
-            f"{english} is short of memory: {needed_bytes:,} bytes needed, {free} free{by}. Release another model or "
-            f"stop another program on it, then try again. / {chinese} 显存不足：需要 {needed_bytes:,} 字节，"
+            f"{name.en} is short of memory: {needed_bytes:,} bytes needed, {free} free{by}. Release another model or "
+            f"stop another program on it, then try again.",
+            f"{name.zh} 显存不足：需要 {needed_bytes:,} 字节，"
             f"可用 {'未知' if free_bytes is None else f'{free} 字节'}{whose}。"
             f"请释放其他模型或停止占用显存的程序后重试。",
             needed_bytes,
@@ -232,13 +241,13 @@ class OverBudget(DeviceOutOfMemory):
     """The models under management may not take so much of the device together. Nothing was moved."""
 
     def __init__(self, needed_bytes: int, free_bytes: int, budget_bytes: int, device: str) -> None:
-        english, chinese = _names(device)
+        name = Sentence.of(device)
         ResidencyError.__init__(
             self,
-            f"The budget of {english} is {budget_bytes:,} bytes, of which {free_bytes:,} are to be had, and "
+            f"The budget of {name.en} is {budget_bytes:,} bytes, of which {free_bytes:,} are to be had, and "
             f"{needed_bytes:,} are needed. Raise it (--gpu-budget, or budget_bytes), or let other models leave "
-            f"(keep-warm -1 keeps them). / "
-            f"{chinese} 的显存预算为 {budget_bytes:,} 字节，可用 {free_bytes:,}，需要 {needed_bytes:,}。"
+            f"(keep-warm -1 keeps them).",
+            f"{name.zh} 的显存预算为 {budget_bytes:,} 字节，可用 {free_bytes:,}，需要 {needed_bytes:,}。"
             f"请调大预算（--gpu-budget 或 budget_bytes），或让其他模型离开（keep-warm 为 -1 的模型不会离开）。",
             needed_bytes,
             free_bytes,
@@ -256,10 +265,11 @@ class DeviceUnavailable(ResidencyError):
     """The GPU that was found cannot be used."""
 
     def __init__(self, reason: str) -> None:
+        said = Sentence.of(reason)
         super().__init__(
-            f"The GPU cannot be used: {reason}. Update its driver or torch, or set CUDA_VISIBLE_DEVICES= (empty) to "
-            f"run on the CPU. / 无法使用 GPU：{reason}。请更新驱动或 torch，"
-            f"或设置 CUDA_VISIBLE_DEVICES=（空）改用 CPU。",
+            f"The GPU cannot be used: {said.en}. Update its driver or torch, or set CUDA_VISIBLE_DEVICES= (empty) to "
+            f"run on the CPU.",
+            f"无法使用 GPU：{said.zh}。请更新驱动或 torch，或设置 CUDA_VISIBLE_DEVICES=（空）改用 CPU。",
             reason,
         )
         self.reason = reason
@@ -271,7 +281,7 @@ class DeviceLost(DeviceUnavailable):
     def __init__(self, reason: str) -> None:
         ResidencyError.__init__(
             self,
-            f"The GPU has failed, and this process cannot use it any more: {reason}. Restart the app. / "
+            f"The GPU has failed, and this process cannot use it any more: {reason}. Restart the app.",
             f"GPU 出现故障，本进程无法再使用它：{reason}。请重启应用。",
             reason,
         )
@@ -285,6 +295,7 @@ class SharedWeights(ResidencyError):
         super().__init__(
             f"These tensors are part of another model under management as well: {', '.join(paths)}. Register both as "
             f"one model, or keep them out with skip.",
+            f"这些张量也属于另一个受管理的模型：{'、'.join(paths)}。请将两者注册为一个模型，或用 skip 排除它们。",
             paths,
         )
         self.paths = paths
@@ -296,7 +307,8 @@ class OnAnotherDevice(ResidencyError):
     def __init__(self, where: str, managed: str) -> None:
         super().__init__(
             f"The engine has a part on {where}, and only {managed} is managed: place it on one GPU (--device-map cuda, "
-            f"not auto), or let the process see one (CUDA_VISIBLE_DEVICES=0). / 引擎有一部分位于 {where}，而这里只管理 "
+            f"not auto), or let the process see one (CUDA_VISIBLE_DEVICES=0).",
+            f"引擎有一部分位于 {where}，而这里只管理 "
             f"{managed}：请放在一块 GPU 上（--device-map cuda，而非 auto），"
             f"或让进程只看到一块（CUDA_VISIBLE_DEVICES=0）。",
             where,
@@ -313,9 +325,36 @@ class WeightsGone(ResidencyError):
         super().__init__(
             f"The loader returned an engine whose weights were released: {', '.join(paths)}. Let it build a new one, "
             f"or register what outlives a release as keep.",
+            f"加载函数返回了权重已被释放的引擎：{'、'.join(paths)}。请让它每次新建引擎，"
+            f"或用 keep 注册需要在释放后保留的部分。",
             paths,
         )
         self.paths = paths
+
+
+class NotHandedOut(ResidencyError, TypeError):
+    """An answer contains an object that cannot be copied and would read the engine's memory after the lease."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(
+            f"The engine's answer contains a {kind}, which cannot be copied and would read memory that leaves the "
+            f"device. Use it until the engine leaves: with tts.lease() as engine.",
+            f"引擎的返回值含有 {kind}，它无法复制，且会读取将离开设备的内存。请在 with tts.lease() as engine 中使用。",
+            kind,
+        )
+        self.kind = kind
+
+
+class PartGone(ResidencyError, ReferenceError):
+    """An object that the engine made and did not keep was used after that engine had been released."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(
+            f"This {kind} was made by an engine that has been released since. Ask the engine for a new one.",
+            f"此 {kind} 由已释放的引擎创建，已失效。请重新向引擎获取。",
+            kind,
+        )
+        self.kind = kind
 
 
 class CapturedGraphs(ResidencyError):
@@ -324,7 +363,7 @@ class CapturedGraphs(ResidencyError):
     def __init__(self, paths: tuple[str, ...]) -> None:
         super().__init__(
             f"The engine has captured CUDA graphs ({', '.join(paths)}), which remember where its weights lie: it "
-            f"cannot be offloaded, only released. Build it without them (enable_cuda_graph=False). / "
+            f"cannot be offloaded, only released. Build it without them (enable_cuda_graph=False).",
             f"引擎已捕获 CUDA graph（{'、'.join(paths)}），其中记录了权重的显存地址：只能释放，不能卸载到内存。"
             f"请在构建引擎时关闭它（enable_cuda_graph=False）。",
             paths,
@@ -336,8 +375,12 @@ class SnapshotUnusable(ResidencyError):
     """A snapshot cannot be written or read. No reason to fail: the engine is released or loaded the normal way."""
 
     def __init__(self, name: str, reason: str) -> None:
+        said = Sentence.of(reason)
         super().__init__(
-            f"The snapshot of {name!r} cannot be used: {reason}. / {name!r} 的快照无法使用：{reason}。", name, reason
+            f"The snapshot of {name!r} cannot be used: {said.en}.",
+            f"{name!r} 的快照无法使用：{said.zh}。",
+            name,
+            reason,
         )
         self.name = name
         self.reason = reason
@@ -347,9 +390,7 @@ class InvalidInput(ResidencyError, ValueError):
     """Something a user gave cannot be used; the message says what to give instead, in both languages."""
 
     def __init__(self, en: str, zh: str) -> None:
-        super().__init__(f"{en} / {zh}", en, zh)
-        self.en = en
-        self.zh = zh
+        super().__init__(en, zh, en, zh)
 
 
 class NotAllowed(ResidencyError, PermissionError):
@@ -358,9 +399,9 @@ class NotAllowed(ResidencyError, PermissionError):
     def __init__(self) -> None:
         super().__init__(
             "Only people on this machine, signed-in users (--auth user:password) and holders of the token "
-            "(--control-token, sent as 'Authorization: Bearer TOKEN') may do this. / "
+            "(--control-token, sent as 'Authorization: Bearer TOKEN') may do this.",
             "只有本机用户、已登录用户（--auth user:password）或持有令牌者（--control-token，"
-            "以请求头 'Authorization: Bearer TOKEN' 发送）可以执行此操作。"
+            "以请求头 'Authorization: Bearer TOKEN' 发送）可以执行此操作。",
         )
 
 
@@ -368,6 +409,4 @@ class EngineUnavailable(ResidencyError):
     """The speech engine that was asked for is not installed or not where it should be."""
 
     def __init__(self, en: str, zh: str) -> None:
-        super().__init__(f"{en} / {zh}", en, zh)
-        self.en = en
-        self.zh = zh
+        super().__init__(en, zh, en, zh)

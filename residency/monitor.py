@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from .contracts import Clock
+from .diagnosis import in_words
 from .latches import new_latch, open_latch
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Monitor:
                     latch, sleep_s = self._fall_asleep_locked(self._look)
             except BaseException as error:  # whatever it is: nobody else sees to the deadlines
                 self._errors += 1
-                self._last_error = f"{type(error).__name__}: {error}"
+                self._last_error = in_words(error)
                 logger.exception("The idle monitor met an error and goes on")
                 with self._lock:
                     latch, sleep_s = self._fall_asleep_locked(lambda: self._clock.now() + PAUSE_AFTER_ERROR_S)

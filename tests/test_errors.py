@@ -23,6 +23,8 @@ EXAMPLES = [
     errors.DeviceLost("illegal memory access"),
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),
+    errors.NotHandedOut("generator"),
+    errors.PartGone("Sequential"),
     errors.CapturedGraphs((".flow.graph",)),
     errors.OnAnotherDevice("cuda:1", "cuda:0"),
     errors.SnapshotUnusable("tts", "it is damaged"),
@@ -38,6 +40,14 @@ def test_errors_pickle_with_their_fields_and_words(error: errors.ResidencyError)
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert vars(copy) == vars(error)
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_errors_say_it_in_english_and_in_chinese(error: errors.ResidencyError) -> None:
+    assert str(error) == f"{error.en} / {error.zh}"
+    assert error.en.isascii()
+    assert not error.zh.isascii()
+    assert " / " not in error.en + error.zh
 
 
 def test_every_error_has_an_example_here() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
 from ..errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
+from ..sentences import Sentence
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,12 @@ class CudaDevice:
         import torch
 
         if not torch.cuda.is_available():
-            raise DeviceUnavailable(f"torch {torch.__version__} does not see {self.name}")
+            raise DeviceUnavailable(
+                Sentence(
+                    f"torch {torch.__version__} does not see {self.name}",
+                    f"torch {torch.__version__} 未发现 {self.name}",
+                )
+            )
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:

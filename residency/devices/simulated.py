@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
 from ..errors import DeviceOutOfMemory
+from ..sentences import Sentence
 from ..units import readable_bytes
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class SimulatedDevice:
         self.capacity_bytes = capacity_bytes
         self.pinned_limit_bytes = pinned_limit_bytes
         self.pinned_bytes = 0
-        self.name = f"Simulated GPU ({readable_bytes(capacity_bytes)}) / 模拟 GPU"
+        size = readable_bytes(capacity_bytes)
+        english = f"Simulated GPU ({size})"
+        self.name: str = Sentence(english, f"模拟 GPU（{size}）", whole=f"{english} / 模拟 GPU")
         self._used_bytes = 0
         self._lock = threading.Lock()
 

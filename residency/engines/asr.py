@@ -17,10 +17,11 @@ _CHUNK_S = 30
 def unavailable(model: str, error: Exception) -> EngineUnavailable:
     """What it means that it cannot be loaded: a hub is not reached, a folder is none, a model is of another kind."""
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__  # transformers goes on for paragraphs
+    reason = reason.rstrip(".")
     return EngineUnavailable(
-        f"The speech recognition {model} cannot be loaded ({reason.rstrip('.')}): give another model or a folder as "
+        f"The speech recognition {model} cannot be loaded ({reason}): give another model or a folder as "
         f"--asr-model, or type the prompt text",
-        f"无法加载语音识别模型 {model}：请用 --asr-model 指定其他模型或目录，或手动填写提示文本",
+        f"无法加载语音识别模型 {model}（{reason}）：请用 --asr-model 指定其他模型或目录，或手动填写提示文本",
     )
 
 

@@ -103,11 +103,11 @@ def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
     if not others:
         return None
     others.sort(key=lambda each: each.installed is not None)  # what is missing first
-    install, listed = install_command(checkout), "; ".join(map(str, others))
+    install, listed, why = install_command(checkout), requirements.listed(others), in_words(error)
     return EngineUnavailable(
-        f"Step-Audio-EditX cannot be built ({in_words(error)}). Not as it asks for: {listed}. {install}, and restart "
+        f"Step-Audio-EditX cannot be built ({why.en}). Not as it asks for: {listed.en}. {install}, and restart "
         f"this program: what could not be imported is not tried again",
-        f"无法构建 Step-Audio-EditX（{in_words(error)}）。与其要求不符：{listed}。请 {install}，然后重启本程序"
+        f"无法构建 Step-Audio-EditX（{why.zh}）。与其要求不符：{listed.zh}。请 {install}，然后重启本程序"
         f"（导入失败的部分不会重试）",
     )
 
@@ -126,14 +126,15 @@ def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
             f"Step-Audio-EditX needs the Python module {missing!r}: {install}",
             f"Step-Audio-EditX 缺少 Python 模块 {missing!r}：请 {install}",
         )
-    others = "; ".join(map(str, requirements.unmet(checkout / "requirements.txt")))
+    others = requirements.listed(requirements.unmet(checkout / "requirements.txt"))
+    why = in_words(error)
     # Not all of them again: that would replace a torch that fits this machine's driver.
     again = "pip install --force-reinstall --no-deps"
     return EngineUnavailable(
-        f"Step-Audio-EditX cannot be imported ({in_words(error)}). "
-        + (f"Not as it asks for: {others}. {install}" if others else f"{again} the package that this comes from"),
-        f"无法导入 Step-Audio-EditX（{in_words(error)}）。"
-        + (f"与其要求不符：{others}。请 {install}" if others else f"请对出错的软件包执行 {again}"),
+        f"Step-Audio-EditX cannot be imported ({why.en}). "
+        + (f"Not as it asks for: {others.en}. {install}" if others else f"{again} the package that this comes from"),
+        f"无法导入 Step-Audio-EditX（{why.zh}）。"
+        + (f"与其要求不符：{others.zh}。请 {install}" if others else f"请对出错的软件包执行 {again}"),
     )
 
 

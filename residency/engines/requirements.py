@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+
+from ..sentences import Sentence
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,19 @@ class Unmet:
 
     def __str__(self) -> str:
         return f"{self.requirement} ({self.installed or 'missing / 未安装'})"
+
+    @property
+    def sentence(self) -> Sentence:
+        """``torch==2.1 (2.0)``, or that it is missing."""
+        return Sentence(
+            f"{self.requirement} ({self.installed or 'missing'})", f"{self.requirement}（{self.installed or '未安装'}）"
+        )
+
+
+def listed(requirements: Iterable[Unmet]) -> Sentence:
+    """Several in one sentence."""
+    told = [each.sentence for each in requirements]
+    return Sentence("; ".join(each.en for each in told), "；".join(each.zh for each in told))
 
 
 def unmet(file: Path) -> list[Unmet]:

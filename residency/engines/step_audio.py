@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import Engine
-from ..diagnosis import in_words, is_device_lost, is_out_of_device_memory
+from ..diagnosis import in_words, is_device_lost, is_out_of_device_memory, message_of
 from ..errors import EngineUnavailable
+from ..sentences import Sentence
 from . import requirements
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
 from .checkout import find_checkout, import_from, install_command, not_found, unfit, unimportable
@@ -98,7 +99,7 @@ def build_recognizer(root: str | None = None) -> Callable[[str], str]:
     return Recognizer(pipeline)
 
 
-def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto", **weights: Any) -> list[str]:
+def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto", **weights: Any) -> list[Sentence]:
     """What is not as it should be, in sentences, before anything is loaded: it may work all the same.
 
     `EngineUnavailable` without a checkout.
@@ -108,26 +109,28 @@ def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto
     return [hub, *found] if hub else found
 
 
-def tts_shortcomings(model_path: str, **arguments: Any) -> list[str]:
+def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
     """The same for what `build_tts` is given; a missing checkout is one of them."""
     try:
         return _shortcomings(None, lambda: _check_tts(model_path, arguments))
     except EngineUnavailable as error:
-        return [str(error)]
+        return [message_of(error)]
 
 
-def _shortcomings(root: str | None, check: Callable[[], None]) -> list[str]:
+def _shortcomings(root: str | None, check: Callable[[], None]) -> list[Sentence]:
     checkout = _checkout(root)
     found = []
     try:
         check()
     except EngineUnavailable as error:
-        found.append(str(error))
+        found.append(message_of(error))
     if unmet := requirements.unmet(checkout / "requirements.txt"):
-        others, command = [str(each) for each in unmet], install_command(checkout)
+        others, command = requirements.listed(unmet), install_command(checkout)
         found.append(
-            f"Not as Step-Audio-EditX asks for: {'; '.join(others)}. If it does not load: {command} / "
-            f"与 Step-Audio-EditX 的要求不符：{'；'.join(others)}。若无法加载：{command}"
+            Sentence(
+                f"Not as Step-Audio-EditX asks for: {others.en}. If it does not load: {command}",
+                f"与 Step-Audio-EditX 的要求不符：{others.zh}。若无法加载：{command}",
+            )
         )
     return found
 
@@ -181,10 +184,11 @@ def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> Engi
     packages = unfit(checkout, first)
     if packages or first is error:
         return packages
+    why, then = in_words(first), message_of(error)
     return EngineUnavailable(
-        f"Step-Audio-EditX cannot be built ({in_words(first)}; what it tried after that failed as well: {error}): "
+        f"Step-Audio-EditX cannot be built ({why.en}; what it tried after that failed as well: {then.en}): "
         f"check --model-path, --model-source and the connection to the hub",
-        f"无法构建 Step-Audio-EditX（{in_words(first)}；随后的尝试也失败了：{error}）：请检查 --model-path、"
+        f"无法构建 Step-Audio-EditX（{why.zh}；随后的尝试也失败了：{then.zh}）：请检查 --model-path、"
         f"--model-source 以及与模型仓库的连接",
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import EngineUnavailable
+from ..sentences import Sentence
 
 ACOUSTIC_MODEL = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
 """The FunASR model that comes with the public tokenizer, in its folder."""
@@ -52,13 +53,14 @@ def check_model(model: str, *, model_source: str = "auto", quantization: str | N
         _check_files(folder, wanted, _download(model_folder(quantization), folder))
 
 
-def from_a_hub(model_path: str, model_source: str) -> str | None:
+def from_a_hub(model_path: str, model_source: str) -> Sentence | None:
     """What must be known of a path that ``auto`` takes for the id of a hub, since it is no folder here."""
     if model_source != "auto" or _is_local(model_path, model_source):
         return None
-    return (
+    return Sentence(
         f"{model_path} is no folder here ({Path.cwd()}): the weights come from Hugging Face, {model_path}/..., with "
-        f"the first request / 此处没有目录 {model_path}：首次请求时将从 Hugging Face 下载权重 {model_path}/..."
+        f"the first request",
+        f"此处（{Path.cwd()}）没有目录 {model_path}：首次请求时将从 Hugging Face 下载权重 {model_path}/...",
     )
 
 
@@ -82,7 +84,11 @@ def _check_tokenizer(folder: Path, acoustic_model: str) -> None:
         _check_files(folder, [*_TOKENIZER_FILES, *acoustic], get)
         return
     _check_files(folder, _TOKENIZER_FILES, get)
-    _check_files(folder, acoustic, "put it there, or leave --tokenizer-model-id out / 或去掉 --tokenizer-model-id")
+    _check_files(
+        folder,
+        acoustic,
+        Sentence("put it there, or leave --tokenizer-model-id out", "放到该处，或去掉 --tokenizer-model-id"),
+    )
 
 
 def _acoustic_files(folder: Path) -> list[str]:
@@ -108,18 +114,21 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
         content: dict[str, dict[str, str]] = json.loads(file.read_bytes())
     except ValueError as error:
         raise EngineUnavailable(
-            f"{file} is damaged ({error}): remove it and download it again", f"{file} 已损坏：请删除后重新下载"
+            f"{file} is damaged ({error}): remove it and download it again",
+            f"{file} 已损坏（{error}）：请删除后重新下载",
         ) from error
     return content
 
 
-def _check_files(folder: Path, wanted: Sequence[str], get: str) -> None:
+def _check_files(folder: Path, wanted: Sequence[str], command: str) -> None:
+    get = Sentence.of(command)
     missing = [name for name in wanted if not (folder / name).exists()]
     if missing:
-        what = ", ".join(missing) if folder.is_dir() else "the whole folder / 整个目录"
+        names = ", ".join(missing)
+        what = Sentence(names, names) if folder.is_dir() else Sentence("the whole folder", "整个目录")
         raise EngineUnavailable(
-            f"The weights in {folder} are missing or incomplete ({what}): {get}",
-            f"{folder} 中的权重缺失或不完整（{what}）：请 {get}",
+            f"The weights in {folder} are missing or incomplete ({what.en}): {get.en}",
+            f"{folder} 中的权重缺失或不完整（{what.zh}）：请 {get.zh}",
         )
     files = [*(folder / name for name in wanted), *folder.glob("*.safetensors")]
     pointers = _names(folder, [file for file in files if file.is_file() and _begins_with(file, _POINTER)])
@@ -132,8 +141,8 @@ def _check_files(folder: Path, wanted: Sequence[str], get: str) -> None:
     cut_off = _names(folder, [file for file in files if file.is_file() and _is_cut_off(file)])
     if cut_off:
         raise EngineUnavailable(
-            f"The weights in {folder} were not downloaded to their end ({cut_off}): remove these files, and {get}",
-            f"{folder} 中的权重没有下载完整（{cut_off}）：请删除这些文件，然后 {get}",
+            f"The weights in {folder} were not downloaded to their end ({cut_off}): remove these files, and {get.en}",
+            f"{folder} 中的权重没有下载完整（{cut_off}）：请删除这些文件，然后 {get.zh}",
         )
 
 

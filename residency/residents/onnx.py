@@ -15,6 +15,7 @@ from typing import Any
 from ..contracts import Device, SnapshotStore
 from ..errors import SnapshotUnusable
 from ..progress import current
+from ..sentences import Sentence
 
 #: What refers to the native session: it is destroyed once all of them are gone.
 _NATIVE = {
@@ -126,7 +127,9 @@ class OnnxSessions:
         """Nothing need be written: a session is built from its file again."""
         freed_bytes = self.device_bytes + self.host_bytes
         if any(not recipe.rebuildable for recipe in self._recipes):
-            raise SnapshotUnusable(name, "one of its ONNX sessions cannot be built again")
+            raise SnapshotUnusable(
+                name, Sentence("one of its ONNX sessions cannot be built again", "其中一个 ONNX 会话无法重新创建")
+            )
         self.offload()
         for recipe in self._resting():
             recipe.destroy()

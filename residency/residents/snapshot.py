@@ -25,6 +25,7 @@ import xxhash
 
 from ..errors import InvalidInput, SnapshotUnusable
 from ..progress import current
+from ..sentences import Sentence
 from .fingerprint import memoryview_of
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ class SnapshotFolder:
         header = _header(len(raw))
         try:
             if not _is_whole(path, header, len(raw)):
-                raise SnapshotUnusable(name, f"{path} is missing, cut off, or not one of ours")
+                raise SnapshotUnusable(
+                    name,
+                    Sentence(f"{path} is missing, cut off, or not one of ours", f"{path} 缺失、不完整或不属于本程序"),
+                )
             with contextlib.suppress(OSError):  # a folder that can only be read serves as well
                 os.utime(path)
             damaged = _read_ranges(path, len(header), ranges, hashes, memoryview_of(raw))
@@ -99,7 +103,11 @@ class SnapshotFolder:
             with contextlib.suppress(OSError):
                 path.unlink()
         if damaged is not None:
-            raise SnapshotUnusable(name, f"{path} is damaged at byte {len(header) + damaged:,}; it was removed")
+            at = f"{len(header) + damaged:,}"
+            raise SnapshotUnusable(
+                name,
+                Sentence(f"{path} is damaged at byte {at}; it was removed", f"{path} 在第 {at} 字节处损坏，已删除"),
+            )
 
     def _path(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int]) -> Path:
         content = repr((list(ranges), list(hashes)))

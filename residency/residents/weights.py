@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..contracts import Device, SnapshotStore
 from ..errors import DeviceOutOfMemory, SharedWeights, SnapshotUnusable
 from ..progress import Progress, current
+from ..sentences import Sentence
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
@@ -185,7 +186,11 @@ class Weights:
     def save(self, store: SnapshotStore, name: str) -> int:
         if self._elsewhere_bytes > _SKELETON_BYTES:
             raise SnapshotUnusable(
-                name, f"{self._elsewhere_bytes:,} bytes of it live in main memory and would stay there"
+                name,
+                Sentence(
+                    f"{self._elsewhere_bytes:,} bytes of it live in main memory and would stay there",
+                    f"其中 {self._elsewhere_bytes:,} 字节位于内存并会留在那里",
+                ),
             )
         self.offload()
         with self._moving:
@@ -202,7 +207,7 @@ class Weights:
 
     def load(self, store: SnapshotStore, name: str) -> int:
         if self._saved is None:
-            raise SnapshotUnusable(name, "nothing was saved")
+            raise SnapshotUnusable(name, Sentence("nothing was saved", "没有保存任何内容"))
         mirror = HostMirror(self._layout)
         if self._saved:
             store.read(name, self._ranges(), self._saved, mirror.raw, once=self._passing)

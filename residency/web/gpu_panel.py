@@ -86,7 +86,7 @@ class GpuPanel:
         try:
             done = getattr(self._manager, action)(name)
         except ResidencyError as error:
-            return translated(str(error), say), []
+            return translated(error, say), []
         except Exception as error:
             logger.exception("%s by hand failed", action)
             return f"{say('操作失败', 'It failed')}{mark(':', say)}{error}", []
@@ -105,7 +105,7 @@ class GpuPanel:
         try:
             self._manager.configure(name, **times)
         except ResidencyError as error:
-            return translated(str(error), say)
+            return translated(error, say)
         return say("已更改，立即生效。", "Changed; it applies from now on.")
 
     # -- the page -----------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class GpuPanel:
                 check(self._guard, request)
                 line, awaits = change(say, *given)
             except NotAllowed as error:
-                line, awaits = translated(str(error), say), []
+                line, awaits = translated(error, say), []
             return json.dumps({"line": _paragraph(line), "awaits": awaits, "version": self._manager.version})
 
         button.click(handler, list(inputs), self._pressed, show_progress="hidden", **PRIVATE).then(
@@ -198,7 +198,7 @@ class GpuPanel:
             try:
                 check(self._guard, request)
             except NotAllowed as error:
-                reason = _paragraph(translated(str(error), speaker()))
+                reason = _paragraph(translated(error, speaker()))
                 return [*[gr.update(interactive=False)] * buttons, reason]
             return [gr.skip()] * (buttons + 1)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from ..diagnosis import message_of
+from ..errors import ResidencyError
+from ..sentences import Sentence
+
 Say = Callable[[str, str], str]
 """Chooses from a sentence in Chinese and the same in English."""
-
-_HAN = re.compile("[\u4e00-\u9fff]")
 
 
 def zh(chinese: str, english: str) -> str:
@@ -54,19 +56,7 @@ def preferred(accept_language: str | None) -> Say:
     return next(({"zh": zh, "en": en}[tag] for _, _, tag in sorted(ranked) if tag in ("zh", "en")), en)
 
 
-def translated(sentence: str, say: Say) -> str:
-    """The half that is wanted of what an error says in both languages: ``English. / 中文。``.
-
-    What both halves quote may have bars of its own: they are as many on either side of the one in the middle.
-    """
-    parts = sentence.split(" / ")
-    english, chinese = (" / ".join(half) for half in (parts[: len(parts) // 2], parts[len(parts) // 2 :]))
-    one_language = len(parts) % 2 or not _HAN.search(chinese)
-    return sentence if one_language or say is both else say(chinese, english)
-
-
-def reason(last_error: str, say: Say) -> str:
-    """The same for an error that its kind was written before; that is left out where the sentence says enough."""
-    _, _, sentence = last_error.partition(": ")
-    said = translated(sentence, say)
-    return last_error if said == sentence else said
+def translated(said: str | ResidencyError, say: Say) -> str:
+    """Returns the message of an error, or a `Sentence`, in the language that is wanted; other strings unchanged."""
+    sentence = message_of(said) if isinstance(said, ResidencyError) else Sentence.of(said)
+    return str(sentence) if say is both else say(sentence.zh, sentence.en)

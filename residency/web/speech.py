@@ -19,7 +19,9 @@ import numpy as np
 import soundfile
 
 from ..contracts import Engine
+from ..diagnosis import message_of
 from ..errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError
+from ..sentences import Sentence
 
 _MOST_SAMPLES_PER_S = 2 * 48_000
 """Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
@@ -32,8 +34,8 @@ class ShuttingDown(ResidencyError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The app is shutting down and takes no new requests; try again once it is back. / "
-            "应用正在关闭，不再接受新请求；请在其恢复后重试。"
+            "The app is shutting down and takes no new requests; try again once it is back.",
+            "应用正在关闭，不再接受新请求；请在其恢复后重试。",
         )
 
 
@@ -187,23 +189,25 @@ class Speech:
         return path
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception) -> Sentence:
     """An error as a sentence for people. What is not their mistake goes into the log with its traceback."""
     if isinstance(error, ManagerClosed):
         error = ShuttingDown()  # what it means to who waits for an answer
     if isinstance(error, RequestCancelled):  # as happens to those who are away
-        return (
-            "The request was cancelled in the queue, because the connection was away: ask again / "
-            "连接中断，排队中的请求已被取消：请重新提交"
+        return Sentence(
+            "The request was cancelled in the queue, because the connection was away: ask again",
+            "连接中断，排队中的请求已被取消：请重新提交",
         )
     if isinstance(error, ResidencyError):
-        return str(error)
+        return message_of(error)
     # StepAudioTTS raises its own HTTPException, which says in `detail` what str() does not.
     reason = getattr(error, "detail", None) or str(error) or type(error).__name__
     if 400 <= getattr(error, "status_code", 500) < 500:
-        return f"The engine cannot do this: {reason} / 引擎无法处理该请求：{reason}"
+        return Sentence(f"The engine cannot do this: {reason}", f"引擎无法处理该请求：{reason}")
     logger.error("request failed", exc_info=error)
-    return f"The engine failed: {reason}. Nothing was lost; try again. / 引擎出错：{reason}。历史未丢失，请重试。"
+    return Sentence(
+        f"The engine failed: {reason}. Nothing was lost; try again.", f"引擎出错：{reason}。历史未丢失，请重试。"
+    )
 
 
 def _given_audio(path: str | None, limits: Limits) -> str:

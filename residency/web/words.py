@@ -11,7 +11,7 @@ from typing import Any
 
 from ..states import State
 from ..units import readable_bytes, readable_rate
-from .language import Say, both, bracketed, mark, reason
+from .language import Say, both, bracketed, mark, translated
 
 NOT_ENABLED = both(
     "GPU 管理未启用；启动时加上 --enable-gpu-management 即可使用。",
@@ -82,10 +82,8 @@ def state_in_words(state: str, device_kind: str, say: Say) -> str:
 
 
 def device_name(device: dict[str, Any], say: Say) -> str:
-    """A simulated card has its name in both languages, with its size in one."""
-    english, bar, chinese = str(device["name"]).partition(" / ")
-    size = english.partition("(")[2].rstrip(")")
-    return say(f"{chinese}（{size}）", english) if bar else english
+    """Returns the device's name in the language that is wanted; real cards have one name."""
+    return translated(device["name"], say)
 
 
 def usage(device: dict[str, Any], say: Say) -> str:
@@ -135,7 +133,7 @@ def outcome(name: str, model: dict[str, Any], device_kind: str, say: Say) -> str
     if model["state"] == "moving" or model["pending"]:
         return None
     if model["last_error"]:
-        return f"{name}{mark(':', say)}{reason(model['last_error'], say)}"
+        return f"{name}{mark(':', say)}{translated(model['last_error'], say)}"
     sentences = {
         "gpu": of_device((f"{name} 已到达 GPU。", f"{name} has come to the GPU."), device_kind, say),
         "cpu": say(f"{name} 已回到内存。", f"{name} has come to main memory."),
@@ -241,13 +239,13 @@ def trouble(status: dict[str, Any], say: Say) -> list[str]:
         )
     if monitor["errors"]:
         times = say(f"闲置监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
-        sentences.append(f"{times}{mark(':', say)}{reason(monitor['last_error'], say)}")
+        sentences.append(f"{times}{mark(':', say)}{translated(monitor['last_error'], say)}")
     return sentences
 
 
 def remarks(model: dict[str, Any], say: Say) -> list[str]:
     error = model["last_error"]
-    return [f"{say('上次错误', 'Last error')}{mark(':', say)}{reason(error, say)}"] if error else []
+    return [f"{say('上次错误', 'Last error')}{mark(':', say)}{translated(error, say)}"] if error else []
 
 
 def memory_label(device_kind: str, say: Say) -> str | None:

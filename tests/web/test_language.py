@@ -5,9 +5,20 @@ from html import escape
 import pytest
 
 from gpu_manager import SimulatedDevice
-from residency.diagnosis import in_words
-from residency.errors import DeviceOutOfMemory, InvalidInput, NotAllowed, OverBudget, UnknownModel
-from residency.web.language import Say, both, bracketed, en, mark, preferred, reason, translated, zh
+from residency.diagnosis import in_words, message_of
+from residency.errors import (
+    DeviceOutOfMemory,
+    InvalidInput,
+    NotAllowed,
+    OverBudget,
+    ResidencyError,
+    SnapshotUnusable,
+    UnknownModel,
+)
+from residency.sentences import Sentence
+from residency.web.language import Say, both, bracketed, en, mark, preferred, translated, zh
+from residency.web.speech import explain
+from residency.web.words import device_name
 
 
 @pytest.mark.parametrize(
@@ -40,35 +51,33 @@ def test_people_read_the_language_that_their_browser_asks_for(header: str | None
         InvalidInput("Give text", "请输入"),
         UnknownModel("llm", ("tts",)),
         NotAllowed(),
-        InvalidInput("The engine failed: 3 / 0", "引擎出错：3 / 0"),
+        InvalidInput("no file a / b / c, though 模型 / d is there", "没有文件 a / b / c\n / 但有 模型 / d"),
         OverBudget(100, 50, 150, SimulatedDevice(1 << 30).name),
         DeviceOutOfMemory(100, 50, SimulatedDevice(1 << 30).name),
-        DeviceOutOfMemory(100, None, "card", ((7, 5), (8, None))),
+        DeviceOutOfMemory(100, None, "card / of two names", ((7, 5), (8, None))),
+        SnapshotUnusable("tts", Sentence("it is / gone", "已丢失")),
     ],
 )
-def test_an_error_is_said_in_one_language(error: Exception) -> None:
-    english, chinese = translated(str(error), en), translated(str(error), zh)
-    assert f"{english} / {chinese}" == str(error)
-    assert english.isascii()
-    assert not chinese.isascii()
-    assert not {"(", ";"} & set(chinese)
-    assert translated(str(error), both) == str(error)
+def test_an_error_is_said_in_one_language(error: ResidencyError) -> None:
+    assert translated(error, en) == translated(in_words(error), en) == error.en
+    assert translated(error, zh) == translated(in_words(error), zh) == error.zh
+    assert translated(error, both) == str(error) == f"{error.en} / {error.zh}"
+    assert translated(in_words(error), both) == f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.parametrize(
-    "sentence", ["no / second / bar / counts", "in one language only", "shape / mismatch", "一 / 二 / 三"]
-)
-def test_what_cannot_be_told_apart_is_said_whole(sentence: str) -> None:
-    assert translated(sentence, en) == translated(sentence, zh) == sentence
+@pytest.mark.parametrize("words", ["no / second / bar / counts", "shape / mismatch", "一 / 二 / 三", "a: b / 二"])
+def test_what_others_say_is_said_whole(words: str) -> None:
+    for said in (words, in_words(OSError(words)), explain(OSError(words)), message_of(OSError(words))):
+        assert all(words in translated(said, say) for say in (en, zh, both))
 
 
-def test_an_error_that_was_kept_is_said_in_one_language_without_its_kind() -> None:
-    kept = in_words(InvalidInput("No room: let others leave", "没有空间：请释放其他模型"))
-    assert reason(kept, en) == "No room: let others leave"
-    assert reason(kept, zh) == "没有空间：请释放其他模型"
-    assert reason(kept, both) == kept
-    for strange in ("OSError: no weights", "Wordless", "OSError: a / b"):
-        assert reason(strange, en) == reason(strange, zh) == strange
+def test_devices_have_a_name_in_each_language() -> None:
+    device = {"name": SimulatedDevice(48 << 30).name}
+    assert device_name(device, en) == "Simulated GPU (48 GB)"
+    assert device_name(device, zh) == "模拟 GPU（48 GB）"
+    assert device["name"] == "Simulated GPU (48 GB) / 模拟 GPU"
+    card = {"name": "NVIDIA / H100 (80 GB)"}
+    assert {device_name(card, say) for say in (en, zh, both)} == {"NVIDIA / H100 (80 GB)"}
 
 
 def test_signs_are_those_of_the_language_also_where_what_is_said_is_escaped() -> None:

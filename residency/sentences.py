@@ -1,0 +1,29 @@
+"""A sentence in English and Chinese. Programs and logs read both at once; pages choose one. Pure."""
+
+from __future__ import annotations
+
+
+class Sentence(str):
+    """The string ``en / zh`` with its halves as attributes, so that no reader has to split it.
+
+    ``en`` and ``zh`` are equal for names and for messages of other programs. ``whole`` replaces the string itself.
+    """
+
+    en: str
+    zh: str
+
+    def __new__(cls, en: str, zh: str, whole: str | None = None) -> Sentence:
+        """``en`` and ``zh`` are the whole sentence in one language each."""
+        if whole is None:
+            whole = en if en == zh else f"{en} / {zh}"
+        sentence = super().__new__(cls, whole)
+        sentence.en, sentence.zh = en, zh
+        return sentence
+
+    @classmethod
+    def of(cls, said: str) -> Sentence:
+        """The same where it is one already; another string is itself in both languages."""
+        return said if isinstance(said, Sentence) else cls(said, said)
+
+    def __reduce__(self) -> tuple[type[Sentence], tuple[str, str, str]]:
+        return type(self), (self.en, self.zh, str(self))
