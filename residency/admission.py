@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from .diagnosis import is_device_lost
 from .dispatch import Dispatcher
 from .errors import LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from .latches import holds, new_latch
@@ -77,10 +76,11 @@ class Admission:
         self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
     ) -> None:
         """For `Lease`: end it, and wait for what the end of a request brings, so that the caller finds it done."""
-        dispatcher, lost = self._dispatcher, is_device_lost(error)
+        dispatcher = self._dispatcher
         if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
             self.give_back_later(lease, discard)
             return
+        lost = dispatcher.is_lost(error)
         with dispatcher.lock:
             now_s = self._clock.now()
             request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
