@@ -43,9 +43,10 @@ def test_pinning_is_counted_and_undone(device: SimulatedDevice) -> None:
     mirror = HostMirror(lay_out([3000] * 10, span_bytes=512, group_bytes=5000))
     assert all(mirror.pin(group, device) for group in mirror.groups())
     assert mirror.pinned_bytes == device.pinned_bytes == len(mirror.raw)
-    mirror.unpin(device)
-    mirror.unpin(device)
+    mirror.unpin()
+    mirror.unpin()
     assert mirror.pinned_bytes == device.pinned_bytes == 0
+    assert not mirror.pin(mirror.groups()[0], device)
 
 
 def test_a_group_that_is_refused_is_not_unpinned_later() -> None:
@@ -54,7 +55,7 @@ def test_a_group_that_is_refused_is_not_unpinned_later() -> None:
     answers = [mirror.pin(group, device) for group in mirror.groups()]
     assert answers[0]
     assert not all(answers)
-    mirror.unpin(device)
+    mirror.unpin()
     assert device.pinned_bytes == 0
 
 
