@@ -93,7 +93,7 @@ class Device(Protocol):
         """
 
     def transfer(self) -> AbstractContextManager[Any]:
-        """A block of copies to the device, complete when it ends."""
+        """A block of copies to or from the device and of computing there, complete when it ends."""
 
     def pin(self, raw: torch.Tensor) -> bool:
         """Lock pages of main memory (uint8, page-aligned) for fast copies; False if refused, which is no error."""

@@ -174,7 +174,7 @@ class CudaDevice:
 
     @contextmanager
     def transfer(self) -> Iterator[Any]:
-        """Copies on a stream of their own: of those with a priority, which nobody captures from."""
+        """On a stream of its own, so that other models need not wait: one with a priority, which nobody captures."""
         with self._here() as cuda:
             stream = cuda.Stream(priority=-1)
             try:

@@ -109,9 +109,10 @@ class Weights:
                 self._follow(piece)
                 if not piece.make_resizable():
                     raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
-            if self._mirror is None:
-                self._make_mirror()
-            self._update_mirror()
+            with self._device.transfer():
+                if self._mirror is None:
+                    self._make_mirror()
+                self._update_mirror()
             self.on_device = False
             self._empty()
             if self._pinning is None:

@@ -6,7 +6,9 @@ import gc
 import importlib.util
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -357,7 +359,19 @@ def test_sessions_on_the_card_are_rebuilt_with_an_arena_that_gives_memory_back(d
     sessions.release()
 
 
+def require_capture() -> None:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin()
+            graph.capture_end()
+    except RuntimeError as error:
+        pytest.skip(f"needs a CUDA runtime that captures graphs: {error}".partition("\n")[0])
+
+
 def test_an_engine_with_a_captured_graph_stays_until_it_is_released_and_then_leaves_nothing(device: CudaDevice) -> None:
+    require_capture()
+
     class Engine:
         def __init__(self) -> None:
             self.weight, self.x, self.graph = torch.ones(MB, device="cuda"), torch.ones(MB, device="cuda"), None
@@ -381,3 +395,32 @@ def test_an_engine_with_a_captured_graph_stays_until_it_is_released_and_then_lea
         del engine
         manager.release("tts")
         assert torch.cuda.memory_reserved() <= before_bytes
+
+
+def test_a_move_waits_for_the_end_of_a_capture_and_both_succeed(device: CudaDevice) -> None:
+    require_capture()
+    x = torch.ones(MB, device="cuda")
+    begun, end, graph = threading.Event(), threading.Event(), torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            x.mul_(2)
+            begun.set()
+            assert end.wait(60)
+
+    with GPUResourceManager(device) as manager, ThreadPoolExecutor() as pool:
+        manager.register("m", lambda: [random_bytes(9 * MB)], keep_warm=-1)
+        with manager.lease("m") as engine:
+            before = engine[0].cpu()
+        captured = pool.submit(capture)
+        assert begun.wait(60)
+        offloaded = pool.submit(manager.offload, "m")
+        with pytest.raises(TimeoutError):
+            offloaded.result(1)
+        end.set()
+        captured.result(60)
+        assert offloaded.result(60)
+        graph.replay()
+        assert int(x.sum()) == 2 * MB
+        with manager.lease("m") as engine:
+            assert torch.equal(engine[0].cpu(), before)
