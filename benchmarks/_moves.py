@@ -54,6 +54,7 @@ def ours(plan: Plan) -> list[Row]:
     device, meter = start(plan, separate=True)
     tensors = plain_tensors(plan, device.torch_device)
     weights, size = Weights(tensors, device), nbytes_of(tensors)
+    device.wait()
     device.settle()
     with meter.measure(FIRST, size):
         weights.offload()

@@ -13,7 +13,6 @@ from contextlib import suppress
 from functools import partial
 
 from .callers import CallSite, call_site, in_thread_pool
-from .diagnosis import is_device_lost
 from .dispatch import Dispatcher
 from .errors import Holder, LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from .latches import holds, new_latch
@@ -149,10 +148,11 @@ class Admission:
 
         The caller does not wait until the model has left the device, unless the model is small.
         """
-        dispatcher, lost = self._dispatcher, is_device_lost(error)
+        dispatcher = self._dispatcher
         if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
             self.give_back_later(lease, discard)
             return
+        lost = dispatcher.is_lost(error)
         with dispatcher.lock:
             now_s = self._clock.now()
             request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`

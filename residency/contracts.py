@@ -62,6 +62,13 @@ class Device(Protocol):
     def ensure_usable(self) -> None:
         """Check, before a first load, that torch can compute here; `DeviceUnavailable` if not."""
 
+    def is_usable(self) -> bool:
+        """Whether the device still answers this process, asked of the device itself.
+
+        False only if it is gone for good: a device that is full, busy, or not in use yet is usable. Takes seconds at
+        most, needs no memory of the device, does not disturb other work on it, and never raises.
+        """
+
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor's bytes lie on the device and leave it at an offload; or `OnAnotherDevice`."""
 
@@ -80,11 +87,14 @@ class Device(Protocol):
     def drop(self, storage: torch.UntypedStorage) -> None:
         """Free the bytes of a storage; its tensors stay, empty."""
 
-    def transfer(self) -> AbstractContextManager[Any]:
-        """A block of allocations and copies to the device, complete when it ends.
+    def placing(self) -> AbstractContextManager[Any]:
+        """A block of calls of `allocate`.
 
         Gives an object to keep for as long as what was allocated in the block is in use: its pool of memory.
         """
+
+    def transfer(self) -> AbstractContextManager[Any]:
+        """A block of copies to or from the device and of computing there, complete when it ends."""
 
     def pin(self, raw: torch.Tensor) -> bool:
         """Lock pages of main memory (uint8, page-aligned) for fast copies; False if refused, which is no error."""
@@ -92,8 +102,11 @@ class Device(Protocol):
     def unpin(self, raw: torch.Tensor) -> None:
         """Unlock what `pin` has locked."""
 
+    def wait(self) -> None:
+        """Wait for all work under way on this device: then nothing reads or writes a model that nobody uses."""
+
     def settle(self) -> None:
-        """Wait for work under way and hand freed memory back to the driver."""
+        """Hand freed memory back to the driver."""
 
 
 class Resident(Protocol):

@@ -1,4 +1,8 @@
-"""What an error says of the device: that it is full, or gone. Pure."""
+"""What an error says of the device: that it is full, that it may be gone, or that a capture is in the way. Pure.
+
+Words do not tell whether a device is gone: CUDA says "invalid argument" and "illegal memory access" in the same way.
+They tell whether it is worth asking the device (`Device.is_usable`).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import re
 import traceback
 from collections.abc import Iterator
 
-from .errors import DeviceLost, DeviceOutOfMemory, ResidencyError
+from .errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, ResidencyError
 from .sentences import Sentence
+
+_NO_HANDLE = r"CU(BLAS|DNN)_STATUS_NOT_INITIALIZED"
 
 
 def in_words(error: BaseException) -> Sentence:
@@ -32,13 +38,20 @@ def is_out_of_device_memory(error: BaseException | None) -> bool:
     return any(map(_says_full, all_of(error)))
 
 
-def is_device_lost(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, says that the device, or this process's use of it, is gone.
+def may_be_device_loss(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, comes from CUDA and is a reason to ask the device whether it is usable.
 
-    CUDA reports a failed kernel to every later call of the process. torch raises AcceleratorError (a RuntimeError that
-    begins with "CUDA error" before 2.9), ONNX Runtime "CUDA failure" with the number of the error.
+    CUDA reports a failed kernel to every later call of the process, and a harmless mistake once. torch raises
+    AcceleratorError (a RuntimeError that begins with "CUDA error" before 2.9), ONNX Runtime "CUDA failure" with the
+    number of the error.
     """
-    return any(map(_says_lost, all_of(error)))
+    return any(map(_comes_from_cuda, all_of(error)))
+
+
+def is_capture_under_way(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, says that a capture of CUDA graphs forbade a call: later it will pass."""
+    signs = r"stream is capturing|StreamCapture(Unsupported|Implicit)|CUDA failure 90[06]\b|captures_underway"
+    return any(isinstance(one, CaptureUnderWay) or re.search(signs, in_words(one)) for one in all_of(error))
 
 
 def loss_beyond_repair(error: BaseException | None) -> DeviceLost | None:
@@ -62,14 +75,19 @@ def empty_frames(error: BaseException | None) -> None:
 
 def _says_full(error: BaseException) -> bool:
     # An error of cudaErrorMemoryAllocation, whose number is 2, breaks nothing: the next call may succeed.
-    signs = r"CUDA out of memory|CUDA error: out of memory|CUDA failure 2\b|ALLOC_FAILED"
+    signs = r"CUDA out of memory|CUDA (driver )?error: out of memory|CUDA failure 2\b|ALLOC_FAILED"
+    # cuBLAS and cuDNN say so when there is no room for their handles, or when the device is gone.
+    signs += f"|{_NO_HANDLE}"
     named = isinstance(error, DeviceOutOfMemory) or type(error).__name__ == "OutOfMemoryError"
     return named or re.search(signs, in_words(error)) is not None
 
 
-def _says_lost(error: BaseException) -> bool:
-    named = type(error).__name__ == "AcceleratorError" or re.search("CUDA error|CUDA failure", in_words(error))
-    return isinstance(error, DeviceLost) or (isinstance(error, RuntimeError) and bool(named) and not _says_full(error))
+def _comes_from_cuda(error: BaseException) -> bool:
+    words = in_words(error)
+    named = type(error).__name__ == "AcceleratorError" or re.search("CUDA (driver )?error|CUDA failure", words)
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, DeviceLost)
+    return re.search(_NO_HANDLE, words) is not None or (bool(named) and not _says_full(error))
 
 
 def all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseException]:

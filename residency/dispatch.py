@@ -24,10 +24,11 @@ from .contracts import Clock, Device, Memory
 from .diagnosis import (
     empty_frames,
     in_words,
-    is_device_lost,
+    is_capture_under_way,
     is_out_of_device_memory,
     lacking_bytes,
     loss_beyond_repair,
+    may_be_device_loss,
 )
 from .errors import DeviceLost, LoadTimeout, OverBudget
 from .history import CardHistory, PastMove
@@ -56,6 +57,9 @@ STUCK_AFTER_S = 30.0
 
 _SEARCH_REST = 20.0
 """A collection of garbage may take long in a large program: then so many times as long passes until the next."""
+
+CAPTURE_WITHIN_S = 30.0
+"""How long a move waits at most for the end of captures of CUDA graphs, during which nobody may wait for the card."""
 
 OUT_OF_MEMORY_RETRIES = 5
 """How often a move to a full device is tried again at most, while other models come and go."""
@@ -308,6 +312,13 @@ class Dispatcher:
         self.reports.tell_queue(slot)
         slot.changed()
 
+    def is_lost(self, error: BaseException | None) -> bool:
+        """Whether the device has failed, by an error that says so or, if one gives reason to ask, by its own answer.
+
+        It may take seconds: not to be called under the lock.
+        """
+        return loss_beyond_repair(error) is not None or (may_be_device_loss(error) and not self.device.is_usable())
+
     def lost_locked(self) -> None:
         """The device has failed: what lies on it is of no use, and is built anew."""
         for slot in self.slots.values():
@@ -339,6 +350,8 @@ class Dispatcher:
             except BaseException as error:
                 task.error = error
                 empty_frames(error)  # those who waited keep the error, and not what the attempt has made
+            if is_capture_under_way(task.error) and self._await_capture(task):
+                continue
             full = task.arrives and is_out_of_device_memory(task.error)
             if not (full and self._try_again(task)):
                 break
@@ -359,6 +372,14 @@ class Dispatcher:
             if free_bytes is None or free_bytes >= (slot.size_bytes or slot.needed_bytes):
                 return
             self.clock.wait(new_latch(), 0.02)
+
+    def _await_capture(self, task: Task) -> bool:
+        """Wait a moment for the end of a capture that was in the way; False if that has been done for long enough."""
+        if task.given_up or self.clock.now() >= task.started_s + CAPTURE_WITHIN_S:
+            return False
+        self.clock.wait(new_latch(), 0.1)
+        task.error = None
+        return True
 
     def _try_again(self, task: Task) -> bool:
         """After the device was full: once more with emptied caches, if there is no model that could leave for it.
@@ -393,6 +414,7 @@ class Dispatcher:
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
         left, memory = task.resident or slot.kept, Memory()
+        lost = self.is_lost(error)
         sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
         with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
             memory = self.device.memory()
@@ -411,7 +433,7 @@ class Dispatcher:
                 if error is None:
                     self._arrived_locked(task, now_s)
                 else:
-                    self._failed_locked(task, error)
+                    self._failed_locked(task, error, lost)
                 self.reports.tell("failed" if error else "done", task)
                 self._note_locked(task, "postponed" if task.put_off else "failed" if error else "ok", now_s)
                 slot.task = None
@@ -442,17 +464,17 @@ class Dispatcher:
             for other in self.slots.values():
                 other.lacking_bytes = max(0, other.lacking_bytes - slot.size_bytes)
 
-    def _failed_locked(self, task: Task, error: BaseException) -> None:
+    def _failed_locked(self, task: Task, error: BaseException, lost: bool) -> None:
         slot, move = task.slot, task.move
         slot.at = task.back_at
         slot.last_error = in_words(error)
         slot.not_before_s = self.clock.now() + RETRY_AFTER_S
         slot.stuck = not task.arrives
         # What cannot come back, or is on a device that is gone, is built anew.
-        full = isinstance(error, MemoryError) or is_out_of_device_memory(error)
-        gone = is_device_lost(error) or (move.via is State.RESTORING and not full)
+        passing = isinstance(error, MemoryError) or is_out_of_device_memory(error) or is_capture_under_way(error)
+        gone = lost or (move.via is State.RESTORING and not passing)
         slot.broken = slot.at is not State.RELEASED and (slot.broken or gone)
-        if is_device_lost(error):
+        if lost:
             self.lost_locked()
         self.device_lost = self.device_lost or loss_beyond_repair(error)
         if task.arrives and not task.put_off:

@@ -288,6 +288,19 @@ class DeviceLost(DeviceUnavailable):
         self.reason = reason
 
 
+class CaptureUnderWay(ResidencyError, RuntimeError):
+    """A move had to wait for the GPU while another thread captured a CUDA graph on it. Nothing was moved."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(
+            f"A CUDA graph is being captured on {device}; moves wait until it is done, and this one has waited too "
+            f"long. Try again; if it is never done, restart the app.",
+            f"{device} 上正在捕获 CUDA graph，搬移须等待其完成，本次已等待过久。请重试；若始终不结束，请重启应用。",
+            device,
+        )
+        self.device = device
+
+
 class SharedWeights(ResidencyError):
     """A model holds bytes that belong to another model too; moving one would take them from the other."""
 

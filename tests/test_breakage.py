@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
-from fakes import Client, Gate, Workshop, after, await_that, comes_to, running
+from fakes import Client, Gate, Worker, Workshop, after, await_that, comes_to, running
 
 from gpu_manager import (
     CpuDevice,
@@ -19,7 +20,9 @@ from gpu_manager import (
     State,
 )
 from residency.clock import ManualClock
-from residency.dispatch import OUT_OF_MEMORY_RETRIES, RETRY_AFTER_S, WARM_GRACE_S
+from residency.dispatch import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES, RETRY_AFTER_S, WARM_GRACE_S
+from residency.errors import CaptureUnderWay
+from residency.latches import holds
 
 
 def tts(manager: GPUResourceManager) -> dict:
@@ -101,7 +104,7 @@ def test_a_loader_that_takes_too_long_is_given_up_and_what_it_brings_is_thrown_a
 
 @pytest.mark.parametrize("how", ["discard", "device lost"])
 def test_a_broken_engine_is_dropped_when_its_request_ends(
-    how: str, warm_manager: GPUResourceManager, workshop: Workshop
+    how: str, warm_manager: GPUResourceManager, workshop: Workshop, device: SimulatedDevice
 ) -> None:
     lease = warm_manager.lease("tts")
     try:
@@ -109,11 +112,13 @@ def test_a_broken_engine_is_dropped_when_its_request_ends(
             if how == "discard":
                 lease.discard()
             else:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                device.failure = "an illegal memory access was encountered"
+                raise RuntimeError(f"CUDA error: {device.failure}")
     except RuntimeError:
         pass
     assert tts(warm_manager)["state"] == "released"
     assert workshop.resident.place == "nowhere"
+    device.failure = None
     use(warm_manager)
     assert workshop.loads == 2
     assert tts(warm_manager)["state"] == "gpu"
@@ -233,14 +238,96 @@ def test_an_engine_that_cannot_come_back_is_built_anew(manager: GPUResourceManag
 
 
 def test_a_device_that_is_lost_while_a_model_leaves_it_breaks_the_engine(
-    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop, device: SimulatedDevice
 ) -> None:
     with manager.lease("tts") as engine:
         engine.resident.fail_next["offload"] = RuntimeError("CUDA error: unspecified launch failure")
+        device.failure = "unspecified launch failure"
     clock.advance(RETRY_AFTER_S)
     assert comes_to(manager, clock, State.RELEASED)
+    device.failure = None
     use(manager)
     assert workshop.loads == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["CUDA error: invalid device ordinal", "CUDA error: invalid argument",
+     "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["request", "offload", "restore"])
+def test_a_mistake_that_leaves_the_device_usable_costs_no_engine(
+    words: str, where: str, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    other = Workshop()
+    manager.register("asr", other.load, keep_warm=-1)
+    use(manager, "asr")
+    with suppress(RuntimeError), manager.lease("tts") as engine:
+        if where == "request":
+            raise RuntimeError(words)
+        engine.resident.fail_next[where] = RuntimeError(words)
+    if where == "restore":
+        with suppress(RuntimeError):
+            use(manager)
+    clock.advance(RETRY_AFTER_S)
+    assert comes_to(manager, clock, State.HOST)
+    use(manager, "asr")
+    assert other.loads == 1
+    assert where == "restore" or (use(manager) is engine and workshop.loads == 1)
+
+
+@pytest.mark.parametrize("verb", ["load", "restore", "offload"])
+def test_a_move_waits_for_the_end_of_a_capture_that_is_in_its_way(
+    verb: str, manager: GPUResourceManager, clock: ManualClock, workshop: Workshop
+) -> None:
+    def request() -> None:
+        with manager.lease("tts") as engine:
+            if verb == "offload":
+                engine.resident.fail_next["offload"] = CaptureUnderWay("a card")
+
+    if verb == "load":
+        workshop.fail_next = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    else:
+        use(manager)
+        workshop.resident.fail_next["restore"] = CaptureUnderWay("a card")
+    after(clock, 0.1, Worker(request))
+    assert (tts(manager)["state"], tts(manager)["last_error"]) == ("cpu", None)
+    assert len(workshop.engines) == 1
+
+
+def test_a_capture_without_end_keeps_nobody_waiting_for_ever_and_costs_no_engine(
+    manager: GPUResourceManager, clock: ManualClock, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(manager)
+
+    def restore() -> int:
+        clock.advance(CAPTURE_WITHIN_S / 2)
+        raise CaptureUnderWay("a card")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workshop.resident, "restore", restore)
+        with pytest.raises(CaptureUnderWay):
+            after(clock, 0, Worker(use, manager))
+    assert tts(manager)["state"] == "cpu"
+    use(manager)
+    assert workshop.loads == 1
+
+
+def test_the_device_is_asked_outside_the_lock(
+    manager: GPUResourceManager, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take seconds, and nobody could look at the status meanwhile."""
+    held: list[bool] = []
+
+    def is_usable() -> bool:
+        held.append(holds(manager._dispatcher.lock))
+        return True
+
+    monkeypatch.setattr(device, "is_usable", is_usable)
+    with suppress(RuntimeError), manager.lease("tts") as engine:
+        engine.resident.fail_next["offload"] = RuntimeError("CUDA error: invalid argument")
+        raise RuntimeError("CUDA error: invalid argument")
+    assert held == [False, False]
 
 
 def test_a_device_that_answers_nothing_more_is_remembered_whatever_fails_later(

@@ -1,4 +1,4 @@
-"""Full, lost or neither: what the sentences of torch, CUDA and ONNX Runtime mean."""
+"""Full, maybe lost, or neither: what the sentences of torch, CUDA and ONNX Runtime mean."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import weakref
 
 import pytest
 
-from residency.diagnosis import empty_frames, is_device_lost, is_out_of_device_memory, lacking_bytes, loss_beyond_repair
-from residency.errors import DeviceLost, DeviceOutOfMemory
+from residency.diagnosis import (
+    empty_frames,
+    is_capture_under_way,
+    is_out_of_device_memory,
+    lacking_bytes,
+    loss_beyond_repair,
+    may_be_device_loss,
+)
+from residency.errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory
 
 
 class AcceleratorError(RuntimeError):
@@ -28,8 +35,25 @@ FULL = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0"),
     RuntimeError("CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA driver error: out of memory"),
 ]
-LOST = [
+#: What a full device says, and a device that is gone as well.
+FULL_OR_LOST = [
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED ; GPU=0"),
+]
+CAPTURE = [
+    RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+    AcceleratorError("CUDA error: operation would make the legacy stream depend on a capturing blocking stream: "
+                     "cudaErrorStreamCaptureImplicit"),
+    RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 900: operation not permitted ; GPU=0"),
+    CaptureUnderWay("card"),
+]  # fmt: skip
+MAYBE_LOST = [
+    RuntimeError("CUDA error: invalid device ordinal"),
+    RuntimeError("CUDA error: invalid argument"),
+    RuntimeError("CUDA driver error: unknown error"),
     RuntimeError("CUDA error: device-side assert triggered"),
     AcceleratorError("an illegal memory access was encountered"),
     RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700: an illegal memory access was encountered ; GPU=0"),
@@ -58,20 +82,36 @@ def raised(error: BaseException, how: str) -> BaseException:
 def test_a_full_device_is_full_and_not_lost(error: BaseException) -> None:
     for found in (error, raised(error, "from"), raised(error, "while handling")):
         assert is_out_of_device_memory(found)
-        assert not is_device_lost(found)
+        assert not may_be_device_loss(found)
 
 
-@pytest.mark.parametrize("error", LOST, ids=str)
-def test_a_lost_device_is_lost_and_not_full(error: BaseException) -> None:
+@pytest.mark.parametrize("error", FULL_OR_LOST, ids=str)
+def test_a_library_that_gets_no_handle_means_a_full_device_unless_that_is_gone(error: BaseException) -> None:
     for found in (error, raised(error, "from"), raised(error, "while handling")):
-        assert is_device_lost(found)
+        assert is_out_of_device_memory(found)
+        assert may_be_device_loss(found)
+
+
+@pytest.mark.parametrize("error", CAPTURE, ids=str)
+def test_a_capture_that_forbids_a_call_is_told_from_all_else(error: BaseException) -> None:
+    for found in (error, raised(error, "from"), raised(error, "while handling")):
+        assert is_capture_under_way(found)
+        assert not is_out_of_device_memory(found)
+    for other in (*FULL, *MAYBE_LOST, *NEITHER):
+        assert not is_capture_under_way(other)
+
+
+@pytest.mark.parametrize("error", MAYBE_LOST, ids=str)
+def test_an_error_of_cuda_is_a_reason_to_ask_the_device_and_says_nothing_of_its_memory(error: BaseException) -> None:
+    for found in (error, raised(error, "from"), raised(error, "while handling")):
+        assert may_be_device_loss(found)
         assert not is_out_of_device_memory(found)
         assert loss_beyond_repair(found) is (error if isinstance(error, DeviceLost) else None)
 
 
 @pytest.mark.parametrize("error", NEITHER, ids=str)
 def test_all_else_is_neither(error: BaseException | None) -> None:
-    assert not is_device_lost(error)
+    assert not may_be_device_loss(error)
     assert not is_out_of_device_memory(error)
 
 

@@ -21,6 +21,7 @@ EXAMPLES = [
     errors.OverBudget(10, 5, 8, "card"),
     errors.DeviceUnavailable("driver too old"),
     errors.DeviceLost("illegal memory access"),
+    errors.CaptureUnderWay("card"),
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),
     errors.NotHandedOut("generator"),

@@ -308,8 +308,9 @@ def test_an_engine_that_is_said_to_be_broken_is_built_anew(manager: GPUResourceM
     ],
 )
 def test_an_error_that_says_the_device_is_lost_discards_the_engine(
-    error: Exception, state: State, manager: GPUResourceManager
+    error: Exception, state: State, manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(manager.device, "is_usable", lambda: False)
     with pytest.raises(type(error)), manager.lease("tts"):
         raise error
     assert manager.wait_for("tts", state, 10)

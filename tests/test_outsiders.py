@@ -126,7 +126,9 @@ def test_a_device_that_fails_while_caches_are_emptied_leaves_no_model_moving(
         pass
 
 
-def test_a_device_that_is_lost_takes_all_models_on_it(manager: GPUResourceManager, workshop: Workshop) -> None:
+def test_a_device_that_is_lost_takes_all_models_on_it(
+    manager: GPUResourceManager, workshop: Workshop, device: SimulatedDevice
+) -> None:
     others = {"asr": Workshop(), "vad": Workshop()}
     for name, other in others.items():
         manager.register(name, other.load)
@@ -135,8 +137,10 @@ def test_a_device_that_is_lost_takes_all_models_on_it(manager: GPUResourceManage
     for name in ("tts", *others):
         with manager.lease(name):
             pass
+    device.failure = "an illegal memory access was encountered"
     with pytest.raises(RuntimeError), manager.lease("tts"):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(f"CUDA error: {device.failure}")
+    device.failure = None  # as for a new process
     for name in ("tts", *others):
         with manager.lease(name):
             pass

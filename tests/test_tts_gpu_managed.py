@@ -172,8 +172,9 @@ def test_a_device_that_stays_full_is_told(tts: GPUManagedTTS, engine: RecordingE
 
 
 def test_after_an_error_that_leaves_no_engine_usable_the_next_request_builds_a_new_one(
-    tts: GPUManagedTTS, engine: RecordingEngine
+    tts: GPUManagedTTS, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tts.manager.device, "is_usable", lambda: False)
     engine.raises = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory"):
         tts.clone("a.wav", "said", "to say")

@@ -173,6 +173,9 @@ class Card(SimulatedDevice):
         super().__init__(capacity_bytes)
         self.world = world
 
+    def is_usable(self) -> bool:
+        return False  # asked after a `Loss` only
+
     def settle(self) -> None:
         self.world.step("settling")
         self.world.maybe_fail("settling")

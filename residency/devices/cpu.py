@@ -33,6 +33,9 @@ class CpuDevice:
     def ensure_usable(self) -> None:
         pass
 
+    def is_usable(self) -> bool:
+        return True
+
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
         return False
 
@@ -51,6 +54,9 @@ class CpuDevice:
     def drop(self, storage: torch.UntypedStorage) -> None:
         raise AssertionError("the CPU holds nothing that could be moved")
 
+    def placing(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def transfer(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
@@ -58,6 +64,9 @@ class CpuDevice:
         return False
 
     def unpin(self, raw: torch.Tensor) -> None:
+        pass
+
+    def wait(self) -> None:
         pass
 
     def settle(self) -> None:

@@ -1,55 +1,95 @@
 """A real GPU, through torch. Its allocator keeps the books; NVML is asked for what others use.
 
-Not yet run on a GPU by this project's own tests: see GPU_MANAGEMENT.md.
+Run by this project's tests on a fake CUDA runtime only, not yet on a GPU: see GPU_MANAGEMENT.md.
 """
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import logging
+import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
-from ..errors import DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
+from ..diagnosis import is_capture_under_way, is_out_of_device_memory
+from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
+from ..probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
 from ..sentences import Sentence
+from .capture import beside_captures, is_capturing
 
 if TYPE_CHECKING:
     import torch
 
-    from ..probes import NvmlProbe
-
 
 logger = logging.getLogger(__name__)
 
+_ANSWERS_WITHIN_S = 5.0
+"""A device that is busy for longer than this is not lost for that: nothing is concluded from it."""
+
 
 class CudaDevice:
-    """The GPU that torch calls ``cuda`` (device 0 of those visible). No CUDA context before the first load."""
+    """The GPU that torch calls ``cuda:index``, by default the first of those visible.
+
+    No CUDA context before the first load. Whatever card the calling thread has chosen, its own one is used.
+    """
 
     kind: DeviceKind = "cuda"
-    torch_device = "cuda"
     separate = True
     note: dict[str, str] | None = None
 
-    def __init__(self, name: str, probe: NvmlProbe, pinned_limit_bytes: int | None = None) -> None:
+    def __init__(self, name: str, probe: CardProbe, pinned_limit_bytes: int | None = None, index: int = 0) -> None:
         self.name = name
+        self.index = index
+        self.torch_device = f"cuda:{index}" if index else "cuda"
         self._probe = probe
         self._pinned_limit_bytes = pinned_limit_bytes
         self._pinned_bytes = 0
-        self._lock = threading.Lock()
+        # Garbage collection may run `unpin` while this thread is in `pin`.
+        self._lock = threading.RLock()
 
     @classmethod
     def find(cls, pinned_limit_bytes: int | None = None) -> CudaDevice | None:
-        """The first visible GPU, if there is one and the installed torch could use it; never raises."""
-        from ..probes import NvmlProbe
+        """The first visible GPU, or None if there is none or the installed torch could not use it; never raises.
 
-        probe = NvmlProbe.find()
-        if probe is None or not _torch_has_cuda():
+        If a GPU seems to be there all the same, a warning says why it is not used. Without NVML the GPU is used, and
+        its sizes are unknown until torch has a CUDA context.
+        """
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
             return None
-        return cls(probe.name, probe, pinned_limit_bytes)
+        reason = "NVML finds no such GPU"
+        probe: CardProbe | None = None
+        try:
+            probe = NvmlProbe.find(visible)
+        except NvmlUnavailable as error:
+            reason = f"NVML cannot be asked: {error}"
+            if _gpu_files() and _torch_has_cuda():
+                logger.warning(
+                    "%s. The GPU is used, its memory is unknown before the first load; in a container, add the "
+                    "driver's utilities (NVIDIA_DRIVER_CAPABILITIES=compute,utility). / 无法访问 NVML：GPU 仍会使用，"
+                    "但首次加载前显存大小未知；在容器中请设置 NVIDIA_DRIVER_CAPABILITIES=compute,utility。",
+                    reason,
+                )
+                probe = TorchProbe()
+        if probe is not None and _torch_has_cuda():
+            return cls(probe.name, probe, pinned_limit_bytes)
+        if probe is not None:
+            reason = "the installed torch is a build without CUDA"
+        if probe is not None or visible is not None or _gpu_files():
+            logger.warning(
+                "Running on the CPU although a GPU seems to be there (CUDA_VISIBLE_DEVICES=%s): %s. Check nvidia-smi "
+                "and the build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU. / 检测到可能存在 GPU，"
+                "但将使用 CPU：请检查 nvidia-smi 与 torch 版本，或设置 CUDA_VISIBLE_DEVICES=（空）以使用 CPU。",
+                "not set" if visible is None else visible,
+                reason,
+            )
+        return None
 
     def memory(self) -> Memory:
         return self._probe.memory()
@@ -67,14 +107,43 @@ class CudaDevice:
                     f"torch {torch.__version__} 未发现 {self.name}",
                 )
             )
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise DeviceLost(str(error).partition("\n")[0]) from error
+        error = self._answer()
+        if error is None:
+            return
+        if is_out_of_device_memory(error):
+            raise DeviceOutOfMemory(1, self.memory().free_bytes, self.name, self._probe.holders()) from error
+        raise DeviceLost(str(error).partition("\n")[0]) from error
+
+    def is_usable(self) -> bool:
+        if not _in_use():
+            return True
+        error = self._answer()
+        return error is None or is_out_of_device_memory(error)
+
+    def _answer(self) -> RuntimeError | None:
+        """What CUDA answers now: None, or the error.
+
+        A harmless error is reported once, the loss of the device by every call: so it is asked twice. The question is
+        an event on a stream of our own. It needs no memory, and nothing else that runs or is captured has to end.
+        """
+        found = None
+        for _ in range(2):
+            try:
+                with self._here() as cuda:
+                    stream, event = cuda.Stream(priority=-1), cuda.Event()
+                    event.record(stream)
+                    until_s = time.monotonic() + _ANSWERS_WITHIN_S
+                    while not event.query() and time.monotonic() < until_s:
+                        time.sleep(0.001)
+                return None
+            except RuntimeError as error:
+                found = error
+        return None if is_capture_under_way(found) else found
 
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
-        if tensor.is_cuda and tensor.device.index != 0:
-            raise OnAnotherDevice(str(tensor.device), "cuda:0")  # streams and pools of memory are of one device
+        if tensor.is_cuda and tensor.device.index != self.index:
+            # Streams and pools of memory are of one device.
+            raise OnAnotherDevice(str(tensor.device), f"cuda:{self.index}")
         return tensor.is_cuda
 
     def holds_session(self, providers: Sequence[str]) -> bool:
@@ -87,57 +156,116 @@ class CudaDevice:
         pass
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        import torch
-
         try:
             storage.resize_(nbytes)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_device_memory(error):
+                raise
             raise DeviceOutOfMemory(nbytes, self.memory().free_bytes, self.name, self._probe.holders()) from error
 
     def drop(self, storage: torch.UntypedStorage) -> None:
         storage.resize_(0)
 
     @contextmanager
-    def transfer(self) -> Iterator[Any]:
-        """Copies on a stream of their own into a pool of their own, so that what is freed leaves no segment behind."""
-        import torch
+    def placing(self) -> Iterator[Any]:
+        """Memory from a pool of its own, so that what is freed leaves no segment behind."""
+        with self._here() as cuda:
+            if cuda.get_allocator_backend() == "native":
+                pool = cuda.MemPool()
+                with cuda.use_mem_pool(pool):
+                    yield pool
+            else:  # cudaMallocAsync has no such pools, and allocates in the order of this thread's stream
+                yield None
+                cuda.current_stream().synchronize()
 
-        pool, stream = torch.cuda.MemPool(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        try:
-            with torch.cuda.use_mem_pool(pool), torch.cuda.stream(stream):
-                yield pool
-        finally:
-            stream.synchronize()
+    @contextmanager
+    def transfer(self) -> Iterator[Any]:
+        """On a stream of its own, so that other models need not wait: one with a priority, which nobody captures."""
+        with self._here() as cuda:
+            stream = cuda.Stream(priority=-1)
+            try:
+                with cuda.stream(stream):
+                    yield stream
+            finally:
+                stream.synchronize()
 
     def pin(self, raw: torch.Tensor) -> bool:
         """Registers the pages as they lie (``cudaHostRegister``); within ``pinned_limit_bytes``, else warns once."""
+        nbytes = len(raw)
         with self._lock:
-            if self._pinned_limit_bytes is not None and self._pinned_bytes + len(raw) > self._pinned_limit_bytes:
+            if self._pinned_limit_bytes is not None and self._pinned_bytes + nbytes > self._pinned_limit_bytes:
                 refused = f"the limit of {self._pinned_limit_bytes:,} bytes is reached"
-            elif (code := int(_cudart().cudaHostRegister(raw.data_ptr(), len(raw), 0))) != 0:
-                refused = f"CUDA error {code}"
             else:
-                self._pinned_bytes += len(raw)
-                return True
+                with self._here() as cuda:
+                    code = int(cuda.cudart().cudaHostRegister(raw.data_ptr(), nbytes, 0))
+                if code == 0:
+                    self._pinned_bytes += nbytes
+                    return True
+                refused = f"CUDA error {code}"
         logger.warning("Main memory is not pinned any further (%s): restores will be slower.", refused)
         return False
 
     def unpin(self, raw: torch.Tensor) -> None:
+        nbytes = len(raw)
         with self._lock:
-            _cudart().cudaHostUnregister(raw.data_ptr())
-            self._pinned_bytes -= len(raw)
+            with self._here() as cuda:
+                cuda.cudart().cudaHostUnregister(raw.data_ptr())
+            self._pinned_bytes -= nbytes
+
+    def wait(self) -> None:
+        """Waits for the whole card: on which streams an engine has worked, and which of them still read or write its
+        weights, nobody can tell. `CaptureUnderWay` while a CUDA graph is being captured there: CUDA would refuse.
+        """
+        if not _in_use():
+            return
+        with self._here() as cuda:
+            if is_capturing(self.index):
+                raise CaptureUnderWay(self.name)
+            try:
+                cuda.synchronize()
+            except RuntimeError as error:
+                if not is_capture_under_way(error):
+                    raise
+                # One that began this moment, or not from a stream of torch's.
+                raise CaptureUnderWay(self.name) from error
 
     def settle(self) -> None:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        """Empties torch's cache: what an engine has used beside its weights is in there, with that of all others.
+
+        During a capture torch keeps what it has; the next call gives it back.
+        """
+        if not _in_use():
+            return
+        try:
+            with self._here() as cuda:
+                if is_capturing(self.index):
+                    raise CaptureUnderWay(self.name)
+                if cuda.get_allocator_backend() != "native":
+                    cuda.synchronize()  # cudaMallocAsync frees in the order of streams
+                cuda.empty_cache()
+        except RuntimeError as error:
+            if not is_capture_under_way(error):
+                raise
+            logger.info("A CUDA graph is being captured: freed memory goes back to the driver at the next move.")
+
+    @contextmanager
+    def _here(self) -> Iterator[Any]:
+        """``torch.cuda``, with the managed card as the current one, and whatever other threads capture."""
+        import torch
+
+        with torch.cuda.device(self.index), beside_captures():
+            yield torch.cuda
 
 
-def _cudart() -> Any:
-    import torch
+def _in_use() -> bool:
+    """Whether torch has used CUDA in this process: else there is nothing to wait for, to free or to lose."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+def _gpu_files() -> list[str]:
+    """The driver's devices for GPUs, of Linux and of WSL2."""
+    return glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/dxg")
 
 
 def _torch_has_cuda() -> bool:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
-from ..errors import DeviceOutOfMemory
+from ..errors import DeviceLost, DeviceOutOfMemory
 from ..sentences import Sentence
 from ..units import readable_bytes
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class SimulatedDevice:
-    """A simulated GPU of ``capacity_bytes``. Thread-safe. ``ledger_bytes`` is what models hold on it now."""
+    """A simulated GPU of ``capacity_bytes``. Thread-safe. ``ledger_bytes`` is what models hold on it now.
+
+    ``failure`` is for tests: the words of an error with which the card answers every call from then on, as a real one
+    does once CUDA has failed; None (the default) as long as it works.
+    """
 
     kind: DeviceKind = "simulated"
     torch_device = "cpu"
@@ -40,8 +44,9 @@ class SimulatedDevice:
         size = readable_bytes(capacity_bytes)
         english = f"Simulated GPU ({size})"
         self.name: str = Sentence(english, f"模拟 GPU（{size}）", whole=f"{english} / 模拟 GPU")
+        self.failure: str | None = None
         self._used_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection may run `unpin` while this thread is in here
 
     @property
     def ledger_bytes(self) -> int:
@@ -55,7 +60,11 @@ class SimulatedDevice:
         return Telemetry()
 
     def ensure_usable(self) -> None:
-        pass
+        if self.failure is not None:
+            raise DeviceLost(self.failure)
+
+    def is_usable(self) -> bool:
+        return self.failure is None
 
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
@@ -75,6 +84,7 @@ class SimulatedDevice:
             self._used_bytes -= nbytes
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        self._fail_if_lost()
         self.charge(nbytes)
         try:
             storage.resize_(nbytes)
@@ -87,20 +97,32 @@ class SimulatedDevice:
         storage.resize_(0)
         self.refund(nbytes)
 
+    def placing(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def transfer(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def pin(self, raw: torch.Tensor) -> bool:
         """Only counted, up to ``pinned_limit_bytes``."""
+        nbytes = len(raw)
         with self._lock:
-            if self.pinned_limit_bytes is not None and self.pinned_bytes + len(raw) > self.pinned_limit_bytes:
+            if self.pinned_limit_bytes is not None and self.pinned_bytes + nbytes > self.pinned_limit_bytes:
                 return False
-            self.pinned_bytes += len(raw)
+            self.pinned_bytes += nbytes
             return True
 
     def unpin(self, raw: torch.Tensor) -> None:
+        nbytes = len(raw)
         with self._lock:
-            self.pinned_bytes -= len(raw)
+            self.pinned_bytes -= nbytes
+
+    def wait(self) -> None:
+        self._fail_if_lost()
 
     def settle(self) -> None:
-        pass
+        self._fail_if_lost()
+
+    def _fail_if_lost(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError(f"CUDA error: {self.failure}")

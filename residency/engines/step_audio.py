@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import Engine
-from ..diagnosis import in_words, is_device_lost, is_out_of_device_memory, message_of
+from ..diagnosis import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..errors import EngineUnavailable
 from ..sentences import Sentence
 from . import requirements
@@ -165,7 +165,7 @@ def _explained(make: Callable[[], Engine], checkout: Path, check: Callable[[], N
 
 def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:
     """What is missing, if that is why it could not be built; None if the error says it best itself."""
-    if is_out_of_device_memory(error) or is_device_lost(error):
+    if is_out_of_device_memory(error) or may_be_device_loss(error):
         return None
     try:
         check()

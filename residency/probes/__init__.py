@@ -1,6 +1,7 @@
 """Looks at memory from outside, without torch: None where unknown, never raising, never making a CUDA context."""
 
+from .card import CardProbe, TorchProbe
 from .host import HostProbe
-from .nvml import NvmlProbe
+from .nvml import NvmlProbe, NvmlUnavailable
 
-__all__ = ["HostProbe", "NvmlProbe"]
+__all__ = ["CardProbe", "HostProbe", "NvmlProbe", "NvmlUnavailable", "TorchProbe"]

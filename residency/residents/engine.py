@@ -10,6 +10,7 @@ from ..contracts import Device, SnapshotStore
 from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
 from .composite import CompositeResident
 from .discovery import Discovery, Found
+from .graphs import compiled_graphs
 from .onnx import OnnxSessions
 from .pieces import storage_key
 from .weights import Weights, are_managed
@@ -108,8 +109,9 @@ class EngineResident:
         if self._beside:
             self._beside._find_latecomers()  # what was made in there must outlive this engine too
         now = self._discovery.walk()
-        if now.graphs:
-            raise CapturedGraphs(tuple(now.graphs))
+        graphs = (*now.graphs, *compiled_graphs(now.tensors))
+        if graphs:
+            raise CapturedGraphs(graphs)
         there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
         self._loaded.keep_only(there)
         self._loaded.also(now.tensors)

@@ -1,8 +1,12 @@
-"""The one copy of an engine's bytes in main memory."""
+"""The one copy of an engine's bytes in main memory, and the registration of its pages with the device."""
 
 from __future__ import annotations
 
+import atexit
 import mmap
+import os
+import threading
+import weakref
 from typing import TYPE_CHECKING
 
 from ..contracts import Device
@@ -11,14 +15,22 @@ from .layout import Layout, Span
 if TYPE_CHECKING:
     import torch
 
+_EXIT_WITHIN_S = 5.0
+
+_alive: weakref.WeakSet[HostMirror] = weakref.WeakSet()
+
 
 class HostMirror:
     """Main memory in the shape of a layout: one mapping, so that all of it goes back to the system when dropped.
 
-    ``raw`` is uint8 [layout.nbytes]. Pinned group by group with `pin`; unpinned memory works too, only slower.
+    ``raw`` is uint8 [layout.nbytes]. Pinned group by group with `pin`; unpinned memory works too, only slower. Pages
+    that are pinned are unpinned before they are unmapped, also if the mirror is only forgotten, and when the
+    interpreter ends: the driver would refuse to pin them for their next owner.
+
+    ``moving`` is held by whoever pins, unpins or copies; the end of the interpreter waits for it, for seconds at most.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, moving: threading.Lock | None = None) -> None:
         import torch
 
         self._layout = layout
@@ -27,7 +39,11 @@ class HostMirror:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.raw: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=layout.nbytes or 1)
-        self._pinned: list[torch.Tensor] = []
+        self._moving = moving or threading.Lock()
+        self._registrations = _Registrations()
+        # Not at exit: finalizers run in the order of their making then, and moves may be under way.
+        weakref.finalize(self, self._registrations.undo).atexit = False
+        _alive.add(self)
 
     def span(self, span: Span) -> torch.Tensor:
         """The bytes of a span, uint8 [span.nbytes]."""
@@ -35,7 +51,7 @@ class HostMirror:
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(len(group) for group in self._pinned)
+        return sum(len(group) for _, group in self._registrations.groups)
 
     def groups(self) -> list[torch.Tensor]:
         """The parts that can be pinned one by one; no span lies in two of them."""
@@ -44,12 +60,42 @@ class HostMirror:
         return [self.raw[start:stop] for start, stop in pairs if start < stop]
 
     def pin(self, group: torch.Tensor, device: Device) -> bool:
-        """Lock a group's pages for fast copies; False if the system or the device will not."""
-        if not device.pin(group):
+        """Lock a group's pages for fast copies; False if the system or the device will not, or after `unpin`."""
+        if self._registrations.undone or not device.pin(group):
             return False
-        self._pinned.append(group)
+        self._registrations.groups.append((device, group))
         return True
 
-    def unpin(self, device: Device) -> None:
-        while self._pinned:
-            device.unpin(self._pinned.pop())
+    def unpin(self) -> None:
+        """Unlock all pages, for good."""
+        self._registrations.undo()
+
+    def unpin_at_exit(self) -> None:
+        """As `unpin`, unless the bytes are being copied still; then the process ends with its pages locked."""
+        if self._moving.acquire(timeout=_EXIT_WITHIN_S):
+            try:
+                self.unpin()
+            finally:
+                self._moving.release()
+
+
+class _Registrations:
+    """The pinned parts of one mapping, which they keep alive until they are unpinned."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[Device, torch.Tensor]] = []
+        self.undone = False
+        self._pid = os.getpid()
+
+    def undo(self) -> None:
+        self.undone = True
+        while self.groups:
+            device, group = self.groups.pop()
+            if os.getpid() == self._pid:  # a forked child has the list, and not the registrations
+                device.unpin(group)
+
+
+@atexit.register
+def _unpin_all() -> None:
+    for mirror in list(_alive):
+        mirror.unpin_at_exit()

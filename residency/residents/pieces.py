@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..diagnosis import is_out_of_device_memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -70,7 +72,8 @@ class Piece:
     def find_fill(self) -> bytes | None:
         """The element that the storage repeats, bit for bit, or None. Looks in pieces and stops at a difference.
 
-        Small storages are not looked at: there is nothing to gain.
+        Small storages are not looked at: there is nothing to gain. On a device that has no room for the comparison it
+        is made in main memory, over a copy of each part.
         """
         import torch
 
@@ -82,7 +85,7 @@ class Piece:
         step = 4096  # most weights differ at once; then look in larger pieces
         start = 0
         while start < len(elements):
-            if not bool((elements[start : start + step] == first).all()):
+            if not _repeats(elements[start : start + step], first):
                 return None
             start += step
             step = _FILL_CHECK_BYTES // self.itemsize
@@ -133,6 +136,15 @@ def storage_key(tensor: torch.Tensor) -> int | None:
         logger.debug("A tensor of type %s has no storage of its own and is not managed", type(tensor))
         return None
     return storage._cdata if real else None
+
+
+def _repeats(elements: torch.Tensor, first: torch.Tensor) -> bool:
+    try:
+        return bool((elements == first).all())
+    except RuntimeError as error:
+        if not is_out_of_device_memory(error):
+            raise
+    return bool((elements.cpu() == first.cpu()).all())
 
 
 def _as_bytes(storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:

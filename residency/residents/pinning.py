@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import threading
 import weakref
 
@@ -24,11 +25,11 @@ class BackgroundPinning:
     """Pins group after group until done, stopped, or refused (then the rest stays pageable, only slower).
 
     ``moving`` is held while a group is pinned, and by whoever moves the mirror's bytes: a move waits for one group
-    at most, and no page is locked under a copy.
+    at most, and no page is locked under a copy. A mirror that nobody else has any more is not kept for it.
     """
 
     def __init__(self, mirror: HostMirror, device: Device, moving: threading.Lock) -> None:
-        self._mirror = mirror
+        self._mirror = weakref.ref(mirror)
         self._device = device
         self._moving = moving
         self._stopped = threading.Event()
@@ -45,7 +46,13 @@ class BackgroundPinning:
         self._thread.join()
 
     def _run(self) -> None:
-        for group in self._mirror.groups():
+        for number in itertools.count():
             with self._moving:
-                if self._stopped.is_set() or not self._mirror.pin(group, self._device):
+                if self._stopped.is_set() or not self._pin(number):
                     return
+
+    def _pin(self, number: int) -> bool:
+        """Pin a group, if there is a mirror, such a group, and leave to."""
+        mirror = self._mirror()
+        groups = mirror.groups() if mirror is not None else []
+        return mirror is not None and number < len(groups) and mirror.pin(groups[number], self._device)

@@ -4,21 +4,25 @@ A storage is emptied with ``resize_(0)`` and filled again with ``resize_(n)`` an
 does (``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``); every tensor over it stays the object it was.
 
 Weights of an inference engine do not change, so one copy in main memory, the mirror, is made at the first offload
-and kept. Later offloads compare fingerprints on the device, copy back what did change, and drop the rest.
+and kept. Later offloads compare fingerprints on the device, copy back what did change, and drop the rest. A device
+that is too full to compute fingerprints has everything copied back: nothing on the way off it needs room on it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
+from ..diagnosis import is_out_of_device_memory
 from ..errors import DeviceOutOfMemory, SharedWeights, SnapshotUnusable
 from ..progress import Progress, current
 from ..sentences import Sentence
+from .copying import SpanCopier
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
@@ -69,8 +73,6 @@ class Weights:
         self._fingerprints: list[int | None] = []
         self._saved: list[int] | None = None
         self._allocation: Any = None
-        #: Small pieces are put together here, one span after the other, while they are compared and copied.
-        self._scratch: torch.Tensor | None = None
         self._moving = threading.Lock()
         self._pinning: BackgroundPinning | None = None
 
@@ -103,14 +105,15 @@ class Weights:
         import torch
 
         with self._moving, torch.inference_mode():
-            self._device.settle()
+            self._device.wait()
             for piece in self._pieces:
                 self._follow(piece)
                 if not piece.make_resizable():
                     raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
-            if self._mirror is None:
-                self._make_mirror()
-            self._update_mirror()
+            with self._device.transfer():
+                if self._mirror is None:
+                    self._make_mirror()
+                self._update_mirror()
             self.on_device = False
             self._empty()
             if self._pinning is None:
@@ -123,16 +126,18 @@ class Weights:
         import torch
 
         mirror, progress = self._ready_mirror(), current()
+        copier = SpanCopier(self._pieces, self._layout)
         if self._layout.nbytes:
             progress.enter("copying", self._layout.nbytes)
         with self._moving, torch.inference_mode():
             try:
-                with self._device.transfer() as self._allocation:
+                with self._device.placing() as self._allocation:
                     for piece in self._pieces:
                         if not piece.storage.nbytes():
                             self._device.allocate(piece.storage, piece.nbytes)
+                with self._device.transfer():
                     for span in self._layout.spans:
-                        self._fill(span, mirror.span(span))
+                        copier.to_device(span, mirror.span(span))
                         progress.advance(span.nbytes)
                     for piece in self._pieces:
                         if piece.fill is not None:
@@ -151,6 +156,8 @@ class Weights:
         pinning = self._pinning
         with self._moving:
             if self.on_device:
+                with contextlib.suppress(Exception):  # of a device that is gone: nothing is under way there
+                    self._device.wait()
                 self._empty()
             self._drop_mirror()
         if pinning is not None:
@@ -208,7 +215,7 @@ class Weights:
     def load(self, store: SnapshotStore, name: str) -> int:
         if self._saved is None:
             raise SnapshotUnusable(name, Sentence("nothing was saved", "没有保存任何内容"))
-        mirror = HostMirror(self._layout)
+        mirror = HostMirror(self._layout, self._moving)
         if self._saved:
             store.read(name, self._ranges(), self._saved, mirror.raw, once=self._passing)
         self._mirror, self._saved = mirror, None
@@ -232,7 +239,7 @@ class Weights:
         for piece in self._pieces:
             piece.fill = piece.find_fill()
         self._layout = lay_out([0 if piece.fill is not None else piece.nbytes for piece in self._pieces])
-        self._mirror = HostMirror(self._layout)
+        self._mirror = HostMirror(self._layout, self._moving)
         self._fingerprints = [None] * len(self._layout.spans)
 
     def _update_mirror(self) -> None:
@@ -242,19 +249,18 @@ class Weights:
             self._drop_mirror()
             self._make_mirror()
         mirror, progress = self._ready_mirror(), current()
-        spans = self._layout.spans
+        spans, copier = self._layout.spans, SpanCopier(self._pieces, self._layout)
         if spans:
             progress.enter("checking", self._layout.nbytes)
-        now = fingerprints(self._gather_all(progress), len(spans))
-        changed = [index for index, fingerprint in enumerate(now) if self._fingerprints[index] != fingerprint]
+        now, known = _fingerprints(copier, spans, progress), self._fingerprints
+        changed = [index for index, number in enumerate(now) if number is None or number != known[index]]
         if changed:
             progress.enter("copying", sum(spans[index].nbytes for index in changed))
         for index in changed:
-            self._fingerprints[index] = None  # until the copy is whole
-            mirror.span(spans[index]).copy_(self._gather(spans[index]))
-            self._fingerprints[index] = now[index]
+            known[index] = None  # until the copy is whole
+            copier.to_host(spans[index], mirror.span(spans[index]), put_together=now[index] is not None)
+            known[index] = now[index]
             progress.advance(spans[index].nbytes)
-        self._scratch = None
 
     def _ready_mirror(self) -> HostMirror:
         assert self._mirror is not None, "what is off the device has a mirror"
@@ -265,37 +271,8 @@ class Weights:
             self._pinning.stop()
             self._pinning = None
         if self._mirror is not None:
-            self._mirror.unpin(self._device)
+            self._mirror.unpin()
             self._mirror = None
-
-    def _gather_all(self, progress: Progress) -> Iterator[torch.Tensor]:
-        for span in self._layout.spans:
-            yield self._gather(span)
-            progress.advance(span.nbytes)
-
-    def _gather(self, span: Span) -> torch.Tensor:
-        """The bytes of a span where they are now, on the device; valid until the next span is gathered."""
-        import torch
-
-        parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
-        if len(parts) == 1:
-            return parts[0]
-        if self._scratch is None:
-            largest = max(span.nbytes for span in self._layout.spans)
-            self._scratch = torch.empty(largest, dtype=torch.uint8, device=parts[0].device)
-        return torch.cat(parts, out=self._scratch[: span.nbytes])
-
-    def _fill(self, span: Span, source: torch.Tensor) -> None:
-        """Write a span's bytes from main memory to where they belong on the device."""
-        import torch
-
-        parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
-        if len(parts) == 1:
-            parts[0].copy_(source, non_blocking=True)
-            return
-        # Many small pieces cross the bus together and are spread out there.
-        arrived = source.to(parts[0].device, non_blocking=True)
-        torch._foreach_copy_(parts, torch.split(arrived, [len(part) for part in parts]))
 
     def _empty(self) -> None:
         for piece in self._pieces:
@@ -310,6 +287,23 @@ class Weights:
         except Exception:
             # The bytes are gone from here; a device in trouble will say so again at the next restore.
             logger.exception("The device did not settle")
+
+
+def _fingerprints(copier: SpanCopier, spans: Sequence[Span], progress: Progress) -> Sequence[int | None]:
+    """Of each span on the device; None for all of them if it has no room for computing them."""
+
+    def gathered() -> Iterator[torch.Tensor]:
+        for span in spans:
+            yield copier.gathered(span)
+            progress.advance(span.nbytes)
+
+    try:
+        return fingerprints(gathered(), len(spans))
+    except RuntimeError as error:
+        if not is_out_of_device_memory(error):
+            raise
+        logger.info("The device is too full to compare weights there; all of them are copied back")
+    return [None] * len(spans)
 
 
 def are_managed(tensors: Iterable[torch.Tensor]) -> bool:

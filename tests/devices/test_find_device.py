@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pynvml
 import pytest
 import torch
 
-from residency.devices import CpuDevice, CudaDevice, find_device
+from residency.contracts import Memory, Telemetry
+from residency.devices import CpuDevice, CudaDevice, cuda, find_device
 from residency.errors import OnAnotherDevice
+from residency.probes import TorchProbe
 
 GIB = 1 << 30
+UUIDS = {"GPU-8f2a1111": "card 0", "GPU-8f3b2222": "card 1", "MIG-aaaa1": "instance 2", "MIG-aabb2": "instance 5"}
 
 
 class FakeNvml:
@@ -21,11 +25,14 @@ class FakeNvml:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, processes: list) -> None:
         self.processes = processes
-        for name in ("nvmlInit", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetName",
-                     "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"):  # fmt: skip
+        self.divided = False  # the second card, into two instances (MIG)
+        for name in [name for name in dir(self) if name.startswith("nvml")]:
             monkeypatch.setattr(pynvml, name, getattr(self, name))
 
     def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
         if not 0 <= index < 2:
@@ -33,7 +40,25 @@ class FakeNvml:
         return f"card {index}"
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        return f"card {uuid}"
+        if uuid not in UUIDS:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return UUIDS[uuid]
+
+    def nvmlDeviceGetUUID(self, handle: str) -> str:
+        return next(uuid for uuid, known in UUIDS.items() if known == handle)
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> list[int]:
+        if handle not in ("card 0", "card 1"):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [int(self.divided and handle == "card 1"), 0]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: str) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: str, index: int) -> str:
+        if index not in (2, 5):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return f"instance {index}"
 
     def nvmlDeviceGetName(self, handle: str) -> str:
         return f"NVIDIA {handle}"
@@ -58,16 +83,100 @@ def torch_version(monkeypatch: pytest.MonkeyPatch):
     return pretend
 
 
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Says which devices of the driver there are, and what CUDA_VISIBLE_DEVICES is (None: not set)."""
+
+    def pretend(files: list[str], visible: str | None) -> None:
+        monkeypatch.setattr(cuda, "_gpu_files", lambda: files)
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    return pretend
+
+
+def no_library() -> None:
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [("0", "NVIDIA card 0"), ("1,0", "NVIDIA card 1"), ("GPU-8f2a", "NVIDIA card GPU-8f2a"), ("", "CPU"), ("-1", "CPU"),
-     ("9", "CPU")],
+    [(None, "NVIDIA card 0"), ("0", "NVIDIA card 0"), ("1,0", "NVIDIA card 1"), ("GPU-8f3b2222", "NVIDIA card 1"),
+     ("GPU-8f3", "NVIDIA card 1"), ("GPU-8f", "CPU"), ("GPU-77", "CPU"), ("MIG-aaaa1", "NVIDIA instance 2"),
+     ("", "CPU"), ("-1", "CPU"), ("9", "CPU"), ("first", "CPU")],
 )  # fmt: skip
-def test_the_first_visible_gpu_is_taken(visible: str, expected: str, torch_version, monkeypatch) -> None:
+def test_the_first_visible_gpu_is_taken(visible: str | None, expected: str, torch_version, system, monkeypatch) -> None:
     FakeNvml(monkeypatch, [])
     torch_version("2.13.0+cu130")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    system([], visible)
     assert find_device().name == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("1", "instance 2"), ("GPU-8f3b2222", "instance 2"), ("0", "card 0"), ("MIG-aabb2", "instance 5"),
+     ("MIG-aab", "instance 5")],
+)  # fmt: skip
+def test_of_a_divided_gpu_the_first_instance_is_taken(visible, expected, torch_version, system, monkeypatch) -> None:
+    FakeNvml(monkeypatch, []).divided = True
+    torch_version("2.13.0+cu130")
+    system([], visible)
+    assert find_device().name == f"NVIDIA {expected}"
+
+
+def test_a_gpu_is_used_without_nvml_and_that_is_said(torch_version, system, monkeypatch, caplog) -> None:
+    FakeNvml(monkeypatch, [])
+    monkeypatch.setattr(pynvml, "nvmlInit", no_library)
+    torch_version("2.13.0+cu130")
+    system(["/dev/nvidia0"], None)
+    device = find_device()
+    assert isinstance(device, CudaDevice)
+    assert (device.memory(), device.telemetry()) == (Memory(), Telemetry())
+    assert "NVML cannot be asked" in caplog.text
+    assert "NVIDIA_DRIVER_CAPABILITIES" in caplog.text
+
+
+def test_without_nvml_torch_tells_the_sizes_once_it_has_a_context(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: contexts[index], raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (3 * GIB, 8 * GIB))
+    contexts = {0: False}
+    probe = TorchProbe()
+    assert probe.memory() == Memory()
+    contexts[0] = True
+    assert probe.memory() == Memory(8 * GIB, 3 * GIB)
+
+    def lost(index: int) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    assert probe.memory() == Memory()
+
+
+@pytest.mark.parametrize(
+    ("files", "visible", "nvml", "version", "said"),
+    [
+        ([], None, False, "2.13.0+cu130", None),
+        ([], None, True, "2.13.0+cpu", "build without CUDA"),
+        ([], "0", False, "2.13.0+cu130", "NVML cannot be asked"),
+        ([], "9", True, "2.13.0+cu130", "no such GPU"),
+        (["/dev/nvidia0"], None, False, "2.13.0+cpu", "NVML cannot be asked"),
+        (["/dev/nvidia0"], "", False, "2.13.0+cu130", None),
+        (["/dev/nvidia0"], "-1", True, "2.13.0+cu130", None),
+    ],
+)
+def test_the_cpu_is_taken_in_silence_only_where_no_gpu_is_or_it_is_hidden(
+    files, visible, nvml, version, said, torch_version, system, monkeypatch, caplog
+) -> None:
+    FakeNvml(monkeypatch, [])
+    if not nvml:
+        monkeypatch.setattr(pynvml, "nvmlInit", no_library)
+    torch_version(version)
+    system(files, visible)
+    assert isinstance(find_device(), CpuDevice)
+    assert (said in caplog.text) if said else not caplog.text
 
 
 def test_a_torch_without_cuda_means_the_cpu(torch_version, monkeypatch) -> None:
@@ -110,6 +219,22 @@ def test_a_driver_that_fails_later_makes_the_numbers_unknown(torch_version, monk
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lost)
     assert device.memory().free_bytes is None
+
+
+def test_a_driver_that_lists_no_processes_still_knows_the_memory(torch_version, system, monkeypatch) -> None:
+    """As in WSL2 and on virtual GPUs."""
+    nvml = FakeNvml(monkeypatch, [])
+    torch_version("2.13.0+cu130")
+    system([], None)
+    device = CudaDevice.find()
+    assert device is not None
+
+    def unsupported(handle: str) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", unsupported)
+    assert device.memory() == Memory(80 * GIB, 70 * GIB, None)
+    assert nvml.processes == []
 
 
 def test_tensors_on_another_gpu_than_the_managed_one_are_refused(torch_version, monkeypatch) -> None:

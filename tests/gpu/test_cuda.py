@@ -11,15 +11,7 @@ from residency.residents.weights import Weights
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device that torch can use through CUDA")
 
 
-@pytest.fixture
-def device() -> CudaDevice:
-    device = CudaDevice.find()
-    assert device is not None
-    return device
-
-
 def test_weights_leave_the_gpu_and_return_bit_for_bit(device: CudaDevice) -> None:
-    torch.cuda.empty_cache()
     reserved_before = torch.cuda.memory_reserved()
     tensor = torch.randn(64 << 20, device="cuda")
     window, before = tensor[5:50], tensor.cpu()
@@ -30,6 +22,7 @@ def test_weights_leave_the_gpu_and_return_bit_for_bit(device: CudaDevice) -> Non
     weights.restore()
     assert torch.equal(tensor.cpu(), before)
     assert torch.equal(window.cpu(), before[5:50])
+    weights.release()
 
 
 def test_an_engine_is_on_the_gpu_only_while_it_is_leased(device: CudaDevice) -> None:

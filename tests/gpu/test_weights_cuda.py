@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from card import MB, Leave, Make, all_equal, random_bytes
 from strategies import DTYPES
 
 from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
@@ -20,41 +26,20 @@ from residency.residents.layout import Span
 from residency.residents.mirror import HostMirror
 from residency.residents.weights import Weights
 
+ROOT = Path(__file__).parents[2]
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device that torch can use through CUDA")
-
-MB = 1 << 20
-
-
-@pytest.fixture
-def device() -> Iterator[CudaDevice]:
-    device = CudaDevice.find()
-    assert device is not None
-    torch.empty(1, device="cuda")  # the context, and what it takes, are there before anything is measured
-    device.settle()
-    yield device
-    device.settle()
-
-
-def random_bytes(nbytes: int) -> torch.Tensor:
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
-
-
-def weights_and_copies(device: CudaDevice, *sizes: int) -> tuple[Weights, dict[str, torch.Tensor], list[torch.Tensor]]:
-    tensors = {str(number): random_bytes(size) for number, size in enumerate(sizes)}
-    return Weights(tensors, device), tensors, [tensor.cpu() for tensor in tensors.values()]
-
-
-def all_equal(tensors: dict[str, torch.Tensor], copies: list[torch.Tensor]) -> bool:
-    return all(torch.equal(tensor.cpu(), copy) for tensor, copy in zip(tensors.values(), copies, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_returns_bit_for_bit(device: CudaDevice, dtype: torch.dtype) -> None:
-    raw = random_bytes(16 * 1001) % (2 if dtype is torch.bool else 256)
+def test_every_dtype_returns_bit_for_bit(device: CudaDevice, make: Make, dtype: torch.dtype) -> None:
+    raw = random_bytes(16 * 1001)
+    if dtype is torch.bool:
+        raw &= 1
     tensor = raw.view(dtype)
     window, strided, transposed = tensor[3:9], tensor[::3], tensor[:1000].view(10, 100).t()
     before = raw.cpu()
-    weights = Weights({"t": tensor, "w": window, "s": strided, "tt": transposed}, device)
+    weights = make({"t": tensor, "w": window, "s": strided, "tt": transposed})
     weights.offload()
     assert tensor.untyped_storage().nbytes() == 0
     weights.restore()
@@ -63,8 +48,8 @@ def test_every_dtype_returns_bit_for_bit(device: CudaDevice, dtype: torch.dtype)
     assert (tensor.dtype, tensor.device.type, transposed.stride()) == (dtype, "cuda", (1, 100))
 
 
-def test_small_odd_and_large_tensors_return_bit_for_bit_after_edits(device: CudaDevice) -> None:
-    weights, tensors, copies = weights_and_copies(device, *range(1, 300), 9 * MB + 3, 40 * MB)
+def test_small_odd_and_large_tensors_return_bit_for_bit_after_edits(make: Make) -> None:
+    weights, tensors, copies = make.of_sizes(*range(1, 300), 9 * MB + 3, 40 * MB)
     for place in (0, 5 * MB, 9 * MB + 2):
         weights.offload()
         weights.restore()
@@ -75,8 +60,8 @@ def test_small_odd_and_large_tensors_return_bit_for_bit_after_edits(device: Cuda
             copies[int(name)][at] ^= 128
 
 
-def test_the_last_bytes_of_odd_sizes_are_watched(device: CudaDevice) -> None:
-    weights, tensors, copies = weights_and_copies(device, *[2 * MB + 3] * 8)
+def test_the_last_bytes_of_odd_sizes_are_watched(make: Make) -> None:
+    weights, tensors, copies = make.of_sizes(*[2 * MB + 3] * 8)
     for bit in range(24):
         weights.offload()
         weights.restore()
@@ -93,9 +78,11 @@ def test_fingerprints_are_those_of_the_cpu(device: CudaDevice) -> None:
     assert multilinear(raws, len(raws), cuda) == on_cpu
 
 
-def test_a_restore_is_complete_before_it_returns(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restore_is_complete_before_it_returns(
+    device: CudaDevice, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even if the stream of the copies is a second behind: the caller's stream reads right after."""
-    weights, tensors, copies = weights_and_copies(device, 64 * MB, 1000, 1001)
+    weights, tensors, copies = make.of_sizes(64 * MB, 1000, 1001)
     weights.offload()
     assert weights._pinning is not None
     weights._pinning.join()
@@ -114,16 +101,40 @@ def test_a_restore_is_complete_before_it_returns(device: CudaDevice, monkeypatch
     assert all_equal(tensors, copies)
 
 
-def test_work_under_way_is_over_before_weights_are_dropped(device: CudaDevice) -> None:
-    weights, tensors, copies = weights_and_copies(device, 64 * MB)
-    torch.cuda._sleep(500_000_000)
-    total = tensors["0"].to(torch.int64).sum()  # runs after the sleep
+def test_work_under_way_is_over_before_weights_are_compared_and_dropped(make: Make) -> None:
+    """Work of another stream than the one that moves them: a copy into them that is far behind."""
+    weights, tensors, _ = make.of_sizes(64 * MB)
     weights.offload()
-    assert int(total) == int(copies[0].to(torch.int64).sum())
+    weights.restore()
+    late = torch.randint(0, 256, (64 * MB,), dtype=torch.uint8).pin_memory()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(500_000_000)
+        tensors["0"].copy_(late, non_blocking=True)
+    weights.offload()
+    weights.restore()
+    assert torch.equal(tensors["0"].cpu(), late)
 
 
-def test_pages_are_really_pinned_in_the_background_and_unpinned_at_the_end(device: CudaDevice) -> None:
-    weights, tensors, copies = weights_and_copies(device, 300 * MB, 1000)
+def test_work_under_way_is_over_before_weights_are_released(
+    device: CudaDevice, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their memory is another thread's as soon as it is free."""
+    monkeypatch.setattr(device, "settle", lambda: None)
+    weights, tensors, copies = make.of_sizes(64 * MB)
+    copy = torch.empty(64 * MB, dtype=torch.uint8).pin_memory()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)
+        copy.copy_(tensors["0"], non_blocking=True)
+    weights.release()
+    others = torch.zeros(64 * MB, dtype=torch.uint8, device="cuda")
+    stream.synchronize()
+    assert torch.equal(copy, copies[0])
+    assert not int(others.sum())
+
+
+def test_pages_are_really_pinned_in_the_background_and_unpinned_at_the_end(device: CudaDevice, make: Make) -> None:
+    weights, tensors, copies = make.of_sizes(300 * MB, 1000)
     weights.offload()
     assert weights._pinning is not None
     weights._pinning.join()
@@ -140,21 +151,51 @@ def test_pages_are_really_pinned_in_the_background_and_unpinned_at_the_end(devic
     torch.zeros(1, device="cuda").add_(1).item()  # no error of CUDA is left behind
 
 
+def test_pages_of_weights_that_are_only_forgotten_are_unpinned(device: CudaDevice) -> None:
+    weights = Weights({"t": random_bytes(4 * MB)}, device)
+    weights.offload()
+    assert weights._pinning is not None
+    assert weights._mirror is not None
+    weights._pinning.join()
+    groups = weights._mirror.groups()
+    assert groups[0].is_pinned()
+    del weights
+    gc.collect()
+    assert not groups[0].is_pinned()
+
+
+def test_pages_are_unpinned_when_a_process_ends_that_closed_nothing() -> None:
+    script = """
+import atexit
+atexit.register(lambda: print([group.is_pinned() for group in mirror.groups()]))  # comes last
+from gpu_manager import CudaDevice
+from residency.residents.layout import lay_out
+from residency.residents.mirror import HostMirror
+mirror, device = HostMirror(lay_out([10_000])), CudaDevice.find()
+assert all(mirror.pin(group, device) and group.is_pinned() for group in mirror.groups())
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout == "[False]\n"
+    assert "Traceback" not in ended.stderr
+
+
 def test_beyond_the_limit_memory_stays_pageable_and_moves_all_the_same() -> None:
     device = CudaDevice.find(pinned_limit_bytes=1000)
     assert device is not None
-    weights, tensors, copies = weights_and_copies(device, 4 * MB)
+    tensor = random_bytes(4 * MB)
+    before, weights = tensor.cpu(), Weights({"t": tensor}, device)
     weights.offload()
     assert weights._pinning is not None
     weights._pinning.join()
     assert weights._mirror is not None
     assert not weights._mirror.raw.is_pinned()
     weights.restore()
-    assert all_equal(tensors, copies)
+    assert torch.equal(tensor.cpu(), before)
+    weights.release()
 
 
-def test_an_offload_of_what_did_not_change_copies_nothing(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, tensors, _ = weights_and_copies(device, 64 * MB, 1000)
+def test_an_offload_of_what_did_not_change_copies_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, tensors, _ = make.of_sizes(64 * MB, 1000)
     weights.offload()
     weights.restore()
     copied: list[int] = []
@@ -176,8 +217,8 @@ def test_an_offload_of_what_did_not_change_copies_nothing(device: CudaDevice, mo
     assert copied[-1] <= 8 * MB
 
 
-def test_all_memory_goes_back_to_the_driver(device: CudaDevice) -> None:
-    weights, tensors, copies = weights_and_copies(device, *[512 * 1024] * 200, 200 * MB, *[100] * 1000)
+def test_all_memory_goes_back_to_the_driver(device: CudaDevice, make: Make) -> None:
+    weights, tensors, copies = make.of_sizes(*[512 * 1024] * 200, 200 * MB, *[100] * 1000)
     device.settle()
     for _ in range(3):
         weights.offload()
@@ -195,8 +236,8 @@ def test_all_memory_goes_back_to_the_driver(device: CudaDevice) -> None:
     assert torch.cuda.memory_reserved() < 64 * MB
 
 
-def test_activations_of_the_engine_do_not_keep_the_weights_segments(device: CudaDevice) -> None:
-    weights, _, _ = weights_and_copies(device, *[100 * 1024] * 500)
+def test_activations_of_the_engine_do_not_keep_the_weights_segments(device: CudaDevice, make: Make) -> None:
+    weights, _, _ = make.of_sizes(*[100 * 1024] * 500)
     weights.offload()
     empty = torch.cuda.memory_reserved()
     weights.restore()
@@ -206,59 +247,63 @@ def test_activations_of_the_engine_do_not_keep_the_weights_segments(device: Cuda
     assert all(int(one.sum()) == 1000 for one in activations)
 
 
-@pytest.fixture
-def little_room(device: CudaDevice) -> Iterator[Any]:
-    """Lets torch have this many bytes more than it has now."""
-
-    def leave(nbytes: int) -> None:
-        device.settle()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + nbytes) / total)
-
-    yield leave
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def test_a_card_that_fills_up_half_way_leaves_the_host_copy_whole(device: CudaDevice, little_room: Any) -> None:
-    weights, tensors, copies = weights_and_copies(device, *[32 * MB] * 8)
+def test_a_card_that_fills_up_half_way_leaves_the_host_copy_whole(make: Make, leave: Leave) -> None:
+    weights, tensors, copies = make.of_sizes(*[32 * MB] * 8)
     weights.offload()
     reserved = torch.cuda.memory_reserved()
-    little_room(100 * MB)
+    leave(100 * MB)
     with pytest.raises(DeviceOutOfMemory) as error:
         weights.restore()
     assert error.value.needed_bytes > 0
     assert (weights.device_bytes, weights.host_bytes) == (0, 256 * MB)
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors.values())
     assert torch.cuda.memory_reserved() == reserved
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    leave(None)
     weights.restore()
     assert all_equal(tensors, copies)
 
 
-def test_a_full_card_is_no_reason_to_lose_a_snapshot(device: CudaDevice, little_room: Any, tmp_path: Path) -> None:
+def test_a_full_card_is_no_reason_to_lose_a_snapshot(device: CudaDevice, leave: Leave, tmp_path: Path) -> None:
     with GPUResourceManager(device, snapshot_dir=tmp_path) as manager:
         manager.register("m", lambda: [random_bytes(128 * MB)])
         with manager.lease("m") as engine:
             before = engine[0].cpu()
         manager.release("m")
-        little_room(64 * MB)
+        leave(64 * MB)
         with pytest.raises(DeviceOutOfMemory), manager.lease("m"):
             pass
         assert manager.status()["models"]["m"]["state"] == "released"
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        leave(None)
         with manager.lease("m") as again:
             assert again is engine
             assert torch.equal(engine[0].cpu(), before)
 
 
-def test_a_field_of_one_value_is_refilled_on_the_device(device: CudaDevice) -> None:
+def test_whatever_card_the_thread_has_chosen_the_managed_one_is_used(make: Make) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    weights, tensors, copies = make.of_sizes(9 * MB, 1000, 1001)
+    with torch.cuda.device(1):
+        for _ in range(2):
+            late = torch.randint(0, 256, (9 * MB,), dtype=torch.uint8).pin_memory()
+            with torch.cuda.device(0), torch.cuda.stream(torch.cuda.Stream(0)):
+                tensors["0"].copy_(late, non_blocking=True)
+            weights.offload()
+            assert torch.cuda.memory_reserved(0) < 4 * MB
+            weights.restore()
+            assert all_equal(tensors, [late, *copies[1:]])
+        assert torch.cuda.memory_reserved(1) == 0
+        assert torch.cuda.current_device() == 1
+
+
+def test_a_field_of_one_value_is_refilled_on_the_device(device: CudaDevice, make: Make) -> None:
     tensors = {
         "zeros": torch.zeros(4 * MB, device="cuda"),
         "minus": torch.full((4 * MB,), -0.0, device="cuda"),
         "nan": torch.full((4 * MB,), float("nan"), dtype=torch.bfloat16, device="cuda"),
     }
     before = [tensor.view(torch.uint8).cpu() for tensor in tensors.values()]
-    weights = Weights(tensors, device)
+    weights = make(tensors)
     weights.offload()
     assert weights.host_bytes == 0
     weights.restore()
@@ -284,9 +329,9 @@ def test_an_engine_comes_back_from_its_snapshot(device: CudaDevice, tmp_path: Pa
     resident.release()
 
 
-def test_what_lives_in_main_memory_stays_there(device: CudaDevice) -> None:
+def test_what_lives_in_main_memory_stays_there(device: CudaDevice, make: Make) -> None:
     tensors = {"here": torch.ones(1000, device="cuda"), "there": torch.ones(1000)}
-    weights = Weights(tensors, device)
+    weights = make(tensors)
     assert (weights.device_bytes, weights.host_bytes) == (4000, 4000)
     weights.offload()
     assert tensors["there"].sum() == 1000
@@ -314,7 +359,19 @@ def test_sessions_on_the_card_are_rebuilt_with_an_arena_that_gives_memory_back(d
     sessions.release()
 
 
+def require_capture() -> None:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin()
+            graph.capture_end()
+    except RuntimeError as error:
+        pytest.skip(f"needs a CUDA runtime that captures graphs: {error}".partition("\n")[0])
+
+
 def test_an_engine_with_a_captured_graph_stays_until_it_is_released_and_then_leaves_nothing(device: CudaDevice) -> None:
+    require_capture()
+
     class Engine:
         def __init__(self) -> None:
             self.weight, self.x, self.graph = torch.ones(MB, device="cuda"), torch.ones(MB, device="cuda"), None
@@ -338,3 +395,32 @@ def test_an_engine_with_a_captured_graph_stays_until_it_is_released_and_then_lea
         del engine
         manager.release("tts")
         assert torch.cuda.memory_reserved() <= before_bytes
+
+
+def test_a_move_waits_for_the_end_of_a_capture_and_both_succeed(device: CudaDevice) -> None:
+    require_capture()
+    x = torch.ones(MB, device="cuda")
+    begun, end, graph = threading.Event(), threading.Event(), torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            x.mul_(2)
+            begun.set()
+            assert end.wait(60)
+
+    with GPUResourceManager(device) as manager, ThreadPoolExecutor() as pool:
+        manager.register("m", lambda: [random_bytes(9 * MB)], keep_warm=-1)
+        with manager.lease("m") as engine:
+            before = engine[0].cpu()
+        captured = pool.submit(capture)
+        assert begun.wait(60)
+        offloaded = pool.submit(manager.offload, "m")
+        with pytest.raises(TimeoutError):
+            offloaded.result(1)
+        end.set()
+        captured.result(60)
+        assert offloaded.result(60)
+        graph.replay()
+        assert int(x.sum()) == 2 * MB
+        with manager.lease("m") as engine:
+            assert torch.equal(engine[0].cpu(), before)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from gpu_manager import SimulatedDevice
 from residency.residents.layout import PAGE_BYTES, lay_out
 from residency.residents.mirror import HostMirror
+from residency.residents.weights import Weights
 
 
 def resident_bytes() -> int:
@@ -43,9 +47,10 @@ def test_pinning_is_counted_and_undone(device: SimulatedDevice) -> None:
     mirror = HostMirror(lay_out([3000] * 10, span_bytes=512, group_bytes=5000))
     assert all(mirror.pin(group, device) for group in mirror.groups())
     assert mirror.pinned_bytes == device.pinned_bytes == len(mirror.raw)
-    mirror.unpin(device)
-    mirror.unpin(device)
+    mirror.unpin()
+    mirror.unpin()
     assert mirror.pinned_bytes == device.pinned_bytes == 0
+    assert not mirror.pin(mirror.groups()[0], device)
 
 
 def test_a_group_that_is_refused_is_not_unpinned_later() -> None:
@@ -54,8 +59,87 @@ def test_a_group_that_is_refused_is_not_unpinned_later() -> None:
     answers = [mirror.pin(group, device) for group in mirror.groups()]
     assert answers[0]
     assert not all(answers)
-    mirror.unpin(device)
+    mirror.unpin()
     assert device.pinned_bytes == 0
+
+
+class Driver(SimulatedDevice):
+    """Notes what is registered, and whether it is still mapped when it is registered no more."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 30)
+        self.registered: dict[int, int] = {}
+        self.read: list[int] = []
+
+    def pin(self, raw: torch.Tensor) -> bool:
+        self.registered[raw.data_ptr()] = len(raw)
+        return super().pin(raw)
+
+    def unpin(self, raw: torch.Tensor) -> None:
+        del self.registered[raw.data_ptr()]
+        self.read.append(int(raw.sum()))
+        super().unpin(raw)
+
+
+def pinned_mirror(device: SimulatedDevice, moving: threading.Lock | None = None) -> HostMirror:
+    mirror = HostMirror(lay_out([3000] * 10, span_bytes=512, group_bytes=5000), moving)
+    mirror.raw.fill_(1)
+    assert all(mirror.pin(group, device) for group in mirror.groups())
+    return mirror
+
+
+def test_a_mirror_that_is_only_forgotten_is_unpinned_while_it_is_mapped() -> None:
+    device = Driver()
+    mirror = pinned_mirror(device)
+    sizes = [len(group) for group in mirror.groups()]
+    del mirror
+    gc.collect()
+    assert device.registered == {}
+    assert sorted(device.read) == sorted(sizes)
+    assert device.pinned_bytes == 0
+
+
+def test_an_engine_that_is_dropped_without_a_release_leaves_no_page_pinned() -> None:
+    device = Driver()
+    weights = Weights({"t": torch.randn(100_000)}, device)
+    weights.offload()
+    assert weights._pinning is not None
+    weights._pinning.join()
+    assert device.registered
+    del weights
+    gc.collect()
+    assert device.registered == {}
+
+
+EXIT = """
+import atexit, os, sys, threading
+sys.path[:0] = {folders!r}
+atexit.register(lambda: print(len(device.registered)))  # registered first, called last
+from test_mirror import Driver, pinned_mirror
+from residency.residents import mirror as module
+device, moving = Driver(), threading.Lock()
+mirror = pinned_mirror(device, moving)
+"""
+FORK = """
+child = os.fork()
+if not child:
+    mirror.unpin()
+    print(len(device.registered), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("", "0\n"), ("module._EXIT_WITHIN_S = 0.01; moving.acquire()", "6\n"), (FORK, "6\n0\n")],
+    ids=["at rest", "under a copy that does not end", "not in a forked child"],
+)
+def test_pages_are_unpinned_when_the_interpreter_ends(script: str, said: str) -> None:
+    here = Path(__file__).parent
+    code = EXIT.format(folders=[str(here.parents[1]), str(here)]) + script
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == said
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see the memory of this process")

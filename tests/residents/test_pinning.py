@@ -132,6 +132,19 @@ def test_a_new_layout_is_pinned_anew(device: PinDevice) -> None:
     assert device.pinned_bytes == 0
 
 
+def test_a_mirror_that_nobody_has_any_more_is_pinned_no_further(device: PinDevice) -> None:
+    mirror = HostMirror(lay_out([3000] * 10, span_bytes=512, group_bytes=5000))
+    count, gate = len(mirror.groups()), Gate()
+    device.gate = gate
+    pinning = BackgroundPinning(mirror, device, threading.Lock())
+    gate.wait_for_arrival()
+    del mirror
+    gate.open()
+    pinning.join()
+    assert len(device.pinned) == 1 < count
+    assert device.pinned_bytes == 0
+
+
 def test_an_empty_mirror_asks_for_no_pages(device: PinDevice) -> None:
     weights = Weights({}, device)
     weights.offload()

@@ -1,0 +1,198 @@
+"""What is asked of CUDA, when, and on which card: with a ``torch.cuda`` that is played."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from played_cuda import FakeCuda
+
+from residency.contracts import Memory, Telemetry
+from residency.devices import CudaDevice
+from residency.devices import cuda as module
+from residency.errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable
+
+
+class Probe:
+    name = "a card"
+
+    def memory(self) -> Memory:
+        return Memory(1000, 5)
+
+    def telemetry(self) -> Telemetry:
+        return Telemetry()
+
+    def holders(self) -> tuple[tuple[int, int | None], ...]:
+        return ((77, 995),)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+@pytest.fixture
+def device() -> CudaDevice:
+    return CudaDevice("a card", Probe(), index=1)
+
+
+def always(words: str) -> Callable[[str], None]:
+    def fail(call: str) -> None:
+        raise RuntimeError(words)
+
+    return fail
+
+
+def once(words: str) -> Callable[[str], None]:
+    left = [words]
+
+    def fail(call: str) -> None:
+        if left:
+            raise RuntimeError(left.pop())
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("fail", "usable"),
+    [
+        (lambda call: None, True),
+        (once("CUDA error: invalid argument"), True),
+        (always("CUDA error: an illegal memory access was encountered\nmore of it"), False),
+        (always("CUDA error: out of memory"), True),
+        (always("CUDA error: operation not permitted when stream is capturing"), True),
+    ],
+    ids=["answers", "reported once", "reported to every call", "full", "capturing"],
+)
+def test_a_device_is_lost_that_answers_every_call_with_an_error(
+    fail: Callable[[str], None], usable: bool, cuda: FakeCuda, device: CudaDevice
+) -> None:
+    cuda.fail = fail
+    assert device.is_usable() is usable
+    assert {name for name, _ in cuda.calls} <= {"Stream", "record", "query"}, "nothing else has to end for it"
+
+
+def test_a_device_that_is_not_in_use_or_busy_for_long_is_not_lost(
+    cuda: FakeCuda, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda.busy = True
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.time, "monotonic", itertools.count().__next__)
+    assert device.is_usable()
+    cuda.calls.clear()
+    cuda.initialized = False
+    for call in (device.is_usable, device.wait, device.settle):
+        call()
+    assert cuda.calls == [], "no context is made for it"
+
+
+def test_a_load_is_told_why_the_device_cannot_be_used(cuda: FakeCuda, device: CudaDevice) -> None:
+    device.ensure_usable()
+    cuda.fail = always("CUDA error: unspecified launch failure\nand much more")
+    with pytest.raises(DeviceLost, match="unspecified launch failure") as lost:
+        device.ensure_usable()
+    assert "much more" not in str(lost.value)
+    cuda.fail = always("CUDA error: out of memory")
+    with pytest.raises(DeviceOutOfMemory, match="pid 77"):
+        device.ensure_usable()
+    cuda.available = False
+    with pytest.raises(DeviceUnavailable, match="does not see a card"):
+        device.ensure_usable()
+
+
+def test_the_managed_card_is_used_whatever_card_the_thread_has_chosen(cuda: FakeCuda, device: CudaDevice) -> None:
+    page = torch.zeros(4096, dtype=torch.uint8)
+    device.wait()
+    device.settle()
+    with device.placing() as pool:
+        assert pool == "a pool"
+    with device.transfer():
+        cuda.log("copy")
+    assert device.pin(page)
+    device.unpin(page)
+    device.is_usable()
+    assert {card for _, card in cuda.calls} == {1}
+    assert {"synchronize", "empty_cache", "MemPool", "copy", "stream.synchronize", "register", "unregister"} <= {
+        name for name, _ in cuda.calls
+    }
+    assert cuda.current == 0
+    assert (device.torch_device, CudaDevice("a card", Probe()).torch_device) == ("cuda:1", "cuda")
+
+
+def test_captures_of_other_threads_forbid_nothing_that_is_done_here(cuda: FakeCuda, device: CudaDevice) -> None:
+    modes: list[int] = []
+    cuda.fail = lambda call: modes.append(cuda.modes[-1])
+    device.settle()
+    with device.placing(), device.transfer():
+        pass
+    assert set(modes) == {2}, "relaxed"
+    assert cuda.modes[-1] == 0, "as it was"
+
+
+def test_nobody_waits_for_a_card_on_which_a_graph_is_being_captured(
+    cuda: FakeCuda, device: CudaDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would end the capture, and fail."""
+    cuda.captured = {17}
+    with pytest.raises(CaptureUnderWay):
+        device.wait()
+    with caplog.at_level("INFO"):
+        device.settle()
+    assert "being captured" in caplog.text
+    assert not {"synchronize", "empty_cache"} & {name for name, _ in cuda.calls}
+    cuda.captured = set()
+    device.wait()
+    device.settle()
+    assert {"synchronize", "empty_cache"} <= {name for name, _ in cuda.calls}
+
+
+def test_a_capture_that_is_only_noticed_by_cuda_is_named_as_well(cuda: FakeCuda, device: CudaDevice) -> None:
+    def fail(call: str) -> None:
+        if call in ("synchronize", "empty_cache"):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    cuda.fail = fail
+    with pytest.raises(CaptureUnderWay):
+        device.wait()
+    device.settle()
+    cuda.fail = always("CUDA error: unspecified launch failure")
+    for call in (device.wait, device.settle):
+        with pytest.raises(RuntimeError, match="unspecified"):
+            call()
+
+
+def test_an_allocator_without_pools_is_done_without_one(cuda: FakeCuda, device: CudaDevice) -> None:
+    cuda.backend = "cudaMallocAsync"
+    with device.placing() as pool:
+        cuda.log("allocate")
+    assert pool is None
+    calls = [name for name, _ in cuda.calls]
+    assert "MemPool" not in calls
+    assert calls.index("stream.synchronize") > calls.index("allocate"), "what was allocated is there for all streams"
+    cuda.calls.clear()
+    device.settle()
+    calls = [name for name, _ in cuda.calls]
+    assert calls.index("synchronize") < calls.index("empty_cache"), "it frees in the order of streams"
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate", "CUDA driver error: out of memory"])
+def test_a_full_card_is_named_with_those_who_fill_it(words: str, device: CudaDevice) -> None:
+    class Storage:
+        def resize_(self, nbytes: int) -> None:
+            raise RuntimeError(words)
+
+    with pytest.raises(DeviceOutOfMemory, match="pid 77: 995") as full:
+        device.allocate(Storage(), 100)  # type: ignore[arg-type]
+    assert (full.value.needed_bytes, full.value.free_bytes) == (100, 5)
+
+
+def test_pages_may_be_unpinned_by_a_garbage_collection_while_others_are_pinned(
+    cuda: FakeCuda, device: CudaDevice
+) -> None:
+    first, second = torch.zeros(4096, dtype=torch.uint8), torch.zeros(8192, dtype=torch.uint8)
+    assert device.pin(first)
+    cuda.fail = lambda call: device.unpin(first) if call == "register" else None
+    assert device.pin(second)
+    assert device._pinned_bytes == 8192
