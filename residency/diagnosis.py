@@ -85,7 +85,8 @@ def _says_full(error: BaseException) -> bool:
 def _comes_from_cuda(error: BaseException) -> bool:
     words = in_words(error)
     named = type(error).__name__ == "AcceleratorError" or re.search("CUDA (driver )?error|CUDA failure", words)
-    if not isinstance(error, RuntimeError):
+    # ONNX Runtime's errors are no RuntimeErrors.
+    if not (isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")):
         return isinstance(error, DeviceLost)
     return re.search(_NO_HANDLE, words) is not None or (bool(named) and not _says_full(error))
 

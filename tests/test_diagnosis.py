@@ -109,6 +109,15 @@ def test_an_error_of_cuda_is_a_reason_to_ask_the_device_and_says_nothing_of_its_
         assert loss_beyond_repair(found) is (error if isinstance(error, DeviceLost) else None)
 
 
+def test_onnx_runtime_has_errors_of_its_own_kind() -> None:
+    kind = pytest.importorskip("onnxruntime").capi.onnxruntime_pybind11_state.Fail
+    assert may_be_device_loss(kind("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700: an illegal memory access"))
+    assert not may_be_device_loss(kind("[ONNXRuntimeError] : 1 : FAIL : no such input"))
+    full = kind("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0")
+    assert is_out_of_device_memory(full)
+    assert not may_be_device_loss(full)
+
+
 @pytest.mark.parametrize("error", NEITHER, ids=str)
 def test_all_else_is_neither(error: BaseException | None) -> None:
     assert not may_be_device_loss(error)
