@@ -157,10 +157,10 @@ class Dispatcher:
         """Wait until a move has ended; False if it stands still for `STUCK_AFTER_S`."""
         self.act()
         while True:
-            before = task.progress.facts
+            before = task.progress.facts, task.progress.beats
             if self.watch(task.slot, lambda: task.slot.task is not task, STUCK_AFTER_S):
                 return True
-            if task.progress.facts == before:
+            if (task.progress.facts, task.progress.beats) == before:
                 return False
 
     def watch(
