@@ -49,9 +49,9 @@ class Found:
             what holds it in C++ (autograd, TorchScript) is not.
     """
 
-    tensors: Mapping[str, torch.Tensor]
-    sessions: Mapping[str, Any]
-    graphs: Mapping[str, torch.cuda.CUDAGraph]
+    tensors: ByPath[torch.Tensor]
+    sessions: ByPath[Any]
+    graphs: ByPath[torch.cuda.CUDAGraph]
     references: dict[int, int] = field(default_factory=dict)
 
 

@@ -11,7 +11,7 @@ from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedW
 from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .onnx import OnnxSessions
-from .pieces import storage_key
+from .pieces import by_storage, storage_key
 from .weights import Weights, are_managed
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class EngineResident:
         self._discovery = Discovery(engine, skip)
         self._beside = beside
         found = self._discovery.walk()
-        emptied = {path: tensor for path, tensor in found.tensors.items() if _is_emptied(tensor)}
+        emptied = found.tensors.only([tensor for tensor in found.tensors.values() if _is_emptied(tensor)])
         if emptied:
             raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
         self._loaded = self._late = Weights({}, device)
@@ -110,11 +110,11 @@ class EngineResident:
         now = self._discovery.walk()
         if now.graphs:
             raise CapturedGraphs(tuple(now.graphs))
-        there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
-        self._loaded.keep_only(there)
-        self._loaded.also(now.tensors)
+        there = by_storage(now.tensors)
+        self._loaded.keep_only(there.keys())
+        self._loaded.also(there)
         changed = self._late.keep_only(there)
-        if not changed and there <= self.storages:
+        if not changed and there.keys() <= self.storages:
             return
         self._late.keep_only(())
         self._late = Weights({}, self._device)
@@ -126,8 +126,8 @@ class EngineResident:
     def _weights(self, found: Found, passing: bool) -> Weights:
         """Weights of those tensors that nobody takes care of yet."""
         claimed = self.storages
-        tensors = {path: tensor for path, tensor in found.tensors.items() if storage_key(tensor) not in claimed}
-        return Weights(tensors, self._device, passing)
+        unclaimed = [tensor for tensor in found.tensors.values() if storage_key(tensor) not in claimed]
+        return Weights(found.tensors.only(unclaimed), self._device, passing)
 
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
         claimed = self._beside.sessions if self._beside else frozenset()
@@ -136,6 +136,6 @@ class EngineResident:
 
 def _is_emptied(tensor: torch.Tensor) -> bool:
     try:
-        return tensor.device.type != "meta" and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+        return not tensor.untyped_storage().nbytes() and tensor.numel() > 0 and tensor.device.type != "meta"
     except Exception:  # it never had any
         return False

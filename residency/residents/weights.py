@@ -21,7 +21,7 @@ from ..progress import Progress, current
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
-from .pieces import Piece, pieces_of, storage_key
+from .pieces import Piece, pieces_of
 from .pinning import BackgroundPinning
 
 if TYPE_CHECKING:
@@ -158,13 +158,12 @@ class Weights:
         self._pieces, self._elsewhere = [], []
         return freed_bytes
 
-    def also(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take note of further tensors over storages that are accounted for here."""
-        pieces = {piece.storage._cdata: piece for piece in self._pieces}
-        for path, tensor in tensors.items():
-            piece = pieces.get(storage_key(tensor) or 0)
-            if piece is not None:
-                piece.tensors.setdefault(path, tensor)
+    def also(self, groups: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Take note of the tensors that are over the storages accounted for here now (`by_storage`)."""
+        for piece in self._pieces:
+            group = groups.get(piece.storage._cdata)
+            if group is not None:
+                piece.tensors = group
 
     def keep_only(self, storages: Collection[int]) -> bool:
         """Take no further care of storages that are not among these.
@@ -177,7 +176,7 @@ class Weights:
         with self._moving:
             self._drop_mirror()
         self._device.refund(sum(piece.nbytes for piece in gone))
-        self._pieces = [piece for piece in self._pieces if piece not in gone]
+        self._pieces = [piece for piece in self._pieces if piece.storage._cdata in storages]
         return True
 
     # -- snapshots ----------------------------------------------------------------------------------------------
@@ -272,7 +271,7 @@ class Weights:
         """The bytes of a span where they are now, on the device; valid until the next span is gathered."""
         import torch
 
-        parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
+        parts = self._parts(span)
         if len(parts) == 1:
             return parts[0]
         if self._scratch is None:
@@ -280,11 +279,19 @@ class Weights:
             self._scratch = torch.empty(largest, dtype=torch.uint8, device=parts[0].device)
         return torch.cat(parts, out=self._scratch[: span.nbytes])
 
+    def _parts(self, span: Span) -> list[torch.Tensor]:
+        parts = []
+        for part in span.parts:
+            piece = self._pieces[part.piece]
+            whole = part.stop - part.start == piece.nbytes
+            parts.append(piece.raw if whole else piece.raw[part.start : part.stop])
+        return parts
+
     def _fill(self, span: Span, source: torch.Tensor) -> None:
         """Write a span's bytes from main memory to where they belong on the device."""
         import torch
 
-        parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
+        parts = self._parts(span)
         if len(parts) == 1:
             parts[0].copy_(source, non_blocking=True)
             return
