@@ -146,10 +146,14 @@ class _Walk:
         classes = self._classes(batch)
         kinds = {self._kinds[cls] for cls in classes}
         if kinds == {Kind.OPEN}:
-            if not classes <= self._fertile:
-                if self._is_barren(batch):
+            for cls in classes - self._fertile:
+                things = batch if len(classes) == 1 else [thing for thing in batch if type(thing) is cls]
+                if not self._is_barren(things):
+                    self._fertile |= {cls} - _QUICKLY_LOOKED_INTO
+                elif len(classes) == 1:
                     return
-                self._fertile |= classes - _QUICKLY_LOOKED_INTO
+                else:
+                    batch = [thing for thing in batch if type(thing) is not cls]
             self._enter(self._fresh(batch))
             return
         for kind in kinds:

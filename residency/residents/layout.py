@@ -32,7 +32,7 @@ class Span:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.stop - part.start for part in self.parts)
+        return sum([part.stop - part.start for part in self.parts])
 
     @property
     def stop(self) -> int:

@@ -76,8 +76,10 @@ class Piece:
         """
         import torch
 
+        if self.nbytes < _FILL_CHECK_FROM_BYTES:
+            return None
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(self.itemsize)
-        if width is None or self.nbytes < _FILL_CHECK_FROM_BYTES or self.nbytes % self.itemsize:
+        if width is None or self.nbytes % self.itemsize:
             return None
         elements = self.raw.view(width)
         first = elements[:1]

@@ -76,11 +76,11 @@ class Weights:
     @property
     def storages(self) -> frozenset[int]:
         """Every storage that is accounted for here, movable or not (``_cdata``)."""
-        return frozenset(piece.storage._cdata for piece in (*self._pieces, *self._elsewhere))
+        return frozenset([piece.storage._cdata for piece in (*self._pieces, *self._elsewhere)])
 
     @property
     def _movable_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self._pieces)
+        return sum([piece.nbytes for piece in self._pieces])
 
     @property
     def _elsewhere_bytes(self) -> int:
@@ -105,8 +105,7 @@ class Weights:
             self._device.settle()
             for piece in self._pieces:
                 self._follow(piece)
-                if not piece.make_resizable():
-                    raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
+            self._leave_behind([piece for piece in self._pieces if not piece.make_resizable()])
             if self._mirror is None:
                 self._make_mirror()
             self._update_mirror()
@@ -115,6 +114,16 @@ class Weights:
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
         return self._movable_bytes
+
+    def _leave_behind(self, pieces: list[Piece]) -> None:
+        """Take these for storages that stay where they are: shared with other processes since the load, for one."""
+        if not pieces:
+            return
+        self._drop_mirror()
+        self._device.refund(sum(piece.nbytes for piece in pieces))
+        self._elsewhere += pieces
+        staying = set(pieces)
+        self._pieces = [piece for piece in self._pieces if piece not in staying]
 
     def restore(self) -> int:
         if self.on_device:
@@ -297,7 +306,7 @@ class Weights:
             return
         # Many small pieces cross the bus together and are spread out there.
         arrived = source.to(parts[0].device, non_blocking=True)
-        torch._foreach_copy_(parts, torch.split(arrived, [len(part) for part in parts]))
+        torch._foreach_copy_(parts, torch.split(arrived, [part.stop - part.start for part in span.parts]))
 
     def _empty(self) -> None:
         for piece in self._pieces:
