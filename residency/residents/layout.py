@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Span:
     start: int
     parts: tuple[Part, ...]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return sum([part.stop - part.start for part in self.parts])
 
