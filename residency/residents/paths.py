@@ -61,7 +61,7 @@ class ByPath(Mapping[str, T]):
 
 
 class Names:
-    """Paths of one engine's things, remembered as long as they lead to the same thing. Not thread-safe."""
+    """Finds the paths of what hangs on one engine, step by step: slow, for messages and `skip` only."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
