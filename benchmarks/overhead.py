@@ -1,11 +1,12 @@
-"""What a lease on a model that is there already costs, alone and with others waiting.
+"""What a lease costs: on a model that is there already, alone and with others waiting, and on one that is away.
 
     python benchmarks/overhead.py
 
-Three tables, measured in turns in one run on a simulated card with a tiny engine: entering and leaving with nobody else
-there; the same with 1 to 64 threads waiting and a listener, beside a lock and a bare queue of as many locks, which is
-what the interpreter's own switching between threads costs; and how long `status` takes. The last table is what must be
-reached; the exit status is 1 if something of it is not.
+Four tables, measured in one run on a simulated card, the first three in turns with a tiny engine: entering and leaving
+with nobody else there; the same with 1 to 64 threads waiting and a listener, beside a lock and a bare queue of as many
+locks, which is what the interpreter's own switching between threads costs; how long `status` takes; and how much CPU a
+model with many parameters or objects takes to leave and to come back. The last table is what must be reached; the exit
+status is 1 if something of it is not.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks._cold import Cold, measure_cold, print_cold
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.contracts import Device
 from residency.residents import EngineResident
@@ -53,6 +55,7 @@ def main() -> None:
     add("--handovers", type=int, default=4_000, help="how many from thread to thread, for each number of them (4000)")
     add("--rounds", type=int, default=150, help="how often the end of a lease with others waiting is timed (150)")
     add("--waiting", type=int, nargs="+", default=WAITING, help="how many threads wait (1 2 4 8 16 32 64)")
+    add("--cold-share", type=float, default=1.0, help="of the parameters and objects of large engines (1)")
     add("--json", type=Path, metavar="FILE", help="write all values there, too")
     options = parser.parse_args()
     started_s = time.perf_counter()
@@ -67,11 +70,13 @@ def main() -> None:
     print_crowds(crowds)
     looks = measure_status(max(50, options.leases // 20), max(options.waiting))
     print_status(looks)
-    goals = judge(alone, crowds, looks)
+    cold = measure_cold(options.cold_share)
+    print_cold(cold)
+    goals = judge(alone, crowds, looks, cold)
     print_goals(goals)
     print(f"\n{time.perf_counter() - started_s:.0f} s, load average at the end {os.getloadavg()[0]:.1f}")
     if options.json:
-        parts = {"alone": alone, "waiting": crowds, "status": looks, "must_reach": goals}
+        parts = {"alone": alone, "waiting": crowds, "status": looks, "cold": cold, "must_reach": goals}
         result = {name: [asdict(row) for row in rows] for name, rows in parts.items()}
         options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     if not all(goal.reached for goal in goals):
@@ -398,7 +403,9 @@ class Reached:
         return self.value <= self.wanted
 
 
-def judge(alone: Sequence[Times], crowds: Sequence[Crowd], looks: Sequence[Times]) -> list[Reached]:
+def judge(
+    alone: Sequence[Times], crowds: Sequence[Crowd], looks: Sequence[Times], cold: Sequence[Cold]
+) -> list[Reached]:
     first, last = crowds[0], crowds[-1]
     from_to = f"{last.waiting} waiting / {first.waiting} waiting"
     goals = [Reached(f"{row.name}: median", row.median, "us", MOST_US) for row in alone if row.name != "threading.Lock"]
@@ -406,6 +413,7 @@ def judge(alone: Sequence[Times], crowds: Sequence[Crowd], looks: Sequence[Times
     growth = (last.handover / first.handover) / (last.queue_handover / first.queue_handover)
     goals.append(Reached(f"one thread to the next, {from_to}, over the queue's", growth, "", FLAT))
     goals += [Reached(f"status, {row.name}: p99", row.p99 / 1000, "ms", STATUS_MS) for row in looks]
+    goals += [Reached(f"cold cycle, {row.name}", row.later, "s", row.wanted) for row in cold if row.wanted is not None]
     return goals
 
 

@@ -176,10 +176,10 @@ class Dispatcher:
         """Wait until a move has ended; False if it stands still for `STUCK_AFTER_S`."""
         self.act()
         while True:
-            before = task.progress.facts
+            before = task.progress.facts, task.progress.beats
             if self.watch(task.slot, lambda: task.slot.task is not task, STUCK_AFTER_S):
                 return True
-            if task.progress.facts == before:
+            if (task.progress.facts, task.progress.beats) == before:
                 return False
 
     def watch(
@@ -249,8 +249,9 @@ class Dispatcher:
         task = slot.task
         if task is None or task.arrives or task.hangs or now_s < task.seen_s + STUCK_AFTER_S:
             return
-        task.hangs = task.seen == task.progress.facts
-        task.seen, task.seen_s = task.progress.facts, now_s
+        now = (task.progress.facts, task.progress.beats)
+        task.hangs = task.seen == now
+        task.seen, task.seen_s = now, now_s
         if task.hangs:
             logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
 

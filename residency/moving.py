@@ -45,7 +45,7 @@ class Task:
     given_up: bool = False
     told_s: float = -math.inf
     #: How far it had come when that was last looked at, and when.
-    seen: tuple[str, int, int | None] | None = None
+    seen: object = None
     seen_s: float = -math.inf
     hangs: bool = False
     moved_bytes: int = 0

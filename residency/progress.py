@@ -7,9 +7,9 @@ A move runs in a context of its own (`contextvars`), so loaders and residents ne
     progress.advance(nbytes)                # after each piece; from any thread that was given the object
 
 A move begins in the phase that is its state's name (``loading``, ``restoring``, ...), and may then be: ``building`` (a
-loader runs), ``checking`` (weights are compared with their mirror), ``copying`` (bytes cross between device and host;
-on a GPU: are queued to), ``sessions`` (ONNX Runtime builds), ``reading`` or ``writing`` (a snapshot). A model with
-several parts goes through them more than once.
+loader runs), ``looking`` (an engine is searched for memory), ``checking`` (weights are compared with their mirror),
+``copying`` (bytes cross between device and host; on a GPU: are queued to), ``sessions`` (ONNX Runtime builds),
+``reading`` or ``writing`` (a snapshot). A model with several parts goes through them more than once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Progress:
         self._facts = (phase, 0, total_bytes)
         self._now = now
         self._phase_began_s = now()
+        self.beats = 0
+        """Grows as long as something goes on, also where no bytes can be counted."""
         self.changed: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
@@ -59,6 +61,10 @@ class Progress:
             phase, done_bytes, total_bytes = self._facts
             self._facts = (phase, done_bytes + nbytes, total_bytes)
         self._tell()
+
+    def beat(self) -> None:
+        """Say that the phase goes on, though no bytes are done; cheap, and nobody is told."""
+        self.beats += 1
 
     def _tell(self) -> None:
         if self.changed is not None:

@@ -31,7 +31,7 @@ class SpanCopier:
         """
         import torch
 
-        parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
+        parts = self._on_device(span)
         if len(parts) == 1:
             return parts[0]
         if self._scratch is None:
@@ -51,19 +51,26 @@ class SpanCopier:
         """Copy a span to where its bytes belong, on the current stream; with scratch space only if there is some."""
         import torch
 
-        pairs = list(self._parts(span, source))
-        if len(pairs) > 1:
+        if len(span.parts) > 1:
+            parts = self._on_device(span)
             try:
-                arrived = source.to(pairs[0][0].device, non_blocking=True)
+                arrived = source.to(parts[0].device, non_blocking=True)
             except RuntimeError as error:
                 if not is_out_of_device_memory(error):
                     raise
             else:
-                parts = [on_device for on_device, _ in pairs]
-                torch._foreach_copy_(parts, torch.split(arrived, [len(part) for part in parts]))
+                torch._foreach_copy_(parts, torch.split(arrived, [part.stop - part.start for part in span.parts]))
                 return
-        for on_device, on_host in pairs:
+        for on_device, on_host in self._parts(span, source):
             on_device.copy_(on_host, non_blocking=True)
+
+    def _on_device(self, span: Span) -> list[torch.Tensor]:
+        parts = []
+        for part in span.parts:
+            piece = self._pieces[part.piece]
+            whole = part.stop - part.start == piece.nbytes  # a view costs a microsecond, which many tensors feel
+            parts.append(piece.raw if whole else piece.raw[part.start : part.stop])
+        return parts
 
     def _parts(self, span: Span, host: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each part of a span: its bytes on the device, and their place in ``host``, which holds the whole span."""

@@ -1,97 +1,111 @@
 """Finds everything of an engine that holds memory: tensors, ONNX Runtime sessions, CUDA graphs, wherever they hang.
 
-Names of attributes are no way to find memory: the walk follows attributes, slots, containers, modules
-(TorchScript included), bound methods, partial functions and closures, each object once.
+Names of attributes are no way to find memory. The walk asks the garbage collector what an object refers to, for many
+objects in one call: attributes, slots, containers, bound methods, partial functions, generators. What the collector
+does not see, or sees too much of, is entered step by step: TorchScript modules, functions, gradients.
+
+Nothing is remembered from one walk to the next: what was seen then may hold a tensor now, and to keep it in order to
+compare would keep what the engine has dropped. Parts of an engine without any memory are passed by in large batches.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
+import collections
+import gc
 import logging
-import types
-from collections import deque
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from ..progress import current
+from .kinds import Kind, kind_of
+from .paths import ByPath, Names, children, gradients, has_constants
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-#: Values: nothing hangs on them. By exact type, since subclasses of str or int may carry attributes.
-_VALUES = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType})
-#: What leads out of the engine into the rest of the process.
-_EXITS = (type, types.ModuleType, logging.Logger)
-_CONTAINERS = (dict, list, tuple, set, frozenset)
-#: Containers with at least so many entries are looked at as a whole first: a vocabulary need not be walked.
-_LARGE = 256
+#: So many objects are looked at in one go: other threads run between two.
+_BATCH = 2048
+#: How many steps a batch is followed to see that there is nothing behind it.
+_DEPTH = 3
+#: Objects that are passed by when they are empty. By exact class, since a subclass's ``__len__`` is others' code.
+_MAY_BE_EMPTY = frozenset({list, dict, set, collections.OrderedDict, collections.deque, collections.defaultdict})
 
-#: How a thing was reached: from where, and by which step. Put into words only for what is found.
-_Trail = tuple[Any, str, Any]
-_ROOT: _Trail = (None, "", "")
+#: Not remembered as leading to something: a million lists of numbers are worth a look each time.
+_QUICKLY_LOOKED_INTO = {list, tuple, set}
 
 
 @dataclass
 class Found:
-    """Tensors, sessions and graphs by the path that leads to them from the engine (``.vad._model.weight``)."""
+    """Tensors, sessions and graphs, each once, by the path that leads to them from the engine (``.vad._model.weight``).
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    sessions: dict[str, Any] = field(default_factory=dict)
-    graphs: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    ``values()`` needs no path and is cheap; paths are looked for when they are first asked for.
+
+    Attributes:
+        references: how often the engine refers to each tensor (``id``). Each reference of a Python object is counted;
+            what holds it in C++ (autograd, TorchScript) is not.
+    """
+
+    tensors: ByPath[torch.Tensor]
+    sessions: ByPath[Any]
+    graphs: ByPath[torch.cuda.CUDAGraph]
+    references: dict[int, int] = field(default_factory=dict)
 
 
 class Discovery:
-    """Walks the object graph of one engine, as often as wanted; later walks pass by large containers that had none.
+    """Walks the object graph of one engine, as often as wanted.
 
-    The engine is not changed and no property of it is evaluated. Paths in ``skip`` (``.tokenizer``) are not entered.
+    The engine is not changed, and no property, ``__getattr__`` or ``__eq__`` of it runs. What hangs on the paths in
+    ``skip`` (``.tokenizer``) is left alone, also where it hangs elsewhere as well. Other threads may change the engine
+    meanwhile: what hangs on it during the whole walk is found. One walk at a time.
     """
 
     def __init__(self, engine: Any, skip: Collection[str] = ()) -> None:
         self._engine = engine
         self._skip = frozenset(skip)
-        self._barren: dict[int, tuple[Any, int]] = {}
+        self._names = Names(engine)
+        self._told: set[str] = set()
+        self._scripts: weakref.WeakSet[torch.jit.ScriptModule] = weakref.WeakSet()
 
     def walk(self) -> Found:
         """Everything that hangs on the engine now."""
         import torch
 
-        found = Found()
-        seen: dict[int, Any] = {}
-        todo: list[tuple[Any, _Trail]] = [(self._engine, _ROOT)]
-        while todo:
-            thing, trail = todo.pop()
-            if id(thing) in seen or self._known_barren(thing) or _leads_out(thing):
-                continue
-            seen[id(thing)] = thing  # kept, so that no other object takes this id during the walk
-            if self._skip and _path(trail) in self._skip:
-                continue
-            if issubclass(type(thing), torch.Tensor):
-                found.tensors[_free_path(trail, found.tensors)] = thing
-            elif _is_session(thing):
-                found.sessions[_free_path(trail, found.sessions)] = thing
-                continue
-            elif issubclass(type(thing), torch.cuda.CUDAGraph):
-                found.graphs[_free_path(trail, found.graphs)] = thing
-                continue
-            if type(thing) in _CONTAINERS and len(thing) >= _LARGE and _is_barren(thing):
-                self._barren[id(thing)] = thing, len(thing)
-                continue
-            try:
-                todo.extend(
-                    (child, (trail, how, step))
-                    for how, step, child in _children(thing)
-                    if type(child) not in _VALUES and id(child) not in seen
-                )
-            except Exception:  # an object that does not like to be looked at is no reason not to load
-                logger.warning("What hangs on %s cannot be looked at", _path(trail), exc_info=True)
-        return found
+        skipped = [thing for path in self._skip for thing in self._names.at(path)]
+        with torch._C.DisableTorchFunctionSubclass():
+            walk = _Walk(skipped)
+            walk.run(self._engine)
+        closed = {id(thing) for thing in skipped}
 
-    def _known_barren(self, thing: Any) -> bool:
-        known = self._barren.get(id(thing))
-        return known is not None and len(thing) == known[1]
+        def names(things: Iterable[Any]) -> Mapping[int, str]:
+            return self._names.of(things, closed)
+
+        self._tell(walk, names)
+        return Found(
+            ByPath(walk.tensors, names), ByPath(walk.sessions, names), ByPath(walk.graphs, names), dict(walk.references)
+        )
+
+    def _tell(self, walk: _Walk, names: Callable[[Iterable[Any]], Mapping[int, str]]) -> None:
+        """Name once what is seen, and stays where it is."""
+        constant = []
+        for module in walk.scripts:
+            if module not in self._scripts:
+                self._scripts.update(module.modules())
+                constant += [module] if has_constants(module) else []
+        for things, message in (
+            (walk.odd, "%s (%s) stays where it is: only strided tensors can be moved"),
+            (constant, "%s (%s): weights in the code of a frozen TorchScript module stay where they are"),
+            (walk.refused, "%s (%s) cannot be looked at: what hangs on it stays where it is"),
+        ):
+            paths = names(things) if things else {}
+            for thing in things:
+                path = paths.get(id(thing)) or "The engine"
+                if path not in self._told:
+                    self._told.add(path)
+                    logger.warning(message, path, _looks_like(thing))
 
 
 def discover(engine: Any, skip: Collection[str] = ()) -> Found:
@@ -99,99 +113,139 @@ def discover(engine: Any, skip: Collection[str] = ()) -> Found:
     return Discovery(engine, skip).walk()
 
 
-def _path(trail: _Trail) -> str:
-    steps = []
-    while trail is not _ROOT:
-        trail, how, step = trail
-        steps.append(f"[{_readable(step)}]" if how == "[]" else f".{step}")
-    return "".join(reversed(steps))
+class _Walk:
+    """One walk: candidates are looked at in batches, until none are left."""
+
+    def __init__(self, skipped: Iterable[Any]) -> None:
+        #: Kept, so that no other object takes the ``id`` of one that was seen. Those without memory are not in here.
+        self._kept: list[Any] = list(skipped)
+        self._seen = set(map(id, self._kept))
+        self._kinds: dict[type, Kind] = {}
+        #: Classes behind which something was found: it is no use to look whether there is nothing.
+        self._fertile: set[type] = set()
+        self._todo: list[Any] = []
+        self.references: collections.Counter[int] = collections.Counter()
+        self.tensors: list[torch.Tensor] = []
+        self.sessions: list[Any] = []
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.odd: list[torch.Tensor] = []
+        self.scripts: list[Any] = []
+        self.refused: list[Any] = []
+
+    def run(self, engine: Any) -> None:
+        progress = current()
+        progress.enter("looking")
+        self._todo = [engine]
+        while self._todo:
+            batch = self._todo[-_BATCH:]
+            del self._todo[-_BATCH:]
+            self._look_at(batch)
+            progress.beat()
+
+    def _look_at(self, batch: list[Any]) -> None:
+        classes = self._classes(batch)
+        kinds = {self._kinds[cls] for cls in classes}
+        if kinds == {Kind.OPEN}:
+            for cls in classes - self._fertile:
+                things = batch if len(classes) == 1 else [thing for thing in batch if type(thing) is cls]
+                if not self._is_barren(things):
+                    self._fertile |= {cls} - _QUICKLY_LOOKED_INTO
+                elif len(classes) == 1:
+                    return
+                else:
+                    batch = [thing for thing in batch if type(thing) is not cls]
+            self._enter(self._fresh(batch))
+            return
+        for kind in kinds:
+            things = batch if len(kinds) == 1 else [thing for thing in batch if self._kinds[type(thing)] is kind]
+            self._sort(kind, self._fresh(things))
+
+    def _sort(self, kind: Kind, things: list[Any]) -> None:
+        if kind is Kind.OPEN:
+            self._enter(things)
+        elif kind is Kind.TENSOR:
+            self._enter_tensors(things)
+        elif kind is Kind.SESSION:
+            self.sessions += things
+        elif kind is Kind.GRAPH:
+            self.graphs += things
+        elif kind is Kind.BY_NAME:
+            self._enter_by_name(things)
+
+    def _classes(self, things: list[Any]) -> set[type]:
+        classes = set(map(type, things))
+        for cls in classes - self._kinds.keys():
+            self._kinds[cls] = kind_of(cls)
+        return classes
+
+    def _fresh(self, things: list[Any]) -> list[Any]:
+        """Each of these that has not been seen yet, once; from now on it has."""
+        by_id = dict(zip(map(id, things), things, strict=True))
+        new = by_id.keys() - self._seen
+        fresh = things if len(new) == len(things) else [thing for key, thing in by_id.items() if key in new]
+        self._seen |= new
+        self._kept += fresh
+        return fresh
+
+    def _enter(self, things: list[Any]) -> None:
+        self._follow(gc.get_referents(*things))
+
+    def _follow(self, referents: list[Any]) -> None:
+        """Look at these later, and count how often they are tensors."""
+        things = self._enterable(referents)
+        tensors = {cls for cls in self._classes(things) if self._kinds[cls] is Kind.TENSOR}
+        if tensors:
+            self.references.update([id(thing) for thing in things if type(thing) in tensors])
+        self._todo += things
+
+    def _enterable(self, referents: list[Any]) -> list[Any]:
+        """Those behind which there may be something. What the collector does not track refers to nothing."""
+        things = list(filter(gc.is_tracked, referents))
+        classes = self._classes(things)
+        closed = {cls for cls in classes if self._kinds[cls] is Kind.CLOSED}
+        hollow = classes & _MAY_BE_EMPTY
+        if not hollow:
+            return [thing for thing in things if type(thing) not in closed] if closed else things
+        return [thing for thing in things if type(thing) not in closed and (type(thing) not in hollow or thing)]
+
+    def _is_barren(self, things: list[Any]) -> bool:
+        """Whether these, and what they refer to, and so on for some steps, lead to nothing that need be looked at."""
+        most = 8 * len(things)
+        for _ in range(_DEPTH):
+            things = self._enterable(gc.get_referents(*things))
+            if not things:
+                return True
+            if len(things) > most or any(self._kinds[cls] is not Kind.OPEN for cls in self._classes(things)):
+                return False
+        return False
+
+    def _enter_tensors(self, tensors: list[torch.Tensor]) -> None:
+        import torch
+
+        self.tensors += tensors
+        layout: Any = torch._C.TensorBase.layout.__get__  # type: ignore[attr-defined]
+        if set(map(layout, tensors)) - {torch.strided}:
+            self.odd += [tensor for tensor in tensors if layout(tensor) is not torch.strided]
+        self._todo += gradients(tensors)
+        self._enter(tensors)
+
+    def _enter_by_name(self, things: list[Any]) -> None:
+        import torch
+
+        for thing in things:
+            try:
+                self._follow([child for _, _, child in children(thing)])
+            except Exception:  # an object that does not like to be looked at is no reason not to load
+                logger.debug("An object of type %s cannot be looked at", type(thing), exc_info=True)
+                self.refused.append(thing)
+            if issubclass(type(thing), torch.jit.ScriptModule):
+                self.scripts.append(thing)
 
 
-def _free_path(trail: _Trail, taken: Collection[str]) -> str:
-    path = unique = _path(trail)
-    for number in itertools.count(2):
-        if unique not in taken:
-            return unique
-        unique = f"{path} ({number})"  # different keys may read the same
-    raise AssertionError("there is always a free number")
-
-
-def _readable(key: Any) -> str:
-    # Others' repr is others' code.
-    return repr(key) if type(key) in _VALUES else f"<{type(key).__name__}>"
-
-
-def _leads_out(thing: Any) -> bool:
-    # What marks itself: a manager, whose other models are not of this engine.
-    return issubclass(type(thing), _EXITS) or getattr(type(thing), "not_of_the_engine", False) is True
-
-
-def _is_barren(container: Any, depth: int = 2) -> bool:
-    """Whether there are only values in a container, and in the containers in it."""
-    for child in container.values() if type(container) is dict else container:
-        if type(child) in _VALUES:
-            continue
-        if depth == 0 or type(child) not in _CONTAINERS or not _is_barren(child, depth - 1):
-            return False
-    return True
-
-
-def _is_session(thing: Any) -> bool:
-    # By name, since onnxruntime need not be installed: an engine that has a session has imported it.
-    bases = type(thing).__mro__
-    return any(base.__name__ == "InferenceSession" and base.__module__.startswith("onnxruntime") for base in bases)
-
-
-def _children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What hangs on a thing: (how, step, child); how is ``[]`` for an element and ``.`` for an attribute."""
+def _looks_like(thing: Any) -> str:
     import torch
 
-    kind = type(thing)  # not isinstance, which believes what an object says of its class
-    if issubclass(kind, torch.Tensor) and thing.is_leaf and thing.grad is not None:
-        yield ".", "grad", thing.grad
-    if issubclass(kind, torch.jit.ScriptModule):
-        yield from _script_tensors(thing)
-    elif issubclass(kind, dict):
-        yield from (("[]", key, value) for key, value in list(dict.items(thing)))
-    elif base := next((base for base in (list, tuple, set, frozenset, deque) if issubclass(kind, base)), None):
-        yield from (("[]", index, value) for index, value in enumerate(list(base.__iter__(thing))))
-    elif kind is types.MappingProxyType:
-        yield from (("[]", key, value) for key, value in list(thing.items()))
-    elif kind is types.MethodType:
-        yield ".", "__self__", thing.__self__
-        yield ".", "__func__", thing.__func__
-    elif issubclass(kind, functools.partial):
-        yield from ((".", name, getattr(thing, name)) for name in ("func", "args", "keywords"))
-    elif kind is types.FunctionType:
-        yield from ((".", name, getattr(thing, name)) for name in ("__defaults__", "__kwdefaults__", "__dict__"))
-        for index, cell in enumerate(thing.__closure__ or ()):
-            with contextlib.suppress(ValueError):  # a cell that was never filled
-                yield ".", f"__closure__[{index}]", cell.cell_contents
-        return
-    if kind not in _CONTAINERS:
-        yield from _attributes(thing)
-
-
-def _script_tensors(module: Any) -> Iterator[tuple[str, Any, Any]]:
-    # They live in C++, not in __dict__: parameters, buffers, and attributes of type Tensor.
-    yield from ((".", name, tensor) for name, tensor in module.named_parameters())
-    yield from ((".", name, tensor) for name, tensor in module.named_buffers())
-    for name, submodule in module.named_modules():
-        kind = submodule.__dict__.get("_concrete_type")
-        if kind is None:
-            logger.warning("Constants in the code of a frozen TorchScript module cannot be found, nor moved")
-            continue
-        for attribute in kind.get_attributes():
-            with contextlib.suppress(AttributeError, RuntimeError):
-                yield ".", f"{name}.{attribute}" if name else attribute, getattr(submodule, attribute)
-
-
-def _attributes(thing: Any) -> Iterator[tuple[str, Any, Any]]:
-    # object.__getattribute__ and the class's own slots, so that no property or __getattr__ of the engine runs.
-    with contextlib.suppress(AttributeError):
-        yield from ((".", name, value) for name, value in list(object.__getattribute__(thing, "__dict__").items()))
-    for base in type(thing).__mro__:
-        for name, descriptor in list(vars(base).items()):
-            if isinstance(descriptor, types.MemberDescriptorType):
-                with contextlib.suppress(AttributeError):
-                    yield ".", name, descriptor.__get__(thing)
+    if not issubclass(type(thing), torch.Tensor):
+        return type(thing).__name__
+    base: Any = torch._C.TensorBase
+    return f"{type(thing).__name__}, {base.layout.__get__(thing)}, {list(base.size(thing))}"

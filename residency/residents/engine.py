@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
@@ -12,7 +12,7 @@ from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .graphs import compiled_graphs
 from .onnx import OnnxSessions
-from .pieces import storage_key
+from .pieces import by_storage, storage_key
 from .weights import Weights, are_managed
 
 if TYPE_CHECKING:
@@ -49,12 +49,17 @@ class EngineResident:
         self._device = device
         self._discovery = Discovery(engine, skip)
         self._beside = beside
+        #: The storage of each tensor (``id``) of the last walk, if all that was found is accounted for.
+        self._known: dict[int, int | None] | None = None
         found = self._discovery.walk()
-        emptied = {path: tensor for path, tensor in found.tensors.items() if _is_emptied(tensor)}
+        keys = _keys(found)
+        without = [tensor for tensor in found.tensors.values() if keys[id(tensor)] is None]
+        emptied = found.tensors.only([tensor for tensor in without if _is_emptied(tensor)])
         if emptied:
             raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
         self._loaded = self._late = Weights({}, device)
-        self._loaded = self._weights(found, passing=False)
+        self._loaded = self._weights(found, keys, passing=False)
+        self._remember(keys)
         try:
             self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
         except BaseException:
@@ -112,32 +117,43 @@ class EngineResident:
         graphs = (*now.graphs, *compiled_graphs(now.tensors))
         if graphs:
             raise CapturedGraphs(graphs)
-        there = {key for tensor in now.tensors.values() if (key := storage_key(tensor)) is not None}
-        self._loaded.keep_only(there)
-        self._loaded.also(now.tensors)
-        changed = self._late.keep_only(there)
-        if not changed and there <= self.storages:
+        keys = _keys(now)
+        if keys == self._known:
             return
-        self._late.keep_only(())
-        self._late = Weights({}, self._device)
-        try:
-            self._late = self._weights(now, passing=True)
-        except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
-            logger.warning("Some tensors that were made since the load stay on the device: %s", error)
+        there = {key for key in keys.values() if key is not None}
+        self._loaded.keep_only(there)
+        self._loaded.also(by_storage(now.tensors))
+        if self._late.keep_only(there) or not there <= self.storages:
+            self._late.keep_only(())
+            self._late = Weights({}, self._device)
+            try:
+                self._late = self._weights(now, keys, passing=True)
+            except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
+                logger.warning("Some tensors that were made since the load stay on the device: %s", error)
+        self._remember(keys)
 
-    def _weights(self, found: Found, passing: bool) -> Weights:
+    def _weights(self, found: Found, keys: Mapping[int, int | None], passing: bool) -> Weights:
         """Weights of those tensors that nobody takes care of yet."""
         claimed = self.storages
-        tensors = {path: tensor for path, tensor in found.tensors.items() if storage_key(tensor) not in claimed}
-        return Weights(tensors, self._device, passing)
+        unclaimed = [tensor for tensor in found.tensors.values() if keys[id(tensor)] not in claimed]
+        return Weights(found.tensors.only(unclaimed), self._device, passing)
+
+    def _remember(self, keys: dict[int, int | None]) -> None:
+        # Only if all are held here: the ``id`` of what is gone may be another's the next time.
+        held = self.storages
+        self._known = keys if held.issuperset(filter(None, keys.values())) else None
 
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
         claimed = self._beside.sessions if self._beside else frozenset()
         return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
 
 
+def _keys(found: Found) -> dict[int, int | None]:
+    return {id(tensor): storage_key(tensor) for tensor in found.tensors.values()}
+
+
 def _is_emptied(tensor: torch.Tensor) -> bool:
     try:
-        return tensor.device.type != "meta" and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+        return not tensor.untyped_storage().nbytes() and tensor.numel() > 0 and tensor.device.type != "meta"
     except Exception:  # it never had any
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +31,9 @@ class Span:
     start: int
     parts: tuple[Part, ...]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
-        return sum(part.stop - part.start for part in self.parts)
+        return sum([part.stop - part.start for part in self.parts])
 
     @property
     def stop(self) -> int:

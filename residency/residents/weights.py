@@ -26,7 +26,7 @@ from .copying import SpanCopier
 from .fingerprint import fingerprints, hash_of
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
-from .pieces import Piece, pieces_of, storage_key
+from .pieces import Piece, pieces_of
 from .pinning import BackgroundPinning
 
 if TYPE_CHECKING:
@@ -79,11 +79,11 @@ class Weights:
     @property
     def storages(self) -> frozenset[int]:
         """Every storage that is accounted for here, movable or not (``_cdata``)."""
-        return frozenset(piece.storage._cdata for piece in (*self._pieces, *self._elsewhere))
+        return frozenset([piece.storage._cdata for piece in (*self._pieces, *self._elsewhere)])
 
     @property
     def _movable_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self._pieces)
+        return sum([piece.nbytes for piece in self._pieces])
 
     @property
     def _elsewhere_bytes(self) -> int:
@@ -108,8 +108,7 @@ class Weights:
             self._device.wait()
             for piece in self._pieces:
                 self._follow(piece)
-                if not piece.make_resizable():
-                    raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
+            self._leave_behind([piece for piece in self._pieces if not piece.make_resizable()])
             with self._device.transfer():
                 if self._mirror is None:
                     self._make_mirror()
@@ -119,6 +118,16 @@ class Weights:
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
         return self._movable_bytes
+
+    def _leave_behind(self, pieces: list[Piece]) -> None:
+        """Take these for storages that stay where they are: shared with other processes since the load, for one."""
+        if not pieces:
+            return
+        self._drop_mirror()
+        self._device.refund(sum(piece.nbytes for piece in pieces))
+        self._elsewhere += pieces
+        staying = set(pieces)
+        self._pieces = [piece for piece in self._pieces if piece not in staying]
 
     def restore(self) -> int:
         if self.on_device:
@@ -166,13 +175,12 @@ class Weights:
         self._pieces, self._elsewhere = [], []
         return freed_bytes
 
-    def also(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take note of further tensors over storages that are accounted for here."""
-        pieces = {piece.storage._cdata: piece for piece in self._pieces}
-        for path, tensor in tensors.items():
-            piece = pieces.get(storage_key(tensor) or 0)
-            if piece is not None:
-                piece.tensors.setdefault(path, tensor)
+    def also(self, groups: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Take note of the tensors that are over the storages accounted for here now (`by_storage`)."""
+        for piece in self._pieces:
+            group = groups.get(piece.storage._cdata)
+            if group is not None:
+                piece.tensors = group
 
     def keep_only(self, storages: Collection[int]) -> bool:
         """Take no further care of storages that are not among these.
@@ -185,7 +193,7 @@ class Weights:
         with self._moving:
             self._drop_mirror()
         self._device.refund(sum(piece.nbytes for piece in gone))
-        self._pieces = [piece for piece in self._pieces if piece not in gone]
+        self._pieces = [piece for piece in self._pieces if piece.storage._cdata in storages]
         return True
 
     # -- snapshots ----------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ _NEXT = {
 _PHASES = {
     "loading": ("加载", "loading"),
     "building": ("构建", "building"),
+    "looking": ("查看", "looking"),
     "checking": ("核对", "checking"),
     "copying": ("复制", "copying"),
     "sessions": ("创建会话", "building sessions"),

@@ -60,6 +60,29 @@ def test_a_view_of_a_weight_is_no_newcomer(engine: Engine, device: SimulatedDevi
     assert torch.equal(engine.cache["row"], before)
 
 
+def test_a_weight_that_is_given_other_bytes_between_two_walks_is_noticed(
+    engine: Engine, device: SimulatedDevice
+) -> None:
+    resident = EngineResident(engine, device)
+    for value in (1.0, 2.0):
+        resident.offload()
+        resident.restore()
+        engine.module.weight.data = torch.full((10, 10), value)  # the tensor is the same, its storage is not
+    resident.offload()
+    assert device.ledger_bytes == engine.module.weight.untyped_storage().nbytes() == 0
+    resident.restore()
+    assert engine.module.weight.sum() == 200
+    engine.cache["tied"] = torch.zeros(40)
+    resident.offload()
+    resident.restore()
+    engine.cache["tied"].data = engine.module.weight.data.view(-1)
+    _ = engine.module.weight.detach().numpy()  # it needs a new home, and its new tie goes with it
+    resident.offload()
+    resident.restore()
+    assert device.ledger_bytes == 440
+    assert engine.cache["tied"].untyped_storage()._cdata == engine.module.weight.untyped_storage()._cdata
+
+
 def test_newcomers_that_the_books_have_no_room_for_do_not_stop_the_offload(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -476,3 +476,29 @@ def test_an_offload_of_what_did_not_change_copies_nothing(
         tensors["3"].data[[5, 6]] = tensors["3"][[6, 5]]
         weights.offload()
         assert copied == [4000], "and of what did, only the span that did"
+
+
+@pytest.mark.parametrize("shared_from", ["the load", "the first request", "the second request"])
+def test_storages_shared_with_other_processes_stay_and_everything_else_leaves(
+    shared_from: str, device: SimulatedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared, own = torch.arange(100.0), torch.arange(50.0)
+    if shared_from == "the load":
+        shared.share_memory_()
+    weights = Weights({".shared": shared, ".own": own}, device)
+    for turn in range(3):
+        if (shared_from, turn) in {("the first request", 0), ("the second request", 1)}:
+            shared.share_memory_()
+        weights.offload()
+        stays = shared.is_shared()
+        assert (device.ledger_bytes, weights.device_bytes) == (0, 0)
+        assert own.untyped_storage().nbytes() == 0
+        if stays:
+            assert shared.tolist() == list(range(100))
+            assert weights.host_bytes == 400 + 200, "the shared bytes, and the mirror of the others"
+        weights.restore()
+        assert device.ledger_bytes == 200 + (0 if stays else 400)
+        assert own.tolist() == list(range(50))
+    assert caplog.text.count(".shared is shared with other processes") == 1, "named once"
+    weights.release()
+    assert device.ledger_bytes == 0
