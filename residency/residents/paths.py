@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -65,22 +66,32 @@ class Names:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        #: Paths of the tensors that were seen when one was last looked for, so that the next one is found at once.
+        self._tensors: dict[int, tuple[weakref.ref[Any], str]] = {}
 
     def of(self, things: Iterable[Any], closed: Collection[int] = ()) -> dict[int, str]:
         """Paths by ``id``, as far as there are any. Things in ``closed`` (``id``) are not entered."""
-        wanted = {id(thing) for thing in things}
+        things = list(things)
+        known = {id(thing): self._tensors.get(id(thing)) for thing in things}
+        if all((entry := known[id(thing)]) is not None and entry[0]() is thing for thing in things):
+            return {key: entry[1] for key, entry in known.items() if entry is not None}
+        return self._look_for({id(thing) for thing in things}, closed)
+
+    def _look_for(self, wanted: set[int], closed: Collection[int]) -> dict[int, str]:
         paths: dict[int, str] = {}
         seen: dict[int, Any] = {}
         kinds: dict[type, Kind] = {}
         todo: deque[tuple[Any, _Trail]] = deque([(self._engine, _ROOT)])
-        while todo and wanted:
+        self._tensors.clear()
+        while todo:
             thing, trail = todo.popleft()
             kind = kinds.get(type(thing)) or kinds.setdefault(type(thing), kind_of(type(thing)))
             if kind is Kind.CLOSED or id(thing) in seen or id(thing) in closed:
                 continue
             seen[id(thing)] = thing  # kept, so that no other object takes this id meanwhile
+            if kind is Kind.TENSOR:
+                self._tensors[id(thing)] = weakref.ref(thing), _path(trail)
             if id(thing) in wanted:
-                wanted.remove(id(thing))
                 paths[id(thing)] = _path(trail)
             with contextlib.suppress(Exception):  # the walk has told of it
                 todo.extend(
