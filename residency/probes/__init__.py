@@ -2,5 +2,6 @@
 
 from .host import HostProbe
 from .nvml import NvmlProbe
+from .processes import sample
 
-__all__ = ["HostProbe", "NvmlProbe"]
+__all__ = ["HostProbe", "NvmlProbe", "sample"]
