@@ -49,7 +49,7 @@ from residency.leasing import Lease, held_slots, watching
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
 from residency.policies import change_policy, check_counts, guarded, keep_warm_seconds, make_policy, seconds
-from residency.probes import HostProbe
+from residency.probes import HostProbe, sample
 from residency.randomness import RandomState
 from residency.residents import Kept, KeptResident, SnapshotFolder, adopt
 from residency.states import Slot, State
@@ -128,7 +128,11 @@ class GPUResourceManager:
         self._clock: Clock = clock or SystemClock()
         self._host = HostProbe()
         self._dispatcher = Dispatcher(
-            self.device, self._mover, self._clock, math.inf if budget_bytes is None else budget_bytes
+            self.device,
+            self._mover,
+            self._clock,
+            math.inf if budget_bytes is None else budget_bytes,
+            partial(sample, self.device),
         )
         self._admission = Admission(self._dispatcher, self._check_open_locked, self.settings["wait_timeout"])
         self._steering = Steering(self._dispatcher, self._check_open_locked)

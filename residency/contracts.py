@@ -7,7 +7,7 @@ A `Device`, `Probe` or `Clock` may be called from any thread at any time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -55,6 +55,9 @@ class Device(Protocol):
 
     def memory(self) -> Memory:
         """Current sizes. Never raises, never creates a CUDA context."""
+
+    def held_by(self) -> Mapping[int, int] | None:
+        """Bytes of its memory by process, without what torch keeps for reuse; None where unknown. Never raises."""
 
     def telemetry(self) -> Telemetry:
         """What the driver tells beside the sizes. Never raises, never creates a CUDA context."""

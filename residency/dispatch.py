@@ -36,6 +36,7 @@ from .latches import holds, new_latch
 from .leasing import loading
 from .monitor import Monitor
 from .moving import Mover, Task
+from .outside import NO_SAMPLE, OutsideBooks, Sample
 from .planning import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
 from .progress import Progress, reporting
 from .reports import Reports
@@ -68,10 +69,19 @@ OUT_OF_MEMORY_RETRIES = 5
 class Dispatcher:
     """Methods that end in ``_locked`` want ``lock``; call `act` after releasing it, to start what they began."""
 
-    def __init__(self, device: Device, mover: Mover, clock: Clock, budget_bytes: float = math.inf) -> None:
+    def __init__(
+        self,
+        device: Device,
+        mover: Mover,
+        clock: Clock,
+        budget_bytes: float = math.inf,
+        sample: Callable[[], Sample] = lambda: NO_SAMPLE,
+    ) -> None:
         self.device = device
         self.mover = mover
         self.clock = clock
+        self.sample = sample
+        self.outside = OutsideBooks(device.kind == "cuda", device.torch_device != "cpu")
         total_bytes = device.memory().total_bytes
         self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
         self.version = 0  # is another number whenever the books have changed
@@ -339,10 +349,12 @@ class Dispatcher:
         return True
 
     def _run(self, task: Task) -> None:
+        before = self.sample()
         with self.lock:
             if task.claimed:
                 return
             task.spawned = task.claimed = True
+            self.outside.began(task, before, (task.slot.device_bytes, task.slot.host_bytes), self._all_books_locked())
             self.reports.tell("began", task)
         while True:
             try:
@@ -414,7 +426,7 @@ class Dispatcher:
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
-        left, memory = task.resident or slot.kept, Memory()
+        left, memory, after = task.resident or slot.kept, Memory(), self.sample()
         lost = self.is_lost(error)
         sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
         with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
@@ -430,11 +442,18 @@ class Dispatcher:
             wanted = slot.task is task
             if wanted:
                 slot.device_bytes, slot.host_bytes = sizes
+            loaded = frozenset(
+                name for name, other in self.slots.items() if other.at is not State.RELEASED or other.task
+            )
+            found = self.outside.ended(task, slot.name, after, sizes, self._all_books_locked(), loaded)
+            if wanted:
                 slot.engine, slot.resident = task.engine, task.resident
                 if error is None:
                     self._arrived_locked(task, now_s)
                 else:
                     self._failed_locked(task, error, lost)
+                slot.outside = found
+                self.reports.tell_outside(task)
                 self.reports.tell("failed" if error else "done", task)
                 self._note_locked(task, "postponed" if task.put_off else "failed" if error else "ok", now_s)
                 slot.task = None
@@ -444,6 +463,10 @@ class Dispatcher:
             with contextlib.suppress(Exception):  # of a device that is gone
                 self.mover.throw_away(task)
         self.act()
+
+    def _all_books_locked(self) -> tuple[int, int]:
+        slots = self.slots.values()
+        return sum(slot.device_bytes for slot in slots), sum(slot.host_bytes for slot in slots)
 
     def _arrived_locked(self, task: Task, now_s: float) -> None:
         slot = task.slot

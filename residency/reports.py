@@ -8,7 +8,7 @@ from .contracts import Clock, Device
 from .diagnosis import in_words
 from .events import Event, Listeners, What
 from .moving import Task
-from .states import Slot
+from .states import Slot, State
 from .units import readable_bytes
 
 logger = logging.getLogger("residency.moves")
@@ -71,6 +71,29 @@ class Reports:
             "(--gpu-budget, or budget_bytes). / %s 超出显存预算，下次请求将被拒绝，请调大预算。",
             task.slot.name, f"{task.moved_bytes:,}", f"{budget_bytes:,.0f}", task.slot.name,
         )  # fmt: skip
+
+    def tell_outside(self, task: Task) -> None:
+        """Warns once of a model that holds memory which no move takes with it."""
+        slot, kind = task.slot, task.move.via
+        if slot.outside_told or task.error is not None:
+            return
+        holders = slot.outside.holders if slot.outside else ()
+        if holders:
+            slot.outside_told = True
+            size = readable_bytes(sum((holder.device_bytes or 0) + (holder.host_bytes or 0) for holder in holders))
+            pids = ", ".join(str(holder.pid) for holder in holders)
+            logger.warning(
+                "%s holds %s outside the books (pid %s): offload does not move it; release the model, or end that "
+                "process. / %s 有 %s 账外占用（进程 %s）：卸载不会移动它，请完全释放或结束该进程。",
+                slot.name, size, pids, slot.name, size, pids,
+            )  # fmt: skip
+        elif kind is State.LOADING and self._device.separate and not slot.device_bytes:
+            slot.outside_told = True
+            logger.warning(
+                "%s: nothing was found in its engine that can leave %s, so offload frees nothing; release does. / "
+                "%s：引擎中没有可以移动的内容，卸载不会腾出显存，请使用完全释放。",
+                slot.name, self._device.name, slot.name,
+            )  # fmt: skip
 
     def log(self, task: Task) -> None:
         """A move has ended."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .history import History
 from .latches import open_latch
+from .outside import Outside
 
 if TYPE_CHECKING:
     from .callers import CallSite
@@ -195,6 +196,10 @@ class Slot:
     not_before_s: float = -math.inf
     last_move: MoveRecord | None = None
     last_error: str | None = None
+    #: What it holds beyond these books, as far as is known; None before it was first moved.
+    outside: Outside | None = None
+    #: That it holds something outside, or nothing that can move, has been said.
+    outside_told: bool = False
     history: History = field(default_factory=History)
     watchers: list[threading.Lock] = field(default_factory=list)
 

@@ -38,6 +38,8 @@ def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict
         if record
         else None,
         "last_error": slot.last_error,
+        "outside_bytes": slot.outside.total_bytes if slot.outside else 0,
+        "outside_processes": [holder.as_dict() for holder in slot.outside.holders] if slot.outside else [],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ class CpuDevice:
 
     def memory(self) -> Memory:
         return Memory()
+
+    def held_by(self) -> Mapping[int, int] | None:
+        return {}
 
     def telemetry(self) -> Telemetry:
         return Telemetry()

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,16 @@ class CudaDevice:
 
     def memory(self) -> Memory:
         return self._probe.memory()
+
+    def held_by(self) -> Mapping[int, int] | None:
+        """None unless the driver lists this process: in a container it may tell other process numbers, or none."""
+        torch, own = sys.modules.get("torch"), os.getpid()
+        held = {pid: nbytes for pid, nbytes in self._probe.holders() if nbytes is not None}
+        if own not in held:
+            return None
+        if torch is not None and torch.cuda.is_initialized():
+            held[own] -= torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return held
 
     def telemetry(self) -> Telemetry:
         return self._probe.telemetry()

@@ -6,8 +6,9 @@ behave as on a card. What it cannot show: bandwidth, pinning, streams and the CU
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class SimulatedDevice:
         self.name: str = Sentence(english, f"模拟 GPU（{size}）", whole=f"{english} / 模拟 GPU")
         self.failure: str | None = None
         self._used_bytes = 0
+        self._reported: dict[int, int] = {}
         self._lock = threading.RLock()  # garbage collection may run `unpin` while this thread is in here
 
     @property
@@ -55,6 +57,16 @@ class SimulatedDevice:
     def memory(self) -> Memory:
         used = self._used_bytes
         return Memory(self.capacity_bytes, self.capacity_bytes - used, used)
+
+    def held_by(self) -> Mapping[int, int] | None:
+        with self._lock:
+            own = os.getpid()
+            return self._reported | {own: self._used_bytes + self._reported.get(own, 0)}
+
+    def report_outside(self, pid: int, nbytes: int) -> None:
+        """Have a process hold so many bytes of the card beyond the models' books; 0: none any more."""
+        with self._lock:
+            self._reported[pid] = nbytes
 
     def telemetry(self) -> Telemetry:
         return Telemetry()

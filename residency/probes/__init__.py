@@ -3,5 +3,6 @@
 from .card import CardProbe, TorchProbe
 from .host import HostProbe
 from .nvml import NvmlProbe, NvmlUnavailable
+from .processes import sample
 
-__all__ = ["CardProbe", "HostProbe", "NvmlProbe", "NvmlUnavailable", "TorchProbe"]
+__all__ = ["CardProbe", "HostProbe", "NvmlProbe", "NvmlUnavailable", "TorchProbe", "sample"]

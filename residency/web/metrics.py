@@ -50,6 +50,10 @@ class _Books:
             ("waiting", "waiting_requests", "Requests that wait for the model."),
         ):
             yield self._gauge(name, help_text, ("model",), {(of,): model[key] for of, model in models.items()})
+        yield self._gauge(
+            "outside_bytes", "Held by the process and its children beyond the books.", ("model",),
+            {(of,): model["outside_bytes"] for of, model in models.items() if model["outside_bytes"] is not None},
+        )  # fmt: skip
         yield self._histogram("move_seconds", "How long moves took.")
         yield self._histogram("request_wait_seconds", "How long requests waited until they had the model.")
         moves = CounterMetricFamily(

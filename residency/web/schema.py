@@ -97,6 +97,15 @@ class Holder(BaseModel):
     held_s: Seconds
 
 
+class OutsideProcess(BaseModel):
+    """A process that holds memory which the books do not know."""
+
+    pid: int
+    command: str
+    device_bytes: int | None
+    host_bytes: int | None
+
+
 class Model(BaseModel):
     state: Name
     device_bytes: int
@@ -113,6 +122,8 @@ class Model(BaseModel):
     progress: Progress | None
     last_move: Move | None
     last_error: str | None
+    outside_bytes: int | None = Field(description="Held by the process and its children beyond the books.")
+    outside_processes: list[OutsideProcess]
 
 
 class Monitor(BaseModel):

@@ -246,7 +246,21 @@ def trouble(status: dict[str, Any], say: Say) -> list[str]:
 
 def remarks(model: dict[str, Any], say: Say) -> list[str]:
     error = model["last_error"]
-    return [f"{say('上次错误', 'Last error')}{mark(':', say)}{translated(error, say)}"] if error else []
+    told = [f"{say('上次错误', 'Last error')}{mark(':', say)}{translated(error, say)}"] if error else []
+    return told + outside(model, say)
+
+
+def outside(model: dict[str, Any], say: Say) -> list[str]:
+    """What is held beyond the books, by which process, and what to do about it."""
+    holders = model["outside_processes"]
+    if not holders:
+        return []
+    size = readable_bytes(sum((holder["device_bytes"] or 0) + (holder["host_bytes"] or 0) for holder in holders))
+    processes = mark(",", say).join(f"pid {holder['pid']} {holder['command']}" for holder in holders)
+    return [
+        f"{say('账外占用', 'Held outside the books')}{mark(':', say)}{size}{bracketed(processes, say)}"
+        + say("。卸载不会移动它，请完全释放或结束该进程。", ". Offload does not move it: release, or end that process.")
+    ]
 
 
 def memory_label(device_kind: str, say: Say) -> str | None:

@@ -1,0 +1,163 @@
+"""Memory held outside the books: by this process or its children, beyond what the models are known to hold. Pure.
+
+The books of a model are its tensors and sessions. A worker process, CTranslate2, TensorRT or a numpy array are not in
+them, so what the processes hold is compared with the books at the end of each move. What this process has grown by
+during a move of one model, beyond its books, is that model's. Moves that overlap are attributed to nobody. A child is
+the model's during whose move it was first seen, or the only loaded model's if it was seen later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+NOISE_BYTES = 64 << 20
+"""Less than this, or less than 5 % of a model's books, is not told from the noise of allocators and caches."""
+
+MODULE_BYTES = 160 << 10
+"""Main memory that one imported module is allowed (torch takes 142 KB each, others about 70)."""
+
+CONTEXT_BYTES = 512 << 20
+"""What a CUDA context and its libraries are allowed, on the card and in main memory each."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process and the bytes it holds; None where unknown."""
+
+    pid: int
+    started_s: float
+    command: str
+    host_bytes: int | None
+    device_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, int | str | None]:
+        return {
+            "pid": self.pid,
+            "command": self.command,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What this process and its children hold now. ``children`` is None where they are unknown."""
+
+    own: Holder
+    children: tuple[Holder, ...] | None
+    modules: int
+
+
+NO_SAMPLE = Sample(Holder(0, 0.0, "", None), None, 0)
+"""Where nothing can be measured."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What is held beyond the books, and by which processes; ``total_bytes`` is None where unknown."""
+
+    total_bytes: int | None = None
+    holders: tuple[Holder, ...] = ()
+
+
+@dataclass(eq=False)
+class _Window:
+    before: Sample
+    books: tuple[int, int]
+    alone: bool = True
+
+
+@dataclass
+class OutsideBooks:
+    """Attributes what is held outside the books. The caller holds the manager's lock.
+
+    ``cuda``: the device has a context of its own; ``separate_memory``: its memory is not main memory.
+    """
+
+    cuda: bool
+    separate_memory: bool
+    _windows: dict[object, _Window] = field(default_factory=dict)
+    _balance: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _owners: dict[tuple[int, float], str | None] = field(default_factory=dict)
+    #: What this process held, and what the books said, before the first move.
+    _base: tuple[Sample, int] | None = None
+
+    def began(self, move: object, before: Sample, books: tuple[int, int], all_books: tuple[int, int]) -> None:
+        """A move begins; ``books`` are the model's (device, host) bytes, ``all_books`` those of all models."""
+        if self._base is None:
+            self._base = before, self._in_main(all_books)
+            self._owners.update({(child.pid, child.started_s): None for child in before.children or ()})
+        for window in self._windows.values():
+            window.alone = False
+        self._windows[move] = _Window(before, books, alone=not self._windows)
+
+    def ended(
+        self,
+        move: object,
+        model: str,
+        after: Sample,
+        books: tuple[int, int],
+        all_books: tuple[int, int],
+        loaded: frozenset[str],
+    ) -> Outside:
+        """A move has ended: what the model holds outside its books now."""
+        window = self._windows.pop(move)
+        owner = model if window.alone else next(iter(loaded)) if len(loaded) == 1 else None
+        for child in after.children or ():
+            self._owners.setdefault((child.pid, child.started_s), owner)
+        device, host = self._balance.get(model, (0, 0))
+        known = after.own.host_bytes is not None and window.before.own.host_bytes is not None
+        if window.alone and known:
+            grown = _difference(after.own.host_bytes, window.before.own.host_bytes)
+            host += grown - (self._in_main(books) - self._in_main(window.books))
+            host -= MODULE_BYTES * max(0, after.modules - window.before.modules)
+        if window.alone and after.own.device_bytes is not None:
+            grown = after.own.device_bytes - (window.before.own.device_bytes or 0)
+            device += grown - (books[0] - window.books[0])
+        self._balance[model] = device, host
+        noise = max(NOISE_BYTES, sum(max(books, window.books)) // 20)
+        own = Holder(
+            after.own.pid,
+            after.own.started_s,
+            after.own.command,
+            _audible(min(host, self._own_host(after, all_books)), noise) if known else None,
+            _audible(min(device, self._own_device(after, all_books)), noise),
+        )
+        return self._sum(after, model, [own] if known else None)
+
+    def _sum(self, after: Sample, model: str, own: list[Holder] | None) -> Outside:
+        if own is None or after.children is None:
+            return Outside()
+        children = [child for child in after.children if self._owners.get((child.pid, child.started_s)) == model]
+        if sum(map(_size, children)) < NOISE_BYTES:
+            children = []
+        holders = tuple(holder for holder in [*own, *children] if _size(holder))
+        unknown = after.own.device_bytes is None and self.separate_memory
+        return Outside(None if unknown else sum(map(_size, holders)), holders)
+
+    def _own_host(self, after: Sample, all_books: tuple[int, int]) -> int:
+        assert self._base is not None, "a move that has ended had begun"
+        before, books = self._base
+        grown = _difference(after.own.host_bytes, before.own.host_bytes)
+        libraries = MODULE_BYTES * max(0, after.modules - before.modules) + CONTEXT_BYTES * self.cuda
+        return grown - (self._in_main(all_books) - books) - libraries
+
+    def _own_device(self, after: Sample, all_books: tuple[int, int]) -> int:
+        return (after.own.device_bytes or 0) - all_books[0] - CONTEXT_BYTES * self.cuda
+
+    def _in_main(self, books: tuple[int, int]) -> int:
+        """What of the books lies in main memory: a device without memory of its own has its bytes there too."""
+        device_bytes, host_bytes = books
+        return host_bytes if self.separate_memory else host_bytes + device_bytes
+
+
+def _difference(after: int | None, before: int | None) -> int:
+    return (after or 0) - (before or 0)
+
+
+def _audible(nbytes: int, noise_bytes: int) -> int:
+    return nbytes if nbytes >= noise_bytes else 0
+
+
+def _size(holder: Holder) -> int:
+    return (holder.host_bytes or 0) + (holder.device_bytes or 0)

@@ -1,0 +1,65 @@
+"""What this process and its children hold of main memory, beyond files that they have mapped."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+from ..contracts import Device
+from ..outside import Holder, Sample
+
+
+def sample(device: Device) -> Sample:
+    """What this process and its children hold now, in main memory and of the device. Never raises."""
+    try:
+        held = device.held_by()
+    except Exception:  # of a device that is gone
+        held = None
+    found = children()
+
+    def holder(pid: int, started_s: float, command: str, host_bytes: int | None) -> Holder:
+        return Holder(pid, started_s, command, host_bytes, None if held is None else held.get(pid, 0))
+
+    own = holder(os.getpid(), 0.0, Path(sys.argv[0] or "python").name, own_bytes())
+    return Sample(own, None if found is None else tuple(holder(*child) for child in found), len(sys.modules))
+
+
+def own_bytes() -> int | None:
+    """Anonymous and shared main memory of this process; None where the system does not tell."""
+    return _kilobytes(Path("/proc/self/status"), ("RssAnon", "RssShmem"))
+
+
+def children() -> tuple[tuple[int, float, str, int | None], ...] | None:
+    """(pid, start in seconds, command line, bytes) of each descendant that lives; None where unknown.
+
+    Bytes are those that no other process shares, so a forked child does not count its parent's.
+    """
+    try:
+        found = psutil.Process().children(recursive=True)
+    except (psutil.Error, OSError):
+        return None
+    return tuple(child for process in found if (child := _child(process)) is not None)
+
+
+def _child(process: psutil.Process) -> tuple[int, float, str, int | None] | None:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        command = " ".join(process.cmdline())[:80] or process.name()
+        started_s = process.create_time()
+    except (psutil.Error, OSError):
+        return None
+    nbytes = _kilobytes(Path(f"/proc/{process.pid}/smaps_rollup"), ("Private_Dirty",))
+    return process.pid, started_s, command, nbytes
+
+
+def _kilobytes(path: Path, names: tuple[str, ...]) -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in path.read_text(encoding="ascii", errors="replace").splitlines()
+                     if ":" in line)  # fmt: skip
+        return sum(int(lines[name].split()[0]) << 10 for name in names)
+    except (OSError, KeyError, ValueError):
+        return None

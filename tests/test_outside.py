@@ -1,0 +1,143 @@
+"""Memory that the books do not know is shown, with the process that holds it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.outside import NO_SAMPLE, Holder, OutsideBooks, Sample
+from residency.probes import processes
+from residency.web import words
+from residency.web.language import en, zh
+from residency.web.metrics import exposition
+
+MB = 1 << 20
+CHILD = "block = bytearray(b'x') * (120 << 20); print('ready', flush=True); input()"
+
+
+class Plain:
+    """An engine in which nothing can move."""
+
+    def __init__(self, **parts: Any) -> None:
+        vars(self).update(parts)
+
+
+@pytest.fixture
+def manager() -> Iterator[GPUResourceManager]:
+    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
+        yield manager
+
+
+def tts(manager: GPUResourceManager) -> dict[str, Any]:
+    return manager.status()["models"]["tts"]
+
+
+def test_a_child_process_is_shown_until_it_ends(manager: GPUResourceManager, caplog: pytest.LogCaptureFixture) -> None:
+    begun: list[subprocess.Popen[str]] = []
+
+    def load() -> Plain:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        begun.append(child)
+        return Plain(pid=child.pid)
+
+    manager.register("tts", load)
+    try:
+        with manager.lease("tts"):
+            pass
+        assert manager.offload("tts")
+        model = tts(manager)
+        assert model["outside_bytes"] >= 120 * MB
+        assert begun[0].pid in [holder["pid"] for holder in model["outside_processes"]]
+        assert f"pid {begun[0].pid}" in words.as_text(manager.status(), en)
+        assert "账外占用" in words.as_text(manager.status(), zh)
+        assert b'gpu_manager_outside_bytes{model="tts"} 1' in exposition(manager)
+        assert len([r for r in caplog.records if "outside the books" in r.getMessage()]) == 1
+    finally:
+        for child in begun:
+            child.communicate("\n", timeout=60)
+    manager.release("tts")
+    assert tts(manager)["outside_processes"] == []
+
+
+def test_a_big_array_is_shown_and_goes_with_a_release(manager: GPUResourceManager) -> None:
+    manager.register("tts", lambda: Plain(table=np.ones(200 * MB, np.uint8)))
+    with manager.lease("tts"):
+        pass
+    assert manager.offload("tts")
+    assert tts(manager)["outside_bytes"] >= 190 * MB
+    assert [holder["pid"] for holder in tts(manager)["outside_processes"]] == [os.getpid()]
+    manager.release("tts")
+    assert tts(manager)["outside_bytes"] == 0
+
+
+def test_nothing_found_to_move_is_said_once(manager: GPUResourceManager, caplog: pytest.LogCaptureFixture) -> None:
+    manager.register("tts", Plain)
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING), manager.lease("tts"):
+            pass
+        manager.release("tts")
+    told = [record.getMessage() for record in caplog.records if "nothing was found" in record.getMessage()]
+    assert len(told) == 1
+    assert "没有可以移动" in told[0]
+
+
+def sample(host: int | None, device: int | None = 0, children: tuple[Holder, ...] | None = ()) -> Sample:
+    return Sample(Holder(1, 0.0, "app", host, device), children, 0)
+
+
+def test_what_overlapping_loads_have_grown_by_is_nobodys() -> None:
+    books = OutsideBooks(cuda=False, separate_memory=True)
+    books.began("a", sample(0), (0, 0), (0, 0))
+    books.began("b", sample(0), (0, 0), (0, 0))
+    both = frozenset({"a", "b"})
+    for name in ("a", "b"):
+        assert books.ended(name, name, sample(500 * MB), (0, 0), (0, 0), both).total_bytes == 0
+
+
+def test_a_context_is_not_blamed_on_a_model() -> None:
+    books = OutsideBooks(cuda=True, separate_memory=True)
+    books.began("a", sample(0, 0), (0, 0), (0, 0))
+    after = sample(400 * MB, 450 * MB + 100 * MB)
+    assert books.ended("a", "a", after, (100 * MB, 0), (100 * MB, 0), frozenset({"a"})).total_bytes == 0
+
+
+@pytest.mark.parametrize("unknown", [NO_SAMPLE, sample(0, None), sample(None), sample(0, 0, None)])
+def test_what_cannot_be_measured_is_unknown_and_not_nothing(unknown: Sample) -> None:
+    books = OutsideBooks(cuda=True, separate_memory=True)
+    books.began("a", unknown, (0, 0), (0, 0))
+    assert books.ended("a", "a", unknown, (0, 0), (0, 0), frozenset({"a"})).total_bytes is None
+
+
+def test_the_simulated_card_counts_what_it_is_told() -> None:
+    device = SimulatedDevice(1 << 30)
+    with GPUResourceManager(device) as manager:
+        manager.register("tts", lambda: device.report_outside(os.getpid(), 300 * MB) or Plain())
+        with manager.lease("tts"):
+            pass
+        assert tts(manager)["outside_processes"][0]["device_bytes"] == 300 * MB
+        device.report_outside(os.getpid(), 0)
+        manager.release("tts")
+        assert tts(manager)["outside_bytes"] == 0
+
+
+def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **keywords: object) -> Any:
+        raise processes.psutil.AccessDenied
+
+    monkeypatch.setattr(processes.psutil.Process, "children", fail)
+    manager.register("tts", Plain)
+    with manager.lease("tts"):
+        pass
+    assert tts(manager)["outside_bytes"] is None
