@@ -36,11 +36,15 @@ _ROOT: _Trail = (None, "", "")
 
 @dataclass
 class Found:
-    """Tensors, sessions and graphs by the path that leads to them from the engine (``.vad._model.weight``)."""
+    """Tensors, sessions and graphs by the path that leads to them from the engine (``.vad._model.weight``).
+
+    ``references`` says of each tensor (``id``) how many references to it were found in the engine.
+    """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     sessions: dict[str, Any] = field(default_factory=dict)
     graphs: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    references: dict[int, int] = field(default_factory=dict)
 
 
 class Discovery:
@@ -80,11 +84,11 @@ class Discovery:
                 self._barren[id(thing)] = thing, len(thing)
                 continue
             try:
-                todo.extend(
-                    (child, (trail, how, step))
-                    for how, step, child in _children(thing)
-                    if type(child) not in _VALUES and id(child) not in seen
-                )
+                for how, step, child in _children(thing):
+                    if issubclass(type(child), torch.Tensor):
+                        found.references[id(child)] = found.references.get(id(child), 0) + 1
+                    if type(child) not in _VALUES and id(child) not in seen:
+                        todo.append((child, (trail, how, step)))
             except Exception:  # an object that does not like to be looked at is no reason not to load
                 logger.warning("What hangs on %s cannot be looked at", _path(trail), exc_info=True)
         return found
