@@ -23,6 +23,8 @@ EXAMPLES = [
     errors.DeviceLost("illegal memory access"),
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),
+    errors.TensorAway(".llm.weight", False),
+    errors.TensorAway(".llm.weight", True),
     errors.CapturedGraphs((".flow.graph",)),
     errors.OnAnotherDevice("cuda:1", "cuda:0"),
     errors.SnapshotUnusable("tts", "it is damaged"),

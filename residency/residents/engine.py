@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
 from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
+from . import absence
 from .composite import CompositeResident
 from .discovery import Discovery, Found
+from .holders import held_elsewhere
 from .onnx import OnnxSessions
+from .owners import are_managed
 from .pieces import storage_key
-from .weights import Weights, are_managed
+from .weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +49,17 @@ class EngineResident:
         After an error nothing is left in the device's books.
         """
         self._device = device
+        self._engine_id = id(engine)
         self._discovery = Discovery(engine, skip)
         self._beside = beside
         found = self._discovery.walk()
+        held = self._held(found)
+        _bring_back(found)
         emptied = {path: tensor for path, tensor in found.tensors.items() if _is_emptied(tensor)}
         if emptied:
             raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
         self._loaded = self._late = Weights({}, device)
-        self._loaded = self._weights(found, passing=False)
+        self._loaded = self._weights(found, held, passing=False)
         try:
             self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
         except BaseException:
@@ -119,19 +125,32 @@ class EngineResident:
         self._late.keep_only(())
         self._late = Weights({}, self._device)
         try:
-            self._late = self._weights(now, passing=True)
+            self._late = self._weights(now, self._held(now), passing=True)
         except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
             logger.warning("Some tensors that were made since the load stay on the device: %s", error)
 
-    def _weights(self, found: Found, passing: bool) -> Weights:
+    def _weights(self, found: Found, held: frozenset[int], passing: bool) -> Weights:
         """Weights of those tensors that nobody takes care of yet."""
         claimed = self.storages
         tensors = {path: tensor for path, tensor in found.tensors.items() if storage_key(tensor) not in claimed}
-        return Weights(tensors, self._device, passing)
+        weights = Weights(tensors, self._device, passing)
+        weights.mark_held(held)
+        return weights
+
+    def _held(self, found: Found) -> frozenset[int]:
+        """Tensors that others than the engine refer to; an engine that is itself a tensor is its loader's."""
+        return held_elsewhere(found.tensors, found.references) - {self._engine_id}
 
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
         claimed = self._beside.sessions if self._beside else frozenset()
         return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
+
+
+def _bring_back(found: Found) -> None:
+    """Fill what was left empty when another engine was released or moved, if others held it as well."""
+    for tensor in found.tensors.values():
+        if _is_emptied(tensor):
+            absence.recall(tensor.untyped_storage())
 
 
 def _is_emptied(tensor: torch.Tensor) -> bool:

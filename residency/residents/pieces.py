@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from . import absence
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 _FILL_CHECK_FROM_BYTES = 1 << 20
 _FILL_CHECK_BYTES = 8 << 20
+#: Attribute of an exported tensor that keeps the storages it had: DLPack keeps the tensor, and uses their addresses.
+_EXPORTED = "_residency_exported"
 
 
 @dataclass(eq=False)
@@ -24,6 +29,10 @@ class Piece:
         nbytes: of the storage while it is filled.
         raw: the storage as uint8 [nbytes]; valid whenever the storage is filled.
         fill: the bytes that the storage repeats from end to end, if it was found to; else None.
+        guests: tensors over the storage that are not of the engine, as far as they are known: they leave with it.
+        held: whether others than the engine hold it, a cache of the process for one: see `Weights.bring_back`.
+        stays: whether it stays on the device when the others leave.
+        spare: a copy of its own in main memory, uint8 [nbytes], where there is no mirror.
     """
 
     storage: torch.UntypedStorage
@@ -31,40 +40,107 @@ class Piece:
     nbytes: int
     raw: torch.Tensor = field(init=False)
     fill: bytes | None = None
+    guests: list[torch.Tensor] = field(default_factory=list)
+    held: bool = False
+    stays: bool = False
+    spare: torch.Tensor | None = None
+    #: How often C++ refers to a tensor (``id``) of a TorchScript module, for one.
+    _in_cpp: dict[int, int] = field(default_factory=dict)
+    #: Those that were exported, each with what its `_in_cpp` was before.
+    _exports: list[tuple[torch.Tensor, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.raw = _as_bytes(self.storage, self.nbytes)
+        self._live_in(self.storage)
+        if not all(map(_is_alone, self.tensors.values())):
+            self._in_cpp = _references_in_cpp(self._known())
+
+    def _live_in(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+        self.raw = as_bytes(storage, self.nbytes)
+        setattr(storage, absence.PATH, next(iter(self.tensors)))
 
     def measure(self) -> None:
         """Take the storage's present size for the right one."""
         self.nbytes = self.storage.nbytes()
-        self.raw = _as_bytes(self.storage, self.nbytes)
+        self.raw = as_bytes(self.storage, self.nbytes)
+
+    def count_strangers(self) -> int:
+        """How many use the storage and are neither of the engine nor among the guests: views, DLPack, C++."""
+        holders = _use_count(self.storage) - _own_references()
+        if holders == len(self.tensors) and all(map(_is_alone, self.tensors.values())):
+            return 0
+        known = self._known()
+        return holders - len(known) + len(self._exported(known))
+
+    def _known(self) -> dict[int, torch.Tensor]:
+        known = {id(tensor): tensor for tensor in (*self.tensors.values(), *self.guests)}
+        for tensor in list(known.values()):
+            base = tensor._base
+            if base is not None and id(base) not in known:
+                known[id(base)] = base
+                self.guests.append(base)
+        return known
+
+    def _exported(self, known: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Those that C++ has taken since stock was taken: DLPack, or autograd for a backward pass that may come."""
+        taken = _references_in_cpp(known)
+        return [
+            tensor
+            for key, tensor in known.items()
+            if taken[key] > self._in_cpp.get(key, 0) and not tensor.requires_grad  # DLPack does not take those
+        ]
+
+    def forget_guests(self) -> None:
+        """Begin to count anew; the old storages of exports that have ended go."""
+        self.guests.clear()
+        if self._exports:
+            counts = _references_in_cpp({id(tensor): tensor for tensor, _ in self._exports})
+            for tensor, before in [one for one in self._exports if counts[id(one[0])] <= one[1]]:
+                self._in_cpp[id(tensor)] = before
+                vars(tensor).pop(_EXPORTED, None)
+                self._exports = [one for one in self._exports if one[0] is not tensor]
+
+    def hide(self) -> None:
+        """Make each use of the tensors raise; call it before their bytes go."""
+        absence.hide(self.tensors.values())
+        absence.hide(self.guests)
+
+    def show(self) -> None:
+        """Undo `hide`, when the bytes are there."""
+        absence.show(self.tensors.values())
+        absence.show(self.guests)
+        self.guests.clear()
 
     @property
     def itemsize(self) -> int:
         return next(iter(self.tensors.values())).element_size()
 
-    def make_resizable(self) -> bool:
+    def make_resizable(self, apart: bool = False) -> bool:
         """Give the tensors a storage that can be emptied and filled, if theirs cannot; False if they refuse.
 
         Bytes that came from a file (TorchScript, safetensors, mmap) or from numpy, or that numpy looks at, belong
-        to somebody else and cannot be resized: they are copied into a storage of torch's own.
+        to somebody else and cannot be resized: they are copied into a storage of torch's own. With ``apart``, so are
+        those of any storage: strangers keep the old one whole, as long as they have it.
         """
         if self.storage.device.type == "cpu" and self.storage.is_shared():
             logger.warning("%s is shared with other processes and stays where it is", ", ".join(self.tensors))
             return False
-        if self.storage.resizable():
+        if self.storage.resizable() and not apart:
             return True
-        home = _new_storage(self.nbytes, self.storage.device)
-        home.copy_(self.storage)
+        exported = self._exported(self._known())
         try:
+            home = _new_storage(self.nbytes, self.storage.device)
+            home.copy_(self.storage)
             self._move_tensors_to(home)
         except RuntimeError as error:
             self._move_tensors_to(self.storage)
             logger.warning("%s cannot be moved and stays where it is: %s", ", ".join(self.tensors), error)
             return False
-        self.storage = home
-        self.raw = _as_bytes(home, self.nbytes)
+        for tensor in exported:
+            setattr(tensor, _EXPORTED, [*getattr(tensor, _EXPORTED, ()), self.storage])
+            self._exports.append((tensor, self._in_cpp.get(id(tensor), 0)))
+        self._in_cpp.update(_references_in_cpp({id(tensor): tensor for tensor in exported}))
+        self._live_in(home)
         return True
 
     def find_fill(self) -> bytes | None:
@@ -88,21 +164,21 @@ class Piece:
             step = _FILL_CHECK_BYTES // self.itemsize
         return bytes(first.cpu().view(torch.uint8).tolist())
 
-    def refill(self) -> None:
-        """Write `fill` from end to end."""
+    def refill(self, target: torch.Tensor) -> None:
+        """Write `fill` from end to end of ``target``, uint8 [nbytes]."""
         import torch
 
         assert self.fill is not None
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[len(self.fill)]
         element = torch.frombuffer(bytearray(self.fill), dtype=width)
-        self.raw.view(width).fill_(element.item())
+        target.view(width).fill_(element.item())
 
     def _move_tensors_to(self, storage: torch.UntypedStorage) -> None:
         import torch
 
         # inference_mode, so that inference tensors and leaves that require grad may be given a storage alike.
         with torch.inference_mode():
-            for tensor in self.tensors.values():
+            for tensor in (*self.tensors.values(), *self.guests):
                 if tensor.untyped_storage()._cdata != storage._cdata:
                     tensor.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
@@ -135,7 +211,8 @@ def storage_key(tensor: torch.Tensor) -> int | None:
     return storage._cdata if real else None
 
 
-def _as_bytes(storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:
+def as_bytes(storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:
+    """A storage as uint8 [nbytes]."""
     import torch
 
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (nbytes,), (1,))
@@ -145,3 +222,35 @@ def _new_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     import torch
 
     return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
+
+
+def _is_alone(tensor: torch.Tensor) -> bool:
+    return tensor._use_count() == 1  # type: ignore[attr-defined, no-any-return]
+
+
+def _references_in_cpp(tensors: Mapping[int, torch.Tensor]) -> dict[int, int]:
+    """How often C++ refers to each of these (by ``id``), other than from views that are among them."""
+    counts: dict[int, int] = {
+        key: tensor._use_count() - 1  # type: ignore[attr-defined]
+        for key, tensor in tensors.items()
+    }
+    for tensor in tensors.values():
+        if id(tensor._base) in counts:
+            counts[id(tensor._base)] -= 1
+    return counts
+
+
+def _use_count(storage: torch.UntypedStorage) -> int:
+    import torch
+
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+@functools.cache
+def _own_references() -> int:
+    """How often a piece itself counts among the holders of its storage."""
+    import torch
+
+    tensor = torch.empty(1)
+    piece = Piece(tensor.untyped_storage(), {"": tensor}, 4)
+    return _use_count(piece.storage) - len(piece.tensors)

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import DeviceOutOfMemory, SharedWeights, SnapshotUnusable
+from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..progress import Progress, current
+from . import absence, owners
 from .fingerprint import fingerprints, hash_of
+from .holders import find_views
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
 from .pieces import Piece, pieces_of, storage_key
 from .pinning import BackgroundPinning
+from .spares import Recall, Spare
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +36,11 @@ _SKELETON_BYTES = 64 << 20
 """What may stay in main memory of an engine whose weights are in a snapshot: tensors that compute there."""
 
 
-#: All weights under management in this process: bytes can have one owner only.
-_managed: weakref.WeakSet[Weights] = weakref.WeakSet()
-_managed_lock = threading.Lock()
-
-
 class Weights:
     """Tensors of one engine. Storages that the device does not hold stay where they are and are only counted.
 
-    Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled.
+    Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled. While the
+    bytes are away, each use of the tensors raises `TensorAway`; see `residency.residents.absence`.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: Device, passing: bool = False) -> None:
@@ -53,14 +52,21 @@ class Weights:
         self._passing = passing
         self._pieces: list[Piece] = []
         self._elsewhere: list[Piece] = []
+        #: Those that others than the engine hold too; see `mark_held`.
+        self._held: list[Piece] = []
+        #: Those that are on the device while the others are away.
+        self._here: set[Piece] = set()
         pieces = pieces_of(tensors)
-        with _managed_lock:
-            _refuse_shared(pieces)
+        with owners.lock:
+            #: Of another engine, where they are counted and stay on the device.
+            self._common = owners.find_common_locked(pieces)
             for piece in pieces:
+                if piece in self._common:
+                    continue
                 movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
                 (self._pieces if movable else self._elsewhere).append(piece)
             device.charge(self._movable_bytes)
-            _managed.add(self)
+            owners.add_locked(self)
         self.on_device = True  # where the movable ones are
         self._layout = Layout((), (0,), 0)
         self._mirror: HostMirror | None = None
@@ -75,8 +81,16 @@ class Weights:
 
     @property
     def storages(self) -> frozenset[int]:
-        """Every storage that is accounted for here, movable or not (``_cdata``)."""
-        return frozenset(piece.storage._cdata for piece in (*self._pieces, *self._elsewhere))
+        """Every storage that is accounted for here, movable or not (``_cdata``), or with another engine."""
+        common = {piece.storage._cdata for piece in self._common}
+        if common:
+            common &= owners.taken().keys()
+        return frozenset(piece.storage._cdata for piece in (*self._pieces, *self._elsewhere)) | common
+
+    @property
+    def pieces(self) -> Iterable[Piece]:
+        """The movable ones."""
+        return self._pieces
 
     @property
     def _movable_bytes(self) -> int:
@@ -88,11 +102,12 @@ class Weights:
 
     @property
     def device_bytes(self) -> int:
-        return self._movable_bytes if self.on_device else 0
+        return self._movable_bytes if self.on_device else sum(piece.nbytes for piece in list(self._here))
 
     @property
     def host_bytes(self) -> int:
-        return self._elsewhere_bytes + (self._layout.nbytes if self._mirror else 0)
+        spare_bytes = sum(piece.nbytes for piece in self._held if piece.spare is not None)
+        return self._elsewhere_bytes + spare_bytes + (self._layout.nbytes if self._mirror else 0)
 
     # -- moves --------------------------------------------------------------------------------------------------
 
@@ -105,16 +120,18 @@ class Weights:
             self._device.settle()
             for piece in self._pieces:
                 self._follow(piece)
-                if not piece.make_resizable():
-                    raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
+            self._part_from_strangers()
             if self._mirror is None:
                 self._make_mirror()
             self._update_mirror()
+            self._here = {piece for piece in self._pieces if piece.stays}
+            for piece in self._held:
+                setattr(piece.storage, absence.RECALL, Recall(self, piece))
             self.on_device = False
-            self._empty()
+            self._empty([piece for piece in self._pieces if not piece.stays])
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
-        return self._movable_bytes
+        return self._movable_bytes - self.device_bytes
 
     def restore(self) -> int:
         if self.on_device:
@@ -125,37 +142,43 @@ class Weights:
         if self._layout.nbytes:
             progress.enter("copying", self._layout.nbytes)
         with self._moving, torch.inference_mode():
+            away = [piece for piece in self._pieces if piece not in self._here]
+            absence.reopen(piece.storage for piece in away)
             try:
                 with self._device.transfer() as self._allocation:
-                    for piece in self._pieces:
+                    for piece in away:
                         if not piece.storage.nbytes():
                             self._device.allocate(piece.storage, piece.nbytes)
                     for span in self._layout.spans:
                         self._fill(span, mirror.span(span))
                         progress.advance(span.nbytes)
-                    for piece in self._pieces:
+                    for piece in away:
                         if piece.fill is not None:
-                            piece.refill()
+                            piece.refill(piece.raw)
             except BaseException as error:
-                self._empty()
+                self._empty(away)
                 if isinstance(error, DeviceOutOfMemory):
                     free_bytes = self._device.memory().free_bytes
                     raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
+            for piece in self._pieces:
+                piece.show()
+            moved_bytes = self._movable_bytes - self.device_bytes
             self.on_device = True
-        return self._movable_bytes
+            self._here.clear()
+        return moved_bytes
 
     def release(self) -> int:
+        """Frees everything; what others than the engine hold survives, on the device if it is there."""
+        import torch
+
         freed_bytes = self.device_bytes + self.host_bytes
         pinning = self._pinning
-        with self._moving:
-            if self.on_device:
-                self._empty()
+        with self._moving, torch.inference_mode():
+            self._bury()
             self._drop_mirror()
         if pinning is not None:
             pinning.join()
-        self.on_device = False
-        self._pieces, self._elsewhere = [], []
         return freed_bytes
 
     def also(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -164,7 +187,7 @@ class Weights:
         for path, tensor in tensors.items():
             piece = pieces.get(storage_key(tensor) or 0)
             if piece is not None:
-                piece.tensors.setdefault(path, tensor)
+                piece.tensors[path] = tensor
 
     def keep_only(self, storages: Collection[int]) -> bool:
         """Take no further care of storages that are not among these.
@@ -178,7 +201,107 @@ class Weights:
             self._drop_mirror()
         self._device.refund(sum(piece.nbytes for piece in gone))
         self._pieces = [piece for piece in self._pieces if piece not in gone]
+        self._held = [piece for piece in self._held if piece not in gone]
         return True
+
+    # -- what others hold ---------------------------------------------------------------------------------------
+
+    def mark_held(self, tensors: AbstractSet[int]) -> None:
+        """Take note that others than the engine hold some: these (``id``), and storages that have unknown holders.
+
+        They move like the others, but come back one by one when they are used, and survive a release.
+        """
+        self._held = [
+            piece
+            for piece in self._pieces
+            if piece.count_strangers() > 0 or not tensors.isdisjoint(map(id, piece.tensors.values()))
+        ]
+        for piece in self._held:
+            piece.held = True
+
+    def bring_back(self, piece: Piece) -> bool:
+        """Put one piece that others hold on the device while the rest is away; False if it is not here any more.
+
+        Thread-safe; waits for a move to end. `DeviceOutOfMemory` if there is no room for it.
+        """
+        import torch
+
+        with self._moving, torch.inference_mode():
+            if piece not in self._held:
+                return False
+            if not self.on_device and piece not in self._here:
+                absence.reopen([piece.storage])
+                try:
+                    self._device.allocate(piece.storage, piece.nbytes)
+                    self._copy_to(piece, piece.raw)
+                except BaseException:
+                    self._empty([piece])
+                    raise
+                self._here.add(piece)
+                piece.show()
+        return True
+
+    def _copy_to(self, piece: Piece, target: torch.Tensor) -> None:
+        """Write what main memory has of one piece to ``target``, uint8 [piece.nbytes]."""
+        import torch
+
+        if piece.spare is not None:
+            target.copy_(piece.spare)
+        elif piece.fill is not None:
+            piece.refill(target)
+        else:
+            number, mirror = self._pieces.index(piece), self._ready_mirror()
+            for span in self._layout.spans:
+                sources = torch.split(mirror.span(span), [part.stop - part.start for part in span.parts])
+                for part, source in zip(span.parts, sources, strict=True):
+                    if part.piece == number:
+                        target[part.start : part.stop].copy_(source)
+
+    def _copy_of(self, piece: Piece) -> torch.Tensor:
+        import torch
+
+        copy = torch.empty(piece.nbytes, dtype=torch.uint8)
+        self._copy_to(piece, copy)
+        return copy
+
+    def _part_from_strangers(self) -> None:
+        """See that nobody else needs the bytes that are about to go: views of Python leave too, others keep theirs."""
+        for piece in self._pieces:
+            piece.forget_guests()
+        crowded = [piece for piece in self._pieces if not piece.stays and piece.count_strangers() > 0]
+        # Where numpy looks, it has a tensor over the storage, which must stay where it is.
+        find_views(piece for piece in crowded if piece.storage.resizable())
+        strangers = {piece for piece in crowded if piece.count_strangers() > 0}
+        for piece in self._pieces:
+            if piece.stays or piece.make_resizable(apart=piece in strangers):
+                continue
+            if piece not in strangers:
+                raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
+            piece.stays = True
+        for piece in strangers:
+            logger.warning(
+                "%s: something outside of Python (DLPack?) uses its %s bytes, which stay as long as it does",
+                next(iter(piece.tensors)),
+                f"{piece.nbytes:,}",
+            )
+
+    def _bury(self) -> None:
+        """Let go of everything. Needs no room on the device."""
+        there = self._pieces if self.on_device else list(self._here)
+        kept = {
+            piece
+            for piece in there
+            if piece.held or piece.stays or not piece.storage.resizable() or piece.count_strangers() > 0
+        }
+        self._device.refund(sum(piece.nbytes for piece in kept))
+        away = [] if self.on_device else [piece for piece in self._pieces if piece not in self._here]
+        for piece in away:
+            if piece.held:
+                setattr(piece.storage, absence.RECALL, Spare(piece, self._copy_of(piece)))
+        absence.close((piece.storage for piece in away if not piece.held), released=True)
+        self._empty([piece for piece in there if piece not in kept], released=True)
+        self.on_device = False
+        self._pieces, self._elsewhere, self._held, self._here, self._common = [], [], [], set(), []
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
@@ -194,6 +317,8 @@ class Weights:
             if hashes:
                 store.write(name, self._ranges(), hashes, mirror.raw)
             self._saved = hashes
+            for piece in self._held:
+                piece.spare = self._copy_of(piece)
             pinning = self._pinning
             self._drop_mirror()
         if pinning is not None:
@@ -207,6 +332,8 @@ class Weights:
         if self._saved:
             store.read(name, self._ranges(), self._saved, mirror.raw, once=self._passing)
         self._mirror, self._saved = mirror, None
+        for piece in self._held:
+            piece.spare = None
         return self._layout.nbytes
 
     def _ranges(self) -> list[tuple[int, int]]:
@@ -285,6 +412,10 @@ class Weights:
         import torch
 
         parts = [self._pieces[part.piece].raw[part.start : part.stop] for part in span.parts]
+        if self._here:
+            # What came back by itself may have been written to since.
+            here = [self._pieces[part.piece] in self._here for part in span.parts]
+            parts = [torch.empty_like(raw) if is_here else raw for raw, is_here in zip(parts, here, strict=True)]
         if len(parts) == 1:
             parts[0].copy_(source, non_blocking=True)
             return
@@ -292,33 +423,16 @@ class Weights:
         arrived = source.to(parts[0].device, non_blocking=True)
         torch._foreach_copy_(parts, torch.split(arrived, [len(part) for part in parts]))
 
-    def _empty(self) -> None:
-        for piece in self._pieces:
-            if piece.storage.nbytes() and piece.storage.resizable():
+    def _empty(self, pieces: list[Piece], released: bool = False) -> None:
+        for piece in pieces:
+            piece.hide()
+        for piece in pieces:
+            if piece.storage.nbytes():
                 self._device.drop(piece.storage)
-            elif piece.storage.nbytes():
-                # At a release: numpy looks at it, and the bytes live as long as it does.
-                self._device.refund(piece.nbytes)
+        absence.close((piece.storage for piece in pieces), released)
         self._allocation = None
         try:
             self._device.settle()
         except Exception:
             # The bytes are gone from here; a device in trouble will say so again at the next restore.
             logger.exception("The device did not settle")
-
-
-def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether some of these are under management, wherever their bytes are now."""
-    with _managed_lock:
-        return not {tensor.untyped_storage()._cdata for tensor in tensors}.isdisjoint(_taken())
-
-
-def _taken() -> set[int]:
-    return {piece.storage._cdata for other in _managed for piece in other._pieces}
-
-
-def _refuse_shared(pieces: list[Piece]) -> None:
-    taken = _taken()
-    shared = [path for piece in pieces if piece.storage._cdata in taken for path in piece.tensors]
-    if shared:
-        raise SharedWeights(tuple(shared))

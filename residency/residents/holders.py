@@ -1,0 +1,54 @@
+"""Finds who else holds tensors of an engine: caches of the process, and views that were kept from a lease."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .pieces import Piece
+
+if TYPE_CHECKING:
+    import torch
+
+
+def held_elsewhere(tensors: Mapping[str, torch.Tensor], references: Mapping[int, int]) -> frozenset[int]:
+    """Those (``id``) that are referred to from outside of the engine.
+
+    Args:
+        tensors: all that were found, each object once. The caller has no other reference to any of them.
+        references: how many references to each (by ``id``) were found in the engine.
+    """
+    inside = Counter(references)
+    # C++ holds the base of a view by one reference, however many views there are.
+    inside.update({id(base) for tensor in tensors.values() if (base := tensor._base) is not None})
+    [ours] = _references({"": object()}.values())
+    counts = _references(tensors.values())
+    return frozenset(
+        key for key, count in zip(map(id, tensors.values()), counts, strict=True) if count > ours + inside[key]
+    )
+
+
+def _references(things: Iterable[Any]) -> list[int]:
+    return [sys.getrefcount(thing) for thing in things]
+
+
+def find_views(pieces: Iterable[Piece]) -> None:
+    """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
+    import torch
+
+    wanted = {piece.storage._cdata: piece for piece in pieces}
+    if not wanted:
+        return
+    known = {id(tensor) for piece in wanted.values() for tensor in (piece.raw, *piece.tensors.values(), *piece.guests)}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and id(thing) not in known:
+            try:
+                with torch._C.DisableTorchFunctionSubclass():
+                    piece = wanted.get(torch.Tensor.untyped_storage(thing)._cdata)
+            except Exception:  # it has no storage
+                continue
+            if piece is not None:
+                piece.guests.append(thing)
