@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,8 @@ from .pieces import Piece
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 def held_elsewhere(tensors: Mapping[str, torch.Tensor], references: Mapping[int, int]) -> frozenset[int]:
@@ -35,7 +38,33 @@ def _references(things: Iterable[Any]) -> list[int]:
     return [sys.getrefcount(thing) for thing in things]
 
 
-def find_views(pieces: Iterable[Piece]) -> None:
+def part_from_strangers(pieces: Iterable[Piece]) -> None:
+    """See that nobody else needs the bytes of these when they go.
+
+    Other tensors of the process over them leave with them (`Piece.guests`). What is outside of Python keeps the old
+    storage whole and the engine gets one of its own; where there is no room for that, the piece stays.
+    """
+    for piece in pieces:
+        piece.forget_guests()
+    crowded = [piece for piece in pieces if not piece.stays and piece.count_strangers() > 0]
+    # Where numpy looks, it has a tensor over the storage, which must stay where it is.
+    _find_views(piece for piece in crowded if piece.storage.resizable())
+    strangers = {piece for piece in crowded if piece.count_strangers() > 0}
+    for piece in pieces:
+        if piece.stays or piece.make_resizable(apart=piece in strangers):
+            continue
+        if piece not in strangers:
+            raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
+        piece.stays = True
+    for piece in strangers:
+        logger.warning(
+            "%s: something outside of Python (DLPack?) uses its %s bytes, which stay as long as it does",
+            next(iter(piece.tensors)),
+            f"{piece.nbytes:,}",
+        )
+
+
+def _find_views(pieces: Iterable[Piece]) -> None:
     """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
     import torch
 

@@ -20,7 +20,7 @@ from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..progress import Progress, current
 from . import absence, owners
 from .fingerprint import fingerprints, hash_of
-from .holders import find_views
+from .holders import part_from_strangers
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
 from .pieces import Piece, pieces_of, storage_key
@@ -120,7 +120,7 @@ class Weights:
             self._device.settle()
             for piece in self._pieces:
                 self._follow(piece)
-            self._part_from_strangers()
+            part_from_strangers(self._pieces)
             if self._mirror is None:
                 self._make_mirror()
             self._update_mirror()
@@ -243,19 +243,12 @@ class Weights:
 
     def _copy_to(self, piece: Piece, target: torch.Tensor) -> None:
         """Write what main memory has of one piece to ``target``, uint8 [piece.nbytes]."""
-        import torch
-
         if piece.spare is not None:
             target.copy_(piece.spare)
         elif piece.fill is not None:
             piece.refill(target)
         else:
-            number, mirror = self._pieces.index(piece), self._ready_mirror()
-            for span in self._layout.spans:
-                sources = torch.split(mirror.span(span), [part.stop - part.start for part in span.parts])
-                for part, source in zip(span.parts, sources, strict=True):
-                    if part.piece == number:
-                        target[part.start : part.stop].copy_(source)
+            self._ready_mirror().read(self._pieces.index(piece), target)
 
     def _copy_of(self, piece: Piece) -> torch.Tensor:
         import torch
@@ -263,27 +256,6 @@ class Weights:
         copy = torch.empty(piece.nbytes, dtype=torch.uint8)
         self._copy_to(piece, copy)
         return copy
-
-    def _part_from_strangers(self) -> None:
-        """See that nobody else needs the bytes that are about to go: views of Python leave too, others keep theirs."""
-        for piece in self._pieces:
-            piece.forget_guests()
-        crowded = [piece for piece in self._pieces if not piece.stays and piece.count_strangers() > 0]
-        # Where numpy looks, it has a tensor over the storage, which must stay where it is.
-        find_views(piece for piece in crowded if piece.storage.resizable())
-        strangers = {piece for piece in crowded if piece.count_strangers() > 0}
-        for piece in self._pieces:
-            if piece.stays or piece.make_resizable(apart=piece in strangers):
-                continue
-            if piece not in strangers:
-                raise RuntimeError(f"{', '.join(piece.tensors)} cannot leave the device")
-            piece.stays = True
-        for piece in strangers:
-            logger.warning(
-                "%s: something outside of Python (DLPack?) uses its %s bytes, which stay as long as it does",
-                next(iter(piece.tensors)),
-                f"{piece.nbytes:,}",
-            )
 
     def _bury(self) -> None:
         """Let go of everything. Needs no room on the device."""
