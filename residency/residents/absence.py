@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What hangs on a storage object: the path of a tensor over it, for messages, and its recall if it has one.
-PATH, RECALL = "_residency_path", "_residency_recall"
+#: What hangs on a storage object: the path of a tensor over it, for messages; its recall if it has one; and whether
+#: the log has named it as held by others.
+PATH, RECALL, NAMED = "_residency_path", "_residency_recall", "_residency_named"
 
 #: Attributes that tell of a tensor and do not touch its bytes. Those that start with ``is_`` are added.
 _ATTRIBUTES = (
@@ -50,7 +51,7 @@ _METHODS = (
 _STORAGE = frozenset({
     "nbytes", "size", "__len__", "resizable", "device", "is_cuda", "is_hpu", "is_sparse", "is_sparse_csr", "_cdata",
     "get_device", "element_size", "untyped", "__class__", "__dict__", "__doc__", "__module__", "__hash__", "__eq__",
-    "__ne__", "__init__", "__repr__", "__str__", "__dir__", PATH, RECALL,
+    "__ne__", "__init__", "__repr__", "__str__", "__dir__", PATH, RECALL, NAMED,
 })  # fmt: skip
 
 #: Absent class by the class that it stands for, and back; None for one that nothing can stand for.

@@ -102,7 +102,12 @@ class Weights:
 
     @property
     def device_bytes(self) -> int:
-        return self._movable_bytes if self.on_device else sum(piece.nbytes for piece in list(self._here))
+        """0 while away: of what others hold and have brought back, only the device's own books tell."""
+        return self._movable_bytes if self.on_device else 0
+
+    @property
+    def _here_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self._here)
 
     @property
     def host_bytes(self) -> int:
@@ -131,7 +136,7 @@ class Weights:
             self._empty([piece for piece in self._pieces if not piece.stays])
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
-        return self._movable_bytes - self.device_bytes
+        return self._movable_bytes - self._here_bytes
 
     def restore(self) -> int:
         if self.on_device:
@@ -163,7 +168,7 @@ class Weights:
                 raise
             for piece in self._pieces:
                 piece.show()
-            moved_bytes = self._movable_bytes - self.device_bytes
+            moved_bytes = self._movable_bytes - self._here_bytes
             self.on_device = True
             self._here.clear()
         return moved_bytes
@@ -218,6 +223,13 @@ class Weights:
         ]
         for piece in self._held:
             piece.held = True
+            if not hasattr(piece.storage, absence.NAMED):
+                setattr(piece.storage, absence.NAMED, True)
+                logger.info(
+                    "%s: its %s bytes are held by others than the engine too, and survive its release",
+                    next(iter(piece.tensors)),
+                    f"{piece.nbytes:,}",
+                )
 
     def bring_back(self, piece: Piece) -> bool:
         """Put one piece that others hold on the device while the rest is away; False if it is not here any more.
