@@ -65,7 +65,6 @@ def test_each_use_of_what_is_away_names_it_and_says_what_to_do(
         USES[use](engine.module.weight)
     resident.restore()
     assert engine.module.weight.tolist() == before
-    USES[use](engine.module.weight.detach())
     resident.release()
     with pytest.raises(TensorAway, match=r"released.*new lease"):
         USES[use](engine.module.weight)
@@ -92,12 +91,8 @@ def test_what_it_tells_of_itself_stays_readable_and_its_type_comes_back(
     resident.offload()
     assert weight is engine.module.weight
     assert isinstance(weight, torch.nn.Parameter)
-    assert (weight.shape, weight.stride(), weight.dtype, weight.device.type) == (
-        (10, 10),
-        (10, 1),
-        torch.float32,
-        "cpu",
-    )
+    assert (weight.shape, weight.stride()) == ((10, 10), (10, 1))
+    assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
     assert (weight.numel(), weight.dim(), len(weight), weight.requires_grad, weight.is_leaf) == (100, 2, 10, True, True)
     assert weight.grad is None
     assert weight in {weight: 1}
@@ -134,7 +129,7 @@ def test_torchscript_and_views_that_are_not_found_raise_too(device: SimulatedDev
     expected = script(torch.ones(4))
     resident.offload()
     for use in (lambda: script(torch.ones(4)), lambda: torch.utils.dlpack.to_dlpack(script.weight)):
-        with pytest.raises(RuntimeError, match="Storage|storage|lease"):
+        with pytest.raises(RuntimeError, match=r"Storage|storage|lease"):
             use()
     resident.restore()
     assert torch.equal(script(torch.ones(4)), expected)
