@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from .pieces import Piece
+from .pieces import Piece, is_alone
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +24,29 @@ def held_elsewhere(tensors: Mapping[str, torch.Tensor], references: Mapping[int,
         tensors: all that were found, each object once. The caller has no other reference to any of them.
         references: how many references to each (by ``id``) were found in the engine.
     """
-    inside = Counter(references)
-    # C++ holds the base of a view by one reference, however many views there are.
-    inside.update({id(base) for tensor in tensors.values() if (base := tensor._base) is not None})
     [ours] = _references({"": object()}.values())
-    counts = _references(tensors.values())
+    counts = zip(tensors.values(), _references(tensors.values()), strict=True)
+    # However often C++ refers to a tensor, as the base of views or for a backward pass: that is one reference.
     return frozenset(
-        key for key, count in zip(map(id, tensors.values()), counts, strict=True) if count > ours + inside[key]
+        id(tensor) for tensor, count in counts if count > ours + references.get(id(tensor), 0) + (not is_alone(tensor))
     )
+
+
+def are_held(pieces: Iterable[Piece], tensors: AbstractSet[int]) -> list[Piece]:
+    """Those that others hold: of which one of ``tensors`` (``id``) is a part, or over which others have a tensor."""
+    pieces = list(pieces)
+    _find_views(piece for piece in pieces if piece.storage.resizable() and piece.count_strangers() > 0)
+    held = []
+    for piece in pieces:
+        if not tensors.isdisjoint(map(id, piece.tensors.values())) or _have_holders(piece.guests):
+            held.append(piece)
+        piece.forget_guests()
+    return held
+
+
+def _have_holders(guests: list[torch.Tensor]) -> bool:
+    listed = {str(number): guest for number, guest in enumerate(guests)}
+    return bool(held_elsewhere(listed, dict.fromkeys(map(id, guests), 1)))
 
 
 def _references(things: Iterable[Any]) -> list[int]:
@@ -49,7 +64,8 @@ def part_from_strangers(pieces: Iterable[Piece]) -> None:
     crowded = [piece for piece in pieces if not piece.stays and piece.count_strangers() > 0]
     # Where numpy looks, it has a tensor over the storage, which must stay where it is.
     _find_views(piece for piece in crowded if piece.storage.resizable())
-    strangers = {piece for piece in crowded if piece.count_strangers() > 0}
+    # What C++ alone knows (autograd keeps views for a backward pass) meets the guard of the storage, and need not stay.
+    strangers = {piece for piece in crowded if piece.is_exported()}
     for piece in pieces:
         if piece.stays or piece.make_resizable(apart=piece in strangers):
             continue

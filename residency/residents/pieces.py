@@ -51,7 +51,7 @@ class Piece:
 
     def __post_init__(self) -> None:
         self._live_in(self.storage)
-        if not all(map(_is_alone, self.tensors.values())):
+        if not all(map(is_alone, self.tensors.values())):
             self._in_cpp = _references_in_cpp(self._known())
 
     def _live_in(self, storage: torch.UntypedStorage) -> None:
@@ -67,10 +67,14 @@ class Piece:
     def count_strangers(self) -> int:
         """How many use the storage and are neither of the engine nor among the guests: views, DLPack, C++."""
         holders = _use_count(self.storage) - _own_references()
-        if holders == len(self.tensors) and all(map(_is_alone, self.tensors.values())):
+        if holders == len(self.tensors) and all(map(is_alone, self.tensors.values())):
             return 0
         known = self._known()
         return holders - len(known) + len(self._exported(known))
+
+    def is_exported(self) -> bool:
+        """Whether somebody may have the address of the bytes: DLPack for one."""
+        return bool(self._exported(self._known()))
 
     def _known(self) -> dict[int, torch.Tensor]:
         known = {id(tensor): tensor for tensor in (*self.tensors.values(), *self.guests)}
@@ -224,7 +228,8 @@ def _new_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
 
 
-def _is_alone(tensor: torch.Tensor) -> bool:
+def is_alone(tensor: torch.Tensor) -> bool:
+    """Whether nothing in C++ refers to a tensor."""
     return tensor._use_count() == 1  # type: ignore[attr-defined, no-any-return]
 
 

@@ -20,7 +20,7 @@ from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..progress import Progress, current
 from . import absence, owners
 from .fingerprint import fingerprints, hash_of
-from .holders import part_from_strangers
+from .holders import are_held, part_from_strangers
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
 from .pieces import Piece, pieces_of, storage_key
@@ -216,11 +216,7 @@ class Weights:
 
         They move like the others, but come back one by one when they are used, and survive a release.
         """
-        self._held = [
-            piece
-            for piece in self._pieces
-            if piece.count_strangers() > 0 or not tensors.isdisjoint(map(id, piece.tensors.values()))
-        ]
+        self._held = are_held(self._pieces, tensors)
         for piece in self._held:
             piece.held = True
             if not hasattr(piece.storage, absence.NAMED):
@@ -272,10 +268,13 @@ class Weights:
     def _bury(self) -> None:
         """Let go of everything. Needs no room on the device."""
         there = self._pieces if self.on_device else list(self._here)
-        kept = {
+        kept = set(are_held(there, frozenset())) | {
             piece
             for piece in there
-            if piece.held or piece.stays or not piece.storage.resizable() or piece.count_strangers() > 0
+            if piece.held
+            or piece.stays
+            or not piece.storage.resizable()
+            or (piece.count_strangers() > 0 and piece.is_exported())
         }
         self._device.refund(sum(piece.nbytes for piece in kept))
         away = [] if self.on_device else [piece for piece in self._pieces if piece not in self._here]

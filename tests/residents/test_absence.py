@@ -135,6 +135,17 @@ def test_torchscript_and_views_that_are_not_found_raise_too(device: SimulatedDev
     assert torch.equal(script(torch.ones(4)), expected)
 
 
+def test_a_backward_pass_that_may_come_keeps_nothing_on_the_device(
+    engine: Engine, device: SimulatedDevice, tmp_path: Any
+) -> None:
+    output = engine.module(torch.ones(10, requires_grad=True))
+    resident = EngineResident(engine, device)
+    resident.save(SnapshotFolder(tmp_path), "tts")
+    assert (resident.device_bytes, resident.host_bytes, device.ledger_bytes) == (0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"Storage|storage|lease"):
+        output.sum().backward()
+
+
 def test_after_a_move_that_failed_classes_agree_with_bytes(engine: Engine) -> None:
     device = SimulatedDevice(1000)
     resident = EngineResident(engine, device)
