@@ -107,13 +107,15 @@ class Piece:
     def hide(self) -> None:
         """Make each use of the tensors raise; call it before their bytes go."""
         absence.hide(self.tensors.values())
-        absence.hide(self.guests)
+        if self.guests:
+            absence.hide(self.guests)
 
     def show(self) -> None:
         """Undo `hide`, when the bytes are there."""
         absence.show(self.tensors.values())
-        absence.show(self.guests)
-        self.guests.clear()
+        if self.guests:
+            absence.show(self.guests)
+            self.guests.clear()
 
     @property
     def itemsize(self) -> int:
