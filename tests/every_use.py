@@ -176,6 +176,8 @@ def in_words(value: Any, tensor: Any) -> str:
 
     if value is tensor:
         return "itself"
+    if isinstance(value, torch.Tensor) and value.is_quantized and value.dtype is not torch.qint8:
+        return f"{value.dtype}"  # torch itself crashes where one looks into such a view
     if isinstance(value, torch.Tensor):
         with torch.no_grad():
             dense = value.dequantize() if value.is_quantized else value.to_dense() if value.is_sparse else value

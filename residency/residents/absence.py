@@ -173,7 +173,7 @@ def _storage_classes() -> tuple[type, type]:
         def __getattribute__(self, name: str) -> Any:
             if name not in _STORAGE:
                 _bring_back(self)
-            return super().__getattribute__(name)
+            return torch.UntypedStorage.__getattribute__(self, name)  # by now it may be one again
 
         def __repr__(self) -> str:
             return f"UntypedStorage(<away>, path={getattr(self, PATH, '')!r}, device='{self.device}')"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 _FILL_CHECK_FROM_BYTES = 1 << 20
 _FILL_CHECK_BYTES = 8 << 20
-#: Attribute of an exported tensor that keeps the storages it had: DLPack keeps the tensor, and uses their addresses.
-_EXPORTED = "_residency_exported"
 
 
 @dataclass(eq=False)
@@ -46,8 +45,9 @@ class Piece:
     spare: torch.Tensor | None = None
     #: How often C++ refers to a tensor (``id``) of a TorchScript module, for one.
     _in_cpp: dict[int, int] = field(default_factory=dict)
-    #: Those that were exported, each with what its `_in_cpp` was before.
-    _exports: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    #: Those that were exported, each with what its `_in_cpp` was before, and with what keeps the storage that it had:
+    #: DLPack keeps the tensor, and uses the address.
+    _exports: list[tuple[torch.Tensor, int, weakref.finalize[..., torch.Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._live_in(self.storage)
@@ -98,11 +98,16 @@ class Piece:
         """Begin to count anew; the old storages of exports that have ended go."""
         self.guests.clear()
         if self._exports:
-            counts = _references_in_cpp({id(tensor): tensor for tensor, _ in self._exports})
-            for tensor, before in [one for one in self._exports if counts[id(one[0])] <= one[1]]:
-                self._in_cpp[id(tensor)] = before
-                vars(tensor).pop(_EXPORTED, None)
-                self._exports = [one for one in self._exports if one[0] is not tensor]
+            counts = _references_in_cpp({id(tensor): tensor for tensor, _, _ in self._exports})
+            first: dict[int, int] = {}
+            for tensor, before, _ in self._exports:
+                first.setdefault(id(tensor), before)
+            # Only when all have ended: which of several has, cannot be told.
+            ended = [one for one in self._exports if counts[id(one[0])] <= first[id(one[0])]]
+            self._exports = [one for one in self._exports if counts[id(one[0])] > first[id(one[0])]]
+            for tensor, before, keeping in ended:
+                self._in_cpp[id(tensor)] = min(before, self._in_cpp[id(tensor)])
+                keeping.detach()
 
     def hide(self) -> None:
         """Make each use of the tensors raise; call it before their bytes go."""
@@ -143,8 +148,9 @@ class Piece:
             logger.warning("%s cannot be moved and stays where it is: %s", ", ".join(self.tensors), error)
             return False
         for tensor in exported:
-            setattr(tensor, _EXPORTED, [*getattr(tensor, _EXPORTED, ()), self.storage])
-            self._exports.append((tensor, self._in_cpp.get(id(tensor), 0)))
+            keeping = weakref.finalize(tensor, _let_go, self.storage)
+            keeping.atexit = False
+            self._exports.append((tensor, self._in_cpp.get(id(tensor), 0), keeping))
         self._in_cpp.update(_references_in_cpp({id(tensor): tensor for tensor in exported}))
         self._live_in(home)
         return True
@@ -228,6 +234,10 @@ def _new_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     import torch
 
     return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
+
+
+def _let_go(storage: torch.UntypedStorage) -> None:
+    """Nothing: that it would be called with the storage keeps the storage."""
 
 
 def is_alone(tensor: torch.Tensor) -> bool:
