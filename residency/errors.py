@@ -370,6 +370,36 @@ class PartGone(ResidencyError, ReferenceError):
         self.kind = kind
 
 
+class TensorAway(ResidencyError, RuntimeError):
+    """A tensor of an engine was used while its bytes were away. Nothing was harmed.
+
+    ``path`` leads to it from the engine; ``released`` says that these bytes do not come back, only a new engine's.
+    """
+
+    def __init__(self, path: str, released: bool) -> None:
+        if released:
+            en = (
+                f"{path} was released with its engine and has no bytes any more. Take a new lease (with "
+                f"manager.lease(name) as engine) and use the engine that it gives."
+            )
+            zh = (
+                f"{path} 已随其引擎释放，不再有数据。请重新获取租约（with manager.lease(name) as engine），"
+                f"并使用由此得到的引擎。"
+            )
+        else:
+            en = (
+                f"{path} is away: its bytes are not on the device while nobody uses the model. Take a lease and use it "
+                f"there: with manager.lease(name) as engine."
+            )
+            zh = (
+                f"{path} 的数据当前不在设备上：模型未被使用。请先获取租约，再在租约内使用："
+                f"with manager.lease(name) as engine。"
+            )
+        super().__init__(en, zh, path, released)
+        self.path = path
+        self.released = released
+
+
 class CapturedGraphs(ResidencyError):
     """An engine has captured CUDA graphs, which remember addresses on the device: it can be released, not offloaded."""
 

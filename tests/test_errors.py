@@ -26,6 +26,8 @@ EXAMPLES = [
     errors.WeightsGone((".llm.weight",)),
     errors.NotHandedOut("generator"),
     errors.PartGone("Sequential"),
+    errors.TensorAway(".llm.weight", False),
+    errors.TensorAway(".llm.weight", True),
     errors.CapturedGraphs((".flow.graph",)),
     errors.OnAnotherDevice("cuda:1", "cuda:0"),
     errors.SnapshotUnusable("tts", "it is damaged"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..diagnosis import is_out_of_device_memory
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 class SpanCopier:
     """Copies the spans of one layout during one move. Small pieces cross the bus together where there is room for that.
 
-    In main memory a span is uint8 [span.nbytes].
+    In main memory a span is uint8 [span.nbytes]. Nothing is written to the pieces in ``untouched``.
     """
 
-    def __init__(self, pieces: Sequence[Piece], layout: Layout) -> None:
+    def __init__(self, pieces: Sequence[Piece], layout: Layout, untouched: Collection[Piece] = ()) -> None:
         self._pieces = pieces
         self._layout = layout
+        self._untouched = untouched
         self._scratch: torch.Tensor | None = None
 
     def gathered(self, span: Span) -> torch.Tensor:
@@ -51,7 +52,7 @@ class SpanCopier:
         """Copy a span to where its bytes belong, on the current stream; with scratch space only if there is some."""
         import torch
 
-        if len(span.parts) > 1:
+        if len(span.parts) > 1 and not self._untouched:
             parts = self._on_device(span)
             try:
                 arrived = source.to(parts[0].device, non_blocking=True)
@@ -61,8 +62,9 @@ class SpanCopier:
             else:
                 torch._foreach_copy_(parts, torch.split(arrived, [part.stop - part.start for part in span.parts]))
                 return
-        for on_device, on_host in self._parts(span, source):
-            on_device.copy_(on_host, non_blocking=True)
+        for part, (on_device, on_host) in zip(span.parts, self._parts(span, source), strict=True):
+            if self._pieces[part.piece] not in self._untouched:
+                on_device.copy_(on_host, non_blocking=True)
 
     def _on_device(self, span: Span) -> list[torch.Tensor]:
         parts = []

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
 from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
+from . import absence
 from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .graphs import compiled_graphs
+from .holders import held_elsewhere
 from .onnx import OnnxSessions
+from .owners import are_managed
 from .pieces import by_storage, storage_key
-from .weights import Weights, are_managed
+from .weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -47,18 +50,20 @@ class EngineResident:
         After an error nothing is left in the device's books.
         """
         self._device = device
+        self._engine_id = id(engine)
         self._discovery = Discovery(engine, skip)
         self._beside = beside
         #: The storage of each tensor (``id``) of the last walk, if all that was found is accounted for.
         self._known: dict[int, int | None] | None = None
         found = self._discovery.walk()
-        keys = _keys(found)
+        held = self._held(found)
+        keys = _bring_back(found, _keys(found))
         without = [tensor for tensor in found.tensors.values() if keys[id(tensor)] is None]
         emptied = found.tensors.only([tensor for tensor in without if _is_emptied(tensor)])
         if emptied:
             raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
         self._loaded = self._late = Weights({}, device)
-        self._loaded = self._weights(found, keys, passing=False)
+        self._loaded = self._weights(found, keys, held, passing=False)
         self._remember(keys)
         try:
             self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
@@ -127,16 +132,23 @@ class EngineResident:
             self._late.keep_only(())
             self._late = Weights({}, self._device)
             try:
-                self._late = self._weights(now, keys, passing=True)
+                self._late = self._weights(now, keys, self._held(now), passing=True)
             except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
                 logger.warning("Some tensors that were made since the load stay on the device: %s", error)
         self._remember(keys)
 
-    def _weights(self, found: Found, keys: Mapping[int, int | None], passing: bool) -> Weights:
+    def _weights(self, found: Found, keys: Mapping[int, int | None], held: frozenset[int], passing: bool) -> Weights:
         """Weights of those tensors that nobody takes care of yet."""
         claimed = self.storages
         unclaimed = [tensor for tensor in found.tensors.values() if keys[id(tensor)] not in claimed]
-        return Weights(found.tensors.only(unclaimed), self._device, passing)
+        weights = Weights(found.tensors.only(unclaimed), self._device, passing)
+        del unclaimed  # references are counted
+        weights.mark_held(held)
+        return weights
+
+    def _held(self, found: Found) -> frozenset[int]:
+        """Tensors that others than the engine refer to; an engine that is itself a tensor is its loader's."""
+        return held_elsewhere(found.tensors.values(), found.references) - {self._engine_id}
 
     def _remember(self, keys: dict[int, int | None]) -> None:
         # Only if all are held here: the ``id`` of what is gone may be another's the next time.
@@ -150,6 +162,15 @@ class EngineResident:
 
 def _keys(found: Found) -> dict[int, int | None]:
     return {id(tensor): storage_key(tensor) for tensor in found.tensors.values()}
+
+
+def _bring_back(found: Found, keys: dict[int, int | None]) -> dict[int, int | None]:
+    """Fill what was left empty when another engine was released or moved, if others held it as well."""
+    recalled = False
+    for tensor in found.tensors.values():
+        if keys[id(tensor)] is None and _is_emptied(tensor):
+            recalled = absence.recall(tensor.untyped_storage()) or recalled
+    return _keys(found) if recalled else keys
 
 
 def _is_emptied(tensor: torch.Tensor) -> bool:

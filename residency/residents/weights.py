@@ -4,8 +4,7 @@ A storage is emptied with ``resize_(0)`` and filled again with ``resize_(n)`` an
 does (``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``); every tensor over it stays the object it was.
 
 Weights of an inference engine do not change, so one copy in main memory, the mirror, is made at the first offload
-and kept. Later offloads compare fingerprints on the device, copy back what did change, and drop the rest. A device
-that is too full to compute fingerprints has everything copied back: nothing on the way off it needs room on it.
+and kept. Later offloads compare fingerprints on the device, copy back what did change, and drop the rest.
 """
 
 from __future__ import annotations
@@ -13,21 +12,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
 from ..diagnosis import is_out_of_device_memory
-from ..errors import DeviceOutOfMemory, SharedWeights, SnapshotUnusable
+from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..progress import Progress, current
 from ..sentences import Sentence
+from . import absence, owners
 from .copying import SpanCopier
 from .fingerprint import fingerprints, hash_of
+from .holders import are_held, part_from_strangers
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
 from .pieces import Piece, pieces_of
 from .pinning import BackgroundPinning
+from .spares import Recall, Spare
 
 if TYPE_CHECKING:
     import torch
@@ -38,15 +40,11 @@ _SKELETON_BYTES = 64 << 20
 """What may stay in main memory of an engine whose weights are in a snapshot: tensors that compute there."""
 
 
-#: All weights under management in this process: bytes can have one owner only.
-_managed: weakref.WeakSet[Weights] = weakref.WeakSet()
-_managed_lock = threading.Lock()
-
-
 class Weights:
     """Tensors of one engine. Storages that the device does not hold stay where they are and are only counted.
 
-    Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled.
+    Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled. While the
+    bytes are away, each use of the tensors raises `TensorAway`; see `residency.residents.absence`.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: Device, passing: bool = False) -> None:
@@ -58,14 +56,21 @@ class Weights:
         self._passing = passing
         self._pieces: list[Piece] = []
         self._elsewhere: list[Piece] = []
+        #: Those that others than the engine hold too; see `mark_held`.
+        self._held: list[Piece] = []
+        #: Those that are on the device while the others are away.
+        self._here: set[Piece] = set()
         pieces = pieces_of(tensors)
-        with _managed_lock:
-            _refuse_shared(pieces)
+        with owners.lock:
+            #: Of another engine, where they are counted and stay on the device.
+            self._common = owners.find_common_locked(pieces)
             for piece in pieces:
+                if piece in self._common:
+                    continue
                 movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
                 (self._pieces if movable else self._elsewhere).append(piece)
             device.charge(self._movable_bytes)
-            _managed.add(self)
+            owners.add_locked(self)
         self.on_device = True  # where the movable ones are
         self._layout = Layout((), (0,), 0)
         self._mirror: HostMirror | None = None
@@ -78,8 +83,16 @@ class Weights:
 
     @property
     def storages(self) -> frozenset[int]:
-        """Every storage that is accounted for here, movable or not (``_cdata``)."""
-        return frozenset([piece.storage._cdata for piece in (*self._pieces, *self._elsewhere)])
+        """Every storage that is accounted for here, movable or not (``_cdata``), or with another engine."""
+        common = {piece.storage._cdata for piece in self._common}
+        if common:
+            common &= owners.taken().keys()
+        return frozenset([piece.storage._cdata for piece in (*self._pieces, *self._elsewhere)]) | common
+
+    @property
+    def pieces(self) -> Iterable[Piece]:
+        """The movable ones."""
+        return self._pieces
 
     @property
     def _movable_bytes(self) -> int:
@@ -91,11 +104,17 @@ class Weights:
 
     @property
     def device_bytes(self) -> int:
+        """0 while away: of what others hold and have brought back, only the device's own books tell."""
         return self._movable_bytes if self.on_device else 0
 
     @property
+    def _here_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self._here)
+
+    @property
     def host_bytes(self) -> int:
-        return self._elsewhere_bytes + (self._layout.nbytes if self._mirror else 0)
+        spare_bytes = sum(piece.nbytes for piece in self._held if piece.spare is not None)
+        return self._elsewhere_bytes + spare_bytes + (self._layout.nbytes if self._mirror else 0)
 
     # -- moves --------------------------------------------------------------------------------------------------
 
@@ -108,16 +127,19 @@ class Weights:
             self._device.wait()
             for piece in self._pieces:
                 self._follow(piece)
-            self._leave_behind([piece for piece in self._pieces if not piece.make_resizable()])
+            self._leave_behind(part_from_strangers(self._pieces))
             with self._device.transfer():
                 if self._mirror is None:
                     self._make_mirror()
                 self._update_mirror()
+            self._here = {piece for piece in self._pieces if piece.stays}
+            for piece in self._held:
+                setattr(piece.storage, absence.RECALL, Recall(self, piece))
             self.on_device = False
-            self._empty()
+            self._empty([piece for piece in self._pieces if not piece.stays])
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
-        return self._movable_bytes
+        return self._movable_bytes - self._here_bytes
 
     def _leave_behind(self, pieces: list[Piece]) -> None:
         """Take these for storages that stay where they are: shared with other processes since the load, for one."""
@@ -128,6 +150,7 @@ class Weights:
         self._elsewhere += pieces
         staying = set(pieces)
         self._pieces = [piece for piece in self._pieces if piece not in staying]
+        self._held = [piece for piece in self._held if piece not in staying]
 
     def restore(self) -> int:
         if self.on_device:
@@ -135,44 +158,51 @@ class Weights:
         import torch
 
         mirror, progress = self._ready_mirror(), current()
-        copier = SpanCopier(self._pieces, self._layout)
+        copier = SpanCopier(self._pieces, self._layout, self._here)
         if self._layout.nbytes:
             progress.enter("copying", self._layout.nbytes)
         with self._moving, torch.inference_mode():
+            away = [piece for piece in self._pieces if piece not in self._here]
+            absence.reopen(piece.storage for piece in away)
             try:
                 with self._device.placing() as self._allocation:
-                    for piece in self._pieces:
+                    for piece in away:
                         if not piece.storage.nbytes():
                             self._device.allocate(piece.storage, piece.nbytes)
                 with self._device.transfer():
                     for span in self._layout.spans:
                         copier.to_device(span, mirror.span(span))
                         progress.advance(span.nbytes)
-                    for piece in self._pieces:
+                    for piece in away:
                         if piece.fill is not None:
-                            piece.refill()
+                            piece.refill(piece.raw)
             except BaseException as error:
-                self._empty()
+                self._empty(away)
                 if isinstance(error, DeviceOutOfMemory):
                     free_bytes = self._device.memory().free_bytes
                     raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
+            for piece in self._pieces:
+                piece.show()
+            moved_bytes = self._movable_bytes - self._here_bytes
             self.on_device = True
-        return self._movable_bytes
+            self._here.clear()
+        return moved_bytes
 
     def release(self) -> int:
+        """Frees everything; what others than the engine hold survives, on the device if it is there."""
+        import torch
+
         freed_bytes = self.device_bytes + self.host_bytes
         pinning = self._pinning
-        with self._moving:
+        with self._moving, torch.inference_mode():
             if self.on_device:
                 with contextlib.suppress(Exception):  # of a device that is gone: nothing is under way there
                     self._device.wait()
-                self._empty()
+            self._bury()
             self._drop_mirror()
         if pinning is not None:
             pinning.join()
-        self.on_device = False
-        self._pieces, self._elsewhere = [], []
         return freed_bytes
 
     def also(self, groups: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
@@ -194,7 +224,86 @@ class Weights:
             self._drop_mirror()
         self._device.refund(sum(piece.nbytes for piece in gone))
         self._pieces = [piece for piece in self._pieces if piece.storage._cdata in storages]
+        self._held = [piece for piece in self._held if piece.storage._cdata in storages]
         return True
+
+    # -- what others hold ---------------------------------------------------------------------------------------
+
+    def mark_held(self, tensors: AbstractSet[int]) -> None:
+        """Take note that others than the engine hold some: these (``id``), and storages that have unknown holders.
+
+        They move like the others, but come back one by one when they are used, and survive a release.
+        """
+        self._held = are_held(self._pieces, tensors)
+        for piece in self._held:
+            piece.held = True
+            if not hasattr(piece.storage, absence.NAMED):
+                setattr(piece.storage, absence.NAMED, True)
+                logger.info(
+                    "%s: its %s bytes are held by others than the engine too, and survive its release",
+                    next(iter(piece.tensors)),
+                    f"{piece.nbytes:,}",
+                )
+
+    def bring_back(self, piece: Piece) -> bool:
+        """Put one piece that others hold on the device while the rest is away; False if it is not here any more.
+
+        Thread-safe; waits for a move to end. `DeviceOutOfMemory` if there is no room for it.
+        """
+        import torch
+
+        with self._moving, torch.inference_mode():
+            if piece not in self._held:
+                return False
+            if not self.on_device and piece not in self._here:
+                absence.reopen([piece.storage])
+                try:
+                    self._device.allocate(piece.storage, piece.nbytes)
+                    with self._device.transfer():
+                        self._copy_to(piece, piece.raw)
+                except BaseException:
+                    self._empty([piece])
+                    raise
+                self._here.add(piece)
+                piece.show()
+        return True
+
+    def _copy_to(self, piece: Piece, target: torch.Tensor) -> None:
+        """Write what main memory has of one piece to ``target``, uint8 [piece.nbytes]."""
+        if piece.spare is not None:
+            target.copy_(piece.spare)
+        elif piece.fill is not None:
+            piece.refill(target)
+        else:
+            self._ready_mirror().read(self._pieces.index(piece), target)
+
+    def _copy_of(self, piece: Piece) -> torch.Tensor:
+        import torch
+
+        copy = torch.empty(piece.nbytes, dtype=torch.uint8)
+        self._copy_to(piece, copy)
+        return copy
+
+    def _bury(self) -> None:
+        """Let go of everything. Needs no room on the device."""
+        there = self._pieces if self.on_device else list(self._here)
+        kept = set(are_held(there, frozenset())) | {
+            piece
+            for piece in there
+            if piece.held
+            or piece.stays
+            or not piece.storage.resizable()
+            or (piece.count_strangers() > 0 and piece.is_exported())
+        }
+        self._device.refund(sum(piece.nbytes for piece in kept))
+        away = [] if self.on_device else [piece for piece in self._pieces if piece not in self._here]
+        for piece in away:
+            if piece.held:
+                setattr(piece.storage, absence.RECALL, Spare(piece, self._copy_of(piece)))
+        absence.close((piece.storage for piece in away if not piece.held), released=True)
+        self._empty([piece for piece in there if piece not in kept], released=True)
+        self.on_device = False
+        self._pieces, self._elsewhere, self._held, self._here, self._common = [], [], [], set(), []
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
@@ -214,6 +323,8 @@ class Weights:
             if hashes:
                 store.write(name, self._ranges(), hashes, mirror.raw)
             self._saved = hashes
+            for piece in self._held:
+                piece.spare = self._copy_of(piece)
             pinning = self._pinning
             self._drop_mirror()
         if pinning is not None:
@@ -227,6 +338,8 @@ class Weights:
         if self._saved:
             store.read(name, self._ranges(), self._saved, mirror.raw, once=self._passing)
         self._mirror, self._saved = mirror, None
+        for piece in self._held:
+            piece.spare = None
         return self._layout.nbytes
 
     def _ranges(self) -> list[tuple[int, int]]:
@@ -282,13 +395,13 @@ class Weights:
             self._mirror.unpin()
             self._mirror = None
 
-    def _empty(self) -> None:
-        for piece in self._pieces:
-            if piece.storage.nbytes() and piece.storage.resizable():
+    def _empty(self, pieces: list[Piece], released: bool = False) -> None:
+        for piece in pieces:
+            piece.hide()
+        for piece in pieces:
+            if piece.storage.nbytes():
                 self._device.drop(piece.storage)
-            elif piece.storage.nbytes():
-                # At a release: numpy looks at it, and the bytes live as long as it does.
-                self._device.refund(piece.nbytes)
+        absence.close((piece.storage for piece in pieces), released)
         self._allocation = None
         try:
             self._device.settle()
@@ -312,20 +425,3 @@ def _fingerprints(copier: SpanCopier, spans: Sequence[Span], progress: Progress)
             raise
         logger.info("The device is too full to compare weights there; all of them are copied back")
     return [None] * len(spans)
-
-
-def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether some of these are under management, wherever their bytes are now."""
-    with _managed_lock:
-        return not {tensor.untyped_storage()._cdata for tensor in tensors}.isdisjoint(_taken())
-
-
-def _taken() -> set[int]:
-    return {piece.storage._cdata for other in _managed for piece in other._pieces}
-
-
-def _refuse_shared(pieces: list[Piece]) -> None:
-    taken = _taken()
-    shared = [path for piece in pieces if piece.storage._cdata in taken for path in piece.tensors]
-    if shared:
-        raise SharedWeights(tuple(shared))

@@ -47,7 +47,7 @@ def test_a_storage_of_one_value_is_recognised_bit_for_bit(dtype: torch.dtype, by
     assert piece.fill == element
     before = bytes_of(tensor)
     piece.raw.zero_()
-    piece.refill()
+    piece.refill(piece.raw)
     assert bytes_of(tensor) == before
 
 

@@ -1,0 +1,101 @@
+"""Finds who else holds tensors of an engine: caches of the process, and views that were kept from a lease."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any
+
+from .pieces import Piece, is_alone
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+def held_elsewhere(tensors: list[torch.Tensor], references: Mapping[int, int]) -> frozenset[int]:
+    """Those (``id``) that are referred to from outside of the engine.
+
+    Args:
+        tensors: all that were found, each object once. The caller has no other reference to any of them.
+        references: how many references to each (by ``id``) were found in the engine.
+    """
+    [ours] = _references([object()])
+    counts = zip(tensors, _references(tensors), strict=True)
+    # However often C++ refers to a tensor, as the base of views or for a backward pass: that is one reference.
+    return frozenset(
+        id(tensor) for tensor, count in counts if count > ours + references.get(id(tensor), 0) + (not is_alone(tensor))
+    )
+
+
+def are_held(pieces: Iterable[Piece], tensors: AbstractSet[int]) -> list[Piece]:
+    """Those that others hold: of which one of ``tensors`` (``id``) is a part, or over which others have a tensor."""
+    pieces = list(pieces)
+    _find_views(piece for piece in pieces if piece.storage.resizable() and piece.count_strangers() > 0)
+    held = []
+    for piece in pieces:
+        if not tensors.isdisjoint(map(id, piece.tensors.values())) or _have_holders(piece.guests):
+            held.append(piece)
+        piece.forget_guests()
+    return held
+
+
+def _have_holders(guests: list[torch.Tensor]) -> bool:
+    return bool(held_elsewhere(guests, dict.fromkeys(map(id, guests), 0)))
+
+
+def _references(things: Iterable[Any]) -> list[int]:
+    return [sys.getrefcount(thing) for thing in things]
+
+
+def part_from_strangers(pieces: Iterable[Piece]) -> list[Piece]:
+    """See that nobody else needs the bytes of these when they go; returns those that cannot leave.
+
+    Other tensors of the process over them leave with them (`Piece.guests`). What is outside of Python keeps the old
+    storage whole and the engine gets one of its own; where there is no room for that, the piece stays.
+    """
+    for piece in pieces:
+        piece.forget_guests()
+    crowded = [piece for piece in pieces if not piece.stays and piece.count_strangers() > 0]
+    # Where numpy looks, it has a tensor over the storage, which must stay where it is.
+    _find_views(piece for piece in crowded if piece.storage.resizable())
+    # What C++ alone knows (autograd keeps views for a backward pass) meets the guard of the storage, and need not stay.
+    strangers = {piece for piece in crowded if piece.is_exported()}
+    immovable = []
+    for piece in pieces:
+        if piece.stays or piece.make_resizable(apart=piece in strangers):
+            continue
+        if piece in strangers:
+            piece.stays = True
+        else:
+            immovable.append(piece)
+    for piece in strangers:
+        logger.warning(
+            "%s: something outside of Python (DLPack?) uses its %s bytes, which stay as long as it does",
+            next(iter(piece.tensors)),
+            f"{piece.nbytes:,}",
+        )
+    return immovable
+
+
+def _find_views(pieces: Iterable[Piece]) -> None:
+    """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
+    import torch
+
+    wanted = {piece.storage._cdata: piece for piece in pieces}
+    if not wanted:
+        return
+    known = {id(tensor) for piece in wanted.values() for tensor in (piece.raw, *piece.tensors.values(), *piece.guests)}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and id(thing) not in known:
+            try:
+                with torch._C.DisableTorchFunctionSubclass():
+                    piece = wanted.get(torch.Tensor.untyped_storage(thing)._cdata)
+            except Exception:  # it has no storage
+                continue
+            if piece is not None:
+                piece.guests.append(thing)

@@ -1,0 +1,52 @@
+"""Brings back the bytes of a tensor that others than its engine hold, when they use it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from . import absence
+from .pieces import Piece, as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from .weights import Weights
+
+
+class Recall:
+    """While its engine is away: asks for this piece alone. Keeps nothing alive."""
+
+    def __init__(self, weights: Weights, piece: Piece) -> None:
+        self._weights, self._piece = weakref.ref(weights), weakref.ref(piece)
+
+    def __call__(self, storage: torch.UntypedStorage) -> bool:
+        weights, piece = self._weights(), self._piece()
+        return weights is not None and piece is not None and weights.bring_back(piece)
+
+
+class Spare:
+    """When its engine was released: a copy in main memory, which goes with the first use or with the last holder."""
+
+    def __init__(self, piece: Piece, copy: torch.Tensor) -> None:
+        self._copy: torch.Tensor | None = copy
+        self._tensors = [weakref.ref(tensor) for tensor in (*piece.tensors.values(), *piece.guests)]
+        self._lock = threading.Lock()
+
+    def __call__(self, storage: torch.UntypedStorage) -> bool:
+        import torch
+
+        with self._lock, torch.inference_mode():
+            if self._copy is not None:
+                absence.reopen([storage])
+                try:
+                    storage.resize_(len(self._copy))
+                    as_bytes(storage, len(self._copy)).copy_(self._copy)
+                except BaseException:
+                    storage.resize_(0)
+                    absence.close([storage])
+                    raise
+                self._copy = None
+                absence.show(tensor for one in self._tensors if (tensor := one()) is not None)
+        return True
