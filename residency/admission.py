@@ -116,10 +116,15 @@ class Admission:
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[Request] = ()) -> tuple[Slot, ...]:
         """The models that this code keeps busy, as far as the call stack tells and the context does not."""
         holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
-        return tuple(
-            holder.slot
-            for holder in holders
-            if holder.users and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
+        return (
+            ()
+            if not holders
+            else tuple(
+                holder.slot
+                for holder in holders
+                if holder.users
+                and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
+            )
         )
 
     @staticmethod

@@ -237,9 +237,9 @@ class Dispatcher:
         return min((self._deadline_locked(slot, now_s) for slot in self.slots.values()), default=math.inf)
 
     def _deadline_locked(self, slot: Slot, now_s: float) -> float:
-        deadline_s = next_deadline(slot, now_s, self.device.separate)
         if slot.holder is not None:
-            return min(deadline_s, slot.holder.search_s)
+            return slot.holder.search_s  # nothing else happens to a model in use
+        deadline_s = next_deadline(slot, now_s, self.device.separate)
         task = slot.task
         if task is not None and not task.arrives and not task.hangs:
             return min(deadline_s, float(task.seen_s) + STUCK_AFTER_S)
@@ -328,6 +328,8 @@ class Dispatcher:
 
         It may take seconds: not to be called under the lock.
         """
+        if error is None:
+            return False
         return loss_beyond_repair(error) is not None or (may_be_device_loss(error) and not self.device.is_usable())
 
     def lost_locked(self) -> None:

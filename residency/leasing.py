@@ -83,9 +83,9 @@ class Lease:
         self.request: Request | None = None
         #: Whether the request was made for this lease, and not for one that it shares.
         self.owns = False
-        made = tuple(one for one in _made.get() if not one.over)
+        made = tuple([one for one in _made.get() if not one.over])
         #: Requests in force whose leases were made in this context before, wherever they were entered.
-        self.made_after = tuple(one.request for one in made if one.request is not None)
+        self.made_after = tuple([one.request for one in made if one.request is not None])
         self._made = _Made()
         _made.set((*made, self._made))
 
@@ -177,13 +177,17 @@ class Lease:
 
 def held_requests() -> tuple[Request, ...]:
     """The requests in force of this thread of control (thread, or asyncio task: see `contextvars`)."""
-    return tuple(request for request in _held.get() if request.users)
+    held = _held.get()
+    return tuple([request for request in held if request.users]) if held else ()
 
 
 def held_slots() -> tuple[Slot, ...]:
     """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
-    loads = (load.slot for load in _loading.get() if load.under_way)
-    return (*(request.slot for request in held_requests()), *loads)
+    loads = _loading.get()
+    return (
+        *[request.slot for request in held_requests()],
+        *([load.slot for load in loads if load.under_way] if loads else ()),
+    )
 
 
 @contextmanager

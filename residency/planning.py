@@ -120,7 +120,9 @@ def room_for(slot: Slot, slots: Collection[Slot], budget_bytes: float) -> Room:
 
 def over_budget(slots: Collection[Slot], budget_bytes: float) -> list[Move]:
     """Idle models that must leave because a model turned out to be larger than was known."""
-    excess_bytes = sum(slot.size_bytes for slot in slots if slot.on_device and not _leaving(slot)) - budget_bytes
+    excess_bytes = sum([slot.size_bytes for slot in slots if slot.on_device and not _leaving(slot)]) - budget_bytes
+    if excess_bytes <= 0:
+        return []
     leave = _least_recently_used([slot for slot in slots if _may_be_evicted(slot, None)], excess_bytes)
     return [_eviction(slot) for slot in leave]
 

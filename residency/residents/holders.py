@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from .pieces import Piece, is_alone
+from .pieces import Piece, forget_guests, is_alone
 
 if TYPE_CHECKING:
     import torch
@@ -52,15 +52,13 @@ def _references(things: Iterable[Any]) -> list[int]:
     return [sys.getrefcount(thing) for thing in things]
 
 
-def part_from_strangers(pieces: Iterable[Piece]) -> list[Piece]:
+def part_from_strangers(pieces: Collection[Piece]) -> list[Piece]:
     """See that nobody else needs the bytes of these when they go; returns those that cannot leave.
 
     Other tensors of the process over them leave with them (`Piece.guests`). What is outside of Python keeps the old
     storage whole and the engine gets one of its own; where there is no room for that, the piece stays.
     """
-    for piece in pieces:
-        piece.forget_guests()
-    crowded = [piece for piece in pieces if not piece.stays and piece.count_strangers() > 0]
+    crowded = [piece for piece in forget_guests(pieces) if not piece.stays and piece.count_strangers() > 0]
     # Where numpy looks, it has a tensor over the storage, which must stay where it is.
     _find_views(piece for piece in crowded if piece.storage.resizable())
     # What C++ alone knows (autograd keeps views for a backward pass) meets the guard of the storage, and need not stay.

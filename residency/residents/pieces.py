@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,11 @@ class Piece:
         known = self._known()
         return holders - len(known) + len(self._exported(known))
 
+    @property
+    def has_exports(self) -> bool:
+        """Whether an old storage is kept for something outside of Python."""
+        return bool(self._exports)
+
     def is_exported(self) -> bool:
         """Whether somebody may have the address of the bytes: DLPack for one."""
         return bool(self._exported(self._known()))
@@ -115,19 +120,6 @@ class Piece:
             for tensor, before, keeping in ended:
                 self._in_cpp[id(tensor)] = min(before, self._in_cpp[id(tensor)])
                 keeping.detach()
-
-    def hide(self) -> None:
-        """Make each use of the tensors raise; call it before their bytes go."""
-        absence.hide(self.tensors.values())
-        if self.guests:
-            absence.hide(self.guests)
-
-    def show(self) -> None:
-        """Undo `hide`, when the bytes are there."""
-        absence.show(self.tensors.values())
-        if self.guests:
-            absence.show(self.guests)
-            self.guests.clear()
 
     @property
     def itemsize(self) -> int:
@@ -271,6 +263,37 @@ def _new_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
 
 def _let_go(storage: torch.UntypedStorage) -> None:
     """Nothing: that it would be called with the storage keeps the storage."""
+
+
+def hide(pieces: Collection[Piece]) -> None:
+    """Make each use of the tensors raise; call it before their bytes go."""
+    absence.hide(tensor for piece in pieces for tensor in piece.tensors.values())
+    absence.hide(guest for piece in pieces if piece.guests for guest in piece.guests)
+
+
+def show(pieces: Collection[Piece]) -> None:
+    """Undo `hide`, when the bytes are there."""
+    absence.show(tensor for piece in pieces for tensor in piece.tensors.values())
+    for piece in pieces:
+        if piece.guests:
+            absence.show(piece.guests)
+            piece.guests.clear()
+
+
+def forget_guests(pieces: Collection[Piece]) -> list[Piece]:
+    """Begin to count the holders of these anew, and return those that seem to have others than the engine."""
+    import torch
+
+    for piece in pieces:
+        if piece.guests or piece.has_exports:
+            piece.forget_guests()
+    use_count, ours = torch._C._storage_Use_Count, _own_references()
+
+    def is_crowded(piece: Piece) -> bool:
+        tensors = piece.tensors.values()
+        return use_count(piece.storage._cdata) != ours + len(tensors) or not all(map(is_alone, tensors))
+
+    return list(filter(is_crowded, pieces))
 
 
 def is_alone(tensor: torch.Tensor) -> bool:

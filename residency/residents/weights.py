@@ -27,7 +27,7 @@ from .fingerprint import fingerprints, hash_of
 from .holders import are_held, part_from_strangers
 from .layout import Layout, Span, lay_out
 from .mirror import HostMirror
-from .pieces import Piece, pieces_of
+from .pieces import Piece, hide, pieces_of, show
 from .pinning import BackgroundPinning
 from .spares import Recall, Spare
 
@@ -182,8 +182,7 @@ class Weights:
                     free_bytes = self._device.memory().free_bytes
                     raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
-            for piece in self._pieces:
-                piece.show()
+            show(self._pieces)
             moved_bytes = self._movable_bytes - self._here_bytes
             self.on_device = True
             self._here.clear()
@@ -265,7 +264,7 @@ class Weights:
                     self._empty([piece])
                     raise
                 self._here.add(piece)
-                piece.show()
+                show([piece])
         return True
 
     def _copy_to(self, piece: Piece, target: torch.Tensor) -> None:
@@ -396,8 +395,7 @@ class Weights:
             self._mirror = None
 
     def _empty(self, pieces: list[Piece], released: bool = False) -> None:
-        for piece in pieces:
-            piece.hide()
+        hide(pieces)
         for piece in pieces:
             if piece.storage.nbytes():
                 self._device.drop(piece.storage)
