@@ -112,6 +112,7 @@ def test_a_small_model_has_left_when_the_block_ends(manager: GPUResourceManager)
 def test_an_answer_is_not_lost_to_a_model_that_hangs_as_it_leaves(
     manager: GPUResourceManager, clock: ManualClock, workshop: Workshop, caplog: pytest.LogCaptureFixture
 ) -> None:
+    manager.configure("tts", idle_timeout=-1)
     client = Client(manager).comes_in()
     gate = workshop.resident.gates["offload"] = Gate()
     leaving = Worker(client.leaves)

@@ -60,7 +60,11 @@ class SpanCopier:
                 if not is_out_of_device_memory(error):
                     raise
             else:
-                torch.split_with_sizes_copy(arrived, [part.stop - part.start for part in span.parts], out=parts)
+                sizes = [part.stop - part.start for part in span.parts]
+                if arrived.is_cpu:
+                    torch.split_with_sizes_copy(arrived, sizes, out=parts)  # a third of the time of the other way
+                else:
+                    torch._foreach_copy_(parts, torch.split(arrived, sizes))
                 return
         for part, (on_device, on_host) in zip(span.parts, self._parts(span, source), strict=True):
             if self._pieces[part.piece] not in self._untouched:
