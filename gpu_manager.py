@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
@@ -49,7 +50,7 @@ from residency.leasing import Lease, held_slots, watching
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
 from residency.policies import change_policy, check_counts, guarded, keep_warm_seconds, make_policy, seconds
-from residency.probes import HostProbe, sample
+from residency.probes import HostProbe, remeasured, sample
 from residency.randomness import RandomState
 from residency.residents import Kept, KeptResident, SnapshotFolder, adopt
 from residency.states import Slot, State
@@ -138,6 +139,7 @@ class GPUResourceManager:
         self._steering = Steering(self._dispatcher, self._check_open_locked)
         self._closed = False
         self._parents_slots: dict[str, Slot] = {}
+        self._remeasured_s = -math.inf
         end_with_the_process(self)
 
     def __enter__(self) -> GPUResourceManager:
@@ -313,6 +315,7 @@ class GPUResourceManager:
         """
         device = self.device
         memory = device.memory()
+        self._remeasure()
         with self._lock:
             now_s = self._clock.now()
             self._dispatcher.card.seen(now_s, memory)
@@ -324,6 +327,21 @@ class GPUResourceManager:
             "monitor": self._dispatcher.monitor.health(),
             "models": models,
         }
+
+    def _remeasure(self) -> None:
+        """Look again at child processes that hold memory outside the books, once a second at most."""
+        with self._lock:
+            holding = {slot: slot.outside for slot in self._slots.values() if slot.outside and slot.outside.holders}
+            now_s = time.monotonic()
+            if not holding or now_s < self._remeasured_s + 1:
+                return
+            self._remeasured_s = now_s
+        for slot, outside in holding.items():
+            found = remeasured(outside, self.device)
+            with self._lock:
+                if slot.outside is outside and found != outside:
+                    slot.outside = found
+                    self._dispatcher.version += 1
 
     @property
     def device_lost(self) -> DeviceLost | None:

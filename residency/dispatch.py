@@ -356,7 +356,9 @@ class Dispatcher:
             if task.claimed:
                 return
             task.spawned = task.claimed = True
-            self.outside.began(task, before, (task.slot.device_bytes, task.slot.host_bytes), self._all_books_locked())
+            books = task.slot.device_bytes, task.slot.host_bytes
+            loads = task.move.via is State.LOADING and task.engine is None  # and not from a snapshot
+            self.outside.began(task, before, books, self._all_books_locked(), loads)
             self.reports.tell("began", task)
         while True:
             try:
@@ -523,6 +525,7 @@ class Dispatcher:
         logger.error("%s: its loader takes too long and is given up", slot.name)
         task, error = slot.task, LoadTimeout(slot.name, slot.load_timeout_s)
         task.given_up = True
+        self.outside.given_up(task)
         self.reports.tell("failed", task, error)
         slot.task = None
         self._note_locked(task, "failed", self.clock.now())

@@ -19,6 +19,9 @@ from .states import Move, Slot, State
 
 logger = logging.getLogger(__name__)
 
+SKELETON_BYTES = 64 << 20
+"""What an engine may hold outside the books to stay in main memory while its weights are in a snapshot."""
+
 
 @dataclass(eq=False)
 class Task:
@@ -148,6 +151,13 @@ class Mover:
     def _sleep(self, task: Task) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
         if self._snapshots is None or task.resident is None or task.slot.closing or task.slot.broken:
+            return 0
+        if task.slot.outside is not None and task.slot.outside.held_bytes > SKELETON_BYTES:
+            logger.info(
+                "%s: released without a snapshot, since its engine holds %s bytes that no move takes with it",
+                task.slot.name,
+                f"{task.slot.outside.held_bytes:,}",
+            )
             return 0
         try:
             freed_bytes = task.resident.save(self._snapshots, task.slot.name)

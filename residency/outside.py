@@ -54,17 +54,28 @@ NO_SAMPLE = Sample(Holder(0, 0.0, "", None), None, 0)
 
 @dataclass(frozen=True)
 class Outside:
-    """What is held beyond the books, and by which processes; ``total_bytes`` is None where unknown."""
+    """The processes that hold something beyond the books; not ``known`` where that cannot be measured."""
 
-    total_bytes: int | None = None
     holders: tuple[Holder, ...] = ()
+    known: bool = False
+
+    @property
+    def total_bytes(self) -> int | None:
+        """None where unknown."""
+        return self.held_bytes if self.known else None
+
+    @property
+    def held_bytes(self) -> int:
+        """As far as is known."""
+        return sum(map(_size, self.holders))
 
 
 @dataclass(eq=False)
 class _Window:
     before: Sample
     books: tuple[int, int]
-    alone: bool = True
+    loads: bool
+    alone: bool
 
 
 @dataclass
@@ -82,14 +93,25 @@ class OutsideBooks:
     #: What this process held, and what the books said, before the first move.
     _base: tuple[Sample, int] | None = None
 
-    def began(self, move: object, before: Sample, books: tuple[int, int], all_books: tuple[int, int]) -> None:
-        """A move begins; ``books`` are the model's (device, host) bytes, ``all_books`` those of all models."""
+    def began(
+        self, move: object, before: Sample, books: tuple[int, int], all_books: tuple[int, int], loads: bool = False
+    ) -> None:
+        """A move begins; ``books`` are the model's (device, host) bytes, ``all_books`` those of all models.
+
+        ``loads``: it builds an engine.
+        """
         if self._base is None:
             self._base = before, self._in_main(all_books)
             self._owners.update({(child.pid, child.started_s): None for child in before.children or ()})
         for window in self._windows.values():
             window.alone = False
-        self._windows[move] = _Window(before, books, alone=not self._windows)
+        self._windows[move] = _Window(before, books, loads, alone=not self._windows)
+
+    def given_up(self, move: object) -> None:
+        """A move is not waited for any longer; its growth belongs to no model."""
+        self._windows.pop(move, None)
+        for window in self._windows.values():
+            window.alone = False
 
     def ended(
         self,
@@ -100,12 +122,18 @@ class OutsideBooks:
         all_books: tuple[int, int],
         loaded: frozenset[str],
     ) -> Outside:
-        """A move has ended: what the model holds outside its books now."""
-        window = self._windows.pop(move)
-        owner = model if window.alone else next(iter(loaded)) if len(loaded) == 1 else None
+        """A move has ended: what the model holds outside its books now.
+
+        ``loaded`` are the models that are loaded or moving.
+        """
+        window = self._windows.pop(move, None)
+        if window is None:  # given up
+            return Outside()
+        owner = next(iter(loaded)) if len(loaded) == 1 and not window.loads else model
         for child in after.children or ():
             self._owners.setdefault((child.pid, child.started_s), owner)
-        device, host = self._balance.get(model, (0, 0))
+        # What was left by an engine that is gone is not of the one that is loaded in its place.
+        device, host = (0, 0) if window.loads else self._balance.get(model, (0, 0))
         known = after.own.host_bytes is not None and window.before.own.host_bytes is not None
         if window.alone and known:
             grown = _difference(after.own.host_bytes, window.before.own.host_bytes)
@@ -133,7 +161,7 @@ class OutsideBooks:
             children = []
         holders = tuple(holder for holder in [*own, *children] if _size(holder))
         unknown = after.own.device_bytes is None and self.separate_memory
-        return Outside(None if unknown else sum(map(_size, holders)), holders)
+        return Outside(holders, known=not unknown)
 
     def _own_host(self, after: Sample, all_books: tuple[int, int]) -> int:
         assert self._base is not None, "a move that has ended had begun"

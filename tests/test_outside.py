@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.outside import NO_SAMPLE, Holder, OutsideBooks, Sample
@@ -71,6 +74,60 @@ def test_a_child_process_is_shown_until_it_ends(manager: GPUResourceManager, cap
     assert tts(manager)["outside_processes"] == []
 
 
+def test_a_child_that_ends_by_itself_is_shown_no_longer(manager: GPUResourceManager) -> None:
+    begun: list[subprocess.Popen[str]] = []
+
+    def load() -> Plain:
+        begun.append(subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      text=True))  # fmt: skip
+        assert begun[0].stdout is not None
+        begun[0].stdout.readline()
+        return Plain()
+
+    manager.register("tts", load)
+    with manager.lease("tts"):
+        pass
+    manager.offload("tts")
+    assert tts(manager)["outside_processes"]
+    begun[0].communicate("\n", timeout=60)
+    manager._remeasured_s = -1.0
+    assert tts(manager)["outside_processes"] == []
+    assert tts(manager)["outside_bytes"] == 0
+
+
+@pytest.mark.parametrize("extra_mb", [0, 200])
+def test_a_skeleton_that_holds_more_than_its_weights_is_released_the_normal_way(extra_mb: int, tmp_path: Path) -> None:
+    loads = []
+
+    def load() -> Plain:
+        loads.append(1)
+        return Plain(table=np.ones(extra_mb * MB, np.uint8), weight=torch.ones(1000))
+
+    with GPUResourceManager(SimulatedDevice(1 << 30), snapshot_dir=tmp_path) as manager:
+        manager.register("tts", load)
+        for _ in range(2):
+            with manager.lease("tts") as engine:
+                assert engine.weight.sum() == 1000
+            del engine
+            manager.release("tts")
+            assert tts(manager)["state"] == "released"
+            assert tts(manager)["outside_bytes"] == 0
+    assert len(loads) == (2 if extra_mb else 1)
+
+
+def test_native_memory_is_shown(manager: GPUResourceManager) -> None:
+    def load() -> Plain:
+        block = mmap.mmap(-1, 150 * MB)
+        block.write(b"x" * (150 * MB))
+        return Plain(block=block)
+
+    manager.register("tts", load)
+    with manager.lease("tts"):
+        pass
+    manager.offload("tts")
+    assert tts(manager)["outside_bytes"] >= 140 * MB
+
+
 def test_a_big_array_is_shown_and_goes_with_a_release(manager: GPUResourceManager) -> None:
     manager.register("tts", lambda: Plain(table=np.ones(200 * MB, np.uint8)))
     with manager.lease("tts"):
@@ -113,6 +170,15 @@ def test_a_context_is_not_blamed_on_a_model() -> None:
     assert books.ended("a", "a", after, (100 * MB, 0), (100 * MB, 0), frozenset({"a"})).total_bytes == 0
 
 
+def test_a_load_that_was_given_up_is_not_waited_for() -> None:
+    books = OutsideBooks(cuda=False, separate_memory=True)
+    books.began("hangs", sample(0), (0, 0), (0, 0), loads=True)
+    books.given_up("hangs")
+    books.began("b", sample(0), (0, 0), (0, 0), loads=True)
+    assert books.ended("b", "b", sample(500 * MB), (0, 0), (0, 0), frozenset({"b"})).total_bytes == 500 * MB
+    assert books.ended("hangs", "a", sample(900 * MB), (0, 0), (0, 0), frozenset({"a", "b"})).total_bytes is None
+
+
 @pytest.mark.parametrize("unknown", [NO_SAMPLE, sample(0, None), sample(None), sample(0, 0, None)])
 def test_what_cannot_be_measured_is_unknown_and_not_nothing(unknown: Sample) -> None:
     books = OutsideBooks(cuda=True, separate_memory=True)
@@ -127,6 +193,7 @@ def test_the_simulated_card_counts_what_it_is_told() -> None:
         with manager.lease("tts"):
             pass
         assert tts(manager)["outside_processes"][0]["device_bytes"] == 300 * MB
+        assert device.memory().free_bytes == (1 << 30) - 300 * MB
         device.report_outside(os.getpid(), 0)
         manager.release("tts")
         assert tts(manager)["outside_bytes"] == 0

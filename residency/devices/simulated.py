@@ -55,8 +55,9 @@ class SimulatedDevice:
         return self._used_bytes
 
     def memory(self) -> Memory:
-        used = self._used_bytes
-        return Memory(self.capacity_bytes, self.capacity_bytes - used, used)
+        with self._lock:
+            used, reported = self._used_bytes, sum(self._reported.values())
+        return Memory(self.capacity_bytes, max(0, self.capacity_bytes - used - reported), used)
 
     def held_by(self) -> Mapping[int, int] | None:
         with self._lock:
@@ -64,7 +65,10 @@ class SimulatedDevice:
             return self._reported | {own: self._used_bytes + self._reported.get(own, 0)}
 
     def report_outside(self, pid: int, nbytes: int) -> None:
-        """Have a process hold so many bytes of the card beyond the models' books; 0: none any more."""
+        """Have a process hold so many bytes of the card beyond the models' books; 0: none any more.
+
+        For tests, and for engines that tell what their worker processes would hold.
+        """
         with self._lock:
             self._reported[pid] = nbytes
 
@@ -86,7 +90,7 @@ class SimulatedDevice:
 
     def charge(self, nbytes: int) -> None:
         with self._lock:
-            free_bytes = self.capacity_bytes - self._used_bytes
+            free_bytes = max(0, self.capacity_bytes - self._used_bytes - sum(self._reported.values()))
             if nbytes > free_bytes:
                 raise DeviceOutOfMemory(nbytes, free_bytes, self.name)
             self._used_bytes += nbytes

@@ -3,6 +3,6 @@
 from .card import CardProbe, TorchProbe
 from .host import HostProbe
 from .nvml import NvmlProbe, NvmlUnavailable
-from .processes import sample
+from .processes import remeasured, sample
 
-__all__ = ["CardProbe", "HostProbe", "NvmlProbe", "NvmlUnavailable", "TorchProbe", "sample"]
+__all__ = ["CardProbe", "HostProbe", "NvmlProbe", "NvmlUnavailable", "TorchProbe", "remeasured", "sample"]

@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from ..contracts import Device
-from ..outside import Holder, Sample
+from ..outside import Holder, Outside, Sample
 
 
 def sample(device: Device) -> Sample:
-    """What this process and its children hold now, in main memory and of the device. Never raises."""
-    try:
-        held = device.held_by()
-    except Exception:  # of a device that is gone
-        held = None
+    """What this process and its children hold now, in main memory and of the device. Never raises.
+
+    Takes 1 to 2 ms, and more for each child.
+    """
+    held = _held_by(device)
     found = children()
 
     def holder(pid: int, started_s: float, command: str, host_bytes: int | None) -> Holder:
-        return Holder(pid, started_s, command, host_bytes, None if held is None else held.get(pid, 0))
+        return _holder(device, held, pid, started_s, command, host_bytes)
 
     own = holder(os.getpid(), 0.0, Path(sys.argv[0] or "python").name, own_bytes())
     return Sample(own, None if found is None else tuple(holder(*child) for child in found), len(sys.modules))
+
+
+def remeasured(outside: Outside, device: Device) -> Outside:
+    """The same processes as they are now, without children that have ended. Never raises."""
+    held = _held_by(device)
+    holders = []
+    for holder in outside.holders:
+        if holder.pid == os.getpid():
+            holders.append(holder)
+            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(holder.pid)
+            if process.create_time() == holder.started_s and (child := _child(process)) is not None:
+                holders.append(_holder(device, held, *child))
+    return replace(outside, holders=tuple(holders))
+
+
+def _held_by(device: Device) -> Mapping[int, int] | None:
+    try:
+        return device.held_by()
+    except Exception:  # of a device that is gone
+        return None
+
+
+def _holder(
+    device: Device, held: Mapping[int, int] | None, pid: int, started_s: float, command: str, host_bytes: int | None
+) -> Holder:
+    device_bytes = None if held is None else held.get(pid, 0)
+    if host_bytes is not None and device.torch_device == "cpu" and pid != os.getpid():
+        host_bytes = max(0, host_bytes - (device_bytes or 0))  # a simulated card is main memory
+    return Holder(pid, started_s, command, host_bytes, device_bytes)
 
 
 def own_bytes() -> int | None:
