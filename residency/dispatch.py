@@ -75,7 +75,7 @@ class Dispatcher:
         mover: Mover,
         clock: Clock,
         budget_bytes: float = math.inf,
-        sample: Callable[[], Sample] = lambda: NO_SAMPLE,
+        sample: Callable[[bool], Sample] = lambda thorough: NO_SAMPLE,
     ) -> None:
         self.device = device
         self.mover = mover
@@ -126,6 +126,7 @@ class Dispatcher:
             head.context if head and head.context else contextvars.Context(),
             give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
             made_room=made_room,
+            device_bytes_before=slot.device_bytes,
             seen_s=now_s,
         )
         task.progress.changed = lambda: self._progressed(task)
@@ -351,7 +352,7 @@ class Dispatcher:
         return True
 
     def _run(self, task: Task) -> None:
-        before = self.sample()
+        before = self.sample(task.move.via is State.LOADING)
         with self.lock:
             if task.claimed:
                 return
@@ -430,7 +431,7 @@ class Dispatcher:
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
-        left, memory, after = task.resident or slot.kept, Memory(), self.sample()
+        left, memory, after = task.resident or slot.kept, Memory(), self.sample(True)
         lost = self.is_lost(error)
         sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
         with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
@@ -449,7 +450,16 @@ class Dispatcher:
             loaded = frozenset(
                 name for name, other in self.slots.items() if other.at is not State.RELEASED or other.task
             )
-            found = self.outside.ended(task, slot.name, after, sizes, self._all_books_locked(), loaded)
+            found = self.outside.ended(
+                task,
+                slot.name,
+                after,
+                sizes,
+                self._all_books_locked(),
+                loaded,
+                getattr(task.resident, "array_bytes", 0),
+                released=task.resident is None,
+            )
             if wanted:
                 slot.engine, slot.resident = task.engine, task.resident
                 if error is None:

@@ -40,6 +40,7 @@ class Task:
     context: contextvars.Context
     give_up_at_s: float = math.inf
     made_room: bool = False
+    device_bytes_before: int = 0
     spawned: bool = False
     claimed: bool = False
     retries: int = 0
@@ -67,8 +68,8 @@ class Task:
         """Where the model is if the move has failed: where it was, unless its bytes had gone already."""
         if self.engine is None:
             return State.RELEASED
-        off_the_device = self.resident is not None and not self.resident.device_bytes
-        return State.HOST if self.move.via is State.OFFLOADING and off_the_device else self.move.source
+        has_left = self.resident is not None and self.resident.device_bytes < self.device_bytes_before
+        return State.HOST if self.move.via is State.OFFLOADING and has_left else self.move.source
 
 
 class Mover:

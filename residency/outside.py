@@ -1,9 +1,13 @@
 """Memory held outside the books: by this process or its children, beyond what the models are known to hold. Pure.
 
 The books of a model are its tensors and sessions. A worker process, CTranslate2, TensorRT or a numpy array are not in
-them, so what the processes hold is compared with the books at the end of each move. What this process has grown by
-during a move of one model, beyond its books, is that model's. Moves that overlap are attributed to nobody. A child is
-the model's during whose move it was first seen, or the only loaded model's if it was seen later.
+them, so what the processes hold is compared with the books at the end of each move. A child belongs to the model whose
+move ends when the child is first seen, or to the only loaded model. Memory of the device that this process has come to
+hold during a move of one model, beyond its books, is that model's; the growth during moves that overlap is no model's.
+
+Main memory of this process says little: libraries and allocators keep what they once had. Counted are the arrays of
+numpy that were found in the engine, and by how much the process grew during the load of this model alone, if that is
+much.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from dataclasses import dataclass, field
 
 NOISE_BYTES = 64 << 20
 """Less than this, or less than 5 % of a model's books, is not told from the noise of allocators and caches."""
+
+GROWTH_BYTES = 256 << 20
+"""The same for the main memory by which this process grows during a load."""
 
 MODULE_BYTES = 160 << 10
 """Main memory that one imported module is allowed (torch takes 142 KB each, others about 70)."""
@@ -121,10 +128,12 @@ class OutsideBooks:
         books: tuple[int, int],
         all_books: tuple[int, int],
         loaded: frozenset[str],
+        array_bytes: int = 0,
+        released: bool = False,
     ) -> Outside:
         """A move has ended: what the model holds outside its books now.
 
-        ``loaded`` are the models that are loaded or moving.
+        ``loaded`` are the models that are loaded or moving, ``array_bytes`` what numpy's arrays hold in its engine.
         """
         window = self._windows.pop(move, None)
         if window is None:  # given up
@@ -135,7 +144,7 @@ class OutsideBooks:
         # What was left by an engine that is gone is not of the one that is loaded in its place.
         device, host = (0, 0) if window.loads else self._balance.get(model, (0, 0))
         known = after.own.host_bytes is not None and window.before.own.host_bytes is not None
-        if window.alone and known:
+        if window.alone and window.loads and known:
             grown = _difference(after.own.host_bytes, window.before.own.host_bytes)
             host += grown - (self._in_main(books) - self._in_main(window.books))
             host -= MODULE_BYTES * max(0, after.modules - window.before.modules)
@@ -144,13 +153,12 @@ class OutsideBooks:
             device += grown - (books[0] - window.books[0])
         self._balance[model] = device, host
         noise = max(NOISE_BYTES, sum(max(books, window.books)) // 20)
-        own = Holder(
-            after.own.pid,
-            after.own.started_s,
-            after.own.command,
-            _audible(min(host, self._own_host(after, all_books)), noise) if known else None,
-            _audible(min(device, self._own_device(after, all_books)), noise),
-        )
+        host = _audible(min(host, self._own_host(after, all_books)), max(GROWTH_BYTES, noise)) if known else 0
+        host = max(host, _audible(array_bytes, NOISE_BYTES))
+        device = _audible(min(device, self._own_device(after, all_books)), noise)
+        if released:  # what this process keeps for itself is no engine's any more
+            host = device = 0
+        own = Holder(after.own.pid, after.own.started_s, after.own.command, host if known else None, device)
         return self._sum(after, model, [own] if known else None)
 
     def _sum(self, after: Sample, model: str, own: list[Holder] | None) -> Outside:

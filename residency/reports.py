@@ -83,8 +83,9 @@ class Reports:
             size = readable_bytes(sum((holder.device_bytes or 0) + (holder.host_bytes or 0) for holder in holders))
             pids = ", ".join(str(holder.pid) for holder in holders)
             logger.warning(
-                "%s holds %s outside the books (pid %s): offload does not move it; release the model, or end that "
-                "process. / %s 有 %s 账外占用（进程 %s）：卸载不会移动它，请完全释放或结束该进程。",
+                "%s holds %s outside the books (pid %s), in memory that is neither a tensor nor an ONNX session: "
+                "offload does not move it, a release of the model frees it. / %s 有 %s 账外占用（进程 %s），"
+                "既不是张量也不是 ONNX 会话：卸载不会移动它，释放模型可以腾出。",
                 slot.name, size, pids, slot.name, size, pids,
             )  # fmt: skip
         elif kind is State.LOADING and self._device.separate and not slot.device_bytes:

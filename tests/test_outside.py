@@ -115,17 +115,30 @@ def test_a_skeleton_that_holds_more_than_its_weights_is_released_the_normal_way(
     assert len(loads) == (2 if extra_mb else 1)
 
 
+def test_an_array_that_a_request_has_made_is_shown_after_it(manager: GPUResourceManager) -> None:
+    manager.register("tts", Plain)
+    with manager.lease("tts") as engine:
+        engine.tables = {"view": np.ones(200 * MB, np.uint8)[10:]}
+    manager.release("tts")
+    assert tts(manager)["outside_bytes"] == 0
+    with manager.lease("tts") as engine:
+        engine.weight = torch.ones(10)
+        engine.tables = {"view": np.ones(200 * MB, np.uint8)[10:], "of_a_tensor": torch.ones(1 << 25).numpy()}
+    manager.offload("tts")
+    assert tts(manager)["outside_bytes"] == 200 * MB
+
+
 def test_native_memory_is_shown(manager: GPUResourceManager) -> None:
     def load() -> Plain:
-        block = mmap.mmap(-1, 150 * MB)
-        block.write(b"x" * (150 * MB))
+        block = mmap.mmap(-1, 400 * MB)
+        block.write(b"x" * (400 * MB))
         return Plain(block=block)
 
     manager.register("tts", load)
     with manager.lease("tts"):
         pass
     manager.offload("tts")
-    assert tts(manager)["outside_bytes"] >= 140 * MB
+    assert tts(manager)["outside_bytes"] >= 390 * MB
 
 
 def test_a_big_array_is_shown_and_goes_with_a_release(manager: GPUResourceManager) -> None:

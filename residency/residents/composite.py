@@ -34,6 +34,11 @@ class CompositeResident:
     def host_bytes(self) -> int:
         return sum(part.host_bytes for part in self.parts)
 
+    @property
+    def array_bytes(self) -> int:
+        """Of the parts that tell; see `EngineResident.array_bytes`."""
+        return sum(getattr(part, "array_bytes", 0) for part in self.parts)
+
     def restore(self) -> int:
         return self._all_or_nothing(self.parts, _restore, _offload, undo_failed=True)
 

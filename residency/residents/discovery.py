@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import collections
 import gc
+import itertools
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ _DEPTH = 3
 #: Objects that are passed by when they are empty. By exact class, since a subclass's ``__len__`` is others' code.
 _MAY_BE_EMPTY = frozenset({list, dict, set, collections.OrderedDict, collections.deque, collections.defaultdict})
 
+#: Containers that the collector need not track.
+_UNTRACKED = {dict, tuple}
 #: Not remembered as leading to something: a million lists of numbers are worth a look each time.
 _QUICKLY_LOOKED_INTO = {list, tuple, set}
 
@@ -47,12 +51,14 @@ class Found:
     Attributes:
         references: how often the engine refers to each tensor (``id``). Each reference of a Python object is counted;
             what holds it in C++ (autograd, TorchScript) is not.
+        array_bytes: of the arrays of numpy that have memory of their own. They do not move.
     """
 
     tensors: ByPath[torch.Tensor]
     sessions: ByPath[Any]
     graphs: ByPath[torch.cuda.CUDAGraph]
     references: dict[int, int] = field(default_factory=dict)
+    array_bytes: int = 0
 
 
 class Discovery:
@@ -85,7 +91,11 @@ class Discovery:
 
         self._tell(walk, names)
         return Found(
-            ByPath(walk.tensors, names), ByPath(walk.sessions, names), ByPath(walk.graphs, names), dict(walk.references)
+            ByPath(walk.tensors, names),
+            ByPath(walk.sessions, names),
+            ByPath(walk.graphs, names),
+            dict(walk.references),
+            _own_bytes(walk.arrays),
         )
 
     def _tell(self, walk: _Walk, names: Callable[[Iterable[Any]], Mapping[int, str]]) -> None:
@@ -128,6 +138,9 @@ class _Walk:
         self.tensors: list[torch.Tensor] = []
         self.sessions: list[Any] = []
         self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.arrays: list[Any] = []
+        numpy = sys.modules.get("numpy")  # an engine that has an array has imported it
+        self._array: type | None = numpy.ndarray if numpy else None
         self.odd: list[torch.Tensor] = []
         self.scripts: list[Any] = []
         self.refused: list[Any] = []
@@ -169,6 +182,8 @@ class _Walk:
             self.sessions += things
         elif kind is Kind.GRAPH:
             self.graphs += things
+        elif kind is Kind.ARRAY:
+            self.arrays += things
         elif kind is Kind.BY_NAME:
             self._enter_by_name(things)
 
@@ -201,12 +216,25 @@ class _Walk:
     def _enterable(self, referents: list[Any]) -> list[Any]:
         """Those behind which there may be something. What the collector does not track refers to nothing."""
         things = list(filter(gc.is_tracked, referents))
+        if self._array is not None:
+            things += self._arrays_among(list(itertools.filterfalse(gc.is_tracked, referents)))
         classes = self._classes(things)
         closed = {cls for cls in classes if self._kinds[cls] is Kind.CLOSED}
         hollow = classes & _MAY_BE_EMPTY
         if not hollow:
             return [thing for thing in things if type(thing) not in closed] if closed else things
         return [thing for thing in things if type(thing) not in closed and (type(thing) not in hollow or thing)]
+
+    def _arrays_among(self, untracked: list[Any]) -> list[Any]:
+        """Arrays of numpy are not tracked, and neither are containers with nothing else in them."""
+        found: list[Any] = []
+        while untracked:
+            classes = set(map(type, untracked))
+            if self._array in classes:
+                found += [thing for thing in untracked if type(thing) is self._array]
+            containers = [thing for thing in untracked if type(thing) in _UNTRACKED] if classes & _UNTRACKED else []
+            untracked = list(itertools.filterfalse(gc.is_tracked, gc.get_referents(*containers))) if containers else []
+        return found
 
     def _is_barren(self, things: list[Any]) -> bool:
         """Whether these, and what they refer to, and so on for some steps, lead to nothing that need be looked at."""
@@ -240,6 +268,17 @@ class _Walk:
                 self.refused.append(thing)
             if issubclass(type(thing), torch.jit.ScriptModule):
                 self.scripts.append(thing)
+
+
+def _own_bytes(arrays: list[Any]) -> int:
+    """Bytes of these arrays and of those whose views they are, each once; what looks at a tensor has none."""
+    owners: dict[int, int] = {}
+    for array in arrays:
+        while type(base := array.base) is type(array):
+            array = base
+        if base is None:
+            owners[id(array)] = array.nbytes
+    return sum(owners.values())
 
 
 def _looks_like(thing: Any) -> str:

@@ -56,6 +56,7 @@ class EngineResident:
         #: The storage of each tensor (``id``) of the last walk, if all that was found is accounted for.
         self._known: dict[int, int | None] | None = None
         found = self._discovery.walk()
+        self._array_bytes = found.array_bytes
         held = self._held(found)
         keys = _bring_back(found, _keys(found))
         without = [tensor for tensor in found.tensors.values() if keys[id(tensor)] is None]
@@ -70,6 +71,11 @@ class EngineResident:
         except BaseException:
             self._abandon()
             raise
+
+    @property
+    def array_bytes(self) -> int:
+        """Main memory of numpy's arrays that hang on the engine, as of the last walk. No move takes them along."""
+        return self._array_bytes
 
     @property
     def storages(self) -> frozenset[int]:
@@ -119,11 +125,12 @@ class EngineResident:
         if self._beside:
             self._beside._find_latecomers()  # what was made in there must outlive this engine too
         now = self._discovery.walk()
+        self._array_bytes = now.array_bytes
         graphs = (*now.graphs, *compiled_graphs(now.tensors))
         if graphs:
             raise CapturedGraphs(graphs)
         keys = _keys(now)
-        if keys == self._known:
+        if keys == self._known and not (self._loaded.has_common or self._late.has_common):
             return
         there = {key for key in keys.values() if key is not None}
         self._loaded.keep_only(there)

@@ -17,7 +17,7 @@ class Kind(enum.Enum):
     Attributes:
         CLOSED: nothing of the engine hangs on it, or it leads out into the rest of the process. Not entered.
         OPEN: `gc.get_referents` gives exactly what hangs on it, and its class.
-        TENSOR, SESSION, GRAPH: what is looked for.
+        TENSOR, SESSION, GRAPH, ARRAY: what is looked for. An array is one of numpy's.
         BY_NAME: entered by `paths.children`, since the garbage collector would show too much or too little.
     """
 
@@ -26,6 +26,7 @@ class Kind(enum.Enum):
     TENSOR = enum.auto()
     SESSION = enum.auto()
     GRAPH = enum.auto()
+    ARRAY = enum.auto()
     BY_NAME = enum.auto()
 
 
@@ -58,6 +59,8 @@ def kind_of(cls: type) -> Kind:
         return Kind.SESSION
     if issubclass(cls, torch.cuda.CUDAGraph):
         return Kind.GRAPH
+    if any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in cls.__mro__):
+        return Kind.ARRAY
     if issubclass(cls, torch.jit.ScriptModule) or not _is_transparent(cls):
         return Kind.BY_NAME
     return Kind.OPEN

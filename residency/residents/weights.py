@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ logger = logging.getLogger(__name__)
 
 _SKELETON_BYTES = 64 << 20
 """What may stay in main memory of an engine whose weights are in a snapshot: tensors that compute there."""
+
+_USE_ENDS_WITHIN_S = 0.02
+_BYTES_PER_S = 1 << 30
+_LONGEST_USE_S = 0.5
+"""How long a use of a constant by another thread may take: at least, for each byte, and at most."""
 
 
 class Weights:
@@ -90,6 +96,11 @@ class Weights:
         return frozenset([piece.storage._cdata for piece in (*self._pieces, *self._elsewhere)]) | common
 
     @property
+    def has_common(self) -> bool:
+        """Whether another engine counts some of the storages, for as long as it has them."""
+        return bool(self._common)
+
+    @property
     def pieces(self) -> Iterable[Piece]:
         """The movable ones."""
         return self._pieces
@@ -104,8 +115,8 @@ class Weights:
 
     @property
     def device_bytes(self) -> int:
-        """0 while away: of what others hold and have brought back, only the device's own books tell."""
-        return self._movable_bytes if self.on_device else 0
+        """While away: of what stays, and of what others hold and have brought back."""
+        return self._movable_bytes if self.on_device else self._here_bytes
 
     @property
     def _here_bytes(self) -> int:
@@ -125,13 +136,19 @@ class Weights:
 
         with self._moving, torch.inference_mode():
             self._device.wait()
-            for piece in self._pieces:
-                self._follow(piece)
-            self._leave_behind(part_from_strangers(self._pieces))
-            with self._device.transfer():
-                if self._mirror is None:
-                    self._make_mirror()
-                self._update_mirror()
+            try:
+                self._let_uses_end()
+                with torch._C.DisableTorchFunctionSubclass():
+                    for piece in self._pieces:
+                        self._follow(piece)
+                    self._leave_behind(part_from_strangers(self._pieces))
+                with self._device.transfer():
+                    if self._mirror is None:
+                        self._make_mirror()
+                    self._update_mirror()
+            except BaseException:
+                show(self._held)
+                raise
             self._here = {piece for piece in self._pieces if piece.stays}
             for piece in self._held:
                 setattr(piece.storage, absence.RECALL, Recall(self, piece))
@@ -140,6 +157,21 @@ class Weights:
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
         return self._movable_bytes - self._here_bytes
+
+    def _let_uses_end(self) -> None:
+        """See that no other thread computes with what others than the engine hold: they need no lease for that.
+
+        A use that begins now waits until the move has ended, and then brings the bytes back. One that has begun is
+        given the time to end.
+        """
+        leaving = [piece for piece in self._held if not piece.stays]
+        if not leaving:
+            return
+        for piece in leaving:
+            setattr(piece.storage, absence.RECALL, Recall(self, piece))
+        hide(leaving)
+        time.sleep(min(_USE_ENDS_WITHIN_S + sum(piece.nbytes for piece in leaving) / _BYTES_PER_S, _LONGEST_USE_S))
+        self._device.wait()
 
     def _leave_behind(self, pieces: list[Piece]) -> None:
         """Take these for storages that stay where they are: shared with other processes since the load, for one."""

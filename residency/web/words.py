@@ -257,10 +257,16 @@ def outside(model: dict[str, Any], say: Say) -> list[str]:
         return []
     size = readable_bytes(sum((holder["device_bytes"] or 0) + (holder["host_bytes"] or 0) for holder in holders))
     processes = mark(",", say).join(f"pid {holder['pid']} {holder['command']}" for holder in holders)
-    return [
-        f"{say('账外占用', 'Held outside the books')}{mark(':', say)}{size}{bracketed(processes, say)}"
-        + say("。卸载不会移动它，请完全释放或结束该进程。", ". Offload does not move it: release, or end that process.")
-    ]
+    if model["state"] == "released":
+        advice = say(
+            "。模型已释放，该进程仍在占用：请结束该进程。",
+            ". The model was released, and still it is held: end that process.",
+        )
+    else:
+        advice = say(
+            "。卸载不会移动它；释放模型可以腾出。", ". Offload does not move it; a release of the model frees it."
+        )
+    return [f"{say('账外占用', 'Held outside the books')}{mark(':', say)}{size}{bracketed(processes, say)}{advice}"]
 
 
 def memory_label(device_kind: str, say: Say) -> str | None:

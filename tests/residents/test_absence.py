@@ -7,11 +7,15 @@ import functools
 import gc
 import io
 import logging
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -303,3 +307,12 @@ def test_a_tensor_taken_in_a_lease_is_not_held_by_others(device: SimulatedDevice
             weight = engine.module.weight
         with pytest.raises(TensorAway):
             weight.sum()
+
+
+def test_a_cache_is_used_by_threads_while_its_engine_leaves_and_returns() -> None:
+    """In a process of its own: freed memory that is read ends a process."""
+    root = Path(__file__).resolve().parent.parent.parent
+    command = [sys.executable, root / "tests" / "residents" / "race.py", "60"]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
