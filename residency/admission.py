@@ -44,7 +44,7 @@ class Admission:
     """One request after the other on each model, in order of arrival. ``check_locked`` raises where none are taken.
 
     ``wait_timeout_s`` is how long a request that names no time of its own waits for its turn and for room at most; the
-    time in which the model is brought to the device for this request is not counted.
+    time in which the model is brought to the device is not counted.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Admission:
         slot, holding = request.slot, request.holding
         at_once = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken
         if timeout_s == 0 and not at_once:
-            raise ModelBusy(slot.name, sum(1 for _ in slot.waiting()), slot.state.value)
+            raise ModelBusy(slot.name, sum(1 for _ in slot.waiting()), slot.state.value, self._facts(slot.holder))
         holder = slot.holder
         if holder is not None and holder.site.resumed_by(request.site):
             raise LeaseDeadlock(slot.name, _names(holding), self._facts(holder))
@@ -244,20 +244,23 @@ class Admission:
         if slot.max_waiting < math.inf and not at_once:
             waiting = sum(1 for _ in slot.waiting())
             if waiting >= slot.max_waiting and slot.in_use:
-                raise ModelBusy(slot.name, waiting, slot.state.value)
+                raise ModelBusy(slot.name, waiting, slot.state.value, self._facts(slot.holder))
 
     def _wait(self, request: Request, lease: Lease, asked_s: float, timeout_s: float | None) -> None:
         slot, latch = request.slot, new_latch()
-        until_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
+        until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
         look_s, tell_s = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S
         with self._dispatcher.lock:
             request.latch = latch
+            arrived_before_s = slot.arrived_for_s(asked_s)
             self._dispatcher.reports.tell_queue(slot)
             slot.changed()
         while not request.answered:
             with self._dispatcher.lock:
                 now_s = self._clock.now()
-                late = now_s >= until_s and not (timeout_s is None and self._comes_for(request))
+                if timeout_s is None:
+                    until_s = limit_s + slot.arrived_for_s(now_s) - arrived_before_s
+                late = now_s >= until_s
                 if lease.cancelled and not request.answered:
                     self._refuse_locked(request, RequestCancelled(slot.name))
                 elif late and not request.answered:
@@ -275,7 +278,7 @@ class Admission:
                 )
                 tell_s = math.inf
             if not request.answered:
-                self._clock.wait(latch, min(until_s if until_s > now_s else math.inf, look_s) - now_s)
+                self._clock.wait(latch, min(until_s, look_s) - now_s)
         self._dispatcher.act()
 
     def _end_deadlock(self, request: Request, lease: Lease) -> None:
@@ -307,12 +310,6 @@ class Admission:
             return False
         # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
         return self._clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
-
-    @staticmethod
-    def _comes_for(request: Request) -> bool:
-        """Whether the model is on its way to the device for this request."""
-        slot = request.slot
-        return slot.task is not None and slot.task.arrives and slot.head() is request
 
     def _facts(self, holder: Request | None) -> Holder | None:
         if holder is None or not holder.users:

@@ -447,6 +447,7 @@ class Dispatcher:
             wanted = slot.task is task
             if wanted:
                 slot.device_bytes, slot.host_bytes = sizes
+                slot.arriving_s = slot.arrived_for_s(now_s)
             loaded = frozenset(
                 name for name, other in self.slots.items() if other.at is not State.RELEASED or other.task
             )
@@ -537,6 +538,7 @@ class Dispatcher:
         task.given_up = True
         self.outside.given_up(task)
         self.reports.tell("failed", task, error)
+        slot.arriving_s = slot.arrived_for_s(self.clock.now())
         slot.task = None
         self._note_locked(task, "failed", self.clock.now())
         self._refuse_arrival_locked(slot, error)

@@ -74,6 +74,22 @@ class Holder:
         return f"{self.where}（线程 {self.thread}）已占用 {self.held_s:.3g} 秒"
 
 
+#: What a model is doing, by its state: in English most states say it themselves.
+_DOING_ZH = {
+    "released": "未加载",
+    "loading": "加载中",
+    "device": "使用中",
+    "offloading": "正在离开设备",
+    "host": "在内存中",
+    "restoring": "正在返回设备",
+    "releasing": "释放中",
+}
+
+
+def _doing(state: str) -> tuple[str, str]:
+    return "in use" if state == "device" else state, _DOING_ZH.get(state, state)
+
+
 class RequestTimeout(ResidencyError, TimeoutError):
     """A request did not get its model in the time it had. Nothing was harmed: what was being moved arrives.
 
@@ -83,10 +99,11 @@ class RequestTimeout(ResidencyError, TimeoutError):
 
     def __init__(self, name: str, waited_s: float, place: int, doing: str, holder: Holder | None = None) -> None:
         held_en, held_zh = (f"; {holder.en}", f"；{holder.zh}") if holder else ("", "")
+        doing_en, doing_zh = _doing(doing)
         super().__init__(
-            f"{name!r} was not to be had within {waited_s:.3g} s ({doing}; place {place} in the queue{held_en}). Try "
-            f"again, or allow more time (--gpu-wait-timeout, or timeout).",
-            f"{waited_s:.3g} 秒内未能使用 {name!r}（{doing}；排队第 {place} 位{held_zh}）。请重试，或延长等待时间"
+            f"{name!r} did not become free within {waited_s:.3g} s ({doing_en}; place {place} in the queue{held_en}). "
+            f"Try again, or allow more time (--gpu-wait-timeout, or timeout).",
+            f"{waited_s:.3g} 秒内未能使用 {name!r}（{doing_zh}；排队第 {place} 位{held_zh}）。请重试，或延长等待时间"
             f"（--gpu-wait-timeout 或 timeout）。",
             name,
             waited_s,
@@ -104,17 +121,21 @@ class RequestTimeout(ResidencyError, TimeoutError):
 class ModelBusy(ResidencyError):
     """A request that may not wait, or not behind that many, came when the model was in use or not on the device."""
 
-    def __init__(self, name: str, waiting: int, doing: str) -> None:
+    def __init__(self, name: str, waiting: int, doing: str, holder: Holder | None = None) -> None:
+        held_en, held_zh = (f"; {holder.en}", f"；{holder.zh}") if holder else ("", "")
+        doing_en, doing_zh = _doing(doing)
         super().__init__(
-            f"{name!r} is busy ({doing}; {waiting} waiting). Try again later.",
-            f"{name!r} 正忙（{doing}；{waiting} 个请求等待中），请稍后重试。",
+            f"{name!r} is busy ({doing_en}; {waiting} waiting{held_en}). Try again later.",
+            f"{name!r} 正忙（{doing_zh}；{waiting} 个请求等待中{held_zh}），请稍后重试。",
             name,
             waiting,
             doing,
+            holder,
         )
         self.name = name
         self.waiting = waiting
         self.doing = doing
+        self.holder = holder
 
 
 class RequestCancelled(ResidencyError):

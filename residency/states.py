@@ -194,6 +194,8 @@ class Slot:
     left_s: float | None = None
     idle_since_s: float | None = None
     not_before_s: float = -math.inf
+    #: How long it has been on its way to the device, all arrivals that have ended together.
+    arriving_s: float = 0.0
     last_move: MoveRecord | None = None
     last_error: str | None = None
     #: What it holds beyond these books, as far as is known; None before it was first moved.
@@ -212,6 +214,11 @@ class Slot:
     def on_device(self) -> bool:
         """Whether it takes room on the device, or soon will."""
         return self.at is State.DEVICE or (self.task is not None and self.task.move.target is State.DEVICE)
+
+    def arrived_for_s(self, now_s: float) -> float:
+        """How long it has been on its way to the device until now, all arrivals together."""
+        arrives = self.task is not None and self.task.arrives
+        return self.arriving_s + (max(0.0, now_s - self.task.started_s) if arrives else 0.0)
 
     @property
     def stays(self) -> bool:

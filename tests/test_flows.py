@@ -378,9 +378,19 @@ def test_the_longest_wait_does_not_count_the_load(clock: ManualClock) -> None:
         for _ in range(5):
             clock.advance(100)
             worker.join(0.01)
+        behind = manager.lease("tts")
+        second = Worker(behind.__enter__)
+        slot = manager._slots["tts"]
+        assert await_that(manager, slot, lambda: behind.request in slot.waiting())
+        clock.advance(100)
         gate.open()
         assert worker.result() is workshop.engines[0]
+        clock.advance(4)  # of which the load was none
+        second.join(0.05)
+        assert second.is_alive()
         lease.__exit__()
+        assert second.result() is workshop.engines[0]
+        behind.__exit__()
 
 
 # -- leases that are lost ---------------------------------------------------------------------------------------
