@@ -106,6 +106,7 @@ class Admission:
 
     def resumed(self, request: Request) -> None:
         """For `Lease`: the generator in which the model is leased goes on, maybe in another thread."""
+        request.streams = True
         request.site = call_site()
         request.resumed_s = self._clock.now()
 

@@ -53,6 +53,7 @@ class CallSite:
         code, line: the innermost frame outside of this library.
         frame: that frame; None if it is a thread pool's, which outlives the task that takes the lease.
         generators: the generators and coroutines of the stack outside of this library, innermost first.
+        is_suspended: whether a generator yielded here; ``frame`` is then the code that made its last step.
     """
 
     thread: int
@@ -60,6 +61,7 @@ class CallSite:
     line: int
     frame: Activation | None
     generators: tuple[Activation, ...]
+    is_suspended: bool = False
 
     @property
     def where(self) -> str:
@@ -74,17 +76,17 @@ class CallSite:
 
     def executes(self) -> bool:
         """Whether the function that asked for the lease is on a stack: it has not returned and is not suspended."""
-        if self.frame is None:
+        if self.frame is None or self.is_suspended:
             return False
         return any(self.frame == _activation(frame) for top in sys._current_frames().values() for frame in _below(top))
 
     def executes_here(self) -> bool:
-        """The same of the stack of the thread that calls this."""
+        """Whether that function, or the one that made a generator's last step, is on the stack of this thread."""
         return self.frame is not None and self.frame in map(_activation, _stack(threading.get_ident()))
 
     def suspended(self) -> CallSite:
         """The same site, for a generator that is about to yield."""
-        return replace(self, frame=None)
+        return replace(self, is_suspended=True)
 
     def same_flow(self, other: CallSite) -> bool:
         """Whether a request made there is made by the generator under which the lease was taken here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import sys
 from collections.abc import Callable, Iterator
@@ -74,19 +75,23 @@ class Lease:
     #: Discovery stops here: behind a lease there are the manager and other models.
     not_of_the_engine = True
 
+    # For a lease whose making was interrupted.
+    request: Request | None = None
+    _made: _Made | None = None
+
     def __init__(self, lessor: Lessor, slot: Slot, timeout_s: float | None = None, reading: bool = False) -> None:
         self._lessor = lessor
         self._slot = slot
         self._timeout_s = timeout_s
         self._reading = reading
         self._entered = self._ended = self._cancelled = self._broken = False
-        self.request: Request | None = None
+        self.request = None
         #: Whether the request was made for this lease, and not for one that it shares.
         self.owns = False
         made = tuple([one for one in _made.get() if not one.over])
         #: Requests in force whose leases were made in this context before, wherever they were entered.
-        self.made_after = tuple([one.request for one in made if one.request is not None])
-        self._made = _Made()
+        self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
+        self._made = _Made(_in_a_task())
         _made.set((*made, self._made))
 
     def __enter__(self) -> Any:
@@ -99,14 +104,15 @@ class Lease:
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
-            if outer.slot is self._slot and self._lessor.share(self, outer):
+            # A stream's context is that of its last step, which others may have in a thread pool.
+            if outer.slot is self._slot and not outer.streams and self._lessor.share(self, outer):
                 return self._slot.engine
         if self._reading and self._lessor.join(self, self._slot):
             return self._slot.engine
         try:
             request = self._lessor.acquire(self._slot, self._timeout_s, self)
             _held.set((*held_requests(), request))
-            if here:
+            if here and self._made is not None:
                 self._made.request = request
             return self._slot.engine
         except BaseException:
@@ -118,7 +124,8 @@ class Lease:
 
     # Bound now: at the end of the interpreter modules lose what is in them, and no thread can be begun or waited for.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        self._made.over = True
+        if self._made is not None:
+            self._made.over = True
         if self.request is not None and not ending():
             self._ended = True
             self._lessor.give_back_later(self, self._broken)
@@ -163,8 +170,9 @@ class Lease:
         self._broken = True
 
     def _leave(self, error: BaseException | None = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        self._ended = self._made.over = True
-        self._made.request = None
+        self._ended = True
+        if self._made is not None:
+            self._made.over, self._made.request = True, None
         if ending():
             return
         try:
@@ -213,13 +221,21 @@ def loading(slot: Slot) -> Iterator[None]:
 
 
 class _Made:
-    """A lease in the context in which it was made: its request while it is in force, and whether it is over."""
+    """A lease in the context in which it was made: its request while it is in force, and whether it is over.
 
-    __slots__ = ("over", "request")
+    ``in_a_task``: a coroutine has made it, whose context is its own. That of a thread serves one task after the other.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("in_a_task", "over", "request")
+
+    def __init__(self, in_a_task: bool) -> None:
+        self.in_a_task = in_a_task
         self.request: Request | None = None
         self.over = False
+
+
+def _in_a_task() -> bool:
+    return asyncio._get_running_loop() is not None and asyncio.current_task() is not None
 
 
 class _Loading:

@@ -110,7 +110,7 @@ class Request:
     """
 
     __slots__ = ("answered", "asked_s", "context", "ended", "error", "holding", "latch", "number", "resumed_s",
-                 "searched_s", "served_s", "site", "slot", "users")  # fmt: skip
+                 "searched_s", "served_s", "site", "slot", "streams", "users")  # fmt: skip
 
     def __init__(
         self, slot: Slot, number: int, site: CallSite, holding: tuple[Slot, ...] = (), asked_s: float = 0.0
@@ -127,6 +127,8 @@ class Request:
         #: How many nested leases share it; and whether the lease that it was made for has ended.
         self.users = 1
         self.ended = False
+        #: Whether a stream holds it: a generator whose steps tell where they are made.
+        self.streams = False
         #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
         self.latch: threading.Lock | None = None
         self.context: contextvars.Context | None = None

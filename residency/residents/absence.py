@@ -134,7 +134,10 @@ def _answer(cls: type, function: Any, types: Any, arguments: tuple[Any, ...] = (
         return _description(arguments[0])
     for tensor in tree_leaves((arguments, options)):
         if type(tensor) in _present:
-            _bring_back(torch.Tensor.untyped_storage(tensor))
+            storage = torch.Tensor.untyped_storage(tensor)
+            _bring_back(storage)
+            if type(tensor) in _present:  # its bytes are on their way
+                raise TensorAway(_path(storage), False)
     return function(*arguments, **options)
 
 

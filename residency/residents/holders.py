@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import logging
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from .pieces import Piece, forget_guests, is_alone
+from .pieces import RAW, Piece, forget_guests, is_alone
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,18 @@ def part_from_strangers(pieces: Collection[Piece]) -> list[Piece]:
     return immovable
 
 
+def _all_tensors() -> list[torch.Tensor]:
+    """Every tensor object of the process.
+
+    One call in C, during which no other thread runs: Python refuses to finish a tuple that another thread is building
+    if something else refers to it, as a list of all objects does.
+    """
+    import torch
+
+    everything = itertools.chain.from_iterable(map(gc.get_objects, (None,)))
+    return list(filter(functools.partial(type.__instancecheck__, torch._C.TensorBase), everything))
+
+
 def _find_views(pieces: Iterable[Piece]) -> None:
     """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
     import torch
@@ -88,8 +102,8 @@ def _find_views(pieces: Iterable[Piece]) -> None:
     if not wanted:
         return
     known = {id(tensor) for piece in wanted.values() for tensor in (piece.raw, *piece.tensors.values(), *piece.guests)}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and id(thing) not in known:
+    for thing in _all_tensors():
+        if id(thing) not in known and RAW not in vars(thing):
             try:
                 with torch._C.DisableTorchFunctionSubclass():
                     piece = wanted.get(torch.Tensor.untyped_storage(thing)._cdata)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RAW = "_residency_raw"
+"""Marks the tensors through which moves see the bytes: they are nobody's view, and never hidden."""
+
 _FILL_CHECK_FROM_BYTES = 1 << 20
 _FILL_CHECK_BYTES = 8 << 20
 
@@ -59,6 +62,7 @@ class Piece:
     def _live_in(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
         self.raw = as_bytes(storage, self.nbytes)
+        setattr(self.raw, RAW, True)
         setattr(storage, absence.PIECE, weakref.ref(self))
 
     @property
@@ -70,6 +74,7 @@ class Piece:
         """Take the storage's present size for the right one."""
         self.nbytes = self.storage.nbytes()
         self.raw = as_bytes(self.storage, self.nbytes)
+        setattr(self.raw, RAW, True)
 
     def count_strangers(self) -> int:
         """How many use the storage and are neither of the engine nor among the guests: views, DLPack, C++."""

@@ -53,10 +53,17 @@ class Weights:
     bytes are away, each use of the tensors raises `TensorAway`; see `residency.residents.absence`.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], device: Device, passing: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        device: Device,
+        passing: bool = False,
+        held: AbstractSet[int] = frozenset(),
+    ) -> None:
         """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many.
 
-        ``passing`` ones will be others the next time, so that a snapshot of them is of use once.
+        ``passing`` ones will be others the next time, so that a snapshot of them is of use once. ``held`` are those
+        (``id``) that others than the engine hold: see `mark_held`.
         """
         self._device = device
         self._passing = passing
@@ -76,6 +83,8 @@ class Weights:
                 movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
                 (self._pieces if movable else self._elsewhere).append(piece)
             device.charge(self._movable_bytes)
+            if held:
+                self.mark_held(held)
             owners.add_locked(self)
         self.on_device = True  # where the movable ones are
         self._layout = Layout((), (0,), 0)
