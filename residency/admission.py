@@ -7,12 +7,11 @@ import contextvars
 import itertools
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
-from .callers import CallSite, call_site, in_thread_pool
+from .callers import CallSite, call_site, in_thread_pool, is_this_thread
 from .dispatch import Dispatcher
 from .errors import Holder, LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from .latches import holds, new_latch
@@ -132,7 +131,7 @@ class Admission:
     def _same_flow(holder: Request, site: CallSite, lease: Lease) -> bool:
         """Whether a request is made by the code that has the model, so that waiting would be waiting for itself."""
         there = holder.site
-        if there.thread == site.thread == threading.get_ident() and there.executes_here():
+        if is_this_thread(there) and there.executes_here():
             return True
         return there.same_flow(site) or (holder in lease.made_after and not there.executes())
 
@@ -306,7 +305,7 @@ class Admission:
         """Whether the code that has the model cannot go on before the request is answered."""
         if holder.site.waits_for(request.site.thread):
             return True
-        resumes_it = holder.site.thread == request.site.thread or _in_event_loop()
+        resumes_it = holder.site.token is request.site.token or _in_event_loop()
         if not resumes_it or holder.site.executes() or in_thread_pool():
             return False
         # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.

@@ -53,6 +53,7 @@ class CallSite:
         code, line: the innermost frame outside of this library.
         frame: that frame; None if it is a thread pool's, which outlives the task that takes the lease.
         generators: the generators and coroutines of the stack outside of this library, innermost first.
+        token: an object of that thread alone; numbers and names of threads are used again.
         is_suspended: whether a generator yielded here; ``frame`` is then the code that made its last step.
     """
 
@@ -61,6 +62,7 @@ class CallSite:
     line: int
     frame: Activation | None
     generators: tuple[Activation, ...]
+    token: object
     is_suspended: bool = False
 
     @property
@@ -117,7 +119,22 @@ def call_site() -> CallSite:
     if caller is None:
         caller = outermost
     activation = None if _module(caller).startswith(_RUNNERS) else _activation(caller)
-    return CallSite(threading.get_ident(), caller.f_code, caller.f_lineno, activation, tuple(generators))
+    return CallSite(
+        threading.get_ident(), caller.f_code, caller.f_lineno, activation, tuple(generators), _this_thread.token
+    )
+
+
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.token = object()
+
+
+_this_thread = _ThisThread()
+
+
+def is_this_thread(site: CallSite) -> bool:
+    """Whether the thread that calls this is the one of a site, and not another with the same number."""
+    return site.token is _this_thread.token
 
 
 def in_thread_pool() -> bool:
