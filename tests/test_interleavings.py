@@ -20,7 +20,7 @@ from scheduler import Scheduler
 from world import SIZES, World
 
 import gpu_manager
-from residency import admission, dispatch, events, latches, monitor, states
+from residency import dispatch, events, latches, monitor, states
 from residency.errors import DeviceOutOfMemory, LeaseDeadlock, OverBudget
 from residency.residents import kept
 
@@ -32,7 +32,7 @@ SEEDS = 150 if NIGHTLY else 25
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Scheduler, World]]:
     def build(seed: int, snapshots: bool = False, **settings: Any) -> tuple[Scheduler, World]:
         scheduler = Scheduler.varied(seed)
-        for module in (gpu_manager, admission, dispatch, events, kept, latches, monitor, states):
+        for module in (gpu_manager, dispatch, events, kept, latches, monitor, states):
             monkeypatch.setattr(module, "threading", scheduler)
         folder = tmp_path if snapshots else None
         return scheduler, World(seed, scheduler.clock(), step=scheduler.step, snapshot_dir=folder, **settings)
