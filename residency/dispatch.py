@@ -75,7 +75,7 @@ class Dispatcher:
         mover: Mover,
         clock: Clock,
         budget_bytes: float = math.inf,
-        sample: Callable[[bool], Sample] = lambda thorough: NO_SAMPLE,
+        sample: Callable[[bool, bool], Sample] = lambda trim, look_at_children: NO_SAMPLE,
     ) -> None:
         self.device = device
         self.mover = mover
@@ -352,7 +352,8 @@ class Dispatcher:
         return True
 
     def _run(self, task: Task) -> None:
-        before = self.sample(task.move.via is State.LOADING)
+        loads = task.move.via is State.LOADING
+        before = self.sample(loads, loads)
         with self.lock:
             if task.claimed:
                 return
@@ -431,7 +432,7 @@ class Dispatcher:
 
     def _commit(self, task: Task) -> None:
         slot, error = task.slot, task.error
-        left, memory, after = task.resident or slot.kept, Memory(), self.sample(True)
+        left, memory, after = task.resident or slot.kept, Memory(), self.sample(task.move.via is State.LOADING, True)
         lost = self.is_lost(error)
         sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
         with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
