@@ -101,7 +101,7 @@ class CudaDevice:
         if own not in held:
             return None
         if torch is not None and torch.cuda.is_initialized():
-            held[own] -= torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            held[own] -= torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
         return held
 
     def telemetry(self) -> Telemetry:
@@ -223,8 +223,9 @@ class CudaDevice:
             self._pinned_bytes -= nbytes
 
     def wait(self) -> None:
-        """Waits for the whole card: on which streams an engine has worked, and which of them still read or write its
-        weights, nobody can tell. `CaptureUnderWay` while a CUDA graph is being captured there: CUDA would refuse.
+        """Waits for the whole card, since torch does not tell on which streams an engine has worked.
+
+        `CaptureUnderWay` while a CUDA graph is being captured there: CUDA would refuse.
         """
         if not _in_use():
             return

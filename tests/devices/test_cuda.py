@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 
 import pytest
@@ -196,3 +197,20 @@ def test_pages_may_be_unpinned_by_a_garbage_collection_while_others_are_pinned(
     cuda.fail = lambda call: device.unpin(first) if call == "register" else None
     assert device.pin(second)
     assert device._pinned_bytes == 8192
+
+
+def test_what_torch_keeps_free_is_that_of_the_managed_card(
+    cuda: FakeCuda, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Probe, "holders", lambda self: ((77, 100), (os.getpid(), 1000)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: {1: 500}[index])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: {1: 300}[index])
+    assert device.held_by() == {77: 100, os.getpid(): 800}
+
+
+@pytest.mark.parametrize("processes", [(), ((77, 100),), ((77, None),)])
+def test_a_driver_that_does_not_list_this_process_tells_nothing(
+    processes: tuple[tuple[int, int | None], ...], device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Probe, "holders", lambda self: processes)
+    assert device.held_by() is None
