@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
@@ -332,7 +331,7 @@ class GPUResourceManager:
         """Look again at child processes that hold memory outside the books, once a second at most."""
         with self._lock:
             holding = {slot: slot.outside for slot in self._slots.values() if slot.outside and slot.outside.holders}
-            now_s = time.monotonic()
+            now_s = self._clock.now()
             if not holding or now_s < self._remeasured_s + 1:
                 return
             self._remeasured_s = now_s

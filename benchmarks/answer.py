@@ -41,16 +41,6 @@ class Engine:
         self.answered_s = time.perf_counter()
         return audio, 24_000
 
-    def edit(
-        self,
-        input_audio_path: str,
-        audio_text: str,
-        edit_type: str,
-        edit_info: str | None = None,
-        text: str | None = None,
-    ) -> tuple[torch.Tensor, int]:
-        return self.clone(input_audio_path, audio_text, audio_text)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

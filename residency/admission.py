@@ -62,8 +62,12 @@ class Admission:
             self._check_locked(slot)
             now_s = self._clock.now()
             holder = slot.holder
-            may_share = holder is not None and timeout_s != 0  # 0 asks for a model that nobody has
-            if holder and may_share and self._same_flow(holder, site, lease) and self._share_locked(lease, holder):
+            if (
+                holder is not None
+                and timeout_s != 0  # which asks for a model that is not in use
+                and self._same_flow(holder, site, lease)
+                and self._share_locked(lease, holder)
+            ):
                 return holder
             holding = (*held_slots(), *self.kept_busy_locked(site, lease.made_after))
             request = Request(slot, next(self._numbers), site, holding, now_s)
@@ -116,15 +120,10 @@ class Admission:
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[Request] = ()) -> tuple[Slot, ...]:
         """The models that this code keeps busy, as far as the call stack tells and the context does not."""
         holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
-        return (
-            ()
-            if not holders
-            else tuple(
-                holder.slot
-                for holder in holders
-                if holder.users
-                and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
-            )
+        return tuple(
+            holder.slot
+            for holder in holders
+            if holder.users and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
         )
 
     @staticmethod
@@ -187,10 +186,11 @@ class Admission:
             else:
                 slot.history.refused(request.error)
         leaves = wait and task is not None and not task.arrives and request.error is None
-        if leaves and slot.device_bytes > SMALL_BYTES and dispatcher.monitor.alive:
+        small = slot.device_bytes <= SMALL_BYTES
+        if leaves and not small and dispatcher.monitor.alive:
             return  # the monitor starts it: a thread that moves bytes would take this one's turn to answer
         dispatcher.act()
-        if leaves and slot.device_bytes <= SMALL_BYTES:
+        if leaves and small:
             dispatcher.watch(slot, lambda: slot.task is not task, SMALL_LEAVES_WITHIN_S)
 
     def give_back_later(self, lease: Lease, discard: bool = False) -> None:
@@ -314,7 +314,7 @@ class Admission:
     def _facts(self, holder: Request | None) -> Holder | None:
         if holder is None or not holder.users:
             return None
-        return Holder(holder.site.where, holder.site.thread_name, max(0.0, self._clock.now() - holder.served_s))
+        return holder.facts(self._clock.now())
 
 
 def _names(slots: Iterable[Slot]) -> tuple[str, ...]:

@@ -187,10 +187,10 @@ class Dispatcher:
         """Wait until a move has ended; False if it stands still for `STUCK_AFTER_S`."""
         self.act()
         while True:
-            before = task.progress.facts, task.progress.beats
+            before = task.progress.pulse
             if self.watch(task.slot, lambda: task.slot.task is not task, STUCK_AFTER_S):
                 return True
-            if (task.progress.facts, task.progress.beats) == before:
+            if task.progress.pulse == before:
                 return False
 
     def watch(
@@ -260,9 +260,8 @@ class Dispatcher:
         task = slot.task
         if task is None or task.arrives or task.hangs or now_s < task.seen_s + STUCK_AFTER_S:
             return
-        now = (task.progress.facts, task.progress.beats)
-        task.hangs = task.seen == now
-        task.seen, task.seen_s = now, now_s
+        before, task.seen, task.seen_s = task.seen, task.progress.pulse, now_s
+        task.hangs = task.seen == before
         if task.hangs:
             logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
 
@@ -359,8 +358,8 @@ class Dispatcher:
                 return
             task.spawned = task.claimed = True
             books = task.slot.device_bytes, task.slot.host_bytes
-            loads = task.move.via is State.LOADING and task.engine is None  # and not from a snapshot
-            self.outside.began(task, before, books, self._all_books_locked(), loads)
+            builds = loads and task.engine is None  # and does not come from a snapshot
+            self.outside.began(task, before, books, self._all_books_locked(), builds)
             self.reports.tell("began", task)
         while True:
             try:

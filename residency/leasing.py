@@ -75,17 +75,13 @@ class Lease:
     #: Discovery stops here: behind a lease there are the manager and other models.
     not_of_the_engine = True
 
-    # For a lease whose making was interrupted.
-    request: Request | None = None
-    _made: _Made | None = None
-
     def __init__(self, lessor: Lessor, slot: Slot, timeout_s: float | None = None, reading: bool = False) -> None:
         self._lessor = lessor
         self._slot = slot
         self._timeout_s = timeout_s
         self._reading = reading
         self._entered = self._ended = self._cancelled = self._broken = False
-        self.request = None
+        self.request: Request | None = None
         #: Whether the request was made for this lease, and not for one that it shares.
         self.owns = False
         made = tuple([one for one in _made.get() if not one.over])
@@ -112,7 +108,7 @@ class Lease:
         try:
             request = self._lessor.acquire(self._slot, self._timeout_s, self)
             _held.set((*held_requests(), request))
-            if here and self._made is not None:
+            if here:
                 self._made.request = request
             return self._slot.engine
         except BaseException:
@@ -124,8 +120,10 @@ class Lease:
 
     # Bound now: at the end of the interpreter modules lose what is in them, and no thread can be begun or waited for.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self._made is not None:
-            self._made.over = True
+        made: _Made | None = vars(self).get("_made")
+        if made is None:
+            return  # its making was interrupted
+        made.over = True
         if self.request is not None and not ending():
             self._ended = True
             self._lessor.give_back_later(self, self._broken)
@@ -170,9 +168,8 @@ class Lease:
         self._broken = True
 
     def _leave(self, error: BaseException | None = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        self._ended = True
-        if self._made is not None:
-            self._made.over, self._made.request = True, None
+        self._ended = self._made.over = True
+        self._made.request = None
         if ending():
             return
         try:

@@ -28,8 +28,8 @@ CONTEXT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A process and the bytes it holds; None where unknown."""
+class ProcessMemory:
+    """The bytes that one process holds in main memory and on the device; None where unknown."""
 
     pid: int
     started_s: float
@@ -50,12 +50,12 @@ class Holder:
 class Sample:
     """What this process and its children hold now. ``children`` is None where they are unknown."""
 
-    own: Holder
-    children: tuple[Holder, ...] | None
+    own: ProcessMemory
+    children: tuple[ProcessMemory, ...] | None
     modules: int
 
 
-NO_SAMPLE = Sample(Holder(0, 0.0, "", None), None, 0)
+NO_SAMPLE = Sample(ProcessMemory(0, 0.0, "", None), None, 0)
 """Where nothing can be measured."""
 
 
@@ -63,7 +63,7 @@ NO_SAMPLE = Sample(Holder(0, 0.0, "", None), None, 0)
 class Outside:
     """The processes that hold something beyond the books; not ``known`` where that cannot be measured."""
 
-    holders: tuple[Holder, ...] = ()
+    holders: tuple[ProcessMemory, ...] = ()
     known: bool = False
 
     @property
@@ -158,10 +158,10 @@ class OutsideBooks:
         device = _audible(min(device, self._own_device(after, all_books)), noise)
         if released:  # what this process keeps for itself is no engine's any more
             host = device = 0
-        own = Holder(after.own.pid, after.own.started_s, after.own.command, host if known else None, device)
+        own = ProcessMemory(after.own.pid, after.own.started_s, after.own.command, host if known else None, device)
         return self._sum(after, model, [own] if known else None)
 
-    def _sum(self, after: Sample, model: str, own: list[Holder] | None) -> Outside:
+    def _sum(self, after: Sample, model: str, own: list[ProcessMemory] | None) -> Outside:
         if own is None or after.children is None:
             return Outside()
         children = [child for child in after.children if self._owners.get((child.pid, child.started_s)) == model]
@@ -195,5 +195,5 @@ def _audible(nbytes: int, noise_bytes: int) -> int:
     return nbytes if nbytes >= noise_bytes else 0
 
 
-def _size(holder: Holder) -> int:
+def _size(holder: ProcessMemory) -> int:
     return (holder.host_bytes or 0) + (holder.device_bytes or 0)

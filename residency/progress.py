@@ -42,6 +42,11 @@ class Progress:
         return self._facts
 
     @property
+    def pulse(self) -> object:
+        """Another value whenever the move has made progress, in bytes or otherwise."""
+        return self._facts, self.beats
+
+    @property
     def bytes_per_s(self) -> float | None:
         """How fast the phase goes, since it began; None where nothing can be said."""
         with self._lock:

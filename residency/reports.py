@@ -77,11 +77,10 @@ class Reports:
         slot, kind = task.slot, task.move.via
         if slot.outside_told or task.error is not None:
             return
-        holders = slot.outside.holders if slot.outside else ()
-        if holders:
+        if slot.outside is not None and slot.outside.holders:
             slot.outside_told = True
-            size = readable_bytes(sum((holder.device_bytes or 0) + (holder.host_bytes or 0) for holder in holders))
-            pids = ", ".join(str(holder.pid) for holder in holders)
+            size = readable_bytes(slot.outside.held_bytes)
+            pids = ", ".join(str(holder.pid) for holder in slot.outside.holders)
             logger.warning(
                 "%s holds %s outside the books (pid %s), in memory that is neither a tensor nor an ONNX session: "
                 "offload does not move it, a release of the model frees it. / %s 有 %s 账外占用（进程 %s），"

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from .errors import Holder
 from .history import History
 from .latches import open_latch
 from .outside import Outside
@@ -132,6 +133,10 @@ class Request:
         #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
         self.latch: threading.Lock | None = None
         self.context: contextvars.Context | None = None
+
+    def facts(self, now_s: float) -> Holder:
+        """The code that has the model, its thread, and since how many seconds: for errors and the status."""
+        return Holder(self.site.where, self.site.thread_name, max(0.0, now_s - self.served_s))
 
     @property
     def search_s(self) -> float:

@@ -62,12 +62,11 @@ def _idle_s(slot: Slot, now_s: float) -> float | None:
 
 
 def _holder(slot: Slot, now_s: float) -> dict[str, Any] | None:
-    """The request that has the model: the code that took the lease, its thread, and since how many seconds."""
-    holder = slot.holder
-    if holder is None:
+    """The request that has the model, as `Holder` tells of it."""
+    if slot.holder is None:
         return None
-    held_s = round(max(0.0, now_s - holder.served_s), 3)
-    return {"where": holder.site.where, "thread": holder.site.thread_name, "held_s": held_s}
+    facts = slot.holder.facts(now_s)
+    return {**vars(facts), "held_s": round(facts.held_s, 3)}
 
 
 def _next(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[str, Any] | None:

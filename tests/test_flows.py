@@ -13,26 +13,11 @@ from typing import Any
 import pytest
 import torch
 from fakes import Worker, Workshop, await_that
+from streaming_engine import Speaker
 
 from gpu_manager import GPUResourceManager, LeaseDeadlock, RequestTimeout, SimulatedDevice
 from residency.clock import ManualClock
 from tts_gpu_managed import GPUManagedTTS
-
-
-class Speaker(torch.nn.Module):
-    """An engine that streams, with a plain value, a tensor, and a part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sample_rate = 24_000
-        self.voice = torch.nn.Linear(4, 4)
-
-    def stream(self, text: str) -> Iterator[torch.Tensor]:
-        for number, _ in enumerate(text):
-            yield self.voice.weight.sum() + number
-
-    def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
-        return self.voice.weight.sum().reshape(1, 1), self.sample_rate
 
 
 @pytest.fixture
@@ -63,7 +48,7 @@ def steps(generator: Iterator[Any]) -> list[Any]:
 
 def test_a_handler_reads_values_while_it_streams(shop: GPUManagedTTS) -> None:
     def handler() -> Iterator[str]:
-        for chunk in shop.stream("abc"):
+        for chunk in shop.stream(3):
             yield f"{chunk.dim()} at {shop.sample_rate} with {shop.voice.weight.shape}"
 
     assert len(steps(handler())) == 3
@@ -80,10 +65,10 @@ def test_a_handler_makes_a_second_request_while_it_streams(shop: GPUManagedTTS, 
                 return engine.sample_rate
         if second == "a part":
             return shop.voice(torch.ones(4)).shape[0] * 6000
-        return sum(1 for _ in shop.stream("ab")) * 12_000
+        return sum(1 for _ in shop.stream(2)) * 12_000
 
     def handler() -> Iterator[Any]:
-        for _ in shop.stream("abc"):
+        for _ in shop.stream(3):
             yield ask()
 
     assert steps(handler()) == [24_000] * 3
@@ -102,7 +87,7 @@ def test_a_lease_in_a_handler_is_its_own_at_each_step(shop: GPUManagedTTS) -> No
 
 
 def test_values_are_read_beside_a_request_that_has_the_model(shop: GPUManagedTTS) -> None:
-    stream = shop.stream("ab")
+    stream = shop.stream(2)
     step(stream)
     assert Worker(lambda: (shop.sample_rate, float(shop.voice.bias.detach().sum()))).result()[0] == 24_000
     assert held(shop.manager) is not None
@@ -126,7 +111,7 @@ def test_readers_do_not_keep_a_model_from_those_who_wait_for_it(manager: GPUReso
 
 
 def test_a_strangers_request_waits_for_a_stream_and_is_served_after_it(shop: GPUManagedTTS) -> None:
-    stream = shop.stream("ab")
+    stream = shop.stream(2)
     step(stream)
     lease = shop.lease()
     stranger = Worker(lease.__enter__)
@@ -307,7 +292,7 @@ def test_leases_that_are_made_ahead_and_entered_in_threads_take_turns(shop: GPUM
 
 
 def test_a_wait_that_is_too_long_tells_who_has_the_model_since_when_and_where(shop: GPUManagedTTS) -> None:
-    stream = shop.stream("ab")
+    stream = shop.stream(2)
     step(stream)
     with pytest.raises(RequestTimeout) as caught:
         Worker(lambda: shop.lease(0.01).__enter__()).result()
@@ -399,7 +384,7 @@ def test_the_longest_wait_does_not_count_the_load(clock: ManualClock) -> None:
 def test_a_stream_lost_in_a_cycle_gives_its_lease_back_without_a_collection_by_python(shop: GPUManagedTTS) -> None:
     class Response:
         def __init__(self) -> None:
-            self.body = shop.stream("abc")
+            self.body = shop.stream(3)
             self.me = self
 
     gc.disable()
@@ -429,7 +414,7 @@ def test_a_stream_that_goes_on_is_never_taken_for_lost(manager: GPUResourceManag
 
 def test_closing_within_a_stream_is_refused_and_does_not_wait_for_itself(shop: GPUManagedTTS) -> None:
     def handler() -> Iterator[str]:
-        for _ in shop.stream("ab"):
+        for _ in shop.stream(2):
             with pytest.raises(RuntimeError, match="would wait for the lease"):
                 shop.manager.close()
             yield "refused"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.outside import NO_SAMPLE, Holder, OutsideBooks, Sample
+from residency.outside import NO_SAMPLE, OutsideBooks, ProcessMemory, Sample
 from residency.probes import processes
 from residency.web import words
 from residency.web.language import en, zh
@@ -163,8 +163,8 @@ def test_nothing_found_to_move_is_said_once(manager: GPUResourceManager, caplog:
     assert "没有可以移动" in told[0]
 
 
-def sample(host: int | None, device: int | None = 0, children: tuple[Holder, ...] | None = ()) -> Sample:
-    return Sample(Holder(1, 0.0, "app", host, device), children, 0)
+def sample(host: int | None, device: int | None = 0, children: tuple[ProcessMemory, ...] | None = ()) -> Sample:
+    return Sample(ProcessMemory(1, 0.0, "app", host, device), children, 0)
 
 
 def test_what_overlapping_loads_have_grown_by_is_nobodys() -> None:

@@ -1,4 +1,4 @@
-"""What this process and its children hold of main memory, beyond files that they have mapped."""
+"""Measures the memory of this process and its children, without files that they have mapped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 
 from ..contracts import Device
-from ..outside import Holder, Outside, Sample
+from ..outside import Outside, ProcessMemory, Sample
 
 
 def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> Sample:
-    """What this process and its children hold now, in main memory and of the device. Never raises.
+    """Measures this process and its children, in main memory and on the device. Never raises.
 
     To ``trim``, so that what the allocator keeps does not count, takes milliseconds after much was freed; to look at
     children takes 1 to 2 ms, and more for each.
@@ -28,7 +28,7 @@ def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> 
     held = _held_by(device)
     found = children() if look_at_children else None
 
-    def holder(pid: int, started_s: float, command: str, host_bytes: int | None) -> Holder:
+    def holder(pid: int, started_s: float, command: str, host_bytes: int | None) -> ProcessMemory:
         return _holder(device, held, pid, started_s, command, host_bytes)
 
     own = holder(os.getpid(), 0.0, Path(sys.argv[0] or "python").name, own_bytes())
@@ -70,11 +70,11 @@ def _held_by(device: Device) -> Mapping[int, int] | None:
 
 def _holder(
     device: Device, held: Mapping[int, int] | None, pid: int, started_s: float, command: str, host_bytes: int | None
-) -> Holder:
+) -> ProcessMemory:
     device_bytes = None if held is None else held.get(pid, 0)
     if host_bytes is not None and device.torch_device == "cpu" and pid != os.getpid():
         host_bytes = max(0, host_bytes - (device_bytes or 0))  # a simulated card is main memory
-    return Holder(pid, started_s, command, host_bytes, device_bytes)
+    return ProcessMemory(pid, started_s, command, host_bytes, device_bytes)
 
 
 def own_bytes() -> int | None:

@@ -148,11 +148,7 @@ class EngineResident:
         """Weights of those tensors that nobody takes care of yet."""
         claimed = self.storages
         unclaimed = [tensor for tensor in found.tensors.values() if keys[id(tensor)] not in claimed]
-        weights = Weights(found.tensors.only(unclaimed), self._device, passing, held)
-        del unclaimed  # references are counted
-        if not held:
-            weights.mark_held(held)  # views of others, which only a look at all objects finds
-        return weights
+        return Weights(found.tensors.only(unclaimed), self._device, passing, held)
 
     def _held(self, found: Found) -> frozenset[int]:
         """Tensors that others than the engine refer to; an engine that is itself a tensor is its loader's."""

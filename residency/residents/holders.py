@@ -1,4 +1,4 @@
-"""Finds who else holds tensors of an engine: caches of the process, and views that were kept from a lease."""
+"""Finds holders of an engine's tensors outside of it: caches of the process, and views that were kept from a lease."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def part_from_strangers(pieces: Collection[Piece]) -> list[Piece]:
     for piece in strangers:
         logger.warning(
             "%s: something outside of Python (DLPack?) uses its %s bytes, which stay as long as it does",
-            next(iter(piece.tensors)),
+            piece.path,
             f"{piece.nbytes:,}",
         )
     return immovable

@@ -1,4 +1,4 @@
-"""Which storages are under management in this process, and whose they are: bytes can have one owner only."""
+"""Records the owner of each storage under management in this process: bytes can have one owner only."""
 
 from __future__ import annotations
 

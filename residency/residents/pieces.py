@@ -73,8 +73,7 @@ class Piece:
     def measure(self) -> None:
         """Take the storage's present size for the right one."""
         self.nbytes = self.storage.nbytes()
-        self.raw = as_bytes(self.storage, self.nbytes)
-        setattr(self.raw, RAW, True)
+        self._live_in(self.storage)
 
     def count_strangers(self) -> int:
         """How many use the storage and are neither of the engine nor among the guests: views, DLPack, C++."""

@@ -58,18 +58,18 @@ class Weights:
         tensors: Mapping[str, torch.Tensor],
         device: Device,
         passing: bool = False,
-        held: AbstractSet[int] = frozenset(),
+        held: AbstractSet[int] | None = None,
     ) -> None:
         """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many.
 
         ``passing`` ones will be others the next time, so that a snapshot of them is of use once. ``held`` are those
-        (``id``) that others than the engine hold: see `mark_held`.
+        (``id``) that others than the engine hold, see `_mark_held`; None if that does not matter.
         """
         self._device = device
         self._passing = passing
         self._pieces: list[Piece] = []
         self._elsewhere: list[Piece] = []
-        #: Those that others than the engine hold too; see `mark_held`.
+        #: Those that others than the engine hold too; see `_mark_held`.
         self._held: list[Piece] = []
         #: Those that are on the device while the others are away.
         self._here: set[Piece] = set()
@@ -83,8 +83,8 @@ class Weights:
                 movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
                 (self._pieces if movable else self._elsewhere).append(piece)
             device.charge(self._movable_bytes)
-            if held:
-                self.mark_held(held)
+            if held is not None:
+                self._mark_held(held)  # before another engine can find out that they are shared
             owners.add_locked(self)
         self.on_device = True  # where the movable ones are
         self._layout = Layout((), (0,), 0)
@@ -159,7 +159,7 @@ class Weights:
                 show(self._held)
                 raise
             self._here = {piece for piece in self._pieces if piece.stays}
-            for piece in self._held:
+            for piece in self._held:  # once more: some may have a new storage
                 setattr(piece.storage, absence.RECALL, Recall(self, piece))
             self.on_device = False
             self._empty([piece for piece in self._pieces if not piece.stays])
@@ -168,7 +168,7 @@ class Weights:
         return self._movable_bytes - self._here_bytes
 
     def _let_uses_end(self) -> None:
-        """See that no other thread computes with what others than the engine hold: they need no lease for that.
+        """Lets other threads end their uses of what others than the engine hold: they need no lease for that.
 
         A use that begins now waits until the move has ended, and then brings the bytes back. One that has begun is
         given the time to end.
@@ -269,7 +269,7 @@ class Weights:
 
     # -- what others hold ---------------------------------------------------------------------------------------
 
-    def mark_held(self, tensors: AbstractSet[int]) -> None:
+    def _mark_held(self, tensors: AbstractSet[int]) -> None:
         """Take note that others than the engine hold some: these (``id``), and storages that have unknown holders.
 
         They move like the others, but come back one by one when they are used, and survive a release.
@@ -281,7 +281,7 @@ class Weights:
                 setattr(piece.storage, absence.NAMED, True)
                 logger.info(
                     "%s: its %s bytes are held by others than the engine too, and survive its release",
-                    next(iter(piece.tensors)),
+                    piece.path,
                     f"{piece.nbytes:,}",
                 )
 

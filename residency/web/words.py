@@ -251,7 +251,7 @@ def remarks(model: dict[str, Any], say: Say) -> list[str]:
 
 
 def outside(model: dict[str, Any], say: Say) -> list[str]:
-    """What is held beyond the books, by which process, and what to do about it."""
+    """Describes memory held outside the books: its size, the processes, and advice."""
     holders = model["outside_processes"]
     if not holders:
         return []

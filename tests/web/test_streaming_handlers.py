@@ -11,31 +11,15 @@ from typing import Any
 
 import gradio as gr
 import pytest
-import torch
 import uvicorn
 from fakes import await_that
 from fastapi import FastAPI
 from gradio_client import Client
 from starlette.responses import StreamingResponse
+from streaming_engine import Speaker
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from tts_gpu_managed import GPUManagedTTS
-
-
-class Speaker(torch.nn.Module):
-    """Streams without end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sample_rate = 24_000
-        self.voice = torch.nn.Linear(4, 4)
-
-    def stream(self, count: int) -> Iterator[torch.Tensor]:
-        for _ in range(count):
-            yield self.voice.weight.detach().clone()
-
-    def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
-        return torch.zeros(1, 4), self.sample_rate
 
 
 @pytest.fixture
