@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .locks import renewed_in_children
+
 
 class Progress:
     """Phase, bytes done and bytes in all (None where unknown) of one move. Thread-safe; never raises.
@@ -34,7 +36,7 @@ class Progress:
         self.beats = 0
         """Grows as long as something goes on, also where no bytes can be counted."""
         self.changed: Callable[[], None] | None = None
-        self._lock = threading.Lock()
+        self._lock = renewed_in_children(threading.Lock())
 
     @property
     def facts(self) -> tuple[str, int, int | None]:

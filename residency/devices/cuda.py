@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..contracts import DeviceKind, Memory, Telemetry
 from ..diagnosis import is_capture_under_way, is_out_of_device_memory
 from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
+from ..locks import renewed_in_children
 from ..probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
 from ..sentences import Sentence
 from .capture import beside_captures, is_capturing
@@ -51,7 +52,7 @@ class CudaDevice:
         self._pinned_limit_bytes = pinned_limit_bytes
         self._pinned_bytes = 0
         # Garbage collection may run `unpin` while this thread is in `pin`.
-        self._lock = threading.RLock()
+        self._lock = renewed_in_children(threading.RLock())
 
     @classmethod
     def find(cls, pinned_limit_bytes: int | None = None) -> CudaDevice | None:
@@ -166,15 +167,19 @@ class CudaDevice:
         pass
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        import torch
+
         try:
-            storage.resize_(nbytes)
+            torch.UntypedStorage.resize_(storage, nbytes)  # also while it is guarded
         except RuntimeError as error:
             if not is_out_of_device_memory(error):
                 raise
             raise DeviceOutOfMemory(nbytes, self.memory().free_bytes, self.name, self._probe.holders()) from error
 
     def drop(self, storage: torch.UntypedStorage) -> None:
-        storage.resize_(0)
+        import torch
+
+        torch.UntypedStorage.resize_(storage, 0)
 
     @contextmanager
     def placing(self) -> Iterator[Any]:

@@ -6,14 +6,16 @@ behave as on a card. What it cannot show: bandwidth, pinning, streams and the CU
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
 from ..errors import DeviceLost, DeviceOutOfMemory
+from ..locks import renewed_in_children
 from ..sentences import Sentence
 from ..units import readable_bytes
 
@@ -48,7 +50,9 @@ class SimulatedDevice:
         self.failure: str | None = None
         self._used_bytes = 0
         self._reported: dict[int, int] = {}
-        self._lock = threading.RLock()  # garbage collection may run `unpin` while this thread is in here
+        self._lock = renewed_in_children(
+            threading.RLock()
+        )  # garbage collection may run `unpin` while this thread is in here
 
     @property
     def ledger_bytes(self) -> int:
@@ -90,7 +94,9 @@ class SimulatedDevice:
 
     def charge(self, nbytes: int) -> None:
         with self._lock:
-            free_bytes = max(0, self.capacity_bytes - self._used_bytes - sum(self._reported.values()))
+            free_bytes = self.capacity_bytes - self._used_bytes
+            if self._reported:
+                free_bytes = max(0, free_bytes - sum(self._reported.values()))
             if nbytes > free_bytes:
                 raise DeviceOutOfMemory(nbytes, free_bytes, self.name)
             self._used_bytes += nbytes
@@ -100,17 +106,18 @@ class SimulatedDevice:
             self._used_bytes -= nbytes
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        self._fail_if_lost()
+        if self.failure is not None:
+            self._fail_if_lost()
         self.charge(nbytes)
         try:
-            storage.resize_(nbytes)
+            _resize()(storage, nbytes)
         except BaseException:
             self.refund(nbytes)
             raise
 
     def drop(self, storage: torch.UntypedStorage) -> None:
         nbytes = storage.nbytes()
-        storage.resize_(0)
+        _resize()(storage, 0)
         self.refund(nbytes)
 
     def placing(self) -> AbstractContextManager[Any]:
@@ -142,3 +149,11 @@ class SimulatedDevice:
     def _fail_if_lost(self) -> None:
         if self.failure is not None:
             raise RuntimeError(f"CUDA error: {self.failure}")
+
+
+@functools.cache
+def _resize() -> Callable[[torch.UntypedStorage, int], object]:
+    """Resizes guarded storages as well: see `residency.residents.absence`."""
+    import torch
+
+    return torch.UntypedStorage.resize_

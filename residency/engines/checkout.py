@@ -19,6 +19,7 @@ from types import ModuleType
 
 from ..diagnosis import in_words
 from ..errors import EngineUnavailable, ResidencyError
+from ..locks import renewed_in_children
 from . import requirements
 
 REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"
@@ -30,7 +31,7 @@ _NAMES = (
 )  # fmt: skip
 _OURS = Path(__file__).resolve().parents[2]
 
-_importing = threading.Lock()
+_importing = renewed_in_children(threading.Lock())
 
 
 def find_checkout(root: str | None = None) -> Path | None:

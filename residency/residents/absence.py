@@ -11,7 +11,8 @@ Three guards, from the one with the best message to the one that sees most:
 
 What cannot be caught: an address that was taken before (a raw pointer, a consumer of DLPack, a captured graph), which
 is why `Weights` counts the holders of a storage before it drops the bytes; a kernel that runs already; a tensor class
-that does not allow ``__class__`` to be assigned, which has the third guard only. An object that asks
+that does not allow ``__class__`` to be assigned, which has the third guard only; another thread, in the moment in which
+torch resizes a storage or copies to it. An object that asks
 ``type(tensor) is Parameter`` while the tensor is away gets False.
 
 A storage that others than the engine hold may have a recall, which brings its bytes back at the first use.
@@ -22,9 +23,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import sys
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TensorAway
 
@@ -51,7 +54,8 @@ _METHODS = (
 _STORAGE = frozenset({
     "nbytes", "size", "__len__", "resizable", "device", "is_cuda", "is_hpu", "is_sparse", "is_sparse_csr", "_cdata",
     "get_device", "element_size", "untyped", "__class__", "__dict__", "__doc__", "__module__", "__hash__", "__eq__",
-    "__ne__", "__init__", "__repr__", "__str__", "__dir__", PIECE, RECALL, NAMED,
+    "__ne__", "__init__", "__repr__", "__str__", "__dir__", "__new__", "__init_subclass__", "__subclasshook__",
+    "__getattribute__", "__setattr__", "__delattr__", "_fake_device", "_checkpoint_offset",
 })  # fmt: skip
 
 #: Absent class by the class that it stands for, and back; None for one that nothing can stand for.
@@ -84,21 +88,38 @@ def show(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def close(storages: Iterable[torch.UntypedStorage], released: bool = False) -> None:
-    """Make each access to these, which are empty, raise."""
-    raise_from_now_on, away = _barrier()[0], _storage_classes()[released]
+    """Make each use of these storage objects raise. Call it before the bytes go; `opened_one_by_one` does the rest."""
+    away = _storage_classes()[released]
     for storage in storages:
-        raise_from_now_on(storage._cdata)
         storage.__class__ = away
 
 
-def reopen(storages: Iterable[torch.UntypedStorage]) -> None:
-    """Undo `close`. Call it before they are filled."""
+def reopen(storages: Collection[torch.UntypedStorage]) -> None:
+    """Undo `close`. Call it when they are filled."""
     import torch
 
-    allow = _barrier()[1]
     for storage in storages:
         storage.__class__ = torch.UntypedStorage
-        allow(storage._cdata)
+    _barrier().open([storage._cdata for storage in storages])
+
+
+def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
+    """Open closed storages (``_cdata``) in turn, each until the next step: torch resizes none that is closed.
+
+    The storage objects stay closed; `torch.UntypedStorage.resize_` and ``nbytes`` can be called on them.
+    """
+    return _barrier().one_by_one(addresses)
+
+
+@contextmanager
+def opened(storages: Collection[torch.UntypedStorage]) -> Iterator[None]:
+    """Open closed storages for a moment, to fill them."""
+    reopen(storages)
+    try:
+        yield
+    finally:
+        _barrier().close([storage._cdata for storage in storages])
+        close(storages)
 
 
 def recall(storage: torch.UntypedStorage) -> bool:
@@ -175,37 +196,41 @@ def _storage_classes() -> tuple[type, type]:
     """For storages that are away and come back, and for those that were released."""
     import torch
 
-    class Away(torch.UntypedStorage):
-        __slots__ = ()
-
-        def __getattribute__(self, name: str) -> Any:
-            if name not in _STORAGE:
-                _bring_back(self)
-            return torch.UntypedStorage.__getattribute__(self, name)  # by now it may be one again
-
-        def __repr__(self) -> str:
-            return f"UntypedStorage(<away>, path={_path(self)!r}, device='{self.device}')"
-
-        __str__ = __repr__
-
     def through(name: str) -> Callable[..., Any]:
-        def method(self: Any, *arguments: Any) -> Any:
+        def method(self: Any, *arguments: Any, **options: Any) -> Any:
             _bring_back(self)
-            return getattr(self, name)(*arguments)
+            return getattr(self, name)(*arguments, **options)  # by now it is one again
 
         return method
 
-    for name in ("__getitem__", "__setitem__", "__iter__", "__copy__", "__deepcopy__", "__reduce__", "__sizeof__"):
-        setattr(Away, name, through(name))
+    def describe(self: Any) -> str:
+        return f"UntypedStorage(<away>, path={_path(self)!r}, device='{self.device}')"
+
+    guarded = {
+        name: through(name)
+        for name in dir(torch.UntypedStorage)
+        if name not in _STORAGE and callable(getattr(torch.UntypedStorage, name))
+    }
+    Away = type(
+        "Away", (torch.UntypedStorage,), {**guarded, "__slots__": (), "__repr__": describe, "__str__": describe}
+    )
     released = type("Released", (Away,), {"__slots__": ()})
     for kind in (Away, released):
         kind.__name__ = kind.__qualname__ = "UntypedStorage"
     return Away, released
 
 
+class _Barrier(NamedTuple):
+    """Sets and clears, on storages (``_cdata``), the flag that makes each access to its address raise."""
+
+    close: Callable[[Iterable[int]], None]
+    open: Callable[[Iterable[int]], None]
+    #: Opens each in turn until the next step.
+    one_by_one: Callable[[Iterable[int]], Iterator[None]]
+
+
 @functools.cache
-def _barrier() -> tuple[Callable[[int], Any], Callable[[int], Any]]:
-    """Set and clear, on a storage (``_cdata``), the flag that makes each access to its address raise."""
+def _barrier() -> _Barrier:
     import torch
 
     text = str(TensorAway("a tensor", False))
@@ -214,43 +239,70 @@ def _barrier() -> tuple[Callable[[int], Any], Callable[[int], Any]]:
         clear: Any = torch._C._clear_storage_data_ptr_access_error_msg
     except AttributeError:
         return _flags()
-    return lambda address: say(address, text), clear
+
+    def close(addresses: Iterable[int]) -> None:
+        for address in addresses:
+            say(address, text)
+
+    def open_(addresses: Iterable[int]) -> None:
+        for address in addresses:
+            clear(address)
+
+    def one_by_one(addresses: Iterable[int]) -> Iterator[None]:
+        for address in addresses:
+            clear(address)
+            try:
+                yield
+            finally:
+                say(address, text)
+
+    return _Barrier(close, open_, one_by_one)
 
 
-def _flags() -> tuple[Callable[[int], Any], Callable[[int], Any]]:
+def _flags() -> _Barrier:
     """The same without the functions for it: two flags beside those that torch lets one set, if they prove right."""
     import torch
 
-    def nothing(address: int) -> None:
-        pass
-
-    def write(value: int) -> Callable[[int], None]:
-        def flag(address: int) -> None:
-            memory[address + first] = memory[address + first + 2] = value
-
-        return flag
-
-    # An array over all addresses: an assignment takes a tenth of the time of a call through ctypes.
-    memory = (ctypes.c_ubyte * (1 << 62)).from_address(0)
     probe, other = torch.ones(4), torch.ones(4)
     storage = probe.untyped_storage()
     before = ctypes.string_at(storage._cdata, 96)
     torch._C._set_throw_on_mutable_data_ptr(probe)
+    torch._C._set_warn_deprecated_on_mutable_data_ptr(probe)
     after = ctypes.string_at(storage._cdata, 96)
     changed = [place for place in range(96) if before[place] != after[place]]
-    # has_mutable_data_ptr_check_, throw_on_mutable_data_ptr_ and then throw_on_immutable_data_ptr_.
-    if len(changed) == 2 and changed[1] == changed[0] + 1 and before[changed[0] : changed[0] + 3] == b"\0\0\0":
-        first = changed[0]
+    # Four flags in a row: has_mutable_data_ptr_check_, throw_on_mutable_data_ptr_, throw_on_immutable_data_ptr_ and
+    # warn_deprecated_on_mutable_data_ptr_. The first and the third are set.
+    first, closed = changed[0] if changed else 0, int.from_bytes(b"\1\0\1\0", sys.byteorder)
+    # An array over all addresses: an assignment takes a tenth of the time of a call through ctypes.
+    memory = (ctypes.c_uint32 * (1 << 60)).from_address(first)
+
+    def close(addresses: Iterable[int]) -> None:
+        for address in addresses:
+            memory[address >> 2] = closed
+
+    def open_(addresses: Iterable[int]) -> None:
+        for address in addresses:
+            memory[address >> 2] = 0
+
+    def one_by_one(addresses: Iterable[int]) -> Iterator[None]:
+        for address in addresses:
+            memory[address >> 2] = 0
+            try:
+                yield
+            finally:
+                memory[address >> 2] = closed
+
+    if changed == [first, first + 1, first + 3] and before[first : first + 4] == b"\0\0\0\0":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            write(1)(other.untyped_storage()._cdata)
+            close([other.untyped_storage()._cdata])
             try:
                 other.sum()
                 proven = False
             except RuntimeError:
                 proven = True
-            write(0)(other.untyped_storage()._cdata)
+            open_([other.untyped_storage()._cdata])
         if proven and other.sum() == 4:
-            return write(1), write(0)
+            return _Barrier(close, open_, one_by_one)
     logger.debug("This torch has no way to guard a storage; views that were kept from a lease are not guarded")
-    return nothing, nothing
+    return _Barrier(lambda addresses: None, lambda addresses: None, lambda addresses: iter([None for _ in addresses]))

@@ -25,6 +25,11 @@ class SpanCopier:
         self._untouched = untouched
         self._scratch: torch.Tensor | None = None
 
+    def storages(self, span: Span) -> list[torch.UntypedStorage]:
+        """Those to which a span is copied."""
+        pieces = [self._pieces[part.piece] for part in span.parts]
+        return [piece.storage for piece in pieces if not self._untouched or piece not in self._untouched]
+
     def gathered(self, span: Span) -> torch.Tensor:
         """The bytes of a span where they are now, on the device; valid until the next span is gathered.
 

@@ -98,7 +98,7 @@ def _find_views(pieces: Iterable[Piece]) -> None:
     """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
     import torch
 
-    wanted = {piece.storage._cdata: piece for piece in pieces}
+    wanted = {piece.key: piece for piece in pieces}
     if not wanted:
         return
     known = {id(tensor) for piece in wanted.values() for tensor in (piece.raw, *piece.tensors.values(), *piece.guests)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..contracts import Device, Resident, SnapshotStore
+from ..locks import renewed_in_children
 from .composite import CompositeResident
 from .discovery import Discovery
 from .engine import EngineResident
@@ -29,7 +30,7 @@ class Kept:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.lock = threading.Lock()
+        self.lock = renewed_in_children(threading.Lock())
         self.loan: Loan | None = None
 
     @property

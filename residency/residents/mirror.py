@@ -10,6 +10,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ..contracts import Device
+from ..locks import renewed_in_children
 from .layout import Layout, Span
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class HostMirror:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.raw: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=layout.nbytes or 1)
-        self._moving = moving or threading.Lock()
+        self._moving = moving or renewed_in_children(threading.Lock())
         self._registrations = _Registrations()
         # Not at exit: finalizers run in the order of their making then, and moves may be under way.
         weakref.finalize(self, self._registrations.undo).atexit = False

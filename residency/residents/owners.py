@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import SharedWeights
+from ..locks import renewed_in_children
 from .pieces import Piece
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _managed: weakref.WeakSet[Weights] = weakref.WeakSet()
 
 #: Held while an owner takes stock, so that no other takes the same.
-lock = threading.Lock()
+lock = renewed_in_children(threading.Lock())
 
 
 def add_locked(owner: Weights) -> None:
@@ -27,7 +28,7 @@ def add_locked(owner: Weights) -> None:
 
 def taken() -> dict[int, Piece]:
     """Every piece that has an owner, by its storage (``_cdata``)."""
-    return {piece.storage._cdata: piece for owner in list(_managed) for piece in owner.pieces}
+    return {piece.key: piece for owner in list(_managed) for piece in owner.pieces}
 
 
 def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
@@ -45,7 +46,7 @@ def find_common_locked(pieces: list[Piece]) -> list[Piece]:
         SharedWeights: some belong to another owner and nobody else holds them, or they are most of the bytes.
     """
     others = taken()
-    shared = {piece: other for piece in pieces if (other := others.get(piece.storage._cdata)) is not None}
+    shared = {piece: other for piece in pieces if (other := others.get(piece.key)) is not None}
     shared_bytes, all_bytes = (sum(piece.nbytes for piece in some) for some in (shared, pieces))
     if shared and (2 * shared_bytes > all_bytes or not all(other.held for other in shared.values())):
         raise SharedWeights(tuple(path for piece in shared for path in piece.tensors))

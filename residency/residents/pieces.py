@@ -31,6 +31,7 @@ class Piece:
 
     Attributes:
         nbytes: of the storage while it is filled.
+        key: identifies the storage (``_cdata``).
         raw: the storage as uint8 [nbytes]; valid whenever the storage is filled.
         fill: the bytes that the storage repeats from end to end, if it was found to; else None.
         guests: tensors over the storage that are not of the engine, as far as they are known: they leave with it.
@@ -42,6 +43,7 @@ class Piece:
     storage: torch.UntypedStorage
     tensors: Mapping[str, torch.Tensor]
     nbytes: int
+    key: int = field(init=False)
     raw: torch.Tensor = field(init=False)
     fill: bytes | None = None
     guests: list[torch.Tensor] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Piece:
             self._in_cpp = _references_in_cpp(self._known())
 
     def _live_in(self, storage: torch.UntypedStorage) -> None:
-        self.storage = storage
+        self.storage, self.key = storage, storage._cdata
         self.raw = as_bytes(storage, self.nbytes)
         setattr(self.raw, RAW, True)
         setattr(storage, absence.PIECE, weakref.ref(self))
@@ -295,7 +297,7 @@ def forget_guests(pieces: Collection[Piece]) -> list[Piece]:
 
     def is_crowded(piece: Piece) -> bool:
         tensors = piece.tensors.values()
-        return use_count(piece.storage._cdata) != ours + len(tensors) or not all(map(is_alone, tensors))
+        return use_count(piece.key) != ours + len(tensors) or not all(map(is_alone, tensors))
 
     return list(filter(is_crowded, pieces))
 

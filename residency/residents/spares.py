@@ -6,6 +6,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from ..locks import renewed_in_children
 from . import absence
 from .pieces import Piece, as_bytes
 
@@ -32,21 +33,21 @@ class Spare:
     def __init__(self, piece: Piece, copy: torch.Tensor) -> None:
         self._copy: torch.Tensor | None = copy
         self._tensors = [weakref.ref(tensor) for tensor in (*piece.tensors.values(), *piece.guests)]
-        self._lock = threading.Lock()
+        self._lock = renewed_in_children(threading.Lock())
 
     def __call__(self, storage: torch.UntypedStorage) -> bool:
         import torch
 
         with self._lock, torch.inference_mode():
             if self._copy is not None:
-                absence.reopen([storage])
-                try:
+                with absence.opened([storage]):
                     storage.resize_(len(self._copy))
-                    as_bytes(storage, len(self._copy)).copy_(self._copy)
-                except BaseException:
-                    storage.resize_(0)
-                    absence.close([storage])
-                    raise
+                    try:
+                        as_bytes(storage, len(self._copy)).copy_(self._copy)
+                    except BaseException:
+                        storage.resize_(0)
+                        raise
                 self._copy = None
+                absence.reopen([storage])
                 absence.show(tensor for one in self._tensors if (tensor := one()) is not None)
         return True

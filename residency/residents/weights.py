@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..contracts import Device, SnapshotStore
 from ..diagnosis import is_out_of_device_memory
 from ..errors import DeviceOutOfMemory, SnapshotUnusable
+from ..locks import renewed_in_children
 from ..progress import Progress, current
 from ..sentences import Sentence
 from . import absence, owners
@@ -93,16 +94,16 @@ class Weights:
         self._fingerprints: list[int | None] = []
         self._saved: list[int] | None = None
         self._allocation: Any = None
-        self._moving = threading.Lock()
+        self._moving = renewed_in_children(threading.Lock())
         self._pinning: BackgroundPinning | None = None
 
     @property
     def storages(self) -> frozenset[int]:
         """Every storage that is accounted for here, movable or not (``_cdata``), or with another engine."""
-        common = {piece.storage._cdata for piece in self._common}
+        common = {piece.key for piece in self._common}
         if common:
             common &= owners.taken().keys()
-        return frozenset([piece.storage._cdata for piece in (*self._pieces, *self._elsewhere)]) | common
+        return frozenset([piece.key for piece in (*self._pieces, *self._elsewhere)]) | common
 
     @property
     def has_common(self) -> bool:
@@ -204,25 +205,25 @@ class Weights:
             progress.enter("copying", self._layout.nbytes)
         with self._moving, torch.inference_mode():
             away = [piece for piece in self._pieces if piece not in self._here]
-            absence.reopen(piece.storage for piece in away)
             try:
                 with self._device.placing() as self._allocation:
-                    for piece in away:
-                        if not piece.storage.nbytes():
-                            self._device.allocate(piece.storage, piece.nbytes)
+                    self._allocate(away)
                 with self._device.transfer():
                     for span in self._layout.spans:
-                        copier.to_device(span, mirror.span(span))
+                        with absence.opened(copier.storages(span)):
+                            copier.to_device(span, mirror.span(span))
                         progress.advance(span.nbytes)
                     for piece in away:
                         if piece.fill is not None:
-                            piece.refill(piece.raw)
+                            with absence.opened([piece.storage]):
+                                piece.refill(piece.raw)
             except BaseException as error:
                 self._empty(away)
                 if isinstance(error, DeviceOutOfMemory):
                     free_bytes = self._device.memory().free_bytes
                     raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
+            absence.reopen([piece.storage for piece in away])
             show(self._pieces)
             moved_bytes = self._movable_bytes - self._here_bytes
             self.on_device = True
@@ -248,7 +249,7 @@ class Weights:
     def also(self, groups: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Take note of the tensors that are over the storages accounted for here now (`by_storage`)."""
         for piece in self._pieces:
-            group = groups.get(piece.storage._cdata)
+            group = groups.get(piece.key)
             if group is not None:
                 piece.tensors = group
 
@@ -257,14 +258,14 @@ class Weights:
 
         They stay on the device, filled, as long as somebody has them. Returns whether there were any.
         """
-        gone = [piece for piece in self._pieces if piece.storage._cdata not in storages]
+        gone = [piece for piece in self._pieces if piece.key not in storages]
         if not gone:
             return False
         with self._moving:
             self._drop_mirror()
         self._device.refund(sum(piece.nbytes for piece in gone))
-        self._pieces = [piece for piece in self._pieces if piece.storage._cdata in storages]
-        self._held = [piece for piece in self._held if piece.storage._cdata in storages]
+        self._pieces = [piece for piece in self._pieces if piece.key in storages]
+        self._held = [piece for piece in self._held if piece.key in storages]
         return True
 
     # -- what others hold ---------------------------------------------------------------------------------------
@@ -296,16 +297,16 @@ class Weights:
             if piece not in self._held:
                 return False
             if not self.on_device and piece not in self._here:
-                absence.reopen([piece.storage])
                 try:
-                    self._device.allocate(piece.storage, piece.nbytes)
-                    with self._device.transfer():
+                    self._allocate([piece])
+                    with self._device.transfer(), absence.opened([piece.storage]):
                         self._copy_to(piece, piece.raw)
                 except BaseException:
                     self._empty([piece])
                     raise
                 self._here.add(piece)
-                show([piece])
+            absence.reopen([piece.storage])
+            show([piece])  # a forked child may find it hidden for a move, which is the parent's
         return True
 
     def _copy_to(self, piece: Piece, target: torch.Tensor) -> None:
@@ -435,12 +436,21 @@ class Weights:
             self._mirror.unpin()
             self._mirror = None
 
+    def _allocate(self, pieces: list[Piece]) -> None:
+        """Give closed storages room for their bytes, and leave them closed."""
+        empty = [piece for piece in pieces if not piece.storage.nbytes()]
+        opened = absence.opened_one_by_one(piece.key for piece in empty)
+        for piece, _ in zip(empty, opened, strict=True):
+            self._device.allocate(piece.storage, piece.nbytes)
+
     def _empty(self, pieces: list[Piece], released: bool = False) -> None:
         hide(pieces)
-        for piece in pieces:
-            if piece.storage.nbytes():
-                self._device.drop(piece.storage)
         absence.close((piece.storage for piece in pieces), released)
+        with contextlib.suppress(Exception):  # a capture under way, or a device that is lost: the bytes go all the same
+            self._device.wait()  # for uses without a lease that began before
+        filled = [piece for piece in pieces if piece.storage.nbytes()]
+        for piece, _ in zip(filled, absence.opened_one_by_one(piece.key for piece in filled), strict=True):
+            self._device.drop(piece.storage)
         self._allocation = None
         try:
             self._device.settle()

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,53 @@ def test_after_a_move_that_failed_classes_agree_with_bytes(engine: Engine) -> No
     device.refund(900)
     resident.restore()
     assert engine.cache["state"].sum() == 45
+
+
+class Watched(SimulatedDevice):
+    """A card that calls ``look`` in the middle of moves: at each drop, before and after weights are copied to it."""
+
+    look: Callable[[str], Any] | None = None
+
+    @contextmanager
+    def transfer(self) -> Iterator[None]:
+        self.tell("transfer")
+        yield
+        self.tell("transfer")
+
+    def drop(self, storage: torch.UntypedStorage) -> None:
+        self.tell("drop")
+        super().drop(storage)
+
+    def tell(self, step: str) -> None:
+        if self.look is not None:
+            self.look(step)
+
+
+def test_while_weights_leave_or_return_all_that_use_them_meet_the_guard() -> None:
+    """TorchScript reads addresses in C++, and another thread may have the storage object from a lease."""
+    device, script = Watched(1 << 20), torch.jit.script(torch.nn.Linear(4, 4))
+    weight, storage, expected = script.weight, script.weight.untyped_storage(), script(torch.ones(4))
+    resident = EngineResident({"script": script}, device)
+    uses = {"script": lambda: script(torch.ones(4)), "weight": lambda: weight.sum(), "storage": lambda: storage[0]}
+    refusals = []
+
+    def look(step: str) -> None:
+        if step == "transfer" and resident.device_bytes:
+            return  # of an offload, which reads them
+        # Before the first drop all bytes are there, and what is in C++ gets the right answer.
+        for name in uses if refusals else ["weight", "storage"]:
+            with pytest.raises(RuntimeError, match=r"Storage|storage|lease"):
+                uses[name]()
+            refusals.append((step, name))
+
+    device.look = look
+    resident.offload()
+    resident.restore()
+    device.look = None
+    steps = ["drop", "transfer", "transfer"]
+    assert refusals == [("drop", "weight"), ("drop", "storage"), *((step, name) for step in steps for name in uses)]
+    assert torch.equal(script(torch.ones(4)), expected)
+    assert storage.nbytes() == weight.nbytes
 
 
 def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbed() -> None:

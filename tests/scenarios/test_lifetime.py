@@ -110,6 +110,52 @@ assert use() is shop.engines[0] and shop.loads == 1
 """
         )
 
+    @pytest.mark.parametrize("move", ["offload", "restore", "recall"])
+    def test_a_constant_that_moves_at_the_fork_is_whole_in_the_child(self, move: str) -> None:
+        """A process-wide constant, such as a filter bank, needs no lease: it must neither hang nor be empty there."""
+        succeeds(
+            f"move = {move!r}"
+            """
+import signal, torch
+from contextlib import contextmanager
+from residency.residents import EngineResident
+
+class Slow(SimulatedDevice):
+    gate = None
+
+    @contextmanager
+    def transfer(self):
+        yield
+        if self.gate is not None:
+            self.gate.pass_through()
+
+card = Slow(1 << 20)
+constant = torch.arange(100.0)
+engine = torch.nn.Module()
+engine.register_buffer("filters", constant)
+resident = EngineResident(engine, card)
+if move != "offload":
+    resident.offload()
+work = constant.sum if move == "recall" else getattr(resident, move)
+card.gate = Gate()
+mover = threading.Thread(target=work)
+mover.start()
+card.gate.wait_for_arrival()
+
+def child():
+    signal.alarm(20)
+    card.gate = None
+    assert constant.sum() == 4950
+    other = torch.nn.Linear(4, 4)
+    EngineResident(other, card).offload()
+
+in_child(child)
+card.gate.open()
+mover.join()
+assert constant.sum() == 4950
+"""
+        )
+
     def test_a_lease_that_is_held_at_the_fork_ends_in_the_child_without_a_trace(self) -> None:
         succeeds(
             """
