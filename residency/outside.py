@@ -12,6 +12,7 @@ much.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 NOISE_BYTES = 64 << 20
@@ -75,6 +76,15 @@ class Outside:
     def held_bytes(self) -> int:
         """As far as is known."""
         return sum(map(_size, self.holders))
+
+
+def totals(found: Iterable[Outside | None]) -> tuple[int | None, int | None]:
+    """The (device, host) bytes that these hold together; None for what was not looked at. Both None where unknown."""
+    looked_at = [outside for outside in found if outside is not None]
+    if not all(outside.known for outside in looked_at):
+        return None, None
+    holders = [holder for outside in looked_at for holder in outside.holders]
+    return sum(each.device_bytes or 0 for each in holders), sum(each.host_bytes or 0 for each in holders)
 
 
 @dataclass(eq=False)

@@ -207,9 +207,22 @@ def test_the_simulated_card_counts_what_it_is_told() -> None:
             pass
         assert tts(manager)["outside_processes"][0]["device_bytes"] == 300 * MB
         assert device.memory().free_bytes == (1 << 30) - 300 * MB
+        assert manager.status()["device"]["outside_bytes"] == 300 * MB
+        assert b"gpu_manager_gpu_outside_bytes 3.145728e+08" in exposition(manager)
         device.report_outside(os.getpid(), 0)
         manager.release("tts")
         assert tts(manager)["outside_bytes"] == 0
+        assert manager.status()["device"]["outside_bytes"] == 0
+
+
+def test_the_totals_are_those_of_all_models(manager: GPUResourceManager) -> None:
+    for name, megabytes in (("tts", 200), ("asr", 100)):
+        manager.register(name, lambda megabytes=megabytes: Plain(table=np.ones(megabytes * MB, np.uint8)))
+        with manager.lease(name):
+            pass
+    status = manager.status()
+    assert (status["device"]["outside_bytes"], status["host"]["outside_bytes"]) == (0, 300 * MB)
+    assert b"gpu_manager_host_outside_bytes 3.145728e+08" in exposition(manager)
 
 
 def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,4 +233,7 @@ def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, m
     manager.register("tts", Plain)
     with manager.lease("tts"):
         pass
-    assert tts(manager)["outside_bytes"] is None
+    status = manager.status()
+    assert status["models"]["tts"]["outside_bytes"] is None
+    assert (status["device"]["outside_bytes"], status["host"]["outside_bytes"]) == (None, None)
+    assert b"outside_bytes" not in exposition(manager).replace(b"gpu_manager_outside_bytes", b"")
