@@ -48,6 +48,7 @@ from residency.history import WINDOW_S
 from residency.leasing import Lease, held_slots, watching
 from residency.lifetime import end_with_the_process
 from residency.moving import Mover
+from residency.outside import totals
 from residency.policies import change_policy, check_counts, guarded, keep_warm_seconds, make_policy, seconds
 from residency.probes import HostProbe, remeasured, sample
 from residency.randomness import RandomState
@@ -318,11 +319,12 @@ class GPUResourceManager:
         with self._lock:
             now_s = self._clock.now()
             self._dispatcher.card.seen(now_s, memory)
+            outside_device_bytes, outside_host_bytes = totals(slot.outside for slot in self._slots.values())
             models = {name: describe(slot, now_s, device.kind, device.separate) for name, slot in self._slots.items()}
         return {
             "enabled": True,
-            "device": describe_device(device, memory, self.settings["budget_bytes"]),
-            "host": vars(self._host.memory()),
+            "device": describe_device(device, memory, self.settings["budget_bytes"], outside_device_bytes),
+            "host": {**vars(self._host.memory()), "outside_bytes": outside_host_bytes},
             "monitor": self._dispatcher.monitor.health(),
             "models": models,
         }

@@ -10,10 +10,10 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .errors import UnknownModel
+from .errors import Holder, UnknownModel
 from .settings import checked, sendable
 from .units import readable_bytes
 
@@ -105,7 +105,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def table(status: dict[str, Any]) -> str:
-    """One line for each model, below the name of the device."""
+    """One line for each model, below the name of the device; then who uses it, and what it holds outside the books."""
     rows = [("MODEL", "STATE", "GPU", "MAIN MEMORY", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
@@ -113,7 +113,24 @@ def table(status: dict[str, Any]) -> str:
         rows.append((name, model["state"], *sizes, idle, str(model["waiting"]), _next(model)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([status["device"]["name"], *lines])
+    remarks = [f"{name}: {remark}" for name, model in status["models"].items() for remark in _remarks(model)]
+    return "\n".join([status["device"]["name"], *lines, *remarks])
+
+
+def _remarks(model: dict[str, Any]) -> Iterator[str]:
+    if facts := model.get("holder"):
+        holder = Holder(facts["where"], facts["thread"], facts["held_s"])
+        yield f"{holder.en} / {holder.zh}"
+    if processes := model.get("outside_processes"):
+        size = readable_bytes(sum((each["device_bytes"] or 0) + (each["host_bytes"] or 0) for each in processes))
+        pids = ", ".join(f"pid {each['pid']} {each['command']}" for each in processes)
+        en, zh = "Release the model to free it", "释放模型可以腾出"
+        if model["state"] == "released":
+            en, zh = (
+                "The model was released and it is still held: end that process",
+                "模型已释放，仍在占用：请结束该进程",
+            )
+        yield f"{size} held outside the books ({pids}). {en} / 账外占用 {size}（{pids}）。{zh}"
 
 
 def _next(model: dict[str, Any]) -> str:

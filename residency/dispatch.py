@@ -459,6 +459,7 @@ class Dispatcher:
                 self._all_books_locked(),
                 loaded,
                 getattr(task.resident, "array_bytes", 0),
+                arrived=(task.back_at if error else task.move.target) is State.DEVICE,
                 released=task.resident is None,
             )
             if wanted:

@@ -4,14 +4,20 @@ The books of a model are its tensors and sessions. A worker process, CTranslate2
 them, so what the processes hold is compared with the books at the end of each move. A child belongs to the model whose
 move ends when the child is first seen, or to the only loaded model. Memory of the device that this process has come to
 hold during a move of one model, beyond its books, is that model's; the growth during moves that overlap is no model's.
+What came while a model was on the device, in its requests, is that model's if no other was loaded meanwhile. It may
+be the program's own as well, where that takes memory of the device beside the manager: nobody counts the two apart.
 
 Main memory of this process says little: libraries and allocators keep what they once had. Counted are the arrays of
 numpy that were found in the engine, and by how much the process grew during the load of this model alone, if that is
-much.
+much. What native code takes later, in a request, and keeps is not seen. The system has one counter for the process:
+lists, results and caches of the program grow it in the same way, during a request too and for as long, and so does
+freed memory that the heap keeps, unless it is trimmed at each move, which takes milliseconds. A program that collects
+its results would be reported as an engine that leaks, and its engine would be released without a snapshot.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 NOISE_BYTES = 64 << 20
@@ -77,6 +83,15 @@ class Outside:
         return sum(map(_size, self.holders))
 
 
+def totals(found: Iterable[Outside | None]) -> tuple[int | None, int | None]:
+    """The (device, host) bytes that these hold together; None for what was not looked at. Both None where unknown."""
+    looked_at = [outside for outside in found if outside is not None]
+    if not all(outside.known for outside in looked_at):
+        return None, None
+    holders = [holder for outside in looked_at for holder in outside.holders]
+    return sum(each.device_bytes or 0 for each in holders), sum(each.host_bytes or 0 for each in holders)
+
+
 @dataclass(eq=False)
 class _Window:
     before: Sample
@@ -97,6 +112,8 @@ class OutsideBooks:
     _windows: dict[object, _Window] = field(default_factory=dict)
     _balance: dict[str, tuple[int, int]] = field(default_factory=dict)
     _owners: dict[tuple[int, float], str | None] = field(default_factory=dict)
+    #: A model, and what this process and its books held of the device when it came there; None if others moved since.
+    _arrival: tuple[str, int, int] | None = None
     #: What this process held, and what the books said, before the first move.
     _base: tuple[Sample, int] | None = None
 
@@ -116,6 +133,7 @@ class OutsideBooks:
 
     def given_up(self, move: object) -> None:
         """A move is not waited for any longer; its growth belongs to no model."""
+        self._arrival = None
         self._windows.pop(move, None)
         for window in self._windows.values():
             window.alone = False
@@ -129,11 +147,13 @@ class OutsideBooks:
         all_books: tuple[int, int],
         loaded: frozenset[str],
         array_bytes: int = 0,
+        arrived: bool = False,
         released: bool = False,
     ) -> Outside:
         """A move has ended: what the model holds outside its books now.
 
         ``loaded`` are the models that are loaded or moving, ``array_bytes`` what numpy's arrays hold in its engine.
+        ``arrived``: it is on the device, ``released``: there is no engine any more.
         """
         window = self._windows.pop(move, None)
         if window is None:  # given up
@@ -149,8 +169,13 @@ class OutsideBooks:
             host += grown - (self._in_main(books) - self._in_main(window.books))
             host -= MODULE_BYTES * max(0, after.modules - window.before.modules)
         if window.alone and after.own.device_bytes is not None:
-            grown = after.own.device_bytes - (window.before.own.device_bytes or 0)
-            device += grown - (books[0] - window.books[0])
+            begun = window.before.own.device_bytes or 0, window.books[0]
+            if self._arrival is not None and self._arrival[0] == model:
+                begun = self._arrival[1:]
+            device += after.own.device_bytes - begun[0] - (books[0] - begun[1])
+        self._arrival = None
+        if arrived and window.alone and loaded <= {model} and after.own.device_bytes is not None:
+            self._arrival = model, after.own.device_bytes, books[0]
         self._balance[model] = device, host
         noise = max(NOISE_BYTES, sum(max(books, window.books)) // 20)
         host = _audible(min(host, self._own_host(after, all_books)), max(GROWTH_BYTES, noise)) if known else 0

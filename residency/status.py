@@ -43,14 +43,21 @@ def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict
     }
 
 
-def describe_device(device: Device, memory: Memory, budget_bytes: int | None) -> dict[str, Any]:
-    """The device's entry; ``budget_bytes`` is what models under management may take of it, if that is limited."""
+def describe_device(
+    device: Device, memory: Memory, budget_bytes: int | None, outside_bytes: int | None
+) -> dict[str, Any]:
+    """The device's entry.
+
+    ``budget_bytes`` is what models under management may take of it, if that is limited; ``outside_bytes`` is what all
+    of them hold of it outside the books.
+    """
     return {
         "name": device.name,
         "kind": device.kind,
         **vars(memory),
         **vars(device.telemetry()),
         "budget_bytes": budget_bytes,
+        "outside_bytes": outside_bytes,
         "note": device.note,
     }
 

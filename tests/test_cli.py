@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -83,6 +84,40 @@ def test_the_table_tells_what_comes_next(
         pass
     run(app, "status")
     assert "cpu in 90 s" in capsys.readouterr().out
+
+
+def test_the_table_tells_who_uses_a_model_and_since_when(
+    app: HTTPServer, manager: GPUResourceManager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with manager.lease("tts"):
+        run(app, "status")
+    said = capsys.readouterr().out
+    assert re.search(r"tts: held for .* s by .*test_cli.py:\d+.* \(thread MainThread\) / ", said)
+    assert "（线程 MainThread）已占用" in said
+    run(app, "status")
+    assert "held for" not in capsys.readouterr().out
+
+
+def test_the_table_tells_what_is_held_outside_the_books(manager: GPUResourceManager) -> None:
+    assert "outside" not in cli.table(manager.status())
+    status = manager.status()
+    model = status["models"]["tts"]
+    model["outside_processes"] = [
+        {"pid": 7, "command": "app.py", "device_bytes": 50 << 20, "host_bytes": None},
+        {"pid": 8, "command": "python worker.py", "device_bytes": 50 << 20, "host_bytes": 100 << 20},
+    ]
+    held = "200 MB held outside the books (pid 7 app.py, pid 8 python worker.py)"
+    assert f"tts: {held}. The model was released and it is still held: end that process / " in cli.table(status)
+    assert "账外占用 200 MB（pid 7 app.py, pid 8 python worker.py）。模型已释放，仍在占用" in cli.table(status)
+    model["state"] = "cpu"
+    assert f"tts: {held}. Release the model to free it / 账外占用 200 MB" in cli.table(status)
+
+
+def test_the_status_of_an_older_app_is_shown_too(manager: GPUResourceManager) -> None:
+    status = manager.status()
+    for key in ("holder", "outside_bytes", "outside_processes"):
+        del status["models"]["tts"][key]
+    assert "tts" in cli.table(status)
 
 
 def test_sizes_are_in_the_unit_of_the_page(manager: GPUResourceManager) -> None:

@@ -207,9 +207,77 @@ def test_the_simulated_card_counts_what_it_is_told() -> None:
             pass
         assert tts(manager)["outside_processes"][0]["device_bytes"] == 300 * MB
         assert device.memory().free_bytes == (1 << 30) - 300 * MB
+        assert manager.status()["device"]["outside_bytes"] == 300 * MB
+        assert b"gpu_manager_gpu_outside_bytes 3.145728e+08" in exposition(manager)
         device.report_outside(os.getpid(), 0)
         manager.release("tts")
         assert tts(manager)["outside_bytes"] == 0
+        assert manager.status()["device"]["outside_bytes"] == 0
+
+
+def test_memory_of_the_device_that_a_request_takes_is_shown_after_it_until_it_goes() -> None:
+    device = SimulatedDevice(1 << 30)
+    with GPUResourceManager(device) as manager:
+        manager.register("tts", lambda: Plain(weight=torch.ones(1000)))
+        for held_mb in (0, 300, 300, 20, 200, 0):
+            with manager.lease("tts"):
+                device.report_outside(os.getpid(), held_mb * MB)
+            manager.offload("tts")
+            assert tts(manager)["outside_bytes"] == (held_mb * MB if held_mb > 20 else 0)
+        with manager.lease("tts"):
+            device.report_outside(os.getpid(), 300 * MB)
+        manager.release("tts")
+        assert tts(manager)["outside_bytes"] == 0
+        with manager.lease("tts"):
+            pass
+        assert tts(manager)["outside_bytes"] == 0, "it was there before this engine"
+
+
+def test_main_memory_that_the_program_takes_in_a_request_is_not_the_engines(manager: GPUResourceManager) -> None:
+    manager.register("tts", lambda: Plain(weight=torch.ones(1000)))
+    results = []
+    for _ in range(3):
+        with manager.lease("tts"):
+            results.append(b"x" * (200 * MB))
+        manager.offload("tts")
+        assert tts(manager)["outside_bytes"] == 0
+
+
+def moved(books: OutsideBooks, model: str, before: int, after: int, held: tuple[int, int], loaded: str) -> int:
+    """A move by which the model's books of the card go from ``held[0]`` to ``held[1]``; sizes in MB."""
+    books.began(model, sample(0, before * MB), (held[0] * MB, 0), (held[0] * MB, 0))
+    end = sample(0, after * MB)
+    after = (held[1] * MB, 0)
+    total = books.ended(model, model, end, after, after, frozenset(loaded.split()), arrived=held[1] > 0).total_bytes
+    assert total is not None
+    return total // MB
+
+
+def test_what_others_may_have_taken_between_two_moves_is_nobodys() -> None:
+    books = OutsideBooks(cuda=False, separate_memory=True)
+    assert moved(books, "a", 0, 100, (0, 100), loaded="a b") == 0
+    assert moved(books, "a", 500, 400, (100, 0), loaded="a b") == 0
+    assert moved(books, "a", 700, 800, (0, 100), loaded="a") == 0, "it was away meanwhile"
+    assert moved(books, "b", 1000, 1100, (0, 100), loaded="a b") == 0
+    assert moved(books, "a", 1300, 1200, (100, 0), loaded="a") == 0
+
+
+def test_what_cuda_takes_for_itself_in_a_request_is_not_blamed_on_the_model() -> None:
+    books = OutsideBooks(cuda=True, separate_memory=True)
+    assert moved(books, "a", 0, 400, (0, 100), loaded="a") == 0
+    assert moved(books, "a", 550, 450, (100, 0), loaded="a") == 0  # libraries and workspaces of the first request
+    assert moved(books, "a", 450, 550, (0, 100), loaded="a") == 0
+    assert moved(books, "a", 950, 850, (100, 0), loaded="a") == 850 - 512
+
+
+def test_the_totals_are_those_of_all_models(manager: GPUResourceManager) -> None:
+    for name, megabytes in (("tts", 200), ("asr", 100)):
+        manager.register(name, lambda megabytes=megabytes: Plain(table=np.ones(megabytes * MB, np.uint8)))
+        with manager.lease(name):
+            pass
+    status = manager.status()
+    assert (status["device"]["outside_bytes"], status["host"]["outside_bytes"]) == (0, 300 * MB)
+    assert b"gpu_manager_host_outside_bytes 3.145728e+08" in exposition(manager)
 
 
 def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,4 +288,7 @@ def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, m
     manager.register("tts", Plain)
     with manager.lease("tts"):
         pass
-    assert tts(manager)["outside_bytes"] is None
+    status = manager.status()
+    assert status["models"]["tts"]["outside_bytes"] is None
+    assert (status["device"]["outside_bytes"], status["host"]["outside_bytes"]) == (None, None)
+    assert b"outside_bytes" not in exposition(manager).replace(b"gpu_manager_outside_bytes", b"")

@@ -47,7 +47,7 @@ def test_the_status_tells_of_the_device_the_host_and_the_monitor(workshop: Works
         assert (device["kind"], device["total_bytes"], device["free_bytes"]) == ("simulated", 1000, 1000)
         assert (device["budget_bytes"], device["name"]) == (400, "Simulated GPU (1000 B) / 模拟 GPU")
         assert "Simulated" in device["note"]["en"]
-        assert set(status["host"]) == {"total_bytes", "free_bytes", "process_bytes"}
+        assert set(status["host"]) == {"total_bytes", "free_bytes", "process_bytes", "outside_bytes"}
         assert status["models"] == {}
         assert (status["monitor"]["errors"], status["monitor"]["last_error"]) == (0, None)
 

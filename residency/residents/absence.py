@@ -12,8 +12,10 @@ Three guards, from the one with the best message to the one that sees most:
 What cannot be caught: an address that was taken before (a raw pointer, a consumer of DLPack, a captured graph), which
 is why `Weights` counts the holders of a storage before it drops the bytes; a kernel that runs already; a tensor class
 that does not allow ``__class__`` to be assigned, which has the third guard only; another thread, in the moment in which
-torch resizes a storage or copies to it. An object that asks
-``type(tensor) is Parameter`` while the tensor is away gets False.
+torch resizes a storage or copies to it. An object that asks ``type(tensor) is Parameter`` while the tensor is away gets
+False. A consumer of DLPack that took a tensor of the engine before the load is in that count from the start, as a
+TorchScript module is; it is only seen if it is an array of numpy that hangs on the engine, so not in a variable of a
+Python module, and not if it is another library's.
 
 A storage that others than the engine hold may have a recall, which brings its bytes back at the first use.
 """

@@ -52,6 +52,7 @@ class Found:
         references: how often the engine refers to each tensor (``id``). Each reference of a Python object is counted;
             what holds it in C++ (autograd, TorchScript) is not.
         array_bytes: of the arrays of numpy that have memory of their own. They do not move.
+        borrowing: the arrays of numpy whose memory is something else's, a tensor's for one; not their views.
     """
 
     tensors: ByPath[torch.Tensor]
@@ -59,6 +60,7 @@ class Found:
     graphs: ByPath[torch.cuda.CUDAGraph]
     references: dict[int, int] = field(default_factory=dict)
     array_bytes: int = 0
+    borrowing: list[Any] = field(default_factory=list)
 
 
 class Discovery:
@@ -90,12 +92,14 @@ class Discovery:
             return self._names.of(things, closed)
 
         self._tell(walk, names)
+        arrays = _without_views(walk.arrays)
         return Found(
             ByPath(walk.tensors, names),
             ByPath(walk.sessions, names),
             ByPath(walk.graphs, names),
             dict(walk.references),
-            _own_bytes(walk.arrays),
+            sum(array.nbytes for array in arrays if array.base is None),
+            [array for array in arrays if array.base is not None],
         )
 
     def _tell(self, walk: _Walk, names: Callable[[Iterable[Any]], Mapping[int, str]]) -> None:
@@ -270,15 +274,14 @@ class _Walk:
                 self.scripts.append(thing)
 
 
-def _own_bytes(arrays: list[Any]) -> int:
-    """Bytes of these arrays and of those whose views they are, each once; what looks at a tensor has none."""
-    owners: dict[int, int] = {}
+def _without_views(arrays: list[Any]) -> list[Any]:
+    """These arrays, or those whose views they are, each once."""
+    whole: dict[int, Any] = {}
     for array in arrays:
         while type(base := array.base) is type(array):
             array = base
-        if base is None:
-            owners[id(array)] = array.nbytes
-    return sum(owners.values())
+        whole[id(array)] = array
+    return list(whole.values())
 
 
 def _looks_like(thing: Any) -> str:

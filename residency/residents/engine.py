@@ -12,7 +12,7 @@ from . import absence
 from .composite import CompositeResident
 from .discovery import Discovery, Found
 from .graphs import compiled_graphs
-from .holders import held_elsewhere
+from .holders import held_elsewhere, note_arrays
 from .onnx import OnnxSessions
 from .owners import are_managed
 from .pieces import by_storage, storage_key
@@ -59,6 +59,7 @@ class EngineResident:
         self._array_bytes = found.array_bytes
         held = self._held(found)
         keys = _bring_back(found, _keys(found))
+        note_arrays(found.tensors.values(), found.borrowing)
         without = [tensor for tensor in found.tensors.values() if keys[id(tensor)] is None]
         emptied = found.tensors.only([tensor for tensor in without if _is_emptied(tensor)])
         if emptied:
@@ -126,6 +127,7 @@ class EngineResident:
             self._beside._find_latecomers()  # what was made in there must outlive this engine too
         now = self._discovery.walk()
         self._array_bytes = now.array_bytes
+        note_arrays(now.tensors.values(), now.borrowing)
         graphs = (*now.graphs, *compiled_graphs(now.tensors))
         if graphs:
             raise CapturedGraphs(graphs)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import gc
 import itertools
 import logging
 import sys
+import weakref
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from .pieces import RAW, Piece, forget_guests, is_alone
+from .pieces import ARRAYS, RAW, Piece, forget_guests, is_alone, storage_key
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,29 @@ def part_from_strangers(pieces: Collection[Piece]) -> list[Piece]:
             f"{piece.nbytes:,}",
         )
     return immovable
+
+
+def note_arrays(tensors: Iterable[torch.Tensor], arrays: Collection[Any]) -> None:
+    """Have each storage know (`ARRAYS`) which of these arrays of numpy use its address.
+
+    ``np.from_dlpack`` leaves the storage as it is, and refers to the tensor in C++ as a TorchScript module or autograd
+    does; but those follow the tensor to other bytes, and an array does not.
+    """
+    if not arrays:
+        return
+    storages: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
+        if storage_key(tensor) is not None and (storage := tensor.untyped_storage()).resizable():
+            storages[storage.data_ptr()] = storage
+    starts = sorted(storages)
+    users: dict[int, list[weakref.ref[Any]]] = {}
+    for array in arrays:
+        address = array.__array_interface__["data"][0]
+        place = bisect.bisect_right(starts, address)
+        if place and address < (start := starts[place - 1]) + storages[start].nbytes():
+            users.setdefault(start, []).append(weakref.ref(array))
+    for start, known in users.items():
+        setattr(storages[start], ARRAYS, known)
 
 
 def _all_tensors() -> list[torch.Tensor]:

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 RAW = "_residency_raw"
 """Marks the tensors through which moves see the bytes: they are nobody's view, and never hidden."""
 
+ARRAYS = "_residency_arrays"
+"""Hangs on a storage object: weak references to the arrays of numpy that use its address."""
+
 _FILL_CHECK_FROM_BYTES = 1 << 20
 _FILL_CHECK_BYTES = 8 << 20
 
@@ -136,12 +139,13 @@ class Piece:
 
         Bytes that came from a file (TorchScript, safetensors, mmap) or from numpy, or that numpy looks at, belong
         to somebody else and cannot be resized: they are copied into a storage of torch's own. With ``apart``, so are
-        those of any storage: strangers keep the old one whole, as long as they have it.
+        those of any storage: strangers keep the old one whole, as long as they have it; so do arrays (`ARRAYS`).
         """
         if self.raw.is_cpu and self.storage.is_shared():
             logger.warning("%s is shared with other processes and stays where it is", ", ".join(self.tensors))
             return False
-        if self.storage.resizable() and not apart:
+        arrays = [array for known in vars(self.storage).get(ARRAYS, ()) if (array := known()) is not None]
+        if self.storage.resizable() and not apart and not arrays:
             return True
         exported = self._exported(self._known())
         try:
@@ -152,6 +156,11 @@ class Piece:
             self._move_tensors_to(self.storage)
             logger.warning("%s cannot be moved and stays where it is: %s", ", ".join(self.tensors), error)
             return False
+        for array in arrays:
+            weakref.finalize(array, _let_go, self.storage).atexit = False
+            logger.warning(
+                "%s: an array of numpy uses its %s bytes, which stay as long as it does", self.path, f"{self.nbytes:,}"
+            )
         for tensor in exported:
             keeping = weakref.finalize(tensor, _let_go, self.storage)
             keeping.atexit = False

@@ -268,15 +268,19 @@ class EditxTab:
             state,
         ]
         outputs = [self.chat_box, state, self.message]
+        asking = {**self.engine_event, **supported(gr.on, show_progress_on=self.chat_box), **PRIVATE}
+        # In the browser, at once: the error of the last request is not the next one's.
+        for press in (self.button_tts.click, self.button_edit.click):
+            press(None, None, self.message, js="() => ''", show_progress="hidden", **PRIVATE)
         # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
-        self.button_tts.click(self._clone_and_wipe, inputs, outputs, **self.engine_event, **PRIVATE).then(
+        self.button_tts.click(self._clone_and_wipe, inputs, outputs, **asking).then(
             lambda state: as_messages(state["history_messages"], speaker()),
             state,
             self.chat_box,
             show_progress="hidden",
             **PRIVATE,
         )
-        self.button_edit.click(self.generate_edit, inputs, outputs, **self.engine_event, **PRIVATE)
+        self.button_edit.click(self.generate_edit, inputs, outputs, **asking)
         # The chat has a bin of its own.
         for clear in (self.clean_history_submit.click, self.chat_box.clear):
             clear(self.clear_history, [state], outputs, **PRIVATE)

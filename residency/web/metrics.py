@@ -30,11 +30,13 @@ class _Books:
         self._status, self._history = manager.status(), manager.history()["models"]
 
     def collect(self) -> Iterator[Metric]:
-        device, models = self._status["device"], self._status["models"]
+        device, host, models = self._status["device"], self._status["host"], self._status["models"]
         for name, help_text, value in (
             ("gpu_free_bytes", "Memory of the GPU that nobody uses.", device["free_bytes"]),
             ("gpu_total_bytes", "Memory of the GPU.", device["total_bytes"]),
             ("process_gpu_bytes", "Memory of the GPU that this process holds.", device["process_bytes"]),
+            ("gpu_outside_bytes", "Memory of the GPU that models hold beyond the books.", device["outside_bytes"]),
+            ("host_outside_bytes", "Main memory that models hold beyond the books.", host["outside_bytes"]),
             ("gpu_power_watts", "What the GPU draws.", device["power_w"]),
         ):
             if value is not None:

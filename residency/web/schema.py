@@ -53,6 +53,7 @@ class Memory(BaseModel):
     total_bytes: int | None
     free_bytes: int | None
     process_bytes: int | None = Field(description="What this process holds of it.")
+    outside_bytes: int | None = Field(description="What the models hold of it beyond the books.")
 
 
 class Note(BaseModel):

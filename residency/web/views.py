@@ -5,6 +5,7 @@ Seconds that go on while somebody reads are ``<time data-s data-way>``: the page
 
 from __future__ import annotations
 
+import os
 from html import escape
 from typing import Any
 
@@ -16,6 +17,7 @@ from .language import Say, bracketed, mark
 SHOWN_MOVES = 8
 
 _REST = {
+    "outside": ("账外占用", "Held outside the books"),
     "process": ("本进程其他", "This process, other"),
     "peers": ("同类进程", "Peers"),
     "others": ("其他进程", "Others"),
@@ -53,13 +55,19 @@ def device_html(status: dict[str, Any], say: Say) -> str:
 def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
     """Who holds the card's memory: (part, name, bytes); empty where its size is unknown.
 
-    The models by name, then ``process``, ``peers``, ``others`` and ``free``. What nobody knows is somebody else's.
+    The models by name, then what they hold ``outside`` the books, ``process``, ``peers``, ``others`` and ``free``.
+    What nobody knows is somebody else's.
     """
     device = status["device"]
     if not device["total_bytes"] or device["free_bytes"] is None:
         return []
     left = device["total_bytes"] - device["free_bytes"]
-    rest = {"process": device["process_bytes"] or 0, "peers": device["peers_bytes"] or 0, "others": left}
+    rest = {
+        "outside": device["outside_bytes"] or 0,
+        "process": (device["process_bytes"] or 0) - _outside_here(status),
+        "peers": device["peers_bytes"] or 0,
+        "others": left,
+    }
     parts = []
     for number, (name, model) in enumerate(status["models"].items()):
         parts.append((f"model-{number % 4}", name, min(left, model["device_bytes"])))
@@ -69,6 +77,12 @@ def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
         parts.append((part, "", max(0, min(left, nbytes))))
         left -= parts[-1][2]
     return [*parts, ("free", "", device["free_bytes"])]
+
+
+def _outside_here(status: dict[str, Any]) -> int:
+    """What of the card this process itself, and no child of it, holds outside the books."""
+    holders = [holder for model in status["models"].values() for holder in model["outside_processes"]]
+    return sum(holder["device_bytes"] or 0 for holder in holders if holder["pid"] == os.getpid())
 
 
 def model_html(name: str, status: dict[str, Any], say: Say) -> str:

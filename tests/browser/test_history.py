@@ -90,6 +90,42 @@ def test_a_clone_is_not_lost_to_an_edit_that_was_asked_for_meanwhile(
     expect_results(page, 2)
 
 
+@pytest.mark.parametrize("name", ["CLONE", "EDIT"])
+def test_a_request_begins_without_the_error_of_the_one_before_and_shows_its_progress_once(
+    page: Page, app: RunningApp, gates: Path, tmp_path: Path, name: str
+) -> None:
+    clone(page, tmp_path, "")
+    message = sync_api.expect(page.locator("#message"))
+    message.to_contain_text("Target Text is empty")
+    if name == "EDIT":
+        page.locator("#task input").click()
+        page.get_by_role("option", name="vad", exact=True).click()
+    close_gate(gates, "speak")
+    page.get_by_label("Target Text").fill("new")
+    press(page, name)
+    app.wait_for_line("at the gate: speak")
+    sync_api.expect(page.locator("#history [role=progressbar]")).to_be_visible()
+    progress = page.get_by_role("progressbar").evaluate_all(
+        "bars => bars.filter(bar => bar.checkVisibility()).map(bar => bar.closest('[id]').id)"
+    )
+    error_stays = page.get_by_text("Target Text is empty").is_visible()
+    open_gate(gates, "speak")
+    expect_results(page, 1)
+    message.to_have_text("")
+    assert (progress, error_stays) == (["history"], False)
+
+
+def test_what_a_failed_request_says_stays_after_it_until_the_next_one(page: Page, tmp_path: Path) -> None:
+    clone(page, tmp_path, "")
+    message = sync_api.expect(page.locator("#message"))
+    for _ in range(2):
+        message.to_contain_text("Target Text is empty")
+        page.reload()
+    clone(page, tmp_path, "new")
+    expect_results(page, 1)
+    message.to_have_text("")
+
+
 @pytest.mark.parametrize("outcome", ["spoken", "failed"])
 def test_a_page_that_is_loaded_anew_during_a_request_hears_its_end(
     page: Page, app: RunningApp, gates: Path, tmp_path: Path, outcome: str

@@ -246,6 +246,43 @@ def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., 
     screenshot(page, "phone")
 
 
+#: A loader that takes 12 GB of the card by itself.
+_HOLDS_OUTSIDE = """
+import os
+from residency.devices.simulated import SimulatedDevice
+charge = SimulatedDevice.charge
+def charge_and_hold(self, nbytes):
+    charge(self, nbytes)
+    self.report_outside(os.getpid(), 12 << 30)
+SimulatedDevice.charge = charge_and_hold
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "language", "label"),
+    [(1200, "en", "Held outside the books 12 GB"), (390, "en", "Held outside"), (390, "zh-CN", "账外占用 12 GB")],
+)
+def test_memory_outside_the_books_is_a_part_of_the_bar(
+    new_page: Callable[..., Page], tmp_path: Path, gates: Path, width: int, language: str, label: str
+) -> None:
+    arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "-1")
+    with RunningApp(tmp_path, *arguments, gates=gates, prelude=_HOLDS_OUTSIDE) as app:
+        page = visit(new_page(viewport={"width": width, "height": 740}, locale=language), app.url)
+        sync_api.expect(page.locator("#gpu-panel i[data-part=outside]")).to_have_css("width", "0px")
+        app.post("/gpu/warm", {"model": "tts"})
+        part = page.locator("#gpu-panel .gpu-parts i[data-part=outside]")
+        share = "part => part.getBoundingClientRect().width / part.parentElement.getBoundingClientRect().width"
+        sync_api.expect(page.locator("#gpu-panel .gpu-legend [data-part=outside]")).to_contain_text(label)
+        part.evaluate("part => Promise.all(part.getAnimations().map(each => each.finished))")
+        assert part.evaluate(share) == pytest.approx(0.25, abs=0.01)
+        colours = page.locator("#gpu-panel .gpu-parts i").evaluate_all(
+            "parts => parts.map(part => getComputedStyle(part).backgroundColor)"
+        )
+        assert len(set(colours)) == len(colours)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        screenshot(page, f"outside-{width}-{language}")
+
+
 def test_who_may_not_press_sees_why(app: RunningApp, new_page: Callable[..., Page]) -> None:
     page = visit(new_page(), app.url.replace("127.0.0.1", "elsewhere.localhost"))  # a name that others can give
     refusal = sync_api.expect(page.locator("#gpu-refusal"))

@@ -123,10 +123,9 @@ def test_a_page_from_before_a_restart_says_so(new_page: Callable[..., Page], tmp
         page.get_by_role("button", name="EDIT", exact=True).click()
         sync_api.expect(page.locator("#not-known")).to_contain_text("upload the recording again")
         sync_api.expect(page.locator("body")).to_contain_text("What was sent cannot be read")
-        for place in ("#history", "#message"):
-            covered = page.locator(place).get_by_text("Error", exact=True)
-            sync_api.expect(covered).to_have_count(1)
-            sync_api.expect(covered).to_be_hidden()
+        covered = page.locator("#history, #message").get_by_text("Error", exact=True)
+        sync_api.expect(covered).to_have_count(1)
+        sync_api.expect(covered).to_be_hidden()
         sync_api.expect(idle.locator("#not-known")).to_contain_text("此前的录音和结果已不在服务器上")
 
         page.locator("#prompt-audio").get_by_label("Clear").click()

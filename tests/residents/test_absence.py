@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,75 @@ def test_views_kept_from_a_lease_and_numpy_cannot_end_the_process(engine: Engine
     resident.release()
     assert exported.tolist() == list(range(10))
     assert view.isfinite().all(), "somebody has it: it survives"
+
+
+@pytest.mark.parametrize("made", ["by the loader", "after the load"])
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda tensor: np.from_dlpack(tensor),
+        lambda tensor: np.from_dlpack(tensor)[2:],
+        lambda tensor: np.from_dlpack(tensor[2:]),
+        lambda tensor: tensor.numpy(),
+        lambda tensor: (np.from_dlpack(tensor), tensor.numpy()[1:]),
+    ],
+    ids=["array", "view", "part", "numpy", "two"],
+)
+def test_arrays_of_the_engine_over_its_tensors_stay_whole(device: SimulatedDevice, made: str, look: Any) -> None:
+    engine: Any = SimpleNamespace(module=torch.nn.Linear(100, 100), table=torch.arange(1000))
+    weight = engine.module.weight.detach().clone()
+
+    def make() -> None:
+        engine.arrays = {"table": look(engine.table), "weight": look(engine.module.weight.detach())}
+
+    if made == "by the loader":
+        make()
+    resident = EngineResident(engine, device)
+    if made == "after the load":
+        make()
+    expected = pickle.dumps(engine.arrays)
+    for _ in range(2):
+        resident.offload()
+        assert device.ledger_bytes == 0
+        others = [torch.full((1000,), 7) for _ in range(50)]  # in the place of what was freed
+        assert pickle.dumps(engine.arrays) == expected
+        del others
+        resident.restore()
+        assert torch.equal(engine.table, torch.arange(1000))
+        assert torch.equal(engine.module.weight, weight)
+    resident.release()
+    assert pickle.dumps(engine.arrays) == expected
+
+
+def test_what_arrays_look_at_goes_with_them_and_the_log_names_it(
+    device: SimulatedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = torch.arange(1000)
+    engine = {"table": table, "array": np.from_dlpack(table)}
+    storage = weakref.ref(table.untyped_storage())
+    EngineResident(engine, device)
+    assert "['table']: an array of numpy uses its 8,000 bytes" in caplog.text
+    assert storage() is not None
+    del engine["array"]
+    gc.collect()
+    assert storage() is None
+
+
+def test_an_array_of_another_tensor_and_a_torchscript_module_keep_nothing(
+    device: SimulatedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = torch.jit.script(torch.nn.BatchNorm1d(100).requires_grad_(False))
+    other = torch.arange(1000)
+    engine = {"script": script, "array": np.from_dlpack(other), "borrowed": np.frombuffer(bytearray(80))[:0]}
+    storages = {id(tensor): tensor.untyped_storage()._cdata for tensor in script.state_dict(keep_vars=True).values()}
+    EngineResident(engine, device).offload()
+    assert "array of numpy" not in caplog.text
+    assert device.ledger_bytes == 0
+    assert all(
+        tensor.untyped_storage()._cdata == storages[id(tensor)]
+        for tensor in script.state_dict(keep_vars=True).values()
+        if id(tensor) in storages
+    )
 
 
 def test_torchscript_and_views_that_are_not_found_raise_too(device: SimulatedDevice) -> None:

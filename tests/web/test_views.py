@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -14,24 +15,32 @@ from residency.web.language import en, zh
 GB = 1 << 30
 
 
-def card(*, free: int | None, process: int | None, peers: int | None, model: int) -> dict[str, Any]:
-    device = {"total_bytes": 48 * GB, "free_bytes": free, "process_bytes": process, "peers_bytes": peers}
-    return {"device": device, "models": {"tts": {"device_bytes": model}}}
+def card(
+    *, free: int | None, process: int | None, peers: int | None, model: int, here: int = 0, child: int = 0
+) -> dict[str, Any]:
+    """A status; ``here`` and ``child`` are what this process and a child hold outside the books."""
+    device = {"total_bytes": 48 * GB, "free_bytes": free, "process_bytes": process, "peers_bytes": peers,
+              "outside_bytes": here + child}  # fmt: skip
+    holders = [{"pid": os.getpid(), "device_bytes": here}, {"pid": 1, "device_bytes": child}]
+    return {"device": device, "models": {"tts": {"device_bytes": model, "outside_processes": holders}}}
 
 
 @pytest.mark.parametrize(
     ("status", "sizes"),
     [
-        (card(free=20 * GB, process=13 * GB, peers=5 * GB, model=12 * GB), (12, 1, 5, 10, 20)),
-        (card(free=48 * GB, process=0, peers=0, model=0), (0, 0, 0, 0, 48)),
-        (card(free=20 * GB, process=None, peers=None, model=12 * GB), (12, 0, 0, 16, 20)),
+        (card(free=20 * GB, process=13 * GB, peers=5 * GB, model=12 * GB), (12, 0, 1, 5, 10, 20)),
+        (card(free=48 * GB, process=0, peers=0, model=0), (0, 0, 0, 0, 0, 48)),
+        (card(free=20 * GB, process=None, peers=None, model=12 * GB), (12, 0, 0, 0, 16, 20)),
+        (card(free=20 * GB, process=16 * GB, peers=5 * GB, model=12 * GB, here=3 * GB), (12, 3, 1, 5, 7, 20)),
+        (card(free=20 * GB, process=13 * GB, peers=5 * GB, model=12 * GB, child=3 * GB), (12, 3, 1, 5, 7, 20)),
         # Books of different moments may contradict each other; nothing is shown that is more than what is used.
-        (card(free=44 * GB, process=40 * GB, peers=9 * GB, model=12 * GB), (4, 0, 0, 0, 44)),
+        (card(free=44 * GB, process=40 * GB, peers=9 * GB, model=12 * GB), (4, 0, 0, 0, 0, 44)),
+        (card(free=44 * GB, process=40 * GB, peers=9 * GB, model=2 * GB, child=5 * GB), (2, 2, 0, 0, 0, 44)),
     ],
 )
 def test_every_byte_of_the_card_is_somebodys(status: dict[str, Any], sizes: tuple[int, ...]) -> None:
     parts = views.memory_parts(status)
-    assert [part for part, _, _ in parts] == ["model-0", "process", "peers", "others", "free"]
+    assert [part for part, _, _ in parts] == ["model-0", "outside", "process", "peers", "others", "free"]
     assert tuple(nbytes // GB for _, _, nbytes in parts) == sizes
     assert sum(nbytes for _, _, nbytes in parts) == 48 * GB
 
@@ -41,6 +50,16 @@ def test_where_no_size_is_known_there_is_no_bar(manager: GPUResourceManager) -> 
     with GPUResourceManager(CpuDevice()) as here:
         assert "gpu-bar" not in views.device_html(here.status(), en)
     assert "gpu-bar" in views.device_html(manager.status(), en)
+
+
+def test_memory_outside_the_books_has_a_part_of_the_bar(manager: GPUResourceManager) -> None:
+    assert "Held outside the books" not in views.device_html(manager.status(), en)
+    status = manager.status()
+    status["device"].update(outside_bytes=12 * GB, free_bytes=36 * GB, total_bytes=48 * GB)
+    shown = views.device_html(status, en)
+    assert "<i data-part='outside' style='width:25.00%'></i>" in shown
+    assert "<span data-part='outside'>Held outside the books 12 GB</span>" in shown
+    assert "<span data-part='outside'>账外占用 12 GB</span>" in views.device_html(status, zh)
 
 
 def test_the_power_that_the_card_draws_is_shown_if_it_is_known(manager: GPUResourceManager) -> None:
