@@ -8,7 +8,8 @@ the context, often in another thread, and thread pools pass no context on. Call 
 - A function whose frame is on no stack has returned or is suspended, and does not execute.
 - A thread that waits in `Thread.join` or `Future.result` names in its frame what it waits for.
 
-Frames are remembered by address and code object, since a reference to a frame keeps its local variables alive.
+A frame is recognised by an `Activation` in its ``f_trace``: a reference to the frame would keep its local variables and
+its callers alive, and the address of a frame that has ended is used for the next one.
 """
 
 from __future__ import annotations
@@ -40,8 +41,37 @@ _WAITS = frozenset({concurrent.futures.wait.__code__, concurrent.futures.as_comp
 _BLOCKING = frozenset({_JOIN}) | _RESULTS | _WAITS
 _WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
 
-Activation = tuple[int, CodeType]
-"""One execution of a function: the address of its frame, and its code object."""
+
+class Activation:
+    """One execution of a function, from its call to its end. It is kept in ``f_trace`` of the frame and ends with it.
+
+    ``f_trace`` is used while a thread is traced only. A tracer may find an activation there and call it, to no effect.
+    Where a tracer has put its own function, the address of the frame decides instead.
+    """
+
+    __slots__ = ("_address", "_code", "_traced")
+
+    def __init__(self, frame: FrameType, traced: bool) -> None:
+        self._address = id(frame)
+        self._code = frame.f_code
+        self._traced = traced
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        return None
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Activation) or not (self._traced or other._traced):
+            return False
+        return self._address == other._address and self._code is other._code
+
+    def __hash__(self) -> int:
+        return self._address
+
+    def is_of(self, frame: FrameType) -> bool:
+        """Whether the frame, of any thread, is the one of this execution."""
+        return frame.f_trace is self or (frame.f_code is self._code and self == _found(frame))
 
 
 @dataclass(frozen=True)
@@ -80,11 +110,11 @@ class CallSite:
         """Whether the function that asked for the lease is on a stack: it has not returned and is not suspended."""
         if self.frame is None or self.is_suspended:
             return False
-        return any(self.frame == _activation(frame) for top in sys._current_frames().values() for frame in _below(top))
+        return any(self.frame.is_of(frame) for top in sys._current_frames().values() for frame in _below(top))
 
     def executes_here(self) -> bool:
         """Whether that function, or the one that made a generator's last step, is on the stack of this thread."""
-        return self.frame is not None and self.frame in map(_activation, _stack(threading.get_ident()))
+        return self.frame is not None and any(map(self.frame.is_of, _stack(threading.get_ident())))
 
     def suspended(self) -> CallSite:
         """The same site, for a generator that is about to yield."""
@@ -165,8 +195,17 @@ def _below(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _found(frame: FrameType) -> Activation:
+    found = frame.f_trace
+    return found if isinstance(found, Activation) else Activation(frame, traced=found is not None)
+
+
 def _activation(frame: FrameType) -> Activation:
-    return id(frame), frame.f_code
+    """The activation of a frame of this thread, made if need be."""
+    activation = _found(frame)
+    if frame.f_trace is None:
+        frame.f_trace = activation
+    return activation
 
 
 def _module(frame: FrameType) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from fakes import Worker, Workshop, await_that
 from streaming_engine import Speaker
 
-from gpu_manager import GPUResourceManager, LeaseDeadlock, RequestTimeout, SimulatedDevice
+from gpu_manager import GPUResourceManager, LeaseDeadlock, RequestTimeout, ResidencyError, SimulatedDevice
 from residency.clock import ManualClock
 from tts_gpu_managed import GPUManagedTTS
 
@@ -234,6 +236,97 @@ def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedT
         assert await_that(shop.manager, slot, lambda: asked.request in slot.waiting())
     assert isinstance(thread.result(), Speaker)
     asked.__exit__()
+
+
+# -- activations that come one after the other ------------------------------------------------------------------
+
+
+def test_a_lease_is_not_shared_with_a_later_call_of_the_function_that_took_it(pair: GPUResourceManager) -> None:
+    leases: list[Any] = []
+
+    def request() -> None:
+        leases.append(pair.lease("a", 0.01 if leases else None))
+        leases[-1].__enter__()
+
+    contextvars.Context().run(request)
+    for _ in range(8):  # whose frames are where the first one was
+        with pytest.raises(RequestTimeout):
+            contextvars.Context().run(request)
+    leases[0].__exit__()
+
+
+def test_a_stream_is_not_shared_with_another_one_that_the_same_code_steps_in_the_same_thread(
+    shop: GPUManagedTTS,
+) -> None:
+    def handler() -> Iterator[Any]:
+        with shop.lease(0.01):
+            yield "in use"
+
+    def make_step(generator: Iterator[Any]) -> Any:
+        return next(generator)
+
+    first = shop.stream(3)
+    contextvars.Context().run(make_step, first)
+    for _ in range(8):
+        with pytest.raises(RequestTimeout):
+            contextvars.Context().run(make_step, handler())
+    first.close()
+
+
+def test_a_generator_that_has_ended_is_not_taken_for_a_later_one_of_the_same_code(pair: GPUResourceManager) -> None:
+    def inner() -> Iterator[None]:
+        with pair.lease("a"):
+            yield
+
+    def outer(work: Callable[[], Any]) -> Iterator[Any]:
+        places.append(id(sys._getframe()))
+        yield work()
+
+    def ask() -> None:
+        with pair.lease("a", 0.01):
+            pass
+
+    places: list[int] = []
+    found: list[type] = []
+    begun = inner()
+    contextvars.Context().run(list, outer(lambda: next(begun)))
+    for _ in range(8):
+        try:
+            contextvars.Context().run(list, outer(ask))
+        except ResidencyError as error:
+            found.append(type(error))
+    assert places[0] in places[1:], "no frame was where the first one was: nothing is shown"
+    assert set(found) == {RequestTimeout}  # and not LeaseDeadlock: it does not go on with the inner generator
+    begun.close()
+
+
+@pytest.mark.parametrize("begins", ["before", "in the middle"])
+def test_streams_are_recognised_under_a_tracer(pair: GPUResourceManager, begins: str) -> None:
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        return trace
+
+    def ask() -> str:
+        with pair.lease("a", 1):
+            return "shares"
+
+    def handler() -> Iterator[str]:
+        with pair.lease("a"):
+            for _ in range(3):
+                yield ask()
+
+    def traced(generator: Iterator[str]) -> str:
+        sys.settrace(trace)
+        try:
+            return next(generator)
+        finally:
+            sys.settrace(None)
+
+    stream = handler()
+    if begins == "in the middle":
+        assert step(stream) == "shares"
+    assert Worker(contextvars.copy_context().run, traced, stream).result() == "shares"
+    assert steps(stream) == ["shares"] * (2 if begins == "before" else 1)
+    assert held(pair, "a") is None
 
 
 # -- coroutines -------------------------------------------------------------------------------------------------
