@@ -455,7 +455,7 @@ class GPUResourceManager:
     def _refuse_own(self, what: str, slots: list[Slot]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
         with self._lock:
-            kept_busy = (*held_slots(), *self._admission.kept_busy_locked(call_site()))
+            kept_busy = (*held_slots(), *self._admission.deadlocks.kept_busy_locked(call_site()))
         if any(held is slot for held in kept_busy for slot in slots):
             raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import gc
 import logging
 import math
 import threading
@@ -34,6 +33,7 @@ from .errors import DeviceLost, LoadTimeout, OverBudget
 from .history import CardHistory, PastMove
 from .latches import holds, new_latch
 from .leasing import loading
+from .lost import LostLeases
 from .monitor import Monitor
 from .moving import Mover, Task
 from .outside import NO_SAMPLE, OutsideBooks, Sample
@@ -55,9 +55,6 @@ FREED_WITHIN_S = 2.0
 
 STUCK_AFTER_S = 30.0
 """How long a model that is leaving may stand still before nobody waits for it any more."""
-
-_SEARCH_REST = 20.0
-"""A collection of garbage may take long in a large program: then so many times as long passes until the next."""
 
 CAPTURE_WITHIN_S = 30.0
 """How long a move waits at most for the end of captures of CUDA graphs, during which nobody may wait for the card."""
@@ -94,7 +91,7 @@ class Dispatcher:
         self.reports = Reports(device, clock)
         self.monitor = Monitor(self.lock, clock, self._look_locked, self._act_for_monitor)
         self._begun = False
-        self._search_garbage, self._search_from_s = False, -math.inf
+        self.lost = LostLeases(clock)
         self._threads: dict[Task, threading.Thread] = {}
         self._changes = 0  # how many moves have begun or ended
 
@@ -161,12 +158,13 @@ class Dispatcher:
             self._run(task)
 
     def _act_for_monitor(self) -> None:
-        """Also find leases that nothing refers to but themselves. Python might not collect for hours."""
-        if self._search_garbage:
-            self._search_garbage = False
-            began_s = self.clock.now()
-            gc.collect()
-            self._search_from_s = self.clock.now() + _SEARCH_REST * (self.clock.now() - began_s)
+        if self.lost.suspected:
+            self.lost.collect()
+        self.act()
+
+    def give_lost_back(self) -> None:
+        """Give leases back that nothing refers to but themselves."""
+        self.lost.collect()
         self.act()
 
     def leave(self) -> dict[str, Slot]:
@@ -228,9 +226,9 @@ class Dispatcher:
             if slot.task is not None and now_s >= slot.task.give_up_at_s:
                 self._give_up_locked(slot)
             self._step_locked(slot)
-            self._search_locked(slot, now_s)
+            self.lost.look_locked(slot, now_s)
             self._tell_of_standstill_locked(slot, now_s)
-        if self._search_garbage or any(slot.task and not slot.task.spawned for slot in self.slots.values()):
+        if self.lost.suspected or any(slot.task and not slot.task.spawned for slot in self.slots.values()):
             self._begun = True
             return now_s
         if self.left:
@@ -245,15 +243,6 @@ class Dispatcher:
         if task is not None and not task.arrives and not task.hangs:
             return min(deadline_s, float(task.seen_s) + STUCK_AFTER_S)
         return deadline_s
-
-    def _search_locked(self, slot: Slot, now_s: float) -> None:
-        """Have garbage collected if the model is leased by code that does not execute any more."""
-        holder = slot.holder
-        if holder is None or now_s < holder.search_s:
-            return
-        holder.searched_s = now_s
-        if now_s >= self._search_from_s and not holder.site.executes():
-            self._search_garbage = True
 
     def _tell_of_standstill_locked(self, slot: Slot, now_s: float) -> None:
         """Log once that a model which leaves does not make progress: its memory stays taken."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .errors import Holder
 from .history import History
-from .latches import open_latch
+from .latches import Latch, open_latch
 from .outside import Outside
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Request:
         #: Whether a stream holds it: a generator whose steps tell where they are made.
         self.streams = False
         #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
-        self.latch: threading.Lock | None = None
+        self.latch: Latch | None = None
         self.context: contextvars.Context | None = None
 
     def facts(self, now_s: float) -> Holder:
@@ -237,6 +237,11 @@ class Slot:
         while self.queue and self.queue[0].answered:
             self.queue.popleft()
         return self.queue[0] if self.queue else None
+
+    def held_by(self, now_s: float) -> Holder | None:
+        """The code that has the model, if a request is in force. Needs no lock."""
+        holder = self.holder
+        return holder.facts(now_s) if holder is not None and holder.users else None
 
     @property
     def in_use(self) -> bool:
