@@ -13,7 +13,7 @@ from functools import partial
 from .callers import call_site
 from .deadlocks import Deadlocks
 from .diagnosis import may_be_device_loss
-from .dispatch import Dispatcher
+from .dispatch import WARM_GRACE_S, Dispatcher
 from .errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from .latches import LoopLatch, holds, new_latch
 from .leasing import Lease, held_slots
@@ -181,6 +181,8 @@ class Admission:
                 if not request.users:
                     slot.left_s = slot.idle_since_s = now_s
                     slot.not_before_s = -math.inf
+                    if slot.wanted and not slot.broken and slot.head() is None:
+                        slot.wanted, slot.not_before_s = False, now_s + WARM_GRACE_S
                     slot.stuck = False
                     slot.holder = None
             if request.users or dispatcher.slots.get(slot.name) is not slot:
@@ -247,19 +249,20 @@ class Admission:
         slot = request.slot
         if slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken:
             return None
-        waiting = sum(1 for _ in slot.waiting()) if timeout_s == 0 or slot.max_waiting < math.inf else 0
-        busy = ModelBusy(slot.name, waiting, slot.state.value, slot.held_by(request.asked_s))
-        if timeout_s == 0:
-            return busy
-        if (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
+        if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
             return error
-        return busy if slot.in_use and waiting >= slot.max_waiting else None
+        if timeout_s != 0 and (slot.max_waiting == math.inf or not slot.in_use):
+            return None
+        waiting = sum(1 for _ in slot.waiting())
+        if timeout_s != 0 and waiting < slot.max_waiting:
+            return None
+        return ModelBusy(slot.name, waiting, slot.state.value, slot.held_by(request.asked_s))
 
     def _looks(self, request: Request, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
         """Until a request is answered: see to its time-out and to what it waits for, and yield the seconds to sleep."""
         slot, asked_s = request.slot, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
-        look_s, tell_s = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S
+        look_s, tell_s, told = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S, False
         with self._dispatcher.lock:
             arrived_before_s = slot.arrived_for_s(asked_s)
             self._dispatcher.reports.tell_queue(slot)
@@ -281,9 +284,11 @@ class Admission:
             if now_s >= look_s and not request.answered:
                 self._end_deadlock(request, lease, blocks)
                 look_s = now_s + min(max(now_s - asked_s, FIRST_LOOK_S), LONGEST_PAUSE_S)
+                if request.awaited and not told:
+                    tell_s, told = now_s, True  # people wonder why nothing goes on
             if now_s >= tell_s and not request.answered and (facts := slot.held_by(now_s)) is not None:
                 logger.warning(
-                    "%s: a request has waited for %.0f s; the model is %s", slot.name, now_s - asked_s, facts.en
+                    "%s: a request has waited for %.3g s; the model is %s", slot.name, now_s - asked_s, facts.en
                 )
                 tell_s = math.inf
             if not request.answered:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import concurrent.futures
 import concurrent.futures.thread
 import inspect
+import math
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -83,7 +85,7 @@ class CallSite:
         code, line: the innermost frame outside of this library.
         frame: that frame; None if it is a thread pool's, which outlives the task that takes the lease.
         generators: the generators and coroutines of the stack outside of this library, innermost first.
-        token: an object of that thread alone; numbers and names of threads are used again.
+        token: that thread's alone, since numbers and names are used again; answers None once it has ended.
         is_suspended: whether a generator yielded here; ``frame`` is then the code that made its last step.
     """
 
@@ -92,7 +94,7 @@ class CallSite:
     line: int
     frame: Activation | None
     generators: tuple[Activation, ...]
-    token: object
+    token: weakref.ref[_Alive]
     is_suspended: bool = False
 
     @property
@@ -104,7 +106,8 @@ class CallSite:
     @property
     def thread_name(self) -> str:
         """The name of the thread, if it still runs."""
-        return next((one.name for one in threading.enumerate() if one.ident == self.thread), f"{self.thread} (ended)")
+        names = (one.name for one in threading.enumerate() if one.ident == self.thread)
+        return f"{self.thread} (ended)" if self._ended else next(names, str(self.thread))
 
     def executes(self) -> bool:
         """Whether the function that asked for the lease is on a stack: it has not returned and is not suspended."""
@@ -128,10 +131,20 @@ class CallSite:
         """Whether a generator that resumes what holds the lease is on that stack, and so cannot do it meanwhile."""
         return not set(self.generators).isdisjoint(other.generators)
 
-    def waits_for(self, thread: int) -> bool:
-        """Whether the thread waits without a timeout, in `Thread.join` or for futures, for what another thread does."""
-        tasks = {id(_local(frame, "self").future) for frame in _stack(thread) if frame.f_code is _WORK_ITEM}
-        return any(_waits_for(frame, thread, tasks) for frame in _stack(self.thread))
+    def waits_for(self, other: CallSite) -> float | None:
+        """For how many seconds this thread waits, in `Thread.join` or for futures, for what the other one does.
+
+        ``math.inf``: without a time-out; None: it does not wait for it. Time-outs are counted from the wait's begin.
+        """
+        if self._ended or other._ended:
+            return None  # and their numbers may be those of other threads
+        tasks = {id(_local(frame, "self").future) for frame in _stack(other.thread) if frame.f_code is _WORK_ITEM}
+        waits = (_time_out(frame) for frame in _stack(self.thread) if _waits_for(frame, other.thread, tasks))
+        return max(waits, default=None)
+
+    @property
+    def _ended(self) -> bool:
+        return self.token() is None
 
 
 def call_site() -> CallSite:
@@ -154,9 +167,16 @@ def call_site() -> CallSite:
     )
 
 
+class _Alive:
+    """Lives as long as the thread that has made it."""
+
+    __slots__ = ("__weakref__",)
+
+
 class _ThisThread(threading.local):
     def __init__(self) -> None:
-        self.token = object()
+        self.alive = _Alive()
+        self.token = weakref.ref(self.alive)
 
 
 _this_thread = _ThisThread()
@@ -174,7 +194,7 @@ def in_thread_pool() -> bool:
 
 def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
     code = frame.f_code
-    if code not in _BLOCKING or _local(frame, "timeout") is not None:
+    if code not in _BLOCKING:
         return False
     if code is _JOIN:
         return bool(_local(frame, "self").ident == thread)
@@ -182,6 +202,11 @@ def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
         return id(_local(frame, "self")) in tasks
     futures = _local(frame, "fs")
     return isinstance(futures, set) and not tasks.isdisjoint(map(id, futures))
+
+
+def _time_out(frame: FrameType) -> float:
+    timeout = _local(frame, "timeout")
+    return math.inf if timeout is None else float(timeout)
 
 
 def _stack(thread: int) -> Iterator[FrameType]:

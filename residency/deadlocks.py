@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
 
 from .callers import CallSite, in_thread_pool, is_this_thread
@@ -54,8 +55,13 @@ class Deadlocks:
         return None
 
     def found_while_waiting(self, holder: Request, request: Request, blocks: bool) -> bool:
-        """Whether the code that has the model cannot go on before the request is answered."""
-        if holder.site.waits_for(request.site.thread):
+        """Whether the code that has the model cannot go on before the request is answered.
+
+        A wait with a time-out ends by itself, after which the holder may well leave: that is for the status to tell.
+        """
+        wait_s = holder.site.waits_for(request.site)
+        request.awaited = wait_s is not None
+        if wait_s == math.inf:
             return True
         resumes_it = blocks and (holder.site.token is request.site.token or _in_event_loop())
         if not resumes_it or holder.site.executes() or in_thread_pool():

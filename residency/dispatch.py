@@ -45,7 +45,7 @@ from .states import Move, MoveRecord, Slot, State
 logger = logging.getLogger(__name__)
 
 WARM_GRACE_S = 60.0
-"""How long a model that was warmed by hand waits for its first request before keep-warm counts."""
+"""How long a model that was warmed by hand, or during a request, waits for the next one before keep-warm counts."""
 
 RETRY_AFTER_S = 30.0
 """How long after a failed move the monitor tries again. Requests and people may try at once."""
@@ -485,7 +485,7 @@ class Dispatcher:
             if slot.wanted or slot.idle_since_s is None or task.move.via is State.LOADING:
                 slot.idle_since_s = now_s
             slot.not_before_s = now_s + WARM_GRACE_S if slot.wanted else -math.inf
-            slot.wanted = False
+            slot.wanted = slot.wanted and slot.head() is not None  # then it stays after that request
             if task.move.via is State.RESTORING:
                 slot.policy.brought_back(slot.last_move.seconds)
         else:

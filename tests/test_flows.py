@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import sys
@@ -17,7 +18,15 @@ import torch
 from fakes import Worker, Workshop, await_that
 from streaming_engine import Speaker
 
-from gpu_manager import GPUResourceManager, LeaseDeadlock, RequestTimeout, ResidencyError, SimulatedDevice
+from gpu_manager import (
+    GPUResourceManager,
+    LeaseDeadlock,
+    RequestCancelled,
+    RequestTimeout,
+    ResidencyError,
+    SimulatedDevice,
+    State,
+)
 from residency.clock import ManualClock
 from tts_gpu_managed import GPUManagedTTS
 
@@ -226,6 +235,40 @@ def test_a_holder_that_waits_for_a_limited_time_goes_on(shop: GPUManagedTTS) -> 
         worker.join(0.2)
         assert worker.is_alive()
     assert worker.result()[1] == 24_000
+
+
+@pytest.mark.parametrize("how", ["result", "join", "wait"])
+def test_a_wait_with_a_time_out_for_work_that_leases_is_said_in_the_status_and_the_log(
+    how: str, shop: GPUManagedTTS, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = shop.lease()
+
+    def ask() -> None:
+        with contextlib.suppress(RequestCancelled):
+            asked.__enter__()
+
+    def end_it() -> str:
+        while (waits_for := (held(shop.manager) or {})["waits_for"]) is None:
+            shop.manager.wait_for("tts", State.RELEASED, 0.01)
+        while "which waits for the model" not in caplog.text:
+            shop.manager.wait_for("tts", State.RELEASED, 0.01)
+        asked.cancel()
+        return str(waits_for)
+
+    with ThreadPoolExecutor(1, "pool") as pool, shop.lease():
+        watcher = Worker(end_it)
+        if how == "join":
+            thread = threading.Thread(target=ask, name="pool")
+            thread.start()
+            thread.join(60)
+        elif how == "result":
+            pool.submit(ask).result(60)
+        else:
+            wait([pool.submit(ask)], 60)
+        assert watcher.result().startswith("pool")
+        holder = held(shop.manager)
+        assert holder is not None
+        assert holder["waits_for"] is None
 
 
 def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedTTS) -> None:
@@ -489,6 +532,60 @@ def test_a_stream_lost_in_a_cycle_gives_its_lease_back_without_a_collection_by_p
         assert await_that(shop.manager, slot, lambda: slot.holder is None)
     finally:
         gc.enable()
+
+
+class Response:
+    """Refers to itself, as responses and jobs of frameworks do: dropping it ends nothing before Python collects."""
+
+    def __init__(self, body: Iterator[Any]) -> None:
+        self.body = body
+        self.me = self
+        next(body)
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def holds(manager: GPUResourceManager, name: str) -> Iterator[None]:
+    with manager.lease(name):
+        yield
+
+
+@pytest.mark.usefixtures("no_collections")
+def test_a_request_is_no_deadlock_that_would_wait_for_a_stream_which_was_lost_in_a_cycle(
+    pair: GPUResourceManager,
+) -> None:
+    def handler() -> Iterator[str]:
+        contextvars.Context().run(Response, holds(pair, "a"))
+        yield "has lost it"
+        with pair.lease("a"):
+            yield "served"
+
+    assert steps(handler()) == ["has lost it", "served"]
+
+
+@pytest.mark.usefixtures("no_collections")
+def test_a_request_is_no_deadlock_whose_code_has_lost_what_the_holder_waits_for(pair: GPUResourceManager) -> None:
+    def handler() -> Iterator[str]:
+        contextvars.Context().run(Response, holds(pair, "a"))
+        yield "has lost it"
+        with pair.lease("b"):
+            yield "served"
+
+    mine, other = handler(), takes(pair, "b", "a")
+    assert step(mine) == "has lost it"
+    assert step(other) == "b"
+    waiting = Worker(lambda: list(other))
+    slot = pair._slots["a"]
+    assert await_that(pair, slot, lambda: slot.head() is not None)
+    assert step(mine) == "served"
+    assert waiting.result() == ["a"]
+    mine.close()
 
 
 def test_a_stream_that_goes_on_is_never_taken_for_lost(manager: GPUResourceManager, clock: ManualClock) -> None:
