@@ -99,7 +99,10 @@ class Admission:
                     self._queue_locked(request, lease)
                 elif isinstance(error, ModelBusy) or not may_be_lost:
                     slot.history.refused(error)
-                    raise error
+                    try:
+                        raise error
+                    finally:
+                        del error  # which would keep this frame, and those below it
             if error is None:
                 break
             dispatcher.give_lost_back()  # it would wait for ever, unless what it waits for has been lost
@@ -196,12 +199,12 @@ class Admission:
                 slot.history.served(request.asked_s, request.served_s, now_s, failed=error is not None)
             else:
                 slot.history.refused(request.error)
-        leaves = wait and task is not None and not task.arrives and request.error is None
+        leaves = task is not None and not task.arrives and request.error is None
         small = slot.device_bytes <= SMALL_BYTES
         if leaves and not small and dispatcher.monitor.alive:
             return  # the monitor starts it: a thread that moves bytes would take this one's turn to answer
         dispatcher.act()
-        if leaves and small:
+        if wait and leaves and small:
             dispatcher.watch(slot, lambda: slot.task is not task, SMALL_LEAVES_WITHIN_S)
 
     def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:

@@ -76,9 +76,9 @@ class Activation:
         return frame.f_trace is self or (frame.f_code is self._code and self == _found(frame))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CallSite:
-    """The stack of a thread at the moment when it asks for a lease.
+    """The stack of a thread at the moment when it asks for a lease. Never changed (frozen would be slow to make).
 
     Attributes:
         thread: `threading.get_ident` of the thread.
@@ -227,8 +227,11 @@ def _found(frame: FrameType) -> Activation:
 
 def _activation(frame: FrameType) -> Activation:
     """The activation of a frame of this thread, made if need be."""
-    activation = _found(frame)
-    if frame.f_trace is None:
+    found = frame.f_trace
+    if isinstance(found, Activation):
+        return found
+    activation = Activation(frame, traced=found is not None)
+    if found is None:
         frame.f_trace = activation
     return activation
 

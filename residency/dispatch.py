@@ -100,13 +100,13 @@ class Dispatcher:
     def plan_locked(self, slot: Slot) -> None:
         """Let happen what is next for this model, and for those that wait for room."""
         self.version += 1
-        if any(other.short for other in self.slots.values()):
-            for other in by_arrival([other for other in self.slots.values() if other.short and other is not slot]):
-                self._step_locked(other)
-        self._step_locked(slot)
+        now_s = self.clock.now()
+        if short := [other for other in self.slots.values() if other.short and other is not slot]:
+            for other in by_arrival(short):
+                self._step_locked(other, now_s)
+        self._step_locked(slot, now_s)
         if slot.at is State.DEVICE and slot.task is None and slot.holder is None:
             self._keep_budget_locked()
-        now_s = self.clock.now()
         self.monitor.expect_locked(self._deadline_locked(slot, now_s))
 
     def begin_locked(self, slot: Slot, move: Move, *, made_room: bool = False) -> Task:
@@ -225,7 +225,7 @@ class Dispatcher:
         for slot in self.slots.values():
             if slot.task is not None and now_s >= slot.task.give_up_at_s:
                 self._give_up_locked(slot)
-            self._step_locked(slot)
+            self._step_locked(slot, now_s)
             self.lost.look_locked(slot, now_s)
             self._tell_of_standstill_locked(slot, now_s)
         if self.lost.suspected or any(slot.task and not slot.task.spawned for slot in self.slots.values()):
@@ -254,23 +254,23 @@ class Dispatcher:
         if task.hangs:
             logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
 
-    def _step_locked(self, slot: Slot) -> None:
+    def _step_locked(self, slot: Slot, now_s: float) -> None:
         if slot.holder is not None and not slot.holder.users:
             slot.holder = None  # who left it was interrupted
         had_to_wait, slot.short = slot.short, False
-        step = next_step(slot, self.clock.now(), self.device.separate)
+        step = next_step(slot, now_s, self.device.separate)
         if step is Serve.HEAD:
-            self._serve_locked(slot)
+            self._serve_locked(slot, now_s)
         elif isinstance(step, Move):
             if step.target is not State.DEVICE or self._has_room_locked(slot):
                 self.begin_locked(slot, step, made_room=had_to_wait)
         elif not slot.in_use and slot.task is None:
             slot.asked = None
 
-    def _serve_locked(self, slot: Slot) -> None:
+    def _serve_locked(self, slot: Slot, now_s: float) -> None:
         request = slot.head()
         assert request is not None
-        request.served_s = request.resumed_s = request.searched_s = self.clock.now()
+        request.served_s = request.resumed_s = request.searched_s = now_s
         slot.holder = request
         request.answer()
         if request.latch is not None:  # it has waited
@@ -298,6 +298,8 @@ class Dispatcher:
         return not room.wait
 
     def _keep_budget_locked(self) -> None:
+        if self.budget_bytes == math.inf:
+            return
         for move in over_budget(self.slots.values(), self.budget_bytes):
             self.begin_locked(self.slots[move.model], move)
 
@@ -515,7 +517,7 @@ class Dispatcher:
     def _after_locked(self, slot: Slot) -> None:
         if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):
             # Who waited for it gets it, before anybody can ask for it to leave again.
-            self._serve_locked(slot)
+            self._serve_locked(slot, self.clock.now())
         self._keep_budget_locked()
         self.plan_locked(slot)
         slot.changed()

@@ -94,10 +94,11 @@ class Lease:
         self.request: Request | None = None
         #: Whether the request was made for this lease, and not for one that it shares.
         self.owns = False
-        made = tuple([one for one in _made.get() if not one.over])
-        #: Requests in force whose leases were made in this context before, wherever they were entered.
-        self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
         self._made = _Made(_in_a_task())
+        #: Requests in force whose leases were made in this context before, wherever they were entered.
+        self.made_after: tuple[Request, ...] = ()
+        if made := [one for one in _made.get() if not one.over]:
+            self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
         _made.set((*made, self._made))
 
     def __enter__(self) -> Any:
