@@ -267,8 +267,15 @@ class GPUResourceManager:
     def lease(self, name: str, timeout: float | str | None = None, *, reading: bool = False) -> Lease:
         """A context manager that gives the model's engine, on the device, and takes it back at its end.
 
+        Coroutines write ``async with manager.lease("tts") as engine:``; a plain ``with`` blocks its thread, and with it
+        the event loop, until the model is there. A lease of the same model in the same thread of control, and in tasks
+        and threads that were started with its context, shares the first, since who waits for them would wait for ever.
+        So code that starts a task for each of several separate requests does not take their leases itself: each task
+        takes its own, and is started outside of other leases or with ``contextvars.Context().run``.
+
         The block's end does not wait until a large model has left the device: `status` says ``moving`` until then, and
-        `offload` waits for it. A model of at most 64 MB has left, unless that takes longer than a quarter of a second.
+        `offload` waits for it. A model of at most 64 MB has left, unless that takes longer than a quarter of a second,
+        or the block was an ``async with``.
 
         ``timeout`` is how long to wait for the model at most, from entering until it is there: seconds or ``"30s"``;
         0: not at all; -1: as long as it takes; None: the manager's ``wait_timeout``, which does not count the load.
@@ -297,8 +304,9 @@ class GPUResourceManager:
     def warm(self, name: str | None = None) -> bool:
         """Begin to bring a model (None: all) to the device and return at once. True: it is there already.
 
-        Without a request within `WARM_GRACE_S` it leaves again as after any request. A failure is logged and
-        shown in `status`; the next request tries again.
+        Without a request within `WARM_GRACE_S` it leaves again as after any request; of a model in use, those seconds
+        begin when its requests have ended. An `offload` or `release` that was to follow them does not happen. A failure
+        is logged and shown in `status`; the next request tries again.
         """
         return self._each(name, self._steering.warm)
 
@@ -457,7 +465,7 @@ class GPUResourceManager:
     def _refuse_own(self, what: str, slots: list[Slot]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
         with self._lock:
-            kept_busy = (*held_slots(), *self._admission.kept_busy_locked(call_site()))
+            kept_busy = (*held_slots(), *self._admission.deadlocks.kept_busy_locked(call_site()))
         if any(held is slot for held in kept_busy for slot in slots):
             raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
-from .callers import CallSite, call_site, in_thread_pool, is_this_thread
-from .dispatch import Dispatcher
-from .errors import Holder, LeaseDeadlock, ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
-from .latches import holds, new_latch
+from .callers import call_site
+from .deadlocks import Deadlocks
+from .diagnosis import may_be_device_loss
+from .dispatch import WARM_GRACE_S, Dispatcher
+from .errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
+from .latches import LoopLatch, holds, new_latch
 from .leasing import Lease, held_slots
-from .planning import would_wait_for_itself
 from .states import Request, Slot, State
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,6 @@ FIRST_LOOK_S = 0.05
 
 LONGEST_PAUSE_S = 8.0
 """The longest of these intervals."""
-
-STALLED_AFTER_S = 3.0
-"""How long a suspended generator may stand still before a request in the thread that resumes it gives up waiting."""
 
 TELL_AFTER_S = 30.0
 """How long a request waits for another one until the log says so."""
@@ -52,46 +49,78 @@ class Admission:
         self._dispatcher = dispatcher
         self._check_locked = check_locked
         self._clock = dispatcher.clock
+        self.deadlocks = Deadlocks(dispatcher)
         self._wait_timeout_s = wait_timeout_s
         self._numbers = itertools.count(1)
 
     def acquire(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
         """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
-        dispatcher, site = self._dispatcher, call_site()
-        with self._dispatcher.lock:
-            self._check_locked(slot)
-            now_s = self._clock.now()
-            holder = slot.holder
-            if (
-                holder is not None
-                and timeout_s != 0  # which asks for a model that is not in use
-                and self._same_flow(holder, site, lease)
-                and self._share_locked(lease, holder)
-            ):
-                return holder
-            holding = (*held_slots(), *self.kept_busy_locked(site, lease.made_after))
-            request = Request(slot, next(self._numbers), site, holding, now_s)
-            try:
-                self._refuse_if_futile_locked(request, timeout_s)
-            except ResidencyError as error:
-                slot.history.refused(error)
-                raise
-            if slot.left_s is not None and not slot.in_use:
-                slot.policy.idle_ended(max(0.0, now_s - slot.left_s))
-                slot.left_s = None  # learned once, even if this request comes to nothing
-            request.context = contextvars.copy_context()
-            lease.request = request
-            lease.owns = True
-            if lease.cancelled:
-                raise RequestCancelled(slot.name)
-            slot.queue.append(request)
-            dispatcher.plan_locked(slot)
-        dispatcher.act()
+        request = self._ask(slot, timeout_s, lease, blocks=True)
         if not request.answered:
-            self._wait(request, lease, now_s, timeout_s)
+            latch = request.latch = new_latch()
+            for pause_s in self._looks(request, timeout_s, lease, blocks=True):
+                self._clock.wait(latch, pause_s)
+            self._dispatcher.act()
         if request.error is not None:
             raise request.error
         return lease.request or request
+
+    async def acquire_async(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
+        """For `Lease`: the same, for a coroutine. No thread waits meanwhile."""
+        request = self._ask(slot, timeout_s, lease, blocks=False)
+        if not request.answered:
+            latch = request.latch = LoopLatch()
+            for pause_s in self._looks(request, timeout_s, lease, blocks=False):
+                await latch.wait(pause_s)
+            self._dispatcher.act()
+        if request.error is not None:
+            raise request.error
+        return lease.request or request
+
+    def _ask(self, slot: Slot, timeout_s: float | None, lease: Lease, blocks: bool) -> Request:
+        """The request in force that the lease shares, or one of its own; ``blocks``: its thread waits for it."""
+        dispatcher, site = self._dispatcher, call_site()
+        for may_be_lost in (True, False):
+            with dispatcher.lock:
+                self._check_locked(slot)
+                now_s = self._clock.now()
+                holder = slot.holder
+                if (
+                    holder is not None
+                    and timeout_s != 0  # which asks for a model that is not in use
+                    and self.deadlocks.same_flow(holder, site, lease)
+                    and self._share_locked(lease, holder)
+                ):
+                    return holder
+                holding = (*held_slots(), *self.deadlocks.kept_busy_locked(site, lease.made_after))
+                request = Request(slot, next(self._numbers), site, holding, now_s)
+                error = self._refusal_locked(request, timeout_s, blocks)
+                if error is None:
+                    self._queue_locked(request, lease)
+                elif isinstance(error, ModelBusy) or not may_be_lost:
+                    slot.history.refused(error)
+                    try:
+                        raise error
+                    finally:
+                        del error  # which would keep this frame, and those below it
+            if error is None:
+                break
+            dispatcher.give_lost_back()  # it would wait for ever, unless what it waits for has been lost
+        dispatcher.act()
+        return request
+
+    def _queue_locked(self, request: Request, lease: Lease) -> None:
+        slot = request.slot
+        if slot.left_s is not None and not slot.in_use:
+            slot.policy.idle_ended(max(0.0, request.asked_s - slot.left_s))
+            slot.left_s = None  # learned once, even if this request comes to nothing
+        request.context = contextvars.copy_context()
+        lease.request = request
+        lease.owns = True
+        if lease.cancelled:
+            raise RequestCancelled(slot.name)
+        slot.queue.append(request)
+        self._dispatcher.plan_locked(slot)
 
     def share(self, lease: Lease, request: Request) -> bool:
         """For `Lease`: let it count on a request in force as well; False if that has ended."""
@@ -116,23 +145,6 @@ class Admission:
     def suspended(self, request: Request) -> None:
         """For `Lease`: the generator in which the model is leased yields."""
         request.site = request.site.suspended()
-
-    def kept_busy_locked(self, site: CallSite, made_after: Iterable[Request] = ()) -> tuple[Slot, ...]:
-        """The models that this code keeps busy, as far as the call stack tells and the context does not."""
-        holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
-        return tuple(
-            holder.slot
-            for holder in holders
-            if holder.users and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
-        )
-
-    @staticmethod
-    def _same_flow(holder: Request, site: CallSite, lease: Lease) -> bool:
-        """Whether a request is made by the code that has the model, so that waiting would be waiting for itself."""
-        there = holder.site
-        if is_this_thread(there) and there.executes_here():
-            return True
-        return there.same_flow(site) or (holder in lease.made_after and not there.executes())
 
     @staticmethod
     def _share_locked(lease: Lease, request: Request) -> bool:
@@ -172,6 +184,8 @@ class Admission:
                 if not request.users:
                     slot.left_s = slot.idle_since_s = now_s
                     slot.not_before_s = -math.inf
+                    if slot.wanted and not slot.broken and slot.head() is None:
+                        slot.wanted, slot.not_before_s = False, now_s + WARM_GRACE_S
                     slot.stuck = False
                     slot.holder = None
             if request.users or dispatcher.slots.get(slot.name) is not slot:
@@ -185,17 +199,24 @@ class Admission:
                 slot.history.served(request.asked_s, request.served_s, now_s, failed=error is not None)
             else:
                 slot.history.refused(request.error)
-        leaves = wait and task is not None and not task.arrives and request.error is None
+        leaves = task is not None and not task.arrives and request.error is None
         small = slot.device_bytes <= SMALL_BYTES
         if leaves and not small and dispatcher.monitor.alive:
             return  # the monitor starts it: a thread that moves bytes would take this one's turn to answer
         dispatcher.act()
-        if leaves and small:
+        if wait and leaves and small:
             dispatcher.watch(slot, lambda: slot.task is not task, SMALL_LEAVES_WITHIN_S)
 
-    def give_back_later(self, lease: Lease, discard: bool = False) -> None:
+    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+        """For `Lease`: end it in an event loop, which nothing may block."""
+        if may_be_device_loss(error):
+            self.give_back_later(lease, discard, error)  # the device is asked
+        else:
+            self.give_back(lease, discard, error, wait=False)
+
+    def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
         """For `Lease`: let the monitor end it, or whoever acts next."""
-        self._dispatcher.left.append(partial(self.give_back, lease, discard, wait=False))
+        self._dispatcher.left.append(partial(self.give_back, lease, discard, error, wait=False))
         self._dispatcher.monitor.wake()
 
     def look_again(self) -> None:
@@ -226,32 +247,26 @@ class Admission:
         self._dispatcher.reports.tell_queue(request.slot)
         self._dispatcher.plan_locked(request.slot)
 
-    def _refuse_if_futile_locked(self, request: Request, timeout_s: float | None) -> None:
-        slot, holding = request.slot, request.holding
-        at_once = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken
-        if timeout_s == 0 and not at_once:
-            raise ModelBusy(slot.name, sum(1 for _ in slot.waiting()), slot.state.value, self._facts(slot.holder))
-        holder = slot.holder
-        if holder is not None and holder.site.resumed_by(request.site):
-            raise LeaseDeadlock(slot.name, _names(holding), self._facts(holder))
-        if holder is not None and holder.site.thread == request.site.thread and _in_event_loop():
-            raise RuntimeError(
-                f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: take leases "
-                f"in worker threads (asyncio.to_thread)."
-            )
-        if holding and would_wait_for_itself(request, self._dispatcher.slots.values()):
-            raise LeaseDeadlock(slot.name, _names(holding), self._facts(holder))
-        if slot.max_waiting < math.inf and not at_once:
-            waiting = sum(1 for _ in slot.waiting())
-            if waiting >= slot.max_waiting and slot.in_use:
-                raise ModelBusy(slot.name, waiting, slot.state.value, self._facts(slot.holder))
+    def _refusal_locked(self, request: Request, timeout_s: float | None, blocks: bool) -> Exception | None:
+        """Why a request is not queued."""
+        slot = request.slot
+        if slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken:
+            return None
+        if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
+            return error
+        if timeout_s != 0 and (slot.max_waiting == math.inf or not slot.in_use):
+            return None
+        waiting = sum(1 for _ in slot.waiting())
+        if timeout_s != 0 and waiting < slot.max_waiting:
+            return None
+        return ModelBusy(slot.name, waiting, slot.state.value, slot.held_by(request.asked_s))
 
-    def _wait(self, request: Request, lease: Lease, asked_s: float, timeout_s: float | None) -> None:
-        slot, latch = request.slot, new_latch()
+    def _looks(self, request: Request, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
+        """Until a request is answered: see to its time-out and to what it waits for, and yield the seconds to sleep."""
+        slot, asked_s = request.slot, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
-        look_s, tell_s = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S
+        look_s, tell_s, told = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S, False
         with self._dispatcher.lock:
-            request.latch = latch
             arrived_before_s = slot.arrived_for_s(asked_s)
             self._dispatcher.reports.tell_queue(slot)
             slot.changed()
@@ -265,33 +280,36 @@ class Admission:
                     self._refuse_locked(request, RequestCancelled(slot.name))
                 elif late and not request.answered:
                     place = list(slot.waiting()).index(request) + 1
-                    facts = self._facts(slot.holder)
+                    facts = slot.held_by(now_s)
                     self._refuse_locked(
                         request, RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value, facts)
                     )
             if now_s >= look_s and not request.answered:
-                self._end_deadlock(request, lease)
+                self._end_deadlock(request, lease, blocks)
                 look_s = now_s + min(max(now_s - asked_s, FIRST_LOOK_S), LONGEST_PAUSE_S)
-            if now_s >= tell_s and not request.answered and (facts := self._facts(slot.holder)) is not None:
+                if request.awaited and not told:
+                    tell_s, told = now_s, True  # people wonder why nothing goes on
+            if now_s >= tell_s and not request.answered and (facts := slot.held_by(now_s)) is not None:
                 logger.warning(
-                    "%s: a request has waited for %.0f s; the model is %s", slot.name, now_s - asked_s, facts.en
+                    "%s: a request has waited for %.3g s; the model is %s", slot.name, now_s - asked_s, facts.en
                 )
                 tell_s = math.inf
             if not request.answered:
-                self._clock.wait(latch, min(until_s, look_s) - now_s)
-        self._dispatcher.act()
+                yield min(until_s, look_s) - now_s
 
-    def _end_deadlock(self, request: Request, lease: Lease) -> None:
+    def _end_deadlock(self, request: Request, lease: Lease, blocks: bool) -> None:
         """Serve or refuse a request that turns out to wait for the code that makes it."""
         slot = request.slot
         holder = slot.holder
         if holder is None or not holder.users:
             return
-        shares = self._same_flow(holder, request.site, lease)
-        if not shares and not self._waits_for(holder, request):
-            return
+        shares = self.deadlocks.same_flow(holder, request.site, lease)
+        if not shares:
+            if not self.deadlocks.found_while_waiting(holder, request, blocks):
+                return
+            self._dispatcher.give_lost_back()
         with self._dispatcher.lock:
-            if request.answered or slot.holder is not holder:
+            if request.answered or slot.holder is not holder or not holder.users:
                 return
             if shares and self._share_locked(lease, holder):
                 request.answer()
@@ -299,31 +317,4 @@ class Admission:
                 self._dispatcher.reports.tell_queue(slot)
                 slot.changed()
             elif not shares:
-                self._refuse_locked(request, LeaseDeadlock(slot.name, _names(request.holding), self._facts(holder)))
-
-    def _waits_for(self, holder: Request, request: Request) -> bool:
-        """Whether the code that has the model cannot go on before the request is answered."""
-        if holder.site.waits_for(request.site.thread):
-            return True
-        resumes_it = holder.site.token is request.site.token or _in_event_loop()
-        if not resumes_it or holder.site.executes() or in_thread_pool():
-            return False
-        # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
-        return self._clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
-
-    def _facts(self, holder: Request | None) -> Holder | None:
-        if holder is None or not holder.users:
-            return None
-        return holder.facts(self._clock.now())
-
-
-def _names(slots: Iterable[Slot]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(slot.name for slot in slots))
-
-
-def _in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+                self._refuse_locked(request, self.deadlocks.error(request))

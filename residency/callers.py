@@ -8,7 +8,8 @@ the context, often in another thread, and thread pools pass no context on. Call 
 - A function whose frame is on no stack has returned or is suspended, and does not execute.
 - A thread that waits in `Thread.join` or `Future.result` names in its frame what it waits for.
 
-Frames are remembered by address and code object, since a reference to a frame keeps its local variables alive.
+A frame is recognised by an `Activation` in its ``f_trace``: a reference to the frame would keep its local variables and
+its callers alive, and the address of a frame that has ended is used for the next one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 import concurrent.futures
 import concurrent.futures.thread
 import inspect
+import math
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -40,20 +43,49 @@ _WAITS = frozenset({concurrent.futures.wait.__code__, concurrent.futures.as_comp
 _BLOCKING = frozenset({_JOIN}) | _RESULTS | _WAITS
 _WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
 
-Activation = tuple[int, CodeType]
-"""One execution of a function: the address of its frame, and its code object."""
+
+class Activation:
+    """One execution of a function, from its call to its end. It is kept in ``f_trace`` of the frame and ends with it.
+
+    ``f_trace`` is used while a thread is traced only. A tracer may find an activation there and call it, to no effect.
+    Where a tracer has put its own function, the address of the frame decides instead.
+    """
+
+    __slots__ = ("_address", "_code", "_traced")
+
+    def __init__(self, frame: FrameType, traced: bool) -> None:
+        self._address = id(frame)
+        self._code = frame.f_code
+        self._traced = traced
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        return None
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Activation) or not (self._traced or other._traced):
+            return False
+        return self._address == other._address and self._code is other._code
+
+    def __hash__(self) -> int:
+        return self._address
+
+    def is_of(self, frame: FrameType) -> bool:
+        """Whether the frame, of any thread, is the one of this execution."""
+        return frame.f_trace is self or (frame.f_code is self._code and self == _found(frame))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CallSite:
-    """The stack of a thread at the moment when it asks for a lease.
+    """The stack of a thread at the moment when it asks for a lease. Never changed (frozen would be slow to make).
 
     Attributes:
         thread: `threading.get_ident` of the thread.
         code, line: the innermost frame outside of this library.
         frame: that frame; None if it is a thread pool's, which outlives the task that takes the lease.
         generators: the generators and coroutines of the stack outside of this library, innermost first.
-        token: an object of that thread alone; numbers and names of threads are used again.
+        token: that thread's alone, since numbers and names are used again; answers None once it has ended.
         is_suspended: whether a generator yielded here; ``frame`` is then the code that made its last step.
     """
 
@@ -62,7 +94,7 @@ class CallSite:
     line: int
     frame: Activation | None
     generators: tuple[Activation, ...]
-    token: object
+    token: weakref.ref[_Alive]
     is_suspended: bool = False
 
     @property
@@ -74,17 +106,18 @@ class CallSite:
     @property
     def thread_name(self) -> str:
         """The name of the thread, if it still runs."""
-        return next((one.name for one in threading.enumerate() if one.ident == self.thread), f"{self.thread} (ended)")
+        names = (one.name for one in threading.enumerate() if one.ident == self.thread)
+        return f"{self.thread} (ended)" if self._ended else next(names, str(self.thread))
 
     def executes(self) -> bool:
         """Whether the function that asked for the lease is on a stack: it has not returned and is not suspended."""
         if self.frame is None or self.is_suspended:
             return False
-        return any(self.frame == _activation(frame) for top in sys._current_frames().values() for frame in _below(top))
+        return any(self.frame.is_of(frame) for top in sys._current_frames().values() for frame in _below(top))
 
     def executes_here(self) -> bool:
         """Whether that function, or the one that made a generator's last step, is on the stack of this thread."""
-        return self.frame is not None and self.frame in map(_activation, _stack(threading.get_ident()))
+        return self.frame is not None and any(map(self.frame.is_of, _stack(threading.get_ident())))
 
     def suspended(self) -> CallSite:
         """The same site, for a generator that is about to yield."""
@@ -98,10 +131,20 @@ class CallSite:
         """Whether a generator that resumes what holds the lease is on that stack, and so cannot do it meanwhile."""
         return not set(self.generators).isdisjoint(other.generators)
 
-    def waits_for(self, thread: int) -> bool:
-        """Whether the thread waits without a timeout, in `Thread.join` or for futures, for what another thread does."""
-        tasks = {id(_local(frame, "self").future) for frame in _stack(thread) if frame.f_code is _WORK_ITEM}
-        return any(_waits_for(frame, thread, tasks) for frame in _stack(self.thread))
+    def waits_for(self, other: CallSite) -> float | None:
+        """For how many seconds this thread waits, in `Thread.join` or for futures, for what the other one does.
+
+        ``math.inf``: without a time-out; None: it does not wait for it. Time-outs are counted from the wait's begin.
+        """
+        if self._ended or other._ended:
+            return None  # and their numbers may be those of other threads
+        tasks = {id(_local(frame, "self").future) for frame in _stack(other.thread) if frame.f_code is _WORK_ITEM}
+        waits = (_time_out(frame) for frame in _stack(self.thread) if _waits_for(frame, other.thread, tasks))
+        return max(waits, default=None)
+
+    @property
+    def _ended(self) -> bool:
+        return self.token() is None
 
 
 def call_site() -> CallSite:
@@ -124,9 +167,16 @@ def call_site() -> CallSite:
     )
 
 
+class _Alive:
+    """Lives as long as the thread that has made it."""
+
+    __slots__ = ("__weakref__",)
+
+
 class _ThisThread(threading.local):
     def __init__(self) -> None:
-        self.token = object()
+        self.alive = _Alive()
+        self.token = weakref.ref(self.alive)
 
 
 _this_thread = _ThisThread()
@@ -144,7 +194,7 @@ def in_thread_pool() -> bool:
 
 def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
     code = frame.f_code
-    if code not in _BLOCKING or _local(frame, "timeout") is not None:
+    if code not in _BLOCKING:
         return False
     if code is _JOIN:
         return bool(_local(frame, "self").ident == thread)
@@ -152,6 +202,11 @@ def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
         return id(_local(frame, "self")) in tasks
     futures = _local(frame, "fs")
     return isinstance(futures, set) and not tasks.isdisjoint(map(id, futures))
+
+
+def _time_out(frame: FrameType) -> float:
+    timeout = _local(frame, "timeout")
+    return math.inf if timeout is None else float(timeout)
 
 
 def _stack(thread: int) -> Iterator[FrameType]:
@@ -165,8 +220,20 @@ def _below(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _found(frame: FrameType) -> Activation:
+    found = frame.f_trace
+    return found if isinstance(found, Activation) else Activation(frame, traced=found is not None)
+
+
 def _activation(frame: FrameType) -> Activation:
-    return id(frame), frame.f_code
+    """The activation of a frame of this thread, made if need be."""
+    found = frame.f_trace
+    if isinstance(found, Activation):
+        return found
+    activation = Activation(frame, traced=found is not None)
+    if found is None:
+        frame.f_trace = activation
+    return activation
 
 
 def _module(frame: FrameType) -> str:

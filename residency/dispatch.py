@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import gc
 import logging
 import math
 import threading
@@ -34,6 +33,7 @@ from .errors import DeviceLost, LoadTimeout, OverBudget
 from .history import CardHistory, PastMove
 from .latches import holds, new_latch
 from .leasing import loading
+from .lost import LostLeases
 from .monitor import Monitor
 from .moving import Mover, Task
 from .outside import NO_SAMPLE, OutsideBooks, Sample
@@ -45,7 +45,7 @@ from .states import Move, MoveRecord, Slot, State
 logger = logging.getLogger(__name__)
 
 WARM_GRACE_S = 60.0
-"""How long a model that was warmed by hand waits for its first request before keep-warm counts."""
+"""How long a model that was warmed by hand, or during a request, waits for the next one before keep-warm counts."""
 
 RETRY_AFTER_S = 30.0
 """How long after a failed move the monitor tries again. Requests and people may try at once."""
@@ -55,9 +55,6 @@ FREED_WITHIN_S = 2.0
 
 STUCK_AFTER_S = 30.0
 """How long a model that is leaving may stand still before nobody waits for it any more."""
-
-_SEARCH_REST = 20.0
-"""A collection of garbage may take long in a large program: then so many times as long passes until the next."""
 
 CAPTURE_WITHIN_S = 30.0
 """How long a move waits at most for the end of captures of CUDA graphs, during which nobody may wait for the card."""
@@ -94,7 +91,7 @@ class Dispatcher:
         self.reports = Reports(device, clock)
         self.monitor = Monitor(self.lock, clock, self._look_locked, self._act_for_monitor)
         self._begun = False
-        self._search_garbage, self._search_from_s = False, -math.inf
+        self.lost = LostLeases(clock)
         self._threads: dict[Task, threading.Thread] = {}
         self._changes = 0  # how many moves have begun or ended
 
@@ -103,13 +100,13 @@ class Dispatcher:
     def plan_locked(self, slot: Slot) -> None:
         """Let happen what is next for this model, and for those that wait for room."""
         self.version += 1
-        if any(other.short for other in self.slots.values()):
-            for other in by_arrival([other for other in self.slots.values() if other.short and other is not slot]):
-                self._step_locked(other)
-        self._step_locked(slot)
+        now_s = self.clock.now()
+        if short := [other for other in self.slots.values() if other.short and other is not slot]:
+            for other in by_arrival(short):
+                self._step_locked(other, now_s)
+        self._step_locked(slot, now_s)
         if slot.at is State.DEVICE and slot.task is None and slot.holder is None:
             self._keep_budget_locked()
-        now_s = self.clock.now()
         self.monitor.expect_locked(self._deadline_locked(slot, now_s))
 
     def begin_locked(self, slot: Slot, move: Move, *, made_room: bool = False) -> Task:
@@ -161,12 +158,13 @@ class Dispatcher:
             self._run(task)
 
     def _act_for_monitor(self) -> None:
-        """Also find leases that nothing refers to but themselves. Python might not collect for hours."""
-        if self._search_garbage:
-            self._search_garbage = False
-            began_s = self.clock.now()
-            gc.collect()
-            self._search_from_s = self.clock.now() + _SEARCH_REST * (self.clock.now() - began_s)
+        if self.lost.suspected:
+            self.lost.collect()
+        self.act()
+
+    def give_lost_back(self) -> None:
+        """Give leases back that nothing refers to but themselves."""
+        self.lost.collect()
         self.act()
 
     def leave(self) -> dict[str, Slot]:
@@ -227,10 +225,10 @@ class Dispatcher:
         for slot in self.slots.values():
             if slot.task is not None and now_s >= slot.task.give_up_at_s:
                 self._give_up_locked(slot)
-            self._step_locked(slot)
-            self._search_locked(slot, now_s)
+            self._step_locked(slot, now_s)
+            self.lost.look_locked(slot, now_s)
             self._tell_of_standstill_locked(slot, now_s)
-        if self._search_garbage or any(slot.task and not slot.task.spawned for slot in self.slots.values()):
+        if self.lost.suspected or any(slot.task and not slot.task.spawned for slot in self.slots.values()):
             self._begun = True
             return now_s
         if self.left:
@@ -246,15 +244,6 @@ class Dispatcher:
             return min(deadline_s, float(task.seen_s) + STUCK_AFTER_S)
         return deadline_s
 
-    def _search_locked(self, slot: Slot, now_s: float) -> None:
-        """Have garbage collected if the model is leased by code that does not execute any more."""
-        holder = slot.holder
-        if holder is None or now_s < holder.search_s:
-            return
-        holder.searched_s = now_s
-        if now_s >= self._search_from_s and not holder.site.executes():
-            self._search_garbage = True
-
     def _tell_of_standstill_locked(self, slot: Slot, now_s: float) -> None:
         """Log once that a model which leaves does not make progress: its memory stays taken."""
         task = slot.task
@@ -265,23 +254,23 @@ class Dispatcher:
         if task.hangs:
             logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
 
-    def _step_locked(self, slot: Slot) -> None:
+    def _step_locked(self, slot: Slot, now_s: float) -> None:
         if slot.holder is not None and not slot.holder.users:
             slot.holder = None  # who left it was interrupted
         had_to_wait, slot.short = slot.short, False
-        step = next_step(slot, self.clock.now(), self.device.separate)
+        step = next_step(slot, now_s, self.device.separate)
         if step is Serve.HEAD:
-            self._serve_locked(slot)
+            self._serve_locked(slot, now_s)
         elif isinstance(step, Move):
             if step.target is not State.DEVICE or self._has_room_locked(slot):
                 self.begin_locked(slot, step, made_room=had_to_wait)
         elif not slot.in_use and slot.task is None:
             slot.asked = None
 
-    def _serve_locked(self, slot: Slot) -> None:
+    def _serve_locked(self, slot: Slot, now_s: float) -> None:
         request = slot.head()
         assert request is not None
-        request.served_s = request.resumed_s = request.searched_s = self.clock.now()
+        request.served_s = request.resumed_s = request.searched_s = now_s
         slot.holder = request
         request.answer()
         if request.latch is not None:  # it has waited
@@ -309,6 +298,8 @@ class Dispatcher:
         return not room.wait
 
     def _keep_budget_locked(self) -> None:
+        if self.budget_bytes == math.inf:
+            return
         for move in over_budget(self.slots.values(), self.budget_bytes):
             self.begin_locked(self.slots[move.model], move)
 
@@ -497,7 +488,7 @@ class Dispatcher:
             if slot.wanted or slot.idle_since_s is None or task.move.via is State.LOADING:
                 slot.idle_since_s = now_s
             slot.not_before_s = now_s + WARM_GRACE_S if slot.wanted else -math.inf
-            slot.wanted = False
+            slot.wanted = slot.wanted and slot.head() is not None  # then it stays after that request
             if task.move.via is State.RESTORING:
                 slot.policy.brought_back(slot.last_move.seconds)
         else:
@@ -527,7 +518,7 @@ class Dispatcher:
     def _after_locked(self, slot: Slot) -> None:
         if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):
             # Who waited for it gets it, before anybody can ask for it to leave again.
-            self._serve_locked(slot)
+            self._serve_locked(slot, self.clock.now())
         self._keep_budget_locked()
         self.plan_locked(slot)
         slot.changed()

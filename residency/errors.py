@@ -59,19 +59,25 @@ class ModelExists(ResidencyError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The request that has a model: the code that took the lease, its thread, and since how many seconds."""
+    """The request that has a model: the code that took the lease, its thread, and since how many seconds.
+
+    ``waits_for`` is the thread of a request for the same model for which this code waits, with a time-out.
+    """
 
     where: str
     thread: str
     held_s: float
+    waits_for: str | None = None
 
     @property
     def en(self) -> str:
-        return f"held for {self.held_s:.3g} s by {self.where} (thread {self.thread})"
+        waits = f", which waits for thread {self.waits_for}, which waits for the model" if self.waits_for else ""
+        return f"held for {self.held_s:.3g} s by {self.where} (thread {self.thread}){waits}"
 
     @property
     def zh(self) -> str:
-        return f"{self.where}（线程 {self.thread}）已占用 {self.held_s:.3g} 秒"
+        waits = f"，且正在等待线程 {self.waits_for}，而该线程在等待此模型" if self.waits_for else ""
+        return f"{self.where}（线程 {self.thread}）已占用 {self.held_s:.3g} 秒{waits}"
 
 
 #: What a model is doing, by its state: in English most states say it themselves.

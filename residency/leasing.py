@@ -18,6 +18,9 @@ class Lessor(Protocol):
     def acquire(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
         """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
 
+    async def acquire_async(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
+        """The same, for a coroutine: blocks neither its event loop nor a thread."""
+
     def share(self, lease: Lease, request: Request) -> bool:
         """Let the lease count on a request in force as well; False if it has ended."""
 
@@ -26,6 +29,9 @@ class Lessor(Protocol):
 
         ``discard``: the engine is broken; ``error``: what has ended the request, if it failed.
         """
+
+    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+        """The same, in an event loop: does not wait for what happens then."""
 
     def give_back_later(self, lease: Lease, discard: bool = False) -> None:
         """Have another thread do that. May be called at any point, where somebody holds the manager's lock."""
@@ -59,9 +65,12 @@ class Lease:
     """The right to use one model; while it is held the model cannot be moved.
 
     A context manager for one use. Entering waits for its turn (requests are served one at a time, in order of
-    arrival), loads or restores the model and gives the engine. It blocks its thread: asyncio programs enter it in a
-    worker thread. Who holds a lease and enters another one on the same model, in the same thread of control or in
-    work started with its context (`asyncio.to_thread`), shares the first; the model is given back when all have
+    arrival), loads or restores the model and gives the engine. ``with`` blocks its thread meanwhile. ``async with`` is
+    for coroutines under any event loop of asyncio: it blocks nothing and uses no thread of the loop's executor, a task
+    that is cancelled gives its place up, and at the block's end the model leaves behind the answer.
+
+    Who holds a lease and enters another one on the same model, in the same thread of control or in work started with
+    its context (`asyncio.to_thread`, `asyncio.create_task`), shares the first; the model is given back when all have
     left. The same holds for a generator that is resumed with another context or in another thread, and for a coroutine
     that makes a lease and enters it with `asyncio.to_thread`. A lease that is lost without having been left is given
     back when Python collects it; a collection is made if the code that holds it does not execute for some seconds.
@@ -81,42 +90,63 @@ class Lease:
         self._timeout_s = timeout_s
         self._reading = reading
         self._entered = self._ended = self._cancelled = self._broken = False
+        self._made_here = True
         self.request: Request | None = None
         #: Whether the request was made for this lease, and not for one that it shares.
         self.owns = False
-        made = tuple([one for one in _made.get() if not one.over])
-        #: Requests in force whose leases were made in this context before, wherever they were entered.
-        self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
         self._made = _Made(_in_a_task())
+        #: Requests in force whose leases were made in this context before, wherever they were entered.
+        self.made_after: tuple[Request, ...] = ()
+        if made := [one for one in _made.get() if not one.over]:
+            self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
         _made.set((*made, self._made))
 
     def __enter__(self) -> Any:
+        if not self._joins():
+            try:
+                self._begins(self._lessor.acquire(self._slot, self._timeout_s, self))
+            except BaseException:
+                self._leave(self._lessor.give_back)
+                raise
+        return self._slot.engine
+
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
+        self._leave(self._lessor.give_back, error)
+
+    async def __aenter__(self) -> Any:
+        if not self._joins():
+            try:
+                self._begins(await self._lessor.acquire_async(self._slot, self._timeout_s, self))
+            except BaseException:  # a task that is cancelled gives its place up, or the model that it has just got
+                self._leave(self._lessor.give_back_async)
+                raise
+        return self._slot.engine
+
+    async def __aexit__(
+        self, kind: object = None, error: BaseException | None = None, traceback: object = None
+    ) -> None:
+        self._leave(self._lessor.give_back_async, error)
+
+    def _joins(self) -> bool:
+        """Begin the only use; whether it counts on a request in force."""
         if self._entered:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
-        here = self._made in _made.get()  # in the context in which it was made, or a copy of it
-        if not here:
+        if self._made not in _made.get():  # neither the context in which it was made, nor a copy of it
             self.made_after = ()
+            self._made_here = False
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
             # A stream's context is that of its last step, which others may have in a thread pool.
             if outer.slot is self._slot and not outer.streams and self._lessor.share(self, outer):
-                return self._slot.engine
-        if self._reading and self._lessor.join(self, self._slot):
-            return self._slot.engine
-        try:
-            request = self._lessor.acquire(self._slot, self._timeout_s, self)
-            _held.set((*held_requests(), request))
-            if here:
-                self._made.request = request
-            return self._slot.engine
-        except BaseException:
-            self._leave()
-            raise
+                return True
+        return self._reading and self._lessor.join(self, self._slot)
 
-    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
-        self._leave(error)
+    def _begins(self, request: Request) -> None:
+        _held.set((*held_requests(), request))
+        if self._made_here:
+            self._made.request = request
 
     # Bound now: at the end of the interpreter modules lose what is in them, and no thread can be begun or waited for.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -167,13 +197,18 @@ class Lease:
         """
         self._broken = True
 
-    def _leave(self, error: BaseException | None = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+    def _leave(
+        self,
+        give_back: Callable[[Lease, bool, BaseException | None], None],
+        error: BaseException | None = None,
+        ending: Callable[[], bool] = sys.is_finalizing,
+    ) -> None:
         self._ended = self._made.over = True
         self._made.request = None
         if ending():
             return
         try:
-            self._lessor.give_back(self, self._broken, error)
+            give_back(self, self._broken, error)
             _held.set(held_requests())
         except BaseException:
             self._lessor.look_again()

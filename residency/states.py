@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .errors import Holder
 from .history import History
-from .latches import open_latch
+from .latches import Latch, open_latch
 from .outside import Outside
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ class Request:
     models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an ``error``.
     """
 
-    __slots__ = ("answered", "asked_s", "context", "ended", "error", "holding", "latch", "number", "resumed_s",
-                 "searched_s", "served_s", "site", "slot", "streams", "users")  # fmt: skip
+    __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "holding", "latch", "number",
+                 "resumed_s", "searched_s", "served_s", "site", "slot", "streams", "users")  # fmt: skip
 
     def __init__(
         self, slot: Slot, number: int, site: CallSite, holding: tuple[Slot, ...] = (), asked_s: float = 0.0
@@ -130,13 +130,17 @@ class Request:
         self.ended = False
         #: Whether a stream holds it: a generator whose steps tell where they are made.
         self.streams = False
+        #: Whether the code that has the model was last seen waiting, with a time-out, for the thread that asks here.
+        self.awaited = False
         #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
-        self.latch: threading.Lock | None = None
+        self.latch: Latch | None = None
         self.context: contextvars.Context | None = None
 
     def facts(self, now_s: float) -> Holder:
         """The code that has the model, its thread, and since how many seconds: for errors and the status."""
-        return Holder(self.site.where, self.site.thread_name, max(0.0, now_s - self.served_s))
+        waiting = list(self.slot.queue)
+        awaited = next((other.site.thread_name for other in waiting if other.awaited and not other.answered), None)
+        return Holder(self.site.where, self.site.thread_name, max(0.0, now_s - self.served_s), awaited)
 
     @property
     def search_s(self) -> float:
@@ -158,7 +162,8 @@ class Slot:
 
     ``holder`` is the request in force and ``queue`` those that came after it, in order of arrival; those answered in
     the meantime leave it when they come to its head. ``task`` is the move under way. ``asked`` is a place that
-    somebody asked for while a request was running, ``wanted`` a restore that no request waits for. What hangs on the
+    somebody asked for while a request was running, ``wanted`` a restore that no request waits for, or a stay on the
+    device after those that run and wait. What hangs on the
     paths in ``skip`` is left alone; ``kept`` is the resident of what the loader is given, and outlives a release; loads
     begin with ``random_state``.
     Times are of the manager's clock, in seconds; bytes are those of the last settled state.
@@ -237,6 +242,11 @@ class Slot:
         while self.queue and self.queue[0].answered:
             self.queue.popleft()
         return self.queue[0] if self.queue else None
+
+    def held_by(self, now_s: float) -> Holder | None:
+        """The code that has the model, if a request is in force. Needs no lock."""
+        holder = self.holder
+        return holder.facts(now_s) if holder is not None and holder.users else None
 
     @property
     def in_use(self) -> bool:

@@ -59,15 +59,19 @@ class Steering:
         return True
 
     def warm(self, slot: Slot) -> bool:
-        """Begin to bring it to the device, or have it stay a while. True: it is there already."""
+        """Begin to bring it to the device, or have it stay a while. True: it is there already.
+
+        Of a model in use: have it stay a while after the request, and not leave as was asked before.
+        """
         dispatcher = self._dispatcher
         with dispatcher.lock:
             self._check_locked(slot)
             there = slot.at is State.DEVICE and slot.task is None
-            if there:
+            slot.asked = None
+            if there and not slot.in_use:
                 slot.not_before_s = max(slot.not_before_s, dispatcher.clock.now() + WARM_GRACE_S)
             else:
-                slot.wanted = slot.wanted or not slot.in_use
+                slot.wanted = True
             dispatcher.plan_locked(slot)
         dispatcher.act()
         return there

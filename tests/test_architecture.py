@@ -16,8 +16,8 @@ ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import thos
 PURE_LAYERS = [["callers", "latches", "locks", "sentences", "units"], ["errors"],
                ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
                ["adaptive", "handout", "history", "outside"], ["states", "policies"],
-               ["settings", "planning", "leasing", "moving", "monitor"], ["status", "reports", "cli"],
-               ["dispatch"], ["admission", "steering"]]  # fmt: skip
+               ["settings", "planning", "leasing", "lost", "moving", "monitor"], ["status", "reports", "cli"],
+               ["dispatch"], ["deadlocks", "steering"], ["admission"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
 SHARED = {"contracts", "states", "errors", "diagnosis", "locks", "outside", "progress", "sentences", "units"}

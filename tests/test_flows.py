@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,7 +18,14 @@ import torch
 from fakes import Worker, Workshop, await_that
 from streaming_engine import Speaker
 
-from gpu_manager import GPUResourceManager, LeaseDeadlock, RequestTimeout, SimulatedDevice
+from gpu_manager import (
+    GPUResourceManager,
+    LeaseDeadlock,
+    RequestCancelled,
+    RequestTimeout,
+    SimulatedDevice,
+    State,
+)
 from residency.clock import ManualClock
 from tts_gpu_managed import GPUManagedTTS
 
@@ -125,6 +135,11 @@ def test_a_strangers_request_waits_for_a_stream_and_is_served_after_it(shop: GPU
 # -- waiting in circles -----------------------------------------------------------------------------------------
 
 
+def holds(manager: GPUResourceManager, name: str) -> Iterator[None]:
+    with manager.lease(name):
+        yield
+
+
 def takes(manager: GPUResourceManager, first: str, second: str) -> Iterator[str]:
     with manager.lease(first):
         yield first
@@ -226,6 +241,40 @@ def test_a_holder_that_waits_for_a_limited_time_goes_on(shop: GPUManagedTTS) -> 
     assert worker.result()[1] == 24_000
 
 
+@pytest.mark.parametrize("how", ["result", "join", "wait"])
+def test_a_wait_with_a_time_out_for_work_that_leases_is_said_in_the_status_and_the_log(
+    how: str, shop: GPUManagedTTS, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = shop.lease()
+
+    def ask() -> None:
+        with contextlib.suppress(RequestCancelled):
+            asked.__enter__()
+
+    def end_it() -> str:
+        while (waits_for := (held(shop.manager) or {})["waits_for"]) is None:
+            shop.manager.wait_for("tts", State.RELEASED, 0.01)
+        while "which waits for the model" not in caplog.text:
+            shop.manager.wait_for("tts", State.RELEASED, 0.01)
+        asked.cancel()
+        return str(waits_for)
+
+    with ThreadPoolExecutor(1, "pool") as pool, shop.lease():
+        watcher = Worker(end_it)
+        if how == "join":
+            thread = threading.Thread(target=ask, name="pool")
+            thread.start()
+            thread.join(60)
+        elif how == "result":
+            pool.submit(ask).result(60)
+        else:
+            wait([pool.submit(ask)], 60)
+        assert watcher.result().startswith("pool")
+        holder = held(shop.manager)
+        assert holder is not None
+        assert holder["waits_for"] is None
+
+
 def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedTTS) -> None:
     asked = shop.lease()
     slot = shop.manager._slots["tts"]
@@ -234,6 +283,94 @@ def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedT
         assert await_that(shop.manager, slot, lambda: asked.request in slot.waiting())
     assert isinstance(thread.result(), Speaker)
     asked.__exit__()
+
+
+# -- activations that come one after the other ------------------------------------------------------------------
+
+
+def test_a_lease_is_not_shared_with_a_later_call_of_the_function_that_took_it(pair: GPUResourceManager) -> None:
+    leases: list[Any] = []
+
+    def request() -> None:
+        leases.append(pair.lease("a", 0.01 if leases else None))
+        leases[-1].__enter__()
+
+    contextvars.Context().run(request)
+    for _ in range(8):  # whose frames are where the first one was
+        with pytest.raises(RequestTimeout):
+            contextvars.Context().run(request)
+    leases[0].__exit__()
+
+
+def test_a_stream_is_not_shared_with_another_one_that_the_same_code_steps_in_the_same_thread(
+    shop: GPUManagedTTS,
+) -> None:
+    def handler() -> Iterator[Any]:
+        with shop.lease(0.01):
+            yield "in use"
+
+    def make_step(generator: Iterator[Any]) -> Any:
+        return next(generator)
+
+    first = shop.stream(3)
+    contextvars.Context().run(make_step, first)
+    for _ in range(8):
+        with pytest.raises(RequestTimeout):
+            contextvars.Context().run(make_step, handler())
+    first.close()
+
+
+def test_a_generator_that_has_ended_is_not_taken_for_a_later_one_of_the_same_code(pair: GPUResourceManager) -> None:
+    frames: list[FrameType] = []
+    places: list[int] = []
+
+    def outer(work: Callable[[], Any]) -> Iterator[Any]:
+        places.append(id(sys._getframe()))
+        if len(places) > 1:
+            frames.append(sys._getframe())  # so that the next one lies elsewhere
+        yield work()
+
+    def ask() -> None:
+        with pair.lease("a", 0.001):
+            pass
+
+    begun = holds(pair, "a")
+    contextvars.Context().run(list, outer(lambda: next(begun)))
+    try:
+        while places[0] not in places[1:] and len(places) < 500:
+            with pytest.raises(RequestTimeout):  # and not LeaseDeadlock: it does not go on with the inner generator
+                contextvars.Context().run(list, outer(ask))
+    finally:
+        begun.close()
+
+
+@pytest.mark.parametrize("begins", ["before", "in the middle"])
+def test_streams_are_recognised_under_a_tracer(pair: GPUResourceManager, begins: str) -> None:
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        return trace
+
+    def ask() -> str:
+        with pair.lease("a", 1):
+            return "shares"
+
+    def handler() -> Iterator[str]:
+        with pair.lease("a"):
+            for _ in range(3):
+                yield ask()
+
+    def traced(generator: Iterator[str]) -> str:
+        sys.settrace(trace)
+        try:
+            return next(generator)
+        finally:
+            sys.settrace(None)
+
+    stream = handler()
+    if begins == "in the middle":
+        assert step(stream) == "shares"
+    assert Worker(contextvars.copy_context().run, traced, stream).result() == "shares"
+    assert steps(stream) == ["shares"] * (2 if begins == "before" else 1)
+    assert held(pair, "a") is None
 
 
 # -- coroutines -------------------------------------------------------------------------------------------------
@@ -396,6 +533,55 @@ def test_a_stream_lost_in_a_cycle_gives_its_lease_back_without_a_collection_by_p
         assert await_that(shop.manager, slot, lambda: slot.holder is None)
     finally:
         gc.enable()
+
+
+class Response:
+    """Refers to itself, as responses and jobs of frameworks do: dropping it ends nothing before Python collects."""
+
+    def __init__(self, body: Iterator[Any]) -> None:
+        self.body = body
+        self.me = self
+        next(body)
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collections")
+def test_a_request_is_no_deadlock_that_would_wait_for_a_stream_which_was_lost_in_a_cycle(
+    pair: GPUResourceManager,
+) -> None:
+    def handler() -> Iterator[str]:
+        contextvars.Context().run(Response, holds(pair, "a"))
+        yield "has lost it"
+        with pair.lease("a"):
+            yield "served"
+
+    assert steps(handler()) == ["has lost it", "served"]
+
+
+@pytest.mark.usefixtures("no_collections")
+def test_a_request_is_no_deadlock_whose_code_has_lost_what_the_holder_waits_for(pair: GPUResourceManager) -> None:
+    def handler() -> Iterator[str]:
+        contextvars.Context().run(Response, holds(pair, "a"))
+        yield "has lost it"
+        with pair.lease("b"):
+            yield "served"
+
+    mine, other = handler(), takes(pair, "b", "a")
+    assert step(mine) == "has lost it"
+    assert step(other) == "b"
+    waiting = Worker(lambda: list(other))
+    slot = pair._slots["a"]
+    assert await_that(pair, slot, lambda: slot.head() is not None)
+    assert step(mine) == "served"
+    assert waiting.result() == ["a"]
+    mine.close()
 
 
 def test_a_stream_that_goes_on_is_never_taken_for_lost(manager: GPUResourceManager, clock: ManualClock) -> None:

@@ -55,6 +55,7 @@ class Reference:
     idle_since_s: float | None = None
     not_before_s: float = -math.inf
     asked: str | None = None
+    warmed: bool = False
     broken: bool = False
     loads: int = 0
     armed: set[str] = field(default_factory=set)
@@ -165,6 +166,11 @@ class Lives(RuleBasedStateMachine):
                 with pytest.raises(OSError, match=wrong):
                     refused.worker.result()
             reference.line = [] if wrong else reference.line
+            reference.warmed &= not wrong
+        elif reference.warmed:
+            reference.warmed = False
+            if not reference.arrive(now_s):
+                reference.idle_since_s, reference.not_before_s = now_s, now_s + WARM_GRACE_S
         self.come_to_rest()
 
     @rule(name=NAMES, data=st.data())
@@ -199,6 +205,7 @@ class Lives(RuleBasedStateMachine):
         if reference.line:
             assert press(name) is False
             reference.asked = place if reference.asked != "released" else "released"
+            reference.warmed = False
             self.come_to_rest()
             return
         reference.not_before_s = -math.inf
@@ -214,7 +221,9 @@ class Lives(RuleBasedStateMachine):
         reference, now_s = self.references[name], self.clock.now()
         there = reference.place == "device"
         assert self.manager.warm(name) is there
-        if there:
+        if reference.line:
+            reference.asked, reference.warmed = None, True
+        elif there:
             reference.not_before_s = max(reference.not_before_s, now_s + WARM_GRACE_S)
         elif not reference.arrive(now_s):
             reference.idle_since_s, reference.not_before_s = now_s, now_s + WARM_GRACE_S

@@ -18,7 +18,7 @@ from gpu_manager import (
     UnknownModel,
 )
 from residency.clock import ManualClock
-from residency.dispatch import STUCK_AFTER_S
+from residency.dispatch import STUCK_AFTER_S, WARM_GRACE_S
 from residency.errors import InvalidInput
 from residency.progress import current
 
@@ -356,3 +356,60 @@ def test_what_is_sent_away_by_hand_has_no_grace_of_its_warming_left(
     assert tts(manager)["state"] == "cpu"
     clock.advance(2)
     assert comes_to(manager, clock, State.RELEASED)
+
+
+@pytest.mark.parametrize("before", ["release", "offload", None])
+def test_a_model_that_is_warmed_during_a_request_stays_after_it(
+    before: str | None, manager: GPUResourceManager, clock: ManualClock
+) -> None:
+    with manager.lease("tts"):
+        if before:
+            assert getattr(manager, before)("tts") is False
+        assert manager.warm("tts") is True
+        assert tts(manager)["pending"] is None
+    assert tts(manager)["state"] == "gpu"
+    clock.advance(WARM_GRACE_S - 1)
+    assert tts(manager)["state"] == "gpu"
+    clock.advance(1)
+    assert comes_to(manager, clock, State.HOST)
+
+
+def test_a_model_that_is_warmed_while_it_arrives_for_a_request_stays_after_it(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    workshop.gate = gate = Gate()
+    client = Client(manager)
+    gate.wait_for_arrival()
+    assert manager.release("tts") is False
+    assert manager.warm("tts") is False
+    gate.open()
+    client.comes_in().leaves()
+    assert tts(manager)["state"] == "gpu"
+
+
+def test_a_model_that_is_warmed_stays_after_all_requests_that_wait(manager: GPUResourceManager) -> None:
+    first = Client(manager).comes_in()
+    second = Client(manager).queues()
+    manager.warm("tts")
+    first.leaves()
+    second.comes_in().leaves()
+    assert tts(manager)["state"] == "gpu"
+
+
+def test_a_model_that_breaks_in_the_request_during_which_it_was_warmed_is_loaded_again(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    lease = manager.lease("tts")
+    with lease as engine:
+        manager.warm("tts")
+        lease.discard()
+    slot = manager._slots["tts"]
+    assert await_that(manager, slot, lambda: slot.state is State.DEVICE and slot.engine is not engine)
+
+
+@pytest.mark.parametrize("after", ["release", "offload"])
+def test_what_is_asked_after_a_warming_happens(after: str, manager: GPUResourceManager) -> None:
+    with manager.lease("tts"):
+        manager.warm("tts")
+        assert getattr(manager, after)("tts") is False
+    assert manager.wait_for("tts", State.HOST if after == "offload" else State.RELEASED, 10)

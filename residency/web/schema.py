@@ -96,6 +96,7 @@ class Holder(BaseModel):
     where: str = Field(description="File, line and function that took the lease.")
     thread: str
     held_s: Seconds
+    waits_for: str | None = Field(description="The thread that it waits for and that waits for this model.")
 
 
 class OutsideProcess(BaseModel):

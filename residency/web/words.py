@@ -204,7 +204,12 @@ def holder(model: dict[str, Any], say: Say) -> str:
     if not facts:
         return ""
     since, where, thread = readable_seconds(facts["held_s"]), facts["where"], facts["thread"]
-    return say(f"已被 {where}（线程 {thread}）占用 {since}", f"Held for {since} by {where} (thread {thread})")
+    held = say(f"已被 {where}（线程 {thread}）占用 {since}", f"Held for {since} by {where} (thread {thread})")
+    if not (other := facts["waits_for"]):
+        return held
+    return held + say(
+        f"；它在等待线程 {other}，而后者在等待此模型", f"; it waits for thread {other}, which waits for this model"
+    )
 
 
 def course(

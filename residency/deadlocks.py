@@ -1,0 +1,83 @@
+"""Whether a request waits for itself: for the code that makes it, or for code that waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+
+from .callers import CallSite, in_thread_pool, is_this_thread
+from .dispatch import Dispatcher
+from .errors import LeaseDeadlock
+from .leasing import Lease
+from .planning import would_wait_for_itself
+from .states import Request, Slot
+
+STALLED_AFTER_S = 3.0
+"""How long a suspended generator may stand still before a request in the thread that resumes it gives up waiting."""
+
+
+class Deadlocks:
+    """Compares call stacks and books. Methods that end in ``_locked`` want the dispatcher's lock."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def kept_busy_locked(self, site: CallSite, made_after: Iterable[Request] = ()) -> tuple[Slot, ...]:
+        """The models that this code keeps busy, as far as the call stack tells and the context does not."""
+        holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
+        return tuple(
+            holder.slot
+            for holder in holders
+            if holder.users and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
+        )
+
+    @staticmethod
+    def same_flow(holder: Request, site: CallSite, lease: Lease) -> bool:
+        """Whether a request is made by the code that has the model, so that waiting would be waiting for itself."""
+        there = holder.site
+        if is_this_thread(there) and there.executes_here():
+            return True
+        return there.same_flow(site) or (holder in lease.made_after and not there.executes())
+
+    def found_at_arrival_locked(self, request: Request, blocks: bool) -> RuntimeError | None:
+        """Why a request would wait for ever, as far as that is known when it comes; ``blocks``: with its thread."""
+        slot, holder = request.slot, request.slot.holder
+        if holder is not None and holder.site.resumed_by(request.site):
+            return self.error(request)
+        if blocks and holder is not None and holder.site.token is request.site.token and _in_event_loop():
+            return RuntimeError(
+                f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: write async "
+                f"with, or take leases in worker threads (asyncio.to_thread)."
+            )
+        if request.holding and would_wait_for_itself(request, self._dispatcher.slots.values()):
+            return self.error(request)
+        return None
+
+    def found_while_waiting(self, holder: Request, request: Request, blocks: bool) -> bool:
+        """Whether the code that has the model cannot go on before the request is answered.
+
+        A wait with a time-out ends by itself, after which the holder may well leave: that is for the status to tell.
+        """
+        wait_s = holder.site.waits_for(request.site)
+        request.awaited = wait_s is not None
+        if wait_s == math.inf:
+            return True
+        resumes_it = blocks and (holder.site.token is request.site.token or _in_event_loop())
+        if not resumes_it or holder.site.executes() or in_thread_pool():
+            return False
+        # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
+        return self._dispatcher.clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
+
+    def error(self, request: Request) -> LeaseDeadlock:
+        """What a request is refused with."""
+        holding = tuple(dict.fromkeys(slot.name for slot in request.holding))
+        return LeaseDeadlock(request.slot.name, holding, request.slot.held_by(self._dispatcher.clock.now()))
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
