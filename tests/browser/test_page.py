@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import soundfile
-from serving import RunningApp
+from serving import ForkedApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def page(tmp_path: Path, new_page: Callable[..., Page]) -> Iterator[Page]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-    with RunningApp(tmp_path, *arguments) as app:
+    with ForkedApp(tmp_path, *arguments) as app:
         page = new_page()
         page.add_init_script(_WATCH)
         strangers: list[str] = []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from gated_engine import close_gate, open_gate
-from serving import RunningApp
+from serving import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[RunningApp]:
-    with RunningApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS, gates=gates) as app:
+    with ForkedApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS, gates=gates) as app:
         yield app
 
 
@@ -291,13 +291,13 @@ def test_a_page_that_is_loaded_again_during_a_request_works_on(
 
 
 def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
-    with RunningApp(tmp_path, *ARGUMENTS, gates=gates) as first:
+    with ForkedApp(tmp_path, *ARGUMENTS, gates=gates) as first:
         first.post("/gpu/warm", {"model": "tts"})
         page = visit(new_page(), first.url)
         expect_state(page, "gpu")
         assert first.stop() == 0
     sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
-    with RunningApp(tmp_path, *ARGUMENTS, gates=gates, port=first.port):
+    with ForkedApp(tmp_path, *ARGUMENTS, gates=gates, port=first.port):
         expect_state(page, "released")
         sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("The connection is lost")
         page.locator("#gpu-warm-tts").click()
