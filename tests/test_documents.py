@@ -41,7 +41,7 @@ COPIED = [
 FOREGROUND = re.compile(r"start_with_gpu_management\.sh( --simulate-gpu \S+)?$")
 
 STAND_INS = {
-    "docker": f'exec "{sys.executable}" "{ROOT}/tests/scripts/fake_docker.py" "$@"',
+    "docker": f'exec "{sys.executable}" -S "{ROOT}/tests/scripts/fake_docker.py" "$@"',
     "sudo": """
 [[ $1 != mkdir ]] || exit 0
 [[ $1 != tar ]] || exec tar -tf - >/dev/null  # it is unpacked nowhere, but must be something

@@ -17,7 +17,7 @@ PATIENCE_MS = 90_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A real one, for the tests of a file. Where there is none the test is skipped, or fails if ``REQUIRE_BROWSER`` is set."""
+    """A real one, for the tests of a file. Where none is, they are skipped, or fail if ``REQUIRE_BROWSER`` is set."""
     try:
         from playwright.sync_api import expect, sync_playwright
     except ImportError:

@@ -154,6 +154,7 @@ def test_a_duplicate_begins_at_the_beginning_and_who_comes_back_goes_on(
     sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
     expect_results(copy, 1)
 
+    page.bring_to_front()  # what is behind another page is drawn seldom
     edit(page)
     expect_results(page, 2)
     page.goto(f"{app.url}/readyz")

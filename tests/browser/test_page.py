@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun."
 #: Long enough to speak that the panel, which looks once a second, sees the model at work.
-STORY = " ".join([SENTENCE] * 8)
+STORY = " ".join([SENTENCE] * 5)
 
 # Writes down every state that the panel shows, so that none is missed between two looks of the test.
 _WATCH = """

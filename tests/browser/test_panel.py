@@ -111,7 +111,10 @@ def test_what_was_promised_gives_way_to_what_came_of_it(page: Page, app: Running
     expect_state(page, "gpu")
 
 
-def test_a_line_that_is_dead_is_noticed(page: Page, app: RunningApp) -> None:
+def test_a_line_that_is_dead_is_noticed(app: RunningApp, new_page: Callable[..., Page]) -> None:
+    page = new_page()
+    page.add_init_script("const wait = AbortSignal.timeout; AbortSignal.timeout = ms => wait.call(AbortSignal, ms / 8)")
+    visit(page, app.url)
     page.route("**/gpu/panel*", lambda route: None)  # nothing comes back, and nobody says so
     app.post("/gpu/warm", {"model": "tts"})
     sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
+OFTEN = "import residency.web.visits; residency.web.visits.TELL_EVERY_S = 0.5\n"
 NO_GRACE = "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 0\n"
 
 
@@ -52,8 +53,7 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path, arguments: tuple[str, ...]
 ) -> None:
     folder = tmp_path / "recordings"
-    prelude = "import residency.web.visits, residency.web.presence as presence\npresence.LEFT_FOR_S = 10\n"
-    prelude += "residency.web.visits.TELL_EVERY_S = 0.5\n"
+    prelude = OFTEN + "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 5\n"
     with ForkedApp(folder, *arguments, gates=gates, prelude=prelude) as app, Network(app.port) as network:
         page = new_page()
         page.goto(network.url)
@@ -89,7 +89,7 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
 def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path
 ) -> None:
-    prelude = "import residency.web.traffic; residency.web.traffic._LINE_CUT_S = 0.1\n"
+    prelude = OFTEN + "import residency.web.traffic; residency.web.traffic._LINE_CUT_S = 0.1\n"
     with (
         ForkedApp(tmp_path / "recordings", *ARGUMENTS, gates=gates, prelude=prelude) as app,
         Network(app.port) as network,
@@ -111,7 +111,7 @@ def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
 
 
 def test_a_page_from_before_a_restart_says_so(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
-    with ForkedApp(tmp_path / "first", *ARGUMENTS, gates=gates) as first:
+    with ForkedApp(tmp_path / "first", *ARGUMENTS, gates=gates, prelude=OFTEN) as first:
         page, idle = new_page(), new_page(locale="zh-CN")
         page.goto(first.url)
         idle.goto(first.url)
