@@ -132,7 +132,7 @@ class Shell:
             ":7860": f":{self.port}",
             "--port 7861": f"--port {self.other_port}",
             "python test_gpu_management.py": "python -m pytest --collect-only -q test_gpu_management.py",
-            "curl -sN": "timeout 3 curl -sN",  # of events, which do not end
+            "curl -sN": "timeout 1 curl -sN",  # of events, which do not end
         }.items():
             command = command.replace(written, here)
         if "-m gpu_manager" in command:
