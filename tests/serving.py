@@ -16,7 +16,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-ROOT = Path(__file__).resolve().parent.parent
+from forking import ROOT, ForkedProcess, default_signals
+
 START_WITHIN_S = 180
 
 # Puts in place of the built-in engine and the recognizer what says what it does and waits until the test lets it go on.
@@ -43,6 +44,10 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _environ() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
@@ -76,16 +81,17 @@ class RunningApp:
         self.managed = "--enable-gpu-management" in arguments
         self._lines: list[str] = []
         self._news = threading.Condition()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", prelude + _WITH_ROLL_CALL, "--server-name", "127.0.0.1",
-             "--server-port", str(self.port), "--tmp-dir", str(tmp_dir), *arguments],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            # Whoever runs the tests in the background may have it ignored, and children inherit that.
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
-        )  # fmt: skip
+        where = ("--server-name", "127.0.0.1", "--server-port", str(self.port), "--tmp-dir", str(tmp_dir))
+        self.process = self._start(prelude + _WITH_ROLL_CALL, *where, *arguments)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _start(self, script: str, *arguments: str) -> subprocess.Popen[str] | ForkedProcess:
+        """In a new interpreter, as users do."""
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *arguments], cwd=ROOT, env=_environ(), preexec_fn=default_signals,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
 
     def __enter__(self) -> RunningApp:
         try:
@@ -161,3 +167,10 @@ class RunningApp:
                 self._news.notify_all()
         with self._news:
             self._news.notify_all()
+
+
+class ForkedApp(RunningApp):
+    """The same within a second, for tests that look neither at its start nor at what it has imported."""
+
+    def _start(self, script: str, *arguments: str) -> ForkedProcess:
+        return ForkedProcess(script, arguments, _environ())

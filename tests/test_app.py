@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
-from serving import ROOT, RunningApp, run_app, wait_until
+from serving import ROOT, ForkedApp, RunningApp, run_app, wait_until
 
 SIMULATED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 
@@ -160,7 +160,7 @@ def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recordin
     for name in ("gates", "recordings"):
         (tmp_path / name).mkdir()
     close_gate(tmp_path / "gates", "load")
-    with RunningApp(tmp_path / "recordings", *SIMULATED, gates=tmp_path / "gates") as app:
+    with ForkedApp(tmp_path / "recordings", *SIMULATED, gates=tmp_path / "gates") as app:
         client = Client(app.url, verbose=False)
         job = client.submit(handle_file(recording), "Good morning.", "Hello.", api_name="/clone")
         assert wait_until(lambda: bool(job.status().progress_data))
@@ -172,7 +172,7 @@ def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recordin
 class TestFlags:
     def test_budget_and_times_arrive_at_the_manager(self, tmp_path: Path) -> None:
         flags = ("--gpu-budget", "2GB", "--gpu-keep-warm", "-1", "--gpu-idle-timeout", "-1")
-        with RunningApp(tmp_path, *SIMULATED, *flags) as app:
+        with ForkedApp(tmp_path, *SIMULATED, *flags) as app:
             assert app.get("/gpu/status")[1]["device"]["budget_bytes"] == 2 << 30
             assert (app.model()["keep_warm_s"], app.model()["idle_timeout_s"]) == (-1, -1)
 
@@ -181,7 +181,7 @@ class TestFlags:
     ) -> None:
         (tmp_path / "gates").mkdir()
         close_gate(tmp_path / "gates", "load")
-        with RunningApp(tmp_path / "tmp", *SIMULATED, "--shutdown-grace", "0", gates=tmp_path / "gates") as app:
+        with ForkedApp(tmp_path / "tmp", *SIMULATED, "--shutdown-grace", "0", gates=tmp_path / "gates") as app:
             assert app.post("/gpu/warm", {})[0] == 202
             app.wait_for_line("at the gate: load")
             for _ in range(50):
@@ -197,7 +197,7 @@ class TestFlags:
             (tmp_path / name).mkdir()
         close_gate(tmp_path / "gates", "load")
         flags = (*SIMULATED, "--gpu-load-timeout", "0.1", "--shutdown-grace", "0")
-        with RunningApp(tmp_path / "recordings", *flags, gates=tmp_path / "gates") as app:
+        with ForkedApp(tmp_path / "recordings", *flags, gates=tmp_path / "gates") as app:
             client = Client(app.url, verbose=False)
             with pytest.raises(Exception, match=r"was not loaded within 0.1 s.*未能在 0.1 秒内加载完成"):
                 client.predict(handle_file(recording), "Good morning.", "Hello.", api_name="/clone")
@@ -214,7 +214,7 @@ class TestEnd:
         assert not list(tmp_path.iterdir())
 
     def test_without_grace_a_running_request_does_not_hold_it(self, tmp_path: Path, recording: str) -> None:
-        with RunningApp(tmp_path, *SIMULATED, "--shutdown-grace", "0") as app:
+        with ForkedApp(tmp_path, *SIMULATED, "--shutdown-grace", "0") as app:
             text = "This is a sentence of a very long story that is told again and again. " * 40
             Client(app.url, verbose=False).submit(handle_file(recording), "Good morning.", text, api_name="/clone")
             app.wait_for_line("released -> gpu")

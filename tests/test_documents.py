@@ -41,7 +41,7 @@ COPIED = [
 FOREGROUND = re.compile(r"start_with_gpu_management\.sh( --simulate-gpu \S+)?$")
 
 STAND_INS = {
-    "docker": f'exec "{sys.executable}" "{ROOT}/tests/scripts/fake_docker.py" "$@"',
+    "docker": f'exec "{sys.executable}" -S "{ROOT}/tests/scripts/fake_docker.py" "$@"',
     "sudo": """
 [[ $1 != mkdir ]] || exit 0
 [[ $1 != tar ]] || exec tar -tf - >/dev/null  # it is unpacked nowhere, but must be something
@@ -132,7 +132,7 @@ class Shell:
             ":7860": f":{self.port}",
             "--port 7861": f"--port {self.other_port}",
             "python test_gpu_management.py": "python -m pytest --collect-only -q test_gpu_management.py",
-            "curl -sN": "timeout 3 curl -sN",  # of events, which do not end
+            "curl -sN": "timeout 1 curl -sN",  # of events, which do not end
         }.items():
             command = command.replace(written, here)
         if "-m gpu_manager" in command:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 from gradio_client import Client, handle_file
-from serving import ROOT, RunningApp, wait_until
+from serving import ROOT, ForkedApp, RunningApp, wait_until
 
 from residency.cli import main
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def app(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--control-token", "the token", "--max-upload",
                  "1MB", "--max-audio", "20s", "--max-text", "100")  # fmt: skip
-    with RunningApp(folder, *arguments, gates=tmp_path_factory.mktemp("gates")) as app:
+    with ForkedApp(folder, *arguments, gates=tmp_path_factory.mktemp("gates")) as app:
         yield app
 
 
@@ -46,7 +46,7 @@ def app(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
 def closed_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--auth", "me:secret", "--control-token", "t")
     folder, gates = (tmp_path_factory.mktemp(name) for name in ("recordings", "gates"))
-    with RunningApp(folder, *arguments, gates=gates) as app:
+    with ForkedApp(folder, *arguments, gates=gates) as app:
         yield app
 
 

@@ -14,7 +14,7 @@ import soundfile
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
 from gradio_client.client import Job
-from serving import RunningApp, wait_until
+from serving import ForkedApp, RunningApp, wait_until
 
 MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 BARE = ()
@@ -105,7 +105,7 @@ def test_a_running_request_is_answered_and_others_are_refused(
 def test_a_request_in_the_queue_is_refused_when_the_end_begins(
     recordings: Path, gates: Path, prompt: str, mode: tuple[str, ...]
 ) -> None:
-    with RunningApp(recordings, *mode, "--shutdown-grace", "60", gates=gates) as app:
+    with ForkedApp(recordings, *mode, "--shutdown-grace", "60", gates=gates) as app:
         running, waiting = Visit(app, prompt), Visit(app, prompt)
         close_gate(gates, "speak")
         running.ask()
@@ -126,7 +126,7 @@ def test_a_request_in_the_queue_is_refused_when_the_end_begins(
 def test_when_the_grace_is_over_it_leaves_without_the_request(
     recordings: Path, gates: Path, prompt: str, grace: str, mode: tuple[str, ...]
 ) -> None:
-    with RunningApp(recordings, *mode, "--shutdown-grace", grace, gates=gates) as app:
+    with ForkedApp(recordings, *mode, "--shutdown-grace", grace, gates=gates) as app:
         close_gate(gates, "speak")
         running = Visit(app, prompt).ask()
         app.wait_for_line("at the gate: speak")
@@ -142,7 +142,7 @@ def test_when_the_grace_is_over_it_leaves_without_the_request(
 def test_who_waits_is_told_even_where_nothing_is_waited_for(
     recordings: Path, gates: Path, prompt: str, mode: tuple[str, ...]
 ) -> None:
-    with RunningApp(recordings, *mode, "--shutdown-grace", "0", gates=gates) as app:
+    with ForkedApp(recordings, *mode, "--shutdown-grace", "0", gates=gates) as app:
         running, waiting = Visit(app, prompt), Visit(app, prompt)
         close_gate(gates, "speak")
         running.ask()
@@ -157,7 +157,7 @@ def test_who_waits_is_told_even_where_nothing_is_waited_for(
 
 
 def test_a_terminal_that_is_closed_ends_it_as_other_signals_do(recordings: Path, gates: Path, prompt: str) -> None:
-    with RunningApp(recordings, *MANAGED, gates=gates) as app:
+    with ForkedApp(recordings, *MANAGED, gates=gates) as app:
         assert Visit(app, prompt).ask().spoken_s() == 1
         assert app.stop(signal.SIGHUP) == 0
     assert "cpu -> released" in app.log
@@ -165,7 +165,7 @@ def test_a_terminal_that_is_closed_ends_it_as_other_signals_do(recordings: Path,
 
 
 def test_without_grace_an_idle_model_is_still_released(recordings: Path, gates: Path, prompt: str) -> None:
-    with RunningApp(recordings, *MANAGED, "--shutdown-grace", "0", gates=gates) as app:
+    with ForkedApp(recordings, *MANAGED, "--shutdown-grace", "0", gates=gates) as app:
         assert Visit(app, prompt).ask().spoken_s() == 1
         assert app.stop() == 0
     assert "cpu -> released" in app.log
@@ -178,7 +178,7 @@ def test_without_grace_an_idle_model_is_still_released(recordings: Path, gates: 
 def test_a_second_signal_quits_at_once(
     recordings: Path, gates: Path, prompt: str, first: str, second: str, mode: tuple[str, ...]
 ) -> None:
-    with RunningApp(recordings, *mode, "--shutdown-grace", "-1", gates=gates) as app:
+    with ForkedApp(recordings, *mode, "--shutdown-grace", "-1", gates=gates) as app:
         close_gate(gates, "speak")
         Visit(app, prompt).ask()
         app.wait_for_line("at the gate: speak")
@@ -205,7 +205,7 @@ def test_a_second_signal_quits_an_app_whose_main_thread_is_in_native_code(record
 
 
 def test_a_load_for_nobody_is_not_waited_for(recordings: Path, gates: Path, prompt: str) -> None:
-    with RunningApp(recordings, *MANAGED, "--shutdown-grace", "0", gates=gates) as app:
+    with ForkedApp(recordings, *MANAGED, "--shutdown-grace", "0", gates=gates) as app:
         close_gate(gates, "load")
         asked = Visit(app, prompt).ask()
         assert wait_until(lambda: app.model()["waiting"] == 1)
@@ -218,7 +218,7 @@ def test_a_load_for_nobody_is_not_waited_for(recordings: Path, gates: Path, prom
 
 
 def test_an_app_that_nobody_uses_ends_at_once(recordings: Path, gates: Path) -> None:
-    with RunningApp(recordings, *MANAGED, gates=gates) as app:
+    with ForkedApp(recordings, *MANAGED, gates=gates) as app:
         assert app.stop() == 0
     assert "正在关闭" not in app.log
     assert_nothing_left(app, recordings)

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from gradio_client import Client, handle_file
 from miniature import CHECKOUT, make_recording, make_weights
-from serving import RunningApp, run_app, wait_until
+from serving import ForkedApp, RunningApp, run_app, wait_until
 
 # Without a GPU "cuda" becomes the CPU; not before the checkout is imported, so that tests see what is imported when.
 PRETEND = """
@@ -23,6 +23,8 @@ def import_from(*arguments, imports=checkout.import_from):
     return imports(*arguments)
 checkout.import_from = import_from
 """
+
+MANAGED = ("--enable-gpu-management", "--simulate-gpu", "1GB")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,7 @@ def arguments(models: Path) -> list[str]:
 
 @pytest.fixture
 def managed(tmp_path: Path, arguments: list[str]) -> Iterator[RunningApp]:
-    on = ("--enable-gpu-management", "--simulate-gpu", "1GB")
-    with RunningApp(tmp_path / "recordings", *on, *arguments, prelude=PRETEND) as app:
+    with RunningApp(tmp_path / "recordings", *MANAGED, *arguments, prelude=PRETEND) as app:
         yield app
 
 
@@ -65,13 +66,14 @@ def test_the_engine_comes_with_its_first_request_and_leaves_after_it(managed: Ru
     assert "Traceback" not in managed.log
 
 
-def test_the_checkouts_own_speech_recognition_is_a_model_of_its_own(managed: RunningApp) -> None:
-    assert managed.get("/gpu/status")[1]["models"]["asr"]["state"] == "released"
-    managed.post("/gpu/warm", {"model": "asr"})
-    managed.wait_for_line("asr: released -> gpu, 16.2 KB")
-    assert wait_until(lambda: managed.get("/gpu/status")[1]["models"]["asr"]["state"] == "gpu"), "soon after the line"
-    assert managed.get("/gpu/status")[1]["models"]["asr"]["device_bytes"] == 64 * 64 * 4 + 64 * 4
-    assert managed.model()["state"] == "released"
+def test_the_checkouts_own_speech_recognition_is_a_model_of_its_own(tmp_path: Path, arguments: list[str]) -> None:
+    with ForkedApp(tmp_path / "recordings", *MANAGED, *arguments, prelude=PRETEND) as app:
+        assert app.get("/gpu/status")[1]["models"]["asr"]["state"] == "released"
+        app.post("/gpu/warm", {"model": "asr"})
+        app.wait_for_line("asr: released -> gpu, 16.2 KB")
+        assert wait_until(lambda: app.get("/gpu/status")[1]["models"]["asr"]["state"] == "gpu"), "soon after the line"
+        assert app.get("/gpu/status")[1]["models"]["asr"]["device_bytes"] == 64 * 64 * 4 + 64 * 4
+        assert app.model()["state"] == "released"
 
 
 def test_without_management_the_checkouts_classes_are_used_as_they_are(
@@ -90,7 +92,7 @@ def test_what_is_missing_is_said_at_the_start_and_again_to_who_asks(
     broken = Path(shutil.copytree(models, tmp_path / "broken"))
     (broken / "Step-Audio-Tokenizer" / "linguistic_tokenizer.npy").unlink()
     arguments = ("--enable-gpu-management", "--model-path", str(broken), "--step-audio-root", str(CHECKOUT))
-    with RunningApp(tmp_path / "recordings", *arguments, prelude=PRETEND) as app:
+    with ForkedApp(tmp_path / "recordings", *arguments, prelude=PRETEND) as app:
         assert "linguistic_tokenizer.npy" in app.wait_for_line("are missing or incomplete")
         with pytest.raises(Exception, match="hf download stepfun-ai/Step-Audio-Tokenizer --local-dir"):
             spoken(app, recording)

@@ -15,9 +15,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 PATIENCE_MS = 90_000
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A real one. Where there is none the test is skipped, or fails if ``REQUIRE_BROWSER`` is set."""
+    """A real one, for the tests of a file. Where none is, they are skipped, or fail if ``REQUIRE_BROWSER`` is set."""
     try:
         from playwright.sync_api import expect, sync_playwright
     except ImportError:
@@ -32,12 +32,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def new_page(browser: Browser) -> Callable[..., Page]:
-    """Opens pages, each in a session of its own; takes what `Browser.new_page` takes."""
+def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens pages, each in a session of its own, until the test ends; takes what `Browser.new_page` takes."""
 
     def new_page(**options: Any) -> Page:
         page = browser.new_page(**{"viewport": {"width": 1200, "height": 1100}, **options})
         page.set_default_timeout(PATIENCE_MS)
         return page
 
-    return new_page
+    yield new_page
+    for context in browser.contexts:
+        context.close()

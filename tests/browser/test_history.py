@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from gated_engine import close_gate, open_gate
-from serving import RunningApp
+from serving import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[RunningApp]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "-1")
-    with RunningApp(tmp_path_factory.mktemp("recordings"), *arguments, gates=gates) as app:
+    with ForkedApp(tmp_path_factory.mktemp("recordings"), *arguments, gates=gates) as app:
         yield app
 
 
@@ -190,6 +190,7 @@ def test_a_duplicate_begins_at_the_beginning_and_who_comes_back_goes_on(
     sync_api.expect(copy.locator("#history .bot-row")).to_contain_text(["another"])
     expect_results(copy, 1)
 
+    page.bring_to_front()  # what is behind another page is drawn seldom
     edit(page)
     expect_results(page, 2)
     page.goto(f"{app.url}/readyz")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from gated_engine import close_gate, open_gate
-from serving import RunningApp
+from serving import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def gates(tmp_path: Path) -> Path:
 @pytest.fixture
 def app(tmp_path: Path, gates: Path) -> Iterator[RunningApp]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--shutdown-grace", "0")
-    with RunningApp(tmp_path / "recordings", *arguments, gates=gates) as app:
+    with ForkedApp(tmp_path / "recordings", *arguments, gates=gates) as app:
         yield app
 
 

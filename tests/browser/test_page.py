@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import soundfile
-from serving import RunningApp
+from serving import ForkedApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun."
 #: Long enough to speak that the panel, which looks once a second, sees the model at work.
-STORY = " ".join([SENTENCE] * 8)
+STORY = " ".join([SENTENCE] * 5)
 
 # Writes down every state that the panel shows, so that none is missed between two looks of the test.
 _WATCH = """
@@ -41,7 +41,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def page(tmp_path: Path, new_page: Callable[..., Page]) -> Iterator[Page]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-    with RunningApp(tmp_path, *arguments) as app:
+    with ForkedApp(tmp_path, *arguments) as app:
         page = new_page()
         page.add_init_script(_WATCH)
         strangers: list[str] = []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from gated_engine import close_gate, open_gate
-from serving import RunningApp
+from serving import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[RunningApp]:
-    with RunningApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS, gates=gates) as app:
+    with ForkedApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS, gates=gates) as app:
         yield app
 
 
@@ -111,7 +111,10 @@ def test_what_was_promised_gives_way_to_what_came_of_it(page: Page, app: Running
     expect_state(page, "gpu")
 
 
-def test_a_line_that_is_dead_is_noticed(page: Page, app: RunningApp) -> None:
+def test_a_line_that_is_dead_is_noticed(app: RunningApp, new_page: Callable[..., Page]) -> None:
+    page = new_page()
+    page.add_init_script("const wait = AbortSignal.timeout; AbortSignal.timeout = ms => wait.call(AbortSignal, ms / 8)")
+    visit(page, app.url)
     page.route("**/gpu/panel*", lambda route: None)  # nothing comes back, and nobody says so
     app.post("/gpu/warm", {"model": "tts"})
     sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
@@ -328,13 +331,13 @@ def test_a_page_that_is_loaded_again_during_a_request_works_on(
 
 
 def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
-    with RunningApp(tmp_path, *ARGUMENTS, gates=gates) as first:
+    with ForkedApp(tmp_path, *ARGUMENTS, gates=gates) as first:
         first.post("/gpu/warm", {"model": "tts"})
         page = visit(new_page(), first.url)
         expect_state(page, "gpu")
         assert first.stop() == 0
     sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
-    with RunningApp(tmp_path, *ARGUMENTS, gates=gates, port=first.port):
+    with ForkedApp(tmp_path, *ARGUMENTS, gates=gates, port=first.port):
         expect_state(page, "released")
         sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("The connection is lost")
         page.locator("#gpu-warm-tts").click()

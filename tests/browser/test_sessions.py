@@ -13,13 +13,14 @@ import pytest
 import soundfile
 from gated_engine import close_gate, open_gate
 from network import Network
-from serving import RunningApp, wait_until
+from serving import ForkedApp, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
+OFTEN = "import residency.web.visits; residency.web.visits.TELL_EVERY_S = 0.5\n"
 NO_GRACE = "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 0\n"
 
 
@@ -31,7 +32,7 @@ def gates(tmp_path: Path) -> Path:
 
 def test_recordings_go_when_their_page_is_closed(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
     folder = tmp_path / "recordings"
-    with RunningApp(folder, *ARGUMENTS, gates=gates, prelude=NO_GRACE) as app:
+    with ForkedApp(folder, *ARGUMENTS, gates=gates, prelude=NO_GRACE) as app:
         page, other = new_page(), new_page()
         for each, name in ((page, "mine"), (other, "theirs")):
             each.goto(app.url)
@@ -52,9 +53,8 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path, arguments: tuple[str, ...]
 ) -> None:
     folder = tmp_path / "recordings"
-    prelude = "import residency.web.visits, residency.web.presence as presence\npresence.LEFT_FOR_S = 10\n"
-    prelude += "residency.web.visits.TELL_EVERY_S = 0.5\n"
-    with RunningApp(folder, *arguments, gates=gates, prelude=prelude) as app, Network(app.port) as network:
+    prelude = OFTEN + "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 5\n"
+    with ForkedApp(folder, *arguments, gates=gates, prelude=prelude) as app, Network(app.port) as network:
         page = new_page()
         page.goto(network.url)
         clone(page, tmp_path, "mine.wav")
@@ -89,9 +89,9 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
 def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path
 ) -> None:
-    prelude = "import residency.web.traffic; residency.web.traffic._LINE_CUT_S = 0.1\n"
+    prelude = OFTEN + "import residency.web.traffic; residency.web.traffic._LINE_CUT_S = 0.1\n"
     with (
-        RunningApp(tmp_path / "recordings", *ARGUMENTS, gates=gates, prelude=prelude) as app,
+        ForkedApp(tmp_path / "recordings", *ARGUMENTS, gates=gates, prelude=prelude) as app,
         Network(app.port) as network,
     ):
         close_gate(gates, "speak")
@@ -111,14 +111,14 @@ def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
 
 
 def test_a_page_from_before_a_restart_says_so(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
-    with RunningApp(tmp_path / "first", *ARGUMENTS, gates=gates) as first:
+    with ForkedApp(tmp_path / "first", *ARGUMENTS, gates=gates, prelude=OFTEN) as first:
         page, idle = new_page(), new_page(locale="zh-CN")
         page.goto(first.url)
         idle.goto(first.url)
         clone(page, tmp_path, "mine.wav")
         sync_api.expect(page.locator("#not-known")).to_be_hidden()
         assert first.stop() == 0
-    with RunningApp(tmp_path / "second", *ARGUMENTS, gates=gates, port=first.port):
+    with ForkedApp(tmp_path / "second", *ARGUMENTS, gates=gates, port=first.port):
         choose_task(page, "vad")
         page.get_by_role("button", name="EDIT", exact=True).click()
         sync_api.expect(page.locator("#not-known")).to_contain_text("upload the recording again")
@@ -140,7 +140,7 @@ def test_a_page_from_before_a_restart_says_so(new_page: Callable[..., Page], tmp
 
 
 def test_who_has_signed_in_may_press(new_page: Callable[..., Page], tmp_path: Path, gates: Path) -> None:
-    with RunningApp(tmp_path / "recordings", *ARGUMENTS, "--auth", "me:secret", gates=gates) as app:
+    with ForkedApp(tmp_path / "recordings", *ARGUMENTS, "--auth", "me:secret", gates=gates) as app:
         page = new_page()
         page.goto(app.url.replace("127.0.0.1", "elsewhere.localhost"))
         sign_in(page, "me", "wrong")

@@ -1,18 +1,16 @@
 """A docker for tests: keeps its books in a file, notes each call, and answers as the real one (28.2) does.
 
 In FAKE_DOCKER, a folder: ``state.json``, ``calls.jsonl``. A container's process is this script's, and really listens.
+A start script calls this a dozen times: run it with ``-S``, and import late what a call seldom needs.
 """
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,10 +115,12 @@ class Docker:
             sys.exit()  # whoever stopped it has written the books
 
     def bring_up(self, made: Any) -> None:
+        import subprocess
+
         made["status"] = "exited"
         if "--break" not in made["command"]:
             served = subprocess.Popen(
-                [sys.executable, __file__, "serve", *made["command"]],
+                [sys.executable, "-S", __file__, "serve", *made["command"]],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             assert served.stdout
@@ -188,6 +188,8 @@ class Docker:
 
 def serve(command: list[str]) -> None:
     """What the app does as far as the start script sees it."""
+    import http.server
+    import threading
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -32,7 +32,7 @@ class Machine:
         self.docker = folder / "docker"
         self.docker.mkdir()
         fake = Path(__file__).with_name("fake_docker.py")
-        self.project.program("docker", f'exec "{sys.executable}" "{fake}" "$@"')
+        self.project.program("docker", f'exec "{sys.executable}" -S "{fake}" "$@"')
         self.sockets = folder / "sockets"
         self.port = str(free_port())
         self.environ = {"FAKE_DOCKER": str(self.docker), "PORT": self.port, "SOCKET_DIR": str(self.sockets)}
