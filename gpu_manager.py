@@ -301,14 +301,15 @@ class GPUResourceManager:
         """Give up a model's memory (None: all) everywhere. Answers as `offload` does."""
         return self._each(name, lambda slot: self._steering.bring_down(slot, State.RELEASED))
 
-    def warm(self, name: str | None = None) -> bool:
+    def warm(self, name: str | None = None, *, if_idle: bool = False) -> bool:
         """Begin to bring a model (None: all) to the device and return at once. True: it is there already.
 
         Without a request within `WARM_GRACE_S` it leaves again as after any request; of a model in use, those seconds
-        begin when its requests have ended. An `offload` or `release` that was to follow them does not happen. A failure
-        is logged and shown in `status`; the next request tries again.
+        begin when its requests have ended. An `offload` or `release` that was to follow them does not happen. With
+        ``if_idle`` a model in use is left alone. A failure is logged and shown in `status`; the next request tries
+        again.
         """
-        return self._each(name, self._steering.warm)
+        return self._each(name, lambda slot: self._steering.warm(slot, if_idle))
 
     def make_room(self, name: str) -> None:
         """Offload the other models as far as they are idle, and empty the device's caches; for who holds ``name``."""

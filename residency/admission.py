@@ -184,8 +184,8 @@ class Admission:
                 if not request.users:
                     slot.left_s = slot.idle_since_s = now_s
                     slot.not_before_s = -math.inf
-                    if slot.wanted and not slot.broken and slot.head() is None:
-                        slot.wanted, slot.not_before_s = False, now_s + WARM_GRACE_S
+                    if slot.warmed and slot.head() is None:
+                        slot.warmed, slot.wanted, slot.not_before_s = False, slot.broken, now_s + WARM_GRACE_S
                     slot.stuck = False
                     slot.holder = None
             if request.users or dispatcher.slots.get(slot.name) is not slot:

@@ -307,7 +307,7 @@ class Dispatcher:
         """Everybody who waits for a model to come gets the error; the next request tries again."""
         slot.last_error = in_words(error)
         slot.not_before_s = self.clock.now() + RETRY_AFTER_S
-        slot.wanted = slot.short = False
+        slot.wanted = slot.warmed = slot.short = False
         slot.lacking_bytes = slot.needed_bytes = 0
         for request in list(slot.waiting()):
             request.answer(error)
@@ -488,7 +488,7 @@ class Dispatcher:
             if slot.wanted or slot.idle_since_s is None or task.move.via is State.LOADING:
                 slot.idle_since_s = now_s
             slot.not_before_s = now_s + WARM_GRACE_S if slot.wanted else -math.inf
-            slot.wanted = slot.wanted and slot.head() is not None  # then it stays after that request
+            slot.wanted = False
             if task.move.via is State.RESTORING:
                 slot.policy.brought_back(slot.last_move.seconds)
         else:

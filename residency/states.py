@@ -162,10 +162,10 @@ class Slot:
 
     ``holder`` is the request in force and ``queue`` those that came after it, in order of arrival; those answered in
     the meantime leave it when they come to its head. ``task`` is the move under way. ``asked`` is a place that
-    somebody asked for while a request was running, ``wanted`` a restore that no request waits for, or a stay on the
-    device after those that run and wait. What hangs on the
-    paths in ``skip`` is left alone; ``kept`` is the resident of what the loader is given, and outlives a release; loads
-    begin with ``random_state``.
+    somebody asked for while a request was running, ``wanted`` a restore that no request waits for. ``warmed`` says that
+    it was warmed while in use, and stays a while after the requests that run and wait. What hangs on the paths in
+    ``skip`` is left alone; ``kept`` is the resident of what the loader is given, and outlives a release; loads begin
+    with ``random_state``.
     Times are of the manager's clock, in seconds; bytes are those of the last settled state.
     """
 
@@ -188,6 +188,7 @@ class Slot:
     task: Any = None
     asked: State | None = None
     wanted: bool = False
+    warmed: bool = False
     #: A request of it waits for room on the device.
     short: bool = False
     #: Somebody sent it away by hand: it is not brought back before somebody asks for it.

@@ -34,7 +34,7 @@ class Steering:
             dispatcher.watch(slot, lambda: slot.in_use or slot.task is None or slot.task.arrives)
             with dispatcher.lock:
                 self._check_locked(slot)
-                slot.wanted = False
+                slot.wanted = slot.warmed = False
                 if slot.in_use or (slot.task is not None and slot.task.arrives):
                     if target is State.HOST and not self._separate:
                         return True
@@ -58,17 +58,22 @@ class Steering:
             raise task.error
         return True
 
-    def warm(self, slot: Slot) -> bool:
+    def warm(self, slot: Slot, if_idle: bool = False) -> bool:
         """Begin to bring it to the device, or have it stay a while. True: it is there already.
 
-        Of a model in use: have it stay a while after the request, and not leave as was asked before.
+        Of a model in use: have it stay a while after the request, and not leave as was asked before; or, with
+        ``if_idle``, do nothing.
         """
         dispatcher = self._dispatcher
         with dispatcher.lock:
             self._check_locked(slot)
             there = slot.at is State.DEVICE and slot.task is None
+            if if_idle and slot.in_use:
+                return there
             slot.asked = None
-            if there and not slot.in_use:
+            if slot.in_use:
+                slot.warmed = True
+            elif there:
                 slot.not_before_s = max(slot.not_before_s, dispatcher.clock.now() + WARM_GRACE_S)
             else:
                 slot.wanted = True

@@ -387,6 +387,18 @@ def test_a_model_that_is_warmed_while_it_arrives_for_a_request_stays_after_it(
     assert tts(manager)["state"] == "gpu"
 
 
+def test_a_model_that_is_warmed_for_a_request_leaves_with_its_end(
+    manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    workshop.gate = gate = Gate()
+    manager.warm("tts")
+    gate.wait_for_arrival()
+    client = Client(manager).queues()
+    gate.open()
+    client.comes_in().leaves()
+    assert tts(manager)["state"] == "cpu"
+
+
 def test_a_model_that_is_warmed_stays_after_all_requests_that_wait(manager: GPUResourceManager) -> None:
     first = Client(manager).comes_in()
     second = Client(manager).queues()

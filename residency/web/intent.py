@@ -17,7 +17,9 @@ EVERY_S = 3.0
 
 
 class Intent:
-    """`show` may be called from any thread and as often as one likes; it never raises and waits for no move.
+    """Prewarms a model that is not in use.
+
+    `show` may be called from any thread and as often as one likes; it never raises and waits for no move.
 
     Without a request the model leaves again as after any `Manager.warm`. One whose last move has failed is left to
     requests, which tell people the error; not so one that found no room, since others come and go.
@@ -40,6 +42,6 @@ class Intent:
         try:
             error = self._manager.status()["models"][self._model]["last_error"]
             if error is None or error.startswith(OverBudget.__name__):
-                self._manager.warm(self._model)
+                self._manager.warm(self._model, if_idle=True)
         except Exception:
             logger.debug("%s cannot be warmed", self._model, exc_info=True)

@@ -56,8 +56,8 @@ class Manager(Protocol):
     def release(self, name: str | None = None) -> bool:
         """True: done; False: follows the running request. Blocks while bytes move; `UnknownModel`."""
 
-    def warm(self, name: str | None = None) -> bool:
-        """True: on the device already; False: begun. `UnknownModel`."""
+    def warm(self, name: str | None = None, *, if_idle: bool = False) -> bool:
+        """True: on the device already; False: begun, or left alone because it is in use. `UnknownModel`."""
 
     def watching(self, watch: Callable[[Lease], object]) -> AbstractContextManager[None]:
         """A block in which ``watch`` sees each lease that is entered, before it waits."""

@@ -179,13 +179,15 @@ def test_an_allocator_without_pools_is_done_without_one(cuda: FakeCuda, device: 
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate", "CUDA driver error: out of memory"])
-def test_a_full_card_is_named_with_those_who_fill_it(words: str, device: CudaDevice) -> None:
-    class Storage:
-        def resize_(self, nbytes: int) -> None:
-            raise RuntimeError(words)
+def test_a_full_card_is_named_with_those_who_fill_it(
+    words: str, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(storage: torch.UntypedStorage, nbytes: int) -> None:
+        raise RuntimeError(words)
 
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", refuse)
     with pytest.raises(DeviceOutOfMemory, match="pid 77: 995") as full:
-        device.allocate(Storage(), 100)  # type: ignore[arg-type]
+        device.allocate(torch.zeros(1).untyped_storage(), 100)
     assert (full.value.needed_bytes, full.value.free_bytes) == (100, 5)
 
 

@@ -34,7 +34,7 @@ def test_it_waits_for_nothing(manager: GPUResourceManager, workshop: Workshop, c
 
 def test_many_keys_are_one_intent_for_a_while(manager: GPUResourceManager, clock: ManualClock) -> None:
     told: list[str] = []
-    manager.warm = lambda name=None: bool(told.append(name))  # type: ignore[method-assign]
+    manager.warm = lambda name=None, if_idle=False: bool(told.append(name))  # type: ignore[method-assign]
     intent = Intent(manager, "tts", clock.now)
     for _ in range(20):
         intent.show()
