@@ -14,7 +14,7 @@ from .states import Request, Slot
 
 
 class Lessor(Protocol):
-    """Who hands leases out: the manager."""
+    """Hands out leases: the manager."""
 
     def acquire(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
         """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
