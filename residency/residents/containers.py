@@ -10,12 +10,12 @@ import contextlib
 import functools
 import gc
 import itertools
-import sys
 import types
 from collections.abc import Collection, Iterable
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+from .holders import reference_counts
 from .kinds import Kind, kind_of
 from .paths import children
 
@@ -39,11 +39,11 @@ def in_held_containers(entered: list[Any], tensors: list[Any], engine: int) -> f
     """
     classes = {cls for cls in set(map(type, entered)) if issubclass(cls, _CONTAINERS)}
     containers = _of_classes(entered, classes)
-    [ours] = _references([object()])
+    [ours] = reference_counts([object()])
     ours += 1  # the list of all that was entered
     counts = {
         id(container): count - ours
-        for container, count in zip(containers, _references(containers), strict=True)
+        for container, count in zip(containers, reference_counts(containers), strict=True)
         # One reference led to it.
         if count > ours + 1 and id(container) != engine
     }
@@ -53,10 +53,6 @@ def in_held_containers(entered: list[Any], tensors: list[Any], engine: int) -> f
         return frozenset()
     inside = _references_inside(itertools.chain(_batches(entered), _batches(tensors)), counts.keys())
     return _reached_from([key for key, count in counts.items() if count > inside[key]], by_id, wanted)
-
-
-def _references(things: Iterable[Any]) -> list[int]:
-    return [sys.getrefcount(thing) for thing in things]
 
 
 def _of_classes(things: list[Any], classes: Collection[type]) -> list[Any]:
