@@ -51,6 +51,7 @@ class Found:
     Attributes:
         references: how often the engine refers to each tensor (``id``). Each reference of a Python object is counted;
             what holds it in C++ (autograd, TorchScript) is not.
+        entered: all else that led on, each object once: instances, containers, cells.
         array_bytes: of the arrays of numpy that have memory of their own. They do not move.
         borrowing: the arrays of numpy whose memory is something else's, a tensor's for one; not their views.
     """
@@ -59,6 +60,7 @@ class Found:
     sessions: ByPath[Any]
     graphs: ByPath[torch.cuda.CUDAGraph]
     references: dict[int, int] = field(default_factory=dict)
+    entered: list[Any] = field(default_factory=list)
     array_bytes: int = 0
     borrowing: list[Any] = field(default_factory=list)
 
@@ -98,6 +100,7 @@ class Discovery:
             ByPath(walk.sessions, names),
             ByPath(walk.graphs, names),
             dict(walk.references),
+            walk.entered(),
             sum(array.nbytes for array in arrays if array.base is None),
             [array for array in arrays if array.base is not None],
         )
@@ -133,6 +136,7 @@ class _Walk:
     def __init__(self, skipped: Iterable[Any]) -> None:
         #: Kept, so that no other object takes the ``id`` of one that was seen. Those without memory are not in here.
         self._kept: list[Any] = list(skipped)
+        self._skipped = len(self._kept)
         self._seen = set(map(id, self._kept))
         self._kinds: dict[type, Kind] = {}
         #: Classes behind which something was found: it is no use to look whether there is nothing.
@@ -158,6 +162,12 @@ class _Walk:
             del self._todo[-_BATCH:]
             self._look_at(batch)
             progress.beat()
+
+    def entered(self) -> list[Any]:
+        """What was entered, other than tensors."""
+        classes = {cls for cls, kind in self._kinds.items() if kind in (Kind.OPEN, Kind.BY_NAME)}
+        kept = self._kept[self._skipped :]
+        return list(itertools.compress(kept, map(classes.__contains__, map(type, kept))))
 
     def _look_at(self, batch: list[Any]) -> None:
         classes = self._classes(batch)

@@ -10,6 +10,7 @@ from ..contracts import Device, SnapshotStore
 from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
 from . import absence
 from .composite import CompositeResident
+from .containers import in_held_containers
 from .discovery import Discovery, Found
 from .graphs import compiled_graphs
 from .holders import held_elsewhere, note_arrays
@@ -153,8 +154,13 @@ class EngineResident:
         return Weights(found.tensors.only(unclaimed), self._device, passing, held)
 
     def _held(self, found: Found) -> frozenset[int]:
-        """Tensors that others than the engine refer to; an engine that is itself a tensor is its loader's."""
-        return held_elsewhere(found.tensors.values(), found.references) - {self._engine_id}
+        """Tensors that others than the engine refer to, or to containers of them; the engine itself is its loader's."""
+        tensors = found.tensors.values()
+        held = held_elsewhere(tensors, found.references) - {self._engine_id}
+        held |= in_held_containers(found.entered, tensors, self._engine_id)
+        # An error's traceback may keep what was found, and the next walk would take that for another holder.
+        found.entered.clear()
+        return held
 
     def _remember(self, keys: dict[int, int | None]) -> None:
         # Only if all are held here: the ``id`` of what is gone may be another's the next time.

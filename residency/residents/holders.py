@@ -28,8 +28,8 @@ def held_elsewhere(tensors: list[torch.Tensor], references: Mapping[int, int]) -
         tensors: all that were found, each object once. The caller has no other reference to any of them.
         references: how many references to each (by ``id``) were found in the engine.
     """
-    [ours] = _references([object()])
-    counts = zip(tensors, _references(tensors), strict=True)
+    [ours] = reference_counts([object()])
+    counts = zip(tensors, reference_counts(tensors), strict=True)
     # However often C++ refers to a tensor, as the base of views or for a backward pass: that is one reference.
     return frozenset(
         id(tensor) for tensor, count in counts if count > ours + references.get(id(tensor), 0) + (not is_alone(tensor))
@@ -52,7 +52,8 @@ def _have_holders(guests: list[torch.Tensor]) -> bool:
     return bool(held_elsewhere(guests, dict.fromkeys(map(id, guests), 0)))
 
 
-def _references(things: Iterable[Any]) -> list[int]:
+def reference_counts(things: Iterable[Any]) -> list[int]:
+    """How often each is referred to, with the same own references for all of them: compare with a new object's."""
     return [sys.getrefcount(thing) for thing in things]
 
 

@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ import torch
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import DeviceOutOfMemory, SharedWeights, TensorAway, WeightsGone
 from residency.residents import EngineResident, SnapshotFolder, absence
+from residency.residents.containers import in_held_containers
+from residency.residents.discovery import discover
 from residency.residents.weights import Weights
 
 
@@ -403,6 +407,125 @@ def test_two_engines_may_have_a_constant_in_common(device: SimulatedDevice) -> N
         manager.release("b")
         assert device.ledger_bytes == 0
         assert filters().sum() == 4950
+
+
+ROPE: dict[str, torch.Tensor] = {}
+TABLES = SimpleNamespace(by_size={})
+
+
+@functools.lru_cache
+def pair(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(n), torch.arange(float(n))
+
+
+@functools.lru_cache
+def tables(n: int) -> dict[str, list[torch.Tensor]]:
+    return {"cos": [torch.ones(n), torch.arange(float(n))]}
+
+
+#: Containers that outlive an engine, as a cache has them, and the tensor in each that sums up to 4950.
+CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[], torch.Tensor]]] = {
+    "global dictionary": (lambda: ROPE, lambda: ROPE["cos"]),
+    "lru_cache of a tuple": (lambda: pair(100), lambda: pair(100)[1]),
+    "lru_cache of a dictionary of lists": (lambda: tables(100), lambda: tables(100)["cos"][1]),
+    "dictionary of a module": (lambda: TABLES.by_size, lambda: TABLES.by_size[100][0]),
+    "view of a dictionary": (lambda: MappingProxyType(ROPE), lambda: ROPE["cos"]),
+}
+
+
+@pytest.fixture
+def fresh_containers() -> None:
+    pair.cache_clear()
+    tables.cache_clear()
+    ROPE.update(cos=torch.arange(100.0))
+    TABLES.by_size[100] = (torch.arange(100.0),)
+
+
+@pytest.mark.usefixtures("fresh_containers")
+@pytest.mark.parametrize("form", CONTAINERS)
+def test_what_hangs_in_a_container_that_others_hold_survives_too(device: SimulatedDevice, form: str) -> None:
+    container, cached = CONTAINERS[form]
+
+    def load() -> SimpleNamespace:
+        shared = container()
+        return SimpleNamespace(llm=torch.nn.Linear(100, 100), rope=shared, layers=[SimpleNamespace(rope=shared)])
+
+    with GPUResourceManager(device) as manager:
+        manager.register("a", load)
+        manager.register("b", load)
+        for _ in range(3):
+            with manager.lease("a") as engine:
+                weight = engine.llm.weight
+                assert cached().sum() == 4950
+            manager.offload("a")
+            assert device.ledger_bytes == 0, "it leaves with the engine"
+            assert cached().sum() == 4950
+            with manager.lease("b"), manager.lease("a"):
+                assert cached().sum() == 4950
+            manager.release("a")
+            assert cached().sum() == 4950
+            with pytest.raises(TensorAway):
+                weight.sum()
+            manager.offload("b")
+            assert cached().sum() == 4950
+            manager.release("b")
+            assert device.ledger_bytes == 0
+            assert cached().sum() == 4950
+
+
+@dataclass
+class State:
+    past: list[torch.Tensor]
+
+
+class Own:
+    """Many containers, some of them reached in several ways, and all of them the engine's alone."""
+
+    def __init__(self) -> None:
+        shared = [torch.ones(3), (torch.ones(4), {"deep": [torch.ones(5)]})]
+        self.lists = [shared, [shared, {"again": shared}]]
+        self.ordered = OrderedDict(a=torch.ones(6), shared=shared)
+        self.parameters = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(7))] * 2)
+        self.queue = deque([State([torch.ones(8)]), State(shared)])
+        self.slices = torch.max(torch.ones(2, 2), dim=0)
+        self.call = functools.partial(print, shared, *shared, kept=(shared, torch.ones(9)))
+        self.look = lambda: shared
+        self.proxy = MappingProxyType(self.ordered)
+        self.walk = iter(self.lists)
+        self.empty: tuple[Any, ...] = ()
+        self.rnn = torch.nn.LSTM(2, 2)
+        self.rnn.note = shared
+        self.rnn.weight_ih_l0.note = shared
+        self.mine = vars(self)
+
+
+def test_containers_that_only_the_engine_holds_are_not_taken_for_held(
+    device: SimulatedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not _held(Own())
+    with GPUResourceManager(device) as manager, caplog.at_level(logging.INFO):
+        manager.register("asr", Own)
+        for _ in range(2):
+            with manager.lease("asr") as engine:
+                weight = engine.queue[0].past[0]
+            manager.offload("asr")
+            manager.release("asr")
+            with pytest.raises(TensorAway):
+                weight.sum()
+    assert "held by others" not in caplog.text
+
+
+def test_a_container_that_others_hold_does_not_make_them_hold_the_rest() -> None:
+    engine = Own()
+    others = engine.queue[0].past
+    assert _held(engine) == {id(others[0])}
+    others = engine.lists
+    assert _held(engine) == set(map(id, (others[0][0], others[0][1][0], others[0][1][1]["deep"][0])))
+
+
+def _held(engine: Any) -> frozenset[int]:
+    found = discover(engine)
+    return in_held_containers(found.entered, found.tensors.values(), id(engine))
 
 
 def test_what_only_engines_hold_is_shared_or_gone_as_before(device: SimulatedDevice, engine: Engine) -> None:
