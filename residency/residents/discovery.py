@@ -228,10 +228,9 @@ class _Walk:
         self._todo += things
 
     def _enterable(self, referents: list[Any]) -> list[Any]:
-        """Those behind which there may be something. What the collector does not track refers to nothing."""
+        """Those behind which there may be something. Most of what the collector does not track refers to nothing."""
         things = list(filter(gc.is_tracked, referents))
-        if self._array is not None:
-            things += self._arrays_among(list(itertools.filterfalse(gc.is_tracked, referents)))
+        things += self._exceptions_among(list(itertools.filterfalse(gc.is_tracked, referents)))
         classes = self._classes(things)
         closed = {cls for cls in classes if self._kinds[cls] is Kind.CLOSED}
         hollow = classes & _MAY_BE_EMPTY
@@ -239,13 +238,15 @@ class _Walk:
             return [thing for thing in things if type(thing) not in closed] if closed else things
         return [thing for thing in things if type(thing) not in closed and (type(thing) not in hollow or thing)]
 
-    def _arrays_among(self, untracked: list[Any]) -> list[Any]:
-        """Arrays of numpy are not tracked, and neither are containers with nothing else in them."""
+    def _exceptions_among(self, untracked: list[Any]) -> list[Any]:
+        """Arrays of numpy and named results of torch (``torch.max(t, 0)``) are not tracked, and neither are containers
+        with nothing else in them."""
         found: list[Any] = []
         while untracked:
             classes = set(map(type, untracked))
-            if self._array in classes:
-                found += [thing for thing in untracked if type(thing) is self._array]
+            wanted = {cls for cls in classes if cls is self._array or cls.__module__ == "torch.return_types"}
+            if wanted:
+                found += [thing for thing in untracked if type(thing) in wanted]
             containers = [thing for thing in untracked if type(thing) in _UNTRACKED] if classes & _UNTRACKED else []
             untracked = list(itertools.filterfalse(gc.is_tracked, gc.get_referents(*containers))) if containers else []
         return found

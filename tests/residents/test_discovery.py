@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_manager import SimulatedDevice
 from residency.progress import Progress, reporting
+from residency.residents import EngineResident
 from residency.residents.discovery import Discovery, discover
 
 
@@ -301,3 +303,14 @@ def test_a_deep_chain_is_no_recursion() -> None:
     for _ in range(50_000):
         head = [head]
     assert len(discover(head).tensors) == 1
+
+
+def test_named_results_of_torch_are_looked_into() -> None:
+    best = torch.max(torch.arange(16.0).view(4, 4), 0)
+    engine = {"best": best, "list": [torch.sort(torch.rand(8))]}
+    resident = EngineResident(engine, device := SimulatedDevice(1 << 20))
+    assert device.ledger_bytes == 4 * 4 + 4 * 8 + 8 * 4 + 8 * 8
+    resident.offload()
+    assert device.ledger_bytes == 0
+    resident.restore()
+    assert best.values.tolist() == [12, 13, 14, 15]
