@@ -274,7 +274,7 @@ def case(use: str, kind: str, state: str, folder: str) -> tuple[str, str]:
         allowed = refused or (allowed and tells_nothing)
     if not allowed:
         return got[0], f"{got} instead of {right}"
-    if refused and state in ("offloaded", "saved", "failed restore"):
+    if refused and state in ("offloaded", "failed restore"):
         resident.restore()
         if in_words(tensor) != before:
             return got[0], f"was refused, and yet left {in_words(tensor)}"
