@@ -31,6 +31,7 @@ from residency.errors import (
     DeviceLost,
     DeviceOutOfMemory,
     DeviceUnavailable,
+    EventLoopBlocked,
     InvalidInput,
     LeaseDeadlock,
     LoadTimeout,
@@ -64,6 +65,7 @@ __all__ = [
     "DeviceOutOfMemory",
     "DeviceUnavailable",
     "Event",
+    "EventLoopBlocked",
     "GPUResourceManager",
     "Lease",
     "LeaseDeadlock",
@@ -283,7 +285,7 @@ class GPUResourceManager:
 
         Entering raises what the loader raised (every request that waited for that load gets the same error; the
         next one tries again), `DeviceOutOfMemory`, `ManagerClosed`, `RequestTimeout`, `ModelBusy` (a timeout of 0, or
-        too many waiting), `RequestCancelled`, `LoadTimeout`, or `LeaseDeadlock`.
+        too many waiting), `RequestCancelled`, `LoadTimeout`, `LeaseDeadlock`, or `EventLoopBlocked`.
         """
         timeout_s = None if timeout is None else seconds(timeout)
         return Lease(self._admission, self._slots_named(name)[0], timeout_s, reading)
@@ -465,10 +467,13 @@ class GPUResourceManager:
 
     def _refuse_own(self, what: str, slots: list[Slot]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
+        site = call_site()
         with self._lock:
-            kept_busy = (*held_slots(), *self._admission.deadlocks.kept_busy_locked(call_site()))
+            kept_busy = (*held_slots(), *self._admission.deadlocks.kept_busy_locked(site))
         if any(held is slot for held in kept_busy for slot in slots):
             raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
+        with self._lock:
+            self._admission.deadlocks.refuse_to_block_locked(what, slots, site)
 
     def _check_free_locked(self, name: str) -> None:
         if self._closed:

@@ -79,7 +79,7 @@ class Admission:
 
     def _ask(self, slot: Slot, timeout_s: float | None, lease: Lease, blocks: bool) -> Request:
         """The request in force that the lease shares, or one of its own; ``blocks``: its thread waits for it."""
-        dispatcher, site = self._dispatcher, call_site()
+        dispatcher, site = self._dispatcher, call_site(lease.made_at)
         for may_be_lost in (True, False):
             with dispatcher.lock:
                 self._check_locked(slot)

@@ -48,32 +48,29 @@ class Activation:
     """One execution of a function, from its call to its end. It is kept in ``f_trace`` of the frame and ends with it.
 
     ``f_trace`` is used while a thread is traced only. A tracer may find an activation there and call it, to no effect.
-    Where a tracer has put its own function, the address of the frame decides instead.
+    Where a tracer has put its own function, the activation keeps the frame instead: then a lost lease under that frame
+    is not found. A debugger that removes the mark of a frame which runs already makes it another execution.
     """
 
-    __slots__ = ("_address", "_code", "_traced")
+    __slots__ = ("_frame",)
 
-    def __init__(self, frame: FrameType, traced: bool) -> None:
-        self._address = id(frame)
-        self._code = frame.f_code
-        self._traced = traced
+    def __init__(self, traced: FrameType | None) -> None:
+        self._frame = traced
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
         return None
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Activation) or not (self._traced or other._traced):
-            return False
-        return self._address == other._address and self._code is other._code
+        if not isinstance(other, Activation):
+            return NotImplemented
+        return self is other or (self._frame is not None and self._frame is other._frame)
 
     def __hash__(self) -> int:
-        return self._address
+        return id(self if self._frame is None else self._frame)
 
     def is_of(self, frame: FrameType) -> bool:
         """Whether the frame, of any thread, is the one of this execution."""
-        return frame.f_trace is self or (frame.f_code is self._code and self == _found(frame))
+        return frame.f_trace is self or frame is self._frame
 
 
 @dataclass(eq=False)
@@ -147,8 +144,11 @@ class CallSite:
         return self.token() is None
 
 
-def call_site() -> CallSite:
-    """The stack of this thread. Costs some microseconds."""
+def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:
+    """The stack of this thread. Costs some microseconds.
+
+    ``made_at``: code and line to name where this thread runs nothing but a thread pool's code.
+    """
     frame: FrameType | None = sys._getframe(1)
     caller: FrameType | None = None
     generators: list[Activation] = []
@@ -161,10 +161,10 @@ def call_site() -> CallSite:
         outermost, frame = frame, frame.f_back
     if caller is None:
         caller = outermost
-    activation = None if _module(caller).startswith(_RUNNERS) else _activation(caller)
-    return CallSite(
-        threading.get_ident(), caller.f_code, caller.f_lineno, activation, tuple(generators), _this_thread.token
-    )
+    in_a_runner = _module(caller).startswith(_RUNNERS)
+    activation = None if in_a_runner else _activation(caller)
+    code, line = made_at if in_a_runner and made_at else (caller.f_code, caller.f_lineno)
+    return CallSite(threading.get_ident(), code, line, activation, tuple(generators), _this_thread.token)
 
 
 class _Alive:
@@ -220,17 +220,12 @@ def _below(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _found(frame: FrameType) -> Activation:
-    found = frame.f_trace
-    return found if isinstance(found, Activation) else Activation(frame, traced=found is not None)
-
-
 def _activation(frame: FrameType) -> Activation:
     """The activation of a frame of this thread, made if need be."""
     found = frame.f_trace
     if isinstance(found, Activation):
         return found
-    activation = Activation(frame, traced=found is not None)
+    activation = Activation(None if found is None else frame)
     if found is None:
         frame.f_trace = activation
     return activation

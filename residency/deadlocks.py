@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from .callers import CallSite, in_thread_pool, is_this_thread
 from .dispatch import Dispatcher
-from .errors import LeaseDeadlock
+from .errors import EventLoopBlocked, LeaseDeadlock
 from .leasing import Lease
 from .planning import would_wait_for_itself
 from .states import Request, Slot
@@ -45,11 +45,8 @@ class Deadlocks:
         slot, holder = request.slot, request.slot.holder
         if holder is not None and holder.site.resumed_by(request.site):
             return self.error(request)
-        if blocks and holder is not None and holder.site.token is request.site.token and _in_event_loop():
-            return RuntimeError(
-                f"Another task of this event loop holds {slot.name!r}, and waiting would block it too: write async "
-                f"with, or take leases in worker threads (asyncio.to_thread)."
-            )
+        if blocks and holder is not None and self._in_the_loop_of(holder, request.site):
+            return EventLoopBlocked(slot.name, "lease()", slot.held_by(self._dispatcher.clock.now()))
         if request.holding and would_wait_for_itself(request, self._dispatcher.slots.values()):
             return self.error(request)
         return None
@@ -63,11 +60,23 @@ class Deadlocks:
         request.awaited = wait_s is not None
         if wait_s == math.inf:
             return True
-        resumes_it = blocks and (holder.site.token is request.site.token or _in_event_loop())
-        if not resumes_it or holder.site.executes() or in_thread_pool():
+        same_loop = self._in_the_loop_of(holder, request.site)
+        resumes_it = blocks and (same_loop or holder.site.token is request.site.token or _in_event_loop())
+        if not resumes_it or holder.site.executes() or (in_thread_pool() and not same_loop):
             return False
         # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
         return self._dispatcher.clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
+
+    def refuse_to_block_locked(self, call: str, slots: Iterable[Slot], site: CallSite) -> None:
+        """`EventLoopBlocked` where the call would wait for a task of the event loop that it blocks."""
+        for slot in slots:
+            if slot.holder is not None and slot.holder.users and self._in_the_loop_of(slot.holder, site):
+                raise EventLoopBlocked(slot.name, call, slot.held_by(self._dispatcher.clock.now()))
+
+    @staticmethod
+    def _in_the_loop_of(holder: Request, site: CallSite) -> bool:
+        """Whether both are in one thread, which runs an event loop: that cannot go on while the thread waits."""
+        return holder.site.token is site.token and _in_event_loop() and not holder.site.executes_here()
 
     def error(self, request: Request) -> LeaseDeadlock:
         """What a request is refused with."""

@@ -60,7 +60,7 @@ def loss_beyond_repair(error: BaseException | None) -> DeviceLost | None:
 
 
 def lacking_bytes(error: BaseException | None) -> int:
-    """What a full device said it lacked; at least 1, since free memory in pieces may be of no use."""
+    """Shortfall in bytes, from the out-of-memory error; at least 1, since fragmented free memory may be of no use."""
     found = next((found for found in all_of(error) if isinstance(found, DeviceOutOfMemory)), None)
     if found is None or found.free_bytes is None:
         return 1

@@ -124,6 +124,25 @@ class RequestTimeout(ResidencyError, TimeoutError):
         self.holder = holder
 
 
+class EventLoopBlocked(ResidencyError, RuntimeError):
+    """A call would block the event loop in which the code that has the model goes on.
+
+    ``call`` is what was called, ``holder`` the request that has the model.
+    """
+
+    def __init__(self, name: str, call: str, holder: Holder | None = None) -> None:
+        held_en, held_zh = (f" ({holder.en})", f"（{holder.zh}）") if holder else ("", "")
+        super().__init__(
+            f"{call} would block this event loop, in which another task holds {name!r}{held_en}, for ever: write async "
+            f"with for leases, and call this in a worker thread (asyncio.to_thread).",
+            f"{call} 会永久阻塞当前事件循环，而持有 {name!r} 的另一个任务正运行于其中{held_zh}：请用 async with "
+            f"获取租约，或在工作线程中调用（asyncio.to_thread）。",
+            name,
+            call,
+            holder,
+        )
+
+
 class ModelBusy(ResidencyError):
     """A request that may not wait, or not behind that many, came when the model was in use or not on the device."""
 

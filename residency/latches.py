@@ -10,7 +10,10 @@ import asyncio
 import contextlib
 import math
 import threading
+import weakref
 from typing import Any, Protocol
+
+_LONGEST_WAIT_S = 86400.0
 
 
 class Latch(Protocol):
@@ -39,19 +42,48 @@ def open_latch(latch: Latch) -> None:
 
 
 class LoopLatch:
-    """A latch on which a coroutine of the running event loop waits. It is opened from any thread."""
+    """A latch on which a coroutine of the running event loop waits. It is opened from any thread.
+
+    The loop keeps the coroutine that waits, as it does for a timer; the latch does not. So a task whose loop is dropped
+    can be collected, although its request is still in a queue.
+    """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._opened = self._loop.create_future()
+        self._loop = weakref.ref(asyncio.get_running_loop())
+        self._is_open = False
+        self._woken: weakref.ref[asyncio.Future[None]] | None = None
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the loop was closed or dropped: nobody can go on."""
+        loop = self._loop()
+        return loop is None or loop.is_closed()
 
     def release(self) -> None:
-        self._loop.call_soon_threadsafe(self._open)
+        loop = self._loop()
+        if loop is not None:
+            loop.call_soon_threadsafe(self._open)
 
     def _open(self) -> None:
-        if not self._opened.done():
-            self._opened.set_result(None)
+        self._is_open = True
+        woken = self._woken() if self._woken is not None else None
+        if woken is not None:
+            _wake(woken)
 
     async def wait(self, timeout_s: float = math.inf) -> None:
-        """Until it is opened, ``timeout_s`` at most."""
-        await asyncio.wait((self._opened,), timeout=None if timeout_s == math.inf else max(0.0, timeout_s))
+        """Until it is opened, ``timeout_s`` at most; a day at most."""
+        if self._is_open:
+            return
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        self._woken = weakref.ref(woken)
+        timer = loop.call_later(min(max(0.0, timeout_s), _LONGEST_WAIT_S), _wake, woken)
+        try:
+            await woken
+        finally:
+            timer.cancel()
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

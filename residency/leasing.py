@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from .states import Request, Slot
 
 
 class Lessor(Protocol):
-    """Who hands leases out: the manager."""
+    """Hands out leases: the manager."""
 
     def acquire(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
         """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
@@ -94,7 +95,10 @@ class Lease:
         self.request: Request | None = None
         #: Whether the request was made for this lease, and not for one that it shares.
         self.owns = False
-        self._made = _Made(_in_a_task())
+        self._made = _Made(_task())
+        caller = sys._getframe(2)
+        #: Where: for one that is entered in another thread, whose stack does not tell.
+        self.made_at = caller.f_code, caller.f_lineno
         #: Requests in force whose leases were made in this context before, wherever they were entered.
         self.made_after: tuple[Request, ...] = ()
         if made := [one for one in _made.get() if not one.over]:
@@ -135,6 +139,8 @@ class Lease:
         if self._made not in _made.get():  # neither the context in which it was made, nor a copy of it
             self.made_after = ()
             self._made_here = False
+        elif self._made.in_a_task and not self._made.is_of(_task()):
+            self._made_here = False  # what the task that has made it starts beside this one is another request
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
@@ -258,16 +264,21 @@ class _Made:
     ``in_a_task``: a coroutine has made it, whose context is its own. That of a thread serves one task after the other.
     """
 
-    __slots__ = ("in_a_task", "over", "request")
+    __slots__ = ("_task", "in_a_task", "over", "request")
 
-    def __init__(self, in_a_task: bool) -> None:
-        self.in_a_task = in_a_task
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        self.in_a_task = task is not None
+        self._task = None if task is None else weakref.ref(task)
         self.request: Request | None = None
         self.over = False
 
+    def is_of(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether a task has made it; a thread (None) works for the task whose context it has."""
+        return task is None or (self._task is not None and self._task() is task)
 
-def _in_a_task() -> bool:
-    return asyncio._get_running_loop() is not None and asyncio.current_task() is not None
+
+def _task() -> asyncio.Task[Any] | None:
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
 class _Loading:

@@ -4,8 +4,8 @@ The books of a model are its tensors and sessions. A worker process, CTranslate2
 them, so what the processes hold is compared with the books at the end of each move. A child belongs to the model whose
 move ends when the child is first seen, or to the only loaded model. Memory of the device that this process has come to
 hold during a move of one model, beyond its books, is that model's; the growth during moves that overlap is no model's.
-What came while a model was on the device, in its requests, is that model's if no other was loaded meanwhile. It may
-be the program's own as well, where that takes memory of the device beside the manager: nobody counts the two apart.
+Device memory that appears during a model's requests is attributed to that model if no other model was loaded
+meanwhile, also where the program itself takes it beside the manager: the two cannot be told apart.
 
 Main memory of this process says little: libraries and allocators keep what they once had. Counted are the arrays of
 numpy that were found in the engine, and by how much the process grew during the load of this model alone, if that is
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 NOISE_BYTES = 64 << 20
-"""Less than this, or less than 5 % of a model's books, is not told from the noise of allocators and caches."""
+"""Smaller amounts, or less than 5 % of a model's books, are ignored: allocators and caches vary by that much."""
 
 GROWTH_BYTES = 256 << 20
 """The same for the main memory by which this process grows during a load."""
@@ -30,7 +30,7 @@ MODULE_BYTES = 160 << 10
 """Main memory that one imported module is allowed (torch takes 142 KB each, others about 70)."""
 
 CONTEXT_BYTES = 512 << 20
-"""What a CUDA context and its libraries are allowed, on the card and in main memory each."""
+"""Not counted, on the card and in main memory each: a CUDA context and its libraries use as much."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class OutsideBooks:
         owner = next(iter(loaded)) if len(loaded) == 1 and not window.loads else model
         for child in after.children or ():
             self._owners.setdefault((child.pid, child.started_s), owner)
-        # What was left by an engine that is gone is not of the one that is loaded in its place.
+        # Memory that a released engine has left is not attributed to the new one.
         device, host = (0, 0) if window.loads else self._balance.get(model, (0, 0))
         known = after.own.host_bytes is not None and window.before.own.host_bytes is not None
         if window.alone and window.loads and known:

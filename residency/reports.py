@@ -83,8 +83,9 @@ class Reports:
             pids = ", ".join(str(holder.pid) for holder in slot.outside.holders)
             logger.warning(
                 "%s holds %s outside the books (pid %s), in memory that is neither a tensor nor an ONNX session: "
-                "offload does not move it, a release of the model frees it. / %s 有 %s 账外占用（进程 %s），"
-                "既不是张量也不是 ONNX 会话：卸载不会移动它，释放模型可以腾出。",
+                "offload does not move it; a release frees it, except in child processes that go on running. / "
+                "%s 有 %s 账外占用（进程 %s），既不是张量也不是 ONNX 会话：卸载不会移动它；释放模型可以腾出，"
+                "仍在运行的子进程除外。",
                 slot.name, size, pids, slot.name, size, pids,
             )  # fmt: skip
         elif kind is State.LOADING and self._device.separate and not slot.device_bytes:

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import Holder
+from .errors import Holder, RequestCancelled
 from .history import History
-from .latches import Latch, open_latch
+from .latches import Latch, LoopLatch, open_latch
 from .outside import Outside
 
 if TYPE_CHECKING:
@@ -147,6 +147,11 @@ class Request:
         """When to look whether the code that has the lease still exists: at intervals that double."""
         return self.searched_s + max(SEARCH_AFTER_S, self.searched_s - self.resumed_s)
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether a coroutine waits for it whose event loop has ended."""
+        return isinstance(self.latch, LoopLatch) and self.latch.is_dead
+
     def answer(self, error: BaseException | None = None) -> None:
         """Served, or (with an error) not; wakes who waits for it."""
         self.error = error
@@ -239,10 +244,15 @@ class Slot:
         return self.policy.keep_warm_s == math.inf
 
     def head(self) -> Request | None:
-        """The request that is served next; drops those that were answered (cancelled, refused) meanwhile."""
-        while self.queue and self.queue[0].answered:
+        """The request that is served next; drops those that were answered (cancelled, refused) or abandoned."""
+        while self.queue:
+            first = self.queue[0]
+            if first.is_abandoned and not first.answered:
+                first.answer(RequestCancelled(self.name))
+            if not first.answered:
+                return first
             self.queue.popleft()
-        return self.queue[0] if self.queue else None
+        return None
 
     def held_by(self, now_s: float) -> Holder | None:
         """The code that has the model, if a request is in force. Needs no lock."""

@@ -146,8 +146,10 @@ class Steering:
                 dispatcher.mover.hand_back(slot)
         except Exception as error:
             logger.error(
-                "%s: what its loader was given cannot come back to the device (%s); make it anew before you use it. / "
-                "交给加载函数的部分无法回到设备，使用前请重新创建。",
+                "%s: the object that was passed to its loader cannot be restored to the device (%s): create a new one "
+                "before you use it. / %s：传给加载函数的对象无法回到设备（%s）：使用前请重新创建。",
+                slot.name,
+                error,
                 slot.name,
                 error,
             )

@@ -192,6 +192,21 @@ class TestFlags:
             open_gate(tmp_path / "gates", "load")
             assert wait_until(lambda: app.model()["state"] == "released")
 
+    def test_a_request_that_waits_too_long_is_refused_with_the_holder(self, tmp_path: Path, recording: str) -> None:
+        for name in ("gates", "recordings"):
+            (tmp_path / name).mkdir()
+        close_gate(tmp_path / "gates", "speak")
+        flags = (*SIMULATED, "--gpu-wait-timeout", "0.2s", "--shutdown-grace", "0")
+        with ForkedApp(tmp_path / "recordings", *flags, gates=tmp_path / "gates") as app:
+            client = Client(app.url, verbose=False)
+            first = client.submit(handle_file(recording), "said", "to say", api_name="/clone")
+            app.wait_for_line("at the gate: speak")
+            with pytest.raises(Exception, match=r"tts_gpu_managed|held for .* by"):
+                client.predict(handle_file(recording), "said", "to say", api_name="/clone")
+            assert app.model()["holder"]["where"]
+            open_gate(tmp_path / "gates", "speak")
+            assert first.result(60)
+
     def test_a_load_that_hangs_is_given_up_and_said(self, tmp_path: Path, recording: str) -> None:
         for name in ("gates", "recordings"):
             (tmp_path / name).mkdir()

@@ -14,6 +14,7 @@ import pytest
 from fakes import Client, Gate, Workshop, await_that
 
 from gpu_manager import (
+    EventLoopBlocked,
     GPUResourceManager,
     Lease,
     ModelBusy,
@@ -240,13 +241,83 @@ def test_coroutines_in_opposite_order_are_told_of_their_deadlock(manager: GPURes
 def test_a_coroutine_that_would_block_the_loop_in_which_the_holder_runs_is_told(manager: GPUResourceManager) -> None:
     async def main() -> None:
         async with manager.lease("tts"):
-            with pytest.raises(RuntimeError, match="write async with"):
+            with pytest.raises(EventLoopBlocked, match=r"in main .*write async with.*请用 async with"):
                 await contextvars.Context().run(asyncio.create_task, blocking())
 
     async def blocking() -> None:
         use(manager)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("call", ["close", "unregister"])
+def test_who_would_wait_in_the_loop_for_one_of_its_tasks_is_told(call: str, manager: GPUResourceManager) -> None:
+    async def main() -> None:
+        begun, over = asyncio.Event(), asyncio.Event()
+
+        async def child() -> None:
+            async with manager.lease("tts"):
+                begun.set()
+                await over.wait()
+
+        task = asyncio.create_task(child())
+        await begun.wait()
+        with pytest.raises(EventLoopBlocked, match="in child"):
+            manager.close() if call == "close" else manager.unregister("tts")
+        over.set()
+        await task
+
+    asyncio.run(main())
+    assert use(manager) is not None
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+def test_a_request_whose_loop_has_ended_is_passed_over(end: str, manager: GPUResourceManager) -> None:
+    client = Client(manager)
+    client.comes_in()
+    kept = []
+
+    def in_a_loop() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(use_async(manager))
+        loop.run_until_complete(until_it_waits(manager))
+        if end == "closed":
+            loop.close()
+            kept.append(task)
+
+    in_a_loop()
+    gc.collect()
+    client.leaves()
+    assert use(manager, timeout=30) is not None
+    assert is_free(manager)
+
+
+def test_tasks_that_are_started_beside_the_one_that_enters_a_lease_take_turns(manager: GPUResourceManager) -> None:
+    inside: list[int] = []
+
+    async def enters(lease: Lease) -> None:
+        async with lease:
+            inside.append(len(inside))
+            await asyncio.sleep(0)
+            assert inside == [0]
+            inside.clear()
+
+    async def main() -> None:
+        handle = manager.lease("tts")  # kept by the parent, to cancel it
+        await asyncio.gather(enters(handle), *(enters(manager.lease("tts")) for _ in range(3)))
+
+    asyncio.run(main())
+
+
+def test_a_lease_that_is_entered_in_a_pool_is_named_by_the_line_that_made_it(manager: GPUResourceManager) -> None:
+    async def main() -> str:
+        lease = manager.lease("tts")
+        await asyncio.to_thread(lease.__enter__)
+        where: str = manager.status()["models"]["tts"]["holder"]["where"]
+        lease.__exit__()
+        return where
+
+    assert asyncio.run(main()).endswith("in main")
 
 
 def test_coroutines_and_threads_wait_for_each_other(manager: GPUResourceManager) -> None:

@@ -15,6 +15,7 @@ EXAMPLES = [
     errors.ModelBusy("tts", 3, "device"),
     errors.RequestCancelled("tts"),
     errors.LeaseDeadlock("tts", ("asr",)),
+    errors.EventLoopBlocked("tts", "close()", errors.Holder("app.py:3 in work", "MainThread", 5.0, None)),
     errors.LeaseDeadlock("tts", ("asr",), errors.Holder("app.py:3 in work", "MainThread", 5.0, "pool-0")),
     errors.LoadTimeout("tts", 60.0),
     errors.SettingsConflict("idle_timeout", 600, 300),

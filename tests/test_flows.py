@@ -344,11 +344,18 @@ def test_a_generator_that_has_ended_is_not_taken_for_a_later_one_of_the_same_cod
         begun.close()
 
 
-@pytest.mark.parametrize("begins", ["before", "in the middle"])
-def test_streams_are_recognised_under_a_tracer(pair: GPUResourceManager, begins: str) -> None:
+def traced(function: Callable[..., Any], *arguments: Any) -> Any:
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         return trace
 
+    sys.settrace(trace)
+    try:
+        return function(*arguments)
+    finally:
+        sys.settrace(None)
+
+
+def test_streams_are_recognised_under_a_tracer(pair: GPUResourceManager) -> None:
     def ask() -> str:
         with pair.lease("a", 1):
             return "shares"
@@ -358,19 +365,23 @@ def test_streams_are_recognised_under_a_tracer(pair: GPUResourceManager, begins:
             for _ in range(3):
                 yield ask()
 
-    def traced(generator: Iterator[str]) -> str:
-        sys.settrace(trace)
-        try:
-            return next(generator)
-        finally:
-            sys.settrace(None)
-
     stream = handler()
-    if begins == "in the middle":
-        assert step(stream) == "shares"
-    assert Worker(contextvars.copy_context().run, traced, stream).result() == "shares"
-    assert steps(stream) == ["shares"] * (2 if begins == "before" else 1)
+    assert Worker(contextvars.copy_context().run, traced, next, stream).result() == "shares"
+    assert steps(stream) == ["shares"] * 2
     assert held(pair, "a") is None
+
+
+def test_under_a_tracer_no_request_is_taken_for_one_whose_frame_has_ended(pair: GPUResourceManager) -> None:
+    def taken(timeout_s: float | None) -> Iterator[Any]:
+        lease = pair.lease("a", timeout_s)
+        lease.__enter__()
+        yield lease
+
+    lease = contextvars.Context().run(traced, lambda: next(taken(None)))
+    for _ in range(30):  # its frame's address is used again
+        with pytest.raises(RequestTimeout):
+            Worker(contextvars.Context().run, traced, lambda: next(taken(0.001))).result()
+    lease.__exit__()
 
 
 # -- coroutines -------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_what_finds_no_room_on_its_way_back_is_told(tokenizer: Tokenizer, caplog
         manager.register("other", lambda: torch.ones(1000))
         with manager.lease("other"):
             manager.unregister("tts")
-    assert "make it anew" in caplog.text
+    assert "create a new one" in caplog.text
     assert device.ledger_bytes == 0
 
 

@@ -60,6 +60,9 @@ _STORAGE = frozenset({
     "__getattribute__", "__setattr__", "__delattr__", "_fake_device", "_checkpoint_offset",
 })  # fmt: skip
 
+_TRIES = 10
+"""How often a tensor is brought back for one use of it, while its engine leaves again and again."""
+
 #: Absent class by the class that it stands for, and back; None for one that nothing can stand for.
 _absent: dict[type, type | None] = {}
 _present: dict[type, type] = {}
@@ -156,11 +159,12 @@ def _answer(cls: type, function: Any, types: Any, arguments: tuple[Any, ...] = (
     if function in describes:
         return _description(arguments[0])
     for tensor in tree_leaves((arguments, options)):
-        if type(tensor) in _present:
-            storage = torch.Tensor.untyped_storage(tensor)
-            _bring_back(storage)
-            if type(tensor) in _present:  # its bytes are on their way
-                raise TensorAway(_path(storage), False)
+        for _ in range(_TRIES):  # it may leave again at once
+            if type(tensor) not in _present:
+                break
+            _bring_back(torch.Tensor.untyped_storage(tensor))
+        else:  # its bytes are on their way
+            raise TensorAway(_path(torch.Tensor.untyped_storage(tensor)), False)
     return function(*arguments, **options)
 
 

@@ -59,13 +59,13 @@ def _references(things: Iterable[Any]) -> list[int]:
 def part_from_strangers(pieces: Collection[Piece]) -> list[Piece]:
     """See that nobody else needs the bytes of these when they go; returns those that cannot leave.
 
-    Other tensors of the process over them leave with them (`Piece.guests`). What is outside of Python keeps the old
-    storage whole and the engine gets one of its own; where there is no room for that, the piece stays.
+    Other tensors of the process over them leave with them (`Piece.guests`). Native users keep the old storage, and the
+    engine gets one of its own; where there is no room for that, the piece stays.
     """
     crowded = [piece for piece in forget_guests(pieces) if not piece.stays and piece.count_strangers() > 0]
-    # Where numpy looks, it has a tensor over the storage, which must stay where it is.
+    # A numpy array that shares a storage keeps a tensor over it, so that storage must not move.
     _find_views(piece for piece in crowded if piece.storage.resizable())
-    # What C++ alone knows (autograd keeps views for a backward pass) meets the guard of the storage, and need not stay.
+    # Views that only C++ refers to (autograd keeps some for a backward pass) meet the guard of the storage.
     strangers = {piece for piece in crowded if piece.is_exported()}
     immovable = []
     for piece in pieces:

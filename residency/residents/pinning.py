@@ -43,7 +43,8 @@ class BackgroundPinning:
 
     def join(self) -> None:
         """Wait until the thread has ended; not for those who hold ``moving``."""
-        self._thread.join()
+        if self._thread.ident is not None:  # else it ends as soon as it begins
+            self._thread.join()
 
     def _run(self) -> None:
         for number in itertools.count():

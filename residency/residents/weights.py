@@ -436,6 +436,18 @@ class Weights:
             self._mirror.unpin()
             self._mirror = None
 
+    def _part_from_numpy(self, piece: Piece, released: bool) -> None:
+        """Give a closed piece a storage of its own: numpy has looked at it since it was last checked."""
+        import torch
+
+        absence.reopen([piece.storage])
+        recall = getattr(piece.storage, absence.RECALL, None)
+        with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():
+            piece.make_resizable()
+        if recall is not None:
+            setattr(piece.storage, absence.RECALL, recall)
+        absence.close([piece.storage], released)
+
     def _allocate(self, pieces: list[Piece]) -> None:
         """Give closed storages room for their bytes, and leave them closed."""
         empty = [piece for piece in pieces if not piece.storage.nbytes()]
@@ -449,6 +461,8 @@ class Weights:
         with contextlib.suppress(Exception):  # a capture under way, or a device that is lost: the bytes go all the same
             self._device.wait()  # for uses without a lease that began before
         filled = [piece for piece in pieces if piece.storage.nbytes()]
+        for piece in [piece for piece in filled if not piece.storage.resizable()]:
+            self._part_from_numpy(piece, released)
         for piece, _ in zip(filled, absence.opened_one_by_one(piece.key for piece in filled), strict=True):
             self._device.drop(piece.storage)
         self._allocation = None

@@ -283,6 +283,18 @@ def test_while_weights_leave_or_return_all_that_use_them_meet_the_guard() -> Non
     assert storage.nbytes() == weight.nbytes
 
 
+def test_an_array_that_is_made_while_weights_are_copied_away_keeps_the_old_bytes() -> None:
+    device, engine, arrays = Watched(1 << 20), {"weight": torch.arange(8.0)}, []
+    resident = EngineResident(engine, device)
+    device.look = lambda step: step == "transfer" and arrays.append(engine["weight"].detach().numpy())
+    resident.offload()
+    device.look = None
+    assert device.ledger_bytes == 0
+    assert arrays[0].tolist() == list(range(8))
+    resident.restore()
+    assert engine["weight"].tolist() == list(range(8))
+
+
 def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbed() -> None:
     """Here 0.006 s to hide and as much to show, 0.05 s to close the storages and 0.06 s to open them."""
     tensors = [torch.zeros(3) for _ in range(100_000)]
