@@ -77,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(settings: Settings, signals: Signals) -> None:
     from residency.web.port import check_port
+    from residency.web.proxies import reach_directly
 
     check_port(settings.server_name, settings.server_port)
+    reach_directly(settings.server_name)
     build = _engine_builder(settings)
     from residency.web.control import build as build_api
     from residency.web.editx_tab import EditxTab
@@ -103,7 +105,9 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
-            api=build_api(manager, guard, tab.panel.news, page.signed_in if settings.auth else None)
+            api=build_api(
+                manager, guard, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
+            )
             if manager and tab.panel
             else None,
         )

@@ -230,6 +230,13 @@ class ManagerClosed(ResidencyError):
         )
 
 
+class NotReady(ResidencyError):
+    """The app starts, and its page does not answer yet."""
+
+    def __init__(self) -> None:
+        super().__init__("The app is still starting; try again in a moment.", "应用正在启动，请稍后重试。")
+
+
 class SettingsConflict(ResidencyError):
     """The process's manager exists already, with other settings."""
 

@@ -10,6 +10,7 @@ EXAMPLES = [
     errors.UnknownModel("llm", ("tts", "asr")),
     errors.ModelExists("tts"),
     errors.ManagerClosed(),
+    errors.NotReady(),
     errors.RequestTimeout("tts", 30.0, 2, "loading"),
     errors.ModelBusy("tts", 3, "device"),
     errors.RequestCancelled("tts"),

@@ -40,6 +40,7 @@ _CODES: dict[type[Exception], int] = {
     errors.InvalidInput: 422,
     errors.ManagerClosed: 503,
     errors.DeviceLost: 503,
+    errors.NotReady: 503,
 }
 
 
@@ -48,11 +49,13 @@ def build(
     guard: Guard,
     panel: Callable[[Say, int | None], Any] | None = None,
     signed_in: Callable[[Request], str | None] | None = None,
+    page_serves: Callable[[], bool] = lambda: True,
 ) -> FastAPI:
     """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
 
     ``panel`` gives the page what it shows; None if the page shows that version already. With ``signed_in`` (who has
-    sent a request, if they gave the page's password) only who may change things may look, too.
+    sent a request, if they gave the page's password) only who may change things may look, too. ``page_serves`` tells
+    whether the page beside it is there.
     """
     app = FastAPIOffline(
         docs_url="/docs",
@@ -91,6 +94,8 @@ def build(
             raise errors.ManagerClosed
         if manager.device_lost:
             raise manager.device_lost
+        if not page_serves():
+            raise errors.NotReady
         return Health(status="ok")
 
     @app.get("/gpu/status", response_model=Status, responses=_refusals(401), **looks)

@@ -75,6 +75,8 @@ class Page:
         self._largest_upload_bytes = largest_upload_bytes
         self._recordings, self._visits = tab.recordings, tab.visits
         self._ended = threading.Event()
+        #: Whether the page answers, which is later than the server's first answer.
+        self.serves = False
         keep_uploads_in(str(tab.speech.folder))
         leave_out_the_internet()
         self.traffic = Traffic(
@@ -134,6 +136,7 @@ class Page:
             **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
         )
         answer_no_other_sites(self.blocks.app)
+        self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
         # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S

@@ -37,6 +37,17 @@ def test_healthy_and_ready(manager: GPUResourceManager) -> None:
         assert client(manager).head(path).status_code == 200
 
 
+def test_it_is_ready_once_the_page_beside_it_answers(manager: GPUResourceManager) -> None:
+    serves = False
+    web = TestClient(build(manager, Guard(), page_serves=lambda: serves), "http://127.0.0.1:7860", client=HERE)
+    refused = web.get("/readyz")
+    assert refused.status_code == 503
+    assert "starting" in refused.json()["error"]
+    assert web.get("/healthz").status_code == 200
+    serves = True
+    assert web.get("/readyz").status_code == 200
+
+
 def test_status_is_the_managers(used: GPUResourceManager) -> None:
     shown, told = client(used).get("/gpu/status").json(), used.status()
     assert (shown["device"], shown["models"]) == (told["device"], told["models"])
