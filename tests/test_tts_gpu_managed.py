@@ -191,7 +191,7 @@ def test_a_load_that_takes_too_long_is_given_up(simulated: GPUResourceManager, e
             return RecordingEngine()
         return engine
 
-    tts = engine.tts = GPUManagedTTS(None, None, manager=simulated, load=load, gpu_load_timeout=0.05)
+    tts = engine.tts = GPUManagedTTS(None, None, manager=simulated, load=load, gpu_load_timeout=0.5)
     with pytest.raises(LoadTimeout):
         tts.clone("a.wav", "said", "to say")
     gate.open()
