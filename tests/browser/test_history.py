@@ -104,9 +104,9 @@ def test_a_request_begins_without_the_error_of_the_one_before_and_shows_its_prog
     page.get_by_label("Target Text").fill("new")
     press(page, name)
     app.wait_for_line("at the gate: speak")
-    sync_api.expect(page.locator("#history [role=progressbar]")).to_be_visible()
-    progress = page.get_by_role("progressbar").evaluate_all(
-        "bars => bars.filter(bar => bar.checkVisibility()).map(bar => bar.closest('[id]').id)"
+    sync_api.expect(page.locator("#history .progress-level-inner")).to_be_visible()
+    progress = page.locator(".progress-level-inner").evaluate_all(
+        "lines => lines.filter(line => line.checkVisibility()).map(line => line.closest('[id]').id)"
     )
     error_stays = page.get_by_text("Target Text is empty").is_visible()
     open_gate(gates, "speak")
