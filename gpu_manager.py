@@ -13,7 +13,6 @@ request: one that times out, is cancelled or interrupted leaves it to arrive.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -48,6 +47,7 @@ from residency.events import Event
 from residency.history import WINDOW_S
 from residency.leasing import Lease, held_slots, watching
 from residency.lifetime import end_with_the_process
+from residency.locks import renewed_in_children
 from residency.moving import Mover
 from residency.outside import totals
 from residency.policies import change_policy, check_counts, guarded, keep_warm_seconds, make_policy, seconds
@@ -470,9 +470,8 @@ class GPUResourceManager:
         site = call_site()
         with self._lock:
             kept_busy = (*held_slots(), *self._admission.deadlocks.kept_busy_locked(site))
-        if any(held is slot for held in kept_busy for slot in slots):
-            raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
-        with self._lock:
+            if any(held is slot for held in kept_busy for slot in slots):
+                raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
             self._admission.deadlocks.refuse_to_block_locked(what, slots, site)
 
     def _check_free_locked(self, name: str) -> None:
@@ -493,7 +492,7 @@ def _stands(slot: Slot) -> bool:
 
 
 _singleton: GPUResourceManager | None = None
-_singleton_lock = threading.Lock()
+_singleton_lock = renewed_in_children(threading.Lock())
 
 
 def get_gpu_manager(
@@ -532,16 +531,6 @@ def _comparable(**settings: Any) -> dict[str, Any]:
         elif name == "snapshot_dir" and value is not None:
             settings[name] = Path(value)
     return settings
-
-
-def _renew_lock() -> None:
-    """In a forked child, where nobody may be left to open the old one."""
-    global _singleton_lock
-    _singleton_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,15 @@ def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recordin
         assert Path(job.result(30)).is_file()
 
 
+def app_at_gate(tmp_path: Path, gate: str, *flags: str) -> ForkedApp:
+    """An app whose engine stops at a gate; its folders are ``gates`` and ``recordings``."""
+    gates, recordings = tmp_path / "gates", tmp_path / "recordings"
+    gates.mkdir()
+    recordings.mkdir()
+    close_gate(gates, gate)
+    return ForkedApp(recordings, *SIMULATED, *flags, "--shutdown-grace", "0", gates=gates)
+
+
 class TestFlags:
     def test_budget_and_times_arrive_at_the_manager(self, tmp_path: Path) -> None:
         flags = ("--gpu-budget", "2GB", "--gpu-keep-warm", "-1", "--gpu-idle-timeout", "-1")
@@ -193,11 +202,7 @@ class TestFlags:
             assert wait_until(lambda: app.model()["state"] == "released")
 
     def test_a_request_that_waits_too_long_is_refused_with_the_holder(self, tmp_path: Path, recording: str) -> None:
-        for name in ("gates", "recordings"):
-            (tmp_path / name).mkdir()
-        close_gate(tmp_path / "gates", "speak")
-        flags = (*SIMULATED, "--gpu-wait-timeout", "0.2s", "--shutdown-grace", "0")
-        with ForkedApp(tmp_path / "recordings", *flags, gates=tmp_path / "gates") as app:
+        with app_at_gate(tmp_path, "speak", "--gpu-wait-timeout", "0.2s") as app:
             client = Client(app.url, verbose=False)
             first = client.submit(handle_file(recording), "said", "to say", api_name="/clone")
             app.wait_for_line("at the gate: speak")
@@ -208,11 +213,7 @@ class TestFlags:
             assert first.result(60)
 
     def test_a_load_that_hangs_is_given_up_and_said(self, tmp_path: Path, recording: str) -> None:
-        for name in ("gates", "recordings"):
-            (tmp_path / name).mkdir()
-        close_gate(tmp_path / "gates", "load")
-        flags = (*SIMULATED, "--gpu-load-timeout", "0.1", "--shutdown-grace", "0")
-        with ForkedApp(tmp_path / "recordings", *flags, gates=tmp_path / "gates") as app:
+        with app_at_gate(tmp_path, "load", "--gpu-load-timeout", "0.1") as app:
             client = Client(app.url, verbose=False)
             with pytest.raises(Exception, match=r"was not loaded within 0.1 s.*未能在 0.1 秒内加载完成"):
                 client.predict(handle_file(recording), "Good morning.", "Hello.", api_name="/clone")

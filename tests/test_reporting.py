@@ -21,6 +21,7 @@ from gpu_manager import (
     State,
     get_gpu_manager,
 )
+from residency import locks
 from residency.clock import ManualClock
 from residency.errors import DeviceOutOfMemory, InvalidInput
 from residency.progress import current
@@ -158,10 +159,10 @@ def test_the_singleton_says_which_setting_differs(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_the_singleton_is_new_in_a_forked_child() -> None:
-    with gpu_manager._singleton_lock:
-        gpu_manager._renew_lock()
-        with get_gpu_manager(SimulatedDevice(1000)) as manager:
-            assert manager.names() == ()
+    gpu_manager._singleton_lock.acquire()
+    locks._renew()
+    with get_gpu_manager(SimulatedDevice(1000)) as manager:
+        assert manager.names() == ()
 
 
 def test_auto_can_be_written_in_any_case() -> None:

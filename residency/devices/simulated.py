@@ -50,9 +50,8 @@ class SimulatedDevice:
         self.failure: str | None = None
         self._used_bytes = 0
         self._reported: dict[int, int] = {}
-        self._lock = renewed_in_children(
-            threading.RLock()
-        )  # garbage collection may run `unpin` while this thread is in here
+        # Garbage collection may run `unpin` while this thread is in here.
+        self._lock = renewed_in_children(threading.RLock())
 
     @property
     def ledger_bytes(self) -> int:
@@ -106,8 +105,7 @@ class SimulatedDevice:
             self._used_bytes -= nbytes
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        if self.failure is not None:
-            self._fail_if_lost()
+        self._fail_if_lost()
         self.charge(nbytes)
         try:
             _resize()(storage, nbytes)
