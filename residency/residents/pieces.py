@@ -134,6 +134,12 @@ class Piece:
     def itemsize(self) -> int:
         return next(iter(self.tensors.values())).element_size()
 
+    @property
+    def is_torchs_own(self) -> bool:
+        """Whether the storage can be emptied and filled as it is; else `make_resizable` may give it another."""
+        storage = self.storage
+        return storage.resizable() and ARRAYS not in vars(storage) and not (self.raw.is_cpu and storage.is_shared())
+
     def make_resizable(self, apart: bool = False) -> bool:
         """Give the tensors a storage that can be emptied and filled, if theirs cannot; False if they refuse.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..locks import renewed_in_children
 from . import absence
@@ -40,12 +40,13 @@ class Spare:
 
         with self._lock, torch.inference_mode():
             if self._copy is not None:
+                resize: Any = torch.UntypedStorage.resize_  # the storage's own waits for this
                 with absence.opened([storage]):
-                    storage.resize_(len(self._copy))
+                    resize(storage, len(self._copy))
                     try:
                         as_bytes(storage, len(self._copy)).copy_(self._copy)
                     except BaseException:
-                        storage.resize_(0)
+                        resize(storage, 0)
                         raise
                 self._copy = None
                 absence.reopen([storage])

@@ -149,7 +149,7 @@ class Weights:
             try:
                 self._let_uses_end()
                 with torch._C.DisableTorchFunctionSubclass():
-                    for piece in self._pieces:
+                    for piece in [piece for piece in self._pieces if piece.storage.nbytes() != piece.nbytes]:
                         self._follow(piece)
                     self._leave_behind(part_from_strangers(self._pieces))
                 with self._device.transfer():
@@ -388,12 +388,10 @@ class Weights:
 
     def _follow(self, piece: Piece) -> None:
         """Take note of a storage that the engine itself has made longer or shorter."""
-        grown_bytes = piece.storage.nbytes() - piece.nbytes
-        if grown_bytes:
-            # Not charged: the bytes are there already, whatever the books would allow.
-            self._device.refund(-grown_bytes)
-            piece.measure()
-            self._drop_mirror()
+        # Not charged: the bytes are there already, whatever the books would allow.
+        self._device.refund(piece.nbytes - piece.storage.nbytes())
+        piece.measure()
+        self._drop_mirror()
 
     # -- the mirror ---------------------------------------------------------------------------------------------
 
