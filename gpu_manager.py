@@ -400,12 +400,13 @@ class GPUResourceManager:
     def wait_for(self, name: str, state: State, timeout: float | str | None = None) -> bool:
         """Wait until a model is in ``state``; False if it will not be.
 
-        That is if ``timeout`` (real seconds or ``"5s"``) passes first, or the model or the manager has its end.
+        That is if ``timeout`` (real seconds or ``"5s"``) passes first, if its last load or restore has failed (see
+        ``last_error`` in `status`) and nothing asks for it, or when it is unregistered or the manager closed.
         """
         slot = self._slots_named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
         self._dispatcher.watch(
-            slot, lambda: slot.state is state or (slot.closing and _stands(slot)), timeout_s, SystemClock()
+            slot, lambda: slot.state is state or _will_not_come(slot, state), timeout_s, SystemClock()
         )
         return slot.state is state
 
@@ -489,6 +490,12 @@ class GPUResourceManager:
 
 def _stands(slot: Slot) -> bool:
     return slot.task is None
+
+
+def _will_not_come(slot: Slot, state: State) -> bool:
+    """Whether nothing leads a model to ``state`` any more, unless somebody asks for it anew."""
+    failed = slot.last_error is not None and slot.at is not State.DEVICE and not slot.wanted and not slot.in_use
+    return slot.task is None and (slot.closing or (failed and state is not State.RELEASED))
 
 
 _singleton: GPUResourceManager | None = None

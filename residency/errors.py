@@ -430,22 +430,23 @@ class TensorAway(ResidencyError, RuntimeError):
     """
 
     def __init__(self, path: str, released: bool) -> None:
+        named = Sentence.of(path)
         if released:
             en = (
-                f"{path} was released with its engine and has no bytes any more. Take a new lease (with "
+                f"{named.en} was released with its engine and has no bytes any more. Take a new lease (with "
                 f"manager.lease(name) as engine) and use the engine that it gives."
             )
             zh = (
-                f"{path} 已随其引擎释放，不再有数据。请重新获取租约（with manager.lease(name) as engine），"
+                f"{named.zh} 已随其引擎释放，不再有数据。请重新获取租约（with manager.lease(name) as engine），"
                 f"并使用由此得到的引擎。"
             )
         else:
             en = (
-                f"{path} is away: its bytes are not on the device while nobody uses the model. Take a lease and use it "
-                f"there: with manager.lease(name) as engine."
+                f"{named.en} is away: its bytes are not on the device while nobody uses the model. Take a lease and "
+                f"use it there: with manager.lease(name) as engine."
             )
             zh = (
-                f"{path} 的数据当前不在设备上：模型未被使用。请先获取租约，再在租约内使用："
+                f"{named.zh} 的数据当前不在设备上：模型未被使用。请先获取租约，再在租约内使用："
                 f"with manager.lease(name) as engine。"
             )
         super().__init__(en, zh, path, released)

@@ -8,6 +8,7 @@ from .contracts import Clock, Device
 from .diagnosis import in_words
 from .events import Event, Listeners, What
 from .moving import Task
+from .sentences import Sentence
 from .states import Slot, State
 from .units import readable_bytes
 
@@ -93,7 +94,7 @@ class Reports:
             logger.warning(
                 "%s: nothing was found in its engine that can leave %s, so offload frees nothing; release does. / "
                 "%s：引擎中没有可以移动的内容，卸载不会腾出显存，请使用完全释放。",
-                slot.name, self._device.name, slot.name,
+                slot.name, Sentence.of(self._device.name).en, slot.name,
             )  # fmt: skip
 
     def log(self, task: Task) -> None:

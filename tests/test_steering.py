@@ -139,6 +139,27 @@ def test_who_waits_for_a_state_hears_that_it_will_not_come(end: str, manager: GP
     assert watching.result() is False
 
 
+@pytest.mark.parametrize("when", ["before it fails", "afterwards"])
+def test_who_waits_for_a_model_whose_load_fails_hears_of_it(
+    when: str, manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    workshop.fail_next = FileNotFoundError("no weights")
+    gate, slot = Gate(), manager._slots["tts"]
+    workshop.gate = gate
+    manager.warm("tts")
+    if when == "afterwards":
+        gate.open()
+        assert await_that(manager, slot, lambda: slot.last_error is not None)
+    waiting = Worker(manager.wait_for, "tts", State.DEVICE)
+    if when == "before it fails":
+        assert await_that(manager, slot, lambda: bool(slot.watchers))
+        gate.open()
+    assert waiting.result() is False
+    assert manager.status()["models"]["tts"]["last_error"] == "FileNotFoundError: no weights"
+    manager.warm("tts")
+    assert manager.wait_for("tts", State.DEVICE) is True
+
+
 def test_who_watches_in_vain_leaves_nothing_behind(manager: GPUResourceManager) -> None:
     assert manager.wait_for("tts", State.DEVICE, 0.001) is False
     assert not manager._slots["tts"].watchers

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TensorAway
+from ..sentences import Sentence
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +176,7 @@ def _bring_back(storage: torch.UntypedStorage) -> None:
 
 def _path(storage: torch.UntypedStorage) -> str:
     piece = getattr(storage, PIECE, lambda: None)()
-    return "A tensor" if piece is None else str(piece.path)
+    return Sentence("A tensor", "某个张量") if piece is None else str(piece.path)
 
 
 def _description(tensor: torch.Tensor) -> str:
@@ -239,7 +240,7 @@ class _Barrier(NamedTuple):
 def _barrier() -> _Barrier:
     import torch
 
-    text = str(TensorAway("a tensor", False))
+    text = str(TensorAway(Sentence("A tensor", "某个张量"), False))
     try:
         say: Any = torch._C._set_storage_data_ptr_access_error_msg
         clear: Any = torch._C._clear_storage_data_ptr_access_error_msg
