@@ -49,6 +49,15 @@ def test_from_start_to_stop(service: Service) -> None:
     assert "Nothing" in service.say("stop")
 
 
+@pytest.mark.parametrize("no_proxy", [{}, {"NO_PROXY": "a.example"}], ids=["none", "another"])
+def test_a_proxy_in_the_environment_is_never_asked_for_this_machine(service: Service, no_proxy: dict[str, str]) -> None:
+    dead = "http://127.0.0.1:9"
+    environ = {"http_proxy": dead, "HTTP_PROXY": dead, "ALL_PROXY": dead, **no_proxy}
+    assert "Ready" in service.say("--detach", "--serve", **environ)
+    assert "BY A PROXY ['192.0.2.1']" in service.say("status", **environ)
+    assert service.seen()["proxies"] == {"http_proxy": dead, "HTTP_PROXY": dead, "ALL_PROXY": dead}, "others need them"
+
+
 def test_the_address_log_and_ways_to_stop_are_said(service: Service) -> None:
     output = service.say("--detach", "--serve")
     assert f"http://127.0.0.1:{service.port}" in output
