@@ -44,6 +44,11 @@ if "--break" in sys.argv:
 if "--serve" in sys.argv:
     port = int(sys.argv[sys.argv.index("--server-port") + 1])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer)
+    if "--ssl-certfile" in sys.argv:
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*(sys.argv[sys.argv.index(flag) + 1] for flag in ("--ssl-certfile", "--ssl-keyfile")))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 if "--serve" in sys.argv or "--until-sigterm" in sys.argv:
     for _ in range(2 if "--stubborn" in sys.argv else 1):
