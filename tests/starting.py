@@ -24,8 +24,9 @@ import http.server, json, os, signal, sys, threading
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 cuda = {name: value for name, value in os.environ.items() if name.startswith("CUDA_")}
+proxies = {name: os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY")}
 secrets = {name: os.environ.get(name) for name in ("GPU_CONTROL_TOKEN", "GRADIO_AUTH")}
-facts = {"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda, "secrets": secrets}
+facts = {"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda, "secrets": secrets, "proxies": proxies}
 print("APP", json.dumps(facts), flush=True)
 
 
@@ -43,6 +44,11 @@ if "--break" in sys.argv:
 if "--serve" in sys.argv:
     port = int(sys.argv[sys.argv.index("--server-port") + 1])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer)
+    if "--ssl-certfile" in sys.argv:
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*(sys.argv[sys.argv.index(flag) + 1] for flag in ("--ssl-certfile", "--ssl-keyfile")))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 if "--serve" in sys.argv or "--until-sigterm" in sys.argv:
     for _ in range(2 if "--stubborn" in sys.argv else 1):
@@ -55,7 +61,11 @@ if "--say-greeting" in sys.argv:
 """
 
 # Instead of `python -m gpu_manager`.
-SHELL_COMMAND = 'import sys; print("ASKED", *sys.argv[1:])'
+SHELL_COMMAND = """\
+import sys, urllib.request
+print("ASKED", *sys.argv[1:])
+print("BY A PROXY", [host for host in ("127.0.0.1", "192.0.2.1") if not urllib.request.proxy_bypass(host)])
+"""
 
 
 class Project:
@@ -76,11 +86,13 @@ class Project:
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}
+        inherited = {name: value for name, value in inherited.items() if not name.startswith(("GPU_TTS_", "LC_"))}
         # Nothing here may reach a registry, whatever this machine's pip is told.
         ours = {
             "PATH": f"{self.bin}:{hide_programs({'nvidia-smi', 'nvidia-ctk', 'docker'}, self.bin)}",
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_NO_INDEX": "1",
+            "LANG": "C.UTF-8",
             "PORT": str(free_port()),
         }
         return subprocess.Popen(
@@ -95,7 +107,7 @@ class Project:
 
     def run(self, *arguments: str, **environ: str) -> tuple[int, str]:
         process = self.start(*arguments, **environ)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
         return process.returncode, output
 
     def serve(self, *arguments: str, **environ: str) -> dict:
@@ -120,6 +132,57 @@ class Project:
 
     def nvidia_smi(self, script: str) -> None:
         self.program("nvidia-smi", script)
+
+
+_environments: list[Path] = []
+
+
+def ready_project(folder: Path) -> Project:
+    """One whose environment is there: made by one real first start, and copied from that one later."""
+    project = Project(folder / "a project", folder / "bin")
+    if _environments:
+        shutil.copytree(_environments[0], project.folder / ".venv", symlinks=True)
+    else:
+        project.serve()
+        _environments.append(project.folder / ".venv")
+    return project
+
+
+class Service:
+    """An app that a project runs in the background, on a port of its own."""
+
+    def __init__(self, project: Project, run_dir: Path) -> None:
+        self.project, self.run_dir, self.port = project, run_dir, str(free_port())
+        self.environ = {"PORT": self.port, "RUN_DIR": str(run_dir)}
+        self.log = run_dir / f"{self.port}.log"
+
+    def call(self, *arguments: str, **environ: str) -> tuple[int, str]:
+        return self.project.run(*arguments, **(self.environ | environ))
+
+    def say(self, *arguments: str, **environ: str) -> str:
+        code, output = self.call(*arguments, **environ)
+        assert code == 0, output
+        return output
+
+    def start(self, *arguments: str, **environ: str) -> dict:
+        """Returns what the app saw."""
+        assert "Ready: http://127.0.0.1:" + self.port in self.say("--detach", "--serve", *arguments, **environ)
+        return self.seen()
+
+    def seen(self) -> dict:
+        return app_line(self.log.read_text())
+
+    @property
+    def pid(self) -> int:
+        return int((self.run_dir / f"{self.port}.pid").read_text())
+
+
+def runs(pid: int) -> bool:
+    """Whether it does; what has ended and is nobody's child any more may not have been buried yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def app_line(output: str) -> dict:
