@@ -495,7 +495,7 @@ def _stands(slot: Slot) -> bool:
 def _will_not_come(slot: Slot, state: State) -> bool:
     """Whether nothing leads a model to ``state`` any more, unless somebody asks for it anew."""
     failed = slot.last_error is not None and slot.at is not State.DEVICE and not slot.wanted and not slot.in_use
-    return slot.task is None and (slot.closing or (failed and state is not State.RELEASED))
+    return _stands(slot) and (slot.closing or (failed and state is not State.RELEASED))
 
 
 _singleton: GPUResourceManager | None = None

@@ -117,7 +117,7 @@ is_for_us() {
     esac
 }
 
-# Whoever has set HOST or CONTAINER_NAME, the user knows then what became of it.
+# Tells users what became of a HOST or CONTAINER_NAME in their environment.
 tell_of_strangers() {
     if [[ -n $others_host && -z ${in_environment[HOST]:-}${given[HOST]:-} ]]; then
         say "The variable HOST ('$others_host') is not read: it is no address, and shells and compilers set it. To listen there: --host or GPU_TTS_HOST" \

@@ -8,7 +8,7 @@ readonly MARK=.gpu-managed-tts
 # Seconds between two words on an install that goes on silently: in a log, and in a terminal, where one line is rewritten.
 readonly TELL_EVERY_S=10 REWRITE_EVERY_S=1
 
-# What is said is said in the language of the locale.
+# Messages are in the language of the locale.
 case ${LC_ALL:-${LC_MESSAGES:-${LANG:-}}} in
     zh*) readonly SPEAKS=zh ;;
     *) readonly SPEAKS=en ;;

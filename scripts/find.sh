@@ -1,7 +1,7 @@
-# Which app stop, status, logs and restart mean. Needs environment.sh, records.sh, container.sh.
+# Finds the app that stop, status, logs and restart are for. Needs environment.sh, records.sh, container.sh.
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154 # the settings are those of the script that sources this
 
-# Prints what this script has started and what runs, one a line: kind, port, pid or name of the container, since when.
+# Prints each running app that this script has started, one a line: kind, port, pid or name of the container, since when.
 running_apps() {
     local file name since
     for file in "$RUN_DIR"/*.run; do

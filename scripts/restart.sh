@@ -1,7 +1,7 @@
 # restart of the app as a process: one that fails brings back the app that ran. Needs service.sh.
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154 # the settings are those of the script that sources this
 
-# What is known of the last start stays known until the next one is ready.
+# Keeps the record of the last start until the next one is ready.
 restart_service() {
     local passed code before
     if ! lives; then
@@ -63,7 +63,7 @@ bring_back() {
         "重启失败，原因见上。应用为之前的那一个，设置不变"
 }
 
-# By the record alone: what was given for the restart is not meant.
+# Uses the record alone, and not the settings that were given for the restart.
 start_as_before() {
     local name command=("$here/start_with_gpu_management.sh" restart --port "$PORT" --run-dir "$RUN_DIR"
         --ready-timeout "$READY_TIMEOUT" --stop-timeout "$STOP_TIMEOUT")
@@ -71,7 +71,7 @@ start_as_before() {
     exec "${command[@]}"
 }
 
-# What has not become ready in time.
+# Ends an app that has not become ready in time.
 end_at_once() {
     local until=$((SECONDS + STOP_TIMEOUT))
     read_record && lives || return 0

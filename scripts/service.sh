@@ -269,7 +269,7 @@ status_service() {
     say "Runs: pid $pid, $(address)" "正在运行：进程 $pid，$(address)"
     say "Log: ${log:-its terminal}" "日志：${log:-其终端}"
     if is_ready; then
-        # What a proxy would reach there is another machine.
+        # A proxy would reach another machine at this address.
         (cd "$PROJECT_DIR" && no_proxy="${no_proxy:-${NO_PROXY:-}},$(reached_at)" "$VENV_DIR/bin/python" -m gpu_manager status --url "$(address)")
     else
         say "Not ready yet, or on its way out" "尚未就绪，或正在退出"

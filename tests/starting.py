@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,13 +150,11 @@ def ready_project(folder: Path) -> Project:
     return project
 
 
-class Service:
-    """An app that a project runs in the background, on a port of its own."""
+class Caller:
+    """Calls the start script of a project, always with some variables."""
 
-    def __init__(self, project: Project, run_dir: Path) -> None:
-        self.project, self.run_dir, self.port = project, run_dir, str(free_port())
-        self.environ = {"PORT": self.port, "RUN_DIR": str(run_dir)}
-        self.log = run_dir / f"{self.port}.log"
+    def __init__(self, project: Project, environ: dict[str, str]) -> None:
+        self.project, self.environ = project, environ
 
     def call(self, *arguments: str, **environ: str) -> tuple[int, str]:
         return self.project.run(*arguments, **(self.environ | environ))
@@ -163,6 +163,22 @@ class Service:
         code, output = self.call(*arguments, **environ)
         assert code == 0, output
         return output
+
+
+class Service(Caller):
+    """An app that a project runs in the background, on a port of its own. It is killed at the end of the block."""
+
+    def __init__(self, project: Project, run_dir: Path) -> None:
+        self.run_dir, self.port = run_dir, str(free_port())
+        self.log = run_dir / f"{self.port}.log"
+        super().__init__(project, {"PORT": self.port, "RUN_DIR": str(run_dir)})
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with suppress(OSError, ValueError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def start(self, *arguments: str, **environ: str) -> dict:
         """Returns what the app saw."""

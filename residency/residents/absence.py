@@ -61,6 +61,8 @@ _STORAGE = frozenset({
     "__getattribute__", "__setattr__", "__delattr__", "_fake_device", "_checkpoint_offset",
 })  # fmt: skip
 
+_NAMELESS = Sentence("A tensor", "某个张量")
+
 _TRIES = 10
 """How often a tensor is brought back for one use of it, while its engine leaves again and again."""
 
@@ -176,7 +178,7 @@ def _bring_back(storage: torch.UntypedStorage) -> None:
 
 def _path(storage: torch.UntypedStorage) -> str:
     piece = getattr(storage, PIECE, lambda: None)()
-    return Sentence("A tensor", "某个张量") if piece is None else str(piece.path)
+    return _NAMELESS if piece is None else str(piece.path)
 
 
 def _description(tensor: torch.Tensor) -> str:
@@ -240,7 +242,7 @@ class _Barrier(NamedTuple):
 def _barrier() -> _Barrier:
     import torch
 
-    text = str(TensorAway(Sentence("A tensor", "某个张量"), False))
+    text = str(TensorAway(_NAMELESS, False))
     try:
         say: Any = torch._C._set_storage_data_ptr_access_error_msg
         clear: Any = torch._C._clear_storage_data_ptr_access_error_msg

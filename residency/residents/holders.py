@@ -69,7 +69,7 @@ def part_from_strangers(pieces: Collection[Piece]) -> list[Piece]:
     # Views that only C++ refers to (autograd keeps some for a backward pass) meet the guard of the storage.
     strangers = {piece for piece in crowded if piece.is_exported()}
     immovable = []
-    for piece in [piece for piece in pieces if piece in strangers or not piece.is_torchs_own]:
+    for piece in pieces:
         if piece.stays or piece.make_resizable(apart=piece in strangers):
             continue
         if piece in strangers:

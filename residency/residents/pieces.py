@@ -134,12 +134,6 @@ class Piece:
     def itemsize(self) -> int:
         return next(iter(self.tensors.values())).element_size()
 
-    @property
-    def is_torchs_own(self) -> bool:
-        """Whether the storage can be emptied and filled as it is; else `make_resizable` may give it another."""
-        storage = self.storage
-        return storage.resizable() and ARRAYS not in vars(storage) and not (self.raw.is_cpu and storage.is_shared())
-
     def make_resizable(self, apart: bool = False) -> bool:
         """Give the tensors a storage that can be emptied and filled, if theirs cannot; False if they refuse.
 
@@ -150,7 +144,8 @@ class Piece:
         if self.raw.is_cpu and self.storage.is_shared():
             logger.warning("%s is shared with other processes and stays where it is", ", ".join(self.tensors))
             return False
-        arrays = [array for known in vars(self.storage).get(ARRAYS, ()) if (array := known()) is not None]
+        known = vars(self.storage).get(ARRAYS)  # few have any, and many pieces come by here
+        arrays = [array for one in known if (array := one()) is not None] if known else []
         if self.storage.resizable() and not apart and not arrays:
             return True
         exported = self._exported(self._known())

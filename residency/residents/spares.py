@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..locks import renewed_in_children
 from . import absence
@@ -40,13 +40,12 @@ class Spare:
 
         with self._lock, torch.inference_mode():
             if self._copy is not None:
-                resize: Any = torch.UntypedStorage.resize_  # the storage's own waits for this
                 with absence.opened([storage]):
-                    resize(storage, len(self._copy))
+                    storage.resize_(len(self._copy))
                     try:
                         as_bytes(storage, len(self._copy)).copy_(self._copy)
                     except BaseException:
-                        resize(storage, 0)
+                        storage.resize_(0)
                         raise
                 self._copy = None
                 absence.reopen([storage])

@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starting import ROOT, Project, free_port
+from starting import ROOT, Caller, Project, free_port
 
 NAME = "step-audio-gpu-managed"
 KEPT = f"{NAME}-before-gpu-management"
 OLD = {"labels": {}, "status": "running", "restart": "on-failure", "retries": 3, "image": "theirs", "command": []}
 
 
-class Machine:
+class Machine(Caller):
     """A machine with a docker, on which the start script is called."""
 
     def __init__(self, folder: Path) -> None:
-        self.project = Project(folder / "a project", folder / "bin")
+        self.sockets, self.port, self.docker = folder / "sockets", str(free_port()), folder / "docker"
+        super().__init__(
+            Project(folder / "a project", folder / "bin"),
+            {"FAKE_DOCKER": str(self.docker), "PORT": self.port, "SOCKET_DIR": str(self.sockets)},
+        )
         shutil.copy(ROOT / "Dockerfile", self.project.folder)
         (self.project.folder / "pyproject.toml").touch()
         (self.project.folder / "residency").mkdir()
-        self.docker = folder / "docker"
         self.docker.mkdir()
         fake = Path(__file__).with_name("fake_docker.py")
         self.project.program("docker", f'exec "{sys.executable}" -S "{fake}" "$@"')
-        self.sockets = folder / "sockets"
-        self.port = str(free_port())
-        self.environ = {"FAKE_DOCKER": str(self.docker), "PORT": self.port, "SOCKET_DIR": str(self.sockets)}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -53,14 +53,6 @@ class Machine:
         file = self.docker / "calls.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         return [call[1:] for call in map(json.loads, lines) if call[0] == verb]
-
-    def call(self, *arguments: str, **environ: str) -> tuple[int, str]:
-        return self.project.run(*arguments, **(self.environ | environ))
-
-    def say(self, *arguments: str, **environ: str) -> str:
-        code, output = self.call(*arguments, **environ)
-        assert code == 0, output
-        return output
 
     def refuse(self, *arguments: str, **environ: str) -> str:
         before = self.containers

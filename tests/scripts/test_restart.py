@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def service(shared: Project, tmp_path: Path) -> Iterator[Service]:
-    service = Service(shared, tmp_path / "run")
-    yield service
-    with suppress(OSError, ValueError):
-        os.kill(service.pid, signal.SIGKILL)
+    with Service(shared, tmp_path / "run") as service:
+        yield service
 
 
 def test_an_app_that_ends_while_it_starts_is_followed_by_the_one_before(service: Service) -> None:

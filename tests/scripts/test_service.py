@@ -15,23 +15,18 @@ from pathlib import Path
 
 import pytest
 from serving import wait_until
-from starting import OTHERS, SCRIPT, SETTINGS, Project, Service, environment_like_ours, free_port, runs
+from starting import OTHERS, SCRIPT, SETTINGS, Project, Service, environment_like_ours, free_port, ready_project, runs
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("service")
-    project = Project(folder / "a project", folder / "bin")
-    project.serve()
-    return project
+    return ready_project(tmp_path_factory.mktemp("service"))
 
 
 @pytest.fixture
 def service(shared: Project, tmp_path: Path) -> Iterator[Service]:
-    service = Service(shared, tmp_path / "run, 运行")
-    yield service
-    with suppress(OSError, ValueError):
-        os.kill(service.pid, signal.SIGKILL)
+    with Service(shared, tmp_path / "run, 运行") as service:
+        yield service
 
 
 def test_from_start_to_stop(service: Service) -> None:
