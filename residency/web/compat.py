@@ -6,16 +6,19 @@ import functools
 import inspect
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
-from gradio import route_utils, routes
+from gradio import http_server, route_utils, routes
 from gradio.context import LocalContext
 from gradio_client import utils as client_utils
 from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp
 
+from .addresses import EVERY_ADDRESS, bracketed, link
 from .language import Say, both, preferred
 
 _REASON_CHARACTERS = 200
@@ -92,10 +95,45 @@ def user(app: Any, request: HTTPConnection) -> str | None:
     return None
 
 
-def answer_no_other_sites(app: Any) -> None:
+@contextmanager
+def listening(around: Callable[[ASGIApp], ASGIApp]) -> Iterator[None]:
+    """In this block Gradio starts its servers as follows.
+
+    ``around`` wraps all that serves, and sees the peers of the connections themselves. ``server_name`` may be an IPv6
+    address, and ``::`` means IPv4 too. Pages of other sites get no permission to read, and no client the traceback of
+    an error.
+    """
+    servers: Any = http_server
+    start_server, server, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
+
+    class Server(server):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+            if config.host == "::":
+                config.host = ""  # asyncio opens a socket for each kind of address, and one for :: has IPv6 only
+            config.load()
+            config.loaded_app = around(config.loaded_app)
+            super().__init__(config, *arguments, **keywords)
+
+    def start(app: Any, server_name: str, server_port: int, **keywords: Any) -> tuple[str, int, str, Any]:
+        _answer_no_other_sites(app)
+        app.debug = False
+        host = bracketed(server_name)
+        _, port, url, started = start_server(app=app, server_name=host, server_port=server_port, **keywords)
+        if server_name in EVERY_ADDRESS:
+            url = f"{link(server_name, port, url.partition(':')[0])}/"
+        return server_name, port, url, started
+
+    # Gradio asks by IPv4 whether the port is free, at an address that may be set for other apps.
+    servers.start_server, servers.Server, servers.LOCALHOST_NAME = start, Server, "127.0.0.1"
+    try:
+        yield
+    finally:
+        servers.start_server, servers.Server, servers.LOCALHOST_NAME = start_server, server, name
+
+
+def _answer_no_other_sites(app: Any) -> None:
     """Gradio has pages of other sites read its answers and send it any header, unless it is asked as localhost."""
     app.user_middleware = [each for each in app.user_middleware if each.cls is not route_utils.CustomCORSMiddleware]
-    app.middleware_stack = None  # made anew by the next request
 
 
 @functools.cache
