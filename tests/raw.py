@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Answer:
-    """``headers`` have names in lower case; of several with one name, the last."""
+    """``headers`` have names in lower case; the values of several with one name stand in lines."""
 
     status: int
     headers: dict[str, str]
@@ -36,5 +36,8 @@ def ask(
     head, _, text = answer.partition("\r\n\r\n")
     status = re.match(r"HTTP/1\.[01] (\d{3})", head)
     assert status, answer
-    named = (header.partition(": ") for header in head.split("\r\n")[1:])
-    return Answer(int(status[1]), {name.lower(): value for name, _, value in named}, text)
+    named: dict[str, list[str]] = {}
+    for header in head.split("\r\n")[1:]:
+        name, _, value = header.partition(": ")
+        named.setdefault(name.lower(), []).append(value)
+    return Answer(int(status[1]), {name: "\n".join(values) for name, values in named.items()}, text)

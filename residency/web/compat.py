@@ -89,10 +89,21 @@ def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
 
 def user(app: Any, request: HTTPConnection) -> str | None:
     """The name that somebody has signed in with on the page of this running app."""
-    for cookie in (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"):
+    for cookie in _cookies(app):
         if (name := app.tokens.get(request.cookies.get(cookie))) is not None:
             return str(name)
     return None
+
+
+def sign_out(app: Any, request: HTTPConnection) -> list[str]:
+    """End the login that a request was sent with, and no other of the same name; the cookies that can be deleted."""
+    for cookie in _cookies(app):
+        app.tokens.pop(request.cookies.get(cookie), None)
+    return _cookies(app)
+
+
+def _cookies(app: Any) -> list[str]:
+    return [f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .compat import (
     leave_out_the_internet,
     listening,
     set_closed,
+    sign_out,
     supported,
     user,
 )
@@ -27,6 +28,8 @@ from .editx_tab import EditxTab
 from .guard import Guard
 from .hosts import Hosts
 from .labels import label, translations
+from .language import both
+from .logins import HINT, Logins
 from .presence import Presence
 from .protocols import Manager
 from .traffic import Traffic
@@ -124,13 +127,20 @@ class Page:
         reads anything under another name either, and ``hosts`` is not asked. OSError if the port is taken.
         """
         hosts = hosts or Hosts()
-        middleware = [self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
+        logins = Logins(lambda request: sign_out(self.blocks.app, request))
+        middleware = [
+            self.traffic.around,
+            *([logins.around] if auth else []),
+            locale.around,
+            *([control.beside(api)] if api else []),
+        ]
         with listening((lambda app: app) if auth else hosts.around):
             _, _, public_link = self.blocks.launch(
                 server_name=host,
                 server_port=port,
                 share=share,
                 auth=auth,
+                auth_message=both(*HINT) if auth else None,
                 max_file_size=self._largest_upload_bytes,
                 prevent_thread_lock=True,
                 quiet=True,
