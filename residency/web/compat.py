@@ -8,11 +8,13 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import gradio as gr
 from gradio import http_server, route_utils, routes
 from gradio.context import LocalContext
+from gradio.exceptions import InvalidPathError
 from gradio_client import utils as client_utils
 from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
@@ -34,28 +36,45 @@ PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_na
 """For events of the page that are no endpoint for programs."""
 
 
+CALL: ContextVar[dict[str, bool] | None] = ContextVar("call", default=None)
+"""Facts about the HTTP request that is being answered, for its middleware; None for what comes through the queue."""
+
+
 class Blocks(gr.Blocks):
     """Says what was wrong with what an event was sent, where Gradio fails without a word.
 
-    And refuses links: Gradio would fetch what they lead to, whole, into memory and onto the disk.
+    Marks the `CALL` as ``garbled``. And refuses links: Gradio would fetch what they lead to, whole, into memory and
+    onto the disk.
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
         try:
+            if not block_fn.fn:
+                raise ValueError("nothing on the server belongs to this event")
             client_utils.traverse(inputs, _refuse_link, client_utils.is_file_obj_with_meta)
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
+            if (call := CALL.get()) is not None:
+                call["garbled"] = True
+            wrong, what = _reason(error)
             raise gr.Error(
                 speaker()(
-                    f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
+                    f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{wrong}）",
                     f"What was sent cannot be read: reload the page and upload the recording again; "
-                    f"programs find at /gradio_api/info what to send ({reason})",
+                    f"programs find at /gradio_api/info what to send ({what})",
                 ),
                 print_exception=False,
             ) from None
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """In Chinese and English, in one line, and without the folders of this machine."""
+    if isinstance(error, InvalidPathError):
+        return "该文件并非上传到本服务器", "the file was not uploaded to this server"
+    reason = re.sub(r"/\S*/", "", " ".join(str(error).split()))[:_REASON_CHARACTERS]
+    return reason, reason
 
 
 def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +98,18 @@ def keep_uploads_in(folder: str) -> None:
     if "upload_dir" not in inspect.signature(route_utils.GradioMultiPartParser.__init__).parameters:
         elsewhere = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
         route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
+
+
+def take_no_empty_session(blocks: gr.Blocks) -> None:
+    """Gradio's queue fails at a session whose name is empty, and takes an event without one."""
+    queue: Any = blocks._queue
+    push = queue.push
+
+    async def push_named(body: Any, **keywords: Any) -> Any:
+        body.session_hash = body.session_hash or None
+        return await push(body=body, **keywords)
+
+    queue.push = push_named
 
 
 def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:

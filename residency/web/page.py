@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import control, endpoints, locale
+from . import control, endpoints, locale, routes
 from .compat import (
     Blocks,
     keep_uploads_in,
@@ -22,6 +22,7 @@ from .compat import (
     set_closed,
     sign_out,
     supported,
+    take_no_empty_session,
     user,
 )
 from .editx_tab import EditxTab
@@ -110,6 +111,7 @@ class Page:
             endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
+        take_no_empty_session(self.blocks)
 
     def serve(
         self,
@@ -132,6 +134,7 @@ class Page:
             self.traffic.around,
             *([logins.around] if auth else []),
             locale.around,
+            routes.without(() if auth else ("/login", "/logout")),
             *([control.beside(api)] if api else []),
         ]
         with listening((lambda app: app) if auth else hosts.around):
@@ -145,7 +148,11 @@ class Page:
                 prevent_thread_lock=True,
                 quiet=True,
                 ssr_mode=False,
-                app_kwargs={"middleware": [Middleware(around) for around in middleware]},
+                app_kwargs={
+                    "middleware": [Middleware(around) for around in middleware],
+                    "exception_handlers": routes.HANDLERS,
+                    "redirect_slashes": False,
+                },
                 i18n=translations(),
                 **self._look,
                 **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
