@@ -82,9 +82,11 @@ def _serve(settings: Settings, signals: Signals) -> None:
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
     build = _engine_builder(settings)
+    from residency.web.addresses import link
     from residency.web.control import build as build_api
     from residency.web.editx_tab import EditxTab
     from residency.web.guard import Guard
+    from residency.web.hosts import Hosts
     from residency.web.page import Page
 
     manager = _manager(settings) if settings.enable_gpu_management else None
@@ -105,14 +107,14 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
+            hosts=Hosts((settings.server_name, *settings.allowed_hosts), guard.knows_token),
             api=build_api(
                 manager, guard, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
             )
             if manager and tab.panel
             else None,
         )
-        host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
-        logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)
+        logger.info("Serving on %s / 服务已启动", link(settings.server_name, settings.server_port))
         if settings.share:
             logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
 from .errors import InvalidInput
 from .policies import keep_warm_seconds, seconds
@@ -56,6 +57,7 @@ class Settings:
     simulate_gpu: int | None = None
     control_token: str | None = field(default=None, repr=False)
     auth: tuple[str, str] | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()
     max_upload: int = 100 << 20
     max_audio: float = 600.0
     max_text: int = 5000
@@ -84,6 +86,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
                 f"--asr-model {model} is no folder: give one with a model, or the id of one on a hub "
                 f"(openai/whisper-small). / --asr-model {model} 不是目录：请指定模型目录或模型仓库 ID。"
             )
+    try:
+        allowed = values.pop("allowed_host") or [_names(environ.get("GPU_TTS_ALLOWED_HOSTS", ""))]
+    except InvalidInput as error:
+        parser.error(f"GPU_TTS_ALLOWED_HOSTS: {error}")
+    values["allowed_hosts"] = tuple(name for names in allowed for name in names)
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
     if values["engine"] == "step-audio":
@@ -135,7 +142,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         type=os.path.expanduser,
         help="where the weights are; without it the built-in engine serves",
     )
-    add("--server-name", default=defaults.server_name, help="address to listen on (default: %(default)s)")
+    add("--server-name", type=_address, default=defaults.server_name,
+        help="address to listen on; :: is every address of IPv4 and IPv6 (default: %(default)s)")  # fmt: skip
     add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
     add(
         "--tmp-dir",
@@ -157,6 +165,9 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--auth", metavar="USER:PASSWORD", type=checked(_auth), default=environ.get("GRADIO_AUTH") or None,
         help="ask for these before showing the page; who has signed in may press its buttons (environment: "
         "GRADIO_AUTH)")  # fmt: skip
+    add("--allowed-host", metavar="NAME", action="append", type=checked(_names),
+        help="a name under which a proxy on this machine passes on what comes from elsewhere (speech.example.org); may "
+        "be given several times, or separated by commas (environment: GPU_TTS_ALLOWED_HOSTS)")  # fmt: skip
     add("--max-upload", metavar="SIZE", type=checked(size_bytes), default=defaults.max_upload,
         help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
     add("--max-audio", metavar="S", type=checked(seconds), default=defaults.max_audio,
@@ -235,6 +246,28 @@ def _auth(text: str) -> tuple[str, str]:
     if not (user and colon and password):
         raise InvalidInput("write USER:PASSWORD, both not empty", "请写 用户名:密码，两者都不能为空")
     return user, password
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names of hosts, as browsers send them: in lower case, and other scripts than Latin as ``xn--...``."""
+    names = []
+    for given in filter(None, map(str.strip, text.split(","))):
+        try:
+            name = (urlsplit(given if "//" in given else f"//{given}").hostname or "").encode("idna").decode()
+        except ValueError:  # also of encoding
+            name = ""
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise InvalidInput(
+                f"{given!r} is no name of a host: write one as in the browser's address line, speech.example.org",
+                f"{given!r} 不是有效的主机名：请写浏览器地址栏中的名称，如 speech.example.org",
+            )
+        names.append(name.removesuffix("."))
+    return tuple(names)
+
+
+def _address(text: str) -> str:
+    """Without the brackets that an IPv6 address has in links."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def _count(text: str) -> int:

@@ -81,6 +81,21 @@ def test_the_environment_is_a_default_and_a_flag_wins() -> None:
     assert parse([], {"GPU_CONTROL_TOKEN": ""}).control_token is None
 
 
+@pytest.mark.parametrize(
+    ("text", "address"), [("[::1]", "::1"), ("::", "::"), ("[::]", "::"), ("localhost", "localhost")]
+)
+def test_an_address_may_be_written_as_in_links(text: str, address: str) -> None:
+    assert parse(["--server-name", text], {}).server_name == address
+
+
+def test_allowed_hosts_add_up_and_win_over_the_environment() -> None:
+    environ = {"GPU_TTS_ALLOWED_HOSTS": "A.example, https://b.example:8443/tts,,bücher.example."}
+    assert parse([], {}).allowed_hosts == ()
+    assert parse([], environ).allowed_hosts == ("a.example", "b.example", "xn--bcher-kva.example")
+    flags = ["--allowed-host", "c.example,d.example", "--allowed-host=e.example"]
+    assert parse(flags, environ).allowed_hosts == ("c.example", "d.example", "e.example")
+
+
 def test_what_the_page_asks_for_and_takes() -> None:
     settings = parse(["--auth", "me:se:cret", "--max-upload", "5MB", "--max-audio", "2m", "--max-text", "10"], {})
     assert (settings.auth, settings.max_upload, settings.max_audio) == (("me", "se:cret"), 5 << 20, 120)
@@ -119,6 +134,9 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
         (["--shutdown-grace", "-2"], "-1"),
         (["--gpu-isolation", "process"], "not available yet"),
         (["--server-port", "70000"], "65535"),
+        (["--allowed-host", "speech example"], "speech.example.org"),
+        (["--allowed-host", "http://[::1"], "speech.example.org"),
+        (["--allowed-host", "*"], "speech.example.org"),
         (["--quantization", "int2"], "int4"),
     ],
 )
@@ -129,6 +147,14 @@ def test_what_is_wrong_is_refused_with_what_to_do_next(
         parse(flags, {})
     assert exit_.value.code == 2
     assert hint in capsys.readouterr().err
+
+
+def test_a_name_from_the_environment_that_is_none_is_refused_with_its_source(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse([], {"GPU_TTS_ALLOWED_HOSTS": "a b"})
+    assert "GPU_TTS_ALLOWED_HOSTS: 'a b'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--gpu-snapshot-dir", ""], ["--gpu-budget", "9" * 400 + "GB"]])

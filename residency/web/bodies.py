@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from anyio import move_on_after
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LINGER_S = 30.0
@@ -50,3 +50,8 @@ async def read_at_most(
             raise
     if read_bytes > limit_bytes and not answered:
         await refuse()
+
+
+async def given_up(request: Request, error: Exception) -> Response:
+    """For an exception handler: the answer to a body whose sender has hung up. Nobody reads it."""
+    return Response(status_code=400)

@@ -19,10 +19,12 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import errors
 from . import metrics
+from .bodies import given_up
 from .guard import Guard
 from .language import Say, preferred
 from .protocols import Manager
@@ -66,7 +68,13 @@ def build(
         description=__doc__,
         version="1",
         responses=_early(403),
-        exception_handlers={HTTPException: _said, RequestValidationError: _garbled, Exception: _failed},
+        redirect_slashes=False,
+        exception_handlers={
+            HTTPException: _said,
+            RequestValidationError: _garbled,
+            ClientDisconnect: given_up,
+            Exception: _failed,
+        },
     )
     looking, acting = CapacityLimiter(4), CapacityLimiter(16)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio.tunneling import CURRENT_TUNNELS
@@ -12,19 +13,24 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import control, endpoints, locale
+from . import control, endpoints, locale, routes
 from .compat import (
     Blocks,
-    answer_no_other_sites,
     keep_uploads_in,
     leave_out_the_internet,
+    listening,
     set_closed,
+    sign_out,
     supported,
+    take_no_empty_session,
     user,
 )
 from .editx_tab import EditxTab
 from .guard import Guard
+from .hosts import Hosts
 from .labels import label, translations
+from .language import both
+from .logins import HINT, Logins
 from .presence import Presence
 from .protocols import Manager
 from .traffic import Traffic
@@ -105,6 +111,7 @@ class Page:
             endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
+        take_no_empty_session(self.blocks)
 
     def serve(
         self,
@@ -114,28 +121,44 @@ class Page:
         share: bool = False,
         api: ASGIApp | None = None,
         auth: tuple[str, str] | None = None,
+        hosts: Hosts | None = None,
     ) -> str | None:
         """Start serving in the background and return the public link, if one was asked for and could be had.
 
-        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for. OSError if
-        the port is taken.
+        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for: then nobody
+        reads anything under another name either, and ``hosts`` is not asked. OSError if the port is taken.
         """
-        middleware = [self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
-        _, _, public_link = self.blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            auth=auth,
-            max_file_size=self._largest_upload_bytes,
-            prevent_thread_lock=True,
-            quiet=True,
-            ssr_mode=False,
-            app_kwargs={"middleware": [Middleware(around) for around in middleware]},
-            i18n=translations(),
-            **self._look,
-            **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
-        )
-        answer_no_other_sites(self.blocks.app)
+        hosts = hosts or Hosts()
+        logins = Logins(lambda request: sign_out(self.blocks.app, request))
+        middleware = [
+            self.traffic.around,
+            *([logins.around] if auth else []),
+            locale.around,
+            routes.without(() if auth else ("/login", "/logout")),
+            *([control.beside(api)] if api else []),
+        ]
+        with listening((lambda app: app) if auth else hosts.around):
+            _, _, public_link = self.blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                auth=auth,
+                auth_message=both(*HINT) if auth else None,
+                max_file_size=self._largest_upload_bytes,
+                prevent_thread_lock=True,
+                quiet=True,
+                ssr_mode=False,
+                app_kwargs={
+                    "middleware": [Middleware(around) for around in middleware],
+                    "exception_handlers": routes.HANDLERS,
+                    "redirect_slashes": False,
+                },
+                i18n=translations(),
+                **self._look,
+                **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
+            )
+        if public_link:
+            hosts.allow(urlsplit(public_link).hostname or "")
         self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
         # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
