@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import control, endpoints, locale
+from . import address, control, endpoints, locale
 from .compat import (
     Blocks,
     answer_no_other_sites,
@@ -27,6 +27,7 @@ from .guard import Guard
 from .labels import label, translations
 from .presence import Presence
 from .protocols import Manager
+from .subpath import beneath
 from .traffic import Traffic
 
 _SWEEP_EVERY_S = 600
@@ -114,18 +115,27 @@ class Page:
         share: bool = False,
         api: ASGIApp | None = None,
         auth: tuple[str, str] | None = None,
+        root_path: str = "",
+        ssl_certfile: str | None = None,
+        ssl_keyfile: str | None = None,
     ) -> str | None:
         """Start serving in the background and return the public link, if one was asked for and could be had.
 
-        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for. OSError if
-        the port is taken.
+        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for;
+        ``root_path`` is the path, or whole address, under which a proxy serves the page; ``ssl_certfile`` and
+        ``ssl_keyfile`` are the PEM files of a certificate and its key, for https. OSError if the port is taken.
         """
-        middleware = [self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
+        middleware = [beneath(root_path), self.traffic.around, address.around, locale.around]
+        middleware += [control.beside(api)] if api else []
         _, _, public_link = self.blocks.launch(
             server_name=host,
             server_port=port,
             share=share,
             auth=auth,
+            root_path=root_path,
+            ssl_certfile=ssl_certfile,
+            ssl_keyfile=ssl_keyfile,
+            ssl_verify=False,  # of Gradio's own first request: the certificate is for another name than the loopback's
             max_file_size=self._largest_upload_bytes,
             prevent_thread_lock=True,
             quiet=True,
