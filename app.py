@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from residency.errors import InvalidInput, ResidencyError
 from residency.settings import Settings, parse
@@ -91,7 +92,9 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
-    guard = Guard(settings.control_token, trust_local=not settings.share)
+    # Behind a tunnel, or a proxy that does not tell its address, people from anywhere look local.
+    passed_on = settings.share or "://" in settings.root_path
+    guard = Guard(settings.control_token, trust_local=not passed_on)
     tab = EditxTab(
         settings,
         tts_engine=engine,
@@ -107,14 +110,23 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
-            hosts=Hosts((settings.server_name, *settings.allowed_hosts), guard.knows_token),
+            hosts=Hosts(
+                (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or ""),
+                guard.knows_token,
+            ),
+            root_path=settings.root_path,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
             api=build_api(
                 manager, guard, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
             )
             if manager and tab.panel
             else None,
         )
-        logger.info("Serving on %s / 服务已启动", link(settings.server_name, settings.server_port))
+        scheme = "https" if settings.ssl_certfile else "http"
+        logger.info("Serving on %s / 服务已启动", link(settings.server_name, settings.server_port, scheme))
+        if settings.root_path:
+            logger.info("Behind a reverse proxy / 反向代理下的地址：%s", settings.root_path)
         if settings.share:
             logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()

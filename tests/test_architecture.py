@@ -15,7 +15,7 @@ ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import thos
 #: Modules of residency/ in layers: one may import those of the layers before its own.
 PURE_LAYERS = [["callers", "latches", "locks", "sentences", "units"], ["errors"],
                ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
-               ["adaptive", "handout", "history", "outside"], ["states", "policies"],
+               ["adaptive", "handout", "history", "outside"], ["states", "policies", "certificates"],
                ["settings", "planning", "leasing", "lost", "moving", "monitor"], ["status", "reports", "cli"],
                ["dispatch"], ["deadlocks", "steering"], ["admission"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]

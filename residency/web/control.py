@@ -179,13 +179,19 @@ def build(
 
 
 def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
-    """An ASGI middleware: requests for the paths of ``api`` go there, all others on."""
+    """An ASGI middleware: requests for the paths of ``api`` go there, all others on.
+
+    ``api`` gets the path with the root path before it, as ASGI has it: folders of files need that.
+    """
 
     def around(app: ASGIApp) -> ASGIApp:
         async def either(scope: Scope, receive: Receive, send: Send) -> None:
             path = scope.get("path", "") if scope["type"] == "http" else ""
             ours = path in _PATHS or path.startswith(("/gpu/", "/docs/"))
-            await (api if ours else app)(scope, receive, send)
+            if ours:
+                await api({**scope, "path": scope.get("root_path", "") + path}, receive, send)
+            else:
+                await app(scope, receive, send)
 
         return either
 

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import control, endpoints, locale, routes
+from . import address, control, endpoints, locale, routes
 from .compat import (
     Blocks,
     keep_uploads_in,
@@ -33,6 +33,7 @@ from .language import both
 from .logins import HINT, Logins
 from .presence import Presence
 from .protocols import Manager
+from .subpath import beneath
 from .traffic import Traffic
 
 _SWEEP_EVERY_S = 600
@@ -122,17 +123,24 @@ class Page:
         api: ASGIApp | None = None,
         auth: tuple[str, str] | None = None,
         hosts: Hosts | None = None,
+        root_path: str = "",
+        ssl_certfile: str | None = None,
+        ssl_keyfile: str | None = None,
     ) -> str | None:
         """Start serving in the background and return the public link, if one was asked for and could be had.
 
         ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for: then nobody
-        reads anything under another name either, and ``hosts`` is not asked. OSError if the port is taken.
+        reads anything under another name either, and ``hosts`` is not asked. ``root_path`` is the path, or whole
+        address, under which a proxy serves the page; ``ssl_certfile`` and ``ssl_keyfile`` are the PEM files of a
+        certificate and its key, for https. OSError if the port is taken.
         """
         hosts = hosts or Hosts()
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
         middleware = [
+            beneath(root_path),
             self.traffic.around,
             *([logins.around] if auth else []),
+            address.around,
             locale.around,
             routes.without(() if auth else ("/login", "/logout")),
             *([control.beside(api)] if api else []),
@@ -144,6 +152,10 @@ class Page:
                 share=share,
                 auth=auth,
                 auth_message=both(*HINT) if auth else None,
+                root_path=root_path,
+                ssl_certfile=ssl_certfile,
+                ssl_keyfile=ssl_keyfile,
+                ssl_verify=False,  # of Gradio's first request to itself: the certificate is for another name
                 max_file_size=self._largest_upload_bytes,
                 prevent_thread_lock=True,
                 quiet=True,

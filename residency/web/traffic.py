@@ -24,6 +24,7 @@ from .bodies import read_at_most
 from .guard import from_another_site
 from .language import preferred
 from .presence import LOST, Presence
+from .refusals import is_static, refused
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,11 @@ _UPLOAD, _HEARTBEAT = f"{API_PREFIX}/upload", f"{API_PREFIX}/heartbeat/"
 _ENVELOPE_BYTES = 10_000
 """What a form may add to the files in it."""
 _STRANGER = (
-    "Pages of other sites may not use this one. If this is its own site: have the proxy send the header "
-    "X-Forwarded-Host. / 其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 X-Forwarded-Host。"
+    "其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 Host 或 X-Forwarded-Host"
+    "（nginx：proxy_set_header Host $http_host;），或在启动时用 --root-path 给出页面的完整地址。",
+    "Pages of other sites may not use this one. If this is its own site: have the proxy send the header Host or "
+    "X-Forwarded-Host (nginx: proxy_set_header Host $http_host;), or start the app with --root-path and the whole "
+    "address of the page.",
 )
 _FULL = (
     "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
@@ -103,8 +107,8 @@ class Traffic:
             path, request = scope["path"], HTTPConnection(scope)
             # Links from other sites lead here; what their pages send does not.
             sent = scope["method"] not in ("GET", "HEAD") or "origin" in request.headers
-            if sent and from_another_site(request):
-                await _say(403, _STRANGER)(scope, receive, send)
+            if sent and not is_static(scope) and from_another_site(request):
+                await refused(request, 403, *_STRANGER)(scope, receive, send)
             elif path.startswith(_HERE):
                 self._presence.heard_of(session := path[len(_HERE) :])
                 say = preferred(request.headers.get("accept-language"))
