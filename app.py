@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from residency.errors import InvalidInput, ResidencyError
 from residency.settings import Settings, parse
 from residency.signals import Signals
+from residency.web.connections import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    raise_descriptor_limit()
     try:
         with Signals() as signals, _recordings_folder(settings.tmp_dir, signals) as folder:
             _serve(dataclasses.replace(settings, tmp_dir=folder), signals)

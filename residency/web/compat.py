@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
-from gradio import route_utils, routes
+from gradio import http_server, route_utils, routes
 from gradio.context import LocalContext
 from gradio_client import utils as client_utils
 from jinja2 import FunctionLoader
@@ -90,6 +90,11 @@ def user(app: Any, request: HTTPConnection) -> str | None:
         if (name := app.tokens.get(request.cookies.get(cookie))) is not None:
             return str(name)
     return None
+
+
+def serve_with(server: type[http_server.Server]) -> None:
+    """Have the pages that are launched from now on served by this server."""
+    http_server.Server = server  # type: ignore[misc]
 
 
 def answer_no_other_sites(app: Any) -> None:

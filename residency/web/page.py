@@ -18,6 +18,7 @@ from .compat import (
     answer_no_other_sites,
     keep_uploads_in,
     leave_out_the_internet,
+    serve_with,
     set_closed,
     supported,
     user,
@@ -27,6 +28,7 @@ from .guard import Guard
 from .labels import label, translations
 from .presence import Presence
 from .protocols import Manager
+from .server import BoundedServer
 from .traffic import Traffic
 
 _SWEEP_EVERY_S = 600
@@ -120,6 +122,7 @@ class Page:
         ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for. OSError if
         the port is taken.
         """
+        serve_with(BoundedServer)
         middleware = [self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
         _, _, public_link = self.blocks.launch(
             server_name=host,
