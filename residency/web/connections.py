@@ -162,7 +162,8 @@ class Listener(socket.socket):
     """
 
     def __init__(self, family: int, connections: Connections, plain: bool = True) -> None:
-        super().__init__(family, socket.SOCK_STREAM)
+        # Named, since asyncio turns off delays (Nagle's) only for what says that it is TCP.
+        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._connections, self._plain = connections, plain
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
 

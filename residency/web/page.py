@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import control, endpoints, locale
+from . import bounds, control, endpoints, locale
 from .compat import (
     Blocks,
     answer_no_other_sites,
@@ -23,9 +23,11 @@ from .compat import (
     supported,
     user,
 )
+from .connections import affordable
 from .editx_tab import EditxTab
 from .guard import Guard
 from .labels import label, translations
+from .lines import Lines
 from .presence import Presence
 from .protocols import Manager
 from .server import BoundedServer
@@ -77,6 +79,7 @@ class Page:
         self._largest_upload_bytes = largest_upload_bytes
         self._recordings, self._visits = tab.recordings, tab.visits
         self._ended = threading.Event()
+        self._asks_for_password = False
         #: Whether the page answers, which is later than the server's first answer.
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
@@ -122,8 +125,12 @@ class Page:
         ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for. OSError if
         the port is taken.
         """
+        self._asks_for_password = auth is not None
         serve_with(BoundedServer)
-        middleware = [self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
+        bounds.bound_names()
+        bounds.bound_uploads()
+        lines = Lines(self._may_stay, affordable() * 3 // 4)  # the rest is for requests that end
+        middleware = [lines.around, self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
         _, _, public_link = self.blocks.launch(
             server_name=host,
             server_port=port,
@@ -132,6 +139,7 @@ class Page:
             max_file_size=self._largest_upload_bytes,
             prevent_thread_lock=True,
             quiet=True,
+            state_session_capacity=bounds.SESSIONS,
             ssr_mode=False,
             app_kwargs={"middleware": [Middleware(around) for around in middleware]},
             i18n=translations(),
@@ -141,6 +149,7 @@ class Page:
         answer_no_other_sites(self.blocks.app)
         self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
+        bounds.bound_queue(self.blocks._queue)
         # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
@@ -149,6 +158,9 @@ class Page:
     def signed_in(self, request: HTTPConnection) -> str | None:
         """Who sends this, if the page has asked them for a password."""
         return user(self.blocks.app, request)
+
+    def _may_stay(self, request: HTTPConnection) -> bool:
+        return not self._asks_for_password or self.signed_in(request) is not None
 
     def _session_begins(self, session: str) -> None:
         self._recordings.begin(session)
@@ -162,6 +174,7 @@ class Page:
     def _sweep(self) -> None:
         while not self._ended.wait(_SWEEP_EVERY_S):
             self._recordings.sweep()
+            bounds.forget_deleted_files(self.blocks)
 
     def refuse(self) -> None:
         """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""

@@ -171,6 +171,10 @@ class TestListener:
         assert len(caplog.records) == 1
         assert "LimitNOFILE" in caplog.text
 
+    def test_event_loops_see_that_it_is_tcp_and_send_without_delay(self, door: Listener, until_done: ExitStack) -> None:
+        self.come(door, until_done)
+        assert until_done.enter_context(door.accept()[0]).proto == socket.IPPROTO_TCP
+
     def test_other_failures_are_the_loops(self, door: Listener) -> None:
         door.close()
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -95,3 +96,61 @@ def _hangs_up_at(connection: socket.socket, piece: bytes) -> bool:
 def _open_to(app: ForkedApp, port: int) -> bool:
     connections = psutil.Process(app.process.pid).net_connections()
     return any(each.raddr and each.raddr.port == port for each in connections)
+
+
+class TestMemory:
+    """What a session may be called, and how many are kept. Gradio keeps what it is sent."""
+
+    LONG = "x" * 65
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/gradio_api/queue/join", {"fn_index": 0, "data": []}),
+            ("/gradio_api/run/gpu_status", {"data": []}),
+            ("/gradio_api/call/gpu_status", {"data": []}),
+            ("/gradio_api/component_server", {"data": None, "component_id": 1, "fn_name": "x"}),
+        ],
+    )
+    @pytest.mark.parametrize("name", [LONG, "", "a\nb", "名"])
+    def test_sessions_with_strange_names_are_refused(
+        self, app: ForkedApp, path: str, body: dict[str, Any], name: str
+    ) -> None:
+        code, said = app.post(path, {**body, "session_hash": name})
+        assert code == 422 or (code == 400 and path.endswith("component_server"))
+        assert "64 Latin letters" in said or code == 400
+
+    def test_requests_whose_answers_nobody_fetches_are_refused_in_the_end(self, app: ForkedApp) -> None:
+        dependencies = app.get("/config")[1]["dependencies"]
+        index = next(each["id"] for each in dependencies if each["api_name"] == "gpu_status")
+        body = {"session_hash": "hoarder", "fn_index": index, "data": []}
+        answers = [app.post("/gradio_api/queue/join", body) for _ in range(60)]
+        assert answers[0][0] == 200
+        assert answers[-1][0] == 503
+        assert "try again" in answers[-1][1]
+        assert app.post("/gradio_api/queue/join", {**body, "session_hash": "anna"})[0] == 200
+
+    def test_listeners_are_so_many(self, app: ForkedApp) -> None:
+        with ExitStack() as until_done:
+            codes = [_first_line(until_done, app.port, "/gpu/events") for _ in range(30)]
+            assert b"503" in codes[-1], "on so few descriptors there are not even 30"
+            assert app.get("/healthz")[0] == 200
+
+
+def _first_line(until_done: ExitStack, port: int, path: str) -> bytes:
+    connection = until_done.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    return connection.recv(100).partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/here/anna", "/gradio_api/heartbeat/anna"])
+def test_strangers_are_not_remembered_where_people_sign_in(closed: ForkedApp, path: str) -> None:
+    code, said = closed.get(path)
+    assert code == 401
+    assert "Sign in" in said
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedApp]:
+    with ForkedApp(tmp_path_factory.mktemp("recordings"), "--auth", "anna:secret") as app:
+        yield app  # type: ignore[misc]
