@@ -7,11 +7,13 @@ so that ``--help`` and a wrong flag answer at once.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import logging
 import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -25,6 +27,7 @@ from urllib.parse import urlsplit
 from residency.errors import InvalidInput, ResidencyError
 from residency.settings import Settings, parse
 from residency.signals import Signals
+from residency.web.connections import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    raise_descriptor_limit()
     try:
         with Signals() as signals, _recordings_folder(settings.tmp_dir, signals) as folder:
             _serve(dataclasses.replace(settings, tmp_dir=folder), signals)
@@ -244,9 +248,11 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
     """
     with ExitStack() as stack:
         try:
-            if parent == Settings.tmp_dir and os.path.exists(parent) and not os.access(parent, os.W_OK):
+            if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
                 parent += f"-{os.getuid()}"  # the default is another user's here
-            os.makedirs(parent, exist_ok=True)
+                if os.path.lexists(parent) and not _is_safe(parent):
+                    raise PermissionError(errno.EPERM, "another user made it", parent)
+            os.makedirs(parent, mode=0o700, exist_ok=True)
             for mark in Path(parent).glob(f"editx-*/{_MARK}"):
                 with suppress(OSError), _locked(mark.parent):
                     shutil.rmtree(mark.parent)
@@ -268,11 +274,21 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_safe(folder: str) -> bool:
+    """Whether it is a folder, and no link to one, in which we may write and strangers cannot exchange what is ours."""
+    found = os.lstat(folder)
+    exchangeable = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+    ours = found.st_uid in (os.geteuid(), 0) and not exchangeable
+    return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
+
+
 @contextmanager
 def _locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder's lock; OSError if another process does."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Hold the lock of a folder of ours; OSError if another process does, or it is somebody else's, or a link."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        if os.fstat(handle).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "Not a folder of this user", str(folder))
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

@@ -237,6 +237,19 @@ class NotReady(ResidencyError):
         super().__init__("The app is still starting; try again in a moment.", "应用正在启动，请稍后重试。")
 
 
+class TooManyListeners(ResidencyError):
+    """As many listen to ``/gpu/events`` as may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(
+            f"{most} listeners have their lines already: close those that are not needed and try again, or poll "
+            f"/gpu/status.",
+            f"监听者已达 {most} 个：请关闭不需要的连接后重试，或改为轮询 /gpu/status。",
+            most,
+        )
+        self.most = most
+
+
 class SettingsConflict(ResidencyError):
     """The process's manager exists already, with other settings."""
 

@@ -11,6 +11,7 @@ EXAMPLES = [
     errors.ModelExists("tts"),
     errors.ManagerClosed(),
     errors.NotReady(),
+    errors.TooManyListeners(100),
     errors.RequestTimeout("tts", 30.0, 2, "loading"),
     errors.ModelBusy("tts", 3, "device"),
     errors.RequestCancelled("tts"),

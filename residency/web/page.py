@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import address, control, endpoints, locale, routes
+from . import address, bounds, control, endpoints, locale, routes
 from .compat import (
     Blocks,
     keep_uploads_in,
@@ -25,14 +25,17 @@ from .compat import (
     take_no_empty_session,
     user,
 )
+from .connections import affordable
 from .editx_tab import EditxTab
 from .guard import Guard
 from .hosts import Hosts
 from .labels import label, translations
 from .language import both
+from .lines import Lines
 from .logins import HINT, Logins
 from .presence import Presence
 from .protocols import Manager
+from .server import BoundedServer
 from .subpath import beneath
 from .traffic import Traffic
 
@@ -82,6 +85,7 @@ class Page:
         self._largest_upload_bytes = largest_upload_bytes
         self._recordings, self._visits = tab.recordings, tab.visits
         self._ended = threading.Event()
+        self._asks_for_password = False
         #: Whether the page answers, which is later than the server's first answer.
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
@@ -135,9 +139,14 @@ class Page:
         certificate and its key, for https. OSError if the port is taken.
         """
         hosts = hosts or Hosts()
+        self._asks_for_password = auth is not None
+        bounds.bound_names()
+        bounds.bound_uploads()
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
+        lines = Lines(self._may_stay, affordable() * 3 // 4)  # the rest is for requests that end
         middleware = [
             beneath(root_path),
+            lines.around,
             self.traffic.around,
             *([logins.around] if auth else []),
             address.around,
@@ -145,7 +154,7 @@ class Page:
             routes.without(() if auth else ("/login", "/logout")),
             *([control.beside(api)] if api else []),
         ]
-        with listening((lambda app: app) if auth else hosts.around):
+        with listening((lambda app: app) if auth else hosts.around, BoundedServer):
             _, _, public_link = self.blocks.launch(
                 server_name=host,
                 server_port=port,
@@ -159,6 +168,7 @@ class Page:
                 max_file_size=self._largest_upload_bytes,
                 prevent_thread_lock=True,
                 quiet=True,
+                state_session_capacity=bounds.SESSIONS,
                 ssr_mode=False,
                 app_kwargs={
                     "middleware": [Middleware(around) for around in middleware],
@@ -173,6 +183,7 @@ class Page:
             hosts.allow(urlsplit(public_link).hostname or "")
         self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
+        bounds.bound_queue(self.blocks._queue)
         # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
@@ -181,6 +192,9 @@ class Page:
     def signed_in(self, request: HTTPConnection) -> str | None:
         """Who sends this, if the page has asked them for a password."""
         return user(self.blocks.app, request)
+
+    def _may_stay(self, request: HTTPConnection) -> bool:
+        return not self._asks_for_password or self.signed_in(request) is not None
 
     def _session_begins(self, session: str) -> None:
         self._recordings.begin(session)
@@ -194,6 +208,7 @@ class Page:
     def _sweep(self) -> None:
         while not self._ended.wait(_SWEEP_EVERY_S):
             self._recordings.sweep()
+            bounds.forget_deleted_files(self.blocks)
 
     def refuse(self) -> None:
         """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""

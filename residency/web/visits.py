@@ -20,6 +20,7 @@ TELL_EVERY_S = 5.0
 """How often open pages tell that they are there, and hear whether they are known."""
 
 _LOOK_EVERY_S = 0.2
+_AT_MOST = 1000
 _ALL_LOST = (f"{LOST[0]}文字也请重新填写。", f"{LOST[1]} Write the texts again, too.")
 _GOES_ON = ".goes-on"
 # Who reloads goes on with the visit; who comes by the browser's history, only with one whose page has left: duplicated
@@ -39,7 +40,7 @@ class Visits:
     def __init__(self, histories: Histories, recordings: Recordings, waiting: Waiting) -> None:
         self._histories, self._recordings, self._waiting = histories, recordings, waiting
         self._lock = threading.Lock()
-        self._visits: dict[str, tuple[str, State]] = {}
+        self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
 
     def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, message: gr.HTML) -> None:
         """While the page is being drawn; its server must know the path to which ``here.js`` sends."""
@@ -55,7 +56,10 @@ class Visits:
     def know(self, session: str) -> bool:
         """Whether a page of this session was drawn by this process, and its session has not ended."""
         with self._lock:
-            return any(whose == session for whose, _ in self._visits.values())
+            visit = next((visit for visit, (whose, _) in self._visits.items() if whose == session), None)
+            if visit is not None:
+                self._visits[visit] = self._visits.pop(visit)
+            return visit is not None
 
     def end(self, whose: str) -> None:
         """The session is over, and nobody will come back to it."""
@@ -68,6 +72,8 @@ class Visits:
         with self._lock:
             before, state = self._visits.pop(earlier or "", (None, state))
             self._visits[visit] = (whose, state)
+            if len(self._visits) > _AT_MOST:
+                del self._visits[next(iter(self._visits))]
         if before is None:
             return visit, state, gr.skip(), _status(f"⚠️ {speaker()(*_ALL_LOST)}") if earlier else gr.skip()
         self._recordings.inherit(before, whose)
