@@ -153,7 +153,7 @@ class TestWithManagement:
         text.write_text("this is no audio")
         with pytest.raises(Exception, match=r"audio.*音频"):
             client.predict(handle_file(str(text)), "Good morning.", "Hello.", api_name="/clone")
-        assert managed.model()["state"] == "cpu"
+        assert wait_until(lambda: managed.model()["state"] == "cpu")
 
 
 def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recording: str) -> None:

@@ -19,9 +19,7 @@ NAMELESS = (
     "A session or upload is named by 1 to 64 Latin letters, digits, hyphens and underscores: change its name. / "
     "会话或上传的名称须由 1 至 64 个英文字母、数字、连字符或下划线组成：请更改名称。"
 )
-_BODIES = (
-    "PredictBody", "SimplePredictBody", "SimplePredictBodyV2", "ComponentServerJSONBody", "ComponentServerBlobBody",
-)  # fmt: skip
+_BODIES = ("PredictBody", "SimplePredictBody", "SimplePredictBodyV2")
 _QUEUED = 100
 _UNHEARD_OF = 50
 """Requests of one session whose answers nobody has fetched."""

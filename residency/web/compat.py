@@ -142,8 +142,8 @@ def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Ser
     """In this block Gradio starts its servers as follows.
 
     They are of the class ``server``. ``around`` wraps all that serves, and sees the peers of the connections
-    themselves. ``server_name`` may be an IPv6 address, and ``::`` means IPv4 too. Pages of other sites get no permission
-    to read, and no client the traceback of an error.
+    themselves. ``server_name`` may be an IPv6 address, and ``::`` means IPv4 too. Pages of other sites get no
+    permission to read, and no client the traceback of an error.
     """
     servers: Any = http_server
     start_server, before, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
