@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from dataclasses import dataclass
 
 
@@ -32,7 +33,11 @@ def ask(
     lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
     with socket.create_connection((address, port), timeout=60) as line:
         line.sendall("\r\n".join([*lines, "", ""]).encode() + body)
-        answer = b"".join(iter(lambda: line.recv(1 << 16), b"")).decode(errors="replace")
+        pieces, until_s = [], time.monotonic() + 60
+        while piece := line.recv(1 << 16):
+            pieces.append(piece)
+            assert time.monotonic() < until_s, "it does not end"
+    answer = b"".join(pieces).decode(errors="replace")
     head, _, text = answer.partition("\r\n\r\n")
     status = re.match(r"HTTP/1\.[01] (\d{3})", head)
     assert status, answer

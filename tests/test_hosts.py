@@ -142,6 +142,13 @@ class TestNames:
             for path in ("/gpu/status", "/metrics", "/config", "/gradio_api/info"):
                 assert ask(app.port, path, host="evil.example").status == 401
 
+    def test_a_public_link_is_allowed_and_no_other_of_its_kind(self, tmp_path: Path) -> None:
+        prelude = "from gradio import networking\nnetworking.setup_tunnel = lambda **_: 'https://abc.gradio.live'\n"
+        with ForkedApp(tmp_path, *ARGUMENTS, "--share", prelude=prelude) as app:
+            app.wait_for_line("Public link")
+            for host, status in (("abc.gradio.live", 200), ("def.gradio.live", 403), ("localhost", 200)):
+                assert ask(app.port, "/gpu/status", host=host).status == status
+
     def test_callers_at_the_machines_own_address_are_on_it(self, tmp_path: Path) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:

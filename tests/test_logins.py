@@ -11,6 +11,8 @@ import pytest
 from raw import Answer, ask
 from serving import ForkedApp, RunningApp
 
+from residency.web.logins import Pace
+
 FORM = "Content-Type: application/x-www-form-urlencoded"
 #: Many failures take no time, and the clock is the test's: SIGALRM moves it by ten seconds.
 PRELUDE = """
@@ -106,6 +108,14 @@ class TestGuessing:
     def test_such_a_browser_cannot_be_made_up(self, app: RunningApp, value: str) -> None:
         made_up = f"Cookie: known-browser-{app.port}={value}"
         assert [sign_in(app, "guess", made_up).status for _ in range(6)] == [400] * 5 + [429]
+
+    def test_only_those_are_remembered_that_have_to_wait(self) -> None:
+        pace = Pace(at_once=5, every_s=10)
+        for second in range(1000):
+            pace.take(f"address {second}", second)
+        assert len(pace) == 10
+        pace.take("address 1", 5000)
+        assert len(pace) == 1
 
     def test_what_is_no_form_is_no_guess(self, app: RunningApp) -> None:
         for path in ("/login", "/login/"):

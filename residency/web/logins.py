@@ -50,8 +50,8 @@ class Logins:
         self._sign_out = sign_out
         self._now = now
         self._key = secrets.token_bytes(32)
-        self._each = _Pace(_FAILURES, _ONE_EVERY_S)
-        self._all = _Pace(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
+        self._each = Pace(_FAILURES, _ONE_EVERY_S)
+        self._all = Pace(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
 
     def around(self, app: ASGIApp) -> ASGIApp:
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +118,7 @@ class Logins:
         return answer
 
 
-class _Pace:
+class Pace:
     """Lets so many through at once, and then one every so many seconds, for each key.
 
     Remembers of a key until when it would take to make up for all that it has taken, and nothing once that is past.
@@ -127,6 +127,9 @@ class _Pace:
     def __init__(self, at_once: int, every_s: float) -> None:
         self._ahead_s, self._every_s = (at_once - 1) * every_s, every_s
         self._even_at_s: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._even_at_s)
 
     def wait_s(self, key: str, now_s: float) -> float:
         return max(0.0, self._even_at_s.get(key, now_s) - now_s - self._ahead_s)
