@@ -39,8 +39,8 @@ write_record() {
         mkdir -p "$RUN_DIR" && if [[ -f $file ]]; then mv "$file" "$file.last"; else rm -rf "$file"; fi && rm -f "$file.new" &&
             printf '%s\0' "$1" "$(born "$1")" "$2" "$PWD" "${#arguments[@]}" "${arguments[@]}" "${to_remember[@]}" >"$file.new" &&
             mv "$file.new" "$file" && echo "$1" >"$(pid_file)"
-    ) || say "⚠️  RUN_DIR '$RUN_DIR' cannot be written: stop, status and restart will not find this app" \
-        "无法写入 RUN_DIR '$RUN_DIR'：stop、status、restart 将找不到本应用"
+    ) || say "⚠️  $(named RUN_DIR) cannot be written: stop, status and restart will not find this app" \
+        "无法写入 $(named RUN_DIR)：stop、status、restart 将找不到本应用"
 }
 
 forget_record() { rm -rf "$(record_file)" "$(record_file).last" "$(pid_file)"; }
