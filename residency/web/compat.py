@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from gradio import route_utils, routes
 from gradio.context import LocalContext
+from gradio.exceptions import InvalidPathError
 from gradio_client import utils as client_utils
 from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
@@ -43,6 +44,11 @@ class Blocks(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error:
             raise
+        except (InvalidPathError, FileNotFoundError):
+            raise gr.Error(
+                speaker()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
+                print_exception=False,
+            ) from None
         except Exception as error:
             reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
             raise gr.Error(

@@ -45,10 +45,6 @@ _WORDY = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
 )
-_NOT_LOST = (
-    "填写的文字仍在：请重新上传录音，或刷新页面。",
-    " The texts are still here: upload the recording again, or reload the page.",
-)
 #: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
 _LINE, _CALL = f"{API_PREFIX}/queue/data", f"{API_PREFIX}/call/"
 _ANSWERS = (f"{API_PREFIX}/queue/", _CALL, f"{API_PREFIX}/file=")
@@ -108,7 +104,7 @@ class Traffic:
             elif path.startswith(_HERE):
                 self._presence.heard_of(session := path[len(_HERE) :])
                 say = preferred(request.headers.get("accept-language"))
-                lost = _say(410, f"⚠️ {say(*LOST)}{say(*_NOT_LOST)}")
+                lost = _say(410, say(*LOST))
                 await (Response(status_code=204) if self._know(session) else lost)(scope, receive, send)
             elif path == _UPLOAD and scope["method"] == "POST":
                 limit_bytes = self._largest_upload_bytes
