@@ -262,6 +262,7 @@ class EditxTab:
                 gr.Markdown(label(*guidance.HELP))
                 if "paralinguistic" in self.speech.edit_types:
                     gr.Markdown(label(*guidance.PARALINGUISTIC_HELP))
+                gr.Markdown(label(*guidance.VERIFIED))
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""

@@ -25,3 +25,10 @@ PROMPT_EXAMPLE = ("例如：Good morning, nice to meet you.", "For example: Good
 PROMPT_IS_HEARD = ("上传录音后自动填写", "Written from the recording")
 TARGET = ("要用这个声音说的话", "What the voice shall say")
 TARGET_IN_ENGLISH = ("要用这个声音说的话（内置引擎只会说英语）", "What the voice shall say, in English")
+VERIFIED = (
+    "本项目尚未在真实 GPU 上运行过：CUDA 部分用 PyTorch 自身的 CUDA 分配器在一块假显卡上测试，"
+    "其余部分用模拟显卡和 CPU 测试。",
+    "Nothing of this has run on a real GPU yet: the CUDA code is tested with PyTorch's own CUDA allocator over a fake "
+    "card, and everything else with a simulated card and on the CPU.",
+)
+"""What has and what has not been verified on a GPU, as the READMEs say it near their top."""
