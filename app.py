@@ -178,6 +178,15 @@ def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
     return supported_edit_types()
 
 
+def _check_text(settings: Settings) -> Callable[[str], object] | None:
+    """Refuses texts that the engine cannot say, without the engine."""
+    if settings.engine != "builtin":
+        return None
+    from residency.engines.text import speakable
+
+    return speakable
+
+
 def _torch_device() -> str:
     from residency.devices import find_device
 
@@ -212,6 +221,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
         manager=manager,
         load=lambda: build(manager.device.torch_device),
         name="tts",
+        check_text=_check_text(settings),
     )
 
 

@@ -15,7 +15,7 @@ from . import effects, voice, world
 from .audio import SAMPLE_RATE, Samples, at_level, read_audio, without_clipping
 from .denoise import denoise
 from .speech_detector import cut, load_vad, speech_segments
-from .text import english, required
+from .text import required, speakable
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,11 @@ class BuiltinEngine:
         assert own_voice is not None, "the reference text is voiced speech"
         self._own_voice = own_voice
 
+    @staticmethod
+    def check_text(target_text: str) -> None:
+        """`InvalidInput` for a text that is empty, too long, or not English. Needs no engine and no model."""
+        speakable(target_text)
+
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Say an English text in the voice of a recording.
 
@@ -96,7 +101,7 @@ class BuiltinEngine:
         """
         try:
             required(prompt_text, "Prompt Text", "提示文本")
-            text = english(required(target_text, "Target Text", "目标文本"))
+            text = speakable(target_text)
             chunks = self._phonemes(text)
             target = self._voice_of(read_audio(prompt_wav_path))
             rng = np.random.default_rng(self._next_seed())

@@ -55,6 +55,11 @@ class Blocks(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error:
             raise
+        except (InvalidPathError, FileNotFoundError):
+            raise gr.Error(
+                speaker()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
+                print_exception=False,
+            ) from None
         except Exception as error:
             if (call := CALL.get()) is not None:
                 call["garbled"] = True

@@ -8,43 +8,31 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from ..contracts import Engine
 from ..errors import InvalidInput
-from . import words
+from . import guidance, samples, task_names, words
 from .compat import PRIVATE, engine_event, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .guard import Guard
 from .history import Histories, Overtaken, State, Step, as_messages, new_state
+from .inputs import Inputs, sub_tasks_update
 from .intent import Intent
 from .labels import label
 from .language import translated
 from .recordings import Recordings
+from .samples import SampleVoice
 from .speech import Limits, Speech, explain
 from .visits import Visits
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
-HELP = (
-    "**CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。\n\n"
-    "**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。",
-    "**CLONE** says the target text in the voice of the recording (task: clone); once it succeeds, a new history "
-    "begins.\n\n**EDIT** changes the recording, or the latest result if there is one: edits stack. Clear the history "
-    "to edit a new recording.",
-)
-TAGS = """
-`[Breathing] [Laughter] [Surprise-oh] [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei]
-[Dissatisfaction-hnn]`
-"""
-PARALINGUISTIC_HELP = (
-    f"**paralinguistic** 在目标文本中加入标签： {TAGS}",
-    f"**paralinguistic** puts sounds where the target text has tags: {TAGS}",
-)
 # Not over what somebody has written meanwhile, and not about a recording that was taken away.
 _FILL_IN = """(heard, text, audio) =>
   (text && text.trim()) || !audio || audio.path !== heard.recording ? text : heard.text"""
@@ -83,6 +71,7 @@ class EditxTab:
         self._model = getattr(tts_engine, "name", None)
         self.waiting = Waiting(manager)
         self.visits = Visits(self._histories, self.recordings, self.waiting)
+        self._inputs = Inputs(self.recordings, self.speech.edit_types)
         self.engine_event = engine_event(manager is not None)
         self._hearing_event = engine_event(manager is not None, "recognizer", 8)
         self.intent = Intent(manager, self._model) if manager is not None and self._model else None
@@ -184,8 +173,16 @@ class EditxTab:
 
     def update_edit_info(self, edit_type: str) -> Any:
         """The sub-tasks of a task."""
-        choices = list(self.speech.edit_types.get(edit_type, []))
-        return gr.update(choices=choices, value=choices[0] if choices else None, interactive=bool(choices))
+        return sub_tasks_update(self.speech.edit_types, edit_type)
+
+    def _choose_task(self, edit_type: str) -> tuple[Any, str]:
+        update = self.update_edit_info(edit_type)
+        return update, task_names.line(edit_type, update["value"], speaker())
+
+    def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[str, str, Any]:
+        recording = samples.copied(sample, self.speech.folder)
+        self.recordings.own(session(), recording)
+        return sample.says, recording, target_text or samples.TARGET_TEXT
 
     def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
         history = state["history_audio"]
@@ -210,10 +207,12 @@ class EditxTab:
                 with gr.Column():
                     name = label("内置引擎", "Built-in engine") if self._builtin else "Step-Audio-EditX"
                     self.model_input = gr.Textbox(label=label("模型", "Model Name"), value=name, interactive=False)
-                    heard = label("上传录音后自动填写", "Written from the recording")
                     self.prompt_text_input = gr.Textbox(
                         label=label("提示文本", "Prompt Text"),
-                        placeholder=heard if self.speech.transcribes else None,
+                        info=label(*guidance.PROMPT_TEXT_HELP),
+                        placeholder=label(*guidance.PROMPT_IS_HEARD)
+                        if self.speech.transcribes
+                        else label(*guidance.PROMPT_EXAMPLE),
                         elem_id="prompt-text",
                     )
                     self.prompt_audio_input = gr.Audio(
@@ -223,19 +222,28 @@ class EditxTab:
                         elem_id="prompt-audio",
                         **supported(gr.Audio, buttons=["download"]),
                     )
+                    with gr.Row():
+                        self.samples = [
+                            (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
+                            for name, sample in samples.VOICES.items()
+                        ]
                     self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
-                        label=label("目标文本", "Target Text"), max_lines=200, elem_id="target-text"
+                        label=label("目标文本", "Target Text"),
+                        placeholder=label(*(guidance.TARGET_IN_ENGLISH if self._builtin else guidance.TARGET)),
+                        max_lines=200,
+                        elem_id="target-text",
                     )
                 with gr.Column():
                     with gr.Row():
-                        tasks = list(self.speech.edit_types)
+                        tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
                         self.edit_type = gr.Dropdown(
                             label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
                         )
                         self.edit_info = gr.Dropdown(
                             label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
                         )
+                    self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
                         height=480,
@@ -247,14 +255,14 @@ class EditxTab:
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
                 self.clean_history_submit = gr.Button(label("清空历史", "Clear History"), elem_id="clear")
-            gr.HTML("<p role='alert'></p>", elem_id="not-known")  # here.js writes it
             self.message = gr.HTML(elem_id="message")
             if self.panel:
                 self.panel.register_components()
             with gr.Accordion(label("说明", "Help"), open=False):
-                gr.Markdown(label(*HELP))
+                gr.Markdown(label(*guidance.HELP))
                 if "paralinguistic" in self.speech.edit_types:
-                    gr.Markdown(label(*PARALINGUISTIC_HELP))
+                    gr.Markdown(label(*guidance.PARALINGUISTIC_HELP))
+                gr.Markdown(label(*guidance.VERIFIED))
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""
@@ -288,7 +296,18 @@ class EditxTab:
         self.prompt_audio_input.change(
             lambda path: self.recordings.own(session(), path), self.prompt_audio_input, queue=False, **PRIVATE
         )
-        self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, queue=False, **PRIVATE)
+        # Of people only: what `Inputs` brings back has its sub-task with it.
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+        self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
+        self.edit_info.input(
+            lambda task, sub_task: task_names.line(task, sub_task, speaker()),
+            [self.edit_type, self.edit_info],
+            self.task_line,
+            **at_once,
+        )
+        filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
+        for button, sample in self.samples:
+            button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
             hearing = self.prompt_audio_input.change(
                 self._hear,
@@ -308,10 +327,16 @@ class EditxTab:
             writing += [box.input for box in (self.prompt_text_input, self.generated_text)]
             # When an upload begins no event comes, but the server sees its request: `Traffic` looks for that.
             speaking = [self.prompt_audio_input.start_recording, self.prompt_audio_input.upload]
-            for event in (*writing, *speaking):
+            trying = [button.click for button, _ in self.samples]
+            for event in (*writing, *speaking, *trying):
                 event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
         if self.panel:
             self.panel.register_events()
+
+    def register_return(self, came: Any) -> None:
+        """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
+        texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
+        self._inputs.register(came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box)
 
 
 def _warned(error: Exception) -> str:

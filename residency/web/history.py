@@ -17,6 +17,7 @@ from ..errors import InvalidInput
 from .compat import session, supported
 from .language import Say, both, mark
 from .recordings import Recordings
+from .task_names import sub_task_name, task_name
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     colon = mark(":", say)
     for step in steps:
-        task = " · ".join(filter(None, (step.edit_type, step.edit_info)))
+        task = " · ".join(_names(step, say))
         asked = f"{say('任务', 'Task')}{colon}{task}\n{say('文本', 'Text')}{colon}{step.source_text or '—'}"
         shown += [
             {"role": "user", "content": _literal(asked)},
@@ -130,6 +131,13 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown
+
+
+def _names(step: Step, say: Say) -> Iterator[str]:
+    if step.edit_type:
+        yield task_name(step.edit_type, say)
+        if step.edit_info:
+            yield sub_task_name(step.edit_type, step.edit_info, say)
 
 
 def _literal(text: str) -> str:

@@ -46,9 +46,7 @@ _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
-#message:has(.prose:empty), #not-known:has(p:empty) {display: none}
-/* There it says what has gone wrong; Gradio's bare "Error" would only cover what is left. */
-body:has(#not-known p:not(:empty)) :is(#history, #message) .wrap:has(> .error) {display: none}
+#message:has(.prose:empty) {display: none}
 #history .download-link ~ button, #hear-the-end {display: none}
 /* The last line is Gradio's percentage, which for a place in a queue or unknown work would be 0. */
 :is(#history, #prompt-text) .progress-level-inner {
@@ -65,6 +63,8 @@ body:has(#not-known p:not(:empty)) :is(#history, #message) .wrap:has(> .error) {
 #history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}
 #history .waveform > div {transform: scaleY(.32)}
+#prompt-audio .wrap {min-height: 8rem}
+#task-line {opacity: .75}
 footer .divider:last-child {display: none}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
 """
@@ -112,7 +112,7 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.message)
+            tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.message))
             endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())

@@ -12,8 +12,8 @@ LEFT_FOR_S = 1800.0
 _SILENT_AT_MOST = 1000
 """How many sessions may be silent at a time: beyond that, the one that has been for longest has ended."""
 LOST = (
-    "服务器重新启动过，或与本页面断开超过半小时：此前的录音和结果已不在服务器上。",
-    "The server was started again, or out of reach for over half an hour: earlier recordings and results are gone.",
+    "服务器上已没有此前的录音和结果：请重新上传录音，填写的文字仍在。",
+    "Earlier recordings and results are gone from the server: upload the recording again; your texts are still here.",
 )
 """What a page is told whose session the server does not know."""
 

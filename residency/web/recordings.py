@@ -50,6 +50,17 @@ class Recordings:
             elif files:
                 self._files[session] |= files
 
+    def owns(self, session: str | None, path: str) -> bool:
+        """Whether this file belongs to the session."""
+        if session is None:
+            return False
+        try:
+            path = os.path.realpath(path)
+        except ValueError:  # no name that a file can have
+            return False
+        with self._lock:
+            return path in self._files.get(self._heirs.get(session, session), ())
+
     def remove(self, session: str | None, *paths: str) -> None:
         """The session needs these files no more."""
         files = _real(paths)

@@ -102,6 +102,8 @@ class Speech:
             "目标文本为空：请填写要合成的内容",
         )
         with self._engine_at_work() as engine:
+            if check := getattr(engine, "check_text", None):
+                check(target)
             return self._write("clone", engine.clone(audio, prompt, target))
 
     def edit(

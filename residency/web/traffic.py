@@ -47,10 +47,6 @@ _WORDY = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
 )
-_NOT_LOST = (
-    "填写的文字仍在：请重新上传录音，或刷新页面。",
-    " The texts are still here: upload the recording again, or reload the page.",
-)
 #: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
 _ANSWERS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
 _WATCHED_AT_MOST = 1000
@@ -114,7 +110,7 @@ class Traffic:
                 if known or session in self._presence:  # and nobody else, since that costs nothing to say
                     self._presence.heard_of(session)
                 say = preferred(request.headers.get("accept-language"))
-                lost = _say(410, f"⚠️ {say(*LOST)}{say(*_NOT_LOST)}")
+                lost = _say(410, say(*LOST))
                 await (Response(status_code=204) if known else lost)(scope, receive, send)
             elif path == _UPLOAD and scope["method"] == "POST":
                 limit_bytes = self._largest_upload_bytes

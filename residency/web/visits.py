@@ -21,16 +21,17 @@ TELL_EVERY_S = 5.0
 
 _LOOK_EVERY_S = 0.2
 _AT_MOST = 1000
-_ALL_LOST = (f"{LOST[0]}文字也请重新填写。", f"{LOST[1]} Write the texts again, too.")
 _GOES_ON = ".goes-on"
 # Who reloads goes on with the visit; who comes by the browser's history, only with one whose page has left: duplicated
 # tabs come so too, with a copy of what a tab keeps whose page is there. What a copy does not take it forgets.
-_EARLIER = """(_, state) => {
+_EARLIER = """(_, lost, state) => {
   const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
   const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
   sessionStorage.setItem("visit", earlier ?? "");
   sessionStorage.removeItem("left");
-  return [earlier, state];
+  if (earlier === null) sessionStorage.removeItem("inputs");
+  const {recording, steps} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
+  return [earlier, recording || steps ? "something" : "", state];
 }"""
 
 
@@ -42,16 +43,21 @@ class Visits:
         self._lock = threading.Lock()
         self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
 
-    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, message: gr.HTML) -> None:
-        """While the page is being drawn; its server must know the path to which ``here.js`` sends."""
-        visit = gr.Textbox(visible=False)
+    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, message: gr.HTML) -> Any:
+        """While the page is being drawn; its server must know the path to which ``here.js`` sends.
+
+        Returns the event after which a visit goes on.
+        """
+        visit, to_lose = gr.Textbox(visible=False), gr.Textbox(visible=False)
         script = (Path(__file__).parent / "here.js").read_text(encoding="utf-8")
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
         # Pressed by here.js. Not invisible, since Gradio does not draw what is.
         hear_the_end = gr.Button(elem_id="hear-the-end")
-        came = page.load(self._come, [visit, state], [visit, state, chat, message], js=_EARLIER, queue=False, **hidden)
+        inputs, outputs = [visit, to_lose, state], [visit, state, chat, message]
+        came = page.load(self._come, inputs, outputs, js=_EARLIER, queue=False, **hidden)
         came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
         hear_the_end.click(self._hear_the_end, state, [chat, message], concurrency_limit=None, **hidden)
+        return came
 
     def know(self, session: str) -> bool:
         """Whether a page of this session was drawn by this process, and its session has not ended."""
@@ -66,7 +72,7 @@ class Visits:
         with self._lock:
             self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
 
-    def _come(self, earlier: str | None, state: State) -> tuple[str, State, Any, Any]:
+    def _come(self, earlier: str | None, to_lose: str | None, state: State) -> tuple[str, State, Any, Any]:
         whose = session() or ""
         visit = f"{whose}.{secrets.token_urlsafe(16)}"
         with self._lock:
@@ -75,7 +81,7 @@ class Visits:
             if len(self._visits) > _AT_MOST:
                 del self._visits[next(iter(self._visits))]
         if before is None:
-            return visit, state, gr.skip(), _status(f"⚠️ {speaker()(*_ALL_LOST)}") if earlier else gr.skip()
+            return visit, state, gr.skip(), _status(f"⚠️ {speaker()(*LOST)}") if earlier and to_lose else gr.skip()
         self._recordings.inherit(before, whose)
         self._waiting.inherit(before, whose)
         goes_on, say = self._histories.busy(state), speaker()

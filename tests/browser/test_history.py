@@ -99,7 +99,7 @@ def test_a_request_begins_without_the_error_of_the_one_before_and_shows_its_prog
     message.to_contain_text("Target Text is empty")
     if name == "EDIT":
         page.locator("#task input").click()
-        page.get_by_role("option", name="vad", exact=True).click()
+        page.get_by_role("option", name="cut pauses (vad)", exact=True).click()
     close_gate(gates, "speak")
     page.get_by_label("Target Text").fill("new")
     press(page, name)
@@ -260,7 +260,7 @@ def clone(page: Page, folder: Path, target: str) -> None:
 
 def edit(page: Page) -> None:
     page.locator("#task input").click()
-    page.get_by_role("option", name="vad", exact=True).click()
+    page.get_by_role("option", name="cut pauses (vad)", exact=True).click()
     press(page, "EDIT")
 
 

@@ -137,7 +137,7 @@ def press(page: Page, name: str) -> None:
 
 def choose(page: Page, element: str, option: str) -> None:
     page.locator(f"#{element} input").click()
-    page.get_by_role("option", name=option, exact=True).click()
+    page.get_by_role("option", name=re.compile(rf"(^|\(){option}\)?$")).click()
 
 
 def outputs(page: Page) -> list[str]:

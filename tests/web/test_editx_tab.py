@@ -14,6 +14,7 @@ import soundfile
 
 from app import EditxTab
 from gpu_manager import GPUResourceManager
+from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
 
@@ -140,6 +141,13 @@ def test_what_the_engine_says_in_its_own_words_is_shown(session: Session, engine
     assert "CUDA error" in session.clone().message
 
 
+def test_a_text_that_the_engine_cannot_say_is_refused_before_it_is_asked(session: Session, engine: Any) -> None:
+    engine.check_text = speakable
+    assert "内置引擎只会说英语" in session.clone(target="你好，世界").message
+    assert not engine.asked
+    assert session.clone(target="Hello").message == ""
+
+
 @pytest.mark.parametrize(
     ("error", "en", "zh"),
     [
@@ -254,7 +262,8 @@ def test_sessions_do_not_see_each_other(tab: EditxTab, recording: str) -> None:
 
 
 def test_sub_tasks_follow_the_task(tab: EditxTab) -> None:
-    assert tab.update_edit_info("speed")["choices"] == STEP_AUDIO_EDIT_TYPES["speed"]
+    choices = tab.update_edit_info("speed")["choices"]
+    assert [value for _, value in choices] == STEP_AUDIO_EDIT_TYPES["speed"]
     assert tab.update_edit_info("vad") | {"choices": [], "value": None} == tab.update_edit_info("vad")
 
 
@@ -301,7 +310,8 @@ class TestWithManagement:
         shown, waits = intent_events(tab)
         assert shown == {
             ("prompt-text", "focus"), ("prompt-text", "input"), ("target-text", "focus"), ("target-text", "input"),
-            ("prompt-audio", "start_recording"), ("prompt-audio", "upload"),
+            ("prompt-audio", "start_recording"), ("prompt-audio", "upload"), ("sample-high", "click"),
+            ("sample-low", "click"),
         }  # fmt: skip
         assert not waits
 

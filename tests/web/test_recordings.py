@@ -142,3 +142,18 @@ def test_sessions_that_have_nothing_leave_nothing(recordings: Recordings, monkey
         recordings.inherit(f"page {number}", f"page {number + 1}")
     assert not recordings._files
     assert len(recordings._heirs) <= 10
+
+
+def test_a_recording_is_its_sessions_and_its_heirs(tmp_path: Path) -> None:
+    recordings, file = Recordings(tmp_path), tmp_path / "mine.wav"
+    file.touch()
+    recordings.begin("anna")
+    recordings.own("anna", str(file))
+    assert recordings.owns("anna", str(file))
+    assert recordings.owns("anna", str(tmp_path / "." / "mine.wav"))
+    assert not recordings.owns("bert", str(file))
+    assert not recordings.owns(None, str(file))
+    assert not recordings.owns("anna", "")
+    assert not recordings.owns("anna", "\0")
+    recordings.inherit("anna", "anna again")
+    assert recordings.owns("anna again", str(file))
