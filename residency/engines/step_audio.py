@@ -169,8 +169,8 @@ def _interruptible(engine: Engine) -> Engine:
 
     An engine whose language model computes in another process (vLLM) is not interrupted.
     """
-    llm = getattr(engine, "llm", None)
-    if hasattr(llm, "register_forward_pre_hook"):
+    llm: Any = getattr(engine, "llm", None)
+    if llm is not None and hasattr(llm, "register_forward_pre_hook"):
         llm.register_forward_pre_hook(_before_step)
     return engine
 
