@@ -6,7 +6,10 @@ hands it to its parent). Messages are written in English and Chinese.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from .sentences import Sentence
 
@@ -171,6 +174,16 @@ class RequestCancelled(ResidencyError):
             f"The request for {name!r} was cancelled while it waited.", f"对 {name!r} 的请求在等待时被取消。", name
         )
         self.name = name
+
+
+class RequestStopped(ResidencyError):
+    """A request was cancelled while it ran; see `residency.cancellation`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request was stopped, and nothing of it is kept; ask again if you want it.",
+            "请求已停止，未保留任何结果；如仍需要，请重新提交。",
+        )
 
 
 class LeaseDeadlock(ResidencyError, RuntimeError):
@@ -496,11 +509,30 @@ class SnapshotUnusable(ResidencyError):
         self.reason = reason
 
 
-class InvalidInput(ResidencyError, ValueError):
-    """Something a user gave cannot be used; the message says what to give instead, in both languages."""
+Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task"]
+"""What a request for speech is made of: each has a control on the page."""
 
-    def __init__(self, en: str, zh: str) -> None:
-        super().__init__(en, zh, en, zh)
+
+class InvalidInput(ResidencyError, ValueError):
+    """Something a user gave cannot be used; the message says what to give instead, in both languages.
+
+    ``field`` names which part of a request for speech that is; None if the error is about no single part.
+    """
+
+    def __init__(self, en: str, zh: str, field: Field | None = None) -> None:
+        super().__init__(en, zh, en, zh, field)
+        self.field = field
+
+
+@contextmanager
+def about(field: Field) -> Iterator[None]:
+    """An `InvalidInput` that is raised within this block is about ``field``, unless it names another one."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.field is not None:
+            raise
+        raise InvalidInput(error.en, error.zh, field) from error
 
 
 class NotAllowed(ResidencyError, PermissionError):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from ..cancellation import cancelled_by, checkpoint
 from ..contracts import Engine
 from ..errors import InvalidInput
 from . import guidance, samples, task_names, words
@@ -24,10 +24,13 @@ from .history import Histories, Overtaken, State, Step, as_messages, new_state
 from .inputs import Inputs, sub_tasks_update
 from .intent import Intent
 from .labels import label
-from .language import translated
+from .messages import SHOW, Message, Places
+from .page_requests import Requests
+from .presses import Presses
 from .recordings import Recordings
 from .samples import SampleVoice
-from .speech import Limits, Speech, explain
+from .speech import Limits, Speech
+from .turns import Turns
 from .visits import Visits
 from .waiting import Waiting
 
@@ -62,19 +65,21 @@ class EditxTab:
         self.tts_engine = tts_engine
         folder = getattr(args, "tmp_dir", None) or os.path.join(tempfile.gettempdir(), "gradio")
         limits = Limits(getattr(args, "max_audio", Limits.audio_s), getattr(args, "max_text", Limits.text))
-        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits)
+        manager = getattr(tts_engine, "manager", None)
+        self._model = getattr(tts_engine, "name", None) or "tts"
+        turns = Turns(self._model) if manager is None else None
+        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits, turns)
         self.recordings = Recordings(folder)
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
-        manager = getattr(tts_engine, "manager", None)
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
-        self._model = getattr(tts_engine, "name", None)
-        self.waiting = Waiting(manager)
-        self.visits = Visits(self._histories, self.recordings, self.waiting)
+        self.waiting = Waiting(manager or turns)
+        self._requests, self.places = Requests(), Places()
+        self.presses = Presses(self._requests, self.places)
+        self.visits = Visits(self._requests, self.recordings, self.waiting, self.places)
         self._inputs = Inputs(self.recordings, self.speech.edit_types)
-        self.engine_event = engine_event(manager is not None)
         self._hearing_event = engine_event(manager is not None, "recognizer", 8)
-        self.intent = Intent(manager, self._model) if manager is not None and self._model else None
+        self.intent = Intent(manager, self._model) if manager is not None else None
 
     # -- GPU ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +95,7 @@ class EditxTab:
         """Free the model's memory everywhere; say what came of it and where things are now."""
         return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
 
-    def told(self) -> AbstractContextManager[None]:
+    def told(self) -> AbstractContextManager[Any]:
         """A block in which the person whose event this is reads what the model does meanwhile."""
         return self.waiting.told(self._model)
 
@@ -108,16 +113,14 @@ class EditxTab:
         edit_info: str | None,
         state: State,
     ) -> tuple[Any, State, str]:
-        """CLONE was pressed. Returns chat messages, state and an error message (empty if it went well)."""
+        """CLONE was pressed. Returns chat messages, state and a `Message`, which is empty if it went well.
+
+        It clones whatever the task is.
+        """
 
         history = state["history_audio"]
 
         def clone() -> None:
-            if edit_type != "clone":
-                raise InvalidInput(
-                    "CLONE needs the task clone: choose it, or press EDIT",
-                    "CLONE 需要任务 clone：请选择它，或点击 EDIT",
-                )
             result = self.speech.clone(prompt_audio, prompt_text, target_text)
             entry = Step("clone", None, prompt_text, target_text, prompt_audio, result)
             self._histories.begin(state, history, entry)
@@ -161,7 +164,7 @@ class EditxTab:
             with self.waiting.told("asr"):
                 return self.speech.transcribe(prompt_audio), ""
         except Exception as error:
-            return "", _warned(error)
+            return "", Message.of(error, speaker(), "recording")
 
     def _hear(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[dict[str, Any], str]:
         text, message = self.transcribe(prompt_audio, prompt_text)
@@ -169,6 +172,7 @@ class EditxTab:
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
+        self._requests.stop(state)  # what it would come to would be dropped
         return [], state, ""
 
     def update_edit_info(self, edit_type: str) -> Any:
@@ -186,17 +190,32 @@ class EditxTab:
 
     def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
         history = state["history_audio"]
-        with self._histories.at_work(state):  # until it is kept what came of it, for who has lost the line meanwhile
-            try:
-                with self.told():
-                    work()
-            except Exception as error:
-                late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
-                state["message"] = _warned(Overtaken() if late else error)
-                # The chat is left alone, so that a player that is playing plays on.
-                return gr.skip(), state, state["message"]
-            state["message"] = ""
-        return as_messages(state["history_messages"], speaker()), state, ""
+        request = self._requests.begin(state)
+        try:
+            with cancelled_by(request.cancellation), self.waiting.told(self._model, request.tell) as request.look:
+                checkpoint()
+                work()
+            state["message"] = Message("")
+        except Exception as error:
+            late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
+            state["message"] = Message.of(Overtaken() if late else error, speaker())
+            # The chat is left alone, so that a player that is playing plays on.
+            return gr.skip(), state, state["message"]
+        finally:  # not before it is kept what came of it, for who has lost the line meanwhile
+            self._requests.end(state, request)
+        return as_messages(state["history_messages"], speaker()), state, state["message"]
+
+    async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
+        async for shown in self.presses.press(self._clone_and_wipe, *inputs):
+            yield shown
+
+    async def _on_edit(self, *inputs: Any) -> AsyncIterator[list[Any]]:
+        async for shown in self.presses.press(self.generate_edit, *inputs):
+            yield shown
+
+    def _on_clear(self, state: State) -> list[Any]:
+        chat, _, message = self.clear_history(state)
+        return [chat, *self.places.values(message)]
 
     # -- the page -----------------------------------------------------------------------------------------------
 
@@ -215,6 +234,7 @@ class EditxTab:
                         else label(*guidance.PROMPT_EXAMPLE),
                         elem_id="prompt-text",
                     )
+                    self.places.draw("prompt_text")
                     self.prompt_audio_input = gr.Audio(
                         label=label("输入音频", "Input Audio"),
                         sources=["upload", "microphone"],
@@ -227,6 +247,7 @@ class EditxTab:
                             (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
                             for name, sample in samples.VOICES.items()
                         ]
+                    self._about_recording = self.places.draw("recording")
                     self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
                         label=label("目标文本", "Target Text"),
@@ -234,6 +255,7 @@ class EditxTab:
                         max_lines=200,
                         elem_id="target-text",
                     )
+                    self.places.draw("target_text")
                 with gr.Column():
                     with gr.Row():
                         tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
@@ -244,9 +266,13 @@ class EditxTab:
                             label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
                         )
                     self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
+                    self.places.draw("task")
+                    self.places.draw("sub_task")
+                    self.places.draw()
+                    self.line = gr.HTML(elem_id="progress", padding=False)
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
-                        height=480,
+                        height=400,
                         render_markdown=False,
                         elem_id="history",
                         **supported(gr.Chatbot, type="messages", buttons=["copy"]),
@@ -254,8 +280,8 @@ class EditxTab:
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
+                self.button_stop = gr.Button(label("停止", "Stop"), variant="stop", elem_id="stop")
                 self.clean_history_submit = gr.Button(label("清空历史", "Clear History"), elem_id="clear")
-            self.message = gr.HTML(elem_id="message")
             if self.panel:
                 self.panel.register_components()
             with gr.Accordion(label("说明", "Help"), open=False):
@@ -275,23 +301,25 @@ class EditxTab:
             self.edit_info,
             state,
         ]
-        outputs = [self.chat_box, state, self.message]
-        asking = {**self.engine_event, **supported(gr.on, show_progress_on=self.chat_box), **PRIVATE}
+        outputs = [self.chat_box, self.line, *self.places.components]
+        hidden = {"show_progress": "hidden", **PRIVATE}
+        # None waits in Gradio's queue, and none is swallowed there: each is answered at once.
+        asking: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **hidden}
         # In the browser, at once: the error of the last request is not the next one's.
-        for press in (self.button_tts.click, self.button_edit.click):
-            press(None, None, self.message, js="() => ''", show_progress="hidden", **PRIVATE)
-        # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
-        self.button_tts.click(self._clone_and_wipe, inputs, outputs, **asking).then(
-            lambda state: as_messages(state["history_messages"], speaker()),
-            state,
-            self.chat_box,
-            show_progress="hidden",
-            **PRIVATE,
-        )
-        self.button_edit.click(self.generate_edit, inputs, outputs, **asking)
+        wiped = f"() => Array({len(self.places.components)}).fill('')"
         # The chat has a bin of its own.
-        for clear in (self.clean_history_submit.click, self.chat_box.clear):
-            clear(self.clear_history, [state], outputs, **PRIVATE)
+        clears = (self.clean_history_submit.click, self.chat_box.clear)
+        for press in (self.button_tts.click, self.button_edit.click, *clears):
+            press(None, None, self.places.components, js=wiped, **hidden)
+        # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
+        cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
+        cloned.then(lambda state: as_messages(state["history_messages"], speaker()), state, self.chat_box, **hidden)
+        edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
+        for pressed in (cloned, edited):
+            pressed.then(None, js=SHOW, **PRIVATE)
+        self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
+        for clear in clears:
+            clear(self._on_clear, state, [self.chat_box, *self.places.components], **hidden)
         # Of everything that is uploaded or recorded, whether or not it is used.
         self.prompt_audio_input.change(
             lambda path: self.recordings.own(session(), path), self.prompt_audio_input, queue=False, **PRIVATE
@@ -312,7 +340,7 @@ class EditxTab:
             hearing = self.prompt_audio_input.change(
                 self._hear,
                 [self.prompt_audio_input, self.prompt_text_input],
-                [self.heard, self.message],
+                [self.heard, self._about_recording],
                 **self._hearing_event,
                 trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
                 **supported(self.prompt_audio_input.change, show_progress_on=self.prompt_text_input),
@@ -337,9 +365,3 @@ class EditxTab:
         """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
         texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
         self._inputs.register(came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box)
-
-
-def _warned(error: Exception) -> str:
-    """The error as a message for the page, which stays until the next press; a toast would say it a second time."""
-    sentence = html.escape(translated(explain(error), speaker()))
-    return f"<p role='alert'>⚠️ {sentence}</p>"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 HELP = (
-    "**CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。\n\n"
-    "**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。",
-    "**CLONE** says the target text in the voice of the recording (task: clone); once it succeeds, a new history "
-    "begins.\n\n**EDIT** changes the recording, or the latest result if there is one: edits stack. Clear the history "
-    "to edit a new recording.",
+    "**CLONE** 用录音的音色朗读目标文本（无论选择了什么任务），成功后开始新的历史。\n\n"
+    "**EDIT** 按所选任务修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。\n\n"
+    "每个页面一次只处理一个请求。**停止** 取消排队中的请求，以及引擎允许中断时正在运行的请求。",
+    "**CLONE** says the target text in the voice of the recording, whatever task is chosen; once it succeeds, a new "
+    "history begins.\n\n**EDIT** does the chosen task with the recording, or with the latest result if there is one: "
+    "edits stack. Clear the history to edit a new recording.\n\nA page has one request at a time. **Stop** cancels one "
+    "that waits, and one that runs where the engine can be interrupted.",
 )
 TAGS = """
 `[Breathing] [Laughter] [Surprise-oh] [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei]

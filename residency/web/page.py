@@ -46,16 +46,21 @@ _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
-#message:has(.prose:empty) {display: none}
+.said:has(.prose:empty), #progress:has(.prose:empty) {display: none}
+.said p, #progress label {margin: 0; overflow-wrap: anywhere; line-height: 1.5}
+.said p[role=alert] {color: var(--error-text-color); font-weight: 500}
+#progress label {display: block}
+#progress progress {display: block; width: 100%; height: 6px; margin-top: 4px; accent-color: var(--color-accent)}
+body:not(:has(#progress [data-running])) #stop {display: none}
 #history .download-link ~ button, #hear-the-end {display: none}
 /* The last line is Gradio's percentage, which for a place in a queue or unknown work would be 0. */
-:is(#history, #prompt-text) .progress-level-inner {
+#prompt-text .progress-level-inner {
   white-space: pre-line; text-align: center; overflow-wrap: anywhere; padding: 0 8px;
   line-height: 1.5em; margin-bottom: -.5em; clip-path: inset(0 0 1.5em 0)
 }
-:is(#history, #prompt-text) .progress-bar-wrap {overflow: hidden}
+#prompt-text .progress-bar-wrap {overflow: hidden}
 /* Nobody knows how much is done. */
-:is(#history, #prompt-text) .progress-bar[style*="width: 0%"] {
+#prompt-text .progress-bar[style*="width: 0%"] {
   width: 30% !important; animation: at-work 1.2s ease-in-out infinite alternate
 }
 @keyframes at-work {from {transform: translateX(0)} to {transform: translateX(233%)}}
@@ -112,8 +117,8 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.message))
-            endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
+            tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.line, tab.presses))
+            endpoints.register_speech(tab.speech, tab.told, tab.recordings)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
         take_no_empty_session(self.blocks)
