@@ -247,7 +247,7 @@ check_settings() {
             "$(named STEP_AUDIO_ROOT) 不是目录：请指向 Step-Audio-EditX 的代码目录"
     [[ -z $STEP_AUDIO_ROOT || -f $STEP_AUDIO_ROOT/tts.py ]] ||
         say "⚠️  $(named STEP_AUDIO_ROOT) has no tts.py: it is no checkout of Step-Audio-EditX" \
-            "$(named STEP_AUDIO_ROOT) 中没有 tts.py，不是 Step-Audio-EditX 的代码目录"
+            "⚠️  $(named STEP_AUDIO_ROOT) 中没有 tts.py，不是 Step-Audio-EditX 的代码目录"
     check_models
     [[ -z $GPU_SNAPSHOT_DIR ]] || check_writable GPU_SNAPSHOT_DIR
     check_tmp_dir

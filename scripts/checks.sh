@@ -20,7 +20,7 @@ check_models() {
         compgen -G "$MODEL_PATH/$part*" >/dev/null || missing+=" $part"
     done
     [[ -z $missing ]] || say "⚠️  $(named MODEL_PATH) has no$missing: requests will say how to get it" \
-        "$(named MODEL_PATH) 中没有$missing：收到请求时会提示如何获取"
+        "⚠️  $(named MODEL_PATH) 中没有$missing：收到请求时会提示如何获取"
 }
 
 # What an install takes, in MB.
@@ -137,7 +137,7 @@ cannot_listen() {
 check_port_of_container() {
     local lowest=1024
     [[ ! -r /proc/sys/net/ipv4/ip_unprivileged_port_start ]] || lowest=$(</proc/sys/net/ipv4/ip_unprivileged_port_start)
-    ((PORT >= lowest)) || cannot_listen "the container has no rights to a port below $lowest"
+    ((PORT >= lowest)) || cannot_listen "$(in_words "the container has no rights to a port below $lowest" "容器无权使用低于 $lowest 的端口")"
     ! python3 -Ic '' 2>/dev/null || check_port python3 0
 }
 

@@ -135,7 +135,7 @@ check_name() {
 
 tell_container_plan() {
     local folder
-    ((${#build[@]} == 0)) || say "Would build:$(quoted "${build[@]}")" "将构建镜像"
+    ((${#build[@]} == 0)) || say "Would build:$(quoted "${build[@]}")" "将构建镜像：$(quoted "${build[@]}" | cut -c 2-)"
     case $1 in
         ours*) say "Would replace the container $CONTAINER_NAME" "将替换容器 $CONTAINER_NAME" ;;
         other*) say "Would stop $CONTAINER_NAME and keep it as $(kept_as) until stop" "将停止 $CONTAINER_NAME，并以 $(kept_as) 保留至 stop" ;;
@@ -179,7 +179,7 @@ has_aside() { [[ $(container_state "$(aside)") == ours* ]]; }
 
 # Ends the script, with the container that was set aside in its place again.
 bring_container_back() {
-    say "❌ The start has failed (see above). The container that ran before is started again" "启动失败（见上）。正在重新启动之前运行的容器" >&2
+    say "❌ The start has failed (see above). The container that ran before is started again" "❌ 启动失败（见上）。正在重新启动之前运行的容器" >&2
     if [[ $(container_state) == ours* ]]; then
         docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
         docker rm "$CONTAINER_NAME" >/dev/null
@@ -230,13 +230,13 @@ way_back() {
 hold_kept() {
     [[ $(container_state "$(kept_as)") == absent ]] || docker update --restart no "$(kept_as)" >/dev/null ||
         say "⚠️  $(kept_as) may be back after the next boot: docker update --restart no $(kept_as)" \
-            "$(kept_as) 可能在下次开机后自动启动：docker update --restart no $(kept_as)"
+            "⚠️  $(kept_as) 可能在下次开机后自动启动：docker update --restart no $(kept_as)"
 }
 
 # The old container has its name again. Docker may have made ours before it could not start it.
 undo_start() {
     ! has_aside || bring_container_back
-    say "❌ The container could not be started (see above)" "容器启动失败（见上）" >&2
+    say "❌ The container could not be started (see above)" "❌ 容器启动失败（见上）" >&2
     [[ $(container_state) != ours* ]] || remove_container
     [[ $(container_state "$(kept_as)") == absent ]] || give_name_back
     exit 1
@@ -274,7 +274,7 @@ stop_container() {
     [[ $(container_state "$(kept_as)") != absent ]] || return 0
     if [[ $known == no && $(restarts_of "$(kept_as)") == no* ]]; then # ours, which knew it, was removed by somebody else
         say "⚠️  How it was restarted is not known any more, and it is not now: docker update --restart unless-stopped $CONTAINER_NAME" \
-            "原来的重启策略已无从得知，现为不自动重启：docker update --restart unless-stopped $CONTAINER_NAME"
+            "⚠️  原来的重启策略已无从得知，现为不自动重启：docker update --restart unless-stopped $CONTAINER_NAME"
     fi
     give_name_back
 }
@@ -307,7 +307,7 @@ restart_container() {
             fail "The container $CONTAINER_NAME was not restarted (see above), and serves as before" "容器 $CONTAINER_NAME 未能重启（见上），仍照常提供服务"
         exit 1
     fi
-    say "❌ The restart has failed (see above). The container $CONTAINER_NAME is started once more" "重启失败（见上）。正在再次启动容器 $CONTAINER_NAME" >&2
+    say "❌ The restart has failed (see above). The container $CONTAINER_NAME is started once more" "❌ 重启失败（见上）。正在再次启动容器 $CONTAINER_NAME" >&2
     if docker start "$CONTAINER_NAME" >/dev/null && (await_container); then
         fail "The restart has failed, as said above; the container $CONTAINER_NAME serves again, with the settings that it had" \
             "重启失败，原因见上；容器 $CONTAINER_NAME 已恢复服务，设置不变"

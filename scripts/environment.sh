@@ -20,7 +20,7 @@ in_words() { if [[ $SPEAKS == zh ]]; then printf '%s' "$2"; else printf '%s' "$1
 say() { in_words "$1"$'\n' "$2"$'\n'; }
 
 fail() {
-    say "❌ $1" "$2" >&2
+    say "❌ $1" "❌ $2" >&2
     exit 1
 }
 
@@ -213,6 +213,6 @@ PYTHON
                 "$venv 缺少 $missing。请在其中安装，或不设置 VENV_DIR 以自动创建环境"
             ;;
         "  ") ;;
-        *) say "⚠️  $venv lacks $missing; what needs them will not work" "$venv 缺少 $missing，相关功能不可用" ;;
+        *) say "⚠️  $venv lacks $missing; what needs them will not work" "⚠️  $venv 缺少 $missing，相关功能不可用" ;;
     esac
 }

@@ -8,10 +8,10 @@ running_apps() {
         [[ ! -O $file ]] || (running_app "$file")
     done
     command -v docker >/dev/null || return 0
-    docker ps --filter "label=$LABEL.port" --format '{{.Names}}' 2>/dev/null | while IFS= read -r name; do
+    for name in $(docker ps --filter "label=$LABEL.port" --format '{{.Names}}' 2>/dev/null || true); do
         since=$(docker container inspect --format '{{.State.StartedAt}}' "$name")
         printf 'container\t%s\t%s\t%s\n' "$(label port "$name")" "$name" "$(date -d "$since" '+%F %H:%M' 2>/dev/null || echo "$since")"
-    done || true
+    done
 }
 
 # running_app RECORD: a line of one that is a process.
@@ -41,7 +41,7 @@ find_app() {
 # Ends the script.
 tell_several() {
     local app kind PORT date time name what
-    say "❌ ${#found[@]} apps run. Name one:" "有 ${#found[@]} 个应用正在运行，请指定其中一个：" >&2
+    say "❌ ${#found[@]} apps run. Name one:" "❌ 有 ${#found[@]} 个应用正在运行，请指定其中一个：" >&2
     for app in "${found[@]}"; do
         read -r kind PORT date time name <<<"$app"
         what=$(in_words "pid $name" "进程 $name")

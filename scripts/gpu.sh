@@ -93,7 +93,7 @@ check_driver() {
     cuda=$(sed -n "s/^cuda[^=]*= *'\([0-9]*\).*/\1/p" <<<"$1")
     if [[ -z $cuda ]]; then
         say "⚠️  The torch in $2 is built without CUDA, so the GPU is not used. For one with it, ${with_cuda[0]}" \
-            "$2 中的 torch 不含 CUDA，不会使用 GPU。如需 GPU，请${with_cuda[1]}"
+            "⚠️  $2 中的 torch 不含 CUDA，不会使用 GPU。如需 GPU，请${with_cuda[1]}"
         return
     fi
     oldest=${OLDEST_DRIVER[$cuda]:-0}

@@ -50,7 +50,7 @@ came_to_nothing() { [[ -e $(record_file).last ]] || { read_record && [[ $pid == 
 # Ends the script, with the app that ran before in its place again if that can be.
 bring_back() {
     say "❌ The restart has failed (see above). The app that ran before is started again, with the settings that it had" \
-        "重启失败（见上）。正在按原来的设置重新启动之前运行的应用" >&2
+        "❌ 重启失败（见上）。正在按原来的设置重新启动之前运行的应用" >&2
     if [[ -e $(record_file).last ]]; then
         end_at_once
         forget_start

@@ -59,9 +59,9 @@ is_served_by() {
 
 # tell_ways LOG STOP [LOG_ZH STOP_ZH]: says where it is, and how to look into it and end it.
 tell_ways() {
-    say "✅ Ready: $(address)" "已就绪：$(address)"
-    say "   Log: $1" "日志：${3:-$1}"
-    say "   Stop: $2" "停止：${4:-$2}"
+    say "✅ Ready: $(address)" "✅ 已就绪：$(address)"
+    say "   Log: $1" "   日志：${3:-$1}"
+    say "   Stop: $2" "   停止：${4:-$2}"
 }
 
 # this_script ACTION: how this script is called for this app, also if there are others.
@@ -135,7 +135,7 @@ launch() {
 
 # tell_plan COMMAND...
 tell_plan() {
-    say "Would run:$(quoted "$@")" "将执行上述命令"
+    say "Would run:$(quoted "$@")" "将执行：$(quoted "$@" | cut -c 2-)"
     [[ $DETACH == 0 || $kind == container ]] ||
         say "Would run in the background; log: $RUN_DIR/$PORT.log, pid: $(pid_file)" "将在后台运行；日志：$RUN_DIR/$PORT.log，进程号：$(pid_file)"
     say "Would wait for $(address)/readyz, at most $READY_TIMEOUT s" "随后等待 $(address)/readyz，最多 $READY_TIMEOUT 秒"

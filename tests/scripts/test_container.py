@@ -385,6 +385,41 @@ def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
     assert "Ready" in machine.say("restart", "--port", machine.port)
 
 
+def test_one_of_another_name_is_found(machine: Machine) -> None:
+    machine.start("--container-name", "mine")
+    assert "Container mine: ours running" in machine.say("status", PORT="")
+    assert "Container mine: ours running" in machine.say("status"), "by its port"
+    assert "Container mine: ours running" in machine.say("status", "--docker", PORT="")
+    machine.say("stop", PORT="")
+    assert machine.containers == {}
+
+
+def test_several_are_listed_with_the_way_to_name_one(machine: Machine) -> None:
+    port = str(free_port())
+    machine.start()
+    machine.start("--container-name", "another", PORT=port)
+    for arguments in (["stop"], ["stop", "--docker"]):
+        code, said = machine.call(*arguments, PORT="")
+        assert (code, "2 apps run. Name one:" in said) == (1, True), said
+        assert f"port {machine.port}, container {NAME}, since 2026-01-02 0" in said
+        assert "stop --docker --container-name another" in said
+    machine.say("stop", "--docker", "--container-name", "another", PORT="")
+    assert machine.containers.keys() == {NAME}
+
+
+def test_a_name_that_a_sandbox_may_have_set_is_said_with_its_source(machine: Machine) -> None:
+    assert "'sandbox-7', as the variable CONTAINER_NAME says" in machine.start(CONTAINER_NAME="sandbox-7")
+    assert machine.containers.keys() == {"sandbox-7"}
+    machine.say("stop", PORT="")
+    said = machine.start(CONTAINER_NAME="sandbox-7", GPU_TTS_CONTAINER_NAME="mine")
+    assert "variable CONTAINER_NAME" not in said
+    assert machine.containers.keys() == {"mine"}
+    # In a shell that has none, or another one, it is found all the same.
+    assert "Container mine" in machine.say("status", "--docker", PORT="", CONTAINER_NAME="sandbox-8")
+    machine.say("stop", PORT="", CONTAINER_NAME="sandbox-8")
+    assert machine.containers == {}
+
+
 def test_one_that_runs_is_found_behind_the_record_of_a_process_that_has_ended(machine: Machine) -> None:
     records = machine.project.folder / ".run"
     records.mkdir()
