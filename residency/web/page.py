@@ -129,7 +129,7 @@ class Page:
         serve_with(BoundedServer)
         bounds.bound_names()
         bounds.bound_uploads()
-        lines = Lines(self._may_stay, affordable() * 3 // 4)  # the rest is for requests that end
+        lines = Lines(self._may_stay, affordable() // 2)  # the rest is for requests that end
         middleware = [lines.around, self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
         _, _, public_link = self.blocks.launch(
             server_name=host,
