@@ -26,10 +26,11 @@ _SOFT_LIMIT = 4096
 """Descriptors that suffice for `MOST` connections with a file each. Not all that could be had: above 1024, programs
 that call ``select()`` fail, and child processes that close every possible descriptor are slow."""
 _RESERVE = 128
-"""Descriptors left for files, models and libraries; half of them all, where there are few."""
-_KERNEL_BACKLOG = 1024
+"""Descriptors left for files, models and libraries; a third of them all, where there are few."""
+_KERNEL_BACKLOG = 256
+"""Connections that the system keeps until they are accepted. Each waits for those before it: more would wait longer."""
 _TELL_EVERY_S = 60.0
-_SHARE_ENDED, _BUSY_FOR_S = 50, 0.05
+_SHARE_ENDED, _BUSY_FOR_S = 50, 0.01
 _SPENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _BUSY = "The server has too many connections: try again in a minute. / 服务器连接数已满：请一分钟后重试。\n".encode()
 _REFUSAL = (
@@ -233,4 +234,4 @@ def affordable() -> int:
     if limit == resource.RLIM_INFINITY:
         return MOST
     left = limit - len(os.listdir("/dev/fd"))
-    return max(1, min(MOST, left - min(_RESERVE, left // 2)))
+    return max(1, min(MOST, left - min(_RESERVE, left // 3)))

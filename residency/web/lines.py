@@ -23,6 +23,7 @@ _NO_LINE = (
     "Too many pages and programs listen: close pages that are not needed, and try again in a minute. / "
     "正在监听的页面和程序过多：请关闭不需要的页面，一分钟后重试。"
 )
+_LATER = {"Retry-After": "60", "Connection": "close"}
 
 
 class Lines:
@@ -46,7 +47,7 @@ class Lines:
             elif path.startswith((HERE, HEARTBEAT)) and not self._may_stay(HTTPConnection(scope)):
                 await PlainTextResponse(_SIGN_IN, 401)(scope, receive, send)
             elif is_line and self._held >= self._most:
-                await PlainTextResponse(_NO_LINE, 503, {"Retry-After": "60"})(scope, receive, send)
+                await PlainTextResponse(_NO_LINE, 503, _LATER)(scope, receive, send)
             else:
                 self._held += is_line
                 try:

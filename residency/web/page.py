@@ -148,7 +148,7 @@ class Page:
         bounds.bound_names()
         bounds.bound_uploads()
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
-        lines = Lines(self._may_stay, affordable() * 3 // 4)  # the rest is for requests that end
+        lines = Lines(self._may_stay, affordable() // 2)  # the rest is for requests that end
         middleware = [
             beneath(root_path),
             lines.around,

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .connections import Awaited, Connection, Connections, affordable, listeners
 
-_ACCEPTED_AT_ONCE = 4
+_ACCEPTED_AT_ONCE = 2
 """Between two looks at the connections that are there, so that new ones do not crowd them out before they speak."""
 _FAILED = 3
 _LOG_EVERY_S = 60.0
