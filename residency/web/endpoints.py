@@ -32,13 +32,15 @@ def register_speech(
     ``job.cancel()`` ends a request as Stop does on the page.
     """
 
-    async def answer(recording: str, work: Callable[[], str]) -> str:
+    async def answer(recording: str, work: Callable[[str], str]) -> str:
         cancellation = Cancellation()
 
         def in_turn() -> str:
             recordings.own(session(), recording)
+            readable = speech.incoming.readable(recording)
+            recordings.own(session(), readable)
             with cancelled_by(cancellation), told():
-                result = work()
+                result = work(readable)
             recordings.own(session(), result)
             return result
 
@@ -46,14 +48,14 @@ def register_speech(
 
     async def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
         """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
-        return await answer(prompt_audio, lambda: speech.clone(prompt_audio, prompt_text, target_text))
+        return await answer(prompt_audio, lambda audio: speech.clone(audio, prompt_text, target_text))
 
     async def edit(
         input_audio: str, audio_text: str, edit_type: str, edit_info: str | None = None, text: str | None = None
     ) -> str:
         """Change input_audio, in which audio_text is said. Only paralinguistic uses text."""
         return await answer(
-            input_audio, lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0]
+            input_audio, lambda audio: speech.edit(audio, audio_text, edit_type, edit_info or None, text)[0]
         )
 
     # None of them waits in Gradio's queue, which does not know whether an engine is free, and who has gone.
