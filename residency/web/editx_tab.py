@@ -246,7 +246,7 @@ class EditxTab:
                     self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
-                        height=480,
+                        height=400,
                         render_markdown=False,
                         elem_id="history",
                         **supported(gr.Chatbot, type="messages", buttons=["copy"]),
