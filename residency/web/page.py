@@ -70,6 +70,8 @@ body:not(:has(#progress [data-running])) #stop {display: none}
 #history .waveform > div {transform: scaleY(.32)}
 #prompt-audio .wrap {min-height: 8rem}
 #task-line {opacity: .75}
+/* On a phone a name is as long as its box. */
+:is(#task, #sub-task) input {text-overflow: ellipsis; margin-right: 1.4em}
 footer .divider:last-child {display: none}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
 """
