@@ -262,9 +262,6 @@ class EditxTab:
                         )
                     self.places.draw("task")
                     self.places.draw("sub_task")
-                    gr.HTML("<p role='alert'></p>", elem_id="not-known", padding=False)  # here.js writes it
-                    self.places.draw()
-                    self.line = gr.HTML(elem_id="progress", padding=False)
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
                         height=400,
@@ -272,6 +269,10 @@ class EditxTab:
                         elem_id="history",
                         **supported(gr.Chatbot, type="messages", buttons=["copy"]),
                     )
+                    # Beside the buttons, which on a phone are all that is in view.
+                    gr.HTML("<p role='alert'></p>", elem_id="not-known", padding=False)  # here.js writes it
+                    self.places.draw()
+                    self.line = gr.HTML(elem_id="progress", padding=False)
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
