@@ -295,8 +295,6 @@ class EditxTab:
                     self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
                     self.places.draw("task")
                     self.places.draw("sub_task")
-                    self.places.draw()
-                    self.line = gr.HTML(elem_id="progress", padding=False)
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
                         height=400,
@@ -304,6 +302,9 @@ class EditxTab:
                         elem_id="history",
                         **supported(gr.Chatbot, type="messages", buttons=["copy"]),
                     )
+                    # Beside the buttons, which on a phone are all that is in view.
+                    self.places.draw()
+                    self.line = gr.HTML(elem_id="progress", padding=False)
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")

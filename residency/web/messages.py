@@ -30,7 +30,7 @@ SHOW = f"""() => setTimeout(() => {{
       else control.removeAttribute("aria-describedby");
     }}
   }}
-  document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest", behavior: "smooth"}});
+  document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
 }}, 100)"""
 
 

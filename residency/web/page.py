@@ -48,10 +48,12 @@ _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
 .said:has(.prose:empty), #progress:has(.prose:empty) {display: none}
 .said p, #progress label {margin: 0; overflow-wrap: anywhere; line-height: 1.5}
+.said p {scroll-margin: 140px 0 24px}
 .said p[role=alert] {color: var(--error-text-color); font-weight: 500}
 #progress label {display: block}
-#progress progress {display: block; width: 100%; height: 6px; margin-top: 4px; accent-color: var(--color-accent)}
+#progress progress {display: block; width: 100%; margin-top: 4px; accent-color: var(--color-accent)}
 body:not(:has(#progress [data-running])) #stop {display: none}
+:is(#progress, .said) .wrap:has(> .error) {display: none}
 #history .download-link ~ button, #hear-the-end {display: none}
 /* The last line is Gradio's percentage, which for a place in a queue or unknown work would be 0. */
 #prompt-text .progress-level-inner {

@@ -91,7 +91,7 @@ def test_a_request_begins_without_the_error_of_the_one_before_and_shows_its_prog
     page: Page, app: RunningApp, gates: Path, tmp_path: Path, name: str
 ) -> None:
     clone(page, tmp_path, "")
-    message = sync_api.expect(page.locator("#message"))
+    message = sync_api.expect(page.locator("#about-target-text"))
     message.to_contain_text("Target Text is empty")
     if name == "EDIT":
         page.locator("#task input").click()
@@ -100,20 +100,20 @@ def test_a_request_begins_without_the_error_of_the_one_before_and_shows_its_prog
     page.get_by_label("Target Text").fill("new")
     press(page, name)
     app.wait_for_line("at the gate: speak")
-    sync_api.expect(page.locator("#history .progress-level-inner")).to_be_visible()
-    progress = page.locator(".progress-level-inner").evaluate_all(
-        "lines => lines.filter(line => line.checkVisibility()).map(line => line.closest('[id]').id)"
+    sync_api.expect(page.locator("#progress progress")).to_be_visible()
+    progress = page.locator(".progress-level-inner, progress").evaluate_all(
+        "lines => lines.filter(line => line.checkVisibility()).map(line => line.closest('.block').id)"
     )
     error_stays = page.get_by_text("Target Text is empty").is_visible()
     open_gate(gates, "speak")
     expect_results(page, 1)
     message.to_have_text("")
-    assert (progress, error_stays) == (["history"], False)
+    assert (progress, error_stays) == (["progress"], False)
 
 
 def test_what_a_failed_request_says_stays_after_it_until_the_next_one(page: Page, tmp_path: Path) -> None:
     clone(page, tmp_path, "")
-    message = sync_api.expect(page.locator("#message"))
+    message = sync_api.expect(page.locator("#about-target-text"))
     for _ in range(2):
         message.to_contain_text("Target Text is empty")
         page.reload()

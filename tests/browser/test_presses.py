@@ -231,7 +231,7 @@ def test_progress_is_one_readable_line_that_covers_nothing(
     box, chat = page.locator("#progress").bounding_box(), page.locator("#history").bounding_box()
     assert box
     assert chat
-    assert box["y"] + box["height"] <= chat["y"], "it covers the history"
+    assert chat["y"] + chat["height"] <= box["y"], "it covers the history"
     assert box["width"] <= size[0]
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/progress-{size[0]}-{locale}-{'managed' if app.managed else 'bare'}.png")
@@ -300,7 +300,5 @@ def in_view(place: Locator) -> None:
 
 
 def beside(place: Locator, control: Locator) -> None:
-    below, above = place.bounding_box(), control.bounding_box()
-    assert below
-    assert above
-    assert 0 <= below["y"] - (above["y"] + above["height"]) < 40
+    gap = "(above, below) => below.getBoundingClientRect().top - above.getBoundingClientRect().bottom"
+    assert 0 <= control.evaluate(gap, place.element_handle()) < 40

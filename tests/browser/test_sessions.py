@@ -102,7 +102,7 @@ def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
         app.wait_for_line("at the gate: speak")
         page.goto(network.url)
         ask(page, tmp_path, "mine.wav")
-        sync_api.expect(page.locator("#history")).to_contain_text("you are next")
+        sync_api.expect(page.locator("#progress")).to_contain_text("you are next")
         network.cut()
         assert wait_until(lambda: app.model()["waiting"] == 0)
         network.mend()
