@@ -7,11 +7,13 @@ so that ``--help`` and a wrong flag answer at once.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import logging
 import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -20,10 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from residency.errors import InvalidInput, ResidencyError
 from residency.settings import Settings, parse
 from residency.signals import Signals
+from residency.web.connections import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -64,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    raise_descriptor_limit()
     try:
         with Signals() as signals, _recordings_folder(settings.tmp_dir, signals) as folder:
             _serve(dataclasses.replace(settings, tmp_dir=folder), signals)
@@ -91,7 +96,9 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
-    guard = Guard(settings.control_token, trust_local=not settings.share)
+    # Behind a tunnel, or a proxy that does not tell its address, people from anywhere look local.
+    passed_on = settings.share or "://" in settings.root_path
+    guard = Guard(settings.control_token, trust_local=not passed_on)
     tab = EditxTab(
         settings,
         tts_engine=engine,
@@ -107,14 +114,23 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
-            hosts=Hosts((settings.server_name, *settings.allowed_hosts), guard.knows_token),
+            hosts=Hosts(
+                (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or ""),
+                guard.knows_token,
+            ),
+            root_path=settings.root_path,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
             api=build_api(
                 manager, guard, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
             )
             if manager and tab.panel
             else None,
         )
-        logger.info("Serving on %s / 服务已启动", link(settings.server_name, settings.server_port))
+        scheme = "https" if settings.ssl_certfile else "http"
+        logger.info("Serving on %s / 服务已启动", link(settings.server_name, settings.server_port, scheme))
+        if settings.root_path:
+            logger.info("Behind a reverse proxy / 反向代理下的地址：%s", settings.root_path)
         if settings.share:
             logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()
@@ -162,6 +178,15 @@ def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
     return supported_edit_types()
 
 
+def _check_text(settings: Settings) -> Callable[[str], object] | None:
+    """Refuses texts that the engine cannot say, without the engine."""
+    if settings.engine != "builtin":
+        return None
+    from residency.engines.text import speakable
+
+    return speakable
+
+
 def _torch_device() -> str:
     from residency.devices import find_device
 
@@ -196,6 +221,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
         manager=manager,
         load=lambda: build(manager.device.torch_device),
         name="tts",
+        check_text=_check_text(settings),
     )
 
 
@@ -232,9 +258,11 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
     """
     with ExitStack() as stack:
         try:
-            if parent == Settings.tmp_dir and os.path.exists(parent) and not os.access(parent, os.W_OK):
+            if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
                 parent += f"-{os.getuid()}"  # the default is another user's here
-            os.makedirs(parent, exist_ok=True)
+                if os.path.lexists(parent) and not _is_safe(parent):
+                    raise PermissionError(errno.EPERM, "another user made it", parent)
+            os.makedirs(parent, mode=0o700, exist_ok=True)
             for mark in Path(parent).glob(f"editx-*/{_MARK}"):
                 with suppress(OSError), _locked(mark.parent):
                     shutil.rmtree(mark.parent)
@@ -256,11 +284,21 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_safe(folder: str) -> bool:
+    """Whether it is a folder, and no link to one, in which we may write and strangers cannot exchange what is ours."""
+    found = os.lstat(folder)
+    exchangeable = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+    ours = found.st_uid in (os.geteuid(), 0) and not exchangeable
+    return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
+
+
 @contextmanager
 def _locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder's lock; OSError if another process does."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Hold the lock of a folder of ours; OSError if another process does, or it is somebody else's, or a link."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        if os.fstat(handle).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "Not a folder of this user", str(folder))
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

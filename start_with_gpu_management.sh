@@ -5,14 +5,20 @@ set -euo pipefail
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 # shellcheck source=scripts/environment.sh
 source "$here/scripts/environment.sh"
+# shellcheck source=scripts/help.sh
+source "$here/scripts/help.sh"
 # shellcheck source=scripts/gpu.sh
 source "$here/scripts/gpu.sh"
 # shellcheck source=scripts/checks.sh
 source "$here/scripts/checks.sh"
 # shellcheck source=scripts/records.sh
 source "$here/scripts/records.sh"
+# shellcheck source=scripts/find.sh
+source "$here/scripts/find.sh"
 # shellcheck source=scripts/service.sh
 source "$here/scripts/service.sh"
+# shellcheck source=scripts/restart.sh
+source "$here/scripts/restart.sh"
 # shellcheck source=scripts/container_run.sh
 source "$here/scripts/container_run.sh"
 # shellcheck source=scripts/container.sh
@@ -21,56 +27,11 @@ source "$here/scripts/container.sh"
 readonly SETTINGS=(HOST PORT GPU_ID GPU_IDLE_TIMEOUT GPU_KEEP_WARM GPU_SNAPSHOT_DIR MODEL_PATH STEP_AUDIO_ROOT PROJECT_DIR
     VENV_DIR RUN_DIR DOCKER DETACH REPLACE FOLLOW CONTAINER_NAME IMAGE BASE_IMAGE SOCKET_DIR READY_TIMEOUT STOP_TIMEOUT)
 readonly SWITCHES=(DOCKER DETACH REPLACE FOLLOW)
+# Variables without a prefix: those of app.py, of CUDA and of scripts/environment.sh.
+readonly PUBLIC=(GPU_CONTROL_TOKEN GRADIO_AUTH CUDA_VISIBLE_DEVICES TORCH_INDEX_URL)
 # What the next `restart` takes from this start, besides the arguments of app.py.
 readonly REMEMBERED=(HOST GPU_ID GPU_IDLE_TIMEOUT GPU_KEEP_WARM GPU_SNAPSHOT_DIR MODEL_PATH STEP_AUDIO_ROOT PROJECT_DIR VENV_DIR
-    DETACH GPU_CONTROL_TOKEN GRADIO_AUTH CUDA_VISIBLE_DEVICES TORCH_INDEX_URL)
-
-usage() {
-    cat <<'EOF_USAGE'
-Usage / 用法: start_with_gpu_management.sh [start|stop|restart|status|logs] [--name value]... [arguments of app.py]...
-
-  start      the app, in this terminal or with --detach / 启动应用，在本终端或后台（--detach）
-  stop       what start has started; a container that was replaced is back / 停止；被替换的容器恢复原名
-  restart    with the settings of the last start; other ones may be given / 按上次的设置重启，可另给新设置
-  status     where the app and its models are; 3 if it does not run / 应用与模型的状态；未运行时返回 3
-  logs       the last lines; --follow goes on / 最后的日志；--follow 持续显示
-
-A setting is a flag or an environment variable; the flag wins. Of DOCKER, DETACH, REPLACE and FOLLOW the variable is 1.
-每项设置可用参数或环境变量给出，参数优先；DOCKER、DETACH、REPLACE、FOLLOW 的变量值为 1。
-
-  --host              HOST              address to listen on / 监听地址 (127.0.0.1)
-  --port              PORT              port / 端口 (7860)
-  --gpu-id            GPU_ID            GPU as nvidia-smi numbers it, or none / 使用哪块 GPU 或 none (most free memory / 空闲显存最多的)
-  --gpu-idle-timeout  GPU_IDLE_TIMEOUT  idle this long: released / 空闲多久后完全释放: 600, 90s, 15m, 1h, -1 (600)
-  --gpu-keep-warm     GPU_KEEP_WARM     stay on the GPU this long after a request, or auto / 请求后在 GPU 上保留多久，或 auto (0)
-  --gpu-snapshot-dir  GPU_SNAPSHOT_DIR  released weights are kept here / 已释放的权重保存在此 (none / 无)
-  --model-path        MODEL_PATH        weights of Step-Audio-EditX / 模型权重目录 (none: built-in engine / 不设则用内置引擎)
-  --step-audio-root   STEP_AUDIO_ROOT   checkout of Step-Audio-EditX / 其代码目录
-  --project-dir       PROJECT_DIR       folder of app.py / app.py 所在目录 (this script's / 本脚本所在目录)
-  --venv-dir          VENV_DIR          Python environment / Python 环境 (PROJECT_DIR/.venv); one that you made is never
-                                        changed / 您自己创建的环境不会被改动
-  --detach            DETACH            run in the background; returns once it is ready / 后台运行，就绪后返回
-  --run-dir           RUN_DIR           log and pid of what runs / 日志与进程号 (PROJECT_DIR/.run)
-  --ready-timeout     READY_TIMEOUT     wait this many seconds for it / 等待就绪的秒数 (300)
-  --stop-timeout      STOP_TIMEOUT      wait this many seconds for its end / 等待退出的秒数 (60)
-  --check                               say what would be done, do nothing / 只说明将做什么，不执行
-  --help                                this text; the arguments of app.py (--simulate-gpu, --auth, --max-upload ...) are told
-                                        by `python app.py --help` / 显示本说明；app.py 自己的参数见 python app.py --help
-
-  --docker            DOCKER            in a container / 在容器中运行
-  --container-name    CONTAINER_NAME    its name / 容器名 (step-audio-gpu-managed)
-  --replace           REPLACE           put it in the place of one of that name / 替换同名容器
-  --image             IMAGE             name of the image / 镜像名 (gpu-managed-tts)
-  --base-image        BASE_IMAGE        what it is built on; the image of a Step-Audio-EditX checkout for the real engine /
-                                        基础镜像；真实引擎请用 Step-Audio-EditX 的镜像 (python:3.11-slim-bookworm)
-  --socket-dir        SOCKET_DIR        folder for sockets between services, not used yet / 服务间套接字目录，尚未使用
-                                        (/tmp/gpu-managed-tts)
-
-pip's own variables work as usual; while an image is built, PIP_INDEX_URL and PIP_EXTRA_INDEX_URL do. TORCH_INDEX_URL is where
-PyTorch alone comes from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB.
-pip 的环境变量照常生效；构建镜像时，其中 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为 https://download.pytorch.org/whl/cpu 可少下载数 GB。
-EOF_USAGE
-}
+    DETACH "${PUBLIC[@]}")
 
 # is_one_of WORD WORDS...
 is_one_of() {
@@ -113,12 +74,12 @@ read_arguments() {
             arguments+=("$1")
         elif is_one_of "$setting" "${SWITCHES[@]}"; then
             [[ $1 != *=* ]] || fail "${1%%=*} takes no value" "${1%%=*} 不带值"
-            given[$setting]=1
+            given[$setting]=1 source_of[$setting]=$1
         elif [[ $1 == *=* ]]; then
-            given[$setting]=${1#*=}
+            given[$setting]=${1#*=} source_of[$setting]=${1%%=*}
         else
             [[ $# -gt 1 && $2 != --* ]] || fail "$1 needs a value" "$1 需要一个值"
-            given[$setting]=$2
+            given[$setting]=$2 source_of[$setting]=$1
             shift
         fi
         shift
@@ -128,17 +89,71 @@ read_arguments() {
     [[ $check == no || $action == start ]] || fail "--check goes with start" "--check 仅用于 start"
 }
 
-# settle SETTING [DEFAULT]: from the flag, else the environment, else what the last start had. Without any of them and
-# without a default it stays unset.
+# Sets in_environment[SETTING] and source_of[SETTING], of what is no flag: what the variables say.
+read_variables() {
+    local name prefixed
+    for name in "${SETTINGS[@]}"; do
+        prefixed=GPU_TTS_$name
+        if [[ -n ${given[$name]+set} ]]; then
+            continue
+        elif [[ -n ${!prefixed:-} ]]; then
+            in_environment[$name]=${!prefixed} source_of[$name]=$prefixed
+        elif [[ -n ${!name:-} ]] && is_for_us "$name"; then
+            in_environment[$name]=${!name} source_of[$name]=$name
+        fi
+    done
+    for name in "${PUBLIC[@]}"; do in_environment[$name]=${!name:-}; done
+    others_host=${HOST:-}
+}
+
+# is_for_us SETTING: whether the variable without the prefix is this script's. Others set two of them: HOST is the name of the
+# machine in some shells and its kind in conda's compilers, so only an address counts; CONTAINER_NAME is that of a sandbox,
+# so it counts where a container is asked for.
+is_for_us() {
+    local address='^(localhost|[0-9.]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]?)$'
+    case $1 in
+        HOST) [[ $HOST =~ $address ]] ;;
+        CONTAINER_NAME) [[ ${given[DOCKER]:-${in_environment[DOCKER]:-}} == 1 ]] ;;
+    esac
+}
+
+# Whoever has set HOST or CONTAINER_NAME, the user knows then what became of it.
+tell_of_strangers() {
+    if [[ -n $others_host && -z ${in_environment[HOST]:-}${given[HOST]:-} ]]; then
+        say "The variable HOST ('$others_host') is not read: it is no address, and shells and compilers set it. To listen there: --host or GPU_TTS_HOST" \
+            "未采用环境变量 HOST（'$others_host'）：它不是地址，且常由 shell 和编译器设置。如需在该处监听，请用 --host 或 GPU_TTS_HOST"
+    fi
+    if [[ ${source_of[CONTAINER_NAME]:-} == CONTAINER_NAME ]]; then
+        say "The container is called '$CONTAINER_NAME', as the variable CONTAINER_NAME says. Another name: --container-name or GPU_TTS_CONTAINER_NAME" \
+            "容器名为 '$CONTAINER_NAME'，来自环境变量 CONTAINER_NAME。如需其他名字，请用 --container-name 或 GPU_TTS_CONTAINER_NAME"
+    fi
+}
+
+# settle SETTING [DEFAULT]: from the flag, else the environment, else what the last start had; source_of[SETTING] tells which.
+# Without any of them and without a default it stays unset.
 settle() {
     local name=$1
     if [[ -n ${given[$name]+set} ]]; then
         printf -v "$name" '%s' "${given[$name]:-${2:-}}"
-    elif [[ -z ${!name:-} && -n ${remembered[$name]+set} ]]; then
+    elif [[ -n ${in_environment[$name]:-} ]]; then
+        printf -v "$name" '%s' "${in_environment[$name]}"
+    elif [[ -n ${remembered[$name]+set} ]]; then
         printf -v "$name" '%s' "${remembered[$name]}"
+        source_of[$name]=remembered
     elif (($# > 1)); then
-        printf -v "$name" '%s' "${!name:-$2}"
+        printf -v "$name" '%s' "$2"
     fi
+}
+
+# named SETTING [VALUE]: as messages name it, with where its value is from.
+named() {
+    printf "%s '%s'" "$1" "${2-${!1}}"
+    case ${source_of[$1]:-} in
+        '') ;;
+        -*) in_words " (${source_of[$1]})" "（${source_of[$1]}）" ;;
+        remembered) in_words " (of the last start)" "（来自上次启动）" ;;
+        *) in_words " (variable ${source_of[$1]})" "（环境变量 ${source_of[$1]}）" ;;
+    esac
 }
 
 # Where something is, and where to find out what was started.
@@ -147,8 +162,9 @@ settle_identity() {
     PROJECT_DIR=$(absolute "$PROJECT_DIR")
     settle RUN_DIR "$PROJECT_DIR/.run"
     RUN_DIR=$(absolute "$RUN_DIR")
-    port_was_given=no
-    [[ -z ${given[PORT]:-}${PORT:-} ]] || port_was_given=yes
+    port_was_given=no name_was_given=no
+    [[ -z ${given[PORT]:-}${in_environment[PORT]:-} ]] || port_was_given=yes
+    [[ ${source_of[CONTAINER_NAME]:-CONTAINER_NAME} == CONTAINER_NAME ]] || name_was_given=yes
     settle PORT 7860
     settle DOCKER 0
     settle CONTAINER_NAME step-audio-gpu-managed
@@ -158,11 +174,11 @@ settle_identity() {
     settle FOLLOW 0
     local name
     if [[ ! $PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((PORT > 65535)); then
-        fail "PORT '$PORT' is no port: give 1 to 65535" "PORT '$PORT' 不是有效端口：请写 1 到 65535"
+        fail "$(named PORT) is no port: give 1 to 65535" "$(named PORT) 不是有效端口：请写 1 到 65535"
     fi
     for name in READY_TIMEOUT STOP_TIMEOUT; do
         [[ ${!name} =~ ^[1-9][0-9]{0,6}$ ]] ||
-            fail "$name '${!name}' is no number of seconds: give 1 or more" "$name '${!name}' 不是秒数：请写 1 或更大的整数"
+            fail "$(named "$name") is no number of seconds: give 1 or more" "$(named "$name") 不是秒数：请写 1 或更大的整数"
     done
     for name in DOCKER REPLACE FOLLOW; do check_switch "$name"; done
 }
@@ -182,7 +198,7 @@ settle_rest() {
     settle SOCKET_DIR /tmp/gpu-managed-tts
     settle DETACH 0
     check_switch DETACH
-    for name in GPU_CONTROL_TOKEN GRADIO_AUTH CUDA_VISIBLE_DEVICES TORCH_INDEX_URL; do
+    for name in "${PUBLIC[@]}"; do
         settle "$name"
         [[ -z ${!name+set} ]] || export "${name?}"
     done
@@ -193,7 +209,7 @@ settle_folders() {
     local name
     for name in GPU_SNAPSHOT_DIR STEP_AUDIO_ROOT VENV_DIR SOCKET_DIR MODEL_PATH; do
         [[ -z ${given[$name]:-} ]] || given[$name]=$(folder_of "$name" "${given[$name]}")
-        [[ -z ${!name:-} ]] || printf -v "$name" '%s' "$(folder_of "$name" "${!name}")"
+        [[ -z ${in_environment[$name]:-} ]] || in_environment[$name]=$(folder_of "$name" "${in_environment[$name]}")
     done
 }
 
@@ -212,26 +228,26 @@ absolute() {
     esac
 }
 
-check_switch() { [[ ${!1} =~ ^[01]$ ]] || fail "$1 '${!1}' is neither 1 nor 0" "$1 '${!1}' 应为 1 或 0"; }
+check_switch() { [[ ${!1} =~ ^[01]$ ]] || fail "$(named "$1") is neither 1 nor 0" "$(named "$1") 应为 1 或 0"; }
 
 # Before a start, and before what runs is stopped for another one.
 check_settings() {
     local duration='[0-9]+(\.[0-9]+)?[smh]?'
     [[ $GPU_IDLE_TIMEOUT =~ ^(-1|$duration)$ ]] ||
-        fail "GPU_IDLE_TIMEOUT '$GPU_IDLE_TIMEOUT' is no duration: give seconds or 90s, 15m, 1h; -1 is never" \
-            "GPU_IDLE_TIMEOUT '$GPU_IDLE_TIMEOUT' 不是有效时长：请写秒数或 90s、15m、1h；-1 表示永不"
+        fail "$(named GPU_IDLE_TIMEOUT) is no duration: give seconds or 90s, 15m, 1h; -1 is never" \
+            "$(named GPU_IDLE_TIMEOUT) 不是有效时长：请写秒数或 90s、15m、1h；-1 表示永不"
     [[ $GPU_KEEP_WARM =~ ^(-1|auto|$duration)$ ]] ||
-        fail "GPU_KEEP_WARM '$GPU_KEEP_WARM' is no duration: give seconds or 90s, 15m, 1h, -1 (for ever) or auto" \
-            "GPU_KEEP_WARM '$GPU_KEEP_WARM' 不是有效时长：请写秒数或 90s、15m、1h、-1（一直保留）或 auto"
+        fail "$(named GPU_KEEP_WARM) is no duration: give seconds or 90s, 15m, 1h, -1 (for ever) or auto" \
+            "$(named GPU_KEEP_WARM) 不是有效时长：请写秒数或 90s、15m、1h、-1（一直保留）或 auto"
     [[ -f $PROJECT_DIR/app.py && -f $PROJECT_DIR/requirements.txt ]] ||
-        fail "PROJECT_DIR '$PROJECT_DIR' has no app.py and requirements.txt: give this project's folder" \
-            "PROJECT_DIR '$PROJECT_DIR' 中没有 app.py 和 requirements.txt：请指向本项目目录"
+        fail "$(named PROJECT_DIR) has no app.py and requirements.txt: give this project's folder" \
+            "$(named PROJECT_DIR) 中没有 app.py 和 requirements.txt：请指向本项目目录"
     [[ -z $STEP_AUDIO_ROOT || -d $STEP_AUDIO_ROOT ]] ||
-        fail "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' is no folder: give a checkout of Step-Audio-EditX" \
-            "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' 不是目录：请指向 Step-Audio-EditX 的代码目录"
+        fail "$(named STEP_AUDIO_ROOT) is no folder: give a checkout of Step-Audio-EditX" \
+            "$(named STEP_AUDIO_ROOT) 不是目录：请指向 Step-Audio-EditX 的代码目录"
     [[ -z $STEP_AUDIO_ROOT || -f $STEP_AUDIO_ROOT/tts.py ]] ||
-        say "⚠️  STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' has no tts.py: it is no checkout of Step-Audio-EditX" \
-            "STEP_AUDIO_ROOT '$STEP_AUDIO_ROOT' 中没有 tts.py，不是 Step-Audio-EditX 的代码目录"
+        say "⚠️  $(named STEP_AUDIO_ROOT) has no tts.py: it is no checkout of Step-Audio-EditX" \
+            "⚠️  $(named STEP_AUDIO_ROOT) 中没有 tts.py，不是 Step-Audio-EditX 的代码目录"
     check_models
     [[ -z $GPU_SNAPSHOT_DIR ]] || check_writable GPU_SNAPSHOT_DIR
     check_tmp_dir
@@ -261,16 +277,19 @@ kind_of_app() {
     if [[ $state == "ours running" ]] || { [[ $state == ours* ]] && ! read_record; }; then echo container; else echo service; fi
 }
 
-declare -A given=() remembered=()
+declare -A given=() in_environment=() remembered=() source_of=()
 read_arguments "$@"
+read_variables
 settle_folders
 settle_identity
+[[ $action == start ]] || find_app
 kind=$(kind_of_app)
 [[ $kind == container ]] || tell_of_damage
 [[ $action == start ]] || "remember_$kind"
 settle_rest
 if is_one_of "$action" start restart; then
     note_settings
+    tell_of_strangers
     check_settings
 fi
 "${action}_$kind"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
+from .certificates import check_certificate
 from .errors import InvalidInput
 from .policies import keep_warm_seconds, seconds
 from .units import UNITS_BYTES
@@ -24,6 +25,10 @@ T = TypeVar("T")
 
 _LARGEST_BYTES = 1 << 60
 _HUB_OWNER = r"[A-Za-z0-9][\w.-]*"
+_ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d+)?)?(?P<path>(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*)"
+#: A root path among these could not be told from the same path behind a proxy that removes its own.
+_OWN_PATHS = {"assets", "config", "docs", "gpu", "gradio_api", "healthz", "login", "logout", "metrics", "openapi.json",
+              "readyz", "static", "svelte", "theme.css"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,9 @@ class Settings:
     control_token: str | None = field(default=None, repr=False)
     auth: tuple[str, str] | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()
+    root_path: str = ""
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     max_upload: int = 100 << 20
     max_audio: float = 600.0
     max_text: int = 5000
@@ -91,6 +99,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
     except InvalidInput as error:
         parser.error(f"GPU_TTS_ALLOWED_HOSTS: {error}")
     values["allowed_hosts"] = tuple(name for names in allowed for name in names)
+    try:
+        check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
+    except InvalidInput as error:
+        parser.error(str(error))
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
     if values["engine"] == "step-audio":
@@ -168,6 +180,16 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--allowed-host", metavar="NAME", action="append", type=checked(_names),
         help="a name under which a proxy on this machine passes on what comes from elsewhere (speech.example.org); may "
         "be given several times, or separated by commas (environment: GPU_TTS_ALLOWED_HOSTS)")  # fmt: skip
+    add("--root-path", metavar="PATH", type=checked(_root_path),
+        default=environ.get("GPU_TTS_ROOT_PATH") or environ.get("GRADIO_ROOT_PATH") or defaults.root_path,
+        help="the path under which a reverse proxy serves the page (/tts), whether or not the proxy removes it; or the "
+        "whole address (https://example.com/tts) if the proxy does not pass it on (environment: GPU_TTS_ROOT_PATH, "
+        "GRADIO_ROOT_PATH)")  # fmt: skip
+    add("--ssl-certfile", metavar="FILE", type=os.path.expanduser,
+        help="serve https with this certificate (PEM); browsers give pages from elsewhere the microphone only over "
+        "https")  # fmt: skip
+    add("--ssl-keyfile", metavar="FILE", type=os.path.expanduser,
+        help="the private key of the certificate (PEM, without a password)")  # fmt: skip
     add("--max-upload", metavar="SIZE", type=checked(size_bytes), default=defaults.max_upload,
         help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
     add("--max-audio", metavar="S", type=checked(seconds), default=defaults.max_audio,
@@ -268,6 +290,26 @@ def _names(text: str) -> tuple[str, ...]:
 def _address(text: str) -> str:
     """Without the brackets that an IPv6 address has in links."""
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
+def _root_path(text: str) -> str:
+    """The path without a slash at its end, or the whole address if one is given; empty is the root of the site."""
+    given = text.strip().rstrip("/")
+    parts = re.fullmatch(_ADDRESS, given)
+    segments = parts["path"].split("/")[1:] if parts else ["."]
+    if {".", ".."} & set(segments):
+        raise InvalidInput(
+            f"{text!r} is no path of a site: write /tts, or https://example.com/tts (--root-path, GPU_TTS_ROOT_PATH, "
+            f"GRADIO_ROOT_PATH)",
+            f"{text!r} 不是有效的站点路径：请写 /tts 或 https://example.com/tts（--root-path、GPU_TTS_ROOT_PATH、"
+            f"GRADIO_ROOT_PATH）",
+        )
+    if len(segments) == 1 and segments[0] in _OWN_PATHS:
+        raise InvalidInput(
+            f"/{segments[0]} is a path of the app itself: choose another, such as /tts",
+            f"/{segments[0]} 是应用自身使用的路径：请换一个，例如 /tts",
+        )
+    return given
 
 
 def _count(text: str) -> int:

@@ -10,17 +10,17 @@ check_models() {
     [[ ! " ${arguments[*]} " =~ \ --model-source[=\ ]([a-z]+)\  ]] || source=${BASH_REMATCH[1]}
     [[ -n $MODEL_PATH && $source != huggingface && $source != modelscope ]] || return 0
     if [[ $source == auto && ! -e $MODEL_PATH && $MODEL_PATH =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]]; then
-        say "MODEL_PATH '$MODEL_PATH' is no folder here, so it is taken as the id of a hub" "此处没有目录 MODEL_PATH '$MODEL_PATH'，按模型仓库 ID 处理"
+        say "$(named MODEL_PATH) is no folder here, so it is taken as the id of a hub" "此处没有目录 $(named MODEL_PATH)，按模型仓库 ID 处理"
         return
     fi
     [[ -d $MODEL_PATH && -r $MODEL_PATH && -x $MODEL_PATH ]] ||
-        fail "MODEL_PATH '$MODEL_PATH' is no folder that can be read: give the one with the weights, or leave it out for the built-in engine" \
-            "MODEL_PATH '$MODEL_PATH' 不是可读的目录：请指向权重目录，或不设置以使用内置引擎"
+        fail "$(named MODEL_PATH) is no folder that can be read: give the one with the weights, or leave it out for the built-in engine" \
+            "$(named MODEL_PATH) 不是可读的目录：请指向权重目录，或不设置以使用内置引擎"
     for part in Step-Audio-Tokenizer Step-Audio-EditX; do
         compgen -G "$MODEL_PATH/$part*" >/dev/null || missing+=" $part"
     done
-    [[ -z $missing ]] || say "⚠️  MODEL_PATH '$MODEL_PATH' has no$missing: requests will say how to get it" \
-        "MODEL_PATH '$MODEL_PATH' 中没有$missing：收到请求时会提示如何获取"
+    [[ -z $missing ]] || say "⚠️  $(named MODEL_PATH) has no$missing: requests will say how to get it" \
+        "⚠️  $(named MODEL_PATH) 中没有$missing：收到请求时会提示如何获取"
 }
 
 # What an install takes, in MB.
@@ -32,7 +32,7 @@ check_writable() {
     folder=$(resolved "${!1}")
     while [[ ! -e $folder && ! -L $folder ]]; do folder=$(dirname "$folder"); done
     [[ -d $folder && -w $folder ]] ||
-        fail "$1 '${!1}' cannot be written: give a folder that can be" "$1 '${!1}' 不可写：请指向可写的目录"
+        fail "$(named "$1") cannot be written: give a folder that can be" "$(named "$1") 不可写：请指向可写的目录"
 }
 
 # The log and the record need a disk that is not full.
@@ -40,8 +40,8 @@ check_run_dir() {
     check_writable RUN_DIR
     [[ $check == no ]] || return 0
     (mkdir -p "$RUN_DIR" && echo >"$RUN_DIR/$PORT.try" && rm -f "$RUN_DIR/$PORT.try") ||
-        fail "RUN_DIR '$RUN_DIR' cannot be written (see above): free space, or give another folder" \
-            "RUN_DIR '$RUN_DIR' 无法写入（见上）：请清理空间，或换一个目录"
+        fail "$(named RUN_DIR) cannot be written (see above): free space, or give another folder" \
+            "$(named RUN_DIR) 无法写入（见上）：请清理空间，或换一个目录"
 }
 
 # The folder that --tmp-dir names.
@@ -66,16 +66,19 @@ check_arguments() {
     "$python" -Ic '' 2>/dev/null || python=python3
     "$python" -Ic 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || return 0
     app_arguments
-    said=$("$python" -I -B - "$PROJECT_DIR" "${passed[@]}" 2>&1 <<'PYTHON'
+    said=$("$python" -I -B - "$PROJECT_DIR" "$SPEAKS" "${passed[@]}" 2>&1 <<'PYTHON'
 import sys
 
 sys.path.insert(0, sys.argv.pop(1))
+language = sys.argv.pop(1)
 sys.argv[0] = "app.py"
+from residency.errors import ResidencyError
 from residency.settings import parse
 
+ResidencyError.__str__ = lambda error: getattr(error, language)
 parse(sys.argv[1:])
 PYTHON
-    ) || fail "${said##*app.py: error: } (app.py --help tells them all)" "参数有误（全部参数见 app.py --help）"
+    ) || fail "${said##*app.py: error: } (app.py --help tells them all)" "参数有误：${said##*app.py: error: }（全部参数见 app.py --help）"
 }
 
 # check_disk FOLDER MB WHAT_EN WHAT_ZH: whether there is room for something where the folder is, or will be.
@@ -126,15 +129,15 @@ PYTHON
 
 # cannot_listen WHY
 cannot_listen() {
-    fail "Cannot listen on HOST '$HOST', PORT $PORT: $1. Give an address of this machine (--host 127.0.0.1) and a port above 1023" \
-        "无法监听 HOST '$HOST' PORT $PORT：$1。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口"
+    fail "Cannot listen on $(named HOST), PORT $PORT: $1. Give an address of this machine (--host 127.0.0.1) and a port above 1023" \
+        "无法监听 $(named HOST) PORT $PORT：$1。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口"
 }
 
 # What a container without rights can listen on, on the host's network. Its port may be held by the one that it replaces.
 check_port_of_container() {
     local lowest=1024
     [[ ! -r /proc/sys/net/ipv4/ip_unprivileged_port_start ]] || lowest=$(</proc/sys/net/ipv4/ip_unprivileged_port_start)
-    ((PORT >= lowest)) || cannot_listen "the container has no rights to a port below $lowest"
+    ((PORT >= lowest)) || cannot_listen "$(in_words "the container has no rights to a port below $lowest" "容器无权使用低于 $lowest 的端口")"
     ! python3 -Ic '' 2>/dev/null || check_port python3 0
 }
 

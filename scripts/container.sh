@@ -98,7 +98,12 @@ start_container() {
     if [[ $DETACH == 1 ]]; then
         "${run[@]}" >/dev/null || undo_start
         hold_kept
-        await_container
+        if has_aside; then
+            (await_container) || bring_container_back
+            docker rm "$(aside)" >/dev/null
+        else
+            await_container
+        fi
     else
         DOCKER=1 tell_when_ready 0.5
         exec "${run[@]}"
@@ -130,7 +135,7 @@ check_name() {
 
 tell_container_plan() {
     local folder
-    ((${#build[@]} == 0)) || say "Would build:$(quoted "${build[@]}")" "将构建镜像"
+    ((${#build[@]} == 0)) || say "Would build:$(quoted "${build[@]}")" "将构建镜像：$(quoted "${build[@]}" | cut -c 2-)"
     case $1 in
         ours*) say "Would replace the container $CONTAINER_NAME" "将替换容器 $CONTAINER_NAME" ;;
         other*) say "Would stop $CONTAINER_NAME and keep it as $(kept_as) until stop" "将停止 $CONTAINER_NAME，并以 $(kept_as) 保留至 stop" ;;
@@ -144,6 +149,9 @@ tell_container_plan() {
 # make_place STATE: the name is free afterwards.
 make_place() {
     case $1 in
+        "ours running")
+            if [[ $DETACH == 1 ]]; then set_aside; else remove_container; fi
+            ;;
         ours*) remove_container ;;
         other*)
             docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
@@ -154,6 +162,36 @@ make_place() {
                 "已停止 $CONTAINER_NAME，并以 $(kept_as) 保留；执行 stop 后恢复原名"
             ;;
     esac
+}
+
+# The name under which ours is kept until the one in its place is ready.
+aside() { echo "$CONTAINER_NAME-replaced"; }
+
+set_aside() {
+    [[ $(container_state "$(aside)") == absent ]] || docker rm "$(aside)" >/dev/null
+    docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
+    docker rename "$CONTAINER_NAME" "$(aside)" ||
+        fail "$CONTAINER_NAME could not be renamed (see above), and is stopped: docker start $CONTAINER_NAME" \
+            "无法重命名 $CONTAINER_NAME（见上），它已停止：docker start $CONTAINER_NAME"
+}
+
+has_aside() { [[ $(container_state "$(aside)") == ours* ]]; }
+
+# Ends the script, with the container that was set aside in its place again.
+bring_container_back() {
+    say "❌ The start has failed (see above). The container that ran before is started again" "❌ 启动失败（见上）。正在重新启动之前运行的容器" >&2
+    if [[ $(container_state) == ours* ]]; then
+        docker stop -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
+        docker rm "$CONTAINER_NAME" >/dev/null
+    fi
+    docker rename "$(aside)" "$CONTAINER_NAME"
+    HOST=$(label host) PORT=$(label port)
+    if docker start "$CONTAINER_NAME" >/dev/null && (await_container); then
+        fail "The new container has failed, as said above; $CONTAINER_NAME is the one from before, with the settings that it had" \
+            "新容器启动失败，原因见上；$CONTAINER_NAME 为之前的容器，设置不变"
+    fi
+    fail "The container $CONTAINER_NAME is down: nothing serves on port $PORT now. Log: $(this_script logs)" \
+        "容器 $CONTAINER_NAME 已停止：端口 $PORT 上目前没有服务。日志：$(this_script logs)"
 }
 
 # is_listening PORT: whether anybody does there.
@@ -184,6 +222,7 @@ await_container() {
 
 # way_back en|zh: how things become again as they were before the start.
 way_back() {
+    [[ $action == start ]] && ! has_aside || return 0 # then they do so by themselves
     if [[ $1 == en ]]; then echo "Back to what was: $(this_script stop)"; else echo "恢复原状：$(this_script stop)"; fi
 }
 
@@ -191,12 +230,13 @@ way_back() {
 hold_kept() {
     [[ $(container_state "$(kept_as)") == absent ]] || docker update --restart no "$(kept_as)" >/dev/null ||
         say "⚠️  $(kept_as) may be back after the next boot: docker update --restart no $(kept_as)" \
-            "$(kept_as) 可能在下次开机后自动启动：docker update --restart no $(kept_as)"
+            "⚠️  $(kept_as) 可能在下次开机后自动启动：docker update --restart no $(kept_as)"
 }
 
 # The old container has its name again. Docker may have made ours before it could not start it.
 undo_start() {
-    say "❌ The container could not be started (see above)" "容器启动失败（见上）" >&2
+    ! has_aside || bring_container_back
+    say "❌ The container could not be started (see above)" "❌ 容器启动失败（见上）" >&2
     [[ $(container_state) != ours* ]] || remove_container
     [[ $(container_state "$(kept_as)") == absent ]] || give_name_back
     exit 1
@@ -234,7 +274,7 @@ stop_container() {
     [[ $(container_state "$(kept_as)") != absent ]] || return 0
     if [[ $known == no && $(restarts_of "$(kept_as)") == no* ]]; then # ours, which knew it, was removed by somebody else
         say "⚠️  How it was restarted is not known any more, and it is not now: docker update --restart unless-stopped $CONTAINER_NAME" \
-            "原来的重启策略已无从得知，现为不自动重启：docker update --restart unless-stopped $CONTAINER_NAME"
+            "⚠️  原来的重启策略已无从得知，现为不自动重启：docker update --restart unless-stopped $CONTAINER_NAME"
     fi
     give_name_back
 }
@@ -257,9 +297,21 @@ logs_container() {
     exec docker logs --tail 100 "${follow[@]}" "$CONTAINER_NAME"
 }
 
+# Its settings stay what they are, so a second start can only mend what has passed, as a port that was not free.
 restart_container() {
     [[ $(container_state) == ours* ]] ||
         fail "There is no container $CONTAINER_NAME of this script's: start it" "没有由本脚本创建的容器 $CONTAINER_NAME：请先启动"
-    docker restart -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null
-    await_container
+    if docker restart -t "$STOP_TIMEOUT" "$CONTAINER_NAME" >/dev/null && (await_container); then return; fi
+    if container_runs; then
+        ! is_ready ||
+            fail "The container $CONTAINER_NAME was not restarted (see above), and serves as before" "容器 $CONTAINER_NAME 未能重启（见上），仍照常提供服务"
+        exit 1
+    fi
+    say "❌ The restart has failed (see above). The container $CONTAINER_NAME is started once more" "❌ 重启失败（见上）。正在再次启动容器 $CONTAINER_NAME" >&2
+    if docker start "$CONTAINER_NAME" >/dev/null && (await_container); then
+        fail "The restart has failed, as said above; the container $CONTAINER_NAME serves again, with the settings that it had" \
+            "重启失败，原因见上；容器 $CONTAINER_NAME 已恢复服务，设置不变"
+    fi
+    fail "The container $CONTAINER_NAME is down: nothing serves on port $PORT now. Log: $(this_script logs). Once the cause is mended: $(this_script restart)" \
+        "容器 $CONTAINER_NAME 已停止：端口 $PORT 上目前没有服务。日志：$(this_script logs)。排除原因后请执行：$(this_script restart)"
 }

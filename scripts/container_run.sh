@@ -42,7 +42,7 @@ choose_gpu_of_container() {
     gpus=(--gpus "\"device=$gpu\"")
     command -v nvidia-container-runtime-hook nvidia-ctk >/dev/null ||
         say "⚠️  The NVIDIA Container Toolkit is not here, and docker needs it to give a GPU to a container (https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/); or give GPU_ID=none" \
-            "未找到 NVIDIA Container Toolkit，docker 需要它才能向容器提供 GPU（https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/）；或设 GPU_ID=none"
+            "⚠️  未找到 NVIDIA Container Toolkit，docker 需要它才能向容器提供 GPU（https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/）；或设 GPU_ID=none"
 }
 
 # Sets run.

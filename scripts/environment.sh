@@ -5,10 +5,22 @@
 # An environment without it belongs to somebody else; nothing is ever changed there.
 readonly MARK=.gpu-managed-tts
 
-say() { printf '%s / %s\n' "$1" "$2"; }
+# Seconds between two words on an install that goes on silently: in a log, and in a terminal, where one line is rewritten.
+readonly TELL_EVERY_S=10 REWRITE_EVERY_S=1
+
+# What is said is said in the language of the locale.
+case ${LC_ALL:-${LC_MESSAGES:-${LANG:-}}} in
+    zh*) readonly SPEAKS=zh ;;
+    *) readonly SPEAKS=en ;;
+esac
+
+# in_words ENGLISH CHINESE: one of them, without the end of a line.
+in_words() { if [[ $SPEAKS == zh ]]; then printf '%s' "$2"; else printf '%s' "$1"; fi; }
+
+say() { in_words "$1"$'\n' "$2"$'\n'; }
 
 fail() {
-    say "❌ $1" "$2" >&2
+    say "❌ $1" "❌ $2" >&2
     exit 1
 }
 
@@ -129,10 +141,41 @@ install_requirements() {
     torch=$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' "$file")
     # PyTorch first and alone, so that the index of its builds serves nothing else.
     if [[ -n $torch ]]; then
-        "${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" || install_failed "$torch"
+        watched "$torch" "$venv" "${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" || install_failed "$torch"
     fi
-    "${pip[@]}" -r "$file" || install_failed "$file"
+    watched "$file" "$venv" "${pip[@]}" -r "$file" || install_failed "$file"
 }
+
+# watched WHAT VENV COMMAND...: the install, and while it says nothing, how long it has gone on and what it has on the disk so
+# far: in the environment, and in a folder of its own for what it fetches. Its exit status is the command's.
+watched() (
+    what=$1 venv=$2 every=$TELL_EVERY_S before='' after=$'\n' part='' began=$SECONDS
+    shift 2
+    [[ ! -t 1 ]] || every=$REWRITE_EVERY_S before=$'\r\e[K' after=''
+    TMPDIR=$(mktemp -d)
+    export TMPDIR
+    trap 'rm -rf "$TMPDIR"' EXIT
+    exec 7< <("$@" 2>&1)
+    pid=$!
+    while :; do
+        code=0
+        IFS= read -r -t "$every" -u 7 line || code=$?
+        part+=$line
+        if ((code > 128)); then
+            # Files come and go meanwhile.
+            size=$(du -smc "$venv" "$TMPDIR" 2>/dev/null | tail -n 1 | cut -f 1) || true
+            printf '%s%s%s' "$before" "$(in_words "Installing $what: $((SECONDS - began)) s, $size MB on the disk" \
+                "正在安装 $what：$((SECONDS - began)) 秒，磁盘占用 $size MB")" "$after"
+        elif ((code)); then
+            break
+        else
+            printf '%s%s\n' "$before" "$part"
+            part=''
+        fi
+    done
+    printf '%s%s' "$before" "$part"
+    wait "$pid"
+)
 
 install_failed() {
     fail "$1 could not be installed (pip says why above). Check the network and the disk space, or name a mirror with PIP_INDEX_URL (PyTorch's with TORCH_INDEX_URL); then run this again, it goes on from here" \
@@ -170,6 +213,6 @@ PYTHON
                 "$venv 缺少 $missing。请在其中安装，或不设置 VENV_DIR 以自动创建环境"
             ;;
         "  ") ;;
-        *) say "⚠️  $venv lacks $missing; what needs them will not work" "$venv 缺少 $missing，相关功能不可用" ;;
+        *) say "⚠️  $venv lacks $missing; what needs them will not work" "⚠️  $venv 缺少 $missing，相关功能不可用" ;;
     esac
 }

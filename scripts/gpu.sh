@@ -55,7 +55,7 @@ choose_gpu() {
     fi
     if ((${#trouble[@]})); then
         [[ -z $GPU_ID ]] ||
-            fail "GPU_ID is '$GPU_ID', but ${trouble[0]}. Give GPU_ID=none to use the CPU" "GPU_ID 为 '$GPU_ID'，但${trouble[1]}。使用 CPU 请设 GPU_ID=none"
+            fail "$(named GPU_ID) cannot be used: ${trouble[0]}. Give GPU_ID=none to use the CPU" "无法使用 $(named GPU_ID)：${trouble[1]}。使用 CPU 请设 GPU_ID=none"
         say "GPU: none (${trouble[0]}); the CPU is used" "GPU：无（${trouble[1]}），使用 CPU"
         # PyTorch would meet the same trouble, or hang. Without nvidia-smi some containers have a GPU all the same.
         ! command -v nvidia-smi >/dev/null || export CUDA_VISIBLE_DEVICES=''
@@ -69,7 +69,7 @@ choose_gpu() {
             gpu=$index chosen_free=${free:-0} chosen_name=${name# }
         fi
     done <<<"$rows"
-    [[ -n $gpu ]] || fail "There is no GPU_ID '$GPU_ID'; nvidia-smi lists:$known" "没有 GPU_ID '$GPU_ID'；nvidia-smi 列出：$known"
+    [[ -n $gpu ]] || fail "There is no $(named GPU_ID); nvidia-smi lists:$known" "没有 $(named GPU_ID)；nvidia-smi 列出：$known"
     export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=$gpu # numbered as nvidia-smi does
     if [[ -n $GPU_ID ]]; then
         say "GPU: $gpu ($chosen_name), as asked for; $chosen_free MiB free" "GPU：按指定使用 $gpu（$chosen_name），空闲 $chosen_free MiB"
@@ -93,7 +93,7 @@ check_driver() {
     cuda=$(sed -n "s/^cuda[^=]*= *'\([0-9]*\).*/\1/p" <<<"$1")
     if [[ -z $cuda ]]; then
         say "⚠️  The torch in $2 is built without CUDA, so the GPU is not used. For one with it, ${with_cuda[0]}" \
-            "$2 中的 torch 不含 CUDA，不会使用 GPU。如需 GPU，请${with_cuda[1]}"
+            "⚠️  $2 中的 torch 不含 CUDA，不会使用 GPU。如需 GPU，请${with_cuda[1]}"
         return
     fi
     oldest=${OLDEST_DRIVER[$cuda]:-0}

@@ -39,8 +39,8 @@ write_record() {
         mkdir -p "$RUN_DIR" && if [[ -f $file ]]; then mv "$file" "$file.last"; else rm -rf "$file"; fi && rm -f "$file.new" &&
             printf '%s\0' "$1" "$(born "$1")" "$2" "$PWD" "${#arguments[@]}" "${arguments[@]}" "${to_remember[@]}" >"$file.new" &&
             mv "$file.new" "$file" && echo "$1" >"$(pid_file)"
-    ) || say "⚠️  RUN_DIR '$RUN_DIR' cannot be written: stop, status and restart will not find this app" \
-        "无法写入 RUN_DIR '$RUN_DIR'：stop、status、restart 将找不到本应用"
+    ) || say "⚠️  $(named RUN_DIR) cannot be written: stop, status and restart will not find this app" \
+        "⚠️  无法写入 $(named RUN_DIR)：stop、status、restart 将找不到本应用"
 }
 
 forget_record() { rm -rf "$(record_file)" "$(record_file).last" "$(pid_file)"; }
@@ -72,7 +72,7 @@ tell_of_damage() {
     has_record && [[ -O $(record_file) ]] && ! load_record || return 0
     holder=$(holders_of_port | head -n 1)
     say "⚠️  $(record_file) is damaged, so what it tells of port $PORT counts for nothing${holder:+; pid $holder listens there}" \
-        "$(record_file) 已损坏，其中关于端口 $PORT 的记录不再有效${holder:+；进程 $holder 正在监听该端口}" >&2
+        "⚠️  $(record_file) 已损坏，其中关于端口 $PORT 的记录不再有效${holder:+；进程 $holder 正在监听该端口}" >&2
 }
 
 # Sets pid, pid_born, log, started_in, remembered_arguments and remembered[SETTING]; fails if there is no record.

@@ -59,18 +59,21 @@ is_served_by() {
 
 # tell_ways LOG STOP [LOG_ZH STOP_ZH]: says where it is, and how to look into it and end it.
 tell_ways() {
-    say "✅ Ready: $(address)" "已就绪：$(address)"
-    say "   Log: $1" "日志：${3:-$1}"
-    say "   Stop: $2" "停止：${4:-$2}"
+    say "✅ Ready: $(address)" "✅ 已就绪：$(address)"
+    say "   Log: $1" "   日志：${3:-$1}"
+    say "   Stop: $2" "   停止：${4:-$2}"
 }
 
-# this_script ACTION: how this script is called for the app that it has just started.
+# this_script ACTION: how this script is called for this app, also if there are others.
 this_script() {
     printf '%s %s' "$(quoted "$0" | cut -c 2-)" "$1"
-    [[ $kind == service ]] || printf ' --docker'
-    [[ $CONTAINER_NAME == step-audio-gpu-managed || $kind == service ]] || quoted --container-name "$CONTAINER_NAME"
-    [[ $PORT == 7860 || $kind == container ]] || printf ' --port %s' "$PORT"
-    [[ $RUN_DIR == "$PROJECT_DIR/.run" || $kind == container ]] || quoted --run-dir "$RUN_DIR"
+    if [[ $kind == container ]]; then
+        printf ' --docker'
+        quoted --container-name "$CONTAINER_NAME"
+    else
+        printf ' --port %s' "$PORT"
+        [[ $RUN_DIR == "$PROJECT_DIR/.run" ]] || quoted --run-dir "$RUN_DIR"
+    fi
     [[ $PROJECT_DIR == "$here" ]] || quoted --project-dir "$PROJECT_DIR"
 }
 
@@ -132,7 +135,7 @@ launch() {
 
 # tell_plan COMMAND...
 tell_plan() {
-    say "Would run:$(quoted "$@")" "将执行上述命令"
+    say "Would run:$(quoted "$@")" "将执行：$(quoted "$@" | cut -c 2-)"
     [[ $DETACH == 0 || $kind == container ]] ||
         say "Would run in the background; log: $RUN_DIR/$PORT.log, pid: $(pid_file)" "将在后台运行；日志：$RUN_DIR/$PORT.log，进程号：$(pid_file)"
     say "Would wait for $(address)/readyz, at most $READY_TIMEOUT s" "随后等待 $(address)/readyz，最多 $READY_TIMEOUT 秒"
@@ -157,7 +160,7 @@ check_install() {
 
 # The app takes this shell's place, so that signals and the exit code are its own.
 run_here() {
-    write_record $$ ""
+    write_record "$BASHPID" ""
     unlock_records
     tell_when_ready 0.1
     exec "$@"
@@ -166,8 +169,10 @@ run_here() {
 # tell_when_ready EVERY: in the background, for as long as this process lives. Nobody's child, so that the app that takes
 # the place of this shell has none that it does not know.
 tell_when_ready() {
+    local app=$BASHPID
     (
-        (if await_ready "$1" $$; then
+        (if await_ready "$1" "$app"; then
+            rm -f "$(record_file).last"
             tell_ways "this terminal" "Ctrl-C, or $(this_script stop)" "本终端" "Ctrl-C 或 $(this_script stop)"
         fi) &
     )
@@ -175,7 +180,7 @@ tell_when_ready() {
 
 run_detached() {
     local log=$RUN_DIR/$PORT.log code=0 detach=nohup
-    mkdir -p "$RUN_DIR" || fail "RUN_DIR '$RUN_DIR' cannot be made: give a folder that can be written" "无法创建 RUN_DIR '$RUN_DIR'：请指定可写的目录"
+    mkdir -p "$RUN_DIR" || fail "$(named RUN_DIR) cannot be made: give a folder that can be written" "无法创建 $(named RUN_DIR)：请指定可写的目录"
     [[ ! -s $log ]] || mv "$log" "$log.1"
     ! command -v setsid >/dev/null || detach=setsid
     (umask 077 && : >"$log")
@@ -197,6 +202,8 @@ run_detached() {
             fail "The app ended while it started; the end of its log is above ($log)" "应用在启动时退出；日志末尾见上（$log）"
             ;;
         *)
+            [[ -z ${before:-} ]] ||
+                fail "It is not ready after $READY_TIMEOUT s (READY_TIMEOUT). Log: $log" "$READY_TIMEOUT 秒后（READY_TIMEOUT）仍未就绪。日志：$log"
             fail "It is not ready after $READY_TIMEOUT s (READY_TIMEOUT), and goes on starting. Log: $log. Stop: $(this_script stop)" \
                 "$READY_TIMEOUT 秒后（READY_TIMEOUT）仍未就绪，启动继续进行。日志：$log。停止：$(this_script stop)"
             ;;
@@ -219,6 +226,9 @@ end_it() {
     kill -TERM "$pid" 2>/dev/null || true
     local until=$((SECONDS + STOP_TIMEOUT))
     while lives; do
+        ((SECONDS < until)) || [[ $action != restart ]] ||
+            fail "Pid $pid still runs after $STOP_TIMEOUT s (STOP_TIMEOUT), so nothing else was started. Once it has ended, nothing serves on port $PORT: $(this_script restart). If it hangs: kill -9 $pid" \
+                "$STOP_TIMEOUT 秒后（STOP_TIMEOUT）进程 $pid 仍在运行，因此未启动新的应用。它退出后端口 $PORT 上将没有服务：$(this_script restart)。如已卡死：kill -9 $pid"
         ((SECONDS < until)) ||
             fail "Pid $pid still runs after $STOP_TIMEOUT s (STOP_TIMEOUT). Stop it once more to end it at once; if it hangs: kill -9 $pid" \
                 "$STOP_TIMEOUT 秒后（STOP_TIMEOUT）进程 $pid 仍在运行。再次执行 stop 可立即结束；如已卡死：kill -9 $pid"
@@ -257,17 +267,3 @@ logs_service() {
     exec tail -n 100 "${follow[@]}" "$file"
 }
 
-# What is known of the last start stays known until the next one has begun.
-restart_service() {
-    local passed
-    if ! lives; then
-        nothing_runs
-        start_service
-        return
-    fi
-    app_arguments
-    (prepare_start 0) # before what runs is ended, which has the port still
-    end_it
-    choose_gpu # by the memory that is free now
-    launch
-}

@@ -37,11 +37,21 @@ def default_signals() -> None:
 
 
 class ForkedProcess:
-    """A program, given as for ``python -c``. Its methods are those of `subprocess.Popen`; ``stdout`` is all output."""
+    """A program, given as for ``python -c``. Its methods are those of `subprocess.Popen`; ``stdout`` is all output.
+
+    ``paths`` come first in its ``sys.path``.
+    """
 
     _server: socket.socket | None = None
 
-    def __init__(self, script: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path = ROOT,
+        paths: Sequence[Path] = (),
+    ) -> None:
         if ForkedProcess._server is None:
             ForkedProcess._server = _start_server()
         self.args = [sys.executable, "-c", script, *arguments]
@@ -49,7 +59,8 @@ class ForkedProcess:
         self._news, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reading, writing = os.pipe()
         self.stdout: IO[str] = os.fdopen(reading)
-        request = json.dumps({"script": script, "argv": ["-c", *arguments], "env": dict(env)}).encode()
+        program = {"script": script, "argv": ["-c", *arguments], "env": dict(env), "cwd": str(cwd)}
+        request = json.dumps({**program, "paths": list(map(str, paths))}).encode()
         assert len(request) < _REQUEST_BYTES
         socket.send_fds(ForkedProcess._server, [request], [far_end.fileno(), writing])
         far_end.close()
@@ -124,7 +135,9 @@ def _start(request: dict, news_fd: int, output_fd: int) -> None:
         os.environ.clear()
         os.environ.update(request["env"])
         sys.argv[:] = request["argv"]
+        os.chdir(request["cwd"])
         sys.path.remove(str(Path(__file__).parent))
+        sys.path[:0] = request["paths"]
         exec(compile(request["script"], "<string>", "exec"), {"__name__": "__main__"})
         return
     os.close(output_fd)

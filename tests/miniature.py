@@ -6,12 +6,13 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from forking import ForkedProcess
 
 from residency.engines.step_audio_weights import ACOUSTIC_MODEL
 
@@ -87,10 +88,17 @@ def run(
     script: str, models: Path, voice: Path, checkout: Path = CHECKOUT, prelude: str = PRELUDE, within_s: float = 120
 ) -> str:
     """What a scenario prints; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", prelude + script, str(models), str(voice)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "STEP_AUDIO_ROOT": str(checkout)},
-        cwd=models, capture_output=True, text=True, timeout=within_s, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with tempfile.NamedTemporaryFile() as errors:
+        apart = f"import os; os.dup2(os.open({errors.name!r}, os.O_WRONLY), 2)\n"
+        process = ForkedProcess(
+            apart + prelude + script, [str(models), str(voice)], {**os.environ, "STEP_AUDIO_ROOT": str(checkout)},
+            cwd=models, paths=[ROOT, ROOT / "tests"],
+        )  # fmt: skip
+        late = threading.Timer(within_s, process.kill)
+        late.start()
+        with process.stdout:
+            said = process.stdout.read()
+        code = process.wait()
+        late.cancel()
+        assert code == 0, errors.read().decode()
+        return said

@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 from forking import ROOT, ForkedProcess, default_signals
 
 START_WITHIN_S = 180
+_LOOK_EVERY_S = 0.01
 
 # Puts in place of the built-in engine and the recognizer what says what it does and waits until the test lets it go on.
 _WITH_GATES = """
@@ -54,7 +55,7 @@ def wait_until(condition: Callable[[], bool]) -> bool:
     """Look until it is so; False after a minute and a half. For what another process does without saying so."""
     until_s = time.monotonic() + 90
     while not (so := condition()) and time.monotonic() < until_s:
-        pass
+        time.sleep(_LOOK_EVERY_S)  # looking without a pause takes the core that the other process needs
     return so
 
 

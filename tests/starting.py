@@ -76,11 +76,13 @@ class Project:
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}
+        inherited = {name: value for name, value in inherited.items() if not name.startswith(("GPU_TTS_", "LC_"))}
         # Nothing here may reach a registry, whatever this machine's pip is told.
         ours = {
             "PATH": f"{self.bin}:{hide_programs({'nvidia-smi', 'nvidia-ctk', 'docker'}, self.bin)}",
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_NO_INDEX": "1",
+            "LANG": "C.UTF-8",
             "PORT": str(free_port()),
         }
         return subprocess.Popen(
@@ -120,6 +122,43 @@ class Project:
 
     def nvidia_smi(self, script: str) -> None:
         self.program("nvidia-smi", script)
+
+
+class Service:
+    """An app that a project runs in the background, on a port of its own."""
+
+    def __init__(self, project: Project, run_dir: Path) -> None:
+        self.project, self.run_dir, self.port = project, run_dir, str(free_port())
+        self.environ = {"PORT": self.port, "RUN_DIR": str(run_dir)}
+        self.log = run_dir / f"{self.port}.log"
+
+    def call(self, *arguments: str, **environ: str) -> tuple[int, str]:
+        return self.project.run(*arguments, **(self.environ | environ))
+
+    def say(self, *arguments: str, **environ: str) -> str:
+        code, output = self.call(*arguments, **environ)
+        assert code == 0, output
+        return output
+
+    def start(self, *arguments: str, **environ: str) -> dict:
+        """Returns what the app saw."""
+        assert "Ready: http://127.0.0.1:" + self.port in self.say("--detach", "--serve", *arguments, **environ)
+        return self.seen()
+
+    def seen(self) -> dict:
+        return app_line(self.log.read_text())
+
+    @property
+    def pid(self) -> int:
+        return int((self.run_dir / f"{self.port}.pid").read_text())
+
+
+def runs(pid: int) -> bool:
+    """Whether it does; what has ended and is nobody's child any more may not have been buried yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def app_line(output: str) -> dict:

@@ -55,6 +55,11 @@ class Blocks(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error:
             raise
+        except (InvalidPathError, FileNotFoundError):
+            raise gr.Error(
+                speaker()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
+                print_exception=False,
+            ) from None
         except Exception as error:
             if (call := CALL.get()) is not None:
                 call["garbled"] = True
@@ -138,23 +143,23 @@ def _cookies(app: Any) -> list[str]:
 
 
 @contextmanager
-def listening(around: Callable[[ASGIApp], ASGIApp]) -> Iterator[None]:
+def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Server]) -> Iterator[None]:
     """In this block Gradio starts its servers as follows.
 
-    ``around`` wraps all that serves, and sees the peers of the connections themselves. ``server_name`` may be an IPv6
-    address, and ``::`` means IPv4 too. Pages of other sites get no permission to read, and no client the traceback of
-    an error.
+    They are of the class ``server``. ``around`` wraps all that serves, and sees the peers of the connections
+    themselves. ``server_name`` may be an IPv6 address, and ``::`` means IPv4 too. Pages of other sites get no
+    permission to read, and no client the traceback of an error.
     """
     servers: Any = http_server
-    start_server, server, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
+    start_server, before, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
 
     class Server(server):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
             if config.host == "::":
-                config.host = ""  # asyncio opens a socket for each kind of address, and one for :: has IPv6 only
+                config.host = ""  # a socket for each kind of address, since one for :: has IPv6 only
+            super().__init__(config, *arguments, **keywords)
             config.load()
             config.loaded_app = around(config.loaded_app)
-            super().__init__(config, *arguments, **keywords)
 
     def start(app: Any, server_name: str, server_port: int, **keywords: Any) -> tuple[str, int, str, Any]:
         _answer_no_other_sites(app)
@@ -170,7 +175,7 @@ def listening(around: Callable[[ASGIApp], ASGIApp]) -> Iterator[None]:
     try:
         yield
     finally:
-        servers.start_server, servers.Server, servers.LOCALHOST_NAME = start_server, server, name
+        servers.start_server, servers.Server, servers.LOCALHOST_NAME = start_server, before, name
 
 
 def _answer_no_other_sites(app: Any) -> None:

@@ -17,6 +17,9 @@ from .addresses import hostname, is_address, is_loopback
 _PASSED_ON = frozenset({"forwarded", "via", "x-real-ip"})
 """Beside ``X-Forwarded-...``: what proxies add to a request."""
 
+PUBLIC_HOST = "residency.public_host"
+"""In the ASGI scope: the host, and the port if it is named, of the address that ``--root-path`` gives."""
+
 
 class Guard:
     """Knows the token. Behind a tunnel (``--share``) everybody looks local: then ``trust_local`` is False."""
@@ -80,7 +83,7 @@ def from_another_site(request: HTTPConnection) -> bool:
         return site not in ("same-origin", "none")
     origin = request.headers.get("origin")
     passed_on = request.headers.get("x-forwarded-host", "").partition(",")[0].strip()
-    ours = (request.headers.get("host", ""), passed_on)
+    ours = (request.headers.get("host", ""), passed_on, request.scope.get(PUBLIC_HOST))
     return origin is not None and (_split(origin).netloc or origin) not in ours
 
 

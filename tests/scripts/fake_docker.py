@@ -64,6 +64,7 @@ class Docker:
                 return str(thing["labels"].get(label[1], ""))
             return str({
                 ".State.Status": thing.get("status"),
+                ".State.StartedAt": "2026-01-02T03:04:05.678Z",
                 ".HostConfig.RestartPolicy.Name": thing.get("restart"),
                 ".HostConfig.RestartPolicy.MaximumRetryCount": thing.get("retries", 0),
                 ".HostConfig.AutoRemove": str(thing.get("auto_remove", False)).lower(),
@@ -118,7 +119,9 @@ class Docker:
         import subprocess
 
         made["status"] = "exited"
-        if "--break" not in made["command"]:
+        if self.state.get("ends", 0):
+            self.state["ends"] -= 1
+        elif "--break" not in made["command"]:
             served = subprocess.Popen(
                 [sys.executable, "-S", __file__, "serve", *made["command"]],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -150,6 +153,14 @@ class Docker:
                 self.build(rest)
             case ["run", *rest]:
                 self.run(rest)
+            case ["ps", "--filter", label, "--format", "{{.Names}}"]:
+                label = label.removeprefix("label=")
+                for name, made in self.containers.items():
+                    if made["status"] == "running" and label in made["labels"]:
+                        print(name)
+            case ["start", name]:
+                self.bring_up(self.container(name))
+                print(name)
             case ["stop", "-t", _, name]:
                 self.take_down(self.container(name))
                 if self.container(name).get("auto_remove"):

@@ -253,16 +253,35 @@ class TestSomebodyElses:
         machine.say("stop", "--docker")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
-    @pytest.mark.parametrize("over", ["theirs", "ours"])
     @pytest.mark.parametrize("trouble", [{"failing": ["run"]}, {"no_start": True}], ids=["not made", "made"])
-    def test_a_container_that_docker_cannot_start_leaves_the_old_one_as_it_was(
-        self, machine: Machine, over: str, trouble: dict[str, Any]
+    def test_a_container_that_docker_cannot_start_leaves_it_as_it_was(
+        self, machine: Machine, trouble: dict[str, Any]
     ) -> None:
-        if over == "ours":
-            machine.start("--replace")
         machine.set(**trouble)
         code, said = machine.call("--docker", "--detach", "--replace")
         assert (code, f"docker start {NAME}" in said) == (1, True), said
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
+    @pytest.mark.parametrize(
+        "trouble", [{"failing": ["run"]}, {"no_start": True}, {"ends": 1}], ids=["not made", "not started", "ended"]
+    )
+    def test_ours_in_its_place_is_followed_by_another_one_that_is_ready_or_by_itself(
+        self, machine: Machine, trouble: dict[str, Any]
+    ) -> None:
+        machine.start("--replace", "--one")
+        machine.set(**trouble)
+        code, said = machine.call("--docker", "--detach", "--replace", "--two", PORT=str(free_port()))
+        assert (code, "is the one from before, with the settings that it had" in said) == (1, True), said
+        assert f"Ready: http://127.0.0.1:{machine.port}" in said
+        assert machine.containers.keys() == {NAME, KEPT}
+        assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}
+        assert machine.containers[NAME]["status"] == "running"
+        assert "--one" in machine.containers[NAME]["command"]
+        machine.set(failing=[], no_start=False)
+        machine.start("--replace", "--two")
+        assert machine.containers.keys() == {NAME, KEPT}
+        assert "--two" in machine.containers[NAME]["command"]
+        machine.say("stop")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
     @pytest.mark.parametrize("failing", ["rename", "update"])
@@ -366,6 +385,41 @@ def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
     assert "Ready" in machine.say("restart", "--port", machine.port)
 
 
+def test_one_of_another_name_is_found(machine: Machine) -> None:
+    machine.start("--container-name", "mine")
+    assert "Container mine: ours running" in machine.say("status", PORT="")
+    assert "Container mine: ours running" in machine.say("status"), "by its port"
+    assert "Container mine: ours running" in machine.say("status", "--docker", PORT="")
+    machine.say("stop", PORT="")
+    assert machine.containers == {}
+
+
+def test_several_are_listed_with_the_way_to_name_one(machine: Machine) -> None:
+    port = str(free_port())
+    machine.start()
+    machine.start("--container-name", "another", PORT=port)
+    for arguments in (["stop"], ["stop", "--docker"]):
+        code, said = machine.call(*arguments, PORT="")
+        assert (code, "2 apps run. Name one:" in said) == (1, True), said
+        assert f"port {machine.port}, container {NAME}, since 2026-01-02 0" in said
+        assert "stop --docker --container-name another" in said
+    machine.say("stop", "--docker", "--container-name", "another", PORT="")
+    assert machine.containers.keys() == {NAME}
+
+
+def test_a_name_that_a_sandbox_may_have_set_is_said_with_its_source(machine: Machine) -> None:
+    assert "'sandbox-7', as the variable CONTAINER_NAME says" in machine.start(CONTAINER_NAME="sandbox-7")
+    assert machine.containers.keys() == {"sandbox-7"}
+    machine.say("stop", PORT="")
+    said = machine.start(CONTAINER_NAME="sandbox-7", GPU_TTS_CONTAINER_NAME="mine")
+    assert "variable CONTAINER_NAME" not in said
+    assert machine.containers.keys() == {"mine"}
+    # In a shell that has none, or another one, it is found all the same.
+    assert "Container mine" in machine.say("status", "--docker", PORT="", CONTAINER_NAME="sandbox-8")
+    machine.say("stop", PORT="", CONTAINER_NAME="sandbox-8")
+    assert machine.containers == {}
+
+
 def test_one_that_runs_is_found_behind_the_record_of_a_process_that_has_ended(machine: Machine) -> None:
     records = machine.project.folder / ".run"
     records.mkdir()
@@ -380,6 +434,31 @@ def test_a_restart_refuses_what_it_cannot_change(machine: Machine) -> None:
     machine.start()
     assert "start --docker --replace" in machine.refuse("restart", "--docker", "--gpu-idle-timeout", "1h")
     assert "start --docker --replace" in machine.refuse("restart", "--docker", "--simulate-gpu", "48GB")
+
+
+class TestARestartThatFails:
+    def test_it_serves_again_after_a_second_start(self, machine: Machine) -> None:
+        machine.start()
+        machine.set(ends=1)
+        code, said = machine.call("restart")
+        assert (code, "started once more" in said, "serves again" in said) == (1, True, True), said
+        assert "Back to what was" not in said
+        assert machine.containers[NAME]["status"] == "running"
+
+    def test_it_is_said_that_it_is_down(self, machine: Machine) -> None:
+        machine.start()
+        machine.set(ends=2)
+        code, said = machine.call("restart")
+        assert (code, f"nothing serves on port {machine.port} now" in said) == (1, True), said
+        assert machine.containers[NAME]["status"] == "exited"
+        assert "Ready" in machine.say("restart", "--docker")
+
+    def test_one_that_docker_leaves_alone_serves_as_before(self, machine: Machine) -> None:
+        machine.start()
+        machine.set(failing=["restart"])
+        code, said = machine.call("restart")
+        assert (code, "serves as before" in said) == (1, True), said
+        assert machine.containers[NAME]["status"] == "running"
 
 
 @pytest.mark.parametrize("action", ["start", "stop", "status", "logs", "restart"])

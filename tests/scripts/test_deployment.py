@@ -75,7 +75,7 @@ def test_what_the_build_is_told_reaches_the_install() -> None:
 
 
 def test_compose_asks_for_health_where_the_app_listens() -> None:
-    assert "//${HEALTH_HOST:-${HOST:-127.0.0.1}}:" in COMPOSE["services"]["cpu"]["environment"]["HEALTH_URL"]
+    assert "//${HEALTH_HOST:-${GPU_TTS_HOST:-127.0.0.1}}:" in COMPOSE["services"]["cpu"]["environment"]["HEALTH_URL"]
 
 
 def test_what_a_hub_sends_outlives_the_container() -> None:
@@ -94,10 +94,26 @@ def test_compose_gives_as_few_rights_as_the_script_does(service: str) -> None:
     assert all(volume.endswith(":ro") for volume in read_only)
 
 
+def test_the_unit_and_compose_bound_what_the_app_may_take() -> None:
+    unit = dict(re.findall(r"^#?(\w+)=(.*)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE))
+    assert unit["SystemCallFilter"].startswith("@system-service")
+    assert unit["SystemCallErrorNumber"] == "EPERM", "an end by signal would say nothing"
+    assert {"MemoryMax", "UMask", "RestrictAddressFamilies"} <= unit.keys()
+    assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "MemoryDenyWriteExecute"} & unit.keys(), "no GPU then"
+    for service in COMPOSE["services"].values():
+        assert str(service["pids_limit"]) == unit["TasksMax"]
+        nofile = service["ulimits"]["nofile"]
+        assert f"{nofile['soft']}:{nofile['hard']}" == unit["LimitNOFILE"]
+
+
 def test_compose_takes_the_settings_of_the_script() -> None:
     text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
     known = SETTINGS | OTHERS | {"HEALTH_HOST"}
-    assert set(re.findall(r"(?<!\$)\$\{(\w+)", text)) <= known
+    named = set(re.findall(r"(?<!\$)\$\{(\w+)", text))
+    assert {name.removeprefix("GPU_TTS_") for name in named} <= known
+    assert not named & {"HOST", "CONTAINER_NAME"}, "others set these"
+    prefixed = {name for name in named if name.startswith("GPU_TTS_")}
+    assert {name.removeprefix("GPU_TTS_") for name in prefixed} >= named & SETTINGS - {"TORCH_INDEX_URL"}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +130,7 @@ def test_what_compose_runs_is_understood_by_the_app(set_: dict[str, str], tmp_pa
     expected += ["--gpu-snapshot-dir", "/snapshots"] if "GPU_SNAPSHOT_DIR" in set_ else []
     assert said.stdout.split() == expected
     for argument in COMPOSE["services"]["cpu"]["command"]:
-        default = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", argument)
+        default = re.sub(r"\$\{\w+:-(?:\$\{\w+:-)?([^}]*)\}+", r"\1", argument)
         assert not run_app(default, "--help").returncode
 
 
@@ -126,7 +142,7 @@ def test_the_unit_starts_the_script_with_its_settings() -> None:
     named = {
         name for line in re.findall(r"^Environment=(.*)", text, re.MULTILINE) for name in re.findall(r"(\w+)=", line)
     }
-    assert named - {"HOME"} <= SETTINGS
+    assert named - {"HOME"} <= {f"GPU_TTS_{name}" for name in SETTINGS}
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")

@@ -108,7 +108,7 @@ class TestGPU:
 
     def test_one_that_there_is_not(self, project: Project) -> None:
         project.nvidia_smi(GPUS)
-        assert "GPU_ID '7'; nvidia-smi lists: 0 1 2" in project.refuse(GPU_ID="7")
+        assert "GPU_ID '7' (variable GPU_ID); nvidia-smi lists: 0 1 2" in project.refuse(GPU_ID="7")
 
     def test_one_whose_memory_is_unknown(self, project: Project) -> None:
         project.nvidia_smi('echo "0, [N/A], 580.9, NVIDIA GB10"')
@@ -150,7 +150,7 @@ class TestGPU:
         assert not app_line(output)["cuda"].get("CUDA_VISIBLE_DEVICES")
         line = next(line for line in output.splitlines() if line.startswith("GPU: none"))
         assert reason in line
-        assert "GPU_ID is '0'" in project.refuse(GPU_ID="0")
+        assert "GPU_ID '0' (variable GPU_ID) cannot be used" in project.refuse(GPU_ID="0")
 
 
 class TestDriver:
@@ -338,14 +338,18 @@ def test_what_the_app_would_refuse_is_said_before_anything_is_installed(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 @pytest.mark.parametrize("setting", ["VENV_DIR", "GPU_SNAPSHOT_DIR"])
 def test_folders_that_cannot_be_written(fresh: Project, setting: str) -> None:
-    assert f"{setting} '/proc/x/y' cannot be written" in fresh.refuse("--check", **{setting: "/proc/x/y"})
+    assert f"{setting} '/proc/x/y' (variable {setting}) cannot be written" in fresh.refuse(
+        "--check", **{setting: "/proc/x/y"}
+    )
 
 
 def test_a_file_in_the_place_of_a_folder(project: Project, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     wrong = str(tmp_path / "file" / "below")
-    assert f"GPU_SNAPSHOT_DIR '{wrong}' cannot be written" in project.refuse(GPU_SNAPSHOT_DIR=wrong)
-    assert f"RUN_DIR '{wrong}' cannot be written" in project.refuse("--detach", RUN_DIR=wrong)
+    assert f"GPU_SNAPSHOT_DIR '{wrong}' (variable GPU_SNAPSHOT_DIR) cannot be written" in project.refuse(
+        GPU_SNAPSHOT_DIR=wrong
+    )
+    assert f"RUN_DIR '{wrong}' (variable RUN_DIR) cannot be written" in project.refuse("--detach", RUN_DIR=wrong)
 
 
 def test_no_environment_is_made_in_a_checkout(fresh: Project, tmp_path: Path) -> None:
