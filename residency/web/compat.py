@@ -49,6 +49,14 @@ class Blocks(gr.Blocks):
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
         try:
+            return await self._read(block_fn, inputs, *arguments, **keywords)
+        except gr.Error:
+            if (call := CALL.get()) is not None:
+                call["garbled"] = True
+            raise
+
+    async def _read(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
+        try:
             if not block_fn.fn:
                 raise ValueError("nothing on the server belongs to this event")
             client_utils.traverse(inputs, _refuse_link, client_utils.is_file_obj_with_meta)
@@ -61,25 +69,16 @@ class Blocks(gr.Blocks):
                 print_exception=False,
             ) from None
         except Exception as error:
-            if (call := CALL.get()) is not None:
-                call["garbled"] = True
-            wrong, what = _reason(error)
+            # Without the folders of this machine.
+            reason = re.sub(r"/\S*/", "", " ".join(str(error).split()))[:_REASON_CHARACTERS]
             raise gr.Error(
                 speaker()(
-                    f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{wrong}）",
+                    f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
                     f"What was sent cannot be read: reload the page and upload the recording again; "
-                    f"programs find at /gradio_api/info what to send ({what})",
+                    f"programs find at /gradio_api/info what to send ({reason})",
                 ),
                 print_exception=False,
             ) from None
-
-
-def _reason(error: Exception) -> tuple[str, str]:
-    """In Chinese and English, in one line, and without the folders of this machine."""
-    if isinstance(error, InvalidPathError):
-        return "该文件并非上传到本服务器", "the file was not uploaded to this server"
-    reason = re.sub(r"/\S*/", "", " ".join(str(error).split()))[:_REASON_CHARACTERS]
-    return reason, reason
 
 
 def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ async def _to_its_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) 
 
 
 async def _garbled(request: Request, error: Exception) -> Response:
-    path, reads = request.url.path, request.method in ("GET", "HEAD")
+    path, reads = request.scope["path"], request.method in ("GET", "HEAD")
     if reads and not path.startswith(f"{API_PREFIX}/"):
         raise error  # there is nothing in it that could be garbled
     logger.info("Refused a malformed request to %.100r: %.100r", path, error)
