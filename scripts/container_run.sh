@@ -51,6 +51,7 @@ container_command() {
     run=(docker run --name "$CONTAINER_NAME" --label "$LABEL.host=$HOST" --label "$LABEL.port=$PORT" --init --network host
         --security-opt no-new-privileges --cap-drop ALL --stop-timeout "$STOP_TIMEOUT")
     [[ $DETACH == 0 ]] || run+=(--detach --restart unless-stopped)
+    [[ $(scheme) == http ]] || run+=(--label "$LABEL.scheme=https")
     # How the container that is kept was restarted, for when it is back; handed on if this one is replaced in turn.
     if [[ $state == other* ]]; then
         policy=$(restarts_of "$CONTAINER_NAME")
@@ -107,11 +108,11 @@ give_folders_of_arguments() {
         elif ((index)); then
             flag=${arguments[index - 1]}
         fi
-        is_one_of "${flag%=}" --tmp-dir --asr-model --tts-model-id --tokenizer-model-id || continue
+        is_one_of "${flag%=}" --tmp-dir --asr-model --tts-model-id --tokenizer-model-id --ssl-certfile --ssl-keyfile || continue
         folder=$(absolute "$value")
         if [[ $flag == --tmp-dir* ]]; then
             give_folder "$folder" rw
-        elif [[ -d $folder ]]; then
+        elif [[ -d $folder || ($flag == --ssl-* && -f $folder) ]]; then
             give_folder "$folder" ro
         else
             continue # the id of a hub

@@ -7,7 +7,16 @@ address() {
     local host
     host=$(reached_at)
     [[ $host != *:* ]] || host="[$host]"
-    printf 'http://%s:%s' "$host" "$PORT"
+    printf '%s://%s:%s' "$(scheme)" "$host" "$PORT"
+}
+
+# Whether the app has TLS of its own.
+scheme() {
+    if [[ " ${arguments[*]} " == *" --ssl-certfile"[=\ ]* ]] || [[ $kind == container && $action != start && $(label scheme) == https ]]; then
+        echo https
+    else
+        echo http
+    fi
 }
 
 # An address that reaches HOST from here.
@@ -19,8 +28,17 @@ reached_at() {
     esac
 }
 
-# Whether /readyz answers 200. Bash itself asks: a Python would take longer to start than the answer to come.
+# Whether /readyz answers 200. Bash itself asks: a Python would take longer to start than the answer to come. Where there is TLS,
+# it takes one; the certificate is of a name, which is not the one that is asked here.
 is_ready() {
+    local python
+    if [[ $(scheme) == https ]]; then
+        python=$(command -v "$VENV_DIR/bin/python" python3 | head -n 1)
+        "$python" -Ic 'import ssl, sys, urllib.request as r
+r.build_opener(r.ProxyHandler({}), r.HTTPSHandler(context=ssl._create_unverified_context())).open(sys.argv[1], timeout=5)' \
+            "$(address)/readyz" 2>/dev/null
+        return
+    fi
     (
         exec 3<>"/dev/tcp/$(reached_at)/$PORT" || exit 1
         printf 'GET /readyz HTTP/1.0\r\nHost: %s:%s\r\n\r\n' "$(reached_at)" "$PORT" >&3
@@ -251,7 +269,8 @@ status_service() {
     say "Runs: pid $pid, $(address)" "正在运行：进程 $pid，$(address)"
     say "Log: ${log:-its terminal}" "日志：${log:-其终端}"
     if is_ready; then
-        (cd "$PROJECT_DIR" && "$VENV_DIR/bin/python" -m gpu_manager status --url "$(address)")
+        # What a proxy would reach there is another machine.
+        (cd "$PROJECT_DIR" && no_proxy="${no_proxy:-${NO_PROXY:-}},$(reached_at)" "$VENV_DIR/bin/python" -m gpu_manager status --url "$(address)")
     else
         say "Not ready yet, or on its way out" "尚未就绪，或正在退出"
     fi

@@ -24,8 +24,9 @@ import http.server, json, os, signal, sys, threading
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 cuda = {name: value for name, value in os.environ.items() if name.startswith("CUDA_")}
+proxies = {name: os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY")}
 secrets = {name: os.environ.get(name) for name in ("GPU_CONTROL_TOKEN", "GRADIO_AUTH")}
-facts = {"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda, "secrets": secrets}
+facts = {"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda, "secrets": secrets, "proxies": proxies}
 print("APP", json.dumps(facts), flush=True)
 
 
@@ -43,6 +44,11 @@ if "--break" in sys.argv:
 if "--serve" in sys.argv:
     port = int(sys.argv[sys.argv.index("--server-port") + 1])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer)
+    if "--ssl-certfile" in sys.argv:
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*(sys.argv[sys.argv.index(flag) + 1] for flag in ("--ssl-certfile", "--ssl-keyfile")))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 if "--serve" in sys.argv or "--until-sigterm" in sys.argv:
     for _ in range(2 if "--stubborn" in sys.argv else 1):
@@ -55,7 +61,11 @@ if "--say-greeting" in sys.argv:
 """
 
 # Instead of `python -m gpu_manager`.
-SHELL_COMMAND = 'import sys; print("ASKED", *sys.argv[1:])'
+SHELL_COMMAND = """\
+import sys, urllib.request
+print("ASKED", *sys.argv[1:])
+print("BY A PROXY", [host for host in ("127.0.0.1", "192.0.2.1") if not urllib.request.proxy_bypass(host)])
+"""
 
 
 class Project:
@@ -97,7 +107,7 @@ class Project:
 
     def run(self, *arguments: str, **environ: str) -> tuple[int, str]:
         process = self.start(*arguments, **environ)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
         return process.returncode, output
 
     def serve(self, *arguments: str, **environ: str) -> dict:
@@ -122,6 +132,20 @@ class Project:
 
     def nvidia_smi(self, script: str) -> None:
         self.program("nvidia-smi", script)
+
+
+_environments: list[Path] = []
+
+
+def ready_project(folder: Path) -> Project:
+    """One whose environment is there: made by one real first start, and copied from that one later."""
+    project = Project(folder / "a project", folder / "bin")
+    if _environments:
+        shutil.copytree(_environments[0], project.folder / ".venv", symlinks=True)
+    else:
+        project.serve()
+        _environments.append(project.folder / ".venv")
+    return project
 
 
 class Service:

@@ -12,15 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from starting import Project, Service, runs
+from starting import Project, Service, ready_project, runs
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("finding")
-    project = Project(folder / "a project", folder / "bin")
-    project.serve()
-    return project
+    return ready_project(tmp_path_factory.mktemp("finding"))
 
 
 @pytest.fixture

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 from serving import wait_until
-from starting import Project, Service, app_line, runs
+from starting import Project, Service, app_line, ready_project, runs
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("restart")
-    project = Project(folder / "a project", folder / "bin")
-    project.serve()
-    return project
+    return ready_project(tmp_path_factory.mktemp("restart"))
 
 
 @pytest.fixture

@@ -49,6 +49,25 @@ def test_from_start_to_stop(service: Service) -> None:
     assert "Nothing" in service.say("stop")
 
 
+@pytest.mark.parametrize("no_proxy", [{}, {"NO_PROXY": "a.example"}], ids=["none", "another"])
+def test_a_proxy_in_the_environment_is_never_asked_for_this_machine(service: Service, no_proxy: dict[str, str]) -> None:
+    dead = "http://127.0.0.1:9"
+    environ = {"http_proxy": dead, "HTTP_PROXY": dead, "ALL_PROXY": dead, **no_proxy}
+    assert "Ready" in service.say("--detach", "--serve", **environ)
+    assert "BY A PROXY ['192.0.2.1']" in service.say("status", **environ)
+    assert service.seen()["proxies"] == {"http_proxy": dead, "HTTP_PROXY": dead, "ALL_PROXY": dead}, "others need them"
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_an_app_with_tls_is_ready(service: Service, tmp_path: Path) -> None:
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=tts.example"
+    subprocess.run([*make.split(), "-out", cert, "-keyout", key], capture_output=True, check=True)
+    said = service.say("--detach", "--serve", "--ssl-certfile", cert, "--ssl-keyfile", key, READY_TIMEOUT="60")
+    assert f"Ready: https://127.0.0.1:{service.port}" in said
+    assert f"ASKED status --url https://127.0.0.1:{service.port}" in service.say("status")
+
+
 def test_the_address_log_and_ways_to_stop_are_said(service: Service) -> None:
     output = service.say("--detach", "--serve")
     assert f"http://127.0.0.1:{service.port}" in output

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from starting import Project, app_line, free_port
+from starting import Project, app_line, free_port, ready_project
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("variables")
-    project = Project(folder / "a project", folder / "bin")
-    project.serve()
-    return project
+    return ready_project(tmp_path_factory.mktemp("variables"))
 
 
 def value(seen: dict, flag: str) -> str:

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from starting import ROOT, SETTINGS, Project, free_port
+from starting import ROOT, SETTINGS, Project, free_port, ready_project
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 ENVIRONMENT = ROOT / "scripts" / "environment.sh"
@@ -18,10 +18,7 @@ ENVIRONMENT = ROOT / "scripts" / "environment.sh"
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("words")
-    project = Project(folder / "project", folder / "bin")
-    project.serve()
-    return project
+    return ready_project(tmp_path_factory.mktemp("words"))
 
 
 @pytest.mark.parametrize(
