@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from . import bounds, control, endpoints, locale
+from .bodies import small_bodies_first
 from .compat import (
     Blocks,
     answer_no_other_sites,
@@ -130,7 +131,13 @@ class Page:
         bounds.bound_names()
         bounds.bound_uploads()
         lines = Lines(self._may_stay, affordable() // 2)  # the rest is for requests that end
-        middleware = [lines.around, self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
+        middleware = [
+            small_bodies_first,
+            lines.around,
+            self.traffic.around,
+            locale.around,
+            *([control.beside(api)] if api else []),
+        ]
         _, _, public_link = self.blocks.launch(
             server_name=host,
             server_port=port,
