@@ -14,6 +14,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from . import address, bounds, control, endpoints, locale, routes
+from .bodies import small_bodies_first
 from .compat import (
     Blocks,
     keep_uploads_in,
@@ -155,6 +156,7 @@ class Page:
         lines = Lines(self._may_stay, affordable() // 2)  # the rest is for requests that end
         middleware = [
             beneath(root_path),
+            small_bodies_first,
             lines.around,
             self.traffic.around,
             *([logins.around] if auth else []),

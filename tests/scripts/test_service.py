@@ -34,6 +34,20 @@ def service(shared: Project, tmp_path: Path) -> Iterator[Service]:
         os.kill(service.pid, signal.SIGKILL)
 
 
+def test_links_that_others_have_put_into_the_run_dir_are_not_written_through(service: Service, tmp_path: Path) -> None:
+    service.run_dir.mkdir()
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    for kind in ("log", "pid", "run", "run.new", "try"):
+        (service.run_dir / f"{service.port}.{kind}").symlink_to(target)
+    service.start()
+    assert target.read_text() == "precious"
+    assert not service.log.is_symlink()
+    assert service.pid
+    service.say("stop")
+    assert target.read_text() == "precious"
+
+
 def test_from_start_to_stop(service: Service) -> None:
     seen = service.start()
     assert service.pid == seen["pid"], "the file has the app's own pid, for whoever wants to send it a signal"
