@@ -98,6 +98,7 @@ def test_tasks_and_fields_are_explained_in_the_language_of_the_page(
 ) -> None:
     page = new_page(locale=locale)
     page.goto(app.url)
+    page.wait_for_function("window.keepsInputs")  # by then tasks have their names
     for word in words:
         sync_api.expect(page.locator("body")).to_contain_text(word)
     for field in ("prompt-text", "target-text"):
