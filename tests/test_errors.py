@@ -40,6 +40,7 @@ EXAMPLES = [
     errors.InvalidInput("give text", "请输入文本", "prompt_text"),
     errors.NotAllowed(),
     errors.EngineUnavailable("clone it", "请下载"),
+    errors.ExtraMissing("app", "gradio"),
 ]
 
 

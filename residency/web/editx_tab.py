@@ -174,7 +174,6 @@ class EditxTab:
         try:
             readable = self.speech.incoming.readable(path)
         except Exception as error:
-            self.recordings.remove(session(), path)
             return None, Message.of(error, speaker())
         self.recordings.own(session(), readable)
         return gr.skip() if readable == path else readable, ""
