@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,11 +21,12 @@ from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .guard import Guard
 from .history import Histories, Overtaken, State, Step, as_messages, new_state
+from .incoming import Limits
 from .intent import Intent
 from .labels import label
 from .language import translated
 from .recordings import Recordings
-from .speech import Limits, Speech, explain
+from .speech import Speech, explain
 from .visits import Visits
 from .waiting import Waiting
 
@@ -47,7 +49,9 @@ PARALINGUISTIC_HELP = (
 )
 # Not over what somebody has written meanwhile, and not about a recording that was taken away.
 _FILL_IN = """(heard, text, audio) =>
-  (text && text.trim()) || !audio || audio.path !== heard.recording ? text : heard.text"""
+  (text && text.trim()) || !audio || !heard.recordings.includes(audio.path) ? text : heard.text"""
+
+_UPLOAD_ANYTHING = (Path(__file__).parent / "upload.js").read_text(encoding="utf-8")
 
 
 class EditxTab:
@@ -129,8 +133,9 @@ class EditxTab:
                     "CLONE needs the task clone: choose it, or press EDIT",
                     "CLONE 需要任务 clone：请选择它，或点击 EDIT",
                 )
-            result = self.speech.clone(prompt_audio, prompt_text, target_text)
-            entry = Step("clone", None, prompt_text, target_text, prompt_audio, result)
+            recording = self.speech.incoming.readable(prompt_audio)
+            result = self.speech.clone(recording, prompt_text, target_text)
+            entry = Step("clone", None, prompt_text, target_text, recording, result)
             self._histories.begin(state, history, entry)
 
         return self._answer(clone, state)
@@ -159,10 +164,28 @@ class EditxTab:
                     "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
                     "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
                 )
-            result, says = self.speech.edit(source, said, edit_type, edit_info, target_text)
-            self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, source, result))
+            recording = self.speech.incoming.readable(source)
+            result, says = self.speech.edit(recording, said, edit_type, edit_info, target_text)
+            self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, recording, result))
 
         return self._answer(edit, state)
+
+    def receive(self, path: str | None) -> tuple[Any, Any]:
+        """A recording came, or was taken away (None). Returns one that browsers play, and an error message.
+
+        What cannot be read is taken away, so that the message about it stays until another recording comes.
+        """
+        if not path:
+            return gr.skip(), gr.skip()
+        # Of everything that is uploaded or recorded, whether or not it is used.
+        self.recordings.own(session(), path)
+        try:
+            readable = self.speech.incoming.readable(path)
+        except Exception as error:
+            self.recordings.remove(session(), path)
+            return None, _warned(error)
+        self.recordings.own(session(), readable)
+        return gr.skip() if readable == path else readable, ""
 
     def transcribe(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[str, str]:
         """A recording came. Returns what is said in it, or nothing if there is a text already, and an error message."""
@@ -175,8 +198,12 @@ class EditxTab:
             return "", _warned(error)
 
     def _hear(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[dict[str, Any], str]:
-        text, message = self.transcribe(prompt_audio, prompt_text)
-        return {"recording": prompt_audio, "text": text}, message
+        try:
+            readable = self.speech.incoming.readable(prompt_audio)
+        except InvalidInput:
+            return {"recordings": [], "text": ""}, ""  # `receive` says it
+        text, message = self.transcribe(readable, prompt_text)
+        return {"recordings": [prompt_audio, readable], "text": text}, message
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
@@ -223,6 +250,7 @@ class EditxTab:
                         elem_id="prompt-audio",
                         **supported(gr.Audio, buttons=["download"]),
                     )
+                    self.recording_message = gr.HTML(elem_id="recording-message")
                     self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
                         label=label("目标文本", "Target Text"), max_lines=200, elem_id="target-text"
@@ -284,19 +312,24 @@ class EditxTab:
         # The chat has a bin of its own.
         for clear in (self.clean_history_submit.click, self.chat_box.clear):
             clear(self.clear_history, [state], outputs, **PRIVATE)
-        # Of everything that is uploaded or recorded, whether or not it is used.
+        gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
         self.prompt_audio_input.change(
-            lambda path: self.recordings.own(session(), path), self.prompt_audio_input, queue=False, **PRIVATE
+            self.receive,
+            self.prompt_audio_input,
+            [self.prompt_audio_input, self.recording_message],
+            concurrency_limit=8,
+            **PRIVATE,
         )
         self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, queue=False, **PRIVATE)
         if self.speech.transcribes:
-            hearing = self.prompt_audio_input.change(
+            hearing = gr.on(
+                [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording],
                 self._hear,
                 [self.prompt_audio_input, self.prompt_text_input],
                 [self.heard, self.message],
                 **self._hearing_event,
                 trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
-                **supported(self.prompt_audio_input.change, show_progress_on=self.prompt_text_input),
+                **supported(gr.on, show_progress_on=self.prompt_text_input),
                 **PRIVATE,
             )
             # In the browser, when the answer is there.

@@ -30,22 +30,24 @@ def register_speech(
     In a block of ``told`` the caller hears what happens to the model. Files go with the session of ``gradio_client``.
     """
 
-    def answer(recording: str, work: Callable[[], str]) -> str:
+    def answer(recording: str, work: Callable[[str], str]) -> str:
         recordings.own(session(), recording)
+        readable = _or_error(lambda: speech.incoming.readable(recording))
+        recordings.own(session(), readable)
         with told():
-            result = _or_error(work)
+            result = _or_error(lambda: work(readable))
         recordings.own(session(), result)
         return result
 
     def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
         """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
-        return answer(prompt_audio, lambda: speech.clone(prompt_audio, prompt_text, target_text))
+        return answer(prompt_audio, lambda audio: speech.clone(audio, prompt_text, target_text))
 
     def edit(
         input_audio: str, audio_text: str, edit_type: str, edit_info: str | None = None, text: str | None = None
     ) -> str:
         """Change input_audio, in which audio_text is said. Only paralinguistic uses text."""
-        return answer(input_audio, lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
+        return answer(input_audio, lambda audio: speech.edit(audio, audio_text, edit_type, edit_info or None, text)[0])
 
     with gr.Row(visible=False):
         _expose(clone, [_recording(), gr.Textbox(), gr.Textbox()], gr.Audio(), **engine_event)

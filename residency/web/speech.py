@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from ..contracts import Engine
 from ..diagnosis import message_of
 from ..errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError
 from ..sentences import Sentence
-
-_MOST_SAMPLES_PER_S = 2 * 48_000
-"""Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
+from .incoming import Incoming, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +34,6 @@ class ShuttingDown(ResidencyError):
             "The app is shutting down and takes no new requests; try again once it is back.",
             "应用正在关闭，不再接受新请求；请在其恢复后重试。",
         )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of what is given: seconds of a recording, characters of a text."""
-
-    audio_s: float = 600.0
-    text: int = 5000
 
 
 class Speech:
@@ -64,6 +53,7 @@ class Speech:
         self.edit_types = edit_types
         self.folder = Path(folder)
         self.limits = limits or Limits()
+        self.incoming = Incoming(self.folder, self.limits)
         self._changed = threading.Condition()
         self._closed = False
         self._running = 0
@@ -88,7 +78,7 @@ class Speech:
 
     def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
         """Say ``target_text`` in the voice of the recording. `InvalidInput`, or what the engine raises."""
-        audio = _given_audio(prompt_audio, self.limits)
+        audio = self.incoming.readable(prompt_audio)
         prompt = _given_text(
             prompt_text,
             self.limits,
@@ -113,7 +103,7 @@ class Speech:
         text: str | None,
     ) -> tuple[str, str]:
         """Change a recording; return the file and the text it now says. `InvalidInput`, or what the engine raises."""
-        audio = _given_audio(input_audio, self.limits)
+        audio = self.incoming.readable(input_audio)
         task, info = self._task(edit_type, edit_info)
         said = _short_enough((audio_text or "").strip(), self.limits)
         # Only paralinguistic changes what is said: its target text is the old one with tags such as [Laughter].
@@ -130,7 +120,7 @@ class Speech:
 
     def transcribe(self, recording: str | None) -> str:
         """What is said in a recording. `InvalidInput`, or what the recognizer raises."""
-        audio = _given_audio(recording, self.limits)
+        audio = self.incoming.readable(recording)
         if self._recognize is None:
             raise InvalidInput(
                 "Recordings are not transcribed: start the app with --enable-auto-transcribe",
@@ -208,30 +198,6 @@ def explain(error: Exception) -> Sentence:
     return Sentence(
         f"The engine failed: {reason}. Nothing was lost; try again.", f"引擎出错：{reason}。历史未丢失，请重试。"
     )
-
-
-def _given_audio(path: str | None, limits: Limits) -> str:
-    if not path:
-        raise InvalidInput("Input Audio is missing: upload or record something first", "缺少输入音频：请先上传或录制")
-    if not os.path.isfile(path):
-        raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")
-    try:
-        header = soundfile.info(path)
-    except soundfile.LibsndfileError:
-        return path  # the engine may know more formats than we do, or else says what is wrong
-    if header.samplerate and header.frames / header.samplerate > limits.audio_s:
-        raise InvalidInput(
-            f"The recording is longer than {limits.audio_s:g} s: cut it, or start the app with a larger --max-audio",
-            f"录音超过 {limits.audio_s:g} 秒：请裁剪，或启动时调大 --max-audio",
-        )
-    if header.frames * header.channels > limits.audio_s * _MOST_SAMPLES_PER_S:
-        raise InvalidInput(
-            f"The recording holds more samples than {limits.audio_s:g} s in stereo at 48 kHz: convert it to mono at "
-            f"48 kHz, cut it, or start the app with a larger --max-audio",
-            f"录音的采样数超过 {limits.audio_s:g} 秒 48 kHz 立体声：请转换为 48 kHz 单声道、裁剪，"
-            f"或启动时调大 --max-audio",
-        )
-    return path
 
 
 def _given_text(text: str | None, limits: Limits, en: str, zh: str) -> str:
