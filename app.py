@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residency.errors import InvalidInput, ResidencyError
+from residency.extras import needing
 from residency.settings import Settings, parse
 from residency.signals import Signals
 
@@ -126,13 +127,15 @@ def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
     if settings.engine == "builtin":
 
         def builtin(torch_device: str) -> Engine:
-            from residency.engines.builtin import BuiltinEngine
+            with needing("builtin"):
+                from residency.engines.builtin import BuiltinEngine
 
-            return BuiltinEngine(device=torch_device)
+                return BuiltinEngine(device=torch_device)
 
         return builtin
 
-    from residency.engines import step_audio
+    with needing("step-audio"):
+        from residency.engines import step_audio
 
     where: dict[str, Any] = {
         "root": settings.step_audio_root,
@@ -155,7 +158,8 @@ def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
 def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
     if settings.engine != "builtin":
         return None
-    from residency.engines.builtin import supported_edit_types
+    with needing("builtin"):
+        from residency.engines.builtin import supported_edit_types
 
     return supported_edit_types()
 
@@ -207,7 +211,8 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
             from residency.engines.step_audio import build_recognizer
 
             return build_recognizer(settings.step_audio_root)
-        from residency.engines.asr import DEFAULT_MODEL, Recognizer
+        with needing("asr"):
+            from residency.engines.asr import DEFAULT_MODEL, Recognizer
 
         return Recognizer.load(
             settings.asr_model or DEFAULT_MODEL, manager.device.torch_device if manager else _torch_device()

@@ -502,6 +502,23 @@ class NotAllowed(ResidencyError, PermissionError):
         )
 
 
+class ExtraMissing(ResidencyError, ImportError):
+    """A part of this package needs a module that an extra of it brings, and that is not installed."""
+
+    def __init__(self, extra: str, module: str) -> None:
+        command = f"pip install 'gpu-managed-tts[{extra}]'"
+        super().__init__(
+            f"The Python module {module!r} is missing, which comes with the extra {extra!r}: {command}, or pip install "
+            f"'.[{extra}]' in this project's folder",
+            f"缺少 Python 模块 {module!r}，它由附加依赖 {extra!r} 提供：请执行 {command}，"
+            f"或在本项目目录中执行 pip install '.[{extra}]'",
+            extra,
+            module,
+        )
+        self.extra = extra
+        self.module = module
+
+
 class EngineUnavailable(ResidencyError):
     """The speech engine that was asked for is not installed or not where it should be."""
 

@@ -37,6 +37,7 @@ EXAMPLES = [
     errors.InvalidInput("give text", "请输入文本"),
     errors.NotAllowed(),
     errors.EngineUnavailable("clone it", "请下载"),
+    errors.ExtraMissing("app", "gradio"),
 ]
 
 
