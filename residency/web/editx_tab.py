@@ -182,7 +182,6 @@ class EditxTab:
         try:
             readable = self.speech.incoming.readable(path)
         except Exception as error:
-            self.recordings.remove(session(), path)
             return None, _warned(error)
         self.recordings.own(session(), readable)
         return gr.skip() if readable == path else readable, ""

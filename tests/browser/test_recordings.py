@@ -38,8 +38,13 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
 @pytest.fixture
 def page(app: RunningApp, new_page: Callable[..., Page]) -> Page:
     app.forget_log()
-    page = new_page()
+    return opened(new_page(), app)
+
+
+def opened(page: Page, app: RunningApp) -> Page:
+    """The page of the app, once its scripts have run: the panel's comes after that of uploads."""
     page.goto(app.url)
+    sync_api.expect(page.locator("#gpu-status [data-model=tts]")).to_be_visible()
     return page
 
 
@@ -89,8 +94,7 @@ class TestPage:
     def test_a_long_one_and_what_is_no_sound_are_refused_in_the_language_of_the_page(
         self, app: RunningApp, new_page: Callable[..., Page], tmp_path: Path, locale: str
     ) -> None:
-        page = new_page(locale=locale)
-        page.goto(app.url)
+        page = opened(new_page(locale=locale), app)
         page.locator(GIVEN).set_input_files(str(phones.record(tmp_path / "old.3gp", seconds=LIMIT_S + 1)))
         long, unreadable = ("超过 5 秒", "无法读取") if locale == "zh-CN" else ("longer than 5 s", "cannot be read")
         sync_api.expect(message(page)).to_contain_text(long)
