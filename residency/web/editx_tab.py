@@ -14,7 +14,7 @@ import gradio as gr
 
 from ..contracts import Engine
 from ..errors import InvalidInput
-from . import words
+from . import microphone, words
 from .compat import PRIVATE, engine_event, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
@@ -223,6 +223,7 @@ class EditxTab:
                         elem_id="prompt-audio",
                         **supported(gr.Audio, buttons=["download"]),
                     )
+                    microphone.draw_hint()
                     self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
                         label=label("目标文本", "Target Text"), max_lines=200, elem_id="target-text"
