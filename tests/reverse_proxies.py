@@ -48,9 +48,10 @@ def find(program: str) -> str:
 def make_certificate(folder: Path, *names: str) -> tuple[str, str]:
     """Make a certificate that no browser knows, and its key; return the paths of the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = trustme.CA().issue_cert(*names)
+    authority = trustme.CA()
+    made = authority.issue_cert(*names)
     certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
-    certificate.write_bytes(b"".join(each.bytes() for each in made.cert_chain_pems))
+    certificate.write_bytes(b"".join(each.bytes() for each in [*made.cert_chain_pems, authority.cert_pem]))
     key.write_bytes(made.private_key_pem.bytes())
     return str(certificate), str(key)
 
