@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from reverse_proxies import make_certificate
 
 from residency.engines.step_audio_weights import ACOUSTIC_MODEL
 from residency.settings import parse, size_bytes
@@ -187,3 +189,63 @@ def test_a_token_that_nobody_could_send_is_refused_and_not_shown(
 
 def test_a_token_from_a_file_may_end_in_a_new_line() -> None:
     assert parse([], {"GPU_CONTROL_TOKEN": "secret\n"}).control_token == "secret"
+
+
+@pytest.mark.parametrize(
+    ("given", "root_path"),
+    [("/tts", "/tts"), ("/tts/", "/tts"), ("/gpu/tts", "/gpu/tts"), ("/", ""), ("", ""),
+     ("https://tts.example:8443/a/b/", "https://tts.example:8443/a/b"), ("http://[::1]:80", "http://[::1]:80")],
+)  # fmt: skip
+def test_a_root_path_is_a_path_or_a_whole_address(given: str, root_path: str) -> None:
+    assert parse(["--root-path", given], {}).root_path == root_path
+    assert parse([], {"GPU_TTS_ROOT_PATH": given, "GRADIO_ROOT_PATH": ""}).root_path == root_path
+
+
+def test_gradios_own_variable_is_a_default_of_a_default() -> None:
+    environ = {"GRADIO_ROOT_PATH": "/old"}
+    assert parse([], environ).root_path == "/old"
+    assert parse([], {**environ, "GPU_TTS_ROOT_PATH": "/new"}).root_path == "/new"
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("tts", "write /tts"), ("/a//b", "write /tts"), ("/a/../b", "write /tts"), ("/a?b", "write /tts"),
+     ("ftp://a/b", "write /tts"), ("https:///a", "write /tts"), ("/<b>", "write /tts"), ("/gpu/", "choose another")],
+)  # fmt: skip
+def test_what_is_no_root_path_is_refused(given: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--root-path", given], {})
+    said = capsys.readouterr().err
+    assert hint in said
+    assert "请" in said
+
+
+def test_a_certificate_and_its_key_are_looked_at_before_anything_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certificate, key = make_certificate(tmp_path / "one", "localhost")
+    _, another = make_certificate(tmp_path / "two", "localhost")
+    flags = ["--ssl-certfile", certificate, "--ssl-keyfile", key]
+    settings = parse(flags, {})
+    assert (settings.ssl_certfile, settings.ssl_keyfile) == (certificate, key)
+
+    (garbage := tmp_path / "garbage").write_text("no PEM")
+    locked = tmp_path / "locked"
+    encrypted = serialization.BestAvailableEncryption(b"password")
+    made = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    locked.write_bytes(made.private_bytes(*form, encrypted))
+    for wrong, hint in [
+        (flags[:2], "go together"),
+        (flags[2:], "go together"),
+        ([*flags[:3], str(tmp_path / "missing")], "No such file"),
+        ([*flags[:3], str(tmp_path)], "Is a directory"),
+        ([*flags[:3], another], "does not belong to"),
+        ([*flags[:3], str(garbage)], "PEM format"),
+        ([*flags[:3], str(locked)], "is encrypted"),
+    ]:
+        with pytest.raises(SystemExit):
+            parse(wrong, {})
+        said = capsys.readouterr().err
+        assert hint in said
+        assert "请" in said

@@ -16,7 +16,7 @@ import gradio as gr
 from ..cancellation import cancelled_by, checkpoint
 from ..contracts import Engine
 from ..errors import InvalidInput
-from . import guidance, samples, task_names, words
+from . import guidance, microphone, samples, task_names, words
 from .compat import PRIVATE, engine_event, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
@@ -273,6 +273,7 @@ class EditxTab:
                             (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
                             for name, sample in samples.VOICES.items()
                         ]
+                    microphone.draw_hint()
                     self._about_recording = self.places.draw("recording")
                     self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
