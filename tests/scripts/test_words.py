@@ -78,7 +78,7 @@ def test_the_help_tells_every_setting_with_its_variable(project: Project, lang: 
 SILENT = 'echo Collecting; head -c 9000000 /dev/zero >"$TMPDIR/fetched"; printf half; sleep 1; echo " line" >&2; exit 7'
 
 
-def watched(tmp_path: Path, seconds: str, **streams: int) -> subprocess.Popen[bytes]:
+def watched(tmp_path: Path, seconds: str, stdout: int) -> subprocess.Popen[bytes]:
     quick = tmp_path / "environment.sh"
     text = re.sub(r"(TELL_EVERY_S|REWRITE_EVERY_S)=\d+", rf"\1={seconds}", ENVIRONMENT.read_text())
     quick.write_text(text)
@@ -86,7 +86,7 @@ def watched(tmp_path: Path, seconds: str, **streams: int) -> subprocess.Popen[by
     (tmp_path / "tmp").mkdir()
     return subprocess.Popen(
         ["bash", "-c", 'source "$1"; watched torch "$2" bash -c "$3"', "-", quick, tmp_path / "venv", SILENT],
-        env=os.environ | {"LC_ALL": "C", "TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.STDOUT, **streams,
+        env=os.environ | {"LC_ALL": "C", "TMPDIR": str(tmp_path / "tmp")}, stdout=stdout, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
