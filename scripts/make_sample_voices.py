@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Makes the sample voices of the page with the built-in engine: ``python scripts/make_sample_voices.py``.
 
 Writes one FLAC file (mono, 16 bits, 24 kHz) for each entry of `residency.web.samples.VOICES`. The same versions of the
