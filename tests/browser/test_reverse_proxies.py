@@ -118,7 +118,7 @@ def test_a_proxy_that_hides_the_address_is_named_with_what_to_set(
 def test_a_site_under_which_the_app_does_not_know_itself(new_page: Callable[..., Page], tmp_path: Path) -> None:
     (tmp_path / "gates").mkdir()
     with (
-        ForkedApp(tmp_path / "tmp", *ARGUMENTS, gates=tmp_path / "gates") as app,
+        ForkedApp(tmp_path / "tmp", *ARGUMENTS, "--allowed-host", NAME, gates=tmp_path / "gates") as app,
         nginx(app.port, tmp_path / "nginx", removes_prefix=True) as site,
     ):
         page = new_page(ignore_https_errors=True)
