@@ -28,7 +28,6 @@ from residency.errors import InvalidInput, ResidencyError
 from residency.extras import needing
 from residency.settings import Settings, parse
 from residency.signals import Signals
-from residency.web.connections import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -69,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    raise_descriptor_limit()
     try:
         with Signals() as signals, _recordings_folder(settings.tmp_dir, signals) as folder:
             _serve(dataclasses.replace(settings, tmp_dir=folder), signals)
@@ -82,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, signals: Signals) -> None:
+    from residency.web.connections import raise_descriptor_limit
     from residency.web.port import check_port
     from residency.web.proxies import reach_directly
 
+    raise_descriptor_limit()
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
     build = _engine_builder(settings)
