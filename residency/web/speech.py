@@ -101,7 +101,8 @@ class Speech:
             )
         with self._engine_at_work() as engine:
             if check := getattr(engine, "check_text", None):
-                check(target)
+                with about("target_text"):
+                    check(target)
             return self._write("clone", engine.clone(audio, prompt, target))
 
     def edit(

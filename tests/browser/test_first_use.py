@@ -126,7 +126,7 @@ def test_a_sentence_in_another_language_is_refused_before_the_engine_is_loaded(
     sync_api.expect(text(page, "prompt-text")).to_have_value(VOICES["high"].says)
     text(page, "target-text").fill("你好，世界")
     page.get_by_role("button", name="CLONE", exact=True).click()
-    message = page.locator("#message [role=alert]")
+    message = page.locator("#about-target-text [role=alert]")
     sync_api.expect(message).to_contain_text(said)
     assert app.model()["state"] in ("released", "moving"), "the page warms the engine for who writes"
     assert app.model()["waiting"] == 0
