@@ -119,13 +119,13 @@ def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def opened(storages: Collection[torch.UntypedStorage]) -> Iterator[None]:
-    """Open closed storages for a moment, to fill them through tensors; the storage objects stay closed."""
-    addresses = [storage._cdata for storage in storages]
-    _barrier().open(addresses)
+    """Open closed storages for a moment, to fill them."""
+    reopen(storages)
     try:
         yield
     finally:
-        _barrier().close(addresses)
+        _barrier().close([storage._cdata for storage in storages])
+        close(storages)
 
 
 def recall(storage: torch.UntypedStorage) -> bool:
