@@ -7,11 +7,13 @@ so that ``--help`` and a wrong flag answer at once.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import logging
 import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -20,8 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from residency.errors import InvalidInput, ResidencyError
+from residency.extras import needing
 from residency.settings import Settings, parse
 from residency.signals import Signals
 
@@ -76,20 +80,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, signals: Signals) -> None:
+    from residency.web.connections import raise_descriptor_limit
     from residency.web.port import check_port
     from residency.web.proxies import reach_directly
 
+    raise_descriptor_limit()
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
     build = _engine_builder(settings)
+    from residency.web.addresses import link
     from residency.web.control import build as build_api
     from residency.web.editx_tab import EditxTab
     from residency.web.guard import Guard
+    from residency.web.hosts import Hosts
     from residency.web.page import Page
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
-    guard = Guard(settings.control_token, trust_local=not settings.share)
+    # Behind a tunnel, or a proxy that does not tell its address, people from anywhere look local.
+    passed_on = settings.share or "://" in settings.root_path
+    guard = Guard(settings.control_token, trust_local=not passed_on)
     tab = EditxTab(
         settings,
         tts_engine=engine,
@@ -105,14 +115,23 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
+            hosts=Hosts(
+                (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or ""),
+                guard.knows_token,
+            ),
+            root_path=settings.root_path,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
             api=build_api(
                 manager, guard, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
             )
             if manager and tab.panel
             else None,
         )
-        host = "localhost" if settings.server_name == "0.0.0.0" else settings.server_name
-        logger.info("Serving on http://%s:%s / 服务已启动", host, settings.server_port)
+        scheme = "https" if settings.ssl_certfile else "http"
+        logger.info("Serving on %s / 服务已启动", link(settings.server_name, settings.server_port, scheme))
+        if settings.root_path:
+            logger.info("Behind a reverse proxy / 反向代理下的地址：%s", settings.root_path)
         if settings.share:
             logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()
@@ -126,13 +145,15 @@ def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
     if settings.engine == "builtin":
 
         def builtin(torch_device: str) -> Engine:
-            from residency.engines.builtin import BuiltinEngine
+            with needing("builtin"):
+                from residency.engines.builtin import BuiltinEngine
 
-            return BuiltinEngine(device=torch_device)
+                return BuiltinEngine(device=torch_device)
 
         return builtin
 
-    from residency.engines import step_audio
+    with needing("step-audio"):
+        from residency.engines import step_audio
 
     where: dict[str, Any] = {
         "root": settings.step_audio_root,
@@ -155,9 +176,19 @@ def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
 def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
     if settings.engine != "builtin":
         return None
-    from residency.engines.builtin import supported_edit_types
+    with needing("builtin"):
+        from residency.engines.builtin import supported_edit_types
 
     return supported_edit_types()
+
+
+def _check_text(settings: Settings) -> Callable[[str], object] | None:
+    """Refuses texts that the engine cannot say, without the engine."""
+    if settings.engine != "builtin":
+        return None
+    from residency.engines.text import speakable
+
+    return speakable
 
 
 def _torch_device() -> str:
@@ -194,6 +225,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
         manager=manager,
         load=lambda: build(manager.device.torch_device),
         name="tts",
+        check_text=_check_text(settings),
     )
 
 
@@ -207,7 +239,8 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
             from residency.engines.step_audio import build_recognizer
 
             return build_recognizer(settings.step_audio_root)
-        from residency.engines.asr import DEFAULT_MODEL, Recognizer
+        with needing("asr"):
+            from residency.engines.asr import DEFAULT_MODEL, Recognizer
 
         return Recognizer.load(
             settings.asr_model or DEFAULT_MODEL, manager.device.torch_device if manager else _torch_device()
@@ -230,9 +263,11 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
     """
     with ExitStack() as stack:
         try:
-            if parent == Settings.tmp_dir and os.path.exists(parent) and not os.access(parent, os.W_OK):
+            if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
                 parent += f"-{os.getuid()}"  # the default is another user's here
-            os.makedirs(parent, exist_ok=True)
+                if os.path.lexists(parent) and not _is_safe(parent):
+                    raise PermissionError(errno.EPERM, "another user made it", parent)
+            os.makedirs(parent, mode=0o700, exist_ok=True)
             for mark in Path(parent).glob(f"editx-*/{_MARK}"):
                 with suppress(OSError), _locked(mark.parent):
                     shutil.rmtree(mark.parent)
@@ -254,11 +289,21 @@ def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_safe(folder: str) -> bool:
+    """Whether it is a folder, and no link to one, in which we may write and strangers cannot exchange what is ours."""
+    found = os.lstat(folder)
+    exchangeable = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+    ours = found.st_uid in (os.geteuid(), 0) and not exchangeable
+    return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
+
+
 @contextmanager
 def _locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder's lock; OSError if another process does."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Hold the lock of a folder of ours; OSError if another process does, or it is somebody else's, or a link."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        if os.fstat(handle).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "Not a folder of this user", str(folder))
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

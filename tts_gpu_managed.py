@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
 from residency.diagnosis import all_of, is_out_of_device_memory
+from residency.engines.text import speakable
 from residency.handout import HandOut, is_bound, is_stream
 from residency.parts import Part, Path, asked_by_tools, follow, not_settable, unwrapped
 from residency.residents.discovery import discover
@@ -38,7 +39,7 @@ __all__ = ["GPUManagedTTS", "Part", "ask"]
 
 T = TypeVar("T")
 
-_OWN = ("manager", "name")
+_OWN = ("manager", "name", "_check_text")
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class GPUManagedTTS:
         manager: GPUResourceManager | None = None,
         load: Callable[[], Engine] | None = None,
         name: str | None = None,
+        check_text: Callable[[str], object] | None = None,
     ) -> None:
         """StepAudioTTS's arguments, then ours.
 
@@ -92,6 +94,8 @@ class GPUManagedTTS:
             manager: None for the process's own, `get_gpu_manager`.
             load: builds another engine instead of those two.
             name: the model's name in status; ``tts`` (or ``tts-2`` and so on, where that is taken) by default.
+            check_text: raises `InvalidInput` for a target text that the engine cannot say, without the engine. The
+                built-in engine brings its own.
         """
         self.manager = manager or get_gpu_manager()
         given = {
@@ -104,6 +108,9 @@ class GPUManagedTTS:
         arguments = {name: value for name, value in given.items() if value is not Default.ENGINES_OWN}
         # A tokenizer that is ready is the caller's, and must outlive a release of the engine.
         keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
+        if check_text is None and load is None and not model_path:
+            check_text = speakable
+        self._check_text = check_text
         load = load or self._loader(model_path, audio_tokenizer, arguments)
         self.name = self._register(
             name,
@@ -114,8 +121,17 @@ class GPUManagedTTS:
             keep=keep,
         )
 
+    def check_text(self, target_text: str) -> None:
+        """`InvalidInput` for a text that the engine cannot say, as far as can be told without it. Loads nothing."""
+        if self._check_text is not None:
+            self._check_text(target_text)
+
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
-        """Say ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz."""
+        """Say ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz.
+
+        `InvalidInput`, before the engine is loaded, if `check_text` refuses the text.
+        """
+        self.check_text(target_text)
         answer: tuple[torch.Tensor, int] = self._speak(
             lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text)
         )

@@ -196,7 +196,7 @@ class Admission:
                 self._refuse_locked(request, RequestCancelled(slot.name))
             task = slot.task
             if request.error is None:
-                slot.history.served(request.asked_s, request.served_s, now_s, failed=error is not None)
+                slot.history.served(request.asked_s, request.served_s, now_s, error)
             else:
                 slot.history.refused(request.error)
         leaves = task is not None and not task.arrives and request.error is None

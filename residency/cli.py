@@ -39,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnknownModel as error:
         return _failed(str(error))
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return _failed(
-            f"No app with GPU management answers at {arguments.url} ({error}): start one, or give --url / "
-            f"{arguments.url} 没有启用 GPU 管理的应用：请先启动，或用 --url 指定地址"
-        )
+        return _failed(_unreachable(arguments.url, error))
     print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else table(status))
     if not done:
         print("It will follow / 稍后完成", file=sys.stderr)
@@ -85,6 +82,20 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
             raise UnknownModel(name, tuple(status["models"]))
         status["models"] = {name: status["models"][name]}
     return answer.status == 200, status
+
+
+def _unreachable(url: str, error: Exception) -> str:
+    reason = getattr(error, "reason", None)
+    if getattr(reason, "verify_code", 0):
+        return (
+            f"The certificate of {url} is not trusted ({reason}): set SSL_CERT_FILE to the file of --ssl-certfile, and "
+            f"use a name that is in it / {url} 的证书不受信任：请把环境变量 SSL_CERT_FILE 设为 --ssl-certfile 的文件，"
+            f"并使用证书中的名称"
+        )
+    return (
+        f"No app with GPU management answers at {url} ({error}): start one, or give --url / "
+        f"{url} 没有启用 GPU 管理的应用：请先启动，或用 --url 指定地址"
+    )
 
 
 def _failed(sentence: str) -> int:

@@ -201,6 +201,9 @@ class Adopt(Protocol):
 class Engine(Protocol):
     """A speech engine with the two methods of StepAudioTTS.
 
+    It may have a third, ``check_text(target_text)``: raises `InvalidInput` for a text that it cannot say. It answers at
+    once, in any thread, and loads nothing, so that nobody waits for a model to hear that.
+
     Both return ``(audio, sample_rate)``: float32 of shape [1, samples] on the CPU, and Hz.
     """
 

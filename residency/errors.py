@@ -6,7 +6,10 @@ hands it to its parent). Messages are written in English and Chinese.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from .sentences import Sentence
 
@@ -173,6 +176,16 @@ class RequestCancelled(ResidencyError):
         self.name = name
 
 
+class RequestStopped(ResidencyError):
+    """A request was cancelled while it ran; see `residency.cancellation`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request was stopped, and nothing of it is kept; ask again if you want it.",
+            "请求已停止，未保留任何结果；如仍需要，请重新提交。",
+        )
+
+
 class LeaseDeadlock(ResidencyError, RuntimeError):
     """A request would wait for ever: the code that has the model waits for the code that makes the request.
 
@@ -235,6 +248,19 @@ class NotReady(ResidencyError):
 
     def __init__(self) -> None:
         super().__init__("The app is still starting; try again in a moment.", "应用正在启动，请稍后重试。")
+
+
+class TooManyListeners(ResidencyError):
+    """As many listen to ``/gpu/events`` as may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(
+            f"{most} listeners have their lines already: close those that are not needed and try again, or poll "
+            f"/gpu/status.",
+            f"监听者已达 {most} 个：请关闭不需要的连接后重试，或改为轮询 /gpu/status。",
+            most,
+        )
+        self.most = most
 
 
 class SettingsConflict(ResidencyError):
@@ -483,11 +509,30 @@ class SnapshotUnusable(ResidencyError):
         self.reason = reason
 
 
-class InvalidInput(ResidencyError, ValueError):
-    """Something a user gave cannot be used; the message says what to give instead, in both languages."""
+Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task"]
+"""What a request for speech is made of: each has a control on the page."""
 
-    def __init__(self, en: str, zh: str) -> None:
-        super().__init__(en, zh, en, zh)
+
+class InvalidInput(ResidencyError, ValueError):
+    """Something a user gave cannot be used; the message says what to give instead, in both languages.
+
+    ``field`` names which part of a request for speech that is; None if the error is about no single part.
+    """
+
+    def __init__(self, en: str, zh: str, field: Field | None = None) -> None:
+        super().__init__(en, zh, en, zh, field)
+        self.field = field
+
+
+@contextmanager
+def about(field: Field) -> Iterator[None]:
+    """An `InvalidInput` that is raised within this block is about ``field``, unless it names another one."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.field is not None:
+            raise
+        raise InvalidInput(error.en, error.zh, field) from error
 
 
 class NotAllowed(ResidencyError, PermissionError):
@@ -500,6 +545,23 @@ class NotAllowed(ResidencyError, PermissionError):
             "只有本机用户、已登录用户（--auth user:password）或持有令牌者（--control-token，"
             "以请求头 'Authorization: Bearer TOKEN' 发送）可以执行此操作。",
         )
+
+
+class ExtraMissing(ResidencyError, ImportError):
+    """A part of this package needs a module that an extra of it brings, and that is not installed."""
+
+    def __init__(self, extra: str, module: str) -> None:
+        command = f"pip install 'gpu-managed-tts[{extra}]'"
+        super().__init__(
+            f"The Python module {module!r} is missing, which comes with the extra {extra!r}: {command}, or pip install "
+            f"'.[{extra}]' in this project's folder",
+            f"缺少 Python 模块 {module!r}，它由附加依赖 {extra!r} 提供：请执行 {command}，"
+            f"或在本项目目录中执行 pip install '.[{extra}]'",
+            extra,
+            module,
+        )
+        self.extra = extra
+        self.module = module
 
 
 class EngineUnavailable(ResidencyError):

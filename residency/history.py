@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from .errors import ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout, UnknownModel
+from .errors import ManagerClosed, ModelBusy, RequestCancelled, RequestStopped, RequestTimeout, UnknownModel
 
 if TYPE_CHECKING:
     from .contracts import Memory
@@ -124,9 +124,10 @@ class History:
     _sizes: Sizes = field(default_factory=Sizes)
     _spans: deque[tuple[float, float]] = field(default_factory=deque)
 
-    def served(self, asked_s: float, began_s: float, ended_s: float, failed: bool) -> None:
-        """A request has had the model from ``began_s`` to ``ended_s``."""
-        self.requests["error" if failed else "ok"] += 1
+    def served(self, asked_s: float, began_s: float, ended_s: float, error: BaseException | None) -> None:
+        """A request has had the model from ``began_s`` to ``ended_s``; ``error`` is what has ended it, if it failed."""
+        outcome = "ok" if error is None else "cancelled" if isinstance(error, RequestStopped) else "error"
+        self.requests[outcome] += 1
         self.waits.add(max(0.0, began_s - asked_s))
         if self._spans and began_s - self._spans[-1][1] < _TOGETHER_S:
             self._spans[-1] = (self._spans[-1][0], ended_s)

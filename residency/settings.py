@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
+from .certificates import check_certificate
 from .errors import InvalidInput
 from .policies import keep_warm_seconds, seconds
 from .units import UNITS_BYTES
@@ -23,6 +25,10 @@ T = TypeVar("T")
 
 _LARGEST_BYTES = 1 << 60
 _HUB_OWNER = r"[A-Za-z0-9][\w.-]*"
+_ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d+)?)?(?P<path>(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*)"
+#: A root path among these could not be told from the same path behind a proxy that removes its own.
+_OWN_PATHS = {"assets", "config", "docs", "gpu", "gradio_api", "healthz", "login", "logout", "metrics", "openapi.json",
+              "readyz", "static", "svelte", "theme.css"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Settings:
     simulate_gpu: int | None = None
     control_token: str | None = field(default=None, repr=False)
     auth: tuple[str, str] | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    root_path: str = ""
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     max_upload: int = 100 << 20
     max_audio: float = 600.0
     max_text: int = 5000
@@ -84,6 +94,15 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
                 f"--asr-model {model} is no folder: give one with a model, or the id of one on a hub "
                 f"(openai/whisper-small). / --asr-model {model} 不是目录：请指定模型目录或模型仓库 ID。"
             )
+    try:
+        allowed = values.pop("allowed_host") or [_names(environ.get("GPU_TTS_ALLOWED_HOSTS", ""))]
+    except InvalidInput as error:
+        parser.error(f"GPU_TTS_ALLOWED_HOSTS: {error}")
+    values["allowed_hosts"] = tuple(name for names in allowed for name in names)
+    try:
+        check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
+    except InvalidInput as error:
+        parser.error(str(error))
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
     if values["engine"] == "step-audio":
@@ -135,7 +154,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         type=os.path.expanduser,
         help="where the weights are; without it the built-in engine serves",
     )
-    add("--server-name", default=defaults.server_name, help="address to listen on (default: %(default)s)")
+    add("--server-name", type=_address, default=defaults.server_name,
+        help="address to listen on; :: is every address of IPv4 and IPv6 (default: %(default)s)")  # fmt: skip
     add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
     add(
         "--tmp-dir",
@@ -157,6 +177,19 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--auth", metavar="USER:PASSWORD", type=checked(_auth), default=environ.get("GRADIO_AUTH") or None,
         help="ask for these before showing the page; who has signed in may press its buttons (environment: "
         "GRADIO_AUTH)")  # fmt: skip
+    add("--allowed-host", metavar="NAME", action="append", type=checked(_names),
+        help="a name under which a proxy on this machine passes on what comes from elsewhere (speech.example.org); may "
+        "be given several times, or separated by commas (environment: GPU_TTS_ALLOWED_HOSTS)")  # fmt: skip
+    add("--root-path", metavar="PATH", type=checked(_root_path),
+        default=environ.get("GPU_TTS_ROOT_PATH") or environ.get("GRADIO_ROOT_PATH") or defaults.root_path,
+        help="the path under which a reverse proxy serves the page (/tts), whether or not the proxy removes it; or the "
+        "whole address (https://example.com/tts) if the proxy does not pass it on (environment: GPU_TTS_ROOT_PATH, "
+        "GRADIO_ROOT_PATH)")  # fmt: skip
+    add("--ssl-certfile", metavar="FILE", type=os.path.expanduser,
+        help="serve https with this certificate (PEM); browsers give pages from elsewhere the microphone only over "
+        "https")  # fmt: skip
+    add("--ssl-keyfile", metavar="FILE", type=os.path.expanduser,
+        help="the private key of the certificate (PEM, without a password)")  # fmt: skip
     add("--max-upload", metavar="SIZE", type=checked(size_bytes), default=defaults.max_upload,
         help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
     add("--max-audio", metavar="S", type=checked(seconds), default=defaults.max_audio,
@@ -235,6 +268,48 @@ def _auth(text: str) -> tuple[str, str]:
     if not (user and colon and password):
         raise InvalidInput("write USER:PASSWORD, both not empty", "请写 用户名:密码，两者都不能为空")
     return user, password
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names of hosts, as browsers send them: in lower case, and other scripts than Latin as ``xn--...``."""
+    names = []
+    for given in filter(None, map(str.strip, text.split(","))):
+        try:
+            name = (urlsplit(given if "//" in given else f"//{given}").hostname or "").encode("idna").decode()
+        except ValueError:  # also of encoding
+            name = ""
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise InvalidInput(
+                f"{given!r} is no name of a host: write one as in the browser's address line, speech.example.org",
+                f"{given!r} 不是有效的主机名：请写浏览器地址栏中的名称，如 speech.example.org",
+            )
+        names.append(name.removesuffix("."))
+    return tuple(names)
+
+
+def _address(text: str) -> str:
+    """Without the brackets that an IPv6 address has in links."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
+def _root_path(text: str) -> str:
+    """The path without a slash at its end, or the whole address if one is given; empty is the root of the site."""
+    given = text.strip().rstrip("/")
+    parts = re.fullmatch(_ADDRESS, given)
+    segments = parts["path"].split("/")[1:] if parts else ["."]
+    if {".", ".."} & set(segments):
+        raise InvalidInput(
+            f"{text!r} is no path of a site: write /tts, or https://example.com/tts (--root-path, GPU_TTS_ROOT_PATH, "
+            f"GRADIO_ROOT_PATH)",
+            f"{text!r} 不是有效的站点路径：请写 /tts 或 https://example.com/tts（--root-path、GPU_TTS_ROOT_PATH、"
+            f"GRADIO_ROOT_PATH）",
+        )
+    if len(segments) == 1 and segments[0] in _OWN_PATHS:
+        raise InvalidInput(
+            f"/{segments[0]} is a path of the app itself: choose another, such as /tts",
+            f"/{segments[0]} 是应用自身使用的路径：请换一个，例如 /tts",
+        )
+    return given
 
 
 def _count(text: str) -> int:

@@ -19,6 +19,7 @@ def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict
         "state": slot.state.shown(device_kind),
         "device_bytes": slot.device_bytes,
         "host_bytes": slot.host_bytes,
+        "size_bytes": slot.size_bytes,
         "idle_s": _idle_s(slot, now_s),
         "leases": int(slot.holder is not None),
         "holder": _holder(slot, now_s),

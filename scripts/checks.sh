@@ -39,7 +39,7 @@ check_writable() {
 check_run_dir() {
     check_writable RUN_DIR
     [[ $check == no ]] || return 0
-    (mkdir -p "$RUN_DIR" && echo >"$RUN_DIR/$PORT.try" && rm -f "$RUN_DIR/$PORT.try") ||
+    (set -o noclobber && mkdir -p "$RUN_DIR" && rm -f "$RUN_DIR/$PORT.try" && echo >"$RUN_DIR/$PORT.try" && rm -f "$RUN_DIR/$PORT.try") ||
         fail "$(named RUN_DIR) cannot be written (see above): free space, or give another folder" \
             "$(named RUN_DIR) 无法写入（见上）：请清理空间，或换一个目录"
 }

@@ -36,7 +36,8 @@ write_record() {
     file=$(record_file)
     (
         umask 077
-        mkdir -p "$RUN_DIR" && if [[ -f $file ]]; then mv "$file" "$file.last"; else rm -rf "$file"; fi && rm -f "$file.new" &&
+        set -o noclobber # what others have put there is not written through
+        mkdir -p "$RUN_DIR" && if [[ -f $file ]]; then mv "$file" "$file.last"; else rm -rf "$file"; fi && rm -f "$file.new" "$(pid_file)" &&
             printf '%s\0' "$1" "$(born "$1")" "$2" "$PWD" "${#arguments[@]}" "${arguments[@]}" "${to_remember[@]}" >"$file.new" &&
             mv "$file.new" "$file" && echo "$1" >"$(pid_file)"
     ) || say "⚠️  $(named RUN_DIR) cannot be written: stop, status and restart will not find this app" \
@@ -51,7 +52,7 @@ forget_start() {
     [[ ! -e $(record_file).last ]] || mv "$(record_file).last" "$(record_file)"
 }
 
-has_record() { [[ -e $(record_file) ]]; }
+has_record() { [[ -e $(record_file) && ! -L $(record_file) ]]; }
 
 # Sets record and count; fails if what is there is not what write_record writes: cut off, empty, no file at all.
 load_record() {

@@ -201,7 +201,9 @@ run_detached() {
     mkdir -p "$RUN_DIR" || fail "$(named RUN_DIR) cannot be made: give a folder that can be written" "无法创建 $(named RUN_DIR)：请指定可写的目录"
     [[ ! -s $log ]] || mv "$log" "$log.1"
     ! command -v setsid >/dev/null || detach=setsid
-    (umask 077 && : >"$log")
+    (umask 077 && rm -f "$log" && set -o noclobber && : >"$log") ||
+        fail "The log $log cannot be made anew: remove it, or give another folder with --run-dir" \
+            "无法新建日志 $log：请删除它，或用 --run-dir 换一个目录"
     "$detach" "$@" >>"$log" 2>&1 </dev/null 8<&- &
     pid=$!
     write_record "$pid" "$log"

@@ -32,10 +32,11 @@ SLOW = (
     "tests/engines/test_builtin.py", "tests/engines/test_edits.py", "tests/engines/test_miniature.py",
     "tests/engines/test_step_audio.py", "tests/engines/test_voice.py", "tests/gpu", "tests/residents/test_every_use.py",
     "tests/residents/test_snapshot_disk.py", "tests/residents/test_weights.py", "tests/scenarios", "tests/scripts",
-    "tests/test_app.py", "tests/test_documents.py", "tests/test_examples.py", "tests/test_faults.py",
-    "tests/test_forking.py", "tests/test_interleavings.py", "tests/test_interrupts.py", "tests/test_machine.py",
+    "tests/test_app.py", "tests/test_cancelled_jobs.py", "tests/test_documents.py", "tests/test_examples.py",
+    "tests/test_faults.py", "tests/test_forking.py", "tests/test_hosts.py", "tests/test_interleavings.py",
+    "tests/test_interrupts.py", "tests/test_logins.py", "tests/test_machine.py", "tests/test_malformed.py",
     "tests/test_proxies.py", "tests/test_safety.py", "tests/test_shutdown.py", "tests/test_step_audio_app.py",
-    "tests/upstream",
+    "tests/upstream", "tests/web/test_siege.py", "tests/web/test_subpath.py",
 )  # fmt: skip
 
 

@@ -143,7 +143,7 @@ class TestWithManagement:
             client.predict("asr", api_name="/gpu_release")
         assert managed.model()["last_move"] == before
 
-    def test_what_only_the_engine_can_refuse_is_a_sentence_too(
+    def test_what_the_engine_or_the_decoder_refuses_is_a_sentence_too(
         self, managed: RunningApp, recording: str, tmp_path: Path
     ) -> None:
         client = Client(managed.url, verbose=False)
@@ -151,9 +151,9 @@ class TestWithManagement:
             client.predict(handle_file(recording), "Good morning.", "sing", api_name="/edit")
         text = tmp_path / "text.wav"
         text.write_text("this is no audio")
-        with pytest.raises(Exception, match=r"audio.*音频"):
+        with pytest.raises(Exception, match=r"cannot be read.*无法读取"):
             client.predict(handle_file(str(text)), "Good morning.", "Hello.", api_name="/clone")
-        assert managed.model()["state"] == "cpu"
+        assert wait_until(lambda: managed.model()["state"] == "cpu")
 
 
 def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recording: str) -> None:
@@ -327,3 +327,43 @@ for _ in range(100):
     apps = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) for _ in range(3)]
     assert [each.wait(60) for each in apps] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("made", ["a link", "open to all"])
+def test_a_default_folder_that_somebody_prepared_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    import app
+
+    prepared, target = tmp_path / "gradio", tmp_path / "target"
+    target.mkdir()
+    if made == "a link":
+        prepared.symlink_to(target)
+    else:
+        prepared.mkdir()
+        prepared.chmod(0o777)  # without the sticky bit, so that anybody can exchange what lies in it
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr(app.Settings, "tmp_dir", str(prepared))
+    own = tmp_path / f"gradio-{os.getuid()}"
+    with app._recordings_folder(str(prepared), app.Signals()) as ours:
+        assert Path(ours).parent == own
+    assert not list(target.iterdir())
+    own.rmdir()
+    own.symlink_to(target)
+    with pytest.raises(app.InvalidInput, match="--tmp-dir"), app._recordings_folder(str(prepared), app.Signals()):
+        pass
+
+
+def test_a_link_among_left_recordings_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import app
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / app._MARK).touch()
+    (tmp_path / "recordings").mkdir()
+    (tmp_path / "recordings" / "editx-link").symlink_to(elsewhere)
+    with pytest.raises(OSError, match="editx-link"), app._locked(tmp_path / "recordings" / "editx-link"):
+        pass
+    with app._recordings_folder(str(tmp_path / "recordings"), app.Signals()):
+        assert (elsewhere / app._MARK).exists()

@@ -14,13 +14,15 @@ ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import thos
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
 PURE_LAYERS = [["callers", "latches", "locks", "sentences", "units"], ["errors"],
-               ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals"],
-               ["adaptive", "handout", "history", "outside"], ["states", "policies"],
+               ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals",
+                "cancellation"],
+               ["adaptive", "extras", "handout", "history", "outside"], ["states", "policies", "certificates"],
                ["settings", "planning", "leasing", "lost", "moving", "monitor"], ["status", "reports", "cli"],
                ["dispatch"], ["deadlocks", "steering"], ["admission"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
-SHARED = {"contracts", "states", "errors", "diagnosis", "locks", "outside", "progress", "sentences", "units"}
+SHARED = {"cancellation", "contracts", "states", "errors", "extras", "diagnosis", "locks", "outside", "progress",
+          "sentences", "units"}  # fmt: skip
 ALSO = {"devices": {"probes"}}
 #: Names that a Step-Audio-EditX checkout owns.
 FOREIGN = {"config", "utils", "tts", "tokenizer", "model_loader", "whisper_wrapper", "quantization", "stepvocoder",

@@ -20,8 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from miniature import CHECKOUT, make_weights
+from miniature import CHECKOUT, make_recording, make_weights
 from starting import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
+
+from residency.web.guidance import VERIFIED
 
 DOCUMENTS = ["README.md", "README_CN.md", "GPU_MANAGEMENT.md", "examples/README.md"]
 COPIED = [
@@ -116,12 +118,14 @@ class Shell:
             (stand_ins / name).write_text(f"#!/bin/bash\n{script}\n")
             (stand_ins / name).chmod(0o755)
         (folder / "docker").mkdir()
+        subprocess.run(["git", "init", "--quiet", "--bare", folder / "repository"], check=True)
         self.port, self.other_port = str(free_port()), str(free_port())
         self.environ = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS} | {
             "PATH": f"{stand_ins}:{hide_programs({'nvidia-smi'}, stand_ins)}",
             "PORT": self.port,
             "SOCKET_DIR": str(folder / "sockets"),
             "FAKE_DOCKER": str(folder / "docker"),
+            "REPOSITORY": str(folder / "repository"),
         }
 
     def type(self, command: str) -> str:
@@ -253,6 +257,42 @@ def anchors(file: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def blocks(text: str, *kinds: str) -> list[str]:
+    return re.findall(rf"^ *```(?:{'|'.join(kinds)})\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+
+
+def readme_snippets() -> dict[str, str]:
+    return {
+        f"{name} {number}": code
+        for name in ("README.md", "README_CN.md")
+        for number, code in enumerate(blocks((ROOT / name).read_text(encoding="utf-8"), "python"), 1)
+    }
+
+
+@pytest.mark.parametrize("code", readme_snippets().values(), ids=readme_snippets())
+def test_python_in_the_readme_runs_as_printed(code: str, tmp_path: Path) -> None:
+    """In this folder; what is of Step-Audio-EditX, with a checkout and weights in miniature."""
+    if real := "/models" in code:
+        make_weights(tmp_path)
+        make_recording(tmp_path / "prompt.wav")
+        code = code.replace("/models", str(tmp_path))
+        code = "from pretend_cuda import pretend_cuda\npretend_cuda()\n" + code
+    paths = f"{ROOT}:{ROOT / 'tests'}" if real else str(ROOT)
+    code += "\nif 'audio' in globals(): assert audio.shape[1] > sample_rate / 4"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path if real else ROOT, env={**os.environ, "PYTHONPATH": paths, "STEP_AUDIO_ROOT": str(CHECKOUT)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_was_verified_is_said_near_the_top_of_the_readme_as_in_the_help() -> None:
+    for document, sentence in zip(("README_CN.md", "README.md"), VERIFIED, strict=True):
+        top = (ROOT / document).read_text(encoding="utf-8").partition("\n## ")[0]
+        assert sentence in top.splitlines()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_in_the_documents_is_python(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -265,10 +305,6 @@ def halves() -> tuple[str, str]:
     english, line, chinese = (ROOT / "GPU_MANAGEMENT.md").read_text(encoding="utf-8").partition("\n---\n")
     assert line
     return english, chinese
-
-
-def blocks(text: str, *kinds: str) -> list[str]:
-    return re.findall(rf"^ *```(?:{'|'.join(kinds)})\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
 
 
 def shape(text: str) -> list[str]:

@@ -11,9 +11,11 @@ EXAMPLES = [
     errors.ModelExists("tts"),
     errors.ManagerClosed(),
     errors.NotReady(),
+    errors.TooManyListeners(100),
     errors.RequestTimeout("tts", 30.0, 2, "loading"),
     errors.ModelBusy("tts", 3, "device"),
     errors.RequestCancelled("tts"),
+    errors.RequestStopped(),
     errors.LeaseDeadlock("tts", ("asr",)),
     errors.EventLoopBlocked("tts", "close()", errors.Holder("app.py:3 in work", "MainThread", 5.0, None)),
     errors.LeaseDeadlock("tts", ("asr",), errors.Holder("app.py:3 in work", "MainThread", 5.0, "pool-0")),
@@ -35,8 +37,10 @@ EXAMPLES = [
     errors.OnAnotherDevice("cuda:1", "cuda:0"),
     errors.SnapshotUnusable("tts", "it is damaged"),
     errors.InvalidInput("give text", "请输入文本"),
+    errors.InvalidInput("give text", "请输入文本", "prompt_text"),
     errors.NotAllowed(),
     errors.EngineUnavailable("clone it", "请下载"),
+    errors.ExtraMissing("app", "gradio"),
 ]
 
 

@@ -36,8 +36,8 @@ class TestWindow:
         history = History()
         for time_s, nbytes in ((0, 100), (10, 0), (5000, 70)):
             history.moved(past(time_s), nbytes)
-        history.served(0, 1, 2, False)
-        history.served(0, 4000, 5000, False)
+        history.served(0, 1, 2, None)
+        history.served(0, 4000, 5000, None)
         shown = history.as_dict(5100, "cuda")
         assert shown["device_bytes"] == [[WINDOW_S, 0], [100, 70]]
         assert shown["requests"] == [[WINDOW_S, 100]]
@@ -50,7 +50,7 @@ class TestWindow:
         for tick in range(20_000):
             time_s = tick / 10
             history.moved(past(time_s), 100 if tick % 2 else 0)
-            history.served(time_s, time_s, time_s + 0.05, False)
+            history.served(time_s, time_s, time_s + 0.05, None)
         shown = history.as_dict(2000, "cuda")
         assert len(shown["device_bytes"]) <= 2 * WINDOW_S + 2
         assert len(shown["requests"]) == 1

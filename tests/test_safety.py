@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def app(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--control-token", "the token", "--max-upload",
-                 "1MB", "--max-audio", "20s", "--max-text", "100")  # fmt: skip
+                 "1MB", "--max-audio", "20s", "--max-text", "100", "--allowed-host", "lan.example")  # fmt: skip
     with ForkedApp(folder, *arguments, gates=tmp_path_factory.mktemp("gates")) as app:
         yield app
 
@@ -169,7 +169,7 @@ class TestSteering:
         assert wait_until(lambda: app.post("/gpu/release", {})[0] == 200)
 
     def test_everybody_may_look(self, app: RunningApp) -> None:
-        assert "event: complete" in self.call(app, "/gpu_status", Host="evil.example")
+        assert "event: complete" in self.call(app, "/gpu_status", Host="lan.example")
 
     def call(self, app: RunningApp, name: str, **headers: str) -> str:
         data = [] if name == "/gpu_status" else [""]

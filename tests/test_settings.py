@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from reverse_proxies import make_certificate
 
 from residency.engines.step_audio_weights import ACOUSTIC_MODEL
 from residency.settings import parse, size_bytes
@@ -81,6 +83,21 @@ def test_the_environment_is_a_default_and_a_flag_wins() -> None:
     assert parse([], {"GPU_CONTROL_TOKEN": ""}).control_token is None
 
 
+@pytest.mark.parametrize(
+    ("text", "address"), [("[::1]", "::1"), ("::", "::"), ("[::]", "::"), ("localhost", "localhost")]
+)
+def test_an_address_may_be_written_as_in_links(text: str, address: str) -> None:
+    assert parse(["--server-name", text], {}).server_name == address
+
+
+def test_allowed_hosts_add_up_and_win_over_the_environment() -> None:
+    environ = {"GPU_TTS_ALLOWED_HOSTS": "A.example, https://b.example:8443/tts,,bücher.example."}
+    assert parse([], {}).allowed_hosts == ()
+    assert parse([], environ).allowed_hosts == ("a.example", "b.example", "xn--bcher-kva.example")
+    flags = ["--allowed-host", "c.example,d.example", "--allowed-host=e.example"]
+    assert parse(flags, environ).allowed_hosts == ("c.example", "d.example", "e.example")
+
+
 def test_what_the_page_asks_for_and_takes() -> None:
     settings = parse(["--auth", "me:se:cret", "--max-upload", "5MB", "--max-audio", "2m", "--max-text", "10"], {})
     assert (settings.auth, settings.max_upload, settings.max_audio) == (("me", "se:cret"), 5 << 20, 120)
@@ -119,6 +136,9 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
         (["--shutdown-grace", "-2"], "-1"),
         (["--gpu-isolation", "process"], "not available yet"),
         (["--server-port", "70000"], "65535"),
+        (["--allowed-host", "speech example"], "speech.example.org"),
+        (["--allowed-host", "http://[::1"], "speech.example.org"),
+        (["--allowed-host", "*"], "speech.example.org"),
         (["--quantization", "int2"], "int4"),
     ],
 )
@@ -129,6 +149,14 @@ def test_what_is_wrong_is_refused_with_what_to_do_next(
         parse(flags, {})
     assert exit_.value.code == 2
     assert hint in capsys.readouterr().err
+
+
+def test_a_name_from_the_environment_that_is_none_is_refused_with_its_source(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse([], {"GPU_TTS_ALLOWED_HOSTS": "a b"})
+    assert "GPU_TTS_ALLOWED_HOSTS: 'a b'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--gpu-snapshot-dir", ""], ["--gpu-budget", "9" * 400 + "GB"]])
@@ -161,3 +189,63 @@ def test_a_token_that_nobody_could_send_is_refused_and_not_shown(
 
 def test_a_token_from_a_file_may_end_in_a_new_line() -> None:
     assert parse([], {"GPU_CONTROL_TOKEN": "secret\n"}).control_token == "secret"
+
+
+@pytest.mark.parametrize(
+    ("given", "root_path"),
+    [("/tts", "/tts"), ("/tts/", "/tts"), ("/gpu/tts", "/gpu/tts"), ("/", ""), ("", ""),
+     ("https://tts.example:8443/a/b/", "https://tts.example:8443/a/b"), ("http://[::1]:80", "http://[::1]:80")],
+)  # fmt: skip
+def test_a_root_path_is_a_path_or_a_whole_address(given: str, root_path: str) -> None:
+    assert parse(["--root-path", given], {}).root_path == root_path
+    assert parse([], {"GPU_TTS_ROOT_PATH": given, "GRADIO_ROOT_PATH": ""}).root_path == root_path
+
+
+def test_gradios_own_variable_is_a_default_of_a_default() -> None:
+    environ = {"GRADIO_ROOT_PATH": "/old"}
+    assert parse([], environ).root_path == "/old"
+    assert parse([], {**environ, "GPU_TTS_ROOT_PATH": "/new"}).root_path == "/new"
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("tts", "write /tts"), ("/a//b", "write /tts"), ("/a/../b", "write /tts"), ("/a?b", "write /tts"),
+     ("ftp://a/b", "write /tts"), ("https:///a", "write /tts"), ("/<b>", "write /tts"), ("/gpu/", "choose another")],
+)  # fmt: skip
+def test_what_is_no_root_path_is_refused(given: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--root-path", given], {})
+    said = capsys.readouterr().err
+    assert hint in said
+    assert "请" in said
+
+
+def test_a_certificate_and_its_key_are_looked_at_before_anything_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certificate, key = make_certificate(tmp_path / "one", "localhost")
+    _, another = make_certificate(tmp_path / "two", "localhost")
+    flags = ["--ssl-certfile", certificate, "--ssl-keyfile", key]
+    settings = parse(flags, {})
+    assert (settings.ssl_certfile, settings.ssl_keyfile) == (certificate, key)
+
+    (garbage := tmp_path / "garbage").write_text("no PEM")
+    locked = tmp_path / "locked"
+    encrypted = serialization.BestAvailableEncryption(b"password")
+    made = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    locked.write_bytes(made.private_bytes(*form, encrypted))
+    for wrong, hint in [
+        (flags[:2], "go together"),
+        (flags[2:], "go together"),
+        ([*flags[:3], str(tmp_path / "missing")], "No such file"),
+        ([*flags[:3], str(tmp_path)], "Is a directory"),
+        ([*flags[:3], another], "does not belong to"),
+        ([*flags[:3], str(garbage)], "PEM format"),
+        ([*flags[:3], str(locked)], "is encrypted"),
+    ]:
+        with pytest.raises(SystemExit):
+            parse(wrong, {})
+        said = capsys.readouterr().err
+        assert hint in said
+        assert "请" in said

@@ -63,8 +63,8 @@ class Visit:
 
 
 def waits(app: RunningApp, job: Job) -> bool:
-    """Whether a request waits for another's end: in the manager's queue, or without one in Gradio's."""
-    return app.model()["waiting"] == 1 if app.managed else job.status().rank is not None
+    """Whether a request waits for another's end: in the manager's queue, or without one in that of the page."""
+    return app.model()["waiting"] == 1 if app.managed else "you are next" in str(job.status().progress_data)
 
 
 def assert_nothing_left(app: RunningApp, recordings: Path) -> None:

@@ -20,6 +20,7 @@ from gpu_manager import (
 )
 from residency.engines import step_audio
 from residency.engines.builtin import HTTPException
+from residency.errors import InvalidInput
 from tts_gpu_managed import GPUManagedTTS
 
 
@@ -295,3 +296,33 @@ def test_arguments_reach_the_engine_as_they_were_given_also_none(
     plain = {"tts_model_id": None, "quantization_config": None, "device_map": "cuda"}
     assert given == [plain, {**plain, "torch_dtype": None, "device_map": None, "model_source": None}]
     assert "own default" in repr(inspect.signature(GPUManagedTTS).parameters["torch_dtype"].default)
+
+
+class TestTextsThatTheEngineCannotSay:
+    def test_are_refused_before_it_is_loaded(self, simulated: GPUResourceManager) -> None:
+        tts = GPUManagedTTS(None, manager=simulated)
+        for refuse in (tts.check_text, lambda text: tts.clone("prompt.wav", "said", text)):
+            with pytest.raises(InvalidInput, match="English only"):
+                refuse("你好，世界")
+            with pytest.raises(InvalidInput, match="is empty"):
+                refuse(None)
+        assert simulated.status()["models"]["tts"]["last_move"] is None
+        assert simulated.status()["models"]["tts"]["state"] == "released"
+
+    def test_are_for_the_engine_to_refuse_if_nobody_else_can(self, simulated: GPUResourceManager) -> None:
+        engine = RecordingEngine()
+        engine.tts = tts = GPUManagedTTS("weights", manager=simulated, load=lambda: engine)
+        tts.check_text("你好，世界")
+        assert not engine.states
+        assert simulated.status()["models"]["tts"]["state"] == "released", "to ask does not load it"
+        tts.clone("prompt.wav", "said", "你好，世界")
+        assert engine.calls == [("clone", "prompt.wav", "said", "你好，世界")]
+
+    def test_are_refused_by_a_check_that_is_given(self, simulated: GPUResourceManager) -> None:
+        def check(text: str) -> None:
+            raise InvalidInput("too rude", "太粗鲁")
+
+        tts = GPUManagedTTS("weights", manager=simulated, load=RecordingEngine, check_text=check)
+        with pytest.raises(InvalidInput, match="too rude"):
+            tts.clone("prompt.wav", "said", "...")
+        assert simulated.status()["models"]["tts"]["state"] == "released"

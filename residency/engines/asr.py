@@ -64,6 +64,6 @@ def _imported(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise EngineUnavailable(
-            f"Speech recognition needs the Python module {module!r} ({error}): pip install {module}",
-            f"语音识别需要 Python 模块 {module!r}（{error}）：请 pip install {module}",
+            f"Speech recognition needs the Python module {module!r} ({error}): pip install 'gpu-managed-tts[asr]'",
+            f"语音识别需要 Python 模块 {module!r}（{error}）：请执行 pip install 'gpu-managed-tts[asr]'",
         ) from error

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import InvalidInput
+from ..cancellation import checkpoint
+from ..errors import InvalidInput, RequestStopped, about
 from . import effects, voice, world
 from .audio import SAMPLE_RATE, Samples, at_level, read_audio, without_clipping
 from .denoise import denoise
 from .speech_detector import cut, load_vad, speech_segments
-from .text import english, required
+from .text import required, speakable
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class BuiltinEngine:
     that whoever manages the engine finds all of its sessions and tensors at once.
 
     Not thread-safe: one call at a time. Nothing is kept between calls; what they return depends on their arguments
-    and the seed alone.
+    and the seed alone. A call that is cancelled (see `residency.cancellation`) ends after a sentence, or a step.
     """
 
     def __init__(self, device: str = "cpu", seed: int | None = None) -> None:
@@ -80,6 +81,12 @@ class BuiltinEngine:
         assert own_voice is not None, "the reference text is voiced speech"
         self._own_voice = own_voice
 
+    @staticmethod
+    def check_text(target_text: str) -> None:
+        """`InvalidInput` for a text that is empty, too long, or not English. Needs no engine and no model."""
+        with about("target_text"):
+            speakable(target_text)
+
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Say an English text in the voice of a recording.
 
@@ -95,12 +102,17 @@ class BuiltinEngine:
             InvalidInput: something given cannot be used; the message says what to give instead.
         """
         try:
-            required(prompt_text, "Prompt Text", "提示文本")
-            text = english(required(target_text, "Target Text", "目标文本"))
-            chunks = self._phonemes(text)
-            target = self._voice_of(read_audio(prompt_wav_path))
+            with about("prompt_text"):
+                required(prompt_text, "Prompt Text", "提示文本")
+            with about("target_text"):
+                text = speakable(target_text)
+                chunks = self._phonemes(text)
+            with about("recording"):
+                target = self._voice_of(read_audio(prompt_wav_path))
             rng = np.random.default_rng(self._next_seed())
             return _result(at_level(self._say(chunks, target, rng), float(np.clip(target.rms, 0.03, 0.12))))
+        except RequestStopped:
+            raise
         except Exception as error:
             logger.error("Clone failed: %s", error)
             raise
@@ -130,14 +142,18 @@ class BuiltinEngine:
         """
         try:
             _check_edit(edit_type, edit_info)
-            samples = read_audio(input_audio_path)
-            if edit_type == "speed":
-                return _result(effects.change_speed(samples, _SPEEDS[str(edit_info)]))
-            if edit_type == "denoise":
-                return _result(denoise(samples))
-            if edit_type == "vad":
-                return _result(self._speech_in(samples))
-            return _result(effects.whisper(samples))
+            with about("recording"):
+                samples = read_audio(input_audio_path)
+                checkpoint()
+                if edit_type == "speed":
+                    return _result(effects.change_speed(samples, _SPEEDS[str(edit_info)]))
+                if edit_type == "denoise":
+                    return _result(denoise(samples))
+                if edit_type == "vad":
+                    return _result(self._speech_in(samples))
+                return _result(effects.whisper(samples))
+        except RequestStopped:
+            raise
         except Exception as error:
             logger.error("Edit failed: %s", error)
             raise
@@ -177,7 +193,9 @@ class BuiltinEngine:
     def _voice_of(self, samples: Samples) -> voice.Voice:
         """The voice of a recording; `InvalidInput` if there is too little of it."""
         # Noise would pass for a part of the voice.
+        checkpoint()
         speech = denoise(self._speech_in(samples)[: _PROMPT_S * SAMPLE_RATE])
+        checkpoint()
         measured = voice.measure(speech, world.analyse(speech))
         if measured is None:
             raise InvalidInput(
@@ -190,6 +208,7 @@ class BuiltinEngine:
     def _say(self, chunks: list[str], target: voice.Voice, rng: np.random.Generator) -> Samples:
         said = []
         for chunk in chunks:
+            checkpoint()
             plain = self.speaker.from_ids(self.speaker.ids(chunk), rng=rng)
             converted = world.synthesise(voice.convert(world.analyse(plain), self._own_voice, target))
             said.append(converted[: len(plain)])
@@ -214,11 +233,13 @@ def _check_edit(edit_type: str, edit_info: str | None) -> None:
             f"The built-in engine cannot do {asked!r}, only {can}: start the app with --model-path and "
             f"Step-Audio-EditX for the rest",
             f"内置引擎不支持 {asked!r}，仅支持 {can}：其余编辑请以 --model-path 启动 Step-Audio-EditX",
+            "sub_task" if edit_type == "style" else "task",
         )
     if edit_type == "speed":
         raise InvalidInput(
             f"speed has no sub-task {edit_info!r}: choose one of {', '.join(_SPEEDS)}",
             f"speed 没有子任务 {edit_info!r}：请选择 {'、'.join(_SPEEDS)}",
+            "sub_task",
         )
     raise HTTPException(HTTPStatus.BAD_REQUEST, f"Unsupported edit_type: {edit_type}; this engine does {can}")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..cancellation import checkpoint
 from ..contracts import Engine
 from ..diagnosis import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..errors import EngineUnavailable
@@ -154,13 +155,28 @@ def _checkout(root: str | None) -> Path:
 def _explained(make: Callable[[], Engine], checkout: Path, check: Callable[[], None]) -> Engine:
     """What ``make`` builds. If it fails for want of something, the error says what, and what to do."""
     try:
-        return make()
+        return _interruptible(make())
     except Exception as error:
         # Only now: the checkout knows best what it needs.
         reason = _reason(error, checkout, check)
         if reason is None:
             raise
         raise reason from error
+
+
+def _interruptible(engine: Engine) -> Engine:
+    """Let a cancellation end a request with the language model's next step, which is nearly all of its time.
+
+    An engine whose language model computes in another process (vLLM) is not interrupted.
+    """
+    llm: Any = getattr(engine, "llm", None)
+    if llm is not None and hasattr(llm, "register_forward_pre_hook"):
+        llm.register_forward_pre_hook(_before_step)
+    return engine
+
+
+def _before_step(module: Any, arguments: Any) -> None:
+    checkpoint()
 
 
 def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:

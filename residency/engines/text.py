@@ -49,6 +49,11 @@ def english(text: str) -> str:
     return text
 
 
+def speakable(target_text: str | None) -> str:
+    """The text that the built-in engine shall say, as `english` gives it; `InvalidInput`. Needs no model."""
+    return english(required(target_text, "Target Text", "目标文本"))
+
+
 def foreign_words(text: str) -> list[str]:
     """The words that have letters other than Latin ones, Greek letters that stand alone left out."""
     return [word for word in _WORD.findall(text) if not all(map(_is_latin, word)) and not _is_greek_symbol(word)]

@@ -8,6 +8,7 @@ the same weights are written once however often they are released.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -15,6 +16,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,13 +39,17 @@ _DATA_ALIGNMENT = 4096
 _READ_BYTES = 512 << 10  # read and hashed piece by piece while it is in the processor's cache
 _WRITE_BYTES = 64 << 20  # as often as progress is worth telling
 _OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
+_NONE_OF_OURS = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EPERM}
+"""Of what cannot be opened: nothing is there, a link, a socket, or what `_open` refuses."""
 _FORMAT = "gpu-managed-tts"
 
 
 class SnapshotFolder:
     """Snapshots in a folder of at most ``limit_bytes``: beyond that the ones unused for longest are removed.
 
-    Several processes may share the folder. What a process that was killed has left half-written is removed.
+    Several processes may share the folder. What a process that was killed has left half-written is removed. Weights are
+    nobody else's to read: a folder made here has mode 0700, and files 0600. What others have put there (links, pipes,
+    their files) is neither followed nor waited for, and counts as missing.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:
@@ -51,7 +57,7 @@ class SnapshotFolder:
         self.folder = Path(folder)
         self.limit_bytes = limit_bytes
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)
             with self._temporary("probe"):
                 pass
             self._remove_abandoned()
@@ -71,7 +77,7 @@ class SnapshotFolder:
                     _write_file(temporary, header, memoryview_of(raw))
                     os.replace(temporary.name, path)
                 _fsync(self.folder)
-            os.utime(path)
+            os.utime(path, follow_symlinks=False)
             self._keep_limit(path)
         except OSError as error:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
@@ -95,7 +101,7 @@ class SnapshotFolder:
                     Sentence(f"{path} is missing, cut off, or not one of ours", f"{path} 缺失、不完整或不属于本程序"),
                 )
             with contextlib.suppress(OSError):  # a folder that can only be read serves as well
-                os.utime(path)
+                os.utime(path, follow_symlinks=False)
             damaged = _read_ranges(path, len(header), ranges, hashes, memoryview_of(raw))
         except OSError as error:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
@@ -118,7 +124,7 @@ class SnapshotFolder:
     def _temporary(self, name: str) -> Iterator[BinaryIO]:
         """A new file, locked as long as it is written, so that others can tell it from one left by a killed process."""
         path = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
-        with path.open("wb", buffering=0) as file:
+        with open(path, "xb", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if not path.exists():  # between the two lines above it looked abandoned
@@ -129,7 +135,7 @@ class SnapshotFolder:
 
     def _remove_abandoned(self) -> None:
         for path in self.folder.glob(".*.safetensors.*.tmp"):
-            with contextlib.suppress(OSError), path.open("rb") as file:
+            with contextlib.suppress(OSError), _open(path) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError if somebody is writing it
                 logger.info("Removing %s, left by a process that was killed", path)
                 path.unlink(missing_ok=True)
@@ -139,18 +145,20 @@ class SnapshotFolder:
             return
         snapshots = []
         for path in self.folder.iterdir():
-            with contextlib.suppress(OSError):  # removed by another process meanwhile, or not ours to read
-                if _OURS.fullmatch(path.name) and _is_ours(path):
-                    snapshots.append((path, path.stat()))
-        total_bytes = sum(stat.st_size for _, stat in snapshots)
-        for path, stat in sorted(snapshots, key=lambda entry: entry[1].st_mtime_ns):
+            if not _OURS.fullmatch(path.name):
+                continue
+            with contextlib.suppress(OSError), _open(path) as file:  # OSError: removed meanwhile, or not ours to read
+                if f'"{_FORMAT}"'.encode() in file.read(_DATA_ALIGNMENT):
+                    snapshots.append((path, os.fstat(file.fileno())))
+        total_bytes = sum(found.st_size for _, found in snapshots)
+        for path, found in sorted(snapshots, key=lambda entry: entry[1].st_mtime_ns):
             if total_bytes <= self.limit_bytes:
                 return
             if path != newest:
                 logger.info("Removing the old snapshot %s", path)
                 with contextlib.suppress(OSError):
                     path.unlink()
-                total_bytes -= stat.st_size
+                total_bytes -= found.st_size
 
 
 def _header(nbytes: int) -> bytes:
@@ -161,17 +169,32 @@ def _header(nbytes: int) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def _open(path: Path) -> BinaryIO:
+    """A regular file of this user or the system's, to read. OSError, and no waiting, if it is anything else."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+            raise PermissionError(errno.EPERM, "Not a regular file of this user", str(path))
+        if found.st_mode & 0o077:  # written by an earlier version
+            with contextlib.suppress(OSError):
+                os.fchmod(handle, 0o600)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
 def _is_whole(path: Path, header: bytes, nbytes: int) -> bool:
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             return os.fstat(file.fileno()).st_size == len(header) + nbytes and file.read(len(header)) == header
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NONE_OF_OURS:
+            raise
         return False
-
-
-def _is_ours(path: Path) -> bool:
-    with path.open("rb") as file:
-        return f'"{_FORMAT}"'.encode() in file.read(_DATA_ALIGNMENT)
 
 
 def _write_file(file: BinaryIO, header: bytes, data: memoryview) -> None:
@@ -191,7 +214,7 @@ def _write_all(file: BinaryIO, block: memoryview) -> None:
 
 
 def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:
@@ -202,7 +225,6 @@ def _read_ranges(
     path: Path, offset: int, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], target: memoryview
 ) -> int | None:
     """Read all ranges with a few threads; the start of one that is not what it should be, or None."""
-    handle = os.open(path, os.O_RDONLY)
     numbers = itertools.count()  # whose next() is atomic: each range goes to one thread
     damaged: list[int] = []
     errors: list[BaseException] = []
@@ -213,16 +235,14 @@ def _read_ranges(
         while not damaged and not errors and (number := next(numbers)) < len(ranges):
             start, stop = ranges[number]
             try:
-                if _read_range(handle, offset, target[start:stop], start) != hashes[number]:
+                if _read_range(file.fileno(), offset, target[start:stop], start) != hashes[number]:
                     damaged.append(start)
                 progress.advance(stop - start)
             except BaseException as error:
                 errors.append(error)
 
-    try:
+    with _open(path) as file:
         _in_threads(read, min(4, max(2, os.cpu_count() or 2)))
-    finally:
-        os.close(handle)
     if errors:
         raise errors[0]
     return damaged[0] if damaged else None

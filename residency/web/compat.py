@@ -6,16 +6,21 @@ import functools
 import inspect
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import gradio as gr
-from gradio import route_utils, routes
+from gradio import http_server, route_utils, routes
 from gradio.context import LocalContext
+from gradio.exceptions import InvalidPathError
 from gradio_client import utils as client_utils
 from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp
 
+from .addresses import EVERY_ADDRESS, bracketed, link
 from .language import Say, both, preferred
 
 _REASON_CHARACTERS = 200
@@ -31,20 +36,41 @@ PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_na
 """For events of the page that are no endpoint for programs."""
 
 
+CALL: ContextVar[dict[str, bool] | None] = ContextVar("call", default=None)
+"""Facts about the HTTP request that is being answered, for its middleware; None for what comes through the queue."""
+
+
 class Blocks(gr.Blocks):
     """Says what was wrong with what an event was sent, where Gradio fails without a word.
 
-    And refuses links: Gradio would fetch what they lead to, whole, into memory and onto the disk.
+    Marks the `CALL` as ``garbled``. And refuses links: Gradio would fetch what they lead to, whole, into memory and
+    onto the disk.
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
         try:
+            return await self._read(block_fn, inputs, *arguments, **keywords)
+        except gr.Error:
+            if (call := CALL.get()) is not None:
+                call["garbled"] = True
+            raise
+
+    async def _read(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
+        try:
+            if not block_fn.fn:
+                raise ValueError("nothing on the server belongs to this event")
             client_utils.traverse(inputs, _refuse_link, client_utils.is_file_obj_with_meta)
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error:
             raise
+        except (InvalidPathError, FileNotFoundError):
+            raise gr.Error(
+                speaker()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
+                print_exception=False,
+            ) from None
         except Exception as error:
-            reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
+            # Without the folders of this machine.
+            reason = re.sub(r"/\S*/", "", " ".join(str(error).split()))[:_REASON_CHARACTERS]
             raise gr.Error(
                 speaker()(
                     f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
@@ -78,6 +104,18 @@ def keep_uploads_in(folder: str) -> None:
         route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
 
 
+def take_no_empty_session(blocks: gr.Blocks) -> None:
+    """Gradio's queue fails at a session whose name is empty, and takes an event without one."""
+    queue: Any = blocks._queue
+    push = queue.push
+
+    async def push_named(body: Any, **keywords: Any) -> Any:
+        body.session_hash = body.session_hash or None
+        return await push(body=body, **keywords)
+
+    queue.push = push_named
+
+
 def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
     """Gradio forgets the state of a session an hour after a line was cut, also if the session goes on."""
     if state := blocks.state_holder.session_data.get(session):
@@ -86,16 +124,62 @@ def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
 
 def user(app: Any, request: HTTPConnection) -> str | None:
     """The name that somebody has signed in with on the page of this running app."""
-    for cookie in (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"):
+    for cookie in _cookies(app):
         if (name := app.tokens.get(request.cookies.get(cookie))) is not None:
             return str(name)
     return None
 
 
-def answer_no_other_sites(app: Any) -> None:
+def sign_out(app: Any, request: HTTPConnection) -> list[str]:
+    """End the login that a request was sent with, and no other of the same name; the cookies that can be deleted."""
+    for cookie in _cookies(app):
+        app.tokens.pop(request.cookies.get(cookie), None)
+    return _cookies(app)
+
+
+def _cookies(app: Any) -> list[str]:
+    return [f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"]
+
+
+@contextmanager
+def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Server]) -> Iterator[None]:
+    """In this block Gradio starts its servers as follows.
+
+    They are of the class ``server``. ``around`` wraps all that serves, and sees the peers of the connections
+    themselves. ``server_name`` may be an IPv6 address, and ``::`` means IPv4 too. Pages of other sites get no
+    permission to read, and no client the traceback of an error.
+    """
+    servers: Any = http_server
+    start_server, before, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
+
+    class Server(server):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+            if config.host == "::":
+                config.host = ""  # a socket for each kind of address, since one for :: has IPv6 only
+            super().__init__(config, *arguments, **keywords)
+            config.load()
+            config.loaded_app = around(config.loaded_app)
+
+    def start(app: Any, server_name: str, server_port: int, **keywords: Any) -> tuple[str, int, str, Any]:
+        _answer_no_other_sites(app)
+        app.debug = False
+        host = bracketed(server_name)
+        _, port, url, started = start_server(app=app, server_name=host, server_port=server_port, **keywords)
+        if server_name in EVERY_ADDRESS:
+            url = f"{link(server_name, port, url.partition(':')[0])}/"
+        return server_name, port, url, started
+
+    # Gradio asks by IPv4 whether the port is free, at an address that may be set for other apps.
+    servers.start_server, servers.Server, servers.LOCALHOST_NAME = start, Server, "127.0.0.1"
+    try:
+        yield
+    finally:
+        servers.start_server, servers.Server, servers.LOCALHOST_NAME = start_server, before, name
+
+
+def _answer_no_other_sites(app: Any) -> None:
     """Gradio has pages of other sites read its answers and send it any header, unless it is asked as localhost."""
     app.user_middleware = [each for each in app.user_middleware if each.cls is not route_utils.CustomCORSMiddleware]
-    app.middleware_stack = None  # made anew by the next request
 
 
 @functools.cache

@@ -19,15 +19,17 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import errors
 from . import metrics
+from .bodies import given_up
 from .guard import Guard
 from .language import Say, preferred
 from .protocols import Manager
 from .schema import Configuration, Event, Health, History, Refusal, Status, Which
-from .stream import EventStream, moves
+from .stream import EventStream, Moves
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ _CODES: dict[type[Exception], int] = {
     errors.ManagerClosed: 503,
     errors.DeviceLost: 503,
     errors.NotReady: 503,
+    errors.TooManyListeners: 503,
 }
 
 
@@ -66,9 +69,15 @@ def build(
         description=__doc__,
         version="1",
         responses=_early(403),
-        exception_handlers={HTTPException: _said, RequestValidationError: _garbled, Exception: _failed},
+        redirect_slashes=False,
+        exception_handlers={
+            HTTPException: _said,
+            RequestValidationError: _garbled,
+            ClientDisconnect: given_up,
+            Exception: _failed,
+        },
     )
-    looking, acting = CapacityLimiter(4), CapacityLimiter(16)
+    looking, acting, moves = CapacityLimiter(4), CapacityLimiter(16), Moves(manager)
 
     def may_look(request: Request) -> None:
         if signed_in:
@@ -115,7 +124,7 @@ def build(
         The first is called `status`, and its data is the `Status`; the others are called by their `what`, and their
         data is an `Event`.
         """
-        return EventStream(moves(manager, status))
+        return EventStream(moves.listen(status), moves.place())
 
     if panel:
 
@@ -171,13 +180,19 @@ def build(
 
 
 def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
-    """An ASGI middleware: requests for the paths of ``api`` go there, all others on."""
+    """An ASGI middleware: requests for the paths of ``api`` go there, all others on.
+
+    ``api`` gets the path with the root path before it, as ASGI has it: folders of files need that.
+    """
 
     def around(app: ASGIApp) -> ASGIApp:
         async def either(scope: Scope, receive: Receive, send: Send) -> None:
             path = scope.get("path", "") if scope["type"] == "http" else ""
             ours = path in _PATHS or path.startswith(("/gpu/", "/docs/"))
-            await (api if ours else app)(scope, receive, send)
+            if ours:
+                await api({**scope, "path": scope.get("root_path", "") + path}, receive, send)
+            else:
+                await app(scope, receive, send)
 
         return either
 
@@ -235,7 +250,7 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
 def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
     words = {401: "Not allowed from elsewhere without the token.", 404: "No such model.", 422: "Garbled.",
              500: "The move failed; nothing is half-moved.",
-             503: "The app is shutting down, or its GPU has failed."}  # fmt: skip
+             503: "The app is shutting down, its GPU has failed, or too many listen."}  # fmt: skip
     return {code: {"model": Refusal, "description": words[code]} for code in codes}
 
 
@@ -248,7 +263,7 @@ def _early(*codes: int) -> dict[int | str, dict[str, Any]]:
 _NOT_KEPT = {"Cache-Control": "no-store"}
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."},
-    **_refusals(401),
+    **_refusals(401, 503),
 }
 _METRICS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}},

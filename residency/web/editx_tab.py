@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ..cancellation import cancelled_by, checkpoint
 from ..contracts import Engine
 from ..errors import InvalidInput
-from . import words
+from . import guidance, microphone, samples, task_names, words
 from .compat import PRIVATE, engine_event, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .guard import Guard
 from .history import Histories, Overtaken, State, Step, as_messages, new_state
+from .incoming import Limits
+from .inputs import Inputs, sub_tasks_update
 from .intent import Intent
 from .labels import label
-from .language import translated
+from .messages import SHOW, Message, Places
+from .page_requests import Requests
+from .presses import Presses
 from .recordings import Recordings
-from .speech import Limits, Speech, explain
+from .samples import SampleVoice
+from .speech import Speech
+from .turns import Turns
 from .visits import Visits
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
-HELP = (
-    "**CLONE** 用录音的音色朗读目标文本（任务须为 clone），成功后开始新的历史。\n\n"
-    "**EDIT** 修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。",
-    "**CLONE** says the target text in the voice of the recording (task: clone); once it succeeds, a new history "
-    "begins.\n\n**EDIT** changes the recording, or the latest result if there is one: edits stack. Clear the history "
-    "to edit a new recording.",
-)
-TAGS = """
-`[Breathing] [Laughter] [Surprise-oh] [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei]
-[Dissatisfaction-hnn]`
-"""
-PARALINGUISTIC_HELP = (
-    f"**paralinguistic** 在目标文本中加入标签： {TAGS}",
-    f"**paralinguistic** puts sounds where the target text has tags: {TAGS}",
-)
 # Not over what somebody has written meanwhile, and not about a recording that was taken away.
 _FILL_IN = """(heard, text, audio) =>
-  (text && text.trim()) || !audio || audio.path !== heard.recording ? text : heard.text"""
+  (text && text.trim()) || !audio || !heard.recordings.includes(audio.path) ? text : heard.text"""
+
+_UPLOAD_ANYTHING = (Path(__file__).parent / "upload.js").read_text(encoding="utf-8")
 
 
 class EditxTab:
@@ -74,18 +69,21 @@ class EditxTab:
         self.tts_engine = tts_engine
         folder = getattr(args, "tmp_dir", None) or os.path.join(tempfile.gettempdir(), "gradio")
         limits = Limits(getattr(args, "max_audio", Limits.audio_s), getattr(args, "max_text", Limits.text))
-        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits)
+        manager = getattr(tts_engine, "manager", None)
+        self._model = getattr(tts_engine, "name", None) or "tts"
+        turns = Turns(self._model) if manager is None else None
+        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits, turns)
         self.recordings = Recordings(folder)
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
-        manager = getattr(tts_engine, "manager", None)
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
-        self._model = getattr(tts_engine, "name", None)
-        self.waiting = Waiting(manager)
-        self.visits = Visits(self._histories, self.recordings, self.waiting)
-        self.engine_event = engine_event(manager is not None)
+        self.waiting = Waiting(manager or turns)
+        self._requests, self.places = Requests(), Places()
+        self.presses = Presses(self._requests, self.places)
+        self.visits = Visits(self._requests, self.recordings, self.waiting, self.places)
+        self._inputs = Inputs(self.recordings, self.speech.edit_types)
         self._hearing_event = engine_event(manager is not None, "recognizer", 8)
-        self.intent = Intent(manager, self._model) if manager is not None and self._model else None
+        self.intent = Intent(manager, self._model) if manager is not None else None
 
     # -- GPU ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +99,7 @@ class EditxTab:
         """Free the model's memory everywhere; say what came of it and where things are now."""
         return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
 
-    def told(self) -> AbstractContextManager[None]:
+    def told(self) -> AbstractContextManager[Any]:
         """A block in which the person whose event this is reads what the model does meanwhile."""
         return self.waiting.told(self._model)
 
@@ -119,18 +117,17 @@ class EditxTab:
         edit_info: str | None,
         state: State,
     ) -> tuple[Any, State, str]:
-        """CLONE was pressed. Returns chat messages, state and an error message (empty if it went well)."""
+        """CLONE was pressed. Returns chat messages, state and a `Message`, which is empty if it went well.
+
+        It clones whatever the task is.
+        """
 
         history = state["history_audio"]
 
         def clone() -> None:
-            if edit_type != "clone":
-                raise InvalidInput(
-                    "CLONE needs the task clone: choose it, or press EDIT",
-                    "CLONE 需要任务 clone：请选择它，或点击 EDIT",
-                )
-            result = self.speech.clone(prompt_audio, prompt_text, target_text)
-            entry = Step("clone", None, prompt_text, target_text, prompt_audio, result)
+            recording = self.speech.incoming.readable(prompt_audio)
+            result = self.speech.clone(recording, prompt_text, target_text)
+            entry = Step("clone", None, prompt_text, target_text, recording, result)
             self._histories.begin(state, history, entry)
 
         return self._answer(clone, state)
@@ -159,10 +156,27 @@ class EditxTab:
                     "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
                     "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
                 )
-            result, says = self.speech.edit(source, said, edit_type, edit_info, target_text)
-            self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, source, result))
+            recording = self.speech.incoming.readable(source)
+            result, says = self.speech.edit(recording, said, edit_type, edit_info, target_text)
+            self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, recording, result))
 
         return self._answer(edit, state)
+
+    def receive(self, path: str | None) -> tuple[Any, Any]:
+        """A recording came, or was taken away (None). Returns one that browsers play, and an error message.
+
+        What cannot be read is taken away, so that the message about it stays until another recording comes.
+        """
+        if not path:
+            return gr.skip(), gr.skip()
+        # Of everything that is uploaded or recorded, whether or not it is used.
+        self.recordings.own(session(), path)
+        try:
+            readable = self.speech.incoming.readable(path)
+        except Exception as error:
+            return None, Message.of(error, speaker())
+        self.recordings.own(session(), readable)
+        return gr.skip() if readable == path else readable, ""
 
     def transcribe(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[str, str]:
         """A recording came. Returns what is said in it, or nothing if there is a text already, and an error message."""
@@ -172,34 +186,62 @@ class EditxTab:
             with self.waiting.told("asr"):
                 return self.speech.transcribe(prompt_audio), ""
         except Exception as error:
-            return "", _warned(error)
+            return "", Message.of(error, speaker(), "recording")
 
     def _hear(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[dict[str, Any], str]:
-        text, message = self.transcribe(prompt_audio, prompt_text)
-        return {"recording": prompt_audio, "text": text}, message
+        try:
+            readable = self.speech.incoming.readable(prompt_audio)
+        except InvalidInput:
+            return {"recordings": [], "text": ""}, ""  # `receive` says it
+        text, message = self.transcribe(readable, prompt_text)
+        return {"recordings": [prompt_audio, readable], "text": text}, message
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
+        self._requests.stop(state)  # what it would come to would be dropped
         return [], state, ""
 
     def update_edit_info(self, edit_type: str) -> Any:
         """The sub-tasks of a task."""
-        choices = list(self.speech.edit_types.get(edit_type, []))
-        return gr.update(choices=choices, value=choices[0] if choices else None, interactive=bool(choices))
+        return sub_tasks_update(self.speech.edit_types, edit_type)
+
+    def _choose_task(self, edit_type: str) -> tuple[Any, str]:
+        update = self.update_edit_info(edit_type)
+        return update, task_names.line(edit_type, update["value"], speaker())
+
+    def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[str, str, Any]:
+        recording = samples.copied(sample, self.speech.folder)
+        self.recordings.own(session(), recording)
+        return sample.says, recording, target_text or samples.TARGET_TEXT
 
     def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
         history = state["history_audio"]
-        with self._histories.at_work(state):  # until it is kept what came of it, for who has lost the line meanwhile
-            try:
-                with self.told():
-                    work()
-            except Exception as error:
-                late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
-                state["message"] = _warned(Overtaken() if late else error)
-                # The chat is left alone, so that a player that is playing plays on.
-                return gr.skip(), state, state["message"]
-            state["message"] = ""
-        return as_messages(state["history_messages"], speaker()), state, ""
+        request = self._requests.begin(state)
+        try:
+            with cancelled_by(request.cancellation), self.waiting.told(self._model, request.tell) as request.look:
+                checkpoint()
+                work()
+            state["message"] = Message("")
+        except Exception as error:
+            late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
+            state["message"] = Message.of(Overtaken() if late else error, speaker())
+            # The chat is left alone, so that a player that is playing plays on.
+            return gr.skip(), state, state["message"]
+        finally:  # not before it is kept what came of it, for who has lost the line meanwhile
+            self._requests.end(state, request)
+        return as_messages(state["history_messages"], speaker()), state, state["message"]
+
+    async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
+        async for shown in self.presses.press(self._clone_and_wipe, *inputs):
+            yield shown
+
+    async def _on_edit(self, *inputs: Any) -> AsyncIterator[list[Any]]:
+        async for shown in self.presses.press(self.generate_edit, *inputs):
+            yield shown
+
+    def _on_clear(self, state: State) -> list[Any]:
+        chat, _, message = self.clear_history(state)
+        return [chat, *self.places.values(message)]
 
     # -- the page -----------------------------------------------------------------------------------------------
 
@@ -210,12 +252,15 @@ class EditxTab:
                 with gr.Column():
                     name = label("内置引擎", "Built-in engine") if self._builtin else "Step-Audio-EditX"
                     self.model_input = gr.Textbox(label=label("模型", "Model Name"), value=name, interactive=False)
-                    heard = label("上传录音后自动填写", "Written from the recording")
                     self.prompt_text_input = gr.Textbox(
                         label=label("提示文本", "Prompt Text"),
-                        placeholder=heard if self.speech.transcribes else None,
+                        info=label(*guidance.PROMPT_TEXT_HELP),
+                        placeholder=label(*guidance.PROMPT_IS_HEARD)
+                        if self.speech.transcribes
+                        else label(*guidance.PROMPT_EXAMPLE),
                         elem_id="prompt-text",
                     )
+                    self.places.draw("prompt_text")
                     self.prompt_audio_input = gr.Audio(
                         label=label("输入音频", "Input Audio"),
                         sources=["upload", "microphone"],
@@ -223,38 +268,55 @@ class EditxTab:
                         elem_id="prompt-audio",
                         **supported(gr.Audio, buttons=["download"]),
                     )
+                    with gr.Row():
+                        self.samples = [
+                            (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
+                            for name, sample in samples.VOICES.items()
+                        ]
+                    microphone.draw_hint()
+                    self._about_recording = self.places.draw("recording")
                     self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
-                        label=label("目标文本", "Target Text"), max_lines=200, elem_id="target-text"
+                        label=label("目标文本", "Target Text"),
+                        placeholder=label(*(guidance.TARGET_IN_ENGLISH if self._builtin else guidance.TARGET)),
+                        max_lines=200,
+                        elem_id="target-text",
                     )
+                    self.places.draw("target_text")
                 with gr.Column():
                     with gr.Row():
-                        tasks = list(self.speech.edit_types)
+                        tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
                         self.edit_type = gr.Dropdown(
                             label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
                         )
                         self.edit_info = gr.Dropdown(
                             label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
                         )
+                    self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
+                    self.places.draw("task")
+                    self.places.draw("sub_task")
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
-                        height=480,
+                        height=400,
                         render_markdown=False,
                         elem_id="history",
                         **supported(gr.Chatbot, type="messages", buttons=["copy"]),
                     )
+                    # Beside the buttons, which on a phone are all that is in view.
+                    self.places.draw()
+                    self.line = gr.HTML(elem_id="progress", padding=False)
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
+                self.button_stop = gr.Button(label("停止", "Stop"), variant="stop", elem_id="stop")
                 self.clean_history_submit = gr.Button(label("清空历史", "Clear History"), elem_id="clear")
-            gr.HTML("<p role='alert'></p>", elem_id="not-known")  # here.js writes it
-            self.message = gr.HTML(elem_id="message")
             if self.panel:
                 self.panel.register_components()
             with gr.Accordion(label("说明", "Help"), open=False):
-                gr.Markdown(label(*HELP))
+                gr.Markdown(label(*guidance.HELP))
                 if "paralinguistic" in self.speech.edit_types:
-                    gr.Markdown(label(*PARALINGUISTIC_HELP))
+                    gr.Markdown(label(*guidance.PARALINGUISTIC_HELP))
+                gr.Markdown(label(*guidance.VERIFIED))
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""
@@ -267,36 +329,54 @@ class EditxTab:
             self.edit_info,
             state,
         ]
-        outputs = [self.chat_box, state, self.message]
-        asking = {**self.engine_event, **supported(gr.on, show_progress_on=self.chat_box), **PRIVATE}
+        outputs = [self.chat_box, self.line, *self.places.components]
+        hidden = {"show_progress": "hidden", **PRIVATE}
+        # None waits in Gradio's queue, and none is swallowed there: each is answered at once.
+        asking: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **hidden}
         # In the browser, at once: the error of the last request is not the next one's.
-        for press in (self.button_tts.click, self.button_edit.click):
-            press(None, None, self.message, js="() => ''", show_progress="hidden", **PRIVATE)
+        wiped = f"() => Array({len(self.places.components)}).fill('')"
+        # The chat has a bin of its own.
+        clears = (self.clean_history_submit.click, self.chat_box.clear)
+        for press in (self.button_tts.click, self.button_edit.click, *clears):
+            press(None, None, self.places.components, js=wiped, **hidden)
         # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
-        self.button_tts.click(self._clone_and_wipe, inputs, outputs, **asking).then(
-            lambda state: as_messages(state["history_messages"], speaker()),
-            state,
-            self.chat_box,
-            show_progress="hidden",
+        cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
+        cloned.then(lambda state: as_messages(state["history_messages"], speaker()), state, self.chat_box, **hidden)
+        edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
+        for pressed in (cloned, edited):
+            pressed.then(None, js=SHOW, **PRIVATE)
+        self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
+        for clear in clears:
+            clear(self._on_clear, state, [self.chat_box, *self.places.components], **hidden)
+        gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
+        self.prompt_audio_input.change(
+            self.receive,
+            self.prompt_audio_input,
+            [self.prompt_audio_input, self._about_recording],
+            concurrency_limit=8,
             **PRIVATE,
         )
-        self.button_edit.click(self.generate_edit, inputs, outputs, **asking)
-        # The chat has a bin of its own.
-        for clear in (self.clean_history_submit.click, self.chat_box.clear):
-            clear(self.clear_history, [state], outputs, **PRIVATE)
-        # Of everything that is uploaded or recorded, whether or not it is used.
-        self.prompt_audio_input.change(
-            lambda path: self.recordings.own(session(), path), self.prompt_audio_input, queue=False, **PRIVATE
+        # Of people only: what `Inputs` brings back has its sub-task with it.
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+        self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
+        self.edit_info.input(
+            lambda task, sub_task: task_names.line(task, sub_task, speaker()),
+            [self.edit_type, self.edit_info],
+            self.task_line,
+            **at_once,
         )
-        self.edit_type.change(self.update_edit_info, self.edit_type, self.edit_info, queue=False, **PRIVATE)
+        filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
+        for button, sample in self.samples:
+            button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
-            hearing = self.prompt_audio_input.change(
+            hearing = gr.on(
+                [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording],
                 self._hear,
                 [self.prompt_audio_input, self.prompt_text_input],
-                [self.heard, self.message],
+                [self.heard, self._about_recording],
                 **self._hearing_event,
                 trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
-                **supported(self.prompt_audio_input.change, show_progress_on=self.prompt_text_input),
+                **supported(gr.on, show_progress_on=self.prompt_text_input),
                 **PRIVATE,
             )
             # In the browser, when the answer is there.
@@ -308,13 +388,13 @@ class EditxTab:
             writing += [box.input for box in (self.prompt_text_input, self.generated_text)]
             # When an upload begins no event comes, but the server sees its request: `Traffic` looks for that.
             speaking = [self.prompt_audio_input.start_recording, self.prompt_audio_input.upload]
-            for event in (*writing, *speaking):
+            trying = [button.click for button, _ in self.samples]
+            for event in (*writing, *speaking, *trying):
                 event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
         if self.panel:
             self.panel.register_events()
 
-
-def _warned(error: Exception) -> str:
-    """The error as a message for the page, which stays until the next press; a toast would say it a second time."""
-    sentence = html.escape(translated(explain(error), speaker()))
-    return f"<p role='alert'>⚠️ {sentence}</p>"
+    def register_return(self, came: Any) -> None:
+        """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
+        texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
+        self._inputs.register(came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box)

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
+from ..cancellation import Cancellation, cancelled_by
 from .compat import session
 from .gpu_panel import check
 from .guard import Guard
+from .presses import in_thread
 from .protocols import Manager
 from .recordings import Recordings
 from .speech import Speech, explain
@@ -21,37 +23,45 @@ NOBODY = gr.Request()
 
 def register_speech(
     speech: Speech,
-    told: Callable[[], AbstractContextManager[None]],
+    told: Callable[[], AbstractContextManager[Any]],
     recordings: Recordings,
-    engine_event: dict[str, Any],
 ) -> None:
     """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people.
 
     In a block of ``told`` the caller hears what happens to the model. Files go with the session of ``gradio_client``.
+    ``job.cancel()`` ends a request as Stop does on the page.
     """
 
-    def answer(recording: str, work: Callable[[], str]) -> str:
-        recordings.own(session(), recording)
-        with told():
-            result = _or_error(work)
-        recordings.own(session(), result)
-        return result
+    async def answer(recording: str, work: Callable[[str], str]) -> str:
+        cancellation = Cancellation()
 
-    def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
+        def in_turn() -> str:
+            recordings.own(session(), recording)
+            readable = speech.incoming.readable(recording)
+            recordings.own(session(), readable)
+            with cancelled_by(cancellation), told():
+                result = work(readable)
+            recordings.own(session(), result)
+            return result
+
+        return await in_thread(lambda: _or_error(in_turn), cancellation)
+
+    async def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
         """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
-        return answer(prompt_audio, lambda: speech.clone(prompt_audio, prompt_text, target_text))
+        return await answer(prompt_audio, lambda audio: speech.clone(audio, prompt_text, target_text))
 
-    def edit(
+    async def edit(
         input_audio: str, audio_text: str, edit_type: str, edit_info: str | None = None, text: str | None = None
     ) -> str:
         """Change input_audio, in which audio_text is said. Only paralinguistic uses text."""
-        return answer(input_audio, lambda: speech.edit(input_audio, audio_text, edit_type, edit_info or None, text)[0])
-
-    with gr.Row(visible=False):
-        _expose(clone, [_recording(), gr.Textbox(), gr.Textbox()], gr.Audio(), **engine_event)
-        _expose(
-            edit, [_recording(), gr.Textbox(), gr.Textbox(), gr.Textbox(), gr.Textbox()], gr.Audio(), **engine_event
+        return await answer(
+            input_audio, lambda audio: speech.edit(audio, audio_text, edit_type, edit_info or None, text)[0]
         )
+
+    # None of them waits in Gradio's queue, which does not know whether an engine is free, and who has gone.
+    with gr.Row(visible=False):
+        _expose(clone, [_recording(), *(gr.Textbox() for _ in range(2))], gr.Audio(), concurrency_limit=None)
+        _expose(edit, [_recording(), *(gr.Textbox() for _ in range(4))], gr.Audio(), concurrency_limit=None)
 
 
 def register_gpu(manager: Manager, guard: Guard) -> None:

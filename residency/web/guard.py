@@ -7,15 +7,18 @@ another site in somebody's browser may change nothing, whoever has opened it.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.requests import HTTPConnection
 
 from ..errors import NotAllowed
+from .addresses import hostname, is_address, is_loopback
 
 _PASSED_ON = frozenset({"forwarded", "via", "x-real-ip"})
 """Beside ``X-Forwarded-...``: what proxies add to a request."""
+
+PUBLIC_HOST = "residency.public_host"
+"""In the ASGI scope: the host, and the port if it is named, of the address that ``--root-path`` gives."""
 
 
 class Guard:
@@ -27,11 +30,15 @@ class Guard:
 
     def check(self, request: HTTPConnection, user: str | None = None) -> None:
         """`NotAllowed` unless who sends this may change things; ``user`` is the name they have signed in with."""
-        if self._token is not None and hmac.compare_digest(_token_sent(request).encode(), self._token):
+        if self.knows_token(request):
             return
         if not from_another_site(request) and (user or (self._trust_local and _is_local(request))):
             return
         raise NotAllowed
+
+    def knows_token(self, request: HTTPConnection) -> bool:
+        """Whether the token was sent; False if there is none."""
+        return self._token is not None and hmac.compare_digest(_token_sent(request).encode(), self._token)
 
     def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
         """Whether `check` raises nothing."""
@@ -51,28 +58,18 @@ def _is_local(request: HTTPConnection) -> bool:
     """From this machine, under a name of it: a name of somebody else's can be rebound to this machine.
 
     What a proxy on this machine passes on is not: it comes from wherever the proxy can be reached, and where that is
-    stands in headers that anybody can write.
+    stands in headers that anybody can write. One that adds no header (nginx, unless it is told to) passes on the name
+    that it was called by, or its own for this server; then HTTP/1.0 gives it away, which few others speak today.
     """
     if any(header in _PASSED_ON or header.startswith("x-forwarded-") for header in request.headers):
         return False
-    origin = request.headers.get("origin")
-    if origin is not None and not _is_loopback(_split(origin).hostname):
-        return False  # the page came through a proxy that says nothing in headers
-    hostname = _split(f"//{request.headers.get('host', '')}").hostname
-    named = _is_loopback(hostname) or _is_address(hostname)
-    return named and request.client is not None and _is_loopback(request.client.host)
-
-
-def _is_loopback(host: str | None) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(str(host)).is_loopback)
-
-
-def _is_address(host: str | None) -> bool:
-    try:
-        ipaddress.ip_address(str(host))
-    except ValueError:
+    if request.scope.get("http_version") == "1.0":
         return False
-    return True
+    origin = request.headers.get("origin")
+    if origin is not None and not is_loopback(_split(origin).hostname):
+        return False  # the page came through a proxy that says nothing in headers
+    name = hostname(request.headers.get("host", ""))
+    return (is_loopback(name) or is_address(name)) and request.client is not None and is_loopback(request.client.host)
 
 
 def from_another_site(request: HTTPConnection) -> bool:
@@ -86,7 +83,7 @@ def from_another_site(request: HTTPConnection) -> bool:
         return site not in ("same-origin", "none")
     origin = request.headers.get("origin")
     passed_on = request.headers.get("x-forwarded-host", "").partition(",")[0].strip()
-    ours = (request.headers.get("host", ""), passed_on)
+    ours = (request.headers.get("host", ""), passed_on, request.scope.get(PUBLIC_HOST))
     return origin is not None and (_split(origin).netloc or origin) not in ours
 
 

@@ -1,6 +1,7 @@
 // Tells the server now and then that this page is there: what its session has on the server's disk is kept as long.
-// Gradio has a line for that, but does not take it up again once it was cut. The server puts EVERY_MS in, and answers a
-// page that it does not know, such as one from before its start, with what to say there.
+// Gradio has a line for that, but does not take it up again once it was cut. The server puts EVERY_MS in. A page that the
+// server does not know, such as one from before its start, is loaded anew: it keeps what is filled in (see inputs.py), and
+// shows nothing any more that is gone.
 (visit) => {
   const [session, secret, goesOn] = visit.split(".");
   const stay = () => {
@@ -14,12 +15,14 @@
   const tell = async () => {
     try {
       const answer = await fetch(`gradio_api/here/${session}`);
-      // With Gradio 6 such a page loads itself anew; with Gradio 5 it would wait for ever on the line that was cut.
-      if (document.querySelector(".toast-wrap")?.textContent.includes("Connection to the server was lost")) location.reload();
-      else if (answer.status === 410) document.querySelector("#not-known p").textContent = await answer.text();
+      // With Gradio 6 a page whose line was cut loads itself anew; with Gradio 5 it would wait on that line for ever.
+      const cut = document.querySelector(".toast-wrap")?.textContent.includes("Connection to the server was lost");
+      if (cut || answer.status === 410) location.reload();
     } catch {}  // the next one may arrive
   };
   setInterval(tell, EVERY_MS);
   for (const event of ["online", "pageshow"]) window.addEventListener(event, tell);
   document.addEventListener("visibilitychange", tell);
+  // A press may be the first that reaches a server which was started again.
+  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) tell(); });
 }

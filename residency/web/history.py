@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..errors import InvalidInput
 from .compat import session, supported
 from .language import Say, both, mark
 from .recordings import Recordings
+from .task_names import sub_task_name, task_name
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Step:
 
 
 State = dict[str, Any]
-"""Of one session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is HTML that says
-what was wrong with its latest request, empty if nothing was.
+"""Of one session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is a
+`messages.Message` of what was wrong with its latest request, empty if nothing was.
 
 It is changed in place, since several requests of a session may run. A history that begins anew has lists of its own: by
 them a request that ends late sees that it is not about this one.
@@ -63,23 +63,6 @@ class Histories:
     def __init__(self, recordings: Recordings) -> None:
         self._recordings = recordings
         self._lock = threading.Lock()
-        self._at_work: Counter[int] = Counter()
-
-    @contextmanager
-    def at_work(self, state: State) -> Iterator[None]:
-        """A block in which something is done that may change this state."""
-        with self._lock:
-            self._at_work[id(state)] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._at_work[id(state)] -= 1
-                self._at_work += Counter()  # what is nothing goes
-
-    def busy(self, state: State) -> bool:
-        """Whether something may still change this state."""
-        return id(state) in self._at_work
 
     def go_on(self, state: State, history: list[Any], step: Step) -> None:
         """A result is the next of its history."""
@@ -121,7 +104,7 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     colon = mark(":", say)
     for step in steps:
-        task = " · ".join(filter(None, (step.edit_type, step.edit_info)))
+        task = " · ".join(_names(step, say))
         asked = f"{say('任务', 'Task')}{colon}{task}\n{say('文本', 'Text')}{colon}{step.source_text or '—'}"
         shown += [
             {"role": "user", "content": _literal(asked)},
@@ -130,6 +113,13 @@ def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown
+
+
+def _names(step: Step, say: Say) -> Iterator[str]:
+    if step.edit_type:
+        yield task_name(step.edit_type, say)
+        if step.edit_info:
+            yield sub_task_name(step.edit_type, step.edit_info, say)
 
 
 def _literal(text: str) -> str:

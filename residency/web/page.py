@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio.tunneling import CURRENT_TUNNELS
@@ -12,21 +13,31 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import control, endpoints, locale
+from . import address, bounds, control, endpoints, locale, routes
+from .bodies import small_bodies_first
 from .compat import (
     Blocks,
-    answer_no_other_sites,
     keep_uploads_in,
     leave_out_the_internet,
+    listening,
     set_closed,
+    sign_out,
     supported,
+    take_no_empty_session,
     user,
 )
+from .connections import affordable
 from .editx_tab import EditxTab
 from .guard import Guard
+from .hosts import Hosts
 from .labels import label, translations
+from .language import both
+from .lines import Lines
+from .logins import HINT, Logins
 from .presence import Presence
 from .protocols import Manager
+from .server import BoundedServer
+from .subpath import beneath
 from .traffic import Traffic
 
 _SWEEP_EVERY_S = 600
@@ -36,18 +47,23 @@ _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
-#message:has(.prose:empty), #not-known:has(p:empty) {display: none}
-/* There it says what has gone wrong; Gradio's bare "Error" would only cover what is left. */
-body:has(#not-known p:not(:empty)) :is(#history, #message) .wrap:has(> .error) {display: none}
+.said:has(.prose:empty), #progress:has(.prose:empty) {display: none}
+.said p, #progress label {margin: 0; overflow-wrap: anywhere; line-height: 1.5}
+.said p {scroll-margin: 140px 0 24px}
+.said p[role=alert] {color: var(--error-text-color); font-weight: 500}
+#progress label {display: block}
+#progress progress {display: block; width: 100%; margin-top: 4px; accent-color: var(--color-accent)}
+body:not(:has(#progress [data-running])) #stop {display: none}
+:is(#progress, .said) .wrap:has(> .error) {display: none}
 #history .download-link ~ button, #hear-the-end {display: none}
 /* The last line is Gradio's percentage, which for a place in a queue or unknown work would be 0. */
-:is(#history, #prompt-text) .progress-level-inner {
+#prompt-text .progress-level-inner {
   white-space: pre-line; text-align: center; overflow-wrap: anywhere; padding: 0 8px;
   line-height: 1.5em; margin-bottom: -.5em; clip-path: inset(0 0 1.5em 0)
 }
-:is(#history, #prompt-text) .progress-bar-wrap {overflow: hidden}
+#prompt-text .progress-bar-wrap {overflow: hidden}
 /* Nobody knows how much is done. */
-:is(#history, #prompt-text) .progress-bar[style*="width: 0%"] {
+#prompt-text .progress-bar[style*="width: 0%"] {
   width: 30% !important; animation: at-work 1.2s ease-in-out infinite alternate
 }
 @keyframes at-work {from {transform: translateX(0)} to {transform: translateX(233%)}}
@@ -55,6 +71,10 @@ body:has(#not-known p:not(:empty)) :is(#history, #message) .wrap:has(> .error) {
 #history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}
 #history .waveform > div {transform: scaleY(.32)}
+#prompt-audio .wrap {min-height: 8rem}
+#task-line {opacity: .75}
+/* On a phone a name is as long as its box. */
+:is(#task, #sub-task) input {text-overflow: ellipsis; margin-right: 1.4em}
 footer .divider:last-child {display: none}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
 """
@@ -75,6 +95,7 @@ class Page:
         self._largest_upload_bytes = largest_upload_bytes
         self._recordings, self._visits = tab.recordings, tab.visits
         self._ended = threading.Event()
+        self._asks_for_password = False
         #: Whether the page answers, which is later than the server's first answer.
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
@@ -101,10 +122,11 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.message)
-            endpoints.register_speech(tab.speech, tab.told, tab.recordings, tab.engine_event)
+            tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.line, tab.presses))
+            endpoints.register_speech(tab.speech, tab.told, tab.recordings)
             if manager is not None:
                 endpoints.register_gpu(manager, guard or Guard())
+        take_no_empty_session(self.blocks)
 
     def serve(
         self,
@@ -114,30 +136,65 @@ class Page:
         share: bool = False,
         api: ASGIApp | None = None,
         auth: tuple[str, str] | None = None,
+        hosts: Hosts | None = None,
+        root_path: str = "",
+        ssl_certfile: str | None = None,
+        ssl_keyfile: str | None = None,
     ) -> str | None:
         """Start serving in the background and return the public link, if one was asked for and could be had.
 
-        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for. OSError if
-        the port is taken.
+        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for: then nobody
+        reads anything under another name either, and ``hosts`` is not asked. ``root_path`` is the path, or whole
+        address, under which a proxy serves the page; ``ssl_certfile`` and ``ssl_keyfile`` are the PEM files of a
+        certificate and its key, for https. OSError if the port is taken.
         """
-        middleware = [self.traffic.around, locale.around, *([control.beside(api)] if api else [])]
-        _, _, public_link = self.blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            auth=auth,
-            max_file_size=self._largest_upload_bytes,
-            prevent_thread_lock=True,
-            quiet=True,
-            ssr_mode=False,
-            app_kwargs={"middleware": [Middleware(around) for around in middleware]},
-            i18n=translations(),
-            **self._look,
-            **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
-        )
-        answer_no_other_sites(self.blocks.app)
+        hosts = hosts or Hosts()
+        self._asks_for_password = auth is not None
+        bounds.bound_names()
+        bounds.bound_uploads()
+        logins = Logins(lambda request: sign_out(self.blocks.app, request))
+        lines = Lines(self._may_stay, affordable() // 2)  # the rest is for requests that end
+        middleware = [
+            beneath(root_path),
+            small_bodies_first,
+            lines.around,
+            self.traffic.around,
+            *([logins.around] if auth else []),
+            address.around,
+            locale.around,
+            routes.without(() if auth else ("/login", "/logout")),
+            *([control.beside(api)] if api else []),
+        ]
+        with listening((lambda app: app) if auth else hosts.around, BoundedServer):
+            _, _, public_link = self.blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                auth=auth,
+                auth_message=both(*HINT) if auth else None,
+                root_path=root_path,
+                ssl_certfile=ssl_certfile,
+                ssl_keyfile=ssl_keyfile,
+                ssl_verify=False,  # of Gradio's first request to itself: the certificate is for another name
+                max_file_size=self._largest_upload_bytes,
+                prevent_thread_lock=True,
+                quiet=True,
+                state_session_capacity=bounds.SESSIONS,
+                ssr_mode=False,
+                app_kwargs={
+                    "middleware": [Middleware(around) for around in middleware],
+                    "exception_handlers": routes.HANDLERS,
+                    "redirect_slashes": False,
+                },
+                i18n=translations(),
+                **self._look,
+                **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
+            )
+        if public_link:
+            hosts.allow(urlsplit(public_link).hostname or "")
         self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
+        bounds.bound_queue(self.blocks._queue)
         # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
@@ -146,6 +203,9 @@ class Page:
     def signed_in(self, request: HTTPConnection) -> str | None:
         """Who sends this, if the page has asked them for a password."""
         return user(self.blocks.app, request)
+
+    def _may_stay(self, request: HTTPConnection) -> bool:
+        return not self._asks_for_password or self.signed_in(request) is not None
 
     def _session_begins(self, session: str) -> None:
         self._recordings.begin(session)
@@ -159,6 +219,7 @@ class Page:
     def _sweep(self) -> None:
         while not self._ended.wait(_SWEEP_EVERY_S):
             self._recordings.sweep()
+            bounds.forget_deleted_files(self.blocks)
 
     def refuse(self) -> None:
         """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""

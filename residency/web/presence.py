@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 LEFT_FOR_S = 1800.0
 """How long a session may be silent (a phone asleep, another network, a page loaded anew) before it has ended."""
+_SILENT_AT_MOST = 1000
+"""How many sessions may be silent at a time: beyond that, the one that has been for longest has ended."""
 LOST = (
-    "服务器重新启动过，或与本页面断开超过半小时：此前的录音和结果已不在服务器上。",
-    "The server was started again, or out of reach for over half an hour: earlier recordings and results are gone.",
+    "服务器上已没有此前的录音和结果：请重新上传录音，填写的文字仍在。",
+    "Earlier recordings and results are gone from the server: upload the recording again; your texts are still here.",
 )
 """What a page is told whose session the server does not know."""
 
@@ -20,13 +22,16 @@ class Presence:
     """For the thread of the server's loop.
 
     ``begins`` is called with a session whenever it is heard of, ``ends`` (in another thread) when it has been silent
-    for `LEFT_FOR_S`.
+    for `LEFT_FOR_S`, or others want its place.
     """
 
     def __init__(self, begins: Callable[[str], object], ends: Callable[[str], object]) -> None:
         self._begins, self._ends = begins, ends
         self._lines: Counter[str] = Counter()
         self._silent: dict[str, asyncio.TimerHandle] = {}
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._lines or session in self._silent
 
     @contextmanager
     def line(self, session: str) -> Iterator[None]:
@@ -54,6 +59,10 @@ class Presence:
     def _wait_for(self, session: str) -> None:
         loop = asyncio.get_running_loop()
         self._silent[session] = loop.call_later(LEFT_FOR_S, self._end, loop, session)
+        if len(self._silent) > _SILENT_AT_MOST:
+            longest = next(iter(self._silent))
+            self._silent[longest].cancel()
+            self._end(loop, longest)
 
     def _end(self, loop: asyncio.AbstractEventLoop, session: str) -> None:
         del self._silent[session]

@@ -20,7 +20,7 @@ UNOWNED_FOR_S = 3600.0
 """How long what is nobody's is kept: of programs that name no session, and uploads that were not used."""
 
 _REMEMBERED = 1000
-"""How many sessions that have ended are known to have: their last requests may still be running."""
+"""How many sessions that have ended, or gone on as others, are known to have: their last requests may still run."""
 
 
 class Recordings:
@@ -47,15 +47,26 @@ class Recordings:
             session = self._heirs.get(session, session)
             if session in self._ended:
                 self._delete_locked(files)
-            else:
+            elif files:
                 self._files[session] |= files
+
+    def owns(self, session: str | None, path: str) -> bool:
+        """Whether this file belongs to the session."""
+        if session is None:
+            return False
+        try:
+            path = os.path.realpath(path)
+        except ValueError:  # no name that a file can have
+            return False
+        with self._lock:
+            return path in self._files.get(self._heirs.get(session, session), ())
 
     def remove(self, session: str | None, *paths: str) -> None:
         """The session needs these files no more."""
         files = _real(paths)
         with self._lock:
-            if session is not None:
-                self._files[self._heirs.get(session, session)] -= files
+            if (own := self._files.get(self._heirs.get(session, session) if session else "")) is not None:
+                own -= files
             self._delete_locked(files)
 
     def inherit(self, before: str, session: str) -> None:
@@ -63,7 +74,10 @@ class Recordings:
         with self._lock:
             self._heirs = {who: session if heir == before else heir for who, heir in self._heirs.items()}
             self._heirs[before] = session
-            self._files[session] |= self._files.pop(before, set())
+            if len(self._heirs) > _REMEMBERED:
+                del self._heirs[next(iter(self._heirs))]
+            if files := self._files.pop(before, None):
+                self._files[session] |= files
 
     def begin(self, session: str) -> None:
         """The session is there, perhaps again."""

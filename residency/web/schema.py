@@ -112,6 +112,7 @@ class Model(BaseModel):
     state: Name
     device_bytes: int
     host_bytes: int
+    size_bytes: int = Field(description="What it took on the device when it was last there; 0 before that.")
     idle_s: Seconds | None
     leases: int = Field(description="1 while a request uses it.")
     holder: Holder | None = Field(description="The request that uses it.")

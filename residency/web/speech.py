@@ -10,21 +10,20 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 
+from ..cancellation import checkpoint
 from ..contracts import Engine
 from ..diagnosis import message_of
-from ..errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError
+from ..errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
 from ..sentences import Sentence
-
-_MOST_SAMPLES_PER_S = 2 * 48_000
-"""Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
+from .incoming import Incoming, Limits
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +38,6 @@ class ShuttingDown(ResidencyError):
         )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Of what is given: seconds of a recording, characters of a text."""
-
-    audio_s: float = 600.0
-    text: int = 5000
-
-
 class Speech:
     """Wraps an engine; answers are paths of 16-bit WAV files in ``folder``. Thread-safe as far as the engine is."""
 
@@ -57,13 +48,16 @@ class Speech:
         folder: str,
         recognize: Callable[[str], str] | None = None,
         limits: Limits | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        """``recognize`` answers what is said in a recording; None if nobody can."""
+        """``recognize`` answers what is said in a recording; None if nobody can. ``turns`` are taken for the engine."""
         self._engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
         self.folder = Path(folder)
         self.limits = limits or Limits()
+        self._turns = turns
+        self.incoming = Incoming(self.folder, self.limits)
         self._changed = threading.Condition()
         self._closed = False
         self._running = 0
@@ -80,6 +74,8 @@ class Speech:
     def close(self) -> None:
         """Refuse new requests (`ShuttingDown`); those that run may finish."""
         self._closed = True
+        if self._turns:
+            self._turns.close()
 
     def wait_until_idle(self, within_s: float) -> bool:
         """Wait for the running requests; False if ``within_s`` passes first."""
@@ -88,20 +84,25 @@ class Speech:
 
     def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
         """Say ``target_text`` in the voice of the recording. `InvalidInput`, or what the engine raises."""
-        audio = _given_audio(prompt_audio, self.limits)
-        prompt = _given_text(
-            prompt_text,
-            self.limits,
-            "Prompt Text is empty: write what is said in the recording",
-            "提示文本为空：请填写录音中的内容",
-        )
-        target = _given_text(
-            target_text,
-            self.limits,
-            "Target Text is empty: write what should be said",
-            "目标文本为空：请填写要合成的内容",
-        )
+        audio = self.incoming.readable(prompt_audio)
+        with about("prompt_text"):
+            prompt = _given_text(
+                prompt_text,
+                self.limits,
+                "Prompt Text is empty: write what is said in the recording",
+                "提示文本为空：请填写录音中的内容",
+            )
+        with about("target_text"):
+            target = _given_text(
+                target_text,
+                self.limits,
+                "Target Text is empty: write what should be said",
+                "目标文本为空：请填写要合成的内容",
+            )
         with self._engine_at_work() as engine:
+            if check := getattr(engine, "check_text", None):
+                with about("target_text"):
+                    check(target)
             return self._write("clone", engine.clone(audio, prompt, target))
 
     def edit(
@@ -113,24 +114,26 @@ class Speech:
         text: str | None,
     ) -> tuple[str, str]:
         """Change a recording; return the file and the text it now says. `InvalidInput`, or what the engine raises."""
-        audio = _given_audio(input_audio, self.limits)
+        audio = self.incoming.readable(input_audio)
         task, info = self._task(edit_type, edit_info)
-        said = _short_enough((audio_text or "").strip(), self.limits)
+        with about("prompt_text"):
+            said = _short_enough((audio_text or "").strip(), self.limits)
         # Only paralinguistic changes what is said: its target text is the old one with tags such as [Laughter].
         wanted = said
         if task == "paralinguistic":
-            wanted = _given_text(
-                text,
-                self.limits,
-                "Target Text is empty: write the text with tags such as [Laughter]",
-                "目标文本为空：请填写带有 [Laughter] 等标签的文本",
-            )
+            with about("target_text"):
+                wanted = _given_text(
+                    text,
+                    self.limits,
+                    "Target Text is empty: write the text with tags such as [Laughter]",
+                    "目标文本为空：请填写带有 [Laughter] 等标签的文本",
+                )
         with self._engine_at_work() as engine:
             return self._write(task, engine.edit(audio, said, task, info, wanted)), wanted
 
     def transcribe(self, recording: str | None) -> str:
         """What is said in a recording. `InvalidInput`, or what the recognizer raises."""
-        audio = _given_audio(recording, self.limits)
+        audio = self.incoming.readable(recording)
         if self._recognize is None:
             raise InvalidInput(
                 "Recordings are not transcribed: start the app with --enable-auto-transcribe",
@@ -145,6 +148,7 @@ class Speech:
             raise InvalidInput(
                 f"EDIT needs a task: choose one of {', '.join(tasks)}",
                 f"EDIT 需要编辑任务：请选择 {'、'.join(tasks)}",
+                "task",
             )
         # Tasks that are not listed are the engine's to accept or refuse.
         choices = self.edit_types.get(edit_type, [])
@@ -152,6 +156,7 @@ class Speech:
             raise InvalidInput(
                 f"{edit_type} has no sub-task {edit_info!r}: choose one of {', '.join(choices)}",
                 f"任务 {edit_type} 没有子任务 {edit_info!r}：请选择 {'、'.join(choices)}",
+                "sub_task",
             )
         return edit_type, edit_info if choices else None
 
@@ -159,7 +164,7 @@ class Speech:
     def _engine_at_work(self) -> Iterator[Engine]:
         if self._engine is None:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
-        with self._at_work():
+        with self._at_work(), self._turns.take() if self._turns else nullcontext():
             yield self._engine
 
     @contextmanager
@@ -176,6 +181,7 @@ class Speech:
                 self._changed.notify_all()
 
     def _write(self, kind: str, answer: tuple[Any, int]) -> str:
+        checkpoint()  # of an engine that makes none itself
         audio, sample_rate = answer
         samples = np.asarray(audio, dtype=np.float32).reshape(-1)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,30 +214,6 @@ def explain(error: Exception) -> Sentence:
     return Sentence(
         f"The engine failed: {reason}. Nothing was lost; try again.", f"引擎出错：{reason}。历史未丢失，请重试。"
     )
-
-
-def _given_audio(path: str | None, limits: Limits) -> str:
-    if not path:
-        raise InvalidInput("Input Audio is missing: upload or record something first", "缺少输入音频：请先上传或录制")
-    if not os.path.isfile(path):
-        raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")
-    try:
-        header = soundfile.info(path)
-    except soundfile.LibsndfileError:
-        return path  # the engine may know more formats than we do, or else says what is wrong
-    if header.samplerate and header.frames / header.samplerate > limits.audio_s:
-        raise InvalidInput(
-            f"The recording is longer than {limits.audio_s:g} s: cut it, or start the app with a larger --max-audio",
-            f"录音超过 {limits.audio_s:g} 秒：请裁剪，或启动时调大 --max-audio",
-        )
-    if header.frames * header.channels > limits.audio_s * _MOST_SAMPLES_PER_S:
-        raise InvalidInput(
-            f"The recording holds more samples than {limits.audio_s:g} s in stereo at 48 kHz: convert it to mono at "
-            f"48 kHz, cut it, or start the app with a larger --max-audio",
-            f"录音的采样数超过 {limits.audio_s:g} 秒 48 kHz 立体声：请转换为 48 kHz 单声道、裁剪，"
-            f"或启动时调大 --max-audio",
-        )
-    return path
 
 
 def _given_text(text: str | None, limits: Limits, en: str, zh: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from anyio import to_thread
 from gradio.route_utils import API_PREFIX
-from starlette.datastructures import MutableHeaders, QueryParams
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,19 +23,21 @@ from ..units import readable_bytes
 from .bodies import read_at_most
 from .guard import from_another_site
 from .language import preferred
+from .lines import CALL, DATA, HERE, session_of
 from .presence import LOST, Presence
+from .refusals import is_static, refused
 
 logger = logging.getLogger(__name__)
 
-_HERE = f"{API_PREFIX}/here/"
-"""Where a page says that its session (the rest) is there: Gradio does not take up its own line again if it was cut."""
-
-_UPLOAD, _HEARTBEAT = f"{API_PREFIX}/upload", f"{API_PREFIX}/heartbeat/"
+_UPLOAD = f"{API_PREFIX}/upload"
 _ENVELOPE_BYTES = 10_000
 """What a form may add to the files in it."""
 _STRANGER = (
-    "Pages of other sites may not use this one. If this is its own site: have the proxy send the header "
-    "X-Forwarded-Host. / 其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 X-Forwarded-Host。"
+    "其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 Host 或 X-Forwarded-Host"
+    "（nginx：proxy_set_header Host $http_host;），或在启动时用 --root-path 给出页面的完整地址。",
+    "Pages of other sites may not use this one. If this is its own site: have the proxy send the header Host or "
+    "X-Forwarded-Host (nginx: proxy_set_header Host $http_host;), or start the app with --root-path and the whole "
+    "address of the page.",
 )
 _FULL = (
     "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
@@ -45,13 +47,10 @@ _WORDY = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
 )
-_NOT_LOST = (
-    "填写的文字仍在：请重新上传录音，或刷新页面。",
-    " The texts are still here: upload the recording again, or reload the page.",
-)
 #: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
-_LINE, _CALL = f"{API_PREFIX}/queue/data", f"{API_PREFIX}/call/"
-_ANSWERS = (f"{API_PREFIX}/queue/", _CALL, f"{API_PREFIX}/file=")
+_ANSWERS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
+_WATCHED_AT_MOST = 1000
+"""How many sessions with a cut line are looked after at a time."""
 _LINE_CUT_S = 20.0
 """How long the line may be cut on which a session hears what becomes of its requests, for as long as there are any.
 
@@ -103,13 +102,16 @@ class Traffic:
             path, request = scope["path"], HTTPConnection(scope)
             # Links from other sites lead here; what their pages send does not.
             sent = scope["method"] not in ("GET", "HEAD") or "origin" in request.headers
-            if sent and from_another_site(request):
-                await _say(403, _STRANGER)(scope, receive, send)
-            elif path.startswith(_HERE):
-                self._presence.heard_of(session := path[len(_HERE) :])
+            if sent and not is_static(scope) and from_another_site(request):
+                await refused(request, 403, *_STRANGER)(scope, receive, send)
+            elif path.startswith(HERE):
+                session = path[len(HERE) :]
+                known = self._know(session)
+                if known or session in self._presence:  # and nobody else, since that costs nothing to say
+                    self._presence.heard_of(session)
                 say = preferred(request.headers.get("accept-language"))
-                lost = _say(410, f"⚠️ {say(*LOST)}{say(*_NOT_LOST)}")
-                await (Response(status_code=204) if self._know(session) else lost)(scope, receive, send)
+                lost = _say(410, say(*LOST))
+                await (Response(status_code=204) if known else lost)(scope, receive, send)
             elif path == _UPLOAD and scope["method"] == "POST":
                 limit_bytes = self._largest_upload_bytes
                 await read_at_most(
@@ -125,9 +127,9 @@ class Traffic:
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             path = scope["path"]
             with ExitStack() as until_answered:
-                if session := _listener(scope):
+                if session := session_of(scope):
                     until_answered.enter_context(self._presence.line(session))
-                if path == _LINE and session:
+                if path == DATA and session:
                     until_answered.enter_context(self._line(session))
                 if path.startswith(_ANSWERS):
                     until_answered.enter_context(self._counted())
@@ -180,7 +182,9 @@ class Traffic:
             yield
         finally:
             self._lines[session] -= 1
-            if not self._lines[session]:  # its next line may be on the way
+            if not self._lines[session] and len(self._silent) >= _WATCHED_AT_MOST:
+                del self._lines[session]
+            elif not self._lines[session]:  # its next line may be on the way
                 self._silent[session] = asyncio.get_running_loop().create_task(self._watch_silence(session))
 
     async def _watch_silence(self, session: str) -> None:
@@ -229,16 +233,6 @@ def too_large(limit_bytes: float) -> str:
         f"The recording is larger than {size}: cut it, save it as FLAC or MP3, or start the app with a larger "
         f"--max-upload. / 录音超过 {size}：请裁剪、另存为 FLAC 或 MP3，或启动时调大 --max-upload。"
     )
-
-
-def _listener(scope: Scope) -> str:
-    """The session that holds this line; empty if it is none. What nobody has named has the name of its one request."""
-    path = scope["path"]
-    if path == _LINE:
-        return QueryParams(scope["query_string"]).get("session_hash", "")
-    if path.startswith(_HEARTBEAT) or (path.startswith(_CALL) and scope["method"] == "GET"):
-        return str(path.rpartition("/")[2])
-    return ""
 
 
 def _as_page(send: Send) -> Send:

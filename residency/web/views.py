@@ -47,6 +47,7 @@ def device_html(status: dict[str, Any], say: Say) -> str:
             if nbytes or part not in _REST or part == "free"
         )
         parts.append(f"<div class='gpu-bar gpu-parts'>{bars}</div><div class='gpu-legend gpu-quiet'>{legend}</div>")
+    parts.append(f"<div class='gpu-quiet' data-gpu-host>{escape(words.main_memory(status, say))}</div>")
     parts += [f"<div class='gpu-quiet'>{escape(note)}</div>" for note in words.notes(device, say)]
     parts += [f"<div class='gpu-error'>{escape(trouble)}</div>" for trouble in words.trouble(status, say)]
     return "".join(parts)
@@ -62,6 +63,7 @@ def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
     if not device["total_bytes"] or device["free_bytes"] is None:
         return []
     left = device["total_bytes"] - device["free_bytes"]
+    held = on_the_card(status)
     rest = {
         "outside": device["outside_bytes"] or 0,
         "process": (device["process_bytes"] or 0) - _outside_here(status),
@@ -69,14 +71,31 @@ def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
         "others": left,
     }
     parts = []
-    for number, (name, model) in enumerate(status["models"].items()):
-        parts.append((f"model-{number % 4}", name, min(left, model["device_bytes"])))
+    for number, name in enumerate(status["models"]):
+        parts.append((f"model-{number % 4}", name, min(left, held[name])))
         rest["process"] -= parts[-1][2]
         left -= parts[-1][2]
     for part, nbytes in rest.items():
         parts.append((part, "", max(0, min(left, nbytes))))
         left -= parts[-1][2]
     return [*parts, ("free", "", device["free_bytes"])]
+
+
+def on_the_card(status: dict[str, Any]) -> dict[str, int]:
+    """Bytes on the device by model, with what of those that are on their way has arrived.
+
+    The books know that only when a move has ended. Until then it is what this process holds beyond them, up to the
+    size that the model had there last, if that is known.
+    """
+    models = status["models"]
+    held = {name: model["device_bytes"] for name, model in models.items()}
+    arrived = (status["device"]["process_bytes"] or 0) - _outside_here(status) - sum(held.values())
+    for name, model in models.items():
+        if model["progress"] and model["progress"]["to"] == "gpu" and arrived > 0:
+            lacks = model["size_bytes"] - held[name] if model["size_bytes"] else arrived
+            came = max(0, min(arrived, lacks))
+            held[name], arrived = held[name] + came, arrived - came
+    return held
 
 
 def _outside_here(status: dict[str, Any]) -> int:
@@ -96,7 +115,8 @@ def model_html(name: str, status: dict[str, Any], say: Say) -> str:
     done = words.share(way["bytes"], way["total_bytes"]) if way else None
     bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
     facts = "".join(
-        f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>" for label, value in _facts(model, kind, say)
+        f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>"
+        for label, value in _facts(model, on_the_card(status)[name], kind, say)
     )
     remarks = "".join(f"<div class='gpu-error'>{escape(remark)}</div>" for remark in words.remarks(model, say))
     return (
@@ -158,16 +178,16 @@ def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
     return readable_rate(move["bytes"] / move["seconds"])
 
 
-def _facts(model: dict[str, Any], device_kind: str, say: Say) -> list[tuple[str, str]]:
+def _facts(model: dict[str, Any], device_bytes: int, device_kind: str, say: Say) -> list[tuple[str, str]]:
     facts = [
-        (say("内存", "Main memory"), readable_bytes(model["host_bytes"])),
+        *words.kept_in_memory(model, say),
         (say("已闲置", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
         (say(*_KEEP_WARM), _keep_warm(model, say)),
         (say(*_IDLE_TIMEOUT), words.duration(model["idle_timeout_s"], say)),
         (say("上次搬移", "Last move"), escape(words.last_move(model, device_kind, say))),
     ]
     if label := words.memory_label(device_kind, say):
-        facts.insert(0, (label, readable_bytes(model["device_bytes"])))
+        facts.insert(0, (label, readable_bytes(device_bytes)))
     return facts
 
 

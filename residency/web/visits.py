@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import threading
 from pathlib import Path
@@ -11,78 +10,89 @@ from typing import Any
 import gradio as gr
 
 from .compat import PRIVATE, session, speaker
-from .history import Histories, State, as_messages
+from .history import State, as_messages
+from .messages import Places
+from .page_requests import Requests
 from .presence import LOST
+from .presses import Presses
 from .recordings import Recordings
 from .waiting import Waiting
 
 TELL_EVERY_S = 5.0
 """How often open pages tell that they are there, and hear whether they are known."""
 
-_LOOK_EVERY_S = 0.2
-_ALL_LOST = (f"{LOST[0]}文字也请重新填写。", f"{LOST[1]} Write the texts again, too.")
+_AT_MOST = 1000
 _GOES_ON = ".goes-on"
 # Who reloads goes on with the visit; who comes by the browser's history, only with one whose page has left: duplicated
 # tabs come so too, with a copy of what a tab keeps whose page is there. What a copy does not take it forgets.
-_EARLIER = """(_, state) => {
+_EARLIER = """(_, lost, state) => {
   const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
   const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
   sessionStorage.setItem("visit", earlier ?? "");
   sessionStorage.removeItem("left");
-  return [earlier, state];
+  if (earlier === null) sessionStorage.removeItem("inputs");
+  const {recording, steps} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
+  return [earlier, recording || steps ? "something" : "", state];
 }"""
 
 
 class Visits:
     """Sessions by a secret that their page keeps for when it is loaded anew. Thread-safe."""
 
-    def __init__(self, histories: Histories, recordings: Recordings, waiting: Waiting) -> None:
-        self._histories, self._recordings, self._waiting = histories, recordings, waiting
+    def __init__(self, requests: Requests, recordings: Recordings, waiting: Waiting, places: Places) -> None:
+        self._requests, self._recordings, self._waiting, self._places = requests, recordings, waiting, places
         self._lock = threading.Lock()
-        self._visits: dict[str, tuple[str, State]] = {}
+        self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
 
-    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, message: gr.HTML) -> None:
-        """While the page is being drawn; its server must know the path to which ``here.js`` sends."""
-        visit = gr.Textbox(visible=False)
+    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Presses) -> Any:
+        """While the page is being drawn; its server must know the path to which ``here.js`` sends.
+
+        Returns the event after which a visit goes on.
+        """
+        visit, to_lose = gr.Textbox(visible=False), gr.Textbox(visible=False)
         script = (Path(__file__).parent / "here.js").read_text(encoding="utf-8")
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
         # Pressed by here.js. Not invisible, since Gradio does not draw what is.
         hear_the_end = gr.Button(elem_id="hear-the-end")
-        came = page.load(self._come, [visit, state], [visit, state, chat, message], js=_EARLIER, queue=False, **hidden)
+        messages = self._places.components
+        inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
+        came = page.load(self._come, inputs, outputs, js=_EARLIER, queue=False, **hidden)
         came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
-        hear_the_end.click(self._hear_the_end, state, [chat, message], concurrency_limit=None, **hidden)
+        hear_the_end.click(presses.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
+        return came
 
     def know(self, session: str) -> bool:
         """Whether a page of this session was drawn by this process, and its session has not ended."""
         with self._lock:
-            return any(whose == session for whose, _ in self._visits.values())
+            visit = next((visit for visit, (whose, _) in self._visits.items() if whose == session), None)
+            if visit is not None:
+                self._visits[visit] = self._visits.pop(visit)
+            return visit is not None
 
     def end(self, whose: str) -> None:
         """The session is over, and nobody will come back to it."""
         with self._lock:
             self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
 
-    def _come(self, earlier: str | None, state: State) -> tuple[str, State, Any, Any]:
+    def _come(self, earlier: str | None, to_lose: str | None, state: State) -> list[Any]:
         whose = session() or ""
         visit = f"{whose}.{secrets.token_urlsafe(16)}"
         with self._lock:
             before, state = self._visits.pop(earlier or "", (None, state))
             self._visits[visit] = (whose, state)
+            if len(self._visits) > _AT_MOST:
+                del self._visits[next(iter(self._visits))]
         if before is None:
-            return visit, state, gr.skip(), _status(f"⚠️ {speaker()(*_ALL_LOST)}") if earlier else gr.skip()
+            news = _status(f"⚠️ {speaker()(*LOST)}") if earlier and to_lose else ""
+            return [visit, state, gr.skip(), *self._places.values(news)]
         self._recordings.inherit(before, whose)
         self._waiting.inherit(before, whose)
-        goes_on, say = self._histories.busy(state), speaker()
+        goes_on, say = self._requests.latest(state) is not None, speaker()
         shown, news = as_messages(state["history_messages"], say), state["message"]
         if goes_on:
             visit += _GOES_ON
             news = _status(say("先前的请求仍在进行…", "What you asked for before goes on…"))
-        return visit, state, shown, news
-
-    async def _hear_the_end(self, state: State) -> tuple[Any, str]:
-        while self._histories.busy(state):
-            await asyncio.sleep(_LOOK_EVERY_S)
-        return as_messages(state["history_messages"], speaker()), state["message"]
+        return [visit, state, shown, *self._places.values(news)]
 
 
 def _status(sentence: str) -> str:

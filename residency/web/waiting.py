@@ -1,6 +1,6 @@
-"""Who waits for an answer reads why, in Gradio's own line of progress: the place in the queue, and what the model does.
+"""Tells those that wait for an answer why: the place in the queue, and what the model does.
 
-Programs read the same in ``job.status()`` of ``gradio_client``. Who has gone waits for nothing.
+Programs read it in ``job.status()`` of ``gradio_client``. Who has gone waits for nothing.
 """
 
 from __future__ import annotations
@@ -8,34 +8,44 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 
+from ..cancellation import checkpoint, current
+from ..errors import RequestCancelled
 from ..states import State
 from . import words
 from .compat import session, speaker
 from .language import both
 from .protocols import Lease, Manager
+from .turns import Turns
+
+Tell = Callable[[float, str], object]
+"""Takes how much is done (0 to 1; 0 where nobody knows), and what happens."""
 
 
 class Waiting:
     """The leases that sessions wait for. Any thread may call."""
 
-    def __init__(self, manager: Manager | None) -> None:
+    def __init__(self, manager: Manager | Turns | None) -> None:
         self._manager = manager
         self._lock = threading.Lock()
         self._leases: dict[str | None, dict[Lease, float]] = {}  # and since when
 
     @contextmanager
-    def told(self, model: str | None) -> Iterator[None]:
-        """Within this block, what happens to the model and to its queue is told to the person whose event this is."""
+    def told(self, model: str | None, tell: Tell | None = None) -> Iterator[Callable[[], None]]:
+        """Within this block, what happens to the model and to its queue is told to the person whose event this is.
+
+        With ``tell``, or else in Gradio's own way. Events leave progress out that follows soon upon other progress: the
+        block's value looks at the model and tells that. A cancellation of the request takes it out of the queue.
+        """
         if self._manager is None or model is None:
-            yield
+            yield lambda: None
             return
-        teller, whose, mine = _Teller(self._manager, model), session(), list[Lease]()
+        teller, whose, mine = _Teller(self._manager, model, tell), session(), list[Lease]()
 
         def watch(lease: Lease) -> None:
             mine.append(lease)
@@ -43,12 +53,17 @@ class Waiting:
                 teller.lease = lease
             with self._lock:
                 self._leases.setdefault(whose, {})[lease] = time.monotonic()
+            if cancellation := current():
+                cancellation.on_cancel(lease.cancel)
 
         unsubscribe = self._manager.subscribe(teller.listen)
         try:
             teller.begin()
             with self._manager.watching(watch):
-                yield
+                yield teller.look
+        except RequestCancelled:
+            checkpoint()  # not because somebody is away
+            raise
         finally:
             unsubscribe()
             with self._lock:
@@ -82,9 +97,10 @@ class Waiting:
 class _Teller:
     """Says to one person what their request waits for."""
 
-    def __init__(self, manager: Manager, model: str) -> None:
+    def __init__(self, manager: Manager | Turns, model: str, tell: Tell | None) -> None:
         self._model, self._speak = model, speaker()
-        self._context, self._progress = contextvars.copy_context(), gr.Progress()
+        self._tell = tell or self._gradios_own()
+        self._manager, self._seen = manager, manager.version
         status = manager.status()
         self._kind, self._present = status["device"]["kind"], status["models"].get(model, {})
         self._there = State.DEVICE.shown(self._kind)
@@ -98,6 +114,15 @@ class _Teller:
             self._say(words.in_use(self._speak))
         elif self._present.get("state") == self._there:
             self._say(words.ready(self._speak))
+
+    def look(self) -> None:
+        if self._seen == (version := self._manager.version):
+            return
+        self._seen = version
+        way = self._manager.status()["models"].get(self._model, {}).get("progress")
+        place = self.lease.place if self.lease else None
+        if way and place is not None and place <= 1:
+            self._say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"])
 
     def listen(self, event: Any) -> None:
         if event.model != self._model:
@@ -113,13 +138,21 @@ class _Teller:
             self._say(words.in_use(self._speak) if place else words.ready(self._speak))
 
     def _say(self, sentence: str, share: float = 0.0) -> None:
-        # Pages show no sentence without a share, so one that nobody knows is 0; and they write it behind the sentence,
-        # which ends in a new line for them: then the page's style can leave the share out.
-        desc = sentence if self._speak is both else f"{sentence}\n"
-        if (desc, share) != self._said:
-            self._said = desc, share
+        if (sentence, share) != self._said:
+            self._said = sentence, share
+            self._tell(share, sentence)
+
+    def _gradios_own(self) -> Tell:
+        context, progress = contextvars.copy_context(), gr.Progress()
+
+        def tell(share: float, sentence: str) -> None:
+            # Pages show no sentence without a share, so one that nobody knows is 0; and they write it behind the
+            # sentence, which ends in a new line for them: then the page's style can leave the share out.
+            desc = sentence if self._speak is both else f"{sentence}\n"
             # The context tells Gradio whose event it is; a copy, since two threads cannot be in the same one.
-            self._context.copy().run(self._progress, share, desc=desc)
+            context.copy().run(progress, share, desc=desc)
+
+        return tell
 
     def _say_way(
         self, target: str, phase: str, done_bytes: int, total_bytes: int | None, bytes_per_s: float | None

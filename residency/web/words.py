@@ -99,6 +99,29 @@ def usage(device: dict[str, Any], say: Say) -> str:
     return " · ".join(facts)
 
 
+def main_memory(status: dict[str, Any], say: Say) -> str:
+    """What this process takes of main memory, what of that are models, and what is free."""
+    host = status["host"]
+    process, free, total = (readable_bytes(host[f"{which}_bytes"]) for which in ("process", "free", "total"))
+    models = readable_bytes(sum(model["host_bytes"] for model in status["models"].values()))
+    return say(
+        f"内存：本进程 {process}（其中模型 {models}），可用 {free}，共 {total}",
+        f"Main memory: this process {process} (models {models} of it), {free} of {total} free",
+    )
+
+
+def kept_in_memory(model: dict[str, Any], say: Say) -> list[tuple[str, str]]:
+    """What a model has in main memory and, while it is there, what of it is made anew when it goes to the device.
+
+    Together they are its size on the device: what is in files anyway, such as ONNX sessions, is not kept in memory too.
+    """
+    facts = [(say("内存", "Main memory"), readable_bytes(model["host_bytes"]))]
+    anew_bytes = model["size_bytes"] - model["host_bytes"]
+    if model["state"] == "cpu" and anew_bytes > 0:
+        facts.append((say("返回时重建", "Made anew on return"), readable_bytes(anew_bytes)))
+    return facts
+
+
 def notes(device: dict[str, Any], say: Say) -> list[str]:
     note = device["note"]
     return [say(note["zh"], note["en"])] if note else []
@@ -308,10 +331,9 @@ def as_text(status: dict[str, Any], say: Say = both) -> str:
     """The status as a few lines of plain text."""
     device = status["device"]
     kind, colon = device["kind"], mark(":", say)
-    lines = [colon.join(filter(None, (device_name(device, say), usage(device, say))))]
+    lines = [colon.join(filter(None, (device_name(device, say), usage(device, say)))), main_memory(status, say)]
     for name, model in status["models"].items():
-        facts = [(say("内存", "Main memory"), readable_bytes(model["host_bytes"])),
-                 (say("已闲置", "Idle"), readable_seconds(model["idle_s"])),
+        facts = [*kept_in_memory(model, say), (say("已闲置", "Idle"), readable_seconds(model["idle_s"])),
                  (say("上次搬移", "Last move"), last_move(model, kind, say))]  # fmt: skip
         if label := memory_label(kind, say):
             facts.insert(0, (label, readable_bytes(model["device_bytes"])))

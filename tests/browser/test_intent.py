@@ -69,7 +69,7 @@ def test_who_waits_for_the_model_reads_what_it_does(page: Page, app: RunningApp,
     page.get_by_label("Target Text").fill("to say")
     page.get_by_role("button", name="CLONE", exact=True).click()
     app.wait_for_line("at the gate: load")
-    sync_api.expect(page.locator("#history")).to_contain_text("To the simulated GPU: ")
+    sync_api.expect(page.locator("#progress")).to_contain_text("To the simulated GPU: ")
     sync_api.expect(page.locator("#gpu-status")).to_contain_text("1 waiting")
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/waiting.png", full_page=True)

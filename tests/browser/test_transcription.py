@@ -80,7 +80,7 @@ def test_a_recording_that_was_taken_away_is_not_written_about(
 
 def test_an_error_is_said_and_the_text_can_be_written(page: Page, app: RunningApp, tmp_path: Path) -> None:
     upload(page, tmp_path, samples=1)
-    sync_api.expect(page.locator("#message")).to_contain_text("too short")
+    sync_api.expect(page.locator("#about-prompt-audio")).to_contain_text("too short")
     sync_api.expect(prompt(page)).to_have_value("")
     prompt(page).fill("mine")
     assert app.get("/gpu/status")[1]["models"]["asr"]["last_error"] is None, "the model is not to blame"

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hibari import Hibari
 
+from residency.cancellation import Cancellation, cancelled_by
 from residency.engines import builtin, effects, world
 from residency.engines.builtin import BuiltinEngine, HTTPException
-from residency.errors import InvalidInput
+from residency.errors import InvalidInput, RequestStopped
 
 Write = Callable[..., str]
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,3 +212,63 @@ def test_edit_types_can_be_listed_without_loading_anything() -> None:
         "assert not {'torch', 'onnxruntime', 'hibari', 'scipy', 'soundfile', 'pyworld'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+class TestCancellation:
+    def test_a_clone_ends_after_the_sentence_during_which_it_was_cancelled(
+        self, engine: BuiltinEngine, prompt: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cancellation, said = Cancellation(), list[int]()
+        convert = builtin.voice.convert
+
+        def cancel_in_the_second(*arguments: Any) -> Any:
+            said.append(1)
+            if len(said) == 2:
+                cancellation.cancel()
+            return convert(*arguments)
+
+        monkeypatch.setattr(builtin.voice, "convert", cancel_in_the_second)
+        with cancelled_by(cancellation), pytest.raises(RequestStopped):
+            engine.clone(prompt, "a fox", " ".join([TEXT] * 4))
+        assert len(said) == 2
+        assert engine.clone(prompt, "a fox", TEXT)[1] == 24000, "the next request is another one"
+
+    def test_nothing_is_computed_for_an_edit_that_was_cancelled(
+        self, engine: BuiltinEngine, prompt: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(builtin.effects, "change_speed", lambda *_: pytest.fail("it is computed"))
+        cancellation = Cancellation()
+        cancellation.cancel()
+        with cancelled_by(cancellation), pytest.raises(RequestStopped):
+            engine.edit(prompt, "", "speed", "faster")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt_text": " "}, "prompt_text"),
+        ({"target_text": ""}, "target_text"),
+        ({"target_text": "你好"}, "target_text"),
+        ({"target_text": "..."}, "target_text"),
+        ({"prompt_wav_path": "nowhere.wav"}, "recording"),
+    ],
+)
+def test_an_error_names_what_it_is_about(
+    engine: BuiltinEngine, prompt: str, change: dict[str, str], field: str
+) -> None:
+    given = {"prompt_wav_path": prompt, "prompt_text": "a fox", "target_text": TEXT}
+    with pytest.raises(InvalidInput) as raised:
+        engine.clone(**{**given, **change})
+    assert raised.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("task", "info", "field"),
+    [("emotion", "happy", "task"), ("style", "child", "sub_task"), ("speed", "twice", "sub_task")],
+)
+def test_an_error_of_an_edit_names_the_task_or_the_sub_task(
+    engine: BuiltinEngine, prompt: str, task: str, info: str, field: str
+) -> None:
+    with pytest.raises(InvalidInput) as raised:
+        engine.edit(prompt, "", task, info)
+    assert raised.value.field == field

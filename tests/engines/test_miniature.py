@@ -199,3 +199,33 @@ for ready in (False, True):
     manager.close()
 """
     run(f"CHECKOUT = {str(CHECKOUT)!r}\n{script}", models, voice)
+
+
+def test_a_request_that_is_cancelled_ends_with_the_next_step_of_the_language_model(models: Path, voice: Path) -> None:
+    script = """
+from residency.cancellation import Cancellation, cancelled_by
+from residency.errors import RequestStopped
+tts = managed(keep_warm=-1)
+with closing(tts.manager):
+    before = spoken(tts)
+    cancellation, steps = Cancellation(), []
+    def step(*_):
+        steps.append(1)
+        if len(steps) == 3:
+            cancellation.cancel()
+    with tts.lease() as engine:
+        hook = engine.llm.lm_head.register_forward_pre_hook(step)
+    try:
+        with cancelled_by(cancellation):
+            tts.clone(*SAY)
+    except RequestStopped:
+        pass
+    else:
+        raise AssertionError("it went on")
+    assert len(steps) == 3, len(steps)
+    hook.remove()
+    assert tts.manager.history()["models"]["tts"]["totals"]["requests"].get("cancelled") == 1
+    assert tts.get_gpu_status()["models"]["tts"]["last_error"] is None
+    assert all(map(torch.equal, spoken(tts), before)), "the engine is as it was"
+"""
+    run(script, models, voice)

@@ -54,7 +54,7 @@ def test_a_full_disk_refuses_and_nothing_is_left_on_it(tiny_disk: Path, device: 
 def test_a_disk_that_fills_up_half_way_refuses(
     folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "open", _opening(room=7000))
+    monkeypatch.setattr(snapshot, "open", _opening(room=7000), raising=False)
     with pytest.raises(SnapshotUnusable, match="No space"):
         content.write(folder)
     monkeypatch.undo()
@@ -62,16 +62,15 @@ def test_a_disk_that_fills_up_half_way_refuses(
 
 
 def test_short_writes_are_continued(folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "open", _opening(most=333))
+    monkeypatch.setattr(snapshot, "open", _opening(most=333), raising=False)
     content.write(folder)
     monkeypatch.undo()
     assert content.read(folder)
 
 
 def _opening(**limits: int) -> Any:
-    def opening(path: Path, mode: str, buffering: int = -1) -> Any:
-        file = open(path, mode, buffering)  # noqa: SIM115 - its user closes it
-        return _Disk(file, **limits) if "w" in mode else file
+    def opening(*arguments: Any, **keywords: Any) -> Any:
+        return _Disk(open(*arguments, **keywords), **limits)
 
     return opening
 
@@ -120,7 +119,7 @@ def test_a_disk_that_cannot_be_read_is_refused_and_the_file_stays(
 ) -> None:
     path = content.write(folder)
 
-    def fails(*_: object) -> int:
+    def fails(*_: object, **keywords: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", fails)
@@ -209,7 +208,7 @@ def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_memo
 def test_whatever_fails_while_writing_leaves_no_half_file_and_all_of_memory(
     folder: SnapshotFolder, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **keywords: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     tensor = torch.randn(100)

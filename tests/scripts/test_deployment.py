@@ -94,6 +94,18 @@ def test_compose_gives_as_few_rights_as_the_script_does(service: str) -> None:
     assert all(volume.endswith(":ro") for volume in read_only)
 
 
+def test_the_unit_and_compose_bound_what_the_app_may_take() -> None:
+    unit = dict(re.findall(r"^#?(\w+)=(.*)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE))
+    assert unit["SystemCallFilter"].startswith("@system-service")
+    assert unit["SystemCallErrorNumber"] == "EPERM", "an end by signal would say nothing"
+    assert {"MemoryMax", "UMask", "RestrictAddressFamilies"} <= unit.keys()
+    assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "MemoryDenyWriteExecute"} & unit.keys(), "no GPU then"
+    for service in COMPOSE["services"].values():
+        assert str(service["pids_limit"]) == unit["TasksMax"]
+        nofile = service["ulimits"]["nofile"]
+        assert f"{nofile['soft']}:{nofile['hard']}" == unit["LimitNOFILE"]
+
+
 def test_compose_takes_the_settings_of_the_script() -> None:
     text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
     known = SETTINGS | OTHERS | {"HEALTH_HOST"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -19,8 +20,14 @@ def _lines(name: str) -> list[Requirement]:
 
 
 def _ranges() -> dict[str, Requirement]:
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return {requirement.name: requirement for requirement in map(Requirement, dependencies)}
+    """Of the package and of all its extras, but for those that name other extras of its own."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    ranges: dict[str, Requirement] = {}
+    for requirement in map(Requirement, lines):
+        if requirement.name != project["name"]:
+            assert ranges.setdefault(requirement.name, requirement) == requirement, "one range for all extras"
+    return ranges
 
 
 @pytest.mark.parametrize("pin", _lines("requirements.txt") + _lines("requirements-dev.txt"), ids=str)

@@ -29,6 +29,20 @@ def service(shared: Project, tmp_path: Path) -> Iterator[Service]:
         yield service
 
 
+def test_links_that_others_have_put_into_the_run_dir_are_not_written_through(service: Service, tmp_path: Path) -> None:
+    service.run_dir.mkdir()
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    for kind in ("log", "pid", "run", "run.new", "try"):
+        (service.run_dir / f"{service.port}.{kind}").symlink_to(target)
+    service.start()
+    assert target.read_text() == "precious"
+    assert not service.log.is_symlink()
+    assert service.pid
+    service.say("stop")
+    assert target.read_text() == "precious"
+
+
 def test_from_start_to_stop(service: Service) -> None:
     seen = service.start()
     assert service.pid == seen["pid"], "the file has the app's own pid, for whoever wants to send it a signal"
@@ -350,7 +364,7 @@ def test_a_restart_that_cannot_write_leaves_what_runs(service: Service, tmp_path
     (tmp_path / "file").touch()
     code, said = service.call("restart", "--tmp-dir", str(tmp_path / "file" / "below"))
     assert (code, "TMP_DIR" in said) == (1, True), said
-    (service.run_dir / f"{service.port}.try").symlink_to("/dev/full")
+    (service.run_dir / f"{service.port}.try").mkdir()  # as on a full disk, nothing can be written there
     code, said = service.call("restart")
     assert (code, f"RUN_DIR '{service.run_dir}' (variable RUN_DIR) cannot be written" in said) == (1, True), said
     assert runs(pid)

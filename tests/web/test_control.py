@@ -275,7 +275,10 @@ class TestWhoMayChange:
 
     def test_this_machine_needs_none(self, manager: GPUResourceManager) -> None:
         assert client(manager, token="secret").post("/gpu/release").status_code == 200
-        assert client(manager, ("::1", 4000), token="secret").post("/gpu/release").status_code == 200
+        for address in ("::1", "::ffff:127.0.0.1"):  # the latter where one socket listens for IPv4 and IPv6
+            assert client(manager, (address, 4000), token="secret").post("/gpu/release").status_code == 200
+        elsewhere = client(manager, ("::ffff:192.0.2.7", 4000), token="secret")
+        assert elsewhere.post("/gpu/release").status_code == 401
 
     @pytest.mark.parametrize("address", [HERE, ("::1", 4000)])
     @pytest.mark.parametrize(

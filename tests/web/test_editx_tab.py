@@ -14,6 +14,8 @@ import soundfile
 
 from app import EditxTab
 from gpu_manager import GPUResourceManager
+from residency.cancellation import checkpoint
+from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
 
@@ -98,7 +100,7 @@ def test_a_clone_that_succeeds_begins_a_new_history(session: Session, folder: Pa
     assert list(folder.iterdir()) == [Path(session.results[0][0])]
 
 
-@pytest.mark.parametrize("mishap", ["empty prompt", "empty target", "wrong task", "no audio", "engine"])
+@pytest.mark.parametrize("mishap", ["empty prompt", "empty target", "no audio", "engine"])
 def test_a_clone_that_fails_loses_nothing(session: Session, engine: Any, mishap: str) -> None:
     session.clone().edit()
     chat, state = session.chat, session.state
@@ -106,8 +108,6 @@ def test_a_clone_that_fails_loses_nothing(session: Session, engine: Any, mishap:
         session.clone(prompt=" ")
     elif mishap == "empty target":
         session.clone(target="")
-    elif mishap == "wrong task":
-        session.clone(task="speed")
     elif mishap == "no audio":
         session.recording = ""
         session.clone()
@@ -140,6 +140,13 @@ def test_what_the_engine_says_in_its_own_words_is_shown(session: Session, engine
     assert "CUDA error" in session.clone().message
 
 
+def test_a_text_that_the_engine_cannot_say_is_refused_before_it_is_asked(session: Session, engine: Any) -> None:
+    engine.check_text = speakable
+    assert "内置引擎只会说英语" in session.clone(target="你好，世界").message
+    assert not engine.asked
+    assert session.clone(target="Hello").message == ""
+
+
 @pytest.mark.parametrize(
     ("error", "en", "zh"),
     [
@@ -156,6 +163,73 @@ def test_why_there_was_no_model_is_said_in_both_languages(
     message = session.clone().message
     assert en in message
     assert zh in message
+
+
+@pytest.mark.parametrize("task", ["clone", "speed", "", None])
+def test_clone_clones_whatever_the_task_is(session: Session, engine: Any, task: Any) -> None:
+    session.clone(task=task)
+    assert session.message == ""
+    assert [asked[0] for asked in engine.asked] == ["clone"]
+    assert "clone" in session.chat[0]["content"]
+
+
+def test_a_message_names_the_field_that_it_is_about(session: Session) -> None:
+    fields = {
+        "prompt_text": lambda: session.clone(prompt=" "),
+        "target_text": lambda: session.clone(target=" "),
+        "task": lambda: session.edit("clone", None),
+        "sub_task": lambda: session.edit("speed", "twice"),
+    }
+    for field, act in fields.items():
+        assert act().message.field == field
+    session.recording = ""
+    assert session.clone().message.field == "recording"
+    assert session.edit("paralinguistic", None).message.field == "recording"
+
+
+class TestStopping:
+    """What is under way is stopped, by Stop or because the history is cleared."""
+
+    @pytest.mark.parametrize("ask", ["clone", "edit"])
+    def test_a_result_that_comes_all_the_same_is_dropped(
+        self, session: Session, engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, ask: str
+    ) -> None:
+        session.clone()
+        before, chat = list(session.results), session.chat
+        speak = engine._speak
+        monkeypatch.setattr(
+            engine, "_speak", lambda *asked: (session.tab._requests.stop(session.state), speak(*asked))[1]
+        )
+        getattr(session, ask)()
+        assert "was stopped" in session.message
+        assert "alert" not in session.message, "as was wished"
+        assert (session.results, session.chat) == (before, chat)
+        assert [str(path) for path in folder.iterdir()] == [before[0][0]]
+        monkeypatch.undo()
+        assert session.edit().message == ""
+
+    def test_clearing_the_history_stops_what_would_be_dropped(
+        self, session: Session, engine: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        speak, ended = engine._speak, list[bool]()
+
+        def step_by_step(*asked: Any) -> Any:
+            session.tab.clear_history(session.state)
+            checkpoint()
+            ended.append(True)
+            return speak(*asked)
+
+        monkeypatch.setattr(engine, "_speak", step_by_step)
+        assert "cleared or begun anew" in session.clone().message
+        assert not ended, "the engine went on"
+
+    def test_only_the_requests_of_its_session_are_stopped(
+        self, tab: EditxTab, engine: Any, recording: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mine, theirs = Session(tab, recording), Session(tab, recording)
+        speak = engine._speak
+        monkeypatch.setattr(engine, "_speak", lambda *asked: (tab._requests.stop(theirs.state), speak(*asked))[1])
+        assert mine.clone().message == ""
 
 
 def test_clear_forgets_history_and_files(session: Session, folder: Path) -> None:
@@ -254,7 +328,8 @@ def test_sessions_do_not_see_each_other(tab: EditxTab, recording: str) -> None:
 
 
 def test_sub_tasks_follow_the_task(tab: EditxTab) -> None:
-    assert tab.update_edit_info("speed")["choices"] == STEP_AUDIO_EDIT_TYPES["speed"]
+    choices = tab.update_edit_info("speed")["choices"]
+    assert [value for _, value in choices] == STEP_AUDIO_EDIT_TYPES["speed"]
     assert tab.update_edit_info("vad") | {"choices": [], "value": None} == tab.update_edit_info("vad")
 
 
@@ -301,7 +376,8 @@ class TestWithManagement:
         shown, waits = intent_events(tab)
         assert shown == {
             ("prompt-text", "focus"), ("prompt-text", "input"), ("target-text", "focus"), ("target-text", "input"),
-            ("prompt-audio", "start_recording"), ("prompt-audio", "upload"),
+            ("prompt-audio", "start_recording"), ("prompt-audio", "upload"), ("sample-high", "click"),
+            ("sample-low", "click"),
         }  # fmt: skip
         assert not waits
 

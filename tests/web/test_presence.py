@@ -114,3 +114,21 @@ def test_who_comes_back_begins_again(presence: Presence, loop: Loop, told: list[
     assert told == [("begins", "anna"), ("ends", "anna"), ("begins", "anna")]
     loop.advance(60)
     assert ended(told) == ["anna", "anna"]
+
+
+def test_of_too_many_who_are_silent_the_one_silent_for_longest_has_ended(
+    presence: Presence, loop: Loop, told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence_module, "_SILENT_AT_MOST", 2)
+    with presence.line("holds a line"):
+        for session in ("anna", "bert", "anna", "carl"):
+            presence.heard_of(session)
+        assert ended(told) == ["bert"]
+        assert [session in presence for session in ("anna", "bert", "carl", "holds a line")] == [
+            True,
+            False,
+            True,
+            True,
+        ]
+        loop.advance(60)
+        assert ended(told) == ["bert", "anna", "carl"]

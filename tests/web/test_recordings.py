@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from residency.web import recordings as recordings_module
 from residency.web.recordings import UNOWNED_FOR_S, Recordings
 
 
@@ -131,3 +132,28 @@ def test_an_answer_that_comes_after_the_end_is_for_nobody(recordings: Recordings
     recordings.begin("me")
     recordings.own("me", result(tmp_path, "again.wav"))
     assert [path.name for path in tmp_path.iterdir()] == ["again.wav"]
+
+
+def test_sessions_that_have_nothing_leave_nothing(recordings: Recordings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordings_module, "_REMEMBERED", 10)
+    for number in range(100):
+        recordings.own(f"owns nothing {number}", None)
+        recordings.remove(f"clears {number}", "/none")
+        recordings.inherit(f"page {number}", f"page {number + 1}")
+    assert not recordings._files
+    assert len(recordings._heirs) <= 10
+
+
+def test_a_recording_is_its_sessions_and_its_heirs(tmp_path: Path) -> None:
+    recordings, file = Recordings(tmp_path), tmp_path / "mine.wav"
+    file.touch()
+    recordings.begin("anna")
+    recordings.own("anna", str(file))
+    assert recordings.owns("anna", str(file))
+    assert recordings.owns("anna", str(tmp_path / "." / "mine.wav"))
+    assert not recordings.owns("bert", str(file))
+    assert not recordings.owns(None, str(file))
+    assert not recordings.owns("anna", "")
+    assert not recordings.owns("anna", "\0")
+    recordings.inherit("anna", "anna again")
+    assert recordings.owns("anna again", str(file))

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from gpu_manager import GPUResourceManager
+from residency.errors import TooManyListeners
 from residency.web import stream
 from residency.web.schema import Event
 
@@ -31,12 +35,13 @@ def listeners(manager: GPUResourceManager) -> int:
 
 def test_the_status_comes_first_and_then_every_move_in_order(manager: GPUResourceManager) -> None:
     async def listen() -> list[tuple[str, Any]]:
-        messages = stream.moves(manager, status)
-        heard = [said(await anext(messages))]
-        await asyncio.to_thread(use, manager)
-        while len([kind for kind, _ in heard if kind == "done"]) < 2:
-            heard.append(said(await anext(messages)))
-        await messages.aclose()
+        moves = stream.Moves(manager)
+        with moves.place():
+            messages = moves.listen(status)
+            heard = [said(await anext(messages))]
+            await asyncio.to_thread(use, manager)
+            while len([kind for kind, _ in heard if kind == "done"]) < 2:
+                heard.append(said(await anext(messages)))
         return heard
 
     heard = asyncio.run(listen())
@@ -57,17 +62,19 @@ def test_one_who_is_too_slow_is_sent_away(manager: GPUResourceManager, monkeypat
     monkeypatch.setattr(stream, "_BACKLOG", 1)
 
     async def listen() -> int:
-        messages = stream.moves(manager, status)
-        await anext(messages)
-        loop, told = asyncio.get_running_loop(), asyncio.Event()
-        # Called after the other listener, for each event.
-        end = manager.subscribe(
-            lambda event: event.target == "cpu" and event.what == "done" and loop.call_soon_threadsafe(told.set)
-        )
-        await asyncio.to_thread(use, manager)
-        await told.wait()
-        end()
-        return len([message async for message in messages])
+        moves = stream.Moves(manager)
+        with moves.place():
+            messages = moves.listen(status)
+            await anext(messages)
+            loop, told = asyncio.get_running_loop(), asyncio.Event()
+            # Called after the other listener, for each event.
+            end = manager.subscribe(
+                lambda event: event.target == "cpu" and event.what == "done" and loop.call_soon_threadsafe(told.set)
+            )
+            await asyncio.to_thread(use, manager)
+            await told.wait()
+            end()
+            return len([message async for message in messages])
 
     assert asyncio.run(listen()) == 0
     assert listeners(manager) == 0
@@ -77,8 +84,55 @@ def test_somebody_who_hears_nothing_is_told_that_the_line_stands(manager: GPURes
     monkeypatch.setattr(stream, "STILL_HERE_S", 0)
 
     async def listen() -> str:
-        messages = stream.moves(manager, status)
-        await anext(messages)
-        return await anext(messages)
+        moves = stream.Moves(manager)
+        with moves.place():
+            messages = moves.listen(status)
+            await anext(messages)
+            return await anext(messages)
 
     assert asyncio.run(listen()).startswith(": ")
+
+
+def test_one_more_than_may_listen_is_refused_until_one_leaves(manager: GPUResourceManager) -> None:
+    async def come_and_go() -> None:
+        moves = stream.Moves(manager, most=2)
+        with moves.place():
+            with moves.place(), pytest.raises(TooManyListeners), moves.place():
+                pass
+            with moves.place():
+                assert listeners(manager) == 1, "one subscription serves all"
+        assert listeners(manager) == 0
+
+    asyncio.run(come_and_go())
+
+
+def test_all_listeners_read_the_same_message(manager: GPUResourceManager) -> None:
+    """What one costs does not grow with what is told."""
+
+    async def listen() -> list[str]:
+        moves = stream.Moves(manager)
+        with moves.place():
+            everybody = [moves.listen(status) for _ in range(3)]
+            for each in everybody:
+                await anext(each)
+            await asyncio.to_thread(use, manager)
+            return [await anext(each) for each in everybody]
+
+    first, *others = asyncio.run(listen())
+    assert all(other is first for other in others)
+
+
+def test_progress_is_left_out_for_who_is_behind(manager: GPUResourceManager, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stream, "_BACKLOG", 3)
+    monkeypatch.setattr(stream, "asdict", vars)
+
+    async def listen() -> list[str]:
+        moves = stream.Moves(manager)
+        with moves.place():
+            messages = moves.listen(status)
+            await anext(messages)
+            for what in ("began", "progress", "progress", "progress", "done"):
+                moves._tell(SimpleNamespace(what=what))
+            return [said(await anext(messages))[0] for _ in range(4)]
+
+    assert asyncio.run(listen()) == ["began", "progress", "progress", "done"]

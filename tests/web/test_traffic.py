@@ -282,11 +282,15 @@ def test_who_listens_or_says_so_is_there(client: TestClient, gate: Gate, begun: 
 
 @pytest.mark.parametrize(("language", "words"), [("zh-CN,zh", "请重新上传录音"), ("en", "upload the recording again")])
 def test_a_page_that_is_not_known_hears_what_that_means(
-    client: TestClient, begun: list[str], language: str, words: str
+    client: TestClient, begun: list[str], gate: Gate, language: str, words: str
 ) -> None:
+    gate.open()
     assert client.get("/gradio_api/here/anna", headers={"Accept-Language": language}).status_code == 204
     answer = client.get("/gradio_api/here/bert", headers={"Accept-Language": language})
     assert answer.status_code == 410
     assert words in answer.text
     assert "  " not in answer.text
-    assert begun == ["anna", "bert"], "who goes on there has recordings again"
+    assert begun == ["anna"], "who is not known is not remembered"
+    client.get("/gradio_api/heartbeat/bert")
+    client.get("/gradio_api/here/bert")
+    assert begun == ["anna", "bert", "bert"], "who goes on there has recordings again"

@@ -16,13 +16,18 @@ GB = 1 << 30
 
 
 def card(
-    *, free: int | None, process: int | None, peers: int | None, model: int, here: int = 0, child: int = 0
-) -> dict[str, Any]:
-    """A status; ``here`` and ``child`` are what this process and a child hold outside the books."""
+    *, free: int | None, process: int | None, peers: int | None, model: int, here: int = 0, child: int = 0,
+    size: int = 0, to: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A status; ``here`` and ``child`` are what this process and a child hold outside the books.
+
+    A model of ``size`` is on its way ``to`` somewhere.
+    """
     device = {"total_bytes": 48 * GB, "free_bytes": free, "process_bytes": process, "peers_bytes": peers,
               "outside_bytes": here + child}  # fmt: skip
     holders = [{"pid": os.getpid(), "device_bytes": here}, {"pid": 1, "device_bytes": child}]
-    return {"device": device, "models": {"tts": {"device_bytes": model, "outside_processes": holders}}}
+    entry = {"device_bytes": model, "outside_processes": holders, "size_bytes": size, "progress": to and {"to": to}}
+    return {"device": device, "models": {"tts": entry}}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,15 @@ def card(
         # Books of different moments may contradict each other; nothing is shown that is more than what is used.
         (card(free=44 * GB, process=40 * GB, peers=9 * GB, model=12 * GB), (4, 0, 0, 0, 0, 44)),
         (card(free=44 * GB, process=40 * GB, peers=9 * GB, model=2 * GB, child=5 * GB), (2, 2, 0, 0, 0, 44)),
+        # What a model on its way has brought so far is its own.
+        (card(free=41 * GB, process=7 * GB, peers=0, model=0, size=12 * GB, to="gpu"), (7, 0, 0, 0, 0, 41)),
+        (card(free=35 * GB, process=13 * GB, peers=0, model=0, size=12 * GB, to="gpu"), (12, 0, 1, 0, 0, 35)),
+        (card(free=36 * GB, process=12 * GB, peers=0, model=0, size=0, to="gpu"), (12, 0, 0, 0, 0, 36)),
+        (
+            card(free=33 * GB, process=15 * GB, peers=0, model=0, size=12 * GB, here=3 * GB, to="gpu"),
+            (12, 3, 0, 0, 0, 33),
+        ),
+        (card(free=41 * GB, process=7 * GB, peers=0, model=12 * GB, size=12 * GB, to="cpu"), (7, 0, 0, 0, 0, 41)),
     ],
 )
 def test_every_byte_of_the_card_is_somebodys(status: dict[str, Any], sizes: tuple[int, ...]) -> None:
@@ -60,6 +74,39 @@ def test_memory_outside_the_books_has_a_part_of_the_bar(manager: GPUResourceMana
     assert "<i data-part='outside' style='width:25.00%'></i>" in shown
     assert "<span data-part='outside'>Held outside the books 12 GB</span>" in shown
     assert "<span data-part='outside'>账外占用 12 GB</span>" in views.device_html(status, zh)
+
+
+def test_while_a_model_comes_its_numbers_are_those_of_the_bar(manager: GPUResourceManager) -> None:
+    status = manager.status()
+    way = {"to": "gpu", "phase": "copying", "bytes": 0, "total_bytes": None, "bytes_per_s": None, "seconds": 1.0}
+    status["device"].update(total_bytes=48 * GB, free_bytes=41 * GB, process_bytes=7 * GB)
+    status["models"]["tts"].update(state="moving", progress=way, size_bytes=12 * GB)
+    assert "<span data-part='model-0'>tts 7 GB</span>" in views.device_html(status, en)
+    assert "This process, other" not in views.device_html(status, en)
+    assert "Simulated GPU memory<b>7 GB</b>" in views.model_html("tts", status, en)
+
+
+def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) -> None:
+    status = manager.status()
+    status["models"]["tts"].update(state="cpu", host_bytes=2 * GB, size_bytes=12 * GB)
+    shown = views.model_html("tts", status, en)
+    assert "Main memory<b>2 GB</b>" in shown
+    assert "Made anew on return<b>10 GB</b>" in shown
+    assert "返回时重建<b>10 GB</b>" in views.model_html("tts", status, zh)
+    for change in ({"host_bytes": 12 * GB}, {"state": "gpu"}, {"state": "released", "host_bytes": 0}):
+        status["models"]["tts"].update(state="cpu", host_bytes=2 * GB)
+        status["models"]["tts"].update(change)
+        assert "anew" not in views.model_html("tts", status, en)
+
+
+def test_main_memory_shows_what_the_process_takes(manager: GPUResourceManager) -> None:
+    status = manager.status()
+    assert status["host"]["process_bytes"] > 1 << 20
+    status["host"] = {"total_bytes": 64 * GB, "free_bytes": 40 * GB, "process_bytes": 15 * GB, "outside_bytes": 0}
+    status["models"]["tts"]["host_bytes"] = 12 * GB
+    said = "Main memory: this process 15 GB (models 12 GB of it), 40 GB of 64 GB free"
+    assert said in views.device_html(status, en)
+    assert "内存：本进程 15 GB（其中模型 12 GB），可用 40 GB，共 64 GB" in views.device_html(status, zh)
 
 
 def test_the_power_that_the_card_draws_is_shown_if_it_is_known(manager: GPUResourceManager) -> None:

@@ -28,10 +28,13 @@ class LanguageModel(torch.nn.Module):
         self.lm_head = torch.nn.Linear(hidden_size, vocab_size, bias=False)
         self.lm_head.weight = self.embed_tokens.weight
 
+    def forward(self, ids):
+        return self.lm_head(self.layer(self.embed_tokens(ids))[:, -1]).float()
+
     @torch.no_grad()
     def generate(self, ids, max_length, temperature):
         while ids.shape[1] < max_length:
-            logits = self.lm_head(self.layer(self.embed_tokens(ids))[:, -1]).float()
+            logits = self(ids)
             ids = torch.cat([ids, torch.multinomial((logits / temperature).softmax(-1), 1)], 1)
         return ids
 

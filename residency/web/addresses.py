@@ -1,0 +1,49 @@
+"""Names and addresses of hosts: as they stand in a Host header, in a link, and in ``--server-name``."""
+
+from __future__ import annotations
+
+import ipaddress
+
+EVERY_ADDRESS = ("0.0.0.0", "::")
+"""With these a server listens on all addresses of the machine; ``::`` stands for IPv4 and IPv6."""
+
+
+def link(host: str, port: int, scheme: str = "http") -> str:
+    """Where a browser on this machine finds a server that listens on ``host``."""
+    if host in EVERY_ADDRESS:
+        host = "localhost"
+    return f"{scheme}://{bracketed(host)}:{port}"
+
+
+def bracketed(host: str) -> str:
+    """As links have it: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def hostname(header: str) -> str:
+    """The host of a Host header, in lower case, without port, brackets and final dot; empty if there is none."""
+    header = header.strip().lower()
+    if header.startswith("[") and "]" in header:
+        return header[1:].partition("]")[0]
+    host, _, port = header.rpartition(":")
+    if host and port.isdecimal() and not is_address(header):  # an IPv6 address without brackets is one as a whole
+        header = host
+    return header.removesuffix(".")
+
+
+def is_address(host: str | None) -> bool:
+    """Whether it is an IP address, and no name."""
+    try:
+        ipaddress.ip_address(str(host))
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether it is this machine for everybody: localhost, a name below it, or a loopback address."""
+    if not is_address(host):
+        return host is not None and (host == "localhost" or host.endswith(".localhost"))
+    address = ipaddress.ip_address(str(host))
+    # As the clients of a socket for both kinds of addresses are told: ::ffff:127.0.0.1.
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

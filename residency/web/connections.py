@@ -1,0 +1,237 @@
+"""Bounds the connections of a server: how many there are, and how long one may wait for its peer.
+
+Nothing here knows HTTP or asyncio; `server` tells which connections wait. All but `raise_descriptor_limit` is for the
+thread of the server's loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+
+logger = logging.getLogger(__name__)
+
+MOST = 1000
+"""Connections at a time, where there are descriptors for so many."""
+_SOFT_LIMIT = 4096
+"""Descriptors that suffice for `MOST` connections with a file each. Not all that could be had: above 1024, programs
+that call ``select()`` fail, and child processes that close every possible descriptor are slow."""
+_RESERVE = 128
+"""Descriptors left for files, models and libraries; a third of them all, where there are few."""
+_KERNEL_BACKLOG = 256
+"""Connections that the system keeps until they are accepted. Each waits for those before it: more would wait longer."""
+_TELL_EVERY_S = 60.0
+_SHARE_ENDED, _BUSY_FOR_S = 50, 0.01
+_SPENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_BUSY = "The server has too many connections: try again in a minute. / 服务器连接数已满：请一分钟后重试。\n".encode()
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nRetry-After: 60\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(_BUSY), _BUSY)
+)
+
+
+class Awaited(Enum):
+    """What a connection waits for its peer to do."""
+
+    HEADERS = "all headers of a request"
+    BODY = "more of a body"
+    READING = "to read what was sent"
+
+
+WITHIN_S = {Awaited.HEADERS: 20.0, Awaited.BODY: 30.0, Awaited.READING: 30.0}
+"""How long that may take. A part of the headers gives no more time."""
+SLOWEST_BYTES_PER_S = 500
+"""A body that comes faster may take as long as it takes."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """One accepted socket, until it is closed. ``look`` tells what it waits for now; None while it is served."""
+
+    socket: socket.socket
+    since_s: float
+    awaited: Awaited | None = Awaited.HEADERS
+    look: Callable[[], Awaited | None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.socket.fileno() >= 0
+
+    def note(self, now_s: float, received_bytes: int = 0, *, anew: bool = False) -> None:
+        """Look what is awaited now. The time for it begins with it, or ``anew``; a body gains time by its bytes."""
+        awaited = self.look() if self.look else self.awaited
+        if anew or awaited is not self.awaited:
+            self.awaited, self.since_s = awaited, now_s
+        elif awaited is Awaited.BODY:
+            self.since_s = min(now_s, self.since_s + received_bytes / SLOWEST_BYTES_PER_S)
+
+    def is_overdue(self, now_s: float) -> bool:
+        return self.awaited is not None and now_s - self.since_s > WITHIN_S[self.awaited]
+
+    def end(self) -> None:
+        """Whoever reads from it or writes to it finds that it has ended, and closes it."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+
+class Connections:
+    """At most ``most``. For further ones, those which have waited for their peers for longest are ended."""
+
+    def __init__(self, most: int = MOST, now: Callable[[], float] = time.monotonic) -> None:
+        self.most = most
+        self._now = now
+        self._by_descriptor: dict[int, Connection] = {}
+        self._busy_until_s = -math.inf
+        self._refused, self._told_s = 0, -math.inf
+
+    def __len__(self) -> int:
+        self._by_descriptor = {fd: each for fd, each in self._by_descriptor.items() if each.is_open}
+        return len(self._by_descriptor)
+
+    def of(self, descriptor: int) -> Connection | None:
+        """None if it was ended already."""
+        return self._by_descriptor.get(descriptor)
+
+    def note(self, connection: Connection, received_bytes: int = 0, *, anew: bool = False) -> None:
+        connection.note(self._now(), received_bytes, anew=anew)
+
+    def admit(self, accepted: socket.socket) -> bool:
+        """Whether there is room for a connection, or it could be made."""
+        now_s = self._now()
+        if len(self._by_descriptor) >= self.most and len(self) >= self.most and not self._make_room(now_s):
+            return False
+        self._by_descriptor[accepted.fileno()] = Connection(accepted, now_s)
+        return True
+
+    def _make_room(self, now_s: float) -> bool:
+        """For several at once, and not tried again for a moment if it fails, since all connections are looked at."""
+        if now_s < self._busy_until_s:
+            return False
+        waiting = sorted((each for each in self._noted(now_s) if each.awaited), key=lambda each: each.since_s)
+        for longest in waiting[: max(1, self.most // _SHARE_ENDED)]:
+            del self._by_descriptor[longest.socket.fileno()]
+            longest.end()
+        if not waiting:
+            self._busy_until_s = now_s + _BUSY_FOR_S
+        return bool(waiting)
+
+    def end_overdue(self) -> None:
+        """To be called every second or so."""
+        now_s = self._now()
+        for each in self._noted(now_s):
+            if each.is_overdue(now_s):
+                each.end()
+
+    def _noted(self, now_s: float) -> Iterable[Connection]:
+        for each in list(self._by_descriptor.values()):
+            if each.is_open:
+                each.note(now_s)
+                yield each
+
+    def refuse(self, accepted: socket.socket, plain: bool) -> None:
+        """Close it at once; say why, unless it is encrypted (not ``plain``). Logs now and then how many they were."""
+        with accepted, suppress(OSError):
+            accepted.setblocking(False)
+            if plain:
+                with suppress(BlockingIOError):
+                    accepted.recv(1 << 16)  # what is not read would make the peer lose the answer
+                accepted.send(_REFUSAL)
+        self._refused += 1
+        if (now_s := self._now()) - self._told_s >= _TELL_EVERY_S:
+            logger.warning(
+                "Connections were refused (%d), since %d are busy or no descriptors are left: raise LimitNOFILE or "
+                "ulimit -n, or limit connections in the proxy before the app. / "
+                "已拒绝 %d 个连接：请调高 LimitNOFILE 或 ulimit -n，或在前置代理中限制连接数。",
+                self._refused, len(self._by_descriptor), self._refused,
+            )  # fmt: skip
+            self._refused, self._told_s = 0, now_s
+
+
+class Listener(socket.socket):
+    """A listening socket that hands out only connections which `Connections` admits.
+
+    A descriptor is kept spare: without any, a connection could not even be refused, and would be waiting for ever.
+    """
+
+    def __init__(self, family: int, connections: Connections, plain: bool = True) -> None:
+        # Named, since asyncio turns off delays (Nagle's) only for what says that it is TCP.
+        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self._connections, self._plain = connections, plain
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+
+    def listen(self, backlog: int = _KERNEL_BACKLOG, /) -> None:
+        """``backlog`` is how many an event loop accepts at once; the system keeps more until then."""
+        super().listen(max(backlog, _KERNEL_BACKLOG))
+
+    def accept(self) -> tuple[socket.socket, object]:
+        """BlockingIOError if there is none, or it was refused."""
+        if self._spare is None:
+            with suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+        try:
+            accepted, address = super().accept()
+        except OSError as error:
+            if error.errno not in _SPENT or self._spare is None:
+                raise
+            self._connections.refuse(self._accept_with_spare(), self._plain)
+            raise BlockingIOError from None
+        if not self._connections.admit(accepted):
+            self._connections.refuse(accepted, self._plain)
+            raise BlockingIOError
+        return accepted, address
+
+    def _accept_with_spare(self) -> socket.socket:
+        assert self._spare is not None
+        os.close(self._spare)
+        self._spare = None
+        return super().accept()[0]
+
+    def close(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+        super().close()
+
+
+def listeners(host: str, port: int, connections: Connections, plain: bool = True) -> list[Listener]:
+    """A bound socket for each address of the host. OSError if one cannot be bound."""
+    found: list[Listener] = []
+    addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, _, _, _, address in dict.fromkeys(addresses):
+            found.append(listener := Listener(family, connections, plain))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+    except BaseException:
+        for listener in found:
+            listener.close()
+        raise
+    return found
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as it needs and may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _SOFT_LIMIT if hard == resource.RLIM_INFINITY else min(_SOFT_LIMIT, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def affordable() -> int:
+    """For how many connections there are descriptors: `MOST`, or what is left beside those in use and a reserve."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return MOST
+    left = limit - len(os.listdir("/dev/fd"))
+    return max(1, min(MOST, left - min(_RESERVE, left // 3)))

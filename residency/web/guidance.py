@@ -1,0 +1,36 @@
+"""What the page explains, in Chinese and English. Pure data."""
+
+from __future__ import annotations
+
+HELP = (
+    "**CLONE** 用录音的音色朗读目标文本（无论选择了什么任务），成功后开始新的历史。\n\n"
+    "**EDIT** 按所选任务修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。\n\n"
+    "每个页面一次只处理一个请求。**停止** 取消排队中的请求，以及引擎允许中断时正在运行的请求。",
+    "**CLONE** says the target text in the voice of the recording, whatever task is chosen; once it succeeds, a new "
+    "history begins.\n\n**EDIT** does the chosen task with the recording, or with the latest result if there is one: "
+    "edits stack. Clear the history to edit a new recording.\n\nA page has one request at a time. **Stop** cancels one "
+    "that waits, and one that runs where the engine can be interrupted.",
+)
+TAGS = """
+`[Breathing] [Laughter] [Surprise-oh] [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei]
+[Dissatisfaction-hnn]`
+"""
+PARALINGUISTIC_HELP = (
+    f"**paralinguistic** 在目标文本中加入标签： {TAGS}",
+    f"**paralinguistic** puts sounds where the target text has tags: {TAGS}",
+)
+PROMPT_TEXT_HELP = (
+    "录音中所说的话，一字不差：模型据此把声音和文字对应起来。",
+    "The words that are spoken in the recording; the model matches its sound with them.",
+)
+PROMPT_EXAMPLE = ("例如：Good morning, nice to meet you.", "For example: Good morning, nice to meet you.")
+PROMPT_IS_HEARD = ("上传录音后自动填写", "Written from the recording")
+TARGET = ("要用这个声音说的话", "What the voice shall say")
+TARGET_IN_ENGLISH = ("要用这个声音说的话（内置引擎只会说英语）", "What the voice shall say, in English")
+VERIFIED = (
+    "本项目尚未在真实 GPU 上运行过：CUDA 部分用 PyTorch 自身的 CUDA 分配器在一块假显卡上测试，"
+    "其余部分用模拟显卡和 CPU 测试。",
+    "Nothing of this has run on a real GPU yet: the CUDA code is tested with PyTorch's own CUDA allocator over a fake "
+    "card, and everything else with a simulated card and on the CPU.",
+)
+"""What has and what has not been verified on a GPU, as the READMEs say it near their top."""

@@ -1,0 +1,71 @@
+"""The names under which this server may be reached from its own machine.
+
+A page of another site can have its name lead to 127.0.0.1 (DNS rebinding). For the browser this server then belongs to
+that site, which may read whatever a visitor on this machine may. The Host header tells: it has the other site's name.
+Other headers prove nothing, since such a page may send any.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Iterable
+
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .addresses import hostname, is_address, is_loopback
+
+_UNKNOWN = (
+    "This server is not known as {name}: another site could use such a name to read it. If the name is yours, start "
+    "the app with --allowed-host {name} (or GPU_TTS_ALLOWED_HOSTS={name}), or with --auth; on this machine itself, use "
+    "http://localhost:{port}. / 本服务器不叫 {name}：其他网站可能借这样的名称读取它。如果这是您的域名，请在启动时加上 "
+    "--allowed-host {name}（或设置 GPU_TTS_ALLOWED_HOSTS={name}），或使用 --auth；在本机请访问 http://localhost:{port}。"
+)
+
+
+class Hosts:
+    """`around` is an ASGI middleware that refuses callers on this machine under a name that is not known.
+
+    Known are the names of this machine, all IP addresses (nobody can have them lead elsewhere), and the ``allowed``
+    names. ``excused`` is asked whether a request may pass all the same. It has to see the peers of the connections
+    themselves, before a middleware puts in their place what ``X-Forwarded-For`` says. A request without a Host header
+    is not from a browser, and passes.
+    """
+
+    def __init__(
+        self, allowed: Iterable[str] = (), excused: Callable[[HTTPConnection], bool] = lambda request: False
+    ) -> None:
+        machine = socket.gethostname().lower()
+        short = machine.partition(".")[0]
+        self._known = {machine, short, f"{short}.local", *(name.lower() for name in allowed)}
+        self._excused = excused
+
+    def allow(self, name: str) -> None:
+        """From now on it is known too."""
+        self._known.add(name.lower())
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        async def known_only(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and self._is_here(scope):
+                request = HTTPConnection(scope)
+                name = hostname(request.headers.get("host", ""))
+                if not (self._knows(name) or self._excused(request)):
+                    shown = name if re.fullmatch(r"[\w.-]{1,100}", name) else "NAME"
+                    port = (scope.get("server") or ("", 7860))[1]
+                    return await PlainTextResponse(
+                        _UNKNOWN.format(name=shown, port=port), 403, {"X-Content-Type-Options": "nosniff"}
+                    )(scope, receive, send)
+            await app(scope, receive, send)
+
+        return known_only
+
+    def _knows(self, name: str) -> bool:
+        return not name or name in self._known or is_address(name) or is_loopback(name)
+
+    @staticmethod
+    def _is_here(scope: Scope) -> bool:
+        """Whether the caller is on this machine: at a loopback address, or at the address that it has called."""
+        client, server = scope.get("client"), scope.get("server")
+        return client is not None and (is_loopback(client[0]) or (server is not None and client[0] == server[0]))

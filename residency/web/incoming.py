@@ -1,0 +1,175 @@
+"""Makes a recording that was given into one that engines read and browsers play, once.
+
+Most are so already. What phones record (AAC in m4a or mp4, Opus in webm, AMR in 3gp) becomes a WAV file, decoded by
+`residency.web.decode` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from ..errors import InvalidInput, about
+from . import decode
+
+_MOST_SAMPLES_PER_S = 2 * 48_000
+"""Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
+
+_PLAYED = {"WAV", "WAVEX", "FLAC", "MP3", "MPEG", "OGG"}
+"""Formats, as libsndfile names them, that browsers play."""
+
+_MEMORY_BYTES = 1 << 30
+"""Of address space that a decoder gets, its libraries included."""
+
+_LONGEST_S = 3600.0
+"""How long a decoder may take, however long recordings may be."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of what is given: seconds of a recording, characters of a text."""
+
+    audio_s: float = 600.0
+    text: int = 5000
+
+    @property
+    def samples(self) -> float:
+        """Of a recording, over all channels."""
+        return self.audio_s * _MOST_SAMPLES_PER_S
+
+
+class Incoming:
+    """Converted recordings lie in folders of their own in ``folder``, one for each that was given. Thread-safe.
+
+    The file's content decides, never its name. One recording is converted at a time: engines need the cores too.
+    """
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self._folder = folder
+        self._limits = limits
+        self._lock = threading.Lock()
+
+    @about("recording")
+    def readable(self, path: str | None) -> str:
+        """A recording for engines and browsers: ``path`` itself, or a WAV file (16 bit, mono, sample rate as it was).
+
+        The second call for the same file answers the same WAV file. `InvalidInput` if there is no recording, if it is
+        longer than the limits allow (it is not decoded further than that), or cannot be read. Takes up to seconds; not
+        for the event loop.
+        """
+        if not path:
+            raise InvalidInput(
+                "Input Audio is missing: upload or record something first", "缺少输入音频：请先上传或录制"
+            )
+        if not os.path.isfile(path):
+            raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")
+        header = _header(path)
+        if header is not None:
+            self._check(header)
+        return self._converted(path) if _needs_converting(header) else path
+
+    def _check(self, header: Any) -> None:
+        if header.samplerate and header.frames / header.samplerate > self._limits.audio_s:
+            raise self._too_long()
+        if header.frames * header.channels > self._limits.samples:
+            raise self._too_many_samples()
+
+    def _converted(self, path: str) -> str:
+        if not _has_decoder():
+            raise InvalidInput(
+                "The server cannot read recordings of this format without the package av: install it with pip install "
+                "'gpu-managed-tts[app]', or upload WAV, FLAC, MP3 or OGG",
+                "服务器缺少软件包 av，无法读取该格式的录音：请执行 pip install 'gpu-managed-tts[app]'，"
+                "或上传 WAV、FLAC、MP3、OGG",
+            )
+        given = os.stat(path)
+        key = f"{os.path.realpath(path)}\0{given.st_size}\0{given.st_mtime_ns}"
+        target = self._folder / hashlib.sha256(key.encode()).hexdigest() / "recording.wav"
+        with self._lock:
+            if not target.exists():
+                with tempfile.TemporaryDirectory(prefix="converting-", dir=self._folder) as workshop:
+                    made = os.path.join(workshop, target.name)
+                    self._decode(path, made)
+                    target.parent.mkdir(exist_ok=True)
+                    os.replace(made, target)
+        return str(target)
+
+    def _decode(self, source: str, target: str) -> None:
+        most_s = self._limits.audio_s
+        command = [sys.executable, "-m", decode.__name__, os.path.abspath(source), target]
+        command += [f"--seconds={most_s}", f"--samples={self._limits.samples}", f"--memory={_MEMORY_BYTES}"]
+        command += [f"--cpu={min(20 + most_s / 10, _LONGEST_S):.0f}"]
+        try:
+            ended = subprocess.run(
+                command,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=min(60 + most_s, _LONGEST_S),
+            )
+        except subprocess.TimeoutExpired:
+            raise _unreadable("it takes too long to decode") from None
+        if ended.returncode == decode.TOO_LONG:
+            raise self._too_long()
+        if ended.returncode == decode.TOO_MANY_SAMPLES:
+            raise self._too_many_samples()
+        reason = next(reversed(ended.stderr.splitlines()), "")
+        if ended.returncode == decode.UNREADABLE:
+            raise _unreadable(reason)
+        if ended.returncode < 0:
+            raise _unreadable("the decoder gave up on it")
+        if ended.returncode:
+            raise RuntimeError(f"the recording could not be converted: {reason}")
+
+    def _too_long(self) -> InvalidInput:
+        limit = f"{self._limits.audio_s:g}"
+        return InvalidInput(
+            f"The recording is longer than {limit} s: cut it, or start the app with a larger --max-audio",
+            f"录音超过 {limit} 秒：请裁剪，或启动时调大 --max-audio",
+        )
+
+    def _too_many_samples(self) -> InvalidInput:
+        limit = f"{self._limits.audio_s:g}"
+        return InvalidInput(
+            f"The recording holds more samples than {limit} s in stereo at 48 kHz: convert it to mono at 48 kHz, cut "
+            f"it, or start the app with a larger --max-audio",
+            f"录音的采样数超过 {limit} 秒 48 kHz 立体声：请转换为 48 kHz 单声道、裁剪，或启动时调大 --max-audio",
+        )
+
+
+def _unreadable(reason: str) -> InvalidInput:
+    return InvalidInput(
+        f"The recording cannot be read ({reason}): it may be damaged, or no sound; record it again, or convert it to "
+        f"WAV, FLAC, MP3, OGG or M4A",
+        f"无法读取该录音（{reason}）：文件可能已损坏或不含声音；请重新录制，或转换为 WAV、FLAC、MP3、OGG 或 M4A",
+    )
+
+
+def _header(path: str) -> Any:
+    """What libsndfile says about a file; None if it cannot read it."""
+    try:
+        return soundfile.info(path)
+    except soundfile.LibsndfileError:
+        return None
+
+
+def _needs_converting(header: Any) -> bool:
+    # Without the decoder, what engines read at least is left as it is.
+    return header is None or (header.format not in _PLAYED and _has_decoder())
+
+
+def _has_decoder() -> bool:
+    return importlib.util.find_spec("av") is not None

@@ -1,0 +1,91 @@
+"""What people have filled in survives when their page is loaded anew: texts, recording, task and sub-task.
+
+The browser's tab keeps it, in `sessionStorage`: no other tab reads it, it goes when the tab is closed, and `visits`
+drops it where a visit does not go on. The texts never leave the browser for this. The recording comes back if the
+server still has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from .compat import PRIVATE, session, speaker
+from .recordings import Recordings
+from .task_names import choices, line
+
+# Of the history only its length: by it `visits` knows whether there is something to lose.
+_KEEP = """(prompt, target, recording, task, subTask, history) => {
+  if (window.keepsInputs) sessionStorage.setItem("inputs", JSON.stringify(
+    {prompt, target, recording: recording?.path ?? null, task, subTask, steps: history?.length ?? 0}));
+}"""
+_READ = """() => {
+  const {recording, task, subTask} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
+  return JSON.stringify([recording ?? null, task ?? null, subTask ?? null]);
+}"""
+# What is written by now is newer.
+_TEXTS = """(prompt, target) => {
+  const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
+  window.keepsInputs = true;
+  return [prompt || (kept.prompt ?? ""), target || (kept.target ?? "")];
+}"""
+
+
+class Inputs:
+    """Keeps the inputs of pages. Thread-safe."""
+
+    def __init__(self, recordings: Recordings, edit_types: Mapping[str, Sequence[str]]) -> None:
+        self._recordings, self._edit_types = recordings, edit_types
+
+    def register(
+        self,
+        came: Any,
+        texts: Sequence[gr.Textbox],
+        recording: gr.Audio,
+        tasks: Sequence[gr.Dropdown],
+        task_line: gr.Markdown,
+        history: gr.Chatbot,
+    ) -> None:
+        """While the page is being drawn. ``came`` is the event after which a visit goes on."""
+        kept = gr.Textbox(visible=False)
+        inputs: list[Any] = [*texts, recording, *tasks]
+        hidden: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
+        came.then(self.bring_back, kept, [recording, *tasks, task_line], js=_READ, **hidden).then(
+            None, list(texts), list(texts), js=_TEXTS, **PRIVATE
+        )
+        kept_from = [*inputs, history]
+        gr.on([each.change for each in kept_from], None, kept_from, None, js=_KEEP, **PRIVATE)
+
+    def bring_back(self, kept: str | None) -> tuple[Any, Any, Any, Any]:
+        """Updates of recording, task, sub-task and their line, from what a page has kept. It may be damaged.
+
+        Tasks get their names too: choices are not translated by Gradio 5.
+        """
+        recording, task, sub_task = _parsed(kept)
+        mine = self._recordings.owns(session(), recording) and os.path.isfile(recording)
+        audio, say = recording if mine else gr.skip(), speaker()
+        names = choices([*self._edit_types], None, say)
+        if task not in self._edit_types:
+            return audio, gr.update(choices=names), gr.skip(), gr.skip()
+        sub_tasks = sub_tasks_update(self._edit_types, task, sub_task)
+        return audio, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], say)
+
+
+def sub_tasks_update(edit_types: Mapping[str, Sequence[str]], task: str, sub_task: str | None = None) -> Any:
+    """An update of the dropdown of sub-tasks, for a task: the one that is given is chosen, or else the first."""
+    values = list(edit_types.get(task, []))
+    chosen = sub_task if sub_task in values else next(iter(values), None)
+    return gr.update(choices=choices(values, task, speaker()), value=chosen, interactive=bool(values))
+
+
+def _parsed(kept: str | None) -> tuple[str, str, str]:
+    """Path of the recording, task and sub-task; empty where there is none."""
+    try:
+        recording, task, sub_task = (each if isinstance(each, str) else "" for each in json.loads(kept or ""))
+    except (TypeError, ValueError):
+        return "", "", ""
+    return recording, task, sub_task

@@ -1,0 +1,78 @@
+"""What came of a request, beside the control that it is about."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from ..errors import Field, RequestStopped
+from .language import Say, translated
+from .speech import explain
+
+CONTROLS: dict[Field, str] = {
+    "recording": "prompt-audio",
+    "prompt_text": "prompt-text",
+    "target_text": "target-text",
+    "task": "task",
+    "sub_task": "sub-task",
+}
+"""The element of the page in which each field is filled in."""
+
+# Assistive technology reads the error with its control; and it is brought into view, wherever the button was.
+SHOW = f"""() => setTimeout(() => {{
+  for (const id of {list(CONTROLS.values())}) {{
+    const said = document.querySelector(`#about-${{id}} [role=alert]`);
+    for (const control of document.querySelectorAll(`#${{id}} :is(textarea, input:not([type=file]))`)) {{
+      control.toggleAttribute("aria-invalid", !!said);
+      if (said) control.setAttribute("aria-describedby", `about-${{id}}`);
+      else control.removeAttribute("aria-describedby");
+    }}
+  }}
+  document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
+}}, 100)"""
+
+
+class Message(str):
+    """HTML that stays on the page until the next press. ``field``: what it is about; None if about nothing single."""
+
+    field: Field | None
+
+    def __new__(cls, shown: str, field: Field | None = None) -> Message:
+        message = super().__new__(cls, shown)
+        message.field = field
+        return message
+
+    @classmethod
+    def of(cls, error: Exception, say: Say, field: Field | None = None) -> Message:
+        """An error in the language that is wanted; ``field`` where it names none."""
+        sentence = html.escape(translated(explain(error), say))
+        if isinstance(error, RequestStopped):  # as was wished
+            return cls(f"<p role='status'>{sentence}</p>")
+        return cls(f"<p role='alert'>⚠️ {sentence}</p>", getattr(error, "field", None) or field)
+
+
+class Places:
+    """Where messages are shown: one place for each control, and one for those that are about none."""
+
+    def __init__(self) -> None:
+        self._places: dict[Field | None, gr.HTML] = {}
+
+    def draw(self, field: Field | None = None) -> gr.HTML:
+        """Draw a place into the Blocks that are open."""
+        name = f"about-{CONTROLS[field]}" if field else "message"
+        self._places[field] = gr.HTML(elem_id=name, elem_classes="said", padding=False)
+        return self._places[field]
+
+    @property
+    def components(self) -> list[gr.HTML]:
+        return list(self._places.values())
+
+    def values(self, message: str) -> list[str]:
+        """A message at its place and nothing elsewhere, in the order of `components`."""
+        place = getattr(message, "field", None)
+        return [message if field == place else "" for field in self._places]
+
+    def unchanged(self) -> list[Any]:
+        return [gr.skip()] * len(self._places)

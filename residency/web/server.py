@@ -1,0 +1,109 @@
+"""The HTTP server below the page: uvicorn's, with bounds on its connections and on what it logs of bad requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import h11
+from gradio import http_server
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .connections import Awaited, Connection, Connections, affordable, listeners
+
+_ACCEPTED_AT_ONCE = 2
+"""Between two looks at the connections that are there, so that new ones do not crowd them out before they speak."""
+_FAILED = 3
+_LOG_EVERY_S = 60.0
+
+
+class BoundedServer(http_server.Server):
+    """Gradio's server with `Connections`. One protocol and event loop everywhere, whichever others are installed."""
+
+    def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+        self._connections = Connections(affordable())
+        config.http, config.ws, config.loop = partial(_Protocol, self._connections), "none", "asyncio"
+        config.backlog = _ACCEPTED_AT_ONCE
+        super().__init__(config, *arguments, **keywords)
+        logging.getLogger("uvicorn.error").addFilter(_Seldom())
+
+    def run(self, sockets: Any = None) -> None:
+        config = self.config
+        try:
+            sockets = sockets or listeners(config.host, config.port, self._connections, plain=not config.is_ssl)
+        except OSError as error:
+            logging.getLogger("uvicorn.error").error(error)
+            sys.exit(_FAILED)
+        super().run(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # every second
+            self._connections.end_overdue()
+        return await super().on_tick(counter)
+
+
+class _Protocol(H11Protocol):
+    """Tells `Connections` what is awaited from the peer."""
+
+    def __init__(self, connections: Connections, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self._bounds = connections
+        self._connection: Connection | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._connection = self._bounds.of(transport.get_extra_info("socket").fileno())
+        if self._connection is None:
+            transport.abort()
+        else:
+            self._connection.look = self._awaited
+
+    def data_received(self, data: bytes) -> None:
+        in_body = self.conn.their_state is h11.SEND_BODY
+        super().data_received(data)
+        self._note(len(data) if in_body else 0)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note(anew=True)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._note(anew=True)
+
+    def _note(self, received_bytes: int = 0, *, anew: bool = False) -> None:
+        if self._connection:
+            self._bounds.note(self._connection, received_bytes, anew=anew)
+
+    def _awaited(self) -> Awaited | None:
+        if self.flow.write_paused:
+            return Awaited.READING
+        cycle = self.cycle
+        answering = cycle is not None and not cycle.response_complete
+        if self.conn.their_state is h11.SEND_BODY:
+            return None if self.flow.read_paused or (answering and cycle.waiting_for_100_continue) else Awaited.BODY
+        return None if answering else Awaited.HEADERS
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Who asks for a WebSocket is answered over HTTP."""
+
+
+class _Seldom(logging.Filter):
+    """Lets each warning of the server pass once a minute: anybody can cause them, as often as they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed_s: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        now_s = time.monotonic()
+        if now_s - self._passed_s.get(record.msg, -_LOG_EVERY_S) < _LOG_EVERY_S:
+            return False
+        self._passed_s[record.msg] = now_s
+        return True

@@ -1,0 +1,176 @@
+"""Recordings of every kind become what engines read and browsers play; what cannot is refused with a sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import phones
+import pytest
+import soundfile
+
+from residency.errors import InvalidInput
+from residency.web import decode, incoming
+from residency.web.incoming import Incoming, Limits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recordings").mkdir()
+    return tmp_path / "recordings"
+
+
+@pytest.fixture
+def receive(folder: Path) -> Incoming:
+    return Incoming(folder, Limits(audio_s=5.0))
+
+
+def pitch_hz(path: str) -> float:
+    samples, rate = soundfile.read(path)
+    middle = samples[len(samples) // 4 : -len(samples) // 4]
+    return float(np.abs(np.fft.rfft(middle)).argmax() * rate / len(middle))
+
+
+@pytest.mark.parametrize("name", phones.FORMATS)
+def test_what_phones_record_becomes_a_wav_file_with_the_same_sound(
+    receive: Incoming, folder: Path, tmp_path: Path, name: str
+) -> None:
+    given = phones.record(tmp_path / name)
+    readable = receive.readable(str(given))
+    assert Path(readable).parent.parent == folder
+    header = soundfile.info(readable)
+    expected = ("WAV", "PCM_16", 1, phones.FORMATS[name][2])
+    assert (header.format, header.subtype, header.channels, header.samplerate) == expected
+    assert header.duration == pytest.approx(1.0, abs=0.1)
+    assert pitch_hz(readable) == pytest.approx(phones.TONE_HZ, rel=0.05)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [Path(readable)]
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3", "OGG"])
+def test_what_browsers_play_stays_as_it_is(receive: Incoming, folder: Path, tmp_path: Path, form: str) -> None:
+    soundfile.write(tmp_path / "given", np.zeros(8000), 8000, format=form)
+    assert receive.readable(str(tmp_path / "given")) == str(tmp_path / "given")
+    assert not any(folder.iterdir())
+
+
+def test_a_recording_is_converted_once(receive: Incoming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = str(phones.record(tmp_path / "iphone.m4a"))
+    first = receive.readable(given)
+    monkeypatch.setattr(incoming.subprocess, "run", None)
+    assert receive.readable(given) == first
+    assert receive.readable(first) == first
+
+
+def test_the_name_tells_nothing(receive: Incoming, tmp_path: Path) -> None:
+    disguised = phones.record(tmp_path / "-i https:evil.wav", "iphone.m4a")
+    assert soundfile.info(receive.readable(str(disguised))).samplerate == 44100
+    soundfile.write(tmp_path / "true.wav", np.zeros(8000), 8000)
+    (tmp_path / "true.wav").rename(tmp_path / "memo.m4a")
+    assert receive.readable(str(tmp_path / "memo.m4a")) == str(tmp_path / "memo.m4a")
+
+
+class TestLimits:
+    def test_a_long_recording_is_decoded_up_to_the_limit_only(
+        self, receive: Incoming, folder: Path, tmp_path: Path
+    ) -> None:
+        long = phones.record(tmp_path / "old.3gp", seconds=60)
+        with pytest.raises(InvalidInput, match=r"longer than 5 s.*--max-audio.*超过 5 秒"):
+            receive.readable(str(long))
+        assert not any(folder.iterdir()), "nothing of it is left"
+        with pytest.raises(decode.Refused):
+            decode.decode(str(long), str(tmp_path / "part.wav"), most_s=5.0, most_samples=1e9)
+        assert soundfile.info(str(tmp_path / "part.wav")).duration <= 5.0
+
+    def test_one_of_many_channels_is_refused_however_short(self, tmp_path: Path, folder: Path) -> None:
+        many = phones.record(tmp_path / "many.mp4", "camera.mp4", seconds=1.9, layout="7.1")
+        with pytest.raises(InvalidInput, match=r"more samples than 2 s.*mono.*采样数"):
+            Incoming(folder, Limits(audio_s=2.0)).readable(str(many))
+
+    def test_without_a_limit_all_is_decoded(self, folder: Path, tmp_path: Path) -> None:
+        given = phones.record(tmp_path / "old.amr", seconds=10)
+        readable = Incoming(folder, Limits(audio_s=float("inf"))).readable(str(given))
+        assert soundfile.info(readable).duration == pytest.approx(10, abs=0.1)
+
+
+class TestUnreadable:
+    @pytest.fixture
+    def refused(self, receive: Incoming, folder: Path, tmp_path: Path) -> Any:
+        def refused(content: bytes) -> None:
+            (tmp_path / "memo.m4a").write_bytes(content)
+            with pytest.raises(InvalidInput, match=r"cannot be read \(.+\).*无法读取该录音"):
+                receive.readable(str(tmp_path / "memo.m4a"))
+            assert not any(folder.iterdir()), "nothing of it is left"
+
+        return refused
+
+    @pytest.mark.parametrize("content", [b"", b"no sound at all\n" * 100, b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(999)])
+    def test_what_is_no_recording(self, refused: Any, content: bytes) -> None:
+        refused(content)
+
+    def test_a_recording_that_lacks_its_end(self, refused: Any, tmp_path: Path) -> None:
+        whole = phones.record(tmp_path / "iphone.m4a").read_bytes()
+        refused(whole[: len(whole) // 2])
+
+    def test_files_that_name_other_files_or_addresses(self, refused: Any, tmp_path: Path) -> None:
+        other = phones.record(tmp_path / "old.3gp")
+        refused(f"ffconcat version 1.0\nfile {other}\n".encode())
+        refused(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other.as_uri()}\n#EXT-X-ENDLIST\n".encode())
+        refused(b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=a\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 9 RTP/AVP 0\n")
+
+    def test_a_picture_without_sound(self, refused: Any, tmp_path: Path) -> None:
+        import av
+
+        with av.open(str(tmp_path / "silent.mp4"), "w") as file:
+            track = file.add_stream("mpeg4", rate=10)
+            track.width = track.height = 64
+            file.mux(track.encode(av.VideoFrame(64, 64, "yuv420p")))
+            file.mux(track.encode(None))
+        refused((tmp_path / "silent.mp4").read_bytes())
+
+    @pytest.mark.parametrize("death", ["os.kill(os.getpid(), signal.SIGSEGV)", "[0 for _ in iter(int, 1)]"])
+    def test_a_decoder_that_crashes_or_never_ends(
+        self, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str
+    ) -> None:
+        (tmp_path / "doomed.py").write_text(
+            f"import os, resource, signal\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\n{death}\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "doomed"}))
+        refused(b"anything")
+
+    @pytest.mark.parametrize("name", ["iphone.m4a", "browser.webm", "old.3gp"])
+    def test_damaged_ones_are_read_or_refused_and_nothing_else(
+        self, receive: Incoming, folder: Path, tmp_path: Path, name: str
+    ) -> None:
+        whole = phones.record(tmp_path / name).read_bytes()
+        chance = random.Random(name)
+        for number in range(8):
+            damaged = bytearray(whole if number % 2 else whole[: chance.randrange(len(whole))])
+            for _ in range(chance.randrange(20)):
+                damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+            given = tmp_path / f"{number}-{name}"
+            given.write_bytes(damaged)
+            with suppress(InvalidInput):
+                assert soundfile.info(receive.readable(str(given))).duration <= 5.0
+        assert not list(folder.glob("converting-*"))
+
+
+class TestWithoutPyAV:
+    @pytest.fixture(autouse=True)
+    def without_av(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
+
+    def test_the_message_names_what_to_install(self, receive: Incoming, tmp_path: Path) -> None:
+        given = phones.record(tmp_path / "iphone.m4a")
+        with pytest.raises(InvalidInput, match=r"pip install 'gpu-managed-tts\[app\]'.*请执行 pip install"):
+            receive.readable(str(given))
+
+    def test_what_engines_read_is_left_as_it_is(self, receive: Incoming, tmp_path: Path) -> None:
+        given = str(phones.record(tmp_path / "studio.aiff"))
+        assert receive.readable(given) == given
