@@ -268,13 +268,13 @@ class EditxTab:
                         elem_id="prompt-audio",
                         **supported(gr.Audio, buttons=["download"]),
                     )
+                    self._about_recording = self.places.draw("recording")
                     with gr.Row():
                         self.samples = [
                             (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
                             for name, sample in samples.VOICES.items()
                         ]
                     microphone.draw_hint()
-                    self._about_recording = self.places.draw("recording")
                     self.heard = gr.JSON(visible=False)
                     self.generated_text = gr.Textbox(
                         label=label("目标文本", "Target Text"),
@@ -292,9 +292,9 @@ class EditxTab:
                         self.edit_info = gr.Dropdown(
                             label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
                         )
-                    self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
                     self.places.draw("task")
                     self.places.draw("sub_task")
+                    self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
                         height=400,

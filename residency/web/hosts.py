@@ -20,8 +20,8 @@ from .addresses import hostname, is_address, is_loopback
 _UNKNOWN = (
     "This server is not known as {name}: another site could use such a name to read it. If the name is yours, start "
     "the app with --allowed-host {name} (or GPU_TTS_ALLOWED_HOSTS={name}), or with --auth; on this machine itself, use "
-    "http://localhost:{port}. / 本服务器不叫 {name}：其他网站可能借这样的名称读取它。如果这是您的域名，请在启动时加上 "
-    "--allowed-host {name}（或设置 GPU_TTS_ALLOWED_HOSTS={name}），或使用 --auth；在本机请访问 http://localhost:{port}。"
+    "{scheme}://localhost:{port}. / 本服务器不叫 {name}：其他网站可能借这样的名称读取它。如果这是您的域名，请在启动时加上 "
+    "--allowed-host {name}（或设置 GPU_TTS_ALLOWED_HOSTS={name}），或使用 --auth；在本机请访问 {scheme}://localhost:{port}。"
 )
 
 
@@ -54,9 +54,9 @@ class Hosts:
                 if not (self._knows(name) or self._excused(request)):
                     shown = name if re.fullmatch(r"[\w.-]{1,100}", name) else "NAME"
                     port = (scope.get("server") or ("", 7860))[1]
-                    return await PlainTextResponse(
-                        _UNKNOWN.format(name=shown, port=port), 403, {"X-Content-Type-Options": "nosniff"}
-                    )(scope, receive, send)
+                    text = _UNKNOWN.format(name=shown, port=port, scheme=scope.get("scheme", "http"))
+                    refusal = PlainTextResponse(text, 403, {"X-Content-Type-Options": "nosniff"})
+                    return await refusal(scope, receive, send)
             await app(scope, receive, send)
 
         return known_only

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "64MB")
-#: The engine of the gates says that it does what the real one does, and speaks what the built-in one does.
+#: The engine of the gates says that it does what the real one does, and speaks what the built-in one does. Each key
+#: that is pressed warms it.
 PRETENDING = """
 import sys
 sys.path.insert(0, "tests")
 import gated_engine
 from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES
+import residency.web.intent
+residency.web.intent.EVERY_S = 0
 """
 
 
