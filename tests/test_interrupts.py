@@ -65,15 +65,14 @@ def test_an_interrupt_at_any_moment_harms_nobody(work: Callable, keep_warm: int)
         interrupted = False
         try:
             signal.setitimer(signal.ITIMER_REAL, delays.uniform(1e-6, longest_s))
-            for _ in range(50):
+            while signal.getitimer(signal.ITIMER_REAL)[0]:
                 work(manager)
-            signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             interrupted = True
         came[interrupted] += 1
         # Another thread sees at once whether something was left held.
         Worker(use, manager).result()
-    assert came[True] > INTERRUPTS / 5, "on a loaded machine many come late"
+    assert came[True] > INTERRUPTS / 5, "too many came where Python ignores them"
     assert manager.release("tts") is True
     assert Worker(manager.close).result() is True
     assert all(engine.resident.place == "nowhere" for engine in workshop.engines)
