@@ -149,11 +149,11 @@ class TestWithManagement:
         client = Client(managed.url, verbose=False)
         with pytest.raises(Exception, match=r"sing.*引擎无法处理"):
             client.predict(handle_file(recording), "Good morning.", "sing", api_name="/edit")
+        assert wait_until(lambda: managed.model()["state"] == "cpu")
         text = tmp_path / "text.wav"
         text.write_text("this is no audio")
         with pytest.raises(Exception, match=r"cannot be read.*无法读取"):
             client.predict(handle_file(str(text)), "Good morning.", "Hello.", api_name="/clone")
-        assert wait_until(lambda: managed.model()["state"] == "cpu")
 
 
 def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recording: str) -> None:
