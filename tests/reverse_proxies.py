@@ -100,7 +100,7 @@ def caddy(app_port: int, folder: Path, *, removes_prefix: bool) -> Iterator[str]
     program, port = find("caddy"), free_port()
     text = _replaced(
         (EXAMPLES / "Caddyfile").read_text(encoding="utf-8"),
-        (f"\n{NAME} {{", f"\n{{\nadmin off\n}}\nhttp://:{port} {{\nbind 127.0.0.1"),
+        (f"\n{NAME} {{", f"\n{{\nadmin off\ngrace_period 1s\n}}\nhttp://:{port} {{\nbind 127.0.0.1"),
         ("\thandle /", f"\thandle{'_path' * removes_prefix} /"),
         ("127.0.0.1:7860", f"127.0.0.1:{app_port}"),
     )

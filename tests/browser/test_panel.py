@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--enable-auto-transcribe", "--gpu-keep-warm", "-1")
+#: A name of this machine that others can give it too.
+NAME = "tts.example.com"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[RunningApp]:
-    with ForkedApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS, gates=gates) as app:
+    with ForkedApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS, "--allowed-host", NAME, gates=gates) as app:
         yield app
 
 
@@ -216,7 +218,7 @@ def test_it_speaks_the_language_of_the_browser(
     body.not_to_contain_text(unseen)
     page.locator("#gpu-release").click()
     page.get_by_role("button", name="CLONE", exact=True).click()
-    alert = page.locator("#message [role=alert]")
+    alert = page.locator(".said [role=alert]")
     sync_api.expect(alert).to_be_visible()
     assert page.locator(".toast-body").count() == 0, "it is said twice"
     said = page.locator("#gpu-panel").inner_text() + alert.inner_text() + page.locator("#gpu-message").inner_text()
@@ -284,11 +286,11 @@ def test_memory_outside_the_books_is_a_part_of_the_bar(
 
 
 def test_who_may_not_press_sees_why(app: RunningApp, new_page: Callable[..., Page]) -> None:
-    page = visit(new_page(), app.url.replace("127.0.0.1", "elsewhere.localhost"))  # a name that others can give
+    page = visit(new_page(), app.url.replace("127.0.0.1", NAME))
     refusal = sync_api.expect(page.locator("#gpu-refusal"))
     refusal.to_contain_text("--auth user:password")
     page.get_by_role("button", name="EDIT", exact=True).click()
-    sync_api.expect(page.locator("#message [role=alert]")).to_be_visible()
+    sync_api.expect(page.locator(".said [role=alert]")).to_be_visible()
     refusal.to_contain_text("--auth user:password")
     sync_api.expect(page.locator("#gpu-refusal")).to_be_visible()
     page.get_by_text("How long models stay").click()
