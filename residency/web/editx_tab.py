@@ -176,7 +176,7 @@ class EditxTab:
         except Exception as error:
             return None, Message.of(error, speaker())
         self.recordings.own(session(), readable)
-        return gr.skip() if readable == path else readable, ""
+        return gr.skip() if readable == path else readable, gr.skip()
 
     def transcribe(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[str, str]:
         """A recording came. Returns what is said in it, or nothing if there is a text already, and an error message."""
@@ -188,13 +188,13 @@ class EditxTab:
         except Exception as error:
             return "", Message.of(error, speaker(), "recording")
 
-    def _hear(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[dict[str, Any], str]:
+    def _hear(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[dict[str, Any], Any]:
         try:
             readable = self.speech.incoming.readable(prompt_audio)
         except InvalidInput:
-            return {"recordings": [], "text": ""}, ""  # `receive` says it
+            return {"recordings": [], "text": ""}, gr.skip()  # `receive` says it
         text, message = self.transcribe(readable, prompt_text)
-        return {"recordings": [prompt_audio, readable], "text": text}, message
+        return {"recordings": [prompt_audio, readable], "text": text}, message or gr.skip()
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
@@ -365,12 +365,22 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
+        # In the browser, at once: `receive` and `_hear` end in any order, so neither takes a message away.
+        comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
+        gr.on(
+            [*comes, *(button.click for button, _ in self.samples)],
+            None,
+            None,
+            self._about_recording,
+            js="() => ''",
+            **PRIVATE,
+        )
         filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
         for button, sample in self.samples:
             button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
             hearing = gr.on(
-                [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording],
+                comes,
                 self._hear,
                 [self.prompt_audio_input, self.prompt_text_input],
                 [self.heard, self._about_recording],
