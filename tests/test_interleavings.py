@@ -25,7 +25,7 @@ from residency.errors import DeviceOutOfMemory, LeaseDeadlock, OverBudget
 from residency.residents import kept
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-SEEDS = 150 if NIGHTLY else 12
+SEEDS = 150 if NIGHTLY else 6
 
 
 @pytest.fixture

@@ -97,6 +97,7 @@ class Incoming:
         target = self._folder / hashlib.sha256(key.encode()).hexdigest() / "recording.wav"
         with self._lock:
             if not target.exists():
+                self._folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix="converting-", dir=self._folder) as workshop:
                     made = os.path.join(workshop, target.name)
                     self._decode(path, made)

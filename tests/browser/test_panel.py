@@ -49,6 +49,7 @@ def page(app: RunningApp, new_page: Callable[..., Page]) -> Page:
 
 
 def test_it_follows_what_others_do_without_being_asked(page: Page, app: RunningApp) -> None:
+    page.wait_for_function("window.keepsInputs")  # the last thing for which a page asks Gradio when it is opened
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     with page.expect_response(lambda answer: answer.status == 204):

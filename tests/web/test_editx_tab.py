@@ -432,8 +432,9 @@ def test_a_recognizer_that_fails_becomes_a_message(folder: Path, recording: str)
 def test_listening_to_a_recording_leaves_the_message_about_it(folder: Path, recording: str) -> None:
     """The recording is received at the same time, and either may end first."""
     tab = listening(folder, lambda path: "heard")
-    (folder / "letter.txt").write_text("no sound")
-    assert tab._hear(str(folder / "letter.txt"), "") == ({"recordings": [], "text": ""}, gr.skip())
+    letter = Path(recording).with_name("letter.txt")
+    letter.write_text("no sound")
+    assert tab._hear(str(letter), "") == ({"recordings": [], "text": ""}, gr.skip())
     assert tab._hear(recording, "") == ({"recordings": [recording, recording], "text": "heard"}, gr.skip())
 
 
