@@ -75,7 +75,8 @@ container_command() {
     run+=(--volume "$SOCKET_DIR:$SOCKET_DIR")
     app_arguments
     # By name only: values would be seen in the list of processes.
-    run+=(--env GPU_CONTROL_TOKEN --env GRADIO_AUTH --env HF_TOKEN --env HF_ENDPOINT --env "HEALTH_URL=$(address)/healthz" "$IMAGE" "${passed[@]}")
+    run+=(--env GPU_CONTROL_TOKEN --env GRADIO_AUTH --env GPU_TTS_ROOT_PATH --env GRADIO_ROOT_PATH --env GPU_TTS_ALLOWED_HOSTS
+        --env HF_TOKEN --env HF_ENDPOINT --env "HEALTH_URL=$(address)/healthz" "$IMAGE" "${passed[@]}")
 }
 
 # give_folder FOLDER ro|rw: lies inside where it lies outside. One to write into is made before the start, if need be.

@@ -19,16 +19,21 @@ _list = re.search(r"readonly SETTINGS=\((.*?)\)", SCRIPT.read_text(), re.DOTALL)
 assert _list
 SETTINGS = {*_list[1].split(), "TORCH_INDEX_URL"}
 
-OTHERS = {"CUDA_VISIBLE_DEVICES", "GPU_CONTROL_TOKEN", "GRADIO_AUTH"}
+OTHERS = {
+    "CUDA_VISIBLE_DEVICES", "GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH",
+    "GPU_TTS_ALLOWED_HOSTS",
+}  # fmt: skip
 
 APP = """\
 import http.server, json, os, signal, sys, threading
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 cuda = {name: value for name, value in os.environ.items() if name.startswith("CUDA_")}
+address = {name: value for name, value in os.environ.items() if name.endswith(("ROOT_PATH", "ALLOWED_HOSTS"))}
 proxies = {name: os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY")}
 secrets = {name: os.environ.get(name) for name in ("GPU_CONTROL_TOKEN", "GRADIO_AUTH")}
-facts = {"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda, "secrets": secrets, "proxies": proxies}
+facts = {"argv": sys.argv, "pid": os.getpid(), "cwd": os.getcwd(), "cuda": cuda, "secrets": secrets, "proxies": proxies,
+         "address": address}
 print("APP", json.dumps(facts), flush=True)
 
 

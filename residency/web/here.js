@@ -1,7 +1,7 @@
 // Tells the server now and then that this page is there: what its session has on the server's disk is kept as long.
 // Gradio has a line for that, but does not take it up again once it was cut. The server puts EVERY_MS in. A page that the
 // server does not know, such as one from before its start, is loaded anew: it keeps what is filled in (see inputs.py), and
-// shows nothing any more that is gone.
+// shows nothing any more that is gone. With a login the answer is 401, since a new server knows no login either.
 (visit) => {
   const [session, secret, goesOn] = visit.split(".");
   const stay = () => {
@@ -17,7 +17,7 @@
       const answer = await fetch(`gradio_api/here/${session}`);
       // With Gradio 6 a page whose line was cut loads itself anew; with Gradio 5 it would wait on that line for ever.
       const cut = document.querySelector(".toast-wrap")?.textContent.includes("Connection to the server was lost");
-      if (cut || answer.status === 410) location.reload();
+      if (cut || [401, 410].includes(answer.status)) location.reload();
     } catch {}  // the next one may arrive
   };
   setInterval(tell, EVERY_MS);

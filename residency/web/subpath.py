@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from starlette.responses import RedirectResponse
+from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .guard import PUBLIC_HOST
@@ -31,6 +31,9 @@ def beneath(root_path: str) -> Callable[[ASGIApp], ASGIApp]:
                 return await RedirectResponse(f"{prefix}/{query and '?'}{query}")(scope, receive, send)
             if prefix and path.startswith(f"{prefix}/"):
                 path = path[len(prefix) :]
+                # Starlette's router would remove it once more, behind the middleware that compares paths.
+                if path == prefix or path.startswith(f"{prefix}/"):
+                    return await PlainTextResponse("Not Found", 404)(scope, receive, send)
             await app({**scope, "path": path, "root_path": prefix, PUBLIC_HOST: host or None}, receive, send)
 
         return without_prefix

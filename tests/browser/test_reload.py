@@ -160,6 +160,24 @@ def test_an_open_page_outlives_a_restart_of_the_server(
         assert "Traceback" not in second.log
 
 
+def test_an_open_page_asks_for_the_password_again_after_a_restart(
+    new_page: Callable[..., Page], tmp_path: Path, gates: Path
+) -> None:
+    """A server that was started again knows no login, and what the page still shows is gone."""
+    arguments = (*ARGUMENTS, "--auth", "me:secret")
+    with ForkedApp(tmp_path / "first", *arguments, gates=gates, prelude=OFTEN) as first:
+        page = new_page()
+        page.goto(first.url)
+        page.get_by_label("username").fill("me")
+        page.locator("input[type=password]").fill("secret")
+        page.get_by_role("button", name="Login").click()
+        fill(page, tmp_path)
+        assert first.stop() == 0
+    with ForkedApp(tmp_path / "second", *arguments, gates=gates, prelude=OFTEN, port=first.port):
+        sync_api.expect(page.get_by_label("username")).to_be_visible()
+        sync_api.expect(recording(page)).to_have_count(0)
+
+
 @pytest.mark.parametrize("name", ["CLONE", "EDIT"])
 def test_a_press_on_a_page_from_before_a_restart_says_what_to_do(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path, name: str

@@ -124,6 +124,13 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
     assert Path(f"{service.log}.1").exists(), "the log before the last restart"
 
 
+def test_a_restart_remembers_the_address_of_the_proxy(service: Service) -> None:
+    address = {"GPU_TTS_ROOT_PATH": "/tts", "GRADIO_ROOT_PATH": "/old", "GPU_TTS_ALLOWED_HOSTS": "tts.example.com"}
+    service.start(**address)
+    service.say("restart", GPU_TTS_ROOT_PATH="/speech")
+    assert service.seen()["address"] == {**address, "GPU_TTS_ROOT_PATH": "/speech"}
+
+
 def test_a_restart_chooses_the_gpu_anew_unless_it_was_said(service: Service) -> None:
     gpus = 'echo "0, {}, 580.1, NVIDIA A"; echo "1, {}, 580.1, NVIDIA B"'
     service.project.nvidia_smi(gpus.format(100, 200))

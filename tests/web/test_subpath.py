@@ -35,6 +35,12 @@ def test_behind_it_there_is_no_difference(root_path: str, path: str) -> None:
     assert client(root_path).get(path).json() == ["/gpu/status", "/tts"]
 
 
+@pytest.mark.parametrize("path", ["/tts/tts", "/tts/tts/", "/tts/tts/login", "/tts/tts/tts/gradio_api/heartbeat/x"])
+def test_a_repeated_prefix_leads_nowhere(path: str) -> None:
+    """Starlette would remove it a second time, after the middleware that compares paths."""
+    assert client("/tts").get(path).status_code == 404
+
+
 def test_only_whole_segments_are_removed() -> None:
     assert client("/tts").get("/ttsx").json() == ["/ttsx", "/tts"]
     assert client("").get("/tts/x").json() == ["/tts/x", ""]
