@@ -1,4 +1,4 @@
-"""What an app with few descriptors goes through while strangers lay siege to it, and how long others wait meanwhile.
+"""Loads an app that has few descriptors with hostile connections, and measures how long other clients wait meanwhile.
 
     python benchmarks/siege.py
 
@@ -169,7 +169,7 @@ def besiege(app: RunningApp, name: str, seconds: float) -> Round:
         each.start()
     done, until_s = 0, time.perf_counter() + seconds
     while time.perf_counter() < until_s:
-        with suppress(OSError):  # what it lets one do
+        with suppress(OSError):  # as far as the limit allows
             SIEGES[name](besieger, done)
         done += 1
     over.set()

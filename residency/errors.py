@@ -255,7 +255,7 @@ class TooManyListeners(ResidencyError):
 
     def __init__(self, most: int) -> None:
         super().__init__(
-            f"{most} listeners have their lines already: close those that are not needed and try again, or poll "
+            f"{most} listeners are connected already, which is the limit: close some and try again, or poll "
             f"/gpu/status.",
             f"监听者已达 {most} 个：请关闭不需要的连接后重试，或改为轮询 /gpu/status。",
             most,

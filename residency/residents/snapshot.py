@@ -39,8 +39,8 @@ _DATA_ALIGNMENT = 4096
 _READ_BYTES = 512 << 10  # read and hashed piece by piece while it is in the processor's cache
 _WRITE_BYTES = 64 << 20  # as often as progress is worth telling
 _OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
-_NONE_OF_OURS = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EPERM}
-"""Of what cannot be opened: nothing is there, a link, a socket, or what `_open` refuses."""
+_NONE_OF_OURS = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EPERM, errno.EACCES}
+"""Errors of opening: no file, a link, a socket, a file that `_open` refuses, another user's unreadable file."""
 _FORMAT = "gpu-managed-tts"
 
 

@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LINGER_S = 30.0
-"""Who is still sending does not read an answer: so long the rest is read first, and thrown away (as by nginx)."""
+"""A client that still sends does not read an answer. Its body is read and dropped for so long, as nginx does."""
 
 _SMALL_BYTES = 1 << 16
 
@@ -79,5 +79,5 @@ async def read_at_most(
 
 
 async def given_up(request: Request, error: Exception) -> Response:
-    """For an exception handler: the answer to a body whose sender has hung up. Nobody reads it."""
+    """Exception handler for a body whose sender has disconnected; the response is never read."""
     return Response(status_code=400)

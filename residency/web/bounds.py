@@ -1,4 +1,4 @@
-"""Bounds what Gradio keeps of everybody who comes by, and the names that people's programs give to their sessions."""
+"""Limits the number of sessions that Gradio keeps, and the length of their names, which clients choose."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_na
 
 
 CALL: ContextVar[dict[str, bool] | None] = ContextVar("call", default=None)
-"""Facts about the HTTP request that is being answered, for its middleware; None for what comes through the queue."""
+"""Facts about the HTTP request in progress, for its middleware; None for requests that come through the queue."""
 
 
 class Blocks(gr.Blocks):

@@ -78,7 +78,7 @@ class Connection:
         return self.awaited is not None and now_s - self.since_s > WITHIN_S[self.awaited]
 
     def end(self) -> None:
-        """Whoever reads from it or writes to it finds that it has ended, and closes it."""
+        """Shut the socket down. Its reader and its writer then see its end and close it."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 

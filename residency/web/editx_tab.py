@@ -198,7 +198,7 @@ class EditxTab:
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
-        self._requests.stop(state)  # what it would come to would be dropped
+        self._requests.stop(state)  # its result would be dropped
         return [], state, ""
 
     def update_edit_info(self, edit_type: str) -> Any:
@@ -227,7 +227,7 @@ class EditxTab:
             state["message"] = Message.of(Overtaken() if late else error, speaker())
             # The chat is left alone, so that a player that is playing plays on.
             return gr.skip(), state, state["message"]
-        finally:  # not before it is kept what came of it, for who has lost the line meanwhile
+        finally:  # after the message is stored: a page that was loaded anew reads it from there
             self._requests.end(state, request)
         return as_messages(state["history_messages"], speaker()), state, state["message"]
 

@@ -1,4 +1,4 @@
-"""Looks who asks to be remembered, or to hold a line: an answer that does not end before they leave."""
+"""Checks requests that make the server keep something, or that hold an endless response open."""
 
 from __future__ import annotations
 

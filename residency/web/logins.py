@@ -156,9 +156,9 @@ def _network(request: HTTPConnection) -> str:
 
 
 def _from_here(request: HTTPConnection) -> bool:
-    """Whether somebody follows a link of this page, or has typed the address in; browsers say so, or whence they come.
+    """Whether the request follows a link of this page or a typed address, by Sec-Fetch-Site or Referer.
 
-    Neither is said over plain http by a page that wants it so, and by programs: then it is not known.
+    False if the request has neither header, as over plain HTTP from a page that withholds them, or from programs.
     """
     site = request.headers.get("sec-fetch-site")
     if site is not None:

@@ -1,4 +1,4 @@
-"""What came of a request, beside the control that it is about."""
+"""Shows the result or error of a request beside the control that it is about."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Requests:
             return next(reversed(self._requests.get(id(state), ())), None)
 
     def stop(self, state: dict[str, Any]) -> None:
-        """Cancel what waits, and what runs where the engine can be interrupted; results that come all the same go."""
+        """Cancel what waits, and what runs where the engine can be interrupted; later results are dropped."""
         with self._lock:
             requests = list(self._requests.get(id(state), ()))
         for request in requests:

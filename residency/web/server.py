@@ -89,7 +89,7 @@ class _Protocol(H11Protocol):
         return None if answering else Awaited.HEADERS
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Who asks for a WebSocket is answered over HTTP."""
+        """Nothing to log: a request for a WebSocket gets an answer over HTTP."""
 
 
 class _Seldom(logging.Filter):

@@ -78,7 +78,7 @@ class Moves:
     async def listen(self, status: Callable[[], Awaitable[Any]]) -> AsyncIterator[str]:
         """``status`` once, then every event, by its ``what``, until the listener leaves its `place`.
 
-        One who is too slow loses progress first, and is then sent away; they may come again and get the status.
+        A slow listener first misses progress events, and is then disconnected; it may connect again.
         """
         following = self._count
         yield message("status", await status())

@@ -57,9 +57,9 @@ _LINE_CUT_S = 20.0
 Enough for a page that is loaded anew on a slow network; and until then who has closed theirs stands in others' way.
 """
 _QUIET_S = 1.0
-"""After an answer its receiver may come for the recordings in it: that long nobody has come means that nobody will."""
+"""Time after a response in which its client may fetch the recordings in it; after that it is taken to be gone."""
 _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
-"""Of pages: nothing comes from elsewhere, and no other site has people press buttons in a frame they do not see."""
+"""Policy of pages: no content of other sites, and no frame of another site around this page (clickjacking)."""
 
 
 class Traffic:
@@ -143,7 +143,7 @@ class Traffic:
 
             async def begins() -> Message:
                 nonlocal begun
-                if not begun and self._upload_begins:  # not before: who may not upload is not read
+                if not begun and self._upload_begins:  # not earlier: a refused upload is not read
                     asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
                 begun = True
                 return await receive()

@@ -61,7 +61,7 @@ class Turns:
     def take(self) -> Iterator[None]:
         """Wait for a turn, which lasts until the block ends. `RequestCancelled`; `ManagerClosed` after `close`.
 
-        Who has the engine shares the turn with what they ask for meanwhile.
+        A nested request of the same context shares the turn.
         """
         if self._mine.get():
             yield

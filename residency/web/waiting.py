@@ -1,6 +1,6 @@
 """Tells those that wait for an answer why: the place in the queue, and what the model does.
 
-Programs read it in ``job.status()`` of ``gradio_client``. Who has gone waits for nothing.
+Programs read it in ``job.status()`` of ``gradio_client``. Requests of closed connections are cancelled.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import stat
@@ -91,6 +92,19 @@ def test_a_file_of_another_user_is_not_believed(
     assert "not one of ours" in refused(folder, content)
     assert content.write(folder).name == "nothing new"
     assert content.read(folder), "it was replaced by a file of our own"
+
+
+def test_an_unreadable_file_of_another_user_counts_as_missing(
+    folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content.write(folder)
+
+    def refuse(path: Path) -> Any:  # root may read every file, so the system refuses none here
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as refused_by_system:
+        refused_by_system.setattr(snapshot, "_open", refuse)
+        assert "not one of ours" in refused(folder, content)
 
 
 def test_nobody_else_reads_weights(tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
