@@ -47,7 +47,7 @@ choose_gpu_of_container() {
 
 # Sets run.
 container_command() {
-    local policy group
+    local policy group name
     run=(docker run --name "$CONTAINER_NAME" --label "$LABEL.host=$HOST" --label "$LABEL.port=$PORT" --init --network host
         --security-opt no-new-privileges --cap-drop ALL --stop-timeout "$STOP_TIMEOUT")
     [[ $DETACH == 0 ]] || run+=(--detach --restart unless-stopped)
@@ -75,8 +75,8 @@ container_command() {
     run+=(--volume "$SOCKET_DIR:$SOCKET_DIR")
     app_arguments
     # By name only: values would be seen in the list of processes.
-    run+=(--env GPU_CONTROL_TOKEN --env GRADIO_AUTH --env GPU_TTS_ROOT_PATH --env GRADIO_ROOT_PATH --env GPU_TTS_ALLOWED_HOSTS
-        --env HF_TOKEN --env HF_ENDPOINT --env "HEALTH_URL=$(address)/healthz" "$IMAGE" "${passed[@]}")
+    for name in "${OF_APP[@]}" HF_TOKEN HF_ENDPOINT; do run+=(--env "$name"); done
+    run+=(--env "HEALTH_URL=$(address)/healthz" "$IMAGE" "${passed[@]}")
 }
 
 # give_folder FOLDER ro|rw: lies inside where it lies outside. One to write into is made before the start, if need be.

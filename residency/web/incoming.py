@@ -153,8 +153,8 @@ class Incoming:
 
 def _unreadable(reason: str) -> InvalidInput:
     return InvalidInput(
-        f"The recording cannot be read ({reason}): it may be damaged, or no audio; record it again, or convert it to "
-        f"WAV, FLAC, MP3, OGG or M4A",
+        f"The recording cannot be read ({reason}): the file may be damaged or hold no sound; record it again, or "
+        f"convert it to WAV, FLAC, MP3, OGG or M4A",
         f"无法读取该录音（{reason}）：文件可能已损坏或不含声音；请重新录制，或转换为 WAV、FLAC、MP3、OGG 或 M4A",
     )
 

@@ -21,16 +21,9 @@ if TYPE_CHECKING:
 def test_the_page_and_the_command_line_over_https(new_page: Callable[..., Page], tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path / "certificate", "localhost", NAME)
     (tmp_path / "gates").mkdir()
-    arguments = (
-        "--enable-gpu-management",
-        "--simulate-gpu",
-        "48GB",
-        "--allowed-host",
-        NAME,
-        "--ssl-certfile",
-        certificate,
-    )
-    with ForkedApp(tmp_path / "tmp", *arguments, "--ssl-keyfile", key, gates=tmp_path / "gates") as app:
+    arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--allowed-host", NAME)
+    tls = ("--ssl-certfile", certificate, "--ssl-keyfile", key)
+    with ForkedApp(tmp_path / "tmp", *arguments, *tls, gates=tmp_path / "gates") as app:
         assert f"Serving on https://127.0.0.1:{app.port}" in app.log
         page = new_page(ignore_https_errors=True)
         page.goto(f"https://{NAME}:{app.port}/")
