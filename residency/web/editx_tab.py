@@ -240,8 +240,7 @@ class EditxTab:
             yield shown
 
     def _on_clear(self, state: State) -> list[Any]:
-        chat, _, message = self.clear_history(state)
-        return [chat, *self.places.values(message)]
+        return self.clear_history(state)[0]
 
     # -- the page -----------------------------------------------------------------------------------------------
 
@@ -347,7 +346,8 @@ class EditxTab:
             pressed.then(None, js=SHOW, **PRIVATE)
         self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
         for clear in clears:
-            clear(self._on_clear, state, [self.chat_box, *self.places.components], **hidden)
+            # The chat only: the request that this stops may have told its end already.
+            clear(self._on_clear, state, self.chat_box, **hidden)
         gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
         self.prompt_audio_input.change(
             self.receive,

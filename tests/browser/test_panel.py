@@ -336,11 +336,13 @@ def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page],
         first.post("/gpu/warm", {"model": "tts"})
         page = visit(new_page(), first.url)
         expect_state(page, "gpu")
+        page.evaluate("window.ofTheFirst = true")
         assert first.stop() == 0
     sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
     with ForkedApp(tmp_path, *ARGUMENTS, gates=gates, port=first.port):
         expect_state(page, "released")
         sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("The connection is lost")
+        page.wait_for_function("!window.ofTheFirst")  # loaded anew, since the second server does not know it
         page.locator("#gpu-warm-tts").click()
         expect_state(page, "gpu")
 
