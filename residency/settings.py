@@ -67,6 +67,7 @@ class Settings:
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     max_upload: int = 100 << 20
+    max_disk: int = 5 << 30
     max_audio: float = 600.0
     max_text: int = 5000
     shutdown_grace: float = 10.0
@@ -192,6 +193,9 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="the private key of the certificate (PEM, without a password)")  # fmt: skip
     add("--max-upload", metavar="SIZE", type=checked(size_bytes), default=defaults.max_upload,
         help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
+    add("--max-disk", metavar="SIZE", type=checked(size_bytes), default=defaults.max_disk,
+        help="most disk space that recordings and results in --tmp-dir take together; beyond it uploads are refused "
+        "(default: 5GB)")  # fmt: skip
     add("--max-audio", metavar="S", type=checked(seconds), default=defaults.max_audio,
         help="longest recording that is worked on (600, 90s, 15m; -1: any; default: 600)")  # fmt: skip
     add("--max-text", metavar="N", type=checked(_count), default=defaults.max_text,

@@ -234,6 +234,14 @@ class TestLimits:
         assert "--max-upload" in said
         assert self.leftovers(folder) == []
 
+    def test_anonymous_uploads_do_not_fill_the_disk(self, tmp_path: Path) -> None:
+        with ForkedApp(tmp_path / "recordings", "--max-disk", "2MB", gates=tmp_path) as app:
+            codes = [
+                httpx.post(f"{app.url}/gradio_api/upload", files={"files": bytes([number]) * 500_000}).status_code
+                for number in range(7)
+            ]
+        assert codes == [200] * 5 + [507] * 2
+
     def test_one_whose_size_is_not_told_is_refused_too(self, app: RunningApp, folder: Path) -> None:
         head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n'
         pieces = [head, *[b"x" * (1 << 18)] * 8, b"\r\n--b--\r\n"]

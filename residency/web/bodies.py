@@ -38,6 +38,13 @@ def small_bodies_first(app: ASGIApp) -> ASGIApp:
     return reading
 
 
+async def drop_body(receive: Receive) -> None:
+    """Read what is left of a body, for a limited time, so that its sender reads the answer."""
+    with move_on_after(_LINGER_S):
+        while (await receive()).get("more_body", False):
+            pass
+
+
 async def read_at_most(
     limit_bytes: float, refusal: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
@@ -45,10 +52,8 @@ async def read_at_most(
     read_bytes, more, answered = 0, True, False
 
     async def refuse() -> None:
-        rest = more
-        with move_on_after(_LINGER_S):
-            while rest:
-                rest = (await receive()).get("more_body", False)
+        if more:
+            await drop_body(receive)
         await PlainTextResponse(refusal, 413)(scope, receive, send)
 
     length = Headers(scope=scope).get("content-length", "")

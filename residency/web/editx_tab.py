@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -73,7 +74,7 @@ class EditxTab:
         self._model = getattr(tts_engine, "name", None) or "tts"
         turns = Turns(self._model) if manager is None else None
         self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits, turns)
-        self.recordings = Recordings(folder)
+        self.recordings = Recordings(folder, getattr(args, "max_disk", math.inf))
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())

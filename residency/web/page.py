@@ -108,6 +108,7 @@ class Page:
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
             _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
             self._visits.know,
+            tab.recordings.make_room,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)

@@ -17,7 +17,12 @@ from threading import Lock
 logger = logging.getLogger(__name__)
 
 UNOWNED_FOR_S = 3600.0
-"""How long what is nobody's is kept: of programs that name no session, and uploads that were not used."""
+"""How long files that belong to no session are kept: of programs that name none, and uploads that were not used."""
+
+_IN_USE_FOR_S = 60.0
+"""For so long a new file is kept also if the disk space is used up: the request for which it came may be on the way."""
+
+_MOST_FILES = 20_000
 
 _REMEMBERED = 1000
 """How many sessions that have ended, or gone on as others, are known to have: their last requests may still run."""
@@ -28,10 +33,12 @@ class Recordings:
 
     Thread-safe. A session of None, or one that has not begun (of a program that names none), owns nothing. Files lie in
     ``folder``, or in a folder of their own below it; directly in it, names that begin with a dot are none of ours.
+    Together they may take ``most_bytes``, see `make_room`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, most_bytes: float = math.inf) -> None:
         self._folder = os.path.realpath(folder)
+        self._most_bytes = most_bytes
         self._lock = Lock()
         self._files: defaultdict[str, set[str]] = defaultdict(set)
         self._present: set[str] = set()
@@ -98,12 +105,30 @@ class Recordings:
         """Delete what has been nobody's for `UNOWNED_FOR_S`; ``now_s`` as of `time.time`."""
         before_s = (time.time() if now_s is None else now_s) - UNOWNED_FOR_S
         with self._lock:
-            old = {path for path in self._all() if _modified_s(path) < before_s}
+            old = {path for path in self._all() if (state := _state(path)) and state.st_mtime < before_s}
             for absent in self._files.keys() - self._present:
                 self._files[absent] -= old
                 if not self._files[absent]:
                     del self._files[absent]
             self._delete_locked(old)
+
+    def make_room(self, now_s: float | None = None) -> bool:
+        """Whether another file may come; ``now_s`` as of `time.time`.
+
+        If the files take all the space that they may take, the oldest that belong to no session are deleted first.
+        """
+        before_s = (time.time() if now_s is None else now_s) - _IN_USE_FOR_S
+        with self._lock:
+            found = {path: state for path in self._all() if (state := _state(path))}
+            used_bytes, files = sum(state.st_size for state in found.values()), len(found)
+            needless: set[str] = set()
+            for path in sorted(found.keys() - set().union(*self._files.values()), key=lambda path: found[path].st_mtime):
+                if (used_bytes < self._most_bytes and files < _MOST_FILES) or found[path].st_mtime > before_s:
+                    break
+                needless.add(path)
+                used_bytes, files = used_bytes - found[path].st_size, files - 1
+            self._delete_locked(needless)
+        return used_bytes < self._most_bytes and files < _MOST_FILES
 
     def _all(self) -> Iterator[str]:
         for folder, _, names in os.walk(self._folder):
@@ -125,8 +150,9 @@ def _real(paths: Iterable[str]) -> set[str]:
     return {os.path.realpath(path) for path in paths}
 
 
-def _modified_s(path: str) -> float:
+def _state(path: str) -> os.stat_result | None:
+    """Its size and age; None if it has just been deleted."""
     try:
-        return os.stat(path).st_mtime
+        return os.stat(path)
     except FileNotFoundError:
-        return math.inf
+        return None

@@ -20,7 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..units import readable_bytes
-from .bodies import read_at_most
+from .bodies import drop_body, read_at_most
 from .guard import from_another_site
 from .language import preferred
 from .lines import CALL, DATA, HERE, session_of
@@ -43,6 +43,11 @@ _FULL = (
     "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
     "服务器无法保存录音（{reason}）：请清理 --tmp-dir 所在磁盘后重试。"
 )
+_NO_ROOM = (
+    "The server holds as many recordings as it may: try again later, delete results that are not needed (Clear "
+    "History), or start the app with a larger --max-disk. / "
+    "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（清空历史），或启动时调大 --max-disk。"
+)
 _WORDY = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
@@ -62,13 +67,17 @@ _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-a
 """Policy of pages: no content of other sites, and no frame of another site around this page (clickjacking)."""
 
 
+class _NoRoom(Exception):
+    """An upload must not begin."""
+
+
 class Traffic:
     """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
 
     ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
     session and for how many seconds it has not listened to what becomes of its requests, and again if the answer is
     that it still waits for some; both in threads of their own. ``know`` is asked whether a page that says that it is
-    there may go on. What is larger than the largest upload, or other body, is refused.
+    there may go on; ``make_room``, in a thread of its own, whether another upload may come. What is larger than the largest upload, or other body, is refused.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class Traffic:
         largest_upload_bytes: float = math.inf,
         largest_body_bytes: float = 1 << 20,
         know: Callable[[str], bool] = lambda session: True,
+        make_room: Callable[[], bool] = lambda: True,
     ) -> None:
         self._folder = Path(folder)
         self._presence = presence
@@ -88,6 +98,7 @@ class Traffic:
         self._largest_upload_bytes = largest_upload_bytes
         self._largest_body_bytes = largest_body_bytes
         self._know = know
+        self._make_room = make_room
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
@@ -143,9 +154,12 @@ class Traffic:
 
             async def begins() -> Message:
                 nonlocal begun
-                if not begun and self._upload_begins:  # not earlier: a refused upload is not read
-                    asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
-                begun = True
+                if not begun:  # not earlier: an upload that is refused, for example without a login, is not read
+                    begun = True
+                    if not await to_thread.run_sync(self._make_room):
+                        raise _NoRoom
+                    if self._upload_begins:
+                        asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
                 return await receive()
 
             async def noted(message: Message) -> None:
@@ -158,6 +172,9 @@ class Traffic:
                 await app(scope, begins, noted)
             except ClientDisconnect:
                 logger.debug("An upload was given up")
+            except _NoRoom:
+                await drop_body(receive)
+                await _say(507, _NO_ROOM)(scope, receive, send)
             except OSError as error:
                 logger.error("An upload could not be kept: %s", error)
                 if answered:

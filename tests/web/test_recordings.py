@@ -157,3 +157,46 @@ def test_a_recording_is_its_sessions_and_its_heirs(tmp_path: Path) -> None:
     assert not recordings.owns("anna", "\0")
     recordings.inherit("anna", "anna again")
     assert recordings.owns("anna again", str(file))
+
+
+class TestRoom:
+    """Nobody fills the disk: files may take 100 bytes together."""
+
+    @pytest.fixture
+    def recordings(self, tmp_path: Path) -> Recordings:
+        return Recordings(tmp_path, most_bytes=100)
+
+    def test_the_oldest_that_belong_to_no_session_go_first(self, recordings: Recordings, tmp_path: Path) -> None:
+        owned, old, older, new = (aged(tmp_path, name, s) for name, s in [("a", 0), ("b", 200), ("c", 100), ("d", 300)])
+        recordings.own("me", owned)
+        assert recordings.make_room(now_s=400) is True
+        assert [Path(path).exists() for path in (owned, old, older, new)] == [True, False, False, True]
+
+    def test_what_has_just_come_stays_and_the_next_is_refused(self, recordings: Recordings, tmp_path: Path) -> None:
+        paths = [aged(tmp_path, name, 390) for name in "abc"]
+        assert recordings.make_room(now_s=400) is False
+        assert all(Path(path).exists() for path in paths)
+        assert recordings.make_room(now_s=500) is True
+
+    def test_what_sessions_have_stays(self, recordings: Recordings, tmp_path: Path) -> None:
+        paths = [aged(tmp_path, name, 0) for name in "abc"]
+        recordings.own("me", *paths)
+        assert recordings.make_room(now_s=1e9) is False
+        assert all(Path(path).exists() for path in paths)
+        recordings.end("me")
+        assert recordings.make_room(now_s=1e9) is True
+
+    def test_their_number_is_bounded_too(
+        self, recordings: Recordings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(recordings_module, "_MOST_FILES", 2)
+        recordings.own("me", *(aged(tmp_path, name, 0, size=0) for name in "ab"))
+        assert recordings.make_room() is False
+
+
+def aged(folder: Path, name: str, modified_s: float, size: int = 40) -> str:
+    path = folder / name / "voice.wav"
+    path.parent.mkdir()
+    path.write_bytes(b"x" * size)
+    os.utime(path, (modified_s, modified_s))
+    return str(path)

@@ -186,6 +186,15 @@ class TestUploads:
         assert "No space left on device" in answer.text
         assert "--tmp-dir" in answer.text
 
+    def test_one_for_which_there_is_no_room_is_read_no_further_and_refused(
+        self, client: TestClient, traffic: Traffic, uploads: threading.Semaphore
+    ) -> None:
+        traffic._make_room = lambda: False
+        answer = client.post("/gradio_api/upload", content=b"x")
+        assert answer.status_code == 507
+        assert "--max-disk" in answer.text
+        assert not uploads.acquire(blocking=False), "nobody is about to ask for speech"
+
     def test_what_was_given_up_leaves_nothing(self, client: TestClient, gate: Gate, tmp_path: Path) -> None:
         (tmp_path / "tmpabc").write_text("half of a recording")
         (tmp_path / "clone-1.wav").write_text("a result")
