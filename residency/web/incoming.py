@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ import soundfile
 from ..errors import InvalidInput, about
 from . import decode
 
+logger = logging.getLogger(__name__)
+
 _MOST_SAMPLES_PER_S = 2 * 48_000
 """Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
 
@@ -30,6 +34,9 @@ _PLAYED = {"WAV", "WAVEX", "FLAC", "MP3", "MPEG", "OGG"}
 
 _MEMORY_BYTES = 1 << 30
 """Of address space that a decoder gets, its libraries included."""
+
+_AT_A_TIME = 4
+"""How many recordings are converted at a time, so that a slow one does not stop the others, and engines have cores."""
 
 _LONGEST_S = 3600.0
 """How long a decoder may take, however long recordings may be."""
@@ -51,13 +58,15 @@ class Limits:
 class Incoming:
     """Converted recordings lie in folders of their own in ``folder``, one for each that was given. Thread-safe.
 
-    The file's content decides, never its name. One recording is converted at a time: engines need the cores too.
+    The file's content decides, never its name.
     """
 
     def __init__(self, folder: Path, limits: Limits) -> None:
         self._folder = folder
         self._limits = limits
+        self._free = threading.BoundedSemaphore(_AT_A_TIME)
         self._lock = threading.Lock()
+        self._converting = weakref.WeakValueDictionary[Path, threading.Lock]()
 
     @about("recording")
     def readable(self, path: str | None) -> str:
@@ -96,11 +105,14 @@ class Incoming:
         key = f"{os.path.realpath(path)}\0{given.st_size}\0{given.st_mtime_ns}"
         target = self._folder / hashlib.sha256(key.encode()).hexdigest() / "recording.wav"
         with self._lock:
+            of_this = self._converting.setdefault(target, threading.Lock())
+        with of_this:
             if not target.exists():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix="converting-", dir=self._folder) as workshop:
                     made = os.path.join(workshop, target.name)
-                    self._decode(path, made)
+                    with self._free:
+                        self._decode(path, made)
                     target.parent.mkdir(exist_ok=True)
                     os.replace(made, target)
         return str(target)
@@ -133,7 +145,12 @@ class Incoming:
         if ended.returncode < 0:
             raise _unreadable("the decoder gave up on it")
         if ended.returncode:
-            raise RuntimeError(f"the recording could not be converted: {reason}")
+            logger.error("The decoder failed:\n%s", ended.stderr)
+            raise InvalidInput(
+                f"The server could not convert the recording ({reason}; more is in its log): upload WAV, FLAC, MP3 or "
+                f"OGG",
+                f"服务器无法转换该录音（{reason}；详见服务器日志）：请上传 WAV、FLAC、MP3 或 OGG",
+            )
 
     def _too_long(self) -> InvalidInput:
         limit = f"{self._limits.audio_s:g}"

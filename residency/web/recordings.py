@@ -122,7 +122,9 @@ class Recordings:
             found = {path: state for path in self._all() if (state := _state(path))}
             used_bytes, files = sum(state.st_size for state in found.values()), len(found)
             needless: set[str] = set()
-            for path in sorted(found.keys() - set().union(*self._files.values()), key=lambda path: found[path].st_mtime):
+            for path in sorted(
+                found.keys() - set().union(*self._files.values()), key=lambda path: found[path].st_mtime
+            ):
                 if (used_bytes < self._most_bytes and files < _MOST_FILES) or found[path].st_mtime > before_s:
                     break
                 needless.add(path)

@@ -77,7 +77,8 @@ class Traffic:
     ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
     session and for how many seconds it has not listened to what becomes of its requests, and again if the answer is
     that it still waits for some; both in threads of their own. ``know`` is asked whether a page that says that it is
-    there may go on; ``make_room``, in a thread of its own, whether another upload may come. What is larger than the largest upload, or other body, is refused.
+    there may go on; ``make_room``, in a thread of its own, whether another upload may come. What is larger than the
+    largest upload, or other body, is refused.
     """
 
     def __init__(

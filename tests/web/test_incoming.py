@@ -13,6 +13,7 @@ import numpy as np
 import phones
 import pytest
 import soundfile
+from fakes import Gate, Worker
 
 from residency.errors import InvalidInput
 from residency.web import decode, incoming
@@ -64,6 +65,39 @@ def test_a_recording_is_converted_once(receive: Incoming, tmp_path: Path, monkey
     monkeypatch.setattr(incoming.subprocess, "run", None)
     assert receive.readable(given) == first
     assert receive.readable(first) == first
+
+
+class TestSeveralAtATime:
+    @pytest.fixture
+    def gate(self, receive: Incoming, monkeypatch: pytest.MonkeyPatch) -> Gate:
+        """Recordings that are called slow are decoded once it is open."""
+        gate, decoded = Gate(), receive._decode
+
+        def decode(source: str, target: str) -> None:
+            self.decodes += 1
+            if "slow" in source:
+                gate.pass_through()
+            decoded(source, target)
+
+        self.decodes = 0
+        monkeypatch.setattr(receive, "_decode", decode)
+        return gate
+
+    def test_one_that_takes_long_does_not_stop_another(self, receive: Incoming, gate: Gate, tmp_path: Path) -> None:
+        slow = Worker(receive.readable, str(phones.record(tmp_path / "slow.m4a", "iphone.m4a")))
+        gate.wait_for_arrival()
+        assert Path(receive.readable(str(phones.record(tmp_path / "iphone.m4a")))).exists()
+        gate.open()
+        slow.result()
+
+    def test_one_that_is_asked_for_twice_is_converted_once(self, receive: Incoming, gate: Gate, tmp_path: Path) -> None:
+        given = str(phones.record(tmp_path / "slow.m4a", "iphone.m4a"))
+        first = Worker(receive.readable, given)
+        gate.wait_for_arrival()
+        second = Worker(receive.readable, given)
+        gate.open()
+        assert first.result() == second.result()
+        assert self.decodes == 1
 
 
 def test_the_name_tells_nothing(receive: Incoming, tmp_path: Path) -> None:
@@ -142,6 +176,16 @@ class TestUnreadable:
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "doomed"}))
         refused(b"anything")
+
+    def test_a_failure_of_the_decoder_itself_is_said_and_logged(
+        self, receive: Incoming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "broken.py").write_text("import no_such_module\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "broken"}))
+        with pytest.raises(InvalidInput, match="could not convert.*no_such_module.*upload WAV"):
+            receive.readable(str(phones.record(tmp_path / "iphone.m4a")))
+        assert "Traceback" in caplog.text
 
     @pytest.mark.parametrize("name", ["iphone.m4a", "browser.webm", "old.3gp"])
     def test_damaged_ones_are_read_or_refused_and_nothing_else(
