@@ -183,7 +183,7 @@ class TestUnreadable:
         (tmp_path / "broken.py").write_text("import no_such_module\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "broken"}))
-        with pytest.raises(InvalidInput, match="could not convert.*no_such_module.*upload WAV"):
+        with pytest.raises(InvalidInput, match=r"could not convert.*no_such_module.*upload WAV"):
             receive.readable(str(phones.record(tmp_path / "iphone.m4a")))
         assert "Traceback" in caplog.text
 
