@@ -7,6 +7,7 @@ must answer at once.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import math
 import os
 import re
@@ -292,8 +293,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _address(text: str) -> str:
-    """Without the brackets that an IPv6 address has in links."""
-    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    """Without the brackets that an IPv6 address has in links; an IPv4 address that is written as IPv6, as IPv4."""
+    address = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        return str(getattr(ipaddress.ip_address(address), "ipv4_mapped", None) or address)
+    except ValueError:  # a name
+        return address
 
 
 def _root_path(text: str) -> str:

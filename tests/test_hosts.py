@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import pytest
 from gradio_client import Client
 from raw import ask
 from serving import ForkedApp, RunningApp, free_port, wait_until
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+
+from residency.web import containers
+from residency.web.hosts import Hosts
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -75,6 +81,58 @@ class TestIPv6:
         host = f"[{address}]" if ":" in address else address
         status = ask(app.port, "/gpu/release", method="POST", address=address, host=f"{host}:{app.port}").status
         return status == 200 and ask(app.port, "/", address=address, host=f"{host}:{app.port}").status == 200
+
+
+class TestContainers:
+    """A container with a network of its own (``docker run -p``): callers on the host have its gateway's address."""
+
+    ROUTES = (
+        "Iface\tDestination\tGateway\tFlags\n"
+        "eth0\t000011AC\t00000000\t0001\n"
+        f"eth0\t00000000\t{int.from_bytes(socket.inet_aton('172.17.0.1'), sys.byteorder):08X}\t0003\n"
+    )
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        (tmp_path / "proc/net").mkdir(parents=True)
+        (tmp_path / "proc/net/route").write_text(self.ROUTES)
+        (tmp_path / "sys/class/net/eth0").mkdir(parents=True)
+        (tmp_path / ".dockerenv").touch()
+        return tmp_path
+
+    def test_the_gateway_is_the_host(self, root: Path) -> None:
+        assert containers.gateway(root) == "172.17.0.1"
+
+    def test_podman_makes_such_containers_too(self, root: Path) -> None:
+        (root / ".dockerenv").unlink()
+        (root / "run").mkdir()
+        (root / "run/.containerenv").touch()
+        assert containers.gateway(root) == "172.17.0.1"
+
+    def test_a_machine_and_a_container_with_its_network_have_none(self, root: Path) -> None:
+        (root / "sys/class/net/docker0").mkdir()
+        assert containers.gateway(root) is None
+        (root / "sys/class/net/docker0").rmdir()
+        (root / ".dockerenv").unlink()
+        assert containers.gateway(root) is None
+
+    @pytest.mark.parametrize("routes", [None, "", "Iface\n", "Iface\neth0\n", "Iface\neth0 00000000 xyz\n"])
+    def test_without_a_readable_route_there_is_none(self, root: Path, routes: str | None) -> None:
+        (root / "proc/net/route").unlink()
+        if routes is not None:
+            (root / "proc/net/route").write_text(routes)
+        assert containers.gateway(root) is None
+
+    @pytest.mark.parametrize("client", ["172.17.0.1", "::ffff:172.17.0.1"])
+    @pytest.mark.parametrize(("host", "status"), [("evil.example", 403), ("localhost:7860", 200), ("192.0.2.7", 200)])
+    def test_a_foreign_name_is_refused_to_callers_on_the_host(self, client: str, host: str, status: int) -> None:
+        app = Hosts(gateway="172.17.0.1").around(PlainTextResponse("served"))
+        assert TestClient(app, client=(client, 4444)).get("/", headers={"host": host}).status_code == status
+
+    def test_callers_elsewhere_use_any_name(self) -> None:
+        app = Hosts(gateway="172.17.0.1").around(PlainTextResponse("served"))
+        caller = TestClient(app, client=("172.17.0.9", 4444))
+        assert caller.get("/", headers={"host": "speech.example"}).status_code == 200
 
 
 class TestNames:

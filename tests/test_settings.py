@@ -84,7 +84,15 @@ def test_the_environment_is_a_default_and_a_flag_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "address"), [("[::1]", "::1"), ("::", "::"), ("[::]", "::"), ("localhost", "localhost")]
+    ("text", "address"),
+    [
+        ("[::1]", "::1"),
+        ("::", "::"),
+        ("[::]", "::"),
+        ("localhost", "localhost"),
+        ("::ffff:127.0.0.1", "127.0.0.1"),
+        ("[::ffff:0.0.0.0]", "0.0.0.0"),
+    ],
 )
 def test_an_address_may_be_written_as_in_links(text: str, address: str) -> None:
     assert parse(["--server-name", text], {}).server_name == address

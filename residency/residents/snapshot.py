@@ -48,7 +48,8 @@ class SnapshotFolder:
     """Snapshots in a folder of at most ``limit_bytes``: beyond that the ones unused for longest are removed.
 
     Several processes may share the folder. What a process that was killed has left half-written is removed. Weights are
-    nobody else's to read: a folder made here has mode 0700, and files 0600. What others have put there (links, pipes,
+    nobody else's to read: files have mode 0600, and a folder made here 0700; one that exists keeps the rights that its
+    owner gave it, since other things may lie there. What others have put there (links, pipes,
     their files) is neither followed nor waited for, and counts as missing.
     """
 

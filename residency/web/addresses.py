@@ -40,10 +40,17 @@ def is_address(host: str | None) -> bool:
     return True
 
 
+def without_mapping(address: str) -> str:
+    """An IPv4 address that is written as IPv6 (``::ffff:127.0.0.1``) as IPv4; anything else as it is."""
+    try:
+        return str(getattr(ipaddress.ip_address(address), "ipv4_mapped", None) or address)
+    except ValueError:
+        return address
+
+
 def is_loopback(host: str | None) -> bool:
     """Whether it is this machine for everybody: localhost, a name below it, or a loopback address."""
     if not is_address(host):
         return host is not None and (host == "localhost" or host.endswith(".localhost"))
-    address = ipaddress.ip_address(str(host))
     # As the clients of a socket for both kinds of addresses are told: ::ffff:127.0.0.1.
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return ipaddress.ip_address(without_mapping(str(host))).is_loopback

@@ -15,7 +15,8 @@ from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .addresses import hostname, is_address, is_loopback
+from . import containers
+from .addresses import hostname, is_address, is_loopback, without_mapping
 
 _UNKNOWN = (
     "This server is not known as {name}: another site could use such a name to read it. If the name is yours, start "
@@ -29,18 +30,23 @@ class Hosts:
     """`around` is an ASGI middleware that refuses callers on this machine under a name that is not known.
 
     Known are the names of this machine, all IP addresses (nobody can have them lead elsewhere), and the ``allowed``
-    names. ``excused`` is asked whether a request may pass all the same. It has to see the peers of the connections
-    themselves, before a middleware puts in their place what ``X-Forwarded-For`` says. A request without a Host header
-    is not from a browser, and passes.
+    names. A request for which ``may_pass`` returns True passes under any name. The middleware has to see the peers of
+    the connections themselves, before another one puts in their place what ``X-Forwarded-For`` says. A request without
+    a Host header is not from a browser, and passes. ``gateway`` is the address of callers on the machine on which this
+    container runs, if it does in one.
     """
 
     def __init__(
-        self, allowed: Iterable[str] = (), excused: Callable[[HTTPConnection], bool] = lambda request: False
+        self,
+        allowed: Iterable[str] = (),
+        may_pass: Callable[[HTTPConnection], bool] = lambda request: False,
+        gateway: str | None = None,
     ) -> None:
         machine = socket.gethostname().lower()
         short = machine.partition(".")[0]
         self._known = {machine, short, f"{short}.local", *(name.lower() for name in allowed)}
-        self._excused = excused
+        self._may_pass = may_pass
+        self._gateway = gateway or containers.gateway()
 
     def allow(self, name: str) -> None:
         """From now on it is known too."""
@@ -51,7 +57,7 @@ class Hosts:
             if scope["type"] == "http" and self._is_here(scope):
                 request = HTTPConnection(scope)
                 name = hostname(request.headers.get("host", ""))
-                if not (self._knows(name) or self._excused(request)):
+                if not (self._knows(name) or self._may_pass(request)):
                     shown = name if re.fullmatch(r"[\w.-]{1,100}", name) else "NAME"
                     port = (scope.get("server") or ("", 7860))[1]
                     text = _UNKNOWN.format(name=shown, port=port, scheme=scope.get("scheme", "http"))
@@ -64,8 +70,11 @@ class Hosts:
     def _knows(self, name: str) -> bool:
         return not name or name in self._known or is_address(name) or is_loopback(name)
 
-    @staticmethod
-    def _is_here(scope: Scope) -> bool:
-        """Whether the caller is on this machine: at a loopback address, or at the address that it has called."""
+    def _is_here(self, scope: Scope) -> bool:
+        """Whether the caller is on this machine: at a loopback address, the one that it has called, or the gateway."""
         client, server = scope.get("client"), scope.get("server")
-        return client is not None and (is_loopback(client[0]) or (server is not None and client[0] == server[0]))
+        if client is None:
+            return False
+        address = without_mapping(client[0])
+        called = without_mapping(server[0]) if server else None
+        return is_loopback(address) or address in (called, self._gateway)

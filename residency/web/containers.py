@@ -1,0 +1,31 @@
+"""Callers of a container that has a network of its own: those on the host have the address of its gateway."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from pathlib import Path
+
+_MARKS = (".dockerenv", "run/.containerenv")
+"""Files that Docker and Podman put into each container."""
+_HOST_INTERFACES = ("docker0", "podman0", "cni-podman0")
+_DEFAULT_ROUTE = "00000000"
+
+
+def gateway(root: Path = Path("/")) -> str | None:
+    """The IPv4 address that callers on the host have (``docker run -p``); None outside of such a container.
+
+    With the host's network the container sees the host's interfaces, and callers have their own addresses. ``root``
+    is the root of the file system, for tests.
+    """
+    if not any((root / mark).exists() for mark in _MARKS):
+        return None
+    if any((root / "sys/class/net" / name).exists() for name in _HOST_INTERFACES):
+        return None
+    try:
+        # Columns: interface, destination, gateway (hexadecimal, in the machine's byte order), and others.
+        routes = [line.split() for line in (root / "proc/net/route").read_text().splitlines()[1:]]
+        found = next(route[2] for route in routes if route[1] == _DEFAULT_ROUTE)
+        return socket.inet_ntoa(struct.pack("=L", int(found, 16)))
+    except (OSError, StopIteration, IndexError, ValueError, struct.error):
+        return None
