@@ -126,10 +126,16 @@ class TestGuessing:
         statuses = [ask(app.port, path, FORM, method="POST", body=body).status for path in ["/login", "/login/"] * 3]
         assert statuses == [400] * 5 + [429]
 
-    def test_the_page_says_that_it_may_pause(self, app: RunningApp) -> None:
-        page = ask(app.port, "/").text
-        assert "signing in pauses" in page
-        assert "登录会暂停" in page
+    @pytest.mark.parametrize(
+        ("language", "said"), [("zh-CN", "请等待"), ("en", "wait 10 s"), (None, "wait 10 s, then try")]
+    )
+    def test_how_long_to_wait_is_said_in_the_language_that_is_read(
+        self, app: RunningApp, language: str | None, said: str
+    ) -> None:
+        headers = [f"Accept-Language: {language}"] if language else []
+        answers = [sign_in(app, "guess", *headers) for _ in range(6)]
+        assert said in answers[-1].text
+        assert ("wait" in answers[-1].text) == (language != "zh-CN")
 
 
 class TestSigningOut:

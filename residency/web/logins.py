@@ -8,6 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import anyio
@@ -17,6 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .language import preferred
+from .page_head import with_script
 
 _FAILURES, _ONE_EVERY_S = 5, 10.0
 """Of one address, or browser: so many at once, and then one so often."""
@@ -24,16 +26,14 @@ _ALL_FAILURES, _ONE_OF_ALL_EVERY_S = 50, 0.25
 _FAILED_AFTER_S = 0.5
 _BROWSER_AGE_S = 30 * 24 * 3600
 _ENOUGH = (
-    "Too many wrong passwords from here: wait {seconds} s, then try again. / "
-    "密码错误次数过多：请等待 {seconds} 秒后重试。"
+    "密码错误次数过多：请等待 {seconds} 秒后重试。",
+    "Too many wrong passwords from here: wait {seconds} s, then try again.",
 )
-HINT = (
-    "连续输错密码后，登录会暂停几秒，请稍候再试。",
-    "After several wrong passwords signing in pauses for some seconds: wait, then try again.",
-)
-"""For the page that asks for the password, since it shows no other answer than that a password is wrong."""
 _LEAVING = """<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><p>{sentence}</p><form method="post" action="logout"><button>{title}</button></form>"""
+
+tells_of_the_limit = with_script((Path(__file__).parent / "login.js").read_text(encoding="utf-8"))
+"""An ASGI middleware: the form for the password says that it was tried too often."""
 
 
 class Logins:
@@ -75,8 +75,8 @@ class Logins:
         wait_s = max(pace.wait_s(key, now_s) for pace, key in counts)
         if wait_s > 0:
             seconds = math.ceil(wait_s)
-            refusal = PlainTextResponse(_ENOUGH.format(seconds=seconds), 429, {"Retry-After": str(seconds)})
-            return await refusal(scope, receive, send)
+            said = preferred(request.headers.get("accept-language"))(*_ENOUGH).format(seconds=seconds)
+            return await PlainTextResponse(said, 429, {"Retry-After": str(seconds)})(scope, receive, send)
         for pace, key in counts:  # before the outcome is known, since many may be sent at the same time
             pace.take(key, now_s)
 

@@ -31,9 +31,8 @@ from .editx_tab import EditxTab
 from .guard import Guard
 from .hosts import Hosts
 from .labels import label, translations
-from .language import both
 from .lines import Lines
-from .logins import HINT, Logins
+from .logins import Logins, tells_of_the_limit
 from .presence import Presence
 from .protocols import Manager
 from .server import BoundedServer
@@ -160,7 +159,7 @@ class Page:
             small_bodies_first,
             lines.around,
             self.traffic.around,
-            *([logins.around] if auth else []),
+            *([logins.around, tells_of_the_limit] if auth else []),
             address.around,
             locale.around,
             routes.without(() if auth else ("/login", "/logout")),
@@ -172,7 +171,6 @@ class Page:
                 server_port=port,
                 share=share,
                 auth=auth,
-                auth_message=both(*HINT) if auth else None,
                 root_path=root_path,
                 ssl_certfile=ssl_certfile,
                 ssl_keyfile=ssl_keyfile,

@@ -125,6 +125,25 @@ def test_who_has_signed_in_may_press(new_page: Callable[..., Page], tmp_path: Pa
         sync_api.expect(page.locator("#gpu-message")).to_contain_text("has come to the simulated GPU")
 
 
+@pytest.mark.parametrize(
+    ("locale", "said"),
+    [("en-US", "⚠️ Too many wrong passwords from here: wait"), ("zh-CN", "⚠️ 密码错误次数过多：请等待")],
+)
+def test_the_form_for_the_password_says_that_it_was_tried_too_often(
+    new_page: Callable[..., Page], tmp_path: Path, locale: str, said: str
+) -> None:
+    never_right = "from residency.web import logins; logins._FAILURES = 1\n"
+    with ForkedApp(tmp_path, "--auth", "me:secret", gates=tmp_path, prelude=never_right) as app:
+        page = new_page(locale=locale)
+        page.goto(app.url)
+        for _ in range(2):
+            page.locator("label textarea, label input").first.fill("me")
+            page.locator("input[type=password]").fill("guess")
+            with page.expect_response("**/login"):
+                page.locator("input[type=password]").press("Enter")
+        sync_api.expect(page.get_by_role("alert")).to_contain_text(said)
+
+
 def sign_in(page: Page, user: str, password: str) -> None:
     page.get_by_label("username").fill(user)
     page.get_by_label("password").fill(password)
