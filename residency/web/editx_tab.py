@@ -18,7 +18,7 @@ from ..cancellation import cancelled_by, checkpoint
 from ..contracts import Engine
 from ..errors import InvalidInput
 from . import guidance, microphone, samples, task_names, words
-from .compat import PRIVATE, engine_event, session, speaker, supported
+from .compat import PRIVATE, session, speaker, supported
 from .edit_types import STEP_AUDIO_EDIT_TYPES
 from .gpu_panel import GpuPanel
 from .guard import Guard
@@ -33,15 +33,12 @@ from .presses import Presses
 from .recordings import Recordings
 from .samples import SampleVoice
 from .speech import Speech
+from .transcription import Transcription
 from .turns import Turns
 from .visits import Visits
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
-
-# Not over what somebody has written meanwhile, and not about a recording that was taken away.
-_FILL_IN = """(heard, text, audio) =>
-  (text && text.trim()) || !audio || !heard.recordings.includes(audio.path) ? text : heard.text"""
 
 _UPLOAD_ANYTHING = (Path(__file__).parent / "upload.js").read_text(encoding="utf-8")
 
@@ -83,7 +80,7 @@ class EditxTab:
         self.presses = Presses(self._requests, self.places)
         self.visits = Visits(self._requests, self.recordings, self.waiting, self.places)
         self._inputs = Inputs(self.recordings, self.speech.edit_types)
-        self._hearing_event = engine_event(manager is not None, "recognizer", 8)
+        self.transcription = Transcription(self.speech, self.waiting, manager is not None)
         self.intent = Intent(manager, self._model) if manager is not None else None
 
     # -- GPU ----------------------------------------------------------------------------------------------------
@@ -179,24 +176,6 @@ class EditxTab:
         self.recordings.own(session(), readable)
         return gr.skip() if readable == path else readable, gr.skip()
 
-    def transcribe(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[str, str]:
-        """A recording came. Returns what is said in it, or nothing if there is a text already, and an error message."""
-        if not prompt_audio or (prompt_text and prompt_text.strip()):
-            return "", ""
-        try:
-            with self.waiting.told("asr"):
-                return self.speech.transcribe(prompt_audio), ""
-        except Exception as error:
-            return "", Message.of(error, speaker(), "recording")
-
-    def _hear(self, prompt_audio: str | None, prompt_text: str | None) -> tuple[dict[str, Any], Any]:
-        try:
-            readable = self.speech.incoming.readable(prompt_audio)
-        except InvalidInput:
-            return {"recordings": [], "text": ""}, gr.skip()  # `receive` says it
-        text, message = self.transcribe(readable, prompt_text)
-        return {"recordings": [prompt_audio, readable], "text": text}, message or gr.skip()
-
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
         self._requests.stop(state)  # its result would be dropped
@@ -275,7 +254,7 @@ class EditxTab:
                             for name, sample in samples.VOICES.items()
                         ]
                     microphone.draw_hint()
-                    self.heard = gr.JSON(visible=False)
+                    self.transcription.draw()
                     self.generated_text = gr.Textbox(
                         label=label("目标文本", "Target Text"),
                         placeholder=label(*(guidance.TARGET_IN_ENGLISH if self._builtin else guidance.TARGET)),
@@ -304,7 +283,7 @@ class EditxTab:
                     )
                     # Beside the buttons, which on a phone are all that is in view.
                     self.places.draw()
-                    self.line = gr.HTML(elem_id="progress", padding=False)
+                    self.line = gr.HTML(elem_id="progress", elem_classes="progress-line", padding=False)
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
@@ -366,7 +345,7 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
-        # In the browser, at once: `receive` and `_hear` end in any order, so neither takes a message away.
+        # In the browser, at once: `receive` and `Transcription.hear` end in any order, so neither takes a message away.
         comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
         gr.on(
             [*comes, *(button.click for button, _ in self.samples)],
@@ -380,20 +359,7 @@ class EditxTab:
         for button, sample in self.samples:
             button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
-            hearing = gr.on(
-                comes,
-                self._hear,
-                [self.prompt_audio_input, self.prompt_text_input],
-                [self.heard, self._about_recording],
-                **self._hearing_event,
-                trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
-                **supported(gr.on, show_progress_on=self.prompt_text_input),
-                **PRIVATE,
-            )
-            # In the browser, when the answer is there.
-            present = [self.heard, self.prompt_text_input, self.prompt_audio_input]
-            hearing.success(None, present, self.prompt_text_input, js=_FILL_IN, **PRIVATE)
-            self.prompt_audio_input.clear(None, cancels=[hearing], **PRIVATE)
+            self.transcription.register(comes, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
         if self.intent:
             writing = [box.focus for box in (self.prompt_text_input, self.generated_text)]
             writing += [box.input for box in (self.prompt_text_input, self.generated_text)]

@@ -46,26 +46,17 @@ _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
 _CSS = """
-.said:has(.prose:empty), #progress:has(.prose:empty) {display: none}
-.said p, #progress label {margin: 0; overflow-wrap: anywhere; line-height: 1.5}
+:is(.said, .progress-line):has(.prose:empty) {display: none}
+.said p, .progress-line label {margin: 0; overflow-wrap: anywhere; line-height: 1.5}
 .said p {scroll-margin: 140px 0 24px}
 .said p[role=alert] {color: var(--error-text-color); font-weight: 500}
-#progress label {display: block}
-#progress progress {display: block; width: 100%; margin-top: 4px; accent-color: var(--color-accent)}
+.progress-line label {display: block}
+.progress-line progress {display: block; width: 100%; margin-top: 4px; accent-color: var(--color-accent)}
 body:not(:has(#progress [data-running])) #stop {display: none}
-:is(#progress, .said) .wrap:has(> .error) {display: none}
+:is(.progress-line, .said) .wrap:has(> .error) {display: none}
+/* What was said about a recording that was taken away. */
+body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display: none}
 #history .download-link ~ button, #hear-the-end {display: none}
-/* The last line is Gradio's percentage, which for a place in a queue or unknown work would be 0. */
-#prompt-text .progress-level-inner {
-  white-space: pre-line; text-align: center; overflow-wrap: anywhere; padding: 0 8px;
-  line-height: 1.5em; margin-bottom: -.5em; clip-path: inset(0 0 1.5em 0)
-}
-#prompt-text .progress-bar-wrap {overflow: hidden}
-/* Nobody knows how much is done. */
-#prompt-text .progress-bar[style*="width: 0%"] {
-  width: 30% !important; animation: at-work 1.2s ease-in-out infinite alternate
-}
-@keyframes at-work {from {transform: translateX(0)} to {transform: translateX(233%)}}
 /* The players of Gradio 6, and those of Gradio 5, whose waves are 128 pixels high. */
 #history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}

@@ -20,7 +20,7 @@ from .page_requests import Occupied, Request, Requests, begun
 AT_ONCE = 100
 """How many requests may wait and run. Each takes a thread, and none of those that Gradio has for everything else."""
 
-_LOOK_EVERY_S, _LOOK_AT_MODEL_EVERY_S = 0.1, 0.5
+LOOK_EVERY_S, _LOOK_AT_MODEL_EVERY_S = 0.1, 0.5
 
 T = TypeVar("T")
 _threads, _lookers = CapacityLimiter(AT_ONCE), CapacityLimiter(4)
@@ -51,8 +51,8 @@ class Presses:
                 return generate(*inputs)
 
         work = asyncio.ensure_future(in_thread(work_on_it))
-        async for line in _lines(
-            lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=_LOOK_EVERY_S)
+        async for line in lines(
+            lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=LOOK_EVERY_S)
         ):
             yield [gr.skip(), line, *self._places.unchanged()]
         chat, _, message = work.result()
@@ -61,12 +61,12 @@ class Presses:
 
     async def follow(self, state: State) -> AsyncIterator[list[Any]]:
         """Tell of the request that is under way, of a page that was loaded anew, until it has ended."""
-        async for line in _lines(lambda: self._requests.latest(state), lambda: asyncio.sleep(_LOOK_EVERY_S)):
+        async for line in lines(lambda: self._requests.latest(state), lambda: asyncio.sleep(LOOK_EVERY_S)):
             yield [gr.skip(), line, *self._places.unchanged()]
         yield [as_messages(state["history_messages"], speaker()), "", *self._places.values(state["message"])]
 
 
-async def _lines(under_way: Callable[[], Request | None], pause: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
+async def lines(under_way: Callable[[], Request | None], pause: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
     """The line of the request that is under way, whenever it says something else, until there is none."""
     shown, looked_s = "", -math.inf
     while request := under_way():

@@ -19,7 +19,6 @@ from ..errors import RequestCancelled
 from ..states import State
 from . import words
 from .compat import session, speaker
-from .language import both
 from .protocols import Lease, Manager
 from .turns import Turns
 
@@ -36,16 +35,19 @@ class Waiting:
         self._leases: dict[str | None, dict[Lease, float]] = {}  # and since when
 
     @contextmanager
-    def told(self, model: str | None, tell: Tell | None = None) -> Iterator[Callable[[], None]]:
+    def told(
+        self, model: str | None, tell: Tell | None = None, ready: tuple[str, str] = words.READY
+    ) -> Iterator[Callable[[], None]]:
         """Within this block, what happens to the model and to its queue is told to the person whose event this is.
 
-        With ``tell``, or else in Gradio's own way. Events leave progress out that follows soon upon other progress: the
-        block's value looks at the model and tells that. A cancellation of the request takes it out of the queue.
+        With ``tell``, or else in Gradio's own way; ``ready`` says in Chinese and English that the model is at work.
+        Events leave progress out that follows soon upon other progress: the block's value looks at the model and tells
+        that. A cancellation of the request takes it out of the queue.
         """
         if self._manager is None or model is None:
             yield lambda: None
             return
-        teller, whose, mine = _Teller(self._manager, model, tell), session(), list[Lease]()
+        teller, whose, mine = _Teller(self._manager, model, tell, ready), session(), list[Lease]()
 
         def watch(lease: Lease) -> None:
             mine.append(lease)
@@ -97,8 +99,9 @@ class Waiting:
 class _Teller:
     """Says to one person what their request waits for."""
 
-    def __init__(self, manager: Manager | Turns, model: str, tell: Tell | None) -> None:
+    def __init__(self, manager: Manager | Turns, model: str, tell: Tell | None, ready: tuple[str, str]) -> None:
         self._model, self._speak = model, speaker()
+        self._ready = ready
         self._tell = tell or self._gradios_own()
         self._manager, self._seen = manager, manager.version
         status = manager.status()
@@ -113,7 +116,7 @@ class _Teller:
         elif self._present.get("leases"):
             self._say(words.in_use(self._speak))
         elif self._present.get("state") == self._there:
-            self._say(words.ready(self._speak))
+            self._say(self._speak(*self._ready))
 
     def look(self) -> None:
         if self._seen == (version := self._manager.version):
@@ -132,10 +135,10 @@ class _Teller:
             self._say(words.queued(place, self._speak))
         elif event.what in ("began", "progress"):
             self._say_way(event.target, event.phase, event.done_bytes, event.total_bytes, event.bytes_per_s)
-        elif event.what == "done" and (arrival := words.arrived(self._kind, event.target, self._speak)):
+        elif event.what == "done" and (arrival := words.arrived(self._kind, event.target, self._speak, self._ready)):
             self._say(arrival)
         elif event.what == "queue" and event.source == self._there and place is not None:
-            self._say(words.in_use(self._speak) if place else words.ready(self._speak))
+            self._say(words.in_use(self._speak) if place else self._speak(*self._ready))
 
     def _say(self, sentence: str, share: float = 0.0) -> None:
         if (sentence, share) != self._said:
@@ -146,11 +149,8 @@ class _Teller:
         context, progress = contextvars.copy_context(), gr.Progress()
 
         def tell(share: float, sentence: str) -> None:
-            # Pages show no sentence without a share, so one that nobody knows is 0; and they write it behind the
-            # sentence, which ends in a new line for them: then the page's style can leave the share out.
-            desc = sentence if self._speak is both else f"{sentence}\n"
             # The context tells Gradio whose event it is; a copy, since two threads cannot be in the same one.
-            context.copy().run(progress, share, desc=desc)
+            context.copy().run(progress, share, desc=sentence)
 
         return tell
 

@@ -17,6 +17,7 @@ NOT_ENABLED = both(
     "GPU 管理未启用；启动时加上 --enable-gpu-management 即可使用。",
     "GPU management is not enabled; start with --enable-gpu-management to use it.",
 )
+READY = ("模型已就绪，正在生成", "The model is ready; generating")
 STATES = {
     "gpu": ("在 GPU 上", "On the GPU"),
     "cpu": ("在内存中", "In main memory"),
@@ -174,14 +175,10 @@ def queued(place: int, say: Say) -> str:
     return say(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue")
 
 
-def ready(say: Say) -> str:
-    return say("模型已就绪，正在生成", "The model is ready; generating")
-
-
-def arrived(device_kind: str, target: str, say: Say) -> str | None:
+def arrived(device_kind: str, target: str, say: Say, ready: tuple[str, str] = READY) -> str | None:
     """What is said when a model has come to the device or the host; None for the other end."""
     if target == State.DEVICE.shown(device_kind):
-        return ready(say)
+        return say(*ready)
     return say("模型已回到内存", "The model is back in main memory") if target == "cpu" else None
 
 

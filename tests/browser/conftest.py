@@ -17,7 +17,7 @@ ARGUMENTS = [
     "--host-resolver-rules=MAP *.example.com 127.0.0.1",
 ]  # fmt: skip
 #: How long a page may take to do what it should, in milliseconds: the machine that runs the tests can be a busy one.
-PATIENCE_MS = 15_000
+PATIENCE_MS = 90_000
 
 
 @pytest.fixture(scope="module")

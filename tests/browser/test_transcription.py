@@ -55,6 +55,20 @@ def test_an_empty_prompt_text_is_written_and_a_written_one_is_left(page: Page, a
     assert "Traceback" not in app.log
 
 
+def test_how_far_it_is_stands_in_a_line_of_its_own(page: Page, app: RunningApp, gates: Path, tmp_path: Path) -> None:
+    close_gate(gates, "hear")
+    upload(page, tmp_path, samples=16000)
+    app.wait_for_line("at the gate: hear")
+    line = page.locator("#hearing")
+    sync_api.expect(line).to_contain_text("writing down what is said")
+    assert page.locator("#prompt-text .progress-level, #prompt-text .eta-bar, #stop:visible").count() == 0
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/hearing.png")
+    open_gate(gates, "hear")
+    sync_api.expect(prompt(page)).to_have_value("16000 samples")
+    sync_api.expect(line).to_be_hidden()
+
+
 def test_what_somebody_writes_meanwhile_stays(page: Page, app: RunningApp, gates: Path, tmp_path: Path) -> None:
     close_gate(gates, "hear")
     upload(page, tmp_path, samples=16000)
@@ -73,6 +87,7 @@ def test_a_recording_that_was_taken_away_is_not_written_about(
     upload(page, tmp_path, samples=16000)
     app.wait_for_line("at the gate: hear")
     remove(page)
+    sync_api.expect(page.locator("#hearing")).to_be_hidden()
     upload(page, tmp_path, samples=8000)
     open_gate(gates, "hear")
     sync_api.expect(prompt(page)).to_have_value("8000 samples")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import html
 import re
 from argparse import Namespace
@@ -414,17 +415,17 @@ def listening(folder: Path, recognize: Any) -> EditxTab:
 
 def test_what_is_said_is_written_only_where_no_text_is(folder: Path, recording: str) -> None:
     tab = listening(folder, lambda path: f" heard {Path(path).name} ")
-    assert tab.transcribe(recording, "") == ("heard prompt.wav", "")
-    assert tab.transcribe(recording, "  ") == ("heard prompt.wav", "")
-    assert tab.transcribe(recording, "mine") == ("", "")
-    assert tab.transcribe(None, "") == ("", "")
+    assert tab.transcription.transcribe(recording, "") == ("heard prompt.wav", "")
+    assert tab.transcription.transcribe(recording, "  ") == ("heard prompt.wav", "")
+    assert tab.transcription.transcribe(recording, "mine") == ("", "")
+    assert tab.transcription.transcribe(None, "") == ("", "")
 
 
 def test_a_recognizer_that_fails_becomes_a_message(folder: Path, recording: str) -> None:
     def fail(path: str) -> str:
         raise InvalidInput("no <model>", "没有模型")
 
-    text, message = listening(folder, fail).transcribe(recording, "")
+    text, message = listening(folder, fail).transcription.transcribe(recording, "")
     assert text == ""
     assert "no &lt;model&gt; / 没有模型" in message
 
@@ -434,8 +435,15 @@ def test_listening_to_a_recording_leaves_the_message_about_it(folder: Path, reco
     tab = listening(folder, lambda path: "heard")
     letter = Path(recording).with_name("letter.txt")
     letter.write_text("no sound")
-    assert tab._hear(str(letter), "") == ({"recordings": [], "text": ""}, gr.skip())
-    assert tab._hear(recording, "") == ({"recordings": [recording, recording], "text": "heard"}, gr.skip())
+    assert last_heard(tab, str(letter)) == [{"recordings": [], "text": ""}, "", gr.skip()]
+    assert last_heard(tab, recording) == [{"recordings": [recording, recording], "text": "heard"}, "", gr.skip()]
+
+
+def last_heard(tab: EditxTab, recording: str) -> list[Any]:
+    async def last() -> list[Any]:
+        return [shown async for shown in tab.transcription.hear(recording, "")][-1]
+
+    return asyncio.run(last())
 
 
 def test_without_a_recognizer_nothing_is_transcribed(tab: EditxTab, recording: str) -> None:
@@ -447,4 +455,4 @@ def test_without_a_recognizer_nothing_is_transcribed(tab: EditxTab, recording: s
 def test_after_the_end_has_begun_nothing_is_transcribed(folder: Path, recording: str) -> None:
     tab = listening(folder, lambda path: "heard")
     tab.speech.close()
-    assert "shutting down" in tab.transcribe(recording, "")[1]
+    assert "shutting down" in tab.transcription.transcribe(recording, "")[1]
