@@ -27,6 +27,6 @@ RUN python -m compileall -q *.py residency \
 USER app
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
-    CMD ["python", "-Ic", "import os, ssl, urllib.request as r; c = ssl._create_unverified_context(); r.build_opener(r.ProxyHandler({}), r.HTTPSHandler(context=c)).open(os.environ['HEALTH_URL'], timeout=4)"]
+    CMD ["python", "-Ic", "import os, ssl, urllib.request as r\nask, url = r.build_opener(r.ProxyHandler({}), r.HTTPSHandler(context=ssl._create_unverified_context())).open, os.environ['HEALTH_URL']\ntry: ask(url, timeout=2)\nexcept (OSError, ValueError): ask(url.replace('http:', 'https:'), timeout=2) # with --ssl-certfile"]
 ENTRYPOINT ["python", "/app/app.py"]
 CMD ["--enable-gpu-management", "--server-name", "0.0.0.0", "--server-port", "7860"]

@@ -79,10 +79,11 @@ container_command() {
     run+=(--env "HEALTH_URL=$(address)/healthz" "$IMAGE" "${passed[@]}")
 }
 
-# give_folder FOLDER ro|rw: lies inside where it lies outside. One to write into is made before the start, if need be.
+# give_folder PATH ro|rw: a folder, or a file, lies inside where it lies outside. One to write into is made before the start, if need be.
 give_folder() {
     if [[ $2 == ro ]]; then
-        check_inside "$1" rx "chmod -R o+rX"
+        # A private key is nobody else's to read.
+        if [[ -f $1 ]]; then check_inside "$1" r "chown $IMAGE_USER"; else check_inside "$1" rx "chmod -R o+rX"; fi
         run+=(--volume "$1:$1:ro")
     else
         check_inside "$1" rwx "chown -R $IMAGE_USER"
@@ -91,9 +92,9 @@ give_folder() {
     fi
 }
 
-# check_inside FOLDER RIGHTS MEND: root's own rights are not those of the image's user.
+# check_inside PATH RIGHTS MEND: root's own rights are not those of the image's user.
 check_inside() {
-    ((EUID == 0)) && [[ -d $1 ]] || return 0
+    ((EUID == 0)) && [[ -e $1 ]] || return 0
     [[ -n $(find -H "$1" -maxdepth 0 \( -user "$IMAGE_USER" -perm "-u=$2" -o -perm "-o=$2" \)) ]] ||
         fail "$1 is closed to the user $IMAGE_USER, who runs the app in the container: $3$(quoted "$1"), or start this as its owner" \
             "容器中的应用以用户 $IMAGE_USER 运行，该用户无权使用 $1：请执行 $3$(quoted "$1")，或以其所有者身份启动"

@@ -118,19 +118,20 @@ class Shell:
             (stand_ins / name).write_text(f"#!/bin/bash\n{script}\n")
             (stand_ins / name).chmod(0o755)
         (folder / "docker").mkdir()
-        subprocess.run(["git", "init", "--quiet", "--bare", folder / "repository"], check=True)
+        self.repository = folder / "repository"
+        subprocess.run(["git", "init", "--quiet", "--bare", self.repository], check=True)
         self.port, self.other_port = str(free_port()), str(free_port())
         self.environ = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS} | {
             "PATH": f"{stand_ins}:{hide_programs({'nvidia-smi'}, stand_ins)}",
             "PORT": self.port,
             "SOCKET_DIR": str(folder / "sockets"),
             "FAKE_DOCKER": str(folder / "docker"),
-            "REPOSITORY": str(folder / "repository"),
         }
 
     def type(self, command: str) -> str:
         """What is written, with the places of this machine, until it ends, or serves."""
         for written, here in {
+            "REPOSITORY-URL": str(self.repository),
             "/models": str(self.models),
             "/opt/Step-Audio-EditX": str(self.checkout),
             ":7860": f":{self.port}",

@@ -165,6 +165,18 @@ def test_folders_that_root_may_use_but_not_the_user_inside(machine: Machine, tmp
     machine.start(GPU_SNAPSHOT_DIR=str(snapshots), MODEL_PATH=str(models))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="of root alone the container is another user's")
+def test_a_private_key_that_only_root_may_read_is_said_before_the_start(machine: Machine, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate.touch(0o644)
+    key.touch(0o600)
+    arguments = ["--docker", "--detach", "--ssl-certfile", str(certificate), f"--ssl-keyfile={key}"]
+    assert f"chown 10001 {key}" in machine.refuse(*arguments)
+    os.chown(key, 10001, -1)
+    said = machine.say("--docker", "--check", *arguments[2:])
+    assert f"--volume {key}:{key}:ro" in said
+
+
 def test_what_would_be_made_is_said(machine: Machine, tmp_path: Path) -> None:
     said = machine.say("--docker", "--check", GPU_SNAPSHOT_DIR=str(tmp_path / "snapshots"))
     assert f"Would make the folder {tmp_path / 'snapshots'}" in said

@@ -6,6 +6,7 @@ import fnmatch
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from reverse_proxies import make_certificate
 from starting import OTHERS, ROOT, SETTINGS
 
 UNIT = ROOT / "examples" / "gpu-managed-tts.service"
@@ -45,7 +47,8 @@ def test_the_image_runs_as_a_user_without_rights_and_can_be_asked_for_its_health
     assert not run_app(*yaml.safe_load(command[1]), "--help").returncode
 
 
-def test_the_health_check_asks_the_app_whatever_proxy_the_container_was_given() -> None:
+@pytest.mark.parametrize("tls", [False, True])
+def test_the_health_check_asks_the_app_whatever_proxy_the_container_was_given(tls: bool, tmp_path: Path) -> None:
     class Healthy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -58,11 +61,18 @@ def test_the_health_check_asks_the_app_whatever_proxy_the_container_was_given() 
     assert check
     _, *command = yaml.safe_load(check[1])
     with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        server.handle_error = lambda *arguments: None  # type: ignore[method-assign]
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*make_certificate(tmp_path / "certificate", "localhost"))
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environ = {"HEALTH_URL": f"http://127.0.0.1:{server.server_port}/healthz", "http_proxy": "http://127.0.0.1:9"}
         done = subprocess.run([sys.executable, *command], env=os.environ | environ, capture_output=True, check=False)
         server.shutdown()
     assert done.returncode == 0, done.stderr
+    again = subprocess.run([sys.executable, *command], env=os.environ | environ, capture_output=True, check=False)
+    assert again.returncode != 0, "nobody is there any more"
 
 
 def test_what_the_build_is_told_reaches_the_install() -> None:
