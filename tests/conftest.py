@@ -14,8 +14,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves a fil
 
 from fakes import Workshop
 
+import gpu_manager
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.clock import ManualClock
+from residency.outside import NO_SAMPLE
 
 #: HYPOTHESIS_PROFILE=nightly: as many examples as a night has room for.
 settings.register_profile("nightly", max_examples=10_000, deadline=None)
@@ -57,6 +59,18 @@ def swift_collections() -> None:
     """Garbage collections within a test need not look at the hundreds of thousands of objects of other modules."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def unmeasured() -> Iterator[None]:
+    """Managers do not measure this process and its children, where that is not what is tested.
+
+    At the end of each move it costs milliseconds, with a browser or a server of forks among the children several
+    times as much as the move of a fake model. `test_outside` tests it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_manager, "sample", lambda device, trim=True, look_at_children=True: NO_SAMPLE)
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from residency.dispatch import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES, RETRY_AF
 from residency.errors import CaptureUnderWay
 from residency.latches import holds
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def tts(manager: GPUResourceManager) -> dict:
     return manager.status()["models"]["tts"]

@@ -15,6 +15,8 @@ from residency.contracts import Memory
 from residency.dispatch import FREED_WITHIN_S, RETRY_AFTER_S
 from residency.states import Slot
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 House = Callable[..., GPUResourceManager]
 
 

@@ -24,6 +24,8 @@ from gpu_manager import (
     State,
 )
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 @pytest.fixture
 def workshop() -> Workshop:

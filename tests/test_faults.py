@@ -16,6 +16,8 @@ from residency.clock import ManualClock
 from residency.planning import next_step
 from residency.states import Slot
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 KINDS: dict[str, Callable[[], BaseException]] = {
     "exception": lambda: OSError("a fault on purpose"),
     "host memory": lambda: MemoryError("a fault on purpose"),

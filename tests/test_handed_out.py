@@ -26,6 +26,8 @@ from residency.errors import NotHandedOut, PartGone
 from residency.parts import Held, find_paths, follow
 from tts_gpu_managed import GPUManagedTTS, Part
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -24,6 +24,8 @@ from residency import dispatch, events, latches, monitor, states
 from residency.errors import DeviceOutOfMemory, LeaseDeadlock, OverBudget
 from residency.residents import kept
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SEEDS = 150 if NIGHTLY else 6
 

@@ -14,7 +14,10 @@ from fakes import Worker, Workshop, running
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers"),
+    pytest.mark.usefixtures("unmeasured"),
+]
 
 INTERRUPTS = 20_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100
 

@@ -16,6 +16,8 @@ from gpu_manager import GPUResourceManager, LoadTimeout, ModelExists, SimulatedD
 from residency.clock import ManualClock
 from residency.errors import SharedWeights
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 MODEL = Path(str(importlib.util.find_spec("hibari").origin)).parent / "assets" / "oov.onnx"
 WEIGHTS_BYTES = 100 * 100 * 4
 KEPT_BYTES = WEIGHTS_BYTES + MODEL.stat().st_size

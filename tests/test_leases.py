@@ -26,6 +26,8 @@ from gpu_manager import (
 )
 from residency.clock import ManualClock
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def tts(manager: GPUResourceManager) -> dict:
     return manager.status()["models"]["tts"]

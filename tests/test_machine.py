@@ -22,6 +22,8 @@ from residency.clock import ManualClock
 from residency.dispatch import RETRY_AFTER_S, WARM_GRACE_S
 from residency.planning import next_step
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 NAMES = st.sampled_from(["tts", "asr"])
 TIMES = st.sampled_from([0.0, 5.0, 30.0, 90.0, 400.0, 700.0])

@@ -20,6 +20,8 @@ from residency.clock import ManualClock
 from residency.contracts import Memory
 from residency.errors import DeviceOutOfMemory
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 class Wordless(Exception):
     def __str__(self) -> str:

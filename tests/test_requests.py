@@ -19,6 +19,8 @@ from residency.clock import ManualClock
 from residency.dispatch import STUCK_AFTER_S
 from residency.errors import InvalidInput
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def tts(manager: GPUResourceManager) -> dict:
     return manager.status()["models"]["tts"]

@@ -22,6 +22,8 @@ from residency.dispatch import STUCK_AFTER_S, WARM_GRACE_S
 from residency.errors import InvalidInput
 from residency.progress import current
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def tts(manager: GPUResourceManager) -> dict:
     return manager.status()["models"]["tts"]

@@ -269,7 +269,7 @@ def test_memory_outside_the_books_is_a_part_of_the_bar(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path, width: int, language: str, label: str
 ) -> None:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "-1")
-    with RunningApp(tmp_path, *arguments, gates=gates, prelude=_HOLDS_OUTSIDE) as app:
+    with ForkedApp(tmp_path, *arguments, gates=gates, prelude=_HOLDS_OUTSIDE) as app:
         page = visit(new_page(viewport={"width": width, "height": 740}, locale=language), app.url)
         sync_api.expect(page.locator("#gpu-panel i[data-part=outside]")).to_have_css("width", "0px")
         app.post("/gpu/warm", {"model": "tts"})

@@ -33,6 +33,8 @@ from residency.residents.containers import in_held_containers
 from residency.residents.discovery import discover
 from residency.residents.weights import Weights
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 class Engine:
     def __init__(self) -> None:
