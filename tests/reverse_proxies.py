@@ -38,7 +38,7 @@ http {{
 
 
 def find(program: str) -> str:
-    """The program's path. Where it is missing, the test is skipped, or fails if ``REQUIRE_NGINX`` is set for nginx."""
+    """The program's path. Where it is missing, the test is skipped, or fails if ``REQUIRE_`` and its name are set."""
     path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
     if path is None:
         (pytest.fail if os.environ.get(f"REQUIRE_{program.upper()}") else pytest.skip)(f"needs {program}")
@@ -96,18 +96,25 @@ def bare_nginx(app_port: int, folder: Path, port: int) -> Iterator[str]:
 
 @contextmanager
 def caddy(app_port: int, folder: Path, *, removes_prefix: bool) -> Iterator[str]:
-    """``examples/Caddyfile`` in front of the app on that port, over http; yields the address of the page."""
+    """``examples/Caddyfile`` in front of the app on that port; yields the address of the page.
+
+    Its certificate is made here, since none is to be had for this name from outside.
+    """
     program, port = find("caddy"), free_port()
+    certificate, key = make_certificate(folder / "certificate", NAME, "127.0.0.1")
     text = _replaced(
         (EXAMPLES / "Caddyfile").read_text(encoding="utf-8"),
-        (f"\n{NAME} {{", f"\n{{\nadmin off\ngrace_period 1s\n}}\nhttp://:{port} {{\nbind 127.0.0.1"),
+        (
+            f"\n{NAME} {{",
+            f"\n{{\nadmin off\ngrace_period 1s\nauto_https disable_redirects\n}}\n"
+            f"https://{NAME}:{port}, https://127.0.0.1:{port} {{\nbind 127.0.0.1\ntls {certificate} {key}",
+        ),
         ("\thandle /", f"\thandle{'_path' * removes_prefix} /"),
         ("127.0.0.1:7860", f"127.0.0.1:{app_port}"),
     )
-    folder.mkdir(parents=True)
     (folder / "Caddyfile").write_text(text)
     with _running([program, "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"], folder, [port]):
-        yield f"http://{NAME}:{port}/tts/"
+        yield f"https://{NAME}:{port}/tts/"
 
 
 def _replaced(text: str, *pairs: tuple[str, str]) -> str:
