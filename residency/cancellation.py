@@ -68,7 +68,7 @@ def checkpoint() -> None:
 
 @contextmanager
 def cancelled_by(cancellation: Cancellation) -> Iterator[None]:
-    """What runs within this block, and in what is started with its context, is cancelled by ``cancellation``."""
+    """In this block, and in threads that run with a copy of its context, `checkpoint` looks at ``cancellation``."""
     token = _current.set(cancellation)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Who may change things: people on this machine, those who have signed in to the page, and those who know the token.
+"""Decides which requests may change things: from this machine, from signed-in users, or with the token.
 
-Looking is open to everybody who reaches the port; if the page asks for a password, to the same people. A page of
-another site in somebody's browser may change nothing, whoever has opened it.
+Every request that reaches the port may read; if the page has a password, only these requests may. A request that a
+page of another site sends from a browser may change nothing, even if the user of that browser may.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PUBLIC_HOST = "residency.public_host"
 
 
 class Guard:
-    """Knows the token. Behind a tunnel (``--share``) everybody looks local: then ``trust_local`` is False."""
+    """Checks requests. Behind a tunnel (``--share``) all requests seem to be local: then ``trust_local`` is False."""
 
     def __init__(self, token: str | None = None, *, trust_local: bool = True) -> None:
         self._token = token.encode() if token else None
         self._trust_local = trust_local
 
     def check(self, request: HTTPConnection, user: str | None = None) -> None:
-        """`NotAllowed` unless who sends this may change things; ``user`` is the name they have signed in with."""
+        """Raise `NotAllowed` unless the request may change things; ``user`` is the name of a signed-in user."""
         if self.knows_token(request):
             return
         if not from_another_site(request) and (user or (self._trust_local and _is_local(request))):
@@ -37,7 +37,7 @@ class Guard:
         raise NotAllowed
 
     def knows_token(self, request: HTTPConnection) -> bool:
-        """Whether the token was sent; False if there is none."""
+        """Whether the request carries the token; False if the server has none."""
         return self._token is not None and hmac.compare_digest(_token_sent(request).encode(), self._token)
 
     def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
@@ -55,11 +55,11 @@ def _token_sent(request: HTTPConnection) -> str:
 
 
 def _is_local(request: HTTPConnection) -> bool:
-    """From this machine, under a name of it: a name of somebody else's can be rebound to this machine.
+    """Whether the request is from this machine and names it: another site can lead its own name here (DNS rebinding).
 
-    What a proxy on this machine passes on is not: it comes from wherever the proxy can be reached, and where that is
-    stands in headers that anybody can write. One that adds no header (nginx, unless it is told to) passes on the name
-    that it was called by, or its own for this server; then HTTP/1.0 gives it away, which few others speak today.
+    A request that a proxy on this machine passes on is not local: its sender may be anywhere, and the headers that tell
+    the sender can be forged. A proxy that adds no header (nginx by default) passes on the name that it was called by,
+    or its own name for this server; it is recognised by HTTP/1.0, which few programs use today.
     """
     if any(header in _PASSED_ON or header.startswith("x-forwarded-") for header in request.headers):
         return False
@@ -73,10 +73,10 @@ def _is_local(request: HTTPConnection) -> bool:
 
 
 def from_another_site(request: HTTPConnection) -> bool:
-    """Whether a browser sends this for a page of somebody else.
+    """Whether a browser sends the request for a page of another site.
 
-    Browsers say so themselves over https and on localhost; else they name the origin of whatever changes things.
-    Proxies may tell in a header of its own under which name people know them; no page can write that for another site.
+    Browsers tell it in ``Sec-Fetch-Site`` over https and on localhost; otherwise ``Origin`` names the site of requests
+    that change things. A proxy names its public host in ``X-Forwarded-Host``, which no page can set for another site.
     """
     site = request.headers.get("sec-fetch-site")
     if site is not None:

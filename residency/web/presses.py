@@ -1,4 +1,4 @@
-"""CLONE, EDIT, Stop and Clear History: what a press does on the page while its request waits and runs."""
+"""The buttons CLONE, EDIT, Stop and Clear History: the page while a request waits and runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .messages import Message, Places
 from .page_requests import Occupied, Request, Requests, begun
 
 AT_ONCE = 100
-"""How many requests may wait and run. Each takes a thread, and none of those that Gradio has for everything else."""
+"""How many requests may wait and run. Their threads are not those of Gradio, which stay free for other events."""
 
 LOOK_EVERY_S, _LOOK_AT_MODEL_EVERY_S = 0.1, 0.5
 
@@ -27,17 +27,17 @@ _threads, _lookers = CapacityLimiter(AT_ONCE), CapacityLimiter(4)
 
 
 class Presses:
-    """Handlers for the events of the page. Each answers the chat, the line of progress, and the places of messages."""
+    """Handlers for the buttons of the page. Each yields values of the chat, the progress line and the messages."""
 
     def __init__(self, requests: Requests, places: Places) -> None:
         self._requests = requests
         self._places = places
 
     async def press(self, generate: Callable[..., tuple[Any, State, str]], *inputs: Any) -> AsyncIterator[list[Any]]:
-        """Make a request, unless one is under way, and tell of it until it has ended; it goes on if nobody listens.
+        """Make a request and yield its progress until it has ended; refuse it if another of the session runs.
 
-        ``generate`` answers chat, state and message, and begins its request with `Requests.begin`; the last of
-        ``inputs`` is the state.
+        ``generate`` returns chat, state and message, and begins its request with `Requests.begin`; the last of
+        ``inputs`` is the state. The request goes on if the page is closed.
         """
         state: State = inputs[-1]
         try:
@@ -60,14 +60,14 @@ class Presses:
             yield [chat, "", *self._places.values(message)]
 
     async def follow(self, state: State) -> AsyncIterator[list[Any]]:
-        """Tell of the request that is under way, of a page that was loaded anew, until it has ended."""
+        """Yield the progress of the running request to a page that was loaded anew, until the request has ended."""
         async for line in lines(lambda: self._requests.latest(state), lambda: asyncio.sleep(LOOK_EVERY_S)):
             yield [gr.skip(), line, *self._places.unchanged()]
         yield [as_messages(state["history_messages"], speaker()), "", *self._places.values(state["message"])]
 
 
 async def lines(under_way: Callable[[], Request | None], pause: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
-    """The line of the request that is under way, whenever it says something else, until there is none."""
+    """Yield the progress line of the running request whenever it changes, until no request runs."""
     shown, looked_s = "", -math.inf
     while request := under_way():
         if time.monotonic() - looked_s >= _LOOK_AT_MODEL_EVERY_S:
@@ -80,7 +80,10 @@ async def lines(under_way: Callable[[], Request | None], pause: Callable[[], Awa
 
 
 async def in_thread(work: Callable[[], T], cancellation: Cancellation | None = None) -> T:
-    """What ``work`` answers in a thread with this context; a caller that is cancelled cancels ``cancellation``."""
+    """Run ``work`` in a thread with the context of the caller and return its result.
+
+    If the task of the caller is cancelled, ``cancellation`` is cancelled too; ``work`` runs on until it looks at that.
+    """
     try:
         return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads)
     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""A page that is loaded anew is a new session, and goes on with the history of the one before, and with what runs."""
+"""A page that is loaded anew is a new session. It takes over the history and the running request of the last."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .recordings import Recordings
 from .waiting import Waiting
 
 TELL_EVERY_S = 5.0
-"""How often open pages tell that they are there, and hear whether they are known."""
+"""How often an open page reports to the server, and is told whether the server knows it."""
 
 _AT_MOST = 1000
 _GOES_ON = ".goes-on"
-# Who reloads goes on with the visit; who comes by the browser's history, only with one whose page has left: duplicated
-# tabs come so too, with a copy of what a tab keeps whose page is there. What a copy does not take it forgets.
+# A page that is loaded anew goes on with its visit. A page that the browser's history opens goes on with a visit only
+# if the page of that visit has left: a duplicated tab is opened in the same way, with a copy of the storage of a tab
+# that is still open. The copy then deletes what it has not taken over.
 _EARLIER = """(_, lost, state) => {
   const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
   const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
@@ -37,7 +38,7 @@ _EARLIER = """(_, lost, state) => {
 
 
 class Visits:
-    """Sessions by a secret that their page keeps for when it is loaded anew. Thread-safe."""
+    """Sessions by a secret. The page keeps the secret and sends it when it is loaded anew. Thread-safe."""
 
     def __init__(self, requests: Requests, recordings: Recordings, waiting: Waiting, places: Places) -> None:
         self._requests, self._recordings, self._waiting, self._places = requests, recordings, waiting, places
@@ -45,7 +46,7 @@ class Visits:
         self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
 
     def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Presses) -> Any:
-        """While the page is being drawn; its server must know the path to which ``here.js`` sends.
+        """Connect the components while the page is drawn. The server must answer the path that ``here.js`` asks.
 
         Returns the event after which a visit goes on.
         """
@@ -70,7 +71,7 @@ class Visits:
             return visit is not None
 
     def end(self, whose: str) -> None:
-        """The session is over, and nobody will come back to it."""
+        """The session has ended; its visit cannot go on any more."""
         with self._lock:
             self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
 
