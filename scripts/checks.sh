@@ -39,7 +39,8 @@ check_writable() {
 check_run_dir() {
     check_writable RUN_DIR
     [[ $check == no ]] || return 0
-    (set -o noclobber && mkdir -p "$RUN_DIR" && rm -f "$RUN_DIR/$PORT.try" && echo >"$RUN_DIR/$PORT.try" && rm -f "$RUN_DIR/$PORT.try") ||
+    # A name of its own, since another start may look at the same moment.
+    (mkdir -p "$RUN_DIR" && try=$(mktemp "$RUN_DIR/$PORT.XXXXXXXX.try") && trap 'rm -f "$try"' EXIT && echo >"$try") ||
         fail "$(named RUN_DIR) cannot be written (see above): free space, or give another folder" \
             "$(named RUN_DIR) 无法写入（见上）：请清理空间，或换一个目录"
 }

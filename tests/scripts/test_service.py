@@ -371,7 +371,12 @@ def test_a_restart_that_cannot_write_leaves_what_runs(service: Service, tmp_path
     (tmp_path / "file").touch()
     code, said = service.call("restart", "--tmp-dir", str(tmp_path / "file" / "below"))
     assert (code, "TMP_DIR" in said) == (1, True), said
-    (service.run_dir / f"{service.port}.try").mkdir()  # as on a full disk, nothing can be written there
+    make_file = service.project.bin / "mktemp"
+    make_file.write_text("#!/bin/sh\necho No space left on device >&2\nexit 1\n")
+    make_file.chmod(0o755)
     code, said = service.call("restart")
     assert (code, f"RUN_DIR '{service.run_dir}' (variable RUN_DIR) cannot be written" in said) == (1, True), said
     assert runs(pid)
+    make_file.unlink()
+    assert "Ready" in service.say("restart")
+    assert not list(service.run_dir.glob("*.try"))
