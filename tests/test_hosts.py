@@ -17,8 +17,10 @@ from serving import ForkedApp, RunningApp, free_port, wait_until
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from residency.errors import InvalidInput
 from residency.web import containers
 from residency.web.hosts import Hosts
+from residency.web.port import check_port
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -76,6 +78,11 @@ class TestIPv6:
             assert app.process.wait(60) == 1
             assert "--server-port" in app.wait_for_line(f"Cannot listen on {name}, port {port}")
             app.__exit__()
+
+    @pytest.mark.parametrize("name", ["a..b", ".localhost", "x" * 80])
+    def test_what_is_no_name_of_a_host_is_said(self, name: str) -> None:
+        with pytest.raises(InvalidInput, match=r"Cannot listen on .* --server-name"):
+            check_port(name, 7860)
 
     def is_local(self, app: RunningApp, address: str) -> bool:
         host = f"[{address}]" if ":" in address else address

@@ -154,11 +154,16 @@ class TestSigningOut:
         assert ask(app.port, path, me, "Origin: http://evil.example", method="POST").status == 403
         assert knows(app, me)
 
+    @pytest.mark.parametrize(("path", "page"), [("/logout", "./"), ("/logout/", "../")])
+    def test_it_leads_to_the_page(self, app: RunningApp, me: str, path: str, page: str) -> None:
+        answer = ask(app.port, path, me, "Sec-Fetch-Site: same-origin")
+        assert (answer.status, answer.headers["location"]) == (302, page)
+
     def test_where_the_browser_does_not_say_whence_it_comes_it_is_asked_first(self, app: RunningApp, me: str) -> None:
         for headers in ((), ("Referer: http://evil.example/",), ("Referer: http://[::1",)):
             answer = ask(app.port, "/logout", me, *headers, "Accept-Language: en")
             assert (answer.status, "set-cookie" in answer.headers) == (403, False)
-            assert '<form method="post" action="logout"><button>Sign out</button>' in answer.text
+            assert '<form method="post"><button>Sign out</button>' in answer.text
             assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
         assert "退出登录" in ask(app.port, "/logout", me, "Accept-Language: zh").text
         assert knows(app, me)

@@ -30,7 +30,7 @@ _ENOUGH = (
     "Too many wrong passwords from here: wait {seconds} s, then try again.",
 )
 _LEAVING = """<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><p>{sentence}</p><form method="post" action="logout"><button>{title}</button></form>"""
+<title>{title}</title><p>{sentence}</p><form method="post"><button>{title}</button></form>"""
 
 tells_of_the_limit = with_script((Path(__file__).parent / "login.js").read_text(encoding="utf-8"))
 """An ASGI middleware: the form for the password says that it was tried too often."""
@@ -112,7 +112,7 @@ class Logins:
             say = preferred(request.headers.get("accept-language"))
             title, sentence = say("退出登录", "Sign out"), say("是否退出登录？", "Do you want to sign out?")
             return HTMLResponse(_LEAVING.format(title=title, sentence=sentence), 403)
-        answer = RedirectResponse("./", 302)
+        answer = RedirectResponse("../" if request.url.path.endswith("/") else "./", 302)
         for cookie in self._sign_out(request):
             answer.delete_cookie(cookie)
         return answer

@@ -122,15 +122,18 @@ class Recordings:
             found = {path: state for path in self._all() if (state := _state(path))}
             used_bytes, files = sum(state.st_size for state in found.values()), len(found)
             needless: set[str] = set()
-            for path in sorted(
-                found.keys() - set().union(*self._files.values()), key=lambda path: found[path].st_mtime
-            ):
+            keep = {path for path in found if self._is_under_way(path)}.union(*self._files.values())
+            for path in sorted(found.keys() - keep, key=lambda path: found[path].st_mtime):
                 if (used_bytes < self._most_bytes and files < _MOST_FILES) or found[path].st_mtime > before_s:
                     break
                 needless.add(path)
                 used_bytes, files = used_bytes - found[path].st_size, files - 1
             self._delete_locked(needless)
         return used_bytes < self._most_bytes and files < _MOST_FILES
+
+    def _is_under_way(self, path: str) -> bool:
+        """Whether it is a part of an upload that has not ended yet, see `Traffic`."""
+        return os.path.dirname(path) == self._folder and os.path.basename(path).startswith("tmp")
 
     def _all(self) -> Iterator[str]:
         for folder, _, names in os.walk(self._folder):

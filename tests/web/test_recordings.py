@@ -186,6 +186,13 @@ class TestRoom:
         recordings.end("me")
         assert recordings.make_room(now_s=1e9) is True
 
+    def test_parts_of_uploads_that_are_under_way_stay(self, recordings: Recordings, tmp_path: Path) -> None:
+        part = tmp_path / "tmpabc"
+        part.write_bytes(b"x" * 120)
+        os.utime(part, (0, 0))
+        assert recordings.make_room() is False
+        assert part.exists()
+
     def test_their_number_is_bounded_too(
         self, recordings: Recordings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
