@@ -142,6 +142,7 @@ def test_the_form_for_the_password_says_that_it_was_tried_too_often(
             with page.expect_response("**/login"):
                 page.locator("input[type=password]").press("Enter")
         sync_api.expect(page.get_by_role("alert")).to_contain_text(said)
+        sync_api.expect(page.locator(".creds")).to_be_hidden()
 
 
 def sign_in(page: Page, user: str, password: str) -> None:
