@@ -88,7 +88,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
     build = _engine_builder(settings)
-    from residency.web.addresses import link
+    from residency.addresses import link
     from residency.web.control import build as build_api
     from residency.web.editx_tab import EditxTab
     from residency.web.guard import Guard

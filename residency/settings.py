@@ -7,7 +7,6 @@ must answer at once.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
+from .addresses import without_mapping
 from .certificates import check_certificate
 from .errors import InvalidInput
 from .policies import keep_warm_seconds, seconds
@@ -294,11 +294,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _address(text: str) -> str:
     """Without the brackets that an IPv6 address has in links; an IPv4 address that is written as IPv6, as IPv4."""
-    address = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    try:
-        return str(getattr(ipaddress.ip_address(address), "ipv4_mapped", None) or address)
-    except ValueError:  # a name
-        return address
+    return without_mapping(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
 
 
 def _root_path(text: str) -> str:

@@ -146,6 +146,9 @@ install_requirements() {
     watched "$file" "$venv" "${pip[@]}" -r "$file" || install_failed "$file"
 }
 
+# The requirements of the package and of all its extras, with their ranges; extras that name others name nothing new.
+package_ranges() { sed -n '/^dependencies = \[/,/^\[project.urls\]/s/^ *"\(.*\)",$/\1/p' pyproject.toml | grep -v '\[' | sort -u; }
+
 # watched WHAT VENV COMMAND...: the install, and while it says nothing, how long it has gone on and what it has on the disk so
 # far: in the environment, and in a folder of its own for what it fetches. Its exit status is the command's.
 watched() (

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
 
 #: Modules of residency/ in layers: one may import those of the layers before its own.
-PURE_LAYERS = [["callers", "latches", "locks", "sentences", "units"], ["errors"],
+PURE_LAYERS = [["addresses", "callers", "latches", "locks", "sentences", "units"], ["errors"],
                ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals",
                 "cancellation"],
                ["adaptive", "extras", "handout", "history", "outside"], ["states", "policies", "certificates"],
@@ -21,8 +21,8 @@ PURE_LAYERS = [["callers", "latches", "locks", "sentences", "units"], ["errors"]
                ["dispatch"], ["deadlocks", "steering"], ["admission"]]  # fmt: skip
 CONCRETE = ["devices", "residents", "probes", "engines", "web"]
 #: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
-SHARED = {"cancellation", "contracts", "states", "errors", "extras", "diagnosis", "locks", "outside", "progress",
-          "sentences", "units"}  # fmt: skip
+SHARED = {"addresses", "cancellation", "contracts", "states", "errors", "extras", "diagnosis", "locks", "outside",
+          "progress", "sentences", "units"}  # fmt: skip
 ALSO = {"devices": {"probes"}}
 #: Names that a Step-Audio-EditX checkout owns.
 FOREIGN = {"config", "utils", "tts", "tokenizer", "model_loader", "whisper_wrapper", "quantization", "stepvocoder",

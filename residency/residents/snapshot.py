@@ -49,8 +49,8 @@ class SnapshotFolder:
 
     Several processes may share the folder. What a process that was killed has left half-written is removed. Weights are
     nobody else's to read: files have mode 0600, and a folder made here 0700; one that exists keeps the rights that its
-    owner gave it, since other things may lie there. What others have put there (links, pipes,
-    their files) is neither followed nor waited for, and counts as missing.
+    owner gave it, since other things may lie there. Links, pipes and files of other users there are neither followed
+    nor waited for, and count as missing.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:

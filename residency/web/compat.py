@@ -20,7 +20,7 @@ from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from .addresses import EVERY_ADDRESS, bracketed, link
+from ..addresses import EVERY_ADDRESS, bracketed, link
 from .language import Say, both, preferred
 
 _REASON_CHARACTERS = 200

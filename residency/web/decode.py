@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, required=True, help="bytes of address space")
     parser.add_argument("--cpu", type=int, required=True, help="seconds of processor time")
     options = parser.parse_args()
-    os.nice(10)  # whoever waits for speech comes first
+    os.nice(10)  # requests for speech have priority
     resource.setrlimit(resource.RLIMIT_AS, (options.memory, options.memory))
     resource.setrlimit(resource.RLIMIT_CPU, (options.cpu, options.cpu))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

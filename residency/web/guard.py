@@ -11,8 +11,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from starlette.requests import HTTPConnection
 
+from ..addresses import hostname, is_address, is_loopback
 from ..errors import NotAllowed
-from .addresses import hostname, is_address, is_loopback
 
 _PASSED_ON = frozenset({"forwarded", "via", "x-real-ip"})
 """Beside ``X-Forwarded-...``: what proxies add to a request."""

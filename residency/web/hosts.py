@@ -15,8 +15,8 @@ from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..addresses import hostname, is_address, is_loopback, without_mapping
 from . import containers
-from .addresses import hostname, is_address, is_loopback, without_mapping
 
 _UNKNOWN = (
     "This server is not known as {name}: another site could use such a name to read it. If the name is yours, start "
