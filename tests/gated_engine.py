@@ -51,7 +51,7 @@ class BuiltinEngine:
     def clone(self, *arguments: Any) -> tuple[torch.Tensor, int]:
         _pass("speak")
         checkpoint()
-        print("spoken:", *arguments[1:3], flush=True)
+        print("spoken:", *arguments[1:3], *arguments[:1], flush=True)
         return torch.full((1, 24000), 0.25), 24000
 
     def edit(self, *arguments: Any) -> tuple[torch.Tensor, int]:

@@ -75,7 +75,7 @@ class RunningApp:
     def __init__(
         self, tmp_dir: Path, *arguments: str, gates: Path | None = None, prelude: str = "", port: int | None = None
     ) -> None:
-        prelude += "" if gates is None else _WITH_GATES.format(folder=str(gates))
+        prelude = ("" if gates is None else _WITH_GATES.format(folder=str(gates))) + prelude
         self.tmp_dir = tmp_dir
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"

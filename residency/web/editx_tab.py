@@ -30,6 +30,7 @@ from .labels import label
 from .messages import SHOW, Message, Places
 from .page_requests import Requests
 from .presses import Presses
+from .reception import Reception
 from .recordings import Recordings
 from .samples import SampleVoice
 from .speech import Speech
@@ -80,6 +81,7 @@ class EditxTab:
         self.presses = Presses(self._requests, self.places)
         self.visits = Visits(self._requests, self.recordings, self.waiting, self.places)
         self._inputs = Inputs(self.recordings, self.speech.edit_types)
+        self.reception = Reception(self.speech, self.recordings)
         self.transcription = Transcription(self.speech, self.waiting, manager is not None)
         self.intent = Intent(manager, self._model) if manager is not None else None
 
@@ -159,22 +161,6 @@ class EditxTab:
             self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, recording, result))
 
         return self._answer(edit, state)
-
-    def receive(self, path: str | None) -> tuple[Any, Any]:
-        """A recording came, or was taken away (None). Returns one that browsers play, and an error message.
-
-        What cannot be read is taken away, so that the message about it stays until another recording comes.
-        """
-        if not path:
-            return gr.skip(), gr.skip()
-        # Of everything that is uploaded or recorded, whether or not it is used.
-        self.recordings.own(session(), path)
-        try:
-            readable = self.speech.incoming.readable(path)
-        except Exception as error:
-            return None, Message.of(error, speaker())
-        self.recordings.own(session(), readable)
-        return gr.skip() if readable == path else readable, gr.skip()
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
@@ -329,13 +315,7 @@ class EditxTab:
             # The chat only: the request that this stops may have told its end already.
             clear(self._on_clear, state, self.chat_box, **hidden)
         gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
-        self.prompt_audio_input.change(
-            self.receive,
-            self.prompt_audio_input,
-            [self.prompt_audio_input, self._about_recording],
-            concurrency_limit=8,
-            **PRIVATE,
-        )
+        self.reception.register(self.prompt_audio_input, self._about_recording)
         # Of people only: what `Inputs` brings back has its sub-task with it.
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
         self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
@@ -345,7 +325,8 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
-        # In the browser, at once: `receive` and `Transcription.hear` end in any order, so neither takes a message away.
+        # In the browser, at once: `Reception.receive` and `Transcription.hear` end in any order, so neither
+        # removes a message.
         comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
         gr.on(
             [*comes, *(button.click for button, _ in self.samples)],
@@ -374,4 +355,7 @@ class EditxTab:
     def register_return(self, came: Any) -> None:
         """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
         texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
-        self._inputs.register(came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box)
+        recording = self.prompt_audio_input
+        returned = self._inputs.register(came, texts, recording, tasks, self.task_line, self.chat_box)
+        if self.speech.transcribes:
+            self.transcription.resume(returned)

@@ -49,16 +49,19 @@ class Inputs:
         tasks: Sequence[gr.Dropdown],
         task_line: gr.Markdown,
         history: gr.Chatbot,
-    ) -> None:
-        """While the page is being drawn. ``came`` is the event after which a visit goes on."""
+    ) -> Any:
+        """Connect the components while the page is being drawn. ``came`` is the event after which a visit goes on.
+
+        Returns the event with which the recording comes back.
+        """
         kept = gr.Textbox(visible=False)
         inputs: list[Any] = [*texts, recording, *tasks]
         hidden: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
-        came.then(self.bring_back, kept, [recording, *tasks, task_line], js=_READ, **hidden).then(
-            None, list(texts), list(texts), js=_TEXTS, **PRIVATE
-        )
+        back = came.then(self.bring_back, kept, [recording, *tasks, task_line], js=_READ, **hidden)
+        back.then(None, list(texts), list(texts), js=_TEXTS, **PRIVATE)
         kept_from = [*inputs, history]
         gr.on([each.change for each in kept_from], None, kept_from, None, js=_KEEP, **PRIVATE)
+        return back
 
     def bring_back(self, kept: str | None) -> tuple[Any, Any, Any, Any]:
         """Updates of recording, task, sub-task and their line, from what a page has kept. It may be damaged.

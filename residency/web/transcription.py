@@ -1,9 +1,10 @@
-"""Writes what is said in a recording into the prompt text, if that is empty, and shows meanwhile how far it is."""
+"""Writes what is said in a recording into the prompt text, if that is empty, and shows progress meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -21,9 +22,21 @@ MODEL = "asr"
 """The name of the speech recognition, if a manager looks after it."""
 
 _READY = ("模型已就绪，正在识别录音", "The model is ready; writing down what is said in the recording")
-# Not over a text that was written meanwhile, and not about a recording that was taken away.
-_FILL_IN = """(heard, text, audio) =>
-  (text && text.trim()) || !audio || !heard.recordings.includes(audio.path) ? text : heard.text"""
+# The browser's tab keeps the path of the recording that is being transcribed, so that a page that is loaded anew asks
+# again. Gradio does not know yet at that moment which recording the page has.
+_BEGIN = "(recording) => sessionStorage.setItem('transcribing', recording.path)"
+_END = "() => sessionStorage.removeItem('transcribing')"
+_RESUME = """(_, prompt) => {
+  const path = sessionStorage.getItem("transcribing");
+  return [path && {path, meta: {_type: "gradio.FileData"}}, prompt];
+}"""
+# Not over a text that was written meanwhile, and not about a recording that was removed or replaced.
+_FILL_IN = """(heard, text, recording) => {
+  const unchanged = {__type__: "update"};
+  if (!recording || !heard?.recordings.includes(recording.path)) return [unchanged, unchanged];
+  sessionStorage.removeItem("transcribing");
+  return [text && text.trim() ? unchanged : heard.text, heard.message || unchanged];
+}"""
 
 
 class Transcription:
@@ -38,27 +51,37 @@ class Transcription:
         self._line = gr.HTML(elem_id="hearing", elem_classes="progress-line", padding=False)
         self._heard = gr.JSON(visible=False)
 
-    def register(self, comes: Sequence[Any], prompt: gr.Textbox, recording: gr.Audio, message: gr.HTML) -> None:
+    def register(self, comes: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
         """Connect what `draw` has drawn. ``comes`` are the events with which a recording comes."""
-        inputs = [recording, prompt]
-        hearing = gr.on(
-            comes,
+        self._recording, self._prompt, self._message = recording, prompt, message
+        gr.on(comes, None, recording, None, js=_BEGIN, **PRIVATE)
+        recording.clear(js=_END, **PRIVATE)
+        self._hear_on(partial(gr.on, comes))
+
+    def resume(self, returned: Any) -> None:
+        """Transcribe again after ``returned``, with which a page that was loaded anew has its recording again."""
+        self._hear_on(partial(returned.then, js=_RESUME))
+
+    def _hear_on(self, event: Callable[..., Any]) -> None:
+        hearing = event(
             self.hear,
-            inputs,
-            [self._heard, self._line, message],
+            [self._recording, self._prompt],
+            [self._heard, self._line],
             **self._event,
-            trigger_mode="multiple",  # the next recording is not kept back by one that was taken away
+            trigger_mode="multiple",  # the next recording is not kept back by one that was removed
             show_progress="hidden",
             **PRIVATE,
         )
         # In the browser, when the answer is there.
-        hearing.success(None, [self._heard, prompt, recording], prompt, js=_FILL_IN, **PRIVATE)
-        recording.clear(None, cancels=[hearing], **PRIVATE)
+        answer = [self._heard, self._prompt, self._recording]
+        hearing.success(None, answer, [self._prompt, self._message], js=_FILL_IN, **PRIVATE)
+        self._recording.clear(None, cancels=[hearing], **PRIVATE)
 
     async def hear(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
-        """A recording came. Yields what was heard, the line of progress and an error message, as often as one changes.
+        """Transcribe a recording. Yields the answer and the line of progress, as often as one changes.
 
-        A caller that closes the generator takes the request out of the queue.
+        A caller that closes the generator takes the request out of the queue. The answer has ``recordings``, the paths
+        under which the page may know the recording; ``text``; and ``message``, the error as HTML, or nothing.
         """
         request = Request()
         work = asyncio.ensure_future(in_thread(lambda: self._in_turn(request, recording, prompt)))
@@ -66,20 +89,19 @@ class Transcription:
             async for line in lines(
                 lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=LOOK_EVERY_S)
             ):
-                yield [gr.skip(), line, gr.skip()]
-            heard, message = work.result()
-            yield [heard, "", message or gr.skip()]
+                yield [gr.skip(), line]
+            yield [work.result(), ""]
         finally:
             request.cancellation.cancel()
 
-    def _in_turn(self, request: Request, recording: str | None, prompt: str | None) -> tuple[dict[str, Any], str]:
+    def _in_turn(self, request: Request, recording: str | None, prompt: str | None) -> dict[str, Any]:
         try:
             readable = self._speech.incoming.readable(recording)
         except InvalidInput:  # said where the recording is received
-            return {"recordings": [], "text": ""}, ""
+            return {"recordings": [], "text": "", "message": ""}
         with cancelled_by(request.cancellation):
             text, message = self.transcribe(readable, prompt, request)
-        return {"recordings": [recording, readable], "text": text}, message
+        return {"recordings": [recording, readable], "text": text, "message": message}
 
     def transcribe(self, recording: str | None, prompt: str | None, request: Request | None = None) -> tuple[str, str]:
         """Returns what is said in a recording, or nothing if there is a text already, and an error message."""

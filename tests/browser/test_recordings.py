@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 import phones
 import pytest
 import soundfile
+from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
 from serving import ForkedApp, RunningApp
 
@@ -111,6 +112,54 @@ class TestPage:
         recorder.get_by_role("button", name="Stop").first.click()
         sync_api.expect(page.get_by_label("Prompt Text")).to_have_value(re.compile(r"^\d+ samples$"))
         assert message(page).inner_text().strip() == ""
+
+
+# Recordings called slow wait at a gate before they are converted.
+_SLOW = """
+import gated_engine
+from residency.web.incoming import Incoming
+def decode(self, source, target, decode=Incoming._decode):
+    if "slow" in source:
+        gated_engine._pass("convert")
+    decode(self, source, target)
+Incoming._decode = decode
+"""
+
+
+class TestWhileItIsConverted:
+    @pytest.fixture
+    def gates(self, tmp_path: Path) -> Path:
+        (tmp_path / "gates").mkdir()
+        close_gate(tmp_path / "gates", "convert")
+        return tmp_path / "gates"
+
+    @pytest.fixture
+    def app(self, tmp_path: Path, gates: Path) -> Iterator[RunningApp]:
+        with ForkedApp(tmp_path / "recordings", "--enable-gpu-management", gates=gates, prelude=_SLOW) as app:
+            yield app
+
+    @pytest.mark.parametrize("readable", [True, False])
+    def test_another_one_takes_its_place_for_good(
+        self, app: RunningApp, gates: Path, page: Page, tmp_path: Path, readable: bool
+    ) -> None:
+        slow, quick = phones.record(tmp_path / "slow.m4a", "iphone.m4a"), phones.record(tmp_path / "browser.webm")
+        if not readable:
+            slow.write_bytes(slow.read_bytes()[:5000])
+        page.locator(GIVEN).set_input_files(str(slow))
+        app.wait_for_line("at the gate: convert")
+        page.locator("#prompt-audio").get_by_label("Clear").click()
+        with page.expect_response(re.compile(r"file=.*/recording\.wav")) as played:
+            page.locator(GIVEN).set_input_files(str(quick))
+        under_way = page.locator("#prompt-audio .minimal .progress-text")
+        sync_api.expect(under_way).to_be_visible()
+        open_gate(gates, "convert")
+        sync_api.expect(under_way).to_be_hidden()
+        assert message(page).inner_text().strip() == ""
+        page.get_by_label("Prompt Text").fill("said")
+        page.get_by_label("Target Text").fill("to say")
+        page.get_by_role("button", name="CLONE", exact=True).click()
+        sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
+        assert played.value.url.rpartition("/recordings/")[2] in app.log
 
 
 class TestPrograms:

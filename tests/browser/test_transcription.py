@@ -93,6 +93,27 @@ def test_a_recording_that_was_taken_away_is_not_written_about(
     sync_api.expect(prompt(page)).to_have_value("8000 samples")
 
 
+def test_a_page_that_is_loaded_anew_meanwhile_gets_the_text(
+    page: Page, app: RunningApp, gates: Path, tmp_path: Path
+) -> None:
+    close_gate(gates, "hear")
+    upload(page, tmp_path, samples=16000)
+    app.wait_for_line("at the gate: hear")
+    page.wait_for_function("sessionStorage.getItem('inputs')?.includes('16000.wav')")
+    page.reload()
+    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
+    sync_api.expect(page.locator("#hearing")).to_contain_text("you are next")
+    open_gate(gates, "hear")
+    sync_api.expect(prompt(page)).to_have_value("16000 samples")
+    prompt(page).fill("")
+    page.reload()  # once it is there, it is not written again
+    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
+    page.get_by_label("Target Text").fill("to say")
+    page.get_by_role("button", name="CLONE", exact=True).click()
+    sync_api.expect(page.locator("#about-prompt-text")).not_to_be_empty()
+    assert app.log.count("heard:") <= 2
+
+
 def test_an_error_is_said_and_the_text_can_be_written(page: Page, app: RunningApp, tmp_path: Path) -> None:
     upload(page, tmp_path, samples=1)
     sync_api.expect(page.locator("#about-prompt-audio")).to_contain_text("too short")

@@ -435,8 +435,9 @@ def test_listening_to_a_recording_leaves_the_message_about_it(folder: Path, reco
     tab = listening(folder, lambda path: "heard")
     letter = Path(recording).with_name("letter.txt")
     letter.write_text("no sound")
-    assert last_heard(tab, str(letter)) == [{"recordings": [], "text": ""}, "", gr.skip()]
-    assert last_heard(tab, recording) == [{"recordings": [recording, recording], "text": "heard"}, "", gr.skip()]
+    assert last_heard(tab, str(letter)) == [{"recordings": [], "text": "", "message": ""}, ""]
+    heard = {"recordings": [recording, recording], "text": "heard", "message": ""}
+    assert last_heard(tab, recording) == [heard, ""]
 
 
 def last_heard(tab: EditxTab, recording: str) -> list[Any]:
