@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
-from .addresses import without_mapping
+from .addresses import is_address, without_mapping
 from .certificates import check_certificate
 from .errors import InvalidInput
 from .policies import keep_warm_seconds, seconds
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _LARGEST_BYTES = 1 << 60
 _HUB_OWNER = r"[A-Za-z0-9][\w.-]*"
-_ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d+)?)?(?P<path>(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*)"
+_ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:(?P<port>\d+))?)?(?P<path>(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*)"
 #: A root path among these could not be told from the same path behind a proxy that removes its own.
 _OWN_PATHS = {"assets", "config", "docs", "gpu", "gradio_api", "healthz", "login", "logout", "metrics", "openapi.json",
               "readyz", "static", "svelte", "theme.css"}  # fmt: skip
@@ -156,7 +156,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         type=os.path.expanduser,
         help="where the weights are; without it the built-in engine serves",
     )
-    add("--server-name", type=_address, default=defaults.server_name,
+    add("--server-name", type=checked(_address), default=defaults.server_name,
         help="address to listen on; :: is every address of IPv4 and IPv6 (default: %(default)s)")  # fmt: skip
     add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
     add(
@@ -294,7 +294,16 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _address(text: str) -> str:
     """Without the brackets that an IPv6 address has in links; an IPv4 address that is written as IPv6, as IPv4."""
-    return without_mapping(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
+    address = without_mapping(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
+    # A scope follows an IPv6 address (fe80::1%eth0). The system reads 0, 127.1 and 0x7f000001 as addresses too.
+    if not is_address(address) and not re.fullmatch(r"(?=.*[A-Za-z])(?!0x)[A-Za-z0-9_.-]+", address):
+        raise InvalidInput(
+            f"{text!r} is no address of this machine: give 0.0.0.0 for all, :: for all with IPv6, 127.0.0.1 for this "
+            "machine only, or one of its addresses or names",
+            f"{text!r} 不是本机的地址：请写 0.0.0.0（所有地址）、::（包括 IPv6）、127.0.0.1（仅本机），"
+            "或本机的某个地址或名称",
+        )
+    return address
 
 
 def _root_path(text: str) -> str:
@@ -302,7 +311,7 @@ def _root_path(text: str) -> str:
     given = text.strip().rstrip("/")
     parts = re.fullmatch(_ADDRESS, given)
     segments = parts["path"].split("/")[1:] if parts else ["."]
-    if {".", ".."} & set(segments):
+    if {".", ".."} & set(segments) or (parts and parts["port"] and not 1 <= int(parts["port"]) <= 65535):
         raise InvalidInput(
             f"{text!r} is no path of a site: write /tts, or https://example.com/tts (--root-path, GPU_TTS_ROOT_PATH, "
             f"GRADIO_ROOT_PATH)",

@@ -187,6 +187,17 @@ class TestCalls:
         wordless = said.endswith("event: error\ndata: null\n\n\r\n0\r\n\r\n")  # as calls of Gradio 5 end
         assert wordless or re.search("cannot be read|upload it again", said)
 
+    @pytest.mark.parametrize(
+        ("language", "words"), [("en", "What was sent cannot be read"), ("zh", "无法读取收到的内容")]
+    )
+    def test_a_task_that_the_menu_does_not_have(self, app: RunningApp, language: str, words: str) -> None:
+        page = json.loads(ask(app.port, "/config").text)
+        menu = next(each["id"] for each in page["components"] if each["props"].get("elem_id") == "task")
+        chosen = next(each["id"] for each in page["dependencies"] if each["inputs"] == [menu])
+        body = call(data=["no such task"], fn_index=chosen)
+        answer = ask(app.port, f"{API}/run/predict", JSON, f"Accept-Language: {language}", method="POST", body=body)
+        assert words in json.loads(refused(answer, 400))["error"]
+
     def test_what_was_sent_is_not_sent_back(self, app: RunningApp) -> None:
         body = json.dumps({"secret": "x" * 10_000}).encode()
         answer = ask(app.port, f"{API}/cancel", JSON, method="POST", body=body)

@@ -90,12 +90,23 @@ def test_the_environment_is_a_default_and_a_flag_wins() -> None:
         ("::", "::"),
         ("[::]", "::"),
         ("localhost", "localhost"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("my-box_2.example.org", "my-box_2.example.org"),
         ("::ffff:127.0.0.1", "127.0.0.1"),
         ("[::ffff:0.0.0.0]", "0.0.0.0"),
     ],
 )
 def test_an_address_may_be_written_as_in_links(text: str, address: str) -> None:
     assert parse(["--server-name", text], {}).server_name == address
+
+
+@pytest.mark.parametrize("text", ["", "*", "0", "127.1", "0x7f000001", "[::1", "1.2.3.4.5", "a b", "http://me"])
+def test_what_is_no_address_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--server-name", text], {})
+    said = capsys.readouterr().err
+    assert "give 0.0.0.0 for all" in said
+    assert "请写" in said
 
 
 def test_allowed_hosts_add_up_and_win_over_the_environment() -> None:
@@ -218,6 +229,7 @@ def test_gradios_own_variable_is_a_default_of_a_default() -> None:
 @pytest.mark.parametrize(
     ("given", "hint"),
     [("tts", "write /tts"), ("/a//b", "write /tts"), ("/a/../b", "write /tts"), ("/a?b", "write /tts"),
+     ("https://h:99999/x", "write /tts"), ("https://h:0", "write /tts"),
      ("ftp://a/b", "write /tts"), ("https:///a", "write /tts"), ("/<b>", "write /tts"), ("/gpu/", "choose another")],
 )  # fmt: skip
 def test_what_is_no_root_path_is_refused(given: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,7 @@ class BuiltinEngine:
                 target = self._voice_of(read_audio(prompt_wav_path))
             rng = np.random.default_rng(self._next_seed())
             return _result(at_level(self._say(chunks, target, rng), float(np.clip(target.rms, 0.03, 0.12))))
-        except RequestStopped:
+        except (RequestStopped, InvalidInput):
             raise
         except Exception as error:
             logger.error("Clone failed: %s", error)
@@ -152,7 +152,7 @@ class BuiltinEngine:
                 if edit_type == "vad":
                     return _result(self._speech_in(samples))
                 return _result(effects.whisper(samples))
-        except RequestStopped:
+        except (RequestStopped, InvalidInput):
             raise
         except Exception as error:
             logger.error("Edit failed: %s", error)

@@ -61,16 +61,17 @@ class Blocks(gr.Blocks):
                 raise ValueError("nothing on the server belongs to this event")
             client_utils.traverse(inputs, _refuse_link, client_utils.is_file_obj_with_meta)
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
-        except gr.Error:
-            raise
         except (InvalidPathError, FileNotFoundError):
             raise gr.Error(
                 speaker()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
                 print_exception=False,
             ) from None
         except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise
+            # Gradio would log a traceback for its own errors, such as a value that is not in a list.
             # Without the folders of this machine.
-            reason = re.sub(r"/\S*/", "", " ".join(str(error).split()))[:_REASON_CHARACTERS]
+            reason = re.sub(r"/\S*/", "", " ".join(str(getattr(error, "message", error)).split()))[:_REASON_CHARACTERS]
             raise gr.Error(
                 speaker()(
                     f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
