@@ -320,9 +320,11 @@ class EditxTab:
             press(None, None, self.places.components, js=wiped, **hidden)
         # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
         cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
-        cloned.then(lambda state: as_messages(state["history_messages"], speaker()), state, self.chat_box, **hidden)
+        drawn = cloned.then(
+            lambda state: as_messages(state["history_messages"], speaker()), state, self.chat_box, **hidden
+        )
         edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
-        for pressed in (cloned, edited):
+        for pressed in (drawn, edited):
             pressed.then(None, js=SHOW, **PRIVATE)
         self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
         for clear in clears:

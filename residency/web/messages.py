@@ -20,7 +20,8 @@ CONTROLS: dict[Field, str] = {
 }
 """The element of the page in which each field is filled in."""
 
-# Assistive technology reads the error with its control; and it is brought into view, wherever the button was.
+# Assistive technology reads the error with its control; and it is brought into view, wherever the button was. Where
+# all is in one column so is the newest result, since the history grows above the buttons, but not for somebody who types.
 SHOW = f"""() => setTimeout(() => {{
   for (const id of {list(CONTROLS.values())}) {{
     const said = document.querySelector(`#about-${{id}} [role=alert]`);
@@ -31,7 +32,11 @@ SHOW = f"""() => setTimeout(() => {{
     }}
   }}
   document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
+  if (document.querySelector(".said [role]") || !matchMedia("(max-width: 640px)").matches) return;
+  if (document.activeElement?.matches("textarea, input")) return;
+  [...document.querySelectorAll("#history .bot-row")].at(-1)?.scrollIntoView({{block: "nearest"}});
 }}, 100)"""
+"""JavaScript for the page, once a press has ended and the history is drawn."""
 
 
 class Message(str):

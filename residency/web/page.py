@@ -67,6 +67,7 @@ body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display:
 :is(#task, #sub-task) input {text-overflow: ellipsis; margin-right: 1.4em}
 footer .divider:last-child {display: none}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
+#history .bot-row {scroll-margin: 24px 0 60px}
 """
 _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 
