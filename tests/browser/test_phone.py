@@ -80,7 +80,8 @@ def expect_newest_in_view(page: Page, count: int) -> None:
     page.wait_for_function(
         """row => {
           const {top, bottom} = row.getBoundingClientRect();
-          return row.querySelector("audio, .waveform-container, .waveform-wrapper") && top >= 0 && bottom <= innerHeight;
+          const player = row.querySelector("audio, .waveform-container, .waveform-wrapper");
+          return player && top >= 0 && bottom <= innerHeight;
         }""",
         arg=results(page).last.element_handle(),
         timeout=30_000,

@@ -193,6 +193,29 @@ def test_an_error_is_shown_in_view_at_its_control_until_the_next_press(
     sync_api.expect(page.locator("#prompt-text :is(textarea, input)").first).not_to_have_attribute("aria-invalid", "")
 
 
+def test_what_is_filled_in_anew_is_not_called_wrong_any_longer(page: Page) -> None:
+    alert = page.locator(".said [role=alert]")
+    press(page, "edit")
+    sync_api.expect(page.locator("#about-task [role=alert]")).to_be_visible()
+    choose_task(page, "vad")
+    sync_api.expect(alert).to_have_count(0)
+    field(page, "prompt-text").fill("")
+    press(page, "clone")
+    sync_api.expect(page.locator("#about-prompt-text [role=alert]")).to_be_visible()
+    field(page, "target-text").fill("of another field")
+    sync_api.expect(field(page, "target-text")).to_have_value("of another field")
+    sync_api.expect(page.locator("#about-prompt-text [role=alert]")).to_be_visible()
+    field(page, "prompt-text").fill("said")
+    sync_api.expect(alert).to_have_count(0)
+    sync_api.expect(field(page, "prompt-text")).not_to_have_attribute("aria-invalid", "")
+    field(page, "target-text").fill("")
+    press(page, "clone")
+    sync_api.expect(page.locator("#about-target-text [role=alert]")).to_be_visible()
+    page.locator("#sample-low").click()
+    sync_api.expect(alert).to_have_count(0)
+    sync_api.expect(field(page, "target-text")).not_to_have_value("")
+
+
 def test_clone_clones_whatever_the_task_is(page: Page) -> None:
     choose_task(page, "vad")
     press(page, "clone")
