@@ -376,4 +376,6 @@ class EditxTab:
     def register_return(self, came: Any) -> None:
         """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
         texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
-        self._inputs.register(came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box)
+        self._inputs.register(
+            came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording
+        )

@@ -78,7 +78,8 @@ class Incoming:
         """
         if not path:
             raise InvalidInput(
-                "Input Audio is missing: upload or record something first", "缺少输入音频：请先上传或录制"
+                "Input Audio is missing: upload or record a voice; the page has sample voices below it",
+                "缺少输入音频：请上传或录制；页面上其下方有示例声音可用",
             )
         if not os.path.isfile(path):
             raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")

@@ -161,7 +161,7 @@ def test_an_error_is_shown_in_view_at_its_control_until_the_next_press(
         ("prompt-text", "clone", "Prompt Text is empty", "提示文本为空"),
         ("target-text", "clone", "Target Text is empty", "目标文本为空"),
         ("task", "edit", "EDIT needs a task", "EDIT 需要编辑任务"),
-        ("prompt-audio", "clone", "Input Audio is missing", "缺少输入音频"),
+        ("prompt-audio", "clone", "the page has sample voices below it", "其下方有示例声音可用"),
     ]
     for control, button, en, zh in mistakes:
         before = None
