@@ -264,16 +264,18 @@ class EditxTab:
                     )
                     self.places.draw("target_text")
                 with gr.Column():
-                    with gr.Row():
-                        tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
-                        self.edit_type = gr.Dropdown(
-                            label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
-                        )
-                        self.edit_info = gr.Dropdown(
-                            label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
-                        )
-                    self.places.draw("task")
-                    self.places.draw("sub_task")
+                    with gr.Row():  # on a phone one below the other, so that names have room
+                        with gr.Column(min_width=240):
+                            tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
+                            self.edit_type = gr.Dropdown(
+                                label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
+                            )
+                            self.places.draw("task")
+                        with gr.Column(min_width=240):
+                            self.edit_info = gr.Dropdown(
+                                label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
+                            )
+                            self.places.draw("sub_task")
                     self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),

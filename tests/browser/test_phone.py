@@ -71,6 +71,36 @@ def test_the_view_of_somebody_who_types_stays(page: Page, app: RunningApp, gates
     sync_api.expect(field).to_be_focused()
 
 
+def test_names_of_tasks_are_shown_whole(app: RunningApp, new_page: Callable[..., Page]) -> None:
+    page = new_page(**PHONE)
+    page.goto(app.url)
+    page.wait_for_function("window.keepsInputs")
+    for name in ("去除停顿（vad）", "克隆音色（clone）"):
+        page.locator("#task input").click()
+        page.get_by_role("option", name=name).click()
+        sync_api.expect(page.locator("#task input")).to_have_value(name)
+        assert page.locator("#task input").evaluate("input => input.scrollWidth <= input.clientWidth"), name
+    task, sub_task = (page.locator(element).bounding_box() for element in ("#task", "#sub-task"))
+    assert task
+    assert sub_task
+    assert task["y"] + task["height"] <= sub_task["y"]
+
+
+def test_a_progress_of_unknown_share_moves_instead_of_looking_finished(
+    page: Page, app: RunningApp, gates: Path
+) -> None:
+    close_gate(gates, "edit")
+    page.locator("#edit").click()
+    app.wait_for_line("at the gate: edit")
+    progress = page.locator("#progress progress")
+    sync_api.expect(progress).to_be_visible()
+    sync_api.expect(progress).not_to_have_attribute("value", re.compile(""))
+    assert progress.evaluate("element => element.getAnimations().length") == 1
+    screenshot(page, "progress")
+    open_gate(gates, "edit")
+    expect_newest_in_view(page, 2)
+
+
 def results(page: Page) -> Locator:
     return page.locator("#history .bot-row")
 
