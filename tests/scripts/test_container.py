@@ -94,6 +94,8 @@ def test_from_start_to_stop(machine: Machine) -> None:
     assert machine.containers[NAME]["restart"] == "unless-stopped"
     # Where a container is all that runs, it need not be said.
     assert f"EXEC python -m gpu_manager status --url http://127.0.0.1:{machine.port}" in machine.say("status", PORT="")
+    machine.say("status", PORT="", LC_ALL="zh_CN.UTF-8")
+    assert machine.calls("exec")[-1][:2] == ["--env", "LC_ALL=zh"], "the app's table is in the same language"
     assert "LOG of" in machine.say("logs", "--docker")
     assert "Ready" in machine.say("restart", PORT="")
     assert "Stopped" in machine.say("stop")
