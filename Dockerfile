@@ -20,8 +20,8 @@ COPY *.py ./
 COPY residency ./residency
 RUN python -m compileall -q *.py residency \
     && useradd --uid 10001 --create-home app \
-    && mkdir -p /snapshots /run/gpu-managed-tts /hub \
-    && chown app /snapshots /run/gpu-managed-tts \
+    && mkdir -p /snapshots /hub \
+    && chown app /snapshots \
     && chmod 1777 /hub # for a volume, whoever the app runs as
 
 USER app

@@ -88,7 +88,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
     build = _engine_builder(settings)
-    from residency.addresses import link
+    from residency.addresses import serving
     from residency.web.control import build as build_api
     from residency.web.editx_tab import EditxTab
     from residency.web.guard import Guard
@@ -129,7 +129,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
             else None,
         )
         scheme = "https" if settings.ssl_certfile else "http"
-        logger.info("Serving on %s / 服务已启动", link(settings.server_name, settings.server_port, scheme))
+        logger.info("%s", serving(settings.server_name, settings.server_port, scheme))
         if settings.root_path:
             logger.info("Behind a reverse proxy / 反向代理下的地址：%s", settings.root_path)
         if settings.share:

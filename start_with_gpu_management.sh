@@ -25,7 +25,7 @@ source "$here/scripts/container_run.sh"
 source "$here/scripts/container.sh"
 
 readonly SETTINGS=(HOST PORT GPU_ID GPU_IDLE_TIMEOUT GPU_KEEP_WARM GPU_SNAPSHOT_DIR MODEL_PATH STEP_AUDIO_ROOT PROJECT_DIR
-    VENV_DIR RUN_DIR DOCKER DETACH REPLACE FOLLOW CONTAINER_NAME IMAGE BASE_IMAGE SOCKET_DIR READY_TIMEOUT STOP_TIMEOUT)
+    VENV_DIR RUN_DIR DOCKER DETACH REPLACE FOLLOW CONTAINER_NAME IMAGE BASE_IMAGE READY_TIMEOUT STOP_TIMEOUT)
 readonly SWITCHES=(DOCKER DETACH REPLACE FOLLOW)
 # Variables of app.py itself; a container gets them too.
 readonly OF_APP=(GPU_CONTROL_TOKEN GRADIO_AUTH GPU_TTS_ROOT_PATH GRADIO_ROOT_PATH GPU_TTS_ALLOWED_HOSTS)
@@ -197,7 +197,6 @@ settle_rest() {
     settle VENV_DIR "$PROJECT_DIR/.venv"
     settle IMAGE gpu-managed-tts
     settle BASE_IMAGE python:3.11-slim-bookworm
-    settle SOCKET_DIR /tmp/gpu-managed-tts
     settle DETACH 0
     check_switch DETACH
     for name in "${PUBLIC[@]}"; do
@@ -209,7 +208,7 @@ settle_rest() {
 # A folder is meant from where this is called. A restart goes on in another one, and a container knows whole names only.
 settle_folders() {
     local name
-    for name in GPU_SNAPSHOT_DIR STEP_AUDIO_ROOT VENV_DIR SOCKET_DIR MODEL_PATH; do
+    for name in GPU_SNAPSHOT_DIR STEP_AUDIO_ROOT VENV_DIR MODEL_PATH; do
         [[ -z ${given[$name]:-} ]] || given[$name]=$(folder_of "$name" "${given[$name]}")
         [[ -z ${in_environment[$name]:-} ]] || in_environment[$name]=$(folder_of "$name" "${in_environment[$name]}")
     done

@@ -15,6 +15,18 @@ def link(host: str, port: int, scheme: str = "http") -> str:
     return f"{scheme}://{bracketed(host)}:{port}"
 
 
+def serving(host: str, port: int, scheme: str = "http") -> str:
+    """A line for the log, in English and Chinese: on which addresses a server listens that others may reach."""
+    here = link(host, port, scheme)
+    if host not in EVERY_ADDRESS:
+        return f"Serving on {here} / 服务已启动"
+    return (
+        f"Serving on {here} and on every other address of this machine ({host}), so that other machines reach it too; "
+        f"--server-name 127.0.0.1 is this machine only / 服务已启动，监听本机的所有地址（{host}），其他机器也能访问；"
+        f"仅限本机请用 --server-name 127.0.0.1"
+    )
+
+
 def bracketed(host: str) -> str:
     """As links have it: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host

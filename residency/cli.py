@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .errors import Holder, UnknownModel
+from .sentences import in_locale
 from .settings import checked, sendable
 from .units import readable_bytes
 
@@ -27,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     times = [arguments.keep_warm, arguments.idle_timeout]
     if (arguments.command == "configure") != any(time is not None for time in times):
         parser.error(
-            "--keep-warm and --idle-timeout go with configure, which needs one of them / "
-            "configure 需要 --keep-warm 或 --idle-timeout，且只有它使用这两个参数"
+            in_locale(
+                "--keep-warm and --idle-timeout go with configure, which needs one of them / "
+                "configure 需要 --keep-warm 或 --idle-timeout，且只有它使用这两个参数"
+            )
         )
     if "://" not in arguments.url:
         arguments.url = f"http://{arguments.url}"
@@ -40,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(str(error))
     except (OSError, ValueError, http.client.HTTPException) as error:
         return _failed(_unreachable(arguments.url, error))
-    print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else table(status))
+    print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else in_locale(table(status)))
     if not done:
-        print("It will follow / 稍后完成", file=sys.stderr)
+        print(in_locale("It will follow / 稍后完成"), file=sys.stderr)
     return 0
 
 
@@ -99,7 +102,7 @@ def _unreachable(url: str, error: Exception) -> str:
 
 
 def _failed(sentence: str) -> int:
-    print(sentence, file=sys.stderr)
+    print(in_locale(sentence), file=sys.stderr)
     return 1
 
 

@@ -1,6 +1,10 @@
-"""A sentence in English and Chinese. Programs and logs read both at once; pages choose one. Pure."""
+"""A sentence in English and Chinese. Programs and logs read both at once; pages and terminals show one."""
 
 from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
 
 
 class Sentence(str):
@@ -27,3 +31,17 @@ class Sentence(str):
 
     def __reduce__(self) -> tuple[type[Sentence], tuple[str, str, str]]:
         return type(self), (self.en, self.zh, str(self))
+
+
+_BOTH = re.compile(r"(?P<before>[\w-]+: )?(?P<en>[^\n]+?) / (?P<zh>[^\n]*[\u4e00-\u9fff][^\n]*)")
+
+
+def in_locale(lines: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Lines for a terminal: of each that is ``en / zh``, also behind a name and a colon, the half of its locale.
+
+    That is what the start script does: Chinese where the first of LC_ALL, LC_MESSAGES and LANG that is set begins with
+    ``zh``, else English.
+    """
+    locale = next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    half = r"\g<before>\g<zh>" if locale.startswith("zh") else r"\g<before>\g<en>"
+    return _BOTH.sub(half, lines)

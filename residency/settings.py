@@ -157,7 +157,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="where the weights are; without it the built-in engine serves",
     )
     add("--server-name", type=checked(_address), default=defaults.server_name,
-        help="address to listen on; :: is every address of IPv4 and IPv6 (default: %(default)s)")  # fmt: skip
+        help="address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 every address of IPv4, :: of IPv4 and IPv6 "
+        "(default: %(default)s)")  # fmt: skip
     add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
     add(
         "--tmp-dir",

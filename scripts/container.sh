@@ -285,7 +285,7 @@ status_container() {
     say "Container $CONTAINER_NAME: $state" "容器 $CONTAINER_NAME：$state"
     [[ $state == "ours running" ]] || return 3
     if is_ready; then
-        docker exec "$CONTAINER_NAME" python -m gpu_manager status --url "$(address)"
+        docker exec --env "LC_ALL=$SPEAKS" "$CONTAINER_NAME" python -m gpu_manager status --url "$(address)"
     else
         say "Not ready yet, or on its way out" "尚未就绪，或正在退出"
     fi

@@ -71,8 +71,6 @@ container_command() {
     [[ -z $STEP_AUDIO_ROOT ]] || give_folder "$STEP_AUDIO_ROOT" ro
     [[ -z $GPU_SNAPSHOT_DIR ]] || give_folder "$GPU_SNAPSHOT_DIR" rw
     give_folders_of_arguments
-    folders+=("$SOCKET_DIR")
-    run+=(--volume "$SOCKET_DIR:$SOCKET_DIR")
     app_arguments
     # By name only: values would be seen in the list of processes.
     for name in "${OF_APP[@]}" HF_TOKEN HF_ENDPOINT; do run+=(--env "$name"); done

@@ -43,7 +43,6 @@ address or localhost, and CONTAINER_NAME only together with --docker.
   --image             GPU_TTS_IMAGE             name of the image (gpu-managed-tts)
   --base-image        GPU_TTS_BASE_IMAGE        what it is built on; the image of a Step-Audio-EditX checkout for the real
                                                 engine (python:3.11-slim-bookworm)
-  --socket-dir        GPU_TTS_SOCKET_DIR        folder for sockets between services, not used yet (/tmp/gpu-managed-tts)
 
 pip's own variables work as usual; while an image is built, PIP_INDEX_URL and PIP_EXTRA_INDEX_URL do. TORCH_INDEX_URL is where
 PyTorch alone comes from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB.
@@ -88,7 +87,6 @@ CONTAINER_NAME（沙箱）也常由其他程序设置：不带前缀时，HOST �
   --replace           GPU_TTS_REPLACE           替换同名容器
   --image             GPU_TTS_IMAGE             镜像名（gpu-managed-tts）
   --base-image        GPU_TTS_BASE_IMAGE        基础镜像；真实引擎请用 Step-Audio-EditX 的镜像（python:3.11-slim-bookworm）
-  --socket-dir        GPU_TTS_SOCKET_DIR        服务间套接字目录，尚未使用（/tmp/gpu-managed-tts）
 
 pip 的环境变量照常生效；构建镜像时，其中 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为
 https://download.pytorch.org/whl/cpu 可少下载数 GB。

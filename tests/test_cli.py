@@ -14,6 +14,11 @@ from gpu_manager import GPUResourceManager
 from residency import cli
 
 
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+
+
 @pytest.fixture
 def app(manager: GPUResourceManager) -> Iterator[HTTPServer]:
     class Handler(BaseHTTPRequestHandler):
@@ -86,14 +91,28 @@ def test_the_table_tells_what_comes_next(
     assert "cpu in 90 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("locale", "held"),
+    [
+        ("C.UTF-8", r"tts: held for .* s by .*test_cli.py:\d+.* \(thread MainThread\)$"),
+        ("zh_CN.UTF-8", r"tts: .*test_cli.py:\d+.*（线程 MainThread）已占用 .* 秒$"),
+    ],
+)
 def test_the_table_tells_who_uses_a_model_and_since_when(
-    app: HTTPServer, manager: GPUResourceManager, capsys: pytest.CaptureFixture[str]
+    app: HTTPServer,
+    manager: GPUResourceManager,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    locale: str,
+    held: str,
 ) -> None:
+    monkeypatch.setenv("LC_ALL", locale)
     with manager.lease("tts"):
         run(app, "status")
     said = capsys.readouterr().out
-    assert re.search(r"tts: held for .* s by .*test_cli.py:\d+.* \(thread MainThread\) / ", said)
-    assert "（线程 MainThread）已占用" in said
+    assert re.search(held, said, re.MULTILINE)
+    assert said.startswith("Simulated GPU" if locale == "C.UTF-8" else "模拟 GPU")
+    assert " / " not in said
     run(app, "status")
     assert "held for" not in capsys.readouterr().out
 
@@ -205,14 +224,33 @@ def test_what_is_no_http_is_no_app(app: HTTPServer, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("code", [404, 405])
-def test_an_app_without_management_is_said_to_be_one(
-    app: HTTPServer, capsys: pytest.CaptureFixture[str], code: int
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LANG": "C.UTF-8"}, "There is no GPU management"),
+        ({"LANG": "zh_CN.UTF-8"}, "没有 GPU 管理"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, "There is no GPU management"),
+        ({}, "There is no GPU management"),
+    ],
+)
+def test_an_app_without_management_is_said_to_be_one_in_the_language_of_the_locale(
+    app: HTTPServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    variables: dict[str, str],
+    expected: str,
 ) -> None:
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     app.next_answer = (code, {"detail": "Not Found"})
     assert run(app, "release") == 1
     said = capsys.readouterr().err
     assert "--enable-gpu-management" in said
-    assert "没有 GPU 管理" in said
+    assert expected in said
+    assert " / " not in said
 
 
 def test_an_address_needs_no_scheme(app: HTTPServer) -> None:

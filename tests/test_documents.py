@@ -24,6 +24,7 @@ from miniature import CHECKOUT, make_recording, make_weights
 from starting import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
 
 from residency.web.guidance import VERIFIED
+from residency.web.samples import VOICES
 
 DOCUMENTS = ["README.md", "README_CN.md", "GPU_MANAGEMENT.md", "examples/README.md"]
 COPIED = [
@@ -124,7 +125,6 @@ class Shell:
         self.environ = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS} | {
             "PATH": f"{stand_ins}:{hide_programs({'nvidia-smi'}, stand_ins)}",
             "PORT": self.port,
-            "SOCKET_DIR": str(folder / "sockets"),
             "FAKE_DOCKER": str(folder / "docker"),
         }
 
@@ -286,6 +286,22 @@ def test_python_in_the_readme_runs_as_printed(code: str, tmp_path: Path) -> None
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_gives_the_words_that_its_recording_says() -> None:
+    for document in ("README.md", "README_CN.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for sample in re.findall(r"residency/web/samples/(\w+)\.flac", text):
+            assert f'said = "{VOICES[sample].says}"' in text
+
+
+@pytest.mark.parametrize("document", ["README.md", "README_CN.md"])
+def test_the_readme_says_how_to_start_without_management_and_for_this_machine_only(document: str) -> None:
+    start, use = re.split(r"^## ", (ROOT / document).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:3]
+    assert "`.venv/bin/python app.py`" in start
+    assert "`.venv/bin/python app.py --server-name 127.0.0.1`" in start
+    assert "--url http://127.0.0.1:7861" in use
+    assert "2.08" in use
 
 
 def test_what_was_verified_is_said_near_the_top_of_the_readme_as_in_the_help() -> None:

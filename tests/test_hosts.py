@@ -17,6 +17,7 @@ from serving import ForkedApp, RunningApp, free_port, wait_until
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from residency.addresses import serving
 from residency.errors import InvalidInput
 from residency.web import containers
 from residency.web.hosts import Hosts
@@ -42,6 +43,17 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
         yield app
 
 
+def test_the_log_tells_on_which_addresses_it_listens(tmp_path: Path) -> None:
+    with ForkedApp(tmp_path, *ARGUMENTS, "--server-name", "0.0.0.0") as app:
+        line = app.wait_for_line("Serving on")
+    assert f"http://localhost:{app.port} " in line
+    for words in ("every other address of this machine (0.0.0.0)", "本机的所有地址（0.0.0.0）"):
+        assert words in line
+    assert line.count("--server-name 127.0.0.1") == 2
+    assert serving("127.0.0.1", 7860) == "Serving on http://127.0.0.1:7860 / 服务已启动"
+    assert serving("::1", 7860, "https") == "Serving on https://[::1]:7860 / 服务已启动"
+
+
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 class TestIPv6:
     @pytest.mark.parametrize("name", ["::1", "[::1]"])
@@ -57,7 +69,10 @@ class TestIPv6:
     @pytest.mark.parametrize("name", ["::", "[::]"])
     def test_every_address_is_also_every_one_of_ipv4(self, tmp_path: Path, name: str) -> None:
         with ForkedApp(tmp_path, *ARGUMENTS, "--server-name", name) as app:
-            assert f"http://localhost:{app.port} " in app.wait_for_line("Serving on")
+            line = app.wait_for_line("Serving on")
+            assert f"http://localhost:{app.port} " in line
+            assert "every other address of this machine (::)" in line
+            assert "--server-name 127.0.0.1" in line
             assert self.is_local(app, "::1")
             assert self.is_local(app, "127.0.0.1")
             assert ask(app.port, "/gpu/status", address="::1", host="evil.example").status == 403

@@ -41,10 +41,10 @@ def english(text: str) -> str:
     if foreign:
         quoted = foreign[0] if len(foreign[0]) <= 20 else foreign[0][:20] + "…"
         raise InvalidInput(
-            f"The built-in engine speaks English only and cannot say “{quoted}”: write the text in English, or start "
-            f"the app with --model-path and Step-Audio-EditX, which also speaks Chinese, Japanese and Korean",
-            f"内置引擎只会说英语，无法朗读“{quoted}”：请改用英文文本，或以 --model-path 启动 Step-Audio-EditX，"
-            f"它还支持中文、日语和韩语",
+            f"Write the text in English: the built-in engine speaks English only and cannot say “{quoted}” "
+            f"(Step-Audio-EditX, started with --model-path, also speaks Chinese, Japanese and Korean)",
+            f"请用英文填写：内置引擎只会说英语，无法朗读“{quoted}”"
+            f"（以 --model-path 启动的 Step-Audio-EditX 还支持中文、日语和韩语）",
         )
     return text
 

@@ -175,10 +175,11 @@ class EditxTab:
         update = self.update_edit_info(edit_type)
         return update, task_names.line(edit_type, update["value"], speaker())
 
-    def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[str, str, Any]:
+    def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[Any, ...]:
         recording = samples.copied(sample, self.speech.folder)
         self.recordings.own(session(), recording)
-        return sample.says, recording, target_text or samples.TARGET_TEXT
+        target = (gr.skip(), gr.skip()) if target_text else (samples.TARGET_TEXT, "")  # the text, what is said of it
+        return sample.says, recording, *target
 
     def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
         history = state["history_audio"]
@@ -249,16 +250,18 @@ class EditxTab:
                     )
                     self.places.draw("target_text")
                 with gr.Column():
-                    with gr.Row():
-                        tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
-                        self.edit_type = gr.Dropdown(
-                            label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
-                        )
-                        self.edit_info = gr.Dropdown(
-                            label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
-                        )
-                    self.places.draw("task")
-                    self.places.draw("sub_task")
+                    with gr.Row():  # on a phone one below the other, so that names have room
+                        with gr.Column(min_width=240):
+                            tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
+                            self.edit_type = gr.Dropdown(
+                                label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
+                            )
+                            self.places.draw("task")
+                        with gr.Column(min_width=240):
+                            self.edit_info = gr.Dropdown(
+                                label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
+                            )
+                            self.places.draw("sub_task")
                     self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
                     self.chat_box = gr.Chatbot(
                         label=label("历史", "History"),
@@ -298,17 +301,22 @@ class EditxTab:
         hidden = {"show_progress": "hidden", **PRIVATE}
         # None waits in Gradio's queue, and none is swallowed there: each is answered at once.
         asking: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **hidden}
-        # In the browser, at once: the error of the last request is not the next one's.
-        wiped = f"() => Array({len(self.places.components)}).fill('')"
+        # The error of the last request is not the next one's, nor that of what is filled in now.
         # The chat has a bin of its own.
         clears = (self.clean_history_submit.click, self.chat_box.clear)
         for press in (self.button_tts.click, self.button_edit.click, *clears):
-            press(None, None, self.places.components, js=wiped, **hidden)
+            press(**self.places.wiping())
+        self.prompt_text_input.change(**self.places.wiping_by_hand("prompt_text"))
+        self.generated_text.change(**self.places.wiping_by_hand("target_text"))
+        self.edit_type.input(**self.places.wiping("task", "sub_task"))
+        self.edit_info.input(**self.places.wiping("sub_task"))
         # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
         cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
-        cloned.then(lambda state: as_messages(state["history_messages"], speaker()), state, self.chat_box, **hidden)
+        drawn = cloned.then(
+            lambda state: as_messages(state["history_messages"], speaker()), state, self.chat_box, **hidden
+        )
         edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
-        for pressed in (cloned, edited):
+        for pressed in (drawn, edited):
             pressed.then(None, js=SHOW, **PRIVATE)
         self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
         for clear in clears:
@@ -325,18 +333,13 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
-        # In the browser, at once: `Reception.receive` and `Transcription.hear` end in any order, so neither
-        # removes a message.
+        # `Reception.receive` and `Transcription.hear` end in any order, so neither takes a message away.
         comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
-        gr.on(
-            [*comes, *(button.click for button, _ in self.samples)],
-            None,
-            None,
-            self._about_recording,
-            js="() => ''",
-            **PRIVATE,
-        )
+        gr.on(comes, **self.places.wiping("recording"))
+        for button, _ in self.samples:
+            button.click(**self.places.wiping("recording", "prompt_text"))
         filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
+        filled_in.append(self.places.of("target_text"))
         for button, sample in self.samples:
             button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
@@ -355,7 +358,8 @@ class EditxTab:
     def register_return(self, came: Any) -> None:
         """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
         texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
-        recording = self.prompt_audio_input
-        returned = self._inputs.register(came, texts, recording, tasks, self.task_line, self.chat_box)
+        returned = self._inputs.register(
+            came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording
+        )
         if self.speech.transcribes:
             self.transcription.resume(returned)

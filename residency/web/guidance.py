@@ -16,8 +16,8 @@ TAGS = """
 [Dissatisfaction-hnn]`
 """
 PARALINGUISTIC_HELP = (
-    f"**paralinguistic** 在目标文本中加入标签： {TAGS}",
-    f"**paralinguistic** puts sounds where the target text has tags: {TAGS}",
+    f"**笑声、叹息等（paralinguistic）** 在目标文本中加入标签： {TAGS}",
+    f"**laughter, sighs (paralinguistic)** puts sounds where the target text has tags: {TAGS}",
 )
 PROMPT_TEXT_HELP = (
     "录音中所说的话，一字不差：模型据此把声音和文字对应起来。",

@@ -23,6 +23,7 @@ import soundfile
 
 from ..errors import InvalidInput, about
 from . import decode
+from .unreadable import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class Incoming:
         """
         if not path:
             raise InvalidInput(
-                "Input Audio is missing: upload or record something first", "缺少输入音频：请先上传或录制"
+                "Input Audio is missing: upload or record a voice; the page has sample voices below it",
+                "缺少输入音频：请上传或录制；页面上其下方有示例声音可用",
             )
         if not os.path.isfile(path):
             raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")
@@ -169,10 +171,10 @@ class Incoming:
 
 
 def _unreadable(reason: str) -> InvalidInput:
+    said = in_words(reason)
     return InvalidInput(
-        f"The recording cannot be read ({reason}): the file may be damaged or hold no sound; record it again, or "
-        f"convert it to WAV, FLAC, MP3, OGG or M4A",
-        f"无法读取该录音（{reason}）：文件可能已损坏或不含声音；请重新录制，或转换为 WAV、FLAC、MP3、OGG 或 M4A",
+        f"The recording cannot be read ({said.en}): record it again, or convert it to WAV, FLAC, MP3, OGG or M4A",
+        f"无法读取该录音（{said.zh}）：请重新录制，或转换为 WAV、FLAC、MP3、OGG 或 M4A",
     )
 
 

@@ -2,7 +2,7 @@
 
 The browser's tab keeps it, in `sessionStorage`: no other tab reads it, it goes when the tab is closed, and `visits`
 drops it where a visit does not go on. The texts never leave the browser for this. The recording comes back if the
-server still has it.
+server still has it; if not, that is said beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 import gradio as gr
 
+from ..errors import InvalidInput
 from .compat import PRIVATE, session, speaker
+from .messages import Message
 from .recordings import Recordings
 from .task_names import choices, line
 
@@ -34,6 +36,11 @@ _TEXTS = """(prompt, target) => {
   return [prompt || (kept.prompt ?? ""), target || (kept.target ?? "")];
 }"""
 
+_GONE = (
+    "The recording is gone from the server: upload or record it again, or press a sample voice",
+    "服务器上已没有该录音：请重新上传或录制，或点击示例声音",
+)
+
 
 class Inputs:
     """Keeps the inputs of pages. Thread-safe."""
@@ -49,6 +56,7 @@ class Inputs:
         tasks: Sequence[gr.Dropdown],
         task_line: gr.Markdown,
         history: gr.Chatbot,
+        about_recording: gr.HTML,
     ) -> Any:
         """Connect the components while the page is being drawn. ``came`` is the event after which a visit goes on.
 
@@ -57,25 +65,26 @@ class Inputs:
         kept = gr.Textbox(visible=False)
         inputs: list[Any] = [*texts, recording, *tasks]
         hidden: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
-        back = came.then(self.bring_back, kept, [recording, *tasks, task_line], js=_READ, **hidden)
+        back = came.then(self.bring_back, kept, [recording, about_recording, *tasks, task_line], js=_READ, **hidden)
         back.then(None, list(texts), list(texts), js=_TEXTS, **PRIVATE)
         kept_from = [*inputs, history]
         gr.on([each.change for each in kept_from], None, kept_from, None, js=_KEEP, **PRIVATE)
         return back
 
-    def bring_back(self, kept: str | None) -> tuple[Any, Any, Any, Any]:
-        """Updates of recording, task, sub-task and their line, from what a page has kept. It may be damaged.
+    def bring_back(self, kept: str | None) -> tuple[Any, Any, Any, Any, Any]:
+        """Updates of recording, its message, task, sub-task and their line, from what a page has kept.
 
-        Tasks get their names too: choices are not translated by Gradio 5.
+        That may be damaged. Tasks get their names too: choices are not translated by Gradio 5.
         """
         recording, task, sub_task = _parsed(kept)
         mine = self._recordings.owns(session(), recording) and os.path.isfile(recording)
         audio, say = recording if mine else gr.skip(), speaker()
+        news = Message.of(InvalidInput(*_GONE, "recording"), say) if recording and not mine else gr.skip()
         names = choices([*self._edit_types], None, say)
         if task not in self._edit_types:
-            return audio, gr.update(choices=names), gr.skip(), gr.skip()
+            return audio, news, gr.update(choices=names), gr.skip(), gr.skip()
         sub_tasks = sub_tasks_update(self._edit_types, task, sub_task)
-        return audio, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], say)
+        return audio, news, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], say)
 
 
 def sub_tasks_update(edit_types: Mapping[str, Sequence[str]], task: str, sub_task: str | None = None) -> Any:

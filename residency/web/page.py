@@ -51,7 +51,20 @@ _CSS = """
 .said p {scroll-margin: 140px 0 24px}
 .said p[role=alert] {color: var(--error-text-color); font-weight: 500}
 .progress-line label {display: block}
-.progress-line progress {display: block; width: 100%; margin-top: 4px; accent-color: var(--color-accent)}
+.progress-line progress {
+  appearance: none; display: block; width: 100%; height: 8px; margin-top: 4px;
+  border: 0; border-radius: 4px; overflow: hidden; background: rgba(128, 128, 128, .25)
+}
+.progress-line progress::-webkit-progress-bar {background: transparent}
+.progress-line progress::-webkit-progress-value {background: var(--color-accent)}
+.progress-line progress::-moz-progress-bar {background: var(--color-accent)}
+/* Where nobody knows how much is done. */
+.progress-line progress:indeterminate::-moz-progress-bar {background: transparent}
+.progress-line progress:indeterminate {
+  background: linear-gradient(90deg, transparent 40%, var(--color-accent) 50%, transparent 60%) 0 / 300%, #8884;
+  animation: under-way 2s linear infinite
+}
+@keyframes under-way {from {background-position: 100%} to {background-position: 0}}
 body:not(:has(#progress [data-running])) #stop {display: none}
 :is(.progress-line, .said) .wrap:has(> .error) {display: none}
 /* What was said about a recording that was taken away. */
@@ -67,6 +80,7 @@ body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display:
 :is(#task, #sub-task) input {text-overflow: ellipsis; margin-right: 1.4em}
 footer .divider:last-child {display: none}
 @media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
+#history .bot-row {scroll-margin: 24px 0 60px}
 """
 _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 

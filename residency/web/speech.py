@@ -23,6 +23,8 @@ from ..diagnosis import message_of
 from ..errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
 from ..sentences import Sentence
 from .incoming import Incoming, Limits
+from .language import en, zh
+from .task_names import choices
 from .turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -144,21 +146,23 @@ class Speech:
 
     def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
         if not edit_type or edit_type == "clone":
-            tasks = [name for name in self.edit_types if name != "clone"]
+            tasks = _names([name for name in self.edit_types if name != "clone"])
             raise InvalidInput(
-                f"EDIT needs a task: choose one of {', '.join(tasks)}",
-                f"EDIT 需要编辑任务：请选择 {'、'.join(tasks)}",
+                f"EDIT needs a task, and clone is not an edit: choose one of {tasks.en}",
+                f"EDIT 需要编辑任务（“克隆音色”不是编辑）：请选择 {tasks.zh}",
                 "task",
             )
         # Tasks that are not listed are the engine's to accept or refuse.
-        choices = self.edit_types.get(edit_type, [])
-        if choices and edit_info not in choices:
+        offered = self.edit_types.get(edit_type, [])
+        if offered and edit_info not in offered:
+            task, sub_tasks = _names([edit_type]), _names(offered, edit_type)
             raise InvalidInput(
-                f"{edit_type} has no sub-task {edit_info!r}: choose one of {', '.join(choices)}",
-                f"任务 {edit_type} 没有子任务 {edit_info!r}：请选择 {'、'.join(choices)}",
+                f"The task {task.en} {f'has no sub-task {edit_info!r}' if edit_info else 'needs a sub-task'}: choose "
+                f"one of {sub_tasks.en}",
+                f"任务 {task.zh} {f'没有子任务 {edit_info!r}' if edit_info else '需要子任务'}：请选择 {sub_tasks.zh}",
                 "sub_task",
             )
-        return edit_type, edit_info if choices else None
+        return edit_type, edit_info if offered else None
 
     @contextmanager
     def _engine_at_work(self) -> Iterator[Engine]:
@@ -214,6 +218,12 @@ def explain(error: Exception) -> Sentence:
     return Sentence(
         f"The engine failed: {reason}. Nothing was lost; try again.", f"引擎出错：{reason}。历史未丢失，请重试。"
     )
+
+
+def _names(values: Sequence[str], task: str | None = None) -> Sentence:
+    """Tasks, or sub-tasks of a task, by their names on the page, which end with the values that programs send."""
+    in_english, in_chinese = ([name for name, _ in choices(values, task, say)] for say in (en, zh))
+    return Sentence(", ".join(in_english), "、".join(in_chinese))
 
 
 def _given_text(text: str | None, limits: Limits, en: str, zh: str) -> str:

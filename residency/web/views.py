@@ -124,7 +124,8 @@ def model_html(name: str, status: dict[str, Any], say: Say) -> str:
         f"<span class='gpu-chip' data-model='{safe_name}' data-state='{state}'>"
         f"{words.state_in_words(state, kind, say)}</span>"
         f"<span class='gpu-quiet'>{words.activity(model, say)}</span></div>"
-        f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>{facts}</div>{remarks}"
+        f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>{facts}</div>"
+        f"<div class='gpu-quiet'>{words.why_less_in_memory(model, say)}</div>{remarks}"
     )
 
 
@@ -194,6 +195,6 @@ def _facts(model: dict[str, Any], device_bytes: int, device_kind: str, say: Say)
 def _keep_warm(model: dict[str, Any], say: Say) -> str:
     seconds, automatic = model["keep_warm_s"], model["policy"] == "auto"
     if seconds == 0 and not automatic:
-        return say("请求后立即离开", "leaves at once")
+        return say("请求后立即离开", "leaves right after a request")
     stays = say("一直", "always") if seconds == -1 else words.readable_seconds(seconds)
     return say("自动", "auto") + bracketed(stays, say) if automatic else stays

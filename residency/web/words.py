@@ -123,6 +123,19 @@ def kept_in_memory(model: dict[str, Any], say: Say) -> list[tuple[str, str]]:
     return facts
 
 
+def why_less_in_memory(model: dict[str, Any], say: Say) -> str:
+    """Why less is in main memory than was moved from the device; empty where that is not so."""
+    anew_bytes = model["size_bytes"] - model["host_bytes"]
+    if model["state"] != "cpu" or anew_bytes <= 0:
+        return ""
+    size, anew = readable_bytes(model["size_bytes"]), readable_bytes(anew_bytes)
+    return say(
+        f"模型在设备上占 {size}；其中 {anew} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
+        f"Of its {size} on the device, {anew} are in the model's files anyway: main memory does not keep them too, and "
+        f"they are made anew from there on return.",
+    )
+
+
 def notes(device: dict[str, Any], say: Say) -> list[str]:
     note = device["note"]
     return [say(note["zh"], note["en"])] if note else []
@@ -247,7 +260,7 @@ def course(
         return f"{sentence} · {counted(way['seconds'], 1)}"
     if step := model["next"]:
         what = of_device(_NEXT[step["to"]], device_kind, say).replace("{}", counted(step["in_s"], -1))
-        return f"{say('接下来', 'Next')}{mark(':', say)}{what}"
+        return f"{say('若无新请求', 'If no request comes')}{mark(':', say)}{what}"
     return ""
 
 
@@ -336,7 +349,6 @@ def as_text(status: dict[str, Any], say: Say = both) -> str:
             facts.insert(0, (label, readable_bytes(model["device_bytes"])))
         sizes = mark(",", say).join(f"{label} {value}" for label, value in facts)
         lines += [f"{name}{colon}{state_in_words(model['state'], kind, say)}{bracketed(sizes, say)}"]
-        lines += [
-            line for line in (activity(model, say), holder(model, say), course(model, kind, say)) if line
-        ] + remarks(model, say)
+        told = activity(model, say), holder(model, say), course(model, kind, say), why_less_in_memory(model, say)
+        lines += [*filter(None, told), *remarks(model, say)]
     return "\n".join([*lines, *notes(device, say), *trouble(status, say)])

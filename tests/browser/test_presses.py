@@ -161,7 +161,7 @@ def test_an_error_is_shown_in_view_at_its_control_until_the_next_press(
         ("prompt-text", "clone", "Prompt Text is empty", "提示文本为空"),
         ("target-text", "clone", "Target Text is empty", "目标文本为空"),
         ("task", "edit", "EDIT needs a task", "EDIT 需要编辑任务"),
-        ("prompt-audio", "clone", "Input Audio is missing", "缺少输入音频"),
+        ("prompt-audio", "clone", "the page has sample voices below it", "其下方有示例声音可用"),
     ]
     for control, button, en, zh in mistakes:
         before = None
@@ -191,6 +191,29 @@ def test_an_error_is_shown_in_view_at_its_control_until_the_next_press(
     expect_results(page, 1)
     sync_api.expect(page.locator(".said [role=alert]")).to_have_count(0)
     sync_api.expect(page.locator("#prompt-text :is(textarea, input)").first).not_to_have_attribute("aria-invalid", "")
+
+
+def test_what_is_filled_in_anew_is_not_called_wrong_any_longer(page: Page) -> None:
+    alert = page.locator(".said [role=alert]")
+    press(page, "edit")
+    sync_api.expect(page.locator("#about-task [role=alert]")).to_be_visible()
+    choose_task(page, "vad")
+    sync_api.expect(alert).to_have_count(0)
+    field(page, "prompt-text").fill("")
+    press(page, "clone")
+    sync_api.expect(page.locator("#about-prompt-text [role=alert]")).to_be_visible()
+    field(page, "target-text").fill("of another field")
+    sync_api.expect(field(page, "target-text")).to_have_value("of another field")
+    sync_api.expect(page.locator("#about-prompt-text [role=alert]")).to_be_visible()
+    field(page, "prompt-text").fill("said")
+    sync_api.expect(alert).to_have_count(0)
+    sync_api.expect(field(page, "prompt-text")).not_to_have_attribute("aria-invalid", "")
+    field(page, "target-text").fill("")
+    press(page, "clone")
+    sync_api.expect(page.locator("#about-target-text [role=alert]")).to_be_visible()
+    page.locator("#sample-low").click()
+    sync_api.expect(alert).to_have_count(0)
+    sync_api.expect(field(page, "target-text")).not_to_have_value("")
 
 
 def test_clone_clones_whatever_the_task_is(page: Page) -> None:

@@ -160,6 +160,27 @@ def test_an_open_page_outlives_a_restart_of_the_server(
         assert "Traceback" not in second.log
 
 
+@pytest.mark.parametrize(("locale", "said"), [("en-US", "The recording is gone"), ("zh-CN", "服务器上已没有该录音")])
+def test_a_recording_that_is_lost_by_a_restart_is_missed_where_it_was(
+    new_page: Callable[..., Page], tmp_path: Path, gates: Path, locale: str, said: str
+) -> None:
+    with ForkedApp(tmp_path / "first", *ARGUMENTS, gates=gates, prelude=SELDOM) as first:
+        page = new_page(locale=locale)
+        page.goto(first.url)
+        page.wait_for_function("window.keepsInputs")
+        sync_api.expect(page.locator("#about-prompt-audio [role=alert]")).to_have_count(0)
+        fill(page, tmp_path)
+        page.wait_for_function("sessionStorage.getItem('inputs')?.includes('prompt.wav')")
+        assert first.stop() == 0
+    with ForkedApp(tmp_path / "second", *ARGUMENTS, gates=gates, prelude=SELDOM, port=first.port):
+        page.reload()
+        alert = page.locator("#about-prompt-audio [role=alert]")
+        sync_api.expect(alert).to_contain_text(said)
+        expect_texts(page, "said\nin two lines", "to say")
+        upload(page, tmp_path)
+        sync_api.expect(alert).to_have_count(0)
+
+
 def test_an_open_page_asks_for_the_password_again_after_a_restart(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path
 ) -> None:

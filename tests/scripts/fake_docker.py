@@ -185,7 +185,7 @@ class Docker:
                 made["retries"] = int(retries or 0)
             case ["logs", "--tail", _, *_, name]:
                 print("LOG of", self.container(name)["command"])
-            case ["exec", name, *command]:
+            case ["exec", "--env", _, name, *command]:
                 if self.container(name)["status"] != "running":
                     fail(f"Error response from daemon: container {name} is not running")
                 print("EXEC", *command)

@@ -25,10 +25,10 @@ class Machine(Caller):
     """A machine with a docker, on which the start script is called."""
 
     def __init__(self, folder: Path) -> None:
-        self.sockets, self.port, self.docker = folder / "sockets", str(free_port()), folder / "docker"
+        self.port, self.docker = str(free_port()), folder / "docker"
         super().__init__(
             Project(folder / "a project", folder / "bin"),
-            {"FAKE_DOCKER": str(self.docker), "PORT": self.port, "SOCKET_DIR": str(self.sockets)},
+            {"FAKE_DOCKER": str(self.docker), "PORT": self.port},
         )
         shutil.copy(ROOT / "Dockerfile", self.project.folder)
         (self.project.folder / "pyproject.toml").touch()
@@ -94,6 +94,8 @@ def test_from_start_to_stop(machine: Machine) -> None:
     assert machine.containers[NAME]["restart"] == "unless-stopped"
     # Where a container is all that runs, it need not be said.
     assert f"EXEC python -m gpu_manager status --url http://127.0.0.1:{machine.port}" in machine.say("status", PORT="")
+    machine.say("status", PORT="", LC_ALL="zh_CN.UTF-8")
+    assert machine.calls("exec")[-1][:2] == ["--env", "LC_ALL=zh"], "the app's table is in the same language"
     assert "LOG of" in machine.say("logs", "--docker")
     assert "Ready" in machine.say("restart", PORT="")
     assert "Stopped" in machine.say("stop")
@@ -112,10 +114,8 @@ def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> No
     assert value_of("--security-opt", run) == "no-new-privileges"
     assert pairs("--volume", run) == [
         f"{models}:{models}:ro", "gpu-managed-tts-hub:/hub", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
-        f"{machine.sockets}:{machine.sockets}",
     ]  # fmt: skip
     assert snapshots.is_dir()
-    assert machine.sockets.is_dir()
     passed_on = {"GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS"}
     assert passed_on < set(pairs("--env", run))
     assert not any("secret" in word for word in run), "a secret is not for the list of processes"
@@ -132,7 +132,6 @@ def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: 
     )
     assert pairs("--volume", machine.calls("run")[-1]) == [
         "gpu-managed-tts-hub:/hub", f"{recordings}:{recordings}", f"{whisper}:{whisper}:ro",
-        f"{machine.sockets}:{machine.sockets}",
     ]  # fmt: skip
     assert recordings.is_dir()
     assert machine.containers[NAME]["command"][1:6] == [
@@ -180,7 +179,6 @@ def test_a_private_key_that_only_root_may_read_is_said_before_the_start(machine:
 def test_what_would_be_made_is_said(machine: Machine, tmp_path: Path) -> None:
     said = machine.say("--docker", "--check", GPU_SNAPSHOT_DIR=str(tmp_path / "snapshots"))
     assert f"Would make the folder {tmp_path / 'snapshots'}" in said
-    assert f"Would make the folder {machine.sockets}" in said
 
 
 def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None:
@@ -311,7 +309,6 @@ class TestSomebodyElses:
         assert "Would build: docker build" in said
         assert f"Would run: docker run --name {NAME}" in said
         assert machine.containers == {NAME: OLD}
-        assert not machine.sockets.exists()
 
 
 def test_what_check_says_is_what_is_done(machine: Machine) -> None:

@@ -19,6 +19,8 @@ from residency.cancellation import checkpoint
 from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.language import Say, en, zh
+from residency.web.task_names import choices
 
 
 @pytest.fixture
@@ -134,6 +136,33 @@ def test_an_edit_that_cannot_be_says_so_before_the_engine_is_asked(
     assert session.edit().message == ""
 
 
+@pytest.mark.parametrize(
+    ("say", "task", "info", "expected"),
+    [
+        (
+            en,
+            "clone",
+            None,
+            ["needs a task", "clone is not an edit", "style, cut pauses (vad), reduce noise (denoise)"],
+        ),
+        (zh, "clone", None, ["需要编辑任务", "“克隆音色”不是编辑", "风格（style）、去除停顿（vad）、降噪（denoise）"]),
+        (en, "speed", None, ["The task speed needs a sub-task", "slower, much faster (more faster)"]),
+        (zh, "speed", None, ["任务 语速（speed） 需要子任务", "慢一些（slower）、快很多（more faster）"]),
+        (zh, "speed", "twice", ["没有子任务 'twice'"]),
+        (en, "style", None, ["elderly person (older)"]),
+    ],
+)
+def test_an_error_about_a_task_calls_tasks_as_the_menus_do(
+    session: Session, monkeypatch: pytest.MonkeyPatch, say: Say, task: str, info: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr("residency.web.editx_tab.speaker", lambda: say)
+    message = session.edit(task, info).message
+    for words in expected:
+        assert html.escape(words) in message
+    menu = choices([name for name in session.tab.speech.edit_types if name != "clone"], None, say)
+    assert task != "clone" or all(name in message for name, _ in menu)
+
+
 def test_what_the_engine_says_in_its_own_words_is_shown(session: Session, engine: Any) -> None:
     engine.error = type("HTTPException", (Exception,), {"detail": "Unsupported edit type", "status_code": 400})()
     assert "cannot do this: Unsupported edit type" in session.edit("singing", None).message
@@ -143,7 +172,9 @@ def test_what_the_engine_says_in_its_own_words_is_shown(session: Session, engine
 
 def test_a_text_that_the_engine_cannot_say_is_refused_before_it_is_asked(session: Session, engine: Any) -> None:
     engine.check_text = speakable
-    assert "内置引擎只会说英语" in session.clone(target="你好，世界").message
+    message = session.clone(target="你好，世界").message
+    assert "请用英文填写：内置引擎只会说英语" in message
+    assert message.index("Write the text in English") < message.index("--model-path")
     assert not engine.asked
     assert session.clone(target="Hello").message == ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +146,17 @@ class TestUnreadable:
     @pytest.mark.parametrize("content", [b"", b"no sound at all\n" * 100, b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(999)])
     def test_what_is_no_recording(self, refused: Any, content: bytes) -> None:
         refused(content)
+
+    def test_the_reason_is_said_in_both_languages_and_not_in_the_words_of_ffmpeg(
+        self, receive: Incoming, tmp_path: Path
+    ) -> None:
+        webm, sound = phones.record(tmp_path / "browser.webm").read_bytes(), tmp_path / "memo.m4a"
+        for content in (b"no sound at all\n" * 100, b"OggS" + bytes(100), webm[:60], bytes(3000)):
+            sound.write_bytes(content)
+            with pytest.raises(InvalidInput) as raised:
+                receive.readable(str(sound))
+            assert re.search(r"\(it [a-z ,]+\): record it again", raised.value.en)
+            assert re.search(r"（[^A-Za-z]+）：请重新录制", raised.value.zh)
 
     def test_a_recording_that_lacks_its_end(self, refused: Any, tmp_path: Path) -> None:
         whole = phones.record(tmp_path / "iphone.m4a").read_bytes()

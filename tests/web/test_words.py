@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fakes import Gate, Workshop
 
-from gpu_manager import CpuDevice, GPUResourceManager
+from gpu_manager import CpuDevice, GPUResourceManager, State
 from residency.clock import ManualClock
 from residency.diagnosis import in_words
 from residency.errors import InvalidInput
@@ -146,14 +146,22 @@ class TestCourse:
     def test_an_idle_model_tells_what_comes_next(self, manager: GPUResourceManager, clock: ManualClock) -> None:
         manager.configure("tts", keep_warm=30, idle_timeout=600)
         with manager.lease("tts"):
-            assert "Next" not in words.as_text(manager.status())
+            assert "If no request comes" not in words.as_text(manager.status())
         clock.advance(18)
         assert "12 s 后卸载到内存 / to main memory in 12 s" in words.as_text(manager.status())
         assert "<time data-s='12.0' data-way='-1'>12 s</time>" in as_html(manager.status())
         manager.offload("tts")
         assert "10 min 后释放 / released in 10 min" in words.as_text(manager.status())
         manager.configure("tts", idle_timeout=-1)
-        assert "Next" not in words.as_text(manager.status())
+        assert "If no request comes" not in words.as_text(manager.status())
+
+    def test_a_model_that_was_warmed_does_not_contradict_its_keep_warm(self, manager: GPUResourceManager) -> None:
+        manager.configure("tts", keep_warm=0)
+        manager.warm("tts")
+        assert manager.wait_for("tts", State.DEVICE, 10)
+        shown = views.model_html("tts", manager.status(), en)
+        assert "If no request comes: to main memory in" in shown
+        assert "Keep warm<b>leaves right after a request" in shown
 
     def test_the_queue_is_counted(self, manager: GPUResourceManager) -> None:
         status = manager.status()
