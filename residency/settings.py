@@ -196,7 +196,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--max-upload", metavar="SIZE", type=checked(size_bytes), default=defaults.max_upload,
         help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
     add("--max-disk", metavar="SIZE", type=checked(size_bytes), default=defaults.max_disk,
-        help="uploads are refused while recordings and results in --tmp-dir take more disk space than this "
+        help="disk space that recordings and results in --tmp-dir may take together "
         "(default: 5GB)")  # fmt: skip
     add("--max-audio", metavar="S", type=checked(seconds), default=defaults.max_audio,
         help="longest recording that is worked on (600, 90s, 15m; -1: any; default: 600)")  # fmt: skip

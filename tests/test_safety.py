@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -15,6 +16,7 @@ from urllib.request import Request, urlopen
 import gradio
 import httpx
 import numpy as np
+import phones
 import pytest
 import soundfile
 from gradio_client import Client, handle_file
@@ -240,7 +242,30 @@ class TestLimits:
                 httpx.post(f"{app.url}/gradio_api/upload", files={"files": bytes([number]) * 500_000}).status_code
                 for number in range(7)
             ]
-        assert codes == [200] * 5 + [507] * 2
+        assert codes == [200] * 4 + [507] * 3
+
+    def test_nor_do_uploads_at_the_same_time(self, tmp_path: Path) -> None:
+        with ForkedApp(tmp_path / "recordings", "--max-disk", "2MB", gates=tmp_path) as app, ExitStack() as lines:
+            for _ in range(4):
+                line = lines.enter_context(socket.create_connection(("127.0.0.1", app.port), timeout=60))
+                line.sendall(
+                    b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 500000\r\n"
+                    b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+                    b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n' + b"x" * 1000
+                )
+            assert wait_until(lambda: len(self.leftovers(tmp_path / "recordings")) == 4), "they have begun"
+            answer = httpx.post(f"{app.url}/gradio_api/upload", files={"files": b"x" * 500_000})
+            assert answer.status_code == 507
+
+    def test_nor_do_conversions_and_results(self, tmp_path: Path) -> None:
+        silence = phones.record(tmp_path / "iphone.m4a", seconds=20)
+        with ForkedApp(tmp_path / "recordings", "--max-disk", "1MB", gates=tmp_path) as app:
+            client = Client(app.url, verbose=False)
+            with pytest.raises(Exception, match=r"--max-disk"):
+                client.predict(handle_file(str(silence)), "said", "to say", api_name="/clone")
+            size = sum(path.stat().st_size for path in (tmp_path / "recordings").rglob("*") if path.is_file())
+            assert size < 1 << 20
+            assert app.log.count("spoken") == 0
 
     def test_one_whose_size_is_not_told_is_refused_too(self, app: RunningApp, folder: Path) -> None:
         head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n'

@@ -62,7 +62,8 @@ def main() -> None:
     options = parser.parse_args()
     os.nice(10)  # requests for speech have priority
     resource.setrlimit(resource.RLIMIT_AS, (options.memory, options.memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (options.cpu, options.cpu))
+    # SIGXCPU at the first, so that SIGKILL tells of others.
+    resource.setrlimit(resource.RLIMIT_CPU, (options.cpu, options.cpu + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         decode(options.source, options.target, options.seconds, options.samples)

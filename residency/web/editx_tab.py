@@ -71,8 +71,9 @@ class EditxTab:
         manager = getattr(tts_engine, "manager", None)
         self._model = getattr(tts_engine, "name", None) or "tts"
         turns = Turns(self._model) if manager is None else None
-        self.speech = Speech(tts_engine, edit_types or STEP_AUDIO_EDIT_TYPES, folder, recognize, limits, turns)
         self.recordings = Recordings(folder, getattr(args, "max_disk", math.inf))
+        edit_types = edit_types or STEP_AUDIO_EDIT_TYPES
+        self.speech = Speech(tts_engine, edit_types, self.recordings, recognize, limits, turns)
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
         self.panel = None if manager is None else GpuPanel(manager, guard or Guard())

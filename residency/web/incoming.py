@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import soundfile
 
 from ..errors import InvalidInput, about
 from . import decode
+from .recordings import CONVERTING, DiskFull, Recordings
 from .unreadable import in_words
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,9 @@ _MEMORY_BYTES = 1 << 30
 
 _AT_A_TIME = 4
 """How many recordings are converted at a time, so that a slow one does not stop the others, and engines have cores."""
+
+_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""Signals by which no limit of the decoder itself ends it; the system sends SIGKILL when main memory is full."""
 
 _LONGEST_S = 3600.0
 """How long a decoder may take, however long recordings may be."""
@@ -57,13 +62,14 @@ class Limits:
 
 
 class Incoming:
-    """Converted recordings lie in folders of their own in ``folder``, one for each that was given. Thread-safe.
+    """Converted recordings lie in the folder of ``recordings``, each in a folder of its own. Thread-safe.
 
-    The file's content decides, never its name.
+    The file's content decides whether it is converted, never its name.
     """
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
-        self._folder = folder
+    def __init__(self, recordings: Recordings, limits: Limits) -> None:
+        self._recordings = recordings
+        self._folder = Path(recordings.folder)
         self._limits = limits
         self._free = threading.BoundedSemaphore(_AT_A_TIME)
         self._lock = threading.Lock()
@@ -73,9 +79,12 @@ class Incoming:
     def readable(self, path: str | None) -> str:
         """A recording for engines and browsers: ``path`` itself, or a WAV file (16 bit, mono, sample rate as it was).
 
-        The second call for the same file answers the same WAV file. `InvalidInput` if there is no recording, if it is
-        longer than the limits allow (it is not decoded further than that), or cannot be read. Takes up to seconds; not
-        for the event loop.
+        The second call for the same file answers the same WAV file. Takes up to seconds; not for the event loop.
+
+        Raises:
+            InvalidInput: there is no recording, it cannot be read, or it is longer than the limits allow; then it is
+                not decoded further than that.
+            DiskFull: no disk space may be used for converting it.
         """
         if not path:
             raise InvalidInput(
@@ -111,18 +120,21 @@ class Incoming:
         with of_this:
             if not target.exists():
                 self._folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix="converting-", dir=self._folder) as workshop:
+                with (
+                    self._free,
+                    self._recordings.reserved(2 * self._limits.samples, 1) as most_bytes,
+                    tempfile.TemporaryDirectory(prefix=CONVERTING, dir=self._folder) as workshop,
+                ):
                     made = os.path.join(workshop, target.name)
-                    with self._free:
-                        self._decode(path, made)
+                    self._decode(path, made, most_bytes / 2)
                     target.parent.mkdir(exist_ok=True)
                     os.replace(made, target)
         return str(target)
 
-    def _decode(self, source: str, target: str) -> None:
+    def _decode(self, source: str, target: str, most_samples: float) -> None:
         most_s = self._limits.audio_s
         command = [sys.executable, "-m", decode.__name__, os.path.abspath(source), target]
-        command += [f"--seconds={most_s}", f"--samples={self._limits.samples}", f"--memory={_MEMORY_BYTES}"]
+        command += [f"--seconds={most_s}", f"--samples={most_samples}", f"--memory={_MEMORY_BYTES}"]
         command += [f"--cpu={min(20 + most_s / 10, _LONGEST_S):.0f}"]
         try:
             ended = subprocess.run(
@@ -140,10 +152,16 @@ class Incoming:
         if ended.returncode == decode.TOO_LONG:
             raise self._too_long()
         if ended.returncode == decode.TOO_MANY_SAMPLES:
-            raise self._too_many_samples()
+            raise self._too_many_samples() if most_samples >= self._limits.samples else DiskFull
         reason = next(reversed(ended.stderr.splitlines()), "")
         if ended.returncode == decode.UNREADABLE:
             raise _unreadable(reason)
+        if -ended.returncode in _FROM_OUTSIDE:
+            raise InvalidInput(
+                "The conversion of the recording was stopped on the server: try again; if that happens again, the "
+                "server lacks memory",
+                "服务器上的录音转换被中止：请重试；如再次出现，说明服务器内存不足",
+            )
         if ended.returncode < 0:
             raise _unreadable("the decoder gave up on it")
         if ended.returncode:

@@ -104,15 +104,17 @@ class Page:
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
         leave_out_the_internet()
+        presence = Presence(self._session_begins, self._session_ends)
+        tab.recordings.silent = presence.silent
         self.traffic = Traffic(
             str(tab.speech.folder),
-            Presence(self._session_begins, self._session_ends),
+            presence,
             tab.intent.show if tab.intent else None,
             tab.waiting.gone,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
             _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
             self._visits.know,
-            tab.recordings.make_room,
+            tab.recordings.reserved,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)

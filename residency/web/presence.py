@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ LOST = (
 
 
 class Presence:
-    """For the thread of the server's loop.
+    """For the thread of the server's loop, but for `silent`.
 
     ``begins`` is called with a session whenever it is heard of, ``ends`` (in another thread) when it has been silent
     for `LEFT_FOR_S`, or others want its place.
@@ -55,6 +56,11 @@ class Presence:
             self._silent.pop(session).cancel()
         if session not in self._lines:
             self._wait_for(session)
+
+    def silent(self, for_s: float) -> list[str]:
+        """The sessions that have been silent for so many seconds, the longest first. For any thread."""
+        before_s = time.monotonic() - for_s  # the clock of event loops
+        return [session for session, end in [*self._silent.items()] if end.when() - LEFT_FOR_S <= before_s]
 
     def _wait_for(self, session: str) -> None:
         loop = asyncio.get_running_loop()

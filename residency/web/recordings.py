@@ -1,6 +1,6 @@
-"""Whose recordings lie on the disk.
+"""Tracks which session owns a recording, deletes what no session owns, and bounds the disk space of all of them.
 
-What a session has uploaded or been given goes when the session does; what is nobody's, after a while.
+The files of a session are deleted when it has ended; files that belong to no session, after `UNOWNED_FOR_S`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,27 @@ import math
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+
+from ..errors import ResidencyError
 
 logger = logging.getLogger(__name__)
 
 UNOWNED_FOR_S = 3600.0
 """How long files that belong to no session are kept: of programs that name none, and uploads that were not used."""
 
-_IN_USE_FOR_S = 60.0
-"""For so long a new file is kept also if the disk space is used up: the request for which it came may be on the way."""
+IN_USE_FOR_S = 60.0
+"""New files, and those of sessions that were silent for less than this, stay also if the disk space is used up: their
+request may be on its way."""
+
+CONVERTING = "converting-"
+"""Prefix of the folders in which recordings are being converted."""
+
+UNDER_WAY = "tmp"
+"""Prefix of the files, directly in the folder, to which running uploads are written."""
 
 _MOST_FILES = 20_000
 
@@ -28,17 +38,31 @@ _REMEMBERED = 1000
 """How many sessions that have ended, or gone on as others, are known to have: their last requests may still run."""
 
 
+class DiskFull(ResidencyError):
+    """Recordings and results take all the disk space that they may take."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The server holds as many recordings as it may: try again later, delete results that are not needed (Clear "
+            "History), or start the app with a larger --max-disk.",
+            "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（清空历史），或启动时调大 --max-disk。",
+        )
+
+
 class Recordings:
     """Files by session. A file that several sessions have (the same upload lies on the disk once) goes with the last.
 
     Thread-safe. A session of None, or one that has not begun (of a program that names none), owns nothing. Files lie in
     ``folder``, or in a folder of their own below it; directly in it, names that begin with a dot are none of ours.
-    Together they may take ``most_bytes``, see `make_room`.
+    Together they may take ``most_bytes``, see `reserved`. ``silent`` answers the sessions that nobody has been
+    connected to for so many seconds, the longest silent first.
     """
 
     def __init__(self, folder: str | Path, most_bytes: float = math.inf) -> None:
-        self._folder = os.path.realpath(folder)
+        self.folder = os.path.realpath(folder)
         self._most_bytes = most_bytes
+        self._reserved_bytes = 0.0
+        self.silent: Callable[[float], Sequence[str]] = lambda for_s: ()
         self._lock = Lock()
         self._files: defaultdict[str, set[str]] = defaultdict(set)
         self._present: set[str] = set()
@@ -112,39 +136,68 @@ class Recordings:
                     del self._files[absent]
             self._delete_locked(old)
 
-    def make_room(self, now_s: float | None = None) -> bool:
-        """Whether another file may come; ``now_s`` as of `time.time`.
+    @contextmanager
+    def reserved(self, most_bytes: float, least_bytes: float | None = None) -> Iterator[float]:
+        """A block in which a file is written. Yields how many bytes it may have: ``most_bytes``, or what is left.
 
-        If the files take all the space that they may take, the oldest that belong to no session are deleted first.
+        `DiskFull` if that is less than ``least_bytes`` (by default ``most_bytes``). Before, files are deleted that
+        are needed least: those that belong to no session, the oldest first; then those of sessions that nobody is
+        connected to, the one that has been silent longest first. An upload does not say which session it is for, so
+        there is no share for each session.
         """
-        before_s = (time.time() if now_s is None else now_s) - _IN_USE_FOR_S
+        least_bytes = most_bytes if least_bytes is None else least_bytes
         with self._lock:
-            found = {path: state for path in self._all() if (state := _state(path))}
-            used_bytes, files = sum(state.st_size for state in found.values()), len(found)
-            needless: set[str] = set()
-            keep = {path for path in found if self._is_under_way(path)}.union(*self._files.values())
-            for path in sorted(found.keys() - keep, key=lambda path: found[path].st_mtime):
-                if (used_bytes < self._most_bytes and files < _MOST_FILES) or found[path].st_mtime > before_s:
-                    break
-                needless.add(path)
-                used_bytes, files = used_bytes - found[path].st_size, files - 1
-            self._delete_locked(needless)
-        return used_bytes < self._most_bytes and files < _MOST_FILES
+            granted = min(most_bytes, self._make_room_locked(most_bytes, least_bytes))
+            if granted < least_bytes:
+                raise DiskFull
+            self._reserved_bytes += granted
+        try:
+            yield granted
+        finally:
+            with self._lock:
+                self._reserved_bytes -= granted
+
+    def _make_room_locked(self, wanted_bytes: float, least_bytes: float) -> float:
+        """Delete what is needed least, of sessions for ``least_bytes`` only. Returns what is free, -1 if nothing is."""
+        if self._most_bytes == math.inf:
+            return math.inf
+        found = {path: state for path in self._all() if (state := _state(path)) and not self._is_under_way(path)}
+        free_bytes = self._most_bytes - self._reserved_bytes - sum(state.st_size for state in found.values())
+        before_s = time.time() - IN_USE_FOR_S
+        idle = [path for path, state in found.items() if state.st_mtime <= before_s]
+        idle.sort(key=lambda path: found[path].st_mtime)
+        owned = set[str]().union(*self._files.values())
+
+        def lacks(bytes_: float) -> bool:
+            return free_bytes < bytes_ or free_bytes <= 0 or len(found) >= _MOST_FILES
+
+        def delete(paths: set[str]) -> float:
+            self._delete_locked(paths)
+            return sum(found.pop(path).st_size for path in paths)
+
+        for path in idle:
+            if path not in owned and lacks(least_bytes if wanted_bytes == math.inf else wanted_bytes):
+                free_bytes += delete({path})
+        for session in self.silent(IN_USE_FOR_S):
+            if lacks(least_bytes):
+                mine = self._files.pop(session, set())
+                free_bytes += delete(mine.intersection(found, idle).difference(*self._files.values()))
+        return free_bytes if free_bytes > 0 and len(found) < _MOST_FILES else -1.0
 
     def _is_under_way(self, path: str) -> bool:
-        """Whether it is a part of an upload that has not ended yet, see `Traffic`."""
-        return os.path.dirname(path) == self._folder and os.path.basename(path).startswith("tmp")
+        """Whether it is being written; then its bytes are reserved."""
+        return path[len(self.folder) + 1 :].startswith((UNDER_WAY, CONVERTING))
 
     def _all(self) -> Iterator[str]:
-        for folder, _, names in os.walk(self._folder):
-            ours = folder != self._folder
+        for folder, _, names in os.walk(self.folder):
+            ours = folder != self.folder
             yield from (os.path.join(folder, name) for name in names if ours or not name.startswith("."))
 
     def _delete_locked(self, paths: set[str]) -> None:
         for path in paths.difference(*self._files.values()):
             try:
                 os.unlink(path)
-                if (folder := os.path.dirname(path)) != self._folder:
+                if (folder := os.path.dirname(path)) != self.folder:
                     os.rmdir(folder)
             except OSError:
                 logger.debug("%s or its folder stays, or was gone already", path)

@@ -24,6 +24,7 @@ from ..errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyErr
 from ..sentences import Sentence
 from .incoming import Incoming, Limits
 from .language import en, zh
+from .recordings import Recordings
 from .task_names import choices
 from .turns import Turns
 
@@ -41,13 +42,13 @@ class ShuttingDown(ResidencyError):
 
 
 class Speech:
-    """Wraps an engine; answers are paths of 16-bit WAV files in ``folder``. Thread-safe as far as the engine is."""
+    """Wraps an engine; answers are paths of 16-bit WAV files. Thread-safe as far as the engine is."""
 
     def __init__(
         self,
         engine: Engine | None,
         edit_types: Mapping[str, Sequence[str]],
-        folder: str,
+        recordings: Recordings,
         recognize: Callable[[str], str] | None = None,
         limits: Limits | None = None,
         turns: Turns | None = None,
@@ -56,10 +57,11 @@ class Speech:
         self._engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
-        self.folder = Path(folder)
+        self.folder = Path(recordings.folder)
+        self._recordings = recordings
         self.limits = limits or Limits()
         self._turns = turns
-        self.incoming = Incoming(self.folder, self.limits)
+        self.incoming = Incoming(recordings, self.limits)
         self._changed = threading.Condition()
         self._closed = False
         self._running = 0
@@ -168,7 +170,7 @@ class Speech:
     def _engine_at_work(self) -> Iterator[Engine]:
         if self._engine is None:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
-        with self._at_work(), self._turns.take() if self._turns else nullcontext():
+        with self._at_work(), self._recordings.reserved(0), self._turns.take() if self._turns else nullcontext():
             yield self._engine
 
     @contextmanager

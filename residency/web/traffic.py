@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from anyio import to_thread
@@ -25,6 +25,7 @@ from .guard import from_another_site
 from .language import preferred
 from .lines import CALL, DATA, HERE, session_of
 from .presence import LOST, Presence
+from .recordings import UNDER_WAY, DiskFull
 from .refusals import is_static, refused
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,6 @@ _STRANGER = (
 _FULL = (
     "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
     "服务器无法保存录音（{reason}）：请清理 --tmp-dir 所在磁盘后重试。"
-)
-_NO_ROOM = (
-    "The server holds as many recordings as it may: try again later, delete results that are not needed (Clear "
-    "History), or start the app with a larger --max-disk. / "
-    "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（清空历史），或启动时调大 --max-disk。"
 )
 _WORDY = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
@@ -67,18 +63,14 @@ _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-a
 """Policy of pages: no content of other sites, and no frame of another site around this page (clickjacking)."""
 
 
-class _NoRoom(Exception):
-    """An upload must not begin."""
-
-
 class Traffic:
     """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
 
     ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
     session and for how many seconds it has not listened to what becomes of its requests, and again if the answer is
     that it still waits for some; both in threads of their own. ``know`` is asked whether a page that says that it is
-    there may go on; ``make_room``, in a thread of its own, whether another upload may come. What is larger than the
-    largest upload, or other body, is refused.
+    there may go on. ``reserved`` is a block for an upload of so many bytes, in threads of its own. What is larger than
+    the largest upload, or other body, is refused.
     """
 
     def __init__(
@@ -90,7 +82,7 @@ class Traffic:
         largest_upload_bytes: float = math.inf,
         largest_body_bytes: float = 1 << 20,
         know: Callable[[str], bool] = lambda session: True,
-        make_room: Callable[[], bool] = lambda: True,
+        reserved: Callable[[float], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._folder = Path(folder)
         self._presence = presence
@@ -99,7 +91,7 @@ class Traffic:
         self._largest_upload_bytes = largest_upload_bytes
         self._largest_body_bytes = largest_body_bytes
         self._know = know
-        self._make_room = make_room
+        self._reserved = reserved
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
@@ -151,14 +143,13 @@ class Traffic:
 
     def _upload(self, app: ASGIApp) -> ASGIApp:
         async def upload(scope: Scope, receive: Receive, send: Send) -> None:
-            begun = answered = False
+            begun, answered, room = False, False, ExitStack()
 
             async def begins() -> Message:
                 nonlocal begun
                 if not begun:  # not earlier: an upload that is refused, for example without a login, is not read
                     begun = True
-                    if not await to_thread.run_sync(self._make_room):
-                        raise _NoRoom
+                    await to_thread.run_sync(room.enter_context, self._reserved(self._announced_bytes(scope)))
                     if self._upload_begins:
                         asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
                 return await receive()
@@ -173,9 +164,9 @@ class Traffic:
                 await app(scope, begins, noted)
             except ClientDisconnect:
                 logger.debug("An upload was given up")
-            except _NoRoom:
+            except DiskFull as full:
                 await drop_body(receive)
-                await _say(507, _NO_ROOM)(scope, receive, send)
+                await _say(507, str(full))(scope, receive, send)
             except OSError as error:
                 logger.error("An upload could not be kept: %s", error)
                 if answered:
@@ -183,13 +174,19 @@ class Traffic:
                 await _say(507, _FULL.format(reason=error.strerror))(scope, receive, send)
             finally:
                 self._uploads -= 1
+                await to_thread.run_sync(room.close)
                 if not self._uploads:  # then what lies there was left by those that were given up
                     await to_thread.run_sync(self._sweep)
 
         return upload
 
+    def _announced_bytes(self, scope: Scope) -> float:
+        length = HTTPConnection(scope).headers.get("content-length", "")
+        most_bytes = self._largest_upload_bytes if self._largest_upload_bytes < math.inf else 0
+        return int(length) if length.isdecimal() else most_bytes
+
     def _sweep(self) -> None:
-        for left in self._folder.glob("tmp*"):
+        for left in self._folder.glob(f"{UNDER_WAY}*"):
             if left.is_file() and not self._uploads:
                 left.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..cancellation import cancelled_by
-from ..errors import InvalidInput
+from ..errors import ResidencyError
 from .compat import PRIVATE, engine_event, speaker
 from .messages import Message
 from .page_requests import Request
@@ -97,7 +97,7 @@ class Transcription:
     def _in_turn(self, request: Request, recording: str | None, prompt: str | None) -> dict[str, Any]:
         try:
             readable = self._speech.incoming.readable(recording)
-        except InvalidInput:  # said where the recording is received
+        except ResidencyError:  # said where the recording is received
             return {"recordings": [], "text": "", "message": ""}
         with cancelled_by(request.cancellation):
             text, message = self.transcribe(readable, prompt, request)

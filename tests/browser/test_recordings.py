@@ -118,10 +118,10 @@ class TestPage:
 _SLOW = """
 import gated_engine
 from residency.web.incoming import Incoming
-def decode(self, source, target, decode=Incoming._decode):
+def decode(self, source, *more, decode=Incoming._decode):
     if "slow" in source:
         gated_engine._pass("convert")
-    decode(self, source, target)
+    decode(self, source, *more)
 Incoming._decode = decode
 """
 

@@ -19,6 +19,7 @@ from fakes import Gate, Worker
 from residency.errors import InvalidInput
 from residency.web import decode, incoming
 from residency.web.incoming import Incoming, Limits
+from residency.web.recordings import Recordings
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def receive(folder: Path) -> Incoming:
-    return Incoming(folder, Limits(audio_s=5.0))
+    return Incoming(Recordings(folder), Limits(audio_s=5.0))
 
 
 def pitch_hz(path: str) -> float:
@@ -74,11 +75,11 @@ class TestSeveralAtATime:
         """Recordings that are called slow are decoded once it is open."""
         gate, decoded = Gate(), receive._decode
 
-        def decode(source: str, target: str) -> None:
+        def decode(source: str, target: str, most_samples: float) -> None:
             self.decodes += 1
             if "slow" in source:
                 gate.pass_through()
-            decoded(source, target)
+            decoded(source, target, most_samples)
 
         self.decodes = 0
         monkeypatch.setattr(receive, "_decode", decode)
@@ -124,11 +125,11 @@ class TestLimits:
     def test_one_of_many_channels_is_refused_however_short(self, tmp_path: Path, folder: Path) -> None:
         many = phones.record(tmp_path / "many.mp4", "camera.mp4", seconds=1.9, layout="7.1")
         with pytest.raises(InvalidInput, match=r"more samples than 2 s.*mono.*采样数"):
-            Incoming(folder, Limits(audio_s=2.0)).readable(str(many))
+            Incoming(Recordings(folder), Limits(audio_s=2.0)).readable(str(many))
 
     def test_without_a_limit_all_is_decoded(self, folder: Path, tmp_path: Path) -> None:
         given = phones.record(tmp_path / "old.amr", seconds=10)
-        readable = Incoming(folder, Limits(audio_s=float("inf"))).readable(str(given))
+        readable = Incoming(Recordings(folder), Limits(audio_s=float("inf"))).readable(str(given))
         assert soundfile.info(readable).duration == pytest.approx(10, abs=0.1)
 
 
@@ -178,12 +179,22 @@ class TestUnreadable:
             file.mux(track.encode(None))
         refused((tmp_path / "silent.mp4").read_bytes())
 
+    def test_a_decoder_that_others_have_killed(
+        self, receive: Incoming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As the system does when main memory is full. The recording is not to blame."""
+        (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "killed"}))
+        with pytest.raises(InvalidInput, match=r"stopped on the server: try again.*请重试"):
+            receive.readable(str(phones.record(tmp_path / "iphone.m4a")))
+
     @pytest.mark.parametrize("death", ["os.kill(os.getpid(), signal.SIGSEGV)", "[0 for _ in iter(int, 1)]"])
     def test_a_decoder_that_crashes_or_never_ends(
         self, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str
     ) -> None:
         (tmp_path / "doomed.py").write_text(
-            f"import os, resource, signal\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\n{death}\n"
+            f"import os, resource, signal\nresource.setrlimit(resource.RLIMIT_CPU, (1, 6))\n{death}\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "doomed"}))

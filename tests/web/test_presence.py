@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ class Loop:
     def call_later(self, delay_s: float, function: Callable[..., object], *arguments: object) -> Loop.Handle:
         cancelled: list[bool] = []
         self._waiting.append((self.now_s + delay_s, lambda: function(*arguments), cancelled))
-        return Loop.Handle(cancelled)
+        return Loop.Handle(cancelled, self.now_s + delay_s)
 
     def run_in_executor(self, executor: None, function: Callable[..., object], *arguments: object) -> None:
         function(*arguments)
@@ -33,8 +34,11 @@ class Loop:
                 act()
 
     class Handle:
-        def __init__(self, cancelled: list[bool]) -> None:
-            self._cancelled = cancelled
+        def __init__(self, cancelled: list[bool], when_s: float) -> None:
+            self._cancelled, self._when_s = cancelled, when_s
+
+        def when(self) -> float:
+            return self._when_s
 
         def cancel(self) -> None:
             self._cancelled.append(True)
@@ -45,6 +49,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
     loop = Loop()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
     monkeypatch.setattr(presence_module, "LEFT_FOR_S", 60.0)
+    monkeypatch.setattr(presence_module, "time", SimpleNamespace(monotonic=lambda: loop.now_s))
     return loop
 
 
@@ -132,3 +137,15 @@ def test_of_too_many_who_are_silent_the_one_silent_for_longest_has_ended(
         ]
         loop.advance(60)
         assert ended(told) == ["bert", "anna", "carl"]
+
+
+def test_silent_sessions_are_told_with_the_longest_silent_first(presence: Presence, loop: Loop) -> None:
+    presence.heard_of("first")
+    presence.heard_of("second")
+    loop.advance(10)
+    presence.heard_of("first")
+    with presence.line("connected"):
+        loop.advance(20)
+        assert presence.silent(20) == ["second", "first"]
+        assert presence.silent(21) == ["second"]
+    assert presence.silent(0) == ["second", "first", "connected"]

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from residency.web import recordings as recordings_module
-from residency.web.recordings import UNOWNED_FOR_S, Recordings
+from residency.web.recordings import UNOWNED_FOR_S, DiskFull, Recordings
 
 
 @pytest.fixture
@@ -166,42 +167,79 @@ class TestRoom:
     def recordings(self, tmp_path: Path) -> Recordings:
         return Recordings(tmp_path, most_bytes=100)
 
-    def test_the_oldest_that_belong_to_no_session_go_first(self, recordings: Recordings, tmp_path: Path) -> None:
-        owned, old, older, new = (aged(tmp_path, name, s) for name, s in [("a", 0), ("b", 200), ("c", 100), ("d", 300)])
+    def test_the_oldest_that_belong_to_no_session_are_deleted_first(
+        self, recordings: Recordings, tmp_path: Path
+    ) -> None:
+        owned, old, older, new = (aged(tmp_path, *each) for each in [("a", 900), ("b", 700), ("c", 800), ("d", 600)])
         recordings.own("me", owned)
-        assert recordings.make_room(now_s=400) is True
+        assert has_room(recordings, 20)
         assert [Path(path).exists() for path in (owned, old, older, new)] == [True, False, False, True]
 
     def test_what_has_just_come_stays_and_the_next_is_refused(self, recordings: Recordings, tmp_path: Path) -> None:
-        paths = [aged(tmp_path, name, 390) for name in "abc"]
-        assert recordings.make_room(now_s=400) is False
+        paths = [aged(tmp_path, name, 10) for name in "abc"]
+        assert not has_room(recordings, 1)
         assert all(Path(path).exists() for path in paths)
-        assert recordings.make_room(now_s=500) is True
 
-    def test_what_sessions_have_stays(self, recordings: Recordings, tmp_path: Path) -> None:
-        paths = [aged(tmp_path, name, 0) for name in "abc"]
+    def test_what_connected_sessions_have_stays(self, recordings: Recordings, tmp_path: Path) -> None:
+        paths = [aged(tmp_path, name, 900) for name in "abc"]
         recordings.own("me", *paths)
-        assert recordings.make_room(now_s=1e9) is False
+        assert not has_room(recordings, 1)
         assert all(Path(path).exists() for path in paths)
         recordings.end("me")
-        assert recordings.make_room(now_s=1e9) is True
+        assert has_room(recordings, 1)
 
-    def test_parts_of_uploads_that_are_under_way_stay(self, recordings: Recordings, tmp_path: Path) -> None:
+    def test_the_session_that_is_silent_longest_loses_its_files_first(
+        self, recordings: Recordings, tmp_path: Path
+    ) -> None:
+        paths = [aged(tmp_path, name, 900) for name in ("gone", "back", "here")]
+        for path, session in zip(paths, ("gone", "back", "here"), strict=True):
+            recordings.own(session, path)
+        recordings.silent = lambda for_s: ["gone", "back"] if for_s == 60 else []
+        assert has_room(recordings, 1)
+        assert [Path(path).exists() for path in paths] == [False, True, True]
+        assert recordings.owns("back", paths[1])
+        assert not has_room(recordings, 90)
+        assert [Path(path).exists() for path in paths] == [False, False, True]
+
+    def test_a_file_that_a_connected_session_has_too_stays(self, recordings: Recordings, tmp_path: Path) -> None:
+        path = aged(tmp_path, "both", 900, size=100)
+        recordings.own("gone", path)
+        recordings.own("here", path)
+        recordings.silent = lambda for_s: ["gone"]
+        assert not has_room(recordings, 1)
+        assert Path(path).exists()
+
+    def test_files_that_are_being_written_count_as_announced(self, recordings: Recordings, tmp_path: Path) -> None:
         part = tmp_path / "tmpabc"
-        part.write_bytes(b"x" * 120)
+        part.write_bytes(b"x" * 50)
         os.utime(part, (0, 0))
-        assert recordings.make_room() is False
+        with recordings.reserved(60):
+            assert has_room(recordings, 40)
+            assert not has_room(recordings, 41)
+            with recordings.reserved(70, 1) as granted:
+                assert granted == 40
+                assert not has_room(recordings, 0)
+        assert has_room(recordings, 100)
         assert part.exists()
 
     def test_their_number_is_bounded_too(
         self, recordings: Recordings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(recordings_module, "_MOST_FILES", 2)
-        recordings.own("me", *(aged(tmp_path, name, 0, size=0) for name in "ab"))
-        assert recordings.make_room() is False
+        recordings.own("me", *(aged(tmp_path, name, 900, size=0) for name in "ab"))
+        assert not has_room(recordings, 0)
 
 
-def aged(folder: Path, name: str, modified_s: float, size: int = 40) -> str:
+def has_room(recordings: Recordings, most_bytes: float) -> bool:
+    try:
+        with recordings.reserved(most_bytes):
+            return True
+    except DiskFull:
+        return False
+
+
+def aged(folder: Path, name: str, age_s: float, size: int = 40) -> str:
+    modified_s = time.time() - age_s
     path = folder / name / "voice.wav"
     path.parent.mkdir()
     path.write_bytes(b"x" * size)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
 from anyio import to_thread
@@ -21,6 +22,7 @@ from starlette.testclient import TestClient
 from residency.web import bodies
 from residency.web import traffic as traffic_module
 from residency.web.presence import Presence
+from residency.web.recordings import DiskFull
 from residency.web.traffic import Traffic
 
 
@@ -189,10 +191,17 @@ class TestUploads:
     def test_one_for_which_there_is_no_room_is_read_no_further_and_refused(
         self, client: TestClient, traffic: Traffic, uploads: threading.Semaphore
     ) -> None:
-        traffic._make_room = lambda: False
+        asked: list[float] = []
+
+        def refuse(most_bytes: float) -> Any:
+            asked.append(most_bytes)
+            raise DiskFull
+
+        traffic._reserved = refuse
         answer = client.post("/gradio_api/upload", content=b"x")
         assert answer.status_code == 507
         assert "--max-disk" in answer.text
+        assert asked == [1], "what the request announces"
         assert not uploads.acquire(blocking=False), "nobody is about to ask for speech"
 
     def test_what_was_given_up_leaves_nothing(self, client: TestClient, gate: Gate, tmp_path: Path) -> None:
