@@ -15,11 +15,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from forking import ForkedProcess
 from miniature import CHECKOUT, make_recording, make_weights
 from starting import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
 
@@ -217,6 +218,29 @@ def named_in_passing() -> set[str]:
     return found
 
 
+#: Runs what is given as to ``python``: ``-m`` and a module, or a file, and its arguments.
+PROGRAM = """
+import os, runpy, sys
+if sys.argv[1] == "-m":
+    del sys.argv[:2]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def forked(
+    script: str, *arguments: str, cwd: Path = ROOT, paths: Sequence[Path] = (), **environ: str
+) -> tuple[int, str]:
+    """The exit code and the output of a program in a process of its own."""
+    process = ForkedProcess(script, arguments, {**os.environ, **environ}, cwd, paths)
+    with process.stdout:
+        output = process.stdout.read()
+    return process.wait(timeout=120), output
+
+
 @pytest.mark.parametrize("command", sorted(named_in_passing()))
 def test_what_is_named_in_passing_is_there(command: str) -> None:
     program, *arguments = shlex.split(command)
@@ -231,10 +255,10 @@ def test_what_is_named_in_passing_is_there(command: str) -> None:
         asked = ["-m", "pytest", "--collect-only", "-q", *arguments]
     else:
         asked = [*arguments[:start], "--help"]
-    done = subprocess.run([sys.executable, *asked], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = forked(PROGRAM, *asked)
+    assert code == 0, output
     if "--help" in asked:
-        known = set(re.findall(r"[\w-]+", done.stdout))
+        known = set(re.findall(r"[\w-]+", output))
         named = re.findall(r"--[\w-]+|\w+(?=\|)|(?<=\|)\w+", " ".join(arguments[start:]))
         assert set(named) <= known
 
@@ -278,14 +302,11 @@ def test_python_in_the_readme_runs_as_printed(code: str, tmp_path: Path) -> None
         make_recording(tmp_path / "prompt.wav")
         code = code.replace("/models", str(tmp_path))
         code = "from pretend_cuda import pretend_cuda\npretend_cuda()\n" + code
-    paths = f"{ROOT}:{ROOT / 'tests'}" if real else str(ROOT)
     code += "\nif 'audio' in globals(): assert audio.shape[1] > sample_rate / 4"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=tmp_path if real else ROOT, env={**os.environ, "PYTHONPATH": paths, "STEP_AUDIO_ROOT": str(CHECKOUT)},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    exit_code, output = forked(
+        code, cwd=tmp_path if real else ROOT, paths=(ROOT, ROOT / "tests"), STEP_AUDIO_ROOT=str(CHECKOUT)
+    )
+    assert exit_code == 0, output
 
 
 def test_the_readme_gives_the_words_that_its_recording_says() -> None:
