@@ -24,10 +24,13 @@ MODEL = "asr"
 _READY = ("模型已就绪，正在识别录音", "The model is ready; writing down what is said in the recording")
 # The browser's tab keeps the path of the recording that is being transcribed, so that a page that is loaded anew asks
 # again. Gradio does not know yet at that moment which recording the page has.
-_BEGIN = "(recording) => sessionStorage.setItem('transcribing', recording.path)"
+_BEGIN = """(recording) => {
+  window.transcribes = true;  // so that it is not asked for twice, if the page is still loading
+  sessionStorage.setItem("transcribing", recording.path);
+}"""
 _END = "() => sessionStorage.removeItem('transcribing')"
 _RESUME = """(_, prompt) => {
-  const path = sessionStorage.getItem("transcribing");
+  const path = window.transcribes ? null : sessionStorage.getItem("transcribing");
   return [path && {path, meta: {_type: "gradio.FileData"}}, prompt];
 }"""
 # Not over a text that was written meanwhile, and not about a recording that was removed or replaced.

@@ -117,7 +117,9 @@ def test_what_a_failed_request_says_stays_after_it_until_the_next_one(page: Page
     for _ in range(2):
         message.to_contain_text("Target Text is empty")
         page.reload()
-    clone(page, tmp_path, "new")
+    sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()  # it has come back
+    page.locator("#target-text").locator("input, textarea").fill("new")
+    press(page, "CLONE")
     expect_results(page, 1)
     message.to_have_text("")
 
