@@ -22,20 +22,20 @@ from .task_names import choices, line
 
 # Of the history only its length: by it `visits` knows whether there is something to lose.
 _KEEP = """(prompt, target, recording, task, subTask, history) => {
-  const inputs = {prompt, target, recording: recording?.path ?? null, task, subTask, steps: history?.length ?? 0};
-  if (window.keepsInputs) sessionStorage.setItem("inputs", JSON.stringify(inputs));
-  else window.earlyRecording = inputs.recording;
+  window.inputs = {prompt, target, recording: recording?.path ?? null, task, subTask, steps: history?.length ?? 0};
+  if (window.keepsInputs) sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
 }"""
 _READ = """() => {
   const {recording, task, subTask} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
   return JSON.stringify([recording ?? null, task ?? null, subTask ?? null]);
 }"""
-# What is written or uploaded by now is newer.
+# What is written by now is newer. What was kept stays until all is in its fields: the page may be loaded once more.
 _TEXTS = """(prompt, target) => {
   const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  window.keepsInputs = true;
-  const recording = window.earlyRecording ?? kept.recording ?? null;
-  if (recording) sessionStorage.setItem("inputs", JSON.stringify({...kept, recording}));
+  setTimeout(() => {
+    window.keepsInputs = true;
+    if (window.inputs) sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
+  }, 100);
   return [prompt || (kept.prompt ?? ""), target || (kept.target ?? "")];
 }"""
 

@@ -86,6 +86,9 @@ class Transcription:
         A caller that closes the generator takes the request out of the queue. The answer has ``recordings``, the paths
         under which the page may know the recording; ``text``; and ``message``, the error as HTML, or nothing.
         """
+        if not recording:  # nothing to go on with after the page was loaded
+            yield [gr.skip(), gr.skip()]
+            return
         request = Request()
         work = asyncio.ensure_future(in_thread(lambda: self._in_turn(request, recording, prompt)))
         try:

@@ -118,6 +118,7 @@ def test_what_a_failed_request_says_stays_after_it_until_the_next_one(page: Page
         message.to_contain_text("Target Text is empty")
         page.reload()
     sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()  # it has come back
+    sync_api.expect(page.locator("#prompt-text").locator("input, textarea")).to_have_value("said")
     page.locator("#target-text").locator("input, textarea").fill("new")
     press(page, "CLONE")
     expect_results(page, 1)
