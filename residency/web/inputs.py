@@ -22,6 +22,10 @@ from .task_names import choices, line
 
 # Of the history only its length: by it `visits` knows whether there is something to lose.
 _KEEP = """(prompt, target, recording, task, subTask, history) => {
+  const back = window.textsBack;  // Gradio writes them into their fields a moment later
+  const emptied = id => document.activeElement?.closest(id);
+  if (back && !emptied("#prompt-text")) prompt ||= back.prompt;
+  if (back && !emptied("#target-text")) target ||= back.target;
   window.inputs = {prompt, target, recording: recording?.path ?? null, task, subTask, steps: history?.length ?? 0};
   if (window.keepsInputs) sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
 }"""
@@ -29,14 +33,16 @@ _READ = """() => {
   const {recording, task, subTask} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
   return JSON.stringify([recording ?? null, task ?? null, subTask ?? null]);
 }"""
-# What is written by now is newer. What was kept stays until all is in its fields: the page may be loaded once more.
+# What is filled in by now is newer.
 _TEXTS = """(prompt, target) => {
   const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  setTimeout(() => {
-    window.keepsInputs = true;
-    if (window.inputs) sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
-  }, 100);
-  return [prompt || (kept.prompt ?? ""), target || (kept.target ?? "")];
+  const texts = {prompt: prompt || (kept.prompt ?? ""), target: target || (kept.target ?? "")};
+  window.textsBack = texts;
+  setTimeout(() => { window.textsBack = null; }, 200);
+  window.keepsInputs = true;
+  const recording = window.inputs?.recording ?? kept.recording ?? null;
+  sessionStorage.setItem("inputs", JSON.stringify({...kept, ...texts, recording}));
+  return [texts.prompt, texts.target];
 }"""
 
 _GONE = (

@@ -36,7 +36,7 @@ SHOW = f"""() => setTimeout(() => {{
   {_TIE}
   document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
   if (document.querySelector(".said [role]") || !matchMedia("(max-width: 640px)").matches) return;
-  if (document.activeElement?.matches("textarea, input")) return;
+  if (document.activeElement?.matches("textarea, input") || document.querySelector("#progress [data-running]")) return;
   [...document.querySelectorAll("#history .bot-row")].at(-1)?.scrollIntoView({{block: "nearest"}});
 }}, 100)"""
 """JavaScript for the page, once a press has ended and the history is drawn."""

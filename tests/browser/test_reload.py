@@ -85,6 +85,7 @@ def test_what_was_taken_away_before_a_reload_does_not_come_back(
     expect_texts(page, "said\nin two lines", "to say")
     page.locator("#prompt-audio").get_by_label("Clear").click()
     text(page, "target-text").fill("")
+    page.wait_for_function("!/prompt.wav|to say/.test(sessionStorage.getItem('inputs'))")
     page.reload()
     expect_texts(page, "said\nin two lines", "")
     sync_api.expect(recording(page)).to_have_count(0)
@@ -224,6 +225,7 @@ def fill(page: Page, folder: Path) -> None:
     text(page, "prompt-text").fill("said\nin two lines")
     upload(page, folder)
     text(page, "target-text").fill("to say")
+    page.wait_for_function("/prompt.wav.*to say|to say.*prompt.wav/.test(sessionStorage.getItem('inputs'))")
 
 
 def upload(page: Page, folder: Path) -> None:
