@@ -101,9 +101,13 @@ def test_a_request_begins_without_the_error_of_the_one_before_and_shows_its_prog
     press(page, name)
     app.wait_for_line("at the gate: speak")
     sync_api.expect(page.locator("#progress progress")).to_be_visible()
-    progress = page.locator(".progress-level-inner, progress").evaluate_all(
-        "lines => lines.filter(line => line.checkVisibility()).map(line => line.closest('.block').id)"
-    )
+    progress = page.wait_for_function(  # it is drawn anew each time that it changes
+        """() => {
+          const lines = [...document.querySelectorAll(".progress-level-inner, progress")];
+          const shown = lines.filter(line => line.checkVisibility()).map(line => line.closest(".block").id);
+          return shown.length && shown;
+        }"""
+    ).json_value()
     error_stays = page.get_by_text("Target Text is empty").is_visible()
     open_gate(gates, "speak")
     expect_results(page, 1)
