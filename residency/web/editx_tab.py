@@ -27,7 +27,7 @@ from .incoming import Limits
 from .inputs import Inputs, sub_tasks_update
 from .intent import Intent
 from .labels import label
-from .messages import SHOW, Message, Places
+from .messages import BEGIN, SHOW, Message, Places
 from .page_requests import Requests
 from .presses import Presses
 from .reception import Reception
@@ -307,6 +307,8 @@ class EditxTab:
         clears = (self.clean_history_submit.click, self.chat_box.clear)
         for press in (self.button_tts.click, self.button_edit.click, *clears):
             press(**self.places.wiping())
+        for press in (self.button_tts.click, self.button_edit.click):
+            press(None, js=BEGIN, **PRIVATE)
         self.prompt_text_input.change(**self.places.wiping_by_hand("prompt_text"))
         self.generated_text.change(**self.places.wiping_by_hand("target_text"))
         self.edit_type.input(**self.places.wiping("task", "sub_task"))

@@ -30,6 +30,15 @@ _TIE = f"""for (const id of {list(CONTROLS.values())}) {{
       else control.removeAttribute("aria-describedby");
     }}
   }}"""
+BEGIN = """() => {
+  const look = times => {
+    const line = document.querySelector("#progress:has([data-running])");
+    if (line) line.scrollIntoView({block: "nearest"});
+    else if (times) setTimeout(look, 100, times - 1);
+  };
+  setTimeout(look, 100, 50);
+}"""
+"""JavaScript for the page, when CLONE or EDIT is pressed: the progress is brought into view, which it may be drawn below."""
 # An error is brought into view, wherever the button was. In one column so is the newest result, since the history grows
 # above the buttons; but not for somebody who types.
 SHOW = f"""() => setTimeout(() => {{

@@ -66,6 +66,7 @@ _CSS = """
 }
 @keyframes under-way {from {background-position: 100%} to {background-position: 0}}
 body:not(:has(#progress [data-running])) #stop {display: none}
+#progress {scroll-margin: 5em 0}
 :is(.progress-line, .said) .wrap:has(> .error) {display: none}
 /* What was said about a recording that was taken away. */
 body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display: none}

@@ -60,7 +60,9 @@ def test_it_follows_what_others_do_without_being_asked(page: Page, app: RunningA
     app.post("/gpu/release", {})
     expect_state(page, "released")
     sync_api.expect(page.locator("#gpu-past table")).to_contain_text("simulated GPU → released")
-    assert {url.partition("?")[0] for url in asked} == {f"{app.url}/gpu/panel"}, "Gradio has no part in it"
+    # An event that the opening of the page began may still have its answer to read.
+    asked = [url.partition("?")[0] for url in asked if "/queue/data" not in url]
+    assert set(asked) == {f"{app.url}/gpu/panel"}, "Gradio has no part in it"
 
 
 def test_seconds_pass_without_the_server(page: Page, app: RunningApp) -> None:

@@ -57,6 +57,8 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
     prelude = OFTEN + "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 5\n"
     with ForkedApp(folder, *arguments, gates=gates, prelude=prelude) as app, Network(app.port) as network:
         page = new_page()
+        # Gradio tells in a corner that the connection was lost, until somebody closes that.
+        page.add_locator_handler(page.locator(".toast-close").first, lambda close: close.click())
         page.goto(network.url)
         clone(page, tmp_path, "mine.wav")
         with page.expect_event("requestfailed", lambda request: "/here/" in request.url):
