@@ -38,7 +38,8 @@ BEGIN = """() => {
   };
   setTimeout(look, 100, 50);
 }"""
-"""JavaScript for the page, when CLONE or EDIT is pressed: the progress is brought into view, which it may be drawn below."""
+"""JavaScript for the page, when CLONE or EDIT is pressed: the progress, which may be drawn below, comes into view."""
+
 # An error is brought into view, wherever the button was. In one column so is the newest result, since the history grows
 # above the buttons; but not for somebody who types.
 SHOW = f"""() => setTimeout(() => {{
