@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 
 from residency.errors import InvalidInput, ResidencyError
 from residency.extras import needing
-from residency.settings import Settings, parse
-from residency.signals import Signals
+from residency.launch.settings import Settings, parse
+from residency.launch.signals import Signals
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -80,20 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, signals: Signals) -> None:
-    from residency.web.connections import raise_descriptor_limit
-    from residency.web.port import check_port
-    from residency.web.proxies import reach_directly
+    from residency.launch.port import check_port
+    from residency.web.server.connections import raise_descriptor_limit
+    from residency.web.server.proxies import reach_directly
 
     raise_descriptor_limit()
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
     build = _engine_builder(settings)
     from residency.addresses import serving
-    from residency.web.control import build as build_api
+    from residency.web.api.control import build as build_api
     from residency.web.editx_tab import EditxTab
-    from residency.web.guard import Guard
-    from residency.web.hosts import Hosts
     from residency.web.page import Page
+    from residency.web.server.hosts import Hosts
+    from residency.web.server.permissions import Guard
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())

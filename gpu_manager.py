@@ -6,8 +6,8 @@
         audio = engine.clone(...)
 
 Every change goes one way: plan under the lock, move outside it in a thread of its own, commit or roll back under the
-lock, notify. `residency.states` has the states, `residency.planning` decides, this module acts. A move belongs to no
-request: one that times out, is cancelled or interrupted leaves it to arrive.
+lock, notify. `residency.states` has the states, `residency.scheduling.planner` decides, this module acts. A move
+belongs to no request: one that times out, is cancelled or interrupted leaves it to arrive.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from residency.admission import Admission
-from residency.callers import call_site
 from residency.clock import SystemClock
 from residency.contracts import Adopt, Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
-from residency.dispatch import Dispatcher
+from residency.devices.probes import HostProbe, remeasured, sample
 from residency.errors import (
     DeviceLost,
     DeviceOutOfMemory,
@@ -43,20 +41,30 @@ from residency.errors import (
     SettingsConflict,
     UnknownModel,
 )
-from residency.events import Event
-from residency.history import WINDOW_S
-from residency.leasing import Lease, held_slots, watching
-from residency.lifetime import end_with_the_process
 from residency.locks import renewed_in_children
-from residency.moving import Mover
-from residency.outside import totals
-from residency.policies import change_policy, check_counts, guarded, keep_warm_seconds, make_policy, seconds
-from residency.probes import HostProbe, remeasured, sample
-from residency.randomness import RandomState
-from residency.residents import Kept, KeptResident, SnapshotFolder, adopt
-from residency.states import Slot, State
-from residency.status import describe, describe_device
-from residency.steering import Steering
+from residency.memory import Kept, KeptResident, SnapshotFolder, adopt
+from residency.observability.events import Event
+from residency.observability.history import WINDOW_S
+from residency.observability.outside_memory import totals
+from residency.scheduling.admission import Admission
+from residency.scheduling.callers import call_site
+from residency.scheduling.dispatcher import Dispatcher
+from residency.scheduling.lease import Lease, held_slots, watching
+from residency.scheduling.managed_model import Slot
+from residency.scheduling.manual_control import Steering
+from residency.scheduling.mover import Mover
+from residency.scheduling.policies import (
+    change_policy,
+    check_counts,
+    guarded,
+    keep_warm_seconds,
+    make_policy,
+    seconds,
+)
+from residency.scheduling.process_lifetime import end_with_the_process
+from residency.scheduling.random_state import RandomState
+from residency.scheduling.status import describe, describe_device
+from residency.states import State
 
 __all__ = [
     "CpuDevice",
@@ -541,6 +549,6 @@ def _comparable(**settings: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from residency.cli import main
+    from residency.launch.command_line import main
 
     raise SystemExit(main())

@@ -266,7 +266,7 @@ def test_without_a_gpu() -> None:
 
 def test_off_by_default() -> None:
     """Without --enable-gpu-management the app has no management."""
-    from residency.settings import parse
+    from residency.launch.settings import parse
 
     assert parse([]).enable_gpu_management is False
     assert parse(["--enable-gpu-management"]).enable_gpu_management is True

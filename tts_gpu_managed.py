@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
-from residency.diagnosis import all_of, is_out_of_device_memory
+from residency.engines.answers import HandOut, is_bound, is_stream
+from residency.engines.part_proxy import Part, Path, asked_by_tools, follow, not_settable, unwrapped
 from residency.engines.text import speakable
-from residency.handout import HandOut, is_bound, is_stream
-from residency.parts import Part, Path, asked_by_tools, follow, not_settable, unwrapped
-from residency.residents.discovery import discover
+from residency.memory.discovery import discover
+from residency.observability.error_classification import all_of, is_out_of_device_memory
 
 if TYPE_CHECKING:
     import torch

@@ -66,7 +66,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    preload = ["torch", "residency.residents.weights"]
+    preload = ["torch", "residency.memory.weights"]
     if CudaDevice.find() is None:  # transformers may look at the GPU when it is imported
         preload.append("transformers.models.llama.modeling_llama")
     context.set_forkserver_preload(preload)

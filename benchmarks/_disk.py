@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from residency.residents.engine import EngineResident
-from residency.residents.fingerprint import memoryview_of
-from residency.residents.layout import Layout
-from residency.residents.mirror import HostMirror
-from residency.residents.snapshot import SnapshotFolder
-from residency.residents.weights import Weights
+from residency.memory.checksum import memoryview_of
+from residency.memory.engine import EngineResident
+from residency.memory.mirror import HostMirror
+from residency.memory.mirror_layout import Layout
+from residency.memory.snapshot import SnapshotFolder
+from residency.memory.weights import Weights
 
 from ._children import Job, installed
 from ._files import model_file, there

@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil
 
-from residency.residents.snapshot import SnapshotFolder
-from residency.residents.weights import Weights
+from residency.memory.snapshot import SnapshotFolder
+from residency.memory.weights import Weights
 
 from ._children import Unavailable
 from ._material import Plan, meta_model, model_tensors, nbytes_of, start

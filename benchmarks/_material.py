@@ -55,7 +55,7 @@ def make_device(plan: Plan) -> Device:
 
 def start(plan: Plan, separate: bool = False) -> tuple[Device, Meter]:
     """The device and a meter for it, once all code that moves weights has been imported and has run."""
-    from residency.residents.weights import Weights
+    from residency.memory.weights import Weights
 
     device = make_device(plan)
     if device.separate:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from residency.residents.layout import Layout
-from residency.residents.mirror import HostMirror
-from residency.residents.weights import Weights
+from residency.memory.mirror import HostMirror
+from residency.memory.mirror_layout import Layout
+from residency.memory.weights import Weights
 from residency.sentences import Sentence
 
 from ._children import Job, Unavailable, installed

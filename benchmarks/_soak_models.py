@@ -13,8 +13,8 @@ import xxhash
 
 from gpu_manager import DeviceOutOfMemory
 from residency.contracts import Device, Resident
-from residency.residents import adopt
-from residency.states import Slot
+from residency.memory import adopt
+from residency.scheduling.managed_model import Slot
 
 from ._meter import Ledger
 

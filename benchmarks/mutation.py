@@ -2,8 +2,8 @@
 
 ``scripts/mutate`` runs this; Python 3.11 or newer. It works in ``.mutation/``, a copy of the tree, and goes on where it
 was stopped: what was killed stays killed while the function is the same, and survivors meet the tests of today.
-Arguments are names of mutants (``residency.planning.*``); without any, all are tried; ``--report`` tries none. Files
-and tests are chosen in ``[tool.mutmut]`` of ``pyproject.toml``.
+Arguments are names of mutants (``residency.scheduling.planner.*``); without any, all are tried; ``--report`` tries
+none. Files and tests are chosen in ``[tool.mutmut]`` of ``pyproject.toml``.
 """
 
 from __future__ import annotations

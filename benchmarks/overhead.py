@@ -34,8 +34,8 @@ import torch
 from benchmarks._cold import Cold, measure_cold, print_cold
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.contracts import Device
-from residency.residents import EngineResident
-from residency.states import Slot
+from residency.memory import EngineResident
+from residency.scheduling.managed_model import Slot
 
 MODEL = "tts"
 WAITING = (1, 2, 4, 8, 16, 32, 64)

@@ -33,9 +33,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._traces import DAY_S, TRACES, trace
-from residency.adaptive import AdaptivePolicy
 from residency.contracts import Policy
-from residency.policies import NEVER, FixedPolicy
+from residency.scheduling.adaptive import AdaptivePolicy
+from residency.scheduling.policies import NEVER, FixedPolicy
 
 KEEP_WARM_S = (0, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, NEVER)
 WAIT_WEIGHTS = (10.0, 60.0, 600.0)

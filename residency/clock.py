@@ -6,7 +6,7 @@ import math
 import threading
 import time
 
-from .latches import open_latch
+from .one_shot_event import open_latch
 
 
 class SystemClock:

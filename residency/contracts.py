@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:
     import torch
 
-    from .states import Slot
-
 DeviceKind = Literal["cuda", "cpu", "simulated"]
 
 
@@ -192,10 +190,22 @@ class SnapshotStore(Protocol):
         """
 
 
-class Adopt(Protocol):
-    """Finds what of a fresh engine holds memory, but for what the slot keeps (``kept``)."""
+class Adoption(Protocol):
+    """What is known of a model before its engine is searched for memory."""
 
-    def __call__(self, engine: Any, device: Device, slot: Slot) -> Resident: ...
+    @property
+    def skip(self) -> tuple[str, ...]:
+        """Paths in the engine; what hangs on them is left alone."""
+
+    @property
+    def kept(self) -> KeptPart | None:
+        """A part of the engine that outlives a release, and is searched by itself."""
+
+
+class Adopt(Protocol):
+    """Finds what of a fresh engine holds memory, but for the part that is ``kept``."""
+
+    def __call__(self, engine: Any, device: Device, slot: Adoption) -> Resident: ...
 
 
 class Engine(Protocol):
@@ -268,7 +278,7 @@ class Clock(Protocol):
     def now(self) -> float: ...
 
     def wait(self, latch: threading.Lock, timeout_s: float = ...) -> None:
-        """Wait until a latch (see `residency.latches`) is opened, or ``timeout_s`` (default: `math.inf`) have passed.
+        """Wait until a one-shot event (see `residency.one_shot_event`) is set, or for ``timeout_s`` (`math.inf`).
 
-        May return early: whoever waits looks again at what they wait for, with a new latch.
+        May return early: the caller checks its condition again, and waits with a new event.
         """

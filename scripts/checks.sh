@@ -63,7 +63,7 @@ check_tmp_dir() {
 # module, which needs nothing but Python.
 check_arguments() {
     local python=$VENV_DIR/bin/python said passed
-    [[ -f $PROJECT_DIR/residency/settings.py ]] || return 0
+    [[ -f $PROJECT_DIR/residency/launch/settings.py ]] || return 0
     "$python" -Ic '' 2>/dev/null || python=python3
     "$python" -Ic 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || return 0
     app_arguments
@@ -74,7 +74,7 @@ sys.path.insert(0, sys.argv.pop(1))
 language = sys.argv.pop(1)
 sys.argv[0] = "app.py"
 from residency.errors import ResidencyError
-from residency.settings import parse
+from residency.launch.settings import parse
 
 ResidencyError.__str__ = lambda error: getattr(error, language)
 parse(sys.argv[1:])

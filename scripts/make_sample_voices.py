@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Makes the sample voices of the page with the built-in engine: ``python scripts/make_sample_voices.py``.
 
-Writes one FLAC file (mono, 16 bits, 24 kHz) for each entry of `residency.web.samples.VOICES`. The same versions of the
-packages make the same samples. They are speech of hibari (Apache-2.0): no recording of a person is in them.
+Writes one FLAC file (mono, 16 bits, 24 kHz) for each entry of `residency.web.ui.sample_voices.VOICES`. The same
+versions of the packages make the same samples. They are speech of hibari (Apache-2.0): no recording of a person is in
+them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from residency.engines import voice, world
 from residency.engines.audio import SAMPLE_RATE, Samples, at_level
 from residency.engines.builtin import BuiltinEngine
-from residency.web.samples import FOLDER, VOICES, SampleVoice
+from residency.web.ui.sample_voices import FOLDER, VOICES, SampleVoice
 
 _RMS = 0.08
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from gpu_manager import CudaDevice
-from residency.residents.weights import Weights
+from residency.memory.weights import Weights
 
 MB = 1 << 20
 

@@ -17,7 +17,7 @@ from fakes import Workshop
 import gpu_manager
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.clock import ManualClock
-from residency.outside import NO_SAMPLE
+from residency.observability.outside_memory import NO_SAMPLE
 
 #: HYPOTHESIS_PROFILE=nightly: as many examples as a night has room for.
 settings.register_profile("nightly", max_examples=10_000, deadline=None)

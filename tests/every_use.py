@@ -236,7 +236,7 @@ def case(use: str, kind: str, state: str, folder: str) -> tuple[str, str]:
     import numpy as np
 
     from gpu_manager import DeviceOutOfMemory, SimulatedDevice
-    from residency.residents import EngineResident, SnapshotFolder
+    from residency.memory import EngineResident, SnapshotFolder
 
     cached.cache_clear()
     engine = build()

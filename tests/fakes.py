@@ -9,7 +9,8 @@ from typing import Any
 from gpu_manager import GPUResourceManager
 from residency.clock import ManualClock, SystemClock
 from residency.contracts import Device
-from residency.states import Slot, State
+from residency.scheduling.managed_model import Slot
+from residency.states import State
 
 
 class Gate:

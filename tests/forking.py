@@ -24,7 +24,7 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
-    "torch", "soundfile", "residency.web.control", "residency.web.editx_tab", "residency.web.guard",
+    "torch", "soundfile", "residency.web.api.control", "residency.web.editx_tab", "residency.web.server.permissions",
     "residency.web.page", "gpu_manager", "tts_gpu_managed",
 )  # fmt: skip
 _REQUEST_BYTES = 1 << 17

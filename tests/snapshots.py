@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from residency.errors import SnapshotUnusable
-from residency.residents.fingerprint import hash_of
-from residency.residents.snapshot import SnapshotFolder
+from residency.memory.checksum import hash_of
+from residency.memory.snapshot import SnapshotFolder
 
 RANGES = [(0, 1000), (1000, 1001), (1001, 5000), (5000, 10_000)]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from residency.residents import fingerprint, weights
-from residency.residents.discovery import discover
-from residency.residents.layout import lay_out
+from residency.memory import checksum, weights
+from residency.memory.discovery import discover
+from residency.memory.mirror_layout import lay_out
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -94,9 +94,9 @@ def small_layout(span_bytes: int, group_bytes: int, multilinear: bool = False) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "lay_out", partial(lay_out, span_bytes=span_bytes, group_bytes=group_bytes))
         if multilinear:
-            patch.setattr(fingerprint, "SPAN_BYTES", span_bytes)
+            patch.setattr(checksum, "SPAN_BYTES", span_bytes)
             on_cpu = torch.device("cpu")
-            patch.setattr(weights, "fingerprints", lambda raws, n: fingerprint.multilinear(raws, n, on_cpu))
+            patch.setattr(weights, "fingerprints", lambda raws, n: checksum.multilinear(raws, n, on_cpu))
         yield
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residency.adaptive import AdaptivePolicy
 from residency.contracts import Policy
 from residency.errors import InvalidInput
+from residency.scheduling.adaptive import AdaptivePolicy
 
 OFF_AT_ONCE = ((0.0, 0.0),)
 RESTORE_S = 2.0

@@ -1,44 +1,56 @@
-"""Imports tell the architecture; this holds them to it. Every arrow points one way."""
+"""The map of rooms in CONTRIBUTING.md tells what each folder may import; this holds the code to it."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOT_MODULES = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
-
-#: Modules of residency/ in layers: one may import those of the layers before its own.
-PURE_LAYERS = [["addresses", "callers", "latches", "locks", "sentences", "units"], ["errors"],
-               ["contracts", "clock", "diagnosis", "randomness", "progress", "events", "lifetime", "parts", "signals",
-                "cancellation"],
-               ["adaptive", "extras", "handout", "history", "outside"], ["states", "policies", "certificates"],
-               ["settings", "planning", "leasing", "lost", "moving", "monitor"], ["status", "reports", "cli"],
-               ["dispatch"], ["deadlocks", "steering"], ["admission"]]  # fmt: skip
-CONCRETE = ["devices", "residents", "probes", "engines", "web"]
-#: What a concrete folder may import besides itself. devices may look through probes: NVML names the card.
-SHARED = {"addresses", "cancellation", "contracts", "states", "errors", "extras", "diagnosis", "locks", "outside",
-          "progress", "sentences", "units"}  # fmt: skip
-ALSO = {"devices": {"probes"}}
+STORY = ["app", "tts_gpu_managed", "gpu_manager"]  # each may import those after it, never before
 #: Names that a Step-Audio-EditX checkout owns.
 FOREIGN = {"config", "utils", "tts", "tokenizer", "model_loader", "whisper_wrapper", "quantization", "stepvocoder",
            "funasr_detach"}  # fmt: skip
+MODULES = sorted((ROOT / "residency").rglob("*.py"))
+
+
+@cache
+def rooms() -> dict[str, set[str]]:
+    """The map: a folder, as a dotted name, and those that it may import. Its own files it may import anyway."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(residency/[a-z/]*)` \|[^|]*\|([^|]*)\|$", text, re.MULTILINE)
+    return {
+        _room_name(room): {_room_name(name) for name in re.findall(r"`([a-z/]+)`", allowed)} for room, allowed in rows
+    }
+
+
+def _room_name(folder: str) -> str:
+    return folder.removeprefix("residency/").strip("/").replace("/", ".")
+
+
+def room_of(module: str) -> str:
+    """The innermost room of a module of the package; the empty name is that of the files directly in it."""
+    parts = module.split(".")[1:]
+    while parts and ".".join(parts) not in rooms():
+        parts.pop()
+    return ".".join(parts)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports at any depth, those for type checking left out."""
+    """Absolute names of all modules, and of what is imported from them, at any depth, also for types only."""
     package = path.relative_to(ROOT).with_suffix("").parts
     names: set[str] = set()
-    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        todo.extend(ast.iter_child_nodes(node))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,42 +60,40 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def within_package(path: Path) -> set[str]:
-    """The parts of residency/ (modules or folders) that a file imports."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("residency.")}
+@cache
+def imported_modules(path: Path) -> frozenset[str]:
+    """The modules of the package that a file imports."""
+    known = {name_of(each) for each in MODULES}
+    found = {name if name in known else name.rpartition(".")[0] for name in imports(path)}
+    return frozenset(found & known - {name_of(path), "residency"})
 
 
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / "residency" / folder).rglob("*.py"))
+def test_every_folder_is_on_the_map() -> None:
+    folders = {_room_name(str(path.parent.relative_to(ROOT))) for path in MODULES}
+    assert {folder for folder in folders if room_of(f"residency.{folder}.x") == ""} == {"residency"}
+    assert set(rooms()) >= {"", "observability", "devices", "memory", "engines", "scheduling", "launch", "web"}
 
 
-@pytest.mark.parametrize("folder", CONCRETE)
-def test_concrete_parts_know_only_the_contracts(folder: str) -> None:
-    assert files(folder)
-    for path in files(folder):
-        strangers = within_package(path) - SHARED - {folder} - ALSO.get(folder, set())
-        assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_room_imports_only_what_the_map_allows(path: Path) -> None:
+    room = room_of(name_of(path) + (".x" if path.name == "__init__.py" else ""))
+    strangers = {name for name in imported_modules(path) if room_of(f"{name}.x") not in {room, "", *rooms()[room]}}
+    assert not strangers, f"{room or 'residency'} may not import {strangers}"
 
 
-def test_the_words_of_the_house_are_layered() -> None:
-    below: set[str] = set()
-    for layer in PURE_LAYERS:
-        for name in layer:
-            strangers = within_package(ROOT / "residency" / f"{name}.py") - below
-            assert not strangers, f"residency/{name}.py imports {strangers}"
-        below |= set(layer)
-    modules = {path.stem for path in (ROOT / "residency").glob("*.py")} - {"__init__"}
-    assert modules == below, "a new module wants a layer"
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not even for types. A package stands for its ``__init__.py``, which collects what is in it."""
+    TopologicalSorter({name_of(path): imported_modules(path) for path in MODULES}).prepare()
 
 
 def test_the_package_knows_nothing_of_the_root() -> None:
-    for path in (ROOT / "residency").rglob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & set(ROOT_MODULES), path
+    for path in MODULES:
+        assert not {name.split(".")[0] for name in imports(path)} & set(STORY), path
 
 
 def test_root_modules_import_downwards() -> None:
-    for index, name in enumerate(ROOT_MODULES):
-        above = set(ROOT_MODULES[:index])
+    for index, name in enumerate(STORY):
+        above = set(STORY[:index])
         assert not {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")} & above, name
 
 

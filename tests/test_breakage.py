@@ -20,9 +20,9 @@ from gpu_manager import (
     State,
 )
 from residency.clock import ManualClock
-from residency.dispatch import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES, RETRY_AFTER_S, WARM_GRACE_S
 from residency.errors import CaptureUnderWay
-from residency.latches import holds
+from residency.one_shot_event import holds
+from residency.scheduling.dispatcher import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES, RETRY_AFTER_S, WARM_GRACE_S
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -12,8 +12,8 @@ from fakes import Client, Gate, Worker, Workshop, after, await_that, comes_to
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice, State
 from residency.clock import ManualClock
 from residency.contracts import Memory
-from residency.dispatch import FREED_WITHIN_S, RETRY_AFTER_S
-from residency.states import Slot
+from residency.scheduling.dispatcher import FREED_WITHIN_S, RETRY_AFTER_S
+from residency.scheduling.managed_model import Slot
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from gpu_manager import GPUResourceManager
-from residency import cli
+from residency.launch import command_line
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def app(manager: GPUResourceManager) -> Iterator[HTTPServer]:
 
 
 def run(app: HTTPServer, *arguments: str) -> int:
-    return cli.main([*arguments, "--url", f"http://127.0.0.1:{app.server_port}/"])
+    return command_line.main([*arguments, "--url", f"http://127.0.0.1:{app.server_port}/"])
 
 
 def test_status_prints_a_table(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_the_table_tells_who_uses_a_model_and_since_when(
 
 
 def test_the_table_tells_what_is_held_outside_the_books(manager: GPUResourceManager) -> None:
-    assert "outside" not in cli.table(manager.status())
+    assert "outside" not in command_line.table(manager.status())
     status = manager.status()
     model = status["models"]["tts"]
     model["outside_processes"] = [
@@ -126,23 +126,25 @@ def test_the_table_tells_what_is_held_outside_the_books(manager: GPUResourceMana
         {"pid": 8, "command": "python worker.py", "device_bytes": 50 << 20, "host_bytes": 100 << 20},
     ]
     held = "200 MB held outside the books (pid 7 app.py, pid 8 python worker.py)"
-    assert f"tts: {held}. The model was released and it is still held: end that process / " in cli.table(status)
-    assert "账外占用 200 MB（pid 7 app.py, pid 8 python worker.py）。模型已释放，仍在占用" in cli.table(status)
+    assert f"tts: {held}. The model was released and it is still held: end that process / " in command_line.table(
+        status
+    )
+    assert "账外占用 200 MB（pid 7 app.py, pid 8 python worker.py）。模型已释放，仍在占用" in command_line.table(status)
     model["state"] = "cpu"
-    assert f"tts: {held}. Release the model to free it / 账外占用 200 MB" in cli.table(status)
+    assert f"tts: {held}. Release the model to free it / 账外占用 200 MB" in command_line.table(status)
 
 
 def test_the_status_of_an_older_app_is_shown_too(manager: GPUResourceManager) -> None:
     status = manager.status()
     for key in ("holder", "outside_bytes", "outside_processes"):
         del status["models"]["tts"][key]
-    assert "tts" in cli.table(status)
+    assert "tts" in command_line.table(status)
 
 
 def test_sizes_are_in_the_unit_of_the_page(manager: GPUResourceManager) -> None:
     status = manager.status()
     status["models"]["tts"]["device_bytes"] = 25 << 19
-    assert "12.5 MB" in cli.table(status)
+    assert "12.5 MB" in command_line.table(status)
 
 
 def test_json_prints_the_whole_status(app: HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,9 +256,9 @@ def test_an_app_without_management_is_said_to_be_one_in_the_language_of_the_loca
 
 
 def test_an_address_needs_no_scheme(app: HTTPServer) -> None:
-    assert cli.main(["status", "--url", f"127.0.0.1:{app.server_port}"]) == 0
+    assert command_line.main(["status", "--url", f"127.0.0.1:{app.server_port}"]) == 0
 
 
 def test_no_app_there_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--url", "http://127.0.0.1:9"]) == 1
+    assert command_line.main(["status", "--url", "http://127.0.0.1:9"]) == 1
     assert "start one, or give --url" in capsys.readouterr().err

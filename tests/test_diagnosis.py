@@ -6,7 +6,8 @@ import weakref
 
 import pytest
 
-from residency.diagnosis import (
+from residency.errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory
+from residency.observability.error_classification import (
     empty_frames,
     is_capture_under_way,
     is_out_of_device_memory,
@@ -14,7 +15,6 @@ from residency.diagnosis import (
     loss_beyond_repair,
     may_be_device_loss,
 )
-from residency.errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory
 
 
 class AcceleratorError(RuntimeError):

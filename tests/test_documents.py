@@ -24,8 +24,8 @@ from forking import ForkedProcess
 from miniature import CHECKOUT, make_recording, make_weights
 from starting import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
 
-from residency.web.guidance import VERIFIED
-from residency.web.samples import VOICES
+from residency.web.ui.guidance import VERIFIED
+from residency.web.ui.sample_voices import VOICES
 
 DOCUMENTS = ["README.md", "README_CN.md", "GPU_MANAGEMENT.md", "examples/README.md"]
 COPIED = [
@@ -312,7 +312,7 @@ def test_python_in_the_readme_runs_as_printed(code: str, tmp_path: Path) -> None
 def test_the_readme_gives_the_words_that_its_recording_says() -> None:
     for document in ("README.md", "README_CN.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
-        for sample in re.findall(r"residency/web/samples/(\w+)\.flac", text):
+        for sample in re.findall(r"residency/web/static/samples/(\w+)\.flac", text):
             assert f'said = "{VOICES[sample].says}"' in text
 
 

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.contracts import Telemetry
-from residency.web.metrics import exposition
+from residency.web.api.metrics import exposition
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

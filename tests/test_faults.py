@@ -13,8 +13,8 @@ from world import SIZES, World
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, LoadTimeout, SimulatedDevice, State
 from residency.clock import ManualClock
-from residency.planning import next_step
-from residency.states import Slot
+from residency.scheduling.managed_model import Slot
+from residency.scheduling.planner import next_step
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.engines.part_proxy import Held, find_paths, follow
 from residency.errors import NotHandedOut, PartGone
-from residency.parts import Held, find_paths, follow
 from tts_gpu_managed import GPUManagedTTS, Part
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

@@ -11,7 +11,7 @@ from fakes import Client, Gate, Worker, Workshop, after
 from gpu_manager import CpuDevice, GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout, SimulatedDevice
 from residency.clock import ManualClock, SystemClock
 from residency.contracts import Memory
-from residency.history import RECENT_MOVES, WINDOW_S, CardHistory, Histogram, History, PastMove
+from residency.observability.history import RECENT_MOVES, WINDOW_S, CardHistory, Histogram, History, PastMove
 from residency.states import Move, State
 
 UP, DOWN = Move("tts", State.HOST, State.DEVICE), Move("tts", State.DEVICE, State.HOST)

@@ -11,7 +11,7 @@ import pytest
 from raw import Answer, ask
 from serving import ForkedApp, RunningApp
 
-from residency.web.logins import Pace
+from residency.web.server.logins import Pace
 
 FORM = "Content-Type: application/x-www-form-urlencoded"
 #: Many failures take no time, and the clock is the test's: SIGALRM moves it by ten seconds.

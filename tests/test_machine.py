@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from gpu_manager import GPUResourceManager, RequestCancelled, RequestTimeout, SimulatedDevice
 from residency.clock import ManualClock
-from residency.dispatch import RETRY_AFTER_S, WARM_GRACE_S
-from residency.planning import next_step
+from residency.scheduling.dispatcher import RETRY_AFTER_S, WARM_GRACE_S
+from residency.scheduling.planner import next_step
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -11,7 +11,7 @@ import pytest
 from fakes import Gate, running
 
 from residency.clock import ManualClock
-from residency.monitor import PAUSE_AFTER_ERROR_S, Monitor
+from residency.scheduling.monitor import PAUSE_AFTER_ERROR_S, Monitor
 
 
 class World:
@@ -95,7 +95,9 @@ def test_where_no_thread_can_be_had_the_next_deadline_tries_again(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         world.expect(1100)
-    assert caplog.record_tuples == [("residency.monitor", logging.WARNING, "The idle monitor cannot be started now")]
+    assert caplog.record_tuples == [
+        ("residency.scheduling.monitor", logging.WARNING, "The idle monitor cannot be started now")
+    ]
     assert caplog.records[0].exc_info
     assert world.monitor.health()["alive"] is False
     world.expect(1100)

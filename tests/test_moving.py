@@ -18,9 +18,9 @@ from fakes import running
 from strategies import bytes_of
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
-from residency import moving
 from residency.clock import ManualClock
-from residency.residents import EngineResident, weights
+from residency.memory import EngineResident, weights
+from residency.scheduling import mover
 from residency.states import State
 
 
@@ -288,7 +288,7 @@ def test_a_released_engine_is_gone_at_once_without_a_garbage_collection_that_wou
         with manager.lease("tts") as engine:
             watched = weakref.ref(engine)
         del engine
-        monkeypatch.setattr(moving.gc, "collect", lambda: pytest.fail("something still refers to the engine"))
+        monkeypatch.setattr(mover.gc, "collect", lambda: pytest.fail("something still refers to the engine"))
         manager.release("tts")
         assert watched() is None
         monkeypatch.undo()

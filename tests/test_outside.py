@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.outside import NO_SAMPLE, OutsideBooks, ProcessMemory, Sample
-from residency.probes import processes
-from residency.web import words
-from residency.web.language import en, zh
-from residency.web.metrics import exposition
+from residency.devices.probes import processes
+from residency.observability.outside_memory import NO_SAMPLE, OutsideBooks, ProcessMemory, Sample
+from residency.web.api.metrics import exposition
+from residency.web.shared.language import en, zh
+from residency.web.ui import status_text
 
 MB = 1 << 20
 CHILD = "block = bytearray(b'x') * (120 << 20); print('ready', flush=True); input()"
@@ -63,8 +63,8 @@ def test_a_child_process_is_shown_until_it_ends(manager: GPUResourceManager, cap
         model = tts(manager)
         assert model["outside_bytes"] >= 120 * MB
         assert begun[0].pid in [holder["pid"] for holder in model["outside_processes"]]
-        assert f"pid {begun[0].pid}" in words.as_text(manager.status(), en)
-        assert "账外占用" in words.as_text(manager.status(), zh)
+        assert f"pid {begun[0].pid}" in status_text.as_text(manager.status(), en)
+        assert "账外占用" in status_text.as_text(manager.status(), zh)
         assert b'gpu_manager_outside_bytes{model="tts"} 1' in exposition(manager)
         assert len([r for r in caplog.records if "outside the books" in r.getMessage()]) == 1
     finally:

@@ -15,10 +15,10 @@ import torch
 from fakes import Gate, Worker, Workshop, running
 
 from gpu_manager import GPUResourceManager, LoadTimeout, RequestCancelled, SimulatedDevice
-from residency import events
 from residency.clock import ManualClock
 from residency.contracts import Memory
 from residency.errors import DeviceOutOfMemory
+from residency.observability import events
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residency.callers import call_site
-from residency.planning import (
+from residency.scheduling.callers import call_site
+from residency.scheduling.managed_model import Request, Slot
+from residency.scheduling.planner import (
     Room,
     Serve,
     by_arrival,
@@ -23,8 +24,8 @@ from residency.planning import (
     room_for,
     would_wait_for_itself,
 )
-from residency.policies import FixedPolicy
-from residency.states import TRANSITIONS, Move, Request, Slot, State
+from residency.scheduling.policies import FixedPolicy
+from residency.states import TRANSITIONS, Move, State
 
 HERE = call_site()
 SETTLED = [State.RELEASED, State.DEVICE, State.HOST]

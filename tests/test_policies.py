@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from residency.adaptive import AdaptivePolicy
 from residency.contracts import Policy
 from residency.errors import InvalidInput
-from residency.policies import FixedPolicy, change_policy, check_counts, guarded, make_policy, seconds
+from residency.scheduling.adaptive import AdaptivePolicy
+from residency.scheduling.policies import FixedPolicy, change_policy, check_counts, guarded, make_policy, seconds
 
 
 @dataclass

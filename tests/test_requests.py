@@ -16,8 +16,8 @@ from gpu_manager import (
     State,
 )
 from residency.clock import ManualClock
-from residency.dispatch import STUCK_AFTER_S
 from residency.errors import InvalidInput
+from residency.scheduling.dispatcher import STUCK_AFTER_S
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

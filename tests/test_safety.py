@@ -22,7 +22,7 @@ import soundfile
 from gradio_client import Client, handle_file
 from serving import ROOT, ForkedApp, RunningApp, wait_until
 
-from residency.cli import main
+from residency.launch.command_line import main
 
 SECRET = "nobody is to read this"
 PROXIED = {"X-Forwarded-For": "203.0.113.9"}

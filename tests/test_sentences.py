@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, strategies
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.diagnosis import in_words, message_of
 from residency.engines import requirements, step_audio_weights
 from residency.errors import EngineUnavailable, InvalidInput, SnapshotUnusable
+from residency.observability.error_classification import in_words, message_of
 from residency.sentences import Sentence
-from residency.web import words
-from residency.web.language import en, translated, zh
-from residency.web.speech import explain
+from residency.web.shared.language import en, translated, zh
+from residency.web.speech.service import explain
+from residency.web.ui import status_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PIECES = [" / ", "/", "\n", ": ", "a / b / c", "没有文件", "模型 / tts", "Error: x / 错误：x", "no file", "。", "{}"]
@@ -63,8 +63,8 @@ def test_a_failed_load_is_told_in_each_language_by_the_status() -> None:
             pass
         status = manager.status()
         model = status["models"]["tts"]
-        assert words.remarks(model, en) == [f"Last error: {error.en}"]
-        assert words.remarks(model, zh) == [f"上次错误：{error.zh}"]
+        assert status_text.remarks(model, en) == [f"Last error: {error.en}"]
+        assert status_text.remarks(model, zh) == [f"上次错误：{error.zh}"]
         assert json.loads(json.dumps(status))["models"]["tts"]["last_error"] == f"InvalidInput: {error}"
 
 

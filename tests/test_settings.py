@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import serialization
 from reverse_proxies import make_certificate
 
 from residency.engines.step_audio_weights import ACOUSTIC_MODEL
-from residency.settings import parse, size_bytes
+from residency.launch.settings import parse, size_bytes
 
 
 def test_without_flags_everything_is_as_in_the_public_app_and_management_is_off() -> None:

@@ -18,9 +18,9 @@ from gpu_manager import (
     UnknownModel,
 )
 from residency.clock import ManualClock
-from residency.dispatch import STUCK_AFTER_S, WARM_GRACE_S
 from residency.errors import InvalidInput
 from residency.progress import current
+from residency.scheduling.dispatcher import STUCK_AFTER_S, WARM_GRACE_S
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -25,9 +25,9 @@ from gpu_manager import (
     State,
 )
 from residency.contracts import Device
-from residency.residents import CompositeResident
-from residency.residents import Kept as Lent
-from residency.states import Slot
+from residency.memory import CompositeResident
+from residency.memory import Kept as Lent
+from residency.scheduling.managed_model import Slot
 
 SIZES = {"tts": 60, "asr": 50, "vad": 10}
 PLACES = {State.DEVICE: "device", State.HOST: "host", State.RELEASED: "nowhere"}

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import DeviceKind, Memory, Telemetry
-from ..diagnosis import is_capture_under_way, is_out_of_device_memory
 from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
 from ..locks import renewed_in_children
-from ..probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
+from ..observability.error_classification import is_capture_under_way, is_out_of_device_memory
 from ..sentences import Sentence
 from .capture import beside_captures, is_capturing
+from .probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
 
 if TYPE_CHECKING:
     import torch

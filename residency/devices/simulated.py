@@ -151,7 +151,7 @@ class SimulatedDevice:
 
 @functools.cache
 def _resize() -> Callable[[torch.UntypedStorage, int], object]:
-    """Resizes guarded storages as well: see `residency.residents.absence`."""
+    """Resizes guarded storages as well: see `residency.memory.absent_tensors`."""
     import torch
 
     return torch.UntypedStorage.resize_

@@ -17,9 +17,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-from ..diagnosis import in_words
 from ..errors import EngineUnavailable, ResidencyError
 from ..locks import renewed_in_children
+from ..observability.error_classification import in_words
 from . import requirements
 
 REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"

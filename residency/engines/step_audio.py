@@ -12,8 +12,8 @@ from typing import Any
 
 from ..cancellation import checkpoint
 from ..contracts import Engine
-from ..diagnosis import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..errors import EngineUnavailable
+from ..observability.error_classification import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..sentences import Sentence
 from . import requirements
 from .asr import DEFAULT_MODEL, Recognizer, unavailable

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,31 +16,33 @@ import gradio as gr
 from ..cancellation import cancelled_by, checkpoint
 from ..contracts import Engine
 from ..errors import InvalidInput
-from . import guidance, microphone, samples, task_names, words
-from .compat import PRIVATE, session, speaker, supported
-from .edit_types import STEP_AUDIO_EDIT_TYPES
-from .gpu_panel import GpuPanel
-from .guard import Guard
-from .history import Histories, Overtaken, State, Step, as_messages, new_state
-from .incoming import Limits
-from .inputs import Inputs, sub_tasks_update
-from .intent import Intent
-from .labels import label
-from .messages import BEGIN, SHOW, Message, Places
-from .page_requests import Requests
-from .presses import Presses
-from .reception import Reception
-from .recordings import Recordings
-from .samples import SampleVoice
-from .speech import Speech
-from .transcription import Transcription
-from .turns import Turns
-from .visits import Visits
-from .waiting import Waiting
+from . import static
+from .server.permissions import Guard
+from .shared.gradio_compat import PRIVATE, session, speaker, supported
+from .speech import task_names
+from .speech.conversion import Limits
+from .speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from .speech.queue import Turns
+from .speech.recordings import Recordings
+from .speech.service import Speech
+from .ui import guidance, microphone, sample_voices, status_text
+from .ui.buttons import Presses
+from .ui.chat_history import Histories, Overtaken, State, Step, as_messages, new_state
+from .ui.gpu_panel import GpuPanel
+from .ui.labels import label
+from .ui.messages import BEGIN, SHOW, Message, Places
+from .ui.page_requests import Requests
+from .ui.page_sessions import Visits
+from .ui.prewarm import Intent
+from .ui.recording_check import Reception
+from .ui.sample_voices import SampleVoice
+from .ui.saved_inputs import Inputs, sub_tasks_update
+from .ui.transcription import Transcription
+from .ui.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
-_UPLOAD_ANYTHING = (Path(__file__).parent / "upload.js").read_text(encoding="utf-8")
+_UPLOAD_ANYTHING = static.text("upload.js")
 
 
 class EditxTab:
@@ -90,15 +91,15 @@ class EditxTab:
 
     def get_gpu_status(self) -> str:
         """Where the model is, in words."""
-        return self.panel.text() if self.panel else words.NOT_ENABLED
+        return self.panel.text() if self.panel else status_text.NOT_ENABLED
 
     def offload_gpu(self) -> str:
         """Bring the model to main memory; say what came of it and where things are now."""
-        return f"{self.panel.press('offload')}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
+        return f"{self.panel.press('offload')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
     def release_gpu(self) -> str:
         """Free the model's memory everywhere; say what came of it and where things are now."""
-        return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else words.NOT_ENABLED
+        return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
     def told(self) -> AbstractContextManager[Any]:
         """A block in which the person whose event this is reads what the model does meanwhile."""
@@ -177,9 +178,11 @@ class EditxTab:
         return update, task_names.line(edit_type, update["value"], speaker())
 
     def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[Any, ...]:
-        recording = samples.copied(sample, self.speech.folder)
+        recording = sample_voices.copied(sample, self.speech.folder)
         self.recordings.own(session(), recording)
-        target = (gr.skip(), gr.skip()) if target_text else (samples.TARGET_TEXT, "")  # the text, what is said of it
+        target = (
+            (gr.skip(), gr.skip()) if target_text else (sample_voices.TARGET_TEXT, "")
+        )  # the text, what is said of it
         return sample.says, recording, *target
 
     def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
@@ -239,7 +242,7 @@ class EditxTab:
                     with gr.Row():
                         self.samples = [
                             (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
-                            for name, sample in samples.VOICES.items()
+                            for name, sample in sample_voices.VOICES.items()
                         ]
                     microphone.draw_hint()
                     self.transcription.draw()

@@ -13,9 +13,20 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from . import address, bounds, control, endpoints, locale, routes
-from .bodies import small_bodies_first
-from .compat import (
+from .api import control, endpoints
+from .editx_tab import EditxTab
+from .server import address_hint, gradio_routes, locale, session_limits
+from .server.bodies import small_bodies_first
+from .server.connections import affordable
+from .server.heartbeats import Presence
+from .server.hosts import Hosts
+from .server.logins import Logins, tells_of_the_limit
+from .server.middleware import Traffic
+from .server.permissions import Guard
+from .server.root_path import beneath
+from .server.server import BoundedServer
+from .server.session_requests import Lines
+from .shared.gradio_compat import (
     Blocks,
     keep_uploads_in,
     leave_out_the_internet,
@@ -26,18 +37,8 @@ from .compat import (
     take_no_empty_session,
     user,
 )
-from .connections import affordable
-from .editx_tab import EditxTab
-from .guard import Guard
-from .hosts import Hosts
-from .labels import label, translations
-from .lines import Lines
-from .logins import Logins, tells_of_the_limit
-from .presence import Presence
-from .protocols import Manager
-from .server import BoundedServer
-from .subpath import beneath
-from .traffic import Traffic
+from .shared.protocols import Manager
+from .ui.labels import label, translations
 
 _SWEEP_EVERY_S = 600
 _BODY_BYTES, _BYTES_PER_CHARACTER = 1 << 20, 2 * 12
@@ -158,8 +159,8 @@ class Page:
         """
         hosts = hosts or Hosts()
         self._asks_for_password = auth is not None
-        bounds.bound_names()
-        bounds.bound_uploads()
+        session_limits.bound_names()
+        session_limits.bound_uploads()
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
         lines = Lines(self._may_stay, affordable() // 2)  # the rest is for requests that end
         middleware = [
@@ -168,9 +169,9 @@ class Page:
             lines.around,
             self.traffic.around,
             *([logins.around, tells_of_the_limit] if auth else []),
-            address.around,
+            address_hint.around,
             locale.around,
-            routes.without(() if auth else ("/login", "/logout")),
+            gradio_routes.without(() if auth else ("/login", "/logout")),
             *([control.beside(api)] if api else []),
         ]
         with listening((lambda app: app) if auth else hosts.around, BoundedServer):
@@ -186,11 +187,11 @@ class Page:
                 max_file_size=self._largest_upload_bytes,
                 prevent_thread_lock=True,
                 quiet=True,
-                state_session_capacity=bounds.SESSIONS,
+                state_session_capacity=session_limits.SESSIONS,
                 ssr_mode=False,
                 app_kwargs={
                     "middleware": [Middleware(around) for around in middleware],
-                    "exception_handlers": routes.HANDLERS,
+                    "exception_handlers": gradio_routes.HANDLERS,
                     "redirect_slashes": False,
                 },
                 i18n=translations(),
@@ -201,7 +202,7 @@ class Page:
             hosts.allow(urlsplit(public_link).hostname or "")
         self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
-        bounds.bound_queue(self.blocks._queue)
+        session_limits.bound_queue(self.blocks._queue)
         # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
@@ -226,7 +227,7 @@ class Page:
     def _sweep(self) -> None:
         while not self._ended.wait(_SWEEP_EVERY_S):
             self._recordings.sweep()
-            bounds.forget_deleted_files(self.blocks)
+            session_limits.forget_deleted_files(self.blocks)
 
     def refuse(self) -> None:
         """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""

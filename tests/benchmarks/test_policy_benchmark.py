@@ -9,7 +9,7 @@ import pytest
 from benchmarks import policy as benchmark
 from benchmarks._traces import DAY_S, TRACES, trace
 from benchmarks.policy import OFFLOAD_S, RESTORE_S, SERVICE_S, Distance, Outcome, on_curve, replay
-from residency.policies import NEVER, FixedPolicy
+from residency.scheduling.policies import NEVER, FixedPolicy
 
 AHEAD = ((0.0, 0.0), (90.0, 110.0))
 

@@ -12,8 +12,8 @@ import pytest
 from gated_engine import close_gate, open_gate
 from serving import ForkedApp, RunningApp
 
-from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
-from residency.web.samples import TARGET_TEXT, VOICES
+from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.ui.sample_voices import TARGET_TEXT, VOICES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ PRETENDING = """
 import sys
 sys.path.insert(0, "tests")
 import gated_engine
-from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES
-import residency.web.intent
-residency.web.intent.EVERY_S = 0
+import residency.web.ui.prewarm
+residency.web.ui.prewarm.EVERY_S = 0
 """
 
 

@@ -266,7 +266,7 @@ def test_a_page_that_closes_while_its_request_waits_has_nothing_computed(
 ) -> None:
     gates = tmp_path / "gates"
     gates.mkdir()
-    soon = "import residency.web.traffic; residency.web.traffic._LINE_CUT_S = 0.2\n"
+    soon = "import residency.web.server.middleware; residency.web.server.middleware._LINE_CUT_S = 0.2\n"
     with ForkedApp(tmp_path / "recordings", gates=gates, prelude=soon) as app:
         first, page = opened(app, new_page, tmp_path), opened(app, new_page, tmp_path)
         close_gate(gates, "speak")

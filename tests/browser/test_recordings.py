@@ -117,7 +117,7 @@ class TestPage:
 # Recordings called slow wait at a gate before they are converted.
 _SLOW = """
 import gated_engine
-from residency.web.incoming import Incoming
+from residency.web.speech.conversion import Incoming
 def decode(self, source, *more, decode=Incoming._decode):
     if "slow" in source:
         gated_engine._pass("convert")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-OFTEN = "import residency.web.visits; residency.web.visits.TELL_EVERY_S = 0.5\n"
-NO_GRACE = "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 0\n"
+OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.TELL_EVERY_S = 0.5\n"
+NO_GRACE = "import residency.web.server.heartbeats; residency.web.server.heartbeats.LEFT_FOR_S = 0\n"
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path, arguments: tuple[str, ...]
 ) -> None:
     folder = tmp_path / "recordings"
-    prelude = OFTEN + "import residency.web.presence; residency.web.presence.LEFT_FOR_S = 5\n"
+    prelude = OFTEN + "import residency.web.server.heartbeats; residency.web.server.heartbeats.LEFT_FOR_S = 5\n"
     with ForkedApp(folder, *arguments, gates=gates, prelude=prelude) as app, Network(app.port) as network:
         page = new_page()
         # Gradio tells in a corner that the connection was lost, until somebody closes that.
@@ -92,7 +92,7 @@ def test_a_network_that_was_cut_for_a_while_takes_nothing_away(
 def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path
 ) -> None:
-    prelude = OFTEN + "import residency.web.traffic; residency.web.traffic._LINE_CUT_S = 0.1\n"
+    prelude = OFTEN + "import residency.web.server.middleware; residency.web.server.middleware._LINE_CUT_S = 0.1\n"
     with (
         ForkedApp(tmp_path / "recordings", *ARGUMENTS, gates=gates, prelude=prelude) as app,
         Network(app.port) as network,

@@ -13,8 +13,8 @@ import torch
 
 from residency.contracts import Memory, Telemetry
 from residency.devices import CpuDevice, CudaDevice, cuda, find_device
+from residency.devices.probes import TorchProbe
 from residency.errors import OnAnotherDevice
-from residency.probes import TorchProbe
 
 GIB = 1 << 30
 UUIDS = {"GPU-8f2a1111": "card 0", "GPU-8f3b2222": "card 1", "MIG-aaaa1": "instance 2", "MIG-aabb2": "instance 5"}

@@ -184,7 +184,7 @@ def test_errors_are_logged_and_raised_as_they_are(
 
 
 def test_everything_that_holds_memory_is_there_from_the_start(engine: BuiltinEngine) -> None:
-    from residency.residents.discovery import discover
+    from residency.memory.discovery import discover
 
     fresh = BuiltinEngine()
     before, used = discover(fresh), discover(engine)

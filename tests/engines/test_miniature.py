@@ -68,7 +68,7 @@ assert drawn == (torch.rand(1).item(), random.random(), np.random.rand())
 def test_everything_that_the_engine_holds_is_found(models: Path, voice: Path) -> None:
     """Compared with every tensor and session that came to life with it, by brute force."""
     script = """
-from residency.residents.discovery import discover
+from residency.memory.discovery import discover
 import onnxruntime
 
 def alive():

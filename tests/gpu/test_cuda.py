@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpu_manager import CudaDevice, GPUResourceManager
-from residency.residents.weights import Weights
+from residency.memory.weights import Weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device that torch can use through CUDA")
 

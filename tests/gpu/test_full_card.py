@@ -17,7 +17,7 @@ from card import MB, Leave, all_equal, random_bytes
 from strategies import small_layout
 
 from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
-from residency.residents import EngineResident, SnapshotFolder, fingerprint
+from residency.memory import EngineResident, SnapshotFolder, checksum
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device that torch can use through CUDA")
 
@@ -72,7 +72,7 @@ class FillingUp:
 @pytest.fixture(autouse=True)
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So that the scratch space for comparing weights is small, and filled up to in few steps."""
-    monkeypatch.setattr(fingerprint, "SPAN_BYTES", MB)
+    monkeypatch.setattr(checksum, "SPAN_BYTES", MB)
     with small_layout(MB, 4 * MB):
         yield
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from snapshots import Content
 
-from residency.residents.snapshot import SnapshotFolder
+from residency.memory.snapshot import SnapshotFolder
 
 
 @pytest.fixture

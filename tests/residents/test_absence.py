@@ -28,10 +28,10 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import DeviceOutOfMemory, SharedWeights, TensorAway, WeightsGone
-from residency.residents import EngineResident, SnapshotFolder, absence
-from residency.residents.containers import in_held_containers
-from residency.residents.discovery import discover
-from residency.residents.weights import Weights
+from residency.memory import EngineResident, SnapshotFolder, absent_tensors
+from residency.memory.discovery import discover
+from residency.memory.shared_containers import in_held_containers
+from residency.memory.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -304,8 +304,8 @@ def test_an_array_that_is_made_while_weights_are_copied_away_keeps_the_old_bytes
 def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbed() -> None:
     """Here 0.006 s to hide and as much to show, 0.05 s to close the storages and 0.06 s to open them."""
     tensors = [torch.zeros(3) for _ in range(100_000)]
-    absence.hide(tensors[:1])
-    absence.show(tensors[:1])
+    absent_tensors.hide(tensors[:1])
+    absent_tensors.show(tensors[:1])
     done, errors = threading.Event(), []
 
     def read() -> None:
@@ -316,8 +316,8 @@ def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbe
     reader = threading.Thread(target=read)
     reader.start()
     started = time.thread_time()
-    absence.hide(tensors)
-    absence.show(tensors)
+    absent_tensors.hide(tensors)
+    absent_tensors.show(tensors)
     took_s = time.thread_time() - started
     done.set()
     reader.join()
@@ -545,7 +545,7 @@ def test_the_spare_of_a_released_constant_goes_with_its_last_holder(device: Simu
     resident = EngineResident(engine, device)
     resident.offload()
     resident.release()
-    spare = getattr(filters().untyped_storage(), absence.RECALL)
+    spare = getattr(filters().untyped_storage(), absent_tensors.RECALL)
     seen = weakref.ref(spare)
     del spare, engine, resident
     filters.cache_clear()

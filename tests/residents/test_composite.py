@@ -4,7 +4,7 @@ import pytest
 from fakes import FakeResident
 
 from residency.errors import SnapshotUnusable
-from residency.residents import CompositeResident
+from residency.memory import CompositeResident
 
 
 def test_bytes_add_up_and_parts_move_together() -> None:

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from gpu_manager import SimulatedDevice
+from residency.memory import EngineResident
+from residency.memory.discovery import Discovery, discover
 from residency.progress import Progress, reporting
-from residency.residents import EngineResident
-from residency.residents.discovery import Discovery, discover
 
 
 class Slotted:

@@ -9,7 +9,7 @@ import torch
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
 from residency.errors import CapturedGraphs, OnAnotherDevice
-from residency.residents import EngineResident, SnapshotFolder
+from residency.memory import EngineResident, SnapshotFolder
 
 
 class Engine:

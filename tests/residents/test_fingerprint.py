@@ -11,8 +11,8 @@ import pytest
 import torch
 import xxhash
 
-from residency.residents import fingerprint
-from residency.residents.fingerprint import fingerprints, hash_of, multilinear
+from residency.memory import checksum
+from residency.memory.checksum import fingerprints, hash_of, multilinear
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Calla
     """Both ways to compute fingerprints, of several tensors of bytes at once."""
     if request.param == "xxh3":
         return lambda *raws: fingerprints(raws, len(raws))
-    monkeypatch.setattr(fingerprint, "SPAN_BYTES", 1 << 16)
+    monkeypatch.setattr(checksum, "SPAN_BYTES", 1 << 16)
     return lambda *raws: multilinear(raws, len(raws), CPU)
 
 
@@ -49,7 +49,7 @@ def test_each_bit_counts(of: Callable[..., list[int]]) -> None:
 
 
 def test_the_last_bytes_count_as_much_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "SPAN_BYTES", 1024)
+    monkeypatch.setattr(checksum, "SPAN_BYTES", 1024)
     ends = [torch.tensor([number, 2, 3], dtype=torch.uint8) for number in range(1, 100)]
     assert max(abs(number) for number in multilinear(ends, len(ends), CPU)) > 2**40
 
@@ -116,12 +116,12 @@ def test_weights_of_the_sums_are_drawn_anew_in_each_process(monkeypatch: pytest.
     """So that nobody can make two contents that no process tells apart."""
     script = (
         f"import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}]; import torch\n"
-        "from residency.residents import fingerprint\n"
+        "from residency.memory import fingerprint\n"
         "fingerprint.SPAN_BYTES = 1024\n"
-        "print(fingerprint.multilinear([torch.ones(100, dtype=torch.uint8)], 1, torch.device('cpu')))"
+        "print(checksum.multilinear([torch.ones(100, dtype=torch.uint8)], 1, torch.device('cpu')))"
     )
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout
-    monkeypatch.setattr(fingerprint, "SPAN_BYTES", 1024)
+    monkeypatch.setattr(checksum, "SPAN_BYTES", 1024)
     assert answer != f"{multilinear([torch.ones(100, dtype=torch.uint8)], 1, CPU)}\n"
 
 
@@ -137,7 +137,7 @@ def test_looking_never_makes_a_storage_unresizable() -> None:
 
 def test_tensors_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what is put together for one span is free again before the next is."""
-    monkeypatch.setattr(fingerprint, "SPAN_BYTES", 1024)
+    monkeypatch.setattr(checksum, "SPAN_BYTES", 1024)
     alive: list[int] = []
 
     class Counted:

@@ -12,8 +12,8 @@ from strategies import small_layout
 from torch.overrides import TorchFunctionMode
 
 from gpu_manager import SimulatedDevice
-from residency.residents import weights as module
-from residency.residents.weights import Weights
+from residency.memory import weights as module
+from residency.memory.weights import Weights
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 MiB"
 

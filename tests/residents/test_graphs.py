@@ -13,7 +13,7 @@ import torch
 
 from gpu_manager import SimulatedDevice
 from residency.errors import CapturedGraphs
-from residency.residents import EngineResident
+from residency.memory import EngineResident
 
 
 class Constant:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from gpu_manager import SimulatedDevice
-from residency.residents.layout import PAGE_BYTES, lay_out
-from residency.residents.mirror import HostMirror
-from residency.residents.weights import Weights
+from residency.memory.mirror import HostMirror
+from residency.memory.mirror_layout import PAGE_BYTES, lay_out
+from residency.memory.weights import Weights
 
 
 def resident_bytes() -> int:
@@ -116,7 +116,7 @@ import atexit, os, sys, threading
 sys.path[:0] = {folders!r}
 atexit.register(lambda: print(len(device.registered)))  # registered first, called last
 from test_mirror import Driver, pinned_mirror
-from residency.residents import mirror as module
+from residency.memory import mirror as module
 device, moving = Driver(), threading.Lock()
 mirror = pinned_mirror(device, moving)
 """

@@ -11,9 +11,9 @@ import pytest
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
 from residency.errors import SnapshotUnusable
-from residency.residents import SnapshotFolder
-from residency.residents.discovery import discover
-from residency.residents.onnx import OnnxSessions
+from residency.memory import SnapshotFolder
+from residency.memory.discovery import discover
+from residency.memory.onnx_sessions import OnnxSessions
 
 MODEL = Path(str(importlib.util.find_spec("hibari").origin)).parent / "assets" / "oov.onnx"
 FEED = {"chars": np.array([[1, 2, 3]], np.int64)}

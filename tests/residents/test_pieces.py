@@ -8,7 +8,7 @@ import pytest
 import torch
 from strategies import DTYPES, bytes_of
 
-from residency.residents.pieces import Piece, pieces_of
+from residency.memory.storages import Piece, pieces_of
 
 LARGE = 1 << 20
 

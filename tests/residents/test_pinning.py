@@ -11,11 +11,11 @@ from fakes import Gate, Worker
 from strategies import small_layout
 
 from gpu_manager import SimulatedDevice
-from residency.residents import SnapshotFolder
-from residency.residents.layout import lay_out
-from residency.residents.mirror import HostMirror
-from residency.residents.pinning import BackgroundPinning
-from residency.residents.weights import Weights
+from residency.memory import SnapshotFolder
+from residency.memory.mirror import HostMirror
+from residency.memory.mirror_layout import lay_out
+from residency.memory.pinning import BackgroundPinning
+from residency.memory.weights import Weights
 
 
 class PinDevice(SimulatedDevice):

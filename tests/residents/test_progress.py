@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from residency.devices import SimulatedDevice
+from residency.memory import SnapshotFolder, Weights
 from residency.progress import Progress, current, reporting
-from residency.residents import SnapshotFolder, Weights
 
 
 class Watched(Progress):

@@ -11,7 +11,7 @@ import torch
 from packing import save_packed
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.residents.discovery import discover
+from residency.memory.discovery import discover
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

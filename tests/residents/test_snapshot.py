@@ -19,8 +19,8 @@ from strategies import bytes_of, small_layout
 
 from gpu_manager import SimulatedDevice
 from residency.errors import InvalidInput, SnapshotUnusable
-from residency.residents.snapshot import SnapshotFolder
-from residency.residents.weights import Weights
+from residency.memory.snapshot import SnapshotFolder
+from residency.memory.weights import Weights
 
 
 def test_what_was_written_is_read_back_by_another_folder_object_too(folder: SnapshotFolder, content: Content) -> None:

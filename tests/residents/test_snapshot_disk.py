@@ -18,9 +18,9 @@ from strategies import bytes_of
 
 from gpu_manager import SimulatedDevice
 from residency.errors import SnapshotUnusable
-from residency.residents import snapshot
-from residency.residents.snapshot import SnapshotFolder
-from residency.residents.weights import Weights
+from residency.memory import snapshot
+from residency.memory.snapshot import SnapshotFolder
+from residency.memory.weights import Weights
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def test_signals_do_not_cut_a_write_or_a_read_short(tmp_path: Path) -> None:
     script = f"""
 import signal, sys, torch
 sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
-from residency.residents.fingerprint import hash_of
-from residency.residents.snapshot import SnapshotFolder
+from residency.memory.checksum import hash_of
+from residency.memory.snapshot import SnapshotFolder
 rings = []
 signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
 signal.siginterrupt(signal.SIGALRM, True)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from snapshots import Content, listing, refused
 
-from residency.residents import snapshot
-from residency.residents.snapshot import SnapshotFolder
+from residency.memory import snapshot
+from residency.memory.snapshot import SnapshotFolder
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from strategies import DTYPES, HOMES, OWNERS, VIEWS, Base, Graph, Step, engines,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
-from residency.residents import SnapshotFolder
-from residency.residents.layout import Span
-from residency.residents.mirror import HostMirror
-from residency.residents.weights import Weights
+from residency.memory import SnapshotFolder
+from residency.memory.mirror import HostMirror
+from residency.memory.mirror_layout import Span
+from residency.memory.weights import Weights
 
 EVERY_DTYPE = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,

@@ -118,7 +118,7 @@ assert use() is shop.engines[0] and shop.loads == 1
             """
 import signal, torch
 from contextlib import contextmanager
-from residency.residents import EngineResident
+from residency.memory import EngineResident
 
 class Slow(SimulatedDevice):
     gate = None

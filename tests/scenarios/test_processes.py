@@ -88,7 +88,7 @@ def stop_here() -> None:
 
 
 def stop_at_half(folder: Path) -> None:
-    from residency.residents import snapshot
+    from residency.memory import snapshot
 
     def write_half(file: BinaryIO, header: bytes, data: memoryview) -> None:
         file.write(header + bytes(data[: len(data) // 2]))
@@ -117,9 +117,9 @@ def stop_at_renamed(folder: Path) -> None:
 def write_and_read_often(folder: Path) -> None:
     import torch
 
-    from residency.residents import snapshot
-    from residency.residents.fingerprint import hash_of
-    from residency.residents.snapshot import SnapshotFolder
+    from residency.memory import snapshot
+    from residency.memory.checksum import hash_of
+    from residency.memory.snapshot import SnapshotFolder
 
     raw = torch.arange(1 << 20, dtype=torch.int32).view(torch.uint8)
     hashes = [hash_of(raw)]

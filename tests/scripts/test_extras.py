@@ -106,7 +106,7 @@ with gpu_manager.GPUResourceManager(gpu_manager.SimulatedDevice(1 << 30)) as man
 def test_what_is_missing_is_said_with_the_extra_that_brings_it(
     wheel: Path, tmp_path: Path, script: str, extra: str
 ) -> None:
-    imports = f"sys.path.append({str(ROOT)!r})\nimport app\nfrom residency.settings import parse\n"
+    imports = f"sys.path.append({str(ROOT)!r})\nimport app\nfrom residency.launch.settings import parse\n"
     ended = run_bare(wheel, imports + script, tmp_path)
     assert ended.returncode != 0
     assert f"pip install 'gpu-managed-tts[{extra}]'" in ended.stderr

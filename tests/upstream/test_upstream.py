@@ -32,7 +32,7 @@ torch.save(expected, {heard!r})
     scenario(script, dtype, quantization)
     script = f"""
 from pathlib import Path
-from residency.residents.discovery import discover
+from residency.memory.discovery import discover
 
 expected = torch.load({heard!r})
 builds, build_one = [], build
@@ -108,7 +108,7 @@ def test_everything_that_lives_because_of_the_engine_is_found_but_what_modules_k
     script = r"""
 import collections, functools, re, time
 import onnxruntime
-from residency.residents.discovery import discover
+from residency.memory.discovery import discover
 
 def alive():
     gc.collect()

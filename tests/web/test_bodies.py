@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from residency.web.bodies import small_bodies_first
+from residency.web.server.bodies import small_bodies_first
 
 
 def asked(length: int, *messages: dict[str, Any]) -> list[dict[str, Any]]:

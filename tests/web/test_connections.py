@@ -9,8 +9,16 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from residency.web import connections as module
-from residency.web.connections import WITHIN_S, Awaited, Connection, Connections, Listener, affordable, listeners
+from residency.web.server.connections import (
+    WITHIN_S,
+    Awaited,
+    Connection,
+    Connections,
+    Listener,
+    affordable,
+    listeners,
+)
+from residency.web.server.server import connections as module
 
 
 class Clock:

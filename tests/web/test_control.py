@@ -9,11 +9,11 @@ from starlette.testclient import TestClient
 
 from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager, State
 from residency.errors import InvalidInput
-from residency.web.control import build
-from residency.web.gpu_panel import GpuPanel
-from residency.web.guard import Guard
-from residency.web.language import en
-from residency.web.schema import History, Status
+from residency.web.api.control import build
+from residency.web.api.schema import History, Status
+from residency.web.server.permissions import Guard
+from residency.web.shared.language import en
+from residency.web.ui.gpu_panel import GpuPanel
 
 HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
 

@@ -18,9 +18,9 @@ from gpu_manager import GPUResourceManager
 from residency.cancellation import checkpoint
 from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
-from residency.web.edit_types import STEP_AUDIO_EDIT_TYPES
-from residency.web.language import Say, en, zh
-from residency.web.task_names import choices
+from residency.web.shared.language import Say, en, zh
+from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.task_names import choices
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import soundfile
 from fakes import Gate, Worker
 
 from residency.errors import InvalidInput
-from residency.web import decode, incoming
-from residency.web.incoming import Incoming, Limits
-from residency.web.recordings import Recordings
+from residency.web.speech.conversion import Incoming, Limits
+from residency.web.speech.recordings import Recordings
+from residency.web.speech.service import conversion, decode
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_what_browsers_play_stays_as_it_is(receive: Incoming, folder: Path, tmp_
 def test_a_recording_is_converted_once(receive: Incoming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = str(phones.record(tmp_path / "iphone.m4a"))
     first = receive.readable(given)
-    monkeypatch.setattr(incoming.subprocess, "run", None)
+    monkeypatch.setattr(conversion.subprocess, "run", None)
     assert receive.readable(given) == first
     assert receive.readable(first) == first
 
@@ -185,7 +185,7 @@ class TestUnreadable:
         """As the system does when main memory is full. The recording is not to blame."""
         (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "killed"}))
+        monkeypatch.setattr(conversion, "decode", SimpleNamespace(**{**vars(decode), "__name__": "killed"}))
         with pytest.raises(InvalidInput, match=r"stopped on the server: try again.*请重试"):
             receive.readable(str(phones.record(tmp_path / "iphone.m4a")))
 
@@ -197,7 +197,7 @@ class TestUnreadable:
             f"import os, resource, signal\nresource.setrlimit(resource.RLIMIT_CPU, (1, 6))\n{death}\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "doomed"}))
+        monkeypatch.setattr(conversion, "decode", SimpleNamespace(**{**vars(decode), "__name__": "doomed"}))
         refused(b"anything")
 
     def test_a_failure_of_the_decoder_itself_is_said_and_logged(
@@ -205,7 +205,7 @@ class TestUnreadable:
     ) -> None:
         (tmp_path / "broken.py").write_text("import no_such_module\n")
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(incoming, "decode", SimpleNamespace(**{**vars(decode), "__name__": "broken"}))
+        monkeypatch.setattr(conversion, "decode", SimpleNamespace(**{**vars(decode), "__name__": "broken"}))
         with pytest.raises(InvalidInput, match=r"could not convert.*no_such_module.*upload WAV"):
             receive.readable(str(phones.record(tmp_path / "iphone.m4a")))
         assert "Traceback" in caplog.text

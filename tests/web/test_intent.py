@@ -4,8 +4,8 @@ from fakes import Gate, Workshop, await_that
 
 from gpu_manager import GPUResourceManager, State
 from residency.clock import ManualClock
-from residency.dispatch import WARM_GRACE_S
-from residency.web.intent import EVERY_S, Intent
+from residency.scheduling.dispatcher import WARM_GRACE_S
+from residency.web.ui.prewarm import EVERY_S, Intent
 
 
 def test_intent_brings_the_model_back_and_without_a_request_it_leaves_as_always(

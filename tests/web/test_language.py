@@ -5,7 +5,6 @@ from html import escape
 import pytest
 
 from gpu_manager import SimulatedDevice
-from residency.diagnosis import in_words, message_of
 from residency.errors import (
     DeviceOutOfMemory,
     InvalidInput,
@@ -15,10 +14,11 @@ from residency.errors import (
     SnapshotUnusable,
     UnknownModel,
 )
+from residency.observability.error_classification import in_words, message_of
 from residency.sentences import Sentence
-from residency.web.language import Say, both, bracketed, en, mark, preferred, translated, zh
-from residency.web.speech import explain
-from residency.web.words import device_name
+from residency.web.shared.language import Say, both, bracketed, en, mark, preferred, translated, zh
+from residency.web.speech.service import explain
+from residency.web.ui.status_text import device_name
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from fakes import Workshop
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_manager import CpuDevice, GPUResourceManager
-from residency.web.metrics import exposition
+from residency.web.api.metrics import exposition
 
 
 def samples(manager: GPUResourceManager) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -9,8 +9,8 @@ import pytest
 
 from gpu_manager import GPUResourceManager
 from residency.errors import TooManyListeners
-from residency.web import stream
-from residency.web.schema import Event
+from residency.web.api import event_stream
+from residency.web.api.schema import Event
 
 
 async def status() -> dict[str, str]:
@@ -35,7 +35,7 @@ def listeners(manager: GPUResourceManager) -> int:
 
 def test_the_status_comes_first_and_then_every_move_in_order(manager: GPUResourceManager) -> None:
     async def listen() -> list[tuple[str, Any]]:
-        moves = stream.Moves(manager)
+        moves = event_stream.Moves(manager)
         with moves.place():
             messages = moves.listen(status)
             heard = [said(await anext(messages))]
@@ -59,10 +59,10 @@ def test_the_status_comes_first_and_then_every_move_in_order(manager: GPUResourc
 
 
 def test_one_who_is_too_slow_is_sent_away(manager: GPUResourceManager, monkeypatch: Any) -> None:
-    monkeypatch.setattr(stream, "_BACKLOG", 1)
+    monkeypatch.setattr(event_stream, "_BACKLOG", 1)
 
     async def listen() -> int:
-        moves = stream.Moves(manager)
+        moves = event_stream.Moves(manager)
         with moves.place():
             messages = moves.listen(status)
             await anext(messages)
@@ -81,10 +81,10 @@ def test_one_who_is_too_slow_is_sent_away(manager: GPUResourceManager, monkeypat
 
 
 def test_somebody_who_hears_nothing_is_told_that_the_line_stands(manager: GPUResourceManager, monkeypatch: Any) -> None:
-    monkeypatch.setattr(stream, "STILL_HERE_S", 0)
+    monkeypatch.setattr(event_stream, "STILL_HERE_S", 0)
 
     async def listen() -> str:
-        moves = stream.Moves(manager)
+        moves = event_stream.Moves(manager)
         with moves.place():
             messages = moves.listen(status)
             await anext(messages)
@@ -95,7 +95,7 @@ def test_somebody_who_hears_nothing_is_told_that_the_line_stands(manager: GPURes
 
 def test_one_more_than_may_listen_is_refused_until_one_leaves(manager: GPUResourceManager) -> None:
     async def come_and_go() -> None:
-        moves = stream.Moves(manager, most=2)
+        moves = event_stream.Moves(manager, most=2)
         with moves.place():
             with moves.place(), pytest.raises(TooManyListeners), moves.place():
                 pass
@@ -110,7 +110,7 @@ def test_all_listeners_read_the_same_message(manager: GPUResourceManager) -> Non
     """What one costs does not grow with what is told."""
 
     async def listen() -> list[str]:
-        moves = stream.Moves(manager)
+        moves = event_stream.Moves(manager)
         with moves.place():
             everybody = [moves.listen(status) for _ in range(3)]
             for each in everybody:
@@ -123,11 +123,11 @@ def test_all_listeners_read_the_same_message(manager: GPUResourceManager) -> Non
 
 
 def test_progress_is_left_out_for_who_is_behind(manager: GPUResourceManager, monkeypatch: Any) -> None:
-    monkeypatch.setattr(stream, "_BACKLOG", 3)
-    monkeypatch.setattr(stream, "asdict", vars)
+    monkeypatch.setattr(event_stream, "_BACKLOG", 3)
+    monkeypatch.setattr(event_stream, "asdict", vars)
 
     async def listen() -> list[str]:
-        moves = stream.Moves(manager)
+        moves = event_stream.Moves(manager)
         with moves.place():
             messages = moves.listen(status)
             await anext(messages)

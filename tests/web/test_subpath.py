@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from residency.web.presence import Presence
-from residency.web.subpath import beneath
-from residency.web.traffic import Traffic
+from residency.web.server.heartbeats import Presence
+from residency.web.server.middleware import Traffic
+from residency.web.server.root_path import beneath
 
 
 def client(root_path: str, folder: object = "/nonexistent") -> TestClient:

@@ -19,11 +19,11 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from residency.web import bodies
-from residency.web import traffic as traffic_module
-from residency.web.presence import Presence
-from residency.web.recordings import DiskFull
-from residency.web.traffic import Traffic
+from residency.web.server.heartbeats import Presence
+from residency.web.server.middleware import Traffic
+from residency.web.server.server import bodies
+from residency.web.server.server import middleware as traffic_module
+from residency.web.speech.recordings import DiskFull
 
 
 @pytest.fixture

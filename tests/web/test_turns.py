@@ -9,10 +9,10 @@ from fakes import Gate, Worker
 
 from residency.cancellation import Cancellation, cancelled_by
 from residency.errors import ManagerClosed, RequestCancelled, RequestStopped
-from residency.web import waiting as waiting_module
-from residency.web.language import en
-from residency.web.turns import Turns
-from residency.web.waiting import Waiting
+from residency.web.shared.language import en
+from residency.web.speech.queue import Turns
+from residency.web.ui import waiting as waiting_module
+from residency.web.ui.waiting import Waiting
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 
 from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
-from residency.web import views, words
-from residency.web.chart import chart, scale_top
-from residency.web.language import en, zh
+from residency.web.shared.language import en, zh
+from residency.web.ui import status_text, views
+from residency.web.ui.chart import chart, scale_top
 
 GB = 1 << 30
 
@@ -93,7 +93,7 @@ def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) ->
     assert "Main memory<b>2 GB</b>" in shown
     assert "Made anew on return<b>10 GB</b>" in shown
     assert "Of its 12 GB on the device, 10 GB are in the model's files anyway" in shown
-    assert "Of its 12 GB on the device" in words.as_text(status, en)
+    assert "Of its 12 GB on the device" in status_text.as_text(status, en)
     in_chinese = views.model_html("tts", status, zh)
     assert "返回时重建<b>10 GB</b>" in in_chinese
     assert "模型在设备上占 12 GB；其中 10 GB 在模型文件中已有" in in_chinese

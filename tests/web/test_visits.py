@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from residency.web import visits as module
-from residency.web.history import new_state
-from residency.web.messages import Places
-from residency.web.page_requests import Requests
-from residency.web.recordings import Recordings
-from residency.web.visits import Visits
-from residency.web.waiting import Waiting
+from residency.web.speech.recordings import Recordings
+from residency.web.ui import page_sessions as module
+from residency.web.ui.chat_history import new_state
+from residency.web.ui.messages import Places
+from residency.web.ui.page_requests import Requests
+from residency.web.ui.page_sessions import Visits
+from residency.web.ui.waiting import Waiting
 
 
 def test_of_too_many_visits_the_one_not_heard_of_for_longest_is_forgotten(

@@ -11,9 +11,9 @@ import pytest
 from fakes import Gate, Worker, Workshop
 
 from gpu_manager import CpuDevice, GPUResourceManager, RequestCancelled
-from residency.web import waiting as waiting_module
-from residency.web.language import en
-from residency.web.waiting import Waiting
+from residency.web.shared.language import en
+from residency.web.ui import waiting as waiting_module
+from residency.web.ui.waiting import Waiting
 
 
 @pytest.fixture

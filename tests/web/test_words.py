@@ -8,10 +8,10 @@ from fakes import Gate, Workshop
 
 from gpu_manager import CpuDevice, GPUResourceManager, State
 from residency.clock import ManualClock
-from residency.diagnosis import in_words
 from residency.errors import InvalidInput
-from residency.web import views, words
-from residency.web.language import both, en, zh
+from residency.observability.error_classification import in_words
+from residency.web.shared.language import both, en, zh
+from residency.web.ui import status_text, views
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from residency.web.language import both, en, zh
     ],
 )
 def test_seconds(seconds: float | None, text: str) -> None:
-    assert words.readable_seconds(seconds) == text
+    assert status_text.readable_seconds(seconds) == text
 
 
 def as_html(status: dict[str, Any]) -> str:
@@ -39,14 +39,14 @@ def as_html(status: dict[str, Any]) -> str:
 
 def test_every_state_has_words_and_a_mark(manager: GPUResourceManager) -> None:
     status = manager.status()
-    for state in words.STATES:
+    for state in status_text.STATES:
         status["models"]["tts"]["state"] = state
         assert f"data-model='tts' data-state='{state}'" in as_html(status)
-        assert words.state_in_words(state, "simulated", both) in words.as_text(status)
+        assert status_text.state_in_words(state, "simulated", both) in status_text.as_text(status)
 
 
 def test_a_simulated_card_is_called_simulated(manager: GPUResourceManager) -> None:
-    for shown in (words.as_text(manager.status()), as_html(manager.status())):
+    for shown in (status_text.as_text(manager.status()), as_html(manager.status())):
         assert "Simulated GPU (1 GB)" in shown
         assert "Simulated GPU memory" in shown
         assert "模拟 GPU" in shown
@@ -59,19 +59,19 @@ def test_chinese_has_its_own_punctuation_and_one_word_for_one_thing(manager: GPU
     manager.configure("tts", keep_warm="auto")
     status = manager.status()
     status["models"]["tts"]["last_error"] = "OSError: no weights"
-    outcome = words.outcome("tts", status["models"]["tts"], "simulated", zh)
+    outcome = status_text.outcome("tts", status["models"]["tts"], "simulated", zh)
     html = "".join(re.findall(">([^<>]+)", views.model_html("tts", status, zh) + views.stay_html(status, zh)))
-    for shown in (words.as_text(status, zh), html, outcome):
+    for shown in (status_text.as_text(status, zh), html, outcome):
         assert not re.search(r"[:,(]", str(shown).replace("OSError: ", "")), shown
         assert "空闲" not in str(shown)
-    assert "模拟 GPU（1 GB）：已用 0 B，共 1 GB" in words.as_text(status, zh)
+    assert "模拟 GPU（1 GB）：已用 0 B，共 1 GB" in status_text.as_text(status, zh)
 
 
 def test_no_other_card_is_called_simulated(manager: GPUResourceManager) -> None:
     status = manager.status()
     status["device"] |= {"kind": "cuda", "name": "NVIDIA L40S", "note": None}
     status["models"]["tts"]["state"] = "gpu"
-    assert "On the GPU" in words.as_text(status)
+    assert "On the GPU" in status_text.as_text(status)
     assert "imulated" not in as_html(status)
 
 
@@ -79,8 +79,8 @@ def test_on_a_cpu_offload_is_said_to_save_nothing() -> None:
     with GPUResourceManager(CpuDevice()) as manager:
         manager.register("tts", object)
         status = manager.status()
-        assert "Offload saves nothing; release frees main memory" in words.as_text(status)
-        assert "release frees main memory" in words.pressed("offload", None, True, status, both)
+        assert "Offload saves nothing; release frees main memory" in status_text.as_text(status)
+        assert "release frees main memory" in status_text.pressed("offload", None, True, status, both)
 
 
 def test_what_came_of_a_press_is_said_of_the_model_that_it_was_about(manager: GPUResourceManager) -> None:
@@ -88,11 +88,11 @@ def test_what_came_of_a_press_is_said_of_the_model_that_it_was_about(manager: GP
     with manager.lease("tts"):
         pass
     status = manager.status()
-    assert words.pressed("offload", "asr", True, status, en).startswith("Nothing to offload")
-    assert words.pressed("offload", "tts", True, status, en) == "Offloaded to main memory."
-    assert words.pressed("offload", None, True, status, zh) == "已卸载到内存。"
-    assert words.pressed("release", "tts", False, status, zh).endswith("释放。")
-    assert words.pressed("warm", "tts", False, status, en).startswith("On its way to the simulated GPU")
+    assert status_text.pressed("offload", "asr", True, status, en).startswith("Nothing to offload")
+    assert status_text.pressed("offload", "tts", True, status, en) == "Offloaded to main memory."
+    assert status_text.pressed("offload", None, True, status, zh) == "已卸载到内存。"
+    assert status_text.pressed("release", "tts", False, status, zh).endswith("释放。")
+    assert status_text.pressed("warm", "tts", False, status, en).startswith("On its way to the simulated GPU")
 
 
 def test_what_comes_from_outside_is_escaped(manager: GPUResourceManager) -> None:
@@ -121,16 +121,16 @@ class TestCourse:
                 "bytes_per_s": 2 << 30,
             },
         }
-        assert "前往模拟显存 / To the simulated GPU: " in words.as_text(status)
-        assert "To the simulated GPU: restoring · 3 GB / 12 GB · 2 GB/s · 1.5 s" in words.as_text(status, en)
-        assert "前往模拟显存：恢复 · 3 GB / 12 GB · 2 GB/s · 1.5 s" in words.as_text(status, zh)
+        assert "前往模拟显存 / To the simulated GPU: " in status_text.as_text(status)
+        assert "To the simulated GPU: restoring · 3 GB / 12 GB · 2 GB/s · 1.5 s" in status_text.as_text(status, en)
+        assert "前往模拟显存：恢复 · 3 GB / 12 GB · 2 GB/s · 1.5 s" in status_text.as_text(status, zh)
         assert "width:25.0%" in as_html(status)
 
     def test_what_nobody_knows_of_a_move_is_left_out(self) -> None:
-        assert words.on_its_way("cuda", "gpu", "thinking", 0, None, 0.0, en) == "To the GPU: thinking"
-        assert words.on_its_way("cuda", "cpu", "offloading", 0, 1 << 30, 0.0, en).endswith("offloading · 1 GB")
-        assert words.share(5, None) is words.share(0, 10) is None
-        assert words.share(20, 10) == 1.0
+        assert status_text.on_its_way("cuda", "gpu", "thinking", 0, None, 0.0, en) == "To the GPU: thinking"
+        assert status_text.on_its_way("cuda", "cpu", "offloading", 0, 1 << 30, 0.0, en).endswith("offloading · 1 GB")
+        assert status_text.share(5, None) is status_text.share(0, 10) is None
+        assert status_text.share(20, 10) == 1.0
 
     def test_what_a_moving_model_does_is_read_from_the_manager(
         self, manager: GPUResourceManager, workshop: Workshop
@@ -138,7 +138,7 @@ class TestCourse:
         workshop.gate = gate = Gate()
         manager.warm("tts")
         gate.wait_for_arrival()
-        assert "To the simulated GPU: 构建 / building" in words.as_text(manager.status())
+        assert "To the simulated GPU: 构建 / building" in status_text.as_text(manager.status())
         gate.open()
         with manager.lease("tts"):
             pass
@@ -146,14 +146,14 @@ class TestCourse:
     def test_an_idle_model_tells_what_comes_next(self, manager: GPUResourceManager, clock: ManualClock) -> None:
         manager.configure("tts", keep_warm=30, idle_timeout=600)
         with manager.lease("tts"):
-            assert "If no request comes" not in words.as_text(manager.status())
+            assert "If no request comes" not in status_text.as_text(manager.status())
         clock.advance(18)
-        assert "12 s 后卸载到内存 / to main memory in 12 s" in words.as_text(manager.status())
+        assert "12 s 后卸载到内存 / to main memory in 12 s" in status_text.as_text(manager.status())
         assert "<time data-s='12.0' data-way='-1'>12 s</time>" in as_html(manager.status())
         manager.offload("tts")
-        assert "10 min 后释放 / released in 10 min" in words.as_text(manager.status())
+        assert "10 min 后释放 / released in 10 min" in status_text.as_text(manager.status())
         manager.configure("tts", idle_timeout=-1)
-        assert "If no request comes" not in words.as_text(manager.status())
+        assert "If no request comes" not in status_text.as_text(manager.status())
 
     def test_a_model_that_was_warmed_does_not_contradict_its_keep_warm(self, manager: GPUResourceManager) -> None:
         manager.configure("tts", keep_warm=0)
@@ -166,28 +166,28 @@ class TestCourse:
     def test_the_queue_is_counted(self, manager: GPUResourceManager) -> None:
         status = manager.status()
         status["models"]["tts"] |= {"leases": 1, "waiting": 3}
-        for shown in (words.as_text(status), as_html(status)):
+        for shown in (status_text.as_text(status), as_html(status)):
             assert "使用中 / In use · 3 个请求等待 / 3 waiting" in shown
         status["models"]["tts"] |= {"leases": 0, "waiting": 1}
-        assert "In use" not in words.as_text(status)
-        assert "1 waiting" in words.as_text(status)
+        assert "In use" not in status_text.as_text(status)
+        assert "1 waiting" in status_text.as_text(status)
 
     def test_the_last_error_is_said_in_the_language_of_who_reads(self, manager: GPUResourceManager) -> None:
         status = manager.status()
         error = in_words(InvalidInput("No weights: give a folder", "没有权重：请指定目录"))
         status["models"]["tts"]["last_error"] = status["monitor"]["last_error"] = error
         status["monitor"]["errors"] = 1
-        assert words.remarks(status["models"]["tts"], zh) == ["上次错误：没有权重：请指定目录"]
-        assert words.trouble(status, en) == ["Idle monitor, errors: 1×: No weights: give a folder"]
+        assert status_text.remarks(status["models"]["tts"], zh) == ["上次错误：没有权重：请指定目录"]
+        assert status_text.trouble(status, en) == ["Idle monitor, errors: 1×: No weights: give a folder"]
 
     def test_a_monitor_in_trouble_is_shown_and_one_that_is_not_needed_is_not(self, manager: GPUResourceManager) -> None:
         status = manager.status()
         assert not status["monitor"]["alive"]
-        assert "monitor" not in words.as_text(status)
+        assert "monitor" not in status_text.as_text(status)
         status["models"]["tts"]["next"] = {"to": "cpu", "in_s": 5.0}
-        for shown in (words.as_text(status), as_html(status)):
+        for shown in (status_text.as_text(status), as_html(status)):
             assert "闲置监视线程未运行" in shown
             assert "The idle monitor is not running" in shown
         status["monitor"] = {"alive": True, "errors": 2, "last_error": "<OSError>"}
-        assert "errors: 2×: <OSError>" in words.as_text(status)
+        assert "errors: 2×: <OSError>" in status_text.as_text(status)
         assert "&lt;OSError&gt;" in as_html(status)

@@ -1,0 +1,125 @@
+"""GPU memory through NVML, the driver's own books. Unlike ``torch.cuda.mem_get_info`` it costs no CUDA context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import pynvml
+
+from ...contracts import Memory, Telemetry
+
+_OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed")
+_NO_SUCH_CARD = (pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_NOT_FOUND)
+
+
+class NvmlUnavailable(Exception):
+    """NVML cannot be asked: no library or driver, or no permission. There may be a GPU all the same."""
+
+
+class NvmlProbe:
+    """One GPU, or one MIG instance. Thread-safe, as NVML is. Make one with `find`."""
+
+    def __init__(self, handle: Any, name: str) -> None:
+        self._handle = handle
+        self.name = name
+
+    @classmethod
+    def find(cls, visible: str | None = None) -> NvmlProbe | None:
+        """The first GPU that CUDA would see; None if there is none, `NvmlUnavailable` if that cannot be told.
+
+        ``visible`` is the value of ``CUDA_VISIBLE_DEVICES``, None if it is not set. Numbers are taken in the order of
+        PCI buses, as NVML counts; set ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` for CUDA to count alike. UUIDs
+        (``GPU-...``, ``MIG-...``), which may be abbreviated, need no order. Of a GPU that is divided (MIG), CUDA takes
+        the first instance.
+        """
+        first = "0" if visible is None else visible.split(",")[0].strip()
+        try:
+            pynvml.nvmlInit()
+            handle = _by_uuid(first) if first.startswith(("GPU-", "MIG-")) else _by_index(int(first))
+            if handle is None:
+                return None
+            handle = next(_instances(handle), handle)
+            name = pynvml.nvmlDeviceGetName(handle)
+        except ValueError:  # neither a number nor a UUID: hides every GPU, as in CUDA
+            return None
+        except pynvml.NVMLError as error:
+            raise NvmlUnavailable(str(error)) from error
+        return cls(handle, _text(name))
+
+    def memory(self) -> Memory:
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
+        except pynvml.NVMLError:
+            return Memory()
+        return Memory(memory.total, memory.free, self._process_bytes())
+
+    def _process_bytes(self) -> int | None:
+        try:
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except pynvml.NVMLError:  # WSL2 and virtual GPUs list no processes
+            return None
+        own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+        # In containers the driver lists the host's process numbers, or none: then what we use is unknown.
+        return None if own and own[0] is None else sum(own) if own or not processes else None
+
+    def telemetry(self) -> Telemetry:
+        try:
+            power_w = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
+        except pynvml.NVMLError:
+            power_w = None
+        sizes = [nbytes for pid, nbytes in self.holders() if pid != os.getpid() and _is_ours(pid)]
+        return Telemetry(None if None in sizes else sum(filter(None, sizes)), power_w)
+
+    def holders(self) -> tuple[tuple[int, int | None], ...]:
+        """The processes that hold memory of this GPU: (pid, bytes or None where the driver does not tell)."""
+        try:
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except pynvml.NVMLError:
+            return ()
+        return tuple((process.pid, process.usedGpuMemory) for process in processes)
+
+
+def _by_index(index: int) -> Any:
+    try:
+        return pynvml.nvmlDeviceGetHandleByIndex(index)
+    except pynvml.NVMLError as error:
+        if error.value in _NO_SUCH_CARD:
+            return None
+        raise
+
+
+def _by_uuid(uuid: str) -> Any:
+    """The card or instance of that UUID, or the only one whose UUID begins so."""
+    with suppress(pynvml.NVMLError):  # NVML knows whole ones only
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    candidates = [one for card in cards for one in (card, *_instances(card))]
+    found = [one for one in candidates if _text(pynvml.nvmlDeviceGetUUID(one)).startswith(uuid)]
+    return found[0] if len(found) == 1 else None
+
+
+def _instances(card: Any) -> Iterator[Any]:
+    """The MIG instances of a card, in order; none if it is not divided."""
+    try:
+        count = pynvml.nvmlDeviceGetMaxMigDeviceCount(card) if pynvml.nvmlDeviceGetMigMode(card)[0] else 0
+    except pynvml.NVMLError:  # a card, a driver or an instance that knows nothing of MIG
+        return
+    for index in range(count):
+        with suppress(pynvml.NVMLError):  # places that are not taken
+            yield pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process runs this project, as far as its command line tells."""
+    try:
+        return any(sign in argument for argument in psutil.Process(pid).cmdline() for sign in _OURS)
+    except (psutil.Error, OSError):
+        return False

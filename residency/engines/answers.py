@@ -1,0 +1,253 @@
+"""Copies of a managed engine's answers, at any depth, with a `Part` for each object that cannot be copied."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, ItemsView, Iterator, KeysView, ValuesView
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType
+
+from ..errors import NotHandedOut
+from .part_proxy import Held, Keeper, Part, Path, find_paths, instance_attributes
+
+if TYPE_CHECKING:
+    import torch
+
+_VALUES = frozenset({str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented)})
+_PLAIN = (dict, list, set, frozenset, tuple)
+_BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
+#: Objects that are no more than their attributes: copying those copies the object.
+_RECORDS = (types.SimpleNamespace, UserDict, UserList)
+#: Iterators of these modules are written in C and show nothing of what they go through.
+_OPAQUE = ("builtins", "itertools", "numpy")
+
+
+class HandOut:
+    """Makes the copy of one answer. Used once, under the lease under which the answer was made.
+
+    Tensors for which ``holds_tensor`` is true are cloned, without their graph; arrays and views of memory are copied;
+    containers and dataclasses are built again from copies, without their constructors. Repeated objects, cycles and
+    equal views of one storage are kept as such. Every other object in which ``holds_memory`` finds tensors or
+    sessions becomes a `Part`: by its path in the engine, or else holding the object until the engine is released.
+    Raises `NotHandedOut` for iterators, coroutines, weak references and capsules inside the answer.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        engine: Any,
+        holds_tensor: Callable[[torch.Tensor], bool],
+        holds_memory: Callable[[Any], bool],
+    ) -> None:
+        self._keeper = keeper
+        self._engine = engine
+        self._holds_tensor = holds_tensor
+        self._holds_memory = holds_memory
+        self._memo: dict[int, tuple[Any, Any]] = {}  # what was copied is kept, so that its id stays its own
+        self._views: dict[Any, torch.Tensor] = {}
+        self._parts: list[tuple[Part, Any]] = []
+
+    def __call__(self, answer: Any) -> Any:
+        """The answer as it goes out."""
+        copy = self._copy(answer)
+        if self._parts:
+            owners = {id(owner): owner for _, thing in self._parts for owner in [_owner(thing)]}
+            paths = find_paths(self._engine, owners)
+            for part, thing in self._parts:
+                object.__setattr__(part, "_path", self._path(thing, paths.get(id(_owner(thing)))))
+        return copy
+
+    def _path(self, thing: Any, path: Path | None) -> Path:
+        if path is None:
+            return (Held(thing, self._engine),)
+        return (*path, thing.__name__) if is_bound(thing) else path
+
+    def _copy(self, thing: Any) -> Any:
+        if type(thing) in _VALUES or isinstance(thing, (type, types.ModuleType, Part)):
+            return thing
+        if id(thing) in self._memo:
+            return self._memo[id(thing)][1]
+        copy = self._new(thing)
+        # A tuple in a cycle has been copied meanwhile, on the way round.
+        return self._memo.setdefault(id(thing), (thing, copy))[1]
+
+    def _new(self, thing: Any) -> Any:
+        import torch
+        from torch.utils._pytree import SUPPORTED_NODES
+
+        kind = type(thing)
+        if kind in _PLAIN and _only_values(thing):
+            return kind(thing)
+        if isinstance(thing, torch.Tensor):
+            return self._tensor(thing)
+        if isinstance(thing, (torch.UntypedStorage, torch.TypedStorage)):
+            return thing.clone()  # type: ignore[no-untyped-call]
+        if isinstance(thing, torch.nn.Module):
+            return self._part(thing)
+        if isinstance(thing, dict):
+            return self._mapping(thing)
+        if isinstance(thing, (list, deque)):
+            return self._sequence(thing)
+        if isinstance(thing, tuple):
+            return self._again(tuple, thing)
+        if isinstance(thing, (set, frozenset)):
+            return self._again(set if isinstance(thing, set) else frozenset, thing)
+        if kind is types.MappingProxyType:
+            return types.MappingProxyType({self._copy(key): self._copy(value) for key, value in thing.items()})
+        if isinstance(thing, (KeysView, ValuesView, ItemsView)):
+            return self._dict_view(thing)
+        if kind is memoryview:
+            return _copied_view(thing)
+        if (numpy := sys.modules.get("numpy")) and isinstance(thing, numpy.ndarray):
+            return self._array(thing)
+        if isinstance(thing, BaseException):
+            return self._exception(thing)
+        if isinstance(thing, Coroutine):
+            thing.close()
+        if _goes_on(thing) or kind.__name__ == "PyCapsule" or _is_weak(thing, self._holds_memory):
+            raise NotHandedOut(kind.__name__)
+        if isinstance(thing, functools.partial):
+            keywords = {name: self._copy(value) for name, value in thing.keywords.items()}
+            return kind(self._copy(thing.func), *map(self._copy, thing.args), **keywords)
+        if is_dataclass(thing) or isinstance(thing, _RECORDS):
+            return self._record(thing)
+        if kind in SUPPORTED_NODES:
+            children, context = SUPPORTED_NODES[kind].flatten_fn(thing)
+            return SUPPORTED_NODES[kind].unflatten_fn([self._copy(child) for child in children], context)
+        return self._part(thing) if self._holds_memory(_owner(thing)) else thing
+
+    def _part(self, thing: Any) -> Part:
+        part = Part(self._keeper, ())
+        self._parts.append((part, thing))
+        return part
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if not self._holds_tensor(tensor):
+            # The autograd graph would hold the weights.
+            return tensor if tensor.grad_fn is None else tensor.detach()
+        simple = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+        if not simple or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            copy = tensor.detach().clone()
+            if type(copy) is type(tensor):  # a subclass may have more tensors as attributes
+                vars(copy).update(self._attributes(tensor))
+            return copy
+        where = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+        view = (*where, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        if view in self._views:
+            return self._views[view].detach()
+        copy = self._views[view] = tensor.detach().clone()
+        return copy
+
+    def _array(self, array: Any) -> Any:
+        copy = array.copy()
+        if array.dtype.hasobject:
+            if array.dtype.names:
+                raise NotHandedOut(f"array of {array.dtype}")
+            self._memo[id(array)] = array, copy
+            for index in range(array.size):  # one at a time, or a list would be taken for several
+                copy.reshape(-1)[index] = self._copy(array.flat[index])
+        return copy
+
+    def _mapping(self, mapping: Any) -> Any:
+        kind: Any = next(base for base in (OrderedDict, defaultdict, dict) if isinstance(mapping, base))
+        copy = kind.__new__(type(mapping))
+        self._memo[id(mapping)] = mapping, copy
+        if kind is defaultdict:
+            copy.default_factory = self._copy(mapping.default_factory)
+        for key, value in kind.items(mapping):
+            kind.__setitem__(copy, self._copy(key), self._copy(value))
+        return self._with_attributes(copy, mapping)
+
+    def _sequence(self, sequence: Any) -> Any:
+        base: Any = list if isinstance(sequence, list) else deque
+        copy = base.__new__(type(sequence))
+        if base is deque:
+            deque.__init__(copy, (), sequence.maxlen)
+        self._memo[id(sequence)] = sequence, copy
+        base.extend(copy, [self._copy(item) for item in base.__iter__(sequence)])
+        return self._with_attributes(copy, sequence)
+
+    def _again(self, base: Any, thing: Any) -> Any:
+        """A tuple or set of the same kind. Some kinds, such as torch.return_types, can only be called."""
+        kind, items = type(thing), [self._copy(item) for item in base.__iter__(thing)]
+        if base is set:
+            copy = set.__new__(kind)
+            copy.update(items)
+        else:
+            try:
+                copy = base.__new__(kind, items)
+            except TypeError:
+                copy = kind(items)
+        return self._with_attributes(copy, thing)
+
+    def _record(self, record: Any) -> Any:
+        maker = types.SimpleNamespace if isinstance(record, types.SimpleNamespace) else object
+        copy = maker.__new__(type(record))
+        self._memo[id(record)] = record, copy
+        return self._with_attributes(copy, record)
+
+    def _exception(self, error: BaseException) -> BaseException:
+        """Without its traceback, whose frames hold what is live."""
+        copy = type(error).__new__(type(error), *(self._copy(argument) for argument in error.args))
+        self._memo[id(error)] = error, copy
+        return self._with_attributes(copy, error)  # type: ignore[no-any-return]
+
+    def _with_attributes(self, copy: Any, thing: Any) -> Any:
+        for name, value in self._attributes(thing).items():
+            object.__setattr__(copy, name, value)  # also of frozen ones, and past what a class does on setting
+        return copy
+
+    def _attributes(self, thing: Any) -> dict[str, Any]:
+        return {name: self._copy(value) for name, value in instance_attributes(thing)}
+
+    def _dict_view(self, view: Any) -> Any:
+        items = [self._copy(item) for item in view]
+        if isinstance(view, ValuesView):
+            return dict(enumerate(items)).values()
+        return dict(items).items() if isinstance(view, ItemsView) else dict.fromkeys(items).keys()
+
+
+def is_stream(answer: Any) -> bool:
+    """Whether an answer is made item by item, so that each can be handed out under the lease that goes on."""
+    return isinstance(answer, Generator) or (isinstance(answer, Iterator) and type(answer).__module__ in _OPAQUE)
+
+
+def is_bound(thing: Any) -> bool:
+    """Whether it is a method of an object, also one written in C (``caches.get``)."""
+    return _owner(thing) is not thing
+
+
+def _owner(thing: Any) -> Any:
+    owner = thing.__self__ if isinstance(thing, _BOUND) else None
+    return thing if owner is None or isinstance(owner, types.ModuleType) else owner
+
+
+def _copied_view(view: memoryview) -> memoryview:
+    copy = memoryview(bytearray(view.tobytes()))
+    if view.ndim == 1 and view.format == "B":
+        return copy
+    try:
+        return copy.cast(view.format, view.shape or ())  # type: ignore[call-overload,no-any-return]
+    except ValueError:
+        raise NotHandedOut(f"memoryview of format {view.format!r}") from None
+
+
+def _only_values(container: Any) -> bool:
+    """Tells whether a container holds plain values only, as a vocabulary does."""
+    values = container.values() if type(container) is dict else ()
+    return _VALUES.issuperset(map(type, container)) and _VALUES.issuperset(map(type, values))
+
+
+def _goes_on(thing: Any) -> bool:
+    """Whether it would run, or read what is live, after the lease."""
+    return is_stream(thing) or isinstance(thing, (AsyncGenerator, Coroutine))
+
+
+def _is_weak(thing: Any, holds_memory: Callable[[Any], bool]) -> bool:
+    return isinstance(thing, ReferenceType) and thing() is not None and holds_memory(thing())

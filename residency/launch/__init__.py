@@ -1,0 +1,1 @@
+"""What starts the app or talks to one from a shell: settings, command line, signals, certificates, port."""

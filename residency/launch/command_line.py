@@ -1,0 +1,156 @@
+"""``python -m gpu_manager``: steer a running app from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import Holder, UnknownModel
+from ..sentences import in_locale
+from ..units import readable_bytes
+from .settings import checked, sendable
+
+DEFAULT_URL = "http://127.0.0.1:7860"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and print the status; 0 if it was done or will follow, 1 if the app refused or is not there."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    times = [arguments.keep_warm, arguments.idle_timeout]
+    if (arguments.command == "configure") != any(time is not None for time in times):
+        parser.error(
+            in_locale(
+                "--keep-warm and --idle-timeout go with configure, which needs one of them / "
+                "configure 需要 --keep-warm 或 --idle-timeout，且只有它使用这两个参数"
+            )
+        )
+    if "://" not in arguments.url:
+        arguments.url = f"http://{arguments.url}"
+    try:
+        done, status = _call(arguments)
+    except urllib.error.HTTPError as error:
+        return _failed(_reason(error))
+    except UnknownModel as error:
+        return _failed(str(error))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return _failed(_unreachable(arguments.url, error))
+    print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else in_locale(table(status)))
+    if not done:
+        print(in_locale("It will follow / 稍后完成"), file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu_manager", description="Steer a running app.", allow_abbrev=False
+    )
+    parser.add_argument("command", choices=["status", "offload", "release", "warm", "configure"])
+    parser.add_argument("model", nargs="?", help="the model's name, such as tts (default: all)")
+    parser.add_argument("--url", default=DEFAULT_URL, help="the app's address (default: %(default)s)")
+    parser.add_argument("--token", type=checked(sendable), default=os.environ.get("GPU_CONTROL_TOKEN"),
+                        help="or GPU_CONTROL_TOKEN")  # fmt: skip
+    parser.add_argument("--keep-warm", metavar="S", help="for configure: 30s, 5m, auto, -1 (for ever)")
+    parser.add_argument("--idle-timeout", metavar="S", help="for configure: 600, 15m, -1 (never)")
+    parser.add_argument("--json", action="store_true", help="print the whole status as JSON")
+    return parser
+
+
+def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
+    """The answer of the app: whether it is done, and the status."""
+    request = urllib.request.Request(f"{arguments.url.rstrip('/')}/gpu/{arguments.command}")
+    if arguments.command != "status":
+        asked = {"model": arguments.model, "keep_warm": arguments.keep_warm, "idle_timeout": arguments.idle_timeout}
+        request.data = json.dumps({name: value for name, value in asked.items() if value is not None}).encode()
+        request.add_header("Content-Type", "application/json")
+    if arguments.token:
+        request.add_header("Authorization", f"Bearer {arguments.token}")
+    # What a proxy calls 127.0.0.1 is another machine.
+    here = urllib.parse.urlsplit(request.full_url).hostname in ("localhost", "127.0.0.1", "::1")
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
+    with opener.open(request, timeout=600) as answer:
+        status = json.load(answer)
+        if not isinstance(status, dict) or not {"device", "models"} <= status.keys():
+            raise ValueError("it answers something else")
+    if arguments.command == "status" and (name := arguments.model) is not None:
+        if name not in status["models"]:
+            raise UnknownModel(name, tuple(status["models"]))
+        status["models"] = {name: status["models"][name]}
+    return answer.status == 200, status
+
+
+def _unreachable(url: str, error: Exception) -> str:
+    reason = getattr(error, "reason", None)
+    if getattr(reason, "verify_code", 0):
+        return (
+            f"The certificate of {url} is not trusted ({reason}): set SSL_CERT_FILE to the file of --ssl-certfile, and "
+            f"use a name that is in it / {url} 的证书不受信任：请把环境变量 SSL_CERT_FILE 设为 --ssl-certfile 的文件，"
+            f"并使用证书中的名称"
+        )
+    return (
+        f"No app with GPU management answers at {url} ({error}): start one, or give --url / "
+        f"{url} 没有启用 GPU 管理的应用：请先启动，或用 --url 指定地址"
+    )
+
+
+def _failed(sentence: str) -> int:
+    print(in_locale(sentence), file=sys.stderr)
+    return 1
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"])
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+        if error.code not in (404, 405):
+            return f"{error.url}: {error.code} {error.reason}"
+        return (
+            f"There is no GPU management at {error.url}: start the app with --enable-gpu-management, or give --url / "
+            f"{error.url} 没有 GPU 管理：请在启动应用时加上 --enable-gpu-management，或用 --url 指定地址"
+        )
+
+
+def table(status: dict[str, Any]) -> str:
+    """One line for each model, below the name of the device; then who uses it, and what it holds outside the books."""
+    rows = [("MODEL", "STATE", "GPU", "MAIN MEMORY", "IDLE S", "WAITING", "NEXT")]
+    for name, model in status["models"].items():
+        idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
+        sizes = (readable_bytes(model[key]) for key in ("device_bytes", "host_bytes"))
+        rows.append((name, model["state"], *sizes, idle, str(model["waiting"]), _next(model)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    remarks = [f"{name}: {remark}" for name, model in status["models"].items() for remark in _remarks(model)]
+    return "\n".join([status["device"]["name"], *lines, *remarks])
+
+
+def _remarks(model: dict[str, Any]) -> Iterator[str]:
+    if facts := model.get("holder"):
+        holder = Holder(facts["where"], facts["thread"], facts["held_s"])
+        yield f"{holder.en} / {holder.zh}"
+    if processes := model.get("outside_processes"):
+        size = readable_bytes(sum((each["device_bytes"] or 0) + (each["host_bytes"] or 0) for each in processes))
+        pids = ", ".join(f"pid {each['pid']} {each['command']}" for each in processes)
+        en, zh = "Release the model to free it", "释放模型可以腾出"
+        if model["state"] == "released":
+            en, zh = (
+                "The model was released and it is still held: end that process",
+                "模型已释放，仍在占用：请结束该进程",
+            )
+        yield f"{size} held outside the books ({pids}). {en} / 账外占用 {size}（{pids}）。{zh}"
+
+
+def _next(model: dict[str, Any]) -> str:
+    """What will happen to it: what was asked for, where it is going, or what its policy has in mind."""
+    if model["pending"]:
+        return f"{model['pending']} after the request"
+    if way := model["progress"]:
+        return f"to {way['to']}: {way['phase']}"
+    return f"{model['next']['to']} in {model['next']['in_s']:.0f} s" if model["next"] else "-"

@@ -1,0 +1,33 @@
+"""What of an engine holds memory, and how it moves. `adopt` finds all of it without the engine's help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..contracts import Adoption, Device, Resident
+from .borrowed import Kept, KeptResident
+from .composite import CompositeResident
+from .engine import EngineResident
+from .onnx_sessions import OnnxSessions
+from .snapshot import SnapshotFolder
+from .weights import Weights
+
+__all__ = [
+    "CompositeResident",
+    "EngineResident",
+    "Kept",
+    "KeptResident",
+    "OnnxSessions",
+    "SnapshotFolder",
+    "Weights",
+    "adopt",
+]
+
+
+def adopt(engine: Any, device: Device, slot: Adoption) -> Resident:
+    """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
+
+    What the slot keeps beyond a release is left out.
+    """
+    kept = slot.kept.part if isinstance(slot.kept, Kept) else None
+    return EngineResident(engine, device, slot.skip, beside=kept if isinstance(kept, EngineResident) else None)

@@ -1,0 +1,304 @@
+"""Finds everything of an engine that holds memory: tensors, ONNX Runtime sessions, CUDA graphs, wherever they hang.
+
+Names of attributes are no way to find memory. The walk asks the garbage collector what an object refers to, for many
+objects in one call: attributes, slots, containers, bound methods, partial functions, generators. What the collector
+does not see, or sees too much of, is entered step by step: TorchScript modules, functions, gradients.
+
+Nothing is remembered from one walk to the next: what was seen then may hold a tensor now, and to keep it in order to
+compare would keep what the engine has dropped. Parts of an engine without any memory are passed by in large batches.
+"""
+
+from __future__ import annotations
+
+import collections
+import gc
+import itertools
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..progress import current
+from .object_kinds import Kind, kind_of
+from .object_paths import ByPath, Names, children, gradients, has_constants
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+#: So many objects are looked at in one go: other threads run between two.
+_BATCH = 2048
+#: How many steps a batch is followed to see that there is nothing behind it.
+_DEPTH = 3
+#: Objects that are passed by when they are empty. By exact class, since a subclass's ``__len__`` is others' code.
+_MAY_BE_EMPTY = frozenset({list, dict, set, collections.OrderedDict, collections.deque, collections.defaultdict})
+
+#: Containers that the collector need not track.
+_UNTRACKED = {dict, tuple}
+#: Not remembered as leading to something: a million lists of numbers are worth a look each time.
+_QUICKLY_LOOKED_INTO = {list, tuple, set}
+
+
+@dataclass
+class Found:
+    """Tensors, sessions and graphs, each once, by the path that leads to them from the engine (``.vad._model.weight``).
+
+    ``values()`` needs no path and is cheap; paths are looked for when they are first asked for.
+
+    Attributes:
+        references: how often the engine refers to each tensor (``id``). Each reference of a Python object is counted;
+            what holds it in C++ (autograd, TorchScript) is not.
+        entered: all else that led on, each object once: instances, containers, cells.
+        array_bytes: of the arrays of numpy that have memory of their own. They do not move.
+        borrowing: the arrays of numpy whose memory is something else's, a tensor's for one; not their views.
+    """
+
+    tensors: ByPath[torch.Tensor]
+    sessions: ByPath[Any]
+    graphs: ByPath[torch.cuda.CUDAGraph]
+    references: dict[int, int] = field(default_factory=dict)
+    entered: list[Any] = field(default_factory=list)
+    array_bytes: int = 0
+    borrowing: list[Any] = field(default_factory=list)
+
+
+class Discovery:
+    """Walks the object graph of one engine, as often as wanted.
+
+    The engine is not changed, and no property, ``__getattr__`` or ``__eq__`` of it runs. What hangs on the paths in
+    ``skip`` (``.tokenizer``) is left alone, also where it hangs elsewhere as well. Other threads may change the engine
+    meanwhile: what hangs on it during the whole walk is found. One walk at a time.
+    """
+
+    def __init__(self, engine: Any, skip: Collection[str] = ()) -> None:
+        self._engine = engine
+        self._skip = frozenset(skip)
+        self._names = Names(engine)
+        self._told: set[str] = set()
+        self._scripts: weakref.WeakSet[torch.jit.ScriptModule] = weakref.WeakSet()
+
+    def walk(self) -> Found:
+        """Everything that hangs on the engine now."""
+        import torch
+
+        skipped = [thing for path in self._skip for thing in self._names.at(path)]
+        with torch._C.DisableTorchFunctionSubclass():
+            walk = _Walk(skipped)
+            walk.run(self._engine)
+        closed = {id(thing) for thing in skipped}
+
+        def names(things: Iterable[Any]) -> Mapping[int, str]:
+            return self._names.of(things, closed)
+
+        self._tell(walk, names)
+        arrays = _without_views(walk.arrays)
+        return Found(
+            ByPath(walk.tensors, names),
+            ByPath(walk.sessions, names),
+            ByPath(walk.graphs, names),
+            dict(walk.references),
+            walk.entered(),
+            sum(array.nbytes for array in arrays if array.base is None),
+            [array for array in arrays if array.base is not None],
+        )
+
+    def _tell(self, walk: _Walk, names: Callable[[Iterable[Any]], Mapping[int, str]]) -> None:
+        """Name once what is seen, and stays where it is."""
+        constant = []
+        for module in walk.scripts:
+            if module not in self._scripts:
+                self._scripts.update(module.modules())
+                constant += [module] if has_constants(module) else []
+        for things, message in (
+            (walk.odd, "%s (%s) stays where it is: only strided tensors can be moved"),
+            (constant, "%s (%s): weights in the code of a frozen TorchScript module stay where they are"),
+            (walk.refused, "%s (%s) cannot be looked at: what hangs on it stays where it is"),
+        ):
+            paths = names(things) if things else {}
+            for thing in things:
+                path = paths.get(id(thing)) or "The engine"
+                if path not in self._told:
+                    self._told.add(path)
+                    logger.warning(message, path, _looks_like(thing))
+
+
+def discover(engine: Any, skip: Collection[str] = ()) -> Found:
+    """One walk; see `Discovery`."""
+    return Discovery(engine, skip).walk()
+
+
+class _Walk:
+    """One walk: candidates are looked at in batches, until none are left."""
+
+    def __init__(self, skipped: Iterable[Any]) -> None:
+        #: Kept, so that no other object takes the ``id`` of one that was seen. Those without memory are not in here.
+        self._kept: list[Any] = list(skipped)
+        self._skipped = len(self._kept)
+        self._seen = set(map(id, self._kept))
+        self._kinds: dict[type, Kind] = {}
+        #: Classes behind which something was found: it is no use to look whether there is nothing.
+        self._fertile: set[type] = set()
+        self._todo: list[Any] = []
+        self.references: collections.Counter[int] = collections.Counter()
+        self.tensors: list[torch.Tensor] = []
+        self.sessions: list[Any] = []
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.arrays: list[Any] = []
+        numpy = sys.modules.get("numpy")  # an engine that has an array has imported it
+        self._array: type | None = numpy.ndarray if numpy else None
+        self.odd: list[torch.Tensor] = []
+        self.scripts: list[Any] = []
+        self.refused: list[Any] = []
+
+    def run(self, engine: Any) -> None:
+        progress = current()
+        progress.enter("looking")
+        self._todo = [engine]
+        while self._todo:
+            batch = self._todo[-_BATCH:]
+            del self._todo[-_BATCH:]
+            self._look_at(batch)
+            progress.beat()
+
+    def entered(self) -> list[Any]:
+        """What was entered, other than tensors."""
+        classes = {cls for cls, kind in self._kinds.items() if kind in (Kind.OPEN, Kind.BY_NAME)}
+        kept = self._kept[self._skipped :]
+        return list(itertools.compress(kept, map(classes.__contains__, map(type, kept))))
+
+    def _look_at(self, batch: list[Any]) -> None:
+        classes = self._classes(batch)
+        kinds = {self._kinds[cls] for cls in classes}
+        if kinds == {Kind.OPEN}:
+            for cls in classes - self._fertile:
+                things = batch if len(classes) == 1 else [thing for thing in batch if type(thing) is cls]
+                if not self._is_barren(things):
+                    self._fertile |= {cls} - _QUICKLY_LOOKED_INTO
+                elif len(classes) == 1:
+                    return
+                else:
+                    batch = [thing for thing in batch if type(thing) is not cls]
+            self._enter(self._fresh(batch))
+            return
+        for kind in kinds:
+            things = batch if len(kinds) == 1 else [thing for thing in batch if self._kinds[type(thing)] is kind]
+            self._sort(kind, self._fresh(things))
+
+    def _sort(self, kind: Kind, things: list[Any]) -> None:
+        if kind is Kind.OPEN:
+            self._enter(things)
+        elif kind is Kind.TENSOR:
+            self._enter_tensors(things)
+        elif kind is Kind.SESSION:
+            self.sessions += things
+        elif kind is Kind.GRAPH:
+            self.graphs += things
+        elif kind is Kind.ARRAY:
+            self.arrays += things
+        elif kind is Kind.BY_NAME:
+            self._enter_by_name(things)
+
+    def _classes(self, things: list[Any]) -> set[type]:
+        classes = set(map(type, things))
+        for cls in classes - self._kinds.keys():
+            self._kinds[cls] = kind_of(cls)
+        return classes
+
+    def _fresh(self, things: list[Any]) -> list[Any]:
+        """Each of these that has not been seen yet, once; from now on it has."""
+        by_id = dict(zip(map(id, things), things, strict=True))
+        new = by_id.keys() - self._seen
+        fresh = things if len(new) == len(things) else [thing for key, thing in by_id.items() if key in new]
+        self._seen |= new
+        self._kept += fresh
+        return fresh
+
+    def _enter(self, things: list[Any]) -> None:
+        self._follow(gc.get_referents(*things))
+
+    def _follow(self, referents: list[Any]) -> None:
+        """Look at these later, and count how often they are tensors."""
+        things = self._enterable(referents)
+        tensors = {cls for cls in self._classes(things) if self._kinds[cls] is Kind.TENSOR}
+        if tensors:
+            self.references.update([id(thing) for thing in things if type(thing) in tensors])
+        self._todo += things
+
+    def _enterable(self, referents: list[Any]) -> list[Any]:
+        """Those behind which there may be something. Most of what the collector does not track refers to nothing."""
+        things = list(filter(gc.is_tracked, referents))
+        things += self._exceptions_among(list(itertools.filterfalse(gc.is_tracked, referents)))
+        classes = self._classes(things)
+        closed = {cls for cls in classes if self._kinds[cls] is Kind.CLOSED}
+        hollow = classes & _MAY_BE_EMPTY
+        if not hollow:
+            return [thing for thing in things if type(thing) not in closed] if closed else things
+        return [thing for thing in things if type(thing) not in closed and (type(thing) not in hollow or thing)]
+
+    def _exceptions_among(self, untracked: list[Any]) -> list[Any]:
+        """Arrays of numpy and named results of torch (``torch.max(t, 0)``) are not tracked, and neither are containers
+        with nothing else in them."""
+        found: list[Any] = []
+        while untracked:
+            classes = set(map(type, untracked))
+            wanted = {cls for cls in classes if cls is self._array or cls.__module__ == "torch.return_types"}
+            if wanted:
+                found += [thing for thing in untracked if type(thing) in wanted]
+            containers = [thing for thing in untracked if type(thing) in _UNTRACKED] if classes & _UNTRACKED else []
+            untracked = list(itertools.filterfalse(gc.is_tracked, gc.get_referents(*containers))) if containers else []
+        return found
+
+    def _is_barren(self, things: list[Any]) -> bool:
+        """Whether these, and what they refer to, and so on for some steps, lead to nothing that need be looked at."""
+        most = 8 * len(things)
+        for _ in range(_DEPTH):
+            things = self._enterable(gc.get_referents(*things))
+            if not things:
+                return True
+            if len(things) > most or any(self._kinds[cls] is not Kind.OPEN for cls in self._classes(things)):
+                return False
+        return False
+
+    def _enter_tensors(self, tensors: list[torch.Tensor]) -> None:
+        import torch
+
+        self.tensors += tensors
+        layout: Any = torch._C.TensorBase.layout.__get__  # type: ignore[attr-defined]
+        if set(map(layout, tensors)) - {torch.strided}:
+            self.odd += [tensor for tensor in tensors if layout(tensor) is not torch.strided]
+        self._todo += gradients(tensors)
+        self._enter(tensors)
+
+    def _enter_by_name(self, things: list[Any]) -> None:
+        import torch
+
+        for thing in things:
+            try:
+                self._follow([child for _, _, child in children(thing)])
+            except Exception:  # an object that does not like to be looked at is no reason not to load
+                logger.debug("An object of type %s cannot be looked at", type(thing), exc_info=True)
+                self.refused.append(thing)
+            if issubclass(type(thing), torch.jit.ScriptModule):
+                self.scripts.append(thing)
+
+
+def _without_views(arrays: list[Any]) -> list[Any]:
+    """These arrays, or those whose views they are, each once."""
+    whole: dict[int, Any] = {}
+    for array in arrays:
+        while type(base := array.base) is type(array):
+            array = base
+        whole[id(array)] = array
+    return list(whole.values())
+
+
+def _looks_like(thing: Any) -> str:
+    import torch
+
+    if not issubclass(type(thing), torch.Tensor):
+        return type(thing).__name__
+    base: Any = torch._C.TensorBase
+    return f"{type(thing).__name__}, {base.layout.__get__(thing)}, {list(base.size(thing))}"

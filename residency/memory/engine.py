@@ -1,0 +1,192 @@
+"""An engine as one resident: what it held when it was loaded, and what it has come to hold since."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..contracts import Device, SnapshotStore
+from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
+from . import absent_tensors
+from .composite import CompositeResident
+from .cuda_graphs import compiled_graphs
+from .discovery import Discovery, Found
+from .holders import held_elsewhere, note_arrays
+from .onnx_sessions import OnnxSessions
+from .shared_containers import in_held_containers
+from .storage_owners import are_managed
+from .storages import by_storage, storage_key
+from .weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class EngineResident:
+    """Everything of an engine that holds memory, found by walking it at the load and again before each offload.
+
+    Engines make tensors as they work (caches, weights computed anew at each pass). Those that still hang on the
+    engine when it leaves the device leave with it. One that has captured CUDA graphs stays until it is released
+    (`CapturedGraphs`): a graph remembers addresses, and weights come back to others.
+    """
+
+    def __init__(
+        self, engine: Any, device: Device, skip: Collection[str] = (), beside: EngineResident | None = None
+    ) -> None:
+        """Take stock and charge the device.
+
+        Args:
+            skip: attribute paths of the engine (``.tokenizer``) that are left alone.
+            beside: a part that is kept, whose tensors and sessions are not taken care of twice.
+
+        Raises:
+            DeviceOutOfMemory: the device cannot hold the engine.
+            SharedWeights: some of its bytes belong to another model.
+            OnAnotherDevice: some of them lie on a GPU that is not the managed one.
+            WeightsGone: the engine was released before.
+
+        After an error nothing is left in the device's books.
+        """
+        self._device = device
+        self._engine_id = id(engine)
+        self._discovery = Discovery(engine, skip)
+        self._beside = beside
+        #: The storage of each tensor (``id``) of the last walk, if all that was found is accounted for.
+        self._known: dict[int, int | None] | None = None
+        found = self._discovery.walk()
+        self._array_bytes = found.array_bytes
+        held = self._held(found)
+        keys = _bring_back(found, _keys(found))
+        note_arrays(found.tensors.values(), found.borrowing)
+        without = [tensor for tensor in found.tensors.values() if keys[id(tensor)] is None]
+        emptied = found.tensors.only([tensor for tensor in without if _is_emptied(tensor)])
+        if emptied:
+            raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
+        self._loaded = self._late = Weights({}, device)
+        self._loaded = self._weights(found, keys, held, passing=False)
+        self._remember(keys)
+        try:
+            self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
+        except BaseException:
+            self._abandon()
+            raise
+
+    @property
+    def array_bytes(self) -> int:
+        """Main memory of numpy's arrays that hang on the engine, as of the last walk. No move takes them along."""
+        return self._array_bytes
+
+    @property
+    def storages(self) -> frozenset[int]:
+        beside = self._beside.storages if self._beside else frozenset()
+        return self._loaded.storages | self._late.storages | beside
+
+    @property
+    def sessions(self) -> frozenset[int]:
+        """The sessions that are accounted for here (``id``)."""
+        return self._sessions.sessions
+
+    @property
+    def device_bytes(self) -> int:
+        return self._all.device_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return self._all.host_bytes
+
+    def offload(self) -> int:
+        self._find_latecomers()
+        return self._all.offload()
+
+    def restore(self) -> int:
+        return self._all.restore()
+
+    def release(self) -> int:
+        return self._all.release()
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        self._find_latecomers()
+        return self._all.save(store, name)
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        return self._all.load(store, name)
+
+    @property
+    def _all(self) -> CompositeResident:
+        return CompositeResident(self._loaded, self._late, self._sessions)
+
+    def _abandon(self) -> None:
+        self._loaded.release()
+
+    def _find_latecomers(self) -> None:
+        if not self._loaded.on_device:
+            return
+        if self._beside:
+            self._beside._find_latecomers()  # what was made in there must outlive this engine too
+        now = self._discovery.walk()
+        self._array_bytes = now.array_bytes
+        note_arrays(now.tensors.values(), now.borrowing)
+        graphs = (*now.graphs, *compiled_graphs(now.tensors))
+        if graphs:
+            raise CapturedGraphs(graphs)
+        keys = _keys(now)
+        if keys == self._known and not (self._loaded.has_common or self._late.has_common):
+            return
+        there = {key for key in keys.values() if key is not None}
+        self._loaded.keep_only(there)
+        self._loaded.also(by_storage(now.tensors))
+        if self._late.keep_only(there) or not there <= self.storages:
+            self._late.keep_only(())
+            self._late = Weights({}, self._device)
+            try:
+                self._late = self._weights(now, keys, self._held(now), passing=True)
+            except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
+                logger.warning("Some tensors that were made since the load stay on the device: %s", error)
+        self._remember(keys)
+
+    def _weights(self, found: Found, keys: Mapping[int, int | None], held: frozenset[int], passing: bool) -> Weights:
+        """Weights of those tensors that nobody takes care of yet."""
+        claimed = self.storages
+        unclaimed = [tensor for tensor in found.tensors.values() if keys[id(tensor)] not in claimed]
+        return Weights(found.tensors.only(unclaimed), self._device, passing, held)
+
+    def _held(self, found: Found) -> frozenset[int]:
+        """Tensors that others than the engine refer to, or to containers of them; the engine itself is its loader's."""
+        tensors = found.tensors.values()
+        held = held_elsewhere(tensors, found.references) - {self._engine_id}
+        held |= in_held_containers(found.entered, tensors, self._engine_id)
+        # An error's traceback may keep what was found, and the next walk would take that for another holder.
+        found.entered.clear()
+        return held
+
+    def _remember(self, keys: dict[int, int | None]) -> None:
+        # Only if all are held here: the ``id`` of what is gone may be another's the next time.
+        held = self.storages
+        self._known = keys if held.issuperset(filter(None, keys.values())) else None
+
+    def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
+        claimed = self._beside.sessions if self._beside else frozenset()
+        return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
+
+
+def _keys(found: Found) -> dict[int, int | None]:
+    return {id(tensor): storage_key(tensor) for tensor in found.tensors.values()}
+
+
+def _bring_back(found: Found, keys: dict[int, int | None]) -> dict[int, int | None]:
+    """Fill what was left empty when another engine was released or moved, if others held it as well."""
+    recalled = False
+    for tensor in found.tensors.values():
+        if keys[id(tensor)] is None and _is_emptied(tensor):
+            recalled = absent_tensors.recall(tensor.untyped_storage()) or recalled
+    return _keys(found) if recalled else keys
+
+
+def _is_emptied(tensor: torch.Tensor) -> bool:
+    try:
+        return not tensor.untyped_storage().nbytes() and tensor.numel() > 0 and tensor.device.type != "meta"
+    except Exception:  # it never had any
+        return False

@@ -1,0 +1,52 @@
+"""Brings back the bytes of a tensor that others than its engine hold, when they use it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..locks import renewed_in_children
+from . import absent_tensors
+from .storages import Piece, as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Recall:
+    """While its engine is away: asks for this piece alone. Keeps nothing alive."""
+
+    def __init__(self, bring_back: Callable[[Piece], bool], piece: Piece) -> None:
+        self._bring_back, self._piece = weakref.WeakMethod(bring_back), weakref.ref(piece)
+
+    def __call__(self, storage: torch.UntypedStorage) -> bool:
+        bring_back, piece = self._bring_back(), self._piece()
+        return bring_back is not None and piece is not None and bring_back(piece)
+
+
+class Spare:
+    """When its engine was released: a copy in main memory, which goes with the first use or with the last holder."""
+
+    def __init__(self, piece: Piece, copy: torch.Tensor) -> None:
+        self._copy: torch.Tensor | None = copy
+        self._tensors = [weakref.ref(tensor) for tensor in (*piece.tensors.values(), *piece.guests)]
+        self._lock = renewed_in_children(threading.Lock())
+
+    def __call__(self, storage: torch.UntypedStorage) -> bool:
+        import torch
+
+        with self._lock, torch.inference_mode():
+            if self._copy is not None:
+                with absent_tensors.opened([storage]):
+                    storage.resize_(len(self._copy))
+                    try:
+                        as_bytes(storage, len(self._copy)).copy_(self._copy)
+                    except BaseException:
+                        storage.resize_(0)
+                        raise
+                self._copy = None
+                absent_tensors.reopen([storage])
+                absent_tensors.show(tensor for one in self._tensors if (tensor := one()) is not None)
+        return True

@@ -1,0 +1,345 @@
+"""The unique storages of an engine: what really moves, whatever number of tensors looks at it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..observability.error_classification import is_out_of_device_memory
+from . import absent_tensors
+from .object_paths import ByPath
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+RAW = "_residency_raw"
+"""Marks the tensors through which moves see the bytes: they are nobody's view, and never hidden."""
+
+ARRAYS = "_residency_arrays"
+"""Hangs on a storage object: weak references to the arrays of numpy that use its address."""
+
+_FILL_CHECK_FROM_BYTES = 1 << 20
+_FILL_CHECK_BYTES = 8 << 20
+
+
+@dataclass(eq=False)
+class Piece:
+    """One unique storage and the tensors over it, by path.
+
+    Attributes:
+        nbytes: of the storage while it is filled.
+        key: identifies the storage (``_cdata``).
+        raw: the storage as uint8 [nbytes]; valid whenever the storage is filled.
+        fill: the bytes that the storage repeats from end to end, if it was found to; else None.
+        guests: tensors over the storage that are not of the engine, as far as they are known: they leave with it.
+        held: whether others than the engine hold it, a cache of the process for one: see `Weights.bring_back`.
+        stays: whether it stays on the device when the others leave.
+        spare: a copy of its own in main memory, uint8 [nbytes], where there is no mirror.
+    """
+
+    storage: torch.UntypedStorage
+    tensors: Mapping[str, torch.Tensor]
+    nbytes: int
+    key: int = field(init=False)
+    raw: torch.Tensor = field(init=False)
+    fill: bytes | None = None
+    guests: list[torch.Tensor] = field(default_factory=list)
+    held: bool = False
+    stays: bool = False
+    spare: torch.Tensor | None = None
+    #: How often C++ refers to a tensor (``id``) of a TorchScript module, for one.
+    _in_cpp: dict[int, int] = field(default_factory=dict)
+    #: Those that were exported, each with what its `_in_cpp` was before, and with what keeps the storage that it had:
+    #: DLPack keeps the tensor, and uses the address.
+    _exports: list[tuple[torch.Tensor, int, weakref.finalize[..., torch.Tensor]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._live_in(self.storage)
+        if not all(map(is_alone, self.tensors.values())):
+            self._in_cpp = _references_in_cpp(self._known())
+
+    def _live_in(self, storage: torch.UntypedStorage) -> None:
+        self.storage, self.key = storage, storage._cdata
+        self.raw = as_bytes(storage, self.nbytes)
+        setattr(self.raw, RAW, True)
+        setattr(storage, absent_tensors.PIECE, weakref.ref(self))
+
+    @property
+    def path(self) -> str:
+        """A path that leads to it from the engine; slow to find."""
+        return next(iter(self.tensors))
+
+    def measure(self) -> None:
+        """Take the storage's present size for the right one."""
+        self.nbytes = self.storage.nbytes()
+        self._live_in(self.storage)
+
+    def count_strangers(self) -> int:
+        """How many use the storage and are neither of the engine nor among the guests: views, DLPack, C++."""
+        holders = _use_count(self.storage) - _own_references()
+        if holders == len(self.tensors) and all(map(is_alone, self.tensors.values())):
+            return 0
+        known = self._known()
+        return holders - len(known) + len(self._exported(known))
+
+    @property
+    def has_exports(self) -> bool:
+        """Whether an old storage is kept for something outside of Python."""
+        return bool(self._exports)
+
+    def is_exported(self) -> bool:
+        """Whether somebody may have the address of the bytes: DLPack for one."""
+        return bool(self._exported(self._known()))
+
+    def _known(self) -> dict[int, torch.Tensor]:
+        known = {id(tensor): tensor for tensor in (*self.tensors.values(), *self.guests)}
+        for tensor in list(known.values()):
+            base = tensor._base
+            if base is not None and id(base) not in known:
+                known[id(base)] = base
+                self.guests.append(base)
+        return known
+
+    def _exported(self, known: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Those that C++ has taken since stock was taken: DLPack, or autograd for a backward pass that may come."""
+        taken = _references_in_cpp(known)
+        return [
+            tensor
+            for key, tensor in known.items()
+            if taken[key] > self._in_cpp.get(key, 0) and not tensor.requires_grad  # DLPack does not take those
+        ]
+
+    def forget_guests(self) -> None:
+        """Begin to count anew; the old storages of exports that have ended go."""
+        self.guests.clear()
+        if self._exports:
+            counts = _references_in_cpp({id(tensor): tensor for tensor, _, _ in self._exports})
+            first: dict[int, int] = {}
+            for tensor, before, _ in self._exports:
+                first.setdefault(id(tensor), before)
+            # Only when all have ended: which of several has, cannot be told.
+            ended = [one for one in self._exports if counts[id(one[0])] <= first[id(one[0])]]
+            self._exports = [one for one in self._exports if counts[id(one[0])] > first[id(one[0])]]
+            for tensor, before, keeping in ended:
+                self._in_cpp[id(tensor)] = min(before, self._in_cpp[id(tensor)])
+                keeping.detach()
+
+    @property
+    def itemsize(self) -> int:
+        return next(iter(self.tensors.values())).element_size()
+
+    def make_resizable(self, apart: bool = False) -> bool:
+        """Give the tensors a storage that can be emptied and filled, if theirs cannot; False if they refuse.
+
+        Bytes that came from a file (TorchScript, safetensors, mmap) or from numpy, or that numpy looks at, belong
+        to somebody else and cannot be resized: they are copied into a storage of torch's own. With ``apart``, so are
+        those of any storage: strangers keep the old one whole, as long as they have it; so do arrays (`ARRAYS`).
+        """
+        if self.raw.is_cpu and self.storage.is_shared():
+            logger.warning("%s is shared with other processes and stays where it is", ", ".join(self.tensors))
+            return False
+        known = vars(self.storage).get(ARRAYS)  # few have any, and many pieces come by here
+        arrays = [array for one in known if (array := one()) is not None] if known else []
+        if self.storage.resizable() and not apart and not arrays:
+            return True
+        exported = self._exported(self._known())
+        try:
+            home = _new_storage(self.nbytes, self.storage.device)
+            home.copy_(self.storage)
+            self._move_tensors_to(home)
+        except RuntimeError as error:
+            self._move_tensors_to(self.storage)
+            logger.warning("%s cannot be moved and stays where it is: %s", ", ".join(self.tensors), error)
+            return False
+        for array in arrays:
+            weakref.finalize(array, _let_go, self.storage).atexit = False
+            logger.warning(
+                "%s: an array of numpy uses its %s bytes, which stay as long as it does", self.path, f"{self.nbytes:,}"
+            )
+        for tensor in exported:
+            keeping = weakref.finalize(tensor, _let_go, self.storage)
+            keeping.atexit = False
+            self._exports.append((tensor, self._in_cpp.get(id(tensor), 0), keeping))
+        self._in_cpp.update(_references_in_cpp({id(tensor): tensor for tensor in exported}))
+        self._live_in(home)
+        return True
+
+    def find_fill(self) -> bytes | None:
+        """The element that the storage repeats, bit for bit, or None. Looks in pieces and stops at a difference.
+
+        Small storages are not looked at: there is nothing to gain. On a device that has no room for the comparison it
+        is made in main memory, over a copy of each part.
+        """
+        import torch
+
+        if self.nbytes < _FILL_CHECK_FROM_BYTES:
+            return None
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(self.itemsize)
+        if width is None or self.nbytes % self.itemsize:
+            return None
+        elements = self.raw.view(width)
+        first = elements[:1]
+        step = 4096  # most weights differ at once; then look in larger pieces
+        start = 0
+        while start < len(elements):
+            if not _repeats(elements[start : start + step], first):
+                return None
+            start += step
+            step = _FILL_CHECK_BYTES // self.itemsize
+        return bytes(first.cpu().view(torch.uint8).tolist())
+
+    def refill(self, target: torch.Tensor) -> None:
+        """Write `fill` from end to end of ``target``, uint8 [nbytes]."""
+        import torch
+
+        assert self.fill is not None
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[len(self.fill)]
+        element = torch.frombuffer(bytearray(self.fill), dtype=width)
+        target.view(width).fill_(element.item())
+
+    def _move_tensors_to(self, storage: torch.UntypedStorage) -> None:
+        import torch
+
+        # inference_mode, so that inference tensors and leaves that require grad may be given a storage alike.
+        with torch.inference_mode():
+            for tensor in (*self.tensors.values(), *self.guests):
+                if tensor.untyped_storage()._cdata != storage._cdata:
+                    tensor.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def pieces_of(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
+    """Tensors grouped by the storage they share; those without bytes of their own are left out."""
+    pieces = []
+    for group in by_storage(tensors).values():
+        storage = next(iter(group.values())).untyped_storage()
+        pieces.append(Piece(storage, group, storage.nbytes()))
+    return pieces
+
+
+def by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[int, Mapping[str, torch.Tensor]]:
+    """Tensors by what `storage_key` says of them."""
+    if isinstance(tensors, ByPath):
+        groups: dict[int, list[torch.Tensor]] = {}
+        for tensor in tensors.values():
+            key = storage_key(tensor)
+            if key is not None:
+                groups.setdefault(key, []).append(tensor)
+        return {key: tensors.only(group) for key, group in groups.items()}
+    named: dict[int, dict[str, torch.Tensor]] = {}
+    for path, tensor in tensors.items():
+        key = storage_key(tensor)
+        if key is not None:
+            named.setdefault(key, {})[path] = tensor
+    return dict(named)
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """What two tensors over the same bytes have in common; None for those that have no bytes of their own.
+
+    Sparse tensors, wrappers around other tensors, those on ``meta`` and fakes have none.
+    """
+    try:
+        storage = tensor.untyped_storage()
+        real = storage.nbytes() and storage.data_ptr()
+    except Exception:  # subclasses answer as they like
+        return None
+    return storage._cdata if real else None
+
+
+def _repeats(elements: torch.Tensor, first: torch.Tensor) -> bool:
+    try:
+        return bool((elements == first).all())
+    except RuntimeError as error:
+        if not is_out_of_device_memory(error):
+            raise
+    return bool((elements.cpu() == first.cpu()).all())
+
+
+def as_bytes(storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:
+    """A storage as uint8 [nbytes]."""
+    import torch
+
+    device = storage.device
+    if device.type == "cpu" and storage.nbytes() == nbytes:
+        return torch.ByteTensor(storage)  # twice as fast, and engines may have 100,000 of them
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
+
+
+def _new_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
+    import torch
+
+    return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
+
+
+def _let_go(storage: torch.UntypedStorage) -> None:
+    """Nothing: that it would be called with the storage keeps the storage."""
+
+
+def hide(pieces: Collection[Piece]) -> None:
+    """Make each use of the tensors raise; call it before their bytes go."""
+    absent_tensors.hide(tensor for piece in pieces for tensor in piece.tensors.values())
+    absent_tensors.hide(guest for piece in pieces if piece.guests for guest in piece.guests)
+
+
+def show(pieces: Collection[Piece]) -> None:
+    """Undo `hide`, when the bytes are there."""
+    absent_tensors.show(tensor for piece in pieces for tensor in piece.tensors.values())
+    for piece in pieces:
+        if piece.guests:
+            absent_tensors.show(piece.guests)
+            piece.guests.clear()
+
+
+def forget_guests(pieces: Collection[Piece]) -> list[Piece]:
+    """Begin to count the holders of these anew, and return those that seem to have others than the engine."""
+    import torch
+
+    for piece in pieces:
+        if piece.guests or piece.has_exports:
+            piece.forget_guests()
+    use_count, ours = torch._C._storage_Use_Count, _own_references()
+
+    def is_crowded(piece: Piece) -> bool:
+        tensors = piece.tensors.values()
+        return use_count(piece.key) != ours + len(tensors) or not all(map(is_alone, tensors))
+
+    return list(filter(is_crowded, pieces))
+
+
+def is_alone(tensor: torch.Tensor) -> bool:
+    """Whether nothing in C++ refers to a tensor."""
+    return tensor._use_count() == 1  # type: ignore[attr-defined, no-any-return]
+
+
+def _references_in_cpp(tensors: Mapping[int, torch.Tensor]) -> dict[int, int]:
+    """How often C++ refers to each of these (by ``id``), other than from views that are among them."""
+    counts: dict[int, int] = {
+        key: tensor._use_count() - 1  # type: ignore[attr-defined]
+        for key, tensor in tensors.items()
+    }
+    for tensor in tensors.values():
+        if id(tensor._base) in counts:
+            counts[id(tensor._base)] -= 1
+    return counts
+
+
+def _use_count(storage: torch.UntypedStorage) -> int:
+    import torch
+
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+@functools.cache
+def _own_references() -> int:
+    """How often a piece itself counts among the holders of its storage."""
+    import torch
+
+    tensor = torch.empty(1)
+    piece = Piece(tensor.untyped_storage(), {"": tensor}, 4)
+    return _use_count(piece.storage) - len(piece.tensors)

@@ -1,0 +1,1 @@
+"""Records what happens: events, history, memory outside the books, classes of errors."""

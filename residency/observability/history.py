@@ -1,0 +1,185 @@
+"""What has happened to one model: counts for dashboards, and the last quarter of an hour for the page. Pure.
+
+Written when something happens and read when somebody looks; no thread samples anything. What others take of the card is
+no event here, so its use is written whenever somebody looks anyway. Times are of the manager's clock, in seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ManagerClosed, ModelBusy, RequestCancelled, RequestStopped, RequestTimeout, UnknownModel
+
+if TYPE_CHECKING:
+    from ..contracts import Memory
+    from ..states import Move, State
+
+WINDOW_S = 900.0
+"""How far back `History.as_dict` looks."""
+
+RECENT_MOVES = 20
+
+BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+_TOGETHER_S = 1.0
+"""Finer than this the past is not kept, so that a busy model's is no longer than an idle one's."""
+
+_CARD_TOGETHER_S = 5.0
+"""The same for the card, at which any number of pages may look."""
+
+_OUTCOMES = {
+    RequestTimeout: "timeout",
+    ModelBusy: "busy",
+    RequestCancelled: "cancelled",
+    ManagerClosed: "refused",
+    UnknownModel: "refused",
+}
+
+
+class Histogram:
+    """Counts durations in seconds, as Prometheus does: how many were no longer than each of `BOUNDS_S`."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.sum_s += seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """``buckets``: [upper bound, how many up to it], the last bound being ``+Inf``; ``sum``: of all, in seconds."""
+        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        return {
+            "buckets": [list(bucket) for bucket in zip(bounds, accumulate(self._counts), strict=True)],
+            "sum": self.sum_s,
+        }
+
+
+class Sizes:
+    """A size over the last `WINDOW_S`: each that is noted holds until the next. No peak is lost, and not the last."""
+
+    def __init__(self, together_s: float = _TOGETHER_S) -> None:
+        self._together_s = together_s
+        self._points: deque[tuple[float, int]] = deque()
+
+    def note(self, now_s: float, nbytes: int) -> None:
+        points = self._points
+        if points and points[-1][1] == nbytes:
+            return
+        if len(points) > 1 and now_s - points[-2][0] < self._together_s:
+            last = points.pop()
+            points[-1] = (points[-1][0], max(points[-1][1], last[1]))
+        points.append((now_s, nbytes))
+        while len(points) > 1 and points[1][0] < now_s - WINDOW_S:  # one from before: what the window begins with
+            points.popleft()
+
+    def as_list(self, now_s: float) -> list[list[float]]:
+        """[seconds before ``now_s``, bytes from then on], the oldest first."""
+        return [[_ago(max(time_s, now_s - WINDOW_S), now_s), nbytes] for time_s, nbytes in self._points]
+
+
+class CardHistory:
+    """What was used of the device's memory, by whomever. Whoever reads or writes it holds the manager's lock."""
+
+    def __init__(self) -> None:
+        self._used = Sizes(_CARD_TOGETHER_S)
+        self._total_bytes: int | None = None
+
+    def seen(self, now_s: float, memory: Memory) -> None:
+        """Somebody has looked."""
+        if memory.total_bytes is not None and memory.free_bytes is not None:
+            self._total_bytes = memory.total_bytes
+            self._used.note(now_s, memory.total_bytes - memory.free_bytes)
+
+    def as_dict(self, now_s: float) -> dict[str, Any]:
+        return {"used_bytes": self._used.as_list(now_s), "total_bytes": self._total_bytes}
+
+
+@dataclass(frozen=True)
+class PastMove:
+    """A move that has ended at ``time_s``: ``ok``, ``failed``, or ``postponed`` until there is room."""
+
+    time_s: float
+    move: Move
+    moved_bytes: int
+    seconds: float
+    outcome: str
+
+
+@dataclass
+class History:
+    """Whoever reads or writes it holds the manager's lock. Bounded, however much happens."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    """By outcome: ``ok``, ``error`` (of the engine), ``timeout``, ``busy``, ``cancelled``, ``refused``, ``failed``."""
+    waits: Histogram = field(default_factory=Histogram)
+    moves: Counter[tuple[State, State, str]] = field(default_factory=Counter)
+    move_seconds: Histogram = field(default_factory=Histogram)
+    recent: deque[PastMove] = field(default_factory=lambda: deque(maxlen=RECENT_MOVES))
+    _sizes: Sizes = field(default_factory=Sizes)
+    _spans: deque[tuple[float, float]] = field(default_factory=deque)
+
+    def served(self, asked_s: float, began_s: float, ended_s: float, error: BaseException | None) -> None:
+        """A request has had the model from ``began_s`` to ``ended_s``; ``error`` is what has ended it, if it failed."""
+        outcome = "ok" if error is None else "cancelled" if isinstance(error, RequestStopped) else "error"
+        self.requests[outcome] += 1
+        self.waits.add(max(0.0, began_s - asked_s))
+        if self._spans and began_s - self._spans[-1][1] < _TOGETHER_S:
+            self._spans[-1] = (self._spans[-1][0], ended_s)
+            return
+        self._spans.append((began_s, ended_s))
+        while self._spans[0][1] < ended_s - WINDOW_S:
+            self._spans.popleft()
+
+    def refused(self, error: BaseException) -> None:
+        """A request has ended without the model."""
+        self.requests[next((word for kind, word in _OUTCOMES.items() if isinstance(error, kind)), "failed")] += 1
+
+    def moved(self, past: PastMove, device_bytes: int) -> None:
+        """A move has ended, one way or the other; ``device_bytes`` is what the model has on the device (or CPU) now."""
+        self.moves[past.move.source, past.move.target, past.outcome] += 1
+        self.move_seconds.add(past.seconds)
+        self.recent.append(past)
+        self._sizes.note(past.time_s, device_bytes)
+
+    def as_dict(self, now_s: float, device_kind: str, running_since_s: float | None = None) -> dict[str, Any]:
+        """For ``GET /gpu/history``: times in seconds before ``now_s``, the oldest first; counts since the beginning."""
+        begin_s = now_s - WINDOW_S
+        spans = [*self._spans, *([] if running_since_s is None else [(running_since_s, now_s)])]
+        return {
+            "device_bytes": self._sizes.as_list(now_s),
+            "requests": [
+                [_ago(max(began_s, begin_s), now_s), _ago(ended_s, now_s)]
+                for began_s, ended_s in spans
+                if ended_s > begin_s
+            ],
+            "moves": [
+                {
+                    "ago_s": _ago(past.time_s, now_s),
+                    "from": past.move.source.shown(device_kind),
+                    "to": past.move.target.shown(device_kind),
+                    "bytes": past.moved_bytes,
+                    "seconds": round(past.seconds, 6),
+                    "outcome": past.outcome,
+                }
+                for past in self.recent
+            ],
+            "totals": {
+                "requests": dict(self.requests),
+                "request_wait_seconds": self.waits.as_dict(),
+                "moves": [
+                    {"from": source.shown(device_kind), "to": target.shown(device_kind), "outcome": outcome, "count": n}
+                    for (source, target, outcome), n in self.moves.items()
+                ],
+                "move_seconds": self.move_seconds.as_dict(),
+            },
+        }
+
+
+def _ago(time_s: float, now_s: float) -> float:
+    return round(max(0.0, now_s - time_s), 3)

@@ -1,0 +1,170 @@
+"""Learn from the gaps between requests when an idle model should be on the device. Pure: no clock, no locks.
+
+A histogram policy as in "Serverless in the Wild" (Shahrad et al., USENIX ATC 2020) with three differences: the windows
+are not percentiles but what costs least (`_plan`), what follows depends on how busy it was just now, and a prior takes
+the place of that paper's rule for when the histogram is too thin to be used.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ..errors import InvalidInput
+
+#: Bins of idle gaps in seconds: [0, 1), then each 5 % longer, up to two days, and one for all that is longer. Narrow
+#: enough for a habit of "every ten minutes", and few enough to plan anew after every request.
+_EDGES_S = (0.0, *(1.05**k for k in range(248)))
+_WIDTHS_S = tuple(until_s - from_s for from_s, until_s in pairwise(_EDGES_S))
+_LONGER = len(_WIDTHS_S)
+
+#: What a gap counts for after each further one: habits are what about the last hundred gaps were.
+_DECAY = 0.99
+#: Before anything is known, gaps of all orders of magnitude are equally likely; that counts as two gaps.
+_PRIOR = 2.0 / (_LONGER + 1)
+#: The level of recent gaps is a running mean of their logarithms, each step this large; levels a factor of 4 apart are
+#: different classes: a busy hour says nothing about the night.
+_LEVEL_STEP, _CLASS = 0.3, math.log(4.0)
+#: The gaps of all classes count as this many gaps of the present class.
+_BORROWED = 10.0
+#: Coming back must pay for this many gaps more than are seen, so that no chance cluster does it.
+_EVIDENCE = 3.0
+#: A return begins this many restores ahead, since one restore takes longer than another.
+_LEAD = 1.2
+#: So many gaps of less than a second are worth a new plan.
+_PLAN_AFTER = 30
+_RESTORE_STEP = 0.2
+
+
+class AdaptivePolicy:
+    """Warm where the next request is likely enough; see `Policy` for what the methods promise.
+
+    One second that a request waits for the weights is worth ``wait_weight`` seconds of a device that is held by an idle
+    model. With 60 and a restore of half a second, the model stays while the next request is expected within 30 s or so.
+    """
+
+    name = "auto"
+
+    def __init__(self, idle_timeout_s: float = 600.0, *, wait_weight: float = 60.0) -> None:
+        if not idle_timeout_s >= 0:
+            raise InvalidInput(
+                f"An idle timeout of {idle_timeout_s!r} s cannot be; give 0 or more, math.inf for never",
+                f"空闲超时不能是 {idle_timeout_s!r} 秒；请给出 0 或更大的值，math.inf 表示永不",
+            )
+        if not 0 < wait_weight < math.inf:
+            raise InvalidInput(
+                f"A wait weight of {wait_weight!r} cannot be; give a number above 0",
+                f"等待权重不能是 {wait_weight!r}；请给出大于 0 的数",
+            )
+        self.idle_timeout_s = idle_timeout_s
+        self.wait_weight = wait_weight
+        self._all = _Histogram()
+        self._by_class: dict[int, _Histogram] = {}
+        self._unplanned = 0
+        self._level: float | None = None
+        self._restore_s: float | None = None
+        self._windows: tuple[tuple[float, float], ...] | None = None
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> AdaptivePolicy:
+        """A policy that knows what this one has learned, with another idle timeout."""
+        other = copy.deepcopy(self)
+        other.idle_timeout_s, other._windows = idle_timeout_s, None
+        return other
+
+    @property
+    def keep_warm_s(self) -> float:
+        return self.windows()[0][1]
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        """Computed once after new facts. ``((0.0, 0.0),)``, off at once, until a gap and a restore have been seen."""
+        if self._windows is None:
+            self._windows, self._unplanned = self._computed(), 0
+        return self._windows
+
+    def idle_ended(self, idle_s: float) -> None:
+        if self._level is not None:
+            self._by_class.setdefault(self._class(self._level), _Histogram()).add(idle_s)
+        self._all.add(idle_s)
+        log_gap = math.log(min(max(idle_s, 1.0), _EDGES_S[-1]))
+        self._level = log_gap if self._level is None else self._level + _LEVEL_STEP * (log_gap - self._level)
+        # One request right after another says little, and costs less than a new plan.
+        self._unplanned += 1
+        if idle_s >= 1.0 or self._unplanned >= _PLAN_AFTER:
+            self._windows = None
+
+    def brought_back(self, seconds: float) -> None:
+        usual_s = seconds if self._restore_s is None else self._restore_s
+        self._restore_s = usual_s + _RESTORE_STEP * (seconds - usual_s)
+        self._windows = None
+
+    @staticmethod
+    def _class(level: float) -> int:
+        return int(level / _CLASS)
+
+    def _computed(self) -> tuple[tuple[float, float], ...]:
+        if self._level is None or self._restore_s is None:
+            return ((0.0, 0.0),)
+        everything = self._all.counts()
+        share = _BORROWED / sum(everything)
+        counts = [_PRIOR + share * count for count in everything]
+        if (own := self._by_class.get(self._class(self._level))) is not None:
+            counts = [count + more for count, more in zip(counts, own.counts(), strict=True)]
+        # What is released is not brought back: a gap beyond the idle timeout is a long gap, whatever its length.
+        end = bisect_right(_EDGES_S, self.idle_timeout_s) - 1
+        return _plan(counts[:end], sum(counts[end:]), self._restore_s, self.wait_weight)
+
+
+class _Histogram:
+    """Gaps by bin, older ones fading: each new one weighs more instead, which touches one bin and not all."""
+
+    def __init__(self) -> None:
+        self._counts = [0.0] * (_LONGER + 1)
+        self._weight = 1.0
+
+    def add(self, idle_s: float) -> None:
+        self._weight /= _DECAY
+        self._counts[bisect_right(_EDGES_S, idle_s) - 1] += self._weight
+        if self._weight > 1e100:
+            self._counts, self._weight = self.counts(), 1.0
+
+    def counts(self) -> list[float]:
+        return [count / self._weight for count in self._counts]
+
+
+def _plan(
+    counts: Sequence[float], longer: float, restore_s: float, wait_weight: float
+) -> tuple[tuple[float, float], ...]:
+    """The windows that gain most, if the next gap is like those counted (``longer``: beyond the last bin).
+
+    Dynamic programming from the last bin back, with two states, here and away. To be here in a bin costs its seconds
+    times the gaps that reach it, and gains a wait, a restore and an offload for each that ends in it. To leave, or to
+    come back, costs a restore time for each gap that reaches the bin.
+    """
+    gain_s = (wait_weight + 2.0) * restore_s
+    evidence_s = _EVIDENCE * gain_s
+    here_s = away_s = 0.0  # what the rest of the gap gains at most, in seconds of the device
+    reached = longer
+    steps: list[tuple[bool, bool]] = []  # where to be in the bin: when here before it, when away before it
+    for index in range(len(counts) - 1, -1, -1):
+        count = counts[index]
+        be_here_s = here_s + count * gain_s - _WIDTHS_S[index] * (reached + 0.5 * count)
+        reached += count
+        move_s = restore_s * reached
+        leave_s, return_s = away_s - move_s, be_here_s - move_s - evidence_s
+        steps.append((be_here_s > leave_s, return_s > away_s))
+        here_s, away_s = max(be_here_s, leave_s), max(away_s, return_s)
+
+    windows: list[tuple[float, float]] = []
+    here, from_s = True, 0.0
+    for edge_s, (stay, come) in zip(_EDGES_S, reversed(steps), strict=False):
+        if here and not stay:
+            windows.append((from_s, edge_s))
+        elif not here and come:
+            from_s = edge_s - _LEAD * restore_s  # later than it left: less than two restore times away never pay
+        here = stay if here else come
+    if here:
+        windows.append((from_s, _EDGES_S[len(counts)]))
+    return tuple(windows)

@@ -1,0 +1,321 @@
+"""The desk where requests are taken: queue, wait, hand over, take back. It serves `Lease`."""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
+from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
+from ..observability.error_classification import may_be_device_loss
+from ..one_shot_event import LoopLatch, holds, new_latch
+from ..states import State
+from .callers import call_site
+from .deadlocks import Deadlocks
+from .dispatcher import WARM_GRACE_S, Dispatcher
+from .lease import Lease, held_slots
+from .managed_model import Request, Slot
+
+logger = logging.getLogger(__name__)
+
+
+FIRST_LOOK_S = 0.05
+"""When a request that waits first looks whether it waits for itself, after its arrival; then at growing intervals."""
+
+LONGEST_PAUSE_S = 8.0
+"""The longest of these intervals."""
+
+TELL_AFTER_S = 30.0
+"""How long a request waits for another one until the log says so."""
+
+SMALL_BYTES = 64 << 20
+SMALL_LEAVES_WITHIN_S = 0.25
+"""A model of at most so many bytes has left the device when the block of a lease ends, if it leaves in that time."""
+
+
+class Admission:
+    """One request after the other on each model, in order of arrival. ``check_locked`` raises where none are taken.
+
+    ``wait_timeout_s`` is how long a request that names no time of its own waits for its turn and for room at most; the
+    time in which the model is brought to the device is not counted.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None], wait_timeout_s: float = math.inf
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._check_locked = check_locked
+        self._clock = dispatcher.clock
+        self.deadlocks = Deadlocks(dispatcher)
+        self._wait_timeout_s = wait_timeout_s
+        self._numbers = itertools.count(1)
+
+    def acquire(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
+        """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
+        request = self._ask(slot, timeout_s, lease, blocks=True)
+        if not request.answered:
+            latch = request.latch = new_latch()
+            for pause_s in self._looks(request, timeout_s, lease, blocks=True):
+                self._clock.wait(latch, pause_s)
+            self._dispatcher.act()
+        if request.error is not None:
+            raise request.error
+        return lease.request or request
+
+    async def acquire_async(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
+        """For `Lease`: the same, for a coroutine. No thread waits meanwhile."""
+        request = self._ask(slot, timeout_s, lease, blocks=False)
+        if not request.answered:
+            latch = request.latch = LoopLatch()
+            for pause_s in self._looks(request, timeout_s, lease, blocks=False):
+                await latch.wait(pause_s)
+            self._dispatcher.act()
+        if request.error is not None:
+            raise request.error
+        return lease.request or request
+
+    def _ask(self, slot: Slot, timeout_s: float | None, lease: Lease, blocks: bool) -> Request:
+        """The request in force that the lease shares, or one of its own; ``blocks``: its thread waits for it."""
+        dispatcher, site = self._dispatcher, call_site(lease.made_at)
+        for may_be_lost in (True, False):
+            with dispatcher.lock:
+                self._check_locked(slot)
+                now_s = self._clock.now()
+                holder = slot.holder
+                if (
+                    holder is not None
+                    and timeout_s != 0  # which asks for a model that is not in use
+                    and self.deadlocks.same_flow(holder, site, lease)
+                    and self._share_locked(lease, holder)
+                ):
+                    return holder
+                holding = (*held_slots(), *self.deadlocks.kept_busy_locked(site, lease.made_after))
+                request = Request(slot, next(self._numbers), site, holding, now_s)
+                error = self._refusal_locked(request, timeout_s, blocks)
+                if error is None:
+                    self._queue_locked(request, lease)
+                elif isinstance(error, ModelBusy) or not may_be_lost:
+                    slot.history.refused(error)
+                    try:
+                        raise error
+                    finally:
+                        del error  # which would keep this frame, and those below it
+            if error is None:
+                break
+            dispatcher.give_lost_back()  # it would wait for ever, unless what it waits for has been lost
+        dispatcher.act()
+        return request
+
+    def _queue_locked(self, request: Request, lease: Lease) -> None:
+        slot = request.slot
+        if slot.left_s is not None and not slot.in_use:
+            slot.policy.idle_ended(max(0.0, request.asked_s - slot.left_s))
+            slot.left_s = None  # learned once, even if this request comes to nothing
+        request.context = contextvars.copy_context()
+        lease.request = request
+        lease.owns = True
+        if lease.cancelled:
+            raise RequestCancelled(slot.name)
+        slot.queue.append(request)
+        self._dispatcher.plan_locked(slot)
+
+    def share(self, lease: Lease, request: Request) -> bool:
+        """For `Lease`: let it count on a request in force as well; False if that has ended."""
+        with self._dispatcher.lock:
+            if self._dispatcher.slots.get(request.slot.name) is not request.slot:
+                self._check_locked(request.slot)  # in a forked child: the engine is the parent's
+            return self._share_locked(lease, request)
+
+    def join(self, lease: Lease, slot: Slot) -> bool:
+        """For `Lease`: let it count on the request that has the model now; False if none has."""
+        with self._dispatcher.lock:
+            self._check_locked(slot)
+            # Once the lease of that request has ended, readers must not keep the model from those who wait for it.
+            return slot.holder is not None and not slot.holder.ended and self._share_locked(lease, slot.holder)
+
+    def resumed(self, request: Request) -> None:
+        """For `Lease`: the generator in which the model is leased goes on, maybe in another thread."""
+        request.streams = True
+        request.site = call_site()
+        request.resumed_s = self._clock.now()
+
+    def suspended(self, request: Request) -> None:
+        """For `Lease`: the generator in which the model is leased yields."""
+        request.site = request.site.suspended()
+
+    @staticmethod
+    def _share_locked(lease: Lease, request: Request) -> bool:
+        if not request.users:
+            return False
+        if lease.cancelled:
+            raise RequestCancelled(request.slot.name)
+        request.users += 1
+        lease.request = request
+        lease.owns = False
+        return True
+
+    def give_back(
+        self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
+    ) -> None:
+        """For `Lease`: end it, and begin what follows from the end of a request.
+
+        The caller does not wait until the model has left the device, unless the model is small.
+        """
+        dispatcher = self._dispatcher
+        if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
+            self.give_back_later(lease, discard)
+            return
+        lost = dispatcher.is_lost(error)
+        with dispatcher.lock:
+            now_s = self._clock.now()
+            request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
+            if request is None:
+                return
+            slot = request.slot
+            request.users -= 1
+            request.ended = request.ended or lease.owns
+            if slot.holder is request:
+                slot.broken = slot.broken or discard
+                if lost:
+                    dispatcher.lost_locked()
+                if not request.users:
+                    slot.left_s = slot.idle_since_s = now_s
+                    slot.not_before_s = -math.inf
+                    if slot.warmed and slot.head() is None:
+                        slot.warmed, slot.wanted, slot.not_before_s = False, slot.broken, now_s + WARM_GRACE_S
+                    slot.stuck = False
+                    slot.holder = None
+            if request.users or dispatcher.slots.get(slot.name) is not slot:
+                return
+            if request.answered:
+                dispatcher.plan_locked(slot)
+            else:
+                self._refuse_locked(request, RequestCancelled(slot.name))
+            task = slot.task
+            if request.error is None:
+                slot.history.served(request.asked_s, request.served_s, now_s, error)
+            else:
+                slot.history.refused(request.error)
+        leaves = task is not None and not task.arrives and request.error is None
+        small = slot.device_bytes <= SMALL_BYTES
+        if leaves and not small and dispatcher.monitor.alive:
+            return  # the monitor starts it: a thread that moves bytes would take this one's turn to answer
+        dispatcher.act()
+        if wait and leaves and small:
+            dispatcher.watch(slot, lambda: slot.task is not task, SMALL_LEAVES_WITHIN_S)
+
+    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+        """For `Lease`: end it in an event loop, which nothing may block."""
+        if may_be_device_loss(error):
+            self.give_back_later(lease, discard, error)  # the device is asked
+        else:
+            self.give_back(lease, discard, error, wait=False)
+
+    def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+        """For `Lease`: let the monitor end it, or whoever acts next."""
+        self._dispatcher.left.append(partial(self.give_back, lease, discard, error, wait=False))
+        self._dispatcher.monitor.wake()
+
+    def look_again(self) -> None:
+        """For `Lease`: have the monitor find what somebody who was interrupted left undone."""
+        self._dispatcher.monitor.wake()
+
+    def cancel(self, request: Request) -> bool:
+        """For `Lease`: refuse a request that waits; False if it was answered already."""
+        with self._dispatcher.lock:
+            if request.answered:
+                return False
+            self._refuse_locked(request, RequestCancelled(request.slot.name))
+        self._dispatcher.act()
+        return True
+
+    def place(self, request: Request) -> int | None:
+        """For `Lease`: 0 holds the model, 1 is served next; None if it has ended."""
+        with self._dispatcher.lock:
+            if request.slot.holder is request:
+                return 0
+            waiting = list(request.slot.waiting())
+            return waiting.index(request) + 1 if request in waiting else None
+
+    def _refuse_locked(self, request: Request, error: ResidencyError) -> None:
+        request.answer(error)
+        with suppress(ValueError):  # one that was made and never queued
+            request.slot.queue.remove(request)
+        self._dispatcher.reports.tell_queue(request.slot)
+        self._dispatcher.plan_locked(request.slot)
+
+    def _refusal_locked(self, request: Request, timeout_s: float | None, blocks: bool) -> Exception | None:
+        """Why a request is not queued."""
+        slot = request.slot
+        if slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken:
+            return None
+        if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
+            return error
+        if timeout_s != 0 and (slot.max_waiting == math.inf or not slot.in_use):
+            return None
+        waiting = sum(1 for _ in slot.waiting())
+        if timeout_s != 0 and waiting < slot.max_waiting:
+            return None
+        return ModelBusy(slot.name, waiting, slot.state.value, slot.held_by(request.asked_s))
+
+    def _looks(self, request: Request, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
+        """Until a request is answered: see to its time-out and to what it waits for, and yield the seconds to sleep."""
+        slot, asked_s = request.slot, request.asked_s
+        until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
+        look_s, tell_s, told = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S, False
+        with self._dispatcher.lock:
+            arrived_before_s = slot.arrived_for_s(asked_s)
+            self._dispatcher.reports.tell_queue(slot)
+            slot.changed()
+        while not request.answered:
+            with self._dispatcher.lock:
+                now_s = self._clock.now()
+                if timeout_s is None:
+                    until_s = limit_s + slot.arrived_for_s(now_s) - arrived_before_s
+                late = now_s >= until_s
+                if lease.cancelled and not request.answered:
+                    self._refuse_locked(request, RequestCancelled(slot.name))
+                elif late and not request.answered:
+                    place = list(slot.waiting()).index(request) + 1
+                    facts = slot.held_by(now_s)
+                    self._refuse_locked(
+                        request, RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value, facts)
+                    )
+            if now_s >= look_s and not request.answered:
+                self._end_deadlock(request, lease, blocks)
+                look_s = now_s + min(max(now_s - asked_s, FIRST_LOOK_S), LONGEST_PAUSE_S)
+                if request.awaited and not told:
+                    tell_s, told = now_s, True  # people wonder why nothing goes on
+            if now_s >= tell_s and not request.answered and (facts := slot.held_by(now_s)) is not None:
+                logger.warning(
+                    "%s: a request has waited for %.3g s; the model is %s", slot.name, now_s - asked_s, facts.en
+                )
+                tell_s = math.inf
+            if not request.answered:
+                yield min(until_s, look_s) - now_s
+
+    def _end_deadlock(self, request: Request, lease: Lease, blocks: bool) -> None:
+        """Serve or refuse a request that turns out to wait for the code that makes it."""
+        slot = request.slot
+        holder = slot.holder
+        if holder is None or not holder.users:
+            return
+        shares = self.deadlocks.same_flow(holder, request.site, lease)
+        if not shares:
+            if not self.deadlocks.found_while_waiting(holder, request, blocks):
+                return
+            self._dispatcher.give_lost_back()
+        with self._dispatcher.lock:
+            if request.answered or slot.holder is not holder or not holder.users:
+                return
+            if shares and self._share_locked(lease, holder):
+                request.answer()
+                slot.queue.remove(request)
+                self._dispatcher.reports.tell_queue(slot)
+                slot.changed()
+            elif not shares:
+                self._refuse_locked(request, self.deadlocks.error(request))

@@ -1,0 +1,241 @@
+"""Where a lease was taken, and whether that code can go on while another request waits for the lease.
+
+A context (`contextvars`) does not tell who holds a lease: frameworks run each step of a generator with a fresh copy of
+the context, often in another thread, and thread pools pass no context on. Call stacks tell more:
+
+- A generator keeps its frame from step to step. A request that is made with that frame on its stack belongs to the same
+  flow of control as the lease that was taken under the frame.
+- A function whose frame is on no stack has returned or is suspended, and does not execute.
+- A thread that waits in `Thread.join` or `Future.result` names in its frame what it waits for.
+
+A frame is recognised by an `Activation` in its ``f_trace``: a reference to the frame would keep its local variables and
+its callers alive, and the address of a frame that has ended is used for the next one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import concurrent.futures.thread
+import inspect
+import math
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from types import CodeType, FrameType
+from typing import Any
+
+_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+#: Modules between a lease and the code that asks for it.
+_INTERNAL = frozenset({
+    __name__, "contextlib", "gpu_manager", "tts_gpu_managed", "residency.scheduling.admission",
+    "residency.scheduling.lease", "residency.engines.part_proxy", "residency.engines.answers",
+})  # fmt: skip
+
+#: Modules that run one task after the other in a thread.
+_POOLS = ("concurrent.futures", "anyio")
+_RUNNERS = (*_POOLS, "asyncio", "threading")
+
+_JOIN = threading.Thread.join.__code__
+_RESULTS = frozenset({concurrent.futures.Future.result.__code__, concurrent.futures.Future.exception.__code__})
+_WAITS = frozenset({concurrent.futures.wait.__code__, concurrent.futures.as_completed.__code__})
+_BLOCKING = frozenset({_JOIN}) | _RESULTS | _WAITS
+_WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
+
+
+class Activation:
+    """One execution of a function, from its call to its end. It is kept in ``f_trace`` of the frame and ends with it.
+
+    ``f_trace`` is used while a thread is traced only. A tracer may find an activation there and call it, to no effect.
+    Where a tracer has put its own function, the activation keeps the frame instead: then a lost lease under that frame
+    is not found. A debugger that removes the mark of a frame which runs already makes it another execution.
+    """
+
+    __slots__ = ("_frame",)
+
+    def __init__(self, traced: FrameType | None) -> None:
+        self._frame = traced
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        return None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Activation):
+            return NotImplemented
+        return self is other or (self._frame is not None and self._frame is other._frame)
+
+    def __hash__(self) -> int:
+        return id(self if self._frame is None else self._frame)
+
+    def is_of(self, frame: FrameType) -> bool:
+        """Whether the frame, of any thread, is the one of this execution."""
+        return frame.f_trace is self or frame is self._frame
+
+
+@dataclass(eq=False)
+class CallSite:
+    """The stack of a thread at the moment when it asks for a lease. Never changed (frozen would be slow to make).
+
+    Attributes:
+        thread: `threading.get_ident` of the thread.
+        code, line: the innermost frame outside of this library.
+        frame: that frame; None if it is a thread pool's, which outlives the task that takes the lease.
+        generators: the generators and coroutines of the stack outside of this library, innermost first.
+        token: that thread's alone, since numbers and names are used again; answers None once it has ended.
+        is_suspended: whether a generator yielded here; ``frame`` is then the code that made its last step.
+    """
+
+    thread: int
+    code: CodeType
+    line: int
+    frame: Activation | None
+    generators: tuple[Activation, ...]
+    token: weakref.ref[_Alive]
+    is_suspended: bool = False
+
+    @property
+    def where(self) -> str:
+        """File, line and function, such as ``web/speech.py:146 in clone``."""
+        file = "/".join(PurePath(self.code.co_filename).parts[-2:])
+        return f"{file}:{self.line} in {self.code.co_name}"
+
+    @property
+    def thread_name(self) -> str:
+        """The name of the thread, if it still runs."""
+        names = (one.name for one in threading.enumerate() if one.ident == self.thread)
+        return f"{self.thread} (ended)" if self._ended else next(names, str(self.thread))
+
+    def executes(self) -> bool:
+        """Whether the function that asked for the lease is on a stack: it has not returned and is not suspended."""
+        if self.frame is None or self.is_suspended:
+            return False
+        return any(self.frame.is_of(frame) for top in sys._current_frames().values() for frame in _below(top))
+
+    def executes_here(self) -> bool:
+        """Whether that function, or the one that made a generator's last step, is on the stack of this thread."""
+        return self.frame is not None and any(map(self.frame.is_of, _stack(threading.get_ident())))
+
+    def suspended(self) -> CallSite:
+        """The same site, for a generator that is about to yield."""
+        return replace(self, is_suspended=True)
+
+    def same_flow(self, other: CallSite) -> bool:
+        """Whether a request made there is made by the generator under which the lease was taken here."""
+        return bool(self.generators) and self.generators[0] in other.generators
+
+    def resumed_by(self, other: CallSite) -> bool:
+        """Whether a generator that resumes what holds the lease is on that stack, and so cannot do it meanwhile."""
+        return not set(self.generators).isdisjoint(other.generators)
+
+    def waits_for(self, other: CallSite) -> float | None:
+        """For how many seconds this thread waits, in `Thread.join` or for futures, for what the other one does.
+
+        ``math.inf``: without a time-out; None: it does not wait for it. Time-outs are counted from the wait's begin.
+        """
+        if self._ended or other._ended:
+            return None  # and their numbers may be those of other threads
+        tasks = {id(_local(frame, "self").future) for frame in _stack(other.thread) if frame.f_code is _WORK_ITEM}
+        waits = (_time_out(frame) for frame in _stack(self.thread) if _waits_for(frame, other.thread, tasks))
+        return max(waits, default=None)
+
+    @property
+    def _ended(self) -> bool:
+        return self.token() is None
+
+
+def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:
+    """The stack of this thread. Costs some microseconds.
+
+    ``made_at``: code and line to name where this thread runs nothing but a thread pool's code.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    caller: FrameType | None = None
+    generators: list[Activation] = []
+    while frame is not None:
+        suspendable = frame.f_code.co_flags & _SUSPENDABLE
+        if (caller is None or suspendable) and frame.f_globals.get("__name__") not in _INTERNAL:
+            caller = caller or frame
+            if suspendable:
+                generators.append(_activation(frame))
+        outermost, frame = frame, frame.f_back
+    if caller is None:
+        caller = outermost
+    in_a_runner = _module(caller).startswith(_RUNNERS)
+    activation = None if in_a_runner else _activation(caller)
+    code, line = made_at if in_a_runner and made_at else (caller.f_code, caller.f_lineno)
+    return CallSite(threading.get_ident(), code, line, activation, tuple(generators), _this_thread.token)
+
+
+class _Alive:
+    """Lives as long as the thread that has made it."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.alive = _Alive()
+        self.token = weakref.ref(self.alive)
+
+
+_this_thread = _ThisThread()
+
+
+def is_this_thread(site: CallSite) -> bool:
+    """Whether the thread that calls this is the one of a site, and not another with the same number."""
+    return site.token is _this_thread.token
+
+
+def in_thread_pool() -> bool:
+    """Whether this thread belongs to a pool, in which other threads may resume what this one has suspended."""
+    return any(_module(frame).startswith(_POOLS) for frame in _stack(threading.get_ident()))
+
+
+def _waits_for(frame: FrameType, thread: int, tasks: set[int]) -> bool:
+    code = frame.f_code
+    if code not in _BLOCKING:
+        return False
+    if code is _JOIN:
+        return bool(_local(frame, "self").ident == thread)
+    if code in _RESULTS:
+        return id(_local(frame, "self")) in tasks
+    futures = _local(frame, "fs")
+    return isinstance(futures, set) and not tasks.isdisjoint(map(id, futures))
+
+
+def _time_out(frame: FrameType) -> float:
+    timeout = _local(frame, "timeout")
+    return math.inf if timeout is None else float(timeout)
+
+
+def _stack(thread: int) -> Iterator[FrameType]:
+    """The frames of a thread, innermost first; none if it has ended."""
+    return _below(sys._current_frames().get(thread))
+
+
+def _below(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _activation(frame: FrameType) -> Activation:
+    """The activation of a frame of this thread, made if need be."""
+    found = frame.f_trace
+    if isinstance(found, Activation):
+        return found
+    activation = Activation(None if found is None else frame)
+    if found is None:
+        frame.f_trace = activation
+    return activation
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _local(frame: FrameType, name: str) -> Any:
+    return frame.f_locals.get(name)

@@ -1,0 +1,538 @@
+"""The dispatcher: all models' books under one lock, and the threads that move models.
+
+A change is planned under the lock (`residency.scheduling.planner` decides), carried out in a thread of its own outside
+of it, and committed or rolled back under the lock again. Nothing that may take long happens while the lock is held.
+
+Lock order: the dispatcher's lock comes after ``_spawning``; no resident, device, loader or listener is called under it.
+An interrupt (Ctrl-C) can come wherever the main thread calls something. So state that others wait for changes where
+nothing is called, or in one assignment (``slot.task``, ``slot.holder``), and what should follow it is found again by
+whoever plans next, at the latest by the monitor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from ..contracts import Clock, Device, Memory
+from ..errors import DeviceLost, LoadTimeout, OverBudget
+from ..observability.error_classification import (
+    empty_frames,
+    in_words,
+    is_capture_under_way,
+    is_out_of_device_memory,
+    lacking_bytes,
+    loss_beyond_repair,
+    may_be_device_loss,
+)
+from ..observability.history import CardHistory, PastMove
+from ..observability.outside_memory import NO_SAMPLE, OutsideBooks, Sample
+from ..one_shot_event import holds, new_latch
+from ..progress import Progress, reporting
+from ..states import Move, MoveRecord, State
+from .lease import loading
+from .lost_leases import LostLeases
+from .managed_model import Slot
+from .monitor import Monitor
+from .mover import Mover, Task
+from .notifier import Reports
+from .planner import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
+
+logger = logging.getLogger(__name__)
+
+WARM_GRACE_S = 60.0
+"""How long a model that was warmed by hand, or during a request, waits for the next one before keep-warm counts."""
+
+RETRY_AFTER_S = 30.0
+"""How long after a failed move the monitor tries again. Requests and people may try at once."""
+
+FREED_WITHIN_S = 2.0
+"""How long a move waits at most until memory that others have just left is shown as free."""
+
+STUCK_AFTER_S = 30.0
+"""How long a model that is leaving may stand still before nobody waits for it any more."""
+
+CAPTURE_WITHIN_S = 30.0
+"""How long a move waits at most for the end of captures of CUDA graphs, during which nobody may wait for the card."""
+
+OUT_OF_MEMORY_RETRIES = 5
+"""How often a move to a full device is tried again at most, while other models come and go."""
+
+
+class Dispatcher:
+    """Methods that end in ``_locked`` want ``lock``; call `act` after releasing it, to start what they began."""
+
+    def __init__(
+        self,
+        device: Device,
+        mover: Mover,
+        clock: Clock,
+        budget_bytes: float = math.inf,
+        sample: Callable[[bool, bool], Sample] = lambda trim, look_at_children: NO_SAMPLE,
+    ) -> None:
+        self.device = device
+        self.mover = mover
+        self.clock = clock
+        self.sample = sample
+        self.outside = OutsideBooks(device.kind == "cuda", device.torch_device != "cpu")
+        total_bytes = device.memory().total_bytes
+        self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
+        self.version = 0  # is another number whenever the books have changed
+        self.device_lost: DeviceLost | None = None  # for good: this process can use it no more
+        # Both can be met again by a thread that has them: Python collects at any point, and runs what it finds there.
+        self.lock, self._spawning = threading.RLock(), threading.RLock()
+        self.left: deque[Callable[[], None]] = deque()  # leases that ended where nothing could be done about it
+        self.slots: dict[str, Slot] = {}
+        self.card = CardHistory()
+        self.reports = Reports(device, clock)
+        self.monitor = Monitor(self.lock, clock, self._look_locked, self._act_for_monitor)
+        self._begun = False
+        self.lost = LostLeases(clock)
+        self._threads: dict[Task, threading.Thread] = {}
+        self._changes = 0  # how many moves have begun or ended
+
+    # -- planning -----------------------------------------------------------------------------------------------
+
+    def plan_locked(self, slot: Slot) -> None:
+        """Let happen what is next for this model, and for those that wait for room."""
+        self.version += 1
+        now_s = self.clock.now()
+        if short := [other for other in self.slots.values() if other.short and other is not slot]:
+            for other in by_arrival(short):
+                self._step_locked(other, now_s)
+        self._step_locked(slot, now_s)
+        if slot.at is State.DEVICE and slot.task is None and slot.holder is None:
+            self._keep_budget_locked()
+        self.monitor.expect_locked(self._deadline_locked(slot, now_s))
+
+    def begin_locked(self, slot: Slot, move: Move, *, made_room: bool = False) -> Task:
+        """Begin a move of a settled model that nobody holds; ``made_room``: others have just left for it."""
+        now_s = self.clock.now()
+        head = slot.head() if move.target is State.DEVICE else None
+        task = Task(
+            slot,
+            move,
+            now_s,
+            slot.engine,
+            slot.resident,
+            Progress(move.via.value, slot.size_bytes or None, self.clock.now),
+            head.context if head and head.context else contextvars.Context(),
+            give_up_at_s=now_s + slot.load_timeout_s if move.via is State.LOADING else math.inf,
+            made_room=made_room,
+            device_bytes_before=slot.device_bytes,
+            seen_s=now_s,
+        )
+        task.progress.changed = lambda: self._progressed(task)
+        slot.task = task
+        slot.engine = slot.resident = None
+        self._begun = True
+        self._changes += 1
+        slot.sent_away = slot.asked is not None
+        if not task.arrives:
+            slot.asked = None
+        self.monitor.expect_locked(now_s)  # in case that who begins it does not come to start it
+        slot.changed()
+        return task
+
+    def _progressed(self, task: Task) -> None:
+        self.version += 1
+        self.reports.tell_progress(task)
+
+    def act(self) -> None:
+        """Start what was begun. A thread that cannot be had is done without."""
+        while self.left and not holds(self.lock):
+            with contextlib.suppress(IndexError):  # another thread was first
+                self.left.popleft()()
+        if not self._begun:
+            return
+        with self._spawning:
+            with self.lock:
+                self._begun = False
+                tasks = [slot.task for slot in self.slots.values() if slot.task and not slot.task.spawned]
+            left = [task for task in tasks if not self._spawn(task)]
+        for task in left:
+            self._run(task)
+
+    def _act_for_monitor(self) -> None:
+        if self.lost.suspected:
+            self.lost.collect()
+        self.act()
+
+    def give_lost_back(self) -> None:
+        """Give leases back that nothing refers to but themselves."""
+        self.lost.collect()
+        self.act()
+
+    def leave(self) -> dict[str, Slot]:
+        """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
+        self.lock, self._spawning = threading.RLock(), threading.RLock()
+        self.left.clear()
+        self.monitor.leave()
+        self.reports.listeners.leave()
+        slots, self.slots = self.slots, {}
+        return slots
+
+    def await_task(self, task: Task) -> None:
+        """Wait until a move has ended, one way or the other."""
+        self.act()
+        self.watch(task.slot, lambda: task.slot.task is not task)
+
+    def await_task_that_goes_on(self, task: Task) -> bool:
+        """Wait until a move has ended; False if it stands still for `STUCK_AFTER_S`."""
+        self.act()
+        while True:
+            before = task.progress.pulse
+            if self.watch(task.slot, lambda: task.slot.task is not task, STUCK_AFTER_S):
+                return True
+            if task.progress.pulse == before:
+                return False
+
+    def watch(
+        self, slot: Slot, comes_true: Callable[[], bool], timeout_s: float = math.inf, clock: Clock | None = None
+    ) -> bool:
+        """Wait until something is true of this model's books, ``timeout_s`` at most; False if it is not."""
+        clock = clock or self.clock
+        until_s = clock.now() + timeout_s
+        latch = new_latch()
+        while True:
+            with self.lock:
+                if latch in slot.watchers:  # the time is over, and no change
+                    slot.watchers.remove(latch)
+                if comes_true():
+                    return True
+                left_s = until_s - clock.now()
+                if left_s <= 0:
+                    return False
+                latch = new_latch()
+                slot.watchers.append(latch)
+            clock.wait(latch, left_s)
+
+    def join(self) -> None:
+        """Wait for the threads of moves that are over; they have nothing left to do."""
+        moving = [slot.task for slot in self.slots.values()]
+        for task, thread in list(self._threads.items()):
+            if task not in moving and not task.given_up and thread is not threading.current_thread():
+                with contextlib.suppress(RuntimeError):  # its start was interrupted
+                    thread.join()
+
+    def _look_locked(self) -> float:
+        """For the monitor: begin what is due, and say when to look again."""
+        now_s = self.clock.now()
+        for slot in self.slots.values():
+            if slot.task is not None and now_s >= slot.task.give_up_at_s:
+                self._give_up_locked(slot)
+            self._step_locked(slot, now_s)
+            self.lost.look_locked(slot, now_s)
+            self._tell_of_standstill_locked(slot, now_s)
+        if self.lost.suspected or any(slot.task and not slot.task.spawned for slot in self.slots.values()):
+            self._begun = True
+            return now_s
+        if self.left:
+            return now_s
+        return min((self._deadline_locked(slot, now_s) for slot in self.slots.values()), default=math.inf)
+
+    def _deadline_locked(self, slot: Slot, now_s: float) -> float:
+        if slot.holder is not None:
+            return slot.holder.search_s  # nothing else happens to a model in use
+        deadline_s = next_deadline(slot, now_s, self.device.separate)
+        task = slot.task
+        if task is not None and not task.arrives and not task.hangs:
+            return min(deadline_s, float(task.seen_s) + STUCK_AFTER_S)
+        return deadline_s
+
+    def _tell_of_standstill_locked(self, slot: Slot, now_s: float) -> None:
+        """Log once that a model which leaves does not make progress: its memory stays taken."""
+        task = slot.task
+        if task is None or task.arrives or task.hangs or now_s < task.seen_s + STUCK_AFTER_S:
+            return
+        before, task.seen, task.seen_s = task.seen, task.progress.pulse, now_s
+        task.hangs = task.seen == before
+        if task.hangs:
+            logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
+
+    def _step_locked(self, slot: Slot, now_s: float) -> None:
+        if slot.holder is not None and not slot.holder.users:
+            slot.holder = None  # who left it was interrupted
+        had_to_wait, slot.short = slot.short, False
+        step = next_step(slot, now_s, self.device.separate)
+        if step is Serve.HEAD:
+            self._serve_locked(slot, now_s)
+        elif isinstance(step, Move):
+            if step.target is not State.DEVICE or self._has_room_locked(slot):
+                self.begin_locked(slot, step, made_room=had_to_wait)
+        elif not slot.in_use and slot.task is None:
+            slot.asked = None
+
+    def _serve_locked(self, slot: Slot, now_s: float) -> None:
+        request = slot.head()
+        assert request is not None
+        request.served_s = request.resumed_s = request.searched_s = now_s
+        slot.holder = request
+        request.answer()
+        if request.latch is not None:  # it has waited
+            self.reports.tell_queue(slot)
+
+    def _has_room_locked(self, slot: Slot) -> bool:
+        """Whether the model may go to the device now. Begins evictions; refuses who would wait for ever."""
+        room = room_for(slot, self.slots.values(), self.budget_bytes)
+        if room.hopeless and slot.lacking_bytes:
+            # What was lacking was the device's word, not the budget's: nobody is left to wait for, so try again.
+            slot.lacking_bytes = 0
+            room = room_for(slot, self.slots.values(), self.budget_bytes)
+        if room.hopeless and slot.head() is None and not slot.wanted:
+            slot.not_before_s = self.clock.now() + RETRY_AFTER_S  # its policy's idea, for which nobody is moved
+            return False
+        if room.hopeless:
+            stay_bytes = sum(other.size_bytes for other in self.slots.values() if other is not slot and other.on_device)
+            free_bytes = max(0, int(self.budget_bytes) - stay_bytes)
+            error = OverBudget(slot.size_bytes, free_bytes, int(self.budget_bytes), self.device.name)
+            self._refuse_arrival_locked(slot, error)
+            return False
+        for move in room.evict:
+            self.begin_locked(self.slots[move.model], move)
+        slot.short = room.wait
+        return not room.wait
+
+    def _keep_budget_locked(self) -> None:
+        if self.budget_bytes == math.inf:
+            return
+        for move in over_budget(self.slots.values(), self.budget_bytes):
+            self.begin_locked(self.slots[move.model], move)
+
+    def _refuse_arrival_locked(self, slot: Slot, error: BaseException) -> None:
+        """Everybody who waits for a model to come gets the error; the next request tries again."""
+        slot.last_error = in_words(error)
+        slot.not_before_s = self.clock.now() + RETRY_AFTER_S
+        slot.wanted = slot.warmed = slot.short = False
+        slot.lacking_bytes = slot.needed_bytes = 0
+        for request in list(slot.waiting()):
+            request.answer(error)
+        self.reports.tell_queue(slot)
+        slot.changed()
+
+    def is_lost(self, error: BaseException | None) -> bool:
+        """Whether the device has failed, by an error that says so or, if one gives reason to ask, by its own answer.
+
+        It may take seconds: not to be called under the lock.
+        """
+        if error is None:
+            return False
+        return loss_beyond_repair(error) is not None or (may_be_device_loss(error) and not self.device.is_usable())
+
+    def lost_locked(self) -> None:
+        """The device has failed: what lies on it is of no use, and is built anew."""
+        for slot in self.slots.values():
+            slot.broken = slot.broken or slot.at is State.DEVICE
+        self.monitor.expect_locked(self.clock.now())
+
+    # -- moving -------------------------------------------------------------------------------------------------
+
+    def _spawn(self, task: Task) -> bool:
+        name = f"gpu-{task.move.via.value}-{task.slot.name}"
+        try:
+            thread = self._threads[task] = threading.Thread(target=self._run, args=(task,), name=name, daemon=True)
+            thread.start()
+        except RuntimeError:
+            return False  # the system gives no more threads, or the interpreter is ending
+        task.spawned = True
+        return True
+
+    def _run(self, task: Task) -> None:
+        loads = task.move.via is State.LOADING
+        before = self.sample(loads, loads)
+        with self.lock:
+            if task.claimed:
+                return
+            task.spawned = task.claimed = True
+            books = task.slot.device_bytes, task.slot.host_bytes
+            builds = loads and task.engine is None  # and does not come from a snapshot
+            self.outside.began(task, before, books, self._all_books_locked(), builds)
+            self.reports.tell("began", task)
+        while True:
+            try:
+                task.context.run(self._carry_out, task)
+                break
+            except BaseException as error:
+                task.error = error
+                empty_frames(error)  # those who waited keep the error, and not what the attempt has made
+            if is_capture_under_way(task.error) and self._await_capture(task):
+                continue
+            full = task.arrives and is_out_of_device_memory(task.error)
+            if not (full and self._try_again(task)):
+                break
+        self._commit(task)
+        self._threads.pop(task, None)
+
+    def _carry_out(self, task: Task) -> None:
+        with reporting(task.progress), loading(task.slot):
+            if task.made_room:
+                self._await_freed(task.slot)
+            task.moved_bytes = self.mover.carry_out(task)
+
+    def _await_freed(self, slot: Slot) -> None:
+        """Drivers show memory as free a moment after it was given back."""
+        until_s = self.clock.now() + FREED_WITHIN_S
+        while self.clock.now() < until_s:
+            free_bytes = self.device.memory().free_bytes
+            if free_bytes is None or free_bytes >= (slot.size_bytes or slot.needed_bytes):
+                return
+            self.clock.wait(new_latch(), 0.02)
+
+    def _await_capture(self, task: Task) -> bool:
+        """Wait a moment for the end of a capture that was in the way; False if that has been done for long enough."""
+        if task.given_up or self.clock.now() >= task.started_s + CAPTURE_WITHIN_S:
+            return False
+        self.clock.wait(new_latch(), 0.1)
+        task.error = None
+        return True
+
+    def _try_again(self, task: Task) -> bool:
+        """After the device was full: once more with emptied caches, if there is no model that could leave for it.
+
+        More often while other models came or went meanwhile: then it may have been them.
+        """
+        slot = task.slot
+        with self.lock:
+            if slot.task is not task:
+                return False  # given up meanwhile
+            slot.lacking_bytes = lacking_bytes(task.error)
+            task.put_off = not room_for(slot, self.slots.values(), self.budget_bytes).hopeless
+            if not task.put_off:
+                slot.lacking_bytes = 0
+                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == self._changes):
+                    return False
+                task.changes_seen = self._changes
+        try:
+            self.mover.tidy()
+        except Exception as error:
+            task.error, task.put_off = error, False
+            return False
+        if task.put_off:
+            memory = self.device.memory()
+            with self.lock:
+                needed_bytes = (memory.free_bytes or 0) + slot.lacking_bytes
+                slot.needed_bytes = min(needed_bytes, memory.total_bytes or needed_bytes)
+            return False
+        task.retries, task.error = task.retries + 1, None
+        return True
+
+    def _commit(self, task: Task) -> None:
+        slot, error = task.slot, task.error
+        left, memory, after = task.resident or slot.kept, Memory(), self.sample(task.move.via is State.LOADING, True)
+        lost = self.is_lost(error)
+        sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
+        with contextlib.suppress(Exception):  # whatever becomes of a line in the log, the books are kept
+            memory = self.device.memory()
+            if slot.task is task:
+                self.reports.log(task)  # before anybody goes on who waited for it
+            if sizes[0] > self.budget_bytes:
+                self.reports.warn_of_budget(task, self.budget_bytes)
+        with self.lock:
+            now_s = self.clock.now()
+            self._changes += 1
+            self.card.seen(now_s, memory)
+            wanted = slot.task is task
+            if wanted:
+                slot.device_bytes, slot.host_bytes = sizes
+                slot.arriving_s = slot.arrived_for_s(now_s)
+            loaded = frozenset(
+                name for name, other in self.slots.items() if other.at is not State.RELEASED or other.task
+            )
+            found = self.outside.ended(
+                task,
+                slot.name,
+                after,
+                sizes,
+                self._all_books_locked(),
+                loaded,
+                getattr(task.resident, "array_bytes", 0),
+                arrived=(task.back_at if error else task.move.target) is State.DEVICE,
+                released=task.resident is None,
+            )
+            if wanted:
+                slot.engine, slot.resident = task.engine, task.resident
+                if error is None:
+                    self._arrived_locked(task, now_s)
+                else:
+                    self._failed_locked(task, error, lost)
+                slot.outside = found
+                self.reports.tell_outside(task)
+                self.reports.tell("failed" if error else "done", task)
+                self._note_locked(task, "postponed" if task.put_off else "failed" if error else "ok", now_s)
+                slot.task = None
+                task.end()
+                self._after_locked(slot)
+        if not wanted:
+            with contextlib.suppress(Exception):  # of a device that is gone
+                self.mover.throw_away(task)
+        self.act()
+
+    def _all_books_locked(self) -> tuple[int, int]:
+        slots = self.slots.values()
+        return sum(slot.device_bytes for slot in slots), sum(slot.host_bytes for slot in slots)
+
+    def _arrived_locked(self, task: Task, now_s: float) -> None:
+        slot = task.slot
+        slot.at = task.move.target
+        slot.last_move = MoveRecord(task.move, task.moved_bytes, now_s - task.started_s)
+        slot.last_error = None
+        slot.stuck = False
+        if slot.at is State.RELEASED:
+            slot.broken = False
+        if task.arrives:
+            slot.size_bytes, slot.lacking_bytes = slot.device_bytes, 0
+            if slot.wanted or slot.idle_since_s is None or task.move.via is State.LOADING:
+                slot.idle_since_s = now_s
+            slot.not_before_s = now_s + WARM_GRACE_S if slot.wanted else -math.inf
+            slot.wanted = False
+            if task.move.via is State.RESTORING:
+                slot.policy.brought_back(slot.last_move.seconds)
+        else:
+            for other in self.slots.values():
+                other.lacking_bytes = max(0, other.lacking_bytes - slot.size_bytes)
+
+    def _failed_locked(self, task: Task, error: BaseException, lost: bool) -> None:
+        slot, move = task.slot, task.move
+        slot.at = task.back_at
+        slot.last_error = in_words(error)
+        slot.not_before_s = self.clock.now() + RETRY_AFTER_S
+        slot.stuck = not task.arrives
+        # What cannot come back, or is on a device that is gone, is built anew.
+        passing = isinstance(error, MemoryError) or is_out_of_device_memory(error) or is_capture_under_way(error)
+        gone = lost or (move.via is State.RESTORING and not passing)
+        slot.broken = slot.at is not State.RELEASED and (slot.broken or gone)
+        if lost:
+            self.lost_locked()
+        self.device_lost = self.device_lost or loss_beyond_repair(error)
+        if task.arrives and not task.put_off:
+            self._refuse_arrival_locked(slot, error)
+
+    def _note_locked(self, task: Task, outcome: str, now_s: float) -> None:
+        past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
+        task.slot.history.moved(past, task.slot.device_bytes if self.device.separate else task.slot.host_bytes)
+
+    def _after_locked(self, slot: Slot) -> None:
+        if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):
+            # Who waited for it gets it, before anybody can ask for it to leave again.
+            self._serve_locked(slot, self.clock.now())
+        self._keep_budget_locked()
+        self.plan_locked(slot)
+        slot.changed()
+
+    def _give_up_locked(self, slot: Slot) -> None:
+        """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
+        logger.error("%s: its loader takes too long and is given up", slot.name)
+        task, error = slot.task, LoadTimeout(slot.name, slot.load_timeout_s)
+        task.given_up = True
+        self.outside.given_up(task)
+        self.reports.tell("failed", task, error)
+        slot.arriving_s = slot.arrived_for_s(self.clock.now())
+        slot.task = None
+        self._note_locked(task, "failed", self.clock.now())
+        self._refuse_arrival_locked(slot, error)
+        self.plan_locked(slot)

@@ -1,0 +1,287 @@
+"""The lease: the right to use a model, and the memory of who holds one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from .managed_model import Request, Slot
+
+
+class Lessor(Protocol):
+    """Hands out leases: the manager."""
+
+    def acquire(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
+        """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
+
+    async def acquire_async(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
+        """The same, for a coroutine: blocks neither its event loop nor a thread."""
+
+    def share(self, lease: Lease, request: Request) -> bool:
+        """Let the lease count on a request in force as well; False if it has ended."""
+
+    def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+        """Count one user less, if the lease has a request; after the last one, what was waiting for the end happens.
+
+        ``discard``: the engine is broken; ``error``: what has ended the request, if it failed.
+        """
+
+    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+        """The same, in an event loop: does not wait for what happens then."""
+
+    def give_back_later(self, lease: Lease, discard: bool = False) -> None:
+        """Have another thread do that. May be called at any point, where somebody holds the manager's lock."""
+
+    def join(self, lease: Lease, slot: Slot) -> bool:
+        """Let the lease count on the request that has the model now; False if none has."""
+
+    def resumed(self, request: Request) -> None:
+        """The generator in which the model is leased goes on, maybe in another thread."""
+
+    def suspended(self, request: Request) -> None:
+        """The generator in which the model is leased yields."""
+
+    def look_again(self) -> None:
+        """Somebody was interrupted: have what they left undone found and done."""
+
+    def cancel(self, request: Request) -> bool:
+        """Let a request that waits be refused; False if it was answered already."""
+
+    def place(self, request: Request) -> int | None:
+        """0: holds the model; 1: served next; None: ended."""
+
+
+_held: contextvars.ContextVar[tuple[Request, ...]] = contextvars.ContextVar("held_requests", default=())
+_made: contextvars.ContextVar[tuple[_Made, ...]] = contextvars.ContextVar("made_leases", default=())
+_watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
+_loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_slots", default=())
+
+
+class Lease:
+    """The right to use one model; while it is held the model cannot be moved.
+
+    A context manager for one use. Entering waits for its turn (requests are served one at a time, in order of
+    arrival), loads or restores the model and gives the engine. ``with`` blocks its thread meanwhile. ``async with`` is
+    for coroutines under any event loop of asyncio: it blocks nothing and uses no thread of the loop's executor, a task
+    that is cancelled gives its place up, and at the block's end the model leaves behind the answer.
+
+    Who holds a lease and enters another one on the same model, in the same thread of control or in work started with
+    its context (`asyncio.to_thread`, `asyncio.create_task`), shares the first; the model is given back when all have
+    left. The same holds for a generator that is resumed with another context or in another thread, and for a coroutine
+    that makes a lease and enters it with `asyncio.to_thread`. A lease that is lost without having been left is given
+    back when Python collects it; a collection is made if the code that holds it does not execute for some seconds.
+
+    With ``reading`` the lease joins the request that has the model at the moment, if one has it, and takes a turn of
+    its own otherwise: for looking at a value that no request changes.
+
+    `cancel`, `place` and `discard` may be called from any thread.
+    """
+
+    #: Discovery stops here: behind a lease there are the manager and other models.
+    not_of_the_engine = True
+
+    def __init__(self, lessor: Lessor, slot: Slot, timeout_s: float | None = None, reading: bool = False) -> None:
+        self._lessor = lessor
+        self._slot = slot
+        self._timeout_s = timeout_s
+        self._reading = reading
+        self._entered = self._ended = self._cancelled = self._broken = False
+        self._made_here = True
+        self.request: Request | None = None
+        #: Whether the request was made for this lease, and not for one that it shares.
+        self.owns = False
+        self._made = _Made(_task())
+        caller = sys._getframe(2)
+        #: Where: for one that is entered in another thread, whose stack does not tell.
+        self.made_at = caller.f_code, caller.f_lineno
+        #: Requests in force whose leases were made in this context before, wherever they were entered.
+        self.made_after: tuple[Request, ...] = ()
+        if made := [one for one in _made.get() if not one.over]:
+            self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
+        _made.set((*made, self._made))
+
+    def __enter__(self) -> Any:
+        if not self._joins():
+            try:
+                self._begins(self._lessor.acquire(self._slot, self._timeout_s, self))
+            except BaseException:
+                self._leave(self._lessor.give_back)
+                raise
+        return self._slot.engine
+
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
+        self._leave(self._lessor.give_back, error)
+
+    async def __aenter__(self) -> Any:
+        if not self._joins():
+            try:
+                self._begins(await self._lessor.acquire_async(self._slot, self._timeout_s, self))
+            except BaseException:  # a task that is cancelled gives its place up, or the model that it has just got
+                self._leave(self._lessor.give_back_async)
+                raise
+        return self._slot.engine
+
+    async def __aexit__(
+        self, kind: object = None, error: BaseException | None = None, traceback: object = None
+    ) -> None:
+        self._leave(self._lessor.give_back_async, error)
+
+    def _joins(self) -> bool:
+        """Begin the only use; whether it counts on a request in force."""
+        if self._entered:
+            raise RuntimeError("A lease can be used once; call lease() again.")
+        self._entered = True
+        if self._made not in _made.get():  # neither the context in which it was made, nor a copy of it
+            self.made_after = ()
+            self._made_here = False
+        elif self._made.in_a_task and not self._made.is_of(_task()):
+            self._made_here = False  # what the task that has made it starts beside this one is another request
+        if watch := _watch.get():
+            watch(self)
+        for outer in _held.get():
+            # A stream's context is that of its last step, which others may have in a thread pool.
+            if outer.slot is self._slot and not outer.streams and self._lessor.share(self, outer):
+                return True
+        return self._reading and self._lessor.join(self, self._slot)
+
+    def _begins(self, request: Request) -> None:
+        _held.set((*held_requests(), request))
+        if self._made_here:
+            self._made.request = request
+
+    # Bound now: at the end of the interpreter modules lose what is in them, and no thread can be begun or waited for.
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        made: _Made | None = vars(self).get("_made")
+        if made is None:
+            return  # its making was interrupted
+        made.over = True
+        if self.request is not None and not ending():
+            self._ended = True
+            self._lessor.give_back_later(self, self._broken)
+
+    def cancel(self) -> bool:
+        """Let a lease that still waits raise `RequestCancelled`. False: it has the model, or has ended."""
+        self._cancelled = True
+        request = self.request
+        return not self._ended if request is None else self._lessor.cancel(request)
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+        return self._slot.name
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    @property
+    def place(self) -> int | None:
+        """The place in the queue: 0 has the model, 1 is served next; None if it has not been entered or has ended."""
+        request = self.request
+        return None if request is None else self._lessor.place(request)
+
+    def resumed(self) -> None:
+        """For a generator that holds the lease: call this when a step begins. Tells the code that makes the step."""
+        if self.request is not None and self.owns:
+            self._lessor.resumed(self.request)
+
+    def suspended(self) -> None:
+        """For a generator that holds the lease: call this before it yields."""
+        if self.request is not None and self.owns:
+            self._lessor.suspended(self.request)
+
+    def discard(self) -> None:
+        """Say that the engine is broken: it is dropped when the lease ends, and the next request loads it anew.
+
+        Errors of the device that leave no engine usable do this by themselves.
+        """
+        self._broken = True
+
+    def _leave(
+        self,
+        give_back: Callable[[Lease, bool, BaseException | None], None],
+        error: BaseException | None = None,
+        ending: Callable[[], bool] = sys.is_finalizing,
+    ) -> None:
+        self._ended = self._made.over = True
+        self._made.request = None
+        if ending():
+            return
+        try:
+            give_back(self, self._broken, error)
+            _held.set(held_requests())
+        except BaseException:
+            self._lessor.look_again()
+            raise
+
+
+def held_requests() -> tuple[Request, ...]:
+    """The requests in force of this thread of control (thread, or asyncio task: see `contextvars`)."""
+    held = _held.get()
+    return tuple([request for request in held if request.users]) if held else ()
+
+
+def held_slots() -> tuple[Slot, ...]:
+    """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
+    loads = _loading.get()
+    return (
+        *[request.slot for request in held_requests()],
+        *([load.slot for load in loads if load.under_way] if loads else ()),
+    )
+
+
+@contextmanager
+def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
+    """Within this block, and in what is started with its context, ``watch`` sees each lease before it waits."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+@contextmanager
+def loading(slot: Slot) -> Iterator[None]:
+    """Within this block, and in what is started with its context, the model is being moved by who asks."""
+    load = _Loading(slot)
+    token = _loading.set((*_loading.get(), load))
+    try:
+        yield
+    finally:
+        load.under_way = False  # threads that the loader has started with its context go on
+        _loading.reset(token)
+
+
+class _Made:
+    """A lease in the context in which it was made: its request while it is in force, and whether it is over.
+
+    ``in_a_task``: a coroutine has made it, whose context is its own. That of a thread serves one task after the other.
+    """
+
+    __slots__ = ("_task", "in_a_task", "over", "request")
+
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        self.in_a_task = task is not None
+        self._task = None if task is None else weakref.ref(task)
+        self.request: Request | None = None
+        self.over = False
+
+    def is_of(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether a task has made it; a thread (None) works for the task whose context it has."""
+        return task is None or (self._task is not None and self._task() is task)
+
+
+def _task() -> asyncio.Task[Any] | None:
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
+
+
+class _Loading:
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.under_way = True

@@ -1,0 +1,198 @@
+"""A managed model: its state, its requests and what is known of its memory. Pure data: no locks, clock or torch."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import Holder, RequestCancelled
+from ..observability.history import History
+from ..observability.outside_memory import Outside
+from ..one_shot_event import Latch, LoopLatch, open_latch
+from ..states import MoveRecord, State
+
+if TYPE_CHECKING:
+    from ..contracts import KeptPart, Policy, Resident
+    from .callers import CallSite
+    from .random_state import RandomState
+
+SEARCH_AFTER_S = 2.0
+"""How long the code that has a lease may stand still until the manager looks whether it still exists."""
+
+
+class Request:
+    """One request for a model, from its arrival to its end; whoever changes it holds the manager's lock.
+
+    ``number`` is its place in the order of arrival over all models. ``site`` is the code that asks, or that last
+    resumed the generator in which the model is leased. ``holding`` are the slots that this code keeps busy meanwhile:
+    models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an ``error``.
+    """
+
+    __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "holding", "latch", "number",
+                 "resumed_s", "searched_s", "served_s", "site", "slot", "streams", "users")  # fmt: skip
+
+    def __init__(
+        self, slot: Slot, number: int, site: CallSite, holding: tuple[Slot, ...] = (), asked_s: float = 0.0
+    ) -> None:
+        self.slot = slot
+        self.number = number
+        self.site = site
+        self.holding = holding
+        self.asked_s = self.served_s = self.resumed_s = asked_s
+        #: When garbage was last collected in case that nothing refers to its lease any more.
+        self.searched_s = asked_s
+        self.answered = False
+        self.error: BaseException | None = None
+        #: How many nested leases share it; and whether the lease that it was made for has ended.
+        self.users = 1
+        self.ended = False
+        #: Whether a stream holds it: a generator whose steps tell where they are made.
+        self.streams = False
+        #: Whether the code that has the model was last seen waiting, with a time-out, for the thread that asks here.
+        self.awaited = False
+        #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
+        self.latch: Latch | None = None
+        self.context: contextvars.Context | None = None
+
+    def facts(self, now_s: float) -> Holder:
+        """The code that has the model, its thread, and since how many seconds: for errors and the status."""
+        waiting = list(self.slot.queue)
+        awaited = next((other.site.thread_name for other in waiting if other.awaited and not other.answered), None)
+        return Holder(self.site.where, self.site.thread_name, max(0.0, now_s - self.served_s), awaited)
+
+    @property
+    def search_s(self) -> float:
+        """When to look whether the code that has the lease still exists: at intervals that double."""
+        return self.searched_s + max(SEARCH_AFTER_S, self.searched_s - self.resumed_s)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether a coroutine waits for it whose event loop has ended."""
+        return isinstance(self.latch, LoopLatch) and self.latch.is_dead
+
+    def answer(self, error: BaseException | None = None) -> None:
+        """Served, or (with an error) not; wakes who waits for it."""
+        self.error = error
+        self.answered = True
+        self.context = None  # it remembers who asked before, and so on
+        if self.latch is not None:
+            open_latch(self.latch)
+
+
+@dataclass(eq=False)
+class Slot:
+    """The books of one model. Whoever reads or writes it holds the manager's lock.
+
+    ``holder`` is the request in force and ``queue`` those that came after it, in order of arrival; those answered in
+    the meantime leave it when they come to its head. ``task`` is the move under way. ``asked`` is a place that
+    somebody asked for while a request was running, ``wanted`` a restore that no request waits for. ``warmed`` says that
+    it was warmed while in use, and stays a while after the requests that run and wait. What hangs on the paths in
+    ``skip`` is left alone; ``kept`` is the resident of what the loader is given, and outlives a release; loads begin
+    with ``random_state``.
+    Times are of the manager's clock, in seconds; bytes are those of the last settled state.
+    """
+
+    name: str
+    load: Callable[[], Any]
+    policy: Policy
+    at: State = State.RELEASED
+    engine: Any = None
+    resident: Resident | None = None
+    device_bytes: int = 0
+    host_bytes: int = 0
+    #: What it takes on the device, as far as is known: what it took there last.
+    size_bytes: int = 0
+    #: What the device lacked when it last refused this model; models that leave make it less.
+    lacking_bytes: int = 0
+    #: What must be free there when it is tried again, where its size is not known.
+    needed_bytes: int = 0
+    holder: Request | None = None
+    queue: deque[Request] = field(default_factory=deque)
+    task: Any = None
+    asked: State | None = None
+    wanted: bool = False
+    warmed: bool = False
+    #: A request of it waits for room on the device.
+    short: bool = False
+    #: Somebody sent it away by hand: it is not brought back before somebody asks for it.
+    sent_away: bool = False
+    #: It could not be offloaded: if others need its room, it is released.
+    stuck: bool = False
+    #: It cannot be used or moved any more: the next request has it loaded from scratch.
+    broken: bool = False
+    closing: bool = False
+    skip: tuple[str, ...] = ()
+    random_state: RandomState | None = None
+    kept: KeptPart | None = None
+    load_timeout_s: float = math.inf
+    max_waiting: float = math.inf
+    #: When its last request ended; and since when it is idle, which a restore that nobody used begins anew.
+    left_s: float | None = None
+    idle_since_s: float | None = None
+    not_before_s: float = -math.inf
+    #: How long it has been on its way to the device, all arrivals that have ended together.
+    arriving_s: float = 0.0
+    last_move: MoveRecord | None = None
+    last_error: str | None = None
+    #: What it holds beyond these books, as far as is known; None before it was first moved.
+    outside: Outside | None = None
+    #: That it holds something outside, or nothing that can move, has been said.
+    outside_told: bool = False
+    history: History = field(default_factory=History)
+    watchers: list[threading.Lock] = field(default_factory=list)
+
+    @property
+    def state(self) -> State:
+        """Where it is (``at``), or which way it travels."""
+        return self.at if self.task is None else cast(State, self.task.move.via)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it takes room on the device, or soon will."""
+        return self.at is State.DEVICE or (self.task is not None and self.task.move.target is State.DEVICE)
+
+    def arrived_for_s(self, now_s: float) -> float:
+        """How long it has been on its way to the device until now, all arrivals together."""
+        arrives = self.task is not None and self.task.arrives
+        return self.arriving_s + (max(0.0, now_s - self.task.started_s) if arrives else 0.0)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it was promised to stay on the device (keep-warm -1), and so makes no room for others."""
+        return self.policy.keep_warm_s == math.inf
+
+    def head(self) -> Request | None:
+        """The request that is served next; drops those that were answered (cancelled, refused) or abandoned."""
+        while self.queue:
+            first = self.queue[0]
+            if first.is_abandoned and not first.answered:
+                first.answer(RequestCancelled(self.name))
+            if not first.answered:
+                return first
+            self.queue.popleft()
+        return None
+
+    def held_by(self, now_s: float) -> Holder | None:
+        """The code that has the model, if a request is in force. Needs no lock."""
+        holder = self.holder
+        return holder.facts(now_s) if holder is not None and holder.users else None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a request holds the model or waits for it."""
+        return self.holder is not None or self.head() is not None
+
+    def changed(self) -> None:
+        """Wake those who watch for a change of these books."""
+        watchers, self.watchers = self.watchers, []
+        for latch in watchers:
+            open_latch(latch)
+
+    def waiting(self) -> Iterator[Request]:
+        """The requests that wait, in order of arrival."""
+        return (request for request in self.queue if not request.answered)

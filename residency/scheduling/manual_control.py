@@ -1,0 +1,160 @@
+"""Models steered by hand: down, up, aside, and out. What is asked of a model in use follows its request."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from ..errors import ResidencyError
+from ..observability.error_classification import is_out_of_device_memory
+from ..states import State
+from .dispatcher import WARM_GRACE_S, Dispatcher
+from .managed_model import Slot
+from .planner import move_towards
+
+logger = logging.getLogger(__name__)
+
+
+class Steering:
+    """``check_locked`` raises where a model may not be steered any more."""
+
+    def __init__(self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None]) -> None:
+        self._dispatcher = dispatcher
+        self._check_locked = check_locked
+        self._separate = dispatcher.device.separate
+
+    def bring_down(self, slot: Slot, target: State) -> bool:
+        """Offload (HOST) or release (RELEASED). True: done; raises the move's error.
+
+        False: it follows the request that runs or waits, or the arrival of a model that is on its way to the device.
+        """
+        dispatcher, task = self._dispatcher, None
+        while task is None:
+            dispatcher.watch(slot, lambda: slot.in_use or slot.task is None or slot.task.arrives)
+            with dispatcher.lock:
+                self._check_locked(slot)
+                slot.wanted = slot.warmed = False
+                if slot.in_use or (slot.task is not None and slot.task.arrives):
+                    if target is State.HOST and not self._separate:
+                        return True
+                    if slot.asked is not State.RELEASED:
+                        slot.asked = target
+                        dispatcher.version += 1
+                    return False
+                if slot.task is None:
+                    slot.not_before_s = -math.inf  # who sends it away wants none of a grace that it had
+                    move = move_towards(slot, target, self._separate)
+                    if move is None:
+                        dispatcher.plan_locked(slot)
+                        break
+                    slot.asked = target
+                    task = dispatcher.begin_locked(slot, move)
+        if task is None:
+            dispatcher.act()
+            return True
+        dispatcher.await_task(task)
+        if task.error is not None:
+            raise task.error
+        return True
+
+    def warm(self, slot: Slot, if_idle: bool = False) -> bool:
+        """Begin to bring it to the device, or have it stay a while. True: it is there already.
+
+        Of a model in use: have it stay a while after the request, and not leave as was asked before; or, with
+        ``if_idle``, do nothing.
+        """
+        dispatcher = self._dispatcher
+        with dispatcher.lock:
+            self._check_locked(slot)
+            there = slot.at is State.DEVICE and slot.task is None
+            if if_idle and slot.in_use:
+                return there
+            slot.asked = None
+            if slot.in_use:
+                slot.warmed = True
+            elif there:
+                slot.not_before_s = max(slot.not_before_s, dispatcher.clock.now() + WARM_GRACE_S)
+            else:
+                slot.wanted = True
+            dispatcher.plan_locked(slot)
+        dispatcher.act()
+        return there
+
+    def move_aside(self, slots: Iterable[Slot]) -> None:
+        """Offload these models as far as they are idle, and empty the device's caches."""
+        dispatcher = self._dispatcher
+        for slot in slots:
+            with dispatcher.lock:
+                idle = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.stays
+                move = move_towards(slot, State.HOST, self._separate) if idle else None
+                task = dispatcher.begin_locked(slot, move) if move else None
+            if task is not None:
+                dispatcher.await_task(task)
+        dispatcher.mover.tidy()
+
+    def retire(self, slots: list[Slot], reason: ResidencyError, grace_s: float) -> bool:
+        """Refuse what waits for these models with ``reason``, let what runs end, and release them.
+
+        What still runs after ``grace_s``, or hangs as it leaves, is left alone; then the answer is False.
+        """
+        dispatcher = self._dispatcher
+        until_s = dispatcher.clock.now() + grace_s
+        with dispatcher.lock:
+            for slot in slots:
+                slot.closing = True
+                for request in list(slot.waiting()):
+                    request.answer(reason)
+                dispatcher.reports.tell_queue(slot)
+                dispatcher.plan_locked(slot)
+                slot.changed()
+        dispatcher.act()
+        gone = []
+        for slot in slots:
+            left_s = until_s - dispatcher.clock.now()
+            released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot), left_s) or self._leaves(slot)
+            if released:
+                try:
+                    dispatcher.mover.forget(slot)  # what a release has kept for the next load
+                except Exception:
+                    logger.exception("%s: the device took its memory back with an error", slot.name)
+                gone.append(slot)
+        for slot in gone:  # now that they all have left
+            self._hand_back(slot)
+        dispatcher.join()
+        return len(gone) == len(slots)
+
+    def _leaves(self, slot: Slot) -> bool:
+        """The grace is for requests and loads; what is leaving has the time that it takes, as long as it goes on."""
+        while slot.holder is None and (task := slot.task) is not None and not task.arrives:
+            if not self._dispatcher.await_task_that_goes_on(task):
+                return False
+        return _has_nothing_to_do(slot)
+
+    def _hand_back(self, slot: Slot) -> None:
+        """Give its owner the part that the loader was given, on the device; idle models make room for it."""
+        dispatcher = self._dispatcher
+        try:
+            try:
+                dispatcher.mover.hand_back(slot)
+            except Exception as error:
+                if not is_out_of_device_memory(error):
+                    raise
+                with dispatcher.lock:
+                    others = [other for other in dispatcher.slots.values() if other is not slot]
+                self.move_aside(others)
+                dispatcher.mover.hand_back(slot)
+        except Exception as error:
+            logger.error(
+                "%s: the object that was passed to its loader cannot be restored to the device (%s): create a new one "
+                "before you use it. / %s：传给加载函数的对象无法回到设备（%s）：使用前请重新创建。",
+                slot.name,
+                error,
+                slot.name,
+                error,
+            )
+
+
+def _has_nothing_to_do(slot: Slot) -> bool:
+    return slot.task is None and not slot.in_use

@@ -1,0 +1,116 @@
+"""The idle monitor: a thread that sleeps until the next deadline. It decides nothing and moves nothing itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ..contracts import Clock
+from ..observability.error_classification import in_words
+from ..one_shot_event import new_latch, open_latch
+
+logger = logging.getLogger(__name__)
+
+PAUSE_AFTER_ERROR_S = 1.0
+
+
+class Monitor:
+    """At each deadline calls ``look`` under the lock, which decides and answers the next deadline, then ``act``.
+
+    A deadline that has come already means: act, and look again. An error in there is kept for the status and logged,
+    and the thread goes on; should it end all the same, the next `expect_locked` starts another. Methods that end in
+    ``_locked`` want ``lock``.
+    """
+
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        clock: Clock,
+        look: Callable[[], float],
+        act: Callable[[], None],
+    ) -> None:
+        self._lock = lock
+        self._latch: threading.Lock | None = None
+        self._clock = clock
+        self._look = look
+        self._act = act
+        self._thread: threading.Thread | None = None
+        self._turn: object = None
+        self._stopping = False
+        self._sleeps_until_s = -math.inf
+        self._errors = 0
+        self._last_error: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread lives."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    def health(self) -> dict[str, Any]:
+        """Whether the thread lives, and how often something went wrong in it."""
+        return {
+            "alive": self.alive,
+            "errors": self._errors,
+            "last_error": self._last_error,
+        }
+
+    def expect_locked(self, deadline_s: float) -> None:
+        """Be there at that time: wakes the thread only if it would sleep longer."""
+        if deadline_s < self._sleeps_until_s:
+            self.wake()
+        if not self._stopping and (self._thread is None or not self._thread.is_alive()):
+            self.wake()
+            self._turn = turn = object()
+            self._thread = threading.Thread(target=self._run, args=(turn,), name="gpu-idle-monitor", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # the system gives no more threads: the next call tries again
+                logger.warning("The idle monitor cannot be started now", exc_info=True)
+
+    def leave(self) -> None:
+        """For a forked child: the thread is the parent's."""
+        self._stopping, self._thread = True, None
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """End the thread and wait for it."""
+        with self._lock:
+            self._stopping = True
+            self.wake()
+        thread = self._thread
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join()
+
+    def wake(self) -> None:
+        """Let the thread look again. Needs no lock."""
+        if self._latch is not None:
+            open_latch(self._latch)
+
+    def _run(self, turn: object) -> None:
+        # An interrupt while a thread is started can make it look dead; whoever took its place has the turn.
+        while self._turn is turn and not self._stopping:
+            try:
+                self._act()
+                with self._lock:
+                    if self._turn is not turn:
+                        return
+                    latch, sleep_s = self._fall_asleep_locked(self._look)
+            except BaseException as error:  # whatever it is: nobody else sees to the deadlines
+                self._errors += 1
+                self._last_error = in_words(error)
+                logger.exception("The idle monitor met an error and goes on")
+                with self._lock:
+                    latch, sleep_s = self._fall_asleep_locked(lambda: self._clock.now() + PAUSE_AFTER_ERROR_S)
+            if sleep_s > 0:
+                self._clock.wait(latch, sleep_s)
+
+    def _fall_asleep_locked(self, decide: Callable[[], float]) -> tuple[threading.Lock, float]:
+        # First the latch: who wakes this thread without the lock has either been seen, or opens this one.
+        self._latch = latch = new_latch()
+        self._sleeps_until_s = deadline_s = decide()
+        return latch, 0.0 if self._stopping else deadline_s - self._clock.now()

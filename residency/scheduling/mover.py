@@ -1,0 +1,212 @@
+"""The hands: what a move does to a model's engine and resident. Knows no locks and no other models."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from ..contracts import Adopt, Device, Resident, SnapshotStore
+from ..progress import Progress
+from ..states import Move, State
+from .managed_model import Slot
+from .random_state import preserved_random_state
+
+logger = logging.getLogger(__name__)
+
+SKELETON_BYTES = 64 << 20
+"""What an engine may hold outside the books to stay in main memory while its weights are in a snapshot."""
+
+
+@dataclass(eq=False)
+class Task:
+    """A move under way: one thread carries it out, and has the slot's engine and resident meanwhile.
+
+    It is ``claimed`` once by that thread. ``make_room`` says that others left for it, ``give_up_at_s`` when its loader
+    has taken too long, in ``context`` runs what it calls.
+    """
+
+    slot: Slot
+    move: Move
+    started_s: float
+    engine: Any
+    resident: Resident | None
+    progress: Progress
+    context: contextvars.Context
+    give_up_at_s: float = math.inf
+    made_room: bool = False
+    device_bytes_before: int = 0
+    spawned: bool = False
+    claimed: bool = False
+    retries: int = 0
+    changes_seen: int = 0
+    put_off: bool = False
+    given_up: bool = False
+    told_s: float = -math.inf
+    #: How far it had come when that was last looked at, and when.
+    seen: object = None
+    seen_s: float = -math.inf
+    hangs: bool = False
+    moved_bytes: int = 0
+    error: BaseException | None = None
+
+    @property
+    def arrives(self) -> bool:
+        return self.move.target is State.DEVICE
+
+    def end(self) -> None:
+        """Let go of what a task that is over must not keep alive: the engine, and itself."""
+        self.engine = self.resident = self.progress.changed = None
+
+    @property
+    def back_at(self) -> State:
+        """Where the model is if the move has failed: where it was, unless its bytes had gone already."""
+        if self.engine is None:
+            return State.RELEASED
+        has_left = self.resident is not None and self.resident.device_bytes < self.device_bytes_before
+        return State.HOST if self.move.via is State.OFFLOADING and has_left else self.move.source
+
+
+class Mover:
+    """Carries out moves on one device. ``adopt`` finds what of a fresh engine holds memory.
+
+    With ``snapshots``, a release keeps the engine as a skeleton and its weights on disk, and the next load reads
+    them back instead of building the engine again; if that does not work the engine is built the normal way.
+
+    What a move makes of engine and resident it writes into its task; the slot is only read.
+    """
+
+    def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotStore | None = None) -> None:
+        self._device = device
+        self._adopt = adopt
+        # Where nothing leaves the device, a skeleton would keep everything in memory.
+        self._snapshots = snapshots if device.separate else None
+
+    def carry_out(self, task: Task) -> int:
+        """Do the move and return the bytes that changed place; on an error the engine is where it was before."""
+        if task.move.via is State.LOADING:
+            return self._wake(task) or self._load(task)
+        if task.move.via is State.RELEASING:
+            return self._sleep(task) or self.forget(task)
+        assert task.resident is not None, "a model on device or host has a resident"
+        return task.resident.restore() if task.arrives else task.resident.offload()
+
+    def forget(self, holder: Task | Slot) -> int:
+        """Give up an engine altogether; return the bytes freed."""
+        alive = _watched(holder.engine)
+        resident, holder.engine, holder.resident = holder.resident, None, None
+        freed_bytes = resident.release() if resident else 0
+        del resident
+        if alive() is not None:
+            gc.collect()  # it is part of a cycle; this stops all threads for a moment, so only then
+        self._device.settle()
+        return freed_bytes
+
+    def throw_away(self, task: Task) -> None:
+        """Give up what a load brings that was given up; what it had borrowed may be another engine's by now."""
+        logger.warning("%s: came after it had been given up, and is thrown away", task.slot.name)
+        resident, task.engine, task.resident = task.resident, None, None
+        if resident is not None:
+            resident.release()
+        del resident
+        self.tidy()
+
+    def hand_back(self, slot: Slot) -> None:
+        """Put the part that the loader was given where it was when it was given, once the model is gone."""
+        if slot.kept is not None:
+            slot.kept.hand_back()
+
+    def tidy(self) -> None:
+        """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
+        gc.collect()
+        self._device.settle()
+
+    def _load(self, task: Task) -> int:
+        slot, loan = task.slot, None
+        if task.given_up:
+            return 0
+        self._device.ensure_usable()
+        if slot.kept is not None:
+            with slot.kept.lock:
+                if task.given_up:
+                    return 0  # the next load may have it already
+                loan = slot.kept.borrow_locked()
+        try:
+            if loan is not None:
+                loan.restore()
+            engine = _build(slot, task.progress)
+            with slot.kept.lock if slot.kept is not None else nullcontext():
+                resident = self._adopt(engine, self._device, slot)
+        except BaseException:
+            if loan is not None:
+                loan.offload()
+            raise
+        task.engine, task.resident = engine, loan.beside(resident) if loan else resident
+        return task.resident.device_bytes + task.resident.host_bytes
+
+    def _sleep(self, task: Task) -> int:
+        """Release into a snapshot; 0 if there is none to be had."""
+        if self._snapshots is None or task.resident is None or task.slot.closing or task.slot.broken:
+            return 0
+        if task.slot.outside is not None and task.slot.outside.held_bytes > SKELETON_BYTES:
+            logger.info(
+                "%s: released without a snapshot, since its engine holds %s bytes that no move takes with it",
+                task.slot.name,
+                f"{task.slot.outside.held_bytes:,}",
+            )
+            return 0
+        try:
+            freed_bytes = task.resident.save(self._snapshots, task.slot.name)
+            self._device.settle()
+        except BaseException as error:
+            # Whatever it is: somebody wants the memory.
+            logger.warning("%s: released without a snapshot. %s", task.slot.name, error)
+            return 0
+        return freed_bytes
+
+    def _wake(self, task: Task) -> int:
+        """Load from a snapshot; 0 if the engine has to be built."""
+        resident = task.resident
+        if resident is None or self._snapshots is None:
+            return 0
+        try:
+            resident.load(self._snapshots, task.slot.name)
+        except BaseException as error:
+            # Whatever it is: the loader can still build the engine.
+            logger.warning("%s: loaded without its snapshot. %s", task.slot.name, error)
+            self.forget(task)
+            return 0
+        if task.given_up:
+            return resident.host_bytes
+        try:
+            return resident.restore()
+        except BaseException:
+            if not self._sleep(task):
+                self.forget(task)
+            raise
+
+
+def _watched(engine: Any) -> Callable[[], Any]:
+    """A function whose answer is not None as long as the engine is there, or if that cannot be told."""
+    try:
+        return weakref.ref(engine)
+    except TypeError:
+        there = None if engine is None else True
+        return lambda: there
+
+
+def _build(slot: Slot, progress: Progress) -> Any:
+    progress.enter("building")
+    with preserved_random_state():
+        if slot.random_state is not None:
+            slot.random_state.put_back()  # what it draws is the same, however often and for whomever it builds
+        engine = slot.load()
+    if engine is None:
+        raise TypeError(f"The loader of {slot.name!r} returned None; let it return the engine.")
+    return engine

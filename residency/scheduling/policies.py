@@ -1,0 +1,181 @@
+"""How long an idle model stays where it is. Pure: no clock, no locks."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal, TypeVar
+
+from ..contracts import Policy
+from ..errors import InvalidInput
+from .adaptive import AdaptivePolicy
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+NEVER = math.inf
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST_S = 100_000 * 3600.0
+"""Who writes more than these eleven years has mistyped, or means never."""
+
+
+def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) -> float:
+    """Read a duration: a number of seconds, ``90s``, ``15m`` or ``1h``; ``-1`` is without end (`math.inf`).
+
+    ``endless`` is what -1 means here, in English and Chinese. Raises `InvalidInput` for anything else (other negative
+    numbers and NaN included).
+    """
+    if isinstance(value, int | float) and 0 <= value <= _LONGEST_S:
+        return float(value)
+    text = str(value).strip().lower()
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([smh]?)", text)
+    if text in ("inf", "-1", "-1.0"):
+        return NEVER
+    large = isinstance(value, int | float) and value > _LONGEST_S
+    if large or (match and not match[1].startswith("-")):
+        given_s = float(match[1]) * _UNITS_S[match[2]] if match else NEVER
+        if given_s <= _LONGEST_S:
+            return given_s
+        raise InvalidInput(
+            f"{value!r} is too long: give at most 100000h, or -1 for {endless[0]}",
+            f"{value!r} 太长：最长为 100000h；-1 表示{endless[1]}",
+        )
+    raise InvalidInput(
+        f"{value!r} is no duration: give seconds or 90s, 15m, 1h; -1 means {endless[0]}",
+        f"{value!r} 不是有效的时长：请写秒数，或 90s、15m、1h；-1 表示{endless[1]}",
+    )
+
+
+@dataclass(frozen=True)
+class FixedPolicy:
+    """Stay on the device ``keep_warm_s`` after the last lease, in host memory until ``idle_timeout_s``."""
+
+    keep_warm_s: float = 0.0
+    idle_timeout_s: float = 600.0
+    name: str = field(default="fixed", init=False)
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        return ((0.0, self.keep_warm_s),)
+
+    def idle_ended(self, idle_s: float) -> None:
+        """Nothing is learned from it."""
+
+    def brought_back(self, seconds: float) -> None:
+        """Nothing is learned from it."""
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> FixedPolicy:
+        return replace(self, idle_timeout_s=idle_timeout_s)
+
+
+class GuardedPolicy:
+    """A policy of somebody's own, asked under the manager's lock: where it fails, no request may be lost over it.
+
+    Once it has raised, or answered what cannot be, that is logged and a `FixedPolicy` takes its place for good.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    @property
+    def name(self) -> str:
+        return self._ask(lambda policy: policy.name)
+
+    @property
+    def keep_warm_s(self) -> float:
+        return self._ask(lambda policy: _duration(policy.keep_warm_s))
+
+    @property
+    def idle_timeout_s(self) -> float:
+        return self._ask(lambda policy: _duration(policy.idle_timeout_s))
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        return self._ask(lambda policy: _in_order(policy.windows()))
+
+    def idle_ended(self, idle_s: float) -> None:
+        self._ask(lambda policy: policy.idle_ended(idle_s))
+
+    def brought_back(self, seconds: float) -> None:
+        self._ask(lambda policy: policy.brought_back(seconds))
+
+    def with_idle_timeout(self, idle_timeout_s: float) -> GuardedPolicy:
+        return GuardedPolicy(self._ask(lambda policy: policy.with_idle_timeout(idle_timeout_s)))
+
+    def _ask(self, ask: Callable[[Policy], T]) -> T:
+        try:
+            return ask(self._policy)
+        except Exception:
+            instead = FixedPolicy()
+            logger.exception("The policy %r failed; %r takes its place", self._policy, instead)
+            self._policy = instead
+            return ask(instead)
+
+
+def _duration(value: float) -> float:
+    if not value >= 0:
+        raise ValueError(f"{value!r} is no duration")
+    return float(value)
+
+
+def _in_order(windows: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    edges_s = [edge_s for from_s, until_s in windows for edge_s in (from_s, until_s)]
+    if not edges_s or edges_s[0] != 0 or any(not earlier <= later for earlier, later in pairwise(edges_s)):
+        raise ValueError(f"windows() answered {windows!r}: they begin at 0, and are in order and apart")
+    return windows
+
+
+def keep_warm_seconds(value: float | str) -> float | Literal["auto"]:
+    """A duration, or ``auto``; `InvalidInput` for anything else."""
+    if isinstance(value, str) and value.strip().lower() == AUTO:
+        return "auto"
+    try:
+        return seconds(value, ("always", "始终保留"))
+    except InvalidInput as error:
+        raise InvalidInput(f"{error.en}; or auto, which learns it", f"{error.zh}；也可写 auto（自动学习）") from None
+
+
+def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
+    """The policy for what a user asked: a duration or ``"auto"``, and a duration. `InvalidInput` for anything else."""
+    warm_s, idle_timeout_s = keep_warm_seconds(keep_warm), seconds(idle_timeout)
+    return AdaptivePolicy(idle_timeout_s) if warm_s == AUTO else FixedPolicy(float(warm_s), idle_timeout_s)
+
+
+def guarded(policy: Policy, keep_warm: object, idle_timeout: object) -> Policy:
+    """A policy that a user gives instead of ``keep_warm`` and ``idle_timeout``; `InvalidInput` if it cannot be one."""
+    if not isinstance(policy, Policy):
+        raise InvalidInput(
+            f"policy={policy!r} does not have all that residency.contracts.Policy has; for durations and 'auto' there "
+            f"is keep_warm",
+            f"policy={policy!r} 未实现 residency.contracts.Policy 的全部成员；时长与 'auto' 请用 keep_warm",
+        )
+    if keep_warm is not None or idle_timeout is not None:
+        raise InvalidInput(
+            "A policy decides instead of keep_warm and idle_timeout: leave those out",
+            "policy 会取代 keep_warm 与 idle_timeout：请不要同时给出",
+        )
+    return policy if type(policy) in (FixedPolicy, AdaptivePolicy) else GuardedPolicy(policy)
+
+
+def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:
+    """A policy with other settings; None is as in ``present``.
+
+    What it has learned outlives a change of the idle timeout, and ``"auto"`` for one that is ``auto`` already.
+    """
+    if keep_warm is None or (keep_warm == AUTO and isinstance(present, AdaptivePolicy)):
+        return present if idle_timeout is None else present.with_idle_timeout(seconds(idle_timeout))
+    return make_policy(keep_warm, present.idle_timeout_s if idle_timeout is None else idle_timeout)
+
+
+def check_counts(least: int, **counts: object) -> None:
+    """`InvalidInput` for what is neither None nor a whole number of at least ``least``."""
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InvalidInput(
+                f"{name}={value!r} is no whole number from {least} on: give one, or None",
+                f"{name}={value!r} 不是 {least} 以上的整数：请给出整数或 None",
+            )

@@ -1,0 +1,1 @@
+"""HTTP calls and Gradio endpoints for programs."""

@@ -1,0 +1,113 @@
+"""Endpoints of the Gradio page for programs (``gradio_client``): no widgets, one WAV file or the status as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from ...cancellation import Cancellation, cancelled_by
+from ..server.permissions import Guard
+from ..shared.gradio_compat import session
+from ..shared.protocols import Manager
+from ..speech.recordings import Recordings
+from ..speech.service import Speech, explain
+from ..ui.buttons import in_thread
+from ..ui.gpu_panel import check
+
+T = TypeVar("T")
+NOBODY = gr.Request()
+
+
+def register_speech(
+    speech: Speech,
+    told: Callable[[], AbstractContextManager[Any]],
+    recordings: Recordings,
+) -> None:
+    """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people.
+
+    In a block of ``told`` the caller hears what happens to the model. Files go with the session of ``gradio_client``.
+    ``job.cancel()`` ends a request as Stop does on the page.
+    """
+
+    async def answer(recording: str, work: Callable[[str], str]) -> str:
+        cancellation = Cancellation()
+
+        def in_turn() -> str:
+            recordings.own(session(), recording)
+            readable = speech.incoming.readable(recording)
+            recordings.own(session(), readable)
+            with cancelled_by(cancellation), told():
+                result = work(readable)
+            recordings.own(session(), result)
+            return result
+
+        return await in_thread(lambda: _or_error(in_turn), cancellation)
+
+    async def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
+        """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
+        return await answer(prompt_audio, lambda audio: speech.clone(audio, prompt_text, target_text))
+
+    async def edit(
+        input_audio: str, audio_text: str, edit_type: str, edit_info: str | None = None, text: str | None = None
+    ) -> str:
+        """Change input_audio, in which audio_text is said. Only paralinguistic uses text."""
+        return await answer(
+            input_audio, lambda audio: speech.edit(audio, audio_text, edit_type, edit_info or None, text)[0]
+        )
+
+    # None of them waits in Gradio's queue, which does not know whether an engine is free, and who has gone.
+    with gr.Row(visible=False):
+        _expose(clone, [_recording(), *(gr.Textbox() for _ in range(2))], gr.Audio(), concurrency_limit=None)
+        _expose(edit, [_recording(), *(gr.Textbox() for _ in range(4))], gr.Audio(), concurrency_limit=None)
+
+
+def register_gpu(manager: Manager, guard: Guard) -> None:
+    """``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; no model, or an empty name, is all.
+
+    Those that change something are for who the guard allows to; others get its sentence.
+    """
+
+    def gpu_status() -> dict[str, Any]:
+        """Where the models are, in bytes and seconds."""
+        return manager.status()
+
+    def changed(change: Callable[[str | None], bool], model: str | None, request: gr.Request) -> dict[str, Any]:
+        _or_error(lambda: check(guard, request))
+        _or_error(lambda: change(model or None))
+        return manager.status()
+
+    def gpu_offload(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
+        """Bring a model to main memory (after the running request, if there is one); answer the status."""
+        return changed(manager.offload, model, request)
+
+    def gpu_release(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
+        """Free a model's memory everywhere (after the running request, if there is one); answer the status."""
+        return changed(manager.release, model, request)
+
+    def gpu_warm(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
+        """Begin to bring a model to the device; answer the status."""
+        return changed(manager.warm, model, request)
+
+    with gr.Row(visible=False):
+        _expose(gpu_status, [], gr.JSON())
+        for change in (gpu_offload, gpu_release, gpu_warm):
+            _expose(change, [gr.Textbox()], gr.JSON())
+
+
+def _expose(function: Callable[..., Any], inputs: list[Any], output: Any, **keywords: Any) -> None:
+    # A button that is never drawn: `gr.api` would leave files to the caller, components know how to receive them.
+    gr.Button().click(function, inputs, output, api_name=function.__name__, **keywords)
+
+
+def _recording() -> gr.Audio:
+    return gr.Audio(type="filepath")
+
+
+def _or_error(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except Exception as error:
+        raise gr.Error(explain(error), print_exception=False) from None

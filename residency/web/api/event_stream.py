@@ -1,0 +1,110 @@
+"""Server-sent events: what happens, told over an HTTP response that does not end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ...errors import TooManyListeners
+from ..shared.protocols import Manager
+
+STILL_HERE_S = 15.0
+"""Something is said at least this often, so that proxies do not take the line for dead."""
+
+_LISTENERS = 100
+_BACKLOG = 1000
+_SAID_NOTHING = ": still here\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends what an iterator of `message` gives, and is not kept by anybody on the way."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, messages: AsyncIterator[str], place: AbstractContextManager[None]) -> None:
+        super().__init__(messages, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._place:
+            await super().__call__(scope, receive, send)
+
+
+def message(kind: str, data: Any) -> str:
+    """One event; ``data`` is sent as JSON, which has no line ends."""
+    return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class Moves:
+    """Tells every `Event` of the manager's to all who listen. For the thread of one loop.
+
+    Messages are made and kept once, however many listen: each listener is the number of its next one.
+    """
+
+    def __init__(self, manager: Manager, most: int = _LISTENERS) -> None:
+        self._manager = manager
+        self._most = most
+        self._listeners = 0
+        self._told: deque[tuple[str, str]] = deque(maxlen=2 * _BACKLOG)  # kind and message, the newest last
+        self._count = 0
+        self._news: asyncio.Future[None] | None = None
+        self._unsubscribe: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A listener's, within the block. `TooManyListeners` if there is none."""
+        if self._listeners >= self._most:
+            raise TooManyListeners(self._most)
+        if not self._listeners:
+            loop = asyncio.get_running_loop()
+            self._unsubscribe = self._manager.subscribe(lambda event: loop.call_soon_threadsafe(self._tell, event))
+        self._listeners += 1
+        try:
+            yield
+        finally:
+            self._listeners -= 1
+            if not self._listeners:
+                self._unsubscribe()
+                self._told.clear()
+
+    async def listen(self, status: Callable[[], Awaitable[Any]]) -> AsyncIterator[str]:
+        """``status`` once, then every event, by its ``what``, until the listener leaves its `place`.
+
+        A slow listener first misses progress events, and is then disconnected; it may connect again.
+        """
+        following = self._count
+        yield message("status", await status())
+        while not self._manager.closed:
+            if following == self._count:
+                if not await self._wait():
+                    yield _SAID_NOTHING
+                continue
+            behind = self._count - following
+            if behind > len(self._told):
+                return
+            kind, said = self._told[-behind]
+            following += 1
+            if kind != "progress" or behind <= _BACKLOG:
+                yield said
+
+    def _tell(self, event: Any) -> None:
+        self._told.append((event.what, message(event.what, asdict(event))))
+        self._count += 1
+        if self._news:
+            self._news.set_result(None)
+            self._news = None
+
+    async def _wait(self) -> bool:
+        """For the next message; False if there is none for a while."""
+        if self._news is None:
+            self._news = asyncio.get_running_loop().create_future()
+        done, _ = await asyncio.wait({self._news}, timeout=STILL_HERE_S)
+        return bool(done)

@@ -1,0 +1,89 @@
+"""The manager's books as Prometheus metrics. Read when somebody scrapes, and not before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from ..shared.protocols import Manager
+
+OUTCOMES = ("ok", "error", "timeout", "busy", "cancelled", "refused", "failed")
+MOVES = (("released", "gpu"), ("gpu", "cpu"), ("cpu", "gpu"), ("cpu", "released"), ("gpu", "released"))
+MOVES_HERE = (("released", "cpu"), ("cpu", "released"))
+"""Where device and host are one memory."""
+STATES = ("gpu", "cpu", "released", "moving")
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def exposition(manager: Manager) -> bytes:
+    """All metrics in Prometheus's text format; sizes in bytes, times in seconds."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Books(manager))
+    return generate_latest(registry)
+
+
+class _Books:
+    def __init__(self, manager: Manager) -> None:
+        self._status, self._history = manager.status(), manager.history()["models"]
+
+    def collect(self) -> Iterator[Metric]:
+        device, host, models = self._status["device"], self._status["host"], self._status["models"]
+        for name, help_text, value in (
+            ("gpu_free_bytes", "Memory of the GPU that nobody uses.", device["free_bytes"]),
+            ("gpu_total_bytes", "Memory of the GPU.", device["total_bytes"]),
+            ("process_gpu_bytes", "Memory of the GPU that this process holds.", device["process_bytes"]),
+            ("gpu_outside_bytes", "Memory of the GPU that models hold beyond the books.", device["outside_bytes"]),
+            ("host_outside_bytes", "Main memory that models hold beyond the books.", host["outside_bytes"]),
+            ("gpu_power_watts", "What the GPU draws.", device["power_w"]),
+        ):
+            if value is not None:
+                yield GaugeMetricFamily(f"gpu_manager_{name}", help_text, value)
+        yield self._gauge(
+            "model_state", "1 for the state that the model is in, 0 for the others.", ("model", "state"),
+            {(name, state): model["state"] == state for name, model in models.items() for state in STATES},
+        )  # fmt: skip
+        for key, name, help_text in (
+            ("device_bytes", "device_bytes", "What the model holds of the GPU's memory."),
+            ("host_bytes", "host_bytes", "What the model holds of main memory."),
+            ("leases", "running_requests", "Requests that use the model now."),
+            ("waiting", "waiting_requests", "Requests that wait for the model."),
+        ):
+            yield self._gauge(name, help_text, ("model",), {(of,): model[key] for of, model in models.items()})
+        yield self._gauge(
+            "outside_bytes", "Held by the process and its children beyond the books.", ("model",),
+            {(of,): model["outside_bytes"] for of, model in models.items() if model["outside_bytes"] is not None},
+        )  # fmt: skip
+        yield self._histogram("move_seconds", "How long moves took.")
+        yield self._histogram("request_wait_seconds", "How long requests waited until they had the model.")
+        moves = CounterMetricFamily(
+            "gpu_manager_moves", "Moves that have ended.", labels=("model", "from", "to", "outcome")
+        )
+        requests = CounterMetricFamily("gpu_manager_requests", "Requests that have ended.", labels=("model", "outcome"))
+        for name, past in self._history.items():
+            # Those that have not happened too: Prometheus sees no increase in what begins with 1.
+            possible = MOVES_HERE if device["kind"] == "cpu" else MOVES
+            counts = {(*ends, outcome): 0 for ends in possible for outcome in ("ok", "failed")}
+            for move in past["totals"]["moves"]:
+                counts[move["from"], move["to"], move["outcome"]] = move["count"]
+            for labels, count in counts.items():
+                moves.add_metric((name, *labels), count)
+            for outcome, count in (dict.fromkeys(OUTCOMES, 0) | past["totals"]["requests"]).items():
+                requests.add_metric((name, outcome), count)
+        yield moves
+        yield requests
+
+    def _gauge(self, name: str, help_text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], Any]) -> Metric:
+        gauge = GaugeMetricFamily(f"gpu_manager_{name}", help_text, labels=labels)
+        for of, value in values.items():
+            gauge.add_metric(of, value)
+        return gauge
+
+    def _histogram(self, name: str, help_text: str) -> Metric:
+        histogram = HistogramMetricFamily(f"gpu_manager_{name}", help_text, labels=("model",))
+        for model, past in self._history.items():
+            measured = past["totals"][name]
+            histogram.add_metric((model,), [tuple(bucket) for bucket in measured["buckets"]], measured["sum"])
+        return histogram

@@ -1,0 +1,107 @@
+"""Gradio's own routes: those that this page does not use are closed, and malformed requests are refused in a sentence.
+
+Gradio answers many of these with an error of the server, and writes its traceback into the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from gradio.route_utils import API_PREFIX, FnIndexInferError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..shared.gradio_compat import CALL
+from ..shared.language import preferred
+from .bodies import given_up
+
+logger = logging.getLogger(__name__)
+
+_UNUSED = (
+    "/monitoring", "/svelte", "/pwa_icon", *(f"{API_PREFIX}/{name}" for name in (
+        "component_server", "custom_component", "deep_link", "dev", "file", "process_recording", "run-history", "runs",
+        "stream", "undo-vibe-edit", "vibe-code", "vibe-edit", "vibe-starter-queries")),
+)  # fmt: skip
+_FETCHES = re.compile(rf"{API_PREFIX}/(proxy=|file=https?:)", re.IGNORECASE)
+"""Gradio asks other servers for these."""
+_GARBLED = (
+    "无法读取该请求：请刷新页面；程序请按 /gradio_api/info 传参，录音请以带文件名的表单上传。",
+    "The request cannot be read: reload the page; programs find at /gradio_api/info what to send, and upload "
+    "recordings in a form with a file name.",
+)
+
+
+def without(also: Iterable[str] = ()) -> Callable[[ASGIApp], ASGIApp]:
+    """An ASGI middleware: unused routes, and ``also`` these, are not found. Streams that Gradio breaks off just end."""
+    closed = re.compile(rf"({'|'.join(map(re.escape, (*_UNUSED, *also)))})(/|$)")
+
+    def around(app: ASGIApp) -> ASGIApp:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+            elif closed.match(scope["path"]) or _FETCHES.match(scope["path"]) or "\0" in scope["path"]:
+                await _json({"detail": "Not Found"}, 404)(scope, receive, send)
+            else:
+                await _to_its_end(app, scope, receive, send)
+
+        return answer
+
+    return around
+
+
+async def _to_its_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Streams of events say themselves that a session or event is not known, and then fail a second time for it.
+
+    Calls that are answered at once end with the same code whatever has gone wrong; what was sent is no fault of ours.
+    """
+    started = False
+    call: dict[str, bool] = {}
+    CALL.set(call)
+
+    async def noted(message: Message) -> None:
+        nonlocal started
+        started = True
+        if message["type"] == "http.response.start" and message["status"] == 500 and "garbled" in call:
+            message = {**message, "status": 400}
+        await send(message)
+
+    try:
+        await app(scope, receive, noted)
+    except RuntimeError as error:
+        if not started or not isinstance(error.__cause__, Exception):
+            raise
+        logger.debug("A stream has ended early: %r", error.__cause__)
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _garbled(request: Request, error: Exception) -> Response:
+    path, reads = request.scope["path"], request.method in ("GET", "HEAD")
+    if reads and not path.startswith(f"{API_PREFIX}/"):
+        raise error  # there is nothing in it that could be garbled
+    logger.info("Refused a malformed request to %.100r: %.100r", path, error)
+    return _json({"detail": preferred(request.headers.get("accept-language"))(*_GARBLED)}, 400)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """As by default, without what was sent: it may be long, and it may be no JSON."""
+    assert isinstance(error, RequestValidationError)
+    return _json({"detail": [{key: each[key] for key in ("type", "loc", "msg")} for each in error.errors()]}, 422)
+
+
+def _json(content: Any, code: int) -> Response:
+    return Response(json.dumps(content), code, media_type="application/json")  # JSONResponse fails at half a surrogate
+
+
+_Handler = Callable[[Request, Any], Awaitable[Response]]
+HANDLERS: dict[type[Exception], _Handler] = {
+    RequestValidationError: _invalid,
+    ClientDisconnect: given_up,
+    **dict.fromkeys((LookupError, TypeError, ValueError, AttributeError, AssertionError, FnIndexInferError), _garbled),
+}
+"""The exception handlers of Gradio's application: what its routes raise at what they were sent."""

@@ -1,0 +1,80 @@
+"""The names under which this server may be reached from its own machine.
+
+A page of another site can have its name lead to 127.0.0.1 (DNS rebinding). For the browser this server then belongs to
+that site, which may read whatever a visitor on this machine may. The Host header tells: it has the other site's name.
+Other headers prove nothing, since such a page may send any.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Iterable
+
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...addresses import hostname, is_address, is_loopback, without_mapping
+from . import container_gateway
+
+_UNKNOWN = (
+    "This server is not known as {name}: another site could use such a name to read it. If the name is yours, start "
+    "the app with --allowed-host {name} (or GPU_TTS_ALLOWED_HOSTS={name}), or with --auth; on this machine itself, use "
+    "{scheme}://localhost:{port}. / 本服务器不叫 {name}：其他网站可能借这样的名称读取它。如果这是您的域名，请在启动时"
+    "加上 --allowed-host {name}（或设置 GPU_TTS_ALLOWED_HOSTS={name}），或使用 --auth；在本机请访问 {scheme}://localhost:{port}。"
+)
+
+
+class Hosts:
+    """`around` is an ASGI middleware that refuses callers on this machine under a name that is not known.
+
+    Known are the names of this machine, all IP addresses (nobody can have them lead elsewhere), and the ``allowed``
+    names. A request for which ``may_pass`` returns True passes under any name. The middleware has to see the peers of
+    the connections themselves, before another one puts in their place what ``X-Forwarded-For`` says. A request without
+    a Host header is not from a browser, and passes. ``gateway`` is the address of callers on the machine on which this
+    container runs, if it does in one.
+    """
+
+    def __init__(
+        self,
+        allowed: Iterable[str] = (),
+        may_pass: Callable[[HTTPConnection], bool] = lambda request: False,
+        gateway: str | None = None,
+    ) -> None:
+        machine = socket.gethostname().lower()
+        short = machine.partition(".")[0]
+        self._known = {machine, short, f"{short}.local", *(name.lower() for name in allowed)}
+        self._may_pass = may_pass
+        self._gateway = gateway or container_gateway.gateway()
+
+    def allow(self, name: str) -> None:
+        """From now on it is known too."""
+        self._known.add(name.lower())
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        async def known_only(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and self._is_here(scope):
+                request = HTTPConnection(scope)
+                name = hostname(request.headers.get("host", ""))
+                if not (self._knows(name) or self._may_pass(request)):
+                    shown = name if re.fullmatch(r"[\w.-]{1,100}", name) else "NAME"
+                    port = (scope.get("server") or ("", 7860))[1]
+                    text = _UNKNOWN.format(name=shown, port=port, scheme=scope.get("scheme", "http"))
+                    refusal = PlainTextResponse(text, 403, {"X-Content-Type-Options": "nosniff"})
+                    return await refusal(scope, receive, send)
+            await app(scope, receive, send)
+
+        return known_only
+
+    def _knows(self, name: str) -> bool:
+        return not name or name in self._known or is_address(name) or is_loopback(name)
+
+    def _is_here(self, scope: Scope) -> bool:
+        """Whether the caller is on this machine: at a loopback address, the one that it has called, or the gateway."""
+        client, server = scope.get("client"), scope.get("server")
+        if client is None:
+            return False
+        address = without_mapping(client[0])
+        called = without_mapping(server[0]) if server else None
+        return is_loopback(address) or address in (called, self._gateway)

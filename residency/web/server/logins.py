@@ -1,0 +1,170 @@
+"""Signing in and out: passwords are not guessed by trying many, and no other site signs anybody out."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import math
+import secrets
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import anyio
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .. import static
+from ..shared.language import preferred
+from .page_head import with_script
+
+_FAILURES, _ONE_EVERY_S = 5, 10.0
+"""Of one address, or browser: so many at once, and then one so often."""
+_ALL_FAILURES, _ONE_OF_ALL_EVERY_S = 50, 0.25
+_FAILED_AFTER_S = 0.5
+_BROWSER_AGE_S = 30 * 24 * 3600
+_ENOUGH = (
+    "密码错误次数过多：请等待 {seconds} 秒后重试。",
+    "Too many wrong passwords from here: wait {seconds} s, then try again.",
+)
+_LEAVING = """<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><p>{sentence}</p><form method="post"><button>{title}</button></form>"""
+
+tells_of_the_limit = with_script(static.text("login.js"))
+"""An ASGI middleware: the form for the password says that it was tried too often."""
+
+
+class Logins:
+    """`around` is an ASGI middleware for a page with a password. For the thread of the server's loop.
+
+    Wrong passwords are counted by address (of IPv6, by network), and altogether. A browser in which somebody has
+    signed in before is known by a cookie, and counted for itself: its user gets in however many others guess, also
+    from the same address. ``sign_out`` forgets who has sent a request, and returns the names of their cookies.
+    """
+
+    def __init__(
+        self, sign_out: Callable[[HTTPConnection], list[str]], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._sign_out = sign_out
+        self._now = now
+        self._key = secrets.token_bytes(32)
+        self._each = Pace(_FAILURES, _ONE_EVERY_S)
+        self._all = Pace(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            path = scope["path"].rstrip("/") if scope["type"] == "http" else ""
+            if path == "/login" and scope["method"] == "POST":
+                await self._sign_in(app, scope, receive, send)
+            elif path == "/logout":
+                await self._leave(HTTPConnection(scope), scope["method"])(scope, receive, send)
+            else:
+                await app(scope, receive, send)
+
+        return guarded
+
+    async def _sign_in(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        request = HTTPConnection(scope)
+        cookie = f"known-browser-{(scope.get('server') or ('', ''))[1]}"
+        browser = self._known_browser(request.cookies.get(cookie, ""))
+        now_s = self._now()
+        # Only unknown browsers count towards the overall limit: of known ones there are as few as users.
+        counts = [(self._each, browser)] if browser else [(self._each, _network(request)), (self._all, "")]
+        wait_s = max(pace.wait_s(key, now_s) for pace, key in counts)
+        if wait_s > 0:
+            seconds = math.ceil(wait_s)
+            said = preferred(request.headers.get("accept-language"))(*_ENOUGH).format(seconds=seconds)
+            return await PlainTextResponse(said, 429, {"Retry-After": str(seconds)})(scope, receive, send)
+        for pace, key in counts:  # before the outcome is known, since many may be sent at the same time
+            pace.take(key, now_s)
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] == 400:
+                    await anyio.sleep(_FAILED_AFTER_S)
+                else:
+                    for pace, key in counts:
+                        pace.give_back(key)
+                if message["status"] == 200:
+                    MutableHeaders(scope=message).append("Set-Cookie", self._known_from_now_on(cookie))
+            await send(message)
+
+        await app(scope, receive, noted)
+
+    def _known_from_now_on(self, cookie: str) -> str:
+        browser = secrets.token_urlsafe(12)
+        value = f"{browser}.{self._signature(browser)}"
+        return f"{cookie}={value}; Max-Age={_BROWSER_AGE_S}; Path=/; HttpOnly; SameSite=Strict"
+
+    def _known_browser(self, value: str) -> str:
+        browser, _, signature = value.partition(".")
+        return browser if hmac.compare_digest(signature.encode(), self._signature(browser).encode()) else ""
+
+    def _signature(self, browser: str) -> str:
+        return hmac.new(self._key, browser.encode(), "sha256").hexdigest()
+
+    def _leave(self, request: HTTPConnection, method: str) -> Response:
+        if method not in ("GET", "POST"):
+            return PlainTextResponse("Method Not Allowed", 405)
+        if method == "GET" and not _from_here(request):
+            say = preferred(request.headers.get("accept-language"))
+            title, sentence = say("退出登录", "Sign out"), say("是否退出登录？", "Do you want to sign out?")
+            return HTMLResponse(_LEAVING.format(title=title, sentence=sentence), 403)
+        answer = RedirectResponse("../" if request.url.path.endswith("/") else "./", 302)
+        for cookie in self._sign_out(request):
+            answer.delete_cookie(cookie)
+        return answer
+
+
+class Pace:
+    """Lets so many through at once, and then one every so many seconds, for each key.
+
+    Remembers of a key until when it would take to make up for all that it has taken, and nothing once that is past.
+    """
+
+    def __init__(self, at_once: int, every_s: float) -> None:
+        self._ahead_s, self._every_s = (at_once - 1) * every_s, every_s
+        self._even_at_s: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._even_at_s)
+
+    def wait_s(self, key: str, now_s: float) -> float:
+        return max(0.0, self._even_at_s.get(key, now_s) - now_s - self._ahead_s)
+
+    def take(self, key: str, now_s: float) -> None:
+        self._even_at_s = {other: even_s for other, even_s in self._even_at_s.items() if even_s > now_s}
+        self._even_at_s[key] = self._even_at_s.get(key, now_s) + self._every_s
+
+    def give_back(self, key: str) -> None:
+        if key in self._even_at_s:
+            self._even_at_s[key] -= self._every_s
+
+
+def _network(request: HTTPConnection) -> str:
+    """The address that a request is from; of IPv6, the 64 bits that one customer gets."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((int(address), 64), strict=False))
+    return host
+
+
+def _from_here(request: HTTPConnection) -> bool:
+    """Whether the request follows a link of this page or a typed address, by Sec-Fetch-Site or Referer.
+
+    False if the request has neither header, as over plain HTTP from a page that withholds them, or from programs.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    try:
+        page = urlsplit(request.headers.get("referer", "")).netloc
+    except ValueError:
+        return False
+    return page != "" and page == request.headers.get("host")

@@ -1,0 +1,267 @@
+"""Looks at the HTTP requests that pass by: answers on their way, uploads, and pages that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+from anyio import to_thread
+from gradio.route_utils import API_PREFIX
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...units import readable_bytes
+from ..shared.language import preferred
+from ..speech.recordings import UNDER_WAY, DiskFull
+from .bodies import drop_body, read_at_most
+from .heartbeats import LOST, Presence
+from .permissions import from_another_site
+from .refusals import is_static, refused
+from .session_requests import CALL, DATA, HERE, session_of
+
+logger = logging.getLogger(__name__)
+
+_UPLOAD = f"{API_PREFIX}/upload"
+_ENVELOPE_BYTES = 10_000
+"""What a form may add to the files in it."""
+_STRANGER = (
+    "其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 Host 或 X-Forwarded-Host"
+    "（nginx：proxy_set_header Host $http_host;），或在启动时用 --root-path 给出页面的完整地址。",
+    "Pages of other sites may not use this one. If this is its own site: have the proxy send the header Host or "
+    "X-Forwarded-Host (nginx: proxy_set_header Host $http_host;), or start the app with --root-path and the whole "
+    "address of the page.",
+)
+_FULL = (
+    "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
+    "服务器无法保存录音（{reason}）：请清理 --tmp-dir 所在磁盘后重试。"
+)
+_WORDY = (
+    "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
+    "请求超过 {size}：录音请以文件上传，并缩短文本。"
+)
+#: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
+_ANSWERS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
+_WATCHED_AT_MOST = 1000
+"""How many sessions with a cut line are looked after at a time."""
+_LINE_CUT_S = 20.0
+"""How long the line may be cut on which a session hears what becomes of its requests, for as long as there are any.
+
+Enough for a page that is loaded anew on a slow network; and until then who has closed theirs stands in others' way.
+"""
+_QUIET_S = 1.0
+"""Time after a response in which its client may fetch the recordings in it; after that it is taken to be gone."""
+_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
+"""Policy of pages: no content of other sites, and no frame of another site around this page (clickjacking)."""
+
+
+class Traffic:
+    """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
+
+    ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
+    session and for how many seconds it has not listened to what becomes of its requests, and again if the answer is
+    that it still waits for some; both in threads of their own. ``know`` is asked whether a page that says that it is
+    there may go on. ``reserved`` is a block for an upload of so many bytes, in threads of its own. What is larger than
+    the largest upload, or other body, is refused.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        presence: Presence,
+        upload_begins: Callable[[], object] | None = None,
+        answers_end: Callable[[str, float], bool] | None = None,
+        largest_upload_bytes: float = math.inf,
+        largest_body_bytes: float = 1 << 20,
+        know: Callable[[str], bool] = lambda session: True,
+        reserved: Callable[[float], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._folder = Path(folder)
+        self._presence = presence
+        self._upload_begins = upload_begins
+        self._answers_end = answers_end
+        self._largest_upload_bytes = largest_upload_bytes
+        self._largest_body_bytes = largest_body_bytes
+        self._know = know
+        self._reserved = reserved
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._last_s = -math.inf
+        self._uploads = 0
+        self._lines: Counter[str] = Counter()
+        self._silent: dict[str, asyncio.Task[None]] = {}
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        async def passed_by(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                return await app(scope, receive, send)
+            path, request = scope["path"], HTTPConnection(scope)
+            # Links from other sites lead here; what their pages send does not.
+            sent = scope["method"] not in ("GET", "HEAD") or "origin" in request.headers
+            if sent and not is_static(scope) and from_another_site(request):
+                await refused(request, 403, *_STRANGER)(scope, receive, send)
+            elif path.startswith(HERE):
+                session = path[len(HERE) :]
+                known = self._know(session)
+                if known or session in self._presence:  # and nobody else, since that costs nothing to say
+                    self._presence.heard_of(session)
+                say = preferred(request.headers.get("accept-language"))
+                lost = _say(410, say(*LOST))
+                await (Response(status_code=204) if known else lost)(scope, receive, send)
+            elif path == _UPLOAD and scope["method"] == "POST":
+                limit_bytes = self._largest_upload_bytes
+                await read_at_most(
+                    limit_bytes + _ENVELOPE_BYTES, too_large(limit_bytes), self._upload(app), scope, receive, send
+                )
+            else:
+                refusal = _WORDY.format(size=readable_bytes(int(self._largest_body_bytes)))
+                await read_at_most(self._largest_body_bytes, refusal, self._answer(app), scope, receive, _as_page(send))
+
+        return passed_by
+
+    def _answer(self, app: ASGIApp) -> ASGIApp:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            path = scope["path"]
+            with ExitStack() as until_answered:
+                if session := session_of(scope):
+                    until_answered.enter_context(self._presence.line(session))
+                if path == DATA and session:
+                    until_answered.enter_context(self._line(session))
+                if path.startswith(_ANSWERS):
+                    until_answered.enter_context(self._counted())
+                await app(scope, receive, send)
+
+        return answer
+
+    def _upload(self, app: ASGIApp) -> ASGIApp:
+        async def upload(scope: Scope, receive: Receive, send: Send) -> None:
+            begun, answered, room = False, False, ExitStack()
+
+            async def begins() -> Message:
+                nonlocal begun
+                if not begun:  # not earlier: an upload that is refused, for example without a login, is not read
+                    begun = True
+                    await to_thread.run_sync(room.enter_context, self._reserved(self._announced_bytes(scope)))
+                    if self._upload_begins:
+                        asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
+                return await receive()
+
+            async def noted(message: Message) -> None:
+                nonlocal answered
+                answered = True
+                await send(message)
+
+            self._uploads += 1
+            try:
+                await app(scope, begins, noted)
+            except ClientDisconnect:
+                logger.debug("An upload was given up")
+            except DiskFull as full:
+                await drop_body(receive)
+                await _say(507, str(full))(scope, receive, send)
+            except OSError as error:
+                logger.error("An upload could not be kept: %s", error)
+                if answered:
+                    raise
+                await _say(507, _FULL.format(reason=error.strerror))(scope, receive, send)
+            finally:
+                self._uploads -= 1
+                await to_thread.run_sync(room.close)
+                if not self._uploads:  # then what lies there was left by those that were given up
+                    await to_thread.run_sync(self._sweep)
+
+        return upload
+
+    def _announced_bytes(self, scope: Scope) -> float:
+        length = HTTPConnection(scope).headers.get("content-length", "")
+        most_bytes = self._largest_upload_bytes if self._largest_upload_bytes < math.inf else 0
+        return int(length) if length.isdecimal() else most_bytes
+
+    def _sweep(self) -> None:
+        for left in self._folder.glob(f"{UNDER_WAY}*"):
+            if left.is_file() and not self._uploads:
+                left.unlink(missing_ok=True)
+
+    @contextmanager
+    def _line(self, session: str) -> Iterator[None]:
+        self._lines[session] += 1
+        try:
+            yield
+        finally:
+            self._lines[session] -= 1
+            if not self._lines[session] and len(self._silent) >= _WATCHED_AT_MOST:
+                del self._lines[session]
+            elif not self._lines[session]:  # its next line may be on the way
+                self._silent[session] = asyncio.get_running_loop().create_task(self._watch_silence(session))
+
+    async def _watch_silence(self, session: str) -> None:
+        """Until it hears again, or has asked for nothing within that time: a request may come before its line."""
+        waits = True
+        while waits:
+            await asyncio.sleep(_LINE_CUT_S)
+            if self._silent.get(session) is not asyncio.current_task() or self._lines[session]:
+                return  # it has listened meanwhile
+            waits = self._answers_end is not None and bool(
+                await to_thread.run_sync(self._answers_end, session, _LINE_CUT_S)
+            )
+        if self._silent.get(session) is asyncio.current_task() and not self._lines[session]:
+            del self._silent[session], self._lines[session]
+
+    def wait_until_quiet(self, within_s: float) -> bool:
+        """Wait until all answers have been fetched; False if ``within_s`` passes first."""
+        until_s = time.monotonic() + within_s
+        with self._changed:
+            while (now_s := time.monotonic()) < until_s:
+                quiet_in_s = math.inf if self._under_way else self._last_s + _QUIET_S - now_s
+                if quiet_in_s <= 0:
+                    return True
+                self._changed.wait(min(quiet_in_s, until_s - now_s))
+        return False
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._count(+1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, step: int) -> None:
+        with self._changed:
+            self._under_way += step
+            self._last_s = time.monotonic()
+            self._changed.notify_all()
+
+
+def too_large(limit_bytes: float) -> str:
+    """What is said of an upload beyond the limit."""
+    size = readable_bytes(int(limit_bytes))
+    return (
+        f"The recording is larger than {size}: cut it, save it as FLAC or MP3, or start the app with a larger "
+        f"--max-upload. / 录音超过 {size}：请裁剪、另存为 FLAC 或 MP3，或启动时调大 --max-upload。"
+    )
+
+
+def _as_page(send: Send) -> Send:
+    """Pages are sent with the `_POLICY`."""
+
+    async def with_policy(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if headers.get("content-type", "").startswith("text/html"):
+                headers["Content-Security-Policy"] = _POLICY
+        await send(message)
+
+    return with_policy
+
+
+def _say(code: int, sentence: str) -> PlainTextResponse:
+    return PlainTextResponse(sentence, code)

@@ -1,0 +1,37 @@
+"""Answers to requests that are refused before the page or the API sees them, and the files that are never refused."""
+
+from __future__ import annotations
+
+import html
+
+from gradio.route_utils import API_PREFIX
+from starlette.requests import HTTPConnection
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.types import Scope
+
+from ..shared.language import preferred
+
+_STATIC_FOLDERS = ("/assets/", "/static/", "/svelte/", "/docs/static/")
+_STATIC_FILES = {"/theme.css", f"{API_PREFIX}/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
+_PAGE = """<!doctype html>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{code}</title>
+<body style="font: 16px/1.6 system-ui, sans-serif; max-width: 40em; margin: 3em auto; padding: 0 1em">
+<p role="alert">⚠️ {sentence}</p>
+"""
+
+
+def is_static(scope: Scope) -> bool:
+    """Whether an HTTP request reads a file of the page (script, style, font), which is the same for everybody.
+
+    Browsers name the origin of scripts and fonts as they do for requests that change something.
+    """
+    path = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path in _STATIC_FILES or path.startswith(_STATIC_FOLDERS))
+
+
+def refused(request: HTTPConnection, code: int, zh: str, en: str) -> Response:
+    """Return the sentence as a page for those who look at it in a browser, as plain text for programs."""
+    sentence = preferred(request.headers.get("accept-language"))(zh, en)
+    if "text/html" in request.headers.get("accept", ""):
+        return HTMLResponse(_PAGE.format(code=code, sentence=html.escape(sentence)), code)
+    return PlainTextResponse(sentence, code)

@@ -1,0 +1,207 @@
+"""One code for Gradio 5.49 and 6: keywords are chosen by looking at the signature."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import gradio as gr
+from gradio import http_server, route_utils, routes
+from gradio.context import LocalContext
+from gradio.exceptions import InvalidPathError
+from gradio_client import utils as client_utils
+from jinja2 import FunctionLoader
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp
+
+from ...addresses import EVERY_ADDRESS, bracketed, link
+from .language import Say, both, preferred
+
+_REASON_CHARACTERS = 200
+
+
+def supported(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
+    """Those of the keywords that this version's function takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
+PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_name": False}
+"""For events of the page that are no endpoint for programs."""
+
+
+CALL: ContextVar[dict[str, bool] | None] = ContextVar("call", default=None)
+"""Facts about the HTTP request in progress, for its middleware; None for requests that come through the queue."""
+
+
+class Blocks(gr.Blocks):
+    """Says what was wrong with what an event was sent, where Gradio fails without a word.
+
+    Marks the `CALL` as ``garbled``. And refuses links: Gradio would fetch what they lead to, whole, into memory and
+    onto the disk.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return await self._read(block_fn, inputs, *arguments, **keywords)
+        except gr.Error:
+            if (call := CALL.get()) is not None:
+                call["garbled"] = True
+            raise
+
+    async def _read(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
+        try:
+            if not block_fn.fn:
+                raise ValueError("nothing on the server belongs to this event")
+            client_utils.traverse(inputs, _refuse_link, client_utils.is_file_obj_with_meta)
+            return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
+        except (InvalidPathError, FileNotFoundError):
+            raise gr.Error(
+                speaker()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
+                print_exception=False,
+            ) from None
+        except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise
+            # Gradio would log a traceback for its own errors, such as a value that is not in a list.
+            # Without the folders of this machine.
+            reason = re.sub(r"/\S*/", "", " ".join(str(getattr(error, "message", error)).split()))[:_REASON_CHARACTERS]
+            raise gr.Error(
+                speaker()(
+                    f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
+                    f"What was sent cannot be read: reload the page and upload the recording again; "
+                    f"programs find at /gradio_api/info what to send ({reason})",
+                ),
+                print_exception=False,
+            ) from None
+
+
+def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
+    if client_utils.is_http_url_like(file["path"]):
+        raise gr.Error(
+            speaker()("不接受链接：请上传录音文件", "Upload the recording instead of a link"), print_exception=False
+        )
+    return file
+
+
+def engine_event(managed: bool, model: str = "engine", at_once: int = 20) -> dict[str, Any]:
+    """For events that use a model. A manager has a queue of its own: only if it knows who waits, it keeps the model.
+
+    Some of Gradio's 40 threads are left for everything else.
+    """
+    return {"concurrency_id": model, "concurrency_limit": at_once if managed else 1}
+
+
+def keep_uploads_in(folder: str) -> None:
+    """Have uploads under way lie there, also with Gradio 5, which puts them into the system's folder."""
+    if "upload_dir" not in inspect.signature(route_utils.GradioMultiPartParser.__init__).parameters:
+        elsewhere = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
+        route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
+
+
+def take_no_empty_session(blocks: gr.Blocks) -> None:
+    """Gradio's queue fails at a session whose name is empty, and takes an event without one."""
+    queue: Any = blocks._queue
+    push = queue.push
+
+    async def push_named(body: Any, **keywords: Any) -> Any:
+        body.session_hash = body.session_hash or None
+        return await push(body=body, **keywords)
+
+    queue.push = push_named
+
+
+def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
+    """Gradio forgets the state of a session an hour after a line was cut, also if the session goes on."""
+    if state := blocks.state_holder.session_data.get(session):
+        state.is_closed = closed
+
+
+def user(app: Any, request: HTTPConnection) -> str | None:
+    """The name that somebody has signed in with on the page of this running app."""
+    for cookie in _cookies(app):
+        if (name := app.tokens.get(request.cookies.get(cookie))) is not None:
+            return str(name)
+    return None
+
+
+def sign_out(app: Any, request: HTTPConnection) -> list[str]:
+    """End the login that a request was sent with, and no other of the same name; the cookies that can be deleted."""
+    for cookie in _cookies(app):
+        app.tokens.pop(request.cookies.get(cookie), None)
+    return _cookies(app)
+
+
+def _cookies(app: Any) -> list[str]:
+    return [f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"]
+
+
+@contextmanager
+def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Server]) -> Iterator[None]:
+    """In this block Gradio starts its servers as follows.
+
+    They are of the class ``server``. ``around`` wraps all that serves, and sees the peers of the connections
+    themselves. ``server_name`` may be an IPv6 address, and ``::`` means IPv4 too. Pages of other sites get no
+    permission to read, and no client the traceback of an error.
+    """
+    servers: Any = http_server
+    start_server, before, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
+
+    class Server(server):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+            if config.host == "::":
+                config.host = ""  # a socket for each kind of address, since one for :: has IPv6 only
+            super().__init__(config, *arguments, **keywords)
+            config.load()
+            config.loaded_app = around(config.loaded_app)
+
+    def start(app: Any, server_name: str, server_port: int, **keywords: Any) -> tuple[str, int, str, Any]:
+        _answer_no_other_sites(app)
+        app.debug = False
+        host = bracketed(server_name)
+        _, port, url, started = start_server(app=app, server_name=host, server_port=server_port, **keywords)
+        if server_name in EVERY_ADDRESS:
+            url = f"{link(server_name, port, url.partition(':')[0])}/"
+        return server_name, port, url, started
+
+    # Gradio asks by IPv4 whether the port is free, at an address that may be set for other apps.
+    servers.start_server, servers.Server, servers.LOCALHOST_NAME = start, Server, "127.0.0.1"
+    try:
+        yield
+    finally:
+        servers.start_server, servers.Server, servers.LOCALHOST_NAME = start_server, before, name
+
+
+def _answer_no_other_sites(app: Any) -> None:
+    """Gradio has pages of other sites read its answers and send it any header, unless it is asked as localhost."""
+    app.user_middleware = [each for each in app.user_middleware if each.cls is not route_utils.CustomCORSMiddleware]
+
+
+@functools.cache
+def leave_out_the_internet() -> None:
+    """Gradio 5 has its pages load a script, and prepare to load fonts, from elsewhere."""
+    environment: Any = routes.templates.env
+    pages = environment.loader
+
+    def without_links(name: str) -> str | None:
+        source = pages.get_source(environment, name)[0]
+        return re.sub(r"<link\s+rel=\"preconnect\"[^>]*>|<script\s+src=\"https:[^>]*></script>", "", source)
+
+    environment.loader = FunctionLoader(without_links)
+
+
+def session() -> str | None:
+    """The browser session whose event is being handled; None if it is no event."""
+    return getattr(LocalContext.request.get(None), "session_hash", None)
+
+
+def speaker() -> Say:
+    """Speaks the language of who has caused the event that is being handled; both languages if it is a program."""
+    headers = getattr(LocalContext.request.get(None), "headers", None)
+    return both if headers is None else preferred(headers.get("accept-language"))

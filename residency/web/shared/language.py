@@ -1,0 +1,62 @@
+"""Chinese and English: pages speak the browser's language; programs and logs get both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ...errors import ResidencyError
+from ...observability.error_classification import message_of
+from ...sentences import Sentence
+
+Say = Callable[[str, str], str]
+"""Chooses from a sentence in Chinese and the same in English."""
+
+
+def zh(chinese: str, english: str) -> str:
+    return chinese
+
+
+def en(chinese: str, english: str) -> str:
+    return english
+
+
+def both(chinese: str, english: str) -> str:
+    return f"{chinese} / {english}"
+
+
+def mark(sign: str, say: Say) -> str:
+    """A colon or comma between what is said and what is shown, as the language writes it."""
+    return {":": "：", ",": "，"}[sign] if _is_chinese(say) else f"{sign} "
+
+
+def bracketed(text: str, say: Say) -> str:
+    """What is added behind something, with the space that its language leaves."""
+    return f"（{text}）" if _is_chinese(say) else f" ({text})"
+
+
+def _is_chinese(say: Say) -> bool:
+    """Also of one that escapes what it says, for example."""
+    return say("zh", "en") == "zh"
+
+
+def preferred(accept_language: str | None) -> Say:
+    """By the header ``Accept-Language``: English for those who read neither, both where nothing is said."""
+    if not accept_language:
+        return both
+    ranked = []
+    for place, part in enumerate(accept_language.lower().split(",")):
+        tag, *weights = re.split(r"\s*;\s*q\s*=\s*", part.strip())
+        try:
+            quality = float(weights[0]) if weights else 1.0
+        except ValueError:
+            continue
+        if quality > 0:
+            ranked.append((-quality, place, tag.partition("-")[0]))
+    return next(({"zh": zh, "en": en}[tag] for _, _, tag in sorted(ranked) if tag in ("zh", "en")), en)
+
+
+def translated(said: str | ResidencyError, say: Say) -> str:
+    """Returns the message of an error, or a `Sentence`, in the language that is wanted; other strings unchanged."""
+    sentence = message_of(said) if isinstance(said, ResidencyError) else Sentence.of(said)
+    return str(sentence) if say is both else say(sentence.zh, sentence.en)

@@ -1,0 +1,213 @@
+"""Makes a recording that was given into one that engines read and browsers play, once.
+
+Most are so already. What phones record (AAC in m4a or mp4, Opus in webm, AMR in 3gp) becomes a WAV file, decoded by
+`residency.web.speech.decode` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from ...errors import InvalidInput, about
+from . import decode
+from .recordings import CONVERTING, DiskFull, Recordings
+from .unreadable import in_words
+
+logger = logging.getLogger(__name__)
+
+_MOST_SAMPLES_PER_S = 2 * 48_000
+"""Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
+
+_PLAYED = {"WAV", "WAVEX", "FLAC", "MP3", "MPEG", "OGG"}
+"""Formats, as libsndfile names them, that browsers play."""
+
+_MEMORY_BYTES = 1 << 30
+"""Of address space that a decoder gets, its libraries included."""
+
+_AT_A_TIME = 4
+"""How many recordings are converted at a time, so that a slow one does not stop the others, and engines have cores."""
+
+_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""Signals by which no limit of the decoder itself ends it; the system sends SIGKILL when main memory is full."""
+
+_LONGEST_S = 3600.0
+"""How long a decoder may take, however long recordings may be."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of what is given: seconds of a recording, characters of a text."""
+
+    audio_s: float = 600.0
+    text: int = 5000
+
+    @property
+    def samples(self) -> float:
+        """Of a recording, over all channels."""
+        return self.audio_s * _MOST_SAMPLES_PER_S
+
+
+class Incoming:
+    """Converted recordings lie in the folder of ``recordings``, each in a folder of its own. Thread-safe.
+
+    The file's content decides whether it is converted, never its name.
+    """
+
+    def __init__(self, recordings: Recordings, limits: Limits) -> None:
+        self._recordings = recordings
+        self._folder = Path(recordings.folder)
+        self._limits = limits
+        self._free = threading.BoundedSemaphore(_AT_A_TIME)
+        self._lock = threading.Lock()
+        self._converting = weakref.WeakValueDictionary[Path, threading.Lock]()
+
+    @about("recording")
+    def readable(self, path: str | None) -> str:
+        """A recording for engines and browsers: ``path`` itself, or a WAV file (16 bit, mono, sample rate as it was).
+
+        The second call for the same file answers the same WAV file. Takes up to seconds; not for the event loop.
+
+        Raises:
+            InvalidInput: there is no recording, it cannot be read, or it is longer than the limits allow; then it is
+                not decoded further than that.
+            DiskFull: no disk space may be used for converting it.
+        """
+        if not path:
+            raise InvalidInput(
+                "Input Audio is missing: upload or record a voice; the page has sample voices below it",
+                "缺少输入音频：请上传或录制；页面上其下方有示例声音可用",
+            )
+        if not os.path.isfile(path):
+            raise InvalidInput("The recording is gone: upload it again", "录音已不存在：请重新上传")
+        header = _header(path)
+        if header is not None:
+            self._check(header)
+        return self._converted(path) if _needs_converting(header) else path
+
+    def _check(self, header: Any) -> None:
+        if header.samplerate and header.frames / header.samplerate > self._limits.audio_s:
+            raise self._too_long()
+        if header.frames * header.channels > self._limits.samples:
+            raise self._too_many_samples()
+
+    def _converted(self, path: str) -> str:
+        if not _has_decoder():
+            raise InvalidInput(
+                "The server cannot read recordings of this format without the package av: install it with pip install "
+                "'gpu-managed-tts[app]', or upload WAV, FLAC, MP3 or OGG",
+                "服务器缺少软件包 av，无法读取该格式的录音：请执行 pip install 'gpu-managed-tts[app]'，"
+                "或上传 WAV、FLAC、MP3、OGG",
+            )
+        given = os.stat(path)
+        key = f"{os.path.realpath(path)}\0{given.st_size}\0{given.st_mtime_ns}"
+        target = self._folder / hashlib.sha256(key.encode()).hexdigest() / "recording.wav"
+        with self._lock:
+            of_this = self._converting.setdefault(target, threading.Lock())
+        with of_this:
+            if not target.exists():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with (
+                    self._free,
+                    self._recordings.reserved(2 * self._limits.samples, 1) as most_bytes,
+                    tempfile.TemporaryDirectory(prefix=CONVERTING, dir=self._folder) as workshop,
+                ):
+                    made = os.path.join(workshop, target.name)
+                    self._decode(path, made, most_bytes / 2)
+                    target.parent.mkdir(exist_ok=True)
+                    os.replace(made, target)
+        return str(target)
+
+    def _decode(self, source: str, target: str, most_samples: float) -> None:
+        most_s = self._limits.audio_s
+        command = [sys.executable, "-m", decode.__name__, os.path.abspath(source), target]
+        command += [f"--seconds={most_s}", f"--samples={most_samples}", f"--memory={_MEMORY_BYTES}"]
+        command += [f"--cpu={min(20 + most_s / 10, _LONGEST_S):.0f}"]
+        try:
+            ended = subprocess.run(
+                command,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=min(60 + most_s, _LONGEST_S),
+            )
+        except subprocess.TimeoutExpired:
+            raise _unreadable("it takes too long to decode") from None
+        if ended.returncode == decode.TOO_LONG:
+            raise self._too_long()
+        if ended.returncode == decode.TOO_MANY_SAMPLES:
+            raise self._too_many_samples() if most_samples >= self._limits.samples else DiskFull
+        reason = next(reversed(ended.stderr.splitlines()), "")
+        if ended.returncode == decode.UNREADABLE:
+            raise _unreadable(reason)
+        if -ended.returncode in _FROM_OUTSIDE:
+            raise InvalidInput(
+                "The conversion of the recording was stopped on the server: try again; if that happens again, the "
+                "server lacks memory",
+                "服务器上的录音转换被中止：请重试；如再次出现，说明服务器内存不足",
+            )
+        if ended.returncode < 0:
+            raise _unreadable("the decoder gave up on it")
+        if ended.returncode:
+            logger.error("The decoder failed:\n%s", ended.stderr)
+            raise InvalidInput(
+                f"The server could not convert the recording ({reason}; more is in its log): upload WAV, FLAC, MP3 or "
+                f"OGG",
+                f"服务器无法转换该录音（{reason}；详见服务器日志）：请上传 WAV、FLAC、MP3 或 OGG",
+            )
+
+    def _too_long(self) -> InvalidInput:
+        limit = f"{self._limits.audio_s:g}"
+        return InvalidInput(
+            f"The recording is longer than {limit} s: cut it, or start the app with a larger --max-audio",
+            f"录音超过 {limit} 秒：请裁剪，或启动时调大 --max-audio",
+        )
+
+    def _too_many_samples(self) -> InvalidInput:
+        limit = f"{self._limits.audio_s:g}"
+        return InvalidInput(
+            f"The recording holds more samples than {limit} s in stereo at 48 kHz: convert it to mono at 48 kHz, cut "
+            f"it, or start the app with a larger --max-audio",
+            f"录音的采样数超过 {limit} 秒 48 kHz 立体声：请转换为 48 kHz 单声道、裁剪，或启动时调大 --max-audio",
+        )
+
+
+def _unreadable(reason: str) -> InvalidInput:
+    said = in_words(reason)
+    return InvalidInput(
+        f"The recording cannot be read ({said.en}): record it again, or convert it to WAV, FLAC, MP3, OGG or M4A",
+        f"无法读取该录音（{said.zh}）：请重新录制，或转换为 WAV、FLAC、MP3、OGG 或 M4A",
+    )
+
+
+def _header(path: str) -> Any:
+    """What libsndfile says about a file; None if it cannot read it."""
+    try:
+        return soundfile.info(path)
+    except soundfile.LibsndfileError:
+        return None
+
+
+def _needs_converting(header: Any) -> bool:
+    # Without the decoder, what engines read at least is left as it is.
+    return header is None or (header.format not in _PLAYED and _has_decoder())
+
+
+def _has_decoder() -> bool:
+    return importlib.util.find_spec("av") is not None

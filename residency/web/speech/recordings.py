@@ -1,0 +1,216 @@
+"""Tracks which session owns a recording, deletes what no session owns, and bounds the disk space of all of them.
+
+The files of a session are deleted when it has ended; files that belong to no session, after `UNOWNED_FOR_S`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from ...errors import ResidencyError
+
+logger = logging.getLogger(__name__)
+
+UNOWNED_FOR_S = 3600.0
+"""How long files that belong to no session are kept: of programs that name none, and uploads that were not used."""
+
+IN_USE_FOR_S = 60.0
+"""New files, and those of sessions that were silent for less than this, stay also if the disk space is used up: their
+request may be on its way."""
+
+CONVERTING = "converting-"
+"""Prefix of the folders in which recordings are being converted."""
+
+UNDER_WAY = "tmp"
+"""Prefix of the files, directly in the folder, to which running uploads are written."""
+
+_MOST_FILES = 20_000
+
+_REMEMBERED = 1000
+"""How many sessions that have ended, or gone on as others, are known to have: their last requests may still run."""
+
+
+class DiskFull(ResidencyError):
+    """Recordings and results take all the disk space that they may take."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The server holds as many recordings as it may: try again later, delete results that are not needed (Clear "
+            "History), or start the app with a larger --max-disk.",
+            "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（清空历史），或启动时调大 --max-disk。",
+        )
+
+
+class Recordings:
+    """Files by session. A file that several sessions have (the same upload lies on the disk once) goes with the last.
+
+    Thread-safe. A session of None, or one that has not begun (of a program that names none), owns nothing. Files lie in
+    ``folder``, or in a folder of their own below it; directly in it, names that begin with a dot are none of ours.
+    Together they may take ``most_bytes``, see `reserved`. ``silent`` answers the sessions that nobody has been
+    connected to for so many seconds, the longest silent first.
+    """
+
+    def __init__(self, folder: str | Path, most_bytes: float = math.inf) -> None:
+        self.folder = os.path.realpath(folder)
+        self._most_bytes = most_bytes
+        self._reserved_bytes = 0.0
+        self.silent: Callable[[float], Sequence[str]] = lambda for_s: ()
+        self._lock = Lock()
+        self._files: defaultdict[str, set[str]] = defaultdict(set)
+        self._present: set[str] = set()
+        self._heirs: dict[str, str] = {}
+        self._ended: deque[str] = deque(maxlen=_REMEMBERED)
+
+    def own(self, session: str | None, *paths: str | None) -> None:
+        """These files (None: no file) belong to the session too; if that has ended meanwhile, they go at once."""
+        if session is None:
+            return
+        files = _real(filter(None, paths))
+        with self._lock:
+            session = self._heirs.get(session, session)
+            if session in self._ended:
+                self._delete_locked(files)
+            elif files:
+                self._files[session] |= files
+
+    def owns(self, session: str | None, path: str) -> bool:
+        """Whether this file belongs to the session."""
+        if session is None:
+            return False
+        try:
+            path = os.path.realpath(path)
+        except ValueError:  # no name that a file can have
+            return False
+        with self._lock:
+            return path in self._files.get(self._heirs.get(session, session), ())
+
+    def remove(self, session: str | None, *paths: str) -> None:
+        """The session needs these files no more."""
+        files = _real(paths)
+        with self._lock:
+            if (own := self._files.get(self._heirs.get(session, session) if session else "")) is not None:
+                own -= files
+            self._delete_locked(files)
+
+    def inherit(self, before: str, session: str) -> None:
+        """A session goes on as another, which has what the first had, and what is still made for it."""
+        with self._lock:
+            self._heirs = {who: session if heir == before else heir for who, heir in self._heirs.items()}
+            self._heirs[before] = session
+            if len(self._heirs) > _REMEMBERED:
+                del self._heirs[next(iter(self._heirs))]
+            if files := self._files.pop(before, None):
+                self._files[session] |= files
+
+    def begin(self, session: str) -> None:
+        """The session is there, perhaps again."""
+        with self._lock:
+            self._present.add(session)
+            if session in self._ended:
+                self._ended.remove(session)
+
+    def end(self, session: str) -> None:
+        """The session needs nothing more."""
+        with self._lock:
+            self._present.discard(session)
+            self._heirs = {who: heir for who, heir in self._heirs.items() if heir != session}
+            self._ended.append(session)
+            self._delete_locked(self._files.pop(session, set()))
+
+    def sweep(self, now_s: float | None = None) -> None:
+        """Delete what has been nobody's for `UNOWNED_FOR_S`; ``now_s`` as of `time.time`."""
+        before_s = (time.time() if now_s is None else now_s) - UNOWNED_FOR_S
+        with self._lock:
+            old = {path for path in self._all() if (state := _state(path)) and state.st_mtime < before_s}
+            for absent in self._files.keys() - self._present:
+                self._files[absent] -= old
+                if not self._files[absent]:
+                    del self._files[absent]
+            self._delete_locked(old)
+
+    @contextmanager
+    def reserved(self, most_bytes: float, least_bytes: float | None = None) -> Iterator[float]:
+        """A block in which a file is written. Yields how many bytes it may have: ``most_bytes``, or what is left.
+
+        `DiskFull` if that is less than ``least_bytes`` (by default ``most_bytes``). Before, files are deleted that
+        are needed least: those that belong to no session, the oldest first; then those of sessions that nobody is
+        connected to, the one that has been silent longest first. An upload does not say which session it is for, so
+        there is no share for each session.
+        """
+        least_bytes = most_bytes if least_bytes is None else least_bytes
+        with self._lock:
+            granted = min(most_bytes, self._make_room_locked(most_bytes, least_bytes))
+            if granted < least_bytes:
+                raise DiskFull
+            self._reserved_bytes += granted
+        try:
+            yield granted
+        finally:
+            with self._lock:
+                self._reserved_bytes -= granted
+
+    def _make_room_locked(self, wanted_bytes: float, least_bytes: float) -> float:
+        """Delete what is needed least, of sessions for ``least_bytes`` only. Returns what is free, -1 if nothing is."""
+        if self._most_bytes == math.inf:
+            return math.inf
+        found = {path: state for path in self._all() if (state := _state(path)) and not self._is_under_way(path)}
+        free_bytes = self._most_bytes - self._reserved_bytes - sum(state.st_size for state in found.values())
+        before_s = time.time() - IN_USE_FOR_S
+        idle = [path for path, state in found.items() if state.st_mtime <= before_s]
+        idle.sort(key=lambda path: found[path].st_mtime)
+        owned = set[str]().union(*self._files.values())
+
+        def lacks(bytes_: float) -> bool:
+            return free_bytes < bytes_ or free_bytes <= 0 or len(found) >= _MOST_FILES
+
+        def delete(paths: set[str]) -> float:
+            self._delete_locked(paths)
+            return sum(found.pop(path).st_size for path in paths)
+
+        for path in idle:
+            if path not in owned and lacks(least_bytes if wanted_bytes == math.inf else wanted_bytes):
+                free_bytes += delete({path})
+        for session in self.silent(IN_USE_FOR_S):
+            if lacks(least_bytes):
+                mine = self._files.pop(session, set())
+                free_bytes += delete(mine.intersection(found, idle).difference(*self._files.values()))
+        return free_bytes if free_bytes > 0 and len(found) < _MOST_FILES else -1.0
+
+    def _is_under_way(self, path: str) -> bool:
+        """Whether it is being written; then its bytes are reserved."""
+        return path[len(self.folder) + 1 :].startswith((UNDER_WAY, CONVERTING))
+
+    def _all(self) -> Iterator[str]:
+        for folder, _, names in os.walk(self.folder):
+            ours = folder != self.folder
+            yield from (os.path.join(folder, name) for name in names if ours or not name.startswith("."))
+
+    def _delete_locked(self, paths: set[str]) -> None:
+        for path in paths.difference(*self._files.values()):
+            try:
+                os.unlink(path)
+                if (folder := os.path.dirname(path)) != self.folder:
+                    os.rmdir(folder)
+            except OSError:
+                logger.debug("%s or its folder stays, or was gone already", path)
+
+
+def _real(paths: Iterable[str]) -> set[str]:
+    """One file by one name, whichever way it was reached."""
+    return {os.path.realpath(path) for path in paths}
+
+
+def _state(path: str) -> os.stat_result | None:
+    """Its size and age; None if it has just been deleted."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,244 @@
+"""One request for speech: check what was given, ask the engine, write the answer as a WAV file.
+
+Used by the page and by the endpoints for programs alike. Knows no Gradio.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from ...cancellation import checkpoint
+from ...contracts import Engine
+from ...errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
+from ...observability.error_classification import message_of
+from ...sentences import Sentence
+from ..shared.language import en, zh
+from .conversion import Incoming, Limits
+from .queue import Turns
+from .recordings import Recordings
+from .task_names import choices
+
+logger = logging.getLogger(__name__)
+
+
+class ShuttingDown(ResidencyError):
+    """The app is about to end, and takes no new requests."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The app is shutting down and takes no new requests; try again once it is back.",
+            "应用正在关闭，不再接受新请求；请在其恢复后重试。",
+        )
+
+
+class Speech:
+    """Wraps an engine; answers are paths of 16-bit WAV files. Thread-safe as far as the engine is."""
+
+    def __init__(
+        self,
+        engine: Engine | None,
+        edit_types: Mapping[str, Sequence[str]],
+        recordings: Recordings,
+        recognize: Callable[[str], str] | None = None,
+        limits: Limits | None = None,
+        turns: Turns | None = None,
+    ) -> None:
+        """``recognize`` answers what is said in a recording; None if nobody can. ``turns`` are taken for the engine."""
+        self._engine = engine
+        self._recognize = recognize
+        self.edit_types = edit_types
+        self.folder = Path(recordings.folder)
+        self._recordings = recordings
+        self.limits = limits or Limits()
+        self._turns = turns
+        self.incoming = Incoming(recordings, self.limits)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._running = 0
+
+    @property
+    def transcribes(self) -> bool:
+        return self._recognize is not None
+
+    @property
+    def running(self) -> int:
+        """How many requests are with the engine, or wait for it."""
+        return self._running
+
+    def close(self) -> None:
+        """Refuse new requests (`ShuttingDown`); those that run may finish."""
+        self._closed = True
+        if self._turns:
+            self._turns.close()
+
+    def wait_until_idle(self, within_s: float) -> bool:
+        """Wait for the running requests; False if ``within_s`` passes first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._running, min(within_s, threading.TIMEOUT_MAX))
+
+    def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
+        """Say ``target_text`` in the voice of the recording. `InvalidInput`, or what the engine raises."""
+        audio = self.incoming.readable(prompt_audio)
+        with about("prompt_text"):
+            prompt = _given_text(
+                prompt_text,
+                self.limits,
+                "Prompt Text is empty: write what is said in the recording",
+                "提示文本为空：请填写录音中的内容",
+            )
+        with about("target_text"):
+            target = _given_text(
+                target_text,
+                self.limits,
+                "Target Text is empty: write what should be said",
+                "目标文本为空：请填写要合成的内容",
+            )
+        with self._engine_at_work() as engine:
+            if check := getattr(engine, "check_text", None):
+                with about("target_text"):
+                    check(target)
+            return self._write("clone", engine.clone(audio, prompt, target))
+
+    def edit(
+        self,
+        input_audio: str | None,
+        audio_text: str | None,
+        edit_type: str | None,
+        edit_info: str | None,
+        text: str | None,
+    ) -> tuple[str, str]:
+        """Change a recording; return the file and the text it now says. `InvalidInput`, or what the engine raises."""
+        audio = self.incoming.readable(input_audio)
+        task, info = self._task(edit_type, edit_info)
+        with about("prompt_text"):
+            said = _short_enough((audio_text or "").strip(), self.limits)
+        # Only paralinguistic changes what is said: its target text is the old one with tags such as [Laughter].
+        wanted = said
+        if task == "paralinguistic":
+            with about("target_text"):
+                wanted = _given_text(
+                    text,
+                    self.limits,
+                    "Target Text is empty: write the text with tags such as [Laughter]",
+                    "目标文本为空：请填写带有 [Laughter] 等标签的文本",
+                )
+        with self._engine_at_work() as engine:
+            return self._write(task, engine.edit(audio, said, task, info, wanted)), wanted
+
+    def transcribe(self, recording: str | None) -> str:
+        """What is said in a recording. `InvalidInput`, or what the recognizer raises."""
+        audio = self.incoming.readable(recording)
+        if self._recognize is None:
+            raise InvalidInput(
+                "Recordings are not transcribed: start the app with --enable-auto-transcribe",
+                "未启用自动转写：启动时请加上 --enable-auto-transcribe",
+            )
+        with self._at_work():
+            return self._recognize(audio).strip()
+
+    def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
+        if not edit_type or edit_type == "clone":
+            tasks = _names([name for name in self.edit_types if name != "clone"])
+            raise InvalidInput(
+                f"EDIT needs a task, and clone is not an edit: choose one of {tasks.en}",
+                f"EDIT 需要编辑任务（“克隆音色”不是编辑）：请选择 {tasks.zh}",
+                "task",
+            )
+        # Tasks that are not listed are the engine's to accept or refuse.
+        offered = self.edit_types.get(edit_type, [])
+        if offered and edit_info not in offered:
+            task, sub_tasks = _names([edit_type]), _names(offered, edit_type)
+            raise InvalidInput(
+                f"The task {task.en} {f'has no sub-task {edit_info!r}' if edit_info else 'needs a sub-task'}: choose "
+                f"one of {sub_tasks.en}",
+                f"任务 {task.zh} {f'没有子任务 {edit_info!r}' if edit_info else '需要子任务'}：请选择 {sub_tasks.zh}",
+                "sub_task",
+            )
+        return edit_type, edit_info if offered else None
+
+    @contextmanager
+    def _engine_at_work(self) -> Iterator[Engine]:
+        if self._engine is None:
+            raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
+        with self._at_work(), self._recordings.reserved(0), self._turns.take() if self._turns else nullcontext():
+            yield self._engine
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._changed:
+            if self._closed:
+                raise ShuttingDown
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def _write(self, kind: str, answer: tuple[Any, int]) -> str:
+        checkpoint()  # of an engine that makes none itself
+        audio, sample_rate = answer
+        samples = np.asarray(audio, dtype=np.float32).reshape(-1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=f"{kind}-", suffix=".wav", dir=self.folder)
+        os.close(handle)
+        try:
+            soundfile.write(path, samples, sample_rate, subtype="PCM_16")
+        except BaseException:
+            os.unlink(path)
+            raise
+        return path
+
+
+def explain(error: Exception) -> Sentence:
+    """An error as a sentence for people. What is not their mistake goes into the log with its traceback."""
+    if isinstance(error, ManagerClosed):
+        error = ShuttingDown()  # what it means to who waits for an answer
+    if isinstance(error, RequestCancelled):  # as happens to those who are away
+        return Sentence(
+            "The request was cancelled in the queue, because the connection was away: ask again",
+            "连接中断，排队中的请求已被取消：请重新提交",
+        )
+    if isinstance(error, ResidencyError):
+        return message_of(error)
+    # StepAudioTTS raises its own HTTPException, which says in `detail` what str() does not.
+    reason = getattr(error, "detail", None) or str(error) or type(error).__name__
+    if 400 <= getattr(error, "status_code", 500) < 500:
+        return Sentence(f"The engine cannot do this: {reason}", f"引擎无法处理该请求：{reason}")
+    logger.error("request failed", exc_info=error)
+    return Sentence(
+        f"The engine failed: {reason}. Nothing was lost; try again.", f"引擎出错：{reason}。历史未丢失，请重试。"
+    )
+
+
+def _names(values: Sequence[str], task: str | None = None) -> Sentence:
+    """Tasks, or sub-tasks of a task, by their names on the page, which end with the values that programs send."""
+    in_english, in_chinese = ([name for name, _ in choices(values, task, say)] for say in (en, zh))
+    return Sentence(", ".join(in_english), "、".join(in_chinese))
+
+
+def _given_text(text: str | None, limits: Limits, en: str, zh: str) -> str:
+    if not text or not text.strip():
+        raise InvalidInput(en, zh)
+    return _short_enough(text.strip(), limits)
+
+
+def _short_enough(text: str, limits: Limits) -> str:
+    if len(text) > limits.text:
+        raise InvalidInput(
+            f"The text has {len(text)} characters, more than {limits.text}: shorten it, or start the app with a larger "
+            f"--max-text",
+            f"文本有 {len(text)} 个字符，超过 {limits.text}：请缩短，或启动时调大 --max-text",
+        )
+    return text

@@ -1,0 +1,102 @@
+"""Tasks and sub-tasks as people read them: a name, and a line of what each does. Pure.
+
+Engines are given the values, such as ``vad``. What is not listed here has its value as its name, and no line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..shared.language import Say, bracketed, en, zh
+
+#: Name and line of each task, both in Chinese and English.
+_TASKS = {
+    "clone": (
+        ("克隆音色", "clone"),
+        ("用录音的音色朗读目标文本。", "Says the target text in the voice of the recording."),
+    ),
+    "emotion": (("情绪", "emotion"), ("内容不变，换一种情绪。", "Says the same with another emotion.")),
+    "style": (("风格", "style"), ("内容不变，换一种说话风格。", "Says the same in another manner of speaking.")),
+    "vad": (("去除停顿", "cut pauses"), ("去除录音中的长停顿。", "Cuts long pauses out of the recording.")),
+    "denoise": (("降噪", "reduce noise"), ("去除录音中的背景噪声。", "Takes background noise out of the recording.")),
+    "paralinguistic": (
+        ("笑声、叹息等", "laughter, sighs"),
+        (
+            "在目标文本的标签处加入声音，例如 [Laughter]。",
+            "Adds sounds where the target text has tags such as [Laughter].",
+        ),
+    ),
+    "speed": (("语速", "speed"), ("说得快一些或慢一些。", "Speaks faster or slower.")),
+}
+#: Names of sub-tasks by task, in Chinese and, where that is not the value, in English.
+_SUB_TASKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "emotion": {
+        "happy": ("高兴",), "angry": ("生气",), "sad": ("悲伤",), "humour": ("幽默",), "confusion": ("困惑",),
+        "disgusted": ("厌恶",), "empathy": ("共情",), "embarrass": ("尴尬", "embarrassed"), "fear": ("恐惧",),
+        "surprised": ("惊讶",), "excited": ("兴奋",), "depressed": ("沮丧",), "coldness": ("冷漠",),
+        "admiration": ("钦佩",), "remove": ("去除情绪", "no emotion"),
+    },
+    "style": {
+        "serious": ("严肃",), "arrogant": ("傲慢",), "child": ("儿童",), "older": ("老人", "elderly person"),
+        "girl": ("少女",), "pure": ("清纯",), "sister": ("御姐", "elder sister"), "sweet": ("甜美",),
+        "ethereal": ("空灵",), "whisper": ("耳语",), "gentle": ("温柔",), "recite": ("朗诵", "recitation"),
+        "generous": ("大方",), "act_coy": ("撒娇", "coy"), "warm": ("温暖",), "shy": ("害羞",),
+        "comfort": ("安慰", "comforting"), "authority": ("权威", "authoritative"), "chat": ("闲聊",),
+        "radio": ("电台",), "soulful": ("深情",), "story": ("讲故事", "storytelling"), "vivid": ("生动",),
+        "program": ("节目主持", "show host"), "news": ("新闻播报",), "advertising": ("广告",), "roar": ("咆哮",),
+        "murmur": ("低语",), "shout": ("喊叫",), "deeply": ("低沉", "deep voice"), "loudly": ("洪亮", "loud voice"),
+        "remove": ("去除风格", "no style"), "exaggerated": ("夸张",),
+    },
+    "speed": {
+        "faster": ("快一些",), "slower": ("慢一些",), "more faster": ("快很多", "much faster"),
+        "more slower": ("慢很多", "much slower"),
+    },
+}  # fmt: skip
+#: Lines of sub-tasks by task; ``{}`` is their name. They take the place of the task's line.
+_SUB_TASK_LINES = {
+    "emotion": ("内容不变，情绪变为：{}。", "Says the same with this emotion: {}."),
+    "style": ("内容不变，风格变为：{}。", "Says the same in this manner: {}."),
+    "speed": ("内容不变，语速变为：{}。", "Says the same at another speed: {}."),
+}
+_REMOVALS = {
+    "emotion": ("内容不变，不带情绪。", "Says the same without any emotion."),
+    "style": ("内容不变，不带特定风格。", "Says the same in a plain manner."),
+}
+
+
+def task_name(task: str, say: Say) -> str:
+    """The name of a task, with its value where that is another word: ``cut pauses (vad)``."""
+    names = _TASKS[task][0] if task in _TASKS else (task, task)
+    return say(*_with_value(names, task))
+
+
+def sub_task_name(task: str, sub_task: str, say: Say) -> str:
+    """The name of a sub-task, with its value where that is another word."""
+    return say(*_with_value(_sub_task_names(task, sub_task), sub_task))
+
+
+def line(task: str | None, sub_task: str | None, say: Say) -> str:
+    """What a task does, with a sub-task if there is one; empty if nothing is known of it."""
+    if task not in _TASKS:
+        return ""
+    if sub_task == "remove" and task in _REMOVALS:
+        return say(*_REMOVALS[task])
+    if sub_task and task in _SUB_TASK_LINES:
+        names = _sub_task_names(task, sub_task)
+        return say(*(text.format(name) for text, name in zip(_SUB_TASK_LINES[task], names, strict=True)))
+    return say(*_TASKS[task][1])
+
+
+def choices(values: Sequence[str], task: str | None, say: Say) -> list[tuple[str, str]]:
+    """(name, value) of the tasks, or with ``task`` of its sub-tasks, for a dropdown."""
+    return [(task_name(value, say) if task is None else sub_task_name(task, value, say), value) for value in values]
+
+
+def _sub_task_names(task: str, sub_task: str) -> tuple[str, str]:
+    chinese, *english = _SUB_TASKS.get(task, {}).get(sub_task, (sub_task,))
+    return chinese, english[0] if english else sub_task
+
+
+def _with_value(names: tuple[str, str], value: str) -> Iterator[str]:
+    for name, say in zip(names, (zh, en), strict=True):
+        yield name if name == value else name + bracketed(value, say)

@@ -1,0 +1,1 @@
+"""Parts of the page: their components, their handlers, and the sentences on them."""

@@ -1,0 +1,92 @@
+"""The buttons CLONE, EDIT, Stop and Clear History: the page while a request waits and runs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import gradio as gr
+from anyio import CapacityLimiter, to_thread
+
+from ...cancellation import Cancellation
+from ..shared.gradio_compat import speaker
+from .chat_history import State, as_messages
+from .messages import Message, Places
+from .page_requests import Occupied, Request, Requests, begun
+
+AT_ONCE = 100
+"""How many requests may wait and run. Their threads are not those of Gradio, which stay free for other events."""
+
+LOOK_EVERY_S, _LOOK_AT_MODEL_EVERY_S = 0.1, 0.5
+
+T = TypeVar("T")
+_threads, _lookers = CapacityLimiter(AT_ONCE), CapacityLimiter(4)
+
+
+class Presses:
+    """Handlers for the buttons of the page. Each yields values of the chat, the progress line and the messages."""
+
+    def __init__(self, requests: Requests, places: Places) -> None:
+        self._requests = requests
+        self._places = places
+
+    async def press(self, generate: Callable[..., tuple[Any, State, str]], *inputs: Any) -> AsyncIterator[list[Any]]:
+        """Make a request and yield its progress until it has ended; refuse it if another of the session runs.
+
+        ``generate`` returns chat, state and message, and begins its request with `Requests.begin`; the last of
+        ``inputs`` is the state. The request goes on if the page is closed.
+        """
+        state: State = inputs[-1]
+        try:
+            request = self._requests.begin(state, alone=True)
+        except Occupied as error:
+            yield [gr.skip(), gr.skip(), *self._places.values(Message.of(error, speaker()))]
+            return
+
+        def work_on_it() -> tuple[Any, State, str]:
+            with begun(request):
+                return generate(*inputs)
+
+        work = asyncio.ensure_future(in_thread(work_on_it))
+        async for line in lines(
+            lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=LOOK_EVERY_S)
+        ):
+            yield [gr.skip(), line, *self._places.unchanged()]
+        chat, _, message = work.result()
+        if self._requests.latest(state) is None:
+            yield [chat, "", *self._places.values(message)]
+
+    async def follow(self, state: State) -> AsyncIterator[list[Any]]:
+        """Yield the progress of the running request to a page that was loaded anew, until the request has ended."""
+        async for line in lines(lambda: self._requests.latest(state), lambda: asyncio.sleep(LOOK_EVERY_S)):
+            yield [gr.skip(), line, *self._places.unchanged()]
+        yield [as_messages(state["history_messages"], speaker()), "", *self._places.values(state["message"])]
+
+
+async def lines(under_way: Callable[[], Request | None], pause: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
+    """Yield the progress line of the running request whenever it changes, until no request runs."""
+    shown, looked_s = "", -math.inf
+    while request := under_way():
+        if time.monotonic() - looked_s >= _LOOK_AT_MODEL_EVERY_S:
+            await to_thread.run_sync(request.look, limiter=_lookers)
+            looked_s = time.monotonic()
+        if (line := request.line(speaker())) != shown:
+            yield line
+            shown = line
+        await pause()
+
+
+async def in_thread(work: Callable[[], T], cancellation: Cancellation | None = None) -> T:
+    """Run ``work`` in a thread with the context of the caller and return its result.
+
+    If the task of the caller is cancelled, ``cancellation`` is cancelled too; ``work`` runs on until it looks at that.
+    """
+    try:
+        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads)
+    except asyncio.CancelledError:
+        if cancellation:
+            cancellation.cancel()
+        raise

@@ -1,0 +1,101 @@
+"""What was held of the GPU in the last minutes, as a picture. Pure.
+
+Drawn here and not by a chart library: it is a few hundred bytes that need no script, and shows what those in Gradio do
+not: the requests, beside the memory that they took.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from ...units import readable_bytes
+from ..shared.language import Say
+from . import status_text
+
+_WIDTH, _HEIGHT, _STRIP = 600.0, 100.0, 8.0
+_CARD = ""
+"""Stands among the models for what everybody together uses of the card."""
+
+_Heights = list[tuple[float, dict[str, int]]]
+
+
+def chart(history: dict[str, Any], device_kind: str, say: Say) -> str:
+    """What the card has in use, in front of it the models one upon the other, below a mark for each request."""
+    window_s, models = float(history["window_s"]), history["models"]
+    heights = _changes({name: past["device_bytes"] for name, past in models.items()})
+    used = _changes({_CARD: history["device"]["used_bytes"]})
+    peak_bytes = max((sum(sizes.values()) for _, sizes in heights), default=0)
+    peak_used_bytes = max((sizes[_CARD] for _, sizes in used), default=0)
+    top_bytes = scale_top(max(peak_bytes, peak_used_bytes), history["device"]["total_bytes"])
+
+    def x(ago_s: float) -> float:
+        return _WIDTH * (1 - min(ago_s, window_s) / window_s)
+
+    areas = [f"<path d='{_area(used, [_CARD], x, top_bytes)}' data-part='card' />"] if used else []
+    areas += [
+        f"<path d='{_area(heights, list(models)[: number + 1], x, top_bytes)}' data-part='model-{number % 4}' />"
+        for number in reversed(range(len(models)))
+    ]
+    marks = "".join(
+        f"<rect x='{x(from_s):.1f}' y='{_HEIGHT + 2:g}' width='{max(1.5, x(to_s) - x(from_s)):.1f}' "
+        f"height='{_STRIP:g}' />"
+        for past in models.values()
+        for from_s, to_s in past["requests"]
+    )
+    requests = sum(len(past["requests"]) for past in models.values())
+    lines = "".join(f"<line x2='{_WIDTH:g}' y1='{y:g}' y2='{y:g}' />" for y in (0, _HEIGHT / 2, _HEIGHT))
+    scale = "".join(f"<span>{readable_bytes(round(top_bytes * part))}</span>" for part in (1, 0.5, 0))
+    title = status_text.memory_title(device_kind, say)
+    peak = f"{say('模型峰值', 'peak of the models')} {readable_bytes(peak_bytes)}"
+    return (
+        f"<figure class='gpu-chart' data-requests='{requests}' data-peak='{peak_bytes}' data-top='{round(top_bytes)}'>"
+        f"<figcaption class='gpu-quiet'><span>{title} · {peak}</span>{_legend(list(models), bool(used), say)}"
+        f"</figcaption><div class='gpu-plot'><div><svg viewBox='0 0 {_WIDTH:g} {_HEIGHT + _STRIP + 2:g}' "
+        f"preserveAspectRatio='none' role='img' aria-label='{title}'><g class='gpu-grid'>{lines}</g>{''.join(areas)}"
+        f"<g class='gpu-request'>{marks}</g></svg><div class='gpu-axis gpu-quiet'><span>-15 min</span>"
+        f"<span>{say('现在', 'now')}</span></div></div><div class='gpu-scale gpu-quiet'>{scale}</div></div></figure>"
+    )
+
+
+def scale_top(peak_bytes: int, total_bytes: int | None) -> float:
+    """Where the scale ends: at a size of which the half is round too, and not beyond the card."""
+    top_bytes, by = 1024.0, 1.5
+    while top_bytes < peak_bytes * 1.05:
+        top_bytes, by = top_bytes * by, 2 / by
+    return min(top_bytes, total_bytes) if total_bytes else top_bytes
+
+
+def _legend(models: list[str], card: bool, say: Say) -> str:
+    entries = [f"<span data-part='model-{number % 4}'>{escape(name)}</span>" for number, name in enumerate(models)]
+    if card:
+        entries.append(f"<span data-part='card'>{say('整卡已用', 'Used on the card')}</span>")
+    entries.append(f"<span><i class='gpu-request'></i>{say('请求', 'Requests')}</span>")
+    return f"<span class='gpu-legend'>{''.join(entries)}</span>"
+
+
+def _changes(points: dict[str, list[Any]]) -> _Heights:
+    """At each time at which a size changed, the oldest first: seconds ago, and all sizes from then on."""
+    changes = sorted(
+        ((ago_s, name, nbytes) for name, changes in points.items() for ago_s, nbytes in changes),
+        key=lambda change: -change[0],
+    )
+    sizes: dict[str, int] = {}
+    heights = []
+    for ago_s, name, nbytes in changes:
+        sizes = {**sizes, name: nbytes}
+        heights.append((ago_s, sizes))
+    return heights
+
+
+def _area(heights: _Heights, names: list[str], x: Any, top_bytes: float) -> str:
+    """The outline of what these held together: steps, from the axis and back to it."""
+    if not heights:
+        return ""
+    path, level = [f"M{x(heights[0][0]):.1f} {_HEIGHT:g}"], _HEIGHT
+    for ago_s, sizes in heights:
+        across = x(ago_s)
+        height = _HEIGHT * (1 - sum(sizes.get(name, 0) for name in names) / top_bytes)
+        path.append(f"L{across:.1f} {level:.1f}L{across:.1f} {height:.1f}")
+        level = height
+    return "".join([*path, f"L{_WIDTH:g} {level:.1f}L{_WIDTH:g} {_HEIGHT:g}Z"])

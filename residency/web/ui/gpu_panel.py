@@ -1,0 +1,221 @@
+"""The accordion with the GPU's state and the buttons. Looking at it never counts as use.
+
+What it shows comes as pieces of HTML from `GpuPanel.news`; ``panel.js`` asks for them and puts them in place.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from ...errors import NotAllowed, ResidencyError
+from .. import static
+from ..server.permissions import Guard
+from ..shared.gradio_compat import PRIVATE, speaker
+from ..shared.language import Say, both, mark, translated
+from ..shared.protocols import Manager
+from . import status_text, views
+from .labels import label
+
+logger = logging.getLogger(__name__)
+
+ACTIONS = {
+    "warm": ("🔥 加载到 GPU", "🔥 Warm up"),
+    "offload": ("💾 卸载到内存", "💾 Offload to main memory"),
+    "release": ("🗑️ 完全释放", "🗑️ Release"),
+}
+_ALL = ""
+
+
+class GpuPanel:
+    """Shows what the manager says, and passes on what people press who may.
+
+    `text`, `press` and `configure` may be called from any thread and raise nothing: an error becomes their answer.
+    """
+
+    def __init__(self, manager: Manager, guard: Guard) -> None:
+        self._manager = manager
+        self._guard = guard
+        self._presses: list[tuple[gr.Button, str, str | None]] = []
+
+    def text(self) -> str:
+        return status_text.as_text(self._manager.status())
+
+    def news(self, say: Say, known: int | None = None) -> dict[str, Any] | None:
+        """What the page shows: ``pieces`` of HTML by their place, see `register_components`, and their ``version``.
+
+        Also whether something is ``moving``, and for each model what came of the last press on it, None while that is
+        still to come. None if the page knows that version.
+        """
+        version = self._manager.version
+        if version == known:
+            return None
+        status = self._manager.status()
+        kind = status["device"]["kind"]
+        outcomes = {name: status_text.outcome(name, model, kind, say) for name, model in status["models"].items()}
+        return {
+            "version": version,
+            "pieces": self._pieces(status, say),
+            "moving": any(model["state"] == "moving" for model in status["models"].values()),
+            "outcomes": {name: said and _paragraph(said) for name, said in outcomes.items()},
+        }
+
+    def _pieces(self, status: dict[str, Any], say: Say) -> dict[str, str]:
+        return {
+            "device": views.device_html(status, say),
+            **{f"model-{name}": views.model_html(name, status, say) for name in status["models"]},
+            "stay": views.stay_html(status, say),
+            "past": views.past_html(self._manager.history(), status["device"]["kind"], say),
+            "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
+            "strange": say("登录已失效：请刷新页面重新登录。", "You are signed out: reload the page and sign in."),
+        }
+
+    def press(self, action: str, name: str | None = None, say: Say = both) -> str:
+        """Warm, offload or release a model (None: all); say what came of it, or when it will happen."""
+        return self._press(action, name, say)[0]
+
+    def _press(self, action: str, name: str | None, say: Say) -> tuple[str, list[str]]:
+        """What is said, and the models of which it says what is still to come."""
+        try:
+            done = getattr(self._manager, action)(name)
+        except ResidencyError as error:
+            return translated(error, say), []
+        except Exception as error:
+            logger.exception("%s by hand failed", action)
+            return f"{say('操作失败', 'It failed')}{mark(':', say)}{error}", []
+        status = self._manager.status()
+        return status_text.pressed(action, name, done, status, say), [] if done else [name] if name else [
+            *status["models"]
+        ]
+
+    def configure(self, name: str | None, keep_warm: str | None, idle_timeout: str | None, say: Say = both) -> str:
+        """Change how long a model (None: all) stays; what is empty stays as it is."""
+        given = {"keep_warm": (keep_warm or "").strip(), "idle_timeout": (idle_timeout or "").strip()}
+        times = {which: time for which, time in given.items() if time}
+        if not times:
+            return say(
+                "未填写时长：请先填写，如 30s、5m 或 -1（永不）。",
+                "No time is given: write one first, such as 30s, 5m or -1.",
+            )
+        try:
+            self._manager.configure(name, **times)
+        except ResidencyError as error:
+            return translated(error, say)
+        return say("已更改，立即生效。", "Changed; it applies from now on.")
+
+    # -- the page -----------------------------------------------------------------------------------------------
+
+    def register_components(self) -> None:
+        """Draw the panel into the Blocks that are open."""
+        names = self._manager.names()
+        with gr.Accordion(label("🎮 GPU 显存管理", "🎮 GPU memory"), open=True, elem_id="gpu-panel"):
+            style = static.text("panel.css")
+            with gr.Column(elem_id="gpu-status"):
+                gr.HTML(f"<style>{style}</style>{_place('line')}{_place('device')}", padding=False)
+                for name in names:
+                    with gr.Column(elem_classes="gpu-model"):
+                        gr.HTML(_place(f"model-{name}"), padding=False)
+                        if len(names) > 1:
+                            with gr.Row():
+                                self._draw_buttons(name)
+            with gr.Row():
+                refresh = label("🔄 刷新状态", "🔄 Refresh")
+                self._refresh = gr.Button(refresh, size="sm", elem_id="gpu-refresh", min_width=120)
+                self._draw_buttons(None, of_many=len(names) > 1)
+            gr.HTML(_place("pressed"), elem_id="gpu-message", padding=False)
+            self._refusal = gr.HTML(elem_id="gpu-refusal", padding=False)
+            with gr.Accordion(label("⏱️ 保持时间", "⏱️ How long models stay"), open=False):
+                gr.HTML(_place("stay"), padding=False)
+                with gr.Row():
+                    choices = [(label("全部模型", "All models"), _ALL), *((name, name) for name in names)]
+                    self._which = gr.Dropdown(choices, value=_ALL, label=label("模型", "Model"), visible=len(names) > 1)
+                    self._keep_warm = gr.Textbox(
+                        label=label("请求后保持在 GPU 上", "On the GPU after a request (keep-warm)"),
+                        placeholder="0, 30s, 5m, auto, -1",
+                        elem_id="gpu-keep-warm",
+                    )
+                    self._idle_timeout = gr.Textbox(
+                        label=label("闲置多久后释放", "Idle until released (idle timeout)"),
+                        placeholder="600, 15m, 1h, -1",
+                        elem_id="gpu-idle-timeout",
+                    )
+                    self._apply = gr.Button(label("应用", "Apply"), size="sm", elem_id="gpu-apply", min_width=120)
+            gr.HTML(_place("past"), elem_id="gpu-past", padding=False)
+            # Text, since Gradio 5 hands JSON to scripts as Python would print it.
+            self._news, self._pressed = gr.Textbox(visible=False), gr.Textbox(visible=False)
+
+    def _draw_buttons(self, name: str | None, of_many: bool = False) -> None:
+        for action, (chinese, english) in ACTIONS.items():
+            text = label(f"{chinese}（全部）", f"{english} (all)") if of_many else label(chinese, english)
+            element = f"gpu-{action}-{name}" if name else f"gpu-{action}"
+            self._presses.append((gr.Button(text, size="sm", elem_id=element, min_width=120), action, name))
+
+    def register_events(self) -> None:
+        """Connect the buttons."""
+        looking: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
+        opened = partial(gr.on, None)  # no triggers: when the page is opened
+        opened(None, js=static.text("panel.js"), **PRIVATE)
+        for event in (opened, self._refresh.click):
+            event(lambda: json.dumps(self.news(speaker())), outputs=self._news, **looking).then(
+                None, self._news, js="news => { window.gpuPanel?.show(JSON.parse(news)) }", **PRIVATE
+            )
+        changing = [*(button for button, _, _ in self._presses), self._apply]
+        opened(self._permitting(len(changing)), outputs=[*changing, self._refusal], **looking)
+        for button, action, name in self._presses:
+            self._on_press(button, lambda say, action=action, name=name: self._press(action, name, say))
+        times = [self._which, self._keep_warm, self._idle_timeout]
+        self._on_press(
+            self._apply, lambda say, name, warm, idle: (self.configure(name or None, warm, idle, say), []), times
+        )
+
+    def _on_press(
+        self, button: gr.Button, change: Callable[..., tuple[str, list[str]]], inputs: Sequence[Any] = ()
+    ) -> None:
+        """Have a press ask the guard, make the change, and show what is said of it until that has come true."""
+
+        def handler(request: gr.Request, *given: Any) -> str:
+            say = speaker()
+            try:
+                check(self._guard, request)
+                line, awaits = change(say, *given)
+            except NotAllowed as error:
+                line, awaits = translated(error, say), []
+            return json.dumps({"line": _paragraph(line), "awaits": awaits, "version": self._manager.version})
+
+        button.click(handler, list(inputs), self._pressed, show_progress="hidden", **PRIVATE).then(
+            None, self._pressed, js="press => { window.gpuPanel?.say(JSON.parse(press)) }", **PRIVATE
+        )
+
+    def _permitting(self, buttons: int) -> Callable[..., list[Any]]:
+        """A handler for who opens the page: the buttons as they may press them, and why they may not."""
+
+        def handler(request: gr.Request) -> list[Any]:
+            try:
+                check(self._guard, request)
+            except NotAllowed as error:
+                reason = _paragraph(translated(error, speaker()))
+                return [*[gr.update(interactive=False)] * buttons, reason]
+            return [gr.skip()] * (buttons + 1)
+
+        return handler
+
+
+def check(guard: Guard, request: gr.Request) -> None:
+    """`NotAllowed` unless the sender of a Gradio event may change things."""
+    if request.request is None:
+        raise NotAllowed
+    guard.check(request.request, request.username)
+
+
+def _place(piece: str) -> str:
+    return f"<div data-gpu='{html.escape(piece, quote=True)}'></div>"
+
+
+def _paragraph(sentence: str) -> str:
+    return f"<p role='status'>{html.escape(sentence)}</p>"

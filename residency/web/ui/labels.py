@@ -1,0 +1,27 @@
+"""Texts of components, which the browser translates: it knows its language before anything is sent.
+
+The key of a text is the text in both languages: that is what people read where nobody gives `translations` to Gradio.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from ..shared.language import both
+
+_CHINESE: dict[str, str] = {}
+_ENGLISH: dict[str, str] = {}
+
+
+def label(chinese: str, english: str) -> Any:
+    """For the labels, placeholders and values of components."""
+    key = both(chinese, english)
+    _CHINESE[key], _ENGLISH[key] = chinese, english
+    return gr.I18n()(key)
+
+
+def translations() -> gr.I18n:
+    """All texts that were drawn so far, for ``launch(i18n=)``."""
+    return gr.I18n(**{"zh": _CHINESE, "zh-CN": _CHINESE, "zh-TW": _CHINESE, "en": _ENGLISH})

@@ -1,0 +1,118 @@
+"""Shows the result or error of a request beside the control that it is about."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from ...errors import Field, RequestStopped
+from ..shared.gradio_compat import PRIVATE
+from ..shared.language import Say, translated
+from ..speech.service import explain
+
+CONTROLS: dict[Field, str] = {
+    "recording": "prompt-audio",
+    "prompt_text": "prompt-text",
+    "target_text": "target-text",
+    "task": "task",
+    "sub_task": "sub-task",
+}
+"""The element of the page in which each field is filled in."""
+
+# Assistive technology reads an error with its control.
+_TIE = f"""for (const id of {list(CONTROLS.values())}) {{
+    const said = document.querySelector(`#about-${{id}} [role=alert]`);
+    for (const control of document.querySelectorAll(`#${{id}} :is(textarea, input:not([type=file]))`)) {{
+      control.toggleAttribute("aria-invalid", !!said);
+      if (said) control.setAttribute("aria-describedby", `about-${{id}}`);
+      else control.removeAttribute("aria-describedby");
+    }}
+  }}"""
+BEGIN = """() => {
+  const look = times => {
+    const line = document.querySelector("#progress:has([data-running])");
+    if (line) line.scrollIntoView({block: "nearest"});
+    else if (times) setTimeout(look, 100, times - 1);
+  };
+  setTimeout(look, 100, 50);
+}"""
+"""JavaScript for the page, when CLONE or EDIT is pressed: the progress, which may be drawn below, comes into view."""
+
+# An error is brought into view, wherever the button was. In one column so is the newest result, since the history grows
+# above the buttons; but not for somebody who types.
+SHOW = f"""() => setTimeout(() => {{
+  {_TIE}
+  document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
+  if (document.querySelector(".said [role]") || !matchMedia("(max-width: 640px)").matches) return;
+  if (document.activeElement?.matches("textarea, input") || document.querySelector("#progress [data-running]")) return;
+  [...document.querySelectorAll("#history .bot-row")].at(-1)?.scrollIntoView({{block: "nearest"}});
+}}, 100)"""
+"""JavaScript for the page, once a press has ended and the history is drawn."""
+
+
+class Message(str):
+    """HTML that stays on the page until the next press, or until its field is filled in anew.
+
+    ``field``: what it is about; None if about nothing single.
+    """
+
+    field: Field | None
+
+    def __new__(cls, shown: str, field: Field | None = None) -> Message:
+        message = super().__new__(cls, shown)
+        message.field = field
+        return message
+
+    @classmethod
+    def of(cls, error: Exception, say: Say, field: Field | None = None) -> Message:
+        """An error in the language that is wanted; ``field`` where it names none."""
+        sentence = html.escape(translated(explain(error), say))
+        if isinstance(error, RequestStopped):  # as was wished
+            return cls(f"<p role='status'>{sentence}</p>")
+        return cls(f"<p role='alert'>⚠️ {sentence}</p>", getattr(error, "field", None) or field)
+
+
+class Places:
+    """Where messages are shown: one place for each control, and one for those that are about none."""
+
+    def __init__(self) -> None:
+        self._places: dict[Field | None, gr.HTML] = {}
+
+    def draw(self, field: Field | None = None) -> gr.HTML:
+        """Draw a place into the Blocks that are open."""
+        name = f"about-{CONTROLS[field]}" if field else "message"
+        self._places[field] = gr.HTML(elem_id=name, elem_classes="said", padding=False)
+        return self._places[field]
+
+    def of(self, field: Field) -> gr.HTML:
+        return self._places[field]
+
+    @property
+    def components(self) -> list[gr.HTML]:
+        return list(self._places.values())
+
+    def wiping(self, *fields: Field) -> dict[str, Any]:
+        """Arguments of an event that empties the places of these fields, by default all, in the browser, at once."""
+        places = [self._places[field] for field in fields] or self.components
+        nothing = "''" if len(places) == 1 else f"Array({len(places)}).fill('')"
+        js = f"() => {{setTimeout(() => {{{_TIE}}}, 100); return {nothing}}}"
+        return {"fn": None, "inputs": None, "outputs": places, "js": js, "show_progress": "hidden", **PRIVATE}
+
+    def wiping_by_hand(self, field: Field) -> dict[str, Any]:
+        """The same for the event `change` of a text: not when a text comes back with a page that is loaded anew.
+
+        Gradio's event `input` knows only of keys, not of pasted text and input methods.
+        """
+        written = f"document.activeElement?.closest('#{CONTROLS[field]}')"
+        js = f"said => {{setTimeout(() => {{{_TIE}}}, 100); return {written} ? '' : said}}"
+        return {**self.wiping(field), "inputs": self._places[field], "js": js}
+
+    def values(self, message: str) -> list[str]:
+        """A message at its place and nothing elsewhere, in the order of `components`."""
+        place = getattr(message, "field", None)
+        return [message if field == place else "" for field in self._places]
+
+    def unchanged(self) -> list[Any]:
+        return [gr.skip()] * len(self._places)

@@ -1,0 +1,105 @@
+"""The requests of pages: at most one of each session at a time, until it ends or is stopped."""
+
+from __future__ import annotations
+
+import contextvars
+import html
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...cancellation import Cancellation
+from ...errors import InvalidInput
+from ..shared.language import Say
+
+_SENT = ("已提交，准备中", "Sent; being prepared")
+_STOPPING = ("正在停止：等待当前步骤结束", "Stopping: the step that runs comes to its end")
+
+
+class Occupied(InvalidInput):
+    """A session asks for a second thing at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Your request before this one still waits or runs, so this one was not sent: wait for its result, or press "
+            "Stop",
+            "您的上一个请求仍在排队或运行，本次未提交：请等待其结果，或点击“停止”",
+        )
+
+
+class Request:
+    """A request of a page: what it does at the moment, and what stops it."""
+
+    def __init__(self) -> None:
+        self.cancellation = Cancellation()
+        self._told: tuple[str, float] | None = None
+        #: Looks at the model and tells what may have been missed otherwise. For any thread; takes a moment.
+        self.look: Callable[[], None] = lambda: None
+
+    def tell(self, share: float, sentence: str) -> None:
+        """What happens to it now, and how much of that is done (0 to 1; 0 where nobody knows). From any thread."""
+        self._told = sentence, share
+
+    def line(self, say: Say) -> str:
+        """That as HTML; the page shows its Stop button for as long as there is such a line."""
+        sentence, share = self._told or (say(*_SENT), 0.0)
+        if self.cancellation.cancelled:
+            sentence, share = say(*_STOPPING), 0.0
+        value = f" value='{share:.3f}'" if share else ""
+        return f"<label data-running>{html.escape(sentence)}<progress{value}></progress></label>"
+
+
+_begun: contextvars.ContextVar[Request | None] = contextvars.ContextVar("begun_request", default=None)
+
+
+@contextmanager
+def begun(request: Request) -> Iterator[None]:
+    """In this block `Requests.begin` answers this request, which was begun before the block."""
+    token = _begun.set(request)
+    try:
+        yield
+    finally:
+        _begun.reset(token)
+
+
+class Requests:
+    """Requests by the state of their session, which outlives the loading of a page. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: dict[int, list[Request]] = {}
+
+    def begin(self, state: dict[str, Any], *, alone: bool = False) -> Request:
+        """A request that may change this state, until `end`: in a block of `begun`, the one of that block.
+
+        ``alone``: `Occupied` if there is one that nobody has stopped.
+        """
+        if earlier := _begun.get():
+            return earlier
+        request = Request()
+        with self._lock:
+            others = self._requests.setdefault(id(state), [])
+            if alone and not all(other.cancellation.cancelled for other in others):
+                raise Occupied
+            others.append(request)
+        return request
+
+    def end(self, state: dict[str, Any], request: Request) -> None:
+        with self._lock:
+            others = self._requests[id(state)]
+            others.remove(request)
+            if not others:
+                del self._requests[id(state)]
+
+    def latest(self, state: dict[str, Any]) -> Request | None:
+        """The one that began last of those that may still change this state."""
+        with self._lock:
+            return next(reversed(self._requests.get(id(state), ())), None)
+
+    def stop(self, state: dict[str, Any]) -> None:
+        """Cancel what waits, and what runs where the engine can be interrupted; later results are dropped."""
+        with self._lock:
+            requests = list(self._requests.get(id(state), ()))
+        for request in requests:
+            request.cancellation.cancel()

@@ -1,0 +1,100 @@
+"""A page that is loaded anew is a new session. It takes over the history and the running request of the last."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import Any
+
+import gradio as gr
+
+from .. import static
+from ..server.heartbeats import LOST
+from ..shared.gradio_compat import PRIVATE, session, speaker
+from ..speech.recordings import Recordings
+from .buttons import Presses
+from .chat_history import State, as_messages
+from .messages import Places
+from .page_requests import Requests
+from .waiting import Waiting
+
+TELL_EVERY_S = 5.0
+"""How often an open page reports to the server, and is told whether the server knows it."""
+
+_AT_MOST = 1000
+_GOES_ON = ".goes-on"
+# A page that is loaded anew goes on with its visit. A page that the browser's history opens goes on with a visit only
+# if the page of that visit has left: a duplicated tab is opened in the same way, with a copy of the storage of a tab
+# that is still open. The copy then deletes what it has not taken over.
+_EARLIER = """(_, lost, state) => {
+  const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
+  const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
+  sessionStorage.setItem("visit", earlier ?? "");
+  sessionStorage.removeItem("left");
+  if (earlier === null) sessionStorage.removeItem("inputs");
+  const {recording, steps} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
+  return [earlier, recording || steps ? "something" : "", state];
+}"""
+
+
+class Visits:
+    """Sessions by a secret. The page keeps the secret and sends it when it is loaded anew. Thread-safe."""
+
+    def __init__(self, requests: Requests, recordings: Recordings, waiting: Waiting, places: Places) -> None:
+        self._requests, self._recordings, self._waiting, self._places = requests, recordings, waiting, places
+        self._lock = threading.Lock()
+        self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
+
+    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Presses) -> Any:
+        """Connect the components while the page is drawn. The server must answer the path that ``here.js`` asks.
+
+        Returns the event after which a visit goes on.
+        """
+        visit, to_lose = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        script = static.text("heartbeat.js")
+        hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+        # Pressed by here.js. Not invisible, since Gradio does not draw what is.
+        hear_the_end = gr.Button(elem_id="hear-the-end")
+        messages = self._places.components
+        inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
+        came = page.load(self._come, inputs, outputs, js=_EARLIER, queue=False, **hidden)
+        came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
+        hear_the_end.click(presses.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
+        return came
+
+    def know(self, session: str) -> bool:
+        """Whether a page of this session was drawn by this process, and its session has not ended."""
+        with self._lock:
+            visit = next((visit for visit, (whose, _) in self._visits.items() if whose == session), None)
+            if visit is not None:
+                self._visits[visit] = self._visits.pop(visit)
+            return visit is not None
+
+    def end(self, whose: str) -> None:
+        """The session has ended; its visit cannot go on any more."""
+        with self._lock:
+            self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
+
+    def _come(self, earlier: str | None, to_lose: str | None, state: State) -> list[Any]:
+        whose = session() or ""
+        visit = f"{whose}.{secrets.token_urlsafe(16)}"
+        with self._lock:
+            before, state = self._visits.pop(earlier or "", (None, state))
+            self._visits[visit] = (whose, state)
+            if len(self._visits) > _AT_MOST:
+                del self._visits[next(iter(self._visits))]
+        if before is None:
+            news = _status(f"⚠️ {speaker()(*LOST)}") if earlier and to_lose else ""
+            return [visit, state, gr.skip(), *self._places.values(news)]
+        self._recordings.inherit(before, whose)
+        self._waiting.inherit(before, whose)
+        goes_on, say = self._requests.latest(state) is not None, speaker()
+        shown, news = as_messages(state["history_messages"], say), state["message"]
+        if goes_on:
+            visit += _GOES_ON
+            news = _status(say("先前的请求仍在进行…", "What you asked for before goes on…"))
+        return [visit, state, shown, *self._places.values(news)]
+
+
+def _status(sentence: str) -> str:
+    return f"<p role='status'>{sentence}</p>"

@@ -1,0 +1,47 @@
+"""What people do before they ask for speech (they upload, they write) begins to bring the model back meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from ...errors import OverBudget
+from ..shared.protocols import Manager
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 3.0
+"""Each key that is pressed shows intent; the manager is told at most this often."""
+
+
+class Intent:
+    """Prewarms a model that is not in use.
+
+    `show` may be called from any thread and as often as one likes; it never raises and waits for no move.
+
+    Without a request the model leaves again as after any `Manager.warm`. One whose last move has failed is left to
+    requests, which tell people the error; not so one that found no room, since others come and go.
+    """
+
+    def __init__(self, manager: Manager, model: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._manager = manager
+        self._model = model
+        self._now = now
+        self._lock = threading.Lock()
+        self._silent_until_s = now()
+
+    def show(self) -> None:
+        """Somebody is about to ask."""
+        with self._lock:
+            now_s = self._now()
+            if now_s < self._silent_until_s:
+                return
+            self._silent_until_s = now_s + EVERY_S
+        try:
+            error = self._manager.status()["models"][self._model]["last_error"]
+            if error is None or error.startswith(OverBudget.__name__):
+                self._manager.warm(self._model, if_idle=True)
+        except Exception:
+            logger.debug("%s cannot be warmed", self._model, exc_info=True)

@@ -1,0 +1,63 @@
+"""Checks a recording that was uploaded or recorded, and exchanges it for one that browsers play."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from ..shared.gradio_compat import PRIVATE, session, speaker
+from ..speech.recordings import Recordings
+from ..speech.service import Speech
+from .messages import Message
+
+# Converting takes seconds: meanwhile the recording may have been removed, or another one uploaded.
+_SHOW = """(received, recording) => {
+  const unchanged = {__type__: "update"};
+  if (!recording || recording.path !== received?.given) return [unchanged, unchanged];
+  if (received.message) return [null, received.message];
+  if (!received.playable) return [unchanged, unchanged];
+  const path = received.playable, route = recording.url.slice(0, recording.url.indexOf("file=") + 5);
+  const url = route + path.split("/").map(encodeURIComponent).join("/");
+  return [{path, url, orig_name: path.split("/").pop(), meta: {_type: "gradio.FileData"}}, unchanged];
+}"""
+
+
+class Reception:
+    """One object serves all sessions."""
+
+    def __init__(self, speech: Speech, recordings: Recordings) -> None:
+        self._speech, self._recordings = speech, recordings
+
+    def register(self, recording: gr.Audio, message: gr.HTML) -> None:
+        """Connect the recording's component and the place of its errors while the page is being drawn."""
+        received = gr.JSON(visible=False)
+        # Two that are converted at the same time do not wait for each other.
+        changed = recording.change(
+            self.receive,
+            recording,
+            received,
+            concurrency_limit=8,
+            trigger_mode="multiple",
+            show_progress="minimal",  # the full one covers the buttons with which it is removed
+            show_progress_on=recording,
+            **PRIVATE,
+        )
+        changed.success(None, [received, recording], [recording, message], js=_SHOW, **PRIVATE)
+
+    def receive(self, path: str | None) -> dict[str, Any] | None:
+        """Check and convert a recording; None if there is none.
+
+        Returns ``given``, its path; ``message``, the error as HTML, or nothing; and ``playable``, the path of the file
+        that replaces it, if it was converted. A recording with an error is removed from the page, so that the error
+        stays until another recording comes.
+        """
+        if not path:
+            return None
+        self._recordings.own(session(), path)  # also if it is never used
+        try:
+            readable = self._speech.incoming.readable(path)
+        except Exception as error:
+            return {"given": path, "message": Message.of(error, speaker()), "playable": ""}
+        self._recordings.own(session(), readable)
+        return {"given": path, "message": "", "playable": readable if readable != path else ""}

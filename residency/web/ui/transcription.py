@@ -1,0 +1,121 @@
+"""Writes what is said in a recording into the prompt text, if that is empty, and shows progress meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from ...cancellation import cancelled_by
+from ...errors import ResidencyError
+from ..shared.gradio_compat import PRIVATE, engine_event, speaker
+from ..speech.service import Speech
+from .buttons import LOOK_EVERY_S, in_thread, lines
+from .messages import Message
+from .page_requests import Request
+from .waiting import Waiting
+
+MODEL = "asr"
+"""The name of the speech recognition, if a manager looks after it."""
+
+_READY = ("模型已就绪，正在识别录音", "The model is ready; writing down what is said in the recording")
+# The browser's tab keeps the path of the recording that is being transcribed, so that a page that is loaded anew asks
+# again. Gradio does not know yet at that moment which recording the page has.
+_BEGIN = """(recording) => {
+  window.transcribes = true;  // so that it is not asked for twice, if the page is still loading
+  sessionStorage.setItem("transcribing", recording.path);
+}"""
+_END = "() => sessionStorage.removeItem('transcribing')"
+_RESUME = """(_, prompt) => {
+  const path = window.transcribes ? null : sessionStorage.getItem("transcribing");
+  return [path && {path, meta: {_type: "gradio.FileData"}}, prompt];
+}"""
+# Not over a text that was written meanwhile, and not about a recording that was removed or replaced.
+_FILL_IN = """(heard, text, recording) => {
+  const unchanged = {__type__: "update"};
+  if (!recording || !heard?.recordings.includes(recording.path)) return [unchanged, unchanged];
+  sessionStorage.removeItem("transcribing");
+  return [text && text.trim() ? unchanged : heard.text, heard.message || unchanged];
+}"""
+
+
+class Transcription:
+    """Handlers and components. One object serves all sessions."""
+
+    def __init__(self, speech: Speech, waiting: Waiting, managed: bool) -> None:
+        self._speech, self._waiting = speech, waiting
+        self._event = engine_event(managed, "recognizer", 8)
+
+    def draw(self) -> None:
+        """Draw the line of progress into the Blocks that are open."""
+        self._line = gr.HTML(elem_id="hearing", elem_classes="progress-line", padding=False)
+        self._heard = gr.JSON(visible=False)
+
+    def register(self, comes: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
+        """Connect what `draw` has drawn. ``comes`` are the events with which a recording comes."""
+        self._recording, self._prompt, self._message = recording, prompt, message
+        gr.on(comes, None, recording, None, js=_BEGIN, **PRIVATE)
+        recording.clear(js=_END, **PRIVATE)
+        self._hear_on(partial(gr.on, comes))
+
+    def resume(self, returned: Any) -> None:
+        """Transcribe again after ``returned``, with which a page that was loaded anew has its recording again."""
+        self._hear_on(partial(returned.then, js=_RESUME))
+
+    def _hear_on(self, event: Callable[..., Any]) -> None:
+        hearing = event(
+            self.hear,
+            [self._recording, self._prompt],
+            [self._heard, self._line],
+            **self._event,
+            trigger_mode="multiple",  # the next recording is not kept back by one that was removed
+            show_progress="hidden",
+            **PRIVATE,
+        )
+        # In the browser, when the answer is there.
+        answer = [self._heard, self._prompt, self._recording]
+        hearing.success(None, answer, [self._prompt, self._message], js=_FILL_IN, **PRIVATE)
+        self._recording.clear(None, cancels=[hearing], **PRIVATE)
+
+    async def hear(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
+        """Transcribe a recording. Yields the answer and the line of progress, as often as one changes.
+
+        A caller that closes the generator takes the request out of the queue. The answer has ``recordings``, the paths
+        under which the page may know the recording; ``text``; and ``message``, the error as HTML, or nothing.
+        """
+        if not recording:  # nothing to go on with after the page was loaded
+            yield [gr.skip(), gr.skip()]
+            return
+        request = Request()
+        work = asyncio.ensure_future(in_thread(lambda: self._in_turn(request, recording, prompt)))
+        try:
+            async for line in lines(
+                lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=LOOK_EVERY_S)
+            ):
+                yield [gr.skip(), line]
+            yield [work.result(), ""]
+        finally:
+            request.cancellation.cancel()
+
+    def _in_turn(self, request: Request, recording: str | None, prompt: str | None) -> dict[str, Any]:
+        try:
+            readable = self._speech.incoming.readable(recording)
+        except ResidencyError:  # said where the recording is received
+            return {"recordings": [], "text": "", "message": ""}
+        with cancelled_by(request.cancellation):
+            text, message = self.transcribe(readable, prompt, request)
+        return {"recordings": [recording, readable], "text": text, "message": message}
+
+    def transcribe(self, recording: str | None, prompt: str | None, request: Request | None = None) -> tuple[str, str]:
+        """Returns what is said in a recording, or nothing if there is a text already, and an error message."""
+        if not recording or (prompt and prompt.strip()):
+            return "", ""
+        request = request or Request()
+        try:
+            with self._waiting.told(MODEL, request.tell, _READY) as request.look:
+                return self._speech.transcribe(recording), ""
+        except Exception as error:
+            return "", Message.of(error, speaker(), "recording")

@@ -1,0 +1,200 @@
+"""The status as pieces of the page. Pure; everything that comes from outside is escaped.
+
+Seconds that go on while somebody reads are ``<time data-s data-way>``: the page counts them up or down by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from html import escape
+from typing import Any
+
+from ...units import readable_bytes, readable_rate
+from ..shared.language import Say, bracketed, mark
+from . import status_text
+from .chart import chart
+
+SHOWN_MOVES = 8
+
+_REST = {
+    "outside": ("账外占用", "Held outside the books"),
+    "process": ("本进程其他", "This process, other"),
+    "peers": ("同类进程", "Peers"),
+    "others": ("其他进程", "Others"),
+    "free": ("可用", "Free"),
+}
+_KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("闲置多久后释放", "Idle timeout")
+_OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
+
+
+def device_html(status: dict[str, Any], say: Say) -> str:
+    """The card: its name, who uses its memory, and what people must know about it."""
+    device = status["device"]
+    name = escape(status_text.device_name(device, say))
+    parts = [
+        f"<div class='gpu-device'><b data-device='{device['kind']}'>{name}</b>"
+        f"<span class='gpu-quiet'>{status_text.usage(device, say)}</span></div>"
+    ]
+    if sizes := memory_parts(status):
+        bars = "".join(
+            f"<i data-part='{part}' style='width:{100 * nbytes / device['total_bytes']:.2f}%'></i>"
+            for part, _, nbytes in sizes
+        )
+        legend = "".join(
+            f"<span data-part='{part}'>{escape(say(*_REST[part]) if part in _REST else name)} "
+            f"{readable_bytes(nbytes)}</span>"
+            for part, name, nbytes in sizes
+            if nbytes or part not in _REST or part == "free"
+        )
+        parts.append(f"<div class='gpu-bar gpu-parts'>{bars}</div><div class='gpu-legend gpu-quiet'>{legend}</div>")
+    parts.append(f"<div class='gpu-quiet' data-gpu-host>{escape(status_text.main_memory(status, say))}</div>")
+    parts += [f"<div class='gpu-quiet'>{escape(note)}</div>" for note in status_text.notes(device, say)]
+    parts += [f"<div class='gpu-error'>{escape(trouble)}</div>" for trouble in status_text.trouble(status, say)]
+    return "".join(parts)
+
+
+def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """Who holds the card's memory: (part, name, bytes); empty where its size is unknown.
+
+    The models by name, then what they hold ``outside`` the books, ``process``, ``peers``, ``others`` and ``free``.
+    What nobody knows is somebody else's.
+    """
+    device = status["device"]
+    if not device["total_bytes"] or device["free_bytes"] is None:
+        return []
+    left = device["total_bytes"] - device["free_bytes"]
+    held = on_the_card(status)
+    rest = {
+        "outside": device["outside_bytes"] or 0,
+        "process": (device["process_bytes"] or 0) - _outside_here(status),
+        "peers": device["peers_bytes"] or 0,
+        "others": left,
+    }
+    parts = []
+    for number, name in enumerate(status["models"]):
+        parts.append((f"model-{number % 4}", name, min(left, held[name])))
+        rest["process"] -= parts[-1][2]
+        left -= parts[-1][2]
+    for part, nbytes in rest.items():
+        parts.append((part, "", max(0, min(left, nbytes))))
+        left -= parts[-1][2]
+    return [*parts, ("free", "", device["free_bytes"])]
+
+
+def on_the_card(status: dict[str, Any]) -> dict[str, int]:
+    """Bytes on the device by model, with what of those that are on their way has arrived.
+
+    The books know that only when a move has ended. Until then it is what this process holds beyond them, up to the
+    size that the model had there last, if that is known.
+    """
+    models = status["models"]
+    held = {name: model["device_bytes"] for name, model in models.items()}
+    arrived = (status["device"]["process_bytes"] or 0) - _outside_here(status) - sum(held.values())
+    for name, model in models.items():
+        if model["progress"] and model["progress"]["to"] == "gpu" and arrived > 0:
+            lacks = model["size_bytes"] - held[name] if model["size_bytes"] else arrived
+            came = max(0, min(arrived, lacks))
+            held[name], arrived = held[name] + came, arrived - came
+    return held
+
+
+def _outside_here(status: dict[str, Any]) -> int:
+    """What of the card this process itself, and no child of it, holds outside the books."""
+    holders = [holder for model in status["models"].values() for holder in model["outside_processes"]]
+    return sum(holder["device_bytes"] or 0 for holder in holders if holder["pid"] == os.getpid())
+
+
+def model_html(name: str, status: dict[str, Any], say: Say) -> str:
+    """One model: where it is, who uses it, what happens next, and what it costs."""
+    model, kind = status["models"].get(name), status["device"]["kind"]
+    if model is None:
+        return ""
+    safe_name, state = escape(name, quote=True), model["state"]
+    course = status_text.course(model, kind, lambda chinese, english: escape(say(chinese, english)), counted)
+    way = model["progress"]
+    done = status_text.share(way["bytes"], way["total_bytes"]) if way else None
+    bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
+    facts = "".join(
+        f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>"
+        for label, value in _facts(model, on_the_card(status)[name], kind, say)
+    )
+    remarks = "".join(f"<div class='gpu-error'>{escape(remark)}</div>" for remark in status_text.remarks(model, say))
+    return (
+        f"<div class='gpu-head'><b>{safe_name}</b>"
+        f"<span class='gpu-chip' data-model='{safe_name}' data-state='{state}'>"
+        f"{status_text.state_in_words(state, kind, say)}</span>"
+        f"<span class='gpu-quiet'>{status_text.activity(model, say)}</span></div>"
+        f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>{facts}</div>"
+        f"<div class='gpu-quiet'>{status_text.why_less_in_memory(model, say)}</div>{remarks}"
+    )
+
+
+def stay_html(status: dict[str, Any], say: Say) -> str:
+    """How long each model stays, as it is set now."""
+    colon = mark(":", say)
+    rows = "".join(
+        f"<div><b>{escape(name)}</b> {say(*_KEEP_WARM)}{colon}{_keep_warm(model, say)} · "
+        f"{say(*_IDLE_TIMEOUT)}{colon}{status_text.duration(model['idle_timeout_s'], say)}</div>"
+        for name, model in status["models"].items()
+    )
+    return f"<div class='gpu-quiet'>{say('当前设置', 'Now')}{colon}{rows}</div>"
+
+
+def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
+    """The last 15 minutes as a picture, and the last moves as a table."""
+    models = history["models"]
+    moves = sorted(
+        ((move["ago_s"], name, move) for name, past in models.items() for move in past["moves"]),
+        key=lambda entry: entry[0],
+    )[:SHOWN_MOVES]
+    rows = "".join(
+        f"<tr><td>{counted(ago_s, 1)}</td><td>{escape(name)}</td>"
+        f"<td>{status_text.route(move, device_kind, say)}</td>"
+        f"<td>{readable_bytes(move['bytes'])}</td><td>{status_text.readable_seconds(move['seconds'])}</td>"
+        f"<td>{_rate_or_outcome(move, say)}</td></tr>"
+        for ago_s, name, move in moves
+    )
+    heads = (
+        ("多久前", "Ago"),
+        ("模型", "Model"),
+        ("搬移", "Move"),
+        ("大小", "Size"),
+        ("用时", "Took"),
+        ("速度", "Rate"),
+    )
+    head = "".join(f"<th>{say(*pair)}</th>" for pair in heads)
+    table = f"<table class='gpu-moves'><tr>{head}</tr>{rows}</table>" if rows else ""
+    return chart(history, device_kind, say) + table
+
+
+def counted(seconds: float, direction: int) -> str:
+    return f"<time data-s='{seconds:.1f}' data-way='{direction}'>{status_text.readable_seconds(round(seconds))}</time>"
+
+
+def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
+    if move["outcome"] in _OUTCOMES:
+        return say(*_OUTCOMES[move["outcome"]])
+    if not move["bytes"] or move["seconds"] <= 0 or move["to"] == "released":
+        return "—"
+    return readable_rate(move["bytes"] / move["seconds"])
+
+
+def _facts(model: dict[str, Any], device_bytes: int, device_kind: str, say: Say) -> list[tuple[str, str]]:
+    facts = [
+        *status_text.kept_in_memory(model, say),
+        (say("已闲置", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
+        (say(*_KEEP_WARM), _keep_warm(model, say)),
+        (say(*_IDLE_TIMEOUT), status_text.duration(model["idle_timeout_s"], say)),
+        (say("上次搬移", "Last move"), escape(status_text.last_move(model, device_kind, say))),
+    ]
+    if label := status_text.memory_label(device_kind, say):
+        facts.insert(0, (label, readable_bytes(device_bytes)))
+    return facts
+
+
+def _keep_warm(model: dict[str, Any], say: Say) -> str:
+    seconds, automatic = model["keep_warm_s"], model["policy"] == "auto"
+    if seconds == 0 and not automatic:
+        return say("请求后立即离开", "leaves right after a request")
+    stays = say("一直", "always") if seconds == -1 else status_text.readable_seconds(seconds)
+    return say("自动", "auto") + bracketed(stays, say) if automatic else stays
