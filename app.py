@@ -93,13 +93,13 @@ def _serve(settings: Settings, signals: Signals) -> None:
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
     from residency.web.server.hosts import Hosts
-    from residency.web.server.permissions import Guard
+    from residency.web.server.permissions import Permissions
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
     # Behind a tunnel, or a proxy that does not tell its address, people from anywhere look local.
     passed_on = settings.share or "://" in settings.root_path
-    guard = Guard(settings.control_token, trust_local=not passed_on)
+    guard = Permissions(settings.control_token, trust_local=not passed_on)
     tab = EditxTab(
         settings,
         tts_engine=engine,

@@ -42,7 +42,7 @@ from residency.errors import (
     UnknownModel,
 )
 from residency.locks import renewed_in_children
-from residency.memory import Kept, KeptResident, SnapshotFolder, adopt
+from residency.memory import BorrowedPart, BorrowedResident, SnapshotFolder, adopt
 from residency.observability.events import Event
 from residency.observability.history import WINDOW_S
 from residency.observability.outside_memory import totals
@@ -50,8 +50,8 @@ from residency.scheduling.admission import Admission
 from residency.scheduling.callers import call_site
 from residency.scheduling.dispatcher import Dispatcher
 from residency.scheduling.lease import Lease, held_slots, watching
-from residency.scheduling.managed_model import Slot
-from residency.scheduling.manual_control import Steering
+from residency.scheduling.managed_model import ManagedModel
+from residency.scheduling.manual_control import ManualControl
 from residency.scheduling.mover import Mover
 from residency.scheduling.policies import (
     change_policy,
@@ -146,9 +146,9 @@ class GPUResourceManager:
             partial(sample, self.device),
         )
         self._admission = Admission(self._dispatcher, self._check_open_locked, self.settings["wait_timeout"])
-        self._steering = Steering(self._dispatcher, self._check_open_locked)
+        self._steering = ManualControl(self._dispatcher, self._check_open_locked)
         self._closed = False
-        self._parents_slots: dict[str, Slot] = {}
+        self._parents_slots: dict[str, ManagedModel] = {}
         self._remeasured_s = -math.inf
         end_with_the_process(self)
 
@@ -167,7 +167,7 @@ class GPUResourceManager:
         return self._dispatcher.lock
 
     @property
-    def _slots(self) -> dict[str, Slot]:
+    def _slots(self) -> dict[str, ManagedModel]:
         return self._dispatcher.slots
 
     # -- models -------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class GPUResourceManager:
             raise InvalidInput(f"skip is several paths: give [{skip!r}]", f"skip 是多个路径：请写 [{skip!r}]")
         with self._lock:
             self._check_free_locked(name)
-        slot = Slot(
+        slot = ManagedModel(
             name,
             load,
             policy,
@@ -229,7 +229,7 @@ class GPUResourceManager:
             size_bytes=size_bytes,
         )
         if keep is not None:
-            slot.kept = Kept(KeptResident(keep, self.device))
+            slot.kept = BorrowedPart(BorrowedResident(keep, self.device))
         try:
             if slot.kept is not None:
                 slot.kept.offload()
@@ -452,7 +452,7 @@ class GPUResourceManager:
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
-    def _slots_named(self, name: str | None) -> list[Slot]:
+    def _slots_named(self, name: str | None) -> list[ManagedModel]:
         with self._lock:
             if name is None:
                 return list(self._slots.values())
@@ -462,7 +462,7 @@ class GPUResourceManager:
                 raise UnknownModel(name, tuple(self._slots))
             return [self._slots[name]]
 
-    def _each(self, name: str | None, act: Callable[[Slot], bool]) -> bool:
+    def _each(self, name: str | None, act: Callable[[ManagedModel], bool]) -> bool:
         """Whether it was done for every model; all are tried before the first error is raised."""
         answers, errors = [], []
         for slot in self._slots_named(name):
@@ -474,7 +474,7 @@ class GPUResourceManager:
             raise errors[0]
         return all(answers)
 
-    def _refuse_own(self, what: str, slots: list[Slot]) -> None:
+    def _refuse_own(self, what: str, slots: list[ManagedModel]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
         site = call_site()
         with self._lock:
@@ -489,18 +489,18 @@ class GPUResourceManager:
         if name in self._slots:
             raise ModelExists(name)
 
-    def _check_open_locked(self, slot: Slot) -> None:
+    def _check_open_locked(self, slot: ManagedModel) -> None:
         if self._closed:
             raise ManagerClosed
         if slot.closing:
             raise UnknownModel(slot.name, tuple(self._slots))
 
 
-def _stands(slot: Slot) -> bool:
+def _stands(slot: ManagedModel) -> bool:
     return slot.task is None
 
 
-def _will_not_come(slot: Slot, state: State) -> bool:
+def _will_not_come(slot: ManagedModel, state: State) -> bool:
     """Whether nothing leads a model to ``state`` any more, unless somebody asks for it anew."""
     failed = slot.last_error is not None and slot.at is not State.DEVICE and not slot.wanted and not slot.in_use
     return _stands(slot) and (slot.closing or (failed and state is not State.RELEASED))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from residency.memory.checksum import memoryview_of
 from residency.memory.engine import EngineResident
 from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import Layout
+from residency.memory.mirror_layout import MirrorLayout
 from residency.memory.snapshot import SnapshotFolder
 from residency.memory.weights import Weights
 
@@ -67,7 +67,7 @@ def _read_both_ways(path: Path, meter: Meter) -> None:
     """`preadv` with a few threads and nothing else, into a mapping like the mirror's."""
     size = path.stat().st_size
     with meter.measure(RAW_FRESH, size):
-        mapping = HostMirror(Layout((), (0,), size))
+        mapping = HostMirror(MirrorLayout((), (0,), size))
         _read(path, memoryview_of(mapping.raw))
     with meter.measure(RAW_TOUCHED, size):
         _read(path, memoryview_of(mapping.raw))

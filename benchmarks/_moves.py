@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import Layout
+from residency.memory.mirror_layout import MirrorLayout
 from residency.memory.weights import Weights
 from residency.sentences import Sentence
 
@@ -99,7 +99,7 @@ def plain_copy(plan: Plan) -> list[Row]:
         target.copy_(source)
     del target
     with meter.measure(FRESH, plan.size):
-        HostMirror(Layout((), (0,), plan.size)).raw.copy_(source)
+        HostMirror(MirrorLayout((), (0,), plan.size)).raw.copy_(source)
     return meter.rows
 
 

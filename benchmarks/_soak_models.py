@@ -14,7 +14,7 @@ import xxhash
 from gpu_manager import DeviceOutOfMemory
 from residency.contracts import Device, Resident
 from residency.memory import adopt
-from residency.scheduling.managed_model import Slot
+from residency.scheduling.managed_model import ManagedModel
 
 from ._meter import Ledger
 
@@ -161,7 +161,7 @@ class Model:
 def adopter(faults: Faults) -> Any:
     """An ``adopt`` for the manager, whose residents fail."""
 
-    def faulty(engine: Any, device: Device, slot: Slot) -> FaultyResident:
+    def faulty(engine: Any, device: Device, slot: ManagedModel) -> FaultyResident:
         return FaultyResident(adopt(engine, device, slot), slot.name, faults)
 
     return faulty

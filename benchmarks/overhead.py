@@ -35,7 +35,7 @@ from benchmarks._cold import Cold, measure_cold, print_cold
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.contracts import Device
 from residency.memory import EngineResident
-from residency.scheduling.managed_model import Slot
+from residency.scheduling.managed_model import ManagedModel
 
 MODEL = "tts"
 WAITING = (1, 2, 4, 8, 16, 32, 64)
@@ -148,7 +148,7 @@ def three_managers() -> Iterator[dict[str, GPUResourceManager]]:
 class SlowToReturn(EngineResident):
     """Worth keeping on the card, for a policy that looks how long a model takes to come back."""
 
-    def __init__(self, engine: Any, device: Device, _slot: Slot) -> None:
+    def __init__(self, engine: Any, device: Device, _slot: ManagedModel) -> None:
         super().__init__(engine, device)
 
     def restore(self) -> int:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 _LONGEST_WAIT_S = 86400.0
 
 
-class Latch(Protocol):
-    """`threading.Lock`, or `LoopLatch`."""
+class OneShotEvent(Protocol):
+    """`threading.Lock`, or `AsyncOneShotEvent`."""
 
     def release(self) -> object:
         """Open it; RuntimeError if it cannot be opened any more."""
@@ -35,13 +35,13 @@ def holds(lock: Any) -> bool:
     return bool(lock._is_owned())
 
 
-def open_latch(latch: Latch) -> None:
+def open_latch(latch: OneShotEvent) -> None:
     """Let who waits on it go on; opening it twice is no error."""
     with contextlib.suppress(RuntimeError):  # it is open
         latch.release()
 
 
-class LoopLatch:
+class AsyncOneShotEvent:
     """A latch on which a coroutine of the running event loop waits. It is opened from any thread.
 
     The loop keeps the coroutine that waits, as it does for a timer; the latch does not. So a task whose loop is dropped

@@ -9,7 +9,7 @@ from typing import Any
 from gpu_manager import GPUResourceManager
 from residency.clock import ManualClock, SystemClock
 from residency.contracts import Device
-from residency.scheduling.managed_model import Slot
+from residency.scheduling.managed_model import ManagedModel
 from residency.states import State
 
 
@@ -112,7 +112,7 @@ class Workshop:
         return self.engines[-1].resident
 
     @staticmethod
-    def adopt(engine: Any, device: Device, slot: Slot) -> FakeResident:
+    def adopt(engine: Any, device: Device, slot: ManagedModel) -> FakeResident:
         resident = engine.resident
         assert isinstance(resident, FakeResident)
         return resident
@@ -195,6 +195,6 @@ def comes_to(manager: GPUResourceManager, clock: ManualClock, state: State, name
     return any(manager.wait_for(name, state, 0.01) or clock.advance(0) for _ in range(6000))
 
 
-def await_that(manager: GPUResourceManager, slot: Slot, comes_true: Callable[[], bool]) -> bool:
+def await_that(manager: GPUResourceManager, slot: ManagedModel, comes_true: Callable[[], bool]) -> bool:
     """Wait until something is true of a model's books; False if it does not become so."""
     return manager._dispatcher.watch(slot, comes_true, 60, SystemClock())

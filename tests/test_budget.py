@@ -13,7 +13,7 @@ from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice, 
 from residency.clock import ManualClock
 from residency.contracts import Memory
 from residency.scheduling.dispatcher import FREED_WITHIN_S, RETRY_AFTER_S
-from residency.scheduling.managed_model import Slot
+from residency.scheduling.managed_model import ManagedModel
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -124,7 +124,7 @@ def test_who_needs_the_room_of_a_model_in_use_waits_for_it(house: House, clock: 
     waiting.leaves()
 
 
-def how_many_wait(slot: Slot) -> int:
+def how_many_wait(slot: ManagedModel) -> int:
     return sum(1 for _ in slot.waiting())
 
 

@@ -13,7 +13,7 @@ from world import SIZES, World
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, LoadTimeout, SimulatedDevice, State
 from residency.clock import ManualClock
-from residency.scheduling.managed_model import Slot
+from residency.scheduling.managed_model import ManagedModel
 from residency.scheduling.planner import next_step
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -59,7 +59,7 @@ class Story:
             assert part.place == "device"
 
     @property
-    def slot(self) -> Slot:
+    def slot(self) -> ManagedModel:
         return self.world.manager._slots["tts"]
 
     def come_to_rest(self) -> None:
@@ -68,7 +68,7 @@ class Story:
             assert await_that(manager, slot, lambda slot=slot: self.rests(slot)), f"{name} does not come to rest"
         self.world.check_at_rest()
 
-    def rests(self, slot: Slot) -> bool:
+    def rests(self, slot: ManagedModel) -> bool:
         return slot.task is None and next_step(slot, self.clock.now(), True) is None
 
     def tell(self) -> None:

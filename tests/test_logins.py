@@ -11,7 +11,7 @@ import pytest
 from raw import Answer, ask
 from serving import ForkedApp, RunningApp
 
-from residency.web.server.logins import Pace
+from residency.web.server.logins import RateLimit
 
 FORM = "Content-Type: application/x-www-form-urlencoded"
 #: Many failures take no time, and the clock is the test's: SIGALRM moves it by ten seconds.
@@ -110,7 +110,7 @@ class TestGuessing:
         assert [sign_in(app, "guess", made_up).status for _ in range(6)] == [400] * 5 + [429]
 
     def test_only_those_are_remembered_that_have_to_wait(self) -> None:
-        pace = Pace(at_once=5, every_s=10)
+        pace = RateLimit(at_once=5, every_s=10)
         for second in range(1000):
             pace.take(f"address {second}", second)
         assert len(pace) == 10

@@ -11,7 +11,7 @@ import pytest
 from fakes import Gate, running
 
 from residency.clock import ManualClock
-from residency.scheduling.monitor import PAUSE_AFTER_ERROR_S, Monitor
+from residency.scheduling.monitor import PAUSE_AFTER_ERROR_S, IdleMonitor
 
 
 class World:
@@ -24,7 +24,7 @@ class World:
         self.looks = 0
         self.errors: list[BaseException] = []
         self.looked = threading.Semaphore(0)
-        self.monitor = Monitor(self.lock, self.clock, self.look, lambda: None)
+        self.monitor = IdleMonitor(self.lock, self.clock, self.look, lambda: None)
 
     def look(self) -> float:
         self.looks += 1

@@ -17,7 +17,7 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.devices.probes import processes
-from residency.observability.outside_memory import NO_SAMPLE, OutsideBooks, ProcessMemory, Sample
+from residency.observability.outside_memory import NO_SAMPLE, OutsideBooks, ProcessMemory, MemorySample
 from residency.web.api.metrics import exposition
 from residency.web.shared.language import en, zh
 from residency.web.ui import status_text
@@ -163,8 +163,8 @@ def test_nothing_found_to_move_is_said_once(manager: GPUResourceManager, caplog:
     assert "没有可以移动" in told[0]
 
 
-def sample(host: int | None, device: int | None = 0, children: tuple[ProcessMemory, ...] | None = ()) -> Sample:
-    return Sample(ProcessMemory(1, 0.0, "app", host, device), children, 0)
+def sample(host: int | None, device: int | None = 0, children: tuple[ProcessMemory, ...] | None = ()) -> MemorySample:
+    return MemorySample(ProcessMemory(1, 0.0, "app", host, device), children, 0)
 
 
 def test_what_overlapping_loads_have_grown_by_is_nobodys() -> None:
@@ -193,7 +193,7 @@ def test_a_load_that_was_given_up_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("unknown", [NO_SAMPLE, sample(0, None), sample(None), sample(0, 0, None)])
-def test_what_cannot_be_measured_is_unknown_and_not_nothing(unknown: Sample) -> None:
+def test_what_cannot_be_measured_is_unknown_and_not_nothing(unknown: MemorySample) -> None:
     books = OutsideBooks(cuda=True, separate_memory=True)
     books.began("a", unknown, (0, 0), (0, 0))
     assert books.ended("a", "a", unknown, (0, 0), (0, 0), frozenset({"a"})).total_bytes is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from residency.scheduling.callers import call_site
-from residency.scheduling.managed_model import Request, Slot
+from residency.scheduling.managed_model import LeaseRequest, ManagedModel
 from residency.scheduling.planner import (
     Room,
     Serve,
@@ -48,27 +48,29 @@ class Windows:
     def brought_back(self, seconds: float) -> None: ...
 
 
-def slot(state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, name: str = "m", **fields: object) -> Slot:
-    made = Slot(name, lambda: None, FixedPolicy(keep_warm_s, idle_timeout_s), state)
+def slot(
+    state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, name: str = "m", **fields: object
+) -> ManagedModel:
+    made = ManagedModel(name, lambda: None, FixedPolicy(keep_warm_s, idle_timeout_s), state)
     made.idle_since_s = 0.0
     for key, value in fields.items():
         setattr(made, key, value)
     return made
 
 
-def ask(model: Slot, number: int = 1, holding: tuple[Slot, ...] = ()) -> Request:
-    request = Request(model, number, HERE, holding)
+def ask(model: ManagedModel, number: int = 1, holding: tuple[ManagedModel, ...] = ()) -> LeaseRequest:
+    request = LeaseRequest(model, number, HERE, holding)
     model.queue.append(request)
     return request
 
 
-def hold(model: Slot, number: int = 0) -> Slot:
-    model.holder = Request(model, number, HERE)
+def hold(model: ManagedModel, number: int = 0) -> ManagedModel:
+    model.holder = LeaseRequest(model, number, HERE)
     model.holder.answered = True
     return model
 
 
-def moving(model: Slot, target: State, give_up_at_s: float = math.inf) -> Slot:
+def moving(model: ManagedModel, target: State, give_up_at_s: float = math.inf) -> ManagedModel:
     model.task = SimpleNamespace(move=Move(model.name, model.at, target), give_up_at_s=give_up_at_s)
     return model
 
@@ -447,9 +449,9 @@ def test_waiting_in_a_circle_is_seen() -> None:
     models = [a, b, c]
     ask(b, 1, holding=(a,))
     ask(c, 2, holding=(b,))
-    assert would_wait_for_itself(Request(a, 3, HERE, holding=(c,)), models)
-    assert not would_wait_for_itself(Request(c, 3, HERE, holding=(a,)), models)
-    assert not would_wait_for_itself(Request(a, 3, HERE), models)
+    assert would_wait_for_itself(LeaseRequest(a, 3, HERE, holding=(c,)), models)
+    assert not would_wait_for_itself(LeaseRequest(c, 3, HERE, holding=(a,)), models)
+    assert not would_wait_for_itself(LeaseRequest(a, 3, HERE), models)
 
 
 def test_of_several_who_wait_each_may_close_the_circle() -> None:
@@ -457,22 +459,22 @@ def test_of_several_who_wait_each_may_close_the_circle() -> None:
     ask(b, 1, holding=(a,))
     ask(c, 2, holding=(a,))
     for held in (b, c):
-        assert would_wait_for_itself(Request(a, 3, HERE, holding=(held,)), [a, b, c])
+        assert would_wait_for_itself(LeaseRequest(a, 3, HERE, holding=(held,)), [a, b, c])
 
 
 def test_a_loader_that_asks_for_its_own_model_waits_for_itself() -> None:
     a = moving(slot(State.RELEASED), State.DEVICE)
-    assert would_wait_for_itself(Request(a, 1, HERE, holding=(a,)), [a])
+    assert would_wait_for_itself(LeaseRequest(a, 1, HERE, holding=(a,)), [a])
 
 
 def test_who_was_answered_holds_up_nobody() -> None:
     a, b = (hold(slot(State.DEVICE, name=name)) for name in "ab")
     ask(b, 1, holding=(a,)).answer(TimeoutError())
-    assert not would_wait_for_itself(Request(a, 2, HERE, holding=(b,)), [a, b])
+    assert not would_wait_for_itself(LeaseRequest(a, 2, HERE, holding=(b,)), [a, b])
 
 
 def test_a_request_begins_unanswered_and_an_answer_lets_go_of_who_asked() -> None:
-    request = Request(Slot("tts", dict, FixedPolicy()), 1, HERE)
+    request = LeaseRequest(ManagedModel("tts", dict, FixedPolicy()), 1, HERE)
     assert (request.answered, request.error, request.context, request.asked_s) == (False, None, None, 0)
     request.context = contextvars.Context()
     request.answer()

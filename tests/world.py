@@ -26,8 +26,8 @@ from gpu_manager import (
 )
 from residency.contracts import Device
 from residency.memory import CompositeResident
-from residency.memory import Kept as Lent
-from residency.scheduling.managed_model import Slot
+from residency.memory import BorrowedPart as Lent
+from residency.scheduling.managed_model import ManagedModel
 
 SIZES = {"tts": 60, "asr": 50, "vad": 10}
 PLACES = {State.DEVICE: "device", State.HOST: "host", State.RELEASED: "nowhere"}
@@ -158,7 +158,7 @@ class Kept:
         self.place = "its owner's"
 
 
-def place_of(slot: Slot) -> str:
+def place_of(slot: ManagedModel) -> str:
     """Where the engine is, whatever else moves with it."""
     if slot.resident is None:
         return "nowhere"
@@ -249,7 +249,7 @@ class World:
 
         return load
 
-    def adopt(self, engine: Any, device: Device, slot: Slot) -> Any:
+    def adopt(self, engine: Any, device: Device, slot: ManagedModel) -> Any:
         return engine
 
     # -- what clients do ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 from ..errors import NotHandedOut
-from .part_proxy import Held, Keeper, Part, Path, find_paths, instance_attributes
+from .part_proxy import Held, LeasedEngine, Part, Path, find_paths, instance_attributes
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class HandOut:
 
     def __init__(
         self,
-        keeper: Keeper,
+        keeper: LeasedEngine,
         engine: Any,
         holds_tensor: Callable[[torch.Tensor], bool],
         holds_memory: Callable[[Any], bool],

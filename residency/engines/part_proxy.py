@@ -54,7 +54,7 @@ class Held:
 Path = tuple["str | Item | Held", ...]
 
 
-class Keeper(Protocol):
+class LeasedEngine(Protocol):
     """Who has the engine. Each of these takes a lease."""
 
     def read_part(self, path: Path) -> Any:
@@ -82,7 +82,7 @@ class Part:
 
     __slots__ = ("_keeper", "_path")
 
-    def __init__(self, keeper: Keeper, path: Path) -> None:
+    def __init__(self, keeper: LeasedEngine, path: Path) -> None:
         object.__setattr__(self, "_keeper", keeper)
         object.__setattr__(self, "_path", path)
 

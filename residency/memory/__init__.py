@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..contracts import Adoption, Device, Resident
-from .borrowed import Kept, KeptResident
+from .borrowed import BorrowedPart, BorrowedResident
 from .composite import CompositeResident
 from .engine import EngineResident
 from .onnx_sessions import OnnxSessions
@@ -29,5 +29,5 @@ def adopt(engine: Any, device: Device, slot: Adoption) -> Resident:
 
     What the slot keeps beyond a release is left out.
     """
-    kept = slot.kept.part if isinstance(slot.kept, Kept) else None
+    kept = slot.kept.part if isinstance(slot.kept, BorrowedPart) else None
     return EngineResident(engine, device, slot.skip, beside=kept if isinstance(kept, EngineResident) else None)

@@ -13,8 +13,8 @@ from .discovery import Discovery
 from .engine import EngineResident
 
 
-class Part(Protocol):
-    """What `Kept` moves."""
+class BorrowedMemory(Protocol):
+    """What `BorrowedPart` moves."""
 
     @property
     def device_bytes(self) -> int: ...
@@ -25,13 +25,13 @@ class Part(Protocol):
     def hand_back(self) -> None: ...
 
 
-class Kept:
+class BorrowedPart:
     """One part and who has it. See `KeptPart` for what the methods promise."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: BorrowedMemory) -> None:
         self.part = part
         self.lock = renewed_in_children(threading.Lock())
-        self.loan: Loan | None = None
+        self.loan: BorrowedLoan | None = None
 
     @property
     def device_bytes(self) -> int:
@@ -45,8 +45,8 @@ class Kept:
         with self.lock:
             return self.part.offload()
 
-    def borrow_locked(self) -> Loan:
-        self.loan = Loan(self)
+    def borrow_locked(self) -> BorrowedLoan:
+        self.loan = BorrowedLoan(self)
         return self.loan
 
     def hand_back(self) -> None:
@@ -55,10 +55,10 @@ class Kept:
             self.loan = None
 
 
-class Loan:
+class BorrowedLoan:
     """See `residency.contracts.Loan`. Thread-safe: a load that was given up may end beside the next one."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: BorrowedPart) -> None:
         self._kept = kept
 
     @property
@@ -92,7 +92,7 @@ class Loan:
             return move() if self._kept.loan is self else 0
 
 
-class KeptResident(EngineResident):
+class BorrowedResident(EngineResident):
     """The memory of a part that is its owner's before and after."""
 
     _owners: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())

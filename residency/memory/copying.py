@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..observability.error_classification import is_out_of_device_memory
-from .mirror_layout import Layout, Span
-from .storages import Piece
+from .mirror_layout import MirrorLayout, MirrorSpan
+from .storages import ManagedStorage
 
 if TYPE_CHECKING:
     import torch
@@ -19,18 +19,20 @@ class SpanCopier:
     In main memory a span is uint8 [span.nbytes]. Nothing is written to the pieces in ``untouched``.
     """
 
-    def __init__(self, pieces: Sequence[Piece], layout: Layout, untouched: Collection[Piece] = ()) -> None:
+    def __init__(
+        self, pieces: Sequence[ManagedStorage], layout: MirrorLayout, untouched: Collection[ManagedStorage] = ()
+    ) -> None:
         self._pieces = pieces
         self._layout = layout
         self._untouched = untouched
         self._scratch: torch.Tensor | None = None
 
-    def storages(self, span: Span) -> list[torch.UntypedStorage]:
+    def storages(self, span: MirrorSpan) -> list[torch.UntypedStorage]:
         """Those to which a span is copied."""
         pieces = [self._pieces[part.piece] for part in span.parts]
         return [piece.storage for piece in pieces if not self._untouched or piece not in self._untouched]
 
-    def gathered(self, span: Span) -> torch.Tensor:
+    def gathered(self, span: MirrorSpan) -> torch.Tensor:
         """The bytes of a span where they are now, on the device; valid until the next span is gathered.
 
         Those of several pieces are put together in scratch space there, of the size of the largest span.
@@ -45,7 +47,7 @@ class SpanCopier:
             self._scratch = torch.empty(largest, dtype=torch.uint8, device=parts[0].device)
         return torch.cat(parts, out=self._scratch[: span.nbytes])
 
-    def to_host(self, span: Span, target: torch.Tensor, put_together: bool) -> None:
+    def to_host(self, span: MirrorSpan, target: torch.Tensor, put_together: bool) -> None:
         """Copy a span from the device; unless its pieces are ``put_together`` there, without scratch space."""
         if put_together:
             target.copy_(self.gathered(span))
@@ -53,7 +55,7 @@ class SpanCopier:
         for on_device, on_host in self._parts(span, target):
             on_host.copy_(on_device)
 
-    def to_device(self, span: Span, source: torch.Tensor) -> None:
+    def to_device(self, span: MirrorSpan, source: torch.Tensor) -> None:
         """Copy a span to where its bytes belong, on the current stream; with scratch space only if there is some."""
         import torch
 
@@ -75,7 +77,7 @@ class SpanCopier:
             if self._pieces[part.piece] not in self._untouched:
                 on_device.copy_(on_host, non_blocking=True)
 
-    def _on_device(self, span: Span) -> list[torch.Tensor]:
+    def _on_device(self, span: MirrorSpan) -> list[torch.Tensor]:
         parts = []
         for part in span.parts:
             piece = self._pieces[part.piece]
@@ -83,7 +85,7 @@ class SpanCopier:
             parts.append(piece.raw if whole else piece.raw[part.start : part.stop])
         return parts
 
-    def _parts(self, span: Span, host: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _parts(self, span: MirrorSpan, host: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each part of a span: its bytes on the device, and their place in ``host``, which holds the whole span."""
         at = 0
         for part in span.parts:

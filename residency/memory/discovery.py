@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..progress import current
-from .object_kinds import Kind, kind_of
-from .object_paths import ByPath, Names, children, gradients, has_constants
+from .object_kinds import ObjectKind, kind_of
+from .object_paths import ByPath, PathFinder, children, gradients, has_constants
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class Discovery:
     def __init__(self, engine: Any, skip: Collection[str] = ()) -> None:
         self._engine = engine
         self._skip = frozenset(skip)
-        self._names = Names(engine)
+        self._names = PathFinder(engine)
         self._told: set[str] = set()
         self._scripts: weakref.WeakSet[torch.jit.ScriptModule] = weakref.WeakSet()
 
@@ -138,7 +138,7 @@ class _Walk:
         self._kept: list[Any] = list(skipped)
         self._skipped = len(self._kept)
         self._seen = set(map(id, self._kept))
-        self._kinds: dict[type, Kind] = {}
+        self._kinds: dict[type, ObjectKind] = {}
         #: Classes behind which something was found: it is no use to look whether there is nothing.
         self._fertile: set[type] = set()
         self._todo: list[Any] = []
@@ -165,14 +165,14 @@ class _Walk:
 
     def entered(self) -> list[Any]:
         """What was entered, other than tensors."""
-        classes = {cls for cls, kind in self._kinds.items() if kind in (Kind.OPEN, Kind.BY_NAME)}
+        classes = {cls for cls, kind in self._kinds.items() if kind in (ObjectKind.OPEN, ObjectKind.BY_NAME)}
         kept = self._kept[self._skipped :]
         return list(itertools.compress(kept, map(classes.__contains__, map(type, kept))))
 
     def _look_at(self, batch: list[Any]) -> None:
         classes = self._classes(batch)
         kinds = {self._kinds[cls] for cls in classes}
-        if kinds == {Kind.OPEN}:
+        if kinds == {ObjectKind.OPEN}:
             for cls in classes - self._fertile:
                 things = batch if len(classes) == 1 else [thing for thing in batch if type(thing) is cls]
                 if not self._is_barren(things):
@@ -187,18 +187,18 @@ class _Walk:
             things = batch if len(kinds) == 1 else [thing for thing in batch if self._kinds[type(thing)] is kind]
             self._sort(kind, self._fresh(things))
 
-    def _sort(self, kind: Kind, things: list[Any]) -> None:
-        if kind is Kind.OPEN:
+    def _sort(self, kind: ObjectKind, things: list[Any]) -> None:
+        if kind is ObjectKind.OPEN:
             self._enter(things)
-        elif kind is Kind.TENSOR:
+        elif kind is ObjectKind.TENSOR:
             self._enter_tensors(things)
-        elif kind is Kind.SESSION:
+        elif kind is ObjectKind.SESSION:
             self.sessions += things
-        elif kind is Kind.GRAPH:
+        elif kind is ObjectKind.GRAPH:
             self.graphs += things
-        elif kind is Kind.ARRAY:
+        elif kind is ObjectKind.ARRAY:
             self.arrays += things
-        elif kind is Kind.BY_NAME:
+        elif kind is ObjectKind.BY_NAME:
             self._enter_by_name(things)
 
     def _classes(self, things: list[Any]) -> set[type]:
@@ -222,7 +222,7 @@ class _Walk:
     def _follow(self, referents: list[Any]) -> None:
         """Look at these later, and count how often they are tensors."""
         things = self._enterable(referents)
-        tensors = {cls for cls in self._classes(things) if self._kinds[cls] is Kind.TENSOR}
+        tensors = {cls for cls in self._classes(things) if self._kinds[cls] is ObjectKind.TENSOR}
         if tensors:
             self.references.update([id(thing) for thing in things if type(thing) in tensors])
         self._todo += things
@@ -232,7 +232,7 @@ class _Walk:
         things = list(filter(gc.is_tracked, referents))
         things += self._exceptions_among(list(itertools.filterfalse(gc.is_tracked, referents)))
         classes = self._classes(things)
-        closed = {cls for cls in classes if self._kinds[cls] is Kind.CLOSED}
+        closed = {cls for cls in classes if self._kinds[cls] is ObjectKind.CLOSED}
         hollow = classes & _MAY_BE_EMPTY
         if not hollow:
             return [thing for thing in things if type(thing) not in closed] if closed else things
@@ -258,7 +258,7 @@ class _Walk:
             things = self._enterable(gc.get_referents(*things))
             if not things:
                 return True
-            if len(things) > most or any(self._kinds[cls] is not Kind.OPEN for cls in self._classes(things)):
+            if len(things) > most or any(self._kinds[cls] is not ObjectKind.OPEN for cls in self._classes(things)):
                 return False
         return False
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from ..locks import renewed_in_children
 from . import absent_tensors
-from .storages import Piece, as_bytes
+from .storages import ManagedStorage, as_bytes
 
 if TYPE_CHECKING:
     import torch
 
 
-class Recall:
+class FallbackRestore:
     """While its engine is away: asks for this piece alone. Keeps nothing alive."""
 
-    def __init__(self, bring_back: Callable[[Piece], bool], piece: Piece) -> None:
+    def __init__(self, bring_back: Callable[[ManagedStorage], bool], piece: ManagedStorage) -> None:
         self._bring_back, self._piece = weakref.WeakMethod(bring_back), weakref.ref(piece)
 
     def __call__(self, storage: torch.UntypedStorage) -> bool:
@@ -26,10 +26,10 @@ class Recall:
         return bring_back is not None and piece is not None and bring_back(piece)
 
 
-class Spare:
+class FallbackCopy:
     """When its engine was released: a copy in main memory, which goes with the first use or with the last holder."""
 
-    def __init__(self, piece: Piece, copy: torch.Tensor) -> None:
+    def __init__(self, piece: ManagedStorage, copy: torch.Tensor) -> None:
         self._copy: torch.Tensor | None = copy
         self._tensors = [weakref.ref(tensor) for tensor in (*piece.tensors.values(), *piece.guests)]
         self._lock = renewed_in_children(threading.Lock())

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from .storages import ARRAYS, RAW, Piece, forget_guests, is_alone, storage_key
+from .storages import ARRAYS, RAW, ManagedStorage, forget_guests, is_alone, storage_key
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def held_elsewhere(tensors: list[torch.Tensor], references: Mapping[int, int]) -
     )
 
 
-def are_held(pieces: Iterable[Piece], tensors: AbstractSet[int]) -> list[Piece]:
+def are_held(pieces: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> list[ManagedStorage]:
     """Those that others hold: of which one of ``tensors`` (``id``) is a part, or over which others have a tensor."""
     pieces = list(pieces)
     _find_views(piece for piece in pieces if piece.storage.resizable() and piece.count_strangers() > 0)
@@ -57,10 +57,10 @@ def reference_counts(things: Iterable[Any]) -> list[int]:
     return [sys.getrefcount(thing) for thing in things]
 
 
-def part_from_strangers(pieces: Collection[Piece]) -> list[Piece]:
+def part_from_strangers(pieces: Collection[ManagedStorage]) -> list[ManagedStorage]:
     """See that nobody else needs the bytes of these when they go; returns those that cannot leave.
 
-    Other tensors of the process over them leave with them (`Piece.guests`). Native users keep the old storage, and the
+    Other tensors of the process over them leave with them (`ManagedStorage.guests`). Native users keep the old storage, and the
     engine gets one of its own; where there is no room for that, the piece stays.
     """
     crowded = [piece for piece in forget_guests(pieces) if not piece.stays and piece.count_strangers() > 0]
@@ -120,7 +120,7 @@ def _all_tensors() -> list[torch.Tensor]:
     return list(filter(functools.partial(type.__instancecheck__, torch._C.TensorBase), everything))
 
 
-def _find_views(pieces: Iterable[Piece]) -> None:
+def _find_views(pieces: Iterable[ManagedStorage]) -> None:
     """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
     import torch
 

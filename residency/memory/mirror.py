@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..contracts import Device
 from ..locks import renewed_in_children
-from .mirror_layout import Layout, Span
+from .mirror_layout import MirrorLayout, MirrorSpan
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class HostMirror:
     ``moving`` is held by whoever pins, unpins or copies; the end of the interpreter waits for it, for seconds at most.
     """
 
-    def __init__(self, layout: Layout, moving: threading.Lock | None = None) -> None:
+    def __init__(self, layout: MirrorLayout, moving: threading.Lock | None = None) -> None:
         import torch
 
         self._layout = layout
@@ -46,7 +46,7 @@ class HostMirror:
         weakref.finalize(self, self._registrations.undo).atexit = False
         _alive.add(self)
 
-    def span(self, span: Span) -> torch.Tensor:
+    def span(self, span: MirrorSpan) -> torch.Tensor:
         """The bytes of a span, uint8 [span.nbytes]."""
         return self.raw[span.start : span.stop]
 

@@ -16,7 +16,7 @@ PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Part:
+class StorageRange:
     """Bytes ``start`` to ``stop`` of piece number ``piece``."""
 
     piece: int
@@ -25,11 +25,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Span:
+class MirrorSpan:
     """Consecutive bytes of the mirror: one part of a large piece, or many small pieces whole."""
 
     start: int
-    parts: tuple[Part, ...]
+    parts: tuple[StorageRange, ...]
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -41,28 +41,28 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MirrorLayout:
     """The mirror: its spans in order, where pinnable groups begin, and its size."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[MirrorSpan, ...]
     group_starts: tuple[int, ...]
     nbytes: int
 
 
-def lay_out(sizes: Sequence[int], span_bytes: int = SPAN_BYTES, group_bytes: int = GROUP_BYTES) -> Layout:
+def lay_out(sizes: Sequence[int], span_bytes: int = SPAN_BYTES, group_bytes: int = GROUP_BYTES) -> MirrorLayout:
     """Place pieces of these sizes (bytes; 0 for one that has no place) one after the other."""
-    spans: list[Span] = []
+    spans: list[MirrorSpan] = []
     group_starts = [0]
     offset = 0
-    small: list[Part] = []
+    small: list[StorageRange] = []
     small_bytes = 0
 
-    def close_span(parts: Sequence[Part]) -> None:
+    def close_span(parts: Sequence[StorageRange]) -> None:
         nonlocal offset
         if offset - group_starts[-1] >= group_bytes:
             offset = -(-offset // PAGE_BYTES) * PAGE_BYTES
             group_starts.append(offset)
-        span = Span(offset, tuple(parts))
+        span = MirrorSpan(offset, tuple(parts))
         spans.append(span)
         offset = span.stop
 
@@ -81,9 +81,9 @@ def lay_out(sizes: Sequence[int], span_bytes: int = SPAN_BYTES, group_bytes: int
         if size >= span_bytes // 8:
             flush()
             for start in range(0, size, span_bytes):
-                close_span([Part(number, start, min(start + span_bytes, size))])
+                close_span([StorageRange(number, start, min(start + span_bytes, size))])
         else:
-            small.append(Part(number, 0, size))
+            small.append(StorageRange(number, 0, size))
             small_bytes += size
     flush()
-    return Layout(tuple(spans), tuple(group_starts), offset)
+    return MirrorLayout(tuple(spans), tuple(group_starts), offset)

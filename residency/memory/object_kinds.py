@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 
-class Kind(enum.Enum):
+class ObjectKind(enum.Enum):
     """What a walk does with an instance of a class.
 
     Attributes:
@@ -45,25 +45,25 @@ _EXITS = (type, types.ModuleType, logging.Logger, types.FrameType, types.Traceba
 _POINTER_BYTES = 8
 
 
-def kind_of(cls: type) -> Kind:
+def kind_of(cls: type) -> ObjectKind:
     """The kind of the instances of a class. Takes some microseconds: remember the answer during a walk."""
     import torch
 
     # What marks itself: a manager, whose other models are not of this engine.
     if cls in VALUES or issubclass(cls, _EXITS) or getattr(cls, "not_of_the_engine", False) is True:
-        return Kind.CLOSED
+        return ObjectKind.CLOSED
     if issubclass(cls, torch.Tensor):
-        return Kind.TENSOR
+        return ObjectKind.TENSOR
     # By name, since onnxruntime need not be installed: an engine that has a session has imported it.
     if any(base.__name__ == "InferenceSession" and base.__module__.startswith("onnxruntime") for base in cls.__mro__):
-        return Kind.SESSION
+        return ObjectKind.SESSION
     if issubclass(cls, torch.cuda.CUDAGraph):
-        return Kind.GRAPH
+        return ObjectKind.GRAPH
     if any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in cls.__mro__):
-        return Kind.ARRAY
+        return ObjectKind.ARRAY
     if issubclass(cls, torch.jit.ScriptModule) or not _is_transparent(cls):
-        return Kind.BY_NAME
-    return Kind.OPEN
+        return ObjectKind.BY_NAME
+    return ObjectKind.OPEN
 
 
 def _is_transparent(cls: type) -> bool:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .object_kinds import VALUES, Kind, kind_of
+from .object_kinds import VALUES, ObjectKind, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ class ByPath(Mapping[str, T]):
         return self._paths
 
 
-class Names:
+class PathFinder:
     """Finds the paths of what hangs on one engine, step by step: slow, for messages and `skip` only."""
 
     def __init__(self, engine: Any) -> None:
@@ -80,16 +80,16 @@ class Names:
     def _look_for(self, wanted: set[int], closed: Collection[int]) -> dict[int, str]:
         paths: dict[int, str] = {}
         seen: dict[int, Any] = {}
-        kinds: dict[type, Kind] = {}
+        kinds: dict[type, ObjectKind] = {}
         todo: deque[tuple[Any, _Trail]] = deque([(self._engine, _ROOT)])
         self._tensors.clear()
         while todo:
             thing, trail = todo.popleft()
             kind = kinds.get(type(thing)) or kinds.setdefault(type(thing), kind_of(type(thing)))
-            if kind is Kind.CLOSED or id(thing) in seen or id(thing) in closed:
+            if kind is ObjectKind.CLOSED or id(thing) in seen or id(thing) in closed:
                 continue
             seen[id(thing)] = thing  # kept, so that no other object takes this id meanwhile
-            if kind is Kind.TENSOR:
+            if kind is ObjectKind.TENSOR:
                 self._tensors[id(thing)] = weakref.ref(thing), _path(trail)
             if id(thing) in wanted:
                 paths[id(thing)] = _path(trail)
@@ -109,7 +109,7 @@ class Names:
             thing, here = todo.pop()
             if here == path:
                 reached.append(thing)
-            elif kind_of(type(thing)) is not Kind.CLOSED:
+            elif kind_of(type(thing)) is not ObjectKind.CLOSED:
                 with contextlib.suppress(Exception):
                     steps = ((here + _step(how, step), child) for how, step, child in children(thing))
                     todo.extend((child, there) for there, child in steps if path.startswith(there))

@@ -16,7 +16,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from .holders import reference_counts
-from .object_kinds import Kind, kind_of
+from .object_kinds import ObjectKind, kind_of
 from .object_paths import children
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque, types.MappingProxyType)
@@ -76,13 +76,13 @@ def _batches(things: list[Any]) -> Iterable[list[Any]]:
 
 def _references_inside(batches: Iterable[list[Any]], wanted: AbstractSet[int]) -> collections.Counter[int]:
     """How often each of ``wanted`` (``id``) is referred to by these."""
-    kinds: dict[type, Kind] = {}
+    kinds: dict[type, ObjectKind] = {}
     inside: collections.Counter[int] = collections.Counter()
     for batch in batches:
         for cls in set(map(type, batch)) - kinds.keys():
             kinds[cls] = kind_of(cls)
-        by_name = [thing for thing in batch if kinds[type(thing)] is Kind.BY_NAME]
-        others = [thing for thing in batch if kinds[type(thing)] is not Kind.BY_NAME] if by_name else batch
+        by_name = [thing for thing in batch if kinds[type(thing)] is ObjectKind.BY_NAME]
+        others = [thing for thing in batch if kinds[type(thing)] is not ObjectKind.BY_NAME] if by_name else batch
         inside.update(_among(gc.get_referents(*others), wanted))
         for thing in by_name:
             named: collections.Counter[int] = collections.Counter()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import SharedWeights
 from ..locks import renewed_in_children
-from .storages import Piece
+from .storages import ManagedStorage
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ class Owner(Protocol):
     """Has storages of its own."""
 
     @property
-    def pieces(self) -> Iterable[Piece]: ...
+    def pieces(self) -> Iterable[ManagedStorage]: ...
 
 
 _managed: weakref.WeakSet[Owner] = weakref.WeakSet()
@@ -32,7 +32,7 @@ def add_locked(owner: Owner) -> None:
     _managed.add(owner)
 
 
-def taken() -> dict[int, Piece]:
+def taken() -> dict[int, ManagedStorage]:
     """Every piece that has an owner, by its storage (``_cdata``)."""
     return {piece.key: piece for owner in list(_managed) for piece in owner.pieces}
 
@@ -43,7 +43,7 @@ def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
         return not taken().keys().isdisjoint({tensor.untyped_storage()._cdata for tensor in tensors})
 
 
-def find_common_locked(pieces: list[Piece]) -> list[Piece]:
+def find_common_locked(pieces: list[ManagedStorage]) -> list[ManagedStorage]:
     """Those of ``pieces`` that another owner has and a third party holds, a cache of constants for one.
 
     They stay on the device from now on, since neither engine may take them from the other.

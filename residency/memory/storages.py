@@ -29,7 +29,7 @@ _FILL_CHECK_BYTES = 8 << 20
 
 
 @dataclass(eq=False)
-class Piece:
+class ManagedStorage:
     """One unique storage and the tensors over it, by path.
 
     Attributes:
@@ -213,12 +213,12 @@ class Piece:
                     tensor.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-def pieces_of(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
+def pieces_of(tensors: Mapping[str, torch.Tensor]) -> list[ManagedStorage]:
     """Tensors grouped by the storage they share; those without bytes of their own are left out."""
     pieces = []
     for group in by_storage(tensors).values():
         storage = next(iter(group.values())).untyped_storage()
-        pieces.append(Piece(storage, group, storage.nbytes()))
+        pieces.append(ManagedStorage(storage, group, storage.nbytes()))
     return pieces
 
 
@@ -281,13 +281,13 @@ def _let_go(storage: torch.UntypedStorage) -> None:
     """Nothing: that it would be called with the storage keeps the storage."""
 
 
-def hide(pieces: Collection[Piece]) -> None:
+def hide(pieces: Collection[ManagedStorage]) -> None:
     """Make each use of the tensors raise; call it before their bytes go."""
     absent_tensors.hide(tensor for piece in pieces for tensor in piece.tensors.values())
     absent_tensors.hide(guest for piece in pieces if piece.guests for guest in piece.guests)
 
 
-def show(pieces: Collection[Piece]) -> None:
+def show(pieces: Collection[ManagedStorage]) -> None:
     """Undo `hide`, when the bytes are there."""
     absent_tensors.show(tensor for piece in pieces for tensor in piece.tensors.values())
     for piece in pieces:
@@ -296,7 +296,7 @@ def show(pieces: Collection[Piece]) -> None:
             piece.guests.clear()
 
 
-def forget_guests(pieces: Collection[Piece]) -> list[Piece]:
+def forget_guests(pieces: Collection[ManagedStorage]) -> list[ManagedStorage]:
     """Begin to count the holders of these anew, and return those that seem to have others than the engine."""
     import torch
 
@@ -305,7 +305,7 @@ def forget_guests(pieces: Collection[Piece]) -> list[Piece]:
             piece.forget_guests()
     use_count, ours = torch._C._storage_Use_Count, _own_references()
 
-    def is_crowded(piece: Piece) -> bool:
+    def is_crowded(piece: ManagedStorage) -> bool:
         tensors = piece.tensors.values()
         return use_count(piece.key) != ours + len(tensors) or not all(map(is_alone, tensors))
 
@@ -341,5 +341,5 @@ def _own_references() -> int:
     import torch
 
     tensor = torch.empty(1)
-    piece = Piece(tensor.untyped_storage(), {"": tensor}, 4)
+    piece = ManagedStorage(tensor.untyped_storage(), {"": tensor}, 4)
     return _use_count(piece.storage) - len(piece.tensors)

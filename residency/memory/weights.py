@@ -26,12 +26,12 @@ from ..sentences import Sentence
 from . import absent_tensors, storage_owners
 from .checksum import fingerprints, hash_of
 from .copying import SpanCopier
-from .fallback_restore import Recall, Spare
+from .fallback_restore import FallbackRestore, FallbackCopy
 from .holders import are_held, part_from_strangers
 from .mirror import HostMirror
-from .mirror_layout import Layout, Span, lay_out
+from .mirror_layout import MirrorLayout, MirrorSpan, lay_out
 from .pinning import BackgroundPinning
-from .storages import Piece, hide, pieces_of, show
+from .storages import ManagedStorage, hide, pieces_of, show
 
 if TYPE_CHECKING:
     import torch
@@ -68,12 +68,12 @@ class Weights:
         """
         self._device = device
         self._passing = passing
-        self._pieces: list[Piece] = []
-        self._elsewhere: list[Piece] = []
+        self._pieces: list[ManagedStorage] = []
+        self._elsewhere: list[ManagedStorage] = []
         #: Those that others than the engine hold too; see `_mark_held`.
-        self._held: list[Piece] = []
+        self._held: list[ManagedStorage] = []
         #: Those that are on the device while the others are away.
-        self._here: set[Piece] = set()
+        self._here: set[ManagedStorage] = set()
         pieces = pieces_of(tensors)
         with storage_owners.lock:
             #: Of another engine, where they are counted and stay on the device.
@@ -88,7 +88,7 @@ class Weights:
                 self._mark_held(held)  # before another engine can find out that they are shared
             storage_owners.add_locked(self)
         self.on_device = True  # where the movable ones are
-        self._layout = Layout((), (0,), 0)
+        self._layout = MirrorLayout((), (0,), 0)
         self._mirror: HostMirror | None = None
         #: Of each span, as last copied to the mirror; None where the mirror must not be trusted.
         self._fingerprints: list[int | None] = []
@@ -111,7 +111,7 @@ class Weights:
         return bool(self._common)
 
     @property
-    def pieces(self) -> Iterable[Piece]:
+    def pieces(self) -> Iterable[ManagedStorage]:
         """The movable ones."""
         return self._pieces
 
@@ -161,7 +161,7 @@ class Weights:
                 raise
             self._here = {piece for piece in self._pieces if piece.stays}
             for piece in self._held:  # once more: some may have a new storage
-                setattr(piece.storage, absent_tensors.RECALL, Recall(self.bring_back, piece))
+                setattr(piece.storage, absent_tensors.RECALL, FallbackRestore(self.bring_back, piece))
             self.on_device = False
             self._empty([piece for piece in self._pieces if not piece.stays])
             if self._pinning is None:
@@ -178,12 +178,12 @@ class Weights:
         if not leaving:
             return
         for piece in leaving:
-            setattr(piece.storage, absent_tensors.RECALL, Recall(self.bring_back, piece))
+            setattr(piece.storage, absent_tensors.RECALL, FallbackRestore(self.bring_back, piece))
         hide(leaving)
         time.sleep(min(_USE_ENDS_WITHIN_S + sum(piece.nbytes for piece in leaving) / _BYTES_PER_S, _LONGEST_USE_S))
         self._device.wait()
 
-    def _leave_behind(self, pieces: list[Piece]) -> None:
+    def _leave_behind(self, pieces: list[ManagedStorage]) -> None:
         """Take these for storages that stay where they are: shared with other processes since the load, for one."""
         if not pieces:
             return
@@ -286,7 +286,7 @@ class Weights:
                     f"{piece.nbytes:,}",
                 )
 
-    def bring_back(self, piece: Piece) -> bool:
+    def bring_back(self, piece: ManagedStorage) -> bool:
         """Put one piece that others hold on the device while the rest is away; False if it is not here any more.
 
         Thread-safe; waits for a move to end. `DeviceOutOfMemory` if there is no room for it.
@@ -309,7 +309,7 @@ class Weights:
             show([piece])  # a forked child may find it hidden for a move, which is the parent's
         return True
 
-    def _copy_to(self, piece: Piece, target: torch.Tensor) -> None:
+    def _copy_to(self, piece: ManagedStorage, target: torch.Tensor) -> None:
         """Write what main memory has of one piece to ``target``, uint8 [piece.nbytes]."""
         if piece.spare is not None:
             target.copy_(piece.spare)
@@ -318,7 +318,7 @@ class Weights:
         else:
             self._ready_mirror().read(self._pieces.index(piece), target)
 
-    def _copy_of(self, piece: Piece) -> torch.Tensor:
+    def _copy_of(self, piece: ManagedStorage) -> torch.Tensor:
         import torch
 
         copy = torch.empty(piece.nbytes, dtype=torch.uint8)
@@ -340,7 +340,7 @@ class Weights:
         away = [] if self.on_device else [piece for piece in self._pieces if piece not in self._here]
         for piece in away:
             if piece.held:
-                setattr(piece.storage, absent_tensors.RECALL, Spare(piece, self._copy_of(piece)))
+                setattr(piece.storage, absent_tensors.RECALL, FallbackCopy(piece, self._copy_of(piece)))
         absent_tensors.close((piece.storage for piece in away if not piece.held), released=True)
         self._empty([piece for piece in there if piece not in kept], released=True)
         self.on_device = False
@@ -386,7 +386,7 @@ class Weights:
     def _ranges(self) -> list[tuple[int, int]]:
         return [(span.start, span.stop) for span in self._layout.spans]
 
-    def _follow(self, piece: Piece) -> None:
+    def _follow(self, piece: ManagedStorage) -> None:
         """Take note of a storage that the engine itself has made longer or shorter."""
         # Not charged: the bytes are there already, whatever the books would allow.
         self._device.refund(piece.nbytes - piece.storage.nbytes())
@@ -434,7 +434,7 @@ class Weights:
             self._mirror.unpin()
             self._mirror = None
 
-    def _part_from_numpy(self, piece: Piece, released: bool) -> None:
+    def _part_from_numpy(self, piece: ManagedStorage, released: bool) -> None:
         """Give a closed piece a storage of its own: numpy has looked at it since it was last checked."""
         import torch
 
@@ -446,14 +446,14 @@ class Weights:
             setattr(piece.storage, absent_tensors.RECALL, recall)
         absent_tensors.close([piece.storage], released)
 
-    def _allocate(self, pieces: list[Piece]) -> None:
+    def _allocate(self, pieces: list[ManagedStorage]) -> None:
         """Give closed storages room for their bytes, and leave them closed."""
         empty = [piece for piece in pieces if not piece.storage.nbytes()]
         opened = absent_tensors.opened_one_by_one(piece.key for piece in empty)
         for piece, _ in zip(empty, opened, strict=True):
             self._device.allocate(piece.storage, piece.nbytes)
 
-    def _empty(self, pieces: list[Piece], released: bool = False) -> None:
+    def _empty(self, pieces: list[ManagedStorage], released: bool = False) -> None:
         hide(pieces)
         absent_tensors.close((piece.storage for piece in pieces), released)
         with contextlib.suppress(Exception):  # a capture under way, or a device that is lost: the bytes go all the same
@@ -471,7 +471,7 @@ class Weights:
             logger.exception("The device did not settle")
 
 
-def _fingerprints(copier: SpanCopier, spans: Sequence[Span], progress: Progress) -> Sequence[int | None]:
+def _fingerprints(copier: SpanCopier, spans: Sequence[MirrorSpan], progress: Progress) -> Sequence[int | None]:
     """Of each span on the device; None for all of them if it has no room for computing them."""
 
     def gathered() -> Iterator[torch.Tensor]:

@@ -46,7 +46,7 @@ class Event:
     error: str | None = None
 
 
-class Listeners:
+class Subscribers:
     """Who wants to know. Any thread may subscribe, and tell, at any time.
 
     They are called one after the other in a thread of their own, in the order in which things happened; no move and

@@ -53,7 +53,7 @@ class ProcessMemory:
 
 
 @dataclass(frozen=True)
-class Sample:
+class MemorySample:
     """What this process and its children hold now. ``children`` is None where they are unknown."""
 
     own: ProcessMemory
@@ -61,12 +61,12 @@ class Sample:
     modules: int
 
 
-NO_SAMPLE = Sample(ProcessMemory(0, 0.0, "", None), None, 0)
+NO_SAMPLE = MemorySample(ProcessMemory(0, 0.0, "", None), None, 0)
 """Where nothing can be measured."""
 
 
 @dataclass(frozen=True)
-class Outside:
+class OutsideMemory:
     """The processes that hold something beyond the books; not ``known`` where that cannot be measured."""
 
     holders: tuple[ProcessMemory, ...] = ()
@@ -83,7 +83,7 @@ class Outside:
         return sum(map(_size, self.holders))
 
 
-def totals(found: Iterable[Outside | None]) -> tuple[int | None, int | None]:
+def totals(found: Iterable[OutsideMemory | None]) -> tuple[int | None, int | None]:
     """The (device, host) bytes that these hold together; None for what was not looked at. Both None where unknown."""
     looked_at = [outside for outside in found if outside is not None]
     if not all(outside.known for outside in looked_at):
@@ -94,7 +94,7 @@ def totals(found: Iterable[Outside | None]) -> tuple[int | None, int | None]:
 
 @dataclass(eq=False)
 class _Window:
-    before: Sample
+    before: MemorySample
     books: tuple[int, int]
     loads: bool
     alone: bool
@@ -115,10 +115,15 @@ class OutsideBooks:
     #: A model, and what this process and its books held of the device when it came there; None if others moved since.
     _arrival: tuple[str, int, int] | None = None
     #: What this process held, and what the books said, before the first move.
-    _base: tuple[Sample, int] | None = None
+    _base: tuple[MemorySample, int] | None = None
 
     def began(
-        self, move: object, before: Sample, books: tuple[int, int], all_books: tuple[int, int], loads: bool = False
+        self,
+        move: object,
+        before: MemorySample,
+        books: tuple[int, int],
+        all_books: tuple[int, int],
+        loads: bool = False,
     ) -> None:
         """A move begins; ``books`` are the model's (device, host) bytes, ``all_books`` those of all models.
 
@@ -142,14 +147,14 @@ class OutsideBooks:
         self,
         move: object,
         model: str,
-        after: Sample,
+        after: MemorySample,
         books: tuple[int, int],
         all_books: tuple[int, int],
         loaded: frozenset[str],
         array_bytes: int = 0,
         arrived: bool = False,
         released: bool = False,
-    ) -> Outside:
+    ) -> OutsideMemory:
         """A move has ended: what the model holds outside its books now.
 
         ``loaded`` are the models that are loaded or moving, ``array_bytes`` what numpy's arrays hold in its engine.
@@ -157,7 +162,7 @@ class OutsideBooks:
         """
         window = self._windows.pop(move, None)
         if window is None:  # given up
-            return Outside()
+            return OutsideMemory()
         owner = next(iter(loaded)) if len(loaded) == 1 and not window.loads else model
         for child in after.children or ():
             self._owners.setdefault((child.pid, child.started_s), owner)
@@ -186,24 +191,24 @@ class OutsideBooks:
         own = ProcessMemory(after.own.pid, after.own.started_s, after.own.command, host if known else None, device)
         return self._sum(after, model, [own] if known else None)
 
-    def _sum(self, after: Sample, model: str, own: list[ProcessMemory] | None) -> Outside:
+    def _sum(self, after: MemorySample, model: str, own: list[ProcessMemory] | None) -> OutsideMemory:
         if own is None or after.children is None:
-            return Outside()
+            return OutsideMemory()
         children = [child for child in after.children if self._owners.get((child.pid, child.started_s)) == model]
         if sum(map(_size, children)) < NOISE_BYTES:
             children = []
         holders = tuple(holder for holder in [*own, *children] if _size(holder))
         unknown = after.own.device_bytes is None and self.separate_memory
-        return Outside(holders, known=not unknown)
+        return OutsideMemory(holders, known=not unknown)
 
-    def _own_host(self, after: Sample, all_books: tuple[int, int]) -> int:
+    def _own_host(self, after: MemorySample, all_books: tuple[int, int]) -> int:
         assert self._base is not None, "a move that has ended had begun"
         before, books = self._base
         grown = _difference(after.own.host_bytes, before.own.host_bytes)
         libraries = MODULE_BYTES * max(0, after.modules - before.modules) + CONTEXT_BYTES * self.cuda
         return grown - (self._in_main(all_books) - books) - libraries
 
-    def _own_device(self, after: Sample, all_books: tuple[int, int]) -> int:
+    def _own_device(self, after: MemorySample, all_books: tuple[int, int]) -> int:
         return (after.own.device_bytes or 0) - all_books[0] - CONTEXT_BYTES * self.cuda
 
     def _in_main(self, books: tuple[int, int]) -> int:

@@ -12,13 +12,13 @@ from functools import partial
 
 from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from ..observability.error_classification import may_be_device_loss
-from ..one_shot_event import LoopLatch, holds, new_latch
+from ..one_shot_event import AsyncOneShotEvent, holds, new_latch
 from ..states import State
 from .callers import call_site
-from .deadlocks import Deadlocks
+from .deadlocks import DeadlockDetector
 from .dispatcher import WARM_GRACE_S, Dispatcher
 from .lease import Lease, held_slots
-from .managed_model import Request, Slot
+from .managed_model import LeaseRequest, ManagedModel
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,16 @@ class Admission:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None], wait_timeout_s: float = math.inf
+        self, dispatcher: Dispatcher, check_locked: Callable[[ManagedModel], None], wait_timeout_s: float = math.inf
     ) -> None:
         self._dispatcher = dispatcher
         self._check_locked = check_locked
         self._clock = dispatcher.clock
-        self.deadlocks = Deadlocks(dispatcher)
+        self.deadlocks = DeadlockDetector(dispatcher)
         self._wait_timeout_s = wait_timeout_s
         self._numbers = itertools.count(1)
 
-    def acquire(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
+    def acquire(self, slot: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
         """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
         request = self._ask(slot, timeout_s, lease, blocks=True)
         if not request.answered:
@@ -66,11 +66,11 @@ class Admission:
             raise request.error
         return lease.request or request
 
-    async def acquire_async(self, slot: Slot, timeout_s: float | None, lease: Lease) -> Request:
+    async def acquire_async(self, slot: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
         """For `Lease`: the same, for a coroutine. No thread waits meanwhile."""
         request = self._ask(slot, timeout_s, lease, blocks=False)
         if not request.answered:
-            latch = request.latch = LoopLatch()
+            latch = request.latch = AsyncOneShotEvent()
             for pause_s in self._looks(request, timeout_s, lease, blocks=False):
                 await latch.wait(pause_s)
             self._dispatcher.act()
@@ -78,7 +78,7 @@ class Admission:
             raise request.error
         return lease.request or request
 
-    def _ask(self, slot: Slot, timeout_s: float | None, lease: Lease, blocks: bool) -> Request:
+    def _ask(self, slot: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
         """The request in force that the lease shares, or one of its own; ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
         for may_be_lost in (True, False):
@@ -94,7 +94,7 @@ class Admission:
                 ):
                     return holder
                 holding = (*held_slots(), *self.deadlocks.kept_busy_locked(site, lease.made_after))
-                request = Request(slot, next(self._numbers), site, holding, now_s)
+                request = LeaseRequest(slot, next(self._numbers), site, holding, now_s)
                 error = self._refusal_locked(request, timeout_s, blocks)
                 if error is None:
                     self._queue_locked(request, lease)
@@ -110,7 +110,7 @@ class Admission:
         dispatcher.act()
         return request
 
-    def _queue_locked(self, request: Request, lease: Lease) -> None:
+    def _queue_locked(self, request: LeaseRequest, lease: Lease) -> None:
         slot = request.slot
         if slot.left_s is not None and not slot.in_use:
             slot.policy.idle_ended(max(0.0, request.asked_s - slot.left_s))
@@ -123,32 +123,32 @@ class Admission:
         slot.queue.append(request)
         self._dispatcher.plan_locked(slot)
 
-    def share(self, lease: Lease, request: Request) -> bool:
+    def share(self, lease: Lease, request: LeaseRequest) -> bool:
         """For `Lease`: let it count on a request in force as well; False if that has ended."""
         with self._dispatcher.lock:
             if self._dispatcher.slots.get(request.slot.name) is not request.slot:
                 self._check_locked(request.slot)  # in a forked child: the engine is the parent's
             return self._share_locked(lease, request)
 
-    def join(self, lease: Lease, slot: Slot) -> bool:
+    def join(self, lease: Lease, slot: ManagedModel) -> bool:
         """For `Lease`: let it count on the request that has the model now; False if none has."""
         with self._dispatcher.lock:
             self._check_locked(slot)
             # Once the lease of that request has ended, readers must not keep the model from those who wait for it.
             return slot.holder is not None and not slot.holder.ended and self._share_locked(lease, slot.holder)
 
-    def resumed(self, request: Request) -> None:
+    def resumed(self, request: LeaseRequest) -> None:
         """For `Lease`: the generator in which the model is leased goes on, maybe in another thread."""
         request.streams = True
         request.site = call_site()
         request.resumed_s = self._clock.now()
 
-    def suspended(self, request: Request) -> None:
+    def suspended(self, request: LeaseRequest) -> None:
         """For `Lease`: the generator in which the model is leased yields."""
         request.site = request.site.suspended()
 
     @staticmethod
-    def _share_locked(lease: Lease, request: Request) -> bool:
+    def _share_locked(lease: Lease, request: LeaseRequest) -> bool:
         if not request.users:
             return False
         if lease.cancelled:
@@ -224,7 +224,7 @@ class Admission:
         """For `Lease`: have the monitor find what somebody who was interrupted left undone."""
         self._dispatcher.monitor.wake()
 
-    def cancel(self, request: Request) -> bool:
+    def cancel(self, request: LeaseRequest) -> bool:
         """For `Lease`: refuse a request that waits; False if it was answered already."""
         with self._dispatcher.lock:
             if request.answered:
@@ -233,7 +233,7 @@ class Admission:
         self._dispatcher.act()
         return True
 
-    def place(self, request: Request) -> int | None:
+    def place(self, request: LeaseRequest) -> int | None:
         """For `Lease`: 0 holds the model, 1 is served next; None if it has ended."""
         with self._dispatcher.lock:
             if request.slot.holder is request:
@@ -241,14 +241,14 @@ class Admission:
             waiting = list(request.slot.waiting())
             return waiting.index(request) + 1 if request in waiting else None
 
-    def _refuse_locked(self, request: Request, error: ResidencyError) -> None:
+    def _refuse_locked(self, request: LeaseRequest, error: ResidencyError) -> None:
         request.answer(error)
         with suppress(ValueError):  # one that was made and never queued
             request.slot.queue.remove(request)
         self._dispatcher.reports.tell_queue(request.slot)
         self._dispatcher.plan_locked(request.slot)
 
-    def _refusal_locked(self, request: Request, timeout_s: float | None, blocks: bool) -> Exception | None:
+    def _refusal_locked(self, request: LeaseRequest, timeout_s: float | None, blocks: bool) -> Exception | None:
         """Why a request is not queued."""
         slot = request.slot
         if slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken:
@@ -262,7 +262,7 @@ class Admission:
             return None
         return ModelBusy(slot.name, waiting, slot.state.value, slot.held_by(request.asked_s))
 
-    def _looks(self, request: Request, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
+    def _looks(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
         """Until a request is answered: see to its time-out and to what it waits for, and yield the seconds to sleep."""
         slot, asked_s = request.slot, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
@@ -298,7 +298,7 @@ class Admission:
             if not request.answered:
                 yield min(until_s, look_s) - now_s
 
-    def _end_deadlock(self, request: Request, lease: Lease, blocks: bool) -> None:
+    def _end_deadlock(self, request: LeaseRequest, lease: Lease, blocks: bool) -> None:
         """Serve or refuse a request that turns out to wait for the code that makes it."""
         slot = request.slot
         holder = slot.holder

@@ -8,7 +8,7 @@ the context, often in another thread, and thread pools pass no context on. Call 
 - A function whose frame is on no stack has returned or is suspended, and does not execute.
 - A thread that waits in `Thread.join` or `Future.result` names in its frame what it waits for.
 
-A frame is recognised by an `Activation` in its ``f_trace``: a reference to the frame would keep its local variables and
+A frame is recognised by an `FunctionCall` in its ``f_trace``: a reference to the frame would keep its local variables and
 its callers alive, and the address of a frame that has ended is used for the next one.
 """
 
@@ -46,7 +46,7 @@ _BLOCKING = frozenset({_JOIN}) | _RESULTS | _WAITS
 _WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
 
 
-class Activation:
+class FunctionCall:
     """One execution of a function, from its call to its end. It is kept in ``f_trace`` of the frame and ends with it.
 
     ``f_trace`` is used while a thread is traced only. A tracer may find an activation there and call it, to no effect.
@@ -63,7 +63,7 @@ class Activation:
         return None
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Activation):
+        if not isinstance(other, FunctionCall):
             return NotImplemented
         return self is other or (self._frame is not None and self._frame is other._frame)
 
@@ -91,8 +91,8 @@ class CallSite:
     thread: int
     code: CodeType
     line: int
-    frame: Activation | None
-    generators: tuple[Activation, ...]
+    frame: FunctionCall | None
+    generators: tuple[FunctionCall, ...]
     token: weakref.ref[_Alive]
     is_suspended: bool = False
 
@@ -153,7 +153,7 @@ def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:
     """
     frame: FrameType | None = sys._getframe(1)
     caller: FrameType | None = None
-    generators: list[Activation] = []
+    generators: list[FunctionCall] = []
     while frame is not None:
         suspendable = frame.f_code.co_flags & _SUSPENDABLE
         if (caller is None or suspendable) and frame.f_globals.get("__name__") not in _INTERNAL:
@@ -222,12 +222,12 @@ def _below(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _activation(frame: FrameType) -> Activation:
+def _activation(frame: FrameType) -> FunctionCall:
     """The activation of a frame of this thread, made if need be."""
     found = frame.f_trace
-    if isinstance(found, Activation):
+    if isinstance(found, FunctionCall):
         return found
-    activation = Activation(None if found is None else frame)
+    activation = FunctionCall(None if found is None else frame)
     if found is None:
         frame.f_trace = activation
     return activation

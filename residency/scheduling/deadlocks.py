@@ -10,20 +10,20 @@ from ..errors import EventLoopBlocked, LeaseDeadlock
 from .callers import CallSite, in_thread_pool, is_this_thread
 from .dispatcher import Dispatcher
 from .lease import Lease
-from .managed_model import Request, Slot
+from .managed_model import LeaseRequest, ManagedModel
 from .planner import would_wait_for_itself
 
 STALLED_AFTER_S = 3.0
 """How long a suspended generator may stand still before a request in the thread that resumes it gives up waiting."""
 
 
-class Deadlocks:
+class DeadlockDetector:
     """Compares call stacks and books. Methods that end in ``_locked`` want the dispatcher's lock."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
-    def kept_busy_locked(self, site: CallSite, made_after: Iterable[Request] = ()) -> tuple[Slot, ...]:
+    def kept_busy_locked(self, site: CallSite, made_after: Iterable[LeaseRequest] = ()) -> tuple[ManagedModel, ...]:
         """The models that this code keeps busy, as far as the call stack tells and the context does not."""
         holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
         return tuple(
@@ -33,14 +33,14 @@ class Deadlocks:
         )
 
     @staticmethod
-    def same_flow(holder: Request, site: CallSite, lease: Lease) -> bool:
+    def same_flow(holder: LeaseRequest, site: CallSite, lease: Lease) -> bool:
         """Whether a request is made by the code that has the model, so that waiting would be waiting for itself."""
         there = holder.site
         if is_this_thread(there) and there.executes_here():
             return True
         return there.same_flow(site) or (holder in lease.made_after and not there.executes())
 
-    def found_at_arrival_locked(self, request: Request, blocks: bool) -> RuntimeError | None:
+    def found_at_arrival_locked(self, request: LeaseRequest, blocks: bool) -> RuntimeError | None:
         """Why a request would wait for ever, as far as that is known when it comes; ``blocks``: with its thread."""
         slot, holder = request.slot, request.slot.holder
         if holder is not None and holder.site.resumed_by(request.site):
@@ -51,7 +51,7 @@ class Deadlocks:
             return self.error(request)
         return None
 
-    def found_while_waiting(self, holder: Request, request: Request, blocks: bool) -> bool:
+    def found_while_waiting(self, holder: LeaseRequest, request: LeaseRequest, blocks: bool) -> bool:
         """Whether the code that has the model cannot go on before the request is answered.
 
         A wait with a time-out ends by itself, after which the holder may well leave: that is for the status to tell.
@@ -67,18 +67,18 @@ class Deadlocks:
         # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
         return self._dispatcher.clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
 
-    def refuse_to_block_locked(self, call: str, slots: Iterable[Slot], site: CallSite) -> None:
+    def refuse_to_block_locked(self, call: str, slots: Iterable[ManagedModel], site: CallSite) -> None:
         """`EventLoopBlocked` where the call would wait for a task of the event loop that it blocks."""
         for slot in slots:
             if slot.holder is not None and slot.holder.users and self._in_the_loop_of(slot.holder, site):
                 raise EventLoopBlocked(slot.name, call, slot.held_by(self._dispatcher.clock.now()))
 
     @staticmethod
-    def _in_the_loop_of(holder: Request, site: CallSite) -> bool:
+    def _in_the_loop_of(holder: LeaseRequest, site: CallSite) -> bool:
         """Whether both are in one thread, which runs an event loop: that cannot go on while the thread waits."""
         return holder.site.token is site.token and _in_event_loop() and not holder.site.executes_here()
 
-    def error(self, request: Request) -> LeaseDeadlock:
+    def error(self, request: LeaseRequest) -> LeaseDeadlock:
         """What a request is refused with."""
         holding = tuple(dict.fromkeys(slot.name for slot in request.holding))
         return LeaseDeadlock(request.slot.name, holding, request.slot.held_by(self._dispatcher.clock.now()))

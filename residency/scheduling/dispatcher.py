@@ -31,16 +31,16 @@ from ..observability.error_classification import (
     may_be_device_loss,
 )
 from ..observability.history import CardHistory, PastMove
-from ..observability.outside_memory import NO_SAMPLE, OutsideBooks, Sample
+from ..observability.outside_memory import NO_SAMPLE, OutsideBooks, MemorySample
 from ..one_shot_event import holds, new_latch
 from ..progress import Progress, reporting
 from ..states import Move, MoveRecord, State
 from .lease import loading
 from .lost_leases import LostLeases
-from .managed_model import Slot
-from .monitor import Monitor
-from .mover import Mover, Task
-from .notifier import Reports
+from .managed_model import ManagedModel
+from .monitor import IdleMonitor
+from .mover import Mover, MoveTask
+from .notifier import Notifier
 from .planner import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Dispatcher:
         mover: Mover,
         clock: Clock,
         budget_bytes: float = math.inf,
-        sample: Callable[[bool, bool], Sample] = lambda trim, look_at_children: NO_SAMPLE,
+        sample: Callable[[bool, bool], MemorySample] = lambda trim, look_at_children: NO_SAMPLE,
     ) -> None:
         self.device = device
         self.mover = mover
@@ -87,18 +87,18 @@ class Dispatcher:
         # Both can be met again by a thread that has them: Python collects at any point, and runs what it finds there.
         self.lock, self._spawning = threading.RLock(), threading.RLock()
         self.left: deque[Callable[[], None]] = deque()  # leases that ended where nothing could be done about it
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, ManagedModel] = {}
         self.card = CardHistory()
-        self.reports = Reports(device, clock)
-        self.monitor = Monitor(self.lock, clock, self._look_locked, self._act_for_monitor)
+        self.reports = Notifier(device, clock)
+        self.monitor = IdleMonitor(self.lock, clock, self._look_locked, self._act_for_monitor)
         self._begun = False
         self.lost = LostLeases(clock)
-        self._threads: dict[Task, threading.Thread] = {}
+        self._threads: dict[MoveTask, threading.Thread] = {}
         self._changes = 0  # how many moves have begun or ended
 
     # -- planning -----------------------------------------------------------------------------------------------
 
-    def plan_locked(self, slot: Slot) -> None:
+    def plan_locked(self, slot: ManagedModel) -> None:
         """Let happen what is next for this model, and for those that wait for room."""
         self.version += 1
         now_s = self.clock.now()
@@ -110,11 +110,11 @@ class Dispatcher:
             self._keep_budget_locked()
         self.monitor.expect_locked(self._deadline_locked(slot, now_s))
 
-    def begin_locked(self, slot: Slot, move: Move, *, made_room: bool = False) -> Task:
+    def begin_locked(self, slot: ManagedModel, move: Move, *, made_room: bool = False) -> MoveTask:
         """Begin a move of a settled model that nobody holds; ``made_room``: others have just left for it."""
         now_s = self.clock.now()
         head = slot.head() if move.target is State.DEVICE else None
-        task = Task(
+        task = MoveTask(
             slot,
             move,
             now_s,
@@ -139,7 +139,7 @@ class Dispatcher:
         slot.changed()
         return task
 
-    def _progressed(self, task: Task) -> None:
+    def _progressed(self, task: MoveTask) -> None:
         self.version += 1
         self.reports.tell_progress(task)
 
@@ -168,7 +168,7 @@ class Dispatcher:
         self.lost.collect()
         self.act()
 
-    def leave(self) -> dict[str, Slot]:
+    def leave(self) -> dict[str, ManagedModel]:
         """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
         self.lock, self._spawning = threading.RLock(), threading.RLock()
         self.left.clear()
@@ -177,12 +177,12 @@ class Dispatcher:
         slots, self.slots = self.slots, {}
         return slots
 
-    def await_task(self, task: Task) -> None:
+    def await_task(self, task: MoveTask) -> None:
         """Wait until a move has ended, one way or the other."""
         self.act()
         self.watch(task.slot, lambda: task.slot.task is not task)
 
-    def await_task_that_goes_on(self, task: Task) -> bool:
+    def await_task_that_goes_on(self, task: MoveTask) -> bool:
         """Wait until a move has ended; False if it stands still for `STUCK_AFTER_S`."""
         self.act()
         while True:
@@ -193,7 +193,11 @@ class Dispatcher:
                 return False
 
     def watch(
-        self, slot: Slot, comes_true: Callable[[], bool], timeout_s: float = math.inf, clock: Clock | None = None
+        self,
+        slot: ManagedModel,
+        comes_true: Callable[[], bool],
+        timeout_s: float = math.inf,
+        clock: Clock | None = None,
     ) -> bool:
         """Wait until something is true of this model's books, ``timeout_s`` at most; False if it is not."""
         clock = clock or self.clock
@@ -236,7 +240,7 @@ class Dispatcher:
             return now_s
         return min((self._deadline_locked(slot, now_s) for slot in self.slots.values()), default=math.inf)
 
-    def _deadline_locked(self, slot: Slot, now_s: float) -> float:
+    def _deadline_locked(self, slot: ManagedModel, now_s: float) -> float:
         if slot.holder is not None:
             return slot.holder.search_s  # nothing else happens to a model in use
         deadline_s = next_deadline(slot, now_s, self.device.separate)
@@ -245,7 +249,7 @@ class Dispatcher:
             return min(deadline_s, float(task.seen_s) + STUCK_AFTER_S)
         return deadline_s
 
-    def _tell_of_standstill_locked(self, slot: Slot, now_s: float) -> None:
+    def _tell_of_standstill_locked(self, slot: ManagedModel, now_s: float) -> None:
         """Log once that a model which leaves does not make progress: its memory stays taken."""
         task = slot.task
         if task is None or task.arrives or task.hangs or now_s < task.seen_s + STUCK_AFTER_S:
@@ -255,7 +259,7 @@ class Dispatcher:
         if task.hangs:
             logger.error("%s: hangs on its way off the device; its last request is answered", slot.name)
 
-    def _step_locked(self, slot: Slot, now_s: float) -> None:
+    def _step_locked(self, slot: ManagedModel, now_s: float) -> None:
         if slot.holder is not None and not slot.holder.users:
             slot.holder = None  # who left it was interrupted
         had_to_wait, slot.short = slot.short, False
@@ -268,7 +272,7 @@ class Dispatcher:
         elif not slot.in_use and slot.task is None:
             slot.asked = None
 
-    def _serve_locked(self, slot: Slot, now_s: float) -> None:
+    def _serve_locked(self, slot: ManagedModel, now_s: float) -> None:
         request = slot.head()
         assert request is not None
         request.served_s = request.resumed_s = request.searched_s = now_s
@@ -277,7 +281,7 @@ class Dispatcher:
         if request.latch is not None:  # it has waited
             self.reports.tell_queue(slot)
 
-    def _has_room_locked(self, slot: Slot) -> bool:
+    def _has_room_locked(self, slot: ManagedModel) -> bool:
         """Whether the model may go to the device now. Begins evictions; refuses who would wait for ever."""
         room = room_for(slot, self.slots.values(), self.budget_bytes)
         if room.hopeless and slot.lacking_bytes:
@@ -304,7 +308,7 @@ class Dispatcher:
         for move in over_budget(self.slots.values(), self.budget_bytes):
             self.begin_locked(self.slots[move.model], move)
 
-    def _refuse_arrival_locked(self, slot: Slot, error: BaseException) -> None:
+    def _refuse_arrival_locked(self, slot: ManagedModel, error: BaseException) -> None:
         """Everybody who waits for a model to come gets the error; the next request tries again."""
         slot.last_error = in_words(error)
         slot.not_before_s = self.clock.now() + RETRY_AFTER_S
@@ -332,7 +336,7 @@ class Dispatcher:
 
     # -- moving -------------------------------------------------------------------------------------------------
 
-    def _spawn(self, task: Task) -> bool:
+    def _spawn(self, task: MoveTask) -> bool:
         name = f"gpu-{task.move.via.value}-{task.slot.name}"
         try:
             thread = self._threads[task] = threading.Thread(target=self._run, args=(task,), name=name, daemon=True)
@@ -342,7 +346,7 @@ class Dispatcher:
         task.spawned = True
         return True
 
-    def _run(self, task: Task) -> None:
+    def _run(self, task: MoveTask) -> None:
         loads = task.move.via is State.LOADING
         before = self.sample(loads, loads)
         with self.lock:
@@ -368,13 +372,13 @@ class Dispatcher:
         self._commit(task)
         self._threads.pop(task, None)
 
-    def _carry_out(self, task: Task) -> None:
+    def _carry_out(self, task: MoveTask) -> None:
         with reporting(task.progress), loading(task.slot):
             if task.made_room:
                 self._await_freed(task.slot)
             task.moved_bytes = self.mover.carry_out(task)
 
-    def _await_freed(self, slot: Slot) -> None:
+    def _await_freed(self, slot: ManagedModel) -> None:
         """Drivers show memory as free a moment after it was given back."""
         until_s = self.clock.now() + FREED_WITHIN_S
         while self.clock.now() < until_s:
@@ -383,7 +387,7 @@ class Dispatcher:
                 return
             self.clock.wait(new_latch(), 0.02)
 
-    def _await_capture(self, task: Task) -> bool:
+    def _await_capture(self, task: MoveTask) -> bool:
         """Wait a moment for the end of a capture that was in the way; False if that has been done for long enough."""
         if task.given_up or self.clock.now() >= task.started_s + CAPTURE_WITHIN_S:
             return False
@@ -391,7 +395,7 @@ class Dispatcher:
         task.error = None
         return True
 
-    def _try_again(self, task: Task) -> bool:
+    def _try_again(self, task: MoveTask) -> bool:
         """After the device was full: once more with emptied caches, if there is no model that could leave for it.
 
         More often while other models came or went meanwhile: then it may have been them.
@@ -421,7 +425,7 @@ class Dispatcher:
         task.retries, task.error = task.retries + 1, None
         return True
 
-    def _commit(self, task: Task) -> None:
+    def _commit(self, task: MoveTask) -> None:
         slot, error = task.slot, task.error
         left, memory, after = task.resident or slot.kept, Memory(), self.sample(task.move.via is State.LOADING, True)
         lost = self.is_lost(error)
@@ -476,7 +480,7 @@ class Dispatcher:
         slots = self.slots.values()
         return sum(slot.device_bytes for slot in slots), sum(slot.host_bytes for slot in slots)
 
-    def _arrived_locked(self, task: Task, now_s: float) -> None:
+    def _arrived_locked(self, task: MoveTask, now_s: float) -> None:
         slot = task.slot
         slot.at = task.move.target
         slot.last_move = MoveRecord(task.move, task.moved_bytes, now_s - task.started_s)
@@ -496,7 +500,7 @@ class Dispatcher:
             for other in self.slots.values():
                 other.lacking_bytes = max(0, other.lacking_bytes - slot.size_bytes)
 
-    def _failed_locked(self, task: Task, error: BaseException, lost: bool) -> None:
+    def _failed_locked(self, task: MoveTask, error: BaseException, lost: bool) -> None:
         slot, move = task.slot, task.move
         slot.at = task.back_at
         slot.last_error = in_words(error)
@@ -512,11 +516,11 @@ class Dispatcher:
         if task.arrives and not task.put_off:
             self._refuse_arrival_locked(slot, error)
 
-    def _note_locked(self, task: Task, outcome: str, now_s: float) -> None:
+    def _note_locked(self, task: MoveTask, outcome: str, now_s: float) -> None:
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
         task.slot.history.moved(past, task.slot.device_bytes if self.device.separate else task.slot.host_bytes)
 
-    def _after_locked(self, slot: Slot) -> None:
+    def _after_locked(self, slot: ManagedModel) -> None:
         if slot.at is State.DEVICE and slot.head() is not None and not (slot.broken or slot.closing):
             # Who waited for it gets it, before anybody can ask for it to leave again.
             self._serve_locked(slot, self.clock.now())
@@ -524,7 +528,7 @@ class Dispatcher:
         self.plan_locked(slot)
         slot.changed()
 
-    def _give_up_locked(self, slot: Slot) -> None:
+    def _give_up_locked(self, slot: ManagedModel) -> None:
         """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
         logger.error("%s: its loader takes too long and is given up", slot.name)
         task, error = slot.task, LoadTimeout(slot.name, slot.load_timeout_s)

@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from .managed_model import Request, Slot
+from .managed_model import LeaseRequest, ManagedModel
 
 
 class Lessor(Protocol):
     """Hands out leases: the manager."""
 
-    def acquire(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
+    def acquire(self, slot: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
         """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
 
-    async def acquire_async(self, slot: Slot, timeout_s: float | None, made: Lease) -> Request:
+    async def acquire_async(self, slot: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
         """The same, for a coroutine: blocks neither its event loop nor a thread."""
 
-    def share(self, lease: Lease, request: Request) -> bool:
+    def share(self, lease: Lease, request: LeaseRequest) -> bool:
         """Let the lease count on a request in force as well; False if it has ended."""
 
     def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
@@ -37,26 +37,26 @@ class Lessor(Protocol):
     def give_back_later(self, lease: Lease, discard: bool = False) -> None:
         """Have another thread do that. May be called at any point, where somebody holds the manager's lock."""
 
-    def join(self, lease: Lease, slot: Slot) -> bool:
+    def join(self, lease: Lease, slot: ManagedModel) -> bool:
         """Let the lease count on the request that has the model now; False if none has."""
 
-    def resumed(self, request: Request) -> None:
+    def resumed(self, request: LeaseRequest) -> None:
         """The generator in which the model is leased goes on, maybe in another thread."""
 
-    def suspended(self, request: Request) -> None:
+    def suspended(self, request: LeaseRequest) -> None:
         """The generator in which the model is leased yields."""
 
     def look_again(self) -> None:
         """Somebody was interrupted: have what they left undone found and done."""
 
-    def cancel(self, request: Request) -> bool:
+    def cancel(self, request: LeaseRequest) -> bool:
         """Let a request that waits be refused; False if it was answered already."""
 
-    def place(self, request: Request) -> int | None:
+    def place(self, request: LeaseRequest) -> int | None:
         """0: holds the model; 1: served next; None: ended."""
 
 
-_held: contextvars.ContextVar[tuple[Request, ...]] = contextvars.ContextVar("held_requests", default=())
+_held: contextvars.ContextVar[tuple[LeaseRequest, ...]] = contextvars.ContextVar("held_requests", default=())
 _made: contextvars.ContextVar[tuple[_Made, ...]] = contextvars.ContextVar("made_leases", default=())
 _watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
 _loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_slots", default=())
@@ -85,14 +85,16 @@ class Lease:
     #: Discovery stops here: behind a lease there are the manager and other models.
     not_of_the_engine = True
 
-    def __init__(self, lessor: Lessor, slot: Slot, timeout_s: float | None = None, reading: bool = False) -> None:
+    def __init__(
+        self, lessor: Lessor, slot: ManagedModel, timeout_s: float | None = None, reading: bool = False
+    ) -> None:
         self._lessor = lessor
         self._slot = slot
         self._timeout_s = timeout_s
         self._reading = reading
         self._entered = self._ended = self._cancelled = self._broken = False
         self._made_here = True
-        self.request: Request | None = None
+        self.request: LeaseRequest | None = None
         #: Whether the request was made for this lease, and not for one that it shares.
         self.owns = False
         self._made = _Made(_task())
@@ -100,7 +102,7 @@ class Lease:
         #: Where: for one that is entered in another thread, whose stack does not tell.
         self.made_at = caller.f_code, caller.f_lineno
         #: Requests in force whose leases were made in this context before, wherever they were entered.
-        self.made_after: tuple[Request, ...] = ()
+        self.made_after: tuple[LeaseRequest, ...] = ()
         if made := [one for one in _made.get() if not one.over]:
             self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
         _made.set((*made, self._made))
@@ -149,7 +151,7 @@ class Lease:
                 return True
         return self._reading and self._lessor.join(self, self._slot)
 
-    def _begins(self, request: Request) -> None:
+    def _begins(self, request: LeaseRequest) -> None:
         _held.set((*held_requests(), request))
         if self._made_here:
             self._made.request = request
@@ -221,13 +223,13 @@ class Lease:
             raise
 
 
-def held_requests() -> tuple[Request, ...]:
+def held_requests() -> tuple[LeaseRequest, ...]:
     """The requests in force of this thread of control (thread, or asyncio task: see `contextvars`)."""
     held = _held.get()
     return tuple([request for request in held if request.users]) if held else ()
 
 
-def held_slots() -> tuple[Slot, ...]:
+def held_slots() -> tuple[ManagedModel, ...]:
     """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
     loads = _loading.get()
     return (
@@ -247,7 +249,7 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
 
 
 @contextmanager
-def loading(slot: Slot) -> Iterator[None]:
+def loading(slot: ManagedModel) -> Iterator[None]:
     """Within this block, and in what is started with its context, the model is being moved by who asks."""
     load = _Loading(slot)
     token = _loading.set((*_loading.get(), load))
@@ -269,7 +271,7 @@ class _Made:
     def __init__(self, task: asyncio.Task[Any] | None) -> None:
         self.in_a_task = task is not None
         self._task = None if task is None else weakref.ref(task)
-        self.request: Request | None = None
+        self.request: LeaseRequest | None = None
         self.over = False
 
     def is_of(self, task: asyncio.Task[Any] | None) -> bool:
@@ -282,6 +284,6 @@ def _task() -> asyncio.Task[Any] | None:
 
 
 class _Loading:
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: ManagedModel) -> None:
         self.slot = slot
         self.under_way = True

@@ -6,7 +6,7 @@ import gc
 import math
 
 from ..contracts import Clock
-from .managed_model import Slot
+from .managed_model import ManagedModel
 
 _REST = 20.0
 """A collection of garbage may take long in a large program: then so many times as long passes until the next."""
@@ -20,7 +20,7 @@ class LostLeases:
         self._not_before_s = -math.inf
         self.suspected = False
 
-    def look_locked(self, slot: Slot, now_s: float) -> None:
+    def look_locked(self, slot: ManagedModel, now_s: float) -> None:
         """Suspect the lease of a model, from time to time, if the code that took it does not execute any more."""
         holder = slot.holder
         if holder is None or now_s < holder.search_s:

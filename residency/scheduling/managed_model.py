@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Holder, RequestCancelled
 from ..observability.history import History
-from ..observability.outside_memory import Outside
-from ..one_shot_event import Latch, LoopLatch, open_latch
+from ..observability.outside_memory import OutsideMemory
+from ..one_shot_event import OneShotEvent, AsyncOneShotEvent, open_latch
 from ..states import MoveRecord, State
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SEARCH_AFTER_S = 2.0
 """How long the code that has a lease may stand still until the manager looks whether it still exists."""
 
 
-class Request:
+class LeaseRequest:
     """One request for a model, from its arrival to its end; whoever changes it holds the manager's lock.
 
     ``number`` is its place in the order of arrival over all models. ``site`` is the code that asks, or that last
@@ -37,7 +37,12 @@ class Request:
                  "resumed_s", "searched_s", "served_s", "site", "slot", "streams", "users")  # fmt: skip
 
     def __init__(
-        self, slot: Slot, number: int, site: CallSite, holding: tuple[Slot, ...] = (), asked_s: float = 0.0
+        self,
+        slot: ManagedModel,
+        number: int,
+        site: CallSite,
+        holding: tuple[ManagedModel, ...] = (),
+        asked_s: float = 0.0,
     ) -> None:
         self.slot = slot
         self.number = number
@@ -56,7 +61,7 @@ class Request:
         #: Whether the code that has the model was last seen waiting, with a time-out, for the thread that asks here.
         self.awaited = False
         #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
-        self.latch: Latch | None = None
+        self.latch: OneShotEvent | None = None
         self.context: contextvars.Context | None = None
 
     def facts(self, now_s: float) -> Holder:
@@ -73,7 +78,7 @@ class Request:
     @property
     def is_abandoned(self) -> bool:
         """Whether a coroutine waits for it whose event loop has ended."""
-        return isinstance(self.latch, LoopLatch) and self.latch.is_dead
+        return isinstance(self.latch, AsyncOneShotEvent) and self.latch.is_dead
 
     def answer(self, error: BaseException | None = None) -> None:
         """Served, or (with an error) not; wakes who waits for it."""
@@ -85,7 +90,7 @@ class Request:
 
 
 @dataclass(eq=False)
-class Slot:
+class ManagedModel:
     """The books of one model. Whoever reads or writes it holds the manager's lock.
 
     ``holder`` is the request in force and ``queue`` those that came after it, in order of arrival; those answered in
@@ -111,8 +116,8 @@ class Slot:
     lacking_bytes: int = 0
     #: What must be free there when it is tried again, where its size is not known.
     needed_bytes: int = 0
-    holder: Request | None = None
-    queue: deque[Request] = field(default_factory=deque)
+    holder: LeaseRequest | None = None
+    queue: deque[LeaseRequest] = field(default_factory=deque)
     task: Any = None
     asked: State | None = None
     wanted: bool = False
@@ -140,7 +145,7 @@ class Slot:
     last_move: MoveRecord | None = None
     last_error: str | None = None
     #: What it holds beyond these books, as far as is known; None before it was first moved.
-    outside: Outside | None = None
+    outside: OutsideMemory | None = None
     #: That it holds something outside, or nothing that can move, has been said.
     outside_told: bool = False
     history: History = field(default_factory=History)
@@ -166,7 +171,7 @@ class Slot:
         """Whether it was promised to stay on the device (keep-warm -1), and so makes no room for others."""
         return self.policy.keep_warm_s == math.inf
 
-    def head(self) -> Request | None:
+    def head(self) -> LeaseRequest | None:
         """The request that is served next; drops those that were answered (cancelled, refused) or abandoned."""
         while self.queue:
             first = self.queue[0]
@@ -193,6 +198,6 @@ class Slot:
         for latch in watchers:
             open_latch(latch)
 
-    def waiting(self) -> Iterator[Request]:
+    def waiting(self) -> Iterator[LeaseRequest]:
         """The requests that wait, in order of arrival."""
         return (request for request in self.queue if not request.answered)

@@ -11,21 +11,21 @@ from ..errors import ResidencyError
 from ..observability.error_classification import is_out_of_device_memory
 from ..states import State
 from .dispatcher import WARM_GRACE_S, Dispatcher
-from .managed_model import Slot
+from .managed_model import ManagedModel
 from .planner import move_towards
 
 logger = logging.getLogger(__name__)
 
 
-class Steering:
+class ManualControl:
     """``check_locked`` raises where a model may not be steered any more."""
 
-    def __init__(self, dispatcher: Dispatcher, check_locked: Callable[[Slot], None]) -> None:
+    def __init__(self, dispatcher: Dispatcher, check_locked: Callable[[ManagedModel], None]) -> None:
         self._dispatcher = dispatcher
         self._check_locked = check_locked
         self._separate = dispatcher.device.separate
 
-    def bring_down(self, slot: Slot, target: State) -> bool:
+    def bring_down(self, slot: ManagedModel, target: State) -> bool:
         """Offload (HOST) or release (RELEASED). True: done; raises the move's error.
 
         False: it follows the request that runs or waits, or the arrival of a model that is on its way to the device.
@@ -59,7 +59,7 @@ class Steering:
             raise task.error
         return True
 
-    def warm(self, slot: Slot, if_idle: bool = False) -> bool:
+    def warm(self, slot: ManagedModel, if_idle: bool = False) -> bool:
         """Begin to bring it to the device, or have it stay a while. True: it is there already.
 
         Of a model in use: have it stay a while after the request, and not leave as was asked before; or, with
@@ -82,7 +82,7 @@ class Steering:
         dispatcher.act()
         return there
 
-    def move_aside(self, slots: Iterable[Slot]) -> None:
+    def move_aside(self, slots: Iterable[ManagedModel]) -> None:
         """Offload these models as far as they are idle, and empty the device's caches."""
         dispatcher = self._dispatcher
         for slot in slots:
@@ -94,7 +94,7 @@ class Steering:
                 dispatcher.await_task(task)
         dispatcher.mover.tidy()
 
-    def retire(self, slots: list[Slot], reason: ResidencyError, grace_s: float) -> bool:
+    def retire(self, slots: list[ManagedModel], reason: ResidencyError, grace_s: float) -> bool:
         """Refuse what waits for these models with ``reason``, let what runs end, and release them.
 
         What still runs after ``grace_s``, or hangs as it leaves, is left alone; then the answer is False.
@@ -125,14 +125,14 @@ class Steering:
         dispatcher.join()
         return len(gone) == len(slots)
 
-    def _leaves(self, slot: Slot) -> bool:
+    def _leaves(self, slot: ManagedModel) -> bool:
         """The grace is for requests and loads; what is leaving has the time that it takes, as long as it goes on."""
         while slot.holder is None and (task := slot.task) is not None and not task.arrives:
             if not self._dispatcher.await_task_that_goes_on(task):
                 return False
         return _has_nothing_to_do(slot)
 
-    def _hand_back(self, slot: Slot) -> None:
+    def _hand_back(self, slot: ManagedModel) -> None:
         """Give its owner the part that the loader was given, on the device; idle models make room for it."""
         dispatcher = self._dispatcher
         try:
@@ -156,5 +156,5 @@ class Steering:
             )
 
 
-def _has_nothing_to_do(slot: Slot) -> bool:
+def _has_nothing_to_do(slot: ManagedModel) -> bool:
     return slot.task is None and not slot.in_use

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 PAUSE_AFTER_ERROR_S = 1.0
 
 
-class Monitor:
+class IdleMonitor:
     """At each deadline calls ``look`` under the lock, which decides and answers the next deadline, then ``act``.
 
     A deadline that has come already means: act, and look again. An error in there is kept for the status and logged,

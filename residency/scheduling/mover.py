@@ -15,7 +15,7 @@ from typing import Any
 from ..contracts import Adopt, Device, Resident, SnapshotStore
 from ..progress import Progress
 from ..states import Move, State
-from .managed_model import Slot
+from .managed_model import ManagedModel
 from .random_state import preserved_random_state
 
 logger = logging.getLogger(__name__)
@@ -25,14 +25,14 @@ SKELETON_BYTES = 64 << 20
 
 
 @dataclass(eq=False)
-class Task:
+class MoveTask:
     """A move under way: one thread carries it out, and has the slot's engine and resident meanwhile.
 
     It is ``claimed`` once by that thread. ``make_room`` says that others left for it, ``give_up_at_s`` when its loader
     has taken too long, in ``context`` runs what it calls.
     """
 
-    slot: Slot
+    slot: ManagedModel
     move: Move
     started_s: float
     engine: Any
@@ -88,7 +88,7 @@ class Mover:
         # Where nothing leaves the device, a skeleton would keep everything in memory.
         self._snapshots = snapshots if device.separate else None
 
-    def carry_out(self, task: Task) -> int:
+    def carry_out(self, task: MoveTask) -> int:
         """Do the move and return the bytes that changed place; on an error the engine is where it was before."""
         if task.move.via is State.LOADING:
             return self._wake(task) or self._load(task)
@@ -97,7 +97,7 @@ class Mover:
         assert task.resident is not None, "a model on device or host has a resident"
         return task.resident.restore() if task.arrives else task.resident.offload()
 
-    def forget(self, holder: Task | Slot) -> int:
+    def forget(self, holder: MoveTask | ManagedModel) -> int:
         """Give up an engine altogether; return the bytes freed."""
         alive = _watched(holder.engine)
         resident, holder.engine, holder.resident = holder.resident, None, None
@@ -108,7 +108,7 @@ class Mover:
         self._device.settle()
         return freed_bytes
 
-    def throw_away(self, task: Task) -> None:
+    def throw_away(self, task: MoveTask) -> None:
         """Give up what a load brings that was given up; what it had borrowed may be another engine's by now."""
         logger.warning("%s: came after it had been given up, and is thrown away", task.slot.name)
         resident, task.engine, task.resident = task.resident, None, None
@@ -117,7 +117,7 @@ class Mover:
         del resident
         self.tidy()
 
-    def hand_back(self, slot: Slot) -> None:
+    def hand_back(self, slot: ManagedModel) -> None:
         """Put the part that the loader was given where it was when it was given, once the model is gone."""
         if slot.kept is not None:
             slot.kept.hand_back()
@@ -127,7 +127,7 @@ class Mover:
         gc.collect()
         self._device.settle()
 
-    def _load(self, task: Task) -> int:
+    def _load(self, task: MoveTask) -> int:
         slot, loan = task.slot, None
         if task.given_up:
             return 0
@@ -150,7 +150,7 @@ class Mover:
         task.engine, task.resident = engine, loan.beside(resident) if loan else resident
         return task.resident.device_bytes + task.resident.host_bytes
 
-    def _sleep(self, task: Task) -> int:
+    def _sleep(self, task: MoveTask) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
         if self._snapshots is None or task.resident is None or task.slot.closing or task.slot.broken:
             return 0
@@ -170,7 +170,7 @@ class Mover:
             return 0
         return freed_bytes
 
-    def _wake(self, task: Task) -> int:
+    def _wake(self, task: MoveTask) -> int:
         """Load from a snapshot; 0 if the engine has to be built."""
         resident = task.resident
         if resident is None or self._snapshots is None:
@@ -201,7 +201,7 @@ def _watched(engine: Any) -> Callable[[], Any]:
         return lambda: there
 
 
-def _build(slot: Slot, progress: Progress) -> Any:
+def _build(slot: ManagedModel, progress: Progress) -> Any:
     progress.enter("building")
     with preserved_random_state():
         if slot.random_state is not None:

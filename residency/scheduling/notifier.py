@@ -6,12 +6,12 @@ import logging
 
 from ..contracts import Clock, Device
 from ..observability.error_classification import in_words
-from ..observability.events import Event, Listeners, What
+from ..observability.events import Event, Subscribers, What
 from ..sentences import Sentence
 from ..states import State
 from ..units import readable_bytes
-from .managed_model import Slot
-from .mover import Task
+from .managed_model import ManagedModel
+from .mover import MoveTask
 
 logger = logging.getLogger("residency.moves")
 
@@ -19,26 +19,26 @@ PROGRESS_EVERY_S = 0.1
 """Listeners are told of progress at most this often."""
 
 
-def waiting_for(slot: Slot) -> int:
+def waiting_for(slot: ManagedModel) -> int:
     """How many requests are in a model's queue."""
     return sum(1 for _ in slot.waiting())
 
 
-class Reports:
+class Notifier:
     """Nothing here waits; `tell` may be called under the dispatcher's lock, so that the order is that of the books."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device = device
         self._clock = clock
-        self.listeners = Listeners()
+        self.listeners = Subscribers()
 
-    def tell_progress(self, task: Task) -> None:
+    def tell_progress(self, task: MoveTask) -> None:
         now_s = self._clock.now()
         if self.listeners and now_s >= task.told_s + PROGRESS_EVERY_S:
             task.told_s = now_s
             self.tell("progress", task)
 
-    def tell(self, what: What, task: Task, error: BaseException | None = None) -> None:
+    def tell(self, what: What, task: MoveTask, error: BaseException | None = None) -> None:
         if not self.listeners:
             return
         now_s, kind = self._clock.now(), self._device.kind
@@ -60,13 +60,13 @@ class Reports:
         )
         self.listeners.tell(event)
 
-    def tell_queue(self, slot: Slot) -> None:
+    def tell_queue(self, slot: ManagedModel) -> None:
         """Somebody has come into a model's queue, or left it."""
         if self.listeners:
             state = slot.state.shown(self._device.kind)
             self.listeners.tell(Event("queue", slot.name, state, state, self._clock.now(), waiting_for(slot)))
 
-    def warn_of_budget(self, task: Task, budget_bytes: float) -> None:
+    def warn_of_budget(self, task: MoveTask, budget_bytes: float) -> None:
         """A model has come for the first time that the budget does not hold: the next time it will be refused."""
         logger.warning(
             "%s takes %s bytes, more than the budget of %s: the next request for it will be refused. Raise the budget "
@@ -74,7 +74,7 @@ class Reports:
             task.slot.name, f"{task.moved_bytes:,}", f"{budget_bytes:,.0f}", task.slot.name,
         )  # fmt: skip
 
-    def tell_outside(self, task: Task) -> None:
+    def tell_outside(self, task: MoveTask) -> None:
         """Warns once of a model that holds memory which no move takes with it."""
         slot, kind = task.slot, task.move.via
         if slot.outside_told or task.error is not None:
@@ -98,7 +98,7 @@ class Reports:
                 slot.name, Sentence.of(self._device.name).en, slot.name,
             )  # fmt: skip
 
-    def log(self, task: Task) -> None:
+    def log(self, task: MoveTask) -> None:
         """A move has ended."""
         name, move, elapsed_s = task.slot.name, task.move, self._clock.now() - task.started_s
         if task.error is not None:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..states import Move, State
-from .managed_model import Request, Slot
+from .managed_model import LeaseRequest, ManagedModel
 
 
 class Serve(enum.Enum):
@@ -31,7 +31,7 @@ class Room:
     hopeless: bool = False
 
 
-def move_towards(slot: Slot, target: State, separate: bool) -> Move | None:
+def move_towards(slot: ManagedModel, target: State, separate: bool) -> Move | None:
     """The move that brings a settled model as far down as ``target`` (HOST or RELEASED); None if it is there.
 
     Where device and host are one memory (``separate`` is False) there is nothing to offload.
@@ -43,7 +43,7 @@ def move_towards(slot: Slot, target: State, separate: bool) -> Move | None:
     return Move(slot.name, slot.at, target)
 
 
-def next_step(slot: Slot, now_s: float, separate: bool) -> Move | Serve | None:
+def next_step(slot: ManagedModel, now_s: float, separate: bool) -> Move | Serve | None:
     """What should happen to this model now, if anything; see the module for the order."""
     if slot.holder is not None or slot.task is not None:
         return None
@@ -61,7 +61,7 @@ def next_step(slot: Slot, now_s: float, separate: bool) -> Move | Serve | None:
     return _due_move(slot, now_s, separate)
 
 
-def next_deadline(slot: Slot, now_s: float, separate: bool) -> float:
+def next_deadline(slot: ManagedModel, now_s: float, separate: bool) -> float:
     """When `next_step` will next want to be asked, if nothing else happens; ``math.inf`` for never."""
     if slot.task is not None:
         return float(slot.task.give_up_at_s)
@@ -72,7 +72,7 @@ def next_deadline(slot: Slot, now_s: float, separate: bool) -> float:
     return min((time for time in times if time < math.inf and _due_move(slot, time, separate)), default=math.inf)
 
 
-def _due_move(slot: Slot, now_s: float, separate: bool) -> Move | None:
+def _due_move(slot: ManagedModel, now_s: float, separate: bool) -> Move | None:
     if slot.at is State.RELEASED or slot.idle_since_s is None or now_s < slot.not_before_s:
         return None
     windows = slot.policy.windows()
@@ -90,7 +90,7 @@ def _due_move(slot: Slot, now_s: float, separate: bool) -> Move | None:
 # -- room on the device -----------------------------------------------------------------------------------------
 
 
-def room_for(slot: Slot, slots: Collection[Slot], budget_bytes: float) -> Room:
+def room_for(slot: ManagedModel, slots: Collection[ManagedModel], budget_bytes: float) -> Room:
     """Whether ``slot`` may go to the device, on which models under management take ``budget_bytes`` at most.
 
     If there is no room, idle models leave, the one unused for longest first; models in use are waited for. Who waits
@@ -119,7 +119,7 @@ def room_for(slot: Slot, slots: Collection[Slot], budget_bytes: float) -> Room:
     return Room(evict=tuple(map(_eviction, evict)), wait=True)
 
 
-def over_budget(slots: Collection[Slot], budget_bytes: float) -> list[Move]:
+def over_budget(slots: Collection[ManagedModel], budget_bytes: float) -> list[Move]:
     """Idle models that must leave because a model turned out to be larger than was known."""
     excess_bytes = sum([slot.size_bytes for slot in slots if slot.on_device and not _leaving(slot)]) - budget_bytes
     if excess_bytes <= 0:
@@ -128,19 +128,19 @@ def over_budget(slots: Collection[Slot], budget_bytes: float) -> list[Move]:
     return [_eviction(slot) for slot in leave]
 
 
-def _eviction(slot: Slot) -> Move:
+def _eviction(slot: ManagedModel) -> Move:
     # What could not be offloaded a moment ago must go all the same: somebody waits for the room.
     return Move(slot.name, State.DEVICE, State.RELEASED if slot.stuck else State.HOST)
 
 
-def would_wait_for_itself(request: Request, slots: Collection[Slot]) -> bool:
+def would_wait_for_itself(request: LeaseRequest, slots: Collection[ManagedModel]) -> bool:
     """Whether this request waits for somebody who waits, maybe over others, for who makes it."""
     return not _in_the_way_of(request.slot, slots).isdisjoint(request.holding)
 
 
-def _in_the_way_of(slot: Slot, slots: Collection[Slot]) -> set[Slot]:
+def _in_the_way_of(slot: ManagedModel, slots: Collection[ManagedModel]) -> set[ManagedModel]:
     """The models that must become free before ``slot`` does, itself included."""
-    seen: set[Slot] = set()
+    seen: set[ManagedModel] = set()
     todo = [slot]
     while todo:
         found = todo.pop()
@@ -150,23 +150,23 @@ def _in_the_way_of(slot: Slot, slots: Collection[Slot]) -> set[Slot]:
     return seen
 
 
-def _leaving(slot: Slot) -> bool:
+def _leaving(slot: ManagedModel) -> bool:
     return slot.task is not None and slot.at is State.DEVICE
 
 
-def _is_short_and_older(slot: Slot, head: Request) -> bool:
+def _is_short_and_older(slot: ManagedModel, head: LeaseRequest) -> bool:
     mine = slot.head()
     return slot.short and mine is not None and mine.number < head.number
 
 
-def _may_be_evicted(slot: Slot, head: Request | None) -> bool:
+def _may_be_evicted(slot: ManagedModel, head: LeaseRequest | None) -> bool:
     if slot.at is not State.DEVICE or slot.task is not None or slot.holder is not None or slot.stays:
         return False
     mine = slot.head()
     return mine is None or (head is not None and head.number < mine.number and not mine.holding)
 
 
-def _will_be_free(slot: Slot, head: Request, slots: Collection[Slot]) -> bool:
+def _will_be_free(slot: ManagedModel, head: LeaseRequest, slots: Collection[ManagedModel]) -> bool:
     """Whether a model that is in use, or on its way to the device, can leave without waiting for ``head``."""
     if not slot.on_device or slot.stays or not (slot.in_use or slot.task):
         return False
@@ -174,9 +174,9 @@ def _will_be_free(slot: Slot, head: Request, slots: Collection[Slot]) -> bool:
     return first.isdisjoint((head.slot, *head.holding)) and not any(other.short for other in first)
 
 
-def _least_recently_used(idle: Collection[Slot], short_bytes: float) -> list[Slot]:
+def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> list[ManagedModel]:
     """As many of these as hold ``short_bytes`` together, or all of them."""
-    leave: list[Slot] = []
+    leave: list[ManagedModel] = []
     for slot in sorted(idle, key=lambda slot: -math.inf if slot.idle_since_s is None else slot.idle_since_s):
         if short_bytes > 0 and slot.size_bytes > 0:
             leave.append(slot)
@@ -184,6 +184,6 @@ def _least_recently_used(idle: Collection[Slot], short_bytes: float) -> list[Slo
     return leave
 
 
-def by_arrival(slots: Iterable[Slot]) -> list[Slot]:
+def by_arrival(slots: Iterable[ManagedModel]) -> list[ManagedModel]:
     """Slots in the order in which their next requests came; those without one last."""
     return sorted(slots, key=lambda slot: head.number if (head := slot.head()) else math.inf)

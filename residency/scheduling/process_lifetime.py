@@ -10,7 +10,7 @@ from typing import Protocol
 _EXIT_WITHIN_S = 5.0
 
 
-class Mortal(Protocol):
+class ProcessLifetime(Protocol):
     """What must hear of it."""
 
     def leave_to_the_parent(self) -> None:
@@ -20,10 +20,10 @@ class Mortal(Protocol):
         """The interpreter ends: no thread of ours may be inside native code then."""
 
 
-_alive: weakref.WeakSet[Mortal] = weakref.WeakSet()
+_alive: weakref.WeakSet[ProcessLifetime] = weakref.WeakSet()
 
 
-def end_with_the_process(mortal: Mortal) -> None:
+def end_with_the_process(mortal: ProcessLifetime) -> None:
     """Have it told when this process forks or ends."""
     _alive.add(mortal)
 

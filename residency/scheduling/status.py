@@ -7,13 +7,13 @@ from typing import Any
 
 from ..contracts import Device, Memory
 from ..states import Move, State
-from .managed_model import Slot
+from .managed_model import ManagedModel
 from .planner import next_deadline, next_step
 
 _ASKED = {State.HOST: "offload", State.RELEASED: "release"}
 
 
-def describe(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[str, Any]:
+def describe(slot: ManagedModel, now_s: float, device_kind: str, separate: bool) -> dict[str, Any]:
     """One model's entry: bytes and seconds, None where unknown, -1 seconds for never."""
     record = slot.last_move
     return {
@@ -64,13 +64,13 @@ def describe_device(
     }
 
 
-def _idle_s(slot: Slot, now_s: float) -> float | None:
+def _idle_s(slot: ManagedModel, now_s: float) -> float | None:
     if slot.holder is not None:
         return 0.0
     return None if slot.idle_since_s is None else round(max(0.0, now_s - slot.idle_since_s), 3)
 
 
-def _holder(slot: Slot, now_s: float) -> dict[str, Any] | None:
+def _holder(slot: ManagedModel, now_s: float) -> dict[str, Any] | None:
     """The request that has the model, as `Holder` tells of it."""
     if slot.holder is None:
         return None
@@ -78,7 +78,7 @@ def _holder(slot: Slot, now_s: float) -> dict[str, Any] | None:
     return {**vars(facts), "held_s": round(facts.held_s, 3)}
 
 
-def _next(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[str, Any] | None:
+def _next(slot: ManagedModel, now_s: float, device_kind: str, separate: bool) -> dict[str, Any] | None:
     """What its policy will do next, and in how many seconds; None if nothing, or not before something else happens."""
     deadline_s = next_deadline(slot, now_s, separate)
     step = None if slot.task or deadline_s == math.inf else next_step(slot, deadline_s, separate)
@@ -87,7 +87,7 @@ def _next(slot: Slot, now_s: float, device_kind: str, separate: bool) -> dict[st
     return {"to": step.target.shown(device_kind), "in_s": round(deadline_s - now_s, 3)}
 
 
-def _progress(slot: Slot, now_s: float, device_kind: str) -> dict[str, Any] | None:
+def _progress(slot: ManagedModel, now_s: float, device_kind: str) -> dict[str, Any] | None:
     """How far the move under way has come: seconds since it began, and the bytes and the rate of its phase."""
     task = slot.task
     if task is None:

@@ -17,28 +17,28 @@ from ..cancellation import cancelled_by, checkpoint
 from ..contracts import Engine
 from ..errors import InvalidInput
 from . import static
-from .server.permissions import Guard
+from .server.permissions import Permissions
 from .shared.gradio_compat import PRIVATE, session, speaker, supported
 from .speech import task_names
 from .speech.conversion import Limits
 from .speech.edit_types import STEP_AUDIO_EDIT_TYPES
-from .speech.queue import Turns
+from .speech.queue import SpeechQueue
 from .speech.recordings import Recordings
-from .speech.service import Speech
+from .speech.service import SpeechService
 from .ui import guidance, microphone, sample_voices, status_text
-from .ui.buttons import Presses
+from .ui.buttons import Buttons
 from .ui.chat_history import Histories, Overtaken, State, Step, as_messages, new_state
 from .ui.gpu_panel import GpuPanel
 from .ui.labels import label
-from .ui.messages import BEGIN, SHOW, Message, Places
-from .ui.page_requests import Requests
-from .ui.page_sessions import Visits
-from .ui.prewarm import Intent
-from .ui.recording_check import Reception
+from .ui.messages import BEGIN, SHOW, Message, MessagePlaces
+from .ui.page_requests import PageRequests
+from .ui.page_sessions import PageSessions
+from .ui.prewarm import Prewarm
+from .ui.recording_check import RecordingCheck
 from .ui.sample_voices import SampleVoice
-from .ui.saved_inputs import Inputs, sub_tasks_update
+from .ui.saved_inputs import SavedInputs, sub_tasks_update
 from .ui.transcription import Transcription
-from .ui.waiting import Waiting
+from .ui.waiting import WaitMessages
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class EditxTab:
         *,
         edit_types: Mapping[str, Sequence[str]] | None = None,
         recognize: Callable[[str], str] | None = None,
-        guard: Guard | None = None,
+        guard: Permissions | None = None,
     ) -> None:
         self.args = args
         self.encoder = encoder
@@ -71,21 +71,21 @@ class EditxTab:
         limits = Limits(getattr(args, "max_audio", Limits.audio_s), getattr(args, "max_text", Limits.text))
         manager = getattr(tts_engine, "manager", None)
         self._model = getattr(tts_engine, "name", None) or "tts"
-        turns = Turns(self._model) if manager is None else None
+        turns = SpeechQueue(self._model) if manager is None else None
         self.recordings = Recordings(folder, getattr(args, "max_disk", math.inf))
         edit_types = edit_types or STEP_AUDIO_EDIT_TYPES
-        self.speech = Speech(tts_engine, edit_types, self.recordings, recognize, limits, turns)
+        self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, turns)
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
-        self.panel = None if manager is None else GpuPanel(manager, guard or Guard())
-        self.waiting = Waiting(manager or turns)
-        self._requests, self.places = Requests(), Places()
-        self.presses = Presses(self._requests, self.places)
-        self.visits = Visits(self._requests, self.recordings, self.waiting, self.places)
-        self._inputs = Inputs(self.recordings, self.speech.edit_types)
-        self.reception = Reception(self.speech, self.recordings)
+        self.panel = None if manager is None else GpuPanel(manager, guard or Permissions())
+        self.waiting = WaitMessages(manager or turns)
+        self._requests, self.places = PageRequests(), MessagePlaces()
+        self.presses = Buttons(self._requests, self.places)
+        self.visits = PageSessions(self._requests, self.recordings, self.waiting, self.places)
+        self._inputs = SavedInputs(self.recordings, self.speech.edit_types)
+        self.reception = RecordingCheck(self.speech, self.recordings)
         self.transcription = Transcription(self.speech, self.waiting, manager is not None)
-        self.intent = Intent(manager, self._model) if manager is not None else None
+        self.intent = Prewarm(manager, self._model) if manager is not None else None
 
     # -- GPU ----------------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class EditxTab:
                 with gr.Column():
                     with gr.Row():  # on a phone one below the other, so that names have room
                         with gr.Column(min_width=240):
-                            tasks = list(self.speech.edit_types)  # `Inputs` gives them their names
+                            tasks = list(self.speech.edit_types)  # `SavedInputs` gives them their names
                             self.edit_type = gr.Dropdown(
                                 label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
                             )
@@ -330,7 +330,7 @@ class EditxTab:
             clear(self._on_clear, state, self.chat_box, **hidden)
         gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
         self.reception.register(self.prompt_audio_input, self._about_recording)
-        # Of people only: what `Inputs` brings back has its sub-task with it.
+        # Of people only: what `SavedInputs` brings back has its sub-task with it.
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
         self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
         self.edit_info.input(
@@ -339,7 +339,7 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
-        # `Reception.receive` and `Transcription.hear` end in any order, so neither takes a message away.
+        # `RecordingCheck.receive` and `Transcription.hear` end in any order, so neither takes a message away.
         comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
         gr.on(comes, **self.places.wiping("recording"))
         for button, _ in self.samples:

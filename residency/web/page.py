@@ -18,14 +18,14 @@ from .editx_tab import EditxTab
 from .server import address_hint, gradio_routes, locale, session_limits
 from .server.bodies import small_bodies_first
 from .server.connections import affordable
-from .server.heartbeats import Presence
+from .server.heartbeats import Heartbeats
 from .server.hosts import Hosts
 from .server.logins import Logins, tells_of_the_limit
-from .server.middleware import Traffic
-from .server.permissions import Guard
+from .server.middleware import RequestMiddleware
+from .server.permissions import Permissions
 from .server.root_path import beneath
 from .server.server import BoundedServer
-from .server.session_requests import Lines
+from .server.session_requests import SessionAccess
 from .shared.gradio_compat import (
     Blocks,
     keep_uploads_in,
@@ -94,7 +94,7 @@ class Page:
         self,
         tab: EditxTab,
         manager: Manager | None = None,
-        guard: Guard | None = None,
+        guard: Permissions | None = None,
         largest_upload_bytes: int | None = None,
     ) -> None:
         self.speech = tab.speech
@@ -106,9 +106,9 @@ class Page:
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
         leave_out_the_internet()
-        presence = Presence(self._session_begins, self._session_ends)
+        presence = Heartbeats(self._session_begins, self._session_ends)
         tab.recordings.silent = presence.silent
-        self.traffic = Traffic(
+        self.traffic = RequestMiddleware(
             str(tab.speech.folder),
             presence,
             tab.intent.show if tab.intent else None,
@@ -134,7 +134,7 @@ class Page:
             tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.line, tab.presses))
             endpoints.register_speech(tab.speech, tab.told, tab.recordings)
             if manager is not None:
-                endpoints.register_gpu(manager, guard or Guard())
+                endpoints.register_gpu(manager, guard or Permissions())
         take_no_empty_session(self.blocks)
 
     def serve(
@@ -162,7 +162,7 @@ class Page:
         session_limits.bound_names()
         session_limits.bound_uploads()
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
-        lines = Lines(self._may_stay, affordable() // 2)  # the rest is for requests that end
+        lines = SessionAccess(self._may_stay, affordable() // 2)  # the rest is for requests that end
         middleware = [
             beneath(root_path),
             small_bodies_first,

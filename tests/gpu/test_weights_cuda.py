@@ -23,7 +23,7 @@ from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
 from residency.memory import EngineResident, OnnxSessions, SnapshotFolder
 from residency.memory.checksum import multilinear
 from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import Span
+from residency.memory.mirror_layout import MirrorSpan
 from residency.memory.weights import Weights
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def test_an_offload_of_what_did_not_change_copies_nothing(make: Make, monkeypatc
     copied: list[int] = []
     span_of = HostMirror.span
 
-    def span(mirror: HostMirror, span: Span) -> torch.Tensor:
+    def span(mirror: HostMirror, span: MirrorSpan) -> torch.Tensor:
         copied.append(span.nbytes)
         return span_of(mirror, span)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from strategies import DTYPES, bytes_of
 
-from residency.memory.storages import Piece, pieces_of
+from residency.memory.storages import ManagedStorage, pieces_of
 
 LARGE = 1 << 20
 
 
-def piece_of(tensor: torch.Tensor) -> Piece:
+def piece_of(tensor: torch.Tensor) -> ManagedStorage:
     [piece] = pieces_of({"t": tensor})
     return piece
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
 from residency.memory import SnapshotFolder
 from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import Span
+from residency.memory.mirror_layout import MirrorSpan
 from residency.memory.weights import Weights
 
 EVERY_DTYPE = [
@@ -459,7 +459,7 @@ def test_an_offload_of_what_did_not_change_copies_nothing(
     copied: list[int] = []
     span_of = HostMirror.span
 
-    def span(mirror: HostMirror, span: Span) -> torch.Tensor:
+    def span(mirror: HostMirror, span: MirrorSpan) -> torch.Tensor:
         copied.append(span.nbytes)
         return span_of(mirror, span)
 

@@ -11,7 +11,7 @@ from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager, State
 from residency.errors import InvalidInput
 from residency.web.api.control import build
 from residency.web.api.schema import History, Status
-from residency.web.server.permissions import Guard
+from residency.web.server.permissions import Permissions
 from residency.web.shared.language import en
 from residency.web.ui.gpu_panel import GpuPanel
 
@@ -19,7 +19,7 @@ HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
 
 
 def client(manager: GPUResourceManager, address: tuple[str, int] = HERE, **keywords: Any) -> TestClient:
-    app = build(manager, Guard(**keywords))
+    app = build(manager, Permissions(**keywords))
     return TestClient(app, "http://127.0.0.1:7860", client=address, raise_server_exceptions=False)
 
 
@@ -39,7 +39,7 @@ def test_healthy_and_ready(manager: GPUResourceManager) -> None:
 
 def test_it_is_ready_once_the_page_beside_it_answers(manager: GPUResourceManager) -> None:
     serves = False
-    web = TestClient(build(manager, Guard(), page_serves=lambda: serves), "http://127.0.0.1:7860", client=HERE)
+    web = TestClient(build(manager, Permissions(), page_serves=lambda: serves), "http://127.0.0.1:7860", client=HERE)
     refused = web.get("/readyz")
     assert refused.status_code == 503
     assert "starting" in refused.json()["error"]
@@ -154,8 +154,8 @@ def test_the_description_tells_all_calls_and_brings_its_own_files(manager: GPURe
 
 
 def test_the_page_is_told_what_it_does_not_know(used: GPUResourceManager) -> None:
-    panel = GpuPanel(used, Guard())
-    calls = TestClient(build(used, Guard(), panel.news), "http://127.0.0.1:7860")
+    panel = GpuPanel(used, Permissions())
+    calls = TestClient(build(used, Permissions(), panel.news), "http://127.0.0.1:7860")
     for language, word in (("zh-CN,zh", "在内存中"), ("en", "In main memory")):
         answer = calls.get("/gpu/panel", headers={"Accept-Language": language})
         assert word in answer.json()["pieces"]["model-tts"]
@@ -174,7 +174,7 @@ def test_the_page_is_told_what_it_does_not_know(used: GPUResourceManager) -> Non
 def test_the_page_is_told_what_came_of_a_press_once_it_is_settled(
     manager: GPUResourceManager, workshop: Workshop
 ) -> None:
-    panel = GpuPanel(manager, Guard())
+    panel = GpuPanel(manager, Permissions())
 
     def outcome() -> Any:
         news = panel.news(en)
@@ -324,7 +324,7 @@ class TestWhoMayLookWhereThePageAsksForAPassword:
     LOOKING = ("/gpu/status", "/gpu/history", "/gpu/panel", "/metrics")
 
     def client(self, manager: GPUResourceManager, address: tuple[str, int]) -> TestClient:
-        guard = Guard("secret")
+        guard = Permissions("secret")
         panel = GpuPanel(manager, guard)
         app = build(manager, guard, panel.news, lambda request: request.cookies.get("name"))
         return TestClient(app, "http://127.0.0.1:7860", client=address)
@@ -373,7 +373,7 @@ class TestPanelsTimes:
         self, manager: GPUResourceManager, boxes: tuple[str | None, str | None], times: tuple[float, float]
     ) -> None:
         manager.configure("tts", keep_warm=0, idle_timeout=600)
-        assert GpuPanel(manager, Guard()).configure("tts", *boxes).endswith("Changed; it applies from now on.")
+        assert GpuPanel(manager, Permissions()).configure("tts", *boxes).endswith("Changed; it applies from now on.")
         model = manager.status()["models"]["tts"]
         assert (model["keep_warm_s"], model["idle_timeout_s"]) == times
 
@@ -382,9 +382,9 @@ class TestPanelsTimes:
         self, manager: GPUResourceManager, boxes: tuple[str | None, str | None]
     ) -> None:
         before = manager.status()["models"]["tts"]
-        assert "Changed" not in GpuPanel(manager, Guard()).configure("tts", *boxes)
+        assert "Changed" not in GpuPanel(manager, Permissions()).configure("tts", *boxes)
         assert manager.status()["models"]["tts"] == before
 
     def test_what_is_wrong_is_said(self, manager: GPUResourceManager) -> None:
-        assert "'soon' is no duration" in GpuPanel(manager, Guard()).configure(None, "soon", "")
-        assert "asr" in GpuPanel(manager, Guard()).configure("asr", "5", "")
+        assert "'soon' is no duration" in GpuPanel(manager, Permissions()).configure(None, "soon", "")
+        assert "asr" in GpuPanel(manager, Permissions()).configure("asr", "5", "")

@@ -17,7 +17,7 @@ import soundfile
 from fakes import Gate, Worker
 
 from residency.errors import InvalidInput
-from residency.web.speech.conversion import Incoming, Limits
+from residency.web.speech.conversion import Conversion, Limits
 from residency.web.speech.recordings import Recordings
 from residency.web.speech.service import conversion, decode
 
@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def receive(folder: Path) -> Incoming:
-    return Incoming(Recordings(folder), Limits(audio_s=5.0))
+def receive(folder: Path) -> Conversion:
+    return Conversion(Recordings(folder), Limits(audio_s=5.0))
 
 
 def pitch_hz(path: str) -> float:
@@ -41,7 +41,7 @@ def pitch_hz(path: str) -> float:
 
 @pytest.mark.parametrize("name", phones.FORMATS)
 def test_what_phones_record_becomes_a_wav_file_with_the_same_sound(
-    receive: Incoming, folder: Path, tmp_path: Path, name: str
+    receive: Conversion, folder: Path, tmp_path: Path, name: str
 ) -> None:
     given = phones.record(tmp_path / name)
     readable = receive.readable(str(given))
@@ -55,13 +55,13 @@ def test_what_phones_record_becomes_a_wav_file_with_the_same_sound(
 
 
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3", "OGG"])
-def test_what_browsers_play_stays_as_it_is(receive: Incoming, folder: Path, tmp_path: Path, form: str) -> None:
+def test_what_browsers_play_stays_as_it_is(receive: Conversion, folder: Path, tmp_path: Path, form: str) -> None:
     soundfile.write(tmp_path / "given", np.zeros(8000), 8000, format=form)
     assert receive.readable(str(tmp_path / "given")) == str(tmp_path / "given")
     assert not any(folder.iterdir())
 
 
-def test_a_recording_is_converted_once(receive: Incoming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_is_converted_once(receive: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = str(phones.record(tmp_path / "iphone.m4a"))
     first = receive.readable(given)
     monkeypatch.setattr(conversion.subprocess, "run", None)
@@ -71,7 +71,7 @@ def test_a_recording_is_converted_once(receive: Incoming, tmp_path: Path, monkey
 
 class TestSeveralAtATime:
     @pytest.fixture
-    def gate(self, receive: Incoming, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    def gate(self, receive: Conversion, monkeypatch: pytest.MonkeyPatch) -> Gate:
         """Recordings that are called slow are decoded once it is open."""
         gate, decoded = Gate(), receive._decode
 
@@ -85,14 +85,16 @@ class TestSeveralAtATime:
         monkeypatch.setattr(receive, "_decode", decode)
         return gate
 
-    def test_one_that_takes_long_does_not_stop_another(self, receive: Incoming, gate: Gate, tmp_path: Path) -> None:
+    def test_one_that_takes_long_does_not_stop_another(self, receive: Conversion, gate: Gate, tmp_path: Path) -> None:
         slow = Worker(receive.readable, str(phones.record(tmp_path / "slow.m4a", "iphone.m4a")))
         gate.wait_for_arrival()
         assert Path(receive.readable(str(phones.record(tmp_path / "iphone.m4a")))).exists()
         gate.open()
         slow.result()
 
-    def test_one_that_is_asked_for_twice_is_converted_once(self, receive: Incoming, gate: Gate, tmp_path: Path) -> None:
+    def test_one_that_is_asked_for_twice_is_converted_once(
+        self, receive: Conversion, gate: Gate, tmp_path: Path
+    ) -> None:
         given = str(phones.record(tmp_path / "slow.m4a", "iphone.m4a"))
         first = Worker(receive.readable, given)
         gate.wait_for_arrival()
@@ -102,7 +104,7 @@ class TestSeveralAtATime:
         assert self.decodes == 1
 
 
-def test_the_name_tells_nothing(receive: Incoming, tmp_path: Path) -> None:
+def test_the_name_tells_nothing(receive: Conversion, tmp_path: Path) -> None:
     disguised = phones.record(tmp_path / "-i https:evil.wav", "iphone.m4a")
     assert soundfile.info(receive.readable(str(disguised))).samplerate == 44100
     soundfile.write(tmp_path / "true.wav", np.zeros(8000), 8000)
@@ -112,7 +114,7 @@ def test_the_name_tells_nothing(receive: Incoming, tmp_path: Path) -> None:
 
 class TestLimits:
     def test_a_long_recording_is_decoded_up_to_the_limit_only(
-        self, receive: Incoming, folder: Path, tmp_path: Path
+        self, receive: Conversion, folder: Path, tmp_path: Path
     ) -> None:
         long = phones.record(tmp_path / "old.3gp", seconds=60)
         with pytest.raises(InvalidInput, match=r"longer than 5 s.*--max-audio.*超过 5 秒"):
@@ -125,17 +127,17 @@ class TestLimits:
     def test_one_of_many_channels_is_refused_however_short(self, tmp_path: Path, folder: Path) -> None:
         many = phones.record(tmp_path / "many.mp4", "camera.mp4", seconds=1.9, layout="7.1")
         with pytest.raises(InvalidInput, match=r"more samples than 2 s.*mono.*采样数"):
-            Incoming(Recordings(folder), Limits(audio_s=2.0)).readable(str(many))
+            Conversion(Recordings(folder), Limits(audio_s=2.0)).readable(str(many))
 
     def test_without_a_limit_all_is_decoded(self, folder: Path, tmp_path: Path) -> None:
         given = phones.record(tmp_path / "old.amr", seconds=10)
-        readable = Incoming(Recordings(folder), Limits(audio_s=float("inf"))).readable(str(given))
+        readable = Conversion(Recordings(folder), Limits(audio_s=float("inf"))).readable(str(given))
         assert soundfile.info(readable).duration == pytest.approx(10, abs=0.1)
 
 
 class TestUnreadable:
     @pytest.fixture
-    def refused(self, receive: Incoming, folder: Path, tmp_path: Path) -> Any:
+    def refused(self, receive: Conversion, folder: Path, tmp_path: Path) -> Any:
         def refused(content: bytes) -> None:
             (tmp_path / "memo.m4a").write_bytes(content)
             with pytest.raises(InvalidInput, match=r"cannot be read \(.+\).*无法读取该录音"):
@@ -149,7 +151,7 @@ class TestUnreadable:
         refused(content)
 
     def test_the_reason_is_said_in_both_languages_and_not_in_the_words_of_ffmpeg(
-        self, receive: Incoming, tmp_path: Path
+        self, receive: Conversion, tmp_path: Path
     ) -> None:
         webm, sound = phones.record(tmp_path / "browser.webm").read_bytes(), tmp_path / "memo.m4a"
         for content in (b"no sound at all\n" * 100, b"OggS" + bytes(100), webm[:60], bytes(3000)):
@@ -180,7 +182,7 @@ class TestUnreadable:
         refused((tmp_path / "silent.mp4").read_bytes())
 
     def test_a_decoder_that_others_have_killed(
-        self, receive: Incoming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, receive: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As the system does when main memory is full. The recording is not to blame."""
         (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
@@ -201,7 +203,7 @@ class TestUnreadable:
         refused(b"anything")
 
     def test_a_failure_of_the_decoder_itself_is_said_and_logged(
-        self, receive: Incoming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, receive: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         (tmp_path / "broken.py").write_text("import no_such_module\n")
         monkeypatch.syspath_prepend(tmp_path)
@@ -212,7 +214,7 @@ class TestUnreadable:
 
     @pytest.mark.parametrize("name", ["iphone.m4a", "browser.webm", "old.3gp"])
     def test_damaged_ones_are_read_or_refused_and_nothing_else(
-        self, receive: Incoming, folder: Path, tmp_path: Path, name: str
+        self, receive: Conversion, folder: Path, tmp_path: Path, name: str
     ) -> None:
         whole = phones.record(tmp_path / name).read_bytes()
         chance = random.Random(name)
@@ -233,11 +235,11 @@ class TestWithoutPyAV:
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
 
-    def test_the_message_names_what_to_install(self, receive: Incoming, tmp_path: Path) -> None:
+    def test_the_message_names_what_to_install(self, receive: Conversion, tmp_path: Path) -> None:
         given = phones.record(tmp_path / "iphone.m4a")
         with pytest.raises(InvalidInput, match=r"pip install 'gpu-managed-tts\[app\]'.*请执行 pip install"):
             receive.readable(str(given))
 
-    def test_what_engines_read_is_left_as_it_is(self, receive: Incoming, tmp_path: Path) -> None:
+    def test_what_engines_read_is_left_as_it_is(self, receive: Conversion, tmp_path: Path) -> None:
         given = str(phones.record(tmp_path / "studio.aiff"))
         assert receive.readable(given) == given

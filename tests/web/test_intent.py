@@ -5,7 +5,7 @@ from fakes import Gate, Workshop, await_that
 from gpu_manager import GPUResourceManager, State
 from residency.clock import ManualClock
 from residency.scheduling.dispatcher import WARM_GRACE_S
-from residency.web.ui.prewarm import EVERY_S, Intent
+from residency.web.ui.prewarm import EVERY_S, Prewarm
 
 
 def test_intent_brings_the_model_back_and_without_a_request_it_leaves_as_always(
@@ -13,7 +13,7 @@ def test_intent_brings_the_model_back_and_without_a_request_it_leaves_as_always(
 ) -> None:
     with manager.lease("tts"):
         pass
-    Intent(manager, "tts", clock.now).show()
+    Prewarm(manager, "tts", clock.now).show()
     assert manager.wait_for("tts", State.DEVICE, 30)
     clock.advance(WARM_GRACE_S - 1)
     assert manager.status()["models"]["tts"]["next"] == {"to": "cpu", "in_s": 1.0}
@@ -25,7 +25,7 @@ def test_intent_brings_the_model_back_and_without_a_request_it_leaves_as_always(
 
 def test_it_waits_for_nothing(manager: GPUResourceManager, workshop: Workshop, clock: ManualClock) -> None:
     workshop.gate = gate = Gate()
-    Intent(manager, "tts", clock.now).show()
+    Prewarm(manager, "tts", clock.now).show()
     gate.wait_for_arrival()
     assert manager.status()["models"]["tts"]["state"] == "moving"
     gate.open()
@@ -35,7 +35,7 @@ def test_it_waits_for_nothing(manager: GPUResourceManager, workshop: Workshop, c
 def test_many_keys_are_one_intent_for_a_while(manager: GPUResourceManager, clock: ManualClock) -> None:
     told: list[str] = []
     manager.warm = lambda name=None, if_idle=False: bool(told.append(name))  # type: ignore[method-assign]
-    intent = Intent(manager, "tts", clock.now)
+    intent = Prewarm(manager, "tts", clock.now)
     for _ in range(20):
         intent.show()
     assert told == ["tts"]
@@ -46,14 +46,14 @@ def test_many_keys_are_one_intent_for_a_while(manager: GPUResourceManager, clock
 
 def test_it_asks_nothing_of_a_model_in_use(manager: GPUResourceManager, clock: ManualClock) -> None:
     with manager.lease("tts"):
-        Intent(manager, "tts", clock.now).show()
+        Prewarm(manager, "tts", clock.now).show()
     assert manager.status()["models"]["tts"]["state"] == "cpu"
 
 
 def test_a_loader_that_fails_is_left_to_requests(
     manager: GPUResourceManager, workshop: Workshop, clock: ManualClock
 ) -> None:
-    intent = Intent(manager, "tts", clock.now)
+    intent = Prewarm(manager, "tts", clock.now)
     workshop.fail_next = OSError("no disk")
     intent.show()
     slot = manager._slots["tts"]
@@ -66,6 +66,6 @@ def test_a_loader_that_fails_is_left_to_requests(
 
 
 def test_it_never_raises(manager: GPUResourceManager, clock: ManualClock) -> None:
-    Intent(manager, "asr", clock.now).show()
+    Prewarm(manager, "asr", clock.now).show()
     manager.close()
-    Intent(manager, "tts", clock.now).show()
+    Prewarm(manager, "tts", clock.now).show()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from residency.web.server.heartbeats import Presence
+from residency.web.server.heartbeats import Heartbeats
 from residency.web.server.server import heartbeats as presence_module
 
 
@@ -59,15 +59,15 @@ def told() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def presence(loop: Loop, told: list[tuple[str, str]]) -> Presence:
-    return Presence(lambda session: told.append(("begins", session)), lambda session: told.append(("ends", session)))
+def presence(loop: Loop, told: list[tuple[str, str]]) -> Heartbeats:
+    return Heartbeats(lambda session: told.append(("begins", session)), lambda session: told.append(("ends", session)))
 
 
 def ended(told: list[tuple[str, str]]) -> list[str]:
     return [session for what, session in told if what == "ends"]
 
 
-def test_who_holds_a_line_is_there_for_as_long(presence: Presence, loop: Loop, told: list[tuple[str, str]]) -> None:
+def test_who_holds_a_line_is_there_for_as_long(presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]) -> None:
     with presence.line("anna"):
         loop.advance(1000)
         assert told == [("begins", "anna")]
@@ -78,7 +78,7 @@ def test_who_holds_a_line_is_there_for_as_long(presence: Presence, loop: Loop, t
 
 
 def test_who_takes_the_line_up_again_was_never_away(
-    presence: Presence, loop: Loop, told: list[tuple[str, str]]
+    presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]
 ) -> None:
     with presence.line("anna"):
         pass
@@ -89,7 +89,7 @@ def test_who_takes_the_line_up_again_was_never_away(
 
 
 def test_a_line_that_was_cut_and_never_taken_up_again_is_no_end_while_something_is_heard(
-    presence: Presence, loop: Loop, told: list[tuple[str, str]]
+    presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]
 ) -> None:
     with presence.line("anna"), presence.line("bert"):
         pass
@@ -102,7 +102,7 @@ def test_a_line_that_was_cut_and_never_taken_up_again_is_no_end_while_something_
 
 
 def test_the_end_of_one_of_two_lines_is_no_end_and_is_corrected(
-    presence: Presence, loop: Loop, told: list[tuple[str, str]]
+    presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]
 ) -> None:
     with presence.line("anna"):
         with presence.line("anna"):
@@ -112,7 +112,7 @@ def test_the_end_of_one_of_two_lines_is_no_end_and_is_corrected(
     assert ended(told) == []
 
 
-def test_who_comes_back_begins_again(presence: Presence, loop: Loop, told: list[tuple[str, str]]) -> None:
+def test_who_comes_back_begins_again(presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]) -> None:
     presence.heard_of("anna")
     loop.advance(60)
     presence.heard_of("anna")
@@ -122,7 +122,7 @@ def test_who_comes_back_begins_again(presence: Presence, loop: Loop, told: list[
 
 
 def test_of_too_many_who_are_silent_the_one_silent_for_longest_has_ended(
-    presence: Presence, loop: Loop, told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    presence: Heartbeats, loop: Loop, told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence_module, "_SILENT_AT_MOST", 2)
     with presence.line("holds a line"):
@@ -139,7 +139,7 @@ def test_of_too_many_who_are_silent_the_one_silent_for_longest_has_ended(
         assert ended(told) == ["bert", "anna", "carl"]
 
 
-def test_silent_sessions_are_told_with_the_longest_silent_first(presence: Presence, loop: Loop) -> None:
+def test_silent_sessions_are_told_with_the_longest_silent_first(presence: Heartbeats, loop: Loop) -> None:
     presence.heard_of("first")
     presence.heard_of("second")
     loop.advance(10)

@@ -19,8 +19,8 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from residency.web.server.heartbeats import Presence
-from residency.web.server.middleware import Traffic
+from residency.web.server.heartbeats import Heartbeats
+from residency.web.server.middleware import RequestMiddleware
 from residency.web.server.server import bodies
 from residency.web.server.server import middleware as traffic_module
 from residency.web.speech.recordings import DiskFull
@@ -43,9 +43,9 @@ def begun() -> list[str]:
 
 
 @pytest.fixture
-def traffic(uploads: threading.Semaphore, begun: list[str], tmp_path: Path) -> Traffic:
-    presence = Presence(begun.append, lambda session: None)
-    return Traffic(
+def traffic(uploads: threading.Semaphore, begun: list[str], tmp_path: Path) -> RequestMiddleware:
+    presence = Heartbeats(begun.append, lambda session: None)
+    return RequestMiddleware(
         str(tmp_path),
         presence,
         uploads.release,
@@ -56,7 +56,7 @@ def traffic(uploads: threading.Semaphore, begun: list[str], tmp_path: Path) -> T
 
 
 @pytest.fixture
-def client(traffic: Traffic, gate: Gate) -> Iterator[TestClient]:
+def client(traffic: RequestMiddleware, gate: Gate) -> Iterator[TestClient]:
     async def slow(request: Request) -> PlainTextResponse:
         if request.headers.get("authorization") == "none":
             return PlainTextResponse("sign in", 401)
@@ -75,7 +75,7 @@ def client(traffic: Traffic, gate: Gate) -> Iterator[TestClient]:
 
 @pytest.mark.parametrize("path", ["/gradio_api/queue/data", "/gradio_api/call/clone/1", "/gradio_api/file=/a.wav"])
 def test_answers_on_their_way_are_waited_for(
-    client: TestClient, traffic: Traffic, gate: Gate, path: str, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, traffic: RequestMiddleware, gate: Gate, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(traffic_module, "_QUIET_S", 0)
     assert traffic.wait_until_quiet(30)
@@ -89,7 +89,7 @@ def test_answers_on_their_way_are_waited_for(
 
 
 def test_who_hangs_up_and_does_not_call_again_is_reported(
-    client: TestClient, traffic: Traffic, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, traffic: RequestMiddleware, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone, asked = Queue[str](), list[str]()
 
@@ -116,7 +116,7 @@ def test_who_hangs_up_and_does_not_call_again_is_reported(
 
 
 def test_a_short_cut_is_no_end_however_long_ago_the_last_answer_was(
-    client: TestClient, traffic: Traffic, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, traffic: RequestMiddleware, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time counts from the last cut, and not from an earlier one."""
     gone, silences = list[str](), list[threading.Event]()
@@ -139,7 +139,7 @@ async def _until_told(silences: list[threading.Event]) -> None:
 
 
 def test_who_has_just_had_an_answer_may_come_for_its_recording(
-    client: TestClient, traffic: Traffic, gate: Gate
+    client: TestClient, traffic: RequestMiddleware, gate: Gate
 ) -> None:
     gate.open()
     client.get("/gradio_api/queue/data")
@@ -148,7 +148,7 @@ def test_who_has_just_had_an_answer_may_come_for_its_recording(
 
 
 @pytest.mark.parametrize("path", ["/", "/gradio_api/heartbeat/1", "/gradio_api/run/predict"])
-def test_open_pages_are_no_answers(client: TestClient, traffic: Traffic, gate: Gate, path: str) -> None:
+def test_open_pages_are_no_answers(client: TestClient, traffic: RequestMiddleware, gate: Gate, path: str) -> None:
     open_page = Worker(client.get, path)
     gate.wait_for_arrival()
     assert traffic.wait_until_quiet(0.05)
@@ -189,7 +189,7 @@ class TestUploads:
         assert "--tmp-dir" in answer.text
 
     def test_one_for_which_there_is_no_room_is_read_no_further_and_refused(
-        self, client: TestClient, traffic: Traffic, uploads: threading.Semaphore
+        self, client: TestClient, traffic: RequestMiddleware, uploads: threading.Semaphore
     ) -> None:
         asked: list[float] = []
 
@@ -276,7 +276,7 @@ class TestOtherSites:
         assert client.get("/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}).is_success
 
 
-def test_pages_are_in_no_frame_of_other_sites_and_load_nothing_from_them(traffic: Traffic) -> None:
+def test_pages_are_in_no_frame_of_other_sites_and_load_nothing_from_them(traffic: RequestMiddleware) -> None:
     routes = [Route("/", lambda request: HTMLResponse("a page")), Route("/plain", lambda request: PlainTextResponse())]
     with TestClient(Starlette(routes=routes, middleware=[Middleware(traffic.around)])) as client:
         policy = client.get("/").headers["content-security-policy"]

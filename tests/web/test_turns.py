@@ -10,20 +10,20 @@ from fakes import Gate, Worker
 from residency.cancellation import Cancellation, cancelled_by
 from residency.errors import ManagerClosed, RequestCancelled, RequestStopped
 from residency.web.shared.language import en
-from residency.web.speech.queue import Turns
+from residency.web.speech.queue import SpeechQueue
 from residency.web.ui import waiting as waiting_module
-from residency.web.ui.waiting import Waiting
+from residency.web.ui.waiting import WaitMessages
 
 
 @pytest.fixture
-def turns() -> Turns:
-    return Turns("tts")
+def turns() -> SpeechQueue:
+    return SpeechQueue("tts")
 
 
 class Asker:
     """Asks in a thread of its own, and remembers what it was told."""
 
-    def __init__(self, turns: Turns, waiting: Waiting, stopped: bool = False) -> None:
+    def __init__(self, turns: SpeechQueue, waiting: WaitMessages, stopped: bool = False) -> None:
         self.gate, self.told, self.cancellation = Gate(), list[str](), Cancellation()
         if stopped:
             self.cancellation.cancel()
@@ -46,13 +46,13 @@ class Asker:
 
 
 @pytest.fixture
-def waiting(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> Waiting:
+def waiting(turns: SpeechQueue, monkeypatch: pytest.MonkeyPatch) -> WaitMessages:
     monkeypatch.setattr(waiting_module, "speaker", lambda: en)
     monkeypatch.setattr(waiting_module, "session", lambda: threading.current_thread().name)
-    return Waiting(turns)
+    return WaitMessages(turns)
 
 
-def test_each_waits_for_their_turn_and_hears_their_place(turns: Turns, waiting: Waiting) -> None:
+def test_each_waits_for_their_turn_and_hears_their_place(turns: SpeechQueue, waiting: WaitMessages) -> None:
     first = Asker(turns, waiting)
     first.gate.wait_for_arrival()
     second = Asker(turns, waiting)
@@ -71,7 +71,7 @@ def test_each_waits_for_their_turn_and_hears_their_place(turns: Turns, waiting: 
         asker.worker.result()
 
 
-def test_who_is_stopped_leaves_the_queue_and_who_runs_is_not_touched(turns: Turns, waiting: Waiting) -> None:
+def test_who_is_stopped_leaves_the_queue_and_who_runs_is_not_touched(turns: SpeechQueue, waiting: WaitMessages) -> None:
     first = Asker(turns, waiting)
     first.gate.wait_for_arrival()
     second = Asker(turns, waiting)
@@ -87,7 +87,9 @@ def test_who_is_stopped_leaves_the_queue_and_who_runs_is_not_touched(turns: Turn
         pass
 
 
-def test_who_has_gone_leaves_the_queue(turns: Turns, waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_gone_leaves_the_queue(
+    turns: SpeechQueue, waiting: WaitMessages, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(waiting_module, "session", lambda: "gone")
     with turns.take():
         asker = Asker(turns, waiting)
@@ -97,14 +99,14 @@ def test_who_has_gone_leaves_the_queue(turns: Turns, waiting: Waiting, monkeypat
             asker.worker.result()
 
 
-def test_a_request_that_was_stopped_before_it_waits_does_not_wait(turns: Turns, waiting: Waiting) -> None:
+def test_a_request_that_was_stopped_before_it_waits_does_not_wait(turns: SpeechQueue, waiting: WaitMessages) -> None:
     with turns.take():
         asker = Asker(turns, waiting, stopped=True)
         with pytest.raises(RequestStopped):
             asker.worker.result()
 
 
-def test_the_end_refuses_who_waits_and_who_comes_but_not_who_runs(turns: Turns, waiting: Waiting) -> None:
+def test_the_end_refuses_who_waits_and_who_comes_but_not_who_runs(turns: SpeechQueue, waiting: WaitMessages) -> None:
     first = Asker(turns, waiting)
     first.gate.wait_for_arrival()
     second = Asker(turns, waiting)
@@ -118,7 +120,7 @@ def test_the_end_refuses_who_waits_and_who_comes_but_not_who_runs(turns: Turns, 
     first.worker.result()
 
 
-def test_who_has_the_engine_may_ask_again_meanwhile(turns: Turns) -> None:
+def test_who_has_the_engine_may_ask_again_meanwhile(turns: SpeechQueue) -> None:
     with turns.take(), turns.take():
         pass
     with turns.take():

@@ -7,17 +7,17 @@ import pytest
 from residency.web.speech.recordings import Recordings
 from residency.web.ui import page_sessions as module
 from residency.web.ui.chat_history import new_state
-from residency.web.ui.messages import Places
-from residency.web.ui.page_requests import Requests
-from residency.web.ui.page_sessions import Visits
-from residency.web.ui.waiting import Waiting
+from residency.web.ui.messages import MessagePlaces
+from residency.web.ui.page_requests import PageRequests
+from residency.web.ui.page_sessions import PageSessions
+from residency.web.ui.waiting import WaitMessages
 
 
 def test_of_too_many_visits_the_one_not_heard_of_for_longest_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_AT_MOST", 2)
-    visits = Visits(Requests(), Recordings(tmp_path), Waiting(None), Places())
+    visits = PageSessions(PageRequests(), Recordings(tmp_path), WaitMessages(None), MessagePlaces())
     for whose in ("anna", "bert", "carl"):
         monkeypatch.setattr(module, "session", lambda whose=whose: whose)
         visits._come(None, None, new_state())

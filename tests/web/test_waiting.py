@@ -13,7 +13,7 @@ from fakes import Gate, Worker, Workshop
 from gpu_manager import CpuDevice, GPUResourceManager, RequestCancelled
 from residency.web.shared.language import en
 from residency.web.ui import waiting as waiting_module
-from residency.web.ui.waiting import Waiting
+from residency.web.ui.waiting import WaitMessages
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def _await(changed: threading.Condition, heard: dict[str, list[str]], whose: str
 class Person:
     """Asks for speech in a thread whose name is their session."""
 
-    def __init__(self, waiting: Waiting, manager: GPUResourceManager, name: str) -> None:
+    def __init__(self, waiting: WaitMessages, manager: GPUResourceManager, name: str) -> None:
         self.gate, self._waiting, self._manager = Gate(), waiting, manager
         self.worker = Worker(self._ask, name)
 
@@ -57,7 +57,7 @@ class Person:
 
 
 def test_each_hears_their_place_and_then_their_turn(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
-    waiting = Waiting(manager)
+    waiting = WaitMessages(manager)
     first = Person(waiting, manager, "first")
     first.gate.wait_for_arrival()
     second = Person(waiting, manager, "second")
@@ -76,7 +76,7 @@ def test_each_hears_their_place_and_then_their_turn(manager: GPUResourceManager,
 
 
 def test_the_model_stays_for_who_waits(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
-    waiting, moves = Waiting(manager), list[tuple[str, str]]()
+    waiting, moves = WaitMessages(manager), list[tuple[str, str]]()
     manager.subscribe(lambda event: moves.append((event.source, event.target)) if event.what == "done" else None)
     first = Person(waiting, manager, "first")
     first.gate.wait_for_arrival()
@@ -90,7 +90,7 @@ def test_the_model_stays_for_who_waits(manager: GPUResourceManager, heard: dict[
 
 
 def test_who_has_gone_leaves_the_queue_and_nobody_else_does(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
-    waiting = Waiting(manager)
+    waiting = WaitMessages(manager)
     first = Person(waiting, manager, "first")
     first.gate.wait_for_arrival()
     second = Person(waiting, manager, "second")
@@ -122,14 +122,14 @@ def test_how_much_is_done_is_told_only_where_it_is_known(
 
     monkeypatch.setattr(waiting_module.gr, "Progress", lambda: say)
     monkeypatch.setattr(waiting_module, "speaker", lambda: en)
-    with Waiting(manager).told("tts"), manager.lease("tts"):
+    with WaitMessages(manager).told("tts"), manager.lease("tts"):
         generating.pass_through()
     assert (0.0, "The model is ready; generating") in told
     assert all(said != again for said, again in itertools.pairwise(told)), "the same is said twice"
 
 
 def test_who_goes_on_as_another_keeps_their_place(manager: GPUResourceManager, heard: dict[str, Any]) -> None:
-    waiting = Waiting(manager)
+    waiting = WaitMessages(manager)
     first = Person(waiting, manager, "first")
     first.gate.wait_for_arrival()
     second = Person(waiting, manager, "second")
@@ -152,7 +152,7 @@ def test_without_a_gpu_too_each_hears_their_turn(heard: dict[str, Any]) -> None:
     workshop = Workshop()
     with GPUResourceManager(CpuDevice(), adopt=workshop.adopt) as manager:
         manager.register("tts", workshop.load)
-        waiting = Waiting(manager)
+        waiting = WaitMessages(manager)
         first = Person(waiting, manager, "first")
         heard["await"]("first", "generating")
         second = Person(waiting, manager, "second")
@@ -168,7 +168,7 @@ def test_without_a_gpu_too_each_hears_their_turn(heard: dict[str, Any]) -> None:
 def test_leases_of_other_models_are_neither_told_as_ones_own_nor_kept(
     manager: GPUResourceManager, heard: dict[str, Any]
 ) -> None:
-    waiting, other = Waiting(manager), Workshop()
+    waiting, other = WaitMessages(manager), Workshop()
     manager.register("asr", other.load)
     threading.current_thread().name = "first"
     with waiting.told("tts"):
@@ -180,6 +180,6 @@ def test_leases_of_other_models_are_neither_told_as_ones_own_nor_kept(
 
 
 def test_without_a_manager_nothing_is_said() -> None:
-    with Waiting(None).told("tts"):
+    with WaitMessages(None).told("tts"):
         pass
-    Waiting(None).gone("anybody", 0)
+    WaitMessages(None).gone("anybody", 0)

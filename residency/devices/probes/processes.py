@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 
 from ...contracts import Device
-from ...observability.outside_memory import Outside, ProcessMemory, Sample
+from ...observability.outside_memory import OutsideMemory, ProcessMemory, MemorySample
 
 
-def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> Sample:
+def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> MemorySample:
     """Measures this process and its children, in main memory and on the device. Never raises.
 
     To ``trim``, so that what the allocator keeps does not count, takes milliseconds after much was freed; to look at
@@ -32,7 +32,7 @@ def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> 
         return _holder(device, held, pid, started_s, command, host_bytes)
 
     own = holder(os.getpid(), 0.0, Path(sys.argv[0] or "python").name, own_bytes())
-    return Sample(own, None if found is None else tuple(holder(*child) for child in found), len(sys.modules))
+    return MemorySample(own, None if found is None else tuple(holder(*child) for child in found), len(sys.modules))
 
 
 def _trim() -> None:
@@ -46,7 +46,7 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def remeasured(outside: Outside, device: Device) -> Outside:
+def remeasured(outside: OutsideMemory, device: Device) -> OutsideMemory:
     """The same processes as they are now, without children that have ended. Never raises."""
     held = _held_by(device)
     holders = []

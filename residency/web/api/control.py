@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ... import errors
 from ..server.bodies import given_up
-from ..server.permissions import Guard
+from ..server.permissions import Permissions
 from ..shared.language import Say, preferred
 from ..shared.protocols import Manager
 from . import metrics
@@ -49,7 +49,7 @@ _CODES: dict[type[Exception], int] = {
 
 def build(
     manager: Manager,
-    guard: Guard,
+    guard: Permissions,
     panel: Callable[[Say, int | None], Any] | None = None,
     signed_in: Callable[[Request], str | None] | None = None,
     page_serves: Callable[[], bool] = lambda: True,

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from ...cancellation import Cancellation, cancelled_by
-from ..server.permissions import Guard
+from ..server.permissions import Permissions
 from ..shared.gradio_compat import session
 from ..shared.protocols import Manager
 from ..speech.recordings import Recordings
-from ..speech.service import Speech, explain
+from ..speech.service import SpeechService, explain
 from ..ui.buttons import in_thread
 from ..ui.gpu_panel import check
 
@@ -22,7 +22,7 @@ NOBODY = gr.Request()
 
 
 def register_speech(
-    speech: Speech,
+    speech: SpeechService,
     told: Callable[[], AbstractContextManager[Any]],
     recordings: Recordings,
 ) -> None:
@@ -64,7 +64,7 @@ def register_speech(
         _expose(edit, [_recording(), *(gr.Textbox() for _ in range(4))], gr.Audio(), concurrency_limit=None)
 
 
-def register_gpu(manager: Manager, guard: Guard) -> None:
+def register_gpu(manager: Manager, guard: Permissions) -> None:
     """``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; no model, or an empty name, is all.
 
     Those that change something are for who the guard allows to; others get its sentence.

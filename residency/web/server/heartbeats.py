@@ -19,7 +19,7 @@ LOST = (
 """What a page is told whose session the server does not know."""
 
 
-class Presence:
+class Heartbeats:
     """For the thread of the server's loop, but for `silent`.
 
     ``begins`` is called with a session whenever it is heard of, ``ends`` (in another thread) when it has been silent

@@ -50,8 +50,8 @@ class Logins:
         self._sign_out = sign_out
         self._now = now
         self._key = secrets.token_bytes(32)
-        self._each = Pace(_FAILURES, _ONE_EVERY_S)
-        self._all = Pace(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
+        self._each = RateLimit(_FAILURES, _ONE_EVERY_S)
+        self._all = RateLimit(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
 
     def around(self, app: ASGIApp) -> ASGIApp:
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +118,7 @@ class Logins:
         return answer
 
 
-class Pace:
+class RateLimit:
     """Lets so many through at once, and then one every so many seconds, for each key.
 
     Remembers of a key until when it would take to make up for all that it has taken, and nothing once that is past.

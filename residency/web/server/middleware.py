@@ -23,7 +23,7 @@ from ...units import readable_bytes
 from ..shared.language import preferred
 from ..speech.recordings import UNDER_WAY, DiskFull
 from .bodies import drop_body, read_at_most
-from .heartbeats import LOST, Presence
+from .heartbeats import LOST, Heartbeats
 from .permissions import from_another_site
 from .refusals import is_static, refused
 from .session_requests import CALL, DATA, HERE, session_of
@@ -63,7 +63,7 @@ _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-a
 """Policy of pages: no content of other sites, and no frame of another site around this page (clickjacking)."""
 
 
-class Traffic:
+class RequestMiddleware:
     """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
 
     ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
@@ -76,7 +76,7 @@ class Traffic:
     def __init__(
         self,
         folder: str,
-        presence: Presence,
+        presence: Heartbeats,
         upload_begins: Callable[[], object] | None = None,
         answers_end: Callable[[str, float], bool] | None = None,
         largest_upload_bytes: float = math.inf,

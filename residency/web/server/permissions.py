@@ -21,7 +21,7 @@ PUBLIC_HOST = "residency.public_host"
 """In the ASGI scope: the host, and the port if it is named, of the address that ``--root-path`` gives."""
 
 
-class Guard:
+class Permissions:
     """Checks requests. Behind a tunnel (``--share``) all requests seem to be local: then ``trust_local`` is False."""
 
     def __init__(self, token: str | None = None, *, trust_local: bool = True) -> None:

@@ -61,7 +61,7 @@ class Limits:
         return self.audio_s * _MOST_SAMPLES_PER_S
 
 
-class Incoming:
+class Conversion:
     """Converted recordings lie in the folder of ``recordings``, each in a folder of its own. Thread-safe.
 
     The file's content decides whether it is converted, never its name.

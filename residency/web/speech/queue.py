@@ -15,10 +15,10 @@ _STATE = "cpu"
 """Such an engine is where it was built, for good."""
 
 
-class Turn:
+class QueuedRequest:
     """One request in the queue: a `protocols.Lease`."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: SpeechQueue) -> None:
         self._turns = turns
         self.model = turns.model
         self.refusal: Exception | None = None
@@ -42,7 +42,7 @@ class QueueChanged:
     source: str = _STATE
 
 
-class Turns:
+class SpeechQueue:
     """Has what `Waiting` needs of a manager: ``status``, ``subscribe`` and ``watching``. Thread-safe."""
 
     version = 0
@@ -51,7 +51,7 @@ class Turns:
     def __init__(self, model: str) -> None:
         self.model = model
         self._changed = threading.Condition()
-        self._queue: list[Turn] = []
+        self._queue: list[QueuedRequest] = []
         self._closed = False
         self._listeners: tuple[Callable[[Any], Any], ...] = ()
         self._watch = contextvars.ContextVar[Callable[[Any], object] | None]("watch_turns", default=None)
@@ -66,7 +66,7 @@ class Turns:
         if self._mine.get():
             yield
             return
-        turn = Turn(self)
+        turn = QueuedRequest(self)
         with self._changed:
             if self._closed:
                 raise ManagerClosed
@@ -98,11 +98,11 @@ class Turns:
         for turn in waiting:
             self.refuse(turn, ManagerClosed())
 
-    def place(self, turn: Turn) -> int | None:
+    def place(self, turn: QueuedRequest) -> int | None:
         with self._changed:
             return self._queue.index(turn) if turn in self._queue else None
 
-    def refuse(self, turn: Turn, error: Exception) -> bool:
+    def refuse(self, turn: QueuedRequest, error: Exception) -> bool:
         """Let a turn that waits raise ``error``; False if it waits no more."""
         with self._changed:
             if turn not in self._queue[1:]:

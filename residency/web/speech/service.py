@@ -23,8 +23,8 @@ from ...errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyEr
 from ...observability.error_classification import message_of
 from ...sentences import Sentence
 from ..shared.language import en, zh
-from .conversion import Incoming, Limits
-from .queue import Turns
+from .conversion import Conversion, Limits
+from .queue import SpeechQueue
 from .recordings import Recordings
 from .task_names import choices
 
@@ -41,7 +41,7 @@ class ShuttingDown(ResidencyError):
         )
 
 
-class Speech:
+class SpeechService:
     """Wraps an engine; answers are paths of 16-bit WAV files. Thread-safe as far as the engine is."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Speech:
         recordings: Recordings,
         recognize: Callable[[str], str] | None = None,
         limits: Limits | None = None,
-        turns: Turns | None = None,
+        turns: SpeechQueue | None = None,
     ) -> None:
         """``recognize`` answers what is said in a recording; None if nobody can. ``turns`` are taken for the engine."""
         self._engine = engine
@@ -61,7 +61,7 @@ class Speech:
         self._recordings = recordings
         self.limits = limits or Limits()
         self._turns = turns
-        self.incoming = Incoming(recordings, self.limits)
+        self.incoming = Conversion(recordings, self.limits)
         self._changed = threading.Condition()
         self._closed = False
         self._running = 0

@@ -14,8 +14,8 @@ from anyio import CapacityLimiter, to_thread
 from ...cancellation import Cancellation
 from ..shared.gradio_compat import speaker
 from .chat_history import State, as_messages
-from .messages import Message, Places
-from .page_requests import Occupied, Request, Requests, begun
+from .messages import Message, MessagePlaces
+from .page_requests import Occupied, PageRequest, PageRequests, begun
 
 AT_ONCE = 100
 """How many requests may wait and run. Their threads are not those of Gradio, which stay free for other events."""
@@ -26,17 +26,17 @@ T = TypeVar("T")
 _threads, _lookers = CapacityLimiter(AT_ONCE), CapacityLimiter(4)
 
 
-class Presses:
+class Buttons:
     """Handlers for the buttons of the page. Each yields values of the chat, the progress line and the messages."""
 
-    def __init__(self, requests: Requests, places: Places) -> None:
+    def __init__(self, requests: PageRequests, places: MessagePlaces) -> None:
         self._requests = requests
         self._places = places
 
     async def press(self, generate: Callable[..., tuple[Any, State, str]], *inputs: Any) -> AsyncIterator[list[Any]]:
         """Make a request and yield its progress until it has ended; refuse it if another of the session runs.
 
-        ``generate`` returns chat, state and message, and begins its request with `Requests.begin`; the last of
+        ``generate`` returns chat, state and message, and begins its request with `PageRequests.begin`; the last of
         ``inputs`` is the state. The request goes on if the page is closed.
         """
         state: State = inputs[-1]
@@ -66,7 +66,9 @@ class Presses:
         yield [as_messages(state["history_messages"], speaker()), "", *self._places.values(state["message"])]
 
 
-async def lines(under_way: Callable[[], Request | None], pause: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
+async def lines(
+    under_way: Callable[[], PageRequest | None], pause: Callable[[], Awaitable[object]]
+) -> AsyncIterator[str]:
     """Yield the progress line of the running request whenever it changes, until no request runs."""
     shown, looked_s = "", -math.inf
     while request := under_way():

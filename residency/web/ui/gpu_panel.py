@@ -16,7 +16,7 @@ import gradio as gr
 
 from ...errors import NotAllowed, ResidencyError
 from .. import static
-from ..server.permissions import Guard
+from ..server.permissions import Permissions
 from ..shared.gradio_compat import PRIVATE, speaker
 from ..shared.language import Say, both, mark, translated
 from ..shared.protocols import Manager
@@ -39,7 +39,7 @@ class GpuPanel:
     `text`, `press` and `configure` may be called from any thread and raise nothing: an error becomes their answer.
     """
 
-    def __init__(self, manager: Manager, guard: Guard) -> None:
+    def __init__(self, manager: Manager, guard: Permissions) -> None:
         self._manager = manager
         self._guard = guard
         self._presses: list[tuple[gr.Button, str, str | None]] = []
@@ -206,7 +206,7 @@ class GpuPanel:
         return handler
 
 
-def check(guard: Guard, request: gr.Request) -> None:
+def check(guard: Permissions, request: gr.Request) -> None:
     """`NotAllowed` unless the sender of a Gradio event may change things."""
     if request.request is None:
         raise NotAllowed

@@ -74,7 +74,7 @@ class Message(str):
         return cls(f"<p role='alert'>⚠️ {sentence}</p>", getattr(error, "field", None) or field)
 
 
-class Places:
+class MessagePlaces:
     """Where messages are shown: one place for each control, and one for those that are about none."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ class Occupied(InvalidInput):
         )
 
 
-class Request:
+class PageRequest:
     """A request of a page: what it does at the moment, and what stops it."""
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ class Request:
         return f"<label data-running>{html.escape(sentence)}<progress{value}></progress></label>"
 
 
-_begun: contextvars.ContextVar[Request | None] = contextvars.ContextVar("begun_request", default=None)
+_begun: contextvars.ContextVar[PageRequest | None] = contextvars.ContextVar("begun_request", default=None)
 
 
 @contextmanager
-def begun(request: Request) -> Iterator[None]:
-    """In this block `Requests.begin` answers this request, which was begun before the block."""
+def begun(request: PageRequest) -> Iterator[None]:
+    """In this block `PageRequests.begin` answers this request, which was begun before the block."""
     token = _begun.set(request)
     try:
         yield
@@ -63,21 +63,21 @@ def begun(request: Request) -> Iterator[None]:
         _begun.reset(token)
 
 
-class Requests:
+class PageRequests:
     """Requests by the state of their session, which outlives the loading of a page. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests: dict[int, list[Request]] = {}
+        self._requests: dict[int, list[PageRequest]] = {}
 
-    def begin(self, state: dict[str, Any], *, alone: bool = False) -> Request:
+    def begin(self, state: dict[str, Any], *, alone: bool = False) -> PageRequest:
         """A request that may change this state, until `end`: in a block of `begun`, the one of that block.
 
         ``alone``: `Occupied` if there is one that nobody has stopped.
         """
         if earlier := _begun.get():
             return earlier
-        request = Request()
+        request = PageRequest()
         with self._lock:
             others = self._requests.setdefault(id(state), [])
             if alone and not all(other.cancellation.cancelled for other in others):
@@ -85,14 +85,14 @@ class Requests:
             others.append(request)
         return request
 
-    def end(self, state: dict[str, Any], request: Request) -> None:
+    def end(self, state: dict[str, Any], request: PageRequest) -> None:
         with self._lock:
             others = self._requests[id(state)]
             others.remove(request)
             if not others:
                 del self._requests[id(state)]
 
-    def latest(self, state: dict[str, Any]) -> Request | None:
+    def latest(self, state: dict[str, Any]) -> PageRequest | None:
         """The one that began last of those that may still change this state."""
         with self._lock:
             return next(reversed(self._requests.get(id(state), ())), None)

@@ -12,11 +12,11 @@ from .. import static
 from ..server.heartbeats import LOST
 from ..shared.gradio_compat import PRIVATE, session, speaker
 from ..speech.recordings import Recordings
-from .buttons import Presses
+from .buttons import Buttons
 from .chat_history import State, as_messages
-from .messages import Places
-from .page_requests import Requests
-from .waiting import Waiting
+from .messages import MessagePlaces
+from .page_requests import PageRequests
+from .waiting import WaitMessages
 
 TELL_EVERY_S = 5.0
 """How often an open page reports to the server, and is told whether the server knows it."""
@@ -37,15 +37,17 @@ _EARLIER = """(_, lost, state) => {
 }"""
 
 
-class Visits:
+class PageSessions:
     """Sessions by a secret. The page keeps the secret and sends it when it is loaded anew. Thread-safe."""
 
-    def __init__(self, requests: Requests, recordings: Recordings, waiting: Waiting, places: Places) -> None:
+    def __init__(
+        self, requests: PageRequests, recordings: Recordings, waiting: WaitMessages, places: MessagePlaces
+    ) -> None:
         self._requests, self._recordings, self._waiting, self._places = requests, recordings, waiting, places
         self._lock = threading.Lock()
         self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
 
-    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Presses) -> Any:
+    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Buttons) -> Any:
         """Connect the components while the page is drawn. The server must answer the path that ``here.js`` asks.
 
         Returns the event after which a visit goes on.

@@ -16,7 +16,7 @@ EVERY_S = 3.0
 """Each key that is pressed shows intent; the manager is told at most this often."""
 
 
-class Intent:
+class Prewarm:
     """Prewarms a model that is not in use.
 
     `show` may be called from any thread and as often as one likes; it never raises and waits for no move.

@@ -8,7 +8,7 @@ import gradio as gr
 
 from ..shared.gradio_compat import PRIVATE, session, speaker
 from ..speech.recordings import Recordings
-from ..speech.service import Speech
+from ..speech.service import SpeechService
 from .messages import Message
 
 # Converting takes seconds: meanwhile the recording may have been removed, or another one uploaded.
@@ -23,10 +23,10 @@ _SHOW = """(received, recording) => {
 }"""
 
 
-class Reception:
+class RecordingCheck:
     """One object serves all sessions."""
 
-    def __init__(self, speech: Speech, recordings: Recordings) -> None:
+    def __init__(self, speech: SpeechService, recordings: Recordings) -> None:
         self._speech, self._recordings = speech, recordings
 
     def register(self, recording: gr.Audio, message: gr.HTML) -> None:

@@ -51,7 +51,7 @@ _GONE = (
 )
 
 
-class Inputs:
+class SavedInputs:
     """Keeps the inputs of pages. Thread-safe."""
 
     def __init__(self, recordings: Recordings, edit_types: Mapping[str, Sequence[str]]) -> None:

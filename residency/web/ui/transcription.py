@@ -12,11 +12,11 @@ import gradio as gr
 from ...cancellation import cancelled_by
 from ...errors import ResidencyError
 from ..shared.gradio_compat import PRIVATE, engine_event, speaker
-from ..speech.service import Speech
+from ..speech.service import SpeechService
 from .buttons import LOOK_EVERY_S, in_thread, lines
 from .messages import Message
-from .page_requests import Request
-from .waiting import Waiting
+from .page_requests import PageRequest
+from .waiting import WaitMessages
 
 MODEL = "asr"
 """The name of the speech recognition, if a manager looks after it."""
@@ -45,7 +45,7 @@ _FILL_IN = """(heard, text, recording) => {
 class Transcription:
     """Handlers and components. One object serves all sessions."""
 
-    def __init__(self, speech: Speech, waiting: Waiting, managed: bool) -> None:
+    def __init__(self, speech: SpeechService, waiting: WaitMessages, managed: bool) -> None:
         self._speech, self._waiting = speech, waiting
         self._event = engine_event(managed, "recognizer", 8)
 
@@ -89,7 +89,7 @@ class Transcription:
         if not recording:  # nothing to go on with after the page was loaded
             yield [gr.skip(), gr.skip()]
             return
-        request = Request()
+        request = PageRequest()
         work = asyncio.ensure_future(in_thread(lambda: self._in_turn(request, recording, prompt)))
         try:
             async for line in lines(
@@ -100,7 +100,7 @@ class Transcription:
         finally:
             request.cancellation.cancel()
 
-    def _in_turn(self, request: Request, recording: str | None, prompt: str | None) -> dict[str, Any]:
+    def _in_turn(self, request: PageRequest, recording: str | None, prompt: str | None) -> dict[str, Any]:
         try:
             readable = self._speech.incoming.readable(recording)
         except ResidencyError:  # said where the recording is received
@@ -109,11 +109,13 @@ class Transcription:
             text, message = self.transcribe(readable, prompt, request)
         return {"recordings": [recording, readable], "text": text, "message": message}
 
-    def transcribe(self, recording: str | None, prompt: str | None, request: Request | None = None) -> tuple[str, str]:
+    def transcribe(
+        self, recording: str | None, prompt: str | None, request: PageRequest | None = None
+    ) -> tuple[str, str]:
         """Returns what is said in a recording, or nothing if there is a text already, and an error message."""
         if not recording or (prompt and prompt.strip()):
             return "", ""
-        request = request or Request()
+        request = request or PageRequest()
         try:
             with self._waiting.told(MODEL, request.tell, _READY) as request.look:
                 return self._speech.transcribe(recording), ""

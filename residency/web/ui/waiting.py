@@ -18,21 +18,21 @@ from ...cancellation import checkpoint, current
 from ...errors import RequestCancelled
 from ...states import State
 from ..shared.gradio_compat import session, speaker
-from ..shared.protocols import Lease, Manager
-from ..speech.queue import Turns
+from ..shared.protocols import LeaseHandle, Manager
+from ..speech.queue import SpeechQueue
 from . import status_text
 
 Tell = Callable[[float, str], object]
 """Takes how much is done (0 to 1; 0 where nobody knows), and what happens."""
 
 
-class Waiting:
+class WaitMessages:
     """The leases that sessions wait for. Any thread may call."""
 
-    def __init__(self, manager: Manager | Turns | None) -> None:
+    def __init__(self, manager: Manager | SpeechQueue | None) -> None:
         self._manager = manager
         self._lock = threading.Lock()
-        self._leases: dict[str | None, dict[Lease, float]] = {}  # and since when
+        self._leases: dict[str | None, dict[LeaseHandle, float]] = {}  # and since when
 
     @contextmanager
     def told(
@@ -47,9 +47,9 @@ class Waiting:
         if self._manager is None or model is None:
             yield lambda: None
             return
-        teller, whose, mine = _Teller(self._manager, model, tell, ready), session(), list[Lease]()
+        teller, whose, mine = _Teller(self._manager, model, tell, ready), session(), list[LeaseHandle]()
 
-        def watch(lease: Lease) -> None:
+        def watch(lease: LeaseHandle) -> None:
             mine.append(lease)
             if lease.model == model:  # and not one that its loader asks for
                 teller.lease = lease
@@ -99,7 +99,7 @@ class Waiting:
 class _Teller:
     """Says to one person what their request waits for."""
 
-    def __init__(self, manager: Manager | Turns, model: str, tell: Tell | None, ready: tuple[str, str]) -> None:
+    def __init__(self, manager: Manager | SpeechQueue, model: str, tell: Tell | None, ready: tuple[str, str]) -> None:
         self._model, self._speak = model, speaker()
         self._ready = ready
         self._tell = tell or self._gradios_own()
@@ -107,7 +107,7 @@ class _Teller:
         status = manager.status()
         self._kind, self._present = status["device"]["kind"], status["models"].get(model, {})
         self._there = State.DEVICE.shown(self._kind)
-        self.lease: Lease | None = None
+        self.lease: LeaseHandle | None = None
         self._said: tuple[str, float] | None = None
 
     def begin(self) -> None:
