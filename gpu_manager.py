@@ -167,8 +167,8 @@ class GPUResourceManager:
         return self._dispatcher.lock
 
     @property
-    def _slots(self) -> dict[str, ManagedModel]:
-        return self._dispatcher.slots
+    def _managed_models(self) -> dict[str, ManagedModel]:
+        return self._dispatcher.managed_models
 
     # -- models -------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class GPUResourceManager:
             raise InvalidInput(f"skip is several paths: give [{skip!r}]", f"skip 是多个路径：请写 [{skip!r}]")
         with self._lock:
             self._check_free_locked(name)
-        slot = ManagedModel(
+        managed = ManagedModel(
             name,
             load,
             policy,
@@ -229,16 +229,16 @@ class GPUResourceManager:
             size_bytes=size_bytes,
         )
         if keep is not None:
-            slot.kept = BorrowedPart(BorrowedResident(keep, self.device))
+            managed.borrowed_part = BorrowedPart(BorrowedResident(keep, self.device))
         try:
-            if slot.kept is not None:
-                slot.kept.offload()
-                slot.host_bytes = slot.kept.host_bytes
+            if managed.borrowed_part is not None:
+                managed.borrowed_part.offload()
+                managed.host_bytes = managed.borrowed_part.host_bytes
             with self._lock:
                 self._check_free_locked(name)
-                self._slots[name] = slot
+                self._managed_models[name] = managed
         except BaseException:
-            self._mover.hand_back(slot)
+            self._mover.hand_back(managed)
             raise
 
     def configure(
@@ -248,11 +248,11 @@ class GPUResourceManager:
 
         ``keep_warm`` takes the place of a policy given to `register`; ``idle_timeout`` alone is passed on to it.
         """
-        for slot in self._slots_named(name):
+        for managed in self._slots_named(name):
             with self._lock:
-                self._check_open_locked(slot)
-                slot.policy = change_policy(slot.policy, keep_warm, idle_timeout)
-                self._dispatcher.plan_locked(slot)
+                self._check_open_locked(managed)
+                managed.policy = change_policy(managed.policy, keep_warm, idle_timeout)
+                self._dispatcher.plan_locked(managed)
             self._dispatcher.act()
 
     def unregister(self, name: str) -> None:
@@ -260,19 +260,19 @@ class GPUResourceManager:
 
         RuntimeError if called by somebody who holds a lease on it.
         """
-        slot = self._slots_named(name)[0]
-        self._refuse_own("unregister()", [slot])
+        managed = self._slots_named(name)[0]
+        self._refuse_own("unregister()", [managed])
         self._steering.retire(
-            [slot], UnknownModel(name, tuple(other for other in self.names() if other != name)), math.inf
+            [managed], UnknownModel(name, tuple(other for other in self.names() if other != name)), math.inf
         )
         with self._lock:
-            if self._slots.get(name) is slot:
-                del self._slots[name]
+            if self._managed_models.get(name) is managed:
+                del self._managed_models[name]
 
     def names(self) -> tuple[str, ...]:
         """The registered models, in order of registration."""
         with self._lock:
-            return tuple(self._slots)
+            return tuple(self._managed_models)
 
     def lease(self, name: str, timeout: float | str | None = None, *, reading: bool = False) -> Lease:
         """A context manager that gives the model's engine, on the device, and takes it back at its end.
@@ -305,11 +305,11 @@ class GPUResourceManager:
 
         Of all, each is tried, and then the first error raised.
         """
-        return self._each(name, lambda slot: self._steering.bring_down(slot, State.HOST))
+        return self._each(name, lambda managed: self._steering.bring_down(managed, State.HOST))
 
     def release(self, name: str | None = None) -> bool:
         """Give up a model's memory (None: all) everywhere. Answers as `offload` does."""
-        return self._each(name, lambda slot: self._steering.bring_down(slot, State.RELEASED))
+        return self._each(name, lambda managed: self._steering.bring_down(managed, State.RELEASED))
 
     def warm(self, name: str | None = None, *, if_idle: bool = False) -> bool:
         """Begin to bring a model (None: all) to the device and return at once. True: it is there already.
@@ -319,11 +319,11 @@ class GPUResourceManager:
         ``if_idle`` a model in use is left alone. A failure is logged and shown in `status`; the next request tries
         again.
         """
-        return self._each(name, lambda slot: self._steering.warm(slot, if_idle))
+        return self._each(name, lambda managed: self._steering.warm(managed, if_idle))
 
     def make_room(self, name: str) -> None:
         """Offload the other models as far as they are idle, and empty the device's caches; for who holds ``name``."""
-        self._steering.move_aside(slot for slot in self._slots_named(None) if slot.name != name)
+        self._steering.move_aside(managed for managed in self._slots_named(None) if managed.name != name)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -338,8 +338,13 @@ class GPUResourceManager:
         with self._lock:
             now_s = self._clock.now()
             self._dispatcher.card.seen(now_s, memory)
-            outside_device_bytes, outside_host_bytes = totals(slot.outside for slot in self._slots.values())
-            models = {name: describe(slot, now_s, device.kind, device.separate) for name, slot in self._slots.items()}
+            outside_device_bytes, outside_host_bytes = totals(
+                managed.outside_memory for managed in self._managed_models.values()
+            )
+            models = {
+                name: describe(managed, now_s, device.kind, device.separate)
+                for name, managed in self._managed_models.items()
+            }
         return {
             "enabled": True,
             "device": describe_device(device, memory, self.settings["budget_bytes"], outside_device_bytes),
@@ -351,16 +356,20 @@ class GPUResourceManager:
     def _remeasure(self) -> None:
         """Look again at child processes that hold memory outside the books, once a second at most."""
         with self._lock:
-            holding = {slot: slot.outside for slot in self._slots.values() if slot.outside and slot.outside.holders}
+            holding = {
+                managed: managed.outside_memory
+                for managed in self._managed_models.values()
+                if managed.outside_memory and managed.outside_memory.holders
+            }
             now_s = self._clock.now()
             if not holding or now_s < self._remeasured_s + 1:
                 return
             self._remeasured_s = now_s
-        for slot, outside in holding.items():
+        for managed, outside in holding.items():
             found = remeasured(outside, self.device)
             with self._lock:
-                if slot.outside is outside and found != outside:
-                    slot.outside = found
+                if managed.outside_memory is outside and found != outside:
+                    managed.outside_memory = found
                     self._dispatcher.version += 1
 
     @property
@@ -385,8 +394,8 @@ class GPUResourceManager:
                 "window_s": WINDOW_S,
                 "device": self._dispatcher.card.as_dict(now_s),
                 "models": {
-                    name: slot.history.as_dict(now_s, kind, slot.holder.served_s if slot.holder else None)
-                    for name, slot in self._slots.items()
+                    name: managed.history.as_dict(now_s, kind, managed.holder.served_s if managed.holder else None)
+                    for name, managed in self._managed_models.items()
                 },
             }
 
@@ -411,12 +420,12 @@ class GPUResourceManager:
         That is if ``timeout`` (real seconds or ``"5s"``) passes first, if its last load or restore has failed (see
         ``last_error`` in `status`) and nothing asks for it, or when it is unregistered or the manager closed.
         """
-        slot = self._slots_named(name)[0]
+        managed = self._slots_named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
         self._dispatcher.watch(
-            slot, lambda: slot.state is state or _will_not_come(slot, state), timeout_s, SystemClock()
+            managed, lambda: managed.state is state or _will_not_come(managed, state), timeout_s, SystemClock()
         )
-        return slot.state is state
+        return managed.state is state
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -430,8 +439,8 @@ class GPUResourceManager:
         grace_s = math.inf if grace is None else seconds(grace)
         self._refuse_own("close()", self._slots_named(None))
         self._closed = True
-        slots = self._slots_named(None)
-        all_released = self._steering.retire(slots, ManagerClosed(), grace_s)
+        managed_models = self._slots_named(None)
+        all_released = self._steering.retire(managed_models, ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
         self._dispatcher.reports.listeners.close()
         return all_released
@@ -446,8 +455,8 @@ class GPUResourceManager:
         self._closed = True
         clock = SystemClock()
         until_s = clock.now() + within_s
-        for slot in self._slots_named(None):
-            self._dispatcher.watch(slot, partial(_stands, slot), until_s - clock.now(), clock)
+        for managed in self._slots_named(None):
+            self._dispatcher.watch(managed, partial(_stands, managed), until_s - clock.now(), clock)
         self._dispatcher.monitor.stop()
 
     # -- helpers ------------------------------------------------------------------------------------------------
@@ -455,55 +464,60 @@ class GPUResourceManager:
     def _slots_named(self, name: str | None) -> list[ManagedModel]:
         with self._lock:
             if name is None:
-                return list(self._slots.values())
-            if name not in self._slots:
+                return list(self._managed_models.values())
+            if name not in self._managed_models:
                 if self._parents_slots:
                     raise ManagerClosed
-                raise UnknownModel(name, tuple(self._slots))
-            return [self._slots[name]]
+                raise UnknownModel(name, tuple(self._managed_models))
+            return [self._managed_models[name]]
 
     def _each(self, name: str | None, act: Callable[[ManagedModel], bool]) -> bool:
         """Whether it was done for every model; all are tried before the first error is raised."""
         answers, errors = [], []
-        for slot in self._slots_named(name):
+        for managed in self._slots_named(name):
             try:
-                answers.append(act(slot))
+                answers.append(act(managed))
             except Exception as error:
                 errors.append(error)
         if errors:
             raise errors[0]
         return all(answers)
 
-    def _refuse_own(self, what: str, slots: list[ManagedModel]) -> None:
+    def _refuse_own(self, what: str, managed_models: list[ManagedModel]) -> None:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
         site = call_site()
         with self._lock:
             kept_busy = (*held_slots(), *self._admission.deadlocks.kept_busy_locked(site))
-            if any(held is slot for held in kept_busy for slot in slots):
+            if any(held is managed for held in kept_busy for managed in managed_models):
                 raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
-            self._admission.deadlocks.refuse_to_block_locked(what, slots, site)
+            self._admission.deadlocks.refuse_to_block_locked(what, managed_models, site)
 
     def _check_free_locked(self, name: str) -> None:
         if self._closed:
             raise ManagerClosed
-        if name in self._slots:
+        if name in self._managed_models:
             raise ModelExists(name)
 
-    def _check_open_locked(self, slot: ManagedModel) -> None:
+    def _check_open_locked(self, managed: ManagedModel) -> None:
         if self._closed:
             raise ManagerClosed
-        if slot.closing:
-            raise UnknownModel(slot.name, tuple(self._slots))
+        if managed.closing:
+            raise UnknownModel(managed.name, tuple(self._managed_models))
 
 
-def _stands(slot: ManagedModel) -> bool:
-    return slot.task is None
+def _stands(managed: ManagedModel) -> bool:
+    return managed.move_task is None
 
 
-def _will_not_come(slot: ManagedModel, state: State) -> bool:
+def _will_not_come(managed: ManagedModel, state: State) -> bool:
     """Whether nothing leads a model to ``state`` any more, unless somebody asks for it anew."""
-    failed = slot.last_error is not None and slot.at is not State.DEVICE and not slot.wanted and not slot.in_use
-    return _stands(slot) and (slot.closing or (failed and state is not State.RELEASED))
+    failed = (
+        managed.last_error is not None
+        and managed.settled_state is not State.DEVICE
+        and not managed.prefetch
+        and not managed.in_use
+    )
+    return _stands(managed) and (managed.closing or (failed and state is not State.RELEASED))
 
 
 _singleton: GPUResourceManager | None = None

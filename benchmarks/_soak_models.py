@@ -161,8 +161,8 @@ class Model:
 def adopter(faults: Faults) -> Any:
     """An ``adopt`` for the manager, whose residents fail."""
 
-    def faulty(engine: Any, device: Device, slot: ManagedModel) -> FaultyResident:
-        return FaultyResident(adopt(engine, device, slot), slot.name, faults)
+    def faulty(engine: Any, device: Device, managed: ManagedModel) -> FaultyResident:
+        return FaultyResident(adopt(engine, device, managed), managed.name, faults)
 
     return faulty
 

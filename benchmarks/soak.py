@@ -225,10 +225,16 @@ class Soak:
 
     def _deadlock(self, what: str) -> None:
         print(f"FAILED: {what}: a deadlock. {self.books.progress} requests had ended. All threads:", flush=True)
-        for name, slot in self.manager._slots.items():  # without the lock, which may be what everybody waits for
-            waiting = [request.number for request in slot.waiting()]
-            holder = slot.holder.number if slot.holder else None
-            print(f"  {name}: {slot.state.value}, holder {holder}, waiting {waiting}, short {slot.short}", flush=True)
+        for (
+            name,
+            managed,
+        ) in self.manager._managed_models.items():  # without the lock, which may be what everybody waits for
+            waiting = [request.number for request in managed.waiting()]
+            holder = managed.holder.number if managed.holder else None
+            print(
+                f"  {name}: {managed.state.value}, holder {holder}, waiting {waiting}, short {managed.short}",
+                flush=True,
+            )
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         os._exit(1)
 

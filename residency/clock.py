@@ -6,7 +6,7 @@ import math
 import threading
 import time
 
-from .one_shot_event import open_latch
+from .one_shot_event import set_event
 
 
 class SystemClock:
@@ -42,4 +42,4 @@ class ManualClock:
         with self._lock:
             self._now_s += seconds
             for latch in self._waiting:
-                open_latch(latch)
+                set_event(latch)

@@ -149,7 +149,7 @@ class Resident(Protocol):
 class Loan(Resident, Protocol):
     """A kept part as one engine has it. Once another has borrowed it, this moves nothing any more and holds nothing."""
 
-    def beside(self, engine: Resident) -> Resident:
+    def joined_with(self, engine: Resident) -> Resident:
         """The engine and what it has borrowed, as one."""
 
 
@@ -198,14 +198,14 @@ class Adoption(Protocol):
         """Paths in the engine; what hangs on them is left alone."""
 
     @property
-    def kept(self) -> KeptPart | None:
+    def borrowed_part(self) -> KeptPart | None:
         """A part of the engine that outlives a release, and is searched by itself."""
 
 
 class Adopt(Protocol):
-    """Finds what of a fresh engine holds memory, but for the part that is ``kept``."""
+    """Finds what of a fresh engine holds memory, but for the part that is ``borrowed_part``."""
 
-    def __call__(self, engine: Any, device: Device, slot: Adoption) -> Resident: ...
+    def __call__(self, engine: Any, device: Device, managed: Adoption) -> Resident: ...
 
 
 class Engine(Protocol):

@@ -35,7 +35,7 @@ def holds(lock: Any) -> bool:
     return bool(lock._is_owned())
 
 
-def open_latch(latch: OneShotEvent) -> None:
+def set_event(latch: OneShotEvent) -> None:
     """Let who waits on it go on; opening it twice is no error."""
     with contextlib.suppress(RuntimeError):  # it is open
         latch.release()

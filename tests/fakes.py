@@ -112,7 +112,7 @@ class Workshop:
         return self.engines[-1].resident
 
     @staticmethod
-    def adopt(engine: Any, device: Device, slot: ManagedModel) -> FakeResident:
+    def adopt(engine: Any, device: Device, managed: ManagedModel) -> FakeResident:
         resident = engine.resident
         assert isinstance(resident, FakeResident)
         return resident
@@ -151,7 +151,7 @@ class Client:
     """Somebody who asks for a model in a thread of their own, and has it until told to leave."""
 
     def __init__(self, manager: GPUResourceManager, name: str = "tts", timeout: float | None = None) -> None:
-        self.manager, self.slot = manager, manager._slots[name]
+        self.manager, self.managed = manager, manager._managed_models[name]
         self.lease = manager.lease(name, timeout)
         self._inside = Gate()
         self.worker = Worker(self._request)
@@ -171,9 +171,9 @@ class Client:
 
         def waits() -> bool:
             request = self.lease.request
-            return request is not None and request.latch is not None and request in self.slot.waiting()
+            return request is not None and request.latch is not None and request in self.managed.waiting()
 
-        assert await_that(self.manager, self.slot, waits), "it does not wait"
+        assert await_that(self.manager, self.managed, waits), "it does not wait"
         return self
 
     def leaves(self) -> Any:
@@ -195,6 +195,6 @@ def comes_to(manager: GPUResourceManager, clock: ManualClock, state: State, name
     return any(manager.wait_for(name, state, 0.01) or clock.advance(0) for _ in range(6000))
 
 
-def await_that(manager: GPUResourceManager, slot: ManagedModel, comes_true: Callable[[], bool]) -> bool:
+def await_that(manager: GPUResourceManager, managed: ManagedModel, comes_true: Callable[[], bool]) -> bool:
     """Wait until something is true of a model's books; False if it does not become so."""
-    return manager._dispatcher.watch(slot, comes_true, 60, SystemClock())
+    return manager._dispatcher.watch(managed, comes_true, 60, SystemClock())

@@ -164,7 +164,7 @@ class Caller:
     def call(self, *arguments: str, **environ: str) -> tuple[int, str]:
         return self.project.run(*arguments, **(self.environ | environ))
 
-    def say(self, *arguments: str, **environ: str) -> str:
+    def localize(self, *arguments: str, **environ: str) -> str:
         code, output = self.call(*arguments, **environ)
         assert code == 0, output
         return output
@@ -187,7 +187,7 @@ class Service(Caller):
 
     def start(self, *arguments: str, **environ: str) -> dict:
         """Returns what the app saw."""
-        assert "Ready: http://127.0.0.1:" + self.port in self.say("--detach", "--serve", *arguments, **environ)
+        assert "Ready: http://127.0.0.1:" + self.port in self.localize("--detach", "--serve", *arguments, **environ)
         return self.seen()
 
     def seen(self) -> dict:

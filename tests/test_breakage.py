@@ -424,8 +424,8 @@ def test_who_waits_for_room_that_will_never_be_tries_once_more(warm_manager: GPU
     warm_manager.register("asr", load)
     holder = Client(warm_manager).comes_in()
     waiting = Client(warm_manager, "asr").queues()
-    slot = warm_manager._slots["asr"]
-    assert await_that(warm_manager, slot, lambda: slot.short)
+    managed = warm_manager._managed_models["asr"]
+    assert await_that(warm_manager, managed, lambda: managed.short)
     warm_manager.configure("tts", keep_warm=-1)
     waiting.comes_in()
     assert tts(warm_manager)["state"] == "gpu"

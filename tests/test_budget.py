@@ -124,8 +124,8 @@ def test_who_needs_the_room_of_a_model_in_use_waits_for_it(house: House, clock: 
     waiting.leaves()
 
 
-def how_many_wait(slot: ManagedModel) -> int:
-    return sum(1 for _ in slot.waiting())
+def how_many_wait(managed: ManagedModel) -> int:
+    return sum(1 for _ in managed.waiting())
 
 
 def test_requests_for_several_models_are_served_in_order_of_arrival(house: House) -> None:
@@ -140,8 +140,10 @@ def test_requests_for_several_models_are_served_in_order_of_arrival(house: House
     workers = []
     for number, name in enumerate("bacbca", 1):
         workers.append(Worker(request, name))
-        slot = manager._slots[name]
-        assert await_that(manager, slot, lambda n=number: n == sum(map(how_many_wait, manager._slots.values())))
+        managed = manager._managed_models[name]
+        assert await_that(
+            manager, managed, lambda n=number: n == sum(map(how_many_wait, manager._managed_models.values()))
+        )
     holder.leaves()
     for worker in workers:
         worker.result()
@@ -277,14 +279,16 @@ class Windows:
 
 def test_a_policy_brings_back_its_model_for_which_nobody_has_to_leave(house: House, clock: ManualClock) -> None:
     manager = house(100, "a", "b")
-    policy = manager._slots["b"].policy = Windows()
+    policy = manager._managed_models["b"].policy = Windows()
     use(manager, "b", "a")
     assert where(manager) == "DH"
     clock.advance(38.5)
     assert manager.status()["models"]["b"]["next"] == {"to": "gpu", "in_s": 0.5}
     clock.advance(0.5)
-    slot = manager._slots["b"]
-    assert any(manager.wait_for("b", State.RESTORING, 0.01) or slot.not_before_s > clock.now() for _ in nudged(clock))
+    managed = manager._managed_models["b"]
+    assert any(
+        manager.wait_for("b", State.RESTORING, 0.01) or managed.not_before_s > clock.now() for _ in nudged(clock)
+    )
     assert where(manager) == "DH"
     assert manager.status()["models"]["b"]["last_error"] is None
     manager.offload("a")
@@ -301,7 +305,7 @@ def test_a_policy_brings_back_its_model_for_which_nobody_has_to_leave(house: Hou
 
 def test_a_policy_brings_nothing_back_that_was_sent_away_by_hand(house: House, clock: ManualClock) -> None:
     manager = house(None, "a")
-    manager._slots["a"].policy = Windows()
+    manager._managed_models["a"].policy = Windows()
     with manager.lease("a"):
         assert manager.offload("a") is False
     clock.advance(39)
@@ -348,9 +352,9 @@ def test_who_others_left_for_waits_until_the_driver_shows_it_but_not_for_ever(
     device = SlowDriver()
     manager = house(100, "a", "b", device=device)
     use(manager, "b", "a")
-    log = manager._slots["b"].resident.log
+    log = manager._managed_models["b"].resident.log
     device.shown, device.asked = 0, Gate()
-    device.waits = lambda: manager._slots["b"].task is not None
+    device.waits = lambda: manager._managed_models["b"].task is not None
     worker = Worker(use, manager, "b")
     while not device.asked._arrived.wait(0.01) and len(log) == 1:
         clock.advance(0)

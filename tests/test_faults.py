@@ -59,17 +59,19 @@ class Story:
             assert part.place == "device"
 
     @property
-    def slot(self) -> ManagedModel:
-        return self.world.manager._slots["tts"]
+    def managed(self) -> ManagedModel:
+        return self.world.manager._managed_models["tts"]
 
     def come_to_rest(self) -> None:
         manager = self.world.manager
-        for name, slot in manager._slots.items():
-            assert await_that(manager, slot, lambda slot=slot: self.rests(slot)), f"{name} does not come to rest"
+        for name, managed in manager._managed_models.items():
+            assert await_that(manager, managed, lambda managed=managed: self.rests(managed)), (
+                f"{name} does not come to rest"
+            )
         self.world.check_at_rest()
 
-    def rests(self, slot: ManagedModel) -> bool:
-        return slot.task is None and next_step(slot, self.clock.now(), True) is None
+    def rests(self, managed: ManagedModel) -> bool:
+        return managed.task is None and next_step(managed, self.clock.now(), True) is None
 
     def tell(self) -> None:
         manager, clock = self.world.manager, self.clock
@@ -177,8 +179,8 @@ def test_a_loader_that_hangs_is_given_up_and_what_it_brings_late_is_thrown_away(
     gate = shop.gate = Gate()
     waiting = [Worker(lambda: manager.lease("tts").__enter__()) for _ in range(3)]
     gate.wait_for_arrival()
-    slot = manager._slots["tts"]
-    assert await_that(manager, slot, lambda: sum(1 for _ in slot.waiting()) == 3)
+    managed = manager._managed_models["tts"]
+    assert await_that(manager, managed, lambda: sum(1 for _ in managed.waiting()) == 3)
     clock.advance(59)
     assert manager.status()["models"]["tts"]["state"] == "moving"
     clock.advance(1)
@@ -237,7 +239,7 @@ def test_a_load_that_hangs_at_any_step_is_given_up_and_harms_nobody_however_it_e
             request.result()
         if "what is kept" in story.label:  # nobody can have it meanwhile
             second = Worker(story.use, "tts")
-            assert await_that(story.world.manager, story.slot, lambda story=story: story.slot.task is not None)
+            assert await_that(story.world.manager, story.managed, lambda story=story: story.managed.task is not None)
             story.clock.advance(60)
             with pytest.raises(LoadTimeout):
                 second.result()

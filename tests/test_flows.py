@@ -113,8 +113,8 @@ def test_readers_do_not_keep_a_model_from_those_who_wait_for_it(manager: GPUReso
     holder.__exit__()
     late = manager.lease("tts", reading=True)
     late_reader = Worker(late.__enter__)
-    slot = manager._slots["tts"]
-    assert await_that(manager, slot, lambda: late.request in slot.waiting())
+    managed = manager._managed_models["tts"]
+    assert await_that(manager, managed, lambda: late.request in managed.waiting())
     reader.__exit__()
     late_reader.result()
     late.__exit__()
@@ -125,8 +125,8 @@ def test_a_strangers_request_waits_for_a_stream_and_is_served_after_it(shop: GPU
     step(stream)
     lease = shop.lease()
     stranger = Worker(lease.__enter__)
-    slot = shop.manager._slots["tts"]
-    assert await_that(shop.manager, slot, lambda: lease.request in slot.waiting())
+    managed = shop.manager._managed_models["tts"]
+    assert await_that(shop.manager, managed, lambda: lease.request in managed.waiting())
     assert len(steps(stream)) == 1
     stranger.result()
     lease.__exit__()
@@ -160,8 +160,8 @@ def test_two_generators_in_opposite_order_are_told_of_their_deadlock(pair: GPURe
     step(one)
     step(other)
     waiting = Worker(contextvars.copy_context().run, next, one)
-    slot = pair._slots["b"]
-    assert await_that(pair, slot, lambda: slot.head() is not None)
+    managed = pair._managed_models["b"]
+    assert await_that(pair, managed, lambda: managed.head() is not None)
     with pytest.raises(LeaseDeadlock, match="'a' while holding b") as caught:
         step(other)
     assert caught.value.holder is not None
@@ -277,10 +277,10 @@ def test_a_wait_with_a_time_out_for_work_that_leases_is_said_in_the_status_and_t
 
 def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedTTS) -> None:
     asked = shop.lease()
-    slot = shop.manager._slots["tts"]
+    managed = shop.manager._managed_models["tts"]
     with shop.lease():
         thread = Worker(asked.__enter__)
-        assert await_that(shop.manager, slot, lambda: asked.request in slot.waiting())
+        assert await_that(shop.manager, managed, lambda: asked.request in managed.waiting())
     assert isinstance(thread.result(), Speaker)
     asked.__exit__()
 
@@ -470,8 +470,8 @@ def test_waiting_is_said_aloud(
     with manager.lease("tts"):
         waiting = manager.lease("tts")
         worker = Worker(waiting.__enter__)
-        slot = manager._slots["tts"]
-        assert await_that(manager, slot, lambda: waiting.request in slot.waiting())
+        managed = manager._managed_models["tts"]
+        assert await_that(manager, managed, lambda: waiting.request in managed.waiting())
         while "has waited" not in caplog.text:
             clock.advance(31)
             worker.join(0.01)
@@ -487,8 +487,8 @@ def test_a_manager_has_a_longest_wait_for_requests_that_name_none(clock: ManualC
         lease = manager.lease("tts")
         with manager.lease("tts"):
             worker = Worker(lease.__enter__)
-            slot = manager._slots["tts"]
-            assert await_that(manager, slot, lambda: lease.request in slot.waiting())
+            managed = manager._managed_models["tts"]
+            assert await_that(manager, managed, lambda: lease.request in managed.waiting())
             clock.advance(599)
             assert worker.is_alive()
             while worker.is_alive():
@@ -513,8 +513,8 @@ def test_the_longest_wait_does_not_count_the_load(clock: ManualClock) -> None:
             worker.join(0.01)
         behind = manager.lease("tts")
         second = Worker(behind.__enter__)
-        slot = manager._slots["tts"]
-        assert await_that(manager, slot, lambda: behind.request in slot.waiting())
+        managed = manager._managed_models["tts"]
+        assert await_that(manager, managed, lambda: behind.request in managed.waiting())
         clock.advance(100)
         gate.open()
         assert worker.result() is workshop.engines[0]
@@ -540,8 +540,8 @@ def test_a_stream_lost_in_a_cycle_gives_its_lease_back_without_a_collection_by_p
         response = Response()
         step(response.body)
         del response
-        slot = shop.manager._slots["tts"]
-        assert await_that(shop.manager, slot, lambda: slot.holder is None)
+        managed = shop.manager._managed_models["tts"]
+        assert await_that(shop.manager, managed, lambda: managed.holder is None)
     finally:
         gc.enable()
 
@@ -588,8 +588,8 @@ def test_a_request_is_no_deadlock_whose_code_has_lost_what_the_holder_waits_for(
     assert step(mine) == "has lost it"
     assert step(other) == "b"
     waiting = Worker(lambda: list(other))
-    slot = pair._slots["a"]
-    assert await_that(pair, slot, lambda: slot.head() is not None)
+    managed = pair._managed_models["a"]
+    assert await_that(pair, managed, lambda: managed.head() is not None)
     assert step(mine) == "served"
     assert waiting.result() == ["a"]
     mine.close()

@@ -361,11 +361,11 @@ def test_requests_are_served_one_at_a_time_in_order_of_arrival(manager: GPUResou
             running.release()
 
     requests = []
-    slot = manager._slots["tts"]
+    managed = manager._managed_models["tts"]
     with manager.lease("tts"):
         for number in range(8):
             requests.append(Worker(request, number))
-            assert await_that(manager, slot, lambda n=number: sum(1 for _ in slot.waiting()) == n + 1)
+            assert await_that(manager, managed, lambda n=number: sum(1 for _ in managed.waiting()) == n + 1)
         assert tts(manager)["waiting"] == 8
     for worker in requests:
         worker.result()
@@ -375,10 +375,10 @@ def test_requests_are_served_one_at_a_time_in_order_of_arrival(manager: GPUResou
 def test_a_model_stays_on_the_device_between_requests_that_wait(
     manager: GPUResourceManager, workshop: Workshop
 ) -> None:
-    slot = manager._slots["tts"]
+    managed = manager._managed_models["tts"]
     with manager.lease("tts"):
         waiting = Worker(use, manager)
-        assert await_that(manager, slot, lambda: any(slot.waiting()))
+        assert await_that(manager, managed, lambda: any(managed.waiting()))
     waiting.result()
     assert workshop.resident.log == ["offload"]
 
@@ -422,8 +422,8 @@ def test_those_who_wait_for_a_load_that_fails_get_its_error(manager: GPUResource
     workshop.fail_next = OSError("disk on fire")
     requests = [Worker(use, manager) for _ in range(4)]
     gate.wait_for_arrival()
-    slot = manager._slots["tts"]
-    assert await_that(manager, slot, lambda: sum(1 for _ in slot.waiting()) == 4)
+    managed = manager._managed_models["tts"]
+    assert await_that(manager, managed, lambda: sum(1 for _ in managed.waiting()) == 4)
     gate.open()
     for request in requests:
         with pytest.raises(OSError, match="disk on fire"):
@@ -469,7 +469,7 @@ def test_a_failed_restore_leaves_the_model_on_the_host(manager: GPUResourceManag
 def test_an_engine_that_cannot_be_adopted_is_not_kept(device: SimulatedDevice, workshop: Workshop) -> None:
     failures = [MemoryError("too large")]
 
-    def adopt(engine: object, device: object, slot: object) -> FakeResident:
+    def adopt(engine: object, device: object, managed: object) -> FakeResident:
         if failures:
             raise failures.pop()
         return FakeResident()
@@ -519,8 +519,8 @@ def test_close_waits_for_the_running_request_and_refuses_those_that_wait(
     running = Worker(long_request)
     inside.wait_for_arrival()
     waiting = Worker(use, manager)
-    slot = manager._slots["tts"]
-    assert await_that(manager, slot, lambda: any(slot.waiting()))
+    managed = manager._managed_models["tts"]
+    assert await_that(manager, managed, lambda: any(managed.waiting()))
     closing = Worker(manager.close)
     with pytest.raises(ManagerClosed):
         waiting.result()

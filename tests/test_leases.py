@@ -50,8 +50,8 @@ def chain(manager: GPUResourceManager, has: str, wants: str) -> Worker:
             return engine
 
     worker = Worker(request)
-    slot = manager._slots[wants]
-    assert await_that(manager, slot, lambda: wanted.request in slot.waiting())
+    managed = manager._managed_models[wants]
+    assert await_that(manager, managed, lambda: wanted.request in managed.waiting())
     return worker
 
 
@@ -100,8 +100,8 @@ def test_two_loaders_that_need_each_other_are_refused(manager: GPUResourceManage
     at_a.wait_for_arrival()
     at_b.wait_for_arrival()
     at_a.open()
-    slot = manager._slots["b"]
-    assert await_that(manager, slot, lambda: sum(1 for _ in slot.waiting()) == 2)
+    managed = manager._managed_models["b"]
+    assert await_that(manager, managed, lambda: sum(1 for _ in managed.waiting()) == 2)
     at_b.open()
     for worker in (first, second):
         with pytest.raises(LeaseDeadlock):
@@ -164,8 +164,8 @@ def test_a_lease_that_is_lost_is_given_back(manager: GPUResourceManager) -> None
     Worker(lose).result()
     gc.collect()
     assert use(manager, timeout=None)
-    slot = manager._slots["tts"]
-    assert await_that(manager, slot, lambda: not slot.in_use and slot.at is State.HOST)
+    managed = manager._managed_models["tts"]
+    assert await_that(manager, managed, lambda: not managed.in_use and managed.at is State.HOST)
 
 
 @pytest.mark.parametrize("broken", [True, False])

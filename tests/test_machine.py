@@ -133,11 +133,13 @@ class Lives(RuleBasedStateMachine):
 
     @rule(name=NAMES, timeout=st.sampled_from([None, None, 20.0, 100.0]))
     def request(self, name: str, timeout: float | None) -> None:
-        reference, slot = self.references[name], self.manager._slots[name]
+        reference, managed = self.references[name], self.manager._managed_models[name]
         client = Client(self.manager, name, timeout)
         if reference.line:
             reference.line.append(client)
-            assert await_that(self.manager, slot, lambda: sum(1 for _ in slot.waiting()) == len(reference.line) - 1)
+            assert await_that(
+                self.manager, managed, lambda: sum(1 for _ in managed.waiting()) == len(reference.line) - 1
+            )
         elif wrong := reference.arrive(self.clock.now()):
             with pytest.raises(OSError, match=wrong):
                 client.worker.result()
@@ -265,9 +267,11 @@ class Lives(RuleBasedStateMachine):
     def come_to_rest(self) -> None:
         now_s = self.clock.now()
         for name, reference in self.references.items():
-            slot = self.manager._slots[name]
+            managed = self.manager._managed_models[name]
             assert await_that(
-                self.manager, slot, lambda slot=slot: slot.task is None and next_step(slot, now_s, True) is None
+                self.manager,
+                managed,
+                lambda managed=managed: managed.task is None and next_step(managed, now_s, True) is None,
             ), f"{name} does not come to rest"
             reference.settle(now_s)
             status = self.manager.status()["models"][name]
@@ -276,7 +280,7 @@ class Lives(RuleBasedStateMachine):
             assert len(self.shops[name].engines) == reference.loads
             assert status["leases"] + status["waiting"] == len(reference.line)
             assert status["pending"] == {None: None, "host": "offload", "released": "release"}[reference.asked]
-            assert slot.broken is reference.broken
+            assert managed.broken is reference.broken
             if reference.loads:
                 place = {"released": "nowhere"}.get(reference.place, reference.place)
                 assert self.shops[name].resident.place == place

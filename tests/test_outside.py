@@ -17,7 +17,7 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.devices.probes import processes
-from residency.observability.outside_memory import NO_SAMPLE, OutsideBooks, ProcessMemory, MemorySample
+from residency.observability.outside_memory import NO_SAMPLE, MemorySample, OutsideBooks, ProcessMemory
 from residency.web.api.metrics import exposition
 from residency.web.shared.language import en, zh
 from residency.web.ui import status_text

@@ -249,7 +249,7 @@ def test_one_gap_is_learned_once(manager: GPUResourceManager, workshop: Workshop
     learned: list[float] = []
     with manager.lease("tts"):
         pass
-    policy = manager._slots["tts"].policy
+    policy = manager._managed_models["tts"].policy
     object.__setattr__(policy, "idle_ended", learned.append)
     clock.advance(10)
     lease = manager.lease("tts")

@@ -48,7 +48,7 @@ class Windows:
     def brought_back(self, seconds: float) -> None: ...
 
 
-def slot(
+def managed(
     state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, name: str = "m", **fields: object
 ) -> ManagedModel:
     made = ManagedModel(name, lambda: None, FixedPolicy(keep_warm_s, idle_timeout_s), state)
@@ -92,18 +92,18 @@ def moving(model: ManagedModel, target: State, give_up_at_s: float = math.inf) -
     ],
 )
 def test_the_ladder(state: State, now_s: float, target: State | None) -> None:
-    move = next_step(slot(state), now_s, separate=True)
+    move = next_step(managed(state), now_s, separate=True)
     assert move == (Move("m", state, target) if target else None)
 
 
 def test_a_model_that_was_never_used_stays_where_it_is() -> None:
-    assert next_step(slot(State.DEVICE, idle_since_s=None), 1e9, separate=True) is None
-    assert next_deadline(slot(State.DEVICE, idle_since_s=None), 0, separate=True) == math.inf
+    assert next_step(managed(State.DEVICE, idle_since_s=None), 1e9, separate=True) is None
+    assert next_deadline(managed(State.DEVICE, idle_since_s=None), 0, separate=True) == math.inf
 
 
 @pytest.mark.parametrize(("state", "target"), TRANSITIONS)
 def test_a_model_on_its_way_is_left_alone(state: State, target: State) -> None:
-    model = moving(slot(state, asked=State.RELEASED, broken=True, closing=True, wanted=True), target)
+    model = moving(managed(state, asked=State.RELEASED, broken=True, closing=True, wanted=True), target)
     ask(model)
     assert model.state is TRANSITIONS[state, target]
     assert next_step(model, 1e9, separate=True) is None
@@ -111,14 +111,14 @@ def test_a_model_on_its_way_is_left_alone(state: State, target: State) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"asked": State.RELEASED}, {"broken": True}, {"closing": True}])
 def test_a_model_in_use_is_left_alone(fields: dict) -> None:
-    busy = hold(slot(State.DEVICE, **fields))
+    busy = hold(managed(State.DEVICE, **fields))
     ask(busy)
     assert next_step(busy, 1e9, separate=True) is None
     assert next_deadline(busy, 0, separate=True) == math.inf
 
 
 def test_who_waits_is_served_or_the_model_brought() -> None:
-    here, there, nowhere = slot(State.DEVICE), slot(State.HOST), slot(State.RELEASED)
+    here, there, nowhere = managed(State.DEVICE), managed(State.HOST), managed(State.RELEASED)
     for model in (here, there, nowhere):
         ask(model)
         assert next_deadline(model, 0, separate=True) == math.inf
@@ -128,7 +128,7 @@ def test_who_waits_is_served_or_the_model_brought() -> None:
 
 
 def test_who_was_answered_meanwhile_waits_no_more() -> None:
-    model = slot(State.HOST)
+    model = managed(State.HOST)
     gone, here = ask(model, 1), ask(model, 2)
     gone.answer(TimeoutError())
     assert list(model.waiting()) == [here]
@@ -140,65 +140,65 @@ def test_who_was_answered_meanwhile_waits_no_more() -> None:
 
 
 def test_what_was_asked_for_comes_before_those_who_wait() -> None:
-    waiting = slot(State.DEVICE, asked=State.HOST)
+    waiting = managed(State.DEVICE, asked=State.HOST)
     ask(waiting)
     assert next_step(waiting, 0, separate=True) == Move("m", State.DEVICE, State.HOST)
 
 
 def test_what_was_asked_for_and_is_there_already_does_not_stop_the_ladder() -> None:
-    assert next_step(slot(State.HOST, asked=State.HOST), 100, separate=True) == Move("m", State.HOST, State.RELEASED)
+    assert next_step(managed(State.HOST, asked=State.HOST), 100, separate=True) == Move("m", State.HOST, State.RELEASED)
 
 
 def test_a_model_that_closes_is_released_and_serves_nobody() -> None:
-    model = slot(State.DEVICE, closing=True)
+    model = managed(State.DEVICE, closing=True)
     ask(model)
     assert next_step(model, 0, separate=True) == Move("m", State.DEVICE, State.RELEASED)
-    assert next_step(slot(State.RELEASED, closing=True, wanted=True), 0, separate=True) is None
+    assert next_step(managed(State.RELEASED, closing=True, wanted=True), 0, separate=True) is None
 
 
 def test_a_broken_engine_leaves_the_device_at_once_and_the_host_when_it_is_called_for() -> None:
-    assert next_step(slot(State.DEVICE, broken=True), 0, separate=True) == Move("m", State.DEVICE, State.RELEASED)
-    resting = slot(State.HOST, broken=True)
+    assert next_step(managed(State.DEVICE, broken=True), 0, separate=True) == Move("m", State.DEVICE, State.RELEASED)
+    resting = managed(State.HOST, broken=True)
     assert next_step(resting, 0, separate=True) is None
     ask(resting)
     assert next_step(resting, 0, separate=True) == Move("m", State.HOST, State.RELEASED)
-    wanted = slot(State.HOST, broken=True, wanted=True)
+    wanted = managed(State.HOST, broken=True, wanted=True)
     assert next_step(wanted, 0, separate=True) == Move("m", State.HOST, State.RELEASED)
 
 
 @pytest.mark.parametrize("state", [State.HOST, State.RELEASED])
 def test_a_model_that_was_warmed_by_hand_is_brought(state: State) -> None:
-    assert next_step(slot(state, wanted=True), 0, separate=True) == Move("m", state, State.DEVICE)
-    assert next_step(slot(State.DEVICE, wanted=True), 0, separate=True) is None
+    assert next_step(managed(state, wanted=True), 0, separate=True) == Move("m", state, State.DEVICE)
+    assert next_step(managed(State.DEVICE, wanted=True), 0, separate=True) is None
 
 
 def test_a_promise_to_stay_warm_outlasts_the_idle_timeout() -> None:
-    pinned = slot(State.DEVICE, keep_warm_s=math.inf)
+    pinned = managed(State.DEVICE, keep_warm_s=math.inf)
     assert pinned.stays
     assert next_step(pinned, 1e9, separate=True) is None
-    long_warm = slot(State.DEVICE, keep_warm_s=200)
+    long_warm = managed(State.DEVICE, keep_warm_s=200)
     assert not long_warm.stays
     assert next_step(long_warm, 199, separate=True) is None
     assert next_step(long_warm, 200, separate=True) == Move("m", State.DEVICE, State.RELEASED)
 
 
 def test_one_memory_is_never_offloaded_but_released() -> None:
-    model = slot(State.DEVICE)
+    model = managed(State.DEVICE)
     assert next_step(model, 50, separate=False) is None
     assert next_deadline(model, 0, separate=False) == 100
     assert next_step(model, 100, separate=False) == Move("m", State.DEVICE, State.RELEASED)
 
 
 def test_move_towards_never_goes_up() -> None:
-    assert move_towards(slot(State.HOST), State.HOST, True) is None
-    assert move_towards(slot(State.RELEASED), State.HOST, True) is None
-    assert move_towards(slot(State.RELEASED), State.RELEASED, True) is None
-    assert move_towards(slot(State.DEVICE), State.HOST, False) is None
-    assert move_towards(slot(State.DEVICE), State.RELEASED, False) == Move("m", State.DEVICE, State.RELEASED)
+    assert move_towards(managed(State.HOST), State.HOST, True) is None
+    assert move_towards(managed(State.RELEASED), State.HOST, True) is None
+    assert move_towards(managed(State.RELEASED), State.RELEASED, True) is None
+    assert move_towards(managed(State.DEVICE), State.HOST, False) is None
+    assert move_towards(managed(State.DEVICE), State.RELEASED, False) == Move("m", State.DEVICE, State.RELEASED)
 
 
 def test_after_a_failure_or_a_warming_the_ladder_waits() -> None:
-    model = slot(State.DEVICE, not_before_s=50.0)
+    model = managed(State.DEVICE, not_before_s=50.0)
     assert next_step(model, 49.9, separate=True) is None
     assert next_deadline(model, 0, separate=True) == 50
     assert next_step(model, 50, separate=True) == Move("m", State.DEVICE, State.HOST)
@@ -209,7 +209,7 @@ def test_after_a_failure_or_a_warming_the_ladder_waits() -> None:
 
 def test_a_later_window_brings_a_model_back_and_lets_it_go_again() -> None:
     policy = Windows(((0.0, 5.0), (40.0, 60.0)))
-    on, off = slot(State.DEVICE, policy=policy), slot(State.HOST, policy=policy)
+    on, off = managed(State.DEVICE, policy=policy), managed(State.HOST, policy=policy)
     assert next_step(on, 4.9, separate=True) is None
     assert next_step(on, 5, separate=True) == Move("m", State.DEVICE, State.HOST)
     assert next_step(off, 39.9, separate=True) is None
@@ -223,19 +223,19 @@ def test_a_later_window_brings_a_model_back_and_lets_it_go_again() -> None:
 
 def test_a_window_brings_back_neither_what_was_released_nor_what_was_sent_away() -> None:
     policy = Windows(((0.0, 0.0), (40.0, 60.0)))
-    assert next_step(slot(State.RELEASED, policy=policy), 50, separate=True) is None
-    assert next_step(slot(State.HOST, policy=policy, sent_away=True), 50, separate=True) is None
-    assert next_step(slot(State.HOST, policy=policy, sent_away=True), 100, separate=True) == Move(
+    assert next_step(managed(State.RELEASED, policy=policy), 50, separate=True) is None
+    assert next_step(managed(State.HOST, policy=policy, sent_away=True), 50, separate=True) is None
+    assert next_step(managed(State.HOST, policy=policy, sent_away=True), 100, separate=True) == Move(
         "m", State.HOST, State.RELEASED
     )
 
 
 def test_the_first_window_brings_nothing_back() -> None:
-    assert next_step(slot(State.HOST, keep_warm_s=50), 20, separate=True) is None
+    assert next_step(managed(State.HOST, keep_warm_s=50), 20, separate=True) is None
 
 
 def test_the_idle_timeout_waits_for_the_last_window() -> None:
-    late = slot(State.DEVICE, policy=Windows(((0.0, 5.0), (90.0, 120.0))))
+    late = managed(State.DEVICE, policy=Windows(((0.0, 5.0), (90.0, 120.0))))
     assert next_step(late, 110, separate=True) is None
     assert next_step(late, 120, separate=True) == Move("m", State.DEVICE, State.RELEASED)
 
@@ -258,7 +258,7 @@ def test_a_deadline_is_exactly_when_a_step_becomes_due(
     now_s: float,
     sent_away: bool,
 ) -> None:
-    model = slot(
+    model = managed(
         state, policy=Windows(windows, idle_timeout_s), not_before_s=not_before_s, sent_away=sent_away,
         idle_since_s=0.1,
     )  # fmt: skip
@@ -272,7 +272,7 @@ def test_a_deadline_is_exactly_when_a_step_becomes_due(
 
 
 def test_a_loader_has_a_deadline() -> None:
-    assert next_deadline(moving(slot(State.RELEASED), State.DEVICE, 30.0), 0, separate=True) == 30.0
+    assert next_deadline(moving(managed(State.RELEASED), State.DEVICE, 30.0), 0, separate=True) == 30.0
 
 
 def test_every_move_starts_and_ends_settled_and_passes_through_a_moving_state() -> None:
@@ -288,7 +288,7 @@ def test_every_move_starts_and_ends_settled_and_passes_through_a_moving_state() 
 
 
 def test_what_fits_may_go() -> None:
-    new, other = slot(State.HOST, name="new", size_bytes=40), slot(State.DEVICE, name="other", size_bytes=60)
+    new, other = managed(State.HOST, name="new", size_bytes=40), managed(State.DEVICE, name="other", size_bytes=60)
     ask(new)
     assert room_for(new, [new, other], 100) == Room()
     assert room_for(new, [new, other], math.inf) == Room()
@@ -296,9 +296,9 @@ def test_what_fits_may_go() -> None:
 
 
 def test_the_one_unused_for_longest_leaves_first_and_no_more_than_needed() -> None:
-    new = slot(State.HOST, name="new", size_bytes=50)
+    new = managed(State.HOST, name="new", size_bytes=50)
     old, older, oldest = (
-        slot(State.DEVICE, name=name, size_bytes=30, idle_since_s=since)
+        managed(State.DEVICE, name=name, size_bytes=30, idle_since_s=since)
         for name, since in [("old", 3.0), ("older", 2.0), ("oldest", 1.0)]
     )
     ask(new)
@@ -309,29 +309,29 @@ def test_the_one_unused_for_longest_leaves_first_and_no_more_than_needed() -> No
 
 
 def test_a_model_in_use_is_waited_for_and_the_idle_ones_leave_meanwhile() -> None:
-    new, busy = slot(State.HOST, name="new", size_bytes=90), hold(slot(State.DEVICE, name="busy", size_bytes=50))
-    idle = slot(State.DEVICE, name="idle", size_bytes=50)
+    new, busy = managed(State.HOST, name="new", size_bytes=90), hold(managed(State.DEVICE, name="busy", size_bytes=50))
+    idle = managed(State.DEVICE, name="idle", size_bytes=50)
     ask(new)
     assert room_for(new, [new, busy, idle], 100) == Room((Move("idle", State.DEVICE, State.HOST),), wait=True)
     assert room_for(new, [new, busy], 100) == Room((), wait=True)
 
 
 def test_what_is_leaving_is_waited_for_and_nothing_else_is_sent_away() -> None:
-    new, idle = slot(State.HOST, name="new", size_bytes=50), slot(State.DEVICE, name="idle", size_bytes=50)
-    leaving = moving(slot(State.DEVICE, name="leaving", size_bytes=50), State.HOST)
+    new, idle = managed(State.HOST, name="new", size_bytes=50), managed(State.DEVICE, name="idle", size_bytes=50)
+    leaving = moving(managed(State.DEVICE, name="leaving", size_bytes=50), State.HOST)
     ask(new)
     assert room_for(new, [new, idle, leaving], 100) == Room((), wait=True)
 
 
 def test_what_is_on_its_way_to_the_device_takes_room_already() -> None:
-    new, coming = slot(State.HOST, name="new", size_bytes=60), slot(State.HOST, name="coming", size_bytes=60)
+    new, coming = managed(State.HOST, name="new", size_bytes=60), managed(State.HOST, name="coming", size_bytes=60)
     moving(coming, State.DEVICE)
     ask(new)
     assert room_for(new, [new, coming], 100) == Room((), wait=True)
 
 
 def test_who_can_never_fit_is_told_so() -> None:
-    big, pinned = slot(State.HOST, name="big", size_bytes=101), slot(State.DEVICE, math.inf, size_bytes=30)
+    big, pinned = managed(State.HOST, name="big", size_bytes=101), managed(State.DEVICE, math.inf, size_bytes=30)
     ask(big)
     assert room_for(big, [big], 100) == Room(hopeless=True)
     big.size_bytes = 80
@@ -341,15 +341,15 @@ def test_who_can_never_fit_is_told_so() -> None:
 
 
 def test_a_model_that_could_not_be_offloaded_is_released_for_others() -> None:
-    new, stuck = slot(State.HOST, name="new", size_bytes=60), slot(State.DEVICE, size_bytes=60, stuck=True)
+    new, stuck = managed(State.HOST, name="new", size_bytes=60), managed(State.DEVICE, size_bytes=60, stuck=True)
     ask(new)
     assert room_for(new, [new, stuck], 100) == Room((Move("m", State.DEVICE, State.RELEASED),), wait=True)
     assert room_for(new, [new, hold(stuck)], 100) == Room((), wait=True)
 
 
 def test_what_the_device_refused_sends_others_away_without_any_budget() -> None:
-    new = slot(State.HOST, name="new", size_bytes=60, lacking_bytes=20)
-    small, large = (slot(State.DEVICE, name=name, size_bytes=size) for name, size in [("small", 10), ("large", 50)])
+    new = managed(State.HOST, name="new", size_bytes=60, lacking_bytes=20)
+    small, large = (managed(State.DEVICE, name=name, size_bytes=size) for name, size in [("small", 10), ("large", 50)])
     small.idle_since_s = -1.0
     ask(new)
     assert [move.model for move in room_for(new, [new, small, large], math.inf).evict] == ["small", "large"]
@@ -359,34 +359,43 @@ def test_what_the_device_refused_sends_others_away_without_any_budget() -> None:
 
 
 def test_a_model_that_comes_for_the_first_time_may_be_what_fills_the_device() -> None:
-    new, coming = slot(State.HOST, name="new", size_bytes=60, lacking_bytes=1), slot(State.RELEASED, name="coming")
+    new, coming = (
+        managed(State.HOST, name="new", size_bytes=60, lacking_bytes=1),
+        managed(State.RELEASED, name="coming"),
+    )
     ask(new)
     assert room_for(new, [new, moving(coming, State.DEVICE)], math.inf) == Room((), wait=True)
 
 
 def test_a_model_without_bytes_makes_no_room() -> None:
-    new, empty = slot(State.HOST, name="new", size_bytes=60, lacking_bytes=1), slot(State.DEVICE, size_bytes=0)
+    new, empty = managed(State.HOST, name="new", size_bytes=60, lacking_bytes=1), managed(State.DEVICE, size_bytes=0)
     ask(new)
     assert room_for(new, [new, empty], math.inf) == Room(hopeless=True)
 
 
 def test_who_came_first_gets_the_room_though_others_wait_for_the_model_that_has_it() -> None:
-    first, second = slot(State.HOST, name="first", size_bytes=60), slot(State.DEVICE, name="second", size_bytes=60)
+    first, second = (
+        managed(State.HOST, name="first", size_bytes=60),
+        managed(State.DEVICE, name="second", size_bytes=60),
+    )
     ask(first, 1)
     ask(second, 2)
     assert room_for(first, [first, second], 100).evict == (Move("second", State.DEVICE, State.HOST),)
-    later = slot(State.HOST, name="later", size_bytes=60)
+    later = managed(State.HOST, name="later", size_bytes=60)
     ask(later, 3)
     assert room_for(later, [later, second], 100) == Room((), wait=True)
 
 
 def test_nobody_overtakes_an_older_request_that_waits_for_room() -> None:
-    old, young = slot(State.HOST, name="old", size_bytes=90, short=True), slot(State.HOST, name="young", size_bytes=10)
+    old, young = (
+        managed(State.HOST, name="old", size_bytes=90, short=True),
+        managed(State.HOST, name="young", size_bytes=10),
+    )
     ask(old, 1)
     request = ask(young, 2)
     assert room_for(young, [old, young], 100) == Room(wait=True)
     # But somebody who holds another model might be whom the old one waits for.
-    request.holding = (slot(State.DEVICE, name="held"),)
+    request.holding = (managed(State.DEVICE, name="held"),)
     assert room_for(young, [old, young], 100) == Room()
     request.holding = ()
     old.short = False
@@ -396,14 +405,14 @@ def test_nobody_overtakes_an_older_request_that_waits_for_room() -> None:
 
 
 def test_nobody_waits_for_room_that_they_hold_themselves() -> None:
-    held, wanted = hold(slot(State.DEVICE, name="held", size_bytes=60)), slot(State.HOST, name="w", size_bytes=60)
+    held, wanted = hold(managed(State.DEVICE, name="held", size_bytes=60)), managed(State.HOST, name="w", size_bytes=60)
     ask(wanted, 1, holding=(held,))
     assert room_for(wanted, [held, wanted], 100) == Room(hopeless=True)
 
 
 def test_nobody_waits_for_room_of_somebody_who_waits_for_room() -> None:
-    mine, theirs = (hold(slot(State.DEVICE, name=name, size_bytes=50)) for name in ("mine", "theirs"))
-    third, fourth = (slot(State.HOST, name=name, size_bytes=50) for name in ("third", "fourth"))
+    mine, theirs = (hold(managed(State.DEVICE, name=name, size_bytes=50)) for name in ("mine", "theirs"))
+    third, fourth = (managed(State.HOST, name=name, size_bytes=50) for name in ("third", "fourth"))
     ask(third, 1, holding=(mine,))
     third.short = True
     ask(fourth, 2, holding=(theirs,))
@@ -413,7 +422,7 @@ def test_nobody_waits_for_room_of_somebody_who_waits_for_room() -> None:
 
 
 def test_a_restore_that_nobody_waits_for_takes_free_room_only_and_one_by_hand_idle_room() -> None:
-    new, idle = slot(State.HOST, name="new", size_bytes=60), slot(State.DEVICE, name="idle", size_bytes=60)
+    new, idle = managed(State.HOST, name="new", size_bytes=60), managed(State.DEVICE, name="idle", size_bytes=60)
     assert room_for(new, [new, idle], 100) == Room(hopeless=True)
     assert room_for(new, [new, idle], 120) == Room()
     new.wanted = True
@@ -423,7 +432,7 @@ def test_a_restore_that_nobody_waits_for_takes_free_room_only_and_one_by_hand_id
 
 
 def test_over_budget_the_idle_ones_leave() -> None:
-    a, b, busy = (slot(State.DEVICE, name=name, size_bytes=50) for name in "abc")
+    a, b, busy = (managed(State.DEVICE, name=name, size_bytes=50) for name in "abc")
     a.idle_since_s = 5.0
     hold(busy)
     assert over_budget([a, b, busy], 150) == []
@@ -431,11 +440,11 @@ def test_over_budget_the_idle_ones_leave() -> None:
     assert [move.model for move in over_budget([a, b, busy], 60)] == ["b", "a"]
     moving(b, State.HOST)
     assert over_budget([a, b, busy], 100) == []
-    assert over_budget([slot(State.HOST, size_bytes=500)], 100) == []
+    assert over_budget([managed(State.HOST, size_bytes=500)], 100) == []
 
 
 def test_by_arrival() -> None:
-    late, early, none = slot(State.HOST), slot(State.HOST), slot(State.HOST)
+    late, early, none = managed(State.HOST), managed(State.HOST), managed(State.HOST)
     ask(late, 7)
     ask(early, 3)
     assert by_arrival([none, late, early]) == [early, late, none]
@@ -445,7 +454,7 @@ def test_by_arrival() -> None:
 
 
 def test_waiting_in_a_circle_is_seen() -> None:
-    a, b, c = (hold(slot(State.DEVICE, name=name)) for name in "abc")
+    a, b, c = (hold(managed(State.DEVICE, name=name)) for name in "abc")
     models = [a, b, c]
     ask(b, 1, holding=(a,))
     ask(c, 2, holding=(b,))
@@ -455,7 +464,7 @@ def test_waiting_in_a_circle_is_seen() -> None:
 
 
 def test_of_several_who_wait_each_may_close_the_circle() -> None:
-    a, b, c = (hold(slot(State.DEVICE, name=name)) for name in "abc")
+    a, b, c = (hold(managed(State.DEVICE, name=name)) for name in "abc")
     ask(b, 1, holding=(a,))
     ask(c, 2, holding=(a,))
     for held in (b, c):
@@ -463,12 +472,12 @@ def test_of_several_who_wait_each_may_close_the_circle() -> None:
 
 
 def test_a_loader_that_asks_for_its_own_model_waits_for_itself() -> None:
-    a = moving(slot(State.RELEASED), State.DEVICE)
+    a = moving(managed(State.RELEASED), State.DEVICE)
     assert would_wait_for_itself(LeaseRequest(a, 1, HERE, holding=(a,)), [a])
 
 
 def test_who_was_answered_holds_up_nobody() -> None:
-    a, b = (hold(slot(State.DEVICE, name=name)) for name in "ab")
+    a, b = (hold(managed(State.DEVICE, name=name)) for name in "ab")
     ask(b, 1, holding=(a,)).answer(TimeoutError())
     assert not would_wait_for_itself(LeaseRequest(a, 2, HERE, holding=(b,)), [a, b])
 

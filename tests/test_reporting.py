@@ -73,7 +73,7 @@ def test_there_is_a_new_version_whenever_there_is_something_to_tell(
     gate.wait_for_arrival()
     tell()
     for _ in range(2):
-        client.slot.task.progress.advance(10)
+        client.managed.task.progress.advance(10)
         tell()
     gate.open()
     client.comes_in()
@@ -90,8 +90,8 @@ def test_a_monitor_without_models_has_nothing_to_do(manager: GPUResourceManager,
     manager.unregister("tts")
     manager._dispatcher.monitor.wake()
     clock.advance(1)
-    slot = manager.register("tts", Workshop().load)
-    assert use(manager) is not slot
+    managed = manager.register("tts", Workshop().load)
+    assert use(manager) is not managed
     assert manager.status()["monitor"]["errors"] == 0
 
 
@@ -99,7 +99,7 @@ def test_the_monitor_survives_an_error_of_its_own_and_says_so(
     manager: GPUResourceManager, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     use(manager)
-    slot = manager._slots["tts"]
+    managed = manager._managed_models["tts"]
 
     class Broken:
         name, keep_warm_s, idle_timeout_s = "broken", 0.0, math.inf
@@ -109,11 +109,11 @@ def test_the_monitor_survives_an_error_of_its_own_and_says_so(
             self.asked._arrived.set()
             raise ZeroDivisionError("windows")
 
-    policy, slot.policy = slot.policy, Broken()
+    policy, managed.policy = managed.policy, Broken()
     clock.advance(600)
     while not Broken.asked._arrived.wait(0.01):
         clock.advance(0)
-    slot.policy = policy
+    managed.policy = policy
     clock.advance(1)
     assert comes_to(manager, clock, State.RELEASED)
     health = manager.status()["monitor"]
@@ -354,8 +354,8 @@ def test_where_no_thread_can_be_had_moves_run_in_the_thread_that_needs_them(
 def test_what_was_told_to_register_reaches_who_adopts_the_engine(device: SimulatedDevice) -> None:
     seen = []
 
-    def adopt(engine: object, device: object, slot: object) -> FakeResident:
-        seen.append((slot.name, slot.skip))
+    def adopt(engine: object, device: object, managed: object) -> FakeResident:
+        seen.append((managed.name, managed.skip))
         return FakeResident()
 
     with GPUResourceManager(device, adopt=adopt) as manager:

@@ -134,15 +134,15 @@ def test_requests_that_gave_up_are_not_remembered_while_the_model_is_held(
     for _ in range(3):
         with pytest.raises(RequestTimeout):
             after(clock, 1, Client(manager, timeout=1).queues().worker)
-    assert len(holder.slot.queue) <= 1, "the holder itself may be in it"
+    assert len(holder.managed.queue) <= 1, "the holder itself may be in it"
     holder.leaves()
 
 
 def test_a_timeout_that_is_a_text_is_a_duration(manager: GPUResourceManager, clock: ManualClock) -> None:
     with manager.lease("tts"):
         worker = Worker(use, manager, "tts", "1m")
-        slot = manager._slots["tts"]
-        assert await_that(manager, slot, lambda: any(request.latch for request in slot.waiting()))
+        managed = manager._managed_models["tts"]
+        assert await_that(manager, managed, lambda: any(request.latch for request in managed.waiting()))
         with pytest.raises(RequestTimeout, match="60 s"):
             after(clock, 60, worker)
 
@@ -303,7 +303,7 @@ def test_cancelling_a_lease_that_has_the_model_or_has_ended_does_nothing(manager
         assert lease.cancel() is False
         assert lease.place == 0
         assert tts(manager)["state"] == "gpu"
-        assert manager._slots["tts"].engine is engine
+        assert manager._managed_models["tts"].engine is engine
     assert lease.cancel() is False
     assert use(manager) is engine
 

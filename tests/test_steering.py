@@ -118,7 +118,7 @@ def test_what_hangs_as_it_leaves_is_left_alone_at_the_end(
     closing = Worker(manager.close, 0)
     for _ in range(3):
         if goes_on:
-            progress = client.slot.task.progress
+            progress = client.managed.task.progress
             progress.advance(1) if goes_on == "with bytes" else progress.beat()
         clock.advance(STUCK_AFTER_S)
         closing.join(0.05)
@@ -134,9 +134,9 @@ def test_what_hangs_as_it_leaves_is_left_alone_at_the_end(
 
 @pytest.mark.parametrize("end", ["close", "unregister"])
 def test_who_waits_for_a_state_hears_that_it_will_not_come(end: str, manager: GPUResourceManager) -> None:
-    slot = manager._slots["tts"]
+    managed = manager._managed_models["tts"]
     watching = Worker(manager.wait_for, "tts", State.DEVICE)
-    assert await_that(manager, slot, lambda: len(slot.watchers) == 1)
+    assert await_that(manager, managed, lambda: len(managed.watchers) == 1)
     manager.close() if end == "close" else manager.unregister("tts")
     assert watching.result() is False
 
@@ -146,15 +146,15 @@ def test_who_waits_for_a_model_whose_load_fails_hears_of_it(
     when: str, manager: GPUResourceManager, workshop: Workshop
 ) -> None:
     workshop.fail_next = FileNotFoundError("no weights")
-    gate, slot = Gate(), manager._slots["tts"]
+    gate, managed = Gate(), manager._managed_models["tts"]
     workshop.gate = gate
     manager.warm("tts")
     if when == "afterwards":
         gate.open()
-        assert await_that(manager, slot, lambda: slot.last_error is not None)
+        assert await_that(manager, managed, lambda: managed.last_error is not None)
     waiting = Worker(manager.wait_for, "tts", State.DEVICE)
     if when == "before it fails":
-        assert await_that(manager, slot, lambda: bool(slot.watchers))
+        assert await_that(manager, managed, lambda: bool(managed.watchers))
         gate.open()
     assert waiting.result() is False
     assert manager.status()["models"]["tts"]["last_error"] == "FileNotFoundError: no weights"
@@ -164,7 +164,7 @@ def test_who_waits_for_a_model_whose_load_fails_hears_of_it(
 
 def test_who_watches_in_vain_leaves_nothing_behind(manager: GPUResourceManager) -> None:
     assert manager.wait_for("tts", State.DEVICE, 0.001) is False
-    assert not manager._slots["tts"].watchers
+    assert not manager._managed_models["tts"].watchers
 
 
 def test_who_has_a_lease_cannot_close(manager: GPUResourceManager) -> None:
@@ -438,8 +438,8 @@ def test_a_model_that_breaks_in_the_request_during_which_it_was_warmed_is_loaded
     with lease as engine:
         manager.warm("tts")
         lease.discard()
-    slot = manager._slots["tts"]
-    assert await_that(manager, slot, lambda: slot.state is State.DEVICE and slot.engine is not engine)
+    managed = manager._managed_models["tts"]
+    assert await_that(manager, managed, lambda: managed.state is State.DEVICE and managed.engine is not engine)
 
 
 @pytest.mark.parametrize("after", ["release", "offload"])

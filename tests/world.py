@@ -25,8 +25,8 @@ from gpu_manager import (
     State,
 )
 from residency.contracts import Device
-from residency.memory import CompositeResident
 from residency.memory import BorrowedPart as Lent
+from residency.memory import CompositeResident
 from residency.scheduling.managed_model import ManagedModel
 
 SIZES = {"tts": 60, "asr": 50, "vad": 10}
@@ -158,11 +158,11 @@ class Kept:
         self.place = "its owner's"
 
 
-def place_of(slot: ManagedModel) -> str:
+def place_of(managed: ManagedModel) -> str:
     """Where the engine is, whatever else moves with it."""
-    if slot.resident is None:
+    if managed.resident is None:
         return "nowhere"
-    resident: Any = slot.resident
+    resident: Any = managed.resident
     return resident.parts[-1].place if isinstance(resident, CompositeResident) else resident.place
 
 
@@ -222,8 +222,8 @@ class World:
         for name, size in SIZES.items():
             self.manager.register(name, self.loader(name), load_timeout=load_timeout, size_bytes=size if known else 0)
         if keeps is not None:
-            slot = self.manager._slots[keeps]
-            slot.kept, slot.host_bytes = Lent(self.kept), self.kept.host_bytes
+            managed = self.manager._managed_models[keeps]
+            managed.kept, managed.host_bytes = Lent(self.kept), self.kept.host_bytes
 
     def maybe_fail(self, verb: str) -> None:
         if self.random.random() < self.fault_rate:
@@ -249,7 +249,7 @@ class World:
 
         return load
 
-    def adopt(self, engine: Any, device: Device, slot: ManagedModel) -> Any:
+    def adopt(self, engine: Any, device: Device, managed: ManagedModel) -> Any:
         return engine
 
     # -- what clients do ----------------------------------------------------------------------------------------
@@ -286,46 +286,46 @@ class World:
 
     def check(self) -> None:
         """At any moment whatsoever."""
-        slots = self.manager._slots
-        for name, slot in slots.items():
+        managed_models = self.manager._managed_models
+        for name, managed in managed_models.items():
             parts = self.alive[name]
-            if slot.holder is not None and slot.holder.users:
-                assert slot.state is State.DEVICE, f"{name} is leased and {slot.state}"
-                assert place_of(slot) == "device"
+            if managed.holder is not None and managed.holder.users:
+                assert managed.state is State.DEVICE, f"{name} is leased and {managed.state}"
+                assert place_of(managed) == "device"
                 assert name != self.keeps or self.kept.place == "device", "what is kept left under a request"
-            if slot.task is None:
-                assert place_of(slot) == PLACES[slot.at], f"{name} is not there"
+            if managed.task is None:
+                assert place_of(managed) == PLACES[managed.at], f"{name} is not there"
             assert len(parts) <= 1 or self.load_timeout != -1, f"{name} was loaded twice"
-            assert len(set(slot.queue)) == len(slot.queue)
-            numbers = [request.number for request in slot.queue]
+            assert len(set(managed.queue)) == len(managed.queue)
+            numbers = [request.number for request in managed.queue]
             assert numbers == sorted(numbers), "somebody jumped the queue"
         held = self.kept.device_bytes + sum(part.device_bytes for parts in self.alive.values() for part in parts)
         assert held <= self.device.ledger_bytes <= self.device.capacity_bytes
         if self.budget_bytes is not None:
-            claimed = sum(slot.size_bytes for slot in slots.values() if slot.on_device)
+            claimed = sum(managed.size_bytes for managed in managed_models.values() if managed.on_device)
             assert claimed <= self.budget_bytes, f"{claimed} bytes of {self.budget_bytes}"
 
     def check_at_rest(self) -> None:
         """When nobody asks for anything and nothing moves."""
         self.check()
-        for name, slot in self.manager._slots.items():
-            assert slot.task is None
-            assert not slot.in_use, f"somebody still uses {name}"
-            assert not slot.short
-            left = slot.resident or slot.kept
-            if left is not slot.kept or self.load_timeout == -1:  # a load that is given up has it meanwhile
-                assert slot.device_bytes == (left.device_bytes if left else 0)
-                assert slot.host_bytes == (left.host_bytes if left else 0)
-        if self.load_timeout == -1 and self.keeps and self.manager._slots[self.keeps].at is not State.DEVICE:
+        for name, managed in self.manager._managed_models.items():
+            assert managed.task is None
+            assert not managed.in_use, f"somebody still uses {name}"
+            assert not managed.short
+            left = managed.resident or managed.kept
+            if left is not managed.kept or self.load_timeout == -1:  # a load that is given up has it meanwhile
+                assert managed.device_bytes == (left.device_bytes if left else 0)
+                assert managed.host_bytes == (left.host_bytes if left else 0)
+        if self.load_timeout == -1 and self.keeps and self.manager._managed_models[self.keeps].at is not State.DEVICE:
             assert self.kept.place == "host", "what is kept stays on the device alone"
         held = self.kept.device_bytes + sum(part.device_bytes for parts in self.alive.values() for part in parts)
         assert self.device.ledger_bytes == held
 
     def await_loaders(self) -> None:
         """Wait for loaders that were given up and have not noticed yet."""
-        slots = self.manager._slots
+        managed_models = self.manager._managed_models
         while self.loading or any(
-            len(parts) > (slots[name].task is not None or slots[name].resident is not None)
+            len(parts) > (managed_models[name].task is not None or managed_models[name].resident is not None)
             for name, parts in self.alive.items()
         ):
             self.step("waiting for loaders")

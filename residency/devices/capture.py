@@ -17,7 +17,7 @@ _RELAXED = 2
 
 
 @contextlib.contextmanager
-def beside_captures() -> Iterator[None]:
+def during_captures() -> Iterator[None]:
     """A block in which this thread may allocate, free and register memory although another thread captures.
 
     By default such a call fails in both threads. Calls that no mode permits (to wait for the whole device) fail still.

@@ -21,7 +21,7 @@ from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnava
 from ..locks import renewed_in_children
 from ..observability.error_classification import is_capture_under_way, is_out_of_device_memory
 from ..sentences import Sentence
-from .capture import beside_captures, is_capturing
+from .capture import during_captures, is_capturing
 from .probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class CudaDevice:
         """``torch.cuda``, with the managed card as the current one, and whatever other threads capture."""
         import torch
 
-        with torch.cuda.device(self.index), beside_captures():
+        with torch.cuda.device(self.index), during_captures():
             yield torch.cuda
 
 

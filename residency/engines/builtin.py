@@ -73,10 +73,10 @@ class BuiltinEngine:
 
         self.device = device
         self.seed = seed
-        self.speaker = Hibari()
-        _ = self.speaker.g2p.oov  # made on first use otherwise
+        self.localizer = Hibari()
+        _ = self.localizer.g2p.oov  # made on first use otherwise
         self.vad_model = load_vad(device)
-        reference = self.speaker(_REFERENCE_TEXT, seed=0)
+        reference = self.localizer(_REFERENCE_TEXT, seed=0)
         own_voice = voice.measure(reference, world.analyse(reference))
         assert own_voice is not None, "the reference text is voiced speech"
         self._own_voice = own_voice
@@ -166,7 +166,7 @@ class BuiltinEngine:
     def _phonemes(self, text: str) -> list[str]:
         """Phonemes of the text, a string for each sentence; `InvalidInput` if nothing in it can be said."""
         try:
-            sentences = self.speaker.phonemize(text)
+            sentences = self.localizer.phonemize(text)
         except (IndexError, ValueError) as error:
             raise InvalidInput(
                 f"The text cannot be pronounced ({error}): write very long numbers in words",
@@ -209,7 +209,7 @@ class BuiltinEngine:
         said = []
         for chunk in chunks:
             checkpoint()
-            plain = self.speaker.from_ids(self.speaker.ids(chunk), rng=rng)
+            plain = self.localizer.from_ids(self.localizer.ids(chunk), rng=rng)
             converted = world.synthesise(voice.convert(world.analyse(plain), self._own_voice, target))
             said.append(converted[: len(plain)])
         return np.concatenate(said)

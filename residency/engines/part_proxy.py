@@ -130,17 +130,17 @@ def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
     """The shortest path to each of these objects, by id; those that no path leads to are left out."""
     found: dict[int, Path] = {}
     seen = {id(engine): engine}  # kept, so that no other object takes an id meanwhile
-    slots: dict[type, list[tuple[str, Any]] | None] = {}  # by kind; None for one that is not entered
+    managed_models: dict[type, list[tuple[str, Any]] | None] = {}  # by kind; None for one that is not entered
     todo: deque[tuple[Any, _Trail]] = deque([(engine, None)])
     while todo and len(found) < len(wanted):
         thing, trail = todo.popleft()
         if id(thing) in wanted and _leads_to(path := _path(trail), engine, thing):
             found[id(thing)] = path
-        for step, child in _steps(thing, slots.get(type(thing)) or ()):
+        for step, child in _steps(thing, managed_models.get(type(thing)) or ()):
             kind = type(child)
-            if kind not in slots:
-                slots[kind] = None if _is_leaf(kind) else _slots(kind)
-            if slots[kind] is not None and id(child) not in seen:
+            if kind not in managed_models:
+                managed_models[kind] = None if _is_leaf(kind) else _managed_models(kind)
+            if managed_models[kind] is not None and id(child) not in seen:
                 seen[id(child)] = child
                 todo.append((child, (trail, step)))
     return found
@@ -148,7 +148,7 @@ def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
 
 def instance_attributes(thing: Any) -> Iterator[tuple[str, Any]]:
     """Yields the attributes in ``__dict__`` and slots; runs no property or ``__getattr__``."""
-    yield from _attributes(thing, _slots(type(thing)))
+    yield from _attributes(thing, _managed_models(type(thing)))
 
 
 _Trail = tuple[Any, "str | Item"] | None
@@ -162,30 +162,30 @@ def _path(trail: _Trail) -> Path:
     return tuple(reversed(steps))
 
 
-def _steps(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str | Item, Any]]:
+def _steps(thing: Any, managed_models: Sequence[tuple[str, Any]]) -> Iterator[tuple[str | Item, Any]]:
     if isinstance(thing, dict):
         yield from ((Item(key), value) for key, value in list(dict.items(thing)))
     elif isinstance(thing, (list, tuple, deque)):
         yield from ((Item(index), value) for index, value in enumerate(list(thing)))
-    for name, value in _attributes(thing, slots):
+    for name, value in _attributes(thing, managed_models):
         if name == "_modules" and isinstance(value, dict):  # torch reads them as attributes
             yield from list(value.items())
         elif type(value) not in _SIZED or value:  # a module has a dozen empty ones
             yield name, value
 
 
-def _attributes(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _attributes(thing: Any, managed_models: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     with contextlib.suppress(AttributeError):
         yield from list(object.__getattribute__(thing, "__dict__").items())
-    for name, slot in slots:
+    for name, managed in managed_models:
         with contextlib.suppress(AttributeError):
-            yield name, slot.__get__(thing)
+            yield name, managed.__get__(thing)
 
 
-def _slots(kind: type) -> list[tuple[str, Any]]:
+def _managed_models(kind: type) -> list[tuple[str, Any]]:
     classes = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
     members = [member for names in classes for member in names.items()]
-    return [(name, slot) for name, slot in members if isinstance(slot, types.MemberDescriptorType)]
+    return [(name, managed) for name, managed in members if isinstance(managed, types.MemberDescriptorType)]
 
 
 def _is_leaf(kind: type) -> bool:

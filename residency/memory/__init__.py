@@ -13,10 +13,10 @@ from .snapshot import SnapshotFolder
 from .weights import Weights
 
 __all__ = [
+    "BorrowedPart",
+    "BorrowedResident",
     "CompositeResident",
     "EngineResident",
-    "Kept",
-    "KeptResident",
     "OnnxSessions",
     "SnapshotFolder",
     "Weights",
@@ -24,10 +24,10 @@ __all__ = [
 ]
 
 
-def adopt(engine: Any, device: Device, slot: Adoption) -> Resident:
+def adopt(engine: Any, device: Device, managed: Adoption) -> Resident:
     """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
 
     What the slot keeps beyond a release is left out.
     """
-    kept = slot.kept.part if isinstance(slot.kept, BorrowedPart) else None
-    return EngineResident(engine, device, slot.skip, beside=kept if isinstance(kept, EngineResident) else None)
+    kept = managed.borrowed_part.part if isinstance(managed.borrowed_part, BorrowedPart) else None
+    return EngineResident(engine, device, managed.skip, excluding=kept if isinstance(kept, EngineResident) else None)

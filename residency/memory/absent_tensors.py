@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 #: What hangs on a storage object: a weak reference to its `Piece`, for messages; its recall if it has one; and whether
 #: the log has named it as held by others.
-PIECE, RECALL, NAMED = "_residency_piece", "_residency_recall", "_residency_named"
+MANAGED, RECALL, NAMED = "_residency_storage", "_residency_recall", "_residency_named"
 
 #: Attributes that tell of a tensor and do not touch its bytes. Those that start with ``is_`` are added.
 _ATTRIBUTES = (
@@ -71,7 +71,7 @@ _absent: dict[type, type | None] = {}
 _present: dict[type, type] = {}
 
 
-def hide(tensors: Iterable[torch.Tensor]) -> None:
+def hide_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Make each use of these raise. Call it before their bytes go."""
     for tensor in tensors:
         kind = type(tensor)
@@ -87,8 +87,8 @@ def hide(tensors: Iterable[torch.Tensor]) -> None:
                 _absent[kind] = None
 
 
-def show(tensors: Iterable[torch.Tensor]) -> None:
-    """Undo `hide`. Call it when their bytes are there."""
+def show_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Undo `hide_tensors`. Call it when their bytes are there."""
     for tensor in tensors:
         present = _present.get(type(tensor))
         if present is not None:
@@ -177,8 +177,8 @@ def _bring_back(storage: torch.UntypedStorage) -> None:
 
 
 def _path(storage: torch.UntypedStorage) -> str:
-    piece = getattr(storage, PIECE, lambda: None)()
-    return _NAMELESS if piece is None else str(piece.path)
+    managed = getattr(storage, MANAGED, lambda: None)()
+    return _NAMELESS if managed is None else str(managed.path)
 
 
 def _description(tensor: torch.Tensor) -> str:
@@ -244,14 +244,14 @@ def _barrier() -> _Barrier:
 
     text = str(TensorAway(_NAMELESS, False))
     try:
-        say: Any = torch._C._set_storage_data_ptr_access_error_msg
+        localize: Any = torch._C._set_storage_data_ptr_access_error_msg
         clear: Any = torch._C._clear_storage_data_ptr_access_error_msg
     except AttributeError:
         return _flags()
 
     def close(addresses: Iterable[int]) -> None:
         for address in addresses:
-            say(address, text)
+            localize(address, text)
 
     def open_(addresses: Iterable[int]) -> None:
         for address in addresses:
@@ -263,7 +263,7 @@ def _barrier() -> _Barrier:
             try:
                 yield
             finally:
-                say(address, text)
+                localize(address, text)
 
     return _Barrier(close, open_, one_by_one)
 

@@ -69,7 +69,7 @@ class BorrowedLoan:
     def host_bytes(self) -> int:
         return self._kept.host_bytes if self._kept.loan is self else 0
 
-    def beside(self, engine: Resident) -> Resident:
+    def joined_with(self, engine: Resident) -> Resident:
         return CompositeResident(self, engine)
 
     def restore(self) -> int:
@@ -101,8 +101,8 @@ class BorrowedResident(EngineResident):
         super().__init__(part, device)
 
     @property
-    def storages(self) -> frozenset[int]:
-        return super().storages | self._owners[0]
+    def storage_keys(self) -> frozenset[int]:
+        return super().storage_keys | self._owners[0]
 
     @property
     def sessions(self) -> frozenset[int]:
@@ -112,7 +112,7 @@ class BorrowedResident(EngineResident):
         """Put it on the device, as it was given, and take no further care of it."""
         self.restore()
         # By number only, so that it can be let go: a load that was given up may bring an engine around it yet.
-        self._owners = self.storages, self.sessions
+        self._owners = self.storage_keys, self.sessions
         self._loaded.keep_only(())
         self._late.keep_only(())
         self._sessions.let_go()

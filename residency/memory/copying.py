@@ -1,4 +1,4 @@
-"""Copies spans between main memory and a device, where the pieces of one span lie apart."""
+"""Copies spans between main memory and a device, where the storages of one span lie apart."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
 
 class SpanCopier:
-    """Copies the spans of one layout during one move. Small pieces cross the bus together where there is room for that.
+    """Copies the spans of one layout during one move. Small storages cross the bus together where room allows.
 
-    In main memory a span is uint8 [span.nbytes]. Nothing is written to the pieces in ``untouched``.
+    In main memory a span is uint8 [span.nbytes]. Nothing is written to the storages in ``untouched``.
     """
 
     def __init__(
-        self, pieces: Sequence[ManagedStorage], layout: MirrorLayout, untouched: Collection[ManagedStorage] = ()
+        self, storages: Sequence[ManagedStorage], layout: MirrorLayout, untouched: Collection[ManagedStorage] = ()
     ) -> None:
-        self._pieces = pieces
+        self._storages = storages
         self._layout = layout
         self._untouched = untouched
         self._scratch: torch.Tensor | None = None
 
-    def storages(self, span: MirrorSpan) -> list[torch.UntypedStorage]:
+    def untyped_storages(self, span: MirrorSpan) -> list[torch.UntypedStorage]:
         """Those to which a span is copied."""
-        pieces = [self._pieces[part.piece] for part in span.parts]
-        return [piece.storage for piece in pieces if not self._untouched or piece not in self._untouched]
+        storages = [self._storages[part.index] for part in span.parts]
+        return [managed.storage for managed in storages if not self._untouched or managed not in self._untouched]
 
     def gathered(self, span: MirrorSpan) -> torch.Tensor:
         """The bytes of a span where they are now, on the device; valid until the next span is gathered.
 
-        Those of several pieces are put together in scratch space there, of the size of the largest span.
+        Those of several storages are put together in scratch space there, of the size of the largest span.
         """
         import torch
 
@@ -48,7 +48,7 @@ class SpanCopier:
         return torch.cat(parts, out=self._scratch[: span.nbytes])
 
     def to_host(self, span: MirrorSpan, target: torch.Tensor, put_together: bool) -> None:
-        """Copy a span from the device; unless its pieces are ``put_together`` there, without scratch space."""
+        """Copy a span from the device; unless its storages are ``put_together`` there, without scratch space."""
         if put_together:
             target.copy_(self.gathered(span))
             return
@@ -74,15 +74,15 @@ class SpanCopier:
                     torch._foreach_copy_(parts, torch.split(arrived, sizes))
                 return
         for part, (on_device, on_host) in zip(span.parts, self._parts(span, source), strict=True):
-            if self._pieces[part.piece] not in self._untouched:
+            if self._storages[part.index] not in self._untouched:
                 on_device.copy_(on_host, non_blocking=True)
 
     def _on_device(self, span: MirrorSpan) -> list[torch.Tensor]:
         parts = []
         for part in span.parts:
-            piece = self._pieces[part.piece]
-            whole = part.stop - part.start == piece.nbytes  # a view costs a microsecond, which many tensors feel
-            parts.append(piece.raw if whole else piece.raw[part.start : part.stop])
+            managed = self._storages[part.index]
+            whole = part.stop - part.start == managed.nbytes  # a view costs a microsecond, which many tensors feel
+            parts.append(managed.byte_view if whole else managed.byte_view[part.start : part.stop])
         return parts
 
     def _parts(self, span: MirrorSpan, host: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -90,5 +90,5 @@ class SpanCopier:
         at = 0
         for part in span.parts:
             nbytes = part.stop - part.start
-            yield self._pieces[part.piece].raw[part.start : part.stop], host[at : at + nbytes]
+            yield self._storages[part.index].byte_view[part.start : part.stop], host[at : at + nbytes]
             at += nbytes

@@ -34,7 +34,7 @@ class EngineResident:
     """
 
     def __init__(
-        self, engine: Any, device: Device, skip: Collection[str] = (), beside: EngineResident | None = None
+        self, engine: Any, device: Device, skip: Collection[str] = (), excluding: EngineResident | None = None
     ) -> None:
         """Take stock and charge the device.
 
@@ -53,7 +53,7 @@ class EngineResident:
         self._device = device
         self._engine_id = id(engine)
         self._discovery = Discovery(engine, skip)
-        self._beside = beside
+        self._excluding = excluding
         #: The storage of each tensor (``id``) of the last walk, if all that was found is accounted for.
         self._known: dict[int, int | None] | None = None
         found = self._discovery.walk()
@@ -66,7 +66,7 @@ class EngineResident:
         if emptied:
             raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
         self._loaded = self._late = Weights({}, device)
-        self._loaded = self._weights(found, keys, held, passing=False)
+        self._loaded = self._weights(found, keys, held, ephemeral=False)
         self._remember(keys)
         try:
             self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
@@ -80,9 +80,9 @@ class EngineResident:
         return self._array_bytes
 
     @property
-    def storages(self) -> frozenset[int]:
-        beside = self._beside.storages if self._beside else frozenset()
-        return self._loaded.storages | self._late.storages | beside
+    def storage_keys(self) -> frozenset[int]:
+        excluding = self._excluding.storage_keys if self._excluding else frozenset()
+        return self._loaded.storage_keys | self._late.storage_keys | excluding
 
     @property
     def sessions(self) -> frozenset[int]:
@@ -124,8 +124,8 @@ class EngineResident:
     def _find_latecomers(self) -> None:
         if not self._loaded.on_device:
             return
-        if self._beside:
-            self._beside._find_latecomers()  # what was made in there must outlive this engine too
+        if self._excluding:
+            self._excluding._find_latecomers()  # what was made in there must outlive this engine too
         now = self._discovery.walk()
         self._array_bytes = now.array_bytes
         note_arrays(now.tensors.values(), now.borrowing)
@@ -138,20 +138,20 @@ class EngineResident:
         there = {key for key in keys.values() if key is not None}
         self._loaded.keep_only(there)
         self._loaded.also(by_storage(now.tensors))
-        if self._late.keep_only(there) or not there <= self.storages:
+        if self._late.keep_only(there) or not there <= self.storage_keys:
             self._late.keep_only(())
             self._late = Weights({}, self._device)
             try:
-                self._late = self._weights(now, keys, self._held(now), passing=True)
+                self._late = self._weights(now, keys, self._held(now), ephemeral=True)
             except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
                 logger.warning("Some tensors that were made since the load stay on the device: %s", error)
         self._remember(keys)
 
-    def _weights(self, found: Found, keys: Mapping[int, int | None], held: frozenset[int], passing: bool) -> Weights:
+    def _weights(self, found: Found, keys: Mapping[int, int | None], held: frozenset[int], ephemeral: bool) -> Weights:
         """Weights of those tensors that nobody takes care of yet."""
-        claimed = self.storages
+        claimed = self.storage_keys
         unclaimed = [tensor for tensor in found.tensors.values() if keys[id(tensor)] not in claimed]
-        return Weights(found.tensors.only(unclaimed), self._device, passing, held)
+        return Weights(found.tensors.only(unclaimed), self._device, ephemeral, held)
 
     def _held(self, found: Found) -> frozenset[int]:
         """Tensors that others than the engine refer to, or to containers of them; the engine itself is its loader's."""
@@ -164,11 +164,11 @@ class EngineResident:
 
     def _remember(self, keys: dict[int, int | None]) -> None:
         # Only if all are held here: the ``id`` of what is gone may be another's the next time.
-        held = self.storages
+        held = self.storage_keys
         self._known = keys if held.issuperset(filter(None, keys.values())) else None
 
     def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
-        claimed = self._beside.sessions if self._beside else frozenset()
+        claimed = self._excluding.sessions if self._excluding else frozenset()
         return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
 
 

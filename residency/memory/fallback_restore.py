@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 class FallbackRestore:
-    """While its engine is away: asks for this piece alone. Keeps nothing alive."""
+    """While its engine is away: asks for this storage alone. Keeps nothing alive."""
 
-    def __init__(self, bring_back: Callable[[ManagedStorage], bool], piece: ManagedStorage) -> None:
-        self._bring_back, self._piece = weakref.WeakMethod(bring_back), weakref.ref(piece)
+    def __init__(self, bring_back: Callable[[ManagedStorage], bool], managed: ManagedStorage) -> None:
+        self._bring_back, self._storage = weakref.WeakMethod(bring_back), weakref.ref(managed)
 
     def __call__(self, storage: torch.UntypedStorage) -> bool:
-        bring_back, piece = self._bring_back(), self._piece()
-        return bring_back is not None and piece is not None and bring_back(piece)
+        bring_back, managed = self._bring_back(), self._storage()
+        return bring_back is not None and managed is not None and bring_back(managed)
 
 
 class FallbackCopy:
     """When its engine was released: a copy in main memory, which goes with the first use or with the last holder."""
 
-    def __init__(self, piece: ManagedStorage, copy: torch.Tensor) -> None:
+    def __init__(self, managed: ManagedStorage, copy: torch.Tensor) -> None:
         self._copy: torch.Tensor | None = copy
-        self._tensors = [weakref.ref(tensor) for tensor in (*piece.tensors.values(), *piece.guests)]
+        self._tensors = [weakref.ref(tensor) for tensor in (*managed.tensors.values(), *managed.other_tensors)]
         self._lock = renewed_in_children(threading.Lock())
 
     def __call__(self, storage: torch.UntypedStorage) -> bool:
@@ -48,5 +48,5 @@ class FallbackCopy:
                         raise
                 self._copy = None
                 absent_tensors.reopen([storage])
-                absent_tensors.show(tensor for one in self._tensors if (tensor := one()) is not None)
+                absent_tensors.show_tensors(tensor for one in self._tensors if (tensor := one()) is not None)
         return True

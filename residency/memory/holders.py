@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from .storages import ARRAYS, RAW, ManagedStorage, forget_guests, is_alone, storage_key
+from .storages import ARRAYS, BYTE_VIEW, ManagedStorage, forget_other_tensors, is_alone, storage_key
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +36,15 @@ def held_elsewhere(tensors: list[torch.Tensor], references: Mapping[int, int]) -
     )
 
 
-def are_held(pieces: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> list[ManagedStorage]:
+def are_held(storages: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> list[ManagedStorage]:
     """Those that others hold: of which one of ``tensors`` (``id``) is a part, or over which others have a tensor."""
-    pieces = list(pieces)
-    _find_views(piece for piece in pieces if piece.storage.resizable() and piece.count_strangers() > 0)
+    storages = list(storages)
+    _find_views(managed for managed in storages if managed.storage.resizable() and managed.count_unknown_holders() > 0)
     held = []
-    for piece in pieces:
-        if not tensors.isdisjoint(map(id, piece.tensors.values())) or _have_holders(piece.guests):
-            held.append(piece)
-        piece.forget_guests()
+    for managed in storages:
+        if not tensors.isdisjoint(map(id, managed.tensors.values())) or _have_holders(managed.other_tensors):
+            held.append(managed)
+        managed.forget_other_tensors()
     return held
 
 
@@ -57,30 +57,34 @@ def reference_counts(things: Iterable[Any]) -> list[int]:
     return [sys.getrefcount(thing) for thing in things]
 
 
-def part_from_strangers(pieces: Collection[ManagedStorage]) -> list[ManagedStorage]:
+def part_from_strangers(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
     """See that nobody else needs the bytes of these when they go; returns those that cannot leave.
 
-    Other tensors of the process over them leave with them (`ManagedStorage.guests`). Native users keep the old storage, and the
-    engine gets one of its own; where there is no room for that, the piece stays.
+    Other tensors of the process over them leave with them (`ManagedStorage.other_tensors`). Native users keep the
+    old storage, and the engine gets one of its own; where there is no room for that, the storage stays.
     """
-    crowded = [piece for piece in forget_guests(pieces) if not piece.stays and piece.count_strangers() > 0]
+    crowded = [
+        managed
+        for managed in forget_other_tensors(storages)
+        if not managed.stays_on_device and managed.count_unknown_holders() > 0
+    ]
     # A numpy array that shares a storage keeps a tensor over it, so that storage must not move.
-    _find_views(piece for piece in crowded if piece.storage.resizable())
+    _find_views(managed for managed in crowded if managed.storage.resizable())
     # Views that only C++ refers to (autograd keeps some for a backward pass) meet the guard of the storage.
-    strangers = {piece for piece in crowded if piece.is_exported()}
+    strangers = {managed for managed in crowded if managed.is_exported()}
     immovable = []
-    for piece in pieces:
-        if piece.stays or piece.make_resizable(apart=piece in strangers):
+    for managed in storages:
+        if managed.stays_on_device or managed.make_resizable(apart=managed in strangers):
             continue
-        if piece in strangers:
-            piece.stays = True
+        if managed in strangers:
+            managed.stays_on_device = True
         else:
-            immovable.append(piece)
-    for piece in strangers:
+            immovable.append(managed)
+    for managed in strangers:
         logger.warning(
             "%s: something outside of Python (DLPack?) uses its %s bytes, which stay as long as it does",
-            piece.path,
-            f"{piece.nbytes:,}",
+            managed.path,
+            f"{managed.nbytes:,}",
         )
     return immovable
 
@@ -93,19 +97,19 @@ def note_arrays(tensors: Iterable[torch.Tensor], arrays: Collection[Any]) -> Non
     """
     if not arrays:
         return
-    storages: dict[int, torch.UntypedStorage] = {}
+    by_address: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
         if storage_key(tensor) is not None and (storage := tensor.untyped_storage()).resizable():
-            storages[storage.data_ptr()] = storage
-    starts = sorted(storages)
+            by_address[storage.data_ptr()] = storage
+    starts = sorted(by_address)
     users: dict[int, list[weakref.ref[Any]]] = {}
     for array in arrays:
         address = array.__array_interface__["data"][0]
         place = bisect.bisect_right(starts, address)
-        if place and address < (start := starts[place - 1]) + storages[start].nbytes():
+        if place and address < (start := starts[place - 1]) + by_address[start].nbytes():
             users.setdefault(start, []).append(weakref.ref(array))
     for start, known in users.items():
-        setattr(storages[start], ARRAYS, known)
+        setattr(by_address[start], ARRAYS, known)
 
 
 def _all_tensors() -> list[torch.Tensor]:
@@ -120,20 +124,24 @@ def _all_tensors() -> list[torch.Tensor]:
     return list(filter(functools.partial(type.__instancecheck__, torch._C.TensorBase), everything))
 
 
-def _find_views(pieces: Iterable[ManagedStorage]) -> None:
+def _find_views(storages: Iterable[ManagedStorage]) -> None:
     """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
     import torch
 
-    wanted = {piece.key: piece for piece in pieces}
+    wanted = {managed.key: managed for managed in storages}
     if not wanted:
         return
-    known = {id(tensor) for piece in wanted.values() for tensor in (piece.raw, *piece.tensors.values(), *piece.guests)}
+    known = {
+        id(tensor)
+        for managed in wanted.values()
+        for tensor in (managed.byte_view, *managed.tensors.values(), *managed.other_tensors)
+    }
     for thing in _all_tensors():
-        if id(thing) not in known and RAW not in vars(thing):
+        if id(thing) not in known and BYTE_VIEW not in vars(thing):
             try:
                 with torch._C.DisableTorchFunctionSubclass():
-                    piece = wanted.get(torch.Tensor.untyped_storage(thing)._cdata)
+                    managed = wanted.get(torch.Tensor.untyped_storage(thing)._cdata)
             except Exception:  # it has no storage
                 continue
-            if piece is not None:
-                piece.guests.append(thing)
+            if managed is not None:
+                managed.other_tensors.append(thing)

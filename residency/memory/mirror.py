@@ -50,14 +50,14 @@ class HostMirror:
         """The bytes of a span, uint8 [span.nbytes]."""
         return self.raw[span.start : span.stop]
 
-    def read(self, piece: int, target: torch.Tensor) -> None:
-        """Copy all bytes of one piece, by its number in the layout, to ``target``, uint8 [its size]."""
+    def read(self, managed: int, target: torch.Tensor) -> None:
+        """Copy all bytes of one storage, by its number in the layout, to ``target``, uint8 [its size]."""
         import torch
 
         for span in self._layout.spans:
             sources = torch.split(self.span(span), [part.stop - part.start for part in span.parts])
             for part, source in zip(span.parts, sources, strict=True):
-                if part.piece == piece:
+                if part.index == managed:
                     target[part.start : part.stop].copy_(source)
 
     @property

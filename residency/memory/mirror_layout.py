@@ -1,4 +1,4 @@
-"""Where each piece lies in the host mirror, and the spans in which it is copied, compared and stored. Pure."""
+"""Where each storage lies in the host mirror, and the spans in which it is copied, compared and stored. Pure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class StorageRange:
-    """Bytes ``start`` to ``stop`` of piece number ``piece``."""
+    """Bytes ``start`` to ``stop`` of storage number ``index``."""
 
-    piece: int
+    index: int
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class MirrorSpan:
-    """Consecutive bytes of the mirror: one part of a large piece, or many small pieces whole."""
+    """Consecutive bytes of the mirror: one part of a large storage, or many small storages whole."""
 
     start: int
     parts: tuple[StorageRange, ...]
@@ -50,7 +50,7 @@ class MirrorLayout:
 
 
 def lay_out(sizes: Sequence[int], span_bytes: int = SPAN_BYTES, group_bytes: int = GROUP_BYTES) -> MirrorLayout:
-    """Place pieces of these sizes (bytes; 0 for one that has no place) one after the other."""
+    """Place storages of these sizes (bytes; 0 for one that has no place) one after the other."""
     spans: list[MirrorSpan] = []
     group_starts = [0]
     offset = 0

@@ -190,13 +190,13 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any, Any]]:
     with contextlib.suppress(AttributeError):
         yield from ((".", name, value) for name, value in list(object.__getattribute__(thing, "__dict__").items()))
     for base in type(thing).__mro__:
-        for name, descriptor in _slots(base):
+        for name, descriptor in _managed_models(base):
             with contextlib.suppress(AttributeError):
                 yield ".", name, descriptor.__get__(thing)
 
 
 @functools.lru_cache(1024)
-def _slots(cls: type) -> list[tuple[str, types.MemberDescriptorType]]:
+def _managed_models(cls: type) -> list[tuple[str, types.MemberDescriptorType]]:
     return [(name, value) for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
 
 

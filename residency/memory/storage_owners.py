@@ -19,7 +19,7 @@ class Owner(Protocol):
     """Has storages of its own."""
 
     @property
-    def pieces(self) -> Iterable[ManagedStorage]: ...
+    def storages(self) -> Iterable[ManagedStorage]: ...
 
 
 _managed: weakref.WeakSet[Owner] = weakref.WeakSet()
@@ -33,8 +33,8 @@ def add_locked(owner: Owner) -> None:
 
 
 def taken() -> dict[int, ManagedStorage]:
-    """Every piece that has an owner, by its storage (``_cdata``)."""
-    return {piece.key: piece for owner in list(_managed) for piece in owner.pieces}
+    """Every storage that has an owner, by its storage (``_cdata``)."""
+    return {managed.key: managed for owner in list(_managed) for managed in owner.storages}
 
 
 def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
@@ -43,8 +43,8 @@ def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
         return not taken().keys().isdisjoint({tensor.untyped_storage()._cdata for tensor in tensors})
 
 
-def find_common_locked(pieces: list[ManagedStorage]) -> list[ManagedStorage]:
-    """Those of ``pieces`` that another owner has and a third party holds, a cache of constants for one.
+def find_common_locked(storages: list[ManagedStorage]) -> list[ManagedStorage]:
+    """Those of ``storages`` that another owner has and a third party holds, a cache of constants for one.
 
     They stay on the device from now on, since neither engine may take them from the other.
 
@@ -52,10 +52,10 @@ def find_common_locked(pieces: list[ManagedStorage]) -> list[ManagedStorage]:
         SharedWeights: some belong to another owner and nobody else holds them, or they are most of the bytes.
     """
     others = taken()
-    shared = {piece: other for piece in pieces if (other := others.get(piece.key)) is not None}
-    shared_bytes, all_bytes = (sum(piece.nbytes for piece in some) for some in (shared, pieces))
-    if shared and (2 * shared_bytes > all_bytes or not all(other.held for other in shared.values())):
-        raise SharedWeights(tuple(path for piece in shared for path in piece.tensors))
+    shared = {managed: other for managed in storages if (other := others.get(managed.key)) is not None}
+    shared_bytes, all_bytes = (sum(managed.nbytes for managed in some) for some in (shared, storages))
+    if shared and (2 * shared_bytes > all_bytes or not all(other.held_elsewhere for other in shared.values())):
+        raise SharedWeights(tuple(path for managed in shared for path in managed.tensors))
     for other in shared.values():
-        other.stays = True
+        other.stays_on_device = True
     return list(shared)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RAW = "_residency_raw"
+BYTE_VIEW = "_residency_byte_view"
 """Marks the tensors through which moves see the bytes: they are nobody's view, and never hidden."""
 
 ARRAYS = "_residency_arrays"
@@ -47,12 +47,12 @@ class ManagedStorage:
     tensors: Mapping[str, torch.Tensor]
     nbytes: int
     key: int = field(init=False)
-    raw: torch.Tensor = field(init=False)
-    fill: bytes | None = None
-    guests: list[torch.Tensor] = field(default_factory=list)
-    held: bool = False
-    stays: bool = False
-    spare: torch.Tensor | None = None
+    byte_view: torch.Tensor = field(init=False)
+    constant: bytes | None = None
+    other_tensors: list[torch.Tensor] = field(default_factory=list)
+    held_elsewhere: bool = False
+    stays_on_device: bool = False
+    fallback_copy: torch.Tensor | None = None
     #: How often C++ refers to a tensor (``id``) of a TorchScript module, for one.
     _in_cpp: dict[int, int] = field(default_factory=dict)
     #: Those that were exported, each with what its `_in_cpp` was before, and with what keeps the storage that it had:
@@ -66,9 +66,9 @@ class ManagedStorage:
 
     def _live_in(self, storage: torch.UntypedStorage) -> None:
         self.storage, self.key = storage, storage._cdata
-        self.raw = as_bytes(storage, self.nbytes)
-        setattr(self.raw, RAW, True)
-        setattr(storage, absent_tensors.PIECE, weakref.ref(self))
+        self.byte_view = as_bytes(storage, self.nbytes)
+        setattr(self.byte_view, BYTE_VIEW, True)
+        setattr(storage, absent_tensors.MANAGED, weakref.ref(self))
 
     @property
     def path(self) -> str:
@@ -80,7 +80,7 @@ class ManagedStorage:
         self.nbytes = self.storage.nbytes()
         self._live_in(self.storage)
 
-    def count_strangers(self) -> int:
+    def count_unknown_holders(self) -> int:
         """How many use the storage and are neither of the engine nor among the guests: views, DLPack, C++."""
         holders = _use_count(self.storage) - _own_references()
         if holders == len(self.tensors) and all(map(is_alone, self.tensors.values())):
@@ -98,12 +98,12 @@ class ManagedStorage:
         return bool(self._exported(self._known()))
 
     def _known(self) -> dict[int, torch.Tensor]:
-        known = {id(tensor): tensor for tensor in (*self.tensors.values(), *self.guests)}
+        known = {id(tensor): tensor for tensor in (*self.tensors.values(), *self.other_tensors)}
         for tensor in list(known.values()):
             base = tensor._base
             if base is not None and id(base) not in known:
                 known[id(base)] = base
-                self.guests.append(base)
+                self.other_tensors.append(base)
         return known
 
     def _exported(self, known: dict[int, torch.Tensor]) -> list[torch.Tensor]:
@@ -115,9 +115,9 @@ class ManagedStorage:
             if taken[key] > self._in_cpp.get(key, 0) and not tensor.requires_grad  # DLPack does not take those
         ]
 
-    def forget_guests(self) -> None:
+    def forget_other_tensors(self) -> None:
         """Begin to count anew; the old storages of exports that have ended go."""
-        self.guests.clear()
+        self.other_tensors.clear()
         if self._exports:
             counts = _references_in_cpp({id(tensor): tensor for tensor, _, _ in self._exports})
             first: dict[int, int] = {}
@@ -141,10 +141,10 @@ class ManagedStorage:
         to somebody else and cannot be resized: they are copied into a storage of torch's own. With ``apart``, so are
         those of any storage: strangers keep the old one whole, as long as they have it; so do arrays (`ARRAYS`).
         """
-        if self.raw.is_cpu and self.storage.is_shared():
+        if self.byte_view.is_cpu and self.storage.is_shared():
             logger.warning("%s is shared with other processes and stays where it is", ", ".join(self.tensors))
             return False
-        known = vars(self.storage).get(ARRAYS)  # few have any, and many pieces come by here
+        known = vars(self.storage).get(ARRAYS)  # few have any, and many storages come by here
         arrays = [array for one in known if (array := one()) is not None] if known else []
         if self.storage.resizable() and not apart and not arrays:
             return True
@@ -170,7 +170,7 @@ class ManagedStorage:
         self._live_in(home)
         return True
 
-    def find_fill(self) -> bytes | None:
+    def find_constant(self) -> bytes | None:
         """The element that the storage repeats, bit for bit, or None. Looks in pieces and stops at a difference.
 
         Small storages are not looked at: there is nothing to gain. On a device that has no room for the comparison it
@@ -183,7 +183,7 @@ class ManagedStorage:
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(self.itemsize)
         if width is None or self.nbytes % self.itemsize:
             return None
-        elements = self.raw.view(width)
+        elements = self.byte_view.view(width)
         first = elements[:1]
         step = 4096  # most weights differ at once; then look in larger pieces
         start = 0
@@ -194,13 +194,13 @@ class ManagedStorage:
             step = _FILL_CHECK_BYTES // self.itemsize
         return bytes(first.cpu().view(torch.uint8).tolist())
 
-    def refill(self, target: torch.Tensor) -> None:
+    def write_constant(self, target: torch.Tensor) -> None:
         """Write `fill` from end to end of ``target``, uint8 [nbytes]."""
         import torch
 
-        assert self.fill is not None
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[len(self.fill)]
-        element = torch.frombuffer(bytearray(self.fill), dtype=width)
+        assert self.constant is not None
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[len(self.constant)]
+        element = torch.frombuffer(bytearray(self.constant), dtype=width)
         target.view(width).fill_(element.item())
 
     def _move_tensors_to(self, storage: torch.UntypedStorage) -> None:
@@ -208,18 +208,18 @@ class ManagedStorage:
 
         # inference_mode, so that inference tensors and leaves that require grad may be given a storage alike.
         with torch.inference_mode():
-            for tensor in (*self.tensors.values(), *self.guests):
+            for tensor in (*self.tensors.values(), *self.other_tensors):
                 if tensor.untyped_storage()._cdata != storage._cdata:
                     tensor.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-def pieces_of(tensors: Mapping[str, torch.Tensor]) -> list[ManagedStorage]:
+def managed_storages(tensors: Mapping[str, torch.Tensor]) -> list[ManagedStorage]:
     """Tensors grouped by the storage they share; those without bytes of their own are left out."""
-    pieces = []
+    storages = []
     for group in by_storage(tensors).values():
         storage = next(iter(group.values())).untyped_storage()
-        pieces.append(ManagedStorage(storage, group, storage.nbytes()))
-    return pieces
+        storages.append(ManagedStorage(storage, group, storage.nbytes()))
+    return storages
 
 
 def by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[int, Mapping[str, torch.Tensor]]:
@@ -281,35 +281,37 @@ def _let_go(storage: torch.UntypedStorage) -> None:
     """Nothing: that it would be called with the storage keeps the storage."""
 
 
-def hide(pieces: Collection[ManagedStorage]) -> None:
+def hide_tensors(storages: Collection[ManagedStorage]) -> None:
     """Make each use of the tensors raise; call it before their bytes go."""
-    absent_tensors.hide(tensor for piece in pieces for tensor in piece.tensors.values())
-    absent_tensors.hide(guest for piece in pieces if piece.guests for guest in piece.guests)
+    absent_tensors.hide_tensors(tensor for managed in storages for tensor in managed.tensors.values())
+    absent_tensors.hide_tensors(
+        guest for managed in storages if managed.other_tensors for guest in managed.other_tensors
+    )
 
 
-def show(pieces: Collection[ManagedStorage]) -> None:
-    """Undo `hide`, when the bytes are there."""
-    absent_tensors.show(tensor for piece in pieces for tensor in piece.tensors.values())
-    for piece in pieces:
-        if piece.guests:
-            absent_tensors.show(piece.guests)
-            piece.guests.clear()
+def show_tensors(storages: Collection[ManagedStorage]) -> None:
+    """Undo `hide_tensors`, when the bytes are there."""
+    absent_tensors.show_tensors(tensor for managed in storages for tensor in managed.tensors.values())
+    for managed in storages:
+        if managed.other_tensors:
+            absent_tensors.show_tensors(managed.other_tensors)
+            managed.other_tensors.clear()
 
 
-def forget_guests(pieces: Collection[ManagedStorage]) -> list[ManagedStorage]:
+def forget_other_tensors(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
     """Begin to count the holders of these anew, and return those that seem to have others than the engine."""
     import torch
 
-    for piece in pieces:
-        if piece.guests or piece.has_exports:
-            piece.forget_guests()
+    for managed in storages:
+        if managed.other_tensors or managed.has_exports:
+            managed.forget_other_tensors()
     use_count, ours = torch._C._storage_Use_Count, _own_references()
 
-    def is_crowded(piece: ManagedStorage) -> bool:
-        tensors = piece.tensors.values()
-        return use_count(piece.key) != ours + len(tensors) or not all(map(is_alone, tensors))
+    def is_crowded(managed: ManagedStorage) -> bool:
+        tensors = managed.tensors.values()
+        return use_count(managed.key) != ours + len(tensors) or not all(map(is_alone, tensors))
 
-    return list(filter(is_crowded, pieces))
+    return list(filter(is_crowded, storages))
 
 
 def is_alone(tensor: torch.Tensor) -> bool:
@@ -337,9 +339,9 @@ def _use_count(storage: torch.UntypedStorage) -> int:
 
 @functools.cache
 def _own_references() -> int:
-    """How often a piece itself counts among the holders of its storage."""
+    """How often a storage itself counts among the holders of its storage."""
     import torch
 
     tensor = torch.empty(1)
-    piece = ManagedStorage(tensor.untyped_storage(), {"": tensor}, 4)
-    return _use_count(piece.storage) - len(piece.tensors)
+    managed = ManagedStorage(tensor.untyped_storage(), {"": tensor}, 4)
+    return _use_count(managed.storage) - len(managed.tensors)

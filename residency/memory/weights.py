@@ -26,12 +26,12 @@ from ..sentences import Sentence
 from . import absent_tensors, storage_owners
 from .checksum import fingerprints, hash_of
 from .copying import SpanCopier
-from .fallback_restore import FallbackRestore, FallbackCopy
+from .fallback_restore import FallbackCopy, FallbackRestore
 from .holders import are_held, part_from_strangers
 from .mirror import HostMirror
 from .mirror_layout import MirrorLayout, MirrorSpan, lay_out
 from .pinning import BackgroundPinning
-from .storages import ManagedStorage, hide, pieces_of, show
+from .storages import ManagedStorage, hide_tensors, managed_storages, show_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -58,31 +58,31 @@ class Weights:
         self,
         tensors: Mapping[str, torch.Tensor],
         device: Device,
-        passing: bool = False,
+        ephemeral: bool = False,
         held: AbstractSet[int] | None = None,
     ) -> None:
         """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many.
 
-        ``passing`` ones will be others the next time, so that a snapshot of them is of use once. ``held`` are those
+        ``ephemeral`` ones will be others the next time, so that a snapshot of them is of use once. ``held`` are those
         (``id``) that others than the engine hold, see `_mark_held`; None if that does not matter.
         """
         self._device = device
-        self._passing = passing
-        self._pieces: list[ManagedStorage] = []
+        self._ephemeral = ephemeral
+        self._storages: list[ManagedStorage] = []
         self._elsewhere: list[ManagedStorage] = []
         #: Those that others than the engine hold too; see `_mark_held`.
         self._held: list[ManagedStorage] = []
         #: Those that are on the device while the others are away.
         self._here: set[ManagedStorage] = set()
-        pieces = pieces_of(tensors)
+        storages = managed_storages(tensors)
         with storage_owners.lock:
             #: Of another engine, where they are counted and stay on the device.
-            self._common = storage_owners.find_common_locked(pieces)
-            for piece in pieces:
-                if piece in self._common:
+            self._common = storage_owners.find_common_locked(storages)
+            for managed in storages:
+                if managed in self._common:
                     continue
-                movable = all(map(device.holds_tensor, piece.tensors.values())) and piece.make_resizable()
-                (self._pieces if movable else self._elsewhere).append(piece)
+                movable = all(map(device.holds_tensor, managed.tensors.values())) and managed.make_resizable()
+                (self._storages if movable else self._elsewhere).append(managed)
             device.charge(self._movable_bytes)
             if held is not None:
                 self._mark_held(held)  # before another engine can find out that they are shared
@@ -98,12 +98,12 @@ class Weights:
         self._pinning: BackgroundPinning | None = None
 
     @property
-    def storages(self) -> frozenset[int]:
+    def storage_keys(self) -> frozenset[int]:
         """Every storage that is accounted for here, movable or not (``_cdata``), or with another engine."""
-        common = {piece.key for piece in self._common}
+        common = {managed.key for managed in self._common}
         if common:
             common &= storage_owners.taken().keys()
-        return frozenset([piece.key for piece in (*self._pieces, *self._elsewhere)]) | common
+        return frozenset([managed.key for managed in (*self._storages, *self._elsewhere)]) | common
 
     @property
     def has_common(self) -> bool:
@@ -111,17 +111,17 @@ class Weights:
         return bool(self._common)
 
     @property
-    def pieces(self) -> Iterable[ManagedStorage]:
+    def storages(self) -> Iterable[ManagedStorage]:
         """The movable ones."""
-        return self._pieces
+        return self._storages
 
     @property
     def _movable_bytes(self) -> int:
-        return sum([piece.nbytes for piece in self._pieces])
+        return sum([managed.nbytes for managed in self._storages])
 
     @property
     def _elsewhere_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self._elsewhere)
+        return sum(managed.nbytes for managed in self._elsewhere)
 
     @property
     def device_bytes(self) -> int:
@@ -130,11 +130,11 @@ class Weights:
 
     @property
     def _here_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self._here)
+        return sum(managed.nbytes for managed in self._here)
 
     @property
     def host_bytes(self) -> int:
-        spare_bytes = sum(piece.nbytes for piece in self._held if piece.spare is not None)
+        spare_bytes = sum(managed.nbytes for managed in self._held if managed.fallback_copy is not None)
         return self._elsewhere_bytes + spare_bytes + (self._layout.nbytes if self._mirror else 0)
 
     # -- moves --------------------------------------------------------------------------------------------------
@@ -149,21 +149,23 @@ class Weights:
             try:
                 self._let_uses_end()
                 with torch._C.DisableTorchFunctionSubclass():
-                    for piece in [piece for piece in self._pieces if piece.storage.nbytes() != piece.nbytes]:
-                        self._follow(piece)
-                    self._leave_behind(part_from_strangers(self._pieces))
+                    for managed in [
+                        managed for managed in self._storages if managed.storage.nbytes() != managed.nbytes
+                    ]:
+                        self._follow(managed)
+                    self._leave_behind(part_from_strangers(self._storages))
                 with self._device.transfer():
                     if self._mirror is None:
                         self._make_mirror()
                     self._update_mirror()
             except BaseException:
-                show(self._held)
+                show_tensors(self._held)
                 raise
-            self._here = {piece for piece in self._pieces if piece.stays}
-            for piece in self._held:  # once more: some may have a new storage
-                setattr(piece.storage, absent_tensors.RECALL, FallbackRestore(self.bring_back, piece))
+            self._here = {managed for managed in self._storages if managed.stays_on_device}
+            for managed in self._held:  # once more: some may have a new storage
+                setattr(managed.storage, absent_tensors.RECALL, FallbackRestore(self.bring_back, managed))
             self.on_device = False
-            self._empty([piece for piece in self._pieces if not piece.stays])
+            self._empty([managed for managed in self._storages if not managed.stays_on_device])
             if self._pinning is None:
                 self._pinning = BackgroundPinning(self._ready_mirror(), self._device, self._moving)
         return self._movable_bytes - self._here_bytes
@@ -174,25 +176,25 @@ class Weights:
         A use that begins now waits until the move has ended, and then brings the bytes back. One that has begun is
         given the time to end.
         """
-        leaving = [piece for piece in self._held if not piece.stays]
+        leaving = [managed for managed in self._held if not managed.stays_on_device]
         if not leaving:
             return
-        for piece in leaving:
-            setattr(piece.storage, absent_tensors.RECALL, FallbackRestore(self.bring_back, piece))
-        hide(leaving)
-        time.sleep(min(_USE_ENDS_WITHIN_S + sum(piece.nbytes for piece in leaving) / _BYTES_PER_S, _LONGEST_USE_S))
+        for managed in leaving:
+            setattr(managed.storage, absent_tensors.RECALL, FallbackRestore(self.bring_back, managed))
+        hide_tensors(leaving)
+        time.sleep(min(_USE_ENDS_WITHIN_S + sum(managed.nbytes for managed in leaving) / _BYTES_PER_S, _LONGEST_USE_S))
         self._device.wait()
 
-    def _leave_behind(self, pieces: list[ManagedStorage]) -> None:
+    def _leave_behind(self, storages: list[ManagedStorage]) -> None:
         """Take these for storages that stay where they are: shared with other processes since the load, for one."""
-        if not pieces:
+        if not storages:
             return
         self._drop_mirror()
-        self._device.refund(sum(piece.nbytes for piece in pieces))
-        self._elsewhere += pieces
-        staying = set(pieces)
-        self._pieces = [piece for piece in self._pieces if piece not in staying]
-        self._held = [piece for piece in self._held if piece not in staying]
+        self._device.refund(sum(managed.nbytes for managed in storages))
+        self._elsewhere += storages
+        staying = set(storages)
+        self._storages = [managed for managed in self._storages if managed not in staying]
+        self._held = [managed for managed in self._held if managed not in staying]
 
     def restore(self) -> int:
         if self.on_device:
@@ -200,31 +202,31 @@ class Weights:
         import torch
 
         mirror, progress = self._ready_mirror(), current()
-        copier = SpanCopier(self._pieces, self._layout, self._here)
+        copier = SpanCopier(self._storages, self._layout, self._here)
         if self._layout.nbytes:
             progress.enter("copying", self._layout.nbytes)
         with self._moving, torch.inference_mode():
-            away = [piece for piece in self._pieces if piece not in self._here]
+            away = [managed for managed in self._storages if managed not in self._here]
             try:
                 with self._device.placing() as self._allocation:
                     self._allocate(away)
                 with self._device.transfer():
                     for span in self._layout.spans:
-                        with absent_tensors.opened(copier.storages(span)):
+                        with absent_tensors.opened(copier.untyped_storages(span)):
                             copier.to_device(span, mirror.span(span))
                         progress.advance(span.nbytes)
-                    for piece in away:
-                        if piece.fill is not None:
-                            with absent_tensors.opened([piece.storage]):
-                                piece.refill(piece.raw)
+                    for managed in away:
+                        if managed.constant is not None:
+                            with absent_tensors.opened([managed.storage]):
+                                managed.write_constant(managed.byte_view)
             except BaseException as error:
                 self._empty(away)
                 if isinstance(error, DeviceOutOfMemory):
                     free_bytes = self._device.memory().free_bytes
                     raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
                 raise
-            absent_tensors.reopen([piece.storage for piece in away])
-            show(self._pieces)
+            absent_tensors.reopen([managed.storage for managed in away])
+            show_tensors(self._storages)
             moved_bytes = self._movable_bytes - self._here_bytes
             self.on_device = True
             self._here.clear()
@@ -248,24 +250,24 @@ class Weights:
 
     def also(self, groups: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Take note of the tensors that are over the storages accounted for here now (`by_storage`)."""
-        for piece in self._pieces:
-            group = groups.get(piece.key)
+        for managed in self._storages:
+            group = groups.get(managed.key)
             if group is not None:
-                piece.tensors = group
+                managed.tensors = group
 
-    def keep_only(self, storages: Collection[int]) -> bool:
+    def keep_only(self, kept_keys: Collection[int]) -> bool:
         """Take no further care of storages that are not among these.
 
         They stay on the device, filled, as long as somebody has them. Returns whether there were any.
         """
-        gone = [piece for piece in self._pieces if piece.key not in storages]
+        gone = [managed for managed in self._storages if managed.key not in kept_keys]
         if not gone:
             return False
         with self._moving:
             self._drop_mirror()
-        self._device.refund(sum(piece.nbytes for piece in gone))
-        self._pieces = [piece for piece in self._pieces if piece.key in storages]
-        self._held = [piece for piece in self._held if piece.key in storages]
+        self._device.refund(sum(managed.nbytes for managed in gone))
+        self._storages = [managed for managed in self._storages if managed.key in kept_keys]
+        self._held = [managed for managed in self._held if managed.key in kept_keys]
         return True
 
     # -- what others hold ---------------------------------------------------------------------------------------
@@ -275,76 +277,76 @@ class Weights:
 
         They move like the others, but come back one by one when they are used, and survive a release.
         """
-        self._held = are_held(self._pieces, tensors)
-        for piece in self._held:
-            piece.held = True
-            if not hasattr(piece.storage, absent_tensors.NAMED):
-                setattr(piece.storage, absent_tensors.NAMED, True)
+        self._held = are_held(self._storages, tensors)
+        for managed in self._held:
+            managed.held_elsewhere = True
+            if not hasattr(managed.storage, absent_tensors.NAMED):
+                setattr(managed.storage, absent_tensors.NAMED, True)
                 logger.info(
                     "%s: its %s bytes are held by others than the engine too, and survive its release",
-                    piece.path,
-                    f"{piece.nbytes:,}",
+                    managed.path,
+                    f"{managed.nbytes:,}",
                 )
 
-    def bring_back(self, piece: ManagedStorage) -> bool:
-        """Put one piece that others hold on the device while the rest is away; False if it is not here any more.
+    def bring_back(self, managed: ManagedStorage) -> bool:
+        """Put one storage that others hold on the device while the rest is away; False if it is not here any more.
 
         Thread-safe; waits for a move to end. `DeviceOutOfMemory` if there is no room for it.
         """
         import torch
 
         with self._moving, torch.inference_mode():
-            if piece not in self._held:
+            if managed not in self._held:
                 return False
-            if not self.on_device and piece not in self._here:
+            if not self.on_device and managed not in self._here:
                 try:
-                    self._allocate([piece])
-                    with self._device.transfer(), absent_tensors.opened([piece.storage]):
-                        self._copy_to(piece, piece.raw)
+                    self._allocate([managed])
+                    with self._device.transfer(), absent_tensors.opened([managed.storage]):
+                        self._copy_to(managed, managed.byte_view)
                 except BaseException:
-                    self._empty([piece])
+                    self._empty([managed])
                     raise
-                self._here.add(piece)
-            absent_tensors.reopen([piece.storage])
-            show([piece])  # a forked child may find it hidden for a move, which is the parent's
+                self._here.add(managed)
+            absent_tensors.reopen([managed.storage])
+            show_tensors([managed])  # a forked child may find it hidden for a move, which is the parent's
         return True
 
-    def _copy_to(self, piece: ManagedStorage, target: torch.Tensor) -> None:
-        """Write what main memory has of one piece to ``target``, uint8 [piece.nbytes]."""
-        if piece.spare is not None:
-            target.copy_(piece.spare)
-        elif piece.fill is not None:
-            piece.refill(target)
+    def _copy_to(self, managed: ManagedStorage, target: torch.Tensor) -> None:
+        """Write what main memory has of one storage to ``target``, uint8 [storage.nbytes]."""
+        if managed.fallback_copy is not None:
+            target.copy_(managed.fallback_copy)
+        elif managed.constant is not None:
+            managed.write_constant(target)
         else:
-            self._ready_mirror().read(self._pieces.index(piece), target)
+            self._ready_mirror().read(self._storages.index(managed), target)
 
-    def _copy_of(self, piece: ManagedStorage) -> torch.Tensor:
+    def _copy_of(self, managed: ManagedStorage) -> torch.Tensor:
         import torch
 
-        copy = torch.empty(piece.nbytes, dtype=torch.uint8)
-        self._copy_to(piece, copy)
+        copy = torch.empty(managed.nbytes, dtype=torch.uint8)
+        self._copy_to(managed, copy)
         return copy
 
     def _bury(self) -> None:
         """Let go of everything. Needs no room on the device."""
-        there = self._pieces if self.on_device else list(self._here)
+        there = self._storages if self.on_device else list(self._here)
         kept = set(are_held(there, frozenset())) | {
-            piece
-            for piece in there
-            if piece.held
-            or piece.stays
-            or not piece.storage.resizable()
-            or (piece.count_strangers() > 0 and piece.is_exported())
+            managed
+            for managed in there
+            if managed.held_elsewhere
+            or managed.stays_on_device
+            or not managed.storage.resizable()
+            or (managed.count_unknown_holders() > 0 and managed.is_exported())
         }
-        self._device.refund(sum(piece.nbytes for piece in kept))
-        away = [] if self.on_device else [piece for piece in self._pieces if piece not in self._here]
-        for piece in away:
-            if piece.held:
-                setattr(piece.storage, absent_tensors.RECALL, FallbackCopy(piece, self._copy_of(piece)))
-        absent_tensors.close((piece.storage for piece in away if not piece.held), released=True)
-        self._empty([piece for piece in there if piece not in kept], released=True)
+        self._device.refund(sum(managed.nbytes for managed in kept))
+        away = [] if self.on_device else [managed for managed in self._storages if managed not in self._here]
+        for managed in away:
+            if managed.held_elsewhere:
+                setattr(managed.storage, absent_tensors.RECALL, FallbackCopy(managed, self._copy_of(managed)))
+        absent_tensors.close((managed.storage for managed in away if not managed.held_elsewhere), released=True)
+        self._empty([managed for managed in there if managed not in kept], released=True)
         self.on_device = False
-        self._pieces, self._elsewhere, self._held, self._here, self._common = [], [], [], set(), []
+        self._storages, self._elsewhere, self._held, self._here, self._common = [], [], [], set(), []
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
@@ -364,8 +366,8 @@ class Weights:
             if hashes:
                 store.write(name, self._ranges(), hashes, mirror.raw)
             self._saved = hashes
-            for piece in self._held:
-                piece.spare = self._copy_of(piece)
+            for managed in self._held:
+                managed.fallback_copy = self._copy_of(managed)
             pinning = self._pinning
             self._drop_mirror()
         if pinning is not None:
@@ -377,39 +379,41 @@ class Weights:
             raise SnapshotUnusable(name, Sentence("nothing was saved", "没有保存任何内容"))
         mirror = HostMirror(self._layout, self._moving)
         if self._saved:
-            store.read(name, self._ranges(), self._saved, mirror.raw, once=self._passing)
+            store.read(name, self._ranges(), self._saved, mirror.raw, once=self._ephemeral)
         self._mirror, self._saved = mirror, None
-        for piece in self._held:
-            piece.spare = None
+        for managed in self._held:
+            managed.fallback_copy = None
         return self._layout.nbytes
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(span.start, span.stop) for span in self._layout.spans]
 
-    def _follow(self, piece: ManagedStorage) -> None:
+    def _follow(self, managed: ManagedStorage) -> None:
         """Take note of a storage that the engine itself has made longer or shorter."""
         # Not charged: the bytes are there already, whatever the books would allow.
-        self._device.refund(piece.nbytes - piece.storage.nbytes())
-        piece.measure()
+        self._device.refund(managed.nbytes - managed.storage.nbytes())
+        managed.measure()
         self._drop_mirror()
 
     # -- the mirror ---------------------------------------------------------------------------------------------
 
     def _make_mirror(self) -> None:
-        for piece in self._pieces:
-            piece.fill = piece.find_fill()
-        self._layout = lay_out([0 if piece.fill is not None else piece.nbytes for piece in self._pieces])
+        for managed in self._storages:
+            managed.constant = managed.find_constant()
+        self._layout = lay_out([0 if managed.constant is not None else managed.nbytes for managed in self._storages])
         self._mirror = HostMirror(self._layout, self._moving)
         self._fingerprints = [None] * len(self._layout.spans)
 
     def _update_mirror(self) -> None:
         """Copy back every span that is not what the mirror has; the mirror is then equal to the device."""
-        if any(piece.fill is not None and piece.find_fill() != piece.fill for piece in self._pieces):
+        if any(
+            managed.constant is not None and managed.find_constant() != managed.constant for managed in self._storages
+        ):
             # Something was written into a storage that had one value: it needs a place in the mirror now.
             self._drop_mirror()
             self._make_mirror()
         mirror, progress = self._ready_mirror(), current()
-        spans, copier = self._layout.spans, SpanCopier(self._pieces, self._layout)
+        spans, copier = self._layout.spans, SpanCopier(self._storages, self._layout)
         if spans:
             progress.enter("checking", self._layout.nbytes)
         now, known = _fingerprints(copier, spans, progress), self._fingerprints
@@ -434,35 +438,35 @@ class Weights:
             self._mirror.unpin()
             self._mirror = None
 
-    def _part_from_numpy(self, piece: ManagedStorage, released: bool) -> None:
-        """Give a closed piece a storage of its own: numpy has looked at it since it was last checked."""
+    def _part_from_numpy(self, managed: ManagedStorage, released: bool) -> None:
+        """Give a closed storage a storage of its own: numpy has looked at it since it was last checked."""
         import torch
 
-        absent_tensors.reopen([piece.storage])
-        recall = getattr(piece.storage, absent_tensors.RECALL, None)
+        absent_tensors.reopen([managed.storage])
+        recall = getattr(managed.storage, absent_tensors.RECALL, None)
         with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():
-            piece.make_resizable()
+            managed.make_resizable()
         if recall is not None:
-            setattr(piece.storage, absent_tensors.RECALL, recall)
-        absent_tensors.close([piece.storage], released)
+            setattr(managed.storage, absent_tensors.RECALL, recall)
+        absent_tensors.close([managed.storage], released)
 
-    def _allocate(self, pieces: list[ManagedStorage]) -> None:
+    def _allocate(self, storages: list[ManagedStorage]) -> None:
         """Give closed storages room for their bytes, and leave them closed."""
-        empty = [piece for piece in pieces if not piece.storage.nbytes()]
-        opened = absent_tensors.opened_one_by_one(piece.key for piece in empty)
-        for piece, _ in zip(empty, opened, strict=True):
-            self._device.allocate(piece.storage, piece.nbytes)
+        empty = [managed for managed in storages if not managed.storage.nbytes()]
+        opened = absent_tensors.opened_one_by_one(managed.key for managed in empty)
+        for managed, _ in zip(empty, opened, strict=True):
+            self._device.allocate(managed.storage, managed.nbytes)
 
-    def _empty(self, pieces: list[ManagedStorage], released: bool = False) -> None:
-        hide(pieces)
-        absent_tensors.close((piece.storage for piece in pieces), released)
+    def _empty(self, storages: list[ManagedStorage], released: bool = False) -> None:
+        hide_tensors(storages)
+        absent_tensors.close((managed.storage for managed in storages), released)
         with contextlib.suppress(Exception):  # a capture under way, or a device that is lost: the bytes go all the same
             self._device.wait()  # for uses without a lease that began before
-        filled = [piece for piece in pieces if piece.storage.nbytes()]
-        for piece in [piece for piece in filled if not piece.storage.resizable()]:
-            self._part_from_numpy(piece, released)
-        for piece, _ in zip(filled, absent_tensors.opened_one_by_one(piece.key for piece in filled), strict=True):
-            self._device.drop(piece.storage)
+        filled = [managed for managed in storages if managed.storage.nbytes()]
+        for managed in [managed for managed in filled if not managed.storage.resizable()]:
+            self._part_from_numpy(managed, released)
+        for managed, _ in zip(filled, absent_tensors.opened_one_by_one(managed.key for managed in filled), strict=True):
+            self._device.drop(managed.storage)
         self._allocation = None
         try:
             self._device.settle()

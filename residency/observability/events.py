@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..one_shot_event import new_latch, open_latch
+from ..one_shot_event import new_latch, set_event
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,12 @@ class Subscribers:
         """Returns at once. May be called under any lock."""
         if self._listeners and not (event.what == "progress" and len(self._events) > _BACKLOG):
             self._events.append(event)
-            open_latch(self._latch)
+            set_event(self._latch)
 
     def close(self) -> None:
         """End, once everything was told; a listener that does not return is left alone after `TOLD_WITHIN_S`."""
         self._closed = True
-        open_latch(self._latch)
+        set_event(self._latch)
         thread = self._thread
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(TOLD_WITHIN_S)

@@ -54,9 +54,9 @@ class Admission:
         self._wait_timeout_s = wait_timeout_s
         self._numbers = itertools.count(1)
 
-    def acquire(self, slot: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
+    def acquire(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
         """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
-        request = self._ask(slot, timeout_s, lease, blocks=True)
+        request = self._ask(managed, timeout_s, lease, blocks=True)
         if not request.answered:
             latch = request.latch = new_latch()
             for pause_s in self._looks(request, timeout_s, lease, blocks=True):
@@ -66,9 +66,9 @@ class Admission:
             raise request.error
         return lease.request or request
 
-    async def acquire_async(self, slot: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
+    async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
         """For `Lease`: the same, for a coroutine. No thread waits meanwhile."""
-        request = self._ask(slot, timeout_s, lease, blocks=False)
+        request = self._ask(managed, timeout_s, lease, blocks=False)
         if not request.answered:
             latch = request.latch = AsyncOneShotEvent()
             for pause_s in self._looks(request, timeout_s, lease, blocks=False):
@@ -78,14 +78,14 @@ class Admission:
             raise request.error
         return lease.request or request
 
-    def _ask(self, slot: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
+    def _ask(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
         """The request in force that the lease shares, or one of its own; ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
         for may_be_lost in (True, False):
             with dispatcher.lock:
-                self._check_locked(slot)
+                self._check_locked(managed)
                 now_s = self._clock.now()
-                holder = slot.holder
+                holder = managed.holder
                 if (
                     holder is not None
                     and timeout_s != 0  # which asks for a model that is not in use
@@ -94,12 +94,12 @@ class Admission:
                 ):
                     return holder
                 holding = (*held_slots(), *self.deadlocks.kept_busy_locked(site, lease.made_after))
-                request = LeaseRequest(slot, next(self._numbers), site, holding, now_s)
+                request = LeaseRequest(managed, next(self._numbers), site, holding, now_s)
                 error = self._refusal_locked(request, timeout_s, blocks)
                 if error is None:
                     self._queue_locked(request, lease)
                 elif isinstance(error, ModelBusy) or not may_be_lost:
-                    slot.history.refused(error)
+                    managed.history.refused(error)
                     try:
                         raise error
                     finally:
@@ -111,31 +111,31 @@ class Admission:
         return request
 
     def _queue_locked(self, request: LeaseRequest, lease: Lease) -> None:
-        slot = request.slot
-        if slot.left_s is not None and not slot.in_use:
-            slot.policy.idle_ended(max(0.0, request.asked_s - slot.left_s))
-            slot.left_s = None  # learned once, even if this request comes to nothing
+        managed = request.managed
+        if managed.request_ended_s is not None and not managed.in_use:
+            managed.policy.idle_ended(max(0.0, request.asked_s - managed.request_ended_s))
+            managed.request_ended_s = None  # learned once, even if this request comes to nothing
         request.context = contextvars.copy_context()
         lease.request = request
         lease.owns = True
         if lease.cancelled:
-            raise RequestCancelled(slot.name)
-        slot.queue.append(request)
-        self._dispatcher.plan_locked(slot)
+            raise RequestCancelled(managed.name)
+        managed.queue.append(request)
+        self._dispatcher.plan_locked(managed)
 
     def share(self, lease: Lease, request: LeaseRequest) -> bool:
         """For `Lease`: let it count on a request in force as well; False if that has ended."""
         with self._dispatcher.lock:
-            if self._dispatcher.slots.get(request.slot.name) is not request.slot:
-                self._check_locked(request.slot)  # in a forked child: the engine is the parent's
+            if self._dispatcher.managed_models.get(request.managed.name) is not request.managed:
+                self._check_locked(request.managed)  # in a forked child: the engine is the parent's
             return self._share_locked(lease, request)
 
-    def join(self, lease: Lease, slot: ManagedModel) -> bool:
+    def join(self, lease: Lease, managed: ManagedModel) -> bool:
         """For `Lease`: let it count on the request that has the model now; False if none has."""
         with self._dispatcher.lock:
-            self._check_locked(slot)
+            self._check_locked(managed)
             # Once the lease of that request has ended, readers must not keep the model from those who wait for it.
-            return slot.holder is not None and not slot.holder.ended and self._share_locked(lease, slot.holder)
+            return managed.holder is not None and not managed.holder.ended and self._share_locked(lease, managed.holder)
 
     def resumed(self, request: LeaseRequest) -> None:
         """For `Lease`: the generator in which the model is leased goes on, maybe in another thread."""
@@ -152,7 +152,7 @@ class Admission:
         if not request.users:
             return False
         if lease.cancelled:
-            raise RequestCancelled(request.slot.name)
+            raise RequestCancelled(request.managed.name)
         request.users += 1
         lease.request = request
         lease.owns = False
@@ -175,38 +175,42 @@ class Admission:
             request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
             if request is None:
                 return
-            slot = request.slot
+            managed = request.managed
             request.users -= 1
             request.ended = request.ended or lease.owns
-            if slot.holder is request:
-                slot.broken = slot.broken or discard
+            if managed.holder is request:
+                managed.broken = managed.broken or discard
                 if lost:
                     dispatcher.lost_locked()
                 if not request.users:
-                    slot.left_s = slot.idle_since_s = now_s
-                    slot.not_before_s = -math.inf
-                    if slot.warmed and slot.head() is None:
-                        slot.warmed, slot.wanted, slot.not_before_s = False, slot.broken, now_s + WARM_GRACE_S
-                    slot.stuck = False
-                    slot.holder = None
-            if request.users or dispatcher.slots.get(slot.name) is not slot:
+                    managed.request_ended_s = managed.idle_since_s = now_s
+                    managed.policy_paused_until_s = -math.inf
+                    if managed.prewarmed and managed.next_request() is None:
+                        managed.prewarmed, managed.prefetch, managed.policy_paused_until_s = (
+                            False,
+                            managed.broken,
+                            now_s + WARM_GRACE_S,
+                        )
+                    managed.cannot_offload = False
+                    managed.holder = None
+            if request.users or dispatcher.managed_models.get(managed.name) is not managed:
                 return
             if request.answered:
-                dispatcher.plan_locked(slot)
+                dispatcher.plan_locked(managed)
             else:
-                self._refuse_locked(request, RequestCancelled(slot.name))
-            task = slot.task
+                self._refuse_locked(request, RequestCancelled(managed.name))
+            task = managed.move_task
             if request.error is None:
-                slot.history.served(request.asked_s, request.served_s, now_s, error)
+                managed.history.served(request.asked_s, request.served_s, now_s, error)
             else:
-                slot.history.refused(request.error)
+                managed.history.refused(request.error)
         leaves = task is not None and not task.arrives and request.error is None
-        small = slot.device_bytes <= SMALL_BYTES
+        small = managed.device_bytes <= SMALL_BYTES
         if leaves and not small and dispatcher.monitor.alive:
             return  # the monitor starts it: a thread that moves bytes would take this one's turn to answer
         dispatcher.act()
         if wait and leaves and small:
-            dispatcher.watch(slot, lambda: slot.task is not task, SMALL_LEAVES_WITHIN_S)
+            dispatcher.watch(managed, lambda: managed.move_task is not task, SMALL_LEAVES_WITHIN_S)
 
     def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
         """For `Lease`: end it in an event loop, which nothing may block."""
@@ -229,70 +233,75 @@ class Admission:
         with self._dispatcher.lock:
             if request.answered:
                 return False
-            self._refuse_locked(request, RequestCancelled(request.slot.name))
+            self._refuse_locked(request, RequestCancelled(request.managed.name))
         self._dispatcher.act()
         return True
 
     def place(self, request: LeaseRequest) -> int | None:
         """For `Lease`: 0 holds the model, 1 is served next; None if it has ended."""
         with self._dispatcher.lock:
-            if request.slot.holder is request:
+            if request.managed.holder is request:
                 return 0
-            waiting = list(request.slot.waiting())
+            waiting = list(request.managed.waiting())
             return waiting.index(request) + 1 if request in waiting else None
 
     def _refuse_locked(self, request: LeaseRequest, error: ResidencyError) -> None:
         request.answer(error)
         with suppress(ValueError):  # one that was made and never queued
-            request.slot.queue.remove(request)
-        self._dispatcher.reports.tell_queue(request.slot)
-        self._dispatcher.plan_locked(request.slot)
+            request.managed.queue.remove(request)
+        self._dispatcher.reports.tell_queue(request.managed)
+        self._dispatcher.plan_locked(request.managed)
 
     def _refusal_locked(self, request: LeaseRequest, timeout_s: float | None, blocks: bool) -> Exception | None:
         """Why a request is not queued."""
-        slot = request.slot
-        if slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.broken:
+        managed = request.managed
+        if (
+            managed.settled_state is State.DEVICE
+            and managed.move_task is None
+            and not managed.in_use
+            and not managed.broken
+        ):
             return None
         if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
             return error
-        if timeout_s != 0 and (slot.max_waiting == math.inf or not slot.in_use):
+        if timeout_s != 0 and (managed.max_waiting == math.inf or not managed.in_use):
             return None
-        waiting = sum(1 for _ in slot.waiting())
-        if timeout_s != 0 and waiting < slot.max_waiting:
+        waiting = sum(1 for _ in managed.waiting())
+        if timeout_s != 0 and waiting < managed.max_waiting:
             return None
-        return ModelBusy(slot.name, waiting, slot.state.value, slot.held_by(request.asked_s))
+        return ModelBusy(managed.name, waiting, managed.state.value, managed.held_by(request.asked_s))
 
     def _looks(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
         """Until a request is answered: see to its time-out and to what it waits for, and yield the seconds to sleep."""
-        slot, asked_s = request.slot, request.asked_s
+        managed, asked_s = request.managed, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
         look_s, tell_s, told = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S, False
         with self._dispatcher.lock:
-            arrived_before_s = slot.arrived_for_s(asked_s)
-            self._dispatcher.reports.tell_queue(slot)
-            slot.changed()
+            arrived_before_s = managed.arrived_for_s(asked_s)
+            self._dispatcher.reports.tell_queue(managed)
+            managed.notify_watchers()
         while not request.answered:
             with self._dispatcher.lock:
                 now_s = self._clock.now()
                 if timeout_s is None:
-                    until_s = limit_s + slot.arrived_for_s(now_s) - arrived_before_s
+                    until_s = limit_s + managed.arrived_for_s(now_s) - arrived_before_s
                 late = now_s >= until_s
                 if lease.cancelled and not request.answered:
-                    self._refuse_locked(request, RequestCancelled(slot.name))
+                    self._refuse_locked(request, RequestCancelled(managed.name))
                 elif late and not request.answered:
-                    place = list(slot.waiting()).index(request) + 1
-                    facts = slot.held_by(now_s)
+                    place = list(managed.waiting()).index(request) + 1
+                    facts = managed.held_by(now_s)
                     self._refuse_locked(
-                        request, RequestTimeout(slot.name, now_s - asked_s, place, slot.state.value, facts)
+                        request, RequestTimeout(managed.name, now_s - asked_s, place, managed.state.value, facts)
                     )
             if now_s >= look_s and not request.answered:
                 self._end_deadlock(request, lease, blocks)
                 look_s = now_s + min(max(now_s - asked_s, FIRST_LOOK_S), LONGEST_PAUSE_S)
                 if request.awaited and not told:
                     tell_s, told = now_s, True  # people wonder why nothing goes on
-            if now_s >= tell_s and not request.answered and (facts := slot.held_by(now_s)) is not None:
+            if now_s >= tell_s and not request.answered and (facts := managed.held_by(now_s)) is not None:
                 logger.warning(
-                    "%s: a request has waited for %.3g s; the model is %s", slot.name, now_s - asked_s, facts.en
+                    "%s: a request has waited for %.3g s; the model is %s", managed.name, now_s - asked_s, facts.en
                 )
                 tell_s = math.inf
             if not request.answered:
@@ -300,8 +309,8 @@ class Admission:
 
     def _end_deadlock(self, request: LeaseRequest, lease: Lease, blocks: bool) -> None:
         """Serve or refuse a request that turns out to wait for the code that makes it."""
-        slot = request.slot
-        holder = slot.holder
+        managed = request.managed
+        holder = managed.holder
         if holder is None or not holder.users:
             return
         shares = self.deadlocks.same_flow(holder, request.site, lease)
@@ -310,12 +319,12 @@ class Admission:
                 return
             self._dispatcher.give_lost_back()
         with self._dispatcher.lock:
-            if request.answered or slot.holder is not holder or not holder.users:
+            if request.answered or managed.holder is not holder or not holder.users:
                 return
             if shares and self._share_locked(lease, holder):
                 request.answer()
-                slot.queue.remove(request)
-                self._dispatcher.reports.tell_queue(slot)
-                slot.changed()
+                managed.queue.remove(request)
+                self._dispatcher.reports.tell_queue(managed)
+                managed.notify_watchers()
             elif not shares:
                 self._refuse_locked(request, self.deadlocks.error(request))

@@ -8,8 +8,8 @@ the context, often in another thread, and thread pools pass no context on. Call 
 - A function whose frame is on no stack has returned or is suspended, and does not execute.
 - A thread that waits in `Thread.join` or `Future.result` names in its frame what it waits for.
 
-A frame is recognised by an `FunctionCall` in its ``f_trace``: a reference to the frame would keep its local variables and
-its callers alive, and the address of a frame that has ended is used for the next one.
+A frame is recognised by a `FunctionCall` in its ``f_trace``: a reference to the frame would keep its local variables
+and its callers alive, and the address of a frame that has ended is used for the next one.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ class DeadlockDetector:
 
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[LeaseRequest] = ()) -> tuple[ManagedModel, ...]:
         """The models that this code keeps busy, as far as the call stack tells and the context does not."""
-        holders = [slot.holder for slot in self._dispatcher.slots.values() if slot.holder is not None]
+        holders = [managed.holder for managed in self._dispatcher.managed_models.values() if managed.holder is not None]
         return tuple(
-            holder.slot
+            holder.managed
             for holder in holders
             if holder.users and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
         )
@@ -42,12 +42,12 @@ class DeadlockDetector:
 
     def found_at_arrival_locked(self, request: LeaseRequest, blocks: bool) -> RuntimeError | None:
         """Why a request would wait for ever, as far as that is known when it comes; ``blocks``: with its thread."""
-        slot, holder = request.slot, request.slot.holder
+        managed, holder = request.managed, request.managed.holder
         if holder is not None and holder.site.resumed_by(request.site):
             return self.error(request)
         if blocks and holder is not None and self._in_the_loop_of(holder, request.site):
-            return EventLoopBlocked(slot.name, "lease()", slot.held_by(self._dispatcher.clock.now()))
-        if request.holding and would_wait_for_itself(request, self._dispatcher.slots.values()):
+            return EventLoopBlocked(managed.name, "lease()", managed.held_by(self._dispatcher.clock.now()))
+        if request.holding and would_wait_for_itself(request, self._dispatcher.managed_models.values()):
             return self.error(request)
         return None
 
@@ -67,11 +67,11 @@ class DeadlockDetector:
         # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
         return self._dispatcher.clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
 
-    def refuse_to_block_locked(self, call: str, slots: Iterable[ManagedModel], site: CallSite) -> None:
+    def refuse_to_block_locked(self, call: str, managed_models: Iterable[ManagedModel], site: CallSite) -> None:
         """`EventLoopBlocked` where the call would wait for a task of the event loop that it blocks."""
-        for slot in slots:
-            if slot.holder is not None and slot.holder.users and self._in_the_loop_of(slot.holder, site):
-                raise EventLoopBlocked(slot.name, call, slot.held_by(self._dispatcher.clock.now()))
+        for managed in managed_models:
+            if managed.holder is not None and managed.holder.users and self._in_the_loop_of(managed.holder, site):
+                raise EventLoopBlocked(managed.name, call, managed.held_by(self._dispatcher.clock.now()))
 
     @staticmethod
     def _in_the_loop_of(holder: LeaseRequest, site: CallSite) -> bool:
@@ -80,8 +80,8 @@ class DeadlockDetector:
 
     def error(self, request: LeaseRequest) -> LeaseDeadlock:
         """What a request is refused with."""
-        holding = tuple(dict.fromkeys(slot.name for slot in request.holding))
-        return LeaseDeadlock(request.slot.name, holding, request.slot.held_by(self._dispatcher.clock.now()))
+        holding = tuple(dict.fromkeys(managed.name for managed in request.holding))
+        return LeaseDeadlock(request.managed.name, holding, request.managed.held_by(self._dispatcher.clock.now()))
 
 
 def _in_event_loop() -> bool:

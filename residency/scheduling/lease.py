@@ -16,10 +16,10 @@ from .managed_model import LeaseRequest, ManagedModel
 class Lessor(Protocol):
     """Hands out leases: the manager."""
 
-    def acquire(self, slot: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
+    def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
         """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
 
-    async def acquire_async(self, slot: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
+    async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
         """The same, for a coroutine: blocks neither its event loop nor a thread."""
 
     def share(self, lease: Lease, request: LeaseRequest) -> bool:
@@ -37,7 +37,7 @@ class Lessor(Protocol):
     def give_back_later(self, lease: Lease, discard: bool = False) -> None:
         """Have another thread do that. May be called at any point, where somebody holds the manager's lock."""
 
-    def join(self, lease: Lease, slot: ManagedModel) -> bool:
+    def join(self, lease: Lease, managed: ManagedModel) -> bool:
         """Let the lease count on the request that has the model now; False if none has."""
 
     def resumed(self, request: LeaseRequest) -> None:
@@ -86,10 +86,10 @@ class Lease:
     not_of_the_engine = True
 
     def __init__(
-        self, lessor: Lessor, slot: ManagedModel, timeout_s: float | None = None, reading: bool = False
+        self, lessor: Lessor, managed: ManagedModel, timeout_s: float | None = None, reading: bool = False
     ) -> None:
         self._lessor = lessor
-        self._slot = slot
+        self._slot = managed
         self._timeout_s = timeout_s
         self._reading = reading
         self._entered = self._ended = self._cancelled = self._broken = False
@@ -147,7 +147,7 @@ class Lease:
             watch(self)
         for outer in _held.get():
             # A stream's context is that of its last step, which others may have in a thread pool.
-            if outer.slot is self._slot and not outer.streams and self._lessor.share(self, outer):
+            if outer.managed is self._slot and not outer.streams and self._lessor.share(self, outer):
                 return True
         return self._reading and self._lessor.join(self, self._slot)
 
@@ -233,8 +233,8 @@ def held_slots() -> tuple[ManagedModel, ...]:
     """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
     loads = _loading.get()
     return (
-        *[request.slot for request in held_requests()],
-        *([load.slot for load in loads if load.under_way] if loads else ()),
+        *[request.managed for request in held_requests()],
+        *([load.managed for load in loads if load.under_way] if loads else ()),
     )
 
 
@@ -249,9 +249,9 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
 
 
 @contextmanager
-def loading(slot: ManagedModel) -> Iterator[None]:
+def loading(managed: ManagedModel) -> Iterator[None]:
     """Within this block, and in what is started with its context, the model is being moved by who asks."""
-    load = _Loading(slot)
+    load = _Loading(managed)
     token = _loading.set((*_loading.get(), load))
     try:
         yield
@@ -284,6 +284,6 @@ def _task() -> asyncio.Task[Any] | None:
 
 
 class _Loading:
-    def __init__(self, slot: ManagedModel) -> None:
-        self.slot = slot
+    def __init__(self, managed: ManagedModel) -> None:
+        self.managed = managed
         self.under_way = True

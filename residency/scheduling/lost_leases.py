@@ -17,16 +17,16 @@ class LostLeases:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._not_before_s = -math.inf
+        self._next_collection_s = -math.inf
         self.suspected = False
 
-    def look_locked(self, slot: ManagedModel, now_s: float) -> None:
+    def look_locked(self, managed: ManagedModel, now_s: float) -> None:
         """Suspect the lease of a model, from time to time, if the code that took it does not execute any more."""
-        holder = slot.holder
+        holder = managed.holder
         if holder is None or now_s < holder.search_s:
             return
         holder.searched_s = now_s
-        if now_s >= self._not_before_s and not holder.site.executes():
+        if now_s >= self._next_collection_s and not holder.site.executes():
             self.suspected = True
 
     def collect(self) -> None:
@@ -34,4 +34,4 @@ class LostLeases:
         self.suspected = False
         began_s = self._clock.now()
         gc.collect()
-        self._not_before_s = self._clock.now() + _REST * (self._clock.now() - began_s)
+        self._next_collection_s = self._clock.now() + _REST * (self._clock.now() - began_s)

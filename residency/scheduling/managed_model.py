@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import Holder, RequestCancelled
 from ..observability.history import History
 from ..observability.outside_memory import OutsideMemory
-from ..one_shot_event import OneShotEvent, AsyncOneShotEvent, open_latch
+from ..one_shot_event import AsyncOneShotEvent, OneShotEvent, set_event
 from ..states import MoveRecord, State
 
 if TYPE_CHECKING:
@@ -33,18 +33,34 @@ class LeaseRequest:
     models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an ``error``.
     """
 
-    __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "holding", "latch", "number",
-                 "resumed_s", "searched_s", "served_s", "site", "slot", "streams", "users")  # fmt: skip
+    __slots__ = (
+        "answered",
+        "asked_s",
+        "awaited",
+        "context",
+        "ended",
+        "error",
+        "holding",
+        "latch",
+        "managed",
+        "number",
+        "resumed_s",
+        "searched_s",
+        "served_s",
+        "site",
+        "streams",
+        "users",
+    )  # fmt: skip
 
     def __init__(
         self,
-        slot: ManagedModel,
+        managed: ManagedModel,
         number: int,
         site: CallSite,
         holding: tuple[ManagedModel, ...] = (),
         asked_s: float = 0.0,
     ) -> None:
-        self.slot = slot
+        self.managed = managed
         self.number = number
         self.site = site
         self.holding = holding
@@ -66,7 +82,7 @@ class LeaseRequest:
 
     def facts(self, now_s: float) -> Holder:
         """The code that has the model, its thread, and since how many seconds: for errors and the status."""
-        waiting = list(self.slot.queue)
+        waiting = list(self.managed.queue)
         awaited = next((other.site.thread_name for other in waiting if other.awaited and not other.answered), None)
         return Holder(self.site.where, self.site.thread_name, max(0.0, now_s - self.served_s), awaited)
 
@@ -86,26 +102,26 @@ class LeaseRequest:
         self.answered = True
         self.context = None  # it remembers who asked before, and so on
         if self.latch is not None:
-            open_latch(self.latch)
+            set_event(self.latch)
 
 
 @dataclass(eq=False)
 class ManagedModel:
     """The books of one model. Whoever reads or writes it holds the manager's lock.
 
-    ``holder`` is the request in force and ``queue`` those that came after it, in order of arrival; those answered in
-    the meantime leave it when they come to its head. ``task`` is the move under way. ``asked`` is a place that
-    somebody asked for while a request was running, ``wanted`` a restore that no request waits for. ``warmed`` says that
-    it was warmed while in use, and stays a while after the requests that run and wait. What hangs on the paths in
-    ``skip`` is left alone; ``kept`` is the resident of what the loader is given, and outlives a release; loads begin
-    with ``random_state``.
+    ``holder`` is the request in force; ``queue`` holds later requests in order of arrival, and answered ones until they
+    reach its head. ``move_task`` is the move under way. ``pending_move`` is the state to reach once the running request
+    ends. ``prefetch`` marks a restore that no request waits for. ``prewarmed`` marks a model that was warmed while in
+    use: it stays on the device for a while after the last request. Moves leave alone what the paths in ``skip``
+    reach. ``borrowed_part`` is the resident of what the loader is given; it outlives a release. Each load begins with
+    ``random_state``.
     Times are of the manager's clock, in seconds; bytes are those of the last settled state.
     """
 
     name: str
     load: Callable[[], Any]
     policy: Policy
-    at: State = State.RELEASED
+    settled_state: State = State.RELEASED
     engine: Any = None
     resident: Resident | None = None
     device_bytes: int = 0
@@ -113,65 +129,67 @@ class ManagedModel:
     #: What it takes on the device, as far as is known: what it took there last.
     size_bytes: int = 0
     #: What the device lacked when it last refused this model; models that leave make it less.
-    lacking_bytes: int = 0
+    shortfall_bytes: int = 0
     #: What must be free there when it is tried again, where its size is not known.
     needed_bytes: int = 0
     holder: LeaseRequest | None = None
     queue: deque[LeaseRequest] = field(default_factory=deque)
-    task: Any = None
-    asked: State | None = None
-    wanted: bool = False
-    warmed: bool = False
+    move_task: Any = None
+    pending_move: State | None = None
+    prefetch: bool = False
+    prewarmed: bool = False
     #: A request of it waits for room on the device.
-    short: bool = False
+    waiting_for_room: bool = False
     #: Somebody sent it away by hand: it is not brought back before somebody asks for it.
-    sent_away: bool = False
+    moved_away_by_hand: bool = False
     #: It could not be offloaded: if others need its room, it is released.
-    stuck: bool = False
+    cannot_offload: bool = False
     #: It cannot be used or moved any more: the next request has it loaded from scratch.
     broken: bool = False
     closing: bool = False
     skip: tuple[str, ...] = ()
     random_state: RandomState | None = None
-    kept: KeptPart | None = None
+    borrowed_part: KeptPart | None = None
     load_timeout_s: float = math.inf
     max_waiting: float = math.inf
     #: When its last request ended; and since when it is idle, which a restore that nobody used begins anew.
-    left_s: float | None = None
+    request_ended_s: float | None = None
     idle_since_s: float | None = None
-    not_before_s: float = -math.inf
+    policy_paused_until_s: float = -math.inf
     #: How long it has been on its way to the device, all arrivals that have ended together.
-    arriving_s: float = 0.0
+    restored_for_s: float = 0.0
     last_move: MoveRecord | None = None
     last_error: str | None = None
     #: What it holds beyond these books, as far as is known; None before it was first moved.
-    outside: OutsideMemory | None = None
+    outside_memory: OutsideMemory | None = None
     #: That it holds something outside, or nothing that can move, has been said.
-    outside_told: bool = False
+    outside_reported: bool = False
     history: History = field(default_factory=History)
     watchers: list[threading.Lock] = field(default_factory=list)
 
     @property
     def state(self) -> State:
-        """Where it is (``at``), or which way it travels."""
-        return self.at if self.task is None else cast(State, self.task.move.via)
+        """Where it is (``settled_state``), or which way it travels."""
+        return self.settled_state if self.move_task is None else cast(State, self.move_task.move.via)
 
     @property
     def on_device(self) -> bool:
         """Whether it takes room on the device, or soon will."""
-        return self.at is State.DEVICE or (self.task is not None and self.task.move.target is State.DEVICE)
+        return self.settled_state is State.DEVICE or (
+            self.move_task is not None and self.move_task.move.target is State.DEVICE
+        )
 
     def arrived_for_s(self, now_s: float) -> float:
         """How long it has been on its way to the device until now, all arrivals together."""
-        arrives = self.task is not None and self.task.arrives
-        return self.arriving_s + (max(0.0, now_s - self.task.started_s) if arrives else 0.0)
+        arrives = self.move_task is not None and self.move_task.arrives
+        return self.restored_for_s + (max(0.0, now_s - self.move_task.started_s) if arrives else 0.0)
 
     @property
     def stays(self) -> bool:
         """Whether it was promised to stay on the device (keep-warm -1), and so makes no room for others."""
         return self.policy.keep_warm_s == math.inf
 
-    def head(self) -> LeaseRequest | None:
+    def next_request(self) -> LeaseRequest | None:
         """The request that is served next; drops those that were answered (cancelled, refused) or abandoned."""
         while self.queue:
             first = self.queue[0]
@@ -190,13 +208,13 @@ class ManagedModel:
     @property
     def in_use(self) -> bool:
         """Whether a request holds the model or waits for it."""
-        return self.holder is not None or self.head() is not None
+        return self.holder is not None or self.next_request() is not None
 
-    def changed(self) -> None:
+    def notify_watchers(self) -> None:
         """Wake those who watch for a change of these books."""
         watchers, self.watchers = self.watchers, []
         for latch in watchers:
-            open_latch(latch)
+            set_event(latch)
 
     def waiting(self) -> Iterator[LeaseRequest]:
         """The requests that wait, in order of arrival."""

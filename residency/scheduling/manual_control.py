@@ -25,32 +25,32 @@ class ManualControl:
         self._check_locked = check_locked
         self._separate = dispatcher.device.separate
 
-    def bring_down(self, slot: ManagedModel, target: State) -> bool:
+    def bring_down(self, managed: ManagedModel, target: State) -> bool:
         """Offload (HOST) or release (RELEASED). True: done; raises the move's error.
 
         False: it follows the request that runs or waits, or the arrival of a model that is on its way to the device.
         """
         dispatcher, task = self._dispatcher, None
         while task is None:
-            dispatcher.watch(slot, lambda: slot.in_use or slot.task is None or slot.task.arrives)
+            dispatcher.watch(managed, lambda: managed.in_use or managed.move_task is None or managed.move_task.arrives)
             with dispatcher.lock:
-                self._check_locked(slot)
-                slot.wanted = slot.warmed = False
-                if slot.in_use or (slot.task is not None and slot.task.arrives):
+                self._check_locked(managed)
+                managed.prefetch = managed.prewarmed = False
+                if managed.in_use or (managed.move_task is not None and managed.move_task.arrives):
                     if target is State.HOST and not self._separate:
                         return True
-                    if slot.asked is not State.RELEASED:
-                        slot.asked = target
+                    if managed.pending_move is not State.RELEASED:
+                        managed.pending_move = target
                         dispatcher.version += 1
                     return False
-                if slot.task is None:
-                    slot.not_before_s = -math.inf  # who sends it away wants none of a grace that it had
-                    move = move_towards(slot, target, self._separate)
+                if managed.move_task is None:
+                    managed.policy_paused_until_s = -math.inf  # who sends it away wants none of a grace that it had
+                    move = move_towards(managed, target, self._separate)
                     if move is None:
-                        dispatcher.plan_locked(slot)
+                        dispatcher.plan_locked(managed)
                         break
-                    slot.asked = target
-                    task = dispatcher.begin_locked(slot, move)
+                    managed.pending_move = target
+                    task = dispatcher.begin_locked(managed, move)
         if task is None:
             dispatcher.act()
             return True
@@ -59,7 +59,7 @@ class ManualControl:
             raise task.error
         return True
 
-    def warm(self, slot: ManagedModel, if_idle: bool = False) -> bool:
+    def warm(self, managed: ManagedModel, if_idle: bool = False) -> bool:
         """Begin to bring it to the device, or have it stay a while. True: it is there already.
 
         Of a model in use: have it stay a while after the request, and not leave as was asked before; or, with
@@ -67,34 +67,41 @@ class ManualControl:
         """
         dispatcher = self._dispatcher
         with dispatcher.lock:
-            self._check_locked(slot)
-            there = slot.at is State.DEVICE and slot.task is None
-            if if_idle and slot.in_use:
+            self._check_locked(managed)
+            there = managed.settled_state is State.DEVICE and managed.move_task is None
+            if if_idle and managed.in_use:
                 return there
-            slot.asked = None
-            if slot.in_use:
-                slot.warmed = True
+            managed.pending_move = None
+            if managed.in_use:
+                managed.prewarmed = True
             elif there:
-                slot.not_before_s = max(slot.not_before_s, dispatcher.clock.now() + WARM_GRACE_S)
+                managed.policy_paused_until_s = max(
+                    managed.policy_paused_until_s, dispatcher.clock.now() + WARM_GRACE_S
+                )
             else:
-                slot.wanted = True
-            dispatcher.plan_locked(slot)
+                managed.prefetch = True
+            dispatcher.plan_locked(managed)
         dispatcher.act()
         return there
 
-    def move_aside(self, slots: Iterable[ManagedModel]) -> None:
+    def move_aside(self, managed_models: Iterable[ManagedModel]) -> None:
         """Offload these models as far as they are idle, and empty the device's caches."""
         dispatcher = self._dispatcher
-        for slot in slots:
+        for managed in managed_models:
             with dispatcher.lock:
-                idle = slot.at is State.DEVICE and slot.task is None and not slot.in_use and not slot.stays
-                move = move_towards(slot, State.HOST, self._separate) if idle else None
-                task = dispatcher.begin_locked(slot, move) if move else None
+                idle = (
+                    managed.settled_state is State.DEVICE
+                    and managed.move_task is None
+                    and not managed.in_use
+                    and not managed.stays
+                )
+                move = move_towards(managed, State.HOST, self._separate) if idle else None
+                task = dispatcher.begin_locked(managed, move) if move else None
             if task is not None:
                 dispatcher.await_task(task)
         dispatcher.mover.tidy()
 
-    def retire(self, slots: list[ManagedModel], reason: ResidencyError, grace_s: float) -> bool:
+    def retire(self, managed_models: list[ManagedModel], reason: ResidencyError, grace_s: float) -> bool:
         """Refuse what waits for these models with ``reason``, let what runs end, and release them.
 
         What still runs after ``grace_s``, or hangs as it leaves, is left alone; then the answer is False.
@@ -102,59 +109,59 @@ class ManualControl:
         dispatcher = self._dispatcher
         until_s = dispatcher.clock.now() + grace_s
         with dispatcher.lock:
-            for slot in slots:
-                slot.closing = True
-                for request in list(slot.waiting()):
+            for managed in managed_models:
+                managed.closing = True
+                for request in list(managed.waiting()):
                     request.answer(reason)
-                dispatcher.reports.tell_queue(slot)
-                dispatcher.plan_locked(slot)
-                slot.changed()
+                dispatcher.reports.tell_queue(managed)
+                dispatcher.plan_locked(managed)
+                managed.notify_watchers()
         dispatcher.act()
         gone = []
-        for slot in slots:
+        for managed in managed_models:
             left_s = until_s - dispatcher.clock.now()
-            released = dispatcher.watch(slot, partial(_has_nothing_to_do, slot), left_s) or self._leaves(slot)
+            released = dispatcher.watch(managed, partial(_has_nothing_to_do, managed), left_s) or self._leaves(managed)
             if released:
                 try:
-                    dispatcher.mover.forget(slot)  # what a release has kept for the next load
+                    dispatcher.mover.forget(managed)  # what a release has kept for the next load
                 except Exception:
-                    logger.exception("%s: the device took its memory back with an error", slot.name)
-                gone.append(slot)
-        for slot in gone:  # now that they all have left
-            self._hand_back(slot)
+                    logger.exception("%s: the device took its memory back with an error", managed.name)
+                gone.append(managed)
+        for managed in gone:  # now that they all have left
+            self._hand_back(managed)
         dispatcher.join()
-        return len(gone) == len(slots)
+        return len(gone) == len(managed_models)
 
-    def _leaves(self, slot: ManagedModel) -> bool:
+    def _leaves(self, managed: ManagedModel) -> bool:
         """The grace is for requests and loads; what is leaving has the time that it takes, as long as it goes on."""
-        while slot.holder is None and (task := slot.task) is not None and not task.arrives:
+        while managed.holder is None and (task := managed.move_task) is not None and not task.arrives:
             if not self._dispatcher.await_task_that_goes_on(task):
                 return False
-        return _has_nothing_to_do(slot)
+        return _has_nothing_to_do(managed)
 
-    def _hand_back(self, slot: ManagedModel) -> None:
+    def _hand_back(self, managed: ManagedModel) -> None:
         """Give its owner the part that the loader was given, on the device; idle models make room for it."""
         dispatcher = self._dispatcher
         try:
             try:
-                dispatcher.mover.hand_back(slot)
+                dispatcher.mover.hand_back(managed)
             except Exception as error:
                 if not is_out_of_device_memory(error):
                     raise
                 with dispatcher.lock:
-                    others = [other for other in dispatcher.slots.values() if other is not slot]
+                    others = [other for other in dispatcher.managed_models.values() if other is not managed]
                 self.move_aside(others)
-                dispatcher.mover.hand_back(slot)
+                dispatcher.mover.hand_back(managed)
         except Exception as error:
             logger.error(
                 "%s: the object that was passed to its loader cannot be restored to the device (%s): create a new one "
                 "before you use it. / %s：传给加载函数的对象无法回到设备（%s）：使用前请重新创建。",
-                slot.name,
+                managed.name,
                 error,
-                slot.name,
+                managed.name,
                 error,
             )
 
 
-def _has_nothing_to_do(slot: ManagedModel) -> bool:
-    return slot.task is None and not slot.in_use
+def _has_nothing_to_do(managed: ManagedModel) -> bool:
+    return managed.move_task is None and not managed.in_use

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..contracts import Clock
 from ..observability.error_classification import in_words
-from ..one_shot_event import new_latch, open_latch
+from ..one_shot_event import new_latch, set_event
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class IdleMonitor:
     def wake(self) -> None:
         """Let the thread look again. Needs no lock."""
         if self._latch is not None:
-            open_latch(self._latch)
+            set_event(self._latch)
 
     def _run(self, turn: object) -> None:
         # An interrupt while a thread is started can make it look dead; whoever took its place has the turn.

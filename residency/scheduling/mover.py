@@ -32,7 +32,7 @@ class MoveTask:
     has taken too long, in ``context`` runs what it calls.
     """
 
-    slot: ManagedModel
+    managed: ManagedModel
     move: Move
     started_s: float
     engine: Any
@@ -110,17 +110,17 @@ class Mover:
 
     def throw_away(self, task: MoveTask) -> None:
         """Give up what a load brings that was given up; what it had borrowed may be another engine's by now."""
-        logger.warning("%s: came after it had been given up, and is thrown away", task.slot.name)
+        logger.warning("%s: came after it had been given up, and is thrown away", task.managed.name)
         resident, task.engine, task.resident = task.resident, None, None
         if resident is not None:
             resident.release()
         del resident
         self.tidy()
 
-    def hand_back(self, slot: ManagedModel) -> None:
+    def hand_back(self, managed: ManagedModel) -> None:
         """Put the part that the loader was given where it was when it was given, once the model is gone."""
-        if slot.kept is not None:
-            slot.kept.hand_back()
+        if managed.borrowed_part is not None:
+            managed.borrowed_part.hand_back()
 
     def tidy(self) -> None:
         """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
@@ -128,45 +128,45 @@ class Mover:
         self._device.settle()
 
     def _load(self, task: MoveTask) -> int:
-        slot, loan = task.slot, None
+        managed, loan = task.managed, None
         if task.given_up:
             return 0
         self._device.ensure_usable()
-        if slot.kept is not None:
-            with slot.kept.lock:
+        if managed.borrowed_part is not None:
+            with managed.borrowed_part.lock:
                 if task.given_up:
                     return 0  # the next load may have it already
-                loan = slot.kept.borrow_locked()
+                loan = managed.borrowed_part.borrow_locked()
         try:
             if loan is not None:
                 loan.restore()
-            engine = _build(slot, task.progress)
-            with slot.kept.lock if slot.kept is not None else nullcontext():
-                resident = self._adopt(engine, self._device, slot)
+            engine = _build(managed, task.progress)
+            with managed.borrowed_part.lock if managed.borrowed_part is not None else nullcontext():
+                resident = self._adopt(engine, self._device, managed)
         except BaseException:
             if loan is not None:
                 loan.offload()
             raise
-        task.engine, task.resident = engine, loan.beside(resident) if loan else resident
+        task.engine, task.resident = engine, loan.joined_with(resident) if loan else resident
         return task.resident.device_bytes + task.resident.host_bytes
 
     def _sleep(self, task: MoveTask) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
-        if self._snapshots is None or task.resident is None or task.slot.closing or task.slot.broken:
+        if self._snapshots is None or task.resident is None or task.managed.closing or task.managed.broken:
             return 0
-        if task.slot.outside is not None and task.slot.outside.held_bytes > SKELETON_BYTES:
+        if task.managed.outside_memory is not None and task.managed.outside_memory.held_bytes > SKELETON_BYTES:
             logger.info(
                 "%s: released without a snapshot, since its engine holds %s bytes that no move takes with it",
-                task.slot.name,
-                f"{task.slot.outside.held_bytes:,}",
+                task.managed.name,
+                f"{task.managed.outside_memory.held_bytes:,}",
             )
             return 0
         try:
-            freed_bytes = task.resident.save(self._snapshots, task.slot.name)
+            freed_bytes = task.resident.save(self._snapshots, task.managed.name)
             self._device.settle()
         except BaseException as error:
             # Whatever it is: somebody wants the memory.
-            logger.warning("%s: released without a snapshot. %s", task.slot.name, error)
+            logger.warning("%s: released without a snapshot. %s", task.managed.name, error)
             return 0
         return freed_bytes
 
@@ -176,10 +176,10 @@ class Mover:
         if resident is None or self._snapshots is None:
             return 0
         try:
-            resident.load(self._snapshots, task.slot.name)
+            resident.load(self._snapshots, task.managed.name)
         except BaseException as error:
             # Whatever it is: the loader can still build the engine.
-            logger.warning("%s: loaded without its snapshot. %s", task.slot.name, error)
+            logger.warning("%s: loaded without its snapshot. %s", task.managed.name, error)
             self.forget(task)
             return 0
         if task.given_up:
@@ -201,12 +201,12 @@ def _watched(engine: Any) -> Callable[[], Any]:
         return lambda: there
 
 
-def _build(slot: ManagedModel, progress: Progress) -> Any:
+def _build(managed: ManagedModel, progress: Progress) -> Any:
     progress.enter("building")
     with preserved_random_state():
-        if slot.random_state is not None:
-            slot.random_state.put_back()  # what it draws is the same, however often and for whomever it builds
-        engine = slot.load()
+        if managed.random_state is not None:
+            managed.random_state.put_back()  # what it draws is the same, however often and for whomever it builds
+        engine = managed.load()
     if engine is None:
-        raise TypeError(f"The loader of {slot.name!r} returned None; let it return the engine.")
+        raise TypeError(f"The loader of {managed.name!r} returned None; let it return the engine.")
     return engine

@@ -19,9 +19,9 @@ PROGRESS_EVERY_S = 0.1
 """Listeners are told of progress at most this often."""
 
 
-def waiting_for(slot: ManagedModel) -> int:
+def waiting_for(managed: ManagedModel) -> int:
     """How many requests are in a model's queue."""
-    return sum(1 for _ in slot.waiting())
+    return sum(1 for _ in managed.waiting())
 
 
 class Notifier:
@@ -46,11 +46,11 @@ class Notifier:
         error = error or task.error
         event = Event(
             what,
-            task.slot.name,
+            task.managed.name,
             task.move.source.shown(kind),
             task.move.target.shown(kind),
             now_s,
-            waiting_for(task.slot),
+            waiting_for(task.managed),
             now_s - task.started_s,
             phase,
             done_bytes,
@@ -60,47 +60,47 @@ class Notifier:
         )
         self.listeners.tell(event)
 
-    def tell_queue(self, slot: ManagedModel) -> None:
+    def tell_queue(self, managed: ManagedModel) -> None:
         """Somebody has come into a model's queue, or left it."""
         if self.listeners:
-            state = slot.state.shown(self._device.kind)
-            self.listeners.tell(Event("queue", slot.name, state, state, self._clock.now(), waiting_for(slot)))
+            state = managed.state.shown(self._device.kind)
+            self.listeners.tell(Event("queue", managed.name, state, state, self._clock.now(), waiting_for(managed)))
 
     def warn_of_budget(self, task: MoveTask, budget_bytes: float) -> None:
         """A model has come for the first time that the budget does not hold: the next time it will be refused."""
         logger.warning(
             "%s takes %s bytes, more than the budget of %s: the next request for it will be refused. Raise the budget "
             "(--gpu-budget, or budget_bytes). / %s 超出显存预算，下次请求将被拒绝，请调大预算。",
-            task.slot.name, f"{task.moved_bytes:,}", f"{budget_bytes:,.0f}", task.slot.name,
+            task.managed.name, f"{task.moved_bytes:,}", f"{budget_bytes:,.0f}", task.managed.name,
         )  # fmt: skip
 
     def tell_outside(self, task: MoveTask) -> None:
         """Warns once of a model that holds memory which no move takes with it."""
-        slot, kind = task.slot, task.move.via
-        if slot.outside_told or task.error is not None:
+        managed, kind = task.managed, task.move.via
+        if managed.outside_reported or task.error is not None:
             return
-        if slot.outside is not None and slot.outside.holders:
-            slot.outside_told = True
-            size = readable_bytes(slot.outside.held_bytes)
-            pids = ", ".join(str(holder.pid) for holder in slot.outside.holders)
+        if managed.outside_memory is not None and managed.outside_memory.holders:
+            managed.outside_reported = True
+            size = readable_bytes(managed.outside_memory.held_bytes)
+            pids = ", ".join(str(holder.pid) for holder in managed.outside_memory.holders)
             logger.warning(
                 "%s holds %s outside the books (pid %s), in memory that is neither a tensor nor an ONNX session: "
                 "offload does not move it; a release frees it, except in child processes that go on running. / "
                 "%s 有 %s 账外占用（进程 %s），既不是张量也不是 ONNX 会话：卸载不会移动它；释放模型可以腾出，"
                 "仍在运行的子进程除外。",
-                slot.name, size, pids, slot.name, size, pids,
+                managed.name, size, pids, managed.name, size, pids,
             )  # fmt: skip
-        elif kind is State.LOADING and self._device.separate and not slot.device_bytes:
-            slot.outside_told = True
+        elif kind is State.LOADING and self._device.separate and not managed.device_bytes:
+            managed.outside_reported = True
             logger.warning(
                 "%s: nothing was found in its engine that can leave %s, so offload frees nothing; release does. / "
                 "%s：引擎中没有可以移动的内容，卸载不会腾出显存，请使用完全释放。",
-                slot.name, Sentence.of(self._device.name).en, slot.name,
+                managed.name, Sentence.of(self._device.name).en, managed.name,
             )  # fmt: skip
 
     def log(self, task: MoveTask) -> None:
         """A move has ended."""
-        name, move, elapsed_s = task.slot.name, task.move, self._clock.now() - task.started_s
+        name, move, elapsed_s = task.managed.name, task.move, self._clock.now() - task.started_s
         if task.error is not None:
             waits = " and waits for room" if task.put_off else ""
             level = logging.INFO if task.put_off else logging.ERROR

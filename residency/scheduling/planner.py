@@ -31,159 +31,173 @@ class Room:
     hopeless: bool = False
 
 
-def move_towards(slot: ManagedModel, target: State, separate: bool) -> Move | None:
+def move_towards(managed: ManagedModel, target: State, separate: bool) -> Move | None:
     """The move that brings a settled model as far down as ``target`` (HOST or RELEASED); None if it is there.
 
     Where device and host are one memory (``separate`` is False) there is nothing to offload.
     """
-    if slot.at is State.RELEASED or slot.at is target:
+    if managed.settled_state is State.RELEASED or managed.settled_state is target:
         return None
     if target is State.HOST and not separate:
         return None
-    return Move(slot.name, slot.at, target)
+    return Move(managed.name, managed.settled_state, target)
 
 
-def next_step(slot: ManagedModel, now_s: float, separate: bool) -> Move | Serve | None:
+def next_step(managed: ManagedModel, now_s: float, separate: bool) -> Move | Serve | None:
     """What should happen to this model now, if anything; see the module for the order."""
-    if slot.holder is not None or slot.task is not None:
+    if managed.holder is not None or managed.move_task is not None:
         return None
-    if slot.closing:
-        return move_towards(slot, State.RELEASED, separate)
-    if slot.asked is not None and (move := move_towards(slot, slot.asked, separate)):
+    if managed.closing:
+        return move_towards(managed, State.RELEASED, separate)
+    if managed.pending_move is not None and (move := move_towards(managed, managed.pending_move, separate)):
         return move
-    called_for = slot.head() is not None or slot.wanted
-    if slot.broken and (slot.at is State.DEVICE or (slot.at is State.HOST and called_for)):
-        return Move(slot.name, slot.at, State.RELEASED)
-    if slot.head() is not None and slot.at is State.DEVICE:
+    called_for = managed.next_request() is not None or managed.prefetch
+    if managed.broken and (
+        managed.settled_state is State.DEVICE or (managed.settled_state is State.HOST and called_for)
+    ):
+        return Move(managed.name, managed.settled_state, State.RELEASED)
+    if managed.next_request() is not None and managed.settled_state is State.DEVICE:
         return Serve.HEAD
-    if called_for and slot.at is not State.DEVICE:
-        return Move(slot.name, slot.at, State.DEVICE)
-    return _due_move(slot, now_s, separate)
+    if called_for and managed.settled_state is not State.DEVICE:
+        return Move(managed.name, managed.settled_state, State.DEVICE)
+    return _due_move(managed, now_s, separate)
 
 
-def next_deadline(slot: ManagedModel, now_s: float, separate: bool) -> float:
+def next_deadline(managed: ManagedModel, now_s: float, separate: bool) -> float:
     """When `next_step` will next want to be asked, if nothing else happens; ``math.inf`` for never."""
-    if slot.task is not None:
-        return float(slot.task.give_up_at_s)
-    if slot.in_use or slot.idle_since_s is None or slot.at is State.RELEASED:
+    if managed.move_task is not None:
+        return float(managed.move_task.give_up_at_s)
+    if managed.in_use or managed.idle_since_s is None or managed.settled_state is State.RELEASED:
         return math.inf
-    edges = {edge for window in slot.policy.windows() for edge in window} | {slot.policy.idle_timeout_s}
-    times = {max(slot.idle_since_s + edge, slot.not_before_s, now_s) for edge in edges}
-    return min((time for time in times if time < math.inf and _due_move(slot, time, separate)), default=math.inf)
+    edges = {edge for window in managed.policy.windows() for edge in window} | {managed.policy.idle_timeout_s}
+    times = {max(managed.idle_since_s + edge, managed.policy_paused_until_s, now_s) for edge in edges}
+    return min((time for time in times if time < math.inf and _due_move(managed, time, separate)), default=math.inf)
 
 
-def _due_move(slot: ManagedModel, now_s: float, separate: bool) -> Move | None:
-    if slot.at is State.RELEASED or slot.idle_since_s is None or now_s < slot.not_before_s:
+def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | None:
+    if managed.settled_state is State.RELEASED or managed.idle_since_s is None or now_s < managed.policy_paused_until_s:
         return None
-    windows = slot.policy.windows()
+    windows = managed.policy.windows()
     # A model promised to be warm for longer than the idle timeout keeps that promise.
-    if now_s >= slot.idle_since_s + max(slot.policy.idle_timeout_s, windows[-1][1]):
-        return move_towards(slot, State.RELEASED, separate)
-    begun = any(slot.idle_since_s + start <= now_s < slot.idle_since_s + stop for start, stop in windows[1:])
-    if slot.at is State.HOST:
+    if now_s >= managed.idle_since_s + max(managed.policy.idle_timeout_s, windows[-1][1]):
+        return move_towards(managed, State.RELEASED, separate)
+    begun = any(managed.idle_since_s + start <= now_s < managed.idle_since_s + stop for start, stop in windows[1:])
+    if managed.settled_state is State.HOST:
         # The first window keeps a model where it is; later ones bring it back, unless somebody sent it away.
-        return Move(slot.name, State.HOST, State.DEVICE) if begun and not slot.sent_away else None
-    warm = begun or now_s < slot.idle_since_s + windows[0][1]
-    return None if warm else move_towards(slot, State.HOST, separate)
+        return Move(managed.name, State.HOST, State.DEVICE) if begun and not managed.moved_away_by_hand else None
+    warm = begun or now_s < managed.idle_since_s + windows[0][1]
+    return None if warm else move_towards(managed, State.HOST, separate)
 
 
 # -- room on the device -----------------------------------------------------------------------------------------
 
 
-def room_for(slot: ManagedModel, slots: Collection[ManagedModel], budget_bytes: float) -> Room:
-    """Whether ``slot`` may go to the device, on which models under management take ``budget_bytes`` at most.
+def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], budget_bytes: float) -> Room:
+    """Whether ``managed`` may go to the device, on which models under management take ``budget_bytes`` at most.
 
     If there is no room, idle models leave, the one unused for longest first; models in use are waited for. Who waits
     for room is served in the order of arrival over all models: a model whose next request came later counts as idle.
     Models promised to stay (keep-warm -1) do. A restore that no request waits for takes only room that is free, or
     that idle models hold if it was asked for.
     """
-    head = slot.head()
-    others = [other for other in slots if other is not slot]
+    head = managed.next_request()
+    others = [other for other in managed_models if other is not managed]
     if head is not None and not head.holding and any(_is_short_and_older(other, head) for other in others):
         return Room(wait=True)
     there_bytes = sum(other.size_bytes for other in others if other.on_device)
-    short_bytes = max(there_bytes + slot.size_bytes - budget_bytes, slot.lacking_bytes)
+    short_bytes = max(there_bytes + managed.size_bytes - budget_bytes, managed.shortfall_bytes)
     if short_bytes <= 0:
         return Room()
     short_bytes -= sum(other.size_bytes for other in others if _leaving(other))
-    if head is None and not slot.wanted:
+    if head is None and not managed.prefetch:
         return Room(hopeless=True)
     idle = [other for other in others if _may_be_evicted(other, head)]
     evict = _least_recently_used(idle, short_bytes)
     short_bytes -= sum(other.size_bytes for other in evict)
-    busy = [other for other in others if head and other not in idle and _will_be_free(other, head, slots)]
+    busy = [other for other in others if head and other not in idle and _will_be_free(other, head, managed_models)]
     # What is on its way for the first time may take anything.
-    if short_bytes > sum(other.size_bytes or (math.inf if other.task else 0) for other in busy):
+    if short_bytes > sum(other.size_bytes or (math.inf if other.move_task else 0) for other in busy):
         return Room(hopeless=True)
     return Room(evict=tuple(map(_eviction, evict)), wait=True)
 
 
-def over_budget(slots: Collection[ManagedModel], budget_bytes: float) -> list[Move]:
+def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -> list[Move]:
     """Idle models that must leave because a model turned out to be larger than was known."""
-    excess_bytes = sum([slot.size_bytes for slot in slots if slot.on_device and not _leaving(slot)]) - budget_bytes
+    excess_bytes = (
+        sum([managed.size_bytes for managed in managed_models if managed.on_device and not _leaving(managed)])
+        - budget_bytes
+    )
     if excess_bytes <= 0:
         return []
-    leave = _least_recently_used([slot for slot in slots if _may_be_evicted(slot, None)], excess_bytes)
-    return [_eviction(slot) for slot in leave]
+    leave = _least_recently_used(
+        [managed for managed in managed_models if _may_be_evicted(managed, None)], excess_bytes
+    )
+    return [_eviction(managed) for managed in leave]
 
 
-def _eviction(slot: ManagedModel) -> Move:
+def _eviction(managed: ManagedModel) -> Move:
     # What could not be offloaded a moment ago must go all the same: somebody waits for the room.
-    return Move(slot.name, State.DEVICE, State.RELEASED if slot.stuck else State.HOST)
+    return Move(managed.name, State.DEVICE, State.RELEASED if managed.cannot_offload else State.HOST)
 
 
-def would_wait_for_itself(request: LeaseRequest, slots: Collection[ManagedModel]) -> bool:
+def would_wait_for_itself(request: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:
     """Whether this request waits for somebody who waits, maybe over others, for who makes it."""
-    return not _in_the_way_of(request.slot, slots).isdisjoint(request.holding)
+    return not _in_the_way_of(request.managed, managed_models).isdisjoint(request.holding)
 
 
-def _in_the_way_of(slot: ManagedModel, slots: Collection[ManagedModel]) -> set[ManagedModel]:
-    """The models that must become free before ``slot`` does, itself included."""
+def _in_the_way_of(managed: ManagedModel, managed_models: Collection[ManagedModel]) -> set[ManagedModel]:
+    """The models that must become free before ``managed`` does, itself included."""
     seen: set[ManagedModel] = set()
-    todo = [slot]
+    todo = [managed]
     while todo:
         found = todo.pop()
         if found not in seen:
             seen.add(found)
-            todo += [other for other in slots for request in other.waiting() if found in request.holding]
+            todo += [other for other in managed_models for request in other.waiting() if found in request.holding]
     return seen
 
 
-def _leaving(slot: ManagedModel) -> bool:
-    return slot.task is not None and slot.at is State.DEVICE
+def _leaving(managed: ManagedModel) -> bool:
+    return managed.move_task is not None and managed.settled_state is State.DEVICE
 
 
-def _is_short_and_older(slot: ManagedModel, head: LeaseRequest) -> bool:
-    mine = slot.head()
-    return slot.short and mine is not None and mine.number < head.number
+def _is_short_and_older(managed: ManagedModel, head: LeaseRequest) -> bool:
+    mine = managed.next_request()
+    return managed.waiting_for_room and mine is not None and mine.number < head.number
 
 
-def _may_be_evicted(slot: ManagedModel, head: LeaseRequest | None) -> bool:
-    if slot.at is not State.DEVICE or slot.task is not None or slot.holder is not None or slot.stays:
+def _may_be_evicted(managed: ManagedModel, head: LeaseRequest | None) -> bool:
+    if (
+        managed.settled_state is not State.DEVICE
+        or managed.move_task is not None
+        or managed.holder is not None
+        or managed.stays
+    ):
         return False
-    mine = slot.head()
+    mine = managed.next_request()
     return mine is None or (head is not None and head.number < mine.number and not mine.holding)
 
 
-def _will_be_free(slot: ManagedModel, head: LeaseRequest, slots: Collection[ManagedModel]) -> bool:
+def _will_be_free(managed: ManagedModel, head: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:
     """Whether a model that is in use, or on its way to the device, can leave without waiting for ``head``."""
-    if not slot.on_device or slot.stays or not (slot.in_use or slot.task):
+    if not managed.on_device or managed.stays or not (managed.in_use or managed.move_task):
         return False
-    first = _in_the_way_of(slot, slots)
-    return first.isdisjoint((head.slot, *head.holding)) and not any(other.short for other in first)
+    first = _in_the_way_of(managed, managed_models)
+    return first.isdisjoint((head.managed, *head.holding)) and not any(other.waiting_for_room for other in first)
 
 
 def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> list[ManagedModel]:
     """As many of these as hold ``short_bytes`` together, or all of them."""
     leave: list[ManagedModel] = []
-    for slot in sorted(idle, key=lambda slot: -math.inf if slot.idle_since_s is None else slot.idle_since_s):
-        if short_bytes > 0 and slot.size_bytes > 0:
-            leave.append(slot)
-            short_bytes -= slot.size_bytes
+    for managed in sorted(
+        idle, key=lambda managed: -math.inf if managed.idle_since_s is None else managed.idle_since_s
+    ):
+        if short_bytes > 0 and managed.size_bytes > 0:
+            leave.append(managed)
+            short_bytes -= managed.size_bytes
     return leave
 
 
-def by_arrival(slots: Iterable[ManagedModel]) -> list[ManagedModel]:
+def by_arrival(managed_models: Iterable[ManagedModel]) -> list[ManagedModel]:
     """Slots in the order in which their next requests came; those without one last."""
-    return sorted(slots, key=lambda slot: head.number if (head := slot.head()) else math.inf)
+    return sorted(managed_models, key=lambda managed: head.number if (head := managed.next_request()) else math.inf)

@@ -13,24 +13,24 @@ from .planner import next_deadline, next_step
 _ASKED = {State.HOST: "offload", State.RELEASED: "release"}
 
 
-def describe(slot: ManagedModel, now_s: float, device_kind: str, separate: bool) -> dict[str, Any]:
+def describe(managed: ManagedModel, now_s: float, device_kind: str, separate: bool) -> dict[str, Any]:
     """One model's entry: bytes and seconds, None where unknown, -1 seconds for never."""
-    record = slot.last_move
+    record = managed.last_move
     return {
-        "state": slot.state.shown(device_kind),
-        "device_bytes": slot.device_bytes,
-        "host_bytes": slot.host_bytes,
-        "size_bytes": slot.size_bytes,
-        "idle_s": _idle_s(slot, now_s),
-        "leases": int(slot.holder is not None),
-        "holder": _holder(slot, now_s),
-        "waiting": sum(1 for _ in slot.waiting()),
-        "keep_warm_s": _finite(slot.policy.keep_warm_s),
-        "idle_timeout_s": _finite(slot.policy.idle_timeout_s),
-        "policy": slot.policy.name,
-        "pending": _ASKED[slot.asked] if slot.asked else None,
-        "next": _next(slot, now_s, device_kind, separate),
-        "progress": _progress(slot, now_s, device_kind),
+        "state": managed.state.shown(device_kind),
+        "device_bytes": managed.device_bytes,
+        "host_bytes": managed.host_bytes,
+        "size_bytes": managed.size_bytes,
+        "idle_s": _idle_s(managed, now_s),
+        "leases": int(managed.holder is not None),
+        "holder": _holder(managed, now_s),
+        "waiting": sum(1 for _ in managed.waiting()),
+        "keep_warm_s": _finite(managed.policy.keep_warm_s),
+        "idle_timeout_s": _finite(managed.policy.idle_timeout_s),
+        "policy": managed.policy.name,
+        "pending": _ASKED[managed.pending_move] if managed.pending_move else None,
+        "next": _next(managed, now_s, device_kind, separate),
+        "progress": _progress(managed, now_s, device_kind),
         "last_move": {
             "from": record.move.source.shown(device_kind),
             "to": record.move.target.shown(device_kind),
@@ -39,9 +39,11 @@ def describe(slot: ManagedModel, now_s: float, device_kind: str, separate: bool)
         }
         if record
         else None,
-        "last_error": slot.last_error,
-        "outside_bytes": slot.outside.total_bytes if slot.outside else 0,
-        "outside_processes": [holder.as_dict() for holder in slot.outside.holders] if slot.outside else [],
+        "last_error": managed.last_error,
+        "outside_bytes": managed.outside_memory.total_bytes if managed.outside_memory else 0,
+        "outside_processes": [holder.as_dict() for holder in managed.outside_memory.holders]
+        if managed.outside_memory
+        else [],
     }
 
 
@@ -64,32 +66,32 @@ def describe_device(
     }
 
 
-def _idle_s(slot: ManagedModel, now_s: float) -> float | None:
-    if slot.holder is not None:
+def _idle_s(managed: ManagedModel, now_s: float) -> float | None:
+    if managed.holder is not None:
         return 0.0
-    return None if slot.idle_since_s is None else round(max(0.0, now_s - slot.idle_since_s), 3)
+    return None if managed.idle_since_s is None else round(max(0.0, now_s - managed.idle_since_s), 3)
 
 
-def _holder(slot: ManagedModel, now_s: float) -> dict[str, Any] | None:
+def _holder(managed: ManagedModel, now_s: float) -> dict[str, Any] | None:
     """The request that has the model, as `Holder` tells of it."""
-    if slot.holder is None:
+    if managed.holder is None:
         return None
-    facts = slot.holder.facts(now_s)
+    facts = managed.holder.facts(now_s)
     return {**vars(facts), "held_s": round(facts.held_s, 3)}
 
 
-def _next(slot: ManagedModel, now_s: float, device_kind: str, separate: bool) -> dict[str, Any] | None:
+def _next(managed: ManagedModel, now_s: float, device_kind: str, separate: bool) -> dict[str, Any] | None:
     """What its policy will do next, and in how many seconds; None if nothing, or not before something else happens."""
-    deadline_s = next_deadline(slot, now_s, separate)
-    step = None if slot.task or deadline_s == math.inf else next_step(slot, deadline_s, separate)
+    deadline_s = next_deadline(managed, now_s, separate)
+    step = None if managed.move_task or deadline_s == math.inf else next_step(managed, deadline_s, separate)
     if not isinstance(step, Move):
         return None
     return {"to": step.target.shown(device_kind), "in_s": round(deadline_s - now_s, 3)}
 
 
-def _progress(slot: ManagedModel, now_s: float, device_kind: str) -> dict[str, Any] | None:
+def _progress(managed: ManagedModel, now_s: float, device_kind: str) -> dict[str, Any] | None:
     """How far the move under way has come: seconds since it began, and the bytes and the rate of its phase."""
-    task = slot.task
+    task = managed.move_task
     if task is None:
         return None
     phase, done_bytes, total_bytes = task.progress.facts

@@ -18,7 +18,7 @@ from ..contracts import Engine
 from ..errors import InvalidInput
 from . import static
 from .server.permissions import Permissions
-from .shared.gradio_compat import PRIVATE, session, speaker, supported
+from .shared.gradio_compat import PRIVATE, localizer, session, supported
 from .speech import task_names
 from .speech.conversion import Limits
 from .speech.edit_types import STEP_AUDIO_EDIT_TYPES
@@ -175,7 +175,7 @@ class EditxTab:
 
     def _choose_task(self, edit_type: str) -> tuple[Any, str]:
         update = self.update_edit_info(edit_type)
-        return update, task_names.line(edit_type, update["value"], speaker())
+        return update, task_names.line(edit_type, update["value"], localizer())
 
     def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[Any, ...]:
         recording = sample_voices.copied(sample, self.speech.folder)
@@ -195,12 +195,12 @@ class EditxTab:
             state["message"] = Message("")
         except Exception as error:
             late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
-            state["message"] = Message.of(Overtaken() if late else error, speaker())
+            state["message"] = Message.of(Overtaken() if late else error, localizer())
             # The chat is left alone, so that a player that is playing plays on.
             return gr.skip(), state, state["message"]
         finally:  # after the message is stored: a page that was loaded anew reads it from there
             self._requests.end(state, request)
-        return as_messages(state["history_messages"], speaker()), state, state["message"]
+        return as_messages(state["history_messages"], localizer()), state, state["message"]
 
     async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
         async for shown in self.presses.press(self._clone_and_wipe, *inputs):
@@ -319,7 +319,7 @@ class EditxTab:
         # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
         cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
         drawn = cloned.then(
-            lambda state: as_messages(state["history_messages"], speaker()), state, self.chat_box, **hidden
+            lambda state: as_messages(state["history_messages"], localizer()), state, self.chat_box, **hidden
         )
         edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
         for pressed in (drawn, edited):
@@ -334,7 +334,7 @@ class EditxTab:
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
         self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
         self.edit_info.input(
-            lambda task, sub_task: task_names.line(task, sub_task, speaker()),
+            lambda task, sub_task: task_names.line(task, sub_task, localizer()),
             [self.edit_type, self.edit_info],
             self.task_line,
             **at_once,

@@ -25,7 +25,7 @@ from .server.middleware import RequestMiddleware
 from .server.permissions import Permissions
 from .server.root_path import beneath
 from .server.server import BoundedServer
-from .server.session_requests import SessionAccess
+from .server.session_requests import SessionRequests
 from .shared.gradio_compat import (
     Blocks,
     keep_uploads_in,
@@ -162,7 +162,7 @@ class Page:
         session_limits.bound_names()
         session_limits.bound_uploads()
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
-        lines = SessionAccess(self._may_stay, affordable() // 2)  # the rest is for requests that end
+        lines = SessionRequests(self._may_stay, affordable() // 2)  # the rest is for requests that end
         middleware = [
             beneath(root_path),
             small_bodies_first,

@@ -16,14 +16,14 @@ Write = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
-def speaker() -> Hibari:
+def localizer() -> Hibari:
     return Hibari()
 
 
 @pytest.fixture(scope="session")
-def speech(speaker: Hibari) -> np.ndarray:
+def speech(localizer: Hibari) -> np.ndarray:
     """Clean speech, float32 [samples], 24 kHz, about 5 s."""
-    return speaker(SENTENCE, seed=0)
+    return localizer(SENTENCE, seed=0)
 
 
 @pytest.fixture(scope="session")

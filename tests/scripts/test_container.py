@@ -63,7 +63,7 @@ class Machine(Caller):
         return output
 
     def start(self, *arguments: str, **environ: str) -> str:
-        return self.say("--docker", "--detach", *arguments, **environ)
+        return self.localize("--docker", "--detach", *arguments, **environ)
 
 
 @pytest.fixture
@@ -93,12 +93,14 @@ def test_from_start_to_stop(machine: Machine) -> None:
     ]
     assert machine.containers[NAME]["restart"] == "unless-stopped"
     # Where a container is all that runs, it need not be said.
-    assert f"EXEC python -m gpu_manager status --url http://127.0.0.1:{machine.port}" in machine.say("status", PORT="")
-    machine.say("status", PORT="", LC_ALL="zh_CN.UTF-8")
+    assert f"EXEC python -m gpu_manager status --url http://127.0.0.1:{machine.port}" in machine.localize(
+        "status", PORT=""
+    )
+    machine.localize("status", PORT="", LC_ALL="zh_CN.UTF-8")
     assert machine.calls("exec")[-1][:2] == ["--env", "LC_ALL=zh"], "the app's table is in the same language"
-    assert "LOG of" in machine.say("logs", "--docker")
-    assert "Ready" in machine.say("restart", PORT="")
-    assert "Stopped" in machine.say("stop")
+    assert "LOG of" in machine.localize("logs", "--docker")
+    assert "Ready" in machine.localize("restart", PORT="")
+    assert "Stopped" in machine.localize("stop")
     assert machine.containers == {}
     assert machine.call("status", "--docker")[0] == 3
 
@@ -172,12 +174,12 @@ def test_a_private_key_that_only_root_may_read_is_said_before_the_start(machine:
     arguments = ["--docker", "--detach", "--ssl-certfile", str(certificate), f"--ssl-keyfile={key}"]
     assert f"chown 10001 {key}" in machine.refuse(*arguments)
     os.chown(key, 10001, -1)
-    said = machine.say("--docker", "--check", *arguments[2:])
+    said = machine.localize("--docker", "--check", *arguments[2:])
     assert f"--volume {key}:{key}:ro" in said
 
 
 def test_what_would_be_made_is_said(machine: Machine, tmp_path: Path) -> None:
-    said = machine.say("--docker", "--check", GPU_SNAPSHOT_DIR=str(tmp_path / "snapshots"))
+    said = machine.localize("--docker", "--check", GPU_SNAPSHOT_DIR=str(tmp_path / "snapshots"))
     assert f"Would make the folder {tmp_path / 'snapshots'}" in said
 
 
@@ -201,10 +203,10 @@ def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None
 
 def test_without_a_network_what_is_built_already_starts(machine: Machine) -> None:
     machine.start()
-    machine.say("stop")
+    machine.localize("stop")
     machine.set(offline=True)
     machine.start()
-    machine.say("stop")
+    machine.localize("stop")
     machine.project.requirements.write_text("# changed\n")
     assert "could not be built" in machine.refuse("--docker", "--detach")
 
@@ -224,14 +226,14 @@ class TestSomebodyElses:
         assert KEPT in said
         assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}, "it stays down"
         assert machine.containers[NAME]["image"] == "gpu-managed-tts"
-        assert f"docker start {NAME}" in machine.say("stop")
+        assert f"docker start {NAME}" in machine.localize("stop")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
     def test_it_is_back_also_after_ours_was_replaced_in_turn(self, machine: Machine) -> None:
         machine.start("--replace")
         assert "Give --replace" in machine.refuse("--docker", "--detach")
         machine.start("--replace", "--simulate-gpu", "48GB")
-        machine.say("stop")
+        machine.localize("stop")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
     def test_none_is_lost_to_another_of_that_name(self, machine: Machine) -> None:
@@ -246,14 +248,14 @@ class TestSomebodyElses:
 
     def test_its_policy_is_asked_for_where_ours_is_gone_which_knew_it(self, machine: Machine) -> None:
         machine.start("--replace")
-        machine.say("stop")
+        machine.localize("stop")
         machine.set(containers={KEPT: OLD | {"status": "exited", "restart": "no"}})
-        assert f"docker update --restart unless-stopped {NAME}" in machine.say("stop", "--docker")
+        assert f"docker update --restart unless-stopped {NAME}" in machine.localize("stop", "--docker")
 
     def test_a_start_that_fails_says_the_way_back(self, machine: Machine) -> None:
         code, said = machine.call("--docker", "--detach", "--replace", "--break")
         assert (code, "Back to what was: " in said, "LOG of" in said) == (1, True, True)
-        machine.say("stop", "--docker")
+        machine.localize("stop", "--docker")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
     @pytest.mark.parametrize("trouble", [{"failing": ["run"]}, {"no_start": True}], ids=["not made", "made"])
@@ -284,7 +286,7 @@ class TestSomebodyElses:
         machine.start("--replace", "--two")
         assert machine.containers.keys() == {NAME, KEPT}
         assert "--two" in machine.containers[NAME]["command"]
-        machine.say("stop")
+        machine.localize("stop")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
     @pytest.mark.parametrize("failing", ["rename", "update"])
@@ -295,7 +297,7 @@ class TestSomebodyElses:
         machine.set(failing=[failing])
         assert machine.call("stop", "--docker")[0] == 1
         machine.set(failing=[])
-        assert "not known" not in machine.say("stop", "--docker")
+        assert "not known" not in machine.localize("stop", "--docker")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
     def test_one_that_cannot_be_renamed_is_said_to_be_stopped(self, machine: Machine) -> None:
@@ -304,7 +306,7 @@ class TestSomebodyElses:
         assert (code, f"is stopped: docker start {NAME}" in said) == (1, True), said
 
     def test_check_says_so_and_does_nothing(self, machine: Machine) -> None:
-        said = machine.say("--docker", "--check", "--replace")
+        said = machine.localize("--docker", "--check", "--replace")
         assert f"Would stop {NAME} and keep it as {KEPT}" in said
         assert "Would build: docker build" in said
         assert f"Would run: docker run --name {NAME}" in said
@@ -312,7 +314,7 @@ class TestSomebodyElses:
 
 
 def test_what_check_says_is_what_is_done(machine: Machine) -> None:
-    said = machine.say("--docker", "--detach", "--check", "--simulate-gpu", "48GB")
+    said = machine.localize("--docker", "--detach", "--check", "--simulate-gpu", "48GB")
     machine.start("--simulate-gpu", "48GB")
     for verb in ("build", "run"):
         planned = next(line for line in said.splitlines() if f": docker {verb}" in line)
@@ -333,7 +335,7 @@ def test_one_in_a_terminal_is_stopped_from_another_one(machine: Machine) -> None
     assert process.stdout is not None
     assert any("Ready" in line for line in process.stdout)
     assert "--detach" not in machine.calls("run")[-1]
-    machine.say("stop", "--docker")
+    machine.localize("stop", "--docker")
     process.communicate(timeout=30)
     assert machine.containers == {}
 
@@ -381,18 +383,18 @@ class TestGPU:
 def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
     machine.start()
     other = str(free_port())
-    assert f"Nothing that this script started runs on port {other}" in machine.say("stop", "--port", other)
+    assert f"Nothing that this script started runs on port {other}" in machine.localize("stop", "--port", other)
     assert machine.call("status", PORT=other)[0] == 3
     assert machine.containers[NAME]["status"] == "running"
-    assert "Ready" in machine.say("restart", "--port", machine.port)
+    assert "Ready" in machine.localize("restart", "--port", machine.port)
 
 
 def test_one_of_another_name_is_found(machine: Machine) -> None:
     machine.start("--container-name", "mine")
-    assert "Container mine: ours running" in machine.say("status", PORT="")
-    assert "Container mine: ours running" in machine.say("status"), "by its port"
-    assert "Container mine: ours running" in machine.say("status", "--docker", PORT="")
-    machine.say("stop", PORT="")
+    assert "Container mine: ours running" in machine.localize("status", PORT="")
+    assert "Container mine: ours running" in machine.localize("status"), "by its port"
+    assert "Container mine: ours running" in machine.localize("status", "--docker", PORT="")
+    machine.localize("stop", PORT="")
     assert machine.containers == {}
 
 
@@ -405,20 +407,20 @@ def test_several_are_listed_with_the_way_to_name_one(machine: Machine) -> None:
         assert (code, "2 apps run. Name one:" in said) == (1, True), said
         assert f"port {machine.port}, container {NAME}, since 2026-01-02 0" in said
         assert "stop --docker --container-name another" in said
-    machine.say("stop", "--docker", "--container-name", "another", PORT="")
+    machine.localize("stop", "--docker", "--container-name", "another", PORT="")
     assert machine.containers.keys() == {NAME}
 
 
 def test_a_name_that_a_sandbox_may_have_set_is_said_with_its_source(machine: Machine) -> None:
     assert "'sandbox-7', as the variable CONTAINER_NAME says" in machine.start(CONTAINER_NAME="sandbox-7")
     assert machine.containers.keys() == {"sandbox-7"}
-    machine.say("stop", PORT="")
+    machine.localize("stop", PORT="")
     said = machine.start(CONTAINER_NAME="sandbox-7", GPU_TTS_CONTAINER_NAME="mine")
     assert "variable CONTAINER_NAME" not in said
     assert machine.containers.keys() == {"mine"}
     # In a shell that has none, or another one, it is found all the same.
-    assert "Container mine" in machine.say("status", "--docker", PORT="", CONTAINER_NAME="sandbox-8")
-    machine.say("stop", PORT="", CONTAINER_NAME="sandbox-8")
+    assert "Container mine" in machine.localize("status", "--docker", PORT="", CONTAINER_NAME="sandbox-8")
+    machine.localize("stop", PORT="", CONTAINER_NAME="sandbox-8")
     assert machine.containers == {}
 
 
@@ -427,8 +429,8 @@ def test_one_that_runs_is_found_behind_the_record_of_a_process_that_has_ended(ma
     records.mkdir()
     (records / f"{machine.port}.run").write_text("\0".join(["999999999", "12345", "", "/", "0"]) + "\0")
     machine.start()
-    assert "EXEC" in machine.say("status")
-    machine.say("stop")
+    assert "EXEC" in machine.localize("status")
+    machine.localize("stop")
     assert machine.containers == {}
 
 
@@ -453,7 +455,7 @@ class TestARestartThatFails:
         code, said = machine.call("restart")
         assert (code, f"nothing serves on port {machine.port} now" in said) == (1, True), said
         assert machine.containers[NAME]["status"] == "exited"
-        assert "Ready" in machine.say("restart", "--docker")
+        assert "Ready" in machine.localize("restart", "--docker")
 
     def test_one_that_docker_leaves_alone_serves_as_before(self, machine: Machine) -> None:
         machine.start()

@@ -34,13 +34,13 @@ def test_the_one_that_runs_is_found(apps: list[Service]) -> None:
     gone.start("--gone")
     os.kill(gone.pid, signal.SIGKILL)
     first = app.start("--one")["pid"]
-    assert f"pid {first}, http://127.0.0.1:{app.port}" in app.say("status", PORT="")
-    assert "--one" in app.say("logs", PORT="")
-    assert "Ready" in app.say("restart", PORT="")
+    assert f"pid {first}, http://127.0.0.1:{app.port}" in app.localize("status", PORT="")
+    assert "--one" in app.localize("logs", PORT="")
+    assert "Ready" in app.localize("restart", PORT="")
     again = app.pid
     assert not runs(first)
     assert app.seen()["argv"][2:4] == ["--serve", "--one"]
-    assert f"Stopping pid {again}" in app.say("stop", PORT="")
+    assert f"Stopping pid {again}" in app.localize("stop", PORT="")
     assert not runs(again)
     assert app.call("status", PORT="")[0] == 3
 
@@ -56,11 +56,11 @@ def test_several_are_listed_with_the_way_to_name_one(apps: list[Service], action
         assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d: ", line)
         assert runs(app.pid)
     assert subprocess.run(shlex.split(line.partition(": ")[2]), capture_output=True, check=False).returncode == 0
-    assert f"pid {apps[0].pid}" in apps[0].say("status"), "the other one is not touched"
+    assert f"pid {apps[0].pid}" in apps[0].localize("status"), "the other one is not touched"
 
 
 def test_what_is_said_after_a_start_means_that_app_also_beside_another_one(apps: list[Service]) -> None:
-    said = [app.say("--detach", "--serve") for app in apps]
+    said = [app.localize("--detach", "--serve") for app in apps]
     line = next(line for line in said[0].splitlines() if "Stop:" in line).partition("Stop: ")[2]
     pids = [app.pid for app in apps]
     assert subprocess.run(shlex.split(line), capture_output=True, check=False).returncode == 0

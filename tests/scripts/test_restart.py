@@ -39,7 +39,7 @@ def test_an_app_that_ends_while_it_starts_is_followed_by_the_one_before(service:
     assert (seen["argv"], seen["cwd"], seen["secrets"]) == (first["argv"], first["cwd"], first["secrets"])
     assert "a mistake on purpose" in Path(f"{service.log}.1").read_text(), "what went wrong can be read later"
     # And what counts for the next restart is what runs.
-    service.say("restart")
+    service.localize("restart")
     assert service.seen()["argv"] == first["argv"]
 
 
@@ -64,7 +64,7 @@ def test_it_is_said_when_the_one_before_does_not_start_either(service: Service) 
     assert code == 1
     assert f"nothing serves on port {service.port} now" in said
     assert service.call("status")[0] == 3
-    assert "Ready" in service.say("restart"), "its settings are still known"
+    assert "Ready" in service.localize("restart"), "its settings are still known"
 
 
 def test_a_port_that_was_taken_meanwhile_is_told(service: Service) -> None:
@@ -99,7 +99,7 @@ def test_an_app_that_does_not_end_leaves_no_second_one(service: Service) -> None
     code, said = service.call("restart", STOP_TIMEOUT="1")
     assert (code, f"{pid} still runs after 1 s" in said, "nothing serves" in said) == (1, True, True), said
     assert runs(pid)
-    service.say("stop")
+    service.localize("stop")
 
 
 class TestInATerminal:
@@ -117,8 +117,8 @@ class TestInATerminal:
         assert first.wait(30) == 0
         assert "a mistake on purpose" in "".join(said)
         assert app_line("".join(said[said.index("a mistake on purpose\n") :]))["argv"][2:4] == ["--serve", "--one"]
-        assert f"pid {service.pid}" in service.say("status")
-        service.say("stop")
+        assert f"pid {service.pid}" in service.localize("status")
+        service.localize("stop")
         rest = restart.communicate(timeout=30)[0]
         assert (restart.returncode, "The restart has failed" in rest) == (1, True), rest
 

@@ -39,7 +39,7 @@ def test_links_that_others_have_put_into_the_run_dir_are_not_written_through(ser
     assert target.read_text() == "precious"
     assert not service.log.is_symlink()
     assert service.pid
-    service.say("stop")
+    service.localize("stop")
     assert target.read_text() == "precious"
 
 
@@ -47,23 +47,23 @@ def test_from_start_to_stop(service: Service) -> None:
     seen = service.start()
     assert service.pid == seen["pid"], "the file has the app's own pid, for whoever wants to send it a signal"
     assert seen["argv"][2] == "--serve"
-    assert f"ASKED status --url http://127.0.0.1:{service.port}" in service.say("status")
-    assert "APP" in service.say("logs")
-    assert "Stopped" in service.say("stop")
+    assert f"ASKED status --url http://127.0.0.1:{service.port}" in service.localize("status")
+    assert "APP" in service.localize("logs")
+    assert "Stopped" in service.localize("stop")
     assert not runs(seen["pid"])
     assert "stopped by SIGTERM" in service.log.read_text()
     assert sorted(file.name for file in service.run_dir.iterdir()) == [f"{service.port}.log"]
     code, output = service.call("status")
     assert (code, "Nothing" in output) == (3, True)
-    assert "Nothing" in service.say("stop")
+    assert "Nothing" in service.localize("stop")
 
 
 @pytest.mark.parametrize("no_proxy", [{}, {"NO_PROXY": "a.example"}], ids=["none", "another"])
 def test_a_proxy_in_the_environment_is_never_asked_for_this_machine(service: Service, no_proxy: dict[str, str]) -> None:
     dead = "http://127.0.0.1:9"
     environ = {"http_proxy": dead, "HTTP_PROXY": dead, "ALL_PROXY": dead, **no_proxy}
-    assert "Ready" in service.say("--detach", "--serve", **environ)
-    assert "BY A PROXY ['192.0.2.1']" in service.say("status", **environ)
+    assert "Ready" in service.localize("--detach", "--serve", **environ)
+    assert "BY A PROXY ['192.0.2.1']" in service.localize("status", **environ)
     assert service.seen()["proxies"] == {"http_proxy": dead, "HTTP_PROXY": dead, "ALL_PROXY": dead}, "others need them"
 
 
@@ -72,13 +72,13 @@ def test_an_app_with_tls_is_ready(service: Service, tmp_path: Path) -> None:
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=tts.example"
     subprocess.run([*make.split(), "-out", cert, "-keyout", key], capture_output=True, check=True)
-    said = service.say("--detach", "--serve", "--ssl-certfile", cert, "--ssl-keyfile", key, READY_TIMEOUT="60")
+    said = service.localize("--detach", "--serve", "--ssl-certfile", cert, "--ssl-keyfile", key, READY_TIMEOUT="60")
     assert f"Ready: https://127.0.0.1:{service.port}" in said
-    assert f"ASKED status --url https://127.0.0.1:{service.port}" in service.say("status")
+    assert f"ASKED status --url https://127.0.0.1:{service.port}" in service.localize("status")
 
 
 def test_the_address_log_and_ways_to_stop_are_said(service: Service) -> None:
-    output = service.say("--detach", "--serve")
+    output = service.localize("--detach", "--serve")
     assert f"http://127.0.0.1:{service.port}" in output
     assert str(service.log) in output
     line = next(line for line in output.splitlines() if "Stop:" in line).partition("Stop: ")[2]
@@ -99,8 +99,8 @@ def test_of_two_starts_at_once_one_wins_and_is_found(service: Service) -> None:
     said = [start.communicate(timeout=60)[0] for start in starts]
     assert sorted(start.returncode for start in starts) == [0, 1], said
     assert sum("runs already" in words for words in said) == 1, said
-    assert f"pid {service.pid}" in service.say("status")
-    service.say("stop")
+    assert f"pid {service.pid}" in service.localize("status")
+    service.localize("stop")
 
 
 def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
         GPU_CONTROL_TOKEN="a secret",
         GRADIO_AUTH="me:x",
     )
-    assert "Ready" in service.say("restart", "--gpu-idle-timeout", "1h", "--more")
+    assert "Ready" in service.localize("restart", "--gpu-idle-timeout", "1h", "--more")
     seen = service.seen()
     assert seen["pid"] != first["pid"]
     assert not runs(first["pid"])
@@ -118,7 +118,7 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
     assert seen["secrets"] == {"GPU_CONTROL_TOKEN": "a secret", "GRADIO_AUTH": "me:x"}
     assert seen["argv"][2:5] == ["--serve", "--title=a b", "--more"]
     assert seen["argv"][-4:] == ["--gpu-idle-timeout", "1h", "--gpu-keep-warm", "30s"]
-    service.say("restart", GPU_CONTROL_TOKEN="another")
+    service.localize("restart", GPU_CONTROL_TOKEN="another")
     assert service.seen()["secrets"]["GPU_CONTROL_TOKEN"] == "another"
     assert service.seen()["argv"] == seen["argv"]
     assert Path(f"{service.log}.1").exists(), "the log before the last restart"
@@ -127,7 +127,7 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
 def test_a_restart_remembers_the_address_of_the_proxy(service: Service) -> None:
     address = {"GPU_TTS_ROOT_PATH": "/tts", "GRADIO_ROOT_PATH": "/old", "GPU_TTS_ALLOWED_HOSTS": "tts.example.com"}
     service.start(**address)
-    service.say("restart", GPU_TTS_ROOT_PATH="/speech")
+    service.localize("restart", GPU_TTS_ROOT_PATH="/speech")
     assert service.seen()["address"] == {**address, "GPU_TTS_ROOT_PATH": "/speech"}
 
 
@@ -137,11 +137,11 @@ def test_a_restart_chooses_the_gpu_anew_unless_it_was_said(service: Service) -> 
     try:
         assert service.start()["cuda"]["CUDA_VISIBLE_DEVICES"] == "1"
         service.project.nvidia_smi(gpus.format(300, 200))
-        service.say("restart")
+        service.localize("restart")
         assert service.seen()["cuda"]["CUDA_VISIBLE_DEVICES"] == "0"
-        service.say("restart", "--gpu-id", "1")
+        service.localize("restart", "--gpu-id", "1")
         assert service.seen()["cuda"]["CUDA_VISIBLE_DEVICES"] == "1"
-        service.say("restart")
+        service.localize("restart")
         assert service.seen()["cuda"]["CUDA_VISIBLE_DEVICES"] == "1"
     finally:
         (service.project.bin / "nvidia-smi").unlink()
@@ -189,18 +189,18 @@ def test_a_restart_that_cannot_be_leaves_what_runs_alone(service: Service, tmp_p
         assert "new-since-the-start" in service.call("restart")[1]
     finally:
         service.project.requirements.write_text("")
-    assert f"pid {pid}" in service.say("status")
+    assert f"pid {pid}" in service.localize("status")
 
 
 def test_after_a_stop_nothing_is_remembered(service: Service) -> None:
     service.start("--title=a b", GPU_CONTROL_TOKEN="a secret")
-    service.say("stop")
-    assert "Nothing is known of an earlier start" in service.say("restart", "--detach", "--serve")
+    service.localize("stop")
+    assert "Nothing is known of an earlier start" in service.localize("restart", "--detach", "--serve")
     assert service.seen()["secrets"]["GPU_CONTROL_TOKEN"] is None
 
 
 def test_a_restart_of_nothing_is_a_start(service: Service) -> None:
-    assert "Ready" in service.say("restart", "--detach", "--serve")
+    assert "Ready" in service.localize("restart", "--detach", "--serve")
 
 
 def test_an_app_that_ends_while_it_starts(service: Service) -> None:
@@ -240,8 +240,8 @@ def test_an_app_that_is_not_ready_in_time_goes_on(service: Service) -> None:
     assert code == 1
     assert "not ready after 1 s" in output
     assert runs(service.pid)
-    assert "Not ready yet" in service.say("status")
-    service.say("stop")
+    assert "Not ready yet" in service.localize("status")
+    service.localize("stop")
 
 
 def test_an_app_that_does_not_end_in_time_is_ended_by_a_second_stop(service: Service) -> None:
@@ -249,18 +249,18 @@ def test_an_app_that_does_not_end_in_time_is_ended_by_a_second_stop(service: Ser
     code, output = service.call("stop", STOP_TIMEOUT="1")
     assert (code, f"{pid} still runs after 1 s" in output, f"if it hangs: kill -9 {pid}" in output) == (1, True, True)
     assert runs(pid)
-    service.say("stop")
+    service.localize("stop")
     assert not runs(pid)
 
 
 def test_another_process_with_the_same_number_is_left_alone(service: Service) -> None:
     service.start()
-    service.say("stop")
+    service.localize("stop")
     innocent = subprocess.Popen(["sleep", "60"])
     try:
         record = [str(innocent.pid), "12345", "", "/", "0"]
         (service.run_dir / f"{service.port}.run").write_text("\0".join(record) + "\0")
-        assert "Nothing" in service.say("stop")
+        assert "Nothing" in service.localize("stop")
         assert service.call("status")[0] == 3
         assert innocent.poll() is None
     finally:
@@ -274,11 +274,11 @@ def test_one_in_a_terminal_is_stopped_from_another_one(service: Service) -> None
     for line in process.stdout:
         if "Ready" in line:
             break
-    assert f"pid {process.pid}" in service.say("status")
+    assert f"pid {process.pid}" in service.localize("status")
     service.log.write_text("of an earlier one in the background\n")
     code, output = service.call("logs")
     assert (code, "terminal" in output, "earlier" in output) == (1, True, False)
-    service.say("stop")
+    service.localize("stop")
     assert process.wait(30) == 0
     assert "stopped by SIGTERM" in process.stdout.read()
 
@@ -287,10 +287,10 @@ def test_two_apps_do_not_mix(service: Service, shared: Project) -> None:
     other = Service(shared, service.run_dir)
     service.start("--one")
     other.start("--two")
-    service.say("stop")
+    service.localize("stop")
     assert runs(other.pid)
-    assert "--two" in other.say("logs")
-    other.say("stop")
+    assert "--two" in other.localize("logs")
+    other.localize("stop")
 
 
 def test_secrets_are_for_the_owner_only(service: Service) -> None:
@@ -303,7 +303,7 @@ def test_logs_follow_what_comes(service: Service) -> None:
     follower = service.project.start("logs", "--follow", **service.environ)
     assert follower.stdout is not None
     assert "APP" in follower.stdout.readline()
-    service.say("stop")
+    service.localize("stop")
     assert "SIGTERM came" in follower.stdout.readline()
     follower.kill()
     follower.communicate()
@@ -361,8 +361,8 @@ def test_a_damaged_record_is_told_and_counts_as_none(service: Service, written: 
         record.write_bytes(written)
     code, said = service.call("status")
     assert (code, said.count(f"{record} is damaged")) == (3, 1), said
-    assert f"{record} is damaged" in service.say("--detach", "--serve")
-    assert "damaged" not in service.say("stop")
+    assert f"{record} is damaged" in service.localize("--detach", "--serve")
+    assert "damaged" not in service.localize("stop")
     assert not record.exists()
 
 
@@ -378,5 +378,5 @@ def test_a_restart_that_cannot_write_leaves_what_runs(service: Service, tmp_path
     assert (code, f"RUN_DIR '{service.run_dir}' (variable RUN_DIR) cannot be written" in said) == (1, True), said
     assert runs(pid)
     make_file.unlink()
-    assert "Ready" in service.say("restart")
+    assert "Ready" in service.localize("restart")
     assert not list(service.run_dir.glob("*.try"))

@@ -18,7 +18,7 @@ from gpu_manager import GPUResourceManager
 from residency.cancellation import checkpoint
 from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
-from residency.web.shared.language import Say, en, zh
+from residency.web.shared.language import Localize, en, zh
 from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
 from residency.web.speech.task_names import choices
 
@@ -153,13 +153,18 @@ def test_an_edit_that_cannot_be_says_so_before_the_engine_is_asked(
     ],
 )
 def test_an_error_about_a_task_calls_tasks_as_the_menus_do(
-    session: Session, monkeypatch: pytest.MonkeyPatch, say: Say, task: str, info: str | None, expected: list[str]
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    localize: Localize,
+    task: str,
+    info: str | None,
+    expected: list[str],
 ) -> None:
-    monkeypatch.setattr("residency.web.editx_tab.speaker", lambda: say)
+    monkeypatch.setattr("residency.web.editx_tab.speaker", lambda: localize)
     message = session.edit(task, info).message
     for words in expected:
         assert html.escape(words) in message
-    menu = choices([name for name in session.tab.speech.edit_types if name != "clone"], None, say)
+    menu = choices([name for name in session.tab.speech.edit_types if name != "clone"], None, localize)
     assert task != "clone" or all(name in message for name, _ in menu)
 
 
@@ -367,8 +372,8 @@ def test_sub_tasks_follow_the_task(tab: EditxTab) -> None:
 
 class TestWithoutManagement:
     def test_gpu_methods_say_how_to_enable_it(self, tab: EditxTab) -> None:
-        for say in (tab.get_gpu_status, tab.offload_gpu, tab.release_gpu):
-            assert "--enable-gpu-management" in say()
+        for localize in (tab.get_gpu_status, tab.offload_gpu, tab.release_gpu):
+            assert "--enable-gpu-management" in localize()
 
     def test_the_page_has_no_panel(self, tab: EditxTab) -> None:
         assert "gpu" not in drawn(tab)

@@ -56,8 +56,8 @@ def test_a_loader_that_fails_is_left_to_requests(
     intent = Prewarm(manager, "tts", clock.now)
     workshop.fail_next = OSError("no disk")
     intent.show()
-    slot = manager._slots["tts"]
-    assert await_that(manager, slot, lambda: slot.last_error is not None)
+    managed = manager._managed_models["tts"]
+    assert await_that(manager, managed, lambda: managed.last_error is not None)
     clock.advance(EVERY_S)
     intent.show()
     assert workshop.loads == 1

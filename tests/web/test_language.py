@@ -16,7 +16,7 @@ from residency.errors import (
 )
 from residency.observability.error_classification import in_words, message_of
 from residency.sentences import Sentence
-from residency.web.shared.language import Say, both, bracketed, en, mark, preferred, translated, zh
+from residency.web.shared.language import Localize, both, bracketed, en, mark, preferred, translated, zh
 from residency.web.speech.service import explain
 from residency.web.ui.status_text import device_name
 
@@ -41,8 +41,8 @@ from residency.web.ui.status_text import device_name
         (None, both),
     ],
 )
-def test_people_read_the_language_that_their_browser_asks_for(header: str | None, say: Say) -> None:
-    assert preferred(header) is say
+def test_people_read_the_language_that_their_browser_asks_for(header: str | None, localize: Localize) -> None:
+    assert preferred(header) is localize
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_an_error_is_said_in_one_language(error: ResidencyError) -> None:
 @pytest.mark.parametrize("words", ["no / second / bar / counts", "shape / mismatch", "一 / 二 / 三", "a: b / 二"])
 def test_what_others_say_is_said_whole(words: str) -> None:
     for said in (words, in_words(OSError(words)), explain(OSError(words)), message_of(OSError(words))):
-        assert all(words in translated(said, say) for say in (en, zh, both))
+        assert all(words in translated(said, localize) for localize in (en, zh, both))
 
 
 def test_devices_have_a_name_in_each_language() -> None:
@@ -77,12 +77,12 @@ def test_devices_have_a_name_in_each_language() -> None:
     assert device_name(device, zh) == "模拟 GPU（48 GB）"
     assert device["name"] == "Simulated GPU (48 GB) / 模拟 GPU"
     card = {"name": "NVIDIA / H100 (80 GB)"}
-    assert {device_name(card, say) for say in (en, zh, both)} == {"NVIDIA / H100 (80 GB)"}
+    assert {device_name(card, localize) for localize in (en, zh, both)} == {"NVIDIA / H100 (80 GB)"}
 
 
 def test_signs_are_those_of_the_language_also_where_what_is_said_is_escaped() -> None:
     def escaped(chinese: str, english: str) -> str:
         return escape(zh(chinese, english))
 
-    assert [mark(":", say) for say in (zh, en, both, escaped)] == ["：", ": ", ": ", "："]
-    assert [bracketed("1", say) for say in (zh, en, both, escaped)] == ["（1）", " (1)", " (1)", "（1）"]
+    assert [mark(":", localize) for localize in (zh, en, both, escaped)] == ["：", ": ", ": ", "："]
+    assert [bracketed("1", localize) for localize in (zh, en, both, escaped)] == ["（1）", " (1)", " (1)", "（1）"]

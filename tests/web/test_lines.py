@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from residency.web.server.session_requests import SessionAccess
+from residency.web.server.session_requests import SessionRequests
 
 LINES = ["/gradio_api/heartbeat/{}", "/gradio_api/queue/data?session_hash={}", "/gradio_api/call/clone/{}",
          "/gradio_api/upload_progress?upload_id={}"]  # fmt: skip
@@ -36,7 +36,7 @@ def client(gate: Gate) -> Iterator[TestClient]:
 
     routes = [Route("/{rest:path}", slow, methods=["GET", "POST"])]
     with TestClient(
-        Starlette(routes=routes, middleware=[Middleware(SessionAccess(may_stay, most=1).around)])
+        Starlette(routes=routes, middleware=[Middleware(SessionRequests(may_stay, most=1).around)])
     ) as client:
         yield client
 

@@ -67,8 +67,8 @@ def served(tts: GPUManagedTTS) -> Iterator[Served]:
 
 
 def is_free(tts: GPUManagedTTS) -> bool:
-    slot = tts.manager._slots["tts"]
-    return await_that(tts.manager, slot, lambda: not slot.in_use)
+    managed = tts.manager._managed_models["tts"]
+    return await_that(tts.manager, managed, lambda: not managed.in_use)
 
 
 @pytest.mark.parametrize("second", ["false", "true"])

@@ -14,7 +14,10 @@ PAIRS = [(task, sub_task) for task, values in STEP_AUDIO_EDIT_TYPES.items() for 
 
 @pytest.mark.parametrize(("task", "sub_task"), PAIRS)
 def test_each_has_a_name_and_a_line_in_both_languages(task: str, sub_task: str | None) -> None:
-    names = [task_name(task, say) if sub_task is None else sub_task_name(task, sub_task, say) for say in (zh, en)]
+    names = [
+        task_name(task, localize) if sub_task is None else sub_task_name(task, sub_task, localize)
+        for localize in (zh, en)
+    ]
     for text, chinese in zip(
         (*names, line(task, sub_task, zh), line(task, sub_task, en)), (True, False) * 2, strict=True
     ):
@@ -25,10 +28,10 @@ def test_each_has_a_name_and_a_line_in_both_languages(task: str, sub_task: str |
 
 def test_what_the_engine_is_given_stays_what_it_was() -> None:
     for types in (STEP_AUDIO_EDIT_TYPES, supported_edit_types()):
-        for say in (zh, en, both):
-            assert [value for _, value in choices([*types], None, say)] == [*types]
+        for localize in (zh, en, both):
+            assert [value for _, value in choices([*types], None, localize)] == [*types]
             for task, values in types.items():
-                named = choices(values, task, say)
+                named = choices(values, task, localize)
                 assert [value for _, value in named] == values
                 assert len({name for name, _ in named}) == len(values)
 

@@ -25,12 +25,12 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     def progress() -> Callable[..., None]:
         whose = threading.current_thread().name
 
-        def say(share: float, desc: str) -> None:
+        def localize(share: float, desc: str) -> None:
             with changed:
                 heard.setdefault(whose, []).append(desc.partition(" / ")[2])
                 changed.notify_all()
 
-        return say
+        return localize
 
     monkeypatch.setattr(waiting_module.gr, "Progress", progress)
     monkeypatch.setattr(waiting_module, "session", lambda: threading.current_thread().name)
@@ -115,12 +115,12 @@ def test_how_much_is_done_is_told_only_where_it_is_known(
     told: list[tuple[float, str]] = []
     generating = Gate()
 
-    def say(share: float, desc: str) -> None:
+    def localize(share: float, desc: str) -> None:
         told.append((share, desc))
         if "generating" in desc:
             generating.open()
 
-    monkeypatch.setattr(waiting_module.gr, "Progress", lambda: say)
+    monkeypatch.setattr(waiting_module.gr, "Progress", lambda: localize)
     monkeypatch.setattr(waiting_module, "speaker", lambda: en)
     with WaitMessages(manager).told("tts"), manager.lease("tts"):
         generating.pass_through()

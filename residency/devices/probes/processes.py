@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from ...contracts import Device
-from ...observability.outside_memory import OutsideMemory, ProcessMemory, MemorySample
+from ...observability.outside_memory import MemorySample, OutsideMemory, ProcessMemory
 
 
 def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> MemorySample:

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ... import errors
 from ..server.bodies import given_up
 from ..server.permissions import Permissions
-from ..shared.language import Say, preferred
+from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
 from . import metrics
 from .event_stream import EventStream, Moves
@@ -50,7 +50,7 @@ _CODES: dict[type[Exception], int] = {
 def build(
     manager: Manager,
     guard: Permissions,
-    panel: Callable[[Say, int | None], Any] | None = None,
+    panel: Callable[[Localize, int | None], Any] | None = None,
     signed_in: Callable[[Request], str | None] | None = None,
     page_serves: Callable[[], bool] = lambda: True,
 ) -> FastAPI:
@@ -130,8 +130,8 @@ def build(
 
         @app.get("/gpu/panel", include_in_schema=False, **looks)
         async def gpu_panel(request: Request, known: int | None = None) -> Response:
-            say = preferred(request.headers.get("accept-language"))
-            news = await to_thread.run_sync(panel, say, known, limiter=looking)
+            localize = preferred(request.headers.get("accept-language"))
+            news = await to_thread.run_sync(panel, localize, known, limiter=looking)
             return Response(status_code=204) if news is None else JSONResponse(news, headers=_NOT_KEPT)
 
     @app.get("/metrics", response_class=Response, responses=_METRICS, **looks)

@@ -109,8 +109,8 @@ class Logins:
         if method not in ("GET", "POST"):
             return PlainTextResponse("Method Not Allowed", 405)
         if method == "GET" and not _from_here(request):
-            say = preferred(request.headers.get("accept-language"))
-            title, sentence = say("退出登录", "Sign out"), say("是否退出登录？", "Do you want to sign out?")
+            localize = preferred(request.headers.get("accept-language"))
+            title, sentence = localize("退出登录", "Sign out"), localize("是否退出登录？", "Do you want to sign out?")
             return HTMLResponse(_LEAVING.format(title=title, sentence=sentence), 403)
         answer = RedirectResponse("../" if request.url.path.endswith("/") else "./", 302)
         for cookie in self._sign_out(request):

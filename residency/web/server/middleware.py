@@ -113,8 +113,8 @@ class RequestMiddleware:
                 known = self._know(session)
                 if known or session in self._presence:  # and nobody else, since that costs nothing to say
                     self._presence.heard_of(session)
-                say = preferred(request.headers.get("accept-language"))
-                lost = _say(410, say(*LOST))
+                localize = preferred(request.headers.get("accept-language"))
+                lost = _say(410, localize(*LOST))
                 await (Response(status_code=204) if known else lost)(scope, receive, send)
             elif path == _UPLOAD and scope["method"] == "POST":
                 limit_bytes = self._largest_upload_bytes

@@ -26,7 +26,7 @@ _NO_LINE = (
 _LATER = {"Retry-After": "60", "Connection": "close"}
 
 
-class SessionAccess:
+class SessionRequests:
     """`around` is an ASGI middleware. ``may_stay`` tells whether the sender of a request has the page's password."""
 
     def __init__(self, may_stay: Callable[[HTTPConnection], bool], most: int) -> None:

@@ -21,7 +21,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from ...addresses import EVERY_ADDRESS, bracketed, link
-from .language import Say, both, preferred
+from .language import Localize, both, preferred
 
 _REASON_CHARACTERS = 200
 
@@ -63,7 +63,7 @@ class Blocks(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except (InvalidPathError, FileNotFoundError):
             raise gr.Error(
-                speaker()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
+                localizer()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
                 print_exception=False,
             ) from None
         except Exception as error:
@@ -73,7 +73,7 @@ class Blocks(gr.Blocks):
             # Without the folders of this machine.
             reason = re.sub(r"/\S*/", "", " ".join(str(getattr(error, "message", error)).split()))[:_REASON_CHARACTERS]
             raise gr.Error(
-                speaker()(
+                localizer()(
                     f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
                     f"What was sent cannot be read: reload the page and upload the recording again; "
                     f"programs find at /gradio_api/info what to send ({reason})",
@@ -85,7 +85,7 @@ class Blocks(gr.Blocks):
 def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
     if client_utils.is_http_url_like(file["path"]):
         raise gr.Error(
-            speaker()("不接受链接：请上传录音文件", "Upload the recording instead of a link"), print_exception=False
+            localizer()("不接受链接：请上传录音文件", "Upload the recording instead of a link"), print_exception=False
         )
     return file
 
@@ -201,7 +201,7 @@ def session() -> str | None:
     return getattr(LocalContext.request.get(None), "session_hash", None)
 
 
-def speaker() -> Say:
+def localizer() -> Localize:
     """Speaks the language of who has caused the event that is being handled; both languages if it is a program."""
     headers = getattr(LocalContext.request.get(None), "headers", None)
     return both if headers is None else preferred(headers.get("accept-language"))

@@ -9,7 +9,7 @@ from ...errors import ResidencyError
 from ...observability.error_classification import message_of
 from ...sentences import Sentence
 
-Say = Callable[[str, str], str]
+Localize = Callable[[str, str], str]
 """Chooses from a sentence in Chinese and the same in English."""
 
 
@@ -25,22 +25,22 @@ def both(chinese: str, english: str) -> str:
     return f"{chinese} / {english}"
 
 
-def mark(sign: str, say: Say) -> str:
+def mark(sign: str, localize: Localize) -> str:
     """A colon or comma between what is said and what is shown, as the language writes it."""
-    return {":": "：", ",": "，"}[sign] if _is_chinese(say) else f"{sign} "
+    return {":": "：", ",": "，"}[sign] if _is_chinese(localize) else f"{sign} "
 
 
-def bracketed(text: str, say: Say) -> str:
+def bracketed(text: str, localize: Localize) -> str:
     """What is added behind something, with the space that its language leaves."""
-    return f"（{text}）" if _is_chinese(say) else f" ({text})"
+    return f"（{text}）" if _is_chinese(localize) else f" ({text})"
 
 
-def _is_chinese(say: Say) -> bool:
+def _is_chinese(localize: Localize) -> bool:
     """Also of one that escapes what it says, for example."""
-    return say("zh", "en") == "zh"
+    return localize("zh", "en") == "zh"
 
 
-def preferred(accept_language: str | None) -> Say:
+def preferred(accept_language: str | None) -> Localize:
     """By the header ``Accept-Language``: English for those who read neither, both where nothing is said."""
     if not accept_language:
         return both
@@ -56,7 +56,7 @@ def preferred(accept_language: str | None) -> Say:
     return next(({"zh": zh, "en": en}[tag] for _, _, tag in sorted(ranked) if tag in ("zh", "en")), en)
 
 
-def translated(said: str | ResidencyError, say: Say) -> str:
+def translated(said: str | ResidencyError, localize: Localize) -> str:
     """Returns the message of an error, or a `Sentence`, in the language that is wanted; other strings unchanged."""
     sentence = message_of(said) if isinstance(said, ResidencyError) else Sentence.of(said)
-    return str(sentence) if say is both else say(sentence.zh, sentence.en)
+    return str(sentence) if localize is both else localize(sentence.zh, sentence.en)

@@ -224,7 +224,7 @@ def explain(error: Exception) -> Sentence:
 
 def _names(values: Sequence[str], task: str | None = None) -> Sentence:
     """Tasks, or sub-tasks of a task, by their names on the page, which end with the values that programs send."""
-    in_english, in_chinese = ([name for name, _ in choices(values, task, say)] for say in (en, zh))
+    in_english, in_chinese = ([name for name, _ in choices(values, task, localize)] for localize in (en, zh))
     return Sentence(", ".join(in_english), "、".join(in_chinese))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..shared.language import Say, bracketed, en, zh
+from ..shared.language import Localize, bracketed, en, zh
 
 #: Name and line of each task, both in Chinese and English.
 _TASKS = {
@@ -64,32 +64,35 @@ _REMOVALS = {
 }
 
 
-def task_name(task: str, say: Say) -> str:
+def task_name(task: str, localize: Localize) -> str:
     """The name of a task, with its value where that is another word: ``cut pauses (vad)``."""
     names = _TASKS[task][0] if task in _TASKS else (task, task)
-    return say(*_with_value(names, task))
+    return localize(*_with_value(names, task))
 
 
-def sub_task_name(task: str, sub_task: str, say: Say) -> str:
+def sub_task_name(task: str, sub_task: str, localize: Localize) -> str:
     """The name of a sub-task, with its value where that is another word."""
-    return say(*_with_value(_sub_task_names(task, sub_task), sub_task))
+    return localize(*_with_value(_sub_task_names(task, sub_task), sub_task))
 
 
-def line(task: str | None, sub_task: str | None, say: Say) -> str:
+def line(task: str | None, sub_task: str | None, localize: Localize) -> str:
     """What a task does, with a sub-task if there is one; empty if nothing is known of it."""
     if task not in _TASKS:
         return ""
     if sub_task == "remove" and task in _REMOVALS:
-        return say(*_REMOVALS[task])
+        return localize(*_REMOVALS[task])
     if sub_task and task in _SUB_TASK_LINES:
         names = _sub_task_names(task, sub_task)
-        return say(*(text.format(name) for text, name in zip(_SUB_TASK_LINES[task], names, strict=True)))
-    return say(*_TASKS[task][1])
+        return localize(*(text.format(name) for text, name in zip(_SUB_TASK_LINES[task], names, strict=True)))
+    return localize(*_TASKS[task][1])
 
 
-def choices(values: Sequence[str], task: str | None, say: Say) -> list[tuple[str, str]]:
+def choices(values: Sequence[str], task: str | None, localize: Localize) -> list[tuple[str, str]]:
     """(name, value) of the tasks, or with ``task`` of its sub-tasks, for a dropdown."""
-    return [(task_name(value, say) if task is None else sub_task_name(task, value, say), value) for value in values]
+    return [
+        (task_name(value, localize) if task is None else sub_task_name(task, value, localize), value)
+        for value in values
+    ]
 
 
 def _sub_task_names(task: str, sub_task: str) -> tuple[str, str]:
@@ -98,5 +101,5 @@ def _sub_task_names(task: str, sub_task: str) -> tuple[str, str]:
 
 
 def _with_value(names: tuple[str, str], value: str) -> Iterator[str]:
-    for name, say in zip(names, (zh, en), strict=True):
-        yield name if name == value else name + bracketed(value, say)
+    for name, localize in zip(names, (zh, en), strict=True):
+        yield name if name == value else name + bracketed(value, localize)

@@ -12,7 +12,7 @@ import gradio as gr
 from anyio import CapacityLimiter, to_thread
 
 from ...cancellation import Cancellation
-from ..shared.gradio_compat import speaker
+from ..shared.gradio_compat import localizer
 from .chat_history import State, as_messages
 from .messages import Message, MessagePlaces
 from .page_requests import Occupied, PageRequest, PageRequests, begun
@@ -43,7 +43,7 @@ class Buttons:
         try:
             request = self._requests.begin(state, alone=True)
         except Occupied as error:
-            yield [gr.skip(), gr.skip(), *self._places.values(Message.of(error, speaker()))]
+            yield [gr.skip(), gr.skip(), *self._places.values(Message.of(error, localizer()))]
             return
 
         def work_on_it() -> tuple[Any, State, str]:
@@ -63,7 +63,7 @@ class Buttons:
         """Yield the progress of the running request to a page that was loaded anew, until the request has ended."""
         async for line in lines(lambda: self._requests.latest(state), lambda: asyncio.sleep(LOOK_EVERY_S)):
             yield [gr.skip(), line, *self._places.unchanged()]
-        yield [as_messages(state["history_messages"], speaker()), "", *self._places.values(state["message"])]
+        yield [as_messages(state["history_messages"], localizer()), "", *self._places.values(state["message"])]
 
 
 async def lines(
@@ -75,7 +75,7 @@ async def lines(
         if time.monotonic() - looked_s >= _LOOK_AT_MODEL_EVERY_S:
             await to_thread.run_sync(request.look, limiter=_lookers)
             looked_s = time.monotonic()
-        if (line := request.line(speaker())) != shown:
+        if (line := request.line(localizer())) != shown:
             yield line
             shown = line
         await pause()

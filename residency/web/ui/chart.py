@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from ...units import readable_bytes
-from ..shared.language import Say
+from ..shared.language import Localize
 from . import status_text
 
 _WIDTH, _HEIGHT, _STRIP = 600.0, 100.0, 8.0
@@ -20,7 +20,7 @@ _CARD = ""
 _Heights = list[tuple[float, dict[str, int]]]
 
 
-def chart(history: dict[str, Any], device_kind: str, say: Say) -> str:
+def chart(history: dict[str, Any], device_kind: str, localize: Localize) -> str:
     """What the card has in use, in front of it the models one upon the other, below a mark for each request."""
     window_s, models = float(history["window_s"]), history["models"]
     heights = _changes({name: past["device_bytes"] for name, past in models.items()})
@@ -46,15 +46,16 @@ def chart(history: dict[str, Any], device_kind: str, say: Say) -> str:
     requests = sum(len(past["requests"]) for past in models.values())
     lines = "".join(f"<line x2='{_WIDTH:g}' y1='{y:g}' y2='{y:g}' />" for y in (0, _HEIGHT / 2, _HEIGHT))
     scale = "".join(f"<span>{readable_bytes(round(top_bytes * part))}</span>" for part in (1, 0.5, 0))
-    title = status_text.memory_title(device_kind, say)
-    peak = f"{say('模型峰值', 'peak of the models')} {readable_bytes(peak_bytes)}"
+    title = status_text.memory_title(device_kind, localize)
+    peak = f"{localize('模型峰值', 'peak of the models')} {readable_bytes(peak_bytes)}"
     return (
         f"<figure class='gpu-chart' data-requests='{requests}' data-peak='{peak_bytes}' data-top='{round(top_bytes)}'>"
-        f"<figcaption class='gpu-quiet'><span>{title} · {peak}</span>{_legend(list(models), bool(used), say)}"
+        f"<figcaption class='gpu-quiet'><span>{title} · {peak}</span>{_legend(list(models), bool(used), localize)}"
         f"</figcaption><div class='gpu-plot'><div><svg viewBox='0 0 {_WIDTH:g} {_HEIGHT + _STRIP + 2:g}' "
         f"preserveAspectRatio='none' role='img' aria-label='{title}'><g class='gpu-grid'>{lines}</g>{''.join(areas)}"
         f"<g class='gpu-request'>{marks}</g></svg><div class='gpu-axis gpu-quiet'><span>-15 min</span>"
-        f"<span>{say('现在', 'now')}</span></div></div><div class='gpu-scale gpu-quiet'>{scale}</div></div></figure>"
+        f"<span>{localize('现在', 'now')}</span></div></div>"
+        f"<div class='gpu-scale gpu-quiet'>{scale}</div></div></figure>"
     )
 
 
@@ -66,11 +67,11 @@ def scale_top(peak_bytes: int, total_bytes: int | None) -> float:
     return min(top_bytes, total_bytes) if total_bytes else top_bytes
 
 
-def _legend(models: list[str], card: bool, say: Say) -> str:
+def _legend(models: list[str], card: bool, localize: Localize) -> str:
     entries = [f"<span data-part='model-{number % 4}'>{escape(name)}</span>" for number, name in enumerate(models)]
     if card:
-        entries.append(f"<span data-part='card'>{say('整卡已用', 'Used on the card')}</span>")
-    entries.append(f"<span><i class='gpu-request'></i>{say('请求', 'Requests')}</span>")
+        entries.append(f"<span data-part='card'>{localize('整卡已用', 'Used on the card')}</span>")
+    entries.append(f"<span><i class='gpu-request'></i>{localize('请求', 'Requests')}</span>")
     return f"<span class='gpu-legend'>{''.join(entries)}</span>"
 
 

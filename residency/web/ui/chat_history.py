@@ -14,7 +14,7 @@ import gradio as gr
 
 from ...errors import InvalidInput
 from ..shared.gradio_compat import session, supported
-from ..shared.language import Say, both, mark
+from ..shared.language import Localize, both, mark
 from ..speech.recordings import Recordings
 from ..speech.task_names import sub_task_name, task_name
 
@@ -99,27 +99,27 @@ def _append(state: State, step: Step) -> None:
     state["history_messages"].append(step)
 
 
-def as_messages(steps: Iterable[Step], say: Say = both) -> list[dict[str, Any]]:
+def as_messages(steps: Iterable[Step], localize: Localize = both) -> list[dict[str, Any]]:
     """Messages for `gr.Chatbot`: for each step text and player of the input, then text and player of the output."""
     shown: list[dict[str, Any]] = []
-    colon = mark(":", say)
+    colon = mark(":", localize)
     for step in steps:
-        task = " · ".join(_names(step, say))
-        asked = f"{say('任务', 'Task')}{colon}{task}\n{say('文本', 'Text')}{colon}{step.source_text or '—'}"
+        task = " · ".join(_names(step, localize))
+        asked = f"{localize('任务', 'Task')}{colon}{task}\n{localize('文本', 'Text')}{colon}{step.source_text or '—'}"
         shown += [
             {"role": "user", "content": _literal(asked)},
             {"role": "user", "content": _player(step.source_audio)},
-            {"role": "assistant", "content": _literal(f"{say('输出', 'Output')}{colon}{step.target_text or '—'}")},
+            {"role": "assistant", "content": _literal(f"{localize('输出', 'Output')}{colon}{step.target_text or '—'}")},
             {"role": "assistant", "content": _player(step.result_audio)},
         ]
     return shown
 
 
-def _names(step: Step, say: Say) -> Iterator[str]:
+def _names(step: Step, localize: Localize) -> Iterator[str]:
     if step.edit_type:
-        yield task_name(step.edit_type, say)
+        yield task_name(step.edit_type, localize)
         if step.edit_info:
-            yield sub_task_name(step.edit_type, step.edit_info, say)
+            yield sub_task_name(step.edit_type, step.edit_info, localize)
 
 
 def _literal(text: str) -> str:

@@ -17,8 +17,8 @@ import gradio as gr
 from ...errors import NotAllowed, ResidencyError
 from .. import static
 from ..server.permissions import Permissions
-from ..shared.gradio_compat import PRIVATE, speaker
-from ..shared.language import Say, both, mark, translated
+from ..shared.gradio_compat import PRIVATE, localizer
+from ..shared.language import Localize, both, mark, translated
 from ..shared.protocols import Manager
 from . import status_text, views
 from .labels import label
@@ -47,7 +47,7 @@ class GpuPanel:
     def text(self) -> str:
         return status_text.as_text(self._manager.status())
 
-    def news(self, say: Say, known: int | None = None) -> dict[str, Any] | None:
+    def news(self, localize: Localize, known: int | None = None) -> dict[str, Any] | None:
         """What the page shows: ``pieces`` of HTML by their place, see `register_components`, and their ``version``.
 
         Also whether something is ``moving``, and for each model what came of the last press on it, None while that is
@@ -58,56 +58,58 @@ class GpuPanel:
             return None
         status = self._manager.status()
         kind = status["device"]["kind"]
-        outcomes = {name: status_text.outcome(name, model, kind, say) for name, model in status["models"].items()}
+        outcomes = {name: status_text.outcome(name, model, kind, localize) for name, model in status["models"].items()}
         return {
             "version": version,
-            "pieces": self._pieces(status, say),
+            "pieces": self._pieces(status, localize),
             "moving": any(model["state"] == "moving" for model in status["models"].values()),
             "outcomes": {name: said and _paragraph(said) for name, said in outcomes.items()},
         }
 
-    def _pieces(self, status: dict[str, Any], say: Say) -> dict[str, str]:
+    def _pieces(self, status: dict[str, Any], localize: Localize) -> dict[str, str]:
         return {
-            "device": views.device_html(status, say),
-            **{f"model-{name}": views.model_html(name, status, say) for name in status["models"]},
-            "stay": views.stay_html(status, say),
-            "past": views.past_html(self._manager.history(), status["device"]["kind"], say),
-            "lost": say("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
-            "strange": say("登录已失效：请刷新页面重新登录。", "You are signed out: reload the page and sign in."),
+            "device": views.device_html(status, localize),
+            **{f"model-{name}": views.model_html(name, status, localize) for name in status["models"]},
+            "stay": views.stay_html(status, localize),
+            "past": views.past_html(self._manager.history(), status["device"]["kind"], localize),
+            "lost": localize("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
+            "strange": localize("登录已失效：请刷新页面重新登录。", "You are signed out: reload the page and sign in."),
         }
 
-    def press(self, action: str, name: str | None = None, say: Say = both) -> str:
+    def press(self, action: str, name: str | None = None, localize: Localize = both) -> str:
         """Warm, offload or release a model (None: all); say what came of it, or when it will happen."""
-        return self._press(action, name, say)[0]
+        return self._press(action, name, localize)[0]
 
-    def _press(self, action: str, name: str | None, say: Say) -> tuple[str, list[str]]:
+    def _press(self, action: str, name: str | None, localize: Localize) -> tuple[str, list[str]]:
         """What is said, and the models of which it says what is still to come."""
         try:
             done = getattr(self._manager, action)(name)
         except ResidencyError as error:
-            return translated(error, say), []
+            return translated(error, localize), []
         except Exception as error:
             logger.exception("%s by hand failed", action)
-            return f"{say('操作失败', 'It failed')}{mark(':', say)}{error}", []
+            return f"{localize('操作失败', 'It failed')}{mark(':', localize)}{error}", []
         status = self._manager.status()
-        return status_text.pressed(action, name, done, status, say), [] if done else [name] if name else [
+        return status_text.pressed(action, name, done, status, localize), [] if done else [name] if name else [
             *status["models"]
         ]
 
-    def configure(self, name: str | None, keep_warm: str | None, idle_timeout: str | None, say: Say = both) -> str:
+    def configure(
+        self, name: str | None, keep_warm: str | None, idle_timeout: str | None, localize: Localize = both
+    ) -> str:
         """Change how long a model (None: all) stays; what is empty stays as it is."""
         given = {"keep_warm": (keep_warm or "").strip(), "idle_timeout": (idle_timeout or "").strip()}
         times = {which: time for which, time in given.items() if time}
         if not times:
-            return say(
+            return localize(
                 "未填写时长：请先填写，如 30s、5m 或 -1（永不）。",
                 "No time is given: write one first, such as 30s, 5m or -1.",
             )
         try:
             self._manager.configure(name, **times)
         except ResidencyError as error:
-            return translated(error, say)
-        return say("已更改，立即生效。", "Changed; it applies from now on.")
+            return translated(error, localize)
+        return localize("已更改，立即生效。", "Changed; it applies from now on.")
 
     # -- the page -----------------------------------------------------------------------------------------------
 
@@ -162,16 +164,18 @@ class GpuPanel:
         opened = partial(gr.on, None)  # no triggers: when the page is opened
         opened(None, js=static.text("panel.js"), **PRIVATE)
         for event in (opened, self._refresh.click):
-            event(lambda: json.dumps(self.news(speaker())), outputs=self._news, **looking).then(
+            event(lambda: json.dumps(self.news(localizer())), outputs=self._news, **looking).then(
                 None, self._news, js="news => { window.gpuPanel?.show(JSON.parse(news)) }", **PRIVATE
             )
         changing = [*(button for button, _, _ in self._presses), self._apply]
         opened(self._permitting(len(changing)), outputs=[*changing, self._refusal], **looking)
         for button, action, name in self._presses:
-            self._on_press(button, lambda say, action=action, name=name: self._press(action, name, say))
+            self._on_press(button, lambda localize, action=action, name=name: self._press(action, name, localize))
         times = [self._which, self._keep_warm, self._idle_timeout]
         self._on_press(
-            self._apply, lambda say, name, warm, idle: (self.configure(name or None, warm, idle, say), []), times
+            self._apply,
+            lambda localize, name, warm, idle: (self.configure(name or None, warm, idle, localize), []),
+            times,
         )
 
     def _on_press(
@@ -180,12 +184,12 @@ class GpuPanel:
         """Have a press ask the guard, make the change, and show what is said of it until that has come true."""
 
         def handler(request: gr.Request, *given: Any) -> str:
-            say = speaker()
+            localize = localizer()
             try:
                 check(self._guard, request)
-                line, awaits = change(say, *given)
+                line, awaits = change(localize, *given)
             except NotAllowed as error:
-                line, awaits = translated(error, say), []
+                line, awaits = translated(error, localize), []
             return json.dumps({"line": _paragraph(line), "awaits": awaits, "version": self._manager.version})
 
         button.click(handler, list(inputs), self._pressed, show_progress="hidden", **PRIVATE).then(
@@ -199,7 +203,7 @@ class GpuPanel:
             try:
                 check(self._guard, request)
             except NotAllowed as error:
-                reason = _paragraph(translated(error, speaker()))
+                reason = _paragraph(translated(error, localizer()))
                 return [*[gr.update(interactive=False)] * buttons, reason]
             return [gr.skip()] * (buttons + 1)
 

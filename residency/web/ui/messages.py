@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...errors import Field, RequestStopped
 from ..shared.gradio_compat import PRIVATE
-from ..shared.language import Say, translated
+from ..shared.language import Localize, translated
 from ..speech.service import explain
 
 CONTROLS: dict[Field, str] = {
@@ -66,9 +66,9 @@ class Message(str):
         return message
 
     @classmethod
-    def of(cls, error: Exception, say: Say, field: Field | None = None) -> Message:
+    def of(cls, error: Exception, localize: Localize, field: Field | None = None) -> Message:
         """An error in the language that is wanted; ``field`` where it names none."""
-        sentence = html.escape(translated(explain(error), say))
+        sentence = html.escape(translated(explain(error), localize))
         if isinstance(error, RequestStopped):  # as was wished
             return cls(f"<p role='status'>{sentence}</p>")
         return cls(f"<p role='alert'>⚠️ {sentence}</p>", getattr(error, "field", None) or field)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...cancellation import Cancellation
 from ...errors import InvalidInput
-from ..shared.language import Say
+from ..shared.language import Localize
 
 _SENT = ("已提交，准备中", "Sent; being prepared")
 _STOPPING = ("正在停止：等待当前步骤结束", "Stopping: the step that runs comes to its end")
@@ -41,11 +41,11 @@ class PageRequest:
         """What happens to it now, and how much of that is done (0 to 1; 0 where nobody knows). From any thread."""
         self._told = sentence, share
 
-    def line(self, say: Say) -> str:
+    def line(self, localize: Localize) -> str:
         """That as HTML; the page shows its Stop button for as long as there is such a line."""
-        sentence, share = self._told or (say(*_SENT), 0.0)
+        sentence, share = self._told or (localize(*_SENT), 0.0)
         if self.cancellation.cancelled:
-            sentence, share = say(*_STOPPING), 0.0
+            sentence, share = localize(*_STOPPING), 0.0
         value = f" value='{share:.3f}'" if share else ""
         return f"<label data-running>{html.escape(sentence)}<progress{value}></progress></label>"
 

@@ -10,7 +10,7 @@ import gradio as gr
 
 from .. import static
 from ..server.heartbeats import LOST
-from ..shared.gradio_compat import PRIVATE, session, speaker
+from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from .buttons import Buttons
 from .chat_history import State, as_messages
@@ -86,15 +86,15 @@ class PageSessions:
             if len(self._visits) > _AT_MOST:
                 del self._visits[next(iter(self._visits))]
         if before is None:
-            news = _status(f"⚠️ {speaker()(*LOST)}") if earlier and to_lose else ""
+            news = _status(f"⚠️ {localizer()(*LOST)}") if earlier and to_lose else ""
             return [visit, state, gr.skip(), *self._places.values(news)]
         self._recordings.inherit(before, whose)
         self._waiting.inherit(before, whose)
-        goes_on, say = self._requests.latest(state) is not None, speaker()
-        shown, news = as_messages(state["history_messages"], say), state["message"]
+        goes_on, localize = self._requests.latest(state) is not None, localizer()
+        shown, news = as_messages(state["history_messages"], localize), state["message"]
         if goes_on:
             visit += _GOES_ON
-            news = _status(say("先前的请求仍在进行…", "What you asked for before goes on…"))
+            news = _status(localize("先前的请求仍在进行…", "What you asked for before goes on…"))
         return [visit, state, shown, *self._places.values(news)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..shared.gradio_compat import PRIVATE, session, speaker
+from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from .messages import Message
@@ -58,6 +58,6 @@ class RecordingCheck:
         try:
             readable = self._speech.incoming.readable(path)
         except Exception as error:
-            return {"given": path, "message": Message.of(error, speaker()), "playable": ""}
+            return {"given": path, "message": Message.of(error, localizer()), "playable": ""}
         self._recordings.own(session(), readable)
         return {"given": path, "message": "", "playable": readable if readable != path else ""}

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import InvalidInput
-from ..shared.gradio_compat import PRIVATE, session, speaker
+from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from ..speech.task_names import choices, line
 from .messages import Message
@@ -87,20 +87,20 @@ class SavedInputs:
         """
         recording, task, sub_task = _parsed(kept)
         mine = self._recordings.owns(session(), recording) and os.path.isfile(recording)
-        audio, say = recording if mine else gr.skip(), speaker()
-        news = Message.of(InvalidInput(*_GONE, "recording"), say) if recording and not mine else gr.skip()
-        names = choices([*self._edit_types], None, say)
+        audio, localize = recording if mine else gr.skip(), localizer()
+        news = Message.of(InvalidInput(*_GONE, "recording"), localize) if recording and not mine else gr.skip()
+        names = choices([*self._edit_types], None, localize)
         if task not in self._edit_types:
             return audio, news, gr.update(choices=names), gr.skip(), gr.skip()
         sub_tasks = sub_tasks_update(self._edit_types, task, sub_task)
-        return audio, news, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], say)
+        return audio, news, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], localize)
 
 
 def sub_tasks_update(edit_types: Mapping[str, Sequence[str]], task: str, sub_task: str | None = None) -> Any:
     """An update of the dropdown of sub-tasks, for a task: the one that is given is chosen, or else the first."""
     values = list(edit_types.get(task, []))
     chosen = sub_task if sub_task in values else next(iter(values), None)
-    return gr.update(choices=choices(values, task, speaker()), value=chosen, interactive=bool(values))
+    return gr.update(choices=choices(values, task, localizer()), value=chosen, interactive=bool(values))
 
 
 def _parsed(kept: str | None) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """The manager's status in sentences that people read. Pure: no Gradio, no manager, no HTML.
 
-Every function takes ``say``, which chooses the language.
+Every function takes ``localize``, which chooses the language.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ...states import State
 from ...units import readable_bytes, readable_rate
-from ..shared.language import Say, both, bracketed, mark, translated
+from ..shared.language import Localize, both, bracketed, mark, translated
 
 NOT_ENABLED = both(
     "GPU 管理未启用；启动时加上 --enable-gpu-management 即可使用。",
@@ -69,130 +69,130 @@ def readable_seconds(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
-def of_device(pair: tuple[str, str], device_kind: str, say: Say) -> str:
+def of_device(pair: tuple[str, str], device_kind: str, localize: Localize) -> str:
     """A phrase that may name the GPU; a simulated card is called simulated wherever it is named."""
     chinese, english = pair
     if device_kind == "simulated":
         chinese = re.sub(" ?GPU", "模拟 GPU", chinese.replace("显存", "模拟显存"))
         english = english.replace("GPU", "simulated GPU")
         english = english[:1].upper() + english[1:] if pair[1].startswith("GPU ") else english
-    return say(chinese, english)
+    return localize(chinese, english)
 
 
-def state_in_words(state: str, device_kind: str, say: Say) -> str:
-    return of_device(STATES[state], device_kind, say)
+def state_in_words(state: str, device_kind: str, localize: Localize) -> str:
+    return of_device(STATES[state], device_kind, localize)
 
 
-def device_name(device: dict[str, Any], say: Say) -> str:
+def device_name(device: dict[str, Any], localize: Localize) -> str:
     """Returns the device's name in the language that is wanted; real cards have one name."""
-    return translated(device["name"], say)
+    return translated(device["name"], localize)
 
 
-def usage(device: dict[str, Any], say: Say) -> str:
+def usage(device: dict[str, Any], localize: Localize) -> str:
     """What of the card is used, and what it draws; empty where unknown."""
     facts = []
     if device["total_bytes"] is not None:
         used = None if device["free_bytes"] is None else device["total_bytes"] - device["free_bytes"]
         used_words, total_words = readable_bytes(used), readable_bytes(device["total_bytes"])
-        facts.append(say(f"已用 {used_words}，共 {total_words}", f"{used_words} of {total_words} used"))
+        facts.append(localize(f"已用 {used_words}，共 {total_words}", f"{used_words} of {total_words} used"))
     if device["power_w"] is not None:
-        facts.append(f"{say('功耗', 'power')} {device['power_w']:.0f} W")
+        facts.append(f"{localize('功耗', 'power')} {device['power_w']:.0f} W")
     return " · ".join(facts)
 
 
-def main_memory(status: dict[str, Any], say: Say) -> str:
+def main_memory(status: dict[str, Any], localize: Localize) -> str:
     """What this process takes of main memory, what of that are models, and what is free."""
     host = status["host"]
     process, free, total = (readable_bytes(host[f"{which}_bytes"]) for which in ("process", "free", "total"))
     models = readable_bytes(sum(model["host_bytes"] for model in status["models"].values()))
-    return say(
+    return localize(
         f"内存：本进程 {process}（其中模型 {models}），可用 {free}，共 {total}",
         f"Main memory: this process {process} (models {models} of it), {free} of {total} free",
     )
 
 
-def kept_in_memory(model: dict[str, Any], say: Say) -> list[tuple[str, str]]:
+def kept_in_memory(model: dict[str, Any], localize: Localize) -> list[tuple[str, str]]:
     """What a model has in main memory and, while it is there, what of it is made anew when it goes to the device.
 
     Together they are its size on the device: what is in files anyway, such as ONNX sessions, is not kept in memory too.
     """
-    facts = [(say("内存", "Main memory"), readable_bytes(model["host_bytes"]))]
+    facts = [(localize("内存", "Main memory"), readable_bytes(model["host_bytes"]))]
     anew_bytes = model["size_bytes"] - model["host_bytes"]
     if model["state"] == "cpu" and anew_bytes > 0:
-        facts.append((say("返回时重建", "Made anew on return"), readable_bytes(anew_bytes)))
+        facts.append((localize("返回时重建", "Made anew on return"), readable_bytes(anew_bytes)))
     return facts
 
 
-def why_less_in_memory(model: dict[str, Any], say: Say) -> str:
+def why_less_in_memory(model: dict[str, Any], localize: Localize) -> str:
     """Why less is in main memory than was moved from the device; empty where that is not so."""
     anew_bytes = model["size_bytes"] - model["host_bytes"]
     if model["state"] != "cpu" or anew_bytes <= 0:
         return ""
     size, anew = readable_bytes(model["size_bytes"]), readable_bytes(anew_bytes)
-    return say(
+    return localize(
         f"模型在设备上占 {size}；其中 {anew} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
         f"Of its {size} on the device, {anew} are in the model's files anyway: main memory does not keep them too, and "
         f"they are made anew from there on return.",
     )
 
 
-def notes(device: dict[str, Any], say: Say) -> list[str]:
+def notes(device: dict[str, Any], localize: Localize) -> list[str]:
     note = device["note"]
-    return [say(note["zh"], note["en"])] if note else []
+    return [localize(note["zh"], note["en"])] if note else []
 
 
-def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], say: Say) -> str:
+def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], localize: Localize) -> str:
     """What came of a press on warm, offload or release of a model (None: all), or when it will happen."""
     kind = status["device"]["kind"]
     if action == "warm":
         if done:
             if kind == "cpu":
-                return say("模型已加载。", "The model is loaded already.")
-            return of_device(("模型已在 GPU 上。", "The model is on the GPU already."), kind, say)
+                return localize("模型已加载。", "The model is loaded already.")
+            return of_device(("模型已在 GPU 上。", "The model is on the GPU already."), kind, localize)
         if kind == "cpu":
-            return say("正在加载，可以继续操作。", "It is being loaded; go on meanwhile.")
-        return of_device(("正在加载到 GPU，可以继续操作。", "On its way to the GPU; go on meanwhile."), kind, say)
+            return localize("正在加载，可以继续操作。", "It is being loaded; go on meanwhile.")
+        return of_device(("正在加载到 GPU，可以继续操作。", "On its way to the GPU; go on meanwhile."), kind, localize)
     if not done:
-        return say(*(f"{phrase}{dot}" for phrase, dot in zip(_PENDING[action], "。.", strict=True)))
+        return localize(*(f"{phrase}{dot}" for phrase, dot in zip(_PENDING[action], "。.", strict=True)))
     if action == "release":
-        return say("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
+        return localize("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
     if kind == "cpu":
-        return say(
+        return localize(
             "本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees main memory."
         )
     models = status["models"] if name is None else {name: status["models"][name]}
     if all(model["state"] == "released" for model in models.values()):
-        return say("模型已释放，无需卸载。", "Nothing to offload: the model is released.")
-    return say("已卸载到内存。", "Offloaded to main memory.")
+        return localize("模型已释放，无需卸载。", "Nothing to offload: the model is released.")
+    return localize("已卸载到内存。", "Offloaded to main memory.")
 
 
-def outcome(name: str, model: dict[str, Any], device_kind: str, say: Say) -> str | None:
+def outcome(name: str, model: dict[str, Any], device_kind: str, localize: Localize) -> str | None:
     """What came of a press that was to be followed by a move of this model; None as long as it is not settled."""
     if model["state"] == "moving" or model["pending"]:
         return None
     if model["last_error"]:
-        return f"{name}{mark(':', say)}{translated(model['last_error'], say)}"
+        return f"{name}{mark(':', localize)}{translated(model['last_error'], localize)}"
     sentences = {
-        "gpu": of_device((f"{name} 已到达 GPU。", f"{name} has come to the GPU."), device_kind, say),
-        "cpu": say(f"{name} 已回到内存。", f"{name} has come to main memory."),
-        "released": say(f"{name} 已完全释放。", f"{name} has been released."),
+        "gpu": of_device((f"{name} 已到达 GPU。", f"{name} has come to the GPU."), device_kind, localize),
+        "cpu": localize(f"{name} 已回到内存。", f"{name} has come to main memory."),
+        "released": localize(f"{name} 已完全释放。", f"{name} has been released."),
     }
     return sentences[model["state"]]
 
 
-def in_use(say: Say) -> str:
-    return say("模型使用中，下一个轮到您", "The model is in use; you are next")
+def in_use(localize: Localize) -> str:
+    return localize("模型使用中，下一个轮到您", "The model is in use; you are next")
 
 
-def queued(place: int, say: Say) -> str:
-    return say(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue")
+def queued(place: int, localize: Localize) -> str:
+    return localize(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue")
 
 
-def arrived(device_kind: str, target: str, say: Say, ready: tuple[str, str] = READY) -> str | None:
+def arrived(device_kind: str, target: str, localize: Localize, ready: tuple[str, str] = READY) -> str | None:
     """What is said when a model has come to the device or the host; None for the other end."""
     if target == State.DEVICE.shown(device_kind):
-        return say(*ready)
-    return say("模型已回到内存", "The model is back in main memory") if target == "cpu" else None
+        return localize(*ready)
+    return localize("模型已回到内存", "The model is back in main memory") if target == "cpu" else None
 
 
 def share(done_bytes: int, total_bytes: int | None) -> float | None:
@@ -207,10 +207,10 @@ def on_its_way(
     done_bytes: int,
     total_bytes: int | None,
     bytes_per_s: float | None,
-    say: Say,
+    localize: Localize,
 ) -> str:
     """Where a model goes, and how far it has come: phase, bytes of total, rate."""
-    facts = [say(*_PHASES[phase]) if phase in _PHASES else phase]
+    facts = [localize(*_PHASES[phase]) if phase in _PHASES else phase]
     if done_bytes:
         of = "" if total_bytes is None else f" / {readable_bytes(total_bytes)}"
         facts.append(f"{readable_bytes(done_bytes)}{of}")
@@ -218,35 +218,35 @@ def on_its_way(
             facts.append(readable_rate(bytes_per_s))
     elif total_bytes:
         facts.append(readable_bytes(total_bytes))
-    return f"{of_device(_TO[target], device_kind, say)}{mark(':', say)}{' · '.join(facts)}"
+    return f"{of_device(_TO[target], device_kind, localize)}{mark(':', localize)}{' · '.join(facts)}"
 
 
-def activity(model: dict[str, Any], say: Say) -> str:
+def activity(model: dict[str, Any], localize: Localize) -> str:
     """What requests do with it: use it, wait for it."""
-    parts = [say("使用中", "In use")] if model["leases"] else []
+    parts = [localize("使用中", "In use")] if model["leases"] else []
     if waiting := model["waiting"]:
-        parts.append(say(f"{waiting} 个请求等待", f"{waiting} waiting"))
+        parts.append(localize(f"{waiting} 个请求等待", f"{waiting} waiting"))
     if model["pending"]:
-        parts.append(say(*_PENDING[model["pending"]]))
+        parts.append(localize(*_PENDING[model["pending"]]))
     return " · ".join(parts)
 
 
-def holder(model: dict[str, Any], say: Say) -> str:
+def holder(model: dict[str, Any], localize: Localize) -> str:
     """The code that uses it, and since when."""
     facts = model.get("holder")
     if not facts:
         return ""
     since, where, thread = readable_seconds(facts["held_s"]), facts["where"], facts["thread"]
-    held = say(f"已被 {where}（线程 {thread}）占用 {since}", f"Held for {since} by {where} (thread {thread})")
+    held = localize(f"已被 {where}（线程 {thread}）占用 {since}", f"Held for {since} by {where} (thread {thread})")
     if not (other := facts["waits_for"]):
         return held
-    return held + say(
+    return held + localize(
         f"；它在等待线程 {other}，而后者在等待此模型", f"; it waits for thread {other}, which waits for this model"
     )
 
 
 def course(
-    model: dict[str, Any], device_kind: str, say: Say, counted: Callable[[float, int], str] | None = None
+    model: dict[str, Any], device_kind: str, localize: Localize, counted: Callable[[float, int], str] | None = None
 ) -> str:
     """Where it is going, or what happens to it next if nobody asks for it.
 
@@ -255,100 +255,109 @@ def course(
     counted = counted or (lambda seconds, direction: readable_seconds(seconds))
     if way := model["progress"]:
         sentence = on_its_way(
-            device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"], say
+            device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"], localize
         )
         return f"{sentence} · {counted(way['seconds'], 1)}"
     if step := model["next"]:
-        what = of_device(_NEXT[step["to"]], device_kind, say).replace("{}", counted(step["in_s"], -1))
-        return f"{say('若无新请求', 'If no request comes')}{mark(':', say)}{what}"
+        what = of_device(_NEXT[step["to"]], device_kind, localize).replace("{}", counted(step["in_s"], -1))
+        return f"{localize('若无新请求', 'If no request comes')}{mark(':', localize)}{what}"
     return ""
 
 
-def trouble(status: dict[str, Any], say: Say) -> list[str]:
+def trouble(status: dict[str, Any], localize: Localize) -> list[str]:
     """What is wrong with the thread that moves idle models: it met an error, or is not there although one is due."""
     monitor = status["monitor"]
     sentences = []
     if not monitor["alive"] and any(model["next"] for model in status["models"].values()):
         sentences.append(
-            say(
+            localize(
                 "闲置监视线程未运行，模型不会自动离开；下一次请求会重新启动它。",
                 "The idle monitor is not running, so models do not leave by themselves; the next request starts it "
                 "again.",
             )
         )
     if monitor["errors"]:
-        times = say(f"闲置监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
-        sentences.append(f"{times}{mark(':', say)}{translated(monitor['last_error'], say)}")
+        times = localize(f"闲置监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
+        sentences.append(f"{times}{mark(':', localize)}{translated(monitor['last_error'], localize)}")
     return sentences
 
 
-def remarks(model: dict[str, Any], say: Say) -> list[str]:
+def remarks(model: dict[str, Any], localize: Localize) -> list[str]:
     error = model["last_error"]
-    told = [f"{say('上次错误', 'Last error')}{mark(':', say)}{translated(error, say)}"] if error else []
-    return told + outside(model, say)
+    told = [f"{localize('上次错误', 'Last error')}{mark(':', localize)}{translated(error, localize)}"] if error else []
+    return told + outside(model, localize)
 
 
-def outside(model: dict[str, Any], say: Say) -> list[str]:
+def outside(model: dict[str, Any], localize: Localize) -> list[str]:
     """Describes memory held outside the books: its size, the processes, and advice."""
     holders = model["outside_processes"]
     if not holders:
         return []
     size = readable_bytes(sum((holder["device_bytes"] or 0) + (holder["host_bytes"] or 0) for holder in holders))
-    processes = mark(",", say).join(f"pid {holder['pid']} {holder['command']}" for holder in holders)
+    processes = mark(",", localize).join(f"pid {holder['pid']} {holder['command']}" for holder in holders)
     if model["state"] == "released":
-        advice = say(
+        advice = localize(
             "。模型已释放，该进程仍在占用：请结束该进程。",
             ". The model was released, and still it is held: end that process.",
         )
     else:
-        advice = say(
+        advice = localize(
             "。卸载不会移动它；释放模型可以腾出。", ". Offload does not move it; a release of the model frees it."
         )
-    return [f"{say('账外占用', 'Held outside the books')}{mark(':', say)}{size}{bracketed(processes, say)}{advice}"]
+    held = f"{localize('账外占用', 'Held outside the books')}{mark(':', localize)}{size}"
+    return [f"{held}{bracketed(processes, localize)}{advice}"]
 
 
-def memory_label(device_kind: str, say: Say) -> str | None:
+def memory_label(device_kind: str, localize: Localize) -> str | None:
     """What the memory of the device is called; None where it is main memory."""
-    return None if device_kind == "cpu" else of_device(("显存", "GPU memory"), device_kind, say)
+    return None if device_kind == "cpu" else of_device(("显存", "GPU memory"), device_kind, localize)
 
 
-def memory_title(device_kind: str, say: Say) -> str:
+def memory_title(device_kind: str, localize: Localize) -> str:
     """What the picture of the past shows."""
     if device_kind == "cpu":
-        return say("最近 15 分钟模型占用的内存", "Main memory of the models, last 15 minutes")
-    return of_device(("最近 15 分钟的显存", "GPU memory, last 15 minutes"), device_kind, say)
+        return localize("最近 15 分钟模型占用的内存", "Main memory of the models, last 15 minutes")
+    return of_device(("最近 15 分钟的显存", "GPU memory, last 15 minutes"), device_kind, localize)
 
 
-def duration(seconds: float, say: Say) -> str:
+def duration(seconds: float, localize: Localize) -> str:
     """A setting: -1 is never."""
-    return say("永不", "never") if seconds == -1 else readable_seconds(seconds)
+    return localize("永不", "never") if seconds == -1 else readable_seconds(seconds)
 
 
-def route(move: dict[str, Any], device_kind: str, say: Say) -> str:
+def route(move: dict[str, Any], device_kind: str, localize: Localize) -> str:
     """From where to where."""
-    return " → ".join(of_device(PLACES[move[end]], device_kind, say) for end in ("from", "to"))
+    return " → ".join(of_device(PLACES[move[end]], device_kind, localize) for end in ("from", "to"))
 
 
-def last_move(model: dict[str, Any], device_kind: str, say: Say) -> str:
+def last_move(model: dict[str, Any], device_kind: str, localize: Localize) -> str:
     move = model["last_move"]
     if not move:
         return "—"
-    facts = route(move, device_kind, say), readable_bytes(move["bytes"]), readable_seconds(move["seconds"])
-    return mark(",", say).join(facts)
+    facts = route(move, device_kind, localize), readable_bytes(move["bytes"]), readable_seconds(move["seconds"])
+    return mark(",", localize).join(facts)
 
 
-def as_text(status: dict[str, Any], say: Say = both) -> str:
+def as_text(status: dict[str, Any], localize: Localize = both) -> str:
     """The status as a few lines of plain text."""
     device = status["device"]
-    kind, colon = device["kind"], mark(":", say)
-    lines = [colon.join(filter(None, (device_name(device, say), usage(device, say)))), main_memory(status, say)]
+    kind, colon = device["kind"], mark(":", localize)
+    lines = [
+        colon.join(filter(None, (device_name(device, localize), usage(device, localize)))),
+        main_memory(status, localize),
+    ]
     for name, model in status["models"].items():
-        facts = [*kept_in_memory(model, say), (say("已闲置", "Idle"), readable_seconds(model["idle_s"])),
-                 (say("上次搬移", "Last move"), last_move(model, kind, say))]  # fmt: skip
-        if label := memory_label(kind, say):
+        facts = [*kept_in_memory(model, localize), (localize("已闲置", "Idle"), readable_seconds(model["idle_s"])),
+                 (localize("上次搬移", "Last move"), last_move(model, kind, localize))]  # fmt: skip
+        if label := memory_label(kind, localize):
             facts.insert(0, (label, readable_bytes(model["device_bytes"])))
-        sizes = mark(",", say).join(f"{label} {value}" for label, value in facts)
-        lines += [f"{name}{colon}{state_in_words(model['state'], kind, say)}{bracketed(sizes, say)}"]
-        told = activity(model, say), holder(model, say), course(model, kind, say), why_less_in_memory(model, say)
-        lines += [*filter(None, told), *remarks(model, say)]
-    return "\n".join([*lines, *notes(device, say), *trouble(status, say)])
+        sizes = mark(",", localize).join(f"{label} {value}" for label, value in facts)
+        lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(sizes, localize)}"]
+        told = (
+            activity(model, localize),
+            holder(model, localize),
+            course(model, kind, localize),
+            why_less_in_memory(model, localize),
+        )
+        lines += [*filter(None, told), *remarks(model, localize)]
+    return "\n".join([*lines, *notes(device, localize), *trouble(status, localize)])

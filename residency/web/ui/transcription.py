@@ -11,7 +11,7 @@ import gradio as gr
 
 from ...cancellation import cancelled_by
 from ...errors import ResidencyError
-from ..shared.gradio_compat import PRIVATE, engine_event, speaker
+from ..shared.gradio_compat import PRIVATE, engine_event, localizer
 from ..speech.service import SpeechService
 from .buttons import LOOK_EVERY_S, in_thread, lines
 from .messages import Message
@@ -120,4 +120,4 @@ class Transcription:
             with self._waiting.told(MODEL, request.tell, _READY) as request.look:
                 return self._speech.transcribe(recording), ""
         except Exception as error:
-            return "", Message.of(error, speaker(), "recording")
+            return "", Message.of(error, localizer(), "recording")

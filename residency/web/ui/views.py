@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from ...units import readable_bytes, readable_rate
-from ..shared.language import Say, bracketed, mark
+from ..shared.language import Localize, bracketed, mark
 from . import status_text
 from .chart import chart
 
@@ -27,13 +27,13 @@ _KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("闲置多久后释
 _OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
 
 
-def device_html(status: dict[str, Any], say: Say) -> str:
+def device_html(status: dict[str, Any], localize: Localize) -> str:
     """The card: its name, who uses its memory, and what people must know about it."""
     device = status["device"]
-    name = escape(status_text.device_name(device, say))
+    name = escape(status_text.device_name(device, localize))
     parts = [
         f"<div class='gpu-device'><b data-device='{device['kind']}'>{name}</b>"
-        f"<span class='gpu-quiet'>{status_text.usage(device, say)}</span></div>"
+        f"<span class='gpu-quiet'>{status_text.usage(device, localize)}</span></div>"
     ]
     if sizes := memory_parts(status):
         bars = "".join(
@@ -41,15 +41,15 @@ def device_html(status: dict[str, Any], say: Say) -> str:
             for part, _, nbytes in sizes
         )
         legend = "".join(
-            f"<span data-part='{part}'>{escape(say(*_REST[part]) if part in _REST else name)} "
+            f"<span data-part='{part}'>{escape(localize(*_REST[part]) if part in _REST else name)} "
             f"{readable_bytes(nbytes)}</span>"
             for part, name, nbytes in sizes
             if nbytes or part not in _REST or part == "free"
         )
         parts.append(f"<div class='gpu-bar gpu-parts'>{bars}</div><div class='gpu-legend gpu-quiet'>{legend}</div>")
-    parts.append(f"<div class='gpu-quiet' data-gpu-host>{escape(status_text.main_memory(status, say))}</div>")
-    parts += [f"<div class='gpu-quiet'>{escape(note)}</div>" for note in status_text.notes(device, say)]
-    parts += [f"<div class='gpu-error'>{escape(trouble)}</div>" for trouble in status_text.trouble(status, say)]
+    parts.append(f"<div class='gpu-quiet' data-gpu-host>{escape(status_text.main_memory(status, localize))}</div>")
+    parts += [f"<div class='gpu-quiet'>{escape(note)}</div>" for note in status_text.notes(device, localize)]
+    parts += [f"<div class='gpu-error'>{escape(trouble)}</div>" for trouble in status_text.trouble(status, localize)]
     return "".join(parts)
 
 
@@ -104,43 +104,45 @@ def _outside_here(status: dict[str, Any]) -> int:
     return sum(holder["device_bytes"] or 0 for holder in holders if holder["pid"] == os.getpid())
 
 
-def model_html(name: str, status: dict[str, Any], say: Say) -> str:
+def model_html(name: str, status: dict[str, Any], localize: Localize) -> str:
     """One model: where it is, who uses it, what happens next, and what it costs."""
     model, kind = status["models"].get(name), status["device"]["kind"]
     if model is None:
         return ""
     safe_name, state = escape(name, quote=True), model["state"]
-    course = status_text.course(model, kind, lambda chinese, english: escape(say(chinese, english)), counted)
+    course = status_text.course(model, kind, lambda chinese, english: escape(localize(chinese, english)), counted)
     way = model["progress"]
     done = status_text.share(way["bytes"], way["total_bytes"]) if way else None
     bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
     facts = "".join(
         f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>"
-        for label, value in _facts(model, on_the_card(status)[name], kind, say)
+        for label, value in _facts(model, on_the_card(status)[name], kind, localize)
     )
-    remarks = "".join(f"<div class='gpu-error'>{escape(remark)}</div>" for remark in status_text.remarks(model, say))
+    remarks = "".join(
+        f"<div class='gpu-error'>{escape(remark)}</div>" for remark in status_text.remarks(model, localize)
+    )
     return (
         f"<div class='gpu-head'><b>{safe_name}</b>"
         f"<span class='gpu-chip' data-model='{safe_name}' data-state='{state}'>"
-        f"{status_text.state_in_words(state, kind, say)}</span>"
-        f"<span class='gpu-quiet'>{status_text.activity(model, say)}</span></div>"
+        f"{status_text.state_in_words(state, kind, localize)}</span>"
+        f"<span class='gpu-quiet'>{status_text.activity(model, localize)}</span></div>"
         f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>{facts}</div>"
-        f"<div class='gpu-quiet'>{status_text.why_less_in_memory(model, say)}</div>{remarks}"
+        f"<div class='gpu-quiet'>{status_text.why_less_in_memory(model, localize)}</div>{remarks}"
     )
 
 
-def stay_html(status: dict[str, Any], say: Say) -> str:
+def stay_html(status: dict[str, Any], localize: Localize) -> str:
     """How long each model stays, as it is set now."""
-    colon = mark(":", say)
+    colon = mark(":", localize)
     rows = "".join(
-        f"<div><b>{escape(name)}</b> {say(*_KEEP_WARM)}{colon}{_keep_warm(model, say)} · "
-        f"{say(*_IDLE_TIMEOUT)}{colon}{status_text.duration(model['idle_timeout_s'], say)}</div>"
+        f"<div><b>{escape(name)}</b> {localize(*_KEEP_WARM)}{colon}{_keep_warm(model, localize)} · "
+        f"{localize(*_IDLE_TIMEOUT)}{colon}{status_text.duration(model['idle_timeout_s'], localize)}</div>"
         for name, model in status["models"].items()
     )
-    return f"<div class='gpu-quiet'>{say('当前设置', 'Now')}{colon}{rows}</div>"
+    return f"<div class='gpu-quiet'>{localize('当前设置', 'Now')}{colon}{rows}</div>"
 
 
-def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
+def past_html(history: dict[str, Any], device_kind: str, localize: Localize) -> str:
     """The last 15 minutes as a picture, and the last moves as a table."""
     models = history["models"]
     moves = sorted(
@@ -149,9 +151,9 @@ def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
     )[:SHOWN_MOVES]
     rows = "".join(
         f"<tr><td>{counted(ago_s, 1)}</td><td>{escape(name)}</td>"
-        f"<td>{status_text.route(move, device_kind, say)}</td>"
+        f"<td>{status_text.route(move, device_kind, localize)}</td>"
         f"<td>{readable_bytes(move['bytes'])}</td><td>{status_text.readable_seconds(move['seconds'])}</td>"
-        f"<td>{_rate_or_outcome(move, say)}</td></tr>"
+        f"<td>{_rate_or_outcome(move, localize)}</td></tr>"
         for ago_s, name, move in moves
     )
     heads = (
@@ -162,39 +164,42 @@ def past_html(history: dict[str, Any], device_kind: str, say: Say) -> str:
         ("用时", "Took"),
         ("速度", "Rate"),
     )
-    head = "".join(f"<th>{say(*pair)}</th>" for pair in heads)
+    head = "".join(f"<th>{localize(*pair)}</th>" for pair in heads)
     table = f"<table class='gpu-moves'><tr>{head}</tr>{rows}</table>" if rows else ""
-    return chart(history, device_kind, say) + table
+    return chart(history, device_kind, localize) + table
 
 
 def counted(seconds: float, direction: int) -> str:
     return f"<time data-s='{seconds:.1f}' data-way='{direction}'>{status_text.readable_seconds(round(seconds))}</time>"
 
 
-def _rate_or_outcome(move: dict[str, Any], say: Say) -> str:
+def _rate_or_outcome(move: dict[str, Any], localize: Localize) -> str:
     if move["outcome"] in _OUTCOMES:
-        return say(*_OUTCOMES[move["outcome"]])
+        return localize(*_OUTCOMES[move["outcome"]])
     if not move["bytes"] or move["seconds"] <= 0 or move["to"] == "released":
         return "—"
     return readable_rate(move["bytes"] / move["seconds"])
 
 
-def _facts(model: dict[str, Any], device_bytes: int, device_kind: str, say: Say) -> list[tuple[str, str]]:
+def _facts(model: dict[str, Any], device_bytes: int, device_kind: str, localize: Localize) -> list[tuple[str, str]]:
     facts = [
-        *status_text.kept_in_memory(model, say),
-        (say("已闲置", "Idle"), "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1)),
-        (say(*_KEEP_WARM), _keep_warm(model, say)),
-        (say(*_IDLE_TIMEOUT), status_text.duration(model["idle_timeout_s"], say)),
-        (say("上次搬移", "Last move"), escape(status_text.last_move(model, device_kind, say))),
+        *status_text.kept_in_memory(model, localize),
+        (
+            localize("已闲置", "Idle"),
+            "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1),
+        ),
+        (localize(*_KEEP_WARM), _keep_warm(model, localize)),
+        (localize(*_IDLE_TIMEOUT), status_text.duration(model["idle_timeout_s"], localize)),
+        (localize("上次搬移", "Last move"), escape(status_text.last_move(model, device_kind, localize))),
     ]
-    if label := status_text.memory_label(device_kind, say):
+    if label := status_text.memory_label(device_kind, localize):
         facts.insert(0, (label, readable_bytes(device_bytes)))
     return facts
 
 
-def _keep_warm(model: dict[str, Any], say: Say) -> str:
+def _keep_warm(model: dict[str, Any], localize: Localize) -> str:
     seconds, automatic = model["keep_warm_s"], model["policy"] == "auto"
     if seconds == 0 and not automatic:
-        return say("请求后立即离开", "leaves right after a request")
-    stays = say("一直", "always") if seconds == -1 else status_text.readable_seconds(seconds)
-    return say("自动", "auto") + bracketed(stays, say) if automatic else stays
+        return localize("请求后立即离开", "leaves right after a request")
+    stays = localize("一直", "always") if seconds == -1 else status_text.readable_seconds(seconds)
+    return localize("自动", "auto") + bracketed(stays, localize) if automatic else stays

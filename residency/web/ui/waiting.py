@@ -17,7 +17,7 @@ import gradio as gr
 from ...cancellation import checkpoint, current
 from ...errors import RequestCancelled
 from ...states import State
-from ..shared.gradio_compat import session, speaker
+from ..shared.gradio_compat import localizer, session
 from ..shared.protocols import LeaseHandle, Manager
 from ..speech.queue import SpeechQueue
 from . import status_text
@@ -100,7 +100,7 @@ class _Teller:
     """Says to one person what their request waits for."""
 
     def __init__(self, manager: Manager | SpeechQueue, model: str, tell: Tell | None, ready: tuple[str, str]) -> None:
-        self._model, self._speak = model, speaker()
+        self._model, self._speak = model, localizer()
         self._ready = ready
         self._tell = tell or self._gradios_own()
         self._manager, self._seen = manager, manager.version
