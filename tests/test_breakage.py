@@ -425,7 +425,7 @@ def test_who_waits_for_room_that_will_never_be_tries_once_more(warm_manager: GPU
     holder = Client(warm_manager).comes_in()
     waiting = Client(warm_manager, "asr").queues()
     managed = warm_manager._managed_models["asr"]
-    assert await_that(warm_manager, managed, lambda: managed.short)
+    assert await_that(warm_manager, managed, lambda: managed.waiting_for_room)
     warm_manager.configure("tts", keep_warm=-1)
     waiting.comes_in()
     assert tts(warm_manager)["state"] == "gpu"

@@ -287,7 +287,8 @@ def test_a_policy_brings_back_its_model_for_which_nobody_has_to_leave(house: Hou
     clock.advance(0.5)
     managed = manager._managed_models["b"]
     assert any(
-        manager.wait_for("b", State.RESTORING, 0.01) or managed.not_before_s > clock.now() for _ in nudged(clock)
+        manager.wait_for("b", State.RESTORING, 0.01) or managed.policy_paused_until_s > clock.now()
+        for _ in nudged(clock)
     )
     assert where(manager) == "DH"
     assert manager.status()["models"]["b"]["last_error"] is None
@@ -354,7 +355,7 @@ def test_who_others_left_for_waits_until_the_driver_shows_it_but_not_for_ever(
     use(manager, "b", "a")
     log = manager._managed_models["b"].resident.log
     device.shown, device.asked = 0, Gate()
-    device.waits = lambda: manager._managed_models["b"].task is not None
+    device.waits = lambda: manager._managed_models["b"].move_task is not None
     worker = Worker(use, manager, "b")
     while not device.asked._arrived.wait(0.01) and len(log) == 1:
         clock.advance(0)

@@ -71,7 +71,7 @@ class Story:
         self.world.check_at_rest()
 
     def rests(self, managed: ManagedModel) -> bool:
-        return managed.task is None and next_step(managed, self.clock.now(), True) is None
+        return managed.move_task is None and next_step(managed, self.clock.now(), True) is None
 
     def tell(self) -> None:
         manager, clock = self.world.manager, self.clock
@@ -239,7 +239,9 @@ def test_a_load_that_hangs_at_any_step_is_given_up_and_harms_nobody_however_it_e
             request.result()
         if "what is kept" in story.label:  # nobody can have it meanwhile
             second = Worker(story.use, "tts")
-            assert await_that(story.world.manager, story.managed, lambda story=story: story.managed.task is not None)
+            assert await_that(
+                story.world.manager, story.managed, lambda story=story: story.managed.move_task is not None
+            )
             story.clock.advance(60)
             with pytest.raises(LoadTimeout):
                 second.result()

@@ -161,7 +161,7 @@ def test_two_generators_in_opposite_order_are_told_of_their_deadlock(pair: GPURe
     step(other)
     waiting = Worker(contextvars.copy_context().run, next, one)
     managed = pair._managed_models["b"]
-    assert await_that(pair, managed, lambda: managed.head() is not None)
+    assert await_that(pair, managed, lambda: managed.next_request() is not None)
     with pytest.raises(LeaseDeadlock, match="'a' while holding b") as caught:
         step(other)
     assert caught.value.holder is not None
@@ -589,7 +589,7 @@ def test_a_request_is_no_deadlock_whose_code_has_lost_what_the_holder_waits_for(
     assert step(other) == "b"
     waiting = Worker(lambda: list(other))
     managed = pair._managed_models["a"]
-    assert await_that(pair, managed, lambda: managed.head() is not None)
+    assert await_that(pair, managed, lambda: managed.next_request() is not None)
     assert step(mine) == "served"
     assert waiting.result() == ["a"]
     mine.close()

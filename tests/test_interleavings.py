@@ -99,8 +99,8 @@ def test_with_faults_each_request_ends_in_one_clear_way_and_the_next_is_served(b
             world.fault_rate = 0.0
             for managed in world.manager._managed_models.values():
                 managed.load_timeout_s = math.inf
-                if managed.task is not None:  # begun before, and as slow as the clock jumps
-                    managed.task.give_up_at_s = math.inf
+                if managed.move_task is not None:  # begun before, and as slow as the clock jumps
+                    managed.move_task.give_up_at_s = math.inf
             world.await_loaders()
             before.update(world.outcomes)
 
@@ -124,7 +124,7 @@ def test_leases_that_are_lost_are_given_back_and_everybody_is_served(build: Call
         refusals = {"OverBudget", "LeaseDeadlock", "DeviceOutOfMemory"}
         assert world.outcomes.keys() <= {"served", *refusals}, (seed, world.outcomes)
         assert sum(world.outcomes.values()) == 6 + len(SIZES)
-        assert not any(managed.holder or managed.head() for managed in world.manager._managed_models.values())
+        assert not any(managed.holder or managed.next_request() for managed in world.manager._managed_models.values())
 
 
 def careless_client(world: World, choose: random.Random) -> Callable[[], None]:

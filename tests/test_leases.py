@@ -165,7 +165,7 @@ def test_a_lease_that_is_lost_is_given_back(manager: GPUResourceManager) -> None
     gc.collect()
     assert use(manager, timeout=None)
     managed = manager._managed_models["tts"]
-    assert await_that(manager, managed, lambda: not managed.in_use and managed.at is State.HOST)
+    assert await_that(manager, managed, lambda: not managed.in_use and managed.settled_state is State.HOST)
 
 
 @pytest.mark.parametrize("broken", [True, False])

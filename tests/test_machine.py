@@ -271,7 +271,7 @@ class Lives(RuleBasedStateMachine):
             assert await_that(
                 self.manager,
                 managed,
-                lambda managed=managed: managed.task is None and next_step(managed, now_s, True) is None,
+                lambda managed=managed: managed.move_task is None and next_step(managed, now_s, True) is None,
             ), f"{name} does not come to rest"
             reference.settle(now_s)
             status = self.manager.status()["models"][name]

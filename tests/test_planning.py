@@ -71,7 +71,7 @@ def hold(model: ManagedModel, number: int = 0) -> ManagedModel:
 
 
 def moving(model: ManagedModel, target: State, give_up_at_s: float = math.inf) -> ManagedModel:
-    model.task = SimpleNamespace(move=Move(model.name, model.at, target), give_up_at_s=give_up_at_s)
+    model.move_task = SimpleNamespace(move=Move(model.name, model.settled_state, target), give_up_at_s=give_up_at_s)
     return model
 
 
@@ -103,7 +103,7 @@ def test_a_model_that_was_never_used_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize(("state", "target"), TRANSITIONS)
 def test_a_model_on_its_way_is_left_alone(state: State, target: State) -> None:
-    model = moving(managed(state, asked=State.RELEASED, broken=True, closing=True, wanted=True), target)
+    model = moving(managed(state, pending_move=State.RELEASED, broken=True, closing=True, prefetch=True), target)
     ask(model)
     assert model.state is TRANSITIONS[state, target]
     assert next_step(model, 1e9, separate=True) is None
@@ -132,7 +132,7 @@ def test_who_was_answered_meanwhile_waits_no_more() -> None:
     gone, here = ask(model, 1), ask(model, 2)
     gone.answer(TimeoutError())
     assert list(model.waiting()) == [here]
-    assert model.head() is here
+    assert model.next_request() is here
     assert list(model.queue) == [here]
     here.answer(TimeoutError())
     assert not model.in_use
@@ -140,20 +140,22 @@ def test_who_was_answered_meanwhile_waits_no_more() -> None:
 
 
 def test_what_was_asked_for_comes_before_those_who_wait() -> None:
-    waiting = managed(State.DEVICE, asked=State.HOST)
+    waiting = managed(State.DEVICE, pending_move=State.HOST)
     ask(waiting)
     assert next_step(waiting, 0, separate=True) == Move("m", State.DEVICE, State.HOST)
 
 
 def test_what_was_asked_for_and_is_there_already_does_not_stop_the_ladder() -> None:
-    assert next_step(managed(State.HOST, asked=State.HOST), 100, separate=True) == Move("m", State.HOST, State.RELEASED)
+    assert next_step(managed(State.HOST, pending_move=State.HOST), 100, separate=True) == Move(
+        "m", State.HOST, State.RELEASED
+    )
 
 
 def test_a_model_that_closes_is_released_and_serves_nobody() -> None:
     model = managed(State.DEVICE, closing=True)
     ask(model)
     assert next_step(model, 0, separate=True) == Move("m", State.DEVICE, State.RELEASED)
-    assert next_step(managed(State.RELEASED, closing=True, wanted=True), 0, separate=True) is None
+    assert next_step(managed(State.RELEASED, closing=True, prefetch=True), 0, separate=True) is None
 
 
 def test_a_broken_engine_leaves_the_device_at_once_and_the_host_when_it_is_called_for() -> None:
@@ -162,14 +164,14 @@ def test_a_broken_engine_leaves_the_device_at_once_and_the_host_when_it_is_calle
     assert next_step(resting, 0, separate=True) is None
     ask(resting)
     assert next_step(resting, 0, separate=True) == Move("m", State.HOST, State.RELEASED)
-    wanted = managed(State.HOST, broken=True, wanted=True)
+    wanted = managed(State.HOST, broken=True, prefetch=True)
     assert next_step(wanted, 0, separate=True) == Move("m", State.HOST, State.RELEASED)
 
 
 @pytest.mark.parametrize("state", [State.HOST, State.RELEASED])
 def test_a_model_that_was_warmed_by_hand_is_brought(state: State) -> None:
-    assert next_step(managed(state, wanted=True), 0, separate=True) == Move("m", state, State.DEVICE)
-    assert next_step(managed(State.DEVICE, wanted=True), 0, separate=True) is None
+    assert next_step(managed(state, prefetch=True), 0, separate=True) == Move("m", state, State.DEVICE)
+    assert next_step(managed(State.DEVICE, prefetch=True), 0, separate=True) is None
 
 
 def test_a_promise_to_stay_warm_outlasts_the_idle_timeout() -> None:
@@ -198,7 +200,7 @@ def test_move_towards_never_goes_up() -> None:
 
 
 def test_after_a_failure_or_a_warming_the_ladder_waits() -> None:
-    model = managed(State.DEVICE, not_before_s=50.0)
+    model = managed(State.DEVICE, policy_paused_until_s=50.0)
     assert next_step(model, 49.9, separate=True) is None
     assert next_deadline(model, 0, separate=True) == 50
     assert next_step(model, 50, separate=True) == Move("m", State.DEVICE, State.HOST)
@@ -224,8 +226,8 @@ def test_a_later_window_brings_a_model_back_and_lets_it_go_again() -> None:
 def test_a_window_brings_back_neither_what_was_released_nor_what_was_sent_away() -> None:
     policy = Windows(((0.0, 0.0), (40.0, 60.0)))
     assert next_step(managed(State.RELEASED, policy=policy), 50, separate=True) is None
-    assert next_step(managed(State.HOST, policy=policy, sent_away=True), 50, separate=True) is None
-    assert next_step(managed(State.HOST, policy=policy, sent_away=True), 100, separate=True) == Move(
+    assert next_step(managed(State.HOST, policy=policy, moved_away_by_hand=True), 50, separate=True) is None
+    assert next_step(managed(State.HOST, policy=policy, moved_away_by_hand=True), 100, separate=True) == Move(
         "m", State.HOST, State.RELEASED
     )
 
@@ -256,10 +258,10 @@ def test_a_deadline_is_exactly_when_a_step_becomes_due(
     not_before_s: float,
     separate: bool,
     now_s: float,
-    sent_away: bool,
+    moved_away_by_hand: bool,
 ) -> None:
     model = managed(
-        state, policy=Windows(windows, idle_timeout_s), not_before_s=not_before_s, sent_away=sent_away,
+        state, policy=Windows(windows, idle_timeout_s), policy_paused_until_s=not_before_s, moved_away_by_hand=sent_away,
         idle_since_s=0.1,
     )  # fmt: skip
     deadline = next_deadline(model, now_s, separate)
@@ -341,26 +343,29 @@ def test_who_can_never_fit_is_told_so() -> None:
 
 
 def test_a_model_that_could_not_be_offloaded_is_released_for_others() -> None:
-    new, stuck = managed(State.HOST, name="new", size_bytes=60), managed(State.DEVICE, size_bytes=60, stuck=True)
+    new, stuck = (
+        managed(State.HOST, name="new", size_bytes=60),
+        managed(State.DEVICE, size_bytes=60, cannot_offload=True),
+    )
     ask(new)
     assert room_for(new, [new, stuck], 100) == Room((Move("m", State.DEVICE, State.RELEASED),), wait=True)
     assert room_for(new, [new, hold(stuck)], 100) == Room((), wait=True)
 
 
 def test_what_the_device_refused_sends_others_away_without_any_budget() -> None:
-    new = managed(State.HOST, name="new", size_bytes=60, lacking_bytes=20)
+    new = managed(State.HOST, name="new", size_bytes=60, shortfall_bytes=20)
     small, large = (managed(State.DEVICE, name=name, size_bytes=size) for name, size in [("small", 10), ("large", 50)])
     small.idle_since_s = -1.0
     ask(new)
     assert [move.model for move in room_for(new, [new, small, large], math.inf).evict] == ["small", "large"]
     assert room_for(new, [new], math.inf) == Room(hopeless=True)
-    new.lacking_bytes = 5
+    new.shortfall_bytes = 5
     assert [move.model for move in room_for(new, [new, small, large], math.inf).evict] == ["small"]
 
 
 def test_a_model_that_comes_for_the_first_time_may_be_what_fills_the_device() -> None:
     new, coming = (
-        managed(State.HOST, name="new", size_bytes=60, lacking_bytes=1),
+        managed(State.HOST, name="new", size_bytes=60, shortfall_bytes=1),
         managed(State.RELEASED, name="coming"),
     )
     ask(new)
@@ -368,7 +373,7 @@ def test_a_model_that_comes_for_the_first_time_may_be_what_fills_the_device() ->
 
 
 def test_a_model_without_bytes_makes_no_room() -> None:
-    new, empty = managed(State.HOST, name="new", size_bytes=60, lacking_bytes=1), managed(State.DEVICE, size_bytes=0)
+    new, empty = managed(State.HOST, name="new", size_bytes=60, shortfall_bytes=1), managed(State.DEVICE, size_bytes=0)
     ask(new)
     assert room_for(new, [new, empty], math.inf) == Room(hopeless=True)
 
@@ -388,7 +393,7 @@ def test_who_came_first_gets_the_room_though_others_wait_for_the_model_that_has_
 
 def test_nobody_overtakes_an_older_request_that_waits_for_room() -> None:
     old, young = (
-        managed(State.HOST, name="old", size_bytes=90, short=True),
+        managed(State.HOST, name="old", size_bytes=90, waiting_for_room=True),
         managed(State.HOST, name="young", size_bytes=10),
     )
     ask(old, 1)
@@ -398,9 +403,9 @@ def test_nobody_overtakes_an_older_request_that_waits_for_room() -> None:
     request.holding = (managed(State.DEVICE, name="held"),)
     assert room_for(young, [old, young], 100) == Room()
     request.holding = ()
-    old.short = False
+    old.waiting_for_room = False
     assert room_for(young, [old, young], 100) == Room()
-    old.short = True
+    old.waiting_for_room = True
     assert room_for(old, [old, young], 100) == Room()
 
 
@@ -414,10 +419,10 @@ def test_nobody_waits_for_room_of_somebody_who_waits_for_room() -> None:
     mine, theirs = (hold(managed(State.DEVICE, name=name, size_bytes=50)) for name in ("mine", "theirs"))
     third, fourth = (managed(State.HOST, name=name, size_bytes=50) for name in ("third", "fourth"))
     ask(third, 1, holding=(mine,))
-    third.short = True
+    third.waiting_for_room = True
     ask(fourth, 2, holding=(theirs,))
     assert room_for(fourth, [mine, theirs, third, fourth], 100) == Room(hopeless=True)
-    third.short = False
+    third.waiting_for_room = False
     assert room_for(fourth, [mine, theirs, third, fourth], 100) == Room((), wait=True)
 
 
@@ -425,7 +430,7 @@ def test_a_restore_that_nobody_waits_for_takes_free_room_only_and_one_by_hand_id
     new, idle = managed(State.HOST, name="new", size_bytes=60), managed(State.DEVICE, name="idle", size_bytes=60)
     assert room_for(new, [new, idle], 100) == Room(hopeless=True)
     assert room_for(new, [new, idle], 120) == Room()
-    new.wanted = True
+    new.prefetch = True
     assert room_for(new, [new, idle], 100).evict == (Move("idle", State.DEVICE, State.HOST),)
     ask(idle)
     assert room_for(new, [new, idle], 100) == Room(hopeless=True)

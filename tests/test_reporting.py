@@ -73,7 +73,7 @@ def test_there_is_a_new_version_whenever_there_is_something_to_tell(
     gate.wait_for_arrival()
     tell()
     for _ in range(2):
-        client.managed.task.progress.advance(10)
+        client.managed.move_task.progress.advance(10)
         tell()
     gate.open()
     client.comes_in()

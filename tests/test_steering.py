@@ -118,7 +118,7 @@ def test_what_hangs_as_it_leaves_is_left_alone_at_the_end(
     closing = Worker(manager.close, 0)
     for _ in range(3):
         if goes_on:
-            progress = client.managed.task.progress
+            progress = client.managed.move_task.progress
             progress.advance(1) if goes_on == "with bytes" else progress.beat()
         clock.advance(STUCK_AFTER_S)
         closing.join(0.05)

@@ -223,7 +223,7 @@ class World:
             self.manager.register(name, self.loader(name), load_timeout=load_timeout, size_bytes=size if known else 0)
         if keeps is not None:
             managed = self.manager._managed_models[keeps]
-            managed.kept, managed.host_bytes = Lent(self.kept), self.kept.host_bytes
+            managed.borrowed_part, managed.host_bytes = Lent(self.kept), self.kept.host_bytes
 
     def maybe_fail(self, verb: str) -> None:
         if self.random.random() < self.fault_rate:
@@ -293,8 +293,8 @@ class World:
                 assert managed.state is State.DEVICE, f"{name} is leased and {managed.state}"
                 assert place_of(managed) == "device"
                 assert name != self.keeps or self.kept.place == "device", "what is kept left under a request"
-            if managed.task is None:
-                assert place_of(managed) == PLACES[managed.at], f"{name} is not there"
+            if managed.move_task is None:
+                assert place_of(managed) == PLACES[managed.settled_state], f"{name} is not there"
             assert len(parts) <= 1 or self.load_timeout != -1, f"{name} was loaded twice"
             assert len(set(managed.queue)) == len(managed.queue)
             numbers = [request.number for request in managed.queue]
@@ -309,14 +309,18 @@ class World:
         """When nobody asks for anything and nothing moves."""
         self.check()
         for name, managed in self.manager._managed_models.items():
-            assert managed.task is None
+            assert managed.move_task is None
             assert not managed.in_use, f"somebody still uses {name}"
-            assert not managed.short
-            left = managed.resident or managed.kept
-            if left is not managed.kept or self.load_timeout == -1:  # a load that is given up has it meanwhile
+            assert not managed.waiting_for_room
+            left = managed.resident or managed.borrowed_part
+            if left is not managed.borrowed_part or self.load_timeout == -1:  # a load that is given up has it meanwhile
                 assert managed.device_bytes == (left.device_bytes if left else 0)
                 assert managed.host_bytes == (left.host_bytes if left else 0)
-        if self.load_timeout == -1 and self.keeps and self.manager._managed_models[self.keeps].at is not State.DEVICE:
+        if (
+            self.load_timeout == -1
+            and self.keeps
+            and self.manager._managed_models[self.keeps].settled_state is not State.DEVICE
+        ):
             assert self.kept.place == "host", "what is kept stays on the device alone"
         held = self.kept.device_bytes + sum(part.device_bytes for parts in self.alive.values() for part in parts)
         assert self.device.ledger_bytes == held
@@ -325,7 +329,7 @@ class World:
         """Wait for loaders that were given up and have not noticed yet."""
         managed_models = self.manager._managed_models
         while self.loading or any(
-            len(parts) > (managed_models[name].task is not None or managed_models[name].resident is not None)
+            len(parts) > (managed_models[name].move_task is not None or managed_models[name].resident is not None)
             for name, parts in self.alive.items()
         ):
             self.step("waiting for loaders")

@@ -16,8 +16,8 @@ def test_each_byte_lies_in_exactly_one_span_and_none_crosses_a_group(
     layout = lay_out(sizes, span_bytes, group_bytes)
     reached = dict.fromkeys(range(len(sizes)), 0)
     for part in (part for span in layout.spans for part in span.parts):
-        assert part.start == reached[part.piece] < part.stop
-        reached[part.piece] = part.stop
+        assert part.start == reached[part.index] < part.stop
+        reached[part.index] = part.stop
     assert [*reached.values()] == sizes
     end = 0
     for span in layout.spans:

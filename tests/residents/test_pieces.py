@@ -43,11 +43,11 @@ def test_a_storage_of_one_value_is_recognised_bit_for_bit(dtype: torch.dtype, by
     element = bytes([byte] + [3] * (itemsize - 2) + [byte])[:itemsize] if itemsize > 1 else bytes([byte])
     tensor = repeating(element, dtype, LARGE // itemsize + 3)
     piece = piece_of(tensor)
-    piece.fill = piece.find_fill()
-    assert piece.fill == element
+    piece.constant = piece.find_constant()
+    assert piece.constant == element
     before = bytes_of(tensor)
-    piece.raw.zero_()
-    piece.refill(piece.raw)
+    piece.byte_view.zero_()
+    piece.write_constant(piece.byte_view)
     assert bytes_of(tensor) == before
 
 
@@ -56,30 +56,30 @@ def test_a_storage_of_one_value_is_recognised_bit_for_bit(dtype: torch.dtype, by
 def test_one_bit_that_differs_anywhere_is_noticed(where: int, bit: int) -> None:
     tensor = torch.zeros(LARGE // 4)
     tensor.view(torch.int32)[where] ^= 1 << bit if bit < 31 else -(1 << 31)
-    assert piece_of(tensor).find_fill() is None
+    assert piece_of(tensor).find_constant() is None
 
 
 def test_a_difference_behind_the_first_pieces_is_noticed() -> None:
     tensor = torch.zeros((17 << 20) + 5, dtype=torch.uint8)
     for place in (4096 + (8 << 20) - 1, 4096 + (8 << 20), (17 << 20) + 4):
         tensor[place] = 1
-        assert piece_of(tensor).find_fill() is None
+        assert piece_of(tensor).find_constant() is None
         tensor[place] = 0
-    assert piece_of(tensor).find_fill() == b"\0"
+    assert piece_of(tensor).find_constant() == b"\0"
 
 
 def test_nan_is_equal_to_itself_and_minus_zero_is_not_zero() -> None:
-    assert piece_of(torch.full((LARGE // 4,), float("nan"))).find_fill() == b"\0\0\xc0\x7f"
+    assert piece_of(torch.full((LARGE // 4,), float("nan"))).find_constant() == b"\0\0\xc0\x7f"
     tensor = torch.zeros(LARGE // 4)
     tensor[7] = -0.0
-    assert piece_of(tensor).find_fill() is None
+    assert piece_of(tensor).find_constant() is None
 
 
 def test_small_ragged_and_wide_storages_are_copied_like_any_other() -> None:
-    assert piece_of(torch.zeros(100)).find_fill() is None
-    assert piece_of(torch.zeros(LARGE, dtype=torch.complex128)).find_fill() is None
+    assert piece_of(torch.zeros(100)).find_constant() is None
+    assert piece_of(torch.zeros(LARGE, dtype=torch.complex128)).find_constant() is None
     ragged = torch.zeros(LARGE + 1, dtype=torch.uint8)[: LARGE // 4 * 4].view(torch.float32)
-    assert piece_of(ragged).find_fill() is None
+    assert piece_of(ragged).find_constant() is None
 
 
 def test_what_numpy_or_a_file_owns_gets_a_home_of_its_own_with_all_its_ties() -> None:
