@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from serving import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Route
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.TELL_EVERY_S = 0.5\n"
@@ -219,6 +220,37 @@ def test_a_press_on_a_page_from_before_a_restart_says_what_to_do(
         assert str(tmp_path) not in said
         expect_texts(page, "said\nin two lines", "to say")
         assert "Traceback" not in second.log
+
+
+def test_nothing_is_lost_by_a_reload_before_the_server_has_answered_the_last_one(
+    new_page: Callable[..., Page], tmp_path: Path, gates: Path
+) -> None:
+    with ForkedApp(tmp_path / "recordings", *ARGUMENTS, gates=gates, prelude=SELDOM) as app:
+        page = new_page()
+        page.goto(app.url)
+        fill(page, tmp_path)
+        press(page, "CLONE")
+        expect_results(page, 1)
+        answered: list[str] = []
+
+        def keep_the_answer(route: Route) -> None:
+            with suppress(sync_api.Error):  # of a page that is gone
+                route.fetch()
+                answered.append(route.request.url)
+
+        page.route(re.compile("/gradio_api/(run|api|queue/join)"), keep_the_answer)
+        for _ in range(2):
+            answered.clear()
+            with page.expect_request(re.compile("/gradio_api/(run|api|queue/join)")):
+                page.reload()
+            while not answered:
+                page.wait_for_timeout(10)
+        text(page, "target-text").fill("to say later")
+        page.unroute_all(behavior="ignoreErrors")
+        page.reload()
+        expect_results(page, 1)
+        expect_texts(page, "said\nin two lines", "to say later")
+        sync_api.expect(recording(page)).to_be_attached()
 
 
 def fill(page: Page, folder: Path) -> None:

@@ -5,12 +5,12 @@
 (visit) => {
   const [session, secret, goesOn] = visit.split(".");
   const stay = () => {
-    sessionStorage.setItem("visit", `${session}.${secret}`);  // for when this page is loaded anew
+    sessionStorage.setItem("visit", secret);  // for when this page is loaded anew
     sessionStorage.removeItem("left");
   };
   stay();
   window.addEventListener("pageshow", stay);  // as it was left, from the browser's memory
-  window.addEventListener("pagehide", () => sessionStorage.setItem("left", `${session}.${secret}`));
+  window.addEventListener("pagehide", () => sessionStorage.setItem("left", secret));
   if (goesOn) document.querySelector("#hear-the-end").click();
   const tell = async () => {
     try {

@@ -25,15 +25,19 @@ _AT_MOST = 1000
 _GOES_ON = ".goes-on"
 # A page that is loaded anew goes on with its visit. A page that the browser's history opens goes on with a visit only
 # if the page of that visit has left: a duplicated tab is opened in the same way, with a copy of the storage of a tab
-# that is still open. The copy then deletes what it has not taken over.
-_EARLIER = """(_, lost, state) => {
+# that is still open. The copy then deletes what it has not taken over. A page may be loaded anew before the server has
+# answered, or even heard of it: so the browser makes the secret, and keeps the earlier ones until there is an answer.
+_SECRETS = """(_, lost, state) => {
   const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
   const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
-  sessionStorage.setItem("visit", earlier ?? "");
+  const bytes = [...crypto.getRandomValues(new Uint8Array(16))];
+  const secret = bytes.map(byte => byte.toString(16).padStart(2, "0")).join("");
+  const secrets = [secret, ...(earlier ?? "").split(" ").slice(0, 3)].join(" ").trim();
+  sessionStorage.setItem("visit", secrets);
   sessionStorage.removeItem("left");
   if (earlier === null) sessionStorage.removeItem("inputs");
   const {recording, steps} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  return [earlier, recording || steps ? "something" : "", state];
+  return [secrets, recording || steps ? "something" : "", state];
 }"""
 
 
@@ -59,7 +63,7 @@ class PageSessions:
         hear_the_end = gr.Button(elem_id="hear-the-end")
         messages = self._places.components
         inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
-        came = page.load(self._come, inputs, outputs, js=_EARLIER, queue=False, **hidden)
+        came = page.load(self._come, inputs, outputs, js=_SECRETS, queue=False, **hidden)
         came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
         hear_the_end.click(presses.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
         return came
@@ -77,12 +81,14 @@ class PageSessions:
         with self._lock:
             self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
 
-    def _come(self, earlier: str | None, to_lose: str | None, state: State) -> list[Any]:
+    def _come(self, known: str | None, to_lose: str | None, state: State) -> list[Any]:
+        """Begin a visit. ``known`` are secrets: that of the new visit, and of those before it, the newest first."""
         whose = session() or ""
-        visit = f"{whose}.{secrets.token_urlsafe(16)}"
+        secret, *earlier = (known or "")[:200].split() or [secrets.token_hex(16)]
+        visit = f"{whose}.{secret}"
         with self._lock:
-            before, state = self._visits.pop(earlier or "", (None, state))
-            self._visits[visit] = (whose, state)
+            before, state = next((self._visits.pop(each) for each in earlier if each in self._visits), (None, state))
+            self._visits[secret] = (whose, state)
             if len(self._visits) > _AT_MOST:
                 del self._visits[next(iter(self._visits))]
         if before is None:

@@ -27,7 +27,14 @@ _KEEP = """(prompt, target, recording, task, subTask, history) => {
   if (back && !emptied("#prompt-text")) prompt ||= back.prompt;
   if (back && !emptied("#target-text")) target ||= back.target;
   window.inputs = {prompt, target, recording: recording?.path ?? null, task, subTask, steps: history?.length ?? 0};
-  if (window.keepsInputs) sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
+  if (window.keepsInputs) {
+    sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
+    return;
+  }
+  // What was kept has not come back yet: only what is filled in replaces it.
+  const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
+  const filled = Object.entries({prompt, target, recording: window.inputs.recording}).filter(([, value]) => value);
+  sessionStorage.setItem("inputs", JSON.stringify({...kept, ...Object.fromEntries(filled)}));
 }"""
 _READ = """() => {
   const {recording, task, subTask} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
