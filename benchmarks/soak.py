@@ -232,7 +232,8 @@ class Soak:
             waiting = [request.number for request in managed.waiting()]
             holder = managed.holder.number if managed.holder else None
             print(
-                f"  {name}: {managed.state.value}, holder {holder}, waiting {waiting}, for room {managed.waiting_for_room}",
+                f"  {name}: {managed.state.value}, holder {holder}, waiting {waiting}, "
+                f"for room {managed.waiting_for_room}",
                 flush=True,
             )
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)

@@ -261,8 +261,8 @@ def test_a_deadline_is_exactly_when_a_step_becomes_due(
     moved_away_by_hand: bool,
 ) -> None:
     model = managed(
-        state, policy=Windows(windows, idle_timeout_s), policy_paused_until_s=not_before_s, moved_away_by_hand=sent_away,
-        idle_since_s=0.1,
+        state, policy=Windows(windows, idle_timeout_s), policy_paused_until_s=not_before_s,
+        moved_away_by_hand=moved_away_by_hand, idle_since_s=0.1,
     )  # fmt: skip
     deadline = next_deadline(model, now_s, separate)
     assert deadline >= now_s

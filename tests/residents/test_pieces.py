@@ -8,13 +8,13 @@ import pytest
 import torch
 from strategies import DTYPES, bytes_of
 
-from residency.memory.storages import ManagedStorage, pieces_of
+from residency.memory.storages import ManagedStorage, managed_storages
 
 LARGE = 1 << 20
 
 
 def piece_of(tensor: torch.Tensor) -> ManagedStorage:
-    [piece] = pieces_of({"t": tensor})
+    [piece] = managed_storages({"t": tensor})
     return piece
 
 
@@ -26,7 +26,7 @@ def test_tensors_are_grouped_by_storage_and_those_without_bytes_left_out() -> No
     base = torch.randn(10)
     module = torch.nn.Linear(2, 2)
     module.tied = module.weight
-    pieces = pieces_of({
+    pieces = managed_storages({
         "base": base, "slice": base[3:], "weight": module.weight, "tied": module.tied, "data": module.weight.data,
         "meta": torch.empty(5, device="meta"), "empty": torch.empty(0), "sparse": torch.eye(3).to_sparse(),
     })  # fmt: skip
@@ -87,7 +87,7 @@ def test_what_numpy_or_a_file_owns_gets_a_home_of_its_own_with_all_its_ties() ->
     parameter = torch.nn.Parameter(owned.t())
     window = owned[1:3, 2:]
     before = bytes_of(owned)
-    [piece] = pieces_of({"owned": owned, "parameter": parameter, "window": window})
+    [piece] = managed_storages({"owned": owned, "parameter": parameter, "window": window})
     assert piece.make_resizable()
     assert piece.storage.resizable()
     assert len({tensor.untyped_storage()._cdata for tensor in piece.tensors.values()}) == 1
@@ -111,7 +111,7 @@ def test_a_tensor_that_refuses_a_new_home_leaves_all_where_they_were(
 
     stubborn = owned[:3].as_subclass(Stubborn)
     storage = owned.untyped_storage()._cdata
-    [piece] = pieces_of({"owned": owned, "stubborn": stubborn})
+    [piece] = managed_storages({"owned": owned, "stubborn": stubborn})
     with caplog.at_level(logging.WARNING):
         assert not piece.make_resizable()
     assert "owned, stubborn cannot be moved" in caplog.text
