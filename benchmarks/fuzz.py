@@ -39,8 +39,10 @@ from serving import RunningApp, wait_until
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--max-upload", "20MB", "--gpu-keep-warm", "60")
 #: Recordings go as soon as their session has ended, and soon if nothing has used them.
 PRELUDE = """
-from residency.web import page, presence, recordings
-presence.LEFT_FOR_S, recordings.UNOWNED_FOR_S, page._SWEEP_EVERY_S = 0, 10, 1
+from residency.web import page
+from residency.web.server import heartbeats
+from residency.web.speech import recordings
+heartbeats.LEFT_FOR_S, recordings.UNOWNED_FOR_S, page._SWEEP_EVERY_S = 0, 10, 1
 """
 PATIENCE_S = 120
 

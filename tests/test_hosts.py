@@ -20,8 +20,8 @@ from starlette.testclient import TestClient
 from residency.addresses import serving
 from residency.errors import InvalidInput
 from residency.launch.port import check_port
+from residency.web.server import container_gateway
 from residency.web.server.hosts import Hosts
-from residency.web.server.server import container_gateway
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

@@ -17,7 +17,7 @@ FORM = "Content-Type: application/x-www-form-urlencoded"
 #: Many failures take no time, and the clock is the test's: SIGALRM moves it by ten seconds.
 PRELUDE = """
 import os, signal
-from residency.web import logins
+from residency.web.server import logins
 logins._FAILED_AFTER_S = 0
 clock = [1000.0]
 init = logins.Logins.__init__
@@ -190,7 +190,7 @@ class TestSigningOut:
 
 def test_a_failure_takes_half_a_second(tmp_path: Path) -> None:
     prelude = (
-        "from residency.web import logins\n"
+        "from residency.web.server import logins\n"
         "async def sleep(s): print('slept', s, flush=True)\n"
         "logins.anyio.sleep = sleep\n"
     )

@@ -208,7 +208,7 @@ class TestCalls:
 def test_errors_of_the_server_stay_in_its_log(tmp_path: Path) -> None:
     """Also with a Gradio that shows them to everybody."""
     prelude = """
-from residency.web import locale
+from residency.web.server import locale
 def around(app):
     async def failing(scope, receive, send):
         if scope.get("query_string") != b"fail":

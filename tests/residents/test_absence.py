@@ -304,8 +304,8 @@ def test_an_array_that_is_made_while_weights_are_copied_away_keeps_the_old_bytes
 def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbed() -> None:
     """Here 0.006 s to hide and as much to show, 0.05 s to close the storages and 0.06 s to open them."""
     tensors = [torch.zeros(3) for _ in range(100_000)]
-    absent_tensors.hide(tensors[:1])
-    absent_tensors.show(tensors[:1])
+    absent_tensors.hide_tensors(tensors[:1])
+    absent_tensors.show_tensors(tensors[:1])
     done, errors = threading.Event(), []
 
     def read() -> None:
@@ -316,8 +316,8 @@ def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbe
     reader = threading.Thread(target=read)
     reader.start()
     started = time.thread_time()
-    absent_tensors.hide(tensors)
-    absent_tensors.show(tensors)
+    absent_tensors.hide_tensors(tensors)
+    absent_tensors.show_tensors(tensors)
     took_s = time.thread_time() - started
     done.set()
     reader.join()

@@ -116,8 +116,8 @@ def test_weights_of_the_sums_are_drawn_anew_in_each_process(monkeypatch: pytest.
     """So that nobody can make two contents that no process tells apart."""
     script = (
         f"import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}]; import torch\n"
-        "from residency.memory import fingerprint\n"
-        "fingerprint.SPAN_BYTES = 1024\n"
+        "from residency.memory import checksum\n"
+        "checksum.SPAN_BYTES = 1024\n"
         "print(checksum.multilinear([torch.ones(100, dtype=torch.uint8)], 1, torch.device('cpu')))"
     )
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout

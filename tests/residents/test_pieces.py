@@ -93,7 +93,7 @@ def test_what_numpy_or_a_file_owns_gets_a_home_of_its_own_with_all_its_ties() ->
     assert len({tensor.untyped_storage()._cdata for tensor in piece.tensors.values()}) == 1
     assert owned.untyped_storage()._cdata == piece.storage._cdata
     assert bytes_of(owned) == before
-    assert piece.raw.data_ptr() == owned.data_ptr()
+    assert piece.byte_view.data_ptr() == owned.data_ptr()
     assert (parameter.stride(), window.storage_offset(), parameter.requires_grad) == ((1, 4), 6, True)
     ours = piece.storage
     assert piece.make_resizable()

@@ -75,7 +75,10 @@ def test_a_bare_install_needs_four_packages_and_the_extras_bring_the_rest(wheel:
     assert {"gradio", "fastapi", "av"} <= needs(wheel, "app") - base
     assert {"hibari-tts", "silero-vad", "onnxruntime"} <= needs(wheel, "builtin") - base
     assert "gradio" not in needs(wheel, "builtin") | needs(wheel, "asr") | needs(wheel, "step-audio")
-    assert {path.name for path in (wheel / "residency" / "web").glob("*.js")} >= {"upload.js", "here.js"}
+    assert {path.name for path in (wheel / "residency" / "web" / "static").glob("*.js")} >= {
+        "upload.js",
+        "heartbeat.js",
+    }
 
 
 def test_the_library_works_without_what_the_extras_bring(wheel: Path, tmp_path: Path) -> None:

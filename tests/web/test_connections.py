@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
+from residency.web.server import connections as module
 from residency.web.server.connections import (
     WITHIN_S,
     Awaited,
@@ -18,7 +19,6 @@ from residency.web.server.connections import (
     affordable,
     listeners,
 )
-from residency.web.server.server import connections as module
 
 
 class Clock:

@@ -160,7 +160,7 @@ def test_an_error_about_a_task_calls_tasks_as_the_menus_do(
     info: str | None,
     expected: list[str],
 ) -> None:
-    monkeypatch.setattr("residency.web.editx_tab.speaker", lambda: localize)
+    monkeypatch.setattr("residency.web.editx_tab.localizer", lambda: localize)
     message = session.edit(task, info).message
     for words in expected:
         assert html.escape(words) in message

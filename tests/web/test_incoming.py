@@ -17,9 +17,9 @@ import soundfile
 from fakes import Gate, Worker
 
 from residency.errors import InvalidInput
+from residency.web.speech import conversion, decode
 from residency.web.speech.conversion import Conversion, Limits
 from residency.web.speech.recordings import Recordings
-from residency.web.speech.service import conversion, decode
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from residency.web.server.server import locale
+from residency.web.server import locale
 
 HTML = "<html><head><title>page</title></head></html>"
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from residency.web.server import heartbeats as presence_module
 from residency.web.server.heartbeats import Heartbeats
-from residency.web.server.server import heartbeats as presence_module
 
 
 class Loop:

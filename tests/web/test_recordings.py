@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from residency.web.speech import recordings as recordings_module
 from residency.web.speech.recordings import UNOWNED_FOR_S, DiskFull, Recordings
-from residency.web.speech.service import recordings as recordings_module
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_a_limit_that_may_be_raised_is(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedApp]:
     """An app whose times are short enough for a test."""
-    short = "from residency.web import connections\nfor each in connections.WITHIN_S: connections.WITHIN_S[each] = 1\n"
+    short = "from residency.web.server.connections import WITHIN_S\nfor each in WITHIN_S: WITHIN_S[each] = 1\n"
     with ForkedApp(tmp_path_factory.mktemp("recordings"), prelude=short) as app:
         yield app  # type: ignore[misc]
 

@@ -19,10 +19,10 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from residency.web.server import bodies
+from residency.web.server import middleware as traffic_module
 from residency.web.server.heartbeats import Heartbeats
 from residency.web.server.middleware import RequestMiddleware
-from residency.web.server.server import bodies
-from residency.web.server.server import middleware as traffic_module
 from residency.web.speech.recordings import DiskFull
 
 

@@ -47,7 +47,7 @@ class Asker:
 
 @pytest.fixture
 def waiting(turns: SpeechQueue, monkeypatch: pytest.MonkeyPatch) -> WaitMessages:
-    monkeypatch.setattr(waiting_module, "speaker", lambda: en)
+    monkeypatch.setattr(waiting_module, "localizer", lambda: en)
     monkeypatch.setattr(waiting_module, "session", lambda: threading.current_thread().name)
     return WaitMessages(turns)
 

@@ -121,7 +121,7 @@ def test_how_much_is_done_is_told_only_where_it_is_known(
             generating.open()
 
     monkeypatch.setattr(waiting_module.gr, "Progress", lambda: localize)
-    monkeypatch.setattr(waiting_module, "speaker", lambda: en)
+    monkeypatch.setattr(waiting_module, "localizer", lambda: en)
     with WaitMessages(manager).told("tts"), manager.lease("tts"):
         generating.pass_through()
     assert (0.0, "The model is ready; generating") in told

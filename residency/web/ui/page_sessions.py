@@ -52,14 +52,14 @@ class PageSessions:
         self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
 
     def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Buttons) -> Any:
-        """Connect the components while the page is drawn. The server must answer the path that ``here.js`` asks.
+        """Connect the components while the page is drawn. The server must answer the path that ``heartbeat.js`` asks.
 
         Returns the event after which a visit goes on.
         """
         visit, to_lose = gr.Textbox(visible=False), gr.Textbox(visible=False)
         script = static.text("heartbeat.js")
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-        # Pressed by here.js. Not invisible, since Gradio does not draw what is.
+        # Pressed by heartbeat.js. Not invisible, since Gradio does not draw what is.
         hear_the_end = gr.Button(elem_id="hear-the-end")
         messages = self._places.components
         inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
