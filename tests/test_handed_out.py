@@ -42,7 +42,7 @@ class Result:
     more: Any = None
 
 
-@dataclasses.dataclass(frozen=True, managed_models=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Frozen:
     weight: Any
 

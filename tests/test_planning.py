@@ -1,4 +1,4 @@
-"""Decisions, without a manager: slots and a time go in, a step comes out."""
+"""Decisions, without a manager: managed models and a time go in, a step comes out."""
 
 from __future__ import annotations
 

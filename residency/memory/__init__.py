@@ -27,7 +27,7 @@ __all__ = [
 def adopt(engine: Any, device: Device, managed: Adoption) -> Resident:
     """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
 
-    What the slot keeps beyond a release is left out.
+    The borrowed part, which outlives a release, is left out.
     """
     kept = managed.borrowed_part.part if isinstance(managed.borrowed_part, BorrowedPart) else None
     return EngineResident(engine, device, managed.skip, excluding=kept if isinstance(kept, EngineResident) else None)

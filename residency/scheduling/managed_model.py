@@ -29,7 +29,7 @@ class LeaseRequest:
     """One request for a model, from its arrival to its end; whoever changes it holds the manager's lock.
 
     ``number`` is its place in the order of arrival over all models. ``site`` is the code that asks, or that last
-    resumed the generator in which the model is leased. ``holding`` are the slots that this code keeps busy meanwhile:
+    resumed the generator in which the model is leased. ``holding`` are the managed models that this code keeps busy:
     models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an ``error``.
     """
 

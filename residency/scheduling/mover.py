@@ -26,7 +26,7 @@ SKELETON_BYTES = 64 << 20
 
 @dataclass(eq=False)
 class MoveTask:
-    """A move under way: one thread carries it out, and has the slot's engine and resident meanwhile.
+    """A move under way: one thread carries it out, and owns the model's engine and resident until it ends.
 
     It is ``claimed`` once by that thread. ``make_room`` says that others left for it, ``give_up_at_s`` when its loader
     has taken too long, in ``context`` runs what it calls.
@@ -79,7 +79,7 @@ class Mover:
     With ``snapshots``, a release keeps the engine as a skeleton and its weights on disk, and the next load reads
     them back instead of building the engine again; if that does not work the engine is built the normal way.
 
-    What a move makes of engine and resident it writes into its task; the slot is only read.
+    What a move makes of engine and resident it writes into its task; the managed model is only read.
     """
 
     def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotStore | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What happens next. Pure decisions from slots and the time: nothing here acts, waits or logs.
+"""Decides which move comes next, from the managed models and the time. Pure: nothing here acts, waits or logs.
 
 For one model, in this order: what was asked for by hand; a broken engine goes; who waits is served, or the model
 brought to the device for them; otherwise its policy says where an idle model is. A model in use or on its way is

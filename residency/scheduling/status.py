@@ -1,4 +1,4 @@
-"""A slot in the words of ``GET /gpu/status``. Pure."""
+"""Converts a managed model to the answer of ``GET /gpu/status``. Pure."""
 
 from __future__ import annotations
 

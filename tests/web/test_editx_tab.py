@@ -137,7 +137,7 @@ def test_an_edit_that_cannot_be_says_so_before_the_engine_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("say", "task", "info", "expected"),
+    ("localize", "task", "info", "expected"),
     [
         (
             en,

@@ -22,7 +22,7 @@ from residency.web.ui.status_text import device_name
 
 
 @pytest.mark.parametrize(
-    ("header", "say"),
+    ("header", "localize"),
     [
         ("zh-CN,zh;q=0.9,en;q=0.8", zh),
         ("en-US,en;q=0.9,zh;q=0.8", en),

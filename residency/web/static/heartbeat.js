@@ -1,7 +1,7 @@
 // Tells the server now and then that this page is there: what its session has on the server's disk is kept as long.
 // Gradio has a line for that, but does not take it up again once it was cut. The server puts EVERY_MS in. A page that the
-// server does not know, such as one from before its start, is loaded anew: it keeps what is filled in (see inputs.py), and
-// shows nothing any more that is gone. With a login the answer is 401, since a new server knows no login either.
+// server does not know, such as one from before its start, is loaded anew: it keeps what is filled in (saved_inputs.py),
+// and shows nothing any more that is gone. With a login the answer is 401, since a new server knows no login either.
 (visit) => {
   const [session, secret, goesOn] = visit.split(".");
   const stay = () => {

@@ -1,8 +1,8 @@
 """What people have filled in survives when their page is loaded anew: texts, recording, task and sub-task.
 
-The browser's tab keeps it, in `sessionStorage`: no other tab reads it, it goes when the tab is closed, and `visits`
-drops it where a visit does not go on. The texts never leave the browser for this. The recording comes back if the
-server still has it; if not, that is said beside it.
+The browser's tab keeps it, in `sessionStorage`: no other tab reads it, it goes when the tab is closed, and
+`page_sessions` drops it where a visit does not go on. The texts never leave the browser for this. The recording
+comes back if the server still has it; if not, that is said beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..speech.recordings import Recordings
 from ..speech.task_names import choices, line
 from .messages import Message
 
-# Of the history only its length: by it `visits` knows whether there is something to lose.
+# Of the history only its length: by it `page_sessions` knows whether there is something to lose.
 _KEEP = """(prompt, target, recording, task, subTask, history) => {
   const back = window.textsBack;  // Gradio writes them into their fields a moment later
   const emptied = id => document.activeElement?.closest(id);
