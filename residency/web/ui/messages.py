@@ -33,6 +33,7 @@ _TIE = f"""for (const id of {list(CONTROLS.values())}) {{
 BEGIN = """() => {
   const look = times => {
     const line = document.querySelector("#progress:has([data-running])");
+    if (document.activeElement?.matches("textarea, input")) return;  // somebody types
     if (line) line.scrollIntoView({block: "nearest"});
     else if (times) setTimeout(look, 100, times - 1);
   };
