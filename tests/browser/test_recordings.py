@@ -117,12 +117,12 @@ class TestPage:
 # Recordings called slow wait at a gate before they are converted.
 _SLOW = """
 import gated_engine
-from residency.web.speech.conversion import Incoming
-def decode(self, source, *more, decode=Incoming._decode):
+from residency.web.speech.conversion import Conversion
+def decode(self, source, *more, decode=Conversion._decode):
     if "slow" in source:
         gated_engine._pass("convert")
     decode(self, source, *more)
-Incoming._decode = decode
+Conversion._decode = decode
 """
 
 
