@@ -49,7 +49,7 @@ from residency.observability.outside_memory import totals
 from residency.scheduling.admission import Admission
 from residency.scheduling.callers import call_site
 from residency.scheduling.dispatcher import Dispatcher
-from residency.scheduling.lease import Lease, held_slots, watching
+from residency.scheduling.lease import Lease, held_models, watching
 from residency.scheduling.managed_model import ManagedModel
 from residency.scheduling.manual_control import ManualControl
 from residency.scheduling.mover import Mover
@@ -146,9 +146,9 @@ class GPUResourceManager:
             partial(sample, self.device),
         )
         self._admission = Admission(self._dispatcher, self._check_open_locked, self.settings["wait_timeout"])
-        self._steering = ManualControl(self._dispatcher, self._check_open_locked)
+        self._manual_control = ManualControl(self._dispatcher, self._check_open_locked)
         self._closed = False
-        self._parents_slots: dict[str, ManagedModel] = {}
+        self._parents_models: dict[str, ManagedModel] = {}
         self._remeasured_s = -math.inf
         end_with_the_process(self)
 
@@ -248,7 +248,7 @@ class GPUResourceManager:
 
         ``keep_warm`` takes the place of a policy given to `register`; ``idle_timeout`` alone is passed on to it.
         """
-        for managed in self._slots_named(name):
+        for managed in self._models_named(name):
             with self._lock:
                 self._check_open_locked(managed)
                 managed.policy = change_policy(managed.policy, keep_warm, idle_timeout)
@@ -260,9 +260,9 @@ class GPUResourceManager:
 
         RuntimeError if called by somebody who holds a lease on it.
         """
-        managed = self._slots_named(name)[0]
+        managed = self._models_named(name)[0]
         self._refuse_own("unregister()", [managed])
-        self._steering.retire(
+        self._manual_control.retire(
             [managed], UnknownModel(name, tuple(other for other in self.names() if other != name)), math.inf
         )
         with self._lock:
@@ -296,7 +296,7 @@ class GPUResourceManager:
         too many waiting), `RequestCancelled`, `LoadTimeout`, `LeaseDeadlock`, or `EventLoopBlocked`.
         """
         timeout_s = None if timeout is None else seconds(timeout)
-        return Lease(self._admission, self._slots_named(name)[0], timeout_s, reading)
+        return Lease(self._admission, self._models_named(name)[0], timeout_s, reading)
 
     # -- steering by hand ---------------------------------------------------------------------------------------
 
@@ -305,11 +305,11 @@ class GPUResourceManager:
 
         Of all, each is tried, and then the first error raised.
         """
-        return self._each(name, lambda managed: self._steering.bring_down(managed, State.HOST))
+        return self._each(name, lambda managed: self._manual_control.bring_down(managed, State.HOST))
 
     def release(self, name: str | None = None) -> bool:
         """Give up a model's memory (None: all) everywhere. Answers as `offload` does."""
-        return self._each(name, lambda managed: self._steering.bring_down(managed, State.RELEASED))
+        return self._each(name, lambda managed: self._manual_control.bring_down(managed, State.RELEASED))
 
     def warm(self, name: str | None = None, *, if_idle: bool = False) -> bool:
         """Begin to bring a model (None: all) to the device and return at once. True: it is there already.
@@ -319,11 +319,11 @@ class GPUResourceManager:
         ``if_idle`` a model in use is left alone. A failure is logged and shown in `status`; the next request tries
         again.
         """
-        return self._each(name, lambda managed: self._steering.warm(managed, if_idle))
+        return self._each(name, lambda managed: self._manual_control.warm(managed, if_idle))
 
     def make_room(self, name: str) -> None:
         """Offload the other models as far as they are idle, and empty the device's caches; for who holds ``name``."""
-        self._steering.move_aside(managed for managed in self._slots_named(None) if managed.name != name)
+        self._manual_control.move_aside(managed for managed in self._models_named(None) if managed.name != name)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -420,7 +420,7 @@ class GPUResourceManager:
         That is if ``timeout`` (real seconds or ``"5s"``) passes first, if its last load or restore has failed (see
         ``last_error`` in `status`) and nothing asks for it, or when it is unregistered or the manager closed.
         """
-        managed = self._slots_named(name)[0]
+        managed = self._models_named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
         self._dispatcher.watch(
             managed, lambda: managed.state is state or _will_not_come(managed, state), timeout_s, SystemClock()
@@ -437,10 +437,10 @@ class GPUResourceManager:
         somebody who holds a lease, or in a loader.
         """
         grace_s = math.inf if grace is None else seconds(grace)
-        self._refuse_own("close()", self._slots_named(None))
+        self._refuse_own("close()", self._models_named(None))
         self._closed = True
-        managed_models = self._slots_named(None)
-        all_released = self._steering.retire(managed_models, ManagerClosed(), grace_s)
+        managed_models = self._models_named(None)
+        all_released = self._manual_control.retire(managed_models, ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
         self._dispatcher.reports.listeners.close()
         return all_released
@@ -448,25 +448,25 @@ class GPUResourceManager:
     def leave_to_the_parent(self) -> None:
         """For a forked child: nothing here may be touched, not even freed."""
         self._closed = True
-        self._parents_slots = self._dispatcher.leave()
+        self._parents_models = self._dispatcher.leave()
 
     def wind_up(self, within_s: float) -> None:
         """At the end of the interpreter: refuse requests, and let moves end that are inside native code."""
         self._closed = True
         clock = SystemClock()
         until_s = clock.now() + within_s
-        for managed in self._slots_named(None):
+        for managed in self._models_named(None):
             self._dispatcher.watch(managed, partial(_stands, managed), until_s - clock.now(), clock)
         self._dispatcher.monitor.stop()
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
-    def _slots_named(self, name: str | None) -> list[ManagedModel]:
+    def _models_named(self, name: str | None) -> list[ManagedModel]:
         with self._lock:
             if name is None:
                 return list(self._managed_models.values())
             if name not in self._managed_models:
-                if self._parents_slots:
+                if self._parents_models:
                     raise ManagerClosed
                 raise UnknownModel(name, tuple(self._managed_models))
             return [self._managed_models[name]]
@@ -474,7 +474,7 @@ class GPUResourceManager:
     def _each(self, name: str | None, act: Callable[[ManagedModel], bool]) -> bool:
         """Whether it was done for every model; all are tried before the first error is raised."""
         answers, errors = [], []
-        for managed in self._slots_named(name):
+        for managed in self._models_named(name):
             try:
                 answers.append(act(managed))
             except Exception as error:
@@ -487,7 +487,7 @@ class GPUResourceManager:
         """RuntimeError where waiting for these models' requests would be waiting for oneself."""
         site = call_site()
         with self._lock:
-            kept_busy = (*held_slots(), *self._admission.deadlocks.kept_busy_locked(site))
+            kept_busy = (*held_models(), *self._admission.deadlocks.kept_busy_locked(site))
             if any(held is managed for held in kept_busy for managed in managed_models):
                 raise RuntimeError(f"{what} would wait for the lease or the load that called it; leave it first.")
             self._admission.deadlocks.refuse_to_block_locked(what, managed_models, site)

@@ -225,10 +225,8 @@ class Soak:
 
     def _deadlock(self, what: str) -> None:
         print(f"FAILED: {what}: a deadlock. {self.books.progress} requests had ended. All threads:", flush=True)
-        for (
-            name,
-            managed,
-        ) in self.manager._managed_models.items():  # without the lock, which may be what everybody waits for
+        # Without the lock, for which everything may be waiting.
+        for name, managed in self.manager._managed_models.items():
             waiting = [request.number for request in managed.waiting()]
             holder = managed.holder.number if managed.holder else None
             print(

@@ -23,7 +23,7 @@ class OneShotEvent(Protocol):
         """Open it; RuntimeError if it cannot be opened any more."""
 
 
-def new_latch() -> threading.Lock:
+def new_event() -> threading.Lock:
     """A latch that is closed."""
     latch = threading.Lock()
     latch.acquire()

@@ -384,7 +384,7 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
         pass
     assert child.close(0) is True
     assert workshop.resident.log == []
-    assert child._parents_slots["tts"].engine is workshop.engines[0], "it is kept from being collected"
+    assert child._parents_models["tts"].engine is workshop.engines[0], "it is kept from being collected"
     assert len(told) == count
     child.subscribe(heard.append)
     child._dispatcher.reports.listeners.close()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..one_shot_event import new_latch, set_event
+from ..one_shot_event import new_event, set_event
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Subscribers:
     def __init__(self) -> None:
         self._listeners: tuple[Callable[[Event], Any], ...] = ()
         self._events: deque[Event] = deque(maxlen=_BACKLOG_AT_MOST)
-        self._latch = new_latch()
+        self._latch = new_event()
         self._lock = threading.Lock()  # for changes of who listens
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -105,7 +105,7 @@ class Subscribers:
 
     def _run(self) -> None:
         while True:
-            self._latch = latch = new_latch()
+            self._latch = latch = new_event()
             while self._events:
                 event = self._events.popleft()
                 for listener in self._listeners:

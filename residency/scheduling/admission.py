@@ -12,12 +12,12 @@ from functools import partial
 
 from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
 from ..observability.error_classification import may_be_device_loss
-from ..one_shot_event import AsyncOneShotEvent, holds, new_latch
+from ..one_shot_event import AsyncOneShotEvent, holds, new_event
 from ..states import State
 from .callers import call_site
 from .deadlocks import DeadlockDetector
 from .dispatcher import WARM_GRACE_S, Dispatcher
-from .lease import Lease, held_slots
+from .lease import Lease, held_models
 from .managed_model import LeaseRequest, ManagedModel
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Admission:
         """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
         request = self._ask(managed, timeout_s, lease, blocks=True)
         if not request.answered:
-            latch = request.latch = new_latch()
+            latch = request.latch = new_event()
             for pause_s in self._looks(request, timeout_s, lease, blocks=True):
                 self._clock.wait(latch, pause_s)
             self._dispatcher.act()
@@ -93,7 +93,7 @@ class Admission:
                     and self._share_locked(lease, holder)
                 ):
                     return holder
-                holding = (*held_slots(), *self.deadlocks.kept_busy_locked(site, lease.made_after))
+                holding = (*held_models(), *self.deadlocks.kept_busy_locked(site, lease.made_after))
                 request = LeaseRequest(managed, next(self._numbers), site, holding, now_s)
                 error = self._refusal_locked(request, timeout_s, blocks)
                 if error is None:

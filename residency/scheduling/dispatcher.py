@@ -32,7 +32,7 @@ from ..observability.error_classification import (
 )
 from ..observability.history import CardHistory, PastMove
 from ..observability.outside_memory import NO_SAMPLE, MemorySample, OutsideBooks
-from ..one_shot_event import holds, new_latch
+from ..one_shot_event import holds, new_event
 from ..progress import Progress, reporting
 from ..states import Move, MoveRecord, State
 from .lease import loading
@@ -208,7 +208,7 @@ class Dispatcher:
         """Wait until something is true of this model's books, ``timeout_s`` at most; False if it is not."""
         clock = clock or self.clock
         until_s = clock.now() + timeout_s
-        latch = new_latch()
+        latch = new_event()
         while True:
             with self.lock:
                 if latch in managed.watchers:  # the time is over, and no change
@@ -218,7 +218,7 @@ class Dispatcher:
                 left_s = until_s - clock.now()
                 if left_s <= 0:
                     return False
-                latch = new_latch()
+                latch = new_event()
                 managed.watchers.append(latch)
             clock.wait(latch, left_s)
 
@@ -399,13 +399,13 @@ class Dispatcher:
             free_bytes = self.device.memory().free_bytes
             if free_bytes is None or free_bytes >= (managed.size_bytes or managed.needed_bytes):
                 return
-            self.clock.wait(new_latch(), 0.02)
+            self.clock.wait(new_event(), 0.02)
 
     def _await_capture(self, task: MoveTask) -> bool:
         """Wait a moment for the end of a capture that was in the way; False if that has been done for long enough."""
         if task.given_up or self.clock.now() >= task.started_s + CAPTURE_WITHIN_S:
             return False
-        self.clock.wait(new_latch(), 0.1)
+        self.clock.wait(new_event(), 0.1)
         task.error = None
         return True
 

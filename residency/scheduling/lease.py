@@ -59,7 +59,7 @@ class Lessor(Protocol):
 _held: contextvars.ContextVar[tuple[LeaseRequest, ...]] = contextvars.ContextVar("held_requests", default=())
 _made: contextvars.ContextVar[tuple[_Made, ...]] = contextvars.ContextVar("made_leases", default=())
 _watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
-_loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_slots", default=())
+_loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_models", default=())
 
 
 class Lease:
@@ -229,7 +229,7 @@ def held_requests() -> tuple[LeaseRequest, ...]:
     return tuple([request for request in held if request.users]) if held else ()
 
 
-def held_slots() -> tuple[ManagedModel, ...]:
+def held_models() -> tuple[ManagedModel, ...]:
     """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
     loads = _loading.get()
     return (

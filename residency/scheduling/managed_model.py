@@ -33,24 +33,8 @@ class LeaseRequest:
     models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an ``error``.
     """
 
-    __slots__ = (
-        "answered",
-        "asked_s",
-        "awaited",
-        "context",
-        "ended",
-        "error",
-        "holding",
-        "latch",
-        "managed",
-        "number",
-        "resumed_s",
-        "searched_s",
-        "served_s",
-        "site",
-        "streams",
-        "users",
-    )  # fmt: skip
+    __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "holding", "latch", "managed", "number",
+                 "resumed_s", "searched_s", "served_s", "site", "streams", "users")  # fmt: skip
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..contracts import Clock
 from ..observability.error_classification import in_words
-from ..one_shot_event import new_latch, set_event
+from ..one_shot_event import new_event, set_event
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,6 @@ class IdleMonitor:
 
     def _fall_asleep_locked(self, decide: Callable[[], float]) -> tuple[threading.Lock, float]:
         # First the latch: who wakes this thread without the lock has either been seen, or opens this one.
-        self._latch = latch = new_latch()
+        self._latch = latch = new_event()
         self._sleeps_until_s = deadline_s = decide()
         return latch, 0.0 if self._stopping else deadline_s - self._clock.now()
