@@ -29,12 +29,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 import psutil
 import soundfile
 from _uploads import FILE, Upload, uploads
-from serving import RunningApp, wait_until
+from app_process import RunningApp, wait_until
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--max-upload", "20MB", "--gpu-keep-warm", "60")
 #: Recordings go as soon as their session has ended, and soon if nothing has used them.

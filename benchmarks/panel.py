@@ -20,11 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 import psutil
+from app_process import RunningApp
 from playwright.sync_api import Browser, sync_playwright
-from serving import RunningApp
 
 MOST_PERCENT = 1.0
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "1h")

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 import psutil
-from serving import RunningApp
+from app_process import RunningApp
 
 MOST_S, MOST_MB, MOST_LOG_BYTES = 1.0, 64, 100_000
 _BOUNDED = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))\n"

@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves a file in the temporary folder otherwise
 
 from fakes import Workshop
+from markers import marks_of
 
 import gpu_manager
 from gpu_manager import GPUResourceManager, SimulatedDevice
@@ -27,26 +25,10 @@ if profile := os.environ.get("HYPOTHESIS_PROFILE"):
     settings.load_profile(profile)
 
 
-#: Marked ``slow``, which `scripts/test --quick` leaves out: apps, browsers and other processes, engines that compute,
-#: and campaigns of random lives.
-SLOW = (
-    "test_gpu_management.py", "tests/benchmarks", "tests/browser", "tests/engines/test_asr.py",
-    "tests/engines/test_builtin.py", "tests/engines/test_edits.py", "tests/engines/test_miniature.py",
-    "tests/engines/test_step_audio.py", "tests/engines/test_voice.py", "tests/gpu", "tests/residents/test_every_use.py",
-    "tests/residents/test_snapshot_disk.py", "tests/residents/test_weights.py", "tests/scenarios", "tests/scripts",
-    "tests/test_app.py", "tests/test_cancelled_jobs.py", "tests/test_documents.py", "tests/test_examples.py",
-    "tests/test_faults.py", "tests/test_forking.py", "tests/test_hosts.py", "tests/test_interleavings.py",
-    "tests/test_interrupts.py", "tests/test_logins.py", "tests/test_machine.py", "tests/test_malformed.py",
-    "tests/test_proxies.py", "tests/test_safety.py", "tests/test_shutdown.py", "tests/test_step_audio_app.py",
-    "tests/upstream", "tests/web/test_siege.py", "tests/web/test_subpath.py",
-)  # fmt: skip
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    slow = [Path(__file__).parents[1] / name for name in SLOW]
     for item in items:
-        if any(item.path.is_relative_to(place) for place in slow):
-            item.add_marker("slow")
+        for mark in marks_of(item.path, item.module, item.fixturenames):
+            item.add_marker(mark)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from forking import ForkedProcess
-from miniature import CHECKOUT, make_recording, make_weights
-from starting import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
+from fork_server import ForkedProcess
+from miniature_checkout import CHECKOUT, make_recording, make_weights
+from script_project import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
 
 from residency.web.ui.guidance import VERIFIED
 from residency.web.ui.sample_voices import VOICES
@@ -301,10 +301,10 @@ def test_python_in_the_readme_runs_as_printed(code: str, tmp_path: Path) -> None
         make_weights(tmp_path)
         make_recording(tmp_path / "prompt.wav")
         code = code.replace("/models", str(tmp_path))
-        code = "from pretend_cuda import pretend_cuda\npretend_cuda()\n" + code
+        code = "from cuda_on_cpu import pretend_cuda\npretend_cuda()\n" + code
     code += "\nif 'audio' in globals(): assert audio.shape[1] > sample_rate / 4"
     exit_code, output = forked(
-        code, cwd=tmp_path if real else ROOT, paths=(ROOT, ROOT / "tests"), STEP_AUDIO_ROOT=str(CHECKOUT)
+        code, cwd=tmp_path if real else ROOT, paths=(ROOT, ROOT / "tests" / "support"), STEP_AUDIO_ROOT=str(CHECKOUT)
     )
     assert exit_code == 0, output
 

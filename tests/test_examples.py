@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import soundfile
-from miniature import CHECKOUT, make_recording, make_weights
+from miniature_checkout import CHECKOUT, make_recording, make_weights
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
@@ -171,11 +171,11 @@ def test_a_program_for_step_audio_runs_with_the_builtin_engine(tmp_path: Path) -
 
 def test_a_program_for_step_audio_runs_with_a_checkout(tmp_path: Path) -> None:
     models, voice = make_weights(tmp_path / "models"), make_recording(tmp_path / "voice.wav")
-    script = "import runpy, sys\nfrom pretend_cuda import pretend_cuda\npretend_cuda()\ndel sys.argv[0]\n"
+    script = "import runpy, sys\nfrom cuda_on_cpu import pretend_cuda\npretend_cuda()\ndel sys.argv[0]\n"
     printed = run(
         ["-c", script + "runpy.run_path(sys.argv[0], run_name='__main__')", str(EXAMPLES / "drop_in.py"),
          "--model-path", str(models), "--step-audio-root", str(CHECKOUT), "--prompt", str(voice)],
-        tmp_path, PYTHONPATH=str(Path(__file__).parent), CUDA_VISIBLE_DEVICES="",
+        tmp_path, PYTHONPATH=str(Path(__file__).parent / "support"), CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert re.findall(r"^(\w+) +(gpu|cpu|released) +device 0 B", printed, re.MULTILINE) == [
         ("before", "released"), ("cloned", "cpu"), ("edited", "cpu"), ("released", "released"),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
-from serving import ForkedApp, RunningApp
 
 from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
 from residency.web.ui.sample_voices import TARGET_TEXT, VOICES
@@ -24,7 +24,7 @@ ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "64MB")
 #: that is pressed warms it.
 PRETENDING = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import gated_engine
 from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES

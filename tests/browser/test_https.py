@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from app_process import ROOT, ForkedApp
 from reverse_proxies import NAME, make_certificate
-from serving import ROOT, ForkedApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
-from serving import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:

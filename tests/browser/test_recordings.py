@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import Request, urlopen
 
-import phones
+import phone_recordings
 import pytest
 import soundfile
+from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
-from serving import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class TestPage:
         self, page: Page, app: RunningApp, tmp_path: Path, name: str
     ) -> None:
         with page.expect_response(re.compile(r"file=.*/recording\.wav")) as played:
-            page.locator(GIVEN).set_input_files(str(phones.record(tmp_path / name)))
+            page.locator(GIVEN).set_input_files(str(phone_recordings.record(tmp_path / name)))
         assert played.value.body()[:4] == b"RIFF"
         sync_api.expect(page.get_by_label("Prompt Text")).to_have_value(re.compile(r"^\d+ samples$"))
         page.get_by_label("Target Text").fill("to say")
@@ -69,7 +69,7 @@ class TestPage:
         assert app.log.count("heard:") == 1
 
     def test_one_that_is_dropped_on_the_page(self, page: Page, tmp_path: Path) -> None:
-        content = list(phones.record(tmp_path / "browser.webm").read_bytes())
+        content = list(phone_recordings.record(tmp_path / "browser.webm").read_bytes())
         dropped = page.evaluate_handle(
             """content => {
               const transfer = new DataTransfer();
@@ -83,7 +83,7 @@ class TestPage:
             target.dispatch_event("drop", {"dataTransfer": dropped})
 
     def test_what_cannot_be_read_is_said_at_once_and_goes_with_the_next(self, page: Page, tmp_path: Path) -> None:
-        (tmp_path / "broken.m4a").write_bytes(phones.record(tmp_path / "iphone.m4a").read_bytes()[:5000])
+        (tmp_path / "broken.m4a").write_bytes(phone_recordings.record(tmp_path / "iphone.m4a").read_bytes()[:5000])
         page.locator(GIVEN).set_input_files(str(tmp_path / "broken.m4a"))
         sync_api.expect(message(page)).to_contain_text("The recording cannot be read")
         sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_have_count(0)
@@ -96,7 +96,7 @@ class TestPage:
         self, app: RunningApp, new_page: Callable[..., Page], tmp_path: Path, locale: str
     ) -> None:
         page = opened(new_page(locale=locale), app)
-        page.locator(GIVEN).set_input_files(str(phones.record(tmp_path / "old.3gp", seconds=LIMIT_S + 1)))
+        page.locator(GIVEN).set_input_files(str(phone_recordings.record(tmp_path / "old.3gp", seconds=LIMIT_S + 1)))
         long, unreadable = ("超过 5 秒", "无法读取") if locale == "zh-CN" else ("longer than 5 s", "cannot be read")
         sync_api.expect(message(page)).to_contain_text(long)
         (tmp_path / "letter.txt").write_text("no sound")
@@ -142,7 +142,10 @@ class TestWhileItIsConverted:
     def test_another_one_takes_its_place_for_good(
         self, app: RunningApp, gates: Path, page: Page, tmp_path: Path, readable: bool
     ) -> None:
-        slow, quick = phones.record(tmp_path / "slow.m4a", "iphone.m4a"), phones.record(tmp_path / "browser.webm")
+        slow, quick = (
+            phone_recordings.record(tmp_path / "slow.m4a", "iphone.m4a"),
+            phone_recordings.record(tmp_path / "browser.webm"),
+        )
         if not readable:
             slow.write_bytes(slow.read_bytes()[:5000])
         page.locator(GIVEN).set_input_files(str(slow))
@@ -163,16 +166,16 @@ class TestWhileItIsConverted:
 
 
 class TestPrograms:
-    @pytest.mark.parametrize("name", phones.FORMATS)
+    @pytest.mark.parametrize("name", phone_recordings.FORMATS)
     def test_gradio_client(self, app: RunningApp, tmp_path: Path, name: str) -> None:
         client = Client(app.url, verbose=False)
-        given = handle_file(str(phones.record(tmp_path / name)))
+        given = handle_file(str(phone_recordings.record(tmp_path / name)))
         assert soundfile.info(client.predict(given, "said", "to say", api_name="/clone")).duration == 1.0
         assert soundfile.info(client.predict(given, "said", "vad", None, None, api_name="/edit")).duration == 1.0
 
     def test_gradio_client_reads_why_not(self, app: RunningApp, tmp_path: Path) -> None:
         client = Client(app.url, verbose=False)
-        long = phones.record(tmp_path / "iphone.m4a", seconds=LIMIT_S + 1)
+        long = phone_recordings.record(tmp_path / "iphone.m4a", seconds=LIMIT_S + 1)
         with pytest.raises(Exception, match=r"longer than 5 s.*--max-audio.*超过 5 秒"):
             client.predict(handle_file(str(long)), "said", "to say", api_name="/clone")
         (tmp_path / "broken.m4a").write_bytes(long.read_bytes()[:9000])
@@ -180,7 +183,7 @@ class TestPrograms:
             client.predict(handle_file(str(tmp_path / "broken.m4a")), "said", "vad", None, None, api_name="/edit")
 
     def test_requests_of_curl_use_one_upload_twice(self, app: RunningApp, tmp_path: Path) -> None:
-        path = self.upload(app, phones.record(tmp_path / "iphone.m4a"))
+        path = self.upload(app, phone_recordings.record(tmp_path / "iphone.m4a"))
         folders = set(app.tmp_dir.rglob("recording.wav"))
         for _ in range(2):
             assert "event: complete" in self.call(app, "clone", [self.file(path), "said", "to say"])

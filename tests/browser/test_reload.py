@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import soundfile
-from serving import ForkedApp, RunningApp
+from app_process import ForkedApp, RunningApp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[Runni
 #: The engine of the gates says that it does what the real one does.
 ALL_TASKS = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import gated_engine
 from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import soundfile
+from app_process import ForkedApp, RunningApp, free_port
 from gradio_client import Client, handle_file
 from reverse_proxies import NAME, bare_nginx, caddy, nginx
-from serving import ForkedApp, RunningApp, free_port
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import soundfile
+from app_process import ForkedApp, wait_until
 from gated_engine import close_gate, open_gate
-from network import Network
-from serving import ForkedApp, wait_until
+from tcp_relay import Network
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:

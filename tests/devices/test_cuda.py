@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from played_cuda import FakeCuda
+from fake_torch_cuda import FakeCuda
 
 from residency.contracts import Memory, Telemetry
 from residency.devices import CudaDevice

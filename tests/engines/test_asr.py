@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from miniature import CHECKOUT
+from miniature_checkout import CHECKOUT
 from tokenizers import pre_tokenizers
 
 from gpu_manager import GPUResourceManager, SimulatedDevice

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from edits import edited, edits
+from app_process import free_port, wait_until
 from gradio_client import Client, handle_file
-from miniature import CHECKOUT, ROOT, make_recording, make_weights
-from serving import free_port, wait_until
+from guide_edits import edited, edits
+from miniature_checkout import CHECKOUT, ROOT, make_recording, make_weights
 
 PRETEND = """
 import runpy, sys
-from pretend_cuda import pretend_cuda
+from cuda_on_cpu import pretend_cuda
 pretend_cuda()
 sys.argv[0] = sys.argv.pop(1)
 sys.path.insert(0, sys.argv.pop(1))
@@ -32,7 +32,8 @@ def running(app: Path, models: Path, *arguments: str) -> Iterator[Client]:
     process = subprocess.Popen(
         [sys.executable, "-c", PRETEND, str(app), str(CHECKOUT), "--model-path", str(models),
          "--server-name", "127.0.0.1", "--server-port", str(port), *arguments],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "GRADIO_TEMP_DIR": str(app.parent)}, cwd=models,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}", "GRADIO_TEMP_DIR": str(app.parent)},
+        cwd=models,
     )  # fmt: skip
     try:
         clients: list[Client] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from miniature import CHECKOUT, make_recording, make_weights, run
+from miniature_checkout import CHECKOUT, make_recording, make_weights, run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import CHECKOUT, make_recording, make_weights, run, safetensors_of
+from miniature_checkout import CHECKOUT, make_recording, make_weights, run, safetensors_of
 
 from residency.engines import checkout as checkouts
 from residency.engines import requirements, step_audio

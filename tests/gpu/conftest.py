@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from card import Leave, Make, leave
+from gpu_memory import Leave, Make, leave
 
 from gpu_manager import CudaDevice
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from card import MB, Leave, all_equal, random_bytes
-from strategies import small_layout
+from engine_strategies import small_layout
+from gpu_memory import MB, Leave, all_equal, random_bytes
 
 from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
 from residency.memory import EngineResident, SnapshotFolder, checksum

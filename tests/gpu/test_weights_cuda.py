@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from card import MB, Leave, Make, all_equal, random_bytes
-from strategies import DTYPES
+from engine_strategies import DTYPES
+from gpu_memory import MB, Leave, Make, all_equal, random_bytes
 
 from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
 from residency.memory import EngineResident, OnnxSessions, SnapshotFolder

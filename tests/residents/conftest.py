@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from snapshots import Content
+from snapshot_files import Content
 
 from residency.memory.snapshot import SnapshotFolder
 

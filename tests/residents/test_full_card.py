@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import small_layout
+from engine_strategies import small_layout
 from torch.overrides import TorchFunctionMode
 
 from gpu_manager import SimulatedDevice

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from strategies import DTYPES, bytes_of
+from engine_strategies import DTYPES, bytes_of
 
 from residency.memory.storages import ManagedStorage, managed_storages
 

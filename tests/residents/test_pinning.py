@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_strategies import small_layout
 from fakes import Gate, Worker
-from strategies import small_layout
 
 from gpu_manager import SimulatedDevice
 from residency.memory import SnapshotFolder

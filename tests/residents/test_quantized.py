@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from packing import save_packed
+from packed_weights import save_packed
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.memory.discovery import discover

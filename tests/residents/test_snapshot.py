@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from engine_strategies import bytes_of, small_layout
 from fakes import Worker
-from snapshots import RANGES, Content, listing, refused
-from strategies import bytes_of, small_layout
+from snapshot_files import RANGES, Content, listing, refused
 
 from gpu_manager import SimulatedDevice
 from residency.errors import InvalidInput, SnapshotUnusable

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from snapshots import RANGES, Content, listing, refused
-from strategies import bytes_of
+from engine_strategies import bytes_of
+from snapshot_files import RANGES, Content, listing, refused
 
 from gpu_manager import SimulatedDevice
 from residency.errors import SnapshotUnusable

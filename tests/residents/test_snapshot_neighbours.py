@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshots import Content, listing, refused
+from snapshot_files import Content, listing, refused
 
 from residency.memory import snapshot
 from residency.memory.snapshot import SnapshotFolder

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 import torch
+from engine_strategies import DTYPES, HOMES, OWNERS, VIEWS, Base, Graph, Step, engines, lives, raw_of, small_layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, HOMES, OWNERS, VIEWS, Base, Graph, Step, engines, lives, raw_of, small_layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice

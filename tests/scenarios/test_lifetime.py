@@ -40,7 +40,7 @@ def in_child(work):
 
 
 def run(script: str, within_s: float = 60) -> subprocess.CompletedProcess[str]:
-    prelude = PRELUDE.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    prelude = PRELUDE.format(root=str(ROOT), tests=str(ROOT / "tests" / "support"))
     return subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", prelude + script],
         capture_output=True, text=True, timeout=within_s, check=False,

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def start(scenario: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, __file__, scenario, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"},
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_processes_that_write_the_same_snapshot_at_the_same_time_all_read_it_bac
 
 def speak_release_speak(folder: Path) -> None:
     import torch
-    from strategies import bytes_of
+    from engine_strategies import bytes_of
 
     from gpu_manager import GPUResourceManager, SimulatedDevice
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starting import ROOT, Caller, Project, free_port
+from script_project import ROOT, Caller, Project, free_port
 
 NAME = "step-audio-gpu-managed"
 KEPT = f"{NAME}-before-gpu-management"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from reverse_proxies import make_certificate
-from starting import OTHERS, ROOT, SETTINGS
+from script_project import OTHERS, ROOT, SETTINGS
 
 UNIT = ROOT / "examples" / "gpu-managed-tts.service"
 COMPOSE: Any = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))

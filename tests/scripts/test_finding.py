@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from starting import Project, Service, ready_project, runs
+from script_project import Project, Service, ready_project, runs
 
 
 @pytest.fixture(scope="module")

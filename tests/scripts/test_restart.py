@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import wait_until
-from starting import Project, Service, app_line, ready_project, runs
+from app_process import wait_until
+from script_project import Project, Service, app_line, ready_project, runs
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from serving import wait_until
-from starting import OTHERS, SCRIPT, SETTINGS, Project, Service, environment_like_ours, free_port, ready_project, runs
+from app_process import wait_until
+from script_project import (
+    OTHERS,
+    SCRIPT,
+    SETTINGS,
+    Project,
+    Service,
+    environment_like_ours,
+    free_port,
+    ready_project,
+    runs,
+)
 
 
 @pytest.fixture(scope="module")

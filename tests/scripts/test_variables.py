@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from starting import Project, app_line, free_port, ready_project
+from script_project import Project, app_line, free_port, ready_project
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from starting import ROOT, SETTINGS, Project, free_port, ready_project
+from script_project import ROOT, SETTINGS, Project, free_port, ready_project
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 ENVIRONMENT = ROOT / "scripts" / "environment.sh"

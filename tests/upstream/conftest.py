@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from miniature import PRELUDE, ROOT, make_recording, run
+from miniature_checkout import PRELUDE, ROOT, make_recording, run
 
 from residency.engines.checkout import find_checkout
 
@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parent))
 from tiny_weights import FUNASR
 
 _BEFORE = """
-from pretend_torchaudio import pretend_torchaudio
+from fake_torchaudio import pretend_torchaudio
 pretend_torchaudio()
 """
 _AFTER = """
@@ -56,7 +56,7 @@ def models(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its weights, tiny and random."""
     folder = tmp_path_factory.mktemp("models")
     script = f"{_BEFORE}\nimport sys, tts, tiny_weights, pathlib\ntiny_weights.make(pathlib.Path(sys.argv[1]))"
-    paths = (ROOT, ROOT / "tests", ROOT / "tests" / "upstream", checkout)
+    paths = (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "upstream", checkout)
     made = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(folder)], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": ":".join(map(str, paths))},

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edits import edited
+from guide_edits import edited
 
 
 @pytest.mark.timeout(600)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from packing import save_packed
+from packed_weights import save_packed
 
 FUNASR = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
 _AUDIO_TOKENS_FROM = 65536

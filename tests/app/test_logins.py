@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from raw import Answer, ask
-from serving import ForkedApp, RunningApp
+from app_process import ForkedApp, RunningApp
+from raw_http import Answer, ask
 
 from residency.web.server.logins import RateLimit
 

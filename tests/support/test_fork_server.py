@@ -7,7 +7,7 @@ import signal
 import subprocess
 
 import pytest
-from forking import ForkedProcess
+from fork_server import ForkedProcess
 
 
 def forked(script: str, *arguments: str, **env: str) -> ForkedProcess:

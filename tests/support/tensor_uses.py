@@ -1,7 +1,7 @@
 """Does anything that can be done to a tensor to any tensor of an engine, in any state that it can be in.
 
-``python tests/every_use.py [seed count]`` runs the whole grid, or so many cases of it, each batch in a process of its
-own, and prints what became of them. A case ends in the value that it has on the device, in the same error, in
+``python tests/support/tensor_uses.py [seed count]`` runs the whole grid, or so many cases of it, each batch in a process
+of its own, and prints the results. A case ends in the value that it has on the device, in the same error, in
 `TensorAway`, or in a RuntimeError of torch's own that refuses the storage (TorchScript and other C++ that torch gives
 no way to name the tensor to). Values are compared by their bytes, and the tensor by its own after a use that changes
 it. While the tensor is away, a value is right only if it tells nothing of the bytes, or if the tensor is one of those
@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 _ARITHMETIC = """
 t + 1|1 + t|t - 1|t * 2|t / 2|t // 2|t % 3|t ** 2|-t|abs(t)|t @ t|t == t|t != 0|t < 1|t >= 1|~t|t & 1|t | 1|t ^ 1

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raw import Answer, ask
-from serving import ROOT, ForkedApp, RunningApp, wait_until
+from app_process import ROOT, ForkedApp, RunningApp, wait_until
+from raw_http import Answer, ask
 
 API = "/gradio_api"
 JSON, FORM, PARTS = (

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from engine_strategies import bytes_of
 from fakes import running
-from strategies import bytes_of
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
 from residency.clock import ManualClock

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from app_process import ForkedApp, RunningApp, wait_until
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
-from serving import ForkedApp, RunningApp, wait_until
 
 MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 

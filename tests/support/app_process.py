@@ -16,7 +16,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from forking import ROOT, ForkedProcess, default_signals
+from fork_server import ROOT, ForkedProcess, default_signals
 
 START_WITHIN_S = 180
 _LOOK_EVERY_S = 0.01
@@ -24,7 +24,7 @@ _LOOK_EVERY_S = 0.01
 # Puts in place of the built-in engine and the recognizer what says what it does and waits until the test lets it go on.
 _WITH_GATES = """
 import pathlib, sys, types
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import gated_engine
 gated_engine.FOLDER = pathlib.Path({folder!r})
 sys.modules["residency.engines.builtin"] = sys.modules["residency.engines.asr"] = gated_engine

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from app_process import ForkedApp, RunningApp, free_port, wait_until
 from gradio_client import Client
-from raw import ask
-from serving import ForkedApp, RunningApp, free_port, wait_until
+from raw_http import ask
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from app_process import ROOT
 from fakes import Client, FakeEngine, Gate, Worker, Workshop, await_that
-from serving import ROOT
 
 from gpu_manager import (
     GPUResourceManager,

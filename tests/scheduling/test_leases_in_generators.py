@@ -457,7 +457,7 @@ def test_the_status_says_who_has_a_model_and_since_when(manager: GPUResourceMana
         clock.advance(5)
         holder = held(manager)
         assert holder is not None
-        where = "tests/test_flows.py"
+        where = "tests/scheduling/test_leases_in_generators.py"
         assert holder["where"].startswith(where), holder
         assert holder["where"].endswith("in test_the_status_says_who_has_a_model_and_since_when")
         assert (holder["thread"], holder["held_s"]) == (threading.current_thread().name, 5)

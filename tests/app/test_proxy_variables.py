@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import RunningApp, free_port
+from app_process import RunningApp, free_port
 
 from residency.web.server.proxies import reach_directly
 

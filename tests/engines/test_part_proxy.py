@@ -28,7 +28,7 @@ from tts_gpu_managed import GPUManagedTTS, Part
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Pair(typing.NamedTuple):
@@ -394,7 +394,7 @@ def test_kinds_that_are_registered_as_trees_are_copied(tts: GPUManagedTTS) -> No
 def test_nothing_of_it_ends_the_process(tmp_path: Path) -> None:
     script = f"""
 import collections, sys, torch
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from test_handed_out import CONTAINERS, Engine, weight
 from tts_gpu_managed import GPUManagedTTS

@@ -1,7 +1,7 @@
 """Many threads on one manager, switched by a seed at every lock and every step of every move: no sleeps, no luck.
 
-`python -m pytest tests/test_interleavings.py` tries a few hundred interleavings; as many as a night has room for with
-``HYPOTHESIS_PROFILE=nightly``. A failure names its seed, and the same seed fails again.
+`python -m pytest tests/scheduling/test_interleavings.py` tries a few hundred interleavings; as many as a night has room
+for with ``HYPOTHESIS_PROFILE=nightly``. A failure names its seed, and the same seed fails again.
 """
 
 from __future__ import annotations

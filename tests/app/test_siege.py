@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from serving import ForkedApp, wait_until
+from app_process import ForkedApp, wait_until
 
 FEW_DESCRIPTORS = 64
 _BOUNDED = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({FEW_DESCRIPTORS}, {FEW_DESCRIPTORS}))\n"

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from app_process import ROOT, ForkedApp, RunningApp, run_app, wait_until
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
-from serving import ROOT, ForkedApp, RunningApp, run_app, wait_until
 
 SIMULATED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from anyio import to_thread
+from app_process import wait_until
 from fakes import Gate, Worker
-from serving import wait_until
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import trustme
-from forking import ROOT
-from serving import free_port, wait_until
+from app_process import free_port, wait_until
+from fork_server import ROOT
 
 EXAMPLES = ROOT / "examples"
 NAME = "tts.example.com"

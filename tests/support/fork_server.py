@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
     "torch", "soundfile", "residency.web.api.control", "residency.web.editx_tab", "residency.web.server.permissions",
     "residency.web.page", "gpu_manager", "tts_gpu_managed",
@@ -93,7 +93,7 @@ class ForkedProcess:
 def _start_server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = str(Path(__file__).parent)
-    script = f"import sys; sys.path.insert(1, {path!r}); import forking; forking.serve({theirs.fileno()})"
+    script = f"import sys; sys.path.insert(1, {path!r}); import fork_server; fork_server.serve({theirs.fileno()})"
     server = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, pass_fds=[theirs.fileno()], preexec_fn=default_signals,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

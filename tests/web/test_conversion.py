@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import phones
+import phone_recordings
 import pytest
 import soundfile
 from fakes import Gate, Worker
@@ -39,18 +39,18 @@ def pitch_hz(path: str) -> float:
     return float(np.abs(np.fft.rfft(middle)).argmax() * rate / len(middle))
 
 
-@pytest.mark.parametrize("name", phones.FORMATS)
+@pytest.mark.parametrize("name", phone_recordings.FORMATS)
 def test_what_phones_record_becomes_a_wav_file_with_the_same_sound(
     receive: Conversion, folder: Path, tmp_path: Path, name: str
 ) -> None:
-    given = phones.record(tmp_path / name)
+    given = phone_recordings.record(tmp_path / name)
     readable = receive.readable(str(given))
     assert Path(readable).parent.parent == folder
     header = soundfile.info(readable)
-    expected = ("WAV", "PCM_16", 1, phones.FORMATS[name][2])
+    expected = ("WAV", "PCM_16", 1, phone_recordings.FORMATS[name][2])
     assert (header.format, header.subtype, header.channels, header.samplerate) == expected
     assert header.duration == pytest.approx(1.0, abs=0.1)
-    assert pitch_hz(readable) == pytest.approx(phones.TONE_HZ, rel=0.05)
+    assert pitch_hz(readable) == pytest.approx(phone_recordings.TONE_HZ, rel=0.05)
     assert [path for path in folder.rglob("*") if path.is_file()] == [Path(readable)]
 
 
@@ -62,7 +62,7 @@ def test_what_browsers_play_stays_as_it_is(receive: Conversion, folder: Path, tm
 
 
 def test_a_recording_is_converted_once(receive: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = str(phones.record(tmp_path / "iphone.m4a"))
+    given = str(phone_recordings.record(tmp_path / "iphone.m4a"))
     first = receive.readable(given)
     monkeypatch.setattr(conversion.subprocess, "run", None)
     assert receive.readable(given) == first
@@ -86,16 +86,16 @@ class TestSeveralAtATime:
         return gate
 
     def test_one_that_takes_long_does_not_stop_another(self, receive: Conversion, gate: Gate, tmp_path: Path) -> None:
-        slow = Worker(receive.readable, str(phones.record(tmp_path / "slow.m4a", "iphone.m4a")))
+        slow = Worker(receive.readable, str(phone_recordings.record(tmp_path / "slow.m4a", "iphone.m4a")))
         gate.wait_for_arrival()
-        assert Path(receive.readable(str(phones.record(tmp_path / "iphone.m4a")))).exists()
+        assert Path(receive.readable(str(phone_recordings.record(tmp_path / "iphone.m4a")))).exists()
         gate.open()
         slow.result()
 
     def test_one_that_is_asked_for_twice_is_converted_once(
         self, receive: Conversion, gate: Gate, tmp_path: Path
     ) -> None:
-        given = str(phones.record(tmp_path / "slow.m4a", "iphone.m4a"))
+        given = str(phone_recordings.record(tmp_path / "slow.m4a", "iphone.m4a"))
         first = Worker(receive.readable, given)
         gate.wait_for_arrival()
         second = Worker(receive.readable, given)
@@ -105,7 +105,7 @@ class TestSeveralAtATime:
 
 
 def test_the_name_tells_nothing(receive: Conversion, tmp_path: Path) -> None:
-    disguised = phones.record(tmp_path / "-i https:evil.wav", "iphone.m4a")
+    disguised = phone_recordings.record(tmp_path / "-i https:evil.wav", "iphone.m4a")
     assert soundfile.info(receive.readable(str(disguised))).samplerate == 44100
     soundfile.write(tmp_path / "true.wav", np.zeros(8000), 8000)
     (tmp_path / "true.wav").rename(tmp_path / "memo.m4a")
@@ -116,7 +116,7 @@ class TestLimits:
     def test_a_long_recording_is_decoded_up_to_the_limit_only(
         self, receive: Conversion, folder: Path, tmp_path: Path
     ) -> None:
-        long = phones.record(tmp_path / "old.3gp", seconds=60)
+        long = phone_recordings.record(tmp_path / "old.3gp", seconds=60)
         with pytest.raises(InvalidInput, match=r"longer than 5 s.*--max-audio.*超过 5 秒"):
             receive.readable(str(long))
         assert not any(folder.iterdir()), "nothing of it is left"
@@ -125,12 +125,12 @@ class TestLimits:
         assert soundfile.info(str(tmp_path / "part.wav")).duration <= 5.0
 
     def test_one_of_many_channels_is_refused_however_short(self, tmp_path: Path, folder: Path) -> None:
-        many = phones.record(tmp_path / "many.mp4", "camera.mp4", seconds=1.9, layout="7.1")
+        many = phone_recordings.record(tmp_path / "many.mp4", "camera.mp4", seconds=1.9, layout="7.1")
         with pytest.raises(InvalidInput, match=r"more samples than 2 s.*mono.*采样数"):
             Conversion(Recordings(folder), Limits(audio_s=2.0)).readable(str(many))
 
     def test_without_a_limit_all_is_decoded(self, folder: Path, tmp_path: Path) -> None:
-        given = phones.record(tmp_path / "old.amr", seconds=10)
+        given = phone_recordings.record(tmp_path / "old.amr", seconds=10)
         readable = Conversion(Recordings(folder), Limits(audio_s=float("inf"))).readable(str(given))
         assert soundfile.info(readable).duration == pytest.approx(10, abs=0.1)
 
@@ -153,7 +153,7 @@ class TestUnreadable:
     def test_the_reason_is_said_in_both_languages_and_not_in_the_words_of_ffmpeg(
         self, receive: Conversion, tmp_path: Path
     ) -> None:
-        webm, sound = phones.record(tmp_path / "browser.webm").read_bytes(), tmp_path / "memo.m4a"
+        webm, sound = phone_recordings.record(tmp_path / "browser.webm").read_bytes(), tmp_path / "memo.m4a"
         for content in (b"no sound at all\n" * 100, b"OggS" + bytes(100), webm[:60], bytes(3000)):
             sound.write_bytes(content)
             with pytest.raises(InvalidInput) as raised:
@@ -162,11 +162,11 @@ class TestUnreadable:
             assert re.search(r"（[^A-Za-z]+）：请重新录制", raised.value.zh)
 
     def test_a_recording_that_lacks_its_end(self, refused: Any, tmp_path: Path) -> None:
-        whole = phones.record(tmp_path / "iphone.m4a").read_bytes()
+        whole = phone_recordings.record(tmp_path / "iphone.m4a").read_bytes()
         refused(whole[: len(whole) // 2])
 
     def test_files_that_name_other_files_or_addresses(self, refused: Any, tmp_path: Path) -> None:
-        other = phones.record(tmp_path / "old.3gp")
+        other = phone_recordings.record(tmp_path / "old.3gp")
         refused(f"ffconcat version 1.0\nfile {other}\n".encode())
         refused(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other.as_uri()}\n#EXT-X-ENDLIST\n".encode())
         refused(b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=a\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 9 RTP/AVP 0\n")
@@ -189,7 +189,7 @@ class TestUnreadable:
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(conversion, "decode", SimpleNamespace(**{**vars(decode), "__name__": "killed"}))
         with pytest.raises(InvalidInput, match=r"stopped on the server: try again.*请重试"):
-            receive.readable(str(phones.record(tmp_path / "iphone.m4a")))
+            receive.readable(str(phone_recordings.record(tmp_path / "iphone.m4a")))
 
     @pytest.mark.parametrize("death", ["os.kill(os.getpid(), signal.SIGSEGV)", "[0 for _ in iter(int, 1)]"])
     def test_a_decoder_that_crashes_or_never_ends(
@@ -209,14 +209,14 @@ class TestUnreadable:
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(conversion, "decode", SimpleNamespace(**{**vars(decode), "__name__": "broken"}))
         with pytest.raises(InvalidInput, match=r"could not convert.*no_such_module.*upload WAV"):
-            receive.readable(str(phones.record(tmp_path / "iphone.m4a")))
+            receive.readable(str(phone_recordings.record(tmp_path / "iphone.m4a")))
         assert "Traceback" in caplog.text
 
     @pytest.mark.parametrize("name", ["iphone.m4a", "browser.webm", "old.3gp"])
     def test_damaged_ones_are_read_or_refused_and_nothing_else(
         self, receive: Conversion, folder: Path, tmp_path: Path, name: str
     ) -> None:
-        whole = phones.record(tmp_path / name).read_bytes()
+        whole = phone_recordings.record(tmp_path / name).read_bytes()
         chance = random.Random(name)
         for number in range(8):
             damaged = bytearray(whole if number % 2 else whole[: chance.randrange(len(whole))])
@@ -236,10 +236,10 @@ class TestWithoutPyAV:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
 
     def test_the_message_names_what_to_install(self, receive: Conversion, tmp_path: Path) -> None:
-        given = phones.record(tmp_path / "iphone.m4a")
+        given = phone_recordings.record(tmp_path / "iphone.m4a")
         with pytest.raises(InvalidInput, match=r"pip install 'gpu-managed-tts\[app\]'.*请执行 pip install"):
             receive.readable(str(given))
 
     def test_what_engines_read_is_left_as_it_is(self, receive: Conversion, tmp_path: Path) -> None:
-        given = str(phones.record(tmp_path / "studio.aiff"))
+        given = str(phone_recordings.record(tmp_path / "studio.aiff"))
         assert receive.readable(given) == given

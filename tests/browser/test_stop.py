@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import soundfile
+from app_process import ForkedApp, RunningApp, wait_until
 from gated_engine import close_gate, open_gate
-from serving import ForkedApp, RunningApp, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:

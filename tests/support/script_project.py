@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "start_with_gpu_management.sh"
 _list = re.search(r"readonly SETTINGS=\((.*?)\)", SCRIPT.read_text(), re.DOTALL)
 assert _list

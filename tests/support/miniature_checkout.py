@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from forking import ForkedProcess
+from fork_server import ForkedProcess
 
 from residency.engines.step_audio_weights import ACOUSTIC_MODEL
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = ROOT / "tests" / "engines" / "miniature"
 
 PRELUDE = """
-from pretend_cuda import pretend_cuda
+from cuda_on_cpu import pretend_cuda
 pretend_cuda()
 import gc, sys, threading
 from contextlib import closing
@@ -92,7 +92,7 @@ def run(
         apart = f"import os; os.dup2(os.open({errors.name!r}, os.O_WRONLY), 2)\n"
         process = ForkedProcess(
             apart + prelude + script, [str(models), str(voice)], {**os.environ, "STEP_AUDIO_ROOT": str(checkout)},
-            cwd=models, paths=[ROOT, ROOT / "tests"],
+            cwd=models, paths=[ROOT, ROOT / "tests" / "support"],
         )  # fmt: skip
         late = threading.Timer(within_s, process.kill)
         late.start()

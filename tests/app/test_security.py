@@ -16,11 +16,11 @@ from urllib.request import Request, urlopen
 import gradio
 import httpx
 import numpy as np
-import phones
+import phone_recordings
 import pytest
 import soundfile
+from app_process import ROOT, ForkedApp, RunningApp, wait_until
 from gradio_client import Client, handle_file
-from serving import ROOT, ForkedApp, RunningApp, wait_until
 
 from residency.launch.command_line import main
 
@@ -258,7 +258,7 @@ class TestLimits:
             assert answer.status_code == 507
 
     def test_nor_do_conversions_and_results(self, tmp_path: Path) -> None:
-        silence = phones.record(tmp_path / "iphone.m4a", seconds=20)
+        silence = phone_recordings.record(tmp_path / "iphone.m4a", seconds=20)
         with ForkedApp(tmp_path / "recordings", "--max-disk", "1MB", gates=tmp_path) as app:
             client = Client(app.url, verbose=False)
             with pytest.raises(Exception, match=r"--max-disk"):

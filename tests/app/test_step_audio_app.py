@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from app_process import ForkedApp, RunningApp, run_app, wait_until
 from gradio_client import Client, handle_file
-from miniature import CHECKOUT, make_recording, make_weights
-from serving import ForkedApp, RunningApp, run_app, wait_until
+from miniature_checkout import CHECKOUT, make_recording, make_weights
 
 # Without a GPU "cuda" becomes the CPU; not before the checkout is imported, so that tests see what is imported when.
 PRETEND = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from residency.engines import checkout
 def import_from(*arguments, imports=checkout.import_from):
-    from pretend_cuda import pretend_cuda
+    from cuda_on_cpu import pretend_cuda
     pretend_cuda()
     return imports(*arguments)
 checkout.import_from = import_from

@@ -1,0 +1,42 @@
+"""Marks each test: ``app`` and ``browser`` by what its module and its fixtures use, ``slow`` also by its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import app_process
+import fork_server
+import miniature_checkout
+import script_project
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: A test module that has one of these by any name starts whole programs.
+STARTERS = (
+    app_process.ForkedApp, app_process.RunningApp, app_process.run_app, fork_server.ForkedProcess, miniature_checkout,
+    miniature_checkout.run, script_project.Project,
+)  # fmt: skip
+
+#: Slow for other reasons: engines that compute, other processes, and many random cases.
+SLOW = (
+    "test_gpu_management.py", "tests/benchmarks", "tests/engines/test_asr.py", "tests/engines/test_builtin.py",
+    "tests/engines/test_edits.py", "tests/engines/test_voice.py", "tests/gpu", "tests/residents/test_every_use.py",
+    "tests/residents/test_snapshot_disk.py", "tests/residents/test_weights.py", "tests/scenarios", "tests/scripts",
+    "tests/app", "tests/test_documents.py", "tests/test_examples.py", "tests/scheduling/test_fault_injection.py",
+    "tests/scheduling/test_interleavings.py", "tests/scheduling/test_interrupts.py",
+    "tests/scheduling/test_state_machine.py", "tests/upstream", "tests/web/test_subpath.py",
+)  # fmt: skip
+
+
+def marks_of(path: Path, module: ModuleType, fixtures: Iterable[str]) -> set[str]:
+    """The marks of a test in ``module`` at ``path`` that uses ``fixtures``, also indirectly."""
+    marks = set()
+    if "browser" in fixtures:
+        marks |= {"browser", "app", "slow"}
+    if any(value is starter for value in vars(module).values() for starter in STARTERS):
+        marks |= {"app", "slow"}
+    if any(path.is_relative_to(ROOT / place) for place in SLOW):
+        marks.add("slow")
+    return marks
