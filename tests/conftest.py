@@ -48,7 +48,7 @@ def unmeasured() -> Iterator[None]:
     """Managers do not measure this process and its children, where that is not what is tested.
 
     At the end of each move it costs milliseconds, with a browser or a server of forks among the children several
-    times as much as the move of a fake model. `test_outside` tests it.
+    times as much as the move of a fake model. `test_outside_memory` tests it.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_manager, "sample", lambda device, trim=True, look_at_children=True: NO_SAMPLE)

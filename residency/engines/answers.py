@@ -1,4 +1,4 @@
-"""Copies of a managed engine's answers, at any depth, with a `Part` for each object that cannot be copied."""
+"""Deep copies of an engine's results, with a `Part` for each object that cannot be copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 from ..errors import NotHandedOut
-from .part_proxy import Held, LeasedEngine, Part, Path, find_paths, instance_attributes
+from .part_proxy import Held, LeasedEngine, Part, find_paths, instance_attributes
 
 if TYPE_CHECKING:
     import torch
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 _VALUES = frozenset({str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented)})
 _PLAIN = (dict, list, set, frozenset, tuple)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
-#: Objects that are no more than their attributes: copying those copies the object.
+#: Copied by copying their attributes.
 _RECORDS = (types.SimpleNamespace, UserDict, UserList)
-#: Iterators of these modules are written in C and show nothing of what they go through.
+#: Iterators of these modules are written in C and do not expose their source.
 _OPAQUE = ("builtins", "itertools", "numpy")
 
 
 class HandOut:
-    """Makes the copy of one answer. Used once, under the lease under which the answer was made.
+    """Deep-copies one result. Use an instance once, under the lease that produced the result.
 
-    Tensors for which ``holds_tensor`` is true are cloned, without their graph; arrays and views of memory are copied;
-    containers and dataclasses are built again from copies, without their constructors. Repeated objects, cycles and
-    equal views of one storage are kept as such. Every other object in which ``holds_memory`` finds tensors or
-    sessions becomes a `Part`: by its path in the engine, or else holding the object until the engine is released.
-    Raises `NotHandedOut` for iterators, coroutines, weak references and capsules inside the answer.
+    Tensors for which ``holds_tensor`` is true are cloned, without their graph. Arrays and memoryviews are copied,
+    containers and dataclasses rebuilt without their constructors. Repeated objects, cycles and equal views of one
+    storage stay such. Any other object in which ``holds_memory`` finds tensors or sessions becomes a `Part`: with its
+    path in the engine, or else with the object itself (`Held`). Raises `NotHandedOut` for iterators, coroutines, weak
+    references and capsules.
     """
 
     def __init__(
@@ -47,24 +47,23 @@ class HandOut:
         self._engine = engine
         self._holds_tensor = holds_tensor
         self._holds_memory = holds_memory
-        self._memo: dict[int, tuple[Any, Any]] = {}  # what was copied is kept, so that its id stays its own
+        self._memo: dict[int, tuple[Any, Any]] = {}  # keeps the originals, so that no id is reused
         self._views: dict[Any, torch.Tensor] = {}
         self._parts: list[tuple[Part, Any]] = []
 
     def __call__(self, answer: Any) -> Any:
-        """The answer as it goes out."""
         copy = self._copy(answer)
         if self._parts:
             owners = {id(owner): owner for _, thing in self._parts for owner in [_owner(thing)]}
             paths = find_paths(self._engine, owners)
             for part, thing in self._parts:
-                object.__setattr__(part, "_path", self._path(thing, paths.get(id(_owner(thing)))))
+                path = paths.get(id(_owner(thing)))
+                if path is None:
+                    path = (Held(thing, self._engine),)
+                elif is_bound(thing):
+                    path = (*path, thing.__name__)
+                object.__setattr__(part, "_path", path)
         return copy
-
-    def _path(self, thing: Any, path: Path | None) -> Path:
-        if path is None:
-            return (Held(thing, self._engine),)
-        return (*path, thing.__name__) if is_bound(thing) else path
 
     def _copy(self, thing: Any) -> Any:
         if type(thing) in _VALUES or isinstance(thing, (type, types.ModuleType, Part)):
@@ -72,7 +71,7 @@ class HandOut:
         if id(thing) in self._memo:
             return self._memo[id(thing)][1]
         copy = self._new(thing)
-        # A tuple in a cycle has been copied meanwhile, on the way round.
+        # A tuple in a cycle was already copied by the recursion.
         return self._memo.setdefault(id(thing), (thing, copy))[1]
 
     def _new(self, thing: Any) -> Any:
@@ -108,7 +107,7 @@ class HandOut:
             return self._exception(thing)
         if isinstance(thing, Coroutine):
             thing.close()
-        if _goes_on(thing) or kind.__name__ == "PyCapsule" or _is_weak(thing, self._holds_memory):
+        if is_stream(thing) or isinstance(thing, (AsyncGenerator, Coroutine)) or self._is_live_reference(thing):
             raise NotHandedOut(kind.__name__)
         if isinstance(thing, functools.partial):
             keywords = {name: self._copy(value) for name, value in thing.keywords.items()}
@@ -129,7 +128,7 @@ class HandOut:
         import torch
 
         if not self._holds_tensor(tensor):
-            # The autograd graph would hold the weights.
+            # The autograd graph would keep the weights alive.
             return tensor if tensor.grad_fn is None else tensor.detach()
         simple = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
         if not simple or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -150,7 +149,7 @@ class HandOut:
             if array.dtype.names:
                 raise NotHandedOut(f"array of {array.dtype}")
             self._memo[id(array)] = array, copy
-            for index in range(array.size):  # one at a time, or a list would be taken for several
+            for index in range(array.size):  # one by one: assigning a list would spread its items
                 copy.reshape(-1)[index] = self._copy(array.flat[index])
         return copy
 
@@ -174,7 +173,7 @@ class HandOut:
         return self._with_attributes(copy, sequence)
 
     def _again(self, base: Any, thing: Any) -> Any:
-        """A tuple or set of the same kind. Some kinds, such as torch.return_types, can only be called."""
+        """A tuple or set of the same type. Some types, such as torch.return_types, need a call of the type."""
         kind, items = type(thing), [self._copy(item) for item in base.__iter__(thing)]
         if base is set:
             copy = set.__new__(kind)
@@ -193,18 +192,23 @@ class HandOut:
         return self._with_attributes(copy, record)
 
     def _exception(self, error: BaseException) -> BaseException:
-        """Without its traceback, whose frames hold what is live."""
+        """Without the traceback: its frames reference live objects."""
         copy = type(error).__new__(type(error), *(self._copy(argument) for argument in error.args))
         self._memo[id(error)] = error, copy
         return self._with_attributes(copy, error)  # type: ignore[no-any-return]
 
     def _with_attributes(self, copy: Any, thing: Any) -> Any:
         for name, value in self._attributes(thing).items():
-            object.__setattr__(copy, name, value)  # also of frozen ones, and past what a class does on setting
+            object.__setattr__(copy, name, value)  # bypasses frozen classes and __setattr__
         return copy
 
     def _attributes(self, thing: Any) -> dict[str, Any]:
         return {name: self._copy(value) for name, value in instance_attributes(thing)}
+
+    def _is_live_reference(self, thing: Any) -> bool:
+        if isinstance(thing, ReferenceType):
+            return thing() is not None and self._holds_memory(thing())
+        return type(thing).__name__ == "PyCapsule"
 
     def _dict_view(self, view: Any) -> Any:
         items = [self._copy(item) for item in view]
@@ -214,12 +218,12 @@ class HandOut:
 
 
 def is_stream(answer: Any) -> bool:
-    """Whether an answer is made item by item, so that each can be handed out under the lease that goes on."""
+    """True for generators and opaque iterators, whose items are copied one by one under a continuing lease."""
     return isinstance(answer, Generator) or (isinstance(answer, Iterator) and type(answer).__module__ in _OPAQUE)
 
 
 def is_bound(thing: Any) -> bool:
-    """Whether it is a method of an object, also one written in C (``caches.get``)."""
+    """True for bound methods, also of types written in C (``caches.get``)."""
     return _owner(thing) is not thing
 
 
@@ -239,15 +243,6 @@ def _copied_view(view: memoryview) -> memoryview:
 
 
 def _only_values(container: Any) -> bool:
-    """Tells whether a container holds plain values only, as a vocabulary does."""
+    """True for containers of plain values, such as vocabularies, which need no deep copy."""
     values = container.values() if type(container) is dict else ()
     return _VALUES.issuperset(map(type, container)) and _VALUES.issuperset(map(type, values))
-
-
-def _goes_on(thing: Any) -> bool:
-    """Whether it would run, or read what is live, after the lease."""
-    return is_stream(thing) or isinstance(thing, (AsyncGenerator, Coroutine))
-
-
-def _is_weak(thing: Any, holds_memory: Callable[[Any], bool]) -> bool:
-    return isinstance(thing, ReferenceType) and thing() is not None and holds_memory(thing())

@@ -15,8 +15,8 @@ _CHUNK_S = 30
 
 
 def unavailable(model: str, error: Exception) -> EngineUnavailable:
-    """What it means that it cannot be loaded: a hub is not reached, a folder is none, a model is of another kind."""
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__  # transformers goes on for paragraphs
+    """The error for a recognizer that cannot be loaded: unreachable hub, wrong folder, or another kind of model."""
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__  # transformers adds paragraphs
     reason = reason.rstrip(".")
     return EngineUnavailable(
         f"The speech recognition {model} cannot be loaded ({reason}): give another model or a folder as "
@@ -26,17 +26,17 @@ def unavailable(model: str, error: Exception) -> EngineUnavailable:
 
 
 class Recognizer:
-    """A recognizer: called with a recording's path, answers what is said in it. Not thread-safe."""
+    """Callable: transcribes the recording at a path. Not thread-safe."""
 
     def __init__(self, pipeline: Any) -> None:
-        """Around a speech recognition pipeline of transformers; or `EngineUnavailable`."""
+        """Wraps a speech recognition pipeline of transformers. `EngineUnavailable` without its audio packages."""
         self.pipeline = pipeline
-        for module in ("soundfile", "soxr"):  # which it reads with: missed now, rather than at the first recording
+        for module in ("soundfile", "soxr"):  # needed to read audio: fail now, not at the first recording
             _imported(module)
 
     @classmethod
     def load(cls, model: str, device: str) -> Recognizer:
-        """``model`` is a folder or the id of a hub, ``device`` as torch names it; or `EngineUnavailable`."""
+        """Loads ``model`` (a folder or a hub's id) on a torch ``device``. Raises `EngineUnavailable`."""
         transformers = _imported("transformers")
         try:
             pipeline = transformers.pipeline("automatic-speech-recognition", model=model, device=device)
@@ -45,14 +45,14 @@ class Recognizer:
         return cls(pipeline)
 
     def __call__(self, path: str) -> str:
-        """What is said in a recording, of any length and any format that libsndfile reads; `InvalidInput`."""
+        """The text of a recording of any length, in any format that libsndfile reads. Raises `InvalidInput`."""
         import soxr
 
         sample_rate = self.pipeline.feature_extractor.sampling_rate
         samples = soxr.resample(read_audio(path), SAMPLE_RATE, sample_rate)
         keywords: dict[str, Any] = {}
         if len(samples) > _CHUNK_S * sample_rate:
-            # Whisper goes on by itself where a piece ends, and needs timestamps for that; others are cut with overlap.
+            # Whisper continues across chunks by timestamps; other models get overlapping chunks.
             whisper = self.pipeline.type == "seq2seq_whisper"
             keywords = {"return_timestamps": True} if whisper else {"chunk_length_s": _CHUNK_S}
         heard = self.pipeline({"raw": samples, "sampling_rate": sample_rate}, **keywords)

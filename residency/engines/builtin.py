@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SPEEDS = {"faster": 1.2, "slower": 1 / 1.2, "more faster": 1.45, "more slower": 1 / 1.45}
-_PROMPT_S = 30  # what follows says nothing new about a voice
+_PROMPT_S = 30  # more does not improve the voice
 _REAL_MODEL_ONLY = ("emotion", "paralinguistic")
-# Said once by the engine to know its own voice: every English phoneme, in sentences of ordinary melody.
+# Synthesized once to measure the engine's own voice: all English phonemes, with ordinary melody.
 _REFERENCE_TEXT = (
     "The beige hue on the waters of the loch impressed all, including the French queen, before she heard that symphony "
     "again, just as young Arthur wanted. I usually measure the voyage by the joy of those who watch."
@@ -53,30 +53,30 @@ def supported_edit_types() -> dict[str, list[str]]:
 class BuiltinEngine:
     """Speech in the voice of a recording, and edits of recordings, on any machine.
 
-    The text is spoken by hibari (ONNX Runtime, on the CPU), then given the prompt's pitch, vocal-tract length and
-    spectrum with WORLD. silero-vad finds the speech in recordings, on ``device``. Everything is loaded here, so
-    that whoever manages the engine finds all of its sessions and tensors at once.
+    hibari (ONNX Runtime, on the CPU) synthesizes the text; WORLD gives it the prompt's pitch, vocal-tract length and
+    spectrum. silero-vad finds the speech in recordings, on ``device``. The constructor loads everything, so that a
+    manager finds all sessions and tensors at once.
 
-    Not thread-safe: one call at a time. Nothing is kept between calls; what they return depends on their arguments
-    and the seed alone. A call that is cancelled (see `residency.cancellation`) ends after a sentence, or a step.
+    Not thread-safe: one call at a time. Keeps no state between calls: results depend on the arguments and the seed
+    alone. A cancelled call (see `residency.cancellation`) ends after the current sentence or step.
     """
 
     def __init__(self, device: str = "cpu", seed: int | None = None) -> None:
         """
         Args:
             device: where the torch part computes (``"cpu"``, ``"cuda"``).
-            seed: of the noise in the speech, for every call; None to draw one from torch's global generator on each
-                `clone`, so that ``torch.manual_seed`` decides.
+            seed: for the noise in the speech, the same in every call; None draws one from torch's global generator
+                for each `clone`, so that ``torch.manual_seed`` controls it.
         """
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports model names to its makers otherwise
         from hibari import Hibari
 
         self.device = device
         self.seed = seed
-        self.localizer = Hibari()
-        _ = self.localizer.g2p.oov  # made on first use otherwise
+        self.hibari = Hibari()
+        _ = self.hibari.g2p.oov  # made on first use otherwise
         self.vad_model = load_vad(device)
-        reference = self.localizer(_REFERENCE_TEXT, seed=0)
+        reference = self.hibari(_REFERENCE_TEXT, seed=0)
         own_voice = voice.measure(reference, world.analyse(reference))
         assert own_voice is not None, "the reference text is voiced speech"
         self._own_voice = own_voice
@@ -88,18 +88,18 @@ class BuiltinEngine:
             speakable(target_text)
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
-        """Say an English text in the voice of a recording.
+        """Speak an English text in the voice of a recording.
 
         Args:
             prompt_wav_path: a file that libsndfile reads, of 8 to 192 kHz, any number of channels, up to 10 minutes.
-            prompt_text: what is said in it, in any language; required, as the real model requires it.
-            target_text: what to say, up to 5,000 characters.
+            prompt_text: its text, in any language; required, as by the real model.
+            target_text: the text to speak, up to 5,000 characters.
 
         Returns:
             float32 of shape [1, samples] on the CPU within -1 to 1, and 24000.
 
         Raises:
-            InvalidInput: something given cannot be used; the message says what to give instead.
+            InvalidInput: an argument cannot be used; the message says what to give instead.
         """
         try:
             with about("prompt_text"):
@@ -137,7 +137,7 @@ class BuiltinEngine:
             As `clone`.
 
         Raises:
-            InvalidInput: something given cannot be used, or only the real model can do this.
+            InvalidInput: an argument cannot be used, or only the real model supports the edit.
             HTTPException: an unknown ``edit_type``.
         """
         try:
@@ -164,9 +164,9 @@ class BuiltinEngine:
         return self.seed if self.seed is not None else int(torch.randint(2**31, ()).item())
 
     def _phonemes(self, text: str) -> list[str]:
-        """Phonemes of the text, a string for each sentence; `InvalidInput` if nothing in it can be said."""
+        """Phonemes of the text, one string per sentence; `InvalidInput` if nothing can be pronounced."""
         try:
-            sentences = self.localizer.phonemize(text)
+            sentences = self.hibari.phonemize(text)
         except (IndexError, ValueError) as error:
             raise InvalidInput(
                 f"The text cannot be pronounced ({error}): write very long numbers in words",
@@ -181,7 +181,7 @@ class BuiltinEngine:
         return chunks
 
     def _speech_in(self, samples: Samples) -> Samples:
-        """The recording without long pauses; `InvalidInput` if nobody speaks in it."""
+        """The recording without long pauses; `InvalidInput` without speech."""
         segments = speech_segments(samples, self.vad_model, self.device)
         if not segments:
             raise InvalidInput(
@@ -191,9 +191,9 @@ class BuiltinEngine:
         return cut(samples, segments)
 
     def _voice_of(self, samples: Samples) -> voice.Voice:
-        """The voice of a recording; `InvalidInput` if there is too little of it."""
-        # Noise would pass for a part of the voice.
+        """The voice of a recording; `InvalidInput` if there is too little speech."""
         checkpoint()
+        # Noise would be measured as part of the voice.
         speech = denoise(self._speech_in(samples)[: _PROMPT_S * SAMPLE_RATE])
         checkpoint()
         measured = voice.measure(speech, world.analyse(speech))
@@ -209,14 +209,14 @@ class BuiltinEngine:
         said = []
         for chunk in chunks:
             checkpoint()
-            plain = self.localizer.from_ids(self.localizer.ids(chunk), rng=rng)
+            plain = self.hibari.from_ids(self.hibari.ids(chunk), rng=rng)
             converted = world.synthesise(voice.convert(world.analyse(plain), self._own_voice, target))
             said.append(converted[: len(plain)])
         return np.concatenate(said)
 
 
 def _short(phonemes: str) -> list[str]:
-    """A sentence without punctuation can be very long: pieces of about 400 phonemes, as hibari cuts the others."""
+    """Cuts long sentences without punctuation into chunks of about 400 phonemes, as hibari cuts the others."""
     return textwrap.wrap(phonemes, 400, break_long_words=False, break_on_hyphens=False)
 
 

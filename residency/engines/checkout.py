@@ -1,7 +1,7 @@
-"""A Step-Audio-EditX checkout, unmodified: where it is, and its modules in this process.
+"""Finds an unmodified Step-Audio-EditX checkout and imports its modules.
 
-Its top-level modules (``tts``, ``utils``, ``config`` ...) have everybody's names. So those come from it alone, from the
-first load on, whenever it imports them; on ``sys.path`` it comes last, and no other module is taken for one of its.
+Its top-level modules have common names (``tts``, ``utils``, ``config`` ...). From the first load on, an import hook
+takes exactly these from the checkout. On ``sys.path`` the checkout comes last, so that it hides no other module.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from . import requirements
 
 REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"
 
-#: The modules and packages at its top level, its app and scripts left out.
+#: Its top-level modules and packages, without its app and scripts.
 _NAMES = (
     "config", "funasr_detach", "model_loader", "quantization", "stepvocoder", "tokenizer", "tts", "utils",
     "whisper_wrapper",
 )  # fmt: skip
-_OURS = Path(__file__).resolve().parents[2]
+_PROJECT = Path(__file__).resolve().parents[2]
 
 _importing = renewed_in_children(threading.Lock())
 
 
 def find_checkout(root: str | None = None) -> Path | None:
-    """The checkout: ``root``, the one that this process uses already, ``STEP_AUDIO_ROOT``, or one nearby.
+    """The checkout: ``root``, the one that this process has imported, ``STEP_AUDIO_ROOT``, or one nearby.
 
-    Nearby is the current folder, the folder of this project, and ``Step-Audio-EditX`` beside either. A root that was
-    named and is no checkout is `EngineUnavailable`, not passed over.
+    Nearby: the current folder, the folder of this project, and ``Step-Audio-EditX`` beside either. `EngineUnavailable`
+    if ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
     """
     used = _used()
     named = root or ("" if used else os.environ.get("STEP_AUDIO_ROOT"))
@@ -51,13 +51,15 @@ def find_checkout(root: str | None = None) -> Path | None:
             )
         return folder.resolve()
     here = Path.cwd()
-    nearby = [here, _OURS, *(place.parent / "Step-Audio-EditX" for place in (here, _OURS))]
+    nearby = [here, _PROJECT, *(place.parent / "Step-Audio-EditX" for place in (here, _PROJECT))]
     return used or next((place.resolve() for place in nearby if _is_checkout(place)), None)
 
 
-def not_found() -> EngineUnavailable:
-    """No checkout, and how to get one."""
-    return EngineUnavailable(
+def require_checkout(root: str | None) -> Path:
+    """`find_checkout`, or `EngineUnavailable` if there is none."""
+    if checkout := find_checkout(root):
+        return checkout
+    raise EngineUnavailable(
         f"No Step-Audio-EditX checkout found: git clone {REPOSITORY} and give its folder as --step-audio-root or "
         f"STEP_AUDIO_ROOT",
         f"未找到 Step-Audio-EditX 代码：请 git clone {REPOSITORY}，并用 --step-audio-root 或 STEP_AUDIO_ROOT "
@@ -66,7 +68,7 @@ def not_found() -> EngineUnavailable:
 
 
 def import_from(checkout: Path, *names: str) -> list[ModuleType]:
-    """The checkout's modules of these names. `EngineUnavailable` says what is missing, and what gets it."""
+    """Imports these modules of the checkout. `EngineUnavailable` names missing requirements and how to install them."""
     with _importing:
         for name in _NAMES:
             if (there := sys.modules.get(name)) and not _is_of(there, checkout):
@@ -77,24 +79,24 @@ def import_from(checkout: Path, *names: str) -> list[ModuleType]:
                     f"（{_origin(there) or '来源不明'}）：请将其改名，或在没有该模块的程序中启动引擎",
                 )
         _make_importable(checkout)
-        importlib.invalidate_caches()  # what was missing a moment ago may have been installed meanwhile
+        importlib.invalidate_caches()  # packages may have been installed since the last attempt
         try:
             return [importlib.import_module(name) for name in names]
         except Exception as error:
-            # Whatever it is: what a checkout needs fails in its own ways when it is missing or of another version.
+            # Any exception: missing or unsuitable dependencies fail in many ways.
             raise unimportable(checkout, error) from error
 
 
 def install_command(checkout: Path) -> str:
-    """What installs what the checkout asks for."""
+    """The command that installs the checkout's requirements."""
     return f"pip install -r {shlex.quote(str(checkout / 'requirements.txt'))}"
 
 
 def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
-    """Whether an error may come from packages that are missing or of another version, and what to do.
+    """The error to show if missing or unsuitable packages may be the cause; None otherwise.
 
-    The checkout passes over parts of its own that cannot be imported, and stumbles over their absence later. Errors
-    that are raised on purpose say it better themselves; packages of another version show in misuse only.
+    The checkout ignores failed imports of its own parts and fails later where it uses them. Errors raised on purpose
+    are clearer as they are. Other versions of packages cause only errors of misuse, such as `TypeError`.
     """
     if isinstance(error, (ValueError, OSError, MemoryError, ResidencyError)):
         return None
@@ -103,7 +105,7 @@ def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
         others = [each for each in others if each.installed is None]
     if not others:
         return None
-    others.sort(key=lambda each: each.installed is not None)  # what is missing first
+    others.sort(key=lambda each: each.installed is not None)  # missing ones first
     install, listed, why = install_command(checkout), requirements.listed(others), in_words(error)
     return EngineUnavailable(
         f"Step-Audio-EditX cannot be built ({why.en}). Not as it asks for: {listed.en}. {install}, and restart "
@@ -114,7 +116,7 @@ def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
 
 
 def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
-    """What an error at an import means, in sentences, and what to do."""
+    """The error to show for a failed import, with the command that fixes it."""
     install = install_command(checkout)
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
     if missing and missing.split(".")[0] in _NAMES:
@@ -129,7 +131,7 @@ def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
         )
     others = requirements.listed(requirements.unmet(checkout / "requirements.txt"))
     why = in_words(error)
-    # Not all of them again: that would replace a torch that fits this machine's driver.
+    # Reinstall one package only: all of them would replace a torch that matches this machine's driver.
     again = "pip install --force-reinstall --no-deps"
     return EngineUnavailable(
         f"Step-Audio-EditX cannot be imported ({why.en}). "
@@ -140,7 +142,7 @@ def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of these names in the checkout, whatever else is on the path."""
+    """Import hook: finds the modules in `_NAMES` in the checkout only."""
 
     def __init__(self, checkout: Path) -> None:
         self.folder = str(checkout)
@@ -158,7 +160,7 @@ def _make_importable(checkout: Path) -> None:
 
 
 def _used() -> Path | None:
-    """The checkout whose ``tts`` the program has imported itself."""
+    """The checkout from which the program has imported ``tts``."""
     origin = _origin(sys.modules.get("tts"))
     return origin.parent if origin and _is_checkout(origin.parent) else None
 

@@ -1,9 +1,8 @@
-"""Something inside an engine, known by the way that leads to it: a `Part` holds nothing of what leaves the device."""
+"""`Part`: a lazy proxy of an object inside an engine, identified by its path, that takes a lease for each use."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import types
 import weakref
@@ -20,7 +19,7 @@ _SIZED = (dict, OrderedDict, list, tuple, set)
 
 @dataclass(frozen=True)
 class Item:
-    """A step into a container; other steps are names of attributes."""
+    """A path's step into a container by key or index. Steps by attribute are plain strings."""
 
     key: Any
 
@@ -29,10 +28,7 @@ class Item:
 
 
 class Held:
-    """First step of a path to an object that the engine made and does not keep.
-
-    Holds the object, and the engine weakly. Usable until that engine is released.
-    """
+    """First step of a path to an object that the engine created and does not reference. Valid until its release."""
 
     def __init__(self, thing: Any, engine: Any) -> None:
         self._thing = thing
@@ -42,7 +38,7 @@ class Held:
             self._engine = lambda: engine
 
     def of(self, engine: Any) -> Any:
-        """The thing, or `PartGone` if another engine has come since."""
+        """The object; `PartGone` if ``engine`` is not the engine that created it."""
         if self._engine() is not engine:
             raise PartGone(type(self._thing).__name__)
         return self._thing
@@ -55,29 +51,29 @@ Path = tuple["str | Item | Held", ...]
 
 
 class LeasedEngine(Protocol):
-    """Who has the engine. Each of these takes a lease."""
+    """Access to the engine by path. Each method takes a lease and returns copies."""
 
     def read_part(self, path: Path) -> Any:
-        """What is there: a value, a tensor's copy, or a `Part`."""
+        """The object at ``path``: a copy, or a `Part`."""
 
     def use_part(self, path: Path, use: Callable[[Any], Any]) -> Any:
-        """What ``use`` answers, given what is there."""
+        """The result of ``use`` for the object at ``path``."""
 
     def call_part(self, path: Path, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """What is there, called; a `Part` may be an argument."""
+        """The result of a call of the object at ``path``. Arguments may be `Part`s."""
 
 
 class Part:
-    """Something of the engine that holds memory of the device, or a method of it: each use takes a lease.
+    """Proxy of an object in the engine that holds device memory, or of a bound method. Each use takes a lease.
 
-    Attributes and items are read, and calls made, as on the thing itself; so are its length, its truth and what it
-    iterates over (of a mapping the keys, of others what is at 0, 1 and so on). A `Part` may be an argument.
+    Attributes, items, calls, ``len``, ``bool`` and iteration (the keys of a mapping, the items of a sequence) work as
+    on the object itself. A `Part` may be an argument.
 
-    Answers are copies at any depth, as of a state_dict: tensors, arrays, containers, dataclasses. A module or another
-    object in an answer that holds memory of the device is a `Part` again; one that the engine does not keep is held
-    by its `Part` alone, and gone (`PartGone`) once the engine has been released. Anything else that would read the
-    engine's memory after the lease is refused (`NotHandedOut`). Functions that are given as arguments run under the
-    lease and get the engine's own objects: they clone what they keep. For other uses there is the engine's own lease.
+    Results are deep copies: tensors, arrays, containers, dataclasses. Other objects that hold device memory become a
+    `Part` again. If the engine keeps no reference to such an object, only its `Part` does, and raises `PartGone` after
+    the engine's release. Results that would read the engine's memory after the lease raise `NotHandedOut`. Functions
+    given as arguments run under the lease with the engine's own objects, and must clone what they keep. For other
+    uses, take a lease of the engine.
     """
 
     __slots__ = ("_keeper", "_path")
@@ -116,31 +112,31 @@ class Part:
 
 
 def follow(path: Path, engine: Any) -> Any:
-    """What a path leads to."""
-
-    def step_to(thing: Any, step: str | Item | Held) -> Any:
+    """The object at ``path``."""
+    thing = engine
+    for step in path:
         if isinstance(step, Held):
-            return step.of(engine)
-        return thing[step.key] if isinstance(step, Item) else getattr(thing, step)
-
-    return functools.reduce(step_to, path, engine)
+            thing = step.of(engine)
+        else:
+            thing = thing[step.key] if isinstance(step, Item) else getattr(thing, step)
+    return thing
 
 
 def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
-    """The shortest path to each of these objects, by id; those that no path leads to are left out."""
+    """Breadth-first search for the shortest path to each wanted object, by id. Unreachable ones are left out."""
     found: dict[int, Path] = {}
-    seen = {id(engine): engine}  # kept, so that no other object takes an id meanwhile
-    managed_models: dict[type, list[tuple[str, Any]] | None] = {}  # by kind; None for one that is not entered
+    seen = {id(engine): engine}  # keeps the objects, so that no id is reused
+    slots: dict[type, list[tuple[str, Any]] | None] = {}  # by type; None: not searched
     todo: deque[tuple[Any, _Trail]] = deque([(engine, None)])
     while todo and len(found) < len(wanted):
         thing, trail = todo.popleft()
         if id(thing) in wanted and _leads_to(path := _path(trail), engine, thing):
             found[id(thing)] = path
-        for step, child in _steps(thing, managed_models.get(type(thing)) or ()):
+        for step, child in _steps(thing, slots.get(type(thing)) or ()):
             kind = type(child)
-            if kind not in managed_models:
-                managed_models[kind] = None if _is_leaf(kind) else _managed_models(kind)
-            if managed_models[kind] is not None and id(child) not in seen:
+            if kind not in slots:
+                slots[kind] = None if _is_leaf(kind) else _slots(kind)
+            if slots[kind] is not None and id(child) not in seen:
                 seen[id(child)] = child
                 todo.append((child, (trail, step)))
     return found
@@ -148,7 +144,7 @@ def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
 
 def instance_attributes(thing: Any) -> Iterator[tuple[str, Any]]:
     """Yields the attributes in ``__dict__`` and slots; runs no property or ``__getattr__``."""
-    yield from _attributes(thing, _managed_models(type(thing)))
+    yield from _attributes(thing, _slots(type(thing)))
 
 
 _Trail = tuple[Any, "str | Item"] | None
@@ -162,39 +158,39 @@ def _path(trail: _Trail) -> Path:
     return tuple(reversed(steps))
 
 
-def _steps(thing: Any, managed_models: Sequence[tuple[str, Any]]) -> Iterator[tuple[str | Item, Any]]:
+def _steps(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str | Item, Any]]:
     if isinstance(thing, dict):
         yield from ((Item(key), value) for key, value in list(dict.items(thing)))
     elif isinstance(thing, (list, tuple, deque)):
         yield from ((Item(index), value) for index, value in enumerate(list(thing)))
-    for name, value in _attributes(thing, managed_models):
+    for name, value in _attributes(thing, slots):
         if name == "_modules" and isinstance(value, dict):  # torch reads them as attributes
             yield from list(value.items())
         elif type(value) not in _SIZED or value:  # a module has a dozen empty ones
             yield name, value
 
 
-def _attributes(thing: Any, managed_models: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _attributes(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     with contextlib.suppress(AttributeError):
         yield from list(object.__getattribute__(thing, "__dict__").items())
-    for name, managed in managed_models:
+    for name, slot in slots:
         with contextlib.suppress(AttributeError):
-            yield name, managed.__get__(thing)
+            yield name, slot.__get__(thing)
 
 
-def _managed_models(kind: type) -> list[tuple[str, Any]]:
-    classes = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
+def _slots(kind: type) -> list[tuple[str, Any]]:
+    classes = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]  # not members of C types
     members = [member for names in classes for member in names.items()]
-    return [(name, managed) for name, managed in members if isinstance(managed, types.MemberDescriptorType)]
+    return [(name, slot) for name, slot in members if isinstance(slot, types.MemberDescriptorType)]
 
 
 def _is_leaf(kind: type) -> bool:
-    """Values, what leads out of the engine, and what marks itself: a manager, whose other models are not of it."""
+    """Values, references out of the engine, and classes marked ``not_of_the_engine`` (managers)."""
     return issubclass(kind, _LEAVES) or getattr(kind, "not_of_the_engine", False) is True
 
 
 def _leads_to(path: Path, engine: Any, thing: Any) -> bool:
-    """Whether it does, also where a class has a property of that name."""
+    """False where, for example, a property of the class hides the attribute."""
     try:
         return follow(path, engine) is thing
     except Exception:
@@ -202,17 +198,17 @@ def _leads_to(path: Path, engine: Any, thing: Any) -> bool:
 
 
 def unwrapped(value: Any, engine: Any) -> Any:
-    """An argument as the engine wants it."""
+    """A `Part` as the engine's object; any other value as it is."""
     return follow(value._path, engine) if isinstance(value, Part) else value
 
 
 def asked_by_tools(name: str) -> bool:
-    """Whether copy, pickle or a shell looks for this (``__deepcopy__``, ``_repr_html_``), which is no request."""
+    """True for names that copy, pickle and shells probe (``__deepcopy__``, ``_repr_html_``): not worth a lease."""
     return name.startswith("__") or (name.startswith("_") and name.endswith("_"))
 
 
 def not_settable(what: str, name: str) -> AttributeError:
-    """Why it would have no effect, and what has."""
+    """The error for an assignment to a proxy, with the alternatives."""
     return AttributeError(
         f"{name!r} cannot be set on {what}; set it on the engine: in the function that is given as load=, or until the "
         f"engine is released: with tts.lease() as engine. / 无法在此设置 {name!r}：请在引擎上设置，写在 load= 的"

@@ -1,4 +1,4 @@
-"""What a requirements.txt asks for that is not installed here, or in another version."""
+"""Compares a requirements.txt with the installed packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..sentences import Sentence
 
 @dataclass(frozen=True)
 class Unmet:
-    """One requirement and the version that is installed instead; None if it is not there at all."""
+    """An unmet requirement and the installed version; None if the package is missing."""
 
     requirement: str
     installed: str | None
@@ -24,20 +24,20 @@ class Unmet:
 
     @property
     def sentence(self) -> Sentence:
-        """``torch==2.1 (2.0)``, or that it is missing."""
+        """``torch==2.1 (2.0)`` or ``torch==2.1 (missing)``."""
         return Sentence(
             f"{self.requirement} ({self.installed or 'missing'})", f"{self.requirement}（{self.installed or '未安装'}）"
         )
 
 
 def listed(requirements: Iterable[Unmet]) -> Sentence:
-    """Several in one sentence."""
-    told = [each.sentence for each in requirements]
-    return Sentence("; ".join(each.en for each in told), "；".join(each.zh for each in told))
+    """All in one sentence."""
+    sentences = [each.sentence for each in requirements]
+    return Sentence("; ".join(each.en for each in sentences), "；".join(each.zh for each in sentences))
 
 
 def unmet(file: Path) -> list[Unmet]:
-    """In the file's order. Lines that are no requirement (options, links) are passed over; no file asks for nothing."""
+    """Unmet requirements in the file's order. Skips options and links; a missing file has no requirements."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:

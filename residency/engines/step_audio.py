@@ -1,4 +1,4 @@
-"""The real engine: an unmodified Step-Audio-EditX checkout and its weights. See `checkout` for how it is imported.
+"""Builds the real engine from an unmodified Step-Audio-EditX checkout (imported by `checkout`) and its weights.
 
 Not yet run with its real weights by this project: see GPU_MANAGEMENT.md.
 """
@@ -17,7 +17,7 @@ from ..observability.error_classification import in_words, is_out_of_device_memo
 from ..sentences import Sentence
 from . import requirements
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
-from .checkout import find_checkout, import_from, install_command, not_found, unfit, unimportable
+from .checkout import import_from, install_command, require_checkout, unfit, unimportable
 from .step_audio_weights import check_model, check_weights, from_a_hub, model_folder
 
 
@@ -32,22 +32,22 @@ def build(
     torch_dtype: str = "bfloat16",
     device_map: str = "cuda",
 ) -> Engine:
-    """Tokenizer and engine, with the arguments that the public app passes for the same flags.
+    """The engine with its tokenizer, with the arguments that the public app passes for the same flags.
 
-    `EngineUnavailable` if the checkout or something that it needs is missing; or what the checkout raises.
+    `EngineUnavailable` if the checkout or a requirement is missing; otherwise the checkout's own error.
     """
-    checkout = _checkout(root)
+    checkout = require_checkout(root)
     tts, tokenizers, loader = import_from(checkout, "tts", "tokenizer", "model_loader")
     import torch
 
     source = getattr(loader.ModelSource, model_source.upper())
     tokenizer_arguments = {"funasr_model_id": tokenizer_model_id} if tokenizer_model_id else {}
 
-    def both() -> Engine:
+    def both() -> Any:
         tokenizer = tokenizers.StepAudioTokenizer(
             os.path.join(model_path, "Step-Audio-Tokenizer"), model_source=source, **tokenizer_arguments
         )
-        engine: Engine = tts.StepAudioTTS(
+        return tts.StepAudioTTS(
             os.path.join(model_path, model_folder(quantization)),
             tokenizer,
             model_source=source,
@@ -56,43 +56,31 @@ def build(
             torch_dtype=getattr(torch, torch_dtype),
             device_map=device_map,
         )
-        return engine
 
-    return _explained(
-        both,
-        checkout,
-        lambda: check_weights(
-            model_path,
-            model_source=model_source,
-            tokenizer_model_id=tokenizer_model_id,
-            tts_model_id=tts_model_id,
-            quantization=quantization,
-        ),
-    )
+    weights = {"tokenizer_model_id": tokenizer_model_id, "tts_model_id": tts_model_id, "quantization": quantization}
+    return _build(both, checkout, lambda: check_weights(model_path, model_source=model_source, **weights))
 
 
 def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
-    """StepAudioTTS as a program builds it itself.
+    """StepAudioTTS with its own constructor's arguments.
 
-    ``make_tokenizer`` is called once the checkout's modules can be imported. Errors as for `build`.
+    ``make_tokenizer`` is called after the checkout's modules can be imported. Errors as for `build`.
     """
-    checkout = _checkout(None)
+    checkout = require_checkout(None)
     (tts,) = import_from(checkout, "tts")
-
-    def engine() -> Engine:
-        built: Engine = tts.StepAudioTTS(model_path, make_tokenizer(), **arguments)
-        return built
-
-    return _explained(engine, checkout, lambda: _check_tts(model_path, arguments))
+    return _build(
+        lambda: tts.StepAudioTTS(model_path, make_tokenizer(), **arguments),
+        checkout,
+        lambda: _check_tts(model_path, arguments),
+    )
 
 
 def build_recognizer(root: str | None = None) -> Callable[[str], str]:
-    """The checkout's own speech recognition: a function from an audio file to what is said in it.
+    """The checkout's speech recognition: a function from the path of a recording to its text.
 
-    Its model only: its wrapper turns errors into empty answers, also that of a full device.
+    Uses only the model: the checkout's wrapper turns errors, also out-of-memory errors, into empty texts.
     """
-    checkout = _checkout(root)
-    (module,) = import_from(checkout, "whisper_wrapper")
+    (module,) = import_from(require_checkout(root), "whisper_wrapper")
     try:
         pipeline = module.WhisperWrapper().model
     except Exception as error:
@@ -101,7 +89,7 @@ def build_recognizer(root: str | None = None) -> Callable[[str], str]:
 
 
 def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto", **weights: Any) -> list[Sentence]:
-    """What is not as it should be, in sentences, before anything is loaded: it may work all the same.
+    """Warnings about weights and requirements, before anything is loaded; loading may work all the same.
 
     `EngineUnavailable` without a checkout.
     """
@@ -111,7 +99,7 @@ def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto
 
 
 def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
-    """The same for what `build_tts` is given; a missing checkout is one of them."""
+    """The same for the arguments of `build_tts`; a missing checkout is a warning here."""
     try:
         return _shortcomings(None, lambda: _check_tts(model_path, arguments))
     except EngineUnavailable as error:
@@ -119,7 +107,7 @@ def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
 
 
 def _shortcomings(root: str | None, check: Callable[[], None]) -> list[Sentence]:
-    checkout = _checkout(root)
+    checkout = require_checkout(root)
     found = []
     try:
         check()
@@ -145,52 +133,40 @@ def _check_tts(model_path: str, arguments: dict[str, Any]) -> None:
     )
 
 
-def _checkout(root: str | None) -> Path:
-    checkout = find_checkout(root)
-    if checkout is None:
-        raise not_found()
-    return checkout
+def _build(make: Callable[[], Any], checkout: Path, check: Callable[[], None]) -> Engine:
+    """The engine from ``make``, cancellable. If it fails for a known reason, `EngineUnavailable` says what to do.
 
-
-def _explained(make: Callable[[], Engine], checkout: Path, check: Callable[[], None]) -> Engine:
-    """What ``make`` builds. If it fails for want of something, the error says what, and what to do."""
+    A cancellation ends a request at the language model's next step. A language model that computes in another
+    process (vLLM) is not interrupted.
+    """
     try:
-        return _interruptible(make())
+        engine: Engine = make()
     except Exception as error:
-        # Only now: the checkout knows best what it needs.
+        # Checked only after a failure: the checkout knows best what it needs.
         reason = _reason(error, checkout, check)
         if reason is None:
             raise
         raise reason from error
-
-
-def _interruptible(engine: Engine) -> Engine:
-    """Let a cancellation end a request with the language model's next step, which is nearly all of its time.
-
-    An engine whose language model computes in another process (vLLM) is not interrupted.
-    """
     llm: Any = getattr(engine, "llm", None)
-    if llm is not None and hasattr(llm, "register_forward_pre_hook"):
-        llm.register_forward_pre_hook(_before_step)
+    if hasattr(llm, "register_forward_pre_hook"):
+        llm.register_forward_pre_hook(lambda module, arguments: checkpoint())
     return engine
 
 
-def _before_step(module: Any, arguments: Any) -> None:
-    checkpoint()
-
-
 def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:
-    """What is missing, if that is why it could not be built; None if the error says it best itself."""
+    """The error to show if the cause is known; None if the original error is the clearest."""
     if is_out_of_device_memory(error) or may_be_device_loss(error):
         return None
     try:
         check()
     except EngineUnavailable as reason:
         return reason
-    first = _what_came_first(error)
+    first = _root_cause(error)
     if isinstance(first, ImportError):
         return unimportable(checkout, first)
-    if _no_cuda(first):
+    import torch
+
+    if not torch.cuda.is_available() and "cuda" in str(first).lower():
         return EngineUnavailable(
             f"Step-Audio-EditX computes on an NVIDIA GPU, and torch finds none here ({first}): check nvidia-smi "
             f"and the driver, or use the built-in engine (no --model-path)",
@@ -209,15 +185,9 @@ def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> Engi
     )
 
 
-def _what_came_first(error: BaseException) -> BaseException:
-    """Where something failed, and what was tried instead wants a module, what failed."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The first error in the chain, where a fallback after it failed with an `ImportError`."""
     first = error
     while isinstance(first, ImportError) and first.__context__ is not None:
         first = first.__context__
     return error if isinstance(first, ImportError) else first
-
-
-def _no_cuda(error: BaseException) -> bool:
-    import torch
-
-    return not torch.cuda.is_available() and "cuda" in str(error).lower()

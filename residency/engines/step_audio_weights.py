@@ -1,4 +1,4 @@
-"""Whether the weights of Step-Audio-EditX are on this machine, and whole; if not, what is missing and what gets it."""
+"""Checks that the weights of Step-Audio-EditX on this machine are complete; errors name the command to get them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def model_folder(quantization: str | None) -> str:
-    """The name of the engine's folder in a model path, and of its repository."""
+    """The name of the engine's folder in a model path and of its repository on the hub."""
     return "Step-Audio-EditX-AWQ-4bit" if quantization == "awq-4bit" else "Step-Audio-EditX"
 
 
@@ -34,7 +34,7 @@ def check_weights(
     tts_model_id: str | None = None,
     quantization: str | None = None,
 ) -> None:
-    """`EngineUnavailable` if weights that should be on this machine are not there, cut off, or git-lfs pointers."""
+    """`EngineUnavailable` if local weights are missing, truncated, or git-lfs pointers."""
     folder = Path(model_path)
     if _is_local(model_path, model_source):
         _check_tokenizer(folder / "Step-Audio-Tokenizer", tokenizer_model_id or ACOUSTIC_MODEL)
@@ -46,7 +46,7 @@ def check_weights(
 
 
 def check_model(model: str, *, model_source: str = "auto", quantization: str | None = None) -> None:
-    """The same for the language model and the vocoder in its folder alone."""
+    """The same for the folder with the language model and the vocoder only."""
     if _is_local(model, model_source):
         folder = Path(model)
         wanted = [*_MODEL_FILES, *_shards(folder), *(f"{_VOCODER}/{name}" for name in _VOCODER_FILES)]
@@ -54,7 +54,7 @@ def check_model(model: str, *, model_source: str = "auto", quantization: str | N
 
 
 def from_a_hub(model_path: str, model_source: str) -> Sentence | None:
-    """What must be known of a path that ``auto`` takes for the id of a hub, since it is no folder here."""
+    """A notice if ``model_source="auto"`` takes a path for the id of a hub, because no such folder exists."""
     if model_source != "auto" or _is_local(model_path, model_source):
         return None
     return Sentence(
@@ -65,7 +65,7 @@ def from_a_hub(model_path: str, model_source: str) -> Sentence | None:
 
 
 def _is_local(path: str, source: str) -> bool:
-    """Whether the checkout looks for it on this machine, as it decides that itself."""
+    """Whether the checkout loads it from this machine; follows the checkout's own rule."""
     absolute = Path(path).is_absolute()
     if source in ("huggingface", "modelscope") and absolute:
         raise EngineUnavailable(
@@ -92,7 +92,7 @@ def _check_tokenizer(folder: Path, acoustic_model: str) -> None:
 
 
 def _acoustic_files(folder: Path) -> list[str]:
-    """Configuration and weights. FunASR passes over weights that are not there, and computes with random ones."""
+    """Names of configuration and weights. FunASR itself ignores missing weights and computes with random ones."""
     names = {"config": "config.yaml", "init_param": "model.pt"}
     file = folder / "configuration.json"
     if file.is_file():
@@ -138,11 +138,11 @@ def _check_files(folder: Path, wanted: Sequence[str], command: str) -> None:
             f"The weights in {folder} were cloned without git-lfs ({pointers} hold only a reference): {pull}",
             f"{folder} 中的权重是在没有 git-lfs 的情况下克隆的（{pointers} 只是引用）：请 {pull}",
         )
-    cut_off = _names(folder, [file for file in files if file.is_file() and _is_cut_off(file)])
-    if cut_off:
+    truncated = _names(folder, [file for file in files if file.is_file() and _is_truncated(file)])
+    if truncated:
         raise EngineUnavailable(
-            f"The weights in {folder} were not downloaded to their end ({cut_off}): remove these files, and {get.en}",
-            f"{folder} 中的权重没有下载完整（{cut_off}）：请删除这些文件，然后 {get.zh}",
+            f"The weights in {folder} were not downloaded to their end ({truncated}): remove these files, and {get.en}",
+            f"{folder} 中的权重没有下载完整（{truncated}）：请删除这些文件，然后 {get.zh}",
         )
 
 
@@ -159,8 +159,8 @@ def _begins_with(file: Path, beginning: bytes) -> bool:
         return opened.read(len(beginning)) == beginning
 
 
-def _is_cut_off(file: Path) -> bool:
-    """By what a file says of its length at its beginning (safetensors), or has at its end (torch's are zip files)."""
+def _is_truncated(file: Path) -> bool:
+    """True for a truncated file: compares the length in a safetensors header; torch's zip files need their end."""
     if file.suffix == ".pt":
         return _begins_with(file, b"PK") and not zipfile.is_zipfile(file)
     if file.suffix != ".safetensors":

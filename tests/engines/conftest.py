@@ -16,14 +16,14 @@ Write = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
-def localizer() -> Hibari:
+def hibari() -> Hibari:
     return Hibari()
 
 
 @pytest.fixture(scope="session")
-def speech(localizer: Hibari) -> np.ndarray:
+def speech(hibari: Hibari) -> np.ndarray:
     """Clean speech, float32 [samples], 24 kHz, about 5 s."""
-    return localizer(SENTENCE, seed=0)
+    return hibari(SENTENCE, seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -51,12 +51,12 @@ def deep_speech(speech: np.ndarray) -> np.ndarray:
 
 
 def test_clone_speaks_the_text_in_the_prompts_voice(
-    engine: BuiltinEngine, write: Write, deep_speech: np.ndarray, localizer: Hibari
+    engine: BuiltinEngine, write: Write, deep_speech: np.ndarray, hibari: Hibari
 ) -> None:
     said = check_speech(*engine.clone(write(deep_speech), "什么都可以", TEXT))
-    assert len(said) == len(localizer(TEXT, seed=0))
+    assert len(said) == len(hibari(TEXT, seed=0))
     assert median_pitch(said) == pytest.approx(median_pitch(deep_speech), rel=0.1)
-    assert median_pitch(said) < 0.75 * median_pitch(localizer(TEXT, seed=0))
+    assert median_pitch(said) < 0.75 * median_pitch(hibari(TEXT, seed=0))
 
 
 def test_the_global_seed_decides(engine: BuiltinEngine, prompt: str) -> None:

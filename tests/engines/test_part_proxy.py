@@ -394,9 +394,9 @@ def test_kinds_that_are_registered_as_trees_are_copied(tts: GPUManagedTTS) -> No
 def test_nothing_of_it_ends_the_process(tmp_path: Path) -> None:
     script = f"""
 import collections, sys, torch
-sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
+sys.path[:0] = {[str(ROOT / "tests" / folder) for folder in ("support", "engines")]!r}
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from test_handed_out import CONTAINERS, Engine, weight
+from test_part_proxy import CONTAINERS, Engine, weight
 from tts_gpu_managed import GPUManagedTTS
 import numpy as np
 tts = GPUManagedTTS(None, None, manager=GPUResourceManager(SimulatedDevice(1 << 30)), load=Engine)

@@ -94,8 +94,8 @@ def test_the_table_tells_what_comes_next(
 @pytest.mark.parametrize(
     ("locale", "held"),
     [
-        ("C.UTF-8", r"tts: held for .* s by .*test_cli.py:\d+.* \(thread MainThread\)$"),
-        ("zh_CN.UTF-8", r"tts: .*test_cli.py:\d+.*（线程 MainThread）已占用 .* 秒$"),
+        ("C.UTF-8", r"tts: held for .* s by .*test_command_line.py:\d+.* \(thread MainThread\)$"),
+        ("zh_CN.UTF-8", r"tts: .*test_command_line.py:\d+.*（线程 MainThread）已占用 .* 秒$"),
     ],
 )
 def test_the_table_tells_who_uses_a_model_and_since_when(

@@ -165,7 +165,7 @@ def test_two_generators_in_opposite_order_are_told_of_their_deadlock(pair: GPURe
     with pytest.raises(LeaseDeadlock, match="'a' while holding b") as caught:
         step(other)
     assert caught.value.holder is not None
-    assert "test_flows.py" in caught.value.holder.where
+    assert "test_leases_in_generators.py" in caught.value.holder.where
     assert waiting.result() == "b"
 
 
@@ -212,7 +212,7 @@ def test_a_holder_that_waits_for_a_pool_in_which_a_function_leases_is_told(shop:
     def work() -> Any:
         return shop.clone("", "", "")
 
-    with ThreadPoolExecutor(1) as pool, shop.lease(), pytest.raises(LeaseDeadlock, match=r"test_flows\.py:"):
+    with ThreadPoolExecutor(1) as pool, shop.lease(), pytest.raises(LeaseDeadlock, match=r"in_generators\.py:"):
         DELEGATES[how](pool, work)
     assert shop.clone("", "", "")[1] == 24_000
 
@@ -457,7 +457,7 @@ def test_the_status_says_who_has_a_model_and_since_when(manager: GPUResourceMana
         clock.advance(5)
         holder = held(manager)
         assert holder is not None
-        where = "tests/scheduling/test_leases_in_generators.py"
+        where = "scheduling/test_leases_in_generators.py"
         assert holder["where"].startswith(where), holder
         assert holder["where"].endswith("in test_the_status_says_who_has_a_model_and_since_when")
         assert (holder["thread"], holder["held_s"]) == (threading.current_thread().name, 5)

@@ -1,7 +1,7 @@
 """Does anything that can be done to a tensor to any tensor of an engine, in any state that it can be in.
 
-``python tests/support/tensor_uses.py [seed count]`` runs the whole grid, or so many cases of it, each batch in a process
-of its own, and prints the results. A case ends in the value that it has on the device, in the same error, in
+``python tests/support/tensor_uses.py [seed count]`` runs the whole grid, or so many cases of it, each batch in a
+process of its own, and prints the results. A case ends in the value that it has on the device, in the same error, in
 `TensorAway`, or in a RuntimeError of torch's own that refuses the storage (TorchScript and other C++ that torch gives
 no way to name the tensor to). Values are compared by their bytes, and the tensor by its own after a use that changes
 it. While the tensor is away, a value is right only if it tells nothing of the bytes, or if the tensor is one of those
