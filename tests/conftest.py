@@ -26,9 +26,13 @@ if profile := os.environ.get("HYPOTHESIS_PROFILE"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests, and run the slowest kinds first: a long file that begins last would keep one core at work."""
+    marks = {item: marks_of(item.path, item.module, item.fixturenames) for item in items}
     for item in items:
-        for mark in marks_of(item.path, item.module, item.fixturenames):
+        for mark in marks[item]:
             item.add_marker(mark)
+    slowest = {path: max(len(marks[item]) for item in items if item.path == path) for path in {i.path for i in items}}
+    items.sort(key=lambda item: -slowest[item.path])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -53,6 +57,15 @@ def unmeasured() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_manager, "sample", lambda device, trim=True, look_at_children=True: NO_SAMPLE)
         yield
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a recording in which somebody speaks."""
+    hibari = pytest.importorskip("hibari")
+    path = str(tmp_path_factory.mktemp("recording") / "prompt.wav")
+    hibari.Hibari().save("Good morning, this is a short recording of my voice.", path, seed=1)
+    return path
 
 
 @pytest.fixture

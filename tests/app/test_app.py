@@ -33,14 +33,6 @@ def unmanaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
         yield app
 
 
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
-    hibari = pytest.importorskip("hibari")
-    path = tmp_path_factory.mktemp("recording") / "prompt.wav"
-    hibari.Hibari().save("Good morning, this is a short recording of my voice.", str(path), seed=1)
-    return str(path)
-
-
 def endpoints(app: RunningApp) -> set[str]:
     return set(Client(app.url, verbose=False).view_api(return_format="dict")["named_endpoints"])
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import soundfile
 from app_process import ForkedApp, RunningApp, wait_until
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
+from recordings import write_tone
 
 MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 
@@ -29,11 +29,11 @@ def app(request: Any, tmp_path: Path, gates: Path) -> Iterator[RunningApp]:
 
 
 def test_what_is_cancelled_is_not_computed(app: RunningApp, gates: Path, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
+    recording = write_tone(tmp_path / "prompt.wav")
     clients = [Client(app.url, verbose=False) for _ in range(3)]
 
     def ask(who: int, target: str) -> Any:
-        return clients[who].submit(handle_file(str(tmp_path / "prompt.wav")), "said", target, api_name="/clone")
+        return clients[who].submit(handle_file(recording), "said", target, api_name="/clone")
 
     close_gate(gates, "speak")
     running = ask(0, "runs")

@@ -21,6 +21,7 @@ import pytest
 import soundfile
 from app_process import ROOT, ForkedApp, RunningApp, wait_until
 from gradio_client import Client, handle_file
+from recordings import write_tone
 
 from residency.launch.command_line import main
 
@@ -54,12 +55,7 @@ def closed_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]
 
 @pytest.fixture
 def recording(tmp_path: Path) -> str:
-    return sound(tmp_path / "prompt.wav", 1)
-
-
-def sound(path: Path, seconds: float, **keywords: Any) -> str:
-    soundfile.write(path, np.sin(np.arange(round(16000 * seconds)) * 0.03), 16000, **keywords)
-    return str(path)
+    return write_tone(tmp_path / "prompt.wav", 1)
 
 
 def client(app: RunningApp, **headers: str) -> Client:
@@ -228,7 +224,7 @@ class TestLimits:
             return b" 413 " in line.recv(100)
 
     def test_a_large_file_is_refused(self, app: RunningApp, tmp_path: Path, folder: Path) -> None:
-        path = sound(tmp_path / "large.wav", 40)
+        path = write_tone(tmp_path / "large.wav", 40)
         with pytest.raises(Exception, match="exceeds the maximum file size"):
             client(app).predict(handle_file(path), "said", "to say", api_name="/clone")
         code, said = ask(app, "/gradio_api/upload", "x" * (2 << 20))

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 from app_process import ForkedApp, RunningApp, wait_until
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
 from gradio_client.client import Job
+from recordings import write_tone
 
 MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 BARE = ()
@@ -37,8 +37,7 @@ def recordings(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prompt(tmp_path: Path) -> str:
-    soundfile.write(tmp_path / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
-    return str(tmp_path / "prompt.wav")
+    return write_tone(tmp_path / "prompt.wav")
 
 
 class Visit:

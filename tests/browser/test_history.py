@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import soundfile
 from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
+from recordings import write_tone
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -253,9 +252,8 @@ def test_no_other_site_shows_the_page_in_a_frame(app: RunningApp, new_page: Call
 
 
 def clone(page: Page, folder: Path, target: str) -> None:
-    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
     page.locator("#prompt-text").locator("input, textarea").fill("said")
-    page.locator("#prompt-audio input[type=file]").set_input_files(str(folder / "prompt.wav"))
+    page.locator("#prompt-audio input[type=file]").set_input_files(write_tone(folder / "prompt.wav"))
     sync_api.expect(page.locator("#prompt-audio audio, #prompt-audio .waveform-container").first).to_be_attached()
     page.locator("#target-text").locator("input, textarea").fill(target)
     press(page, "CLONE")

@@ -30,14 +30,6 @@ new MutationObserver(() => {
 """
 
 
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
-    hibari = pytest.importorskip("hibari")
-    path = tmp_path_factory.mktemp("recording") / "prompt.wav"
-    hibari.Hibari().save("Good morning, this is a short recording of my voice.", str(path), seed=1)
-    return str(path)
-
-
 @pytest.fixture
 def page(tmp_path: Path, new_page: Callable[..., Page]) -> Iterator[Page]:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB")

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import soundfile
 from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
+from recordings import write_tone
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -368,9 +367,8 @@ def visit(page: Page, url: str) -> Page:
 
 
 def ask(page: Page, folder: Path, target: str = "to say") -> None:
-    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
     page.get_by_label("Prompt Text").fill("said")
-    page.locator("#prompt-audio input[type=file]").set_input_files(str(folder / "prompt.wav"))
+    page.locator("#prompt-audio input[type=file]").set_input_files(write_tone(folder / "prompt.wav"))
     sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
     page.get_by_label("Target Text").fill(target)
     page.get_by_role("button", name="CLONE", exact=True).click()

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import soundfile
 from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
+from recordings import write_tone
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ def test_who_waits_for_the_model_reads_what_it_does(page: Page, app: RunningApp,
 
 
 def recording(folder: Path) -> str:
-    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
-    return str(folder / "prompt.wav")
+    return write_tone(folder / "prompt.wav")
 
 
 def expect_state(page: Page, state: str) -> None:

@@ -8,10 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import soundfile
 from app_process import ForkedApp, RunningApp
+from recordings import write_tone
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -261,8 +260,7 @@ def fill(page: Page, folder: Path) -> None:
 
 
 def upload(page: Page, folder: Path) -> None:
-    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
-    page.locator("#prompt-audio input[type=file]").set_input_files(str(folder / "prompt.wav"))
+    page.locator("#prompt-audio input[type=file]").set_input_files(write_tone(folder / "prompt.wav"))
     sync_api.expect(recording(page)).to_be_attached()
 
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-import soundfile
 from app_process import ForkedApp, RunningApp, wait_until
 from gated_engine import close_gate, open_gate
+from recordings import write_tone
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -295,8 +294,7 @@ def press(page: Page, element: str) -> None:
 
 
 def upload(page: Page, folder: Path) -> None:
-    soundfile.write(folder / "prompt.wav", np.sin(np.arange(16000) * 0.03), 16000)
-    page.locator("#prompt-audio input[type=file]").set_input_files(str(folder / "prompt.wav"))
+    page.locator("#prompt-audio input[type=file]").set_input_files(write_tone(folder / "prompt.wav"))
     sync_api.expect(page.locator("#prompt-audio audio, #prompt-audio .waveform-container").first).to_be_attached()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
+from recordings import write_tone
 
 
 class FakeEngine:
@@ -35,6 +35,4 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def recording(tmp_path: Path) -> str:
-    path = tmp_path / "prompt.wav"
-    soundfile.write(path, np.sin(np.arange(16000) * 0.03), 16000)
-    return str(path)
+    return write_tone(tmp_path / "prompt.wav")
