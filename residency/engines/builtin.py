@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -101,21 +103,15 @@ class BuiltinEngine:
         Raises:
             InvalidInput: an argument cannot be used; the message says what to give instead.
         """
-        try:
+        with _logging_errors("Clone"):
             with about("prompt_text"):
                 required(prompt_text, "Prompt Text", "提示文本")
             with about("target_text"):
-                text = speakable(target_text)
-                chunks = self._phonemes(text)
+                chunks = self._phonemes(speakable(target_text))
             with about("recording"):
                 target = self._voice_of(read_audio(prompt_wav_path))
-            rng = np.random.default_rng(self._next_seed())
-            return _result(at_level(self._say(chunks, target, rng), float(np.clip(target.rms, 0.03, 0.12))))
-        except (RequestStopped, InvalidInput):
-            raise
-        except Exception as error:
-            logger.error("Clone failed: %s", error)
-            raise
+            speech = self._synthesize(chunks, target, np.random.default_rng(self._next_seed()))
+            return _result(at_level(speech, float(np.clip(target.rms, 0.03, 0.12))))
 
     def edit(
         self,
@@ -140,23 +136,15 @@ class BuiltinEngine:
             InvalidInput: an argument cannot be used, or only the real model supports the edit.
             HTTPException: an unknown ``edit_type``.
         """
-        try:
+        with _logging_errors("Edit"):
             _check_edit(edit_type, edit_info)
             with about("recording"):
                 samples = read_audio(input_audio_path)
                 checkpoint()
                 if edit_type == "speed":
                     return _result(effects.change_speed(samples, _SPEEDS[str(edit_info)]))
-                if edit_type == "denoise":
-                    return _result(denoise(samples))
-                if edit_type == "vad":
-                    return _result(self._speech_in(samples))
-                return _result(effects.whisper(samples))
-        except (RequestStopped, InvalidInput):
-            raise
-        except Exception as error:
-            logger.error("Edit failed: %s", error)
-            raise
+                edits = {"denoise": denoise, "vad": self._speech_in}
+                return _result(edits.get(edit_type, effects.whisper)(samples))
 
     def _next_seed(self) -> int:
         import torch
@@ -205,14 +193,26 @@ class BuiltinEngine:
             )
         return measured
 
-    def _say(self, chunks: list[str], target: voice.Voice, rng: np.random.Generator) -> Samples:
-        said = []
+    def _synthesize(self, chunks: list[str], target: voice.Voice, rng: np.random.Generator) -> Samples:
+        spoken = []
         for chunk in chunks:
             checkpoint()
             plain = self.hibari.from_ids(self.hibari.ids(chunk), rng=rng)
             converted = world.synthesise(voice.convert(world.analyse(plain), self._own_voice, target))
-            said.append(converted[: len(plain)])
-        return np.concatenate(said)
+            spoken.append(converted[: len(plain)])
+        return np.concatenate(spoken)
+
+
+@contextmanager
+def _logging_errors(task: str) -> Iterator[None]:
+    """Logs unexpected errors, as the real engine does."""
+    try:
+        yield
+    except (RequestStopped, InvalidInput):
+        raise
+    except Exception as error:
+        logger.error("%s failed: %s", task, error)
+        raise
 
 
 def _short(phonemes: str) -> list[str]:
@@ -221,10 +221,8 @@ def _short(phonemes: str) -> list[str]:
 
 
 def _check_edit(edit_type: str, edit_info: str | None) -> None:
-    types = supported_edit_types()
-    if edit_type == "whisper" or (edit_type in types and edit_type != "clone" and not types[edit_type]):
-        return
-    if edit_type in ("style", "speed") and edit_info in types[edit_type]:
+    sub_tasks = supported_edit_types().get(edit_type, [])
+    if edit_type in ("whisper", "denoise", "vad") or edit_info in sub_tasks:
         return
     can = "speed, denoise, vad, style whisper"
     if edit_type in _REAL_MODEL_ONLY or edit_type == "style":

@@ -19,9 +19,6 @@ class Unmet:
     requirement: str
     installed: str | None
 
-    def __str__(self) -> str:
-        return f"{self.requirement} ({self.installed or 'missing / 未安装'})"
-
     @property
     def sentence(self) -> Sentence:
         """``torch==2.1 (2.0)`` or ``torch==2.1 (missing)``."""

@@ -60,15 +60,15 @@ def test_the_checkout_is_found_by_name_environment_and_neighbourhood(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("STEP_AUDIO_ROOT", raising=False)
-    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "elsewhere" / "ours")
+    monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "elsewhere" / "ours")
     monkeypatch.chdir(tmp_path)
     assert checkouts.find_checkout() is None
     assert checkouts.find_checkout(str(checkout)) == checkout
-    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "ours")
+    monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "ours")
     assert checkouts.find_checkout() == checkout, "beside this project"
-    monkeypatch.setattr(checkouts, "_OURS", checkout)
+    monkeypatch.setattr(checkouts, "_PROJECT", checkout)
     assert checkouts.find_checkout() == checkout, "this project was copied into it"
-    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "elsewhere" / "ours")
+    monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "elsewhere" / "ours")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert checkouts.find_checkout() == checkout, "beside the current folder"
@@ -91,7 +91,7 @@ def test_the_checkout_that_a_program_uses_already_comes_first(
 
 def test_without_a_checkout_it_is_said_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("STEP_AUDIO_ROOT", raising=False)
-    monkeypatch.setattr(checkouts, "_OURS", tmp_path / "ours")
+    monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "ours")
     monkeypatch.chdir(tmp_path)
     for ask in (step_audio.build, step_audio.build_recognizer, lambda path: step_audio.shortcomings(path, None)):
         with pytest.raises(EngineUnavailable, match=r"git clone https://github\.com/stepfun-ai/Step-Audio-EditX"):
@@ -174,7 +174,7 @@ def test_a_wrong_version_is_named_with_the_one_that_is_wanted(checkout: Path, mo
 def test_requirements_for_other_systems_and_lines_that_are_none_are_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "requirements.txt"
     file.write_text('# a comment\n\n--index-url x\nnowhere-1 ; sys_platform == "win32"\nnowhere-2\n')
-    assert [str(each) for each in requirements.unmet(file)] == ["nowhere-2 (missing / 未安装)"]
+    assert [each.sentence.en for each in requirements.unmet(file)] == ["nowhere-2 (missing)"]
     assert requirements.unmet(tmp_path / "none.txt") == []
 
 
