@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..errors import ResidencyError
 from .checks import check_settings
-from .container import Container, check_docker
+from .container import Container
+from .docker import DockerContainer, check_docker
 from .finding import find_app
 from .options import PUBLIC, Given, LaunchSettings, read, settle
 from .records import RecordFile
@@ -47,10 +48,10 @@ def _run(script: str, given: Given) -> int:
     own_name = given.has("CONTAINER_NAME") and given.sources["CONTAINER_NAME"] != "CONTAINER_NAME"
     if started_before and not own_name:
         settings = find_app(settings, given.has("PORT"), script)
-    if _in_container(settings, given.has("PORT"), script):
+    if _in_container(settings, given.has("PORT")):
+        check_docker()
         container = Container(replace(settings, docker=True), script)
         if started_before:
-            check_docker()
             container.as_noted()
         if given.action == "restart":
             container.check_restart(given)
@@ -67,16 +68,16 @@ def _run(script: str, given: Given) -> int:
     return restart(service) if given.action == "restart" else int(getattr(service, given.action)())
 
 
-def _in_container(settings: LaunchSettings, port_given: bool, script: str) -> bool:
+def _in_container(settings: LaunchSettings, port_given: bool) -> bool:
     """If that is said; where an app is to be found, also if a container serves that port and no process does."""
     if settings.docker or settings.action == "start" or not shutil.which("docker"):
         return settings.docker
     file = RecordFile(settings.run_dir, settings.port)
     file.check_owner()
-    record, container = file.read(), Container(settings, script)
+    record, container = file.read(), DockerContainer(settings.container_name)
     if (record and record.lives) or (port_given and container.label("port") != str(settings.port)):
         return False
-    state = container.state()
+    state = container.state
     # What is left of a process says more than what is left of a container.
     return state == "ours running" or (state.startswith("ours") and record is None)
 

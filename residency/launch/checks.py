@@ -166,7 +166,7 @@ def check_disk(path: str, en: str, zh: str) -> None:
 
 
 def check_port(settings: LaunchSettings, port: int) -> None:
-    """Binds as the server will; with the port in use, says by which process, and which one is free. Port 0: the host."""
+    """Bind as the server will. `LaunchError` names who has the port, and a free one. Port 0: the host alone."""
     error = refusal(settings.host, port)
     if error is None:
         return

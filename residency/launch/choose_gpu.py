@@ -1,4 +1,4 @@
-"""Chooses the GPU that the launcher gives to the app, and checks whether its driver is new enough for the torch there."""
+"""Chooses the GPU for the app, and checks whether its driver is new enough for torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from .environment import environment_state
@@ -65,7 +66,9 @@ def _choose_row(settings: LaunchSettings, rows: list[list[str]], driver: str) ->
         named = settings.named("GPU_ID")
         raise LaunchError(f"There is no {named}; nvidia-smi lists: {known}", f"没有 {named}；nvidia-smi 列出：{known}")
     # "[N/A]" where GPU and host share one memory.
-    free_mb, (index, *_, name) = max(((int(re.sub(r"\D", "", row[1]) or 0), row) for row in rows), key=lambda row: row[0])
+    free_mb, index, name = max(
+        ((int(re.sub(r"\D", "", row[1]) or 0), row[0], row[3]) for row in rows), key=itemgetter(0)
+    )
     if settings.gpu_id:
         say(f"GPU: {index} ({name}), as asked for; {free_mb} MiB free",
             f"GPU：按指定使用 {index}（{name}），空闲 {free_mb} MiB")  # fmt: skip
@@ -104,8 +107,8 @@ def check_driver(gpu: Gpu, version_py: str, place: str) -> None:
     """
     if not gpu.index or not gpu.driver[:1].isdigit() or not version_py:
         return
-    build, with_cuda = ("set TORCH_INDEX_URL", "设置 TORCH_INDEX_URL"), ("start without TORCH_INDEX_URL",
-                                                                       "在不设 TORCH_INDEX_URL 的情况下重新启动")  # fmt: skip
+    build = ("set TORCH_INDEX_URL", "设置 TORCH_INDEX_URL")
+    with_cuda = ("start without TORCH_INDEX_URL", "在不设 TORCH_INDEX_URL 的情况下重新启动")
     state = environment_state(Path(place), [])
     if state == "foreign":
         build = (f"install it into {place}", f"将其装入 {place}")

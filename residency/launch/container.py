@@ -8,7 +8,6 @@ gets its own back at `stop`.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,18 +18,12 @@ from typing import NoReturn
 from ..sentences import language
 from .checks import cannot_listen, check_disk, check_port, port_in_use
 from .choose_gpu import Gpu, check_driver, choose_gpu, torch_of_pins
-from .container_run import (
-    LABEL,
-    build_command,
-    make_folder,
-    run_command,
-    source_digest,
-    warn_without_toolkit,
-)
+from .container_run import build_command, make_folder, run_command, source_digest, warn_without_toolkit
+from .docker import LABEL, DockerContainer, docker, docker_does
 from .options import Given, LaunchSettings
 from .records import born
 from .service import address, await_ready, in_background, is_ready, reached_at, report_plan, report_ready
-from .terminal import LaunchError, become, output_of, quoted, report, say, warn
+from .terminal import LaunchError, become, choose, output_of, quoted, report, say, warn
 
 _TORCH = (
     "import importlib.util, pathlib\n"
@@ -38,74 +31,25 @@ _TORCH = (
 )
 
 
-def docker_output(*words: str) -> str | None:
-    """None if docker is missing or fails."""
-    return output_of("docker", *words)
-
-
-def docker_does(*words: str) -> bool:
-    """Docker's errors are shown; whether there was none."""
-    return subprocess.run(["docker", *words], stdout=subprocess.DEVNULL).returncode == 0
-
-
-def docker(*words: str) -> None:
-    """`LaunchError` if it fails."""
-    if not docker_does(*words):
-        raise LaunchError(f"docker {words[0]} has failed (see above)", f"docker {words[0]} 失败（见上）")
-
-
-def check_docker() -> None:
-    if not shutil.which("docker"):
-        raise LaunchError(
-            "docker is not here: install it (https://docs.docker.com/engine/install/), or start without --docker",
-            "找不到 docker：请安装（https://docs.docker.com/engine/install/），或不使用 --docker",
-        )
-    done = subprocess.run(["docker", "info"], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        why = done.stderr.partition("\n")[0]
-        raise LaunchError(
-            f"docker does not answer: {why}. Start its daemon (sudo systemctl start docker), or let this user use it "
-            f"(group docker)",
-            f"docker 无响应（{why}）：请启动其服务（sudo systemctl start docker），或将当前用户加入 docker 组",
-        )
-
-
 class Container:
     """The verbs for one name. Their result is the exit code."""
 
     def __init__(self, settings: LaunchSettings, script: str) -> None:
         self.script, self.name = script, settings.container_name
-        self.kept = f"{self.name}-before-gpu-management"  # the one that was here before ours
-        self.aside = f"{self.name}-replaced"  # ours, until the one in its place is ready
+        self.container = DockerContainer(self.name)
+        self.kept = DockerContainer(f"{self.name}-before-gpu-management")  # the one that was here before ours
+        self.aside = DockerContainer(f"{self.name}-replaced")  # ours, until the one in its place is ready
         self.use(settings)
 
     def use(self, settings: LaunchSettings) -> None:
         self.settings = settings
-        self.url = address(settings, tls=settings.action != "start" and self.label("scheme") == "https")
+        tls = settings.action != "start" and self.container.label("scheme") == "https"
+        self.url = address(settings, tls)
 
     def as_noted(self) -> None:
         """From now on for the container that is there: it listens where it was started to."""
-        host, port = self.label("host"), self.label("port")
+        host, port = self.container.label("host"), self.container.label("port")
         self.use(replace(self.settings, host=host or self.settings.host, port=int(port or self.settings.port)))
-
-    def inspect(self, template: str, name: str = "") -> str:
-        """Empty if there is no such container."""
-        said = docker_output("container", "inspect", "--format", template, name or self.name) or ""
-        return said.replace("<no value>", "")
-
-    def label(self, label: str, name: str = "") -> str:
-        """What this program has noted there."""
-        return self.inspect(f'{{{{index .Config.Labels "{LABEL}.{label}"}}}}', name)
-
-    def state(self, name: str = "") -> str:
-        """``absent``, or ``ours`` or ``other`` and docker's word for its state."""
-        if not (status := self.inspect("{{.State.Status}}", name)):
-            return "absent"
-        return f"{'ours' if self.label('port', name).isdecimal() else 'other'} {status}"
-
-    def restart_policy(self, name: str = "") -> str:
-        policy = "{{.HostConfig.RestartPolicy.Name}}:{{.HostConfig.RestartPolicy.MaximumRetryCount}}"
-        return self.inspect(policy, name)
 
     def command(self, action: str) -> str:
         """How the script is called for this container, also if there are others."""
@@ -118,25 +62,25 @@ class Container:
 
     def start(self) -> int:
         settings = self.settings
-        check_docker()
         gpu = choose_gpu(settings)
         warn_without_toolkit(gpu)
-        state = self.state()
+        state = self.container.state
         self._check_name(state)
         self._check_port(state)
         # How the container that is kept was restarted, for when it is back.
-        kept_restarts = self.restart_policy() if state.startswith("other") else self.label("kept-restarts")
+        ours = self.container
+        kept_restarts = ours.restart_policy if state.startswith("other") else ours.label("kept-restarts")
         run = run_command(settings, gpu, kept_restarts, self.url)
         digest = source_digest(settings)
         label = f'{{{{index .Config.Labels "{LABEL}.source"}}}}'
-        current = docker_output("image", "inspect", "--format", label, settings.image) == digest
+        current = output_of("docker", "image", "inspect", "--format", label, settings.image) == digest
         if current:
             say(f"Image: {settings.image} is up to date", f"镜像：{settings.image} 已是最新")
             check_driver(gpu, self._torch_of_image(gpu), settings.image)
         else:
             if settings.base_image.startswith("python:"):  # others have a torch of their own
                 check_driver(gpu, torch_of_pins(settings), settings.image)
-            root = docker_output("info", "--format", "{{.DockerRootDir}}") or ""
+            root = output_of("docker", "info", "--format", "{{.DockerRootDir}}") or ""
             if os.path.isdir(root):  # else on another machine
                 check_disk(root, "The image", "镜像")
         build = [] if current else build_command(settings, digest)
@@ -162,7 +106,7 @@ class Container:
         """Its version.py, wherever that is."""
         if not gpu.index or not gpu.driver:
             return ""
-        return docker_output("run", "--rm", "--entrypoint", "python", self.settings.image, "-Ic", _TORCH) or ""
+        return output_of("docker", "run", "--rm", "--entrypoint", "python", self.settings.image, "-Ic", _TORCH) or ""
 
     def _launch(self, run: list[str]) -> int:
         say(f"Starting {self.url}", f"正在启动 {self.url}")
@@ -173,12 +117,12 @@ class Container:
         if subprocess.run(run, stdout=subprocess.DEVNULL).returncode:
             self._undo_start()
         self._hold_kept()
-        if not self._has_aside():
+        if not self.aside.is_ours:
             self._await()
             return 0
         if not self._serves():
             self._bring_back()
-        docker("rm", self.aside)
+        self.aside.remove()
         return 0
 
     def _report_when_ready(self, docker_client: int) -> None:
@@ -188,29 +132,27 @@ class Container:
 
     def _check_name(self, state: str) -> None:
         """No name is taken without --replace; what is left of a container of ours that has ended is no obstacle."""
-        name, kept = self.name, self.kept
+        name, kept = self.name, self.kept.name
         if state in ("absent", "ours exited", "ours created", "ours dead"):
             return
         if not self.settings.replace:
             status = state.partition(" ")[2]
             raise LaunchError(
-                f"There is a container {name} already ({status}). Give --replace to put this one in its place, or "
-                f"another --container-name",
+                f"There is a container {name} already ({status}). Give --replace to replace it, or --container-name",
                 f"已有容器 {name}（{status}）。用 --replace 替换它，或用 --container-name 换一个名字",
             )
         if state.startswith("ours"):
             return
-        if self.inspect("{{.HostConfig.AutoRemove}}") == "true":
+        if self.container.inspect("{{.HostConfig.AutoRemove}}") == "true":
             raise LaunchError(
-                f"The container {name} was started with --rm: once it is stopped it is gone and cannot be kept. If "
-                f"what starts it can make it anew, stop it yourself (docker stop {name}) and run this again",
-                f"容器 {name} 是用 --rm 启动的：一旦停止即被删除，无法保留。如果原来的启动方式能重新创建它，"
-                f"请自行停止（docker stop {name}），然后重新运行",
+                f"The container {name} was started with --rm: docker deletes it once it is stopped, so it cannot be "
+                f"kept. If it can be made anew, stop it yourself (docker stop {name}) and run this again",
+                f"容器 {name} 是用 --rm 启动的：一旦停止即被删除，无法保留。"
+                f"如果能重新创建它，请自行停止（docker stop {name}），然后重新运行",
             )
-        if self.state(kept) != "absent":
+        if self.kept.exists:
             raise LaunchError(
-                f"{name} is somebody else's, and there is a {kept} already: remove or rename one of them "
-                f"(docker rename)",
+                f"{name} is not of this script, and {kept} exists: remove or rename one of them (docker rename)",
                 f"容器 {name} 不是本脚本创建的，且 {kept} 已存在：请删除或重命名其中之一（docker rename）",
             )
 
@@ -227,9 +169,8 @@ class Container:
         file = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
         lowest = int(file.read_text()) if file.exists() else 1024
         if settings.port < lowest:
-            zh = language() == "zh"
-            cannot_listen(settings, f"容器无权使用低于 {lowest} 的端口" if zh else
-                          f"the container has no rights to a port below {lowest}")  # fmt: skip
+            cannot_listen(settings, choose(f"the container has no rights to a port below {lowest}",
+                                           f"容器无权使用低于 {lowest} 的端口"))  # fmt: skip
         check_port(settings, 0)
 
     def _report_plan(self, state: str, build: list[str], run: list[str], folders: list[str]) -> None:
@@ -239,7 +180,8 @@ class Container:
         if state.startswith("ours"):
             say(f"Would replace the container {name}", f"将替换容器 {name}")
         elif state.startswith("other"):
-            say(f"Would stop {name} and keep it as {self.kept} until stop", f"将停止 {name}，并以 {self.kept} 保留至 stop")
+            say(f"Would stop {name} and keep it as {self.kept.name} until stop",
+                f"将停止 {name}，并以 {self.kept.name} 保留至 stop")  # fmt: skip
         for folder in folders:
             if not os.path.isdir(folder):
                 say(f"Would make the folder {folder}", f"将创建目录 {folder}")
@@ -248,29 +190,23 @@ class Container:
     def _make_place(self, state: str) -> None:
         """The name is free afterwards."""
         if state == "ours running" and self.settings.detach:
-            if self.state(self.aside) != "absent":
-                docker("rm", self.aside)
-            self._stop_and_rename(self.aside)
+            if self.aside.exists:
+                self.aside.remove()
+            self._stop_and_rename(self.aside.name)
         elif state.startswith("ours"):
             self._remove()
         elif state.startswith("other"):
-            self._stop_and_rename(self.kept)
-            say(f"Stopped {self.name}; it is kept as {self.kept}, and is back under its name after stop",
-                f"已停止 {self.name}，并以 {self.kept} 保留；执行 stop 后恢复原名")  # fmt: skip
-
-    def _stop(self) -> None:
-        docker("stop", "-t", str(self.settings.stop_timeout), self.name)
+            self._stop_and_rename(self.kept.name)
+            say(f"Stopped {self.name}; it is kept as {self.kept.name}, and is back under its name after stop",
+                f"已停止 {self.name}，并以 {self.kept.name} 保留；执行 stop 后恢复原名")  # fmt: skip
 
     def _stop_and_rename(self, new: str) -> None:
-        self._stop()
+        self.container.stop(self.settings.stop_timeout)
         if not docker_does("rename", self.name, new):
             raise LaunchError(
                 f"{self.name} could not be renamed (see above), and is stopped: docker start {self.name}",
                 f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}",
             )
-
-    def _has_aside(self) -> bool:
-        return self.state(self.aside).startswith("ours")
 
     def _report_ready(self, log: tuple[str, str], also: str = "") -> None:
         stop = self.command("stop")
@@ -279,13 +215,13 @@ class Container:
     def _await(self) -> None:
         """Wait until it is ready; `LaunchError` otherwise."""
         logs, limit_s = self.command("logs"), self.settings.ready_timeout
-        outcome = await_ready(self.url, limit_s, 0.5, lambda: self.state() == "ours running")
+        outcome = await_ready(self.url, limit_s, 0.5, lambda: self.container.state == "ours running")
         if outcome == "ready":
             self._report_ready((logs, logs))
         elif outcome == "ended":
             subprocess.run(["docker", "logs", "--tail", "20", self.name], stdout=sys.stderr)
             en = zh = ""
-            if self.settings.action == "start" and not self._has_aside():  # else it comes back by itself
+            if self.settings.action == "start" and not self.aside.is_ours:  # else it comes back by itself
                 stop = self.command("stop")
                 en, zh = f". Back to what was: {stop}", f"。恢复原状：{stop}"
             raise LaunchError(f"The container ended while it started; the end of its log is above{en}",
@@ -311,15 +247,14 @@ class Container:
         """End with an error, with the container that was set aside in its place again."""
         warn("❌ The start has failed (see above). The container that ran before is started again",
              "❌ 启动失败（见上）。正在重新启动之前运行的容器")  # fmt: skip
-        if self.state().startswith("ours"):
-            self._stop()
-            docker("rm", self.name)
-        docker("rename", self.aside, self.name)
+        if self.container.is_ours:
+            self.container.stop(self.settings.stop_timeout)
+            self.container.remove()
+        self.aside.rename(self.name)
         self.as_noted()
         if docker_does("start", self.name) and self._serves():
             raise LaunchError(
-                f"The new container has failed, as said above; {self.name} is the one from before, with the settings "
-                f"that it had",
+                f"The new container has failed; {self.name} is the one from before, with the settings that it had",
                 f"新容器启动失败，原因见上；{self.name} 为之前的容器，设置不变",
             )
         self._is_down()
@@ -333,39 +268,39 @@ class Container:
 
     def _hold_kept(self) -> None:
         """What is kept does not come back at the next boot. Until ours runs, which knows its policy, it has that."""
-        if self.state(self.kept) != "absent" and not docker_does("update", "--restart", "no", self.kept):
-            command = f"docker update --restart no {self.kept}"
-            say(f"⚠️  {self.kept} may be back after the next boot: {command}",
-                f"⚠️  {self.kept} 可能在下次开机后自动启动：{command}")  # fmt: skip
+        if self.kept.exists and not docker_does("update", "--restart", "no", self.kept.name):
+            command = f"docker update --restart no {self.kept.name}"
+            say(f"⚠️  {self.kept.name} may be back after the next boot: {command}",
+                f"⚠️  {self.kept.name} 可能在下次开机后自动启动：{command}")  # fmt: skip
 
     def _undo_start(self) -> NoReturn:
         """The old container has its name again. Docker may have made ours before it could not start it."""
-        if self._has_aside():
+        if self.aside.is_ours:
             self._bring_back()
-        if self.state().startswith("ours"):
+        if self.container.is_ours:
             self._remove()
-        if self.state(self.kept) != "absent":
+        if self.kept.exists:
             self._give_name_back()
         raise LaunchError("The container could not be started (see above)", "容器启动失败（见上）")
 
     def _give_name_back(self) -> None:
-        docker("rename", self.kept, self.name)
+        self.kept.rename(self.name)
         say(f"{self.name} is the old container again, stopped: docker start {self.name}",
             f"{self.name} 已恢复为原来的容器（已停止）：docker start {self.name}")  # fmt: skip
 
     def _remove(self) -> None:
         """Ours knows how the kept one was restarted: that has it again before ours is gone."""
-        policy = self.label("kept-restarts")
-        if policy and self.state(self.kept) != "absent":
-            docker("update", "--restart", policy, self.kept)
-        self._stop()
-        docker("rm", self.name)
+        policy = self.container.label("kept-restarts")
+        if policy and self.kept.exists:
+            docker("update", "--restart", policy, self.kept.name)
+        self.container.stop(self.settings.stop_timeout)
+        self.container.remove()
 
     # -- the other verbs ------------------------------------------------------------------------------------------
 
     def stop(self) -> int:
         """Leaves things as they were before the first start."""
-        state = self.state()
+        state = self.container.state
         if state.startswith("ours"):
             say(f"Stopping {self.name}; a running request may finish", f"正在停止 {self.name}；正在运行的请求可以完成")
             self._remove()
@@ -375,9 +310,9 @@ class Container:
                               f"容器 {self.name} 不是由本脚本启动的，未做改动")  # fmt: skip
         else:
             say(f"There is no container {self.name}", f"没有容器 {self.name}")
-        if self.state(self.kept) == "absent":
+        if not self.kept.exists:
             return 0
-        if state == "absent" and self.restart_policy(self.kept).startswith("no"):
+        if state == "absent" and self.kept.restart_policy.startswith("no"):
             # Ours, which knew it, was removed by another program.
             command = f"docker update --restart unless-stopped {self.name}"
             say(f"⚠️  How it was restarted is not known any more, and it is not now: {command}",
@@ -387,7 +322,7 @@ class Container:
 
     def status(self) -> int:
         """3 if it does not run."""
-        state = self.state()
+        state = self.container.state
         say(f"Container {self.name}: {state}", f"容器 {self.name}：{state}")
         if state != "ours running":
             return 3
@@ -415,12 +350,12 @@ class Container:
     def restart(self) -> int:
         """Its settings stay what they are, so a second start can only mend what has passed, as a port not free."""
         name, again = self.name, self.command("restart")
-        if not self.state().startswith("ours"):
+        if not self.container.is_ours:
             raise LaunchError(f"There is no container {name} of this script's: start it",
                               f"没有由本脚本创建的容器 {name}：请先启动")  # fmt: skip
         if docker_does("restart", "-t", str(self.settings.stop_timeout), name) and self._serves():
             return 0
-        if self.state() == "ours running":
+        if self.container.state == "ours running":
             if is_ready(self.url):
                 raise LaunchError(f"The container {name} was not restarted (see above), and serves as before",
                                   f"容器 {name} 未能重启（见上），仍照常提供服务")  # fmt: skip
@@ -428,9 +363,6 @@ class Container:
         warn(f"❌ The restart has failed (see above). The container {name} is started once more",
              f"❌ 重启失败（见上）。正在再次启动容器 {name}")  # fmt: skip
         if docker_does("start", name) and self._serves():
-            raise LaunchError(
-                f"The restart has failed, as said above; the container {name} serves again, with the settings that it "
-                f"had",
-                f"重启失败，原因见上；容器 {name} 已恢复服务，设置不变",
-            )
+            raise LaunchError(f"The restart has failed (see above); the container {name} serves again, as before",
+                              f"重启失败，原因见上；容器 {name} 已恢复服务，设置不变")  # fmt: skip
         self._is_down(f". Once the cause is mended: {again}", f"。排除原因后请执行：{again}")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from .checks import app_arguments
 from .choose_gpu import Gpu
+from .docker import LABEL
 from .options import OF_APP, LaunchSettings, absolute
 from .terminal import LaunchError, output_of, quoted, say
 
-LABEL = "gpu-managed-tts"
 IMAGE_USER = 10001  # in the Dockerfile
-_FOLDER_FLAGS = ("--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--ssl-certfile", "--ssl-keyfile")
+_FOLDERS = ("--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--ssl-certfile", "--ssl-keyfile")
 
 
 def build_command(settings: LaunchSettings, digest: str) -> list[str]:
@@ -108,7 +108,7 @@ def _with_folders(settings: LaunchSettings, run: RunCommand) -> Iterator[str]:
         flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
         before = word
         path = absolute(value)
-        if flag not in _FOLDER_FLAGS or flag == word:
+        if flag not in _FOLDERS or flag == word:
             yield word
         elif flag == "--tmp-dir" or os.path.isdir(path) or (flag.startswith("--ssl-") and os.path.isfile(path)):
             run.give(path, writable=flag == "--tmp-dir")
@@ -146,8 +146,7 @@ def make_folder(path: str) -> None:
 
 
 def warn_without_toolkit(gpu: Gpu) -> None:
-    if gpu.index and not (shutil.which("nvidia-container-runtime-hook") and shutil.which("nvidia-ctk")):
+    if gpu.index and not (shutil.which("nvidia-container-runtime-hook") or shutil.which("nvidia-ctk")):
         guide = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/"
-        say(f"⚠️  The NVIDIA Container Toolkit is not here, and docker needs it to give a GPU to a container ({guide}); "
-            f"or give GPU_ID=none",
-            f"⚠️  未找到 NVIDIA Container Toolkit，docker 需要它才能向容器提供 GPU（{guide}）；或设 GPU_ID=none")  # fmt: skip
+        say(f"⚠️  Without the NVIDIA Container Toolkit docker gives no GPU to a container ({guide}); or GPU_ID=none",
+            f"⚠️  未找到 NVIDIA Container Toolkit，docker 无法向容器提供 GPU（{guide}）；或设 GPU_ID=none")  # fmt: skip

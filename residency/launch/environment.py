@@ -61,10 +61,8 @@ def _maker() -> str:
     """A Python that can make an environment: this one. Debian packs what it takes for that separately."""
     if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
         return sys.executable
-    raise LaunchError(
-        "No Python 3.10 or newer with the venv module. On Debian and Ubuntu: sudo apt-get install python3 python3-venv",
-        "找不到带 venv 模块的 Python 3.10 或更高版本。Debian / Ubuntu 请执行：sudo apt-get install python3 python3-venv",
-    )
+    raise LaunchError(f"{sys.executable} has no venv module. On Debian and Ubuntu: sudo apt-get install python3-venv",
+                      f"{sys.executable} 缺少 venv 模块。Debian / Ubuntu 请执行：sudo apt-get install python3-venv")  # fmt: skip
 
 
 def plan_environment(venv: Path, files: Sequence[Path]) -> State:
@@ -98,7 +96,7 @@ def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
     venv = venv.resolve()  # a link may point to what is not made yet
     try:
         (venv / MARK).mkdir(parents=True, exist_ok=True)
-        lock = open(venv / MARK / "lock", "w")
+        lock = open(venv / MARK / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise LaunchError(
             f"{venv} cannot be made ({error.strerror}): give a folder that can be written with VENV_DIR",

@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .container import LABEL, Container, docker_output
+from .container import Container
+from .docker import LABEL, DockerContainer
 from .options import LaunchSettings
 from .records import RecordFile
 from .service import Service
-from .terminal import LaunchError
+from .terminal import LaunchError, output_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ def _running_apps(settings: LaunchSettings) -> list[RunningApp]:
         if record and record.lives:
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
             found.append(RunningApp(int(path.stem), since, pid=record.pid))
-    names = docker_output("ps", "--filter", f"label={LABEL}.port", "--format", "{{.Names}}") or ""
+    names = output_of("docker", "ps", "--filter", f"label={LABEL}.port", "--format", "{{.Names}}") or ""
     for name in names.split():
-        container = Container(replace(settings, container_name=name), "")
-        since = container.inspect("{{.State.StartedAt}}", name)[:16].replace("T", " ") + " UTC"
-        port = container.label("port", name)
+        container = DockerContainer(name)
+        since = container.inspect("{{.State.StartedAt}}")[:16].replace("T", " ") + " UTC"
+        port = container.label("port")
         found.append(RunningApp(int(port) if port.isdecimal() else 0, since, name=name))
     return found
 

@@ -1,4 +1,4 @@
-"""Settings of the launcher: a flag, else the variable GPU_TTS_NAME, else NAME, else the last start, else the default."""
+"""Settings of the launcher: a flag, else GPU_TTS_NAME, else NAME, else the last start, else the default."""
 
 from __future__ import annotations
 

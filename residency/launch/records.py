@@ -30,7 +30,8 @@ def born(pid: int) -> str:
     except OSError:
         return ""
     facts = stat.rpartition(") ")[2].split()  # the name before that may have spaces
-    return "" if facts[0] == "Z" else facts[19]
+    # Of a process that ends, the first thread may be a zombie while others still hold its sockets.
+    return "" if facts[0] == "Z" and int(facts[17]) <= 1 else facts[19]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .choose_gpu import choose_gpu
 from .options import PUBLIC, SETTINGS
 from .records import Record
 from .service import Service, wait_for_end
-from .terminal import LaunchError, become, report, say, warn
+from .terminal import LaunchError, become, report, warn
 
 
 def restart(service: Service) -> int:
@@ -63,10 +63,8 @@ def _came_to_nothing(service: Service, before: Record) -> bool:
 
 def _bring_back(service: Service) -> NoReturn:
     """End with an error, with the app that ran before in its place again if that can be."""
-    warn(
-        "❌ The restart has failed (see above). The app that ran before is started again, with the settings that it had",
-        "❌ 重启失败（见上）。正在按原来的设置重新启动之前运行的应用",
-    )
+    warn("❌ The restart has failed (see above). The app from before is started again, with its settings",
+         "❌ 重启失败（见上）。正在按原来的设置重新启动之前运行的应用")  # fmt: skip
     if service.file.last.exists():
         # It has not become ready in time.
         record = service.file.read()
@@ -76,14 +74,11 @@ def _bring_back(service: Service) -> NoReturn:
     port, again = service.settings.port, service.command("restart")
     if _follow(lambda: _start_as_before(service)):
         raise LaunchError(
-            f"It did not start again either (see above): nothing serves on port {port} now. Once the cause is mended: "
-            f"{again}",
+            f"It does not start either (see above): nothing serves on port {port} now. After a repair: {again}",
             f"之前的应用也无法启动（见上）：端口 {port} 上目前没有服务。排除原因后请执行：{again}",
         )
-    raise LaunchError(
-        "The restart has failed, as said above. The app is the one from before, with the settings that it had",
-        "重启失败，原因见上。应用为之前的那一个，设置不变",
-    )
+    raise LaunchError("The restart has failed. The app is the one from before, with the settings that it had",
+                      "重启失败，原因见上。应用为之前的那一个，设置不变")  # fmt: skip
 
 
 def _start_as_before(service: Service) -> NoReturn:

@@ -58,7 +58,7 @@ def output_of(*command: str) -> str | None:
     return None if done.returncode else done.stdout.rstrip("\n")
 
 
-def become(command: Sequence[str]) -> NoReturn:
+def become(command: list[str]) -> NoReturn:
     """Run a program in the place of this process: it has its number, its terminal and its signals."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and the program would inherit that
     sys.stdout.flush()

@@ -18,17 +18,17 @@ Usage: start_with_gpu_management.sh [start|stop|restart|status|logs] [--name val
 
 Without --port they mean the one app that runs; if several do, they list them and fail.
 
-A setting is a flag, else the variable GPU_TTS_NAME, else the variable NAME. Of DOCKER, DETACH, REPLACE and FOLLOW the variable
-is 1. Others set HOST (shells, compilers) and CONTAINER_NAME (sandboxes), too: without the prefix, HOST counts only if it is an
-address or localhost, and CONTAINER_NAME only together with --docker.
+A setting is a flag, else the variable GPU_TTS_NAME, else the variable NAME. Of DOCKER, DETACH, REPLACE and FOLLOW the
+variable is 1. Others set HOST (shells, compilers) and CONTAINER_NAME (sandboxes), too: without the prefix, HOST counts
+only if it is an address or localhost, and CONTAINER_NAME only together with --docker.
 
 {rows}
   --check                                       say what would be done, do nothing
   --help                                        this text; `python app.py --help` lists the arguments of app.py
                                                 (--simulate-gpu, --auth, --max-upload ...)
 
-pip's own variables work as usual; while an image is built, PIP_INDEX_URL and PIP_EXTRA_INDEX_URL do. TORCH_INDEX_URL is where
-PyTorch alone comes from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB."""
+pip's own variables work as usual; while an image is built, PIP_INDEX_URL and PIP_EXTRA_INDEX_URL do. TORCH_INDEX_URL
+is where PyTorch alone comes from: without a GPU, https://download.pytorch.org/whl/cpu saves several GB."""
 
 _ZH = """\
 用法：start_with_gpu_management.sh [start|stop|restart|status|logs] [--名称 值]... [app.py 的参数]...
@@ -41,16 +41,17 @@ _ZH = """\
 
 不写 --port 时指正在运行的那一个应用；若有多个，则列出它们并返回失败。
 
-每项设置依次取自参数、环境变量 GPU_TTS_名称、环境变量 名称。DOCKER、DETACH、REPLACE、FOLLOW 的变量值为 1。HOST（shell、编译器）和
-CONTAINER_NAME（沙箱）也常由其他程序设置：不带前缀时，HOST 仅在其值为地址或 localhost 时有效，CONTAINER_NAME 仅与 --docker 一起使用时有效。
+每项设置依次取自参数、环境变量 GPU_TTS_名称、环境变量 名称。DOCKER、DETACH、REPLACE、FOLLOW 的变量值为 1。
+HOST（shell、编译器）和 CONTAINER_NAME（沙箱）也常由其他程序设置：不带前缀时，HOST 仅在其值为地址或 localhost 时有效，
+CONTAINER_NAME 仅与 --docker 一起使用时有效。
 
 {rows}
   --check                                       只说明将做什么，不执行
-  --help                                        显示本说明；app.py 自己的参数（--simulate-gpu、--auth、--max-upload 等）见
-                                                python app.py --help
+  --help                                        显示本说明；app.py 自己的参数（--simulate-gpu、--auth 等）
+                                                见 python app.py --help
 
-pip 的环境变量照常生效；构建镜像时，其中 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为
-https://download.pytorch.org/whl/cpu 可少下载数 GB。"""
+pip 的环境变量照常生效；构建镜像时，其中 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。
+TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为 https://download.pytorch.org/whl/cpu 可少下载数 GB。"""
 
 
 def usage() -> str:

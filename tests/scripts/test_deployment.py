@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import yaml
 from reverse_proxies import make_certificate
+from starting import OTHERS, ROOT, SETTINGS
+
 from residency.launch.container_run import IMAGE_USER, build_command
 from residency.launch.options import read, settle
-from starting import OTHERS, ROOT, SETTINGS
 
 UNIT = ROOT / "examples" / "gpu-managed-tts.service"
 COMPOSE: Any = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
