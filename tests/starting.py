@@ -66,11 +66,15 @@ if "--say-greeting" in sys.argv:
     print(greeting.WORDS)
 """
 
-# Instead of `python -m gpu_manager`.
+# Instead of residency.launch.command_line, which asks the app.
 SHELL_COMMAND = """\
-import sys, urllib.request
-print("ASKED", *sys.argv[1:])
-print("BY A PROXY", [host for host in ("127.0.0.1", "192.0.2.1") if not urllib.request.proxy_bypass(host)])
+import urllib.request
+
+
+def main(argv):
+    print("ASKED", *argv)
+    print("BY A PROXY", [host for host in ("127.0.0.1", "192.0.2.1") if not urllib.request.proxy_bypass(host)])
+    return 0
 """
 
 # Instead of residency.launch.settings: the app below takes any argument.
@@ -96,7 +100,7 @@ class Project:
                 shutil.copy(file, copy)
         (self.package / "launch" / "settings.py").write_text(PARSER)
         (folder / "app.py").write_text(APP)
-        (folder / "gpu_manager.py").write_text(SHELL_COMMAND)
+        (self.package / "launch" / "command_line.py").write_text(SHELL_COMMAND)
         self.requirements.write_text("")
 
     def take_the_real_parser(self) -> None:

@@ -20,7 +20,7 @@ from .options import PUBLIC, Given, LaunchSettings, read, settle
 from .records import RecordFile
 from .restart import restart
 from .service import Service
-from .terminal import LaunchError, report, say
+from .terminal import fail, report, say
 from .usage import usage
 
 HERE = str(Path(__file__).absolute().parents[2])
@@ -99,8 +99,8 @@ def _with_record(given: Given, found: LaunchSettings) -> LaunchSettings:
         os.chdir(record.folder)
     except OSError:
         if given.action == "restart":
-            raise LaunchError(f"The folder that it was started in is gone: {record.folder}",
-                              f"启动时所在的目录已不存在：{record.folder}") from None  # fmt: skip
+            fail(f"The folder that it was started in is gone: {record.folder}",
+                 f"启动时所在的目录已不存在：{record.folder}")  # fmt: skip
     given = replace(given, arguments=record.arguments + given.arguments)
     return replace(settle(given, HERE, record.settings), run_dir=found.run_dir, port=found.port)
 

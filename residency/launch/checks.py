@@ -18,7 +18,7 @@ from ..scheduling.policies import keep_warm_seconds, seconds
 from ..sentences import in_locale
 from .options import LaunchSettings, absolute, named
 from .port import reason, refusal
-from .terminal import LaunchError, output_of, say
+from .terminal import fail, output_of, say
 
 DISK_CUDA_MB = 9000
 """Disk that the first install takes, with the CUDA libraries that come with torch."""
@@ -32,19 +32,17 @@ def check_settings(settings: LaunchSettings) -> None:
         try:
             read(text)
         except InvalidInput as error:
-            raise LaunchError(
-                f"{settings.named(name)} {error.en.removeprefix(repr(text)).strip()}",
-                f"{settings.named(name)} {error.zh.removeprefix(repr(text)).strip()}",
-            ) from None
+            fail(f"{settings.named(name)} {error.en.removeprefix(repr(text)).strip()}",
+                 f"{settings.named(name)} {error.zh.removeprefix(repr(text)).strip()}")  # fmt: skip
     project, checkout = Path(settings.project_dir), settings.step_audio_root
     if not (project / "app.py").is_file() or not (project / "requirements.txt").is_file():
         what = settings.named("PROJECT_DIR")
-        raise LaunchError(f"{what} has no app.py and requirements.txt: give this project's folder",
-                          f"{what} 中没有 app.py 和 requirements.txt：请指向本项目目录")  # fmt: skip
+        fail(f"{what} has no app.py and requirements.txt: give this project's folder",
+             f"{what} 中没有 app.py 和 requirements.txt：请指向本项目目录")  # fmt: skip
     what = settings.named("STEP_AUDIO_ROOT")
     if checkout and not os.path.isdir(checkout):
-        raise LaunchError(f"{what} is no folder: give a checkout of Step-Audio-EditX",
-                          f"{what} 不是目录：请指向 Step-Audio-EditX 的代码目录")  # fmt: skip
+        fail(f"{what} is no folder: give a checkout of Step-Audio-EditX",
+             f"{what} 不是目录：请指向 Step-Audio-EditX 的代码目录")  # fmt: skip
     if checkout and not os.path.isfile(f"{checkout}/tts.py"):
         say(f"⚠️  {what} has no tts.py: it is no checkout of Step-Audio-EditX",
             f"⚠️  {what} 中没有 tts.py，不是 Step-Audio-EditX 的代码目录")  # fmt: skip
@@ -77,7 +75,7 @@ def _check_models(settings: LaunchSettings) -> None:
         say(f"{what} is no folder here, so it is taken as the id of a hub", f"此处没有目录 {what}，按模型仓库 ID 处理")
         return
     if not os.path.isdir(path) or not os.access(path, os.R_OK | os.X_OK):
-        raise LaunchError(
+        fail(
             f"{what} is no folder that can be read: give the one with the weights, or leave it out for the built-in "
             f"engine",
             f"{what} 不是可读的目录：请指向权重目录，或不设置以使用内置引擎",
@@ -112,8 +110,7 @@ def _check_arguments(settings: LaunchSettings) -> None:
             parse(app_arguments(settings))
     except SystemExit:
         words = in_locale(said.getvalue()).rpartition("app.py: error: ")[2].strip()
-        raise LaunchError(f"{words} (app.py --help tells them all)",
-                          f"参数有误：{words}（全部参数见 app.py --help）") from None  # fmt: skip
+        fail(f"{words} (app.py --help tells them all)", f"参数有误：{words}（全部参数见 app.py --help）")
     finally:
         sys.argv[0] = name
 
@@ -131,7 +128,7 @@ def _existing(path: str) -> Path:
 def check_writable(path: str, what: str) -> None:
     folder = _existing(path)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise LaunchError(f"{what} cannot be written: give a folder that can be", f"{what} 不可写：请指向可写的目录")
+        fail(f"{what} cannot be written: give a folder that can be", f"{what} 不可写：请指向可写的目录")
 
 
 def check_run_dir(settings: LaunchSettings) -> None:
@@ -147,10 +144,8 @@ def check_run_dir(settings: LaunchSettings) -> None:
             file.write(b"\n")
             file.flush()
     except OSError as error:
-        raise LaunchError(
-            f"{what} cannot be written ({error.strerror}): free space, or give another folder",
-            f"{what} 无法写入（{error.strerror}）：请清理空间，或换一个目录",
-        ) from error
+        fail(f"{what} cannot be written ({error.strerror}): free space, or give another folder",
+             f"{what} 无法写入（{error.strerror}）：请清理空间，或换一个目录")  # fmt: skip
 
 
 def check_disk(path: str, en: str, zh: str) -> None:
@@ -159,10 +154,8 @@ def check_disk(path: str, en: str, zh: str) -> None:
     free = (output_of("df", "-Pm", str(_existing(path))) or "").splitlines()[-1:]
     if free and int(free[0].split()[3]) < needed:
         free_mb = free[0].split()[3]
-        raise LaunchError(
-            f"{en} needs about {needed} MB in {path}, and there are {free_mb} MB. Free space, or choose another disk",
-            f"{zh} 需要在 {path} 中占用约 {needed} MB，现有 {free_mb} MB。请清理空间或换一个磁盘",
-        )
+        fail(f"{en} needs about {needed} MB in {path}, and there are {free_mb} MB. Free space, or choose another disk",
+             f"{zh} 需要在 {path} 中占用约 {needed} MB，现有 {free_mb} MB。请清理空间或换一个磁盘")  # fmt: skip
 
 
 def check_port(settings: LaunchSettings, port: int) -> None:
@@ -177,7 +170,7 @@ def check_port(settings: LaunchSettings, port: int) -> None:
 
 def cannot_listen(settings: LaunchSettings, why: str) -> NoReturn:
     host, port = settings.named("HOST"), settings.port
-    raise LaunchError(
+    fail(
         f"Cannot listen on {host}, PORT {port}: {why}. Give an address of this machine (--host 127.0.0.1) and a port "
         f"above 1023",
         f"无法监听 {host} PORT {port}：{why}。请使用本机地址（--host 127.0.0.1）和大于 1023 的端口",
@@ -191,10 +184,8 @@ def port_in_use(settings: LaunchSettings) -> NoReturn:
     for pid in holders_of_port(port)[:1]:
         command = (output_of("ps", "-o", "args=", "-p", str(pid)) or "")[:80]
         en, zh = f" by pid {pid}: {command}", f"（进程 {pid}：{command}）"
-    raise LaunchError(
-        f"Port {port} on {settings.host} is in use{en}. Stop that program or choose another port: --port {other}",
-        f"{settings.host} 的端口 {port} 已被占用{zh}。请停止占用它的程序，或换一个端口：--port {other}",
-    )
+    fail(f"Port {port} on {settings.host} is in use{en}. Stop that program or choose another port: --port {other}",
+         f"{settings.host} 的端口 {port} 已被占用{zh}。请停止占用它的程序，或换一个端口：--port {other}")  # fmt: skip
 
 
 def holders_of_port(port: int) -> list[int]:

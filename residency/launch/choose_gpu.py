@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .environment import environment_state
 from .options import LaunchSettings
-from .terminal import LaunchError, say
+from .terminal import fail, say
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """Major version of CUDA that a torch build has -> oldest driver for it (NVIDIA, CUDA Compatibility)."""
@@ -51,8 +51,8 @@ def choose_gpu(settings: LaunchSettings) -> Gpu:
         en, zh = trouble or _no_rows(said)
         if settings.gpu_id:
             named = settings.named("GPU_ID")
-            raise LaunchError(f"{named} cannot be used: {en}. Give GPU_ID=none to use the CPU",
-                              f"无法使用 {named}：{zh}。使用 CPU 请设 GPU_ID=none")  # fmt: skip
+            fail(f"{named} cannot be used: {en}. Give GPU_ID=none to use the CPU",
+                 f"无法使用 {named}：{zh}。使用 CPU 请设 GPU_ID=none")  # fmt: skip
         say(f"GPU: none ({en}); the CPU is used", f"GPU：无（{zh}），使用 CPU")
         # PyTorch would meet the same trouble, or hang. Without nvidia-smi some containers have a GPU all the same.
         return cpu if shutil.which("nvidia-smi") else Gpu()
@@ -64,11 +64,10 @@ def _choose_row(settings: LaunchSettings, rows: list[list[str]], driver: str) ->
     rows = [row for row in rows if settings.gpu_id in ("", row[0])]
     if not rows:
         named = settings.named("GPU_ID")
-        raise LaunchError(f"There is no {named}; nvidia-smi lists: {known}", f"没有 {named}；nvidia-smi 列出：{known}")
+        fail(f"There is no {named}; nvidia-smi lists: {known}", f"没有 {named}；nvidia-smi 列出：{known}")
     # "[N/A]" where GPU and host share one memory.
-    free_mb, index, name = max(
-        ((int(re.sub(r"\D", "", row[1]) or 0), row[0], row[3]) for row in rows), key=itemgetter(0)
-    )
+    sized = [(int(re.sub(r"\D", "", free) or 0), index, name) for index, free, _, name in rows]
+    free_mb, index, name = max(sized, key=itemgetter(0))
     if settings.gpu_id:
         say(f"GPU: {index} ({name}), as asked for; {free_mb} MiB free",
             f"GPU：按指定使用 {index}（{name}），空闲 {free_mb} MiB")  # fmt: skip
@@ -123,7 +122,7 @@ def check_driver(gpu: Gpu, version_py: str, place: str) -> None:
         return
     cuda, oldest = found[1], OLDEST_DRIVER.get(int(found[1]), 0)
     if int(gpu.driver.partition(".")[0]) < oldest:
-        raise LaunchError(
+        fail(
             f"Driver {gpu.driver} is too old for torch with CUDA {cuda}, which needs {oldest} or newer. Update the "
             f"driver, take another build of torch ({build[0]}; see pytorch.org), or give GPU_ID=none",
             f"驱动 {gpu.driver} 过旧：CUDA {cuda} 的 torch 需要 {oldest} 或更高版本。请更新驱动，"

@@ -23,7 +23,7 @@ from .docker import LABEL, DockerContainer, docker, docker_does
 from .options import Given, LaunchSettings
 from .records import born
 from .service import address, await_ready, in_background, is_ready, reached_at, report_plan, report_ready
-from .terminal import LaunchError, become, choose, output_of, quoted, report, say, warn
+from .terminal import LaunchError, become, choose, fail, output_of, quoted, report, say, warn
 
 _TORCH = (
     "import importlib.util, pathlib\n"
@@ -96,10 +96,8 @@ class Container:
 
     def _build(self, build: list[str], gpu: Gpu) -> None:
         if subprocess.run(build).returncode:
-            raise LaunchError(
-                "The image could not be built (see above): check the network and the disk space, and run this again",
-                "镜像构建失败（见上）：请检查网络与磁盘空间后重试",
-            )
+            fail("The image could not be built (see above): check the network and the disk space, and run this again",
+                 "镜像构建失败（见上）：请检查网络与磁盘空间后重试")  # fmt: skip
         check_driver(gpu, self._torch_of_image(gpu), self.settings.image)
 
     def _torch_of_image(self, gpu: Gpu) -> str:
@@ -137,24 +135,20 @@ class Container:
             return
         if not self.settings.replace:
             status = state.partition(" ")[2]
-            raise LaunchError(
-                f"There is a container {name} already ({status}). Give --replace to replace it, or --container-name",
-                f"已有容器 {name}（{status}）。用 --replace 替换它，或用 --container-name 换一个名字",
-            )
+            fail(f"There is a container {name} already ({status}). Give --replace to replace it, or --container-name",
+                 f"已有容器 {name}（{status}）。用 --replace 替换它，或用 --container-name 换一个名字")  # fmt: skip
         if state.startswith("ours"):
             return
         if self.container.inspect("{{.HostConfig.AutoRemove}}") == "true":
-            raise LaunchError(
-                f"The container {name} was started with --rm: docker deletes it once it is stopped, so it cannot be "
-                f"kept. If it can be made anew, stop it yourself (docker stop {name}) and run this again",
+            fail(
+                f"The container {name} was started with --rm: docker deletes it once it is stopped. If it can be made "
+                f"anew, stop it yourself (docker stop {name}) and run this again",
                 f"容器 {name} 是用 --rm 启动的：一旦停止即被删除，无法保留。"
                 f"如果能重新创建它，请自行停止（docker stop {name}），然后重新运行",
             )
         if self.kept.exists:
-            raise LaunchError(
-                f"{name} is not of this script, and {kept} exists: remove or rename one of them (docker rename)",
-                f"容器 {name} 不是本脚本创建的，且 {kept} 已存在：请删除或重命名其中之一（docker rename）",
-            )
+            fail(f"{name} is not of this script, and {kept} exists: remove or rename one of them (docker rename)",
+                 f"容器 {name} 不是本脚本创建的，且 {kept} 已存在：请删除或重命名其中之一（docker rename）")  # fmt: skip
 
     def _check_port(self, state: str) -> None:
         """What runs in the container that is replaced may hold the port."""
@@ -203,10 +197,8 @@ class Container:
     def _stop_and_rename(self, new: str) -> None:
         self.container.stop(self.settings.stop_timeout)
         if not docker_does("rename", self.name, new):
-            raise LaunchError(
-                f"{self.name} could not be renamed (see above), and is stopped: docker start {self.name}",
-                f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}",
-            )
+            fail(f"{self.name} could not be renamed (see above), and is stopped: docker start {self.name}",
+                 f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}")  # fmt: skip
 
     def _report_ready(self, log: tuple[str, str], also: str = "") -> None:
         stop = self.command("stop")
@@ -224,13 +216,11 @@ class Container:
             if self.settings.action == "start" and not self.aside.is_ours:  # else it comes back by itself
                 stop = self.command("stop")
                 en, zh = f". Back to what was: {stop}", f"。恢复原状：{stop}"
-            raise LaunchError(f"The container ended while it started; the end of its log is above{en}",
-                              f"容器在启动时退出；日志末尾见上{zh}")  # fmt: skip
+            fail(f"The container ended while it started; the end of its log is above{en}",
+                 f"容器在启动时退出；日志末尾见上{zh}")  # fmt: skip
         else:
-            raise LaunchError(
-                f"It is not ready after {limit_s} s (READY_TIMEOUT), and goes on starting. Log: {logs}",
-                f"{limit_s} 秒后（READY_TIMEOUT）仍未就绪，启动继续进行。日志：{logs}",
-            )
+            fail(f"It is not ready after {limit_s} s (READY_TIMEOUT), and goes on starting. Log: {logs}",
+                 f"{limit_s} 秒后（READY_TIMEOUT）仍未就绪，启动继续进行。日志：{logs}")  # fmt: skip
 
     def _serves(self) -> bool:
         """Whether it becomes ready; prints the reason if not."""
@@ -253,18 +243,14 @@ class Container:
         self.aside.rename(self.name)
         self.as_noted()
         if docker_does("start", self.name) and self._serves():
-            raise LaunchError(
-                f"The new container has failed; {self.name} is the one from before, with the settings that it had",
-                f"新容器启动失败，原因见上；{self.name} 为之前的容器，设置不变",
-            )
+            fail(f"The new container has failed; {self.name} is the one from before, with the settings that it had",
+                 f"新容器启动失败，原因见上；{self.name} 为之前的容器，设置不变")  # fmt: skip
         self._is_down()
 
     def _is_down(self, en: str = "", zh: str = "") -> NoReturn:
         logs, port = self.command("logs"), self.settings.port
-        raise LaunchError(
-            f"The container {self.name} is down: nothing serves on port {port} now. Log: {logs}{en}",
-            f"容器 {self.name} 已停止：端口 {port} 上目前没有服务。日志：{logs}{zh}",
-        )
+        fail(f"The container {self.name} is down: nothing serves on port {port} now. Log: {logs}{en}",
+             f"容器 {self.name} 已停止：端口 {port} 上目前没有服务。日志：{logs}{zh}")  # fmt: skip
 
     def _hold_kept(self) -> None:
         """What is kept does not come back at the next boot. Until ours runs, which knows its policy, it has that."""
@@ -281,7 +267,7 @@ class Container:
             self._remove()
         if self.kept.exists:
             self._give_name_back()
-        raise LaunchError("The container could not be started (see above)", "容器启动失败（见上）")
+        fail("The container could not be started (see above)", "容器启动失败（见上）")
 
     def _give_name_back(self) -> None:
         self.kept.rename(self.name)
@@ -306,8 +292,8 @@ class Container:
             self._remove()
             say("Stopped", "已停止")
         elif state.startswith("other"):
-            raise LaunchError(f"The container {self.name} was not started by this script; it is left alone",
-                              f"容器 {self.name} 不是由本脚本启动的，未做改动")  # fmt: skip
+            fail(f"The container {self.name} was not started by this script; it is left alone",
+                 f"容器 {self.name} 不是由本脚本启动的，未做改动")  # fmt: skip
         else:
             say(f"There is no container {self.name}", f"没有容器 {self.name}")
         if not self.kept.exists:
@@ -342,27 +328,24 @@ class Container:
         if given.texts.get("PORT") == str(self.settings.port):
             changes.discard("PORT")
         if changes or given.arguments:
-            raise LaunchError(
-                "A container keeps the settings and arguments of its start; for others: start --docker --replace",
-                "容器保留启动时的设置与参数；如需更改请用：start --docker --replace",
-            )
+            fail("A container keeps the settings and arguments of its start; for others: start --docker --replace",
+                 "容器保留启动时的设置与参数；如需更改请用：start --docker --replace")  # fmt: skip
 
     def restart(self) -> int:
         """Its settings stay what they are, so a second start can only mend what has passed, as a port not free."""
         name, again = self.name, self.command("restart")
         if not self.container.is_ours:
-            raise LaunchError(f"There is no container {name} of this script's: start it",
-                              f"没有由本脚本创建的容器 {name}：请先启动")  # fmt: skip
+            fail(f"There is no container {name} of this script's: start it", f"没有由本脚本创建的容器 {name}：请先启动")
         if docker_does("restart", "-t", str(self.settings.stop_timeout), name) and self._serves():
             return 0
         if self.container.state == "ours running":
             if is_ready(self.url):
-                raise LaunchError(f"The container {name} was not restarted (see above), and serves as before",
-                                  f"容器 {name} 未能重启（见上），仍照常提供服务")  # fmt: skip
+                fail(f"The container {name} was not restarted (see above), and serves as before",
+                     f"容器 {name} 未能重启（见上），仍照常提供服务")  # fmt: skip
             return 1
         warn(f"❌ The restart has failed (see above). The container {name} is started once more",
              f"❌ 重启失败（见上）。正在再次启动容器 {name}")  # fmt: skip
         if docker_does("start", name) and self._serves():
-            raise LaunchError(f"The restart has failed (see above); the container {name} serves again, as before",
-                              f"重启失败，原因见上；容器 {name} 已恢复服务，设置不变")  # fmt: skip
+            fail(f"The restart has failed (see above); the container {name} serves again, as before",
+                 f"重启失败，原因见上；容器 {name} 已恢复服务，设置不变")  # fmt: skip
         self._is_down(f". Once the cause is mended: {again}", f"。排除原因后请执行：{again}")

@@ -16,7 +16,7 @@ from .checks import app_arguments
 from .choose_gpu import Gpu
 from .docker import LABEL
 from .options import OF_APP, LaunchSettings, absolute
-from .terminal import LaunchError, output_of, quoted, say
+from .terminal import fail, output_of, quoted, say
 
 IMAGE_USER = 10001  # in the Dockerfile
 _FOLDERS = ("--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--ssl-certfile", "--ssl-keyfile")
@@ -125,7 +125,7 @@ def _check_inside(path: str, rights: str, mend: str) -> None:
     mode = facts.st_mode >> 6 if facts.st_uid == IMAGE_USER else facts.st_mode
     if mode & bits != bits:
         command = f"{mend} {quoted([path])}"
-        raise LaunchError(
+        fail(
             f"{path} is closed to the user {IMAGE_USER}, who runs the app in the container: {command}, or start this "
             f"as its owner",
             f"容器中的应用以用户 {IMAGE_USER} 运行，该用户无权使用 {path}：请执行 {command}，或以其所有者身份启动",
@@ -141,8 +141,8 @@ def make_folder(path: str) -> None:
         if not os.geteuid():
             os.chown(path, IMAGE_USER, -1)
     except OSError as error:
-        raise LaunchError(f"{path} cannot be made ({error.strerror}): give another folder",
-                          f"无法创建 {path}（{error.strerror}）：请换一个目录") from error  # fmt: skip
+        fail(f"{path} cannot be made ({error.strerror}): give another folder",
+             f"无法创建 {path}（{error.strerror}）：请换一个目录")  # fmt: skip
 
 
 def warn_without_toolkit(gpu: Gpu) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 
-from .terminal import LaunchError, output_of
+from .terminal import fail, output_of
 
 LABEL = "gpu-managed-tts"
 
@@ -18,22 +18,20 @@ def docker_does(*words: str) -> bool:
 def docker(*words: str) -> None:
     """`LaunchError` if it fails."""
     if not docker_does(*words):
-        raise LaunchError(f"docker {words[0]} has failed (see above)", f"docker {words[0]} 失败（见上）")
+        fail(f"docker {words[0]} has failed (see above)", f"docker {words[0]} 失败（见上）")
 
 
 def check_docker() -> None:
     """`LaunchError` if there is no docker, or it does not answer."""
     if not shutil.which("docker"):
         guide = "https://docs.docker.com/engine/install/"
-        raise LaunchError(f"docker is not here: install it ({guide}), or start without --docker",
-                          f"找不到 docker：请安装（{guide}），或不使用 --docker")  # fmt: skip
+        fail(f"docker is not here: install it ({guide}), or start without --docker",
+             f"找不到 docker：请安装（{guide}），或不使用 --docker")  # fmt: skip
     done = subprocess.run(["docker", "info"], capture_output=True, text=True, errors="replace")
     if done.returncode:
         why, start = done.stderr.partition("\n")[0], "sudo systemctl start docker"
-        raise LaunchError(
-            f"docker does not answer: {why}. Start its daemon ({start}), or let this user use it (group docker)",
-            f"docker 无响应（{why}）：请启动其服务（{start}），或将当前用户加入 docker 组",
-        )
+        fail(f"docker does not answer: {why}. Start its daemon ({start}), or let this user use it (group docker)",
+             f"docker 无响应（{why}）：请启动其服务（{start}），或将当前用户加入 docker 组")  # fmt: skip
 
 
 class DockerContainer:

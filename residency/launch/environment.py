@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ResidencyError
-from .terminal import LaunchError, choose, output_of, report, say
+from .terminal import choose, fail, output_of, report, say
 
 State = Literal["absent", "broken", "outdated", "ready", "foreign", "taken"]
 
@@ -61,8 +61,8 @@ def _maker() -> str:
     """A Python that can make an environment: this one. Debian packs what it takes for that separately."""
     if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
         return sys.executable
-    raise LaunchError(f"{sys.executable} has no venv module. On Debian and Ubuntu: sudo apt-get install python3-venv",
-                      f"{sys.executable} 缺少 venv 模块。Debian / Ubuntu 请执行：sudo apt-get install python3-venv")  # fmt: skip
+    fail(f"{sys.executable} has no venv module. On Debian and Ubuntu: sudo apt-get install python3-venv",
+         f"{sys.executable} 缺少 venv 模块。Debian / Ubuntu 请执行：sudo apt-get install python3-venv")  # fmt: skip
 
 
 def plan_environment(venv: Path, files: Sequence[Path]) -> State:
@@ -84,8 +84,8 @@ def plan_environment(venv: Path, files: Sequence[Path]) -> State:
             f"环境：{venv} 不是本项目创建的，按原样使用")  # fmt: skip
         _check_foreign(venv, files)
     else:
-        raise LaunchError(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
-                          f"{venv} 已存在但不是 Python 环境。请用 VENV_DIR 指定其他目录")  # fmt: skip
+        fail(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
+             f"{venv} 已存在但不是 Python 环境。请用 VENV_DIR 指定其他目录")  # fmt: skip
     return state
 
 
@@ -98,10 +98,8 @@ def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
         (venv / MARK).mkdir(parents=True, exist_ok=True)
         lock = open(venv / MARK / "lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise LaunchError(
-            f"{venv} cannot be made ({error.strerror}): give a folder that can be written with VENV_DIR",
-            f"无法创建 {venv}（{error.strerror}）：请用 VENV_DIR 指定可写的目录",
-        ) from error
+        fail(f"{venv} cannot be made ({error.strerror}): give a folder that can be written with VENV_DIR",
+             f"无法创建 {venv}（{error.strerror}）：请用 VENV_DIR 指定可写的目录")  # fmt: skip
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,7 +119,7 @@ def _complete(venv: Path, files: Sequence[Path]) -> None:
             path.unlink()
         python = _maker()
         if subprocess.run([python, "-m", "venv", venv]).returncode:
-            raise LaunchError(f"{python} could not make {venv} (see above)", f"{python} 无法创建 {venv}（见上）")
+            fail(f"{python} could not make {venv} (see above)", f"{python} 无法创建 {venv}（见上）")
     for file in files:
         if not _is_installed(venv, file):
             (venv / MARK / file.name).unlink(missing_ok=True)
@@ -141,7 +139,7 @@ def install_requirements(venv: Path, file: Path) -> None:
 def pip_install(venv: Path, what: str, arguments: Sequence[str]) -> None:
     """`LaunchError` if pip fails."""
     if watched(what, venv, [python_of(venv), *_PIP, *arguments]):
-        raise LaunchError(
+        fail(
             f"{what} could not be installed (pip says why above). Check the network and the disk space, or name a "
             f"mirror with PIP_INDEX_URL (PyTorch's with TORCH_INDEX_URL); then run this again, it goes on from here",
             f"{what} 安装失败（原因见上方 pip 输出）。请检查网络与磁盘空间，或用 PIP_INDEX_URL 指定镜像"
@@ -188,7 +186,7 @@ def _check_foreign(venv: Path, files: Sequence[Path]) -> None:
     """Name the packages that somebody else's environment lacks; `LaunchError` if the app could not even start."""
     paths = output_of(python_of(venv), "-Ic", r"import sys; print(*sys.path, sep='\n')")
     if paths is None:
-        raise LaunchError(f"{venv}/bin/python does not run", f"{venv}/bin/python 无法运行")
+        fail(f"{venv}/bin/python does not run", f"{venv}/bin/python 无法运行")
     lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
     names = dict.fromkeys(match[0] for match in map(re.compile(r"[A-Za-z0-9][\w.-]*").match, lines) if match)
 
@@ -199,10 +197,8 @@ def _check_foreign(venv: Path, files: Sequence[Path]) -> None:
     missing = [name for name in names if lacks(name) and lacks(f"{name}-gpu")]
     said = " ".join(missing)
     if {"torch", "gradio"} & set(missing):
-        raise LaunchError(
-            f"{venv} lacks {said}. Install them there, or leave VENV_DIR out and an environment is made for you",
-            f"{venv} 缺少 {said}。请在其中安装，或不设置 VENV_DIR 以自动创建环境",
-        )
+        fail(f"{venv} lacks {said}. Install them there, or leave VENV_DIR out and an environment is made for you",
+             f"{venv} 缺少 {said}。请在其中安装，或不设置 VENV_DIR 以自动创建环境")  # fmt: skip
     if missing:
         say(f"⚠️  {venv} lacks {said}; what needs them will not work", f"⚠️  {venv} 缺少 {said}，相关功能不可用")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .terminal import LaunchError, choose
+from .terminal import choose, fail
 
 ACTIONS = ("start", "stop", "restart", "status", "logs")
 OF_APP = ("GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS")
@@ -114,8 +114,8 @@ def read(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Given:
     if words and not words[0].startswith("-"):
         action = words.pop(0)
         if action not in ACTIONS:
-            raise LaunchError(f"There is no action '{action}': {', '.join(ACTIONS)}; see --help",
-                              f"没有操作 '{action}'：可用 {'、'.join(ACTIONS)}；参见 --help")  # fmt: skip
+            fail(f"There is no action '{action}': {', '.join(ACTIONS)}; see --help",
+                 f"没有操作 '{action}'：可用 {'、'.join(ACTIONS)}；参见 --help")  # fmt: skip
     while words:
         word = words.pop(0)
         flag, equals, text = word.partition("=")
@@ -128,18 +128,17 @@ def read(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Given:
         else:
             if isinstance(SETTINGS[name].default, bool):
                 if equals:
-                    raise LaunchError(f"{flag} takes no value", f"{flag} 不带值")
+                    fail(f"{flag} takes no value", f"{flag} 不带值")
                 text = "1"
             elif not equals:
                 if not words or words[0].startswith("--"):
-                    raise LaunchError(f"{flag} needs a value", f"{flag} 需要一个值")
+                    fail(f"{flag} needs a value", f"{flag} 需要一个值")
                 text = words.pop(0)
             texts[name], sources[name] = text, flag
     if arguments and action not in ("start", "restart"):
-        raise LaunchError(f"{action} does not know {arguments[0]}; see --help",
-                          f"{action} 不支持 {arguments[0]}；参见 --help")  # fmt: skip
+        fail(f"{action} does not know {arguments[0]}; see --help", f"{action} 不支持 {arguments[0]}；参见 --help")
     if check and action != "start":
-        raise LaunchError("--check goes with start", "--check 仅用于 start")
+        fail("--check goes with start", "--check 仅用于 start")
     _read_variables(environ, texts, sources)
     for name in ("GPU_SNAPSHOT_DIR", "STEP_AUDIO_ROOT", "VENV_DIR", "MODEL_PATH", "PROJECT_DIR", "RUN_DIR"):
         if texts.get(name):
@@ -197,15 +196,14 @@ def _converted(name: str, text: str, default: object, sources: Mapping[str, str]
     what = named(name, text, sources.get(name, ""))
     if isinstance(default, bool):
         if text not in ("0", "1"):
-            raise LaunchError(f"{what} is neither 1 nor 0", f"{what} 应为 1 或 0")
+            fail(f"{what} is neither 1 nor 0", f"{what} 应为 1 或 0")
         return text == "1"
     if name == "PORT":
         if not re.fullmatch("[1-9][0-9]{0,4}", text) or int(text) > 65535:
-            raise LaunchError(f"{what} is no port: give 1 to 65535", f"{what} 不是有效端口：请写 1 到 65535")
+            fail(f"{what} is no port: give 1 to 65535", f"{what} 不是有效端口：请写 1 到 65535")
         return int(text)
     if isinstance(default, int):
         if not re.fullmatch("[1-9][0-9]{0,6}", text):
-            raise LaunchError(f"{what} is no number of seconds: give 1 or more",
-                              f"{what} 不是秒数：请写 1 或更大的整数")  # fmt: skip
+            fail(f"{what} is no number of seconds: give 1 or more", f"{what} 不是秒数：请写 1 或更大的整数")
         return int(text)
     return text

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .checks import holders_of_port
 from .options import REMEMBERED, LaunchSettings
-from .terminal import LaunchError, output_of, say, warn
+from .terminal import fail, output_of, say, warn
 
 
 def born(pid: int) -> str:
@@ -84,10 +84,8 @@ class RecordFile:
         """`LaunchError` if another user started what runs: a restart runs what the record says."""
         if self.path.exists() and not self.path.is_symlink() and not self.is_ours:
             owner = self.path.owner()
-            raise LaunchError(
-                f"What runs on port {self.port} was started by the user {owner}: be that user (sudo -u)",
-                f"端口 {self.port} 上的应用由用户 {owner} 启动：请以该用户身份执行（sudo -u）",
-            )
+            fail(f"What runs on port {self.port} was started by the user {owner}: be that user (sudo -u)",
+                 f"端口 {self.port} 上的应用由用户 {owner} 启动：请以该用户身份执行（sudo -u）")  # fmt: skip
 
     def report_damage(self) -> None:
         """A damaged record counts as none, and that is printed."""

@@ -13,7 +13,7 @@ from .choose_gpu import choose_gpu
 from .options import PUBLIC, SETTINGS
 from .records import Record
 from .service import Service, wait_for_end
-from .terminal import LaunchError, become, report, warn
+from .terminal import become, fail, report, warn
 
 
 def restart(service: Service) -> int:
@@ -73,12 +73,10 @@ def _bring_back(service: Service) -> NoReturn:
         service.file.revert()
     port, again = service.settings.port, service.command("restart")
     if _follow(lambda: _start_as_before(service)):
-        raise LaunchError(
-            f"It does not start either (see above): nothing serves on port {port} now. After a repair: {again}",
-            f"之前的应用也无法启动（见上）：端口 {port} 上目前没有服务。排除原因后请执行：{again}",
-        )
-    raise LaunchError("The restart has failed. The app is the one from before, with the settings that it had",
-                      "重启失败，原因见上。应用为之前的那一个，设置不变")  # fmt: skip
+        fail(f"It does not start either (see above): nothing serves on port {port} now. After a repair: {again}",
+             f"之前的应用也无法启动（见上）：端口 {port} 上目前没有服务。排除原因后请执行：{again}")  # fmt: skip
+    fail("The restart has failed. The app is the one from before, with the settings that it had",
+         "重启失败，原因见上。应用为之前的那一个，设置不变")  # fmt: skip
 
 
 def _start_as_before(service: Service) -> NoReturn:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from ..addresses import bracketed
+from . import command_line
 from .checks import app_arguments, check_disk, check_port, check_run_dir, check_writable, holders_of_port, value_of
 from .choose_gpu import Gpu, check_driver, choose_gpu, torch_of_environment, torch_of_pins
 from .environment import environment_state, plan_environment, prepare_environment, python_of
 from .options import PUBLIC, REMEMBERED, SETTINGS, LaunchSettings
 from .records import Record, RecordFile, born, locked
-from .terminal import LaunchError, become, quoted, say
+from .terminal import become, fail, quoted, say
 
 TELL_EVERY_S = 10
 
@@ -139,7 +140,7 @@ class Service:
     def _refuse_second_start(self) -> None:
         port, record = self.settings.port, self.file.read()
         if record and record.lives:
-            raise LaunchError(
+            fail(
                 f"It runs already on port {port} (pid {record.pid}): {self.url}. Use restart or stop, or another "
                 f"--port",
                 f"端口 {port} 上已在运行（进程 {record.pid}）：{self.url}。请用 restart 或 stop，或换一个 --port",
@@ -164,7 +165,7 @@ class Service:
     def _check_place_of_environment(self) -> None:
         venv, checkout = self.settings.venv_dir, self.settings.step_audio_root
         if checkout and venv.startswith(f"{checkout}/"):
-            raise LaunchError(
+            fail(
                 f"There is no Python environment {venv}, and nothing is made in a checkout: make it as "
                 f"Step-Audio-EditX says, or leave VENV_DIR out",
                 f"没有 Python 环境 {venv}，且不会在代码目录中新建：请按 Step-Audio-EditX 的说明创建，或不设置 VENV_DIR",
@@ -221,10 +222,8 @@ class Service:
             log.unlink(missing_ok=True)
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         except OSError as error:
-            raise LaunchError(
-                f"The log {log} cannot be made ({error.strerror}): remove it, or give another folder with --run-dir",
-                f"无法新建日志 {log}（{error.strerror}）：请删除它，或用 --run-dir 换一个目录",
-            ) from error
+            fail(f"The log {log} cannot be made ({error.strerror}): remove it, or give another folder with --run-dir",
+                 f"无法新建日志 {log}（{error.strerror}）：请删除它，或用 --run-dir 换一个目录")  # fmt: skip
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -248,13 +247,12 @@ class Service:
         if outcome == "ended":
             self.file.revert()
             subprocess.run(["tail", "-n", "20", log], stdout=sys.stderr)
-            raise LaunchError(f"The app ended while it started; the end of its log is above ({log})",
-                              f"应用在启动时退出；日志末尾见上（{log}）")  # fmt: skip
+            fail(f"The app ended while it started; the end of its log is above ({log})",
+                 f"应用在启动时退出；日志末尾见上（{log}）")  # fmt: skip
         en, zh = f"It is not ready after {timeout_s} s (READY_TIMEOUT)", f"{timeout_s} 秒后（READY_TIMEOUT）仍未就绪"
         if again:
-            raise LaunchError(f"{en}. Log: {log}", f"{zh}。日志：{log}")
-        raise LaunchError(f"{en}, and goes on starting. Log: {log}. Stop: {stop}",
-                          f"{zh}，启动继续进行。日志：{log}。停止：{stop}")  # fmt: skip
+            fail(f"{en}. Log: {log}", f"{zh}。日志：{log}")
+        fail(f"{en}, and goes on starting. Log: {log}. Stop: {stop}", f"{zh}，启动继续进行。日志：{log}。停止：{stop}")
 
     # -- the other verbs ------------------------------------------------------------------------------------------
 
@@ -271,15 +269,13 @@ class Service:
             zh = f"{limit_s} 秒后（STOP_TIMEOUT）进程 {pid} 仍在运行"
             if self.settings.action == "restart":
                 again = self.command("restart")
-                raise LaunchError(
+                fail(
                     f"{en}, so nothing else was started. Once it has ended, nothing serves on port {port}: {again}. "
                     f"If it hangs: kill -9 {pid}",
                     f"{zh}，因此未启动新的应用。它退出后端口 {port} 上将没有服务：{again}。如已卡死：kill -9 {pid}",
                 )
-            raise LaunchError(
-                f"{en}. Stop it once more to end it at once; if it hangs: kill -9 {pid}",
-                f"{zh}。再次执行 stop 可立即结束；如已卡死：kill -9 {pid}",
-            )
+            fail(f"{en}. Stop it once more to end it at once; if it hangs: kill -9 {pid}",
+                 f"{zh}。再次执行 stop 可立即结束；如已卡死：kill -9 {pid}")  # fmt: skip
         say("Stopped", "已停止")
 
     def report_nothing(self) -> None:
@@ -303,28 +299,20 @@ class Service:
         if not is_ready(self.url):
             say("Not ready yet, or on its way out", "尚未就绪，或正在退出")
             return 0
-        python = python_of(Path(self.settings.venv_dir))
-        if not os.access(python, os.X_OK):
-            python = sys.executable  # what asks the app needs no packages
         # A proxy would reach another machine at this address.
         others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-        asked = [python, "-m", "gpu_manager", "status", "--url", self.url]
-        environ = os.environ | {"no_proxy": f"{others},{reached_at(self.settings.host)}"}
-        return subprocess.run(asked, cwd=self.settings.project_dir, env=environ).returncode
+        os.environ["no_proxy"] = f"{others},{reached_at(self.settings.host)}"
+        return command_line.main(["status", "--url", self.url])
 
     def logs(self) -> int:
         file, record = Path(self.settings.run_dir, f"{self.settings.port}.log"), self.file.read()
         if record and record.lives and not record.log:
-            raise LaunchError(
-                f"It writes to the terminal in which it was started (pid {record.pid}); with --detach there is a log",
-                f"它输出到启动时的终端（进程 {record.pid}）；用 --detach 启动才有日志",
-            )
+            fail(f"It writes to the terminal in which it was started (pid {record.pid}); with --detach there is a log",
+                 f"它输出到启动时的终端（进程 {record.pid}）；用 --detach 启动才有日志")  # fmt: skip
         if not file.exists():
             port = self.settings.port
-            raise LaunchError(
-                f"There is no log of port {port}: the app writes to its terminal unless it was started with --detach",
-                f"没有端口 {port} 的日志：未用 --detach 启动时，应用输出到其终端",
-            )
+            fail(f"There is no log of port {port}: the app writes to its terminal unless it was started with --detach",
+                 f"没有端口 {port} 的日志：未用 --detach 启动时，应用输出到其终端")  # fmt: skip
         become(["tail", "-n", "100", *(["-F"] if self.settings.follow else []), str(file)])
 
 

@@ -150,22 +150,14 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("as in the Step-Audio-EditX app").add_argument
-    add(
-        "--model-path",
-        metavar="DIR",
-        type=os.path.expanduser,
-        help="where the weights are; without it the built-in engine serves",
-    )
+    add("--model-path", metavar="DIR", type=os.path.expanduser,
+        help="where the weights are; without it the built-in engine serves")  # fmt: skip
     add("--server-name", type=checked(_address), default=defaults.server_name,
         help="address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 every address of IPv4, :: of IPv4 and IPv6 "
         "(default: %(default)s)")  # fmt: skip
     add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
-    add(
-        "--tmp-dir",
-        type=os.path.expanduser,
-        default=defaults.tmp_dir,
-        help="recordings live here while the app runs (default: %(default)s)",
-    )
+    add("--tmp-dir", type=os.path.expanduser, default=defaults.tmp_dir,
+        help="recordings live here while the app runs (default: %(default)s)")  # fmt: skip
     add("--share", action="store_true", help="make a public gradio.live link")
     add("--model-source", choices=["auto", "local", "modelscope", "huggingface"], default=defaults.model_source)
     add("--tokenizer-model-id", metavar="ID", type=os.path.expanduser, default=defaults.tokenizer_model_id)
@@ -222,12 +214,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="refuse a request that has waited longer for its turn, or for memory that others hold (10m, 90s; -1: "
         "never; default: 10m); a load is not counted")  # fmt: skip
     add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
-    add(
-        "--gpu-snapshot-dir",
-        metavar="DIR",
-        type=checked(_folder),
-        help="keep released weights on disk here and read them back from it",
-    )
+    add("--gpu-snapshot-dir", metavar="DIR", type=checked(_folder),
+        help="keep released weights on disk here and read them back from it")  # fmt: skip
     add("--gpu-snapshot-limit", metavar="SIZE", type=checked(size_bytes),
         help="remove the snapshots unused for longest beyond this size (100GB; default: no limit)")  # fmt: skip
     add("--gpu-host-memory-limit", metavar="SIZE", type=checked(size_bytes),

@@ -37,6 +37,11 @@ def warn(en: str, zh: str) -> None:
     print(choose(en, zh), file=sys.stderr, flush=True)
 
 
+def fail(en: str, zh: str) -> NoReturn:
+    """Raise `LaunchError`."""
+    raise LaunchError(en, zh)
+
+
 def report(error: ResidencyError) -> None:
     """Print an error to stderr."""
     warn(f"❌ {error.en}", f"❌ {error.zh}")

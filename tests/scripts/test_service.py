@@ -378,3 +378,22 @@ def test_a_restart_that_cannot_write_leaves_what_runs(service: Service, tmp_path
     assert runs(pid)
     assert "Ready" in service.localize("restart")
     assert not list(service.run_dir.glob("*.try"))
+
+
+@pytest.mark.parametrize("damage", ["gone", "no interpreter", "no packages"])
+def test_what_runs_is_found_and_stopped_without_its_environment(service: Service, tmp_path: Path, damage: str) -> None:
+    venv = tmp_path / "venv"
+    shutil.copytree(service.project.folder / ".venv", venv, symlinks=True)
+    pid = service.start(VENV_DIR=str(venv))["pid"]
+    if damage == "gone":
+        shutil.rmtree(venv)
+    elif damage == "no interpreter":
+        for python in venv.glob("bin/python*"):
+            python.unlink()
+            python.symlink_to(tmp_path / "an interpreter that was removed")
+    else:
+        shutil.rmtree(venv / "lib")
+    assert f"ASKED status --url http://127.0.0.1:{service.port}" in service.localize("status", VENV_DIR=str(venv))
+    assert "APP" in service.localize("logs")
+    assert "Stopped" in service.localize("stop", VENV_DIR=str(venv))
+    assert not runs(pid)
