@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from ..errors import ResidencyError
 from .checks import check_settings
@@ -22,8 +21,6 @@ from .restart import restart
 from .service import Service
 from .terminal import fail, report, say
 from .usage import usage
-
-HERE = str(Path(__file__).absolute().parents[2])
 
 
 def main(script: str, argv: list[str]) -> int:
@@ -43,14 +40,14 @@ def main(script: str, argv: list[str]) -> int:
 
 
 def _run(script: str, given: Given) -> int:
-    settings = settle(given, HERE)
+    settings = settle(given, script)
     started_before = given.action != "start"
     own_name = given.has("CONTAINER_NAME") and given.sources["CONTAINER_NAME"] != "CONTAINER_NAME"
     if started_before and not own_name:
-        settings = find_app(settings, given.has("PORT"), script)
+        settings = find_app(settings, given.has("PORT"))
     if _in_container(settings, given.has("PORT")):
         check_docker()
-        container = Container(replace(settings, docker=True), script)
+        container = Container(replace(settings, docker=True))
         if started_before:
             container.as_noted()
         if given.action == "restart":
@@ -60,11 +57,11 @@ def _run(script: str, given: Given) -> int:
             check_settings(settings)
         return int(getattr(container, given.action)())
     RecordFile(settings.run_dir, settings.port).report_damage()
-    settings = _with_record(given, settings) if started_before else settings
+    settings = _with_record(given, settings, script) if started_before else settings
     if given.action in ("start", "restart"):
         _report_ignored(given, settings)
         check_settings(settings)
-    service = Service(settings, script)
+    service = Service(settings)
     return restart(service) if given.action == "restart" else int(getattr(service, given.action)())
 
 
@@ -82,7 +79,7 @@ def _in_container(settings: LaunchSettings, port_given: bool) -> bool:
     return state == "ours running" or (state.startswith("ours") and record is None)
 
 
-def _with_record(given: Given, found: LaunchSettings) -> LaunchSettings:
+def _with_record(given: Given, found: LaunchSettings, script: str) -> LaunchSettings:
     """The settings of the last start on that port, but for those that are given; arguments are added to its own."""
     file = RecordFile(found.run_dir, found.port)
     file.check_owner()
@@ -102,23 +99,19 @@ def _with_record(given: Given, found: LaunchSettings) -> LaunchSettings:
             fail(f"The folder that it was started in is gone: {record.folder}",
                  f"启动时所在的目录已不存在：{record.folder}")  # fmt: skip
     given = replace(given, arguments=record.arguments + given.arguments)
-    return replace(settle(given, HERE, record.settings), run_dir=found.run_dir, port=found.port)
+    return replace(settle(given, script, record.settings), run_dir=found.run_dir, port=found.port)
 
 
 def _report_ignored(given: Given, settings: LaunchSettings) -> None:
     """What became of a HOST or CONTAINER_NAME in the environment, which others set, too."""
     host = os.environ.get("HOST", "")
     if host and not given.has("HOST"):
-        say(f"The variable HOST ('{host}') is not read: it is no address, and shells and compilers set it. To listen "
-            f"there: --host or GPU_TTS_HOST",
-            f"未采用环境变量 HOST（'{host}'）：它不是地址，且常由 shell 和编译器设置。如需在该处监听，"
-            f"请用 --host 或 GPU_TTS_HOST")  # fmt: skip
+        say(f"The variable HOST ('{host}') is not read, since it is no address. To listen there: --host or GPU_TTS_HOST",
+            f"未采用环境变量 HOST（'{host}'）：它不是地址。如需在该处监听，请用 --host 或 GPU_TTS_HOST")  # fmt: skip
     if given.sources.get("CONTAINER_NAME") == "CONTAINER_NAME":
         name = settings.container_name
-        say(f"The container is called '{name}', as the variable CONTAINER_NAME says. Another name: --container-name or "
-            f"GPU_TTS_CONTAINER_NAME",
-            f"容器名为 '{name}'，来自环境变量 CONTAINER_NAME。如需其他名字，请用 --container-name 或 "
-            f"GPU_TTS_CONTAINER_NAME")  # fmt: skip
+        say(f"The container is called '{name}', as the variable CONTAINER_NAME says. Another name: --container-name",
+            f"容器名为 '{name}'，来自环境变量 CONTAINER_NAME。如需其他名字，请用 --container-name")  # fmt: skip
 
 
 if __name__ == "__main__":

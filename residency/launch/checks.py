@@ -16,7 +16,7 @@ from typing import NoReturn
 from ..errors import InvalidInput
 from ..scheduling.policies import keep_warm_seconds, seconds
 from ..sentences import in_locale
-from .options import LaunchSettings, absolute, named
+from .options import HERE, LaunchSettings, absolute, named
 from .port import reason, refusal
 from .terminal import fail, output_of, say
 
@@ -99,7 +99,7 @@ def app_arguments(settings: LaunchSettings) -> list[str]:
 
 def _check_arguments(settings: LaunchSettings) -> None:
     """What app.py would say of its arguments, before anything is installed, or stopped for another start."""
-    if settings.project_dir != settings.here:
+    if settings.project_dir != HERE:
         return  # another version, with arguments of its own
     from .settings import parse
 

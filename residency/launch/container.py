@@ -22,7 +22,16 @@ from .container_run import build_command, make_folder, run_command, source_diges
 from .docker import LABEL, DockerContainer, docker, docker_does
 from .options import Given, LaunchSettings
 from .records import born
-from .service import address, await_ready, in_background, is_ready, reached_at, report_plan, report_ready
+from .service import (
+    address,
+    await_ready,
+    in_background,
+    in_this_terminal,
+    is_ready,
+    reached_at,
+    report_plan,
+    report_ready,
+)
 from .terminal import LaunchError, become, choose, fail, output_of, quoted, report, say, warn
 
 _TORCH = (
@@ -34,8 +43,8 @@ _TORCH = (
 class Container:
     """The verbs for one name. Their result is the exit code."""
 
-    def __init__(self, settings: LaunchSettings, script: str) -> None:
-        self.script, self.name = script, settings.container_name
+    def __init__(self, settings: LaunchSettings) -> None:
+        self.name = settings.container_name
         self.container = DockerContainer(self.name)
         self.kept = DockerContainer(f"{self.name}-before-gpu-management")  # the one that was here before ours
         self.aside = DockerContainer(f"{self.name}-replaced")  # ours, until the one in its place is ready
@@ -50,13 +59,6 @@ class Container:
         """From now on for the container that is there: it listens where it was started to."""
         host, port = self.container.label("host"), self.container.label("port")
         self.use(replace(self.settings, host=host or self.settings.host, port=int(port or self.settings.port)))
-
-    def command(self, action: str) -> str:
-        """How the script is called for this container, also if there are others."""
-        words = [self.script, action, "--docker", "--container-name", self.name]
-        if self.settings.project_dir != self.settings.here:
-            words += ["--project-dir", self.settings.project_dir]
-        return quoted(words)
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Container:
     def _report_when_ready(self, docker_client: int) -> None:
         alive = lambda: bool(born(docker_client))  # noqa: E731
         if await_ready(self.url, self.settings.ready_timeout, 0.5, alive) == "ready":
-            self._report_ready(("this terminal", "本终端"), "Ctrl-C")
+            report_ready(self.url, *in_this_terminal(self.settings))
 
     def _check_name(self, state: str) -> None:
         """No name is taken without --replace; what is left of a container of ours that has ended is no obstacle."""
@@ -200,21 +202,16 @@ class Container:
             fail(f"{self.name} could not be renamed (see above), and is stopped: docker start {self.name}",
                  f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}")  # fmt: skip
 
-    def _report_ready(self, log: tuple[str, str], also: str = "") -> None:
-        stop = self.command("stop")
-        report_ready(self.url, log, (f"{also}, or {stop}", f"{also} 或 {stop}") if also else (stop, stop))
-
     def _await(self) -> None:
         """Wait until it is ready; `LaunchError` otherwise."""
-        logs, limit_s = self.command("logs"), self.settings.ready_timeout
+        limit_s, logs, stop = self.settings.ready_timeout, self.settings.command("logs"), self.settings.command("stop")
         outcome = await_ready(self.url, limit_s, 0.5, lambda: self.container.state == "ours running")
         if outcome == "ready":
-            self._report_ready((logs, logs))
+            report_ready(self.url, (logs, logs), (stop, stop))
         elif outcome == "ended":
             subprocess.run(["docker", "logs", "--tail", "20", self.name], stdout=sys.stderr)
             en = zh = ""
             if self.settings.action == "start" and not self.aside.is_ours:  # else it comes back by itself
-                stop = self.command("stop")
                 en, zh = f". Back to what was: {stop}", f"。恢复原状：{stop}"
             fail(f"The container ended while it started; the end of its log is above{en}",
                  f"容器在启动时退出；日志末尾见上{zh}")  # fmt: skip
@@ -248,7 +245,7 @@ class Container:
         self._is_down()
 
     def _is_down(self, en: str = "", zh: str = "") -> NoReturn:
-        logs, port = self.command("logs"), self.settings.port
+        logs, port = self.settings.command("logs"), self.settings.port
         fail(f"The container {self.name} is down: nothing serves on port {port} now. Log: {logs}{en}",
              f"容器 {self.name} 已停止：端口 {port} 上目前没有服务。日志：{logs}{zh}")  # fmt: skip
 
@@ -333,7 +330,7 @@ class Container:
 
     def restart(self) -> int:
         """Its settings stay what they are, so a second start can only mend what has passed, as a port not free."""
-        name, again = self.name, self.command("restart")
+        name, again = self.name, self.settings.command("restart")
         if not self.container.is_ours:
             fail(f"There is no container {name} of this script's: start it", f"没有由本脚本创建的容器 {name}：请先启动")
         if docker_does("restart", "-t", str(self.settings.stop_timeout), name) and self._serves():

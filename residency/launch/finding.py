@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from .container import Container
 from .docker import LABEL, DockerContainer
 from .options import LaunchSettings
 from .records import RecordFile
-from .service import Service
-from .terminal import LaunchError, output_of
+from .terminal import fail, output_of
 
 
-@dataclass(frozen=True)
-class RunningApp:
-    """``pid`` is 0 and ``name`` set for one in a container."""
-
-    port: int
-    since: str
-    pid: int = 0
-    name: str = ""
-
-
-def _running_apps(settings: LaunchSettings) -> list[RunningApp]:
-    """Those that this program has started."""
-    found = []
+def _running_apps(settings: LaunchSettings) -> Iterator[tuple[LaunchSettings, str, str, str]]:
+    """Of each that this program has started: settings that lead to it, what it is (English, Chinese), since when."""
     for path in sorted(Path(settings.run_dir).glob("*.run")):
         record = RecordFile(settings.run_dir, int(path.stem)).read() if path.stem.isdecimal() else None
         if record and record.lives:
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-            found.append(RunningApp(int(path.stem), since, pid=record.pid))
-    names = output_of("docker", "ps", "--filter", f"label={LABEL}.port", "--format", "{{.Names}}") or ""
-    for name in names.split():
+            yield replace(settings, port=int(path.stem)), f"pid {record.pid}", f"进程 {record.pid}", since
+    for name in (output_of("docker", "ps", "--filter", f"label={LABEL}.port", "--format", "{{.Names}}") or "").split():
         container = DockerContainer(name)
         since = container.inspect("{{.State.StartedAt}}")[:16].replace("T", " ") + " UTC"
-        port = container.label("port")
-        found.append(RunningApp(int(port) if port.isdecimal() else 0, since, name=name))
-    return found
+        found = replace(settings, port=int(container.label("port")), docker=True, container_name=name)
+        yield found, f"container {name}", f"容器 {name}", since
 
 
-def find_app(settings: LaunchSettings, port_given: bool, script: str) -> LaunchSettings:
+def find_app(settings: LaunchSettings, port_given: bool) -> LaunchSettings:
     """The settings with the port or the container of the one app that runs, and may be meant.
 
     `LaunchError` names all if there are several; where none runs, the settings stay what they are.
@@ -49,23 +35,13 @@ def find_app(settings: LaunchSettings, port_given: bool, script: str) -> LaunchS
     apps = [
         app
         for app in _running_apps(settings)
-        if (app.name or not settings.docker) and (not port_given or app.port == settings.port)
+        if (app[0].docker or not settings.docker) and (not port_given or app[0].port == settings.port)
     ]
-    if not apps:
-        return settings
-    if len(apps) == 1:
-        return _of(settings, apps[0])
+    if len(apps) < 2:
+        return apps[0][0] if apps else settings
     en, zh = f"{len(apps)} apps run. Name one:", f"有 {len(apps)} 个应用正在运行，请指定其中一个："
-    for app in apps:
-        meant = _of(settings, app)
-        command = (Container if app.name else Service)(meant, script).command(settings.action)
-        what = (f"container {app.name}", f"容器 {app.name}") if app.name else (f"pid {app.pid}", f"进程 {app.pid}")
-        en += f"\n   port {app.port}, {what[0]}, since {app.since}: {command}"
-        zh += f"\n   端口 {app.port}，{what[1]}，始于 {app.since}：{command}"
-    raise LaunchError(en, zh)
-
-
-def _of(settings: LaunchSettings, app: RunningApp) -> LaunchSettings:
-    if app.name:
-        return replace(settings, port=app.port, docker=True, container_name=app.name)
-    return replace(settings, port=app.port)
+    for found, what_en, what_zh, since in apps:
+        command = found.command(settings.action)
+        en += f"\n   port {found.port}, {what_en}, since {since}: {command}"
+        zh += f"\n   端口 {found.port}，{what_zh}，始于 {since}：{command}"
+    fail(en, zh)

@@ -6,10 +6,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from .terminal import choose, fail
+from .terminal import choose, fail, quoted
 
+HERE = str(Path(__file__).absolute().parents[2])
+"""The folder of this program."""
 ACTIONS = ("start", "stop", "restart", "status", "logs")
 OF_APP = ("GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS")
 """Variables of app.py itself; a container gets them too."""
@@ -33,8 +36,8 @@ class LaunchSettings:
     check: bool
     arguments: tuple[str, ...]
     """Of app.py."""
-    here: str
-    """The folder of this program."""
+    script: str
+    """How messages call this program."""
     sources: Mapping[str, str]
     """Of a setting, by its name in capitals: the flag or the variable that it is from, or `LAST_START`."""
 
@@ -72,6 +75,15 @@ class LaunchSettings:
     def named(self, name: str) -> str:
         """A setting as messages name it, with its value and where that is from."""
         return named(name, str(getattr(self, name.lower())), self.sources.get(name, ""))
+
+    def command(self, action: str) -> str:
+        """How this program is called for this app, also if there are others, and from any folder."""
+        words = [self.script, action, "--port", str(self.port)]
+        if self.docker:
+            words = [self.script, action, "--docker", "--container-name", self.container_name]
+        elif self.run_dir != f"{self.project_dir}/.run":
+            words += ["--run-dir", self.run_dir]
+        return quoted([*words, *([] if self.project_dir == HERE else ["--project-dir", self.project_dir])])
 
 
 SETTINGS = {each.name.upper(): each for each in fields(LaunchSettings) if each.metadata}
@@ -175,7 +187,7 @@ def absolute(path: str) -> str:
     return os.path.join(os.getcwd(), os.path.expanduser(path))
 
 
-def settle(given: Given, here: str, remembered: Mapping[str, str] | None = None) -> LaunchSettings:
+def settle(given: Given, script: str, remembered: Mapping[str, str] | None = None) -> LaunchSettings:
     """The value of every setting; `LaunchError` for one that is not of its type."""
     remembered = remembered or {}
     sources = dict(given.sources)
@@ -186,10 +198,10 @@ def settle(given: Given, here: str, remembered: Mapping[str, str] | None = None)
         elif text := remembered.get(name, ""):
             sources[name] = LAST_START
         values[each.name] = _converted(name, text, each.default, sources) if text else each.default
-    project = values["project_dir"] = values["project_dir"] or here
+    project = values["project_dir"] = values["project_dir"] or HERE
     values["run_dir"] = values["run_dir"] or f"{project}/.run"
     values["venv_dir"] = values["venv_dir"] or f"{project}/.venv"
-    return LaunchSettings(given.action, given.check, given.arguments, here, sources, **values)
+    return LaunchSettings(given.action, given.check, given.arguments, script, sources, **values)
 
 
 def _converted(name: str, text: str, default: object, sources: Mapping[str, str]) -> object:

@@ -71,7 +71,7 @@ def _bring_back(service: Service) -> NoReturn:
         if record and record.lives and not wait_for_end(record, signal.SIGTERM, service.settings.stop_timeout):
             wait_for_end(record, signal.SIGKILL, 5)
         service.file.revert()
-    port, again = service.settings.port, service.command("restart")
+    port, again = service.settings.port, service.settings.command("restart")
     if _follow(lambda: _start_as_before(service)):
         fail(f"It does not start either (see above): nothing serves on port {port} now. After a repair: {again}",
              f"之前的应用也无法启动（见上）：端口 {port} 上目前没有服务。排除原因后请执行：{again}")  # fmt: skip
@@ -85,6 +85,6 @@ def _start_as_before(service: Service) -> NoReturn:
     for name in (*SETTINGS, *PUBLIC):
         os.environ.pop(name, None)
         os.environ.pop(f"GPU_TTS_{name}", None)
-    words = [service.script, "restart", "--port", str(settings.port), "--run-dir", settings.run_dir]
+    words = [settings.script, "restart", "--port", str(settings.port), "--run-dir", settings.run_dir]
     words += ["--ready-timeout", str(settings.ready_timeout), "--stop-timeout", str(settings.stop_timeout)]
     become(words)

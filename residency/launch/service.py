@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import ssl
@@ -45,7 +46,7 @@ def is_ready(url: str) -> bool:
     try:
         with opener.open(f"{url}/readyz", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -72,6 +73,12 @@ def report_ready(url: str, log: tuple[str, str], stop: tuple[str, str]) -> None:
     say(f"✅ Ready: {url}", f"✅ 已就绪：{url}")
     say(f"   Log: {log[0]}", f"   日志：{log[1]}")
     say(f"   Stop: {stop[0]}", f"   停止：{stop[1]}")
+
+
+def in_this_terminal(settings: LaunchSettings) -> tuple[tuple[str, str], tuple[str, str]]:
+    """For `report_ready`."""
+    stop = settings.command("stop")
+    return ("this terminal", "本终端"), (f"Ctrl-C, or {stop}", f"Ctrl-C 或 {stop}")
 
 
 def in_background(work: Callable[[], object]) -> None:
@@ -103,8 +110,8 @@ def report_plan(settings: LaunchSettings, command: list[str], url: str) -> None:
 class Service:
     """The verbs for one port. Their result is the exit code."""
 
-    def __init__(self, settings: LaunchSettings, script: str) -> None:
-        self.settings, self.script = settings, script
+    def __init__(self, settings: LaunchSettings) -> None:
+        self.settings = settings
         self.file = RecordFile(settings.run_dir, settings.port)
         self.url = address(settings)
         self.environment = Path(settings.venv_dir), [Path(settings.project_dir, "requirements.txt")]
@@ -113,15 +120,6 @@ class Service:
         texts |= {"DETACH": str(int(settings.detach))}
         self.remembered = {name: text for name, text in texts.items() if name in REMEMBERED}
         self.remembered |= {name: os.environ[name] for name in PUBLIC if name in os.environ}
-
-    def command(self, action: str) -> str:
-        """How the script is called for this app, also if there are others."""
-        settings, words = self.settings, [self.script, action, "--port", str(self.settings.port)]
-        if settings.run_dir != f"{settings.project_dir}/.run":
-            words += ["--run-dir", settings.run_dir]
-        if settings.project_dir != settings.here:
-            words += ["--project-dir", settings.project_dir]
-        return quoted(words)
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -197,8 +195,7 @@ class Service:
     def _report_when_ready(self, pid: int) -> None:
         if self._await(pid, 0.1) == "ready":
             self.file.confirm()
-            stop = self.command("stop")
-            report_ready(self.url, ("this terminal", "本终端"), (f"Ctrl-C, or {stop}", f"Ctrl-C 或 {stop}"))
+            report_ready(self.url, *in_this_terminal(self.settings))
 
     def _await(self, pid: int, every_s: float) -> Literal["ready", "ended", "late"]:
         return await_ready(
@@ -233,7 +230,7 @@ class Service:
         return process, str(log)
 
     def _follow_start(self, process: subprocess.Popen[bytes], log: str, again: bool) -> int:
-        timeout_s, stop = self.settings.ready_timeout, self.command("stop")
+        timeout_s, stop = self.settings.ready_timeout, self.settings.command("stop")
         try:
             outcome = self._await(process.pid, 0.05)
         except KeyboardInterrupt:
@@ -268,7 +265,7 @@ class Service:
             en = f"Pid {pid} still runs after {limit_s} s (STOP_TIMEOUT)"
             zh = f"{limit_s} 秒后（STOP_TIMEOUT）进程 {pid} 仍在运行"
             if self.settings.action == "restart":
-                again = self.command("restart")
+                again = self.settings.command("restart")
                 fail(
                     f"{en}, so nothing else was started. Once it has ended, nothing serves on port {port}: {again}. "
                     f"If it hangs: kill -9 {pid}",

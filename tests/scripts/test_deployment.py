@@ -81,7 +81,7 @@ def test_the_health_check_asks_the_app_whatever_proxy_the_container_was_given(tl
 
 def test_what_the_build_is_told_reaches_the_install() -> None:
     taken = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
-    words = build_command(settle(read([], {}), "/project"), "digest")
+    words = build_command(settle(read([], {}), "launch"), "digest")
     assert taken == {word.partition("=")[0] for option, word in pairwise(words) if option == "--build-arg"}
     assert taken == set(COMPOSE["services"]["cpu"]["build"]["args"])
     # Without a default, or pip would be given an index without a name.
