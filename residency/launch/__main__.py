@@ -106,7 +106,7 @@ def _report_ignored(given: Given, settings: LaunchSettings) -> None:
     """What became of a HOST or CONTAINER_NAME in the environment, which others set, too."""
     host = os.environ.get("HOST", "")
     if host and not given.has("HOST"):
-        say(f"The variable HOST ('{host}') is not read, since it is no address. To listen there: --host or GPU_TTS_HOST",
+        say(f"The variable HOST ('{host}') is not read: it is no address. To listen there: --host or GPU_TTS_HOST",
             f"未采用环境变量 HOST（'{host}'）：它不是地址。如需在该处监听，请用 --host 或 GPU_TTS_HOST")  # fmt: skip
     if given.sources.get("CONTAINER_NAME") == "CONTAINER_NAME":
         name = settings.container_name

@@ -21,17 +21,7 @@ from .choose_gpu import Gpu, check_driver, choose_gpu, torch_of_pins
 from .container_run import build_command, make_folder, run_command, source_digest, warn_without_toolkit
 from .docker import LABEL, DockerContainer, docker, docker_does
 from .options import Given, LaunchSettings
-from .records import born
-from .service import (
-    address,
-    await_ready,
-    in_background,
-    in_this_terminal,
-    is_ready,
-    reached_at,
-    report_plan,
-    report_ready,
-)
+from .service import address, await_ready, become_app, is_ready, reached_at, report_plan, report_ready
 from .terminal import LaunchError, become, choose, fail, output_of, quoted, report, say, warn
 
 _TORCH = (
@@ -90,17 +80,14 @@ class Container:
             self._report_plan(state, build, run.words, run.folders)
             return 0
         if build:
-            self._build(build, gpu)
+            if subprocess.run(build).returncode:
+                fail("The image could not be built (see above): check network and disk space, and run this again",
+                     "镜像构建失败（见上）：请检查网络与磁盘空间后重试")  # fmt: skip
+            check_driver(gpu, self._torch_of_image(gpu), settings.image)
         for folder in run.folders:
             make_folder(folder)
         self._make_place(state)
         return self._launch(run.words)
-
-    def _build(self, build: list[str], gpu: Gpu) -> None:
-        if subprocess.run(build).returncode:
-            fail("The image could not be built (see above): check the network and the disk space, and run this again",
-                 "镜像构建失败（见上）：请检查网络与磁盘空间后重试")  # fmt: skip
-        check_driver(gpu, self._torch_of_image(gpu), self.settings.image)
 
     def _torch_of_image(self, gpu: Gpu) -> str:
         """Its version.py, wherever that is."""
@@ -111,24 +98,23 @@ class Container:
     def _launch(self, run: list[str]) -> int:
         say(f"Starting {self.url}", f"正在启动 {self.url}")
         if not self.settings.detach:
-            docker_client = os.getpid()
-            in_background(lambda: self._report_when_ready(docker_client))
-            become(run)
+            become_app(run, self.settings, self.url)
         if subprocess.run(run, stdout=subprocess.DEVNULL).returncode:
-            self._undo_start()
+            if self.aside.is_ours:
+                self._bring_back()
+            if self.container.is_ours:  # docker may have made it before it could not start it
+                self._remove()
+            if self.kept.exists:
+                self._give_name_back()
+            fail("The container could not be started (see above)", "容器启动失败（见上）")
         self._hold_kept()
         if not self.aside.is_ours:
             self._await()
             return 0
         if not self._serves():
             self._bring_back()
-        self.aside.remove()
+        docker("rm", self.aside.name)
         return 0
-
-    def _report_when_ready(self, docker_client: int) -> None:
-        alive = lambda: bool(born(docker_client))  # noqa: E731
-        if await_ready(self.url, self.settings.ready_timeout, 0.5, alive) == "ready":
-            report_ready(self.url, *in_this_terminal(self.settings))
 
     def _check_name(self, state: str) -> None:
         """No name is taken without --replace; what is left of a container of ours that has ended is no obstacle."""
@@ -143,14 +129,14 @@ class Container:
             return
         if self.container.inspect("{{.HostConfig.AutoRemove}}") == "true":
             fail(
-                f"The container {name} was started with --rm: docker deletes it once it is stopped. If it can be made "
-                f"anew, stop it yourself (docker stop {name}) and run this again",
+                f"The container {name} was started with --rm: docker deletes it once it is stopped. If it can be "
+                f"made anew, stop it yourself (docker stop {name}) and run this again",
                 f"容器 {name} 是用 --rm 启动的：一旦停止即被删除，无法保留。"
                 f"如果能重新创建它，请自行停止（docker stop {name}），然后重新运行",
             )
         if self.kept.exists:
             fail(f"{name} is not of this script, and {kept} exists: remove or rename one of them (docker rename)",
-                 f"容器 {name} 不是本脚本创建的，且 {kept} 已存在：请删除或重命名其中之一（docker rename）")  # fmt: skip
+                 f"容器 {name} 不是本脚本创建的，且 {kept} 已存在：请删除或重命名其一（docker rename）")  # fmt: skip
 
     def _check_port(self, state: str) -> None:
         """What runs in the container that is replaced may hold the port."""
@@ -187,7 +173,7 @@ class Container:
         """The name is free afterwards."""
         if state == "ours running" and self.settings.detach:
             if self.aside.exists:
-                self.aside.remove()
+                docker("rm", self.aside.name)
             self._stop_and_rename(self.aside.name)
         elif state.startswith("ours"):
             self._remove()
@@ -196,8 +182,11 @@ class Container:
             say(f"Stopped {self.name}; it is kept as {self.kept.name}, and is back under its name after stop",
                 f"已停止 {self.name}，并以 {self.kept.name} 保留；执行 stop 后恢复原名")  # fmt: skip
 
+    def _stop(self) -> None:
+        docker("stop", "-t", str(self.settings.stop_timeout), self.name)
+
     def _stop_and_rename(self, new: str) -> None:
-        self.container.stop(self.settings.stop_timeout)
+        self._stop()
         if not docker_does("rename", self.name, new):
             fail(f"{self.name} could not be renamed (see above), and is stopped: docker start {self.name}",
                  f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}")  # fmt: skip
@@ -235,9 +224,9 @@ class Container:
         warn("❌ The start has failed (see above). The container that ran before is started again",
              "❌ 启动失败（见上）。正在重新启动之前运行的容器")  # fmt: skip
         if self.container.is_ours:
-            self.container.stop(self.settings.stop_timeout)
-            self.container.remove()
-        self.aside.rename(self.name)
+            self._stop()
+            docker("rm", self.name)
+        docker("rename", self.aside.name, self.name)
         self.as_noted()
         if docker_does("start", self.name) and self._serves():
             fail(f"The new container has failed; {self.name} is the one from before, with the settings that it had",
@@ -256,18 +245,8 @@ class Container:
             say(f"⚠️  {self.kept.name} may be back after the next boot: {command}",
                 f"⚠️  {self.kept.name} 可能在下次开机后自动启动：{command}")  # fmt: skip
 
-    def _undo_start(self) -> NoReturn:
-        """The old container has its name again. Docker may have made ours before it could not start it."""
-        if self.aside.is_ours:
-            self._bring_back()
-        if self.container.is_ours:
-            self._remove()
-        if self.kept.exists:
-            self._give_name_back()
-        fail("The container could not be started (see above)", "容器启动失败（见上）")
-
     def _give_name_back(self) -> None:
-        self.kept.rename(self.name)
+        docker("rename", self.kept.name, self.name)
         say(f"{self.name} is the old container again, stopped: docker start {self.name}",
             f"{self.name} 已恢复为原来的容器（已停止）：docker start {self.name}")  # fmt: skip
 
@@ -276,8 +255,8 @@ class Container:
         policy = self.container.label("kept-restarts")
         if policy and self.kept.exists:
             docker("update", "--restart", policy, self.kept.name)
-        self.container.stop(self.settings.stop_timeout)
-        self.container.remove()
+        self._stop()
+        docker("rm", self.name)
 
     # -- the other verbs ------------------------------------------------------------------------------------------
 
@@ -332,7 +311,7 @@ class Container:
         """Its settings stay what they are, so a second start can only mend what has passed, as a port not free."""
         name, again = self.name, self.settings.command("restart")
         if not self.container.is_ours:
-            fail(f"There is no container {name} of this script's: start it", f"没有由本脚本创建的容器 {name}：请先启动")
+            fail(f"This script has made no container {name}: start it", f"没有由本脚本创建的容器 {name}：请先启动")
         if docker_does("restart", "-t", str(self.settings.stop_timeout), name) and self._serves():
             return 0
         if self.container.state == "ours running":

@@ -67,12 +67,3 @@ class DockerContainer:
     @property
     def restart_policy(self) -> str:
         return self.inspect("{{.HostConfig.RestartPolicy.Name}}:{{.HostConfig.RestartPolicy.MaximumRetryCount}}")
-
-    def rename(self, new: str) -> None:
-        docker("rename", self.name, new)
-
-    def stop(self, timeout_s: int) -> None:
-        docker("stop", "-t", str(timeout_s), self.name)
-
-    def remove(self) -> None:
-        docker("rm", self.name)

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from ..addresses import bracketed
 from . import command_line
@@ -75,23 +75,26 @@ def report_ready(url: str, log: tuple[str, str], stop: tuple[str, str]) -> None:
     say(f"   Stop: {stop[0]}", f"   停止：{stop[1]}")
 
 
-def in_this_terminal(settings: LaunchSettings) -> tuple[tuple[str, str], tuple[str, str]]:
-    """For `report_ready`."""
-    stop = settings.command("stop")
-    return ("this terminal", "本终端"), (f"Ctrl-C, or {stop}", f"Ctrl-C 或 {stop}")
+def become_app(
+    command: list[str], settings: LaunchSettings, url: str,
+    ours: Callable[[], bool] = lambda: True, confirm: Callable[[], None] = lambda: None,
+) -> NoReturn:  # fmt: skip
+    """Run an app in the place of this process, so that its signals and exit code are those of the app.
 
-
-def in_background(work: Callable[[], object]) -> None:
-    """Run it in a process that is nobody's child, so that the app that takes this one's place has no unknown child."""
+    What prints that it is ready is nobody's child, so that the app has no unknown one. ``confirm`` is called then.
+    """
+    app = os.getpid()
     sys.stdout.flush()
     if child := os.fork():
         os.waitpid(child, 0)
-        return
+        become(command)
     try:
-        if not os.fork():
-            work()
-    except KeyboardInterrupt:
-        pass
+        if os.fork():
+            os._exit(0)
+        if await_ready(url, settings.ready_timeout, 0.1, lambda: bool(born(app)), ours) == "ready":
+            confirm()
+            stop = settings.command("stop")
+            report_ready(url, ("this terminal", "本终端"), (f"Ctrl-C, or {stop}", f"Ctrl-C 或 {stop}"))
     finally:
         os._exit(0)
 
@@ -188,27 +191,12 @@ class Service:
             self.file.write(record, self.settings)
         if process is not None:
             return self._follow_start(process, log, again)
-        # The app takes this process's place, so that signals and the exit code are its own.
-        in_background(lambda: self._report_when_ready(pid))
-        become(command)
-
-    def _report_when_ready(self, pid: int) -> None:
-        if self._await(pid, 0.1) == "ready":
-            self.file.confirm()
-            report_ready(self.url, *in_this_terminal(self.settings))
-
-    def _await(self, pid: int, every_s: float) -> Literal["ready", "ended", "late"]:
-        return await_ready(
-            self.url, self.settings.ready_timeout, every_s, lambda: bool(born(pid)), lambda: self._listens(pid)
-        )
+        become_app(command, self.settings, self.url, lambda: self._listens(pid), self.file.confirm)
 
     def _listens(self, pid: int) -> bool:
-        """Whether a process, or a child of it, listens on the port: another one may have taken that while it started.
-
-        True where it cannot be known who listens.
-        """
+        """Whether a process listens on the port: another one may have taken that. True where it cannot be known."""
         holders = holders_of_port(self.settings.port)
-        return bool(born(pid)) and (not holders or any(pid in (holder, _parent(holder)) for holder in holders))
+        return bool(born(pid)) and (not holders or pid in holders)
 
     def _spawn(self, command: list[str]) -> tuple[subprocess.Popen[bytes], str]:
         log = Path(self.settings.run_dir, f"{self.settings.port}.log")
@@ -232,7 +220,8 @@ class Service:
     def _follow_start(self, process: subprocess.Popen[bytes], log: str, again: bool) -> int:
         timeout_s, stop = self.settings.ready_timeout, self.settings.command("stop")
         try:
-            outcome = self._await(process.pid, 0.05)
+            pid = process.pid
+            outcome = await_ready(self.url, timeout_s, 0.05, lambda: bool(born(pid)), lambda: self._listens(pid))
         except KeyboardInterrupt:
             say(f"It goes on starting. Stop: {stop}", f"启动继续进行。停止：{stop}")
             return 130
@@ -323,10 +312,3 @@ def wait_for_end(record: Record, number: signal.Signals, limit_s: float) -> bool
             break
         time.sleep(0.1)
     return not lives
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()[1])
-    except OSError:
-        return None
