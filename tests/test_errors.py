@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from residency import errors
+from residency.launch.terminal import LaunchError
 
 EXAMPLES = [
     errors.UnknownModel("llm", ("tts", "asr")),
@@ -41,6 +42,7 @@ EXAMPLES = [
     errors.NotAllowed(),
     errors.EngineUnavailable("clone it", "请下载"),
     errors.ExtraMissing("app", "gradio"),
+    LaunchError("give a port", "请指定端口"),
 ]
 
 
