@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import re
-import sys
 import tempfile
 from contextlib import redirect_stderr
 from itertools import pairwise
@@ -104,15 +103,14 @@ def _check_arguments(settings: LaunchSettings) -> None:
     from .settings import parse
 
     said = io.StringIO()
-    name, sys.argv[0] = sys.argv[0], "app.py"
     try:
         with redirect_stderr(said):
             parse(app_arguments(settings))
     except SystemExit:
-        words = in_locale(said.getvalue()).rpartition("app.py: error: ")[2].strip()
+        error = said.getvalue().partition(": error: ")[2].strip()
+        flag = "".join(re.findall(r"^argument \S+: ", error))
+        words = flag + in_locale(error.removeprefix(flag))
         fail(f"{words} (app.py --help tells them all)", f"参数有误：{words}（全部参数见 app.py --help）")
-    finally:
-        sys.argv[0] = name
 
 
 def _existing(path: str) -> Path:

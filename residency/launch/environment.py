@@ -58,9 +58,9 @@ def _is_installed(venv: Path, file: Path) -> bool:
 
 
 def _maker() -> str:
-    """A Python that can make an environment: this one. Debian packs what it takes for that separately."""
+    """A Python that can make an environment: this one, outside of any. Debian packs venv and ensurepip separately."""
     if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
-        return sys.executable
+        return os.path.realpath(sys.executable)
     fail(f"{sys.executable} has no venv module. On Debian and Ubuntu: sudo apt-get install python3-venv",
          f"{sys.executable} 缺少 venv 模块。Debian / Ubuntu 请执行：sudo apt-get install python3-venv")  # fmt: skip
 
