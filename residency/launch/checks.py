@@ -87,10 +87,9 @@ def _check_models(settings: LaunchSettings) -> None:
 
 def app_arguments(settings: LaunchSettings) -> list[str]:
     """What app.py is called with."""
-    words = ["--enable-gpu-management", *settings.arguments, "--server-name", settings.host]
-    words += ["--server-port", str(settings.port), "--gpu-idle-timeout", settings.gpu_idle_timeout]
-    words += ["--gpu-keep-warm", settings.gpu_keep_warm]
-    for name in ("gpu_snapshot_dir", "model_path", "step_audio_root"):
+    words = ["--enable-gpu-management", *settings.arguments]
+    words += ["--server-name", settings.host, "--server-port", str(settings.port)]
+    for name in ("gpu_idle_timeout", "gpu_keep_warm", "gpu_snapshot_dir", "model_path", "step_audio_root"):
         if value := getattr(settings, name):
             words += ["--" + name.replace("_", "-"), value]
     return words

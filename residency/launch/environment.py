@@ -68,24 +68,20 @@ def _maker() -> str:
 def plan_environment(venv: Path, files: Sequence[Path]) -> State:
     """Say what `prepare_environment` would do; `LaunchError` if it can do nothing."""
     state = environment_state(venv, files)
-    if state == "ready":
-        say(f"Environment: {venv} is ready", f"环境：{venv} 已就绪")
-    elif state == "outdated":
-        say(f"Environment: {venv} needs an install", f"环境：{venv} 需要安装依赖")
-    elif state == "absent":
-        python = _maker()
-        say(f"Environment: {venv} is made with {python}, then filled", f"环境：用 {python} 创建 {venv} 并安装依赖")
-    elif state == "broken":
-        python = _maker()
-        say(f"Environment: {venv} is incomplete; it is made again with {python}",
-            f"环境：{venv} 不完整，用 {python} 重建")  # fmt: skip
-    elif state == "foreign":
-        say(f"Environment: {venv} was not made by this project; it is used as it is",
-            f"环境：{venv} 不是本项目创建的，按原样使用")  # fmt: skip
-        _check_foreign(venv, files)
-    else:
+    if state == "taken":
         fail(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
              f"{venv} 已存在但不是 Python 环境。请用 VENV_DIR 指定其他目录")  # fmt: skip
+    python = _maker() if state in ("absent", "broken") else ""
+    en, zh = {
+        "ready": ("is ready", "已就绪"),
+        "outdated": ("needs an install", "需要安装依赖"),
+        "absent": (f"is made with {python}, then filled", f"用 {python} 创建并安装依赖"),
+        "broken": (f"is incomplete; it is made again with {python}", f"不完整，用 {python} 重建"),
+        "foreign": ("was not made by this project; it is used as it is", "不是本项目创建的，按原样使用"),
+    }[state]
+    say(f"Environment: {venv} {en}", f"环境：{venv} {zh}")
+    if state == "foreign":
+        _check_foreign(venv, files)
     return state
 
 

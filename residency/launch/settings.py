@@ -101,17 +101,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
     except InvalidInput as error:
         parser.error(f"GPU_TTS_ALLOWED_HOSTS: {error}")
     values["allowed_hosts"] = tuple(name for names in allowed for name in names)
-    try:
-        check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
-    except InvalidInput as error:
-        parser.error(str(error))
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
-    if values["engine"] == "step-audio":
-        try:
+    try:
+        check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
+        if values["engine"] == "step-audio":
             _check_model_path(values["model_path"], values["model_source"])
-        except InvalidInput as error:
-            parser.error(str(error))
+    except InvalidInput as error:
+        parser.error(str(error))
     return Settings(**values)
 
 
@@ -149,6 +146,12 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         description="Step-Audio-EditX in the browser; its model is off the GPU while nobody speaks.",
         allow_abbrev=False,
     )
+    _add_page_flags(parser, defaults, environ)
+    _add_management_flags(parser, defaults, environ)
+    return parser
+
+
+def _add_page_flags(parser: argparse.ArgumentParser, defaults: Settings, environ: Mapping[str, str]) -> None:
     add = parser.add_argument_group("as in the Step-Audio-EditX app").add_argument
     add("--model-path", metavar="DIR", type=os.path.expanduser,
         help="where the weights are; without it the built-in engine serves")  # fmt: skip
@@ -195,6 +198,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--max-text", metavar="N", type=checked(_count), default=defaults.max_text,
         help="most characters of a text (default: %(default)s)")  # fmt: skip
 
+
+def _add_management_flags(parser: argparse.ArgumentParser, defaults: Settings, environ: Mapping[str, str]) -> None:
     add = parser.add_argument_group("the end").add_argument
     add("--shutdown-grace", metavar="S", type=checked(seconds), default=defaults.shutdown_grace,
         help="after Ctrl-C or SIGTERM a running request may finish for this long (10, 90s, 15m; 0: not at all; "
@@ -234,7 +239,6 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         "openai/whisper-large-v3)")  # fmt: skip
     add("--step-audio-root", metavar="DIR", type=os.path.expanduser, default=environ.get("STEP_AUDIO_ROOT") or None,
         help="checkout of Step-Audio-EditX (environment: STEP_AUDIO_ROOT)")  # fmt: skip
-    return parser
 
 
 def size_bytes(text: str) -> int:
