@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 
@@ -31,7 +32,12 @@ def main(script: str, argv: list[str]) -> int:
         print(usage())
         return 0
     try:
-        return _run(script, read(argv))
+        code = _run(script, read(argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as of `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ResidencyError as error:
         report(error)
         return 1

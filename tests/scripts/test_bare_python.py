@@ -40,3 +40,9 @@ def test_an_old_python_first_on_the_path_is_passed_over(tmp_path: Path) -> None:
     if newer is None:
         pytest.skip("no other name of a Python here")
     assert project.run("--check")[0] == 0
+
+
+def test_output_that_is_not_read_to_its_end_is_no_error() -> None:
+    command = f'"{ROOT}/start_with_gpu_management.sh" --check --port 65000 --simulate-gpu 48GB | true'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "BrokenPipe" not in done.stderr
