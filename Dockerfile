@@ -11,7 +11,7 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /app
 COPY requirements.txt pyproject.toml ./
-COPY scripts/environment.sh scripts/install_in_image ./scripts/
+COPY scripts/python scripts/package_ranges scripts/install_in_image ./scripts/
 RUN scripts/install_in_image /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HEALTH_URL=http://127.0.0.1:7860/healthz \
     HF_HOME=/hub/huggingface MODELSCOPE_CACHE=/hub/modelscope

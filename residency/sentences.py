@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 
 class Sentence(str):
@@ -36,12 +37,12 @@ class Sentence(str):
 _BOTH = re.compile(r"(?P<before>[\w-]+: )?(?P<en>[^\n]+?) / (?P<zh>[^\n]*[\u4e00-\u9fff][^\n]*)")
 
 
-def in_locale(lines: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Lines for a terminal: of each that is ``en / zh``, also behind a name and a colon, the half of its locale.
-
-    That is what the start script does: Chinese where the first of LC_ALL, LC_MESSAGES and LANG that is set begins with
-    ``zh``, else English.
-    """
+def language(environ: Mapping[str, str] = os.environ) -> Literal["en", "zh"]:
+    """Of a terminal: Chinese where the first of LC_ALL, LC_MESSAGES and LANG that is set begins with ``zh``."""
     locale = next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
-    half = r"\g<before>\g<zh>" if locale.startswith("zh") else r"\g<before>\g<en>"
-    return _BOTH.sub(half, lines)
+    return "zh" if locale.startswith("zh") else "en"
+
+
+def in_locale(lines: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Lines for a terminal: of each that is ``en / zh``, also behind a name and a colon, the half of its language."""
+    return _BOTH.sub(rf"\g<before>\g<{language(environ)}>", lines)

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from residency import errors
+from residency.launch.terminal import LaunchError
 
 EXAMPLES = [
     errors.UnknownModel("llm", ("tts", "asr")),
@@ -41,6 +42,7 @@ EXAMPLES = [
     errors.NotAllowed(),
     errors.EngineUnavailable("clone it", "请下载"),
     errors.ExtraMissing("app", "gradio"),
+    LaunchError("give a port", "请指定端口"),
 ]
 
 
@@ -62,7 +64,7 @@ def test_errors_say_it_in_english_and_in_chinese(error: errors.ResidencyError) -
 
 def test_every_error_has_an_example_here() -> None:
     defined = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
-    assert defined - {errors.ResidencyError} == {type(error) for error in EXAMPLES}
+    assert defined - {errors.ResidencyError} | {LaunchError} == {type(error) for error in EXAMPLES}
 
 
 def test_errors_are_of_the_kinds_that_programs_already_catch() -> None:

@@ -1,1 +1,1 @@
-"""What starts the app or talks to one from a shell: settings, command line, signals, certificates, port."""
+"""Starts the app, or talks to one from a shell: settings, signals, certificates, port, and the launcher."""

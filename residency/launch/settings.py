@@ -101,17 +101,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
     except InvalidInput as error:
         parser.error(f"GPU_TTS_ALLOWED_HOSTS: {error}")
     values["allowed_hosts"] = tuple(name for names in allowed for name in names)
-    try:
-        check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
-    except InvalidInput as error:
-        parser.error(str(error))
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
-    if values["engine"] == "step-audio":
-        try:
+    try:
+        check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
+        if values["engine"] == "step-audio":
             _check_model_path(values["model_path"], values["model_source"])
-        except InvalidInput as error:
-            parser.error(str(error))
+    except InvalidInput as error:
+        parser.error(str(error))
     return Settings(**values)
 
 
@@ -149,23 +146,21 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         description="Step-Audio-EditX in the browser; its model is off the GPU while nobody speaks.",
         allow_abbrev=False,
     )
+    _add_page_flags(parser, defaults, environ)
+    _add_management_flags(parser, defaults, environ)
+    return parser
+
+
+def _add_page_flags(parser: argparse.ArgumentParser, defaults: Settings, environ: Mapping[str, str]) -> None:
     add = parser.add_argument_group("as in the Step-Audio-EditX app").add_argument
-    add(
-        "--model-path",
-        metavar="DIR",
-        type=os.path.expanduser,
-        help="where the weights are; without it the built-in engine serves",
-    )
+    add("--model-path", metavar="DIR", type=os.path.expanduser,
+        help="where the weights are; without it the built-in engine serves")  # fmt: skip
     add("--server-name", type=checked(_address), default=defaults.server_name,
         help="address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 every address of IPv4, :: of IPv4 and IPv6 "
         "(default: %(default)s)")  # fmt: skip
     add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
-    add(
-        "--tmp-dir",
-        type=os.path.expanduser,
-        default=defaults.tmp_dir,
-        help="recordings live here while the app runs (default: %(default)s)",
-    )
+    add("--tmp-dir", type=os.path.expanduser, default=defaults.tmp_dir,
+        help="recordings live here while the app runs (default: %(default)s)")  # fmt: skip
     add("--share", action="store_true", help="make a public gradio.live link")
     add("--model-source", choices=["auto", "local", "modelscope", "huggingface"], default=defaults.model_source)
     add("--tokenizer-model-id", metavar="ID", type=os.path.expanduser, default=defaults.tokenizer_model_id)
@@ -203,6 +198,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--max-text", metavar="N", type=checked(_count), default=defaults.max_text,
         help="most characters of a text (default: %(default)s)")  # fmt: skip
 
+
+def _add_management_flags(parser: argparse.ArgumentParser, defaults: Settings, environ: Mapping[str, str]) -> None:
     add = parser.add_argument_group("the end").add_argument
     add("--shutdown-grace", metavar="S", type=checked(seconds), default=defaults.shutdown_grace,
         help="after Ctrl-C or SIGTERM a running request may finish for this long (10, 90s, 15m; 0: not at all; "
@@ -222,12 +219,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="refuse a request that has waited longer for its turn, or for memory that others hold (10m, 90s; -1: "
         "never; default: 10m); a load is not counted")  # fmt: skip
     add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
-    add(
-        "--gpu-snapshot-dir",
-        metavar="DIR",
-        type=checked(_folder),
-        help="keep released weights on disk here and read them back from it",
-    )
+    add("--gpu-snapshot-dir", metavar="DIR", type=checked(_folder),
+        help="keep released weights on disk here and read them back from it")  # fmt: skip
     add("--gpu-snapshot-limit", metavar="SIZE", type=checked(size_bytes),
         help="remove the snapshots unused for longest beyond this size (100GB; default: no limit)")  # fmt: skip
     add("--gpu-host-memory-limit", metavar="SIZE", type=checked(size_bytes),
@@ -246,7 +239,6 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         "openai/whisper-large-v3)")  # fmt: skip
     add("--step-audio-root", metavar="DIR", type=os.path.expanduser, default=environ.get("STEP_AUDIO_ROOT") or None,
         help="checkout of Step-Audio-EditX (environment: STEP_AUDIO_ROOT)")  # fmt: skip
-    return parser
 
 
 def size_bytes(text: str) -> int:

@@ -1,4 +1,4 @@
-"""A docker for tests: keeps its books in a file, notes each call, and answers as the real one (28.2) does.
+"""A docker for tests: keeps its state in a file, notes each call, and answers as the real one (28.2) does.
 
 In FAKE_DOCKER, a folder: ``state.json``, ``calls.jsonl``. A container's process is this script's, and really listens.
 A start script calls this a dozen times: run it with ``-S``, and import late what a call seldom needs.
@@ -16,185 +16,151 @@ from typing import Any, NoReturn
 
 FOLDER = Path(os.environ["FAKE_DOCKER"])
 STATE = FOLDER / "state.json"
+state: dict[str, Any] = {"containers": {}, "images": {}, "down": False, "runtimes": "runc", "ends": 0, "failing": []}
+
+
+def save() -> None:
+    STATE.write_text(json.dumps(state, indent=1))
 
 
 def fail(words: str, code: int = 1) -> NoReturn:
-    print(words, file=sys.stderr)
+    print(f"Error response from daemon: {words}", file=sys.stderr)
     sys.exit(code)
 
 
-def options(arguments: list[str], flags: set[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The options before the first other word, and from that on the rest; ``flags`` take no value."""
+def one(kind: str, name: str) -> Any:
+    return state[kind].get(name) or fail(f"No such {kind}: {name}")
+
+
+def options(words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The options before the first other word, and from that on the rest."""
     found: dict[str, list[str]] = {}
-    rest = list(arguments)
-    while rest and rest[0].startswith("-"):
-        name = rest.pop(0)
-        found.setdefault(name, []).append("" if name in flags else rest.pop(0))
-    return found, rest
+    while words[0].startswith("-"):
+        name, *words = words
+        value, words = ("", words) if name in ("--detach", "--init", "--rm") else (words[0], words[1:])
+        found.setdefault(name, []).append(value)
+    return found, words
 
 
 def labels(found: dict[str, list[str]]) -> dict[str, str]:
     return dict(label.split("=", 1) for label in found.get("--label", []))
 
 
-class Docker:
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {"containers": {}, "images": {}, "down": False, "runtimes": "runc"}
-        if STATE.exists():
-            self.state |= json.loads(STATE.read_text())
-        self.containers, self.images = self.state["containers"], self.state["images"]
+def inspect(thing: Any, template: str) -> None:
+    facts = {
+        ".State.Status": thing.get("status"), ".State.StartedAt": "2026-01-02T03:04:05.678Z", ".Id": thing.get("id"),
+        ".HostConfig.RestartPolicy.Name": thing.get("restart"),
+        ".HostConfig.RestartPolicy.MaximumRetryCount": thing.get("retries", 0),
+        ".HostConfig.AutoRemove": str(thing.get("auto_remove", False)).lower(),
+    }  # fmt: skip
+    facts |= {f'index .Config.Labels "{name}"': value for name, value in thing["labels"].items()}
+    print(re.sub(r"\{\{(.*?)\}\}", lambda match: str(facts.get(match[1], "")), template))
 
-    def save(self) -> None:
-        STATE.write_text(json.dumps(self.state, indent=1))
 
-    def container(self, name: str) -> Any:
-        if name not in self.containers:
-            fail(f"Error response from daemon: No such container: {name}")
-        return self.containers[name]
+def build(words: list[str]) -> None:
+    found, (folder,) = options(words)
+    if state.get("offline") or not Path(folder, "Dockerfile").exists():
+        fail("failed to build")
+    state["images"][found["--tag"][0]] = {"labels": labels(found)}
 
-    def info(self, arguments: list[str]) -> None:
-        if self.state["down"]:
-            fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?")
-        print(FOLDER if arguments else "Server:")
 
-    def inspect(self, thing: Any, template: str) -> None:
-        def value(match: re.Match[str]) -> str:
-            what = match[1]
-            if label := re.fullmatch(r'index \.Config\.Labels "(.*)"', what):
-                return str(thing["labels"].get(label[1], ""))
-            return str({
-                ".State.Status": thing.get("status"),
-                ".State.StartedAt": "2026-01-02T03:04:05.678Z",
-                ".HostConfig.RestartPolicy.Name": thing.get("restart"),
-                ".HostConfig.RestartPolicy.MaximumRetryCount": thing.get("retries", 0),
-                ".HostConfig.AutoRemove": str(thing.get("auto_remove", False)).lower(),
-                ".Id": thing.get("id"),
-            }[what])  # fmt: skip
+def run(words: list[str]) -> None:
+    found, (image, *command) = options(words)
+    if "--entrypoint" in found:
+        print(one("images", image).get("torch", "cuda: Optional[str] = '13.0'"))
+        return
+    name = found["--name"][0]
+    if image not in state["images"] or name in state["containers"]:
+        fail("pull access denied, or the name is already in use", 125)
+    if "--gpus" in found and "nvidia" not in state["runtimes"]:
+        fail('could not select device driver "" with capabilities: [[gpu]]', 125)
+    made = {"labels": labels(found), "restart": found.get("--restart", ["no"])[0], "image": image, "command": command}
+    state["containers"][name] = made
+    if state.get("no_start"):
+        made["status"] = "created"
+        save()
+        fail("failed to create task for container", 125)
+    if "--detach" in found:
+        bring_up(made)
+        return
+    made |= {"status": "running", "pid": os.getpid()}
+    save()
+    serve(command)
+    sys.exit()  # the call that stopped it has written the state
 
-        print(re.sub(r"\{\{(.*?)\}\}", value, template))
 
-    def build(self, arguments: list[str]) -> None:
-        found, (folder,) = options(arguments, set())
-        if self.state.get("offline"):
-            fail("ERROR: failed to solve: python:3.11-slim-bookworm: failed to resolve source metadata: no such host")
-        if not Path(folder, "Dockerfile").exists():
-            fail("ERROR: failed to build: failed to read dockerfile: open Dockerfile: no such file or directory")
-        self.images[found["--tag"][0]] = {"labels": labels(found)}
+def bring_up(made: Any) -> None:
+    import subprocess
 
-    def run(self, arguments: list[str]) -> None:
-        found, (image, *command) = options(arguments, {"--detach", "--init", "--rm"})
-        if image not in self.images:
-            fail(f"docker: Error response from daemon: pull access denied for {image}", 125)
-        if "--entrypoint" in found:
-            print(self.images[image].get("torch", "cuda: Optional[str] = '13.0'"))
-            return
-        name = found["--name"][0]
-        if name in self.containers:
-            fail(f'docker: Error response from daemon: Conflict. The container name "/{name}" is already in use', 125)
-        if "--gpus" in found and "nvidia" not in self.state["runtimes"]:
-            fail(
-                'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]]', 125
-            )
-        made = {
-            "labels": labels(found),
-            "restart": found.get("--restart", ["no"])[0],
-            "image": image,
-            "command": command,
-        }
-        if self.state.get("no_start"):
-            self.containers[name] = made | {"status": "created"}
-            self.save()
-            fail("docker: Error response from daemon: failed to create task for container", 125)
-        self.containers[name] = made
-        if "--detach" in found:
-            self.bring_up(made)
-            print("0" * 64)
-        else:
-            made |= {"status": "running", "pid": os.getpid()}
-            self.save()
-            serve(command)
-            sys.exit()  # whoever stopped it has written the books
+    made["status"] = "exited"
+    if state["ends"]:
+        state["ends"] -= 1
+    elif "--break" not in made["command"]:
+        served = subprocess.Popen(
+            [sys.executable, "-S", __file__, "serve", *made["command"]],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        assert served.stdout
+        served.stdout.readline()
+        made |= {"status": "running", "pid": served.pid}
 
-    def bring_up(self, made: Any) -> None:
-        import subprocess
 
-        made["status"] = "exited"
-        if self.state.get("ends", 0):
-            self.state["ends"] -= 1
-        elif "--break" not in made["command"]:
-            served = subprocess.Popen(
-                [sys.executable, "-S", __file__, "serve", *made["command"]],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-            assert served.stdout
-            served.stdout.readline()
-            made |= {"status": "running", "pid": served.pid}
+def take_down(made: Any) -> None:
+    if pid := made.pop("pid", None):
+        os.kill(pid, signal.SIGKILL)
+    made["status"] = "exited"
 
-    def take_down(self, made: Any) -> None:
-        if pid := made.pop("pid", None):
-            os.kill(pid, signal.SIGKILL)
-        made["status"] = "exited"
 
-    def answer(self, arguments: list[str]) -> None:
-        if self.state["down"]:
-            self.info([])
-        if arguments[0] in self.state.get("failing", []):
-            fail("Error response from daemon: no space left on device")
-        match arguments:
-            case ["info", *rest]:
-                self.info(rest)
-            case ["container", "inspect", "--format", template, name]:
-                self.inspect(self.container(name), template)
-            case ["image", "inspect", "--format", template, name]:
-                if name not in self.images:
-                    fail(f"Error response from daemon: No such image: {name}:latest")
-                self.inspect(self.images[name], template)
-            case ["build", *rest]:
-                self.build(rest)
-            case ["run", *rest]:
-                self.run(rest)
-            case ["ps", "--filter", label, "--format", "{{.Names}}"]:
-                label = label.removeprefix("label=")
-                for name, made in self.containers.items():
-                    if made["status"] == "running" and label in made["labels"]:
-                        print(name)
-            case ["start", name]:
-                self.bring_up(self.container(name))
-                print(name)
-            case ["stop", "-t", _, name]:
-                self.take_down(self.container(name))
-                if self.container(name).get("auto_remove"):
-                    del self.containers[name]
-                print(name)
-            case ["restart", "-t", _, name]:
-                self.take_down(self.container(name))
-                self.bring_up(self.container(name))
-                print(name)
-            case ["rm", name]:
-                if self.container(name)["status"] == "running":
-                    fail(f'Error response from daemon: cannot remove container "/{name}": container is running')
-                del self.containers[name]
-            case ["rename", old, new]:
-                if new in self.containers:
-                    fail(f'Error response from daemon: Conflict. The name "/{new}" is already in use')
-                self.containers[new] = self.container(old)
-                del self.containers[old]
-            case ["update", "--restart", policy, name]:
-                made = self.container(name)
-                made["restart"], _, retries = policy.partition(":")
-                made["retries"] = int(retries or 0)
-            case ["logs", "--tail", _, *_, name]:
-                print("LOG of", self.container(name)["command"])
-            case ["exec", "--env", _, name, *command]:
-                if self.container(name)["status"] != "running":
-                    fail(f"Error response from daemon: container {name} is not running")
-                print("EXEC", *command)
-            case ["compose", "--profile", profile, "up" | "down", *_]:
-                if f"profiles: [{profile}]" not in Path("compose.yaml").read_text(encoding="utf-8"):
-                    fail("no service selected")
-            case _:
-                fail(f"docker: unknown command: {arguments}")
-        self.save()
+def answer(arguments: list[str]) -> None:
+    containers = state["containers"]
+    if state["down"]:
+        print("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", file=sys.stderr)
+        sys.exit(1)
+    if arguments[0] in state["failing"]:
+        fail("no space left on device")
+    match arguments:
+        case ["info", *_]:
+            print(FOLDER)
+        case ["container" | "image" as kind, "inspect", "--format", template, name]:
+            inspect(one(f"{kind}s", name), template)
+        case ["build", *words]:
+            build(words)
+        case ["run", *words]:
+            run(words)
+        case ["ps", "--filter", label, "--format", "{{.Names}}"]:
+            ours = (name for name, made in containers.items() if label.removeprefix("label=") in made["labels"])
+            print(*(name for name in ours if containers[name]["status"] == "running"))
+        case ["start", name]:
+            bring_up(one("containers", name))
+        case ["stop" | "restart" as verb, "-t", _, name]:
+            take_down(one("containers", name))
+            if verb == "restart":
+                bring_up(containers[name])
+            elif containers[name].get("auto_remove"):
+                del containers[name]
+        case ["rm", name]:
+            if one("containers", name)["status"] == "running":
+                fail("cannot remove: container is running")
+            del containers[name]
+        case ["rename", old, new]:
+            if new in containers:
+                fail("the name is already in use")
+            containers[new] = one("containers", old)
+            del containers[old]
+        case ["update", "--restart", policy, name]:
+            made = one("containers", name)
+            made["restart"], _, retries = policy.partition(":")
+            made["retries"] = int(retries or 0)
+        case ["logs", "--tail", _, *_, name]:
+            print("LOG of", one("containers", name)["command"])
+        case ["exec", "--env", _, name, *command] if one("containers", name)["status"] == "running":
+            print("EXEC", *command)
+        case ["compose", "--profile", profile, "up" | "down", *_]:
+            if f"profiles: [{profile}]" not in Path("compose.yaml").read_text(encoding="utf-8"):
+                fail("no service selected")
+        case _:
+            fail(f"unknown command: {arguments}")
+    save()
 
 
 def serve(command: list[str]) -> None:
@@ -206,9 +172,6 @@ def serve(command: list[str]) -> None:
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", int(command[command.index("--server-port") + 1])), Answer)
@@ -223,4 +186,6 @@ if __name__ == "__main__":
     else:
         with open(FOLDER / "calls.jsonl", "a") as calls:
             calls.write(json.dumps(sys.argv[1:]) + "\n")
-        Docker().answer(sys.argv[1:])
+        if STATE.exists():
+            state |= json.loads(STATE.read_text())
+        answer(sys.argv[1:])

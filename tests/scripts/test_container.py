@@ -32,7 +32,6 @@ class Machine(Caller):
         )
         shutil.copy(ROOT / "Dockerfile", self.project.folder)
         (self.project.folder / "pyproject.toml").touch()
-        (self.project.folder / "residency").mkdir()
         self.docker.mkdir()
         fake = Path(__file__).with_name("fake_docker.py")
         self.project.program("docker", f'exec "{sys.executable}" -S "{fake}" "$@"')

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import pytest
 import yaml
 from reverse_proxies import make_certificate
 from script_project import OTHERS, ROOT, SETTINGS
+
+from residency.launch.container_run import IMAGE_USER, build_command
+from residency.launch.options import read, settle
 
 UNIT = ROOT / "examples" / "gpu-managed-tts.service"
 COMPOSE: Any = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
@@ -40,7 +44,7 @@ def test_the_image_runs_as_a_user_without_rights_and_can_be_asked_for_its_health
     assert re.search(r"^USER app$", DOCKERFILE, re.MULTILINE)
     user = re.search(r"useradd --uid (\d+)", DOCKERFILE)
     assert user
-    assert f"IMAGE_USER={user[1]}" in (ROOT / "scripts" / "container_run.sh").read_text()
+    assert int(user[1]) == IMAGE_USER
     assert "HEALTHCHECK" in DOCKERFILE
     command = re.search(r"^CMD (.*)", DOCKERFILE, re.MULTILINE)
     assert command
@@ -77,8 +81,8 @@ def test_the_health_check_asks_the_app_whatever_proxy_the_container_was_given(tl
 
 def test_what_the_build_is_told_reaches_the_install() -> None:
     taken = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
-    script = (ROOT / "scripts" / "container.sh").read_text()
-    assert taken == set(re.findall(r"--build-arg \"?(\w+)", script))
+    words = build_command(settle(read([], {}), "launch"), "digest")
+    assert taken == {word.partition("=")[0] for option, word in pairwise(words) if option == "--build-arg"}
     assert taken == set(COMPOSE["services"]["cpu"]["build"]["args"])
     # Without a default, or pip would be given an index without a name.
     assert {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"} <= set(re.findall(r"^ARG (\w+)$", DOCKERFILE, re.MULTILINE))

@@ -381,12 +381,29 @@ def test_a_restart_that_cannot_write_leaves_what_runs(service: Service, tmp_path
     (tmp_path / "file").touch()
     code, said = service.call("restart", "--tmp-dir", str(tmp_path / "file" / "below"))
     assert (code, "TMP_DIR" in said) == (1, True), said
-    make_file = service.project.bin / "mktemp"
-    make_file.write_text("#!/bin/sh\necho No space left on device >&2\nexit 1\n")
-    make_file.chmod(0o755)
-    code, said = service.call("restart")
-    assert (code, f"RUN_DIR '{service.run_dir}' (variable RUN_DIR) cannot be written" in said) == (1, True), said
+    full = ["bash", "-c", 'ulimit -f 0; exec "$0" restart', service.project.folder / SCRIPT.name]
+    done = subprocess.run(full, env=os.environ | service.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout
+    assert f"RUN_DIR '{service.run_dir}' (variable RUN_DIR) cannot be written" in done.stderr
     assert runs(pid)
-    make_file.unlink()
     assert "Ready" in service.localize("restart")
     assert not list(service.run_dir.glob("*.try"))
+
+
+@pytest.mark.parametrize("damage", ["gone", "no interpreter", "no packages"])
+def test_what_runs_is_found_and_stopped_without_its_environment(service: Service, tmp_path: Path, damage: str) -> None:
+    venv = tmp_path / "venv"
+    shutil.copytree(service.project.folder / ".venv", venv, symlinks=True)
+    pid = service.start(VENV_DIR=str(venv))["pid"]
+    if damage == "gone":
+        shutil.rmtree(venv)
+    elif damage == "no interpreter":
+        for python in venv.glob("bin/python*"):
+            python.unlink()
+            python.symlink_to(tmp_path / "an interpreter that was removed")
+    else:
+        shutil.rmtree(venv / "lib")
+    assert f"ASKED status --url http://127.0.0.1:{service.port}" in service.localize("status", VENV_DIR=str(venv))
+    assert "APP" in service.localize("logs")
+    assert "Stopped" in service.localize("stop", VENV_DIR=str(venv))
+    assert not runs(pid)

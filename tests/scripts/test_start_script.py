@@ -117,11 +117,11 @@ class TestGPU:
     @pytest.fixture
     def patience(self, project: Project) -> Iterator[None]:
         """Less of it than people have."""
-        script = project.folder / "scripts" / "gpu.sh"
-        text = script.read_text()
-        script.write_text(text.replace("NVIDIA_SMI_S=30", "NVIDIA_SMI_S=0.3"))
+        module = project.package / "launch" / "choose_gpu.py"
+        text = module.read_text()
+        module.write_text(text.replace("NVIDIA_SMI_S = 30", "NVIDIA_SMI_S = 0.3"))
         yield
-        script.write_text(text)
+        module.write_text(text)
 
     def test_one_beside_a_broken_one(self, project: Project) -> None:
         project.nvidia_smi(
@@ -327,7 +327,7 @@ def test_an_action_that_there_is_not(project: Project) -> None:
 def test_what_the_app_would_refuse_is_said_before_anything_is_installed(
     fresh: Project, arguments: list[str], said: str
 ) -> None:
-    (fresh.folder / "residency").symlink_to(ROOT / "residency")
+    fresh.take_the_real_parser()
     assert said in fresh.refuse(*arguments)
     assert said in fresh.refuse("--check", *arguments)
     assert not (fresh.folder / ".venv").exists()

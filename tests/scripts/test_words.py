@@ -7,13 +7,22 @@ import pty
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from script_project import ROOT, SETTINGS, Project, free_port, ready_project
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
-ENVIRONMENT = ROOT / "scripts" / "environment.sh"
+
+#: Runs a command as an install, in an environment.
+WATCH = """
+import sys
+from pathlib import Path
+from residency.launch import environment
+environment.TELL_EVERY_S = environment.REWRITE_EVERY_S = 0.3
+sys.exit(environment.watched("torch", Path(sys.argv[1]), ["bash", "-c", sys.argv[2]]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def test_a_whole_life_in_chinese(project: Project, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("lang", "words"), [("C.UTF-8", "is no size"), ("zh_CN.UTF-8", "不是有效的大小")])
 def test_what_the_app_would_refuse_is_told_in_one_language(tmp_path: Path, lang: str, words: str) -> None:
     project = Project(tmp_path / "project", tmp_path / "bin")
-    (project.folder / "residency").symlink_to(ROOT / "residency")
+    project.take_the_real_parser()
     said = project.refuse("--check", "--simulate-gpu", "abc", LANG=lang)
     assert words in said
     assert ("is no size" in said) != ("不是有效的大小" in said)
@@ -78,20 +87,17 @@ def test_the_help_tells_every_setting_with_its_variable(project: Project, lang: 
 SILENT = 'echo Collecting; head -c 9000000 /dev/zero >"$TMPDIR/fetched"; printf half; sleep 1; echo " line" >&2; exit 7'
 
 
-def watched(tmp_path: Path, seconds: str, stdout: int) -> subprocess.Popen[bytes]:
-    quick = tmp_path / "environment.sh"
-    text = re.sub(r"(TELL_EVERY_S|REWRITE_EVERY_S)=\d+", rf"\1={seconds}", ENVIRONMENT.read_text())
-    quick.write_text(text)
+def watched(tmp_path: Path, stdout: int) -> subprocess.Popen[bytes]:
     (tmp_path / "venv").mkdir()
     (tmp_path / "tmp").mkdir()
     return subprocess.Popen(
-        ["bash", "-c", 'source "$1"; watched torch "$2" bash -c "$3"', "-", quick, tmp_path / "venv", SILENT],
+        [sys.executable, "-c", WATCH, tmp_path / "venv", SILENT], cwd=ROOT,
         env=os.environ | {"LC_ALL": "C", "TMPDIR": str(tmp_path / "tmp")}, stdout=stdout, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
 def test_a_log_gets_a_line_now_and_then(tmp_path: Path) -> None:
-    process = watched(tmp_path, "0.3", stdout=subprocess.PIPE)
+    process = watched(tmp_path, stdout=subprocess.PIPE)
     lines = process.communicate(timeout=30)[0].decode().splitlines()
     assert process.returncode == 7, "of what was run"
     assert (lines[0], lines[-1]) == ("Collecting", "half line"), lines
@@ -102,7 +108,7 @@ def test_a_log_gets_a_line_now_and_then(tmp_path: Path) -> None:
 
 def test_in_a_terminal_one_line_is_rewritten(tmp_path: Path) -> None:
     ours, its = pty.openpty()
-    process = watched(tmp_path, "0.3", stdout=its)
+    process = watched(tmp_path, stdout=its)
     os.close(its)
     said = b""
     while part := _read(ours):
@@ -125,8 +131,8 @@ def _read(terminal: int) -> bytes:
 def test_an_install_is_watched(tmp_path: Path) -> None:
     """pip unpacks without a word, here because it is held up."""
     project = Project(tmp_path / "project", tmp_path / "bin")
-    script = project.folder / "scripts" / "environment.sh"
-    script.write_text(script.read_text().replace("TELL_EVERY_S=10", "TELL_EVERY_S=0.3"))
+    module = project.package / "launch" / "environment.py"
+    module.write_text(module.read_text().replace("TELL_EVERY_S = 10.0", "TELL_EVERY_S = 0.3"))
     late = tmp_path / "late"
     late.mkdir()
     (late / "sitecustomize.py").write_text(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -13,11 +12,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from residency.launch.options import SETTINGS as LAUNCH_SETTINGS
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "start_with_gpu_management.sh"
-_list = re.search(r"readonly SETTINGS=\((.*?)\)", SCRIPT.read_text(), re.DOTALL)
-assert _list
-SETTINGS = {*_list[1].split(), "TORCH_INDEX_URL"}
+SETTINGS = {*LAUNCH_SETTINGS, "TORCH_INDEX_URL"}
 
 OTHERS = {
     "CUDA_VISIBLE_DEVICES", "GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH",
@@ -67,12 +66,19 @@ if "--say-greeting" in sys.argv:
     print(greeting.WORDS)
 """
 
-# Instead of `python -m gpu_manager`.
+# Instead of residency.launch.command_line, which asks the app.
 SHELL_COMMAND = """\
-import sys, urllib.request
-print("ASKED", *sys.argv[1:])
-print("BY A PROXY", [host for host in ("127.0.0.1", "192.0.2.1") if not urllib.request.proxy_bypass(host)])
+import urllib.request
+
+
+def main(argv):
+    print("ASKED", *argv)
+    print("BY A PROXY", [host for host in ("127.0.0.1", "192.0.2.1") if not urllib.request.proxy_bypass(host)])
+    return 0
 """
+
+# Instead of residency.launch.settings: the app below takes any argument.
+PARSER = "def parse(argv): pass\n"
 
 
 class Project:
@@ -85,11 +91,21 @@ class Project:
         (folder / "scripts").mkdir(parents=True)
         bin_folder.mkdir()
         shutil.copy(SCRIPT, folder)
-        for file in (ROOT / "scripts").glob("*.sh"):
-            shutil.copy(file, folder / "scripts")
+        shutil.copy(ROOT / "scripts" / "python", folder / "scripts")
+        self.package = folder / "residency"
+        for files in ("*.py", "launch/*.py", "scheduling/*.py"):
+            for file in (ROOT / "residency").glob(files):
+                copy = self.package / file.relative_to(ROOT / "residency")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
+        (self.package / "launch" / "settings.py").write_text(PARSER)
         (folder / "app.py").write_text(APP)
-        (folder / "gpu_manager.py").write_text(SHELL_COMMAND)
+        (self.package / "launch" / "command_line.py").write_text(SHELL_COMMAND)
         self.requirements.write_text("")
+
+    def take_the_real_parser(self) -> None:
+        """From now on the arguments of the real app are known, and no others."""
+        shutil.copy(ROOT / "residency" / "launch" / "settings.py", self.package / "launch")
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}

@@ -1,0 +1,144 @@
+"""Chooses the GPU for the app, and checks whether its driver is new enough for torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+
+from .environment import environment_state
+from .options import LaunchSettings
+from .terminal import fail, say
+
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""Major version of CUDA that a torch build has -> oldest driver for it (NVIDIA, CUDA Compatibility)."""
+CUDA_OF_PINS = 13
+"""The CUDA of torch 2.13 as PyPI has it, which requirements.txt pins."""
+NVIDIA_SMI_S = 30
+"""A driver in trouble can make nvidia-smi hang, so that no signal ends it."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``index`` is the value for CUDA_VISIBLE_DEVICES, empty for the CPU; ``driver`` is empty if unknown."""
+
+    index: str = ""
+    driver: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """For the environment of the app."""
+
+
+def choose_gpu(settings: LaunchSettings) -> Gpu:
+    """GPU_ID, else CUDA_VISIBLE_DEVICES, else the one with the most free memory; prints the choice."""
+    cpu = Gpu(variables={"CUDA_VISIBLE_DEVICES": ""})
+    if settings.gpu_id == "none":
+        say("GPU: none, as asked for; the CPU is used", "GPU：按要求不使用，使用 CPU")
+        return cpu
+    said, trouble = _ask_nvidia_smi()
+    # Index, free memory, driver, name. Of several GPUs one may be broken; then there are other lines, too.
+    rows = [re.split(" *, *", row.strip(), maxsplit=3) for row in said.splitlines() if re.match(r" *\d+,", row)]
+    driver = rows[0][2] if rows else ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not settings.gpu_id and visible is not None:
+        say(f"GPU: as CUDA_VISIBLE_DEVICES='{visible}' says", f"GPU：按 CUDA_VISIBLE_DEVICES='{visible}'")
+        return Gpu("" if visible.startswith("-") else visible, driver)  # -1 is none
+    if not rows:
+        en, zh = trouble or _no_rows(said)
+        if settings.gpu_id:
+            named = settings.named("GPU_ID")
+            fail(f"{named} cannot be used: {en}. Give GPU_ID=none to use the CPU",
+                 f"无法使用 {named}：{zh}。使用 CPU 请设 GPU_ID=none")  # fmt: skip
+        say(f"GPU: none ({en}); the CPU is used", f"GPU：无（{zh}），使用 CPU")
+        # PyTorch would meet the same trouble, or hang. Without nvidia-smi some containers have a GPU all the same.
+        return cpu if shutil.which("nvidia-smi") else Gpu()
+    return _choose_row(settings, rows, driver)
+
+
+def _choose_row(settings: LaunchSettings, rows: list[list[str]], driver: str) -> Gpu:
+    known = " ".join(row[0] for row in rows)
+    rows = [row for row in rows if settings.gpu_id in ("", row[0])]
+    if not rows:
+        named = settings.named("GPU_ID")
+        fail(f"There is no {named}; nvidia-smi lists: {known}", f"没有 {named}；nvidia-smi 列出：{known}")
+    # "[N/A]" where GPU and host share one memory.
+    sized = [(int(re.sub(r"\D", "", free) or 0), index, name) for index, free, _, name in rows]
+    free_mb, index, name = max(sized, key=itemgetter(0))
+    if settings.gpu_id:
+        say(f"GPU: {index} ({name}), as asked for; {free_mb} MiB free",
+            f"GPU：按指定使用 {index}（{name}），空闲 {free_mb} MiB")  # fmt: skip
+    else:
+        say(f"GPU: {index} ({name}) has the most free memory, {free_mb} MiB, of: {known}",
+            f"GPU：{index}（{name}）空闲显存最多，{free_mb} MiB；共有：{known}")  # fmt: skip
+    # Numbered as nvidia-smi does.
+    return Gpu(index, driver, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index})
+
+
+def _ask_nvidia_smi() -> tuple[str, tuple[str, str] | None]:
+    """What it prints; or what prevented that, in English and Chinese."""
+    query = ["nvidia-smi", "--query-gpu=index,memory.free,driver_version,name", "--format=csv,noheader,nounits"]
+    try:
+        process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
+    except OSError:
+        return "", ("nvidia-smi is not here", "找不到 nvidia-smi")
+    try:
+        return process.communicate(timeout=NVIDIA_SMI_S)[0], None
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for
+        return "", (f"nvidia-smi does not answer within {NVIDIA_SMI_S} s", f"nvidia-smi 在 {NVIDIA_SMI_S} 秒内没有响应")
+
+
+def _no_rows(said: str) -> tuple[str, str]:
+    if not said.strip():
+        return "nvidia-smi lists none", "nvidia-smi 没有列出 GPU"
+    line = said.strip().splitlines()[0]
+    return f"nvidia-smi fails: {line}", f"nvidia-smi 执行失败：{line}"
+
+
+def check_driver(gpu: Gpu, version_py: str, place: str) -> None:
+    """`LaunchError` if the driver is too old for a torch in ``place``, by the text of its version.py.
+
+    Importing torch takes seconds. An empty text is of no torch, or of one that is not known.
+    """
+    if not gpu.index or not gpu.driver[:1].isdigit() or not version_py:
+        return
+    build = ("set TORCH_INDEX_URL", "设置 TORCH_INDEX_URL")
+    with_cuda = ("start without TORCH_INDEX_URL", "在不设 TORCH_INDEX_URL 的情况下重新启动")
+    state = environment_state(Path(place), [])
+    if state == "foreign":
+        build = (f"install it into {place}", f"将其装入 {place}")
+        with_cuda = ("install another torch into it", "在其中安装其他 torch")
+    elif state == "ready":
+        build = (f"remove {place} and {build[0]}", f"删除 {place} 并{build[1]}")
+        with_cuda = (f"remove {place} and {with_cuda[0]}", f"删除 {place}，并{with_cuda[1]}")
+    found = re.search(r"^cuda[^=]*= *'(\d+)", version_py, re.MULTILINE)
+    if not found:
+        say(f"⚠️  The torch in {place} is built without CUDA, so the GPU is not used. For one with it, {with_cuda[0]}",
+            f"⚠️  {place} 中的 torch 不含 CUDA，不会使用 GPU。如需 GPU，请{with_cuda[1]}")  # fmt: skip
+        return
+    cuda, oldest = found[1], OLDEST_DRIVER.get(int(found[1]), 0)
+    if int(gpu.driver.partition(".")[0]) < oldest:
+        fail(
+            f"Driver {gpu.driver} is too old for torch with CUDA {cuda}, which needs {oldest} or newer. Update the "
+            f"driver, take another build of torch ({build[0]}; see pytorch.org), or give GPU_ID=none",
+            f"驱动 {gpu.driver} 过旧：CUDA {cuda} 的 torch 需要 {oldest} 或更高版本。请更新驱动，"
+            f"或换用其他 torch（{build[1]}，参见 pytorch.org），或设 GPU_ID=none",
+        )
+
+
+def torch_of_environment(settings: LaunchSettings) -> str:
+    """The version.py of the torch in the environment; empty if there is none."""
+    for file in Path(settings.venv_dir).glob("lib/python3*/site-packages/torch/version.py"):
+        return file.read_text(encoding="utf-8")
+    return ""
+
+
+def torch_of_pins(settings: LaunchSettings) -> str:
+    """What version.py will say after an install of the pins; empty where another build is asked for."""
+    requirements = Path(settings.project_dir, "requirements.txt").read_text(encoding="utf-8")
+    pinned = re.search("^torch==", requirements, re.MULTILINE) and not os.environ.get("TORCH_INDEX_URL")
+    return f"cuda = '{CUDA_OF_PINS}'" if pinned else ""

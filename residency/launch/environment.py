@@ -1,0 +1,207 @@
+"""The project's Python environment: made, completed, repaired; one that somebody else made is never changed.
+
+``python -m residency.launch.environment VENV REQUIREMENTS...`` prepares one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import filecmp
+import importlib.util
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ResidencyError
+from .terminal import choose, fail, output_of, report, say
+
+State = Literal["absent", "broken", "outdated", "ready", "foreign", "taken"]
+
+MARK = ".gpu-managed-tts"
+"""In an environment made here: a copy of each requirements file that was installed completely, and the lock."""
+TELL_EVERY_S = 10.0
+"""Between two lines on an install that prints nothing, in a log."""
+REWRITE_EVERY_S = 1.0
+"""The same in a terminal, where one line is rewritten."""
+_PIP = ("-m", "pip", "install", "--no-input", "--disable-pip-version-check")
+
+
+def python_of(venv: Path) -> str:
+    return str(venv / "bin" / "python")
+
+
+def environment_state(venv: Path, files: Sequence[Path]) -> State:
+    """``foreign`` is somebody else's environment; ``taken`` a folder that is no environment."""
+    if not (venv / MARK).exists():
+        if os.access(python_of(venv), os.X_OK):
+            return "foreign"
+        return "taken" if venv.exists() and (not venv.is_dir() or any(venv.iterdir())) else "absent"
+    # Also broken after the system's Python, which the environment points to, went from one version to the next.
+    if output_of(python_of(venv), "-Ic", "import pip") is None:
+        return "broken"
+    return "ready" if all(_is_installed(venv, file) for file in files) else "outdated"
+
+
+def _is_installed(venv: Path, file: Path) -> bool:
+    copy = venv / MARK / file.name
+    return copy.exists() and filecmp.cmp(file, copy, shallow=False)
+
+
+def _maker() -> str:
+    """A Python that can make an environment: this one, outside of any. Debian packs venv and ensurepip separately."""
+    if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
+        return os.path.realpath(sys.executable)
+    fail(f"{sys.executable} has no venv module. On Debian and Ubuntu: sudo apt-get install python3-venv",
+         f"{sys.executable} 缺少 venv 模块。Debian / Ubuntu 请执行：sudo apt-get install python3-venv")  # fmt: skip
+
+
+def plan_environment(venv: Path, files: Sequence[Path]) -> State:
+    """Say what `prepare_environment` would do; `LaunchError` if it can do nothing."""
+    state = environment_state(venv, files)
+    if state == "taken":
+        fail(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
+             f"{venv} 已存在但不是 Python 环境。请用 VENV_DIR 指定其他目录")  # fmt: skip
+    python = _maker() if state in ("absent", "broken") else ""
+    en, zh = {
+        "ready": ("is ready", "已就绪"),
+        "outdated": ("needs an install", "需要安装依赖"),
+        "absent": (f"is made with {python}, then filled", f"用 {python} 创建并安装依赖"),
+        "broken": (f"is incomplete; it is made again with {python}", f"不完整，用 {python} 重建"),
+        "foreign": ("was not made by this project; it is used as it is", "不是本项目创建的，按原样使用"),
+    }[state]
+    say(f"Environment: {venv} {en}", f"环境：{venv} {zh}")
+    if state == "foreign":
+        _check_foreign(venv, files)
+    return state
+
+
+def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
+    """Make, repair or complete the environment; quick when there is nothing to do."""
+    if plan_environment(venv, files) in ("ready", "foreign"):
+        return
+    venv = venv.resolve()  # a link may point to what is not made yet
+    try:
+        (venv / MARK).mkdir(parents=True, exist_ok=True)
+        lock = open(venv / MARK / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        fail(f"{venv} cannot be made ({error.strerror}): give a folder that can be written with VENV_DIR",
+             f"无法创建 {venv}（{error.strerror}）：请用 VENV_DIR 指定可写的目录")  # fmt: skip
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"Another start is setting up {venv}; waiting for it", f"另一个启动进程正在准备 {venv}，等待其完成")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        _complete(venv, files)
+
+
+def _complete(venv: Path, files: Sequence[Path]) -> None:
+    """Looks again, because another start may have done the work meanwhile."""
+    if environment_state(venv, files) == "broken":
+        for path in venv.iterdir():
+            if path.name != MARK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in (venv / MARK).glob("*.txt"):
+            path.unlink()
+        python = _maker()
+        if subprocess.run([python, "-m", "venv", venv]).returncode:
+            fail(f"{python} could not make {venv} (see above)", f"{python} 无法创建 {venv}（见上）")
+    for file in files:
+        if not _is_installed(venv, file):
+            (venv / MARK / file.name).unlink(missing_ok=True)
+            install_requirements(venv, file)
+            shutil.copy(file, venv / MARK)
+
+
+def install_requirements(venv: Path, file: Path) -> None:
+    """PyTorch first and alone, so that the index of its builds (TORCH_INDEX_URL) serves nothing else."""
+    say(f"Installing {file}", f"正在安装 {file}")
+    if torch := re.search(r"^torch==[^ ;\n]*", file.read_text(encoding="utf-8"), re.MULTILINE):
+        index = os.environ.get("TORCH_INDEX_URL")
+        pip_install(venv, torch[0], [*(["--index-url", index] if index else []), torch[0]])
+    pip_install(venv, str(file), ["-r", str(file)])
+
+
+def pip_install(venv: Path, what: str, arguments: Sequence[str]) -> None:
+    """`LaunchError` if pip fails."""
+    if watched(what, venv, [python_of(venv), *_PIP, *arguments]):
+        fail(
+            f"{what} could not be installed (pip says why above). Check the network and the disk space, or name a "
+            f"mirror with PIP_INDEX_URL (PyTorch's with TORCH_INDEX_URL); then run this again, it goes on from here",
+            f"{what} 安装失败（原因见上方 pip 输出）。请检查网络与磁盘空间，或用 PIP_INDEX_URL 指定镜像"
+            f"（PyTorch 用 TORCH_INDEX_URL），然后重新运行，会从中断处继续",
+        )
+
+
+def watched(what: str, venv: Path, command: Sequence[str]) -> int:
+    """Run an install, and while it prints nothing say how long it has run and what it has on the disk so far.
+
+    That is in the environment, and in a folder of its own for downloads. Returns the exit status of the command.
+    """
+    every_s, before, after = TELL_EVERY_S, "", "\n"
+    if sys.stdout.isatty():
+        every_s, before, after = REWRITE_EVERY_S, "\r\x1b[K", ""
+    began = time.monotonic()
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    with tempfile.TemporaryDirectory() as scratch, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
+        env=os.environ | {"TMPDIR": scratch},
+    ) as process:  # fmt: skip
+        assert process.stdout
+        threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
+        while True:
+            try:
+                line = lines.get(timeout=every_s)
+            except queue.Empty:
+                size = (output_of("du", "-smc", str(venv), scratch) or "?").splitlines()[-1].split()[0]
+                seconds = int(time.monotonic() - began)
+                line = choose(f"Installing {what}: {seconds} s, {size} MB on the disk",
+                              f"正在安装 {what}：{seconds} 秒，磁盘占用 {size} MB") + after  # fmt: skip
+            print(before, line or "", sep="", end="", flush=True)
+            if line is None:
+                return process.wait()
+
+
+def _read_lines(output: object, lines: queue.SimpleQueue[str | None]) -> None:
+    for line in output:  # type: ignore[attr-defined]
+        lines.put(line)
+    lines.put(None)
+
+
+def _check_foreign(venv: Path, files: Sequence[Path]) -> None:
+    """Name the packages that somebody else's environment lacks; `LaunchError` if the app could not even start."""
+    paths = output_of(python_of(venv), "-Ic", r"import sys; print(*sys.path, sep='\n')")
+    if paths is None:
+        fail(f"{venv}/bin/python does not run", f"{venv}/bin/python 无法运行")
+    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+    names = dict.fromkeys(match[0] for match in map(re.compile(r"[A-Za-z0-9][\w.-]*").match, lines) if match)
+
+    def lacks(name: str) -> bool:
+        return not any(metadata.distributions(name=name, path=paths.splitlines()))
+
+    # onnxruntime-gpu has the modules of onnxruntime.
+    missing = [name for name in names if lacks(name) and lacks(f"{name}-gpu")]
+    said = " ".join(missing)
+    if {"torch", "gradio"} & set(missing):
+        fail(f"{venv} lacks {said}. Install them there, or leave VENV_DIR out and an environment is made for you",
+             f"{venv} 缺少 {said}。请在其中安装，或不设置 VENV_DIR 以自动创建环境")  # fmt: skip
+    if missing:
+        say(f"⚠️  {venv} lacks {said}; what needs them will not work", f"⚠️  {venv} 缺少 {said}，相关功能不可用")
+
+
+if __name__ == "__main__":
+    try:
+        prepare_environment(Path(sys.argv[1]), [Path(file) for file in sys.argv[2:]])
+    except ResidencyError as error:
+        report(error)
+        sys.exit(1)
