@@ -1,6 +1,6 @@
 """The real engine: an unmodified Step-Audio-EditX checkout and its weights. See `checkout` for how it is imported.
 
-Not yet run with its real weights by this project: see GPU_MANAGEMENT.md.
+Not yet run with its real weights by this project: see docs/en/verification.md.
 """
 
 from __future__ import annotations
