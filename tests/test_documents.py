@@ -361,9 +361,7 @@ def shape(text: str) -> list[str]:
 
 
 def test_pages_of_both_languages_have_the_same_names() -> None:
-    english, chinese = (
-        {path.name for path in (ROOT / "docs" / language).glob("*.md")} for language in ("en", "zh")
-    )
+    english, chinese = ({path.name for path in (ROOT / "docs" / language).glob("*.md")} for language in ("en", "zh"))
     assert english == chinese
     assert len(english) >= 10
 
