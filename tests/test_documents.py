@@ -24,6 +24,8 @@ from forking import ForkedProcess
 from miniature import CHECKOUT, make_recording, make_weights
 from starting import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
 
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.web.api.metrics import exposition
 from residency.web.ui.guidance import VERIFIED
 from residency.web.ui.sample_voices import VOICES
 
@@ -418,6 +420,20 @@ def test_a_stale_table_and_a_missing_translation_are_found(tmp_path: Path) -> No
     assert code == 1
     assert "stale: docs/zh/http-api.md" in output
     assert "no translation in docs/zh/translations.json: Flag" in output
+
+
+def test_the_metrics_page_lists_what_the_app_exposes() -> None:
+    with GPUResourceManager(SimulatedDevice(1 << 20)) as manager:
+        manager.register("tts", load=object)
+        with manager.lease("tts"):
+            text = exposition(manager).decode()
+    exposed = {
+        f"{name}_total" if kind == "counter" and not name.endswith("_total") else name
+        for name, kind in re.findall(r"^# TYPE (\S+) (\S+)", text, re.MULTILINE)
+    }
+    listed = set(re.findall(r"`(gpu_manager_\w+)`", (ROOT / "docs/en/metrics.md").read_text(encoding="utf-8")))
+    assert exposed <= listed
+    assert listed - exposed <= {"gpu_manager_gpu_power_watts"}, "a simulated card draws no power"
 
 
 def test_what_the_english_readme_lets_people_type_the_chinese_one_does_too() -> None:
