@@ -24,10 +24,19 @@ from fork_server import ForkedProcess
 from miniature_checkout import CHECKOUT, make_recording, make_weights
 from script_project import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
 
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.web.api.metrics import exposition
 from residency.web.ui.guidance import VERIFIED
 from residency.web.ui.sample_voices import VOICES
 
-DOCUMENTS = ["README.md", "README_CN.md", "GPU_MANAGEMENT.md", "examples/README.md"]
+#: A page in English and its Chinese translation.
+PAIRS = [
+    ("README.md", "README_CN.md"),
+    ("GPU_MANAGEMENT.md", "GPU_MANAGEMENT_CN.md"),
+    *((f"docs/en/{page.name}", f"docs/zh/{page.name}") for page in sorted((ROOT / "docs" / "en").glob("*.md"))),
+]
+GUIDES = PAIRS[1:]
+DOCUMENTS = [*itertools.chain(*zip(*PAIRS, strict=True)), "examples/README.md"]
 COPIED = [
     "*.py",
     "*.sh",
@@ -202,7 +211,12 @@ def test_what_is_written_can_be_typed(shell: Shell, commands: list[str]) -> None
 
 
 def test_the_documents_have_commands() -> None:
-    assert {name.partition(":")[0] for name in CHAPTERS} >= {"README.md", "GPU_MANAGEMENT.md"}
+    assert {name.partition(":")[0] for name in CHAPTERS} >= {
+        "README.md",
+        "GPU_MANAGEMENT.md",
+        "docs/en/deployment.md",
+        "docs/en/http-api.md",
+    }
     assert len(CHAPTERS) >= 8
 
 
@@ -263,7 +277,7 @@ def test_what_is_named_in_passing_is_there(command: str) -> None:
         assert set(named) <= known
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -338,13 +352,6 @@ def test_python_in_the_documents_is_python(document: str) -> None:
         compile(code, document, "exec")
 
 
-def halves() -> tuple[str, str]:
-    """The guide in English, and in Chinese."""
-    english, line, chinese = (ROOT / "GPU_MANAGEMENT.md").read_text(encoding="utf-8").partition("\n---\n")
-    assert line
-    return english, chinese
-
-
 def shape(text: str) -> list[str]:
     """Levels of headings, rows of tables with their columns, items of lists."""
     plain = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL).replace("\\|", "")
@@ -355,12 +362,78 @@ def shape(text: str) -> list[str]:
     ]
 
 
-def test_both_halves_of_the_guide_have_the_same_chapters_tables_and_commands() -> None:
-    english, chinese = halves()
+def test_pages_of_both_languages_have_the_same_names() -> None:
+    english, chinese = ({path.name for path in (ROOT / "docs" / language).glob("*.md")} for language in ("en", "zh"))
+    assert english == chinese
+    assert len(english) >= 10
+
+
+@pytest.mark.parametrize("pair", GUIDES, ids=[english for english, _ in GUIDES])
+def test_both_languages_of_a_page_have_the_same_chapters_tables_and_commands(pair: tuple[str, str]) -> None:
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in pair)
     assert shape(english) == shape(chinese)
     assert blocks(english, "bash", "diff", "json") == blocks(chinese, "bash", "diff", "json")
     assert len(blocks(english, "python")) == len(blocks(chinese, "python"))
-    assert all(re.search(r"[\u4e00-\u9fff]", heading) for heading in re.findall(r"^#+ (.*)$", chinese, re.MULTILINE))
+    plain = re.sub(r"^ *```.*?^ *```", "", chinese, flags=re.MULTILINE | re.DOTALL)
+    assert all(re.search(r"[\u4e00-\u9fff]", heading) for heading in re.findall(r"^#+ (.*)$", plain, re.MULTILINE))
+
+
+def links(document: str) -> set[Path]:
+    """The files to which a document links."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = (target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target)
+    return {((ROOT / document).parent / path).resolve() for path in found if path}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=[english for english, _ in PAIRS])
+def test_both_languages_of_a_page_link_to_each_other(pair: tuple[str, str]) -> None:
+    english, chinese = pair
+    assert ROOT / chinese in links(english)
+    assert ROOT / english in links(chinese)
+
+
+def test_the_guides_link_to_every_page_of_their_language() -> None:
+    for guide, language in (("GPU_MANAGEMENT.md", "en"), ("GPU_MANAGEMENT_CN.md", "zh")):
+        assert set((ROOT / "docs" / language).glob("*.md")) <= links(guide)
+
+
+def test_the_guides_are_short() -> None:
+    for guide in ("GPU_MANAGEMENT.md", "GPU_MANAGEMENT_CN.md"):
+        assert len((ROOT / guide).read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def test_generated_tables_are_up_to_date() -> None:
+    code, output = forked(PROGRAM, "scripts/generate_docs.py", "--check")
+    assert code == 0, f"run python scripts/generate_docs.py:\n{output}"
+    for name in re.findall(r"<!-- generated: (.*) -->", (ROOT / "docs/en/configuration.md").read_text()):
+        assert f"<!-- generated: {name} -->\n\n" in (ROOT / "docs/zh/configuration.md").read_text(encoding="utf-8")
+
+
+def test_a_stale_table_and_a_missing_translation_are_found(tmp_path: Path) -> None:
+    for name in ("scripts", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    page = tmp_path / "docs" / "zh" / "http-api.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("`GET /readyz`", "`GET /ready`"), encoding="utf-8")
+    translations = tmp_path / "docs" / "zh" / "translations.json"
+    translations.write_text(translations.read_text(encoding="utf-8").replace('"Flag":', '"Flags":'), encoding="utf-8")
+    code, output = forked(PROGRAM, "scripts/generate_docs.py", "--check", cwd=tmp_path, paths=[ROOT])
+    assert code == 1
+    assert "stale: docs/zh/http-api.md" in output
+    assert "no translation in docs/zh/translations.json: Flag" in output
+
+
+def test_the_metrics_page_lists_what_the_app_exposes() -> None:
+    with GPUResourceManager(SimulatedDevice(1 << 20)) as manager:
+        manager.register("tts", load=object)
+        with manager.lease("tts"):
+            text = exposition(manager).decode()
+    exposed = {
+        f"{name}_total" if kind == "counter" and not name.endswith("_total") else name
+        for name, kind in re.findall(r"^# TYPE (\S+) (\S+)", text, re.MULTILINE)
+    }
+    listed = set(re.findall(r"`(gpu_manager_\w+)`", (ROOT / "docs/en/metrics.md").read_text(encoding="utf-8")))
+    assert exposed <= listed
+    assert listed - exposed <= {"gpu_manager_gpu_power_watts"}, "a simulated card draws no power"
 
 
 def test_what_the_english_readme_lets_people_type_the_chinese_one_does_too() -> None:

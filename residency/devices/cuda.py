@@ -1,6 +1,6 @@
 """A real GPU, through torch. Its allocator keeps the books; NVML is asked for what others use.
 
-Run by this project's tests on a fake CUDA runtime only, not yet on a GPU: see GPU_MANAGEMENT.md.
+Run by this project's tests on a fake CUDA runtime only, not yet on a GPU: see docs/en/verification.md.
 """
 
 from __future__ import annotations

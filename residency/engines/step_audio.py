@@ -1,6 +1,6 @@
 """Builds the real engine from an unmodified Step-Audio-EditX checkout (imported by `checkout`) and its weights.
 
-Not yet run with its real weights by this project: see GPU_MANAGEMENT.md.
+Not yet run with its real weights by this project: see docs/en/verification.md.
 """
 
 from __future__ import annotations

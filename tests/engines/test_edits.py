@@ -1,4 +1,4 @@
-"""The seven edits of GPU_MANAGEMENT.md, carried out on an app in miniature, which is then run."""
+"""The seven edits of docs/en/library.md, carried out on an app in miniature, which is then run."""
 
 from __future__ import annotations
 

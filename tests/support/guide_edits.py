@@ -1,4 +1,4 @@
-"""The edits of GPU_MANAGEMENT.md that put the manager into somebody's own app, read from the page and carried out."""
+"""The edits of docs/en/library.md that put the manager into somebody's own app, read from the page and carried out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def edits() -> list[str]:
     """The blocks of the section, each a diff without headers."""
-    text = (ROOT / "GPU_MANAGEMENT.md").read_text(encoding="utf-8")
-    section = text.split("## Seven edits to an app that you have\n")[1].split("\n## ")[0]
+    text = (ROOT / "docs/en/library.md").read_text(encoding="utf-8")
+    section = text.split("## Seven edits to an existing app\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^   ```diff\n(.*?)^   ```", section, re.DOTALL | re.MULTILINE)
     return [textwrap.dedent(block) for block in blocks]
 
