@@ -52,6 +52,7 @@ from residency.scheduling.dispatcher import Dispatcher
 from residency.scheduling.lease import Lease, held_models, watching
 from residency.scheduling.managed_model import ManagedModel
 from residency.scheduling.manual_control import ManualControl
+from residency.scheduling.move_runner import MoveRunner
 from residency.scheduling.mover import Mover
 from residency.scheduling.policies import (
     change_policy,
@@ -138,15 +139,10 @@ class GPUResourceManager:
         self._mover = Mover(self.device, adopt, snapshots)
         self._clock: Clock = clock or SystemClock()
         self._host = HostProbe()
-        self._dispatcher = Dispatcher(
-            self.device,
-            self._mover,
-            self._clock,
-            math.inf if budget_bytes is None else budget_bytes,
-            partial(sample, self.device),
-        )
+        self._dispatcher = Dispatcher(self.device, self._clock, math.inf if budget_bytes is None else budget_bytes)
+        self._moves = MoveRunner(self._dispatcher, self._mover, partial(sample, self.device))
         self._admission = Admission(self._dispatcher, self._check_open_locked, self.settings["wait_timeout"])
-        self._manual_control = ManualControl(self._dispatcher, self._check_open_locked)
+        self._manual_control = ManualControl(self._dispatcher, self._moves, self._mover, self._check_open_locked)
         self._closed = False
         self._parents_models: dict[str, ManagedModel] = {}
         self._remeasured_s = -math.inf
@@ -225,15 +221,15 @@ class GPUResourceManager:
             skip=tuple(skip),
             random_state=RandomState(),
             load_timeout_s=load_timeout_s,
-            max_waiting=math.inf if max_waiting is None else max_waiting,
-            size_bytes=size_bytes,
         )
+        managed.leases.max_waiting = math.inf if max_waiting is None else max_waiting
+        managed.memory.size_bytes = size_bytes
         if keep is not None:
             managed.borrowed_part = BorrowedPart(BorrowedResident(keep, self.device))
         try:
             if managed.borrowed_part is not None:
                 managed.borrowed_part.offload()
-                managed.host_bytes = managed.borrowed_part.host_bytes
+                managed.memory.host_bytes = managed.borrowed_part.host_bytes
             with self._lock:
                 self._check_free_locked(name)
                 self._managed_models[name] = managed
@@ -249,11 +245,9 @@ class GPUResourceManager:
         ``keep_warm`` takes the place of a policy given to `register`; ``idle_timeout`` alone is passed on to it.
         """
         for managed in self._models_named(name):
-            with self._lock:
+            with self._dispatcher.replanning(managed), self._lock:
                 self._check_open_locked(managed)
                 managed.policy = change_policy(managed.policy, keep_warm, idle_timeout)
-                self._dispatcher.plan_locked(managed)
-            self._dispatcher.act()
 
     def unregister(self, name: str) -> None:
         """Release a model once its requests have ended and forget it; requests that wait get `UnknownModel`.
@@ -339,7 +333,7 @@ class GPUResourceManager:
             now_s = self._clock.now()
             self._dispatcher.card.seen(now_s, memory)
             outside_device_bytes, outside_host_bytes = totals(
-                managed.outside_memory for managed in self._managed_models.values()
+                managed.memory.outside for managed in self._managed_models.values()
             )
             models = {
                 name: describe(managed, now_s, device.kind, device.separate)
@@ -357,9 +351,9 @@ class GPUResourceManager:
         """Look again at child processes that hold memory outside the books, once a second at most."""
         with self._lock:
             holding = {
-                managed: managed.outside_memory
+                managed: managed.memory.outside
                 for managed in self._managed_models.values()
-                if managed.outside_memory and managed.outside_memory.holders
+                if managed.memory.outside and managed.memory.outside.holders
             }
             now_s = self._clock.now()
             if not holding or now_s < self._remeasured_s + 1:
@@ -368,8 +362,8 @@ class GPUResourceManager:
         for managed, outside in holding.items():
             found = remeasured(outside, self.device)
             with self._lock:
-                if managed.outside_memory is outside and found != outside:
-                    managed.outside_memory = found
+                if managed.memory.outside is outside and found != outside:
+                    managed.memory.outside = found
                     self._dispatcher.version += 1
 
     @property
@@ -394,7 +388,9 @@ class GPUResourceManager:
                 "window_s": WINDOW_S,
                 "device": self._dispatcher.card.as_dict(now_s),
                 "models": {
-                    name: managed.history.as_dict(now_s, kind, managed.holder.served_s if managed.holder else None)
+                    name: managed.history.as_dict(
+                        now_s, kind, managed.leases.holder.served_s if managed.leases.holder else None
+                    )
                     for name, managed in self._managed_models.items()
                 },
             }
@@ -412,7 +408,7 @@ class GPUResourceManager:
 
         It is called in a thread of its own, in the order in which things happened; what it raises is logged.
         """
-        return self._dispatcher.reports.listeners.subscribe(listener)
+        return self._dispatcher.notifier.listeners.subscribe(listener)
 
     def wait_for(self, name: str, state: State, timeout: float | str | None = None) -> bool:
         """Wait until a model is in ``state``; False if it will not be.
@@ -442,7 +438,7 @@ class GPUResourceManager:
         managed_models = self._models_named(None)
         all_released = self._manual_control.retire(managed_models, ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
-        self._dispatcher.reports.listeners.close()
+        self._dispatcher.notifier.listeners.close()
         return all_released
 
     def leave_to_the_parent(self) -> None:
@@ -501,7 +497,7 @@ class GPUResourceManager:
     def _check_open_locked(self, managed: ManagedModel) -> None:
         if self._closed:
             raise ManagerClosed
-        if managed.closing:
+        if managed.health.closing:
             raise UnknownModel(managed.name, tuple(self._managed_models))
 
 
@@ -512,12 +508,12 @@ def _stands(managed: ManagedModel) -> bool:
 def _will_not_come(managed: ManagedModel, state: State) -> bool:
     """Whether nothing leads a model to ``state`` any more, unless somebody asks for it anew."""
     failed = (
-        managed.last_error is not None
+        managed.health.last_error is not None
         and managed.settled_state is not State.DEVICE
-        and not managed.prefetch
-        and not managed.in_use
+        and not managed.wishes.prefetch
+        and not managed.leases.in_use
     )
-    return _stands(managed) and (managed.closing or (failed and state is not State.RELEASED))
+    return _stands(managed) and (managed.health.closing or (failed and state is not State.RELEASED))
 
 
 _singleton: GPUResourceManager | None = None

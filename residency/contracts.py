@@ -277,7 +277,7 @@ class Clock(Protocol):
 
     def now(self) -> float: ...
 
-    def wait(self, latch: threading.Lock, timeout_s: float = ...) -> None:
+    def wait(self, event: threading.Lock, timeout_s: float = ...) -> None:
         """Wait until a one-shot event (see `residency.one_shot_event`) is set, or for ``timeout_s`` (`math.inf`).
 
         May return early: the caller checks its condition again, and waits with a new event.

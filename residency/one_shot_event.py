@@ -1,4 +1,4 @@
-"""A latch: a thread or a coroutine waits on it until a thread opens it, once.
+"""A event: a thread or a coroutine waits on it until a thread opens it, once.
 
 A bare lock that is held until it is opened. Unlike a `threading.Condition`, whose methods are Python code, it survives
 an interrupt (Ctrl-C) of the waiting thread at any moment: nothing that others need is left held or let go.
@@ -24,10 +24,10 @@ class OneShotEvent(Protocol):
 
 
 def new_event() -> threading.Lock:
-    """A latch that is closed."""
-    latch = threading.Lock()
-    latch.acquire()
-    return latch
+    """A event that is closed."""
+    event = threading.Lock()
+    event.acquire()
+    return event
 
 
 def holds(lock: Any) -> bool:
@@ -35,16 +35,16 @@ def holds(lock: Any) -> bool:
     return bool(lock._is_owned())
 
 
-def set_event(latch: OneShotEvent) -> None:
+def set_event(event: OneShotEvent) -> None:
     """Let who waits on it go on; opening it twice is no error."""
     with contextlib.suppress(RuntimeError):  # it is open
-        latch.release()
+        event.release()
 
 
 class AsyncOneShotEvent:
-    """A latch on which a coroutine of the running event loop waits. It is opened from any thread.
+    """A event on which a coroutine of the running event loop waits. It is opened from any thread.
 
-    The loop keeps the coroutine that waits, as it does for a timer; the latch does not. So a task whose loop is dropped
+    The loop keeps the coroutine that waits, as it does for a timer; the event does not. So a task whose loop is dropped
     can be collected, although its request is still in a queue.
     """
 

@@ -301,8 +301,8 @@ class Clock:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self.now = scheduler, scheduler.now
 
-    def wait(self, latch: Any, timeout_s: float = math.inf) -> None:
-        latch.acquire(timeout=-1 if timeout_s == math.inf else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
+    def wait(self, event: Any, timeout_s: float = math.inf) -> None:
+        event.acquire(timeout=-1 if timeout_s == math.inf else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
 
     def jump(self, seconds: float) -> None:
         """Let time pass; those whose deadline has come can run."""

@@ -373,9 +373,9 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
     child.subscribe(told.append)
     lease = child.lease("tts")
     use(child)
-    child._dispatcher.reports.listeners.close()
+    child._dispatcher.notifier.listeners.close()
     count, heard = len(told), []
-    child._dispatcher.reports.listeners._events.append(told[0])
+    child._dispatcher.notifier.listeners._events.append(told[0])
     child.leave_to_the_parent()
     assert child.closed
     assert child.names() == ()
@@ -387,7 +387,7 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
     assert child._parents_models["tts"].engine is workshop.engines[0], "it is kept from being collected"
     assert len(told) == count
     child.subscribe(heard.append)
-    child._dispatcher.reports.listeners.close()
+    child._dispatcher.notifier.listeners.close()
     assert not heard, "what was left to tell is the parent's"
 
 

@@ -213,23 +213,23 @@ def test_a_timeout_races_with_the_event_and_either_wins() -> None:
 def test_time_goes_to_the_next_deadline_when_nobody_can_run() -> None:
     scheduler = Scheduler(jump_probability=0)
     clock, woken = scheduler.clock(), []
-    latches = [scheduler.Lock() for _ in range(5)]
+    events = [scheduler.Lock() for _ in range(5)]
 
-    def wait(latch: Any, timeout_s: float) -> Callable[[], None]:
+    def wait(event: Any, timeout_s: float) -> Callable[[], None]:
         def function() -> None:
-            clock.wait(latch, timeout_s)
+            clock.wait(event, timeout_s)
             woken.append(clock.now())
 
-        latch.acquire()
+        event.acquire()
         return function
 
     def jump() -> None:
         scheduler.sleep(25)
         clock.jump(100)
-        latches[-1].release()
+        events[-1].release()
 
     times = (20, 10, -1, 50, float("inf"))
-    scheduler.run(*(wait(latch, seconds) for latch, seconds in zip(latches, times, strict=True)), jump)
+    scheduler.run(*(wait(event, seconds) for event, seconds in zip(events, times, strict=True)), jump)
     assert woken == [1000.0, 1010.0, 1020.0, 1125.0, 1125.0]
 
 
@@ -391,9 +391,9 @@ def test_what_is_made_outside_of_a_run_works_there_and_inside(monkeypatch: pytes
     with changed:
         assert not changed.wait(3)
         assert scheduler.now() == 1003
-        latch = scheduler.Lock()
-        latch.acquire()
-        clock_module.SystemClock().wait(latch, 1e300)
+        event = scheduler.Lock()
+        event.acquire()
+        clock_module.SystemClock().wait(event, 1e300)
         changed.notify_all()
         with pytest.raises(Deadlock, match="outside of run"):
             changed.wait()

@@ -25,7 +25,11 @@ class DeadlockDetector:
 
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[LeaseRequest] = ()) -> tuple[ManagedModel, ...]:
         """The models that this code keeps busy, as far as the call stack tells and the context does not."""
-        holders = [managed.holder for managed in self._dispatcher.managed_models.values() if managed.holder is not None]
+        holders = [
+            managed.leases.holder
+            for managed in self._dispatcher.managed_models.values()
+            if managed.leases.holder is not None
+        ]
         return tuple(
             holder.managed
             for holder in holders
@@ -42,11 +46,11 @@ class DeadlockDetector:
 
     def found_at_arrival_locked(self, request: LeaseRequest, blocks: bool) -> RuntimeError | None:
         """Why a request would wait for ever, as far as that is known when it comes; ``blocks``: with its thread."""
-        managed, holder = request.managed, request.managed.holder
+        managed, holder = request.managed, request.managed.leases.holder
         if holder is not None and holder.site.resumed_by(request.site):
             return self.error(request)
         if blocks and holder is not None and self._in_the_loop_of(holder, request.site):
-            return EventLoopBlocked(managed.name, "lease()", managed.held_by(self._dispatcher.clock.now()))
+            return EventLoopBlocked(managed.name, "lease()", managed.leases.held_by(self._dispatcher.clock.now()))
         if request.holding and would_wait_for_itself(request, self._dispatcher.managed_models.values()):
             return self.error(request)
         return None
@@ -70,8 +74,12 @@ class DeadlockDetector:
     def refuse_to_block_locked(self, call: str, managed_models: Iterable[ManagedModel], site: CallSite) -> None:
         """`EventLoopBlocked` where the call would wait for a task of the event loop that it blocks."""
         for managed in managed_models:
-            if managed.holder is not None and managed.holder.users and self._in_the_loop_of(managed.holder, site):
-                raise EventLoopBlocked(managed.name, call, managed.held_by(self._dispatcher.clock.now()))
+            if (
+                managed.leases.holder is not None
+                and managed.leases.holder.users
+                and self._in_the_loop_of(managed.leases.holder, site)
+            ):
+                raise EventLoopBlocked(managed.name, call, managed.leases.held_by(self._dispatcher.clock.now()))
 
     @staticmethod
     def _in_the_loop_of(holder: LeaseRequest, site: CallSite) -> bool:
@@ -81,7 +89,9 @@ class DeadlockDetector:
     def error(self, request: LeaseRequest) -> LeaseDeadlock:
         """What a request is refused with."""
         holding = tuple(dict.fromkeys(managed.name for managed in request.holding))
-        return LeaseDeadlock(request.managed.name, holding, request.managed.held_by(self._dispatcher.clock.now()))
+        return LeaseDeadlock(
+            request.managed.name, holding, request.managed.leases.held_by(self._dispatcher.clock.now())
+        )
 
 
 def _in_event_loop() -> bool:

@@ -22,7 +22,7 @@ class LostLeases:
 
     def look_locked(self, managed: ManagedModel, now_s: float) -> None:
         """Suspect the lease of a model, from time to time, if the code that took it does not execute any more."""
-        holder = managed.holder
+        holder = managed.leases.holder
         if holder is None or now_s < holder.search_s:
             return
         holder.searched_s = now_s

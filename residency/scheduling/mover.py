@@ -152,13 +152,18 @@ class Mover:
 
     def _sleep(self, task: MoveTask) -> int:
         """Release into a snapshot; 0 if there is none to be had."""
-        if self._snapshots is None or task.resident is None or task.managed.closing or task.managed.broken:
+        if (
+            self._snapshots is None
+            or task.resident is None
+            or task.managed.health.closing
+            or task.managed.health.broken
+        ):
             return 0
-        if task.managed.outside_memory is not None and task.managed.outside_memory.held_bytes > SKELETON_BYTES:
+        if task.managed.memory.outside is not None and task.managed.memory.outside.held_bytes > SKELETON_BYTES:
             logger.info(
                 "%s: released without a snapshot, since its engine holds %s bytes that no move takes with it",
                 task.managed.name,
-                f"{task.managed.outside_memory.held_bytes:,}",
+                f"{task.managed.memory.outside.held_bytes:,}",
             )
             return 0
         try:
