@@ -117,9 +117,11 @@ class Dispatcher:
         """Begin the next step of this model, and of those that wait for room. `act` starts it."""
         self.version += 1
         now_s = self.clock.now()
-        if short := [
-            other for other in self.managed_models.values() if other.memory.waiting_for_room and other is not managed
-        ]:
+        short = []
+        for other in self.managed_models.values():
+            if other.memory.waiting_for_room and other is not managed:
+                short.append(other)
+        if short:
             for other in by_arrival(short):
                 self._step_locked(other, now_s)
         self._step_locked(managed, now_s)

@@ -53,12 +53,13 @@ def next_step(managed: ManagedModel, now_s: float, separate: bool) -> Move | Ser
         move := move_towards(managed, managed.wishes.pending_move, separate)
     ):
         return move
-    called_for = managed.leases.next_request() is not None or managed.wishes.prefetch
+    waits = managed.leases.next_request() is not None
+    called_for = waits or managed.wishes.prefetch
     if managed.health.broken and (
         managed.settled_state is State.DEVICE or (managed.settled_state is State.HOST and called_for)
     ):
         return Move(managed.name, managed.settled_state, State.RELEASED)
-    if managed.leases.next_request() is not None and managed.settled_state is State.DEVICE:
+    if waits and managed.settled_state is State.DEVICE:
         return Serve.HEAD
     if called_for and managed.settled_state is not State.DEVICE:
         return Move(managed.name, managed.settled_state, State.DEVICE)
@@ -71,9 +72,13 @@ def next_deadline(managed: ManagedModel, now_s: float, separate: bool) -> float:
         return float(managed.move_task.give_up_at_s)
     if managed.leases.in_use or managed.times.idle_since_s is None or managed.settled_state is State.RELEASED:
         return math.inf
-    edges = {edge for window in managed.policy.windows() for edge in window} | {managed.policy.idle_timeout_s}
-    times = {max(managed.times.idle_since_s + edge, managed.times.policy_paused_until_s, now_s) for edge in edges}
-    return min((time for time in times if time < math.inf and _due_move(managed, time, separate)), default=math.inf)
+    earliest_s, deadline_s = max(now_s, managed.times.policy_paused_until_s), math.inf
+    for edges in (*managed.policy.windows(), (managed.policy.idle_timeout_s,)):
+        for edge_s in edges:
+            time_s = max(managed.times.idle_since_s + edge_s, earliest_s)
+            if time_s < deadline_s and _due_move(managed, time_s, separate):
+                deadline_s = time_s
+    return deadline_s
 
 
 def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | None:
