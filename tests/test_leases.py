@@ -191,7 +191,7 @@ def test_a_generator_that_is_collected_where_its_manager_is_at_work_gives_its_le
     pieces = stream()
     next(pieces)
     # Python collects at any point: here, where this thread has the lock.
-    with manager._lock if busy == "the books" else manager._moves._starting:
+    with manager._dispatcher.lock if busy == "the books" else manager._moves._starting:
         pieces.close()
     assert manager.wait_for("tts", State.HOST, 60)
     assert tts(manager)["leases"] == 0

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable
 
 from ..errors import EventLoopBlocked, LeaseDeadlock
-from .callers import CallSite, in_thread_pool, is_this_thread
+from .callers import CallSite, call_site, in_thread_pool, is_this_thread
 from .dispatcher import Dispatcher
-from .lease import Lease
+from .lease import Lease, held_models
 from .managed_model import LeaseRequest, ManagedModel
 from .planner import would_wait_for_itself
 
@@ -71,15 +71,20 @@ class DeadlockDetector:
         # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
         return self._dispatcher.clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
 
-    def refuse_to_block_locked(self, call: str, managed_models: Iterable[ManagedModel], site: CallSite) -> None:
-        """`EventLoopBlocked` where the call would wait for a task of the event loop that it blocks."""
-        for managed in managed_models:
-            if (
-                managed.leases.holder is not None
-                and managed.leases.holder.users
-                and self._in_the_loop_of(managed.leases.holder, site)
-            ):
-                raise EventLoopBlocked(managed.name, call, managed.leases.held_by(self._dispatcher.clock.now()))
+    def refuse_own(self, call: str, managed_models: Iterable[ManagedModel]) -> None:
+        """RuntimeError where a call that waits for these models' requests would wait for the code that makes it.
+
+        `EventLoopBlocked` where it would wait for a task of the event loop that it blocks.
+        """
+        site = call_site()
+        with self._dispatcher.lock:
+            kept_busy = (*held_models(), *self.kept_busy_locked(site))
+            if any(held is managed for held in kept_busy for managed in managed_models):
+                raise RuntimeError(f"{call} would wait for the lease or the load that called it; leave it first.")
+            for managed in managed_models:
+                holder = managed.leases.holder
+                if holder is not None and holder.users and self._in_the_loop_of(holder, site):
+                    raise EventLoopBlocked(managed.name, call, holder.facts(self._dispatcher.clock.now()))
 
     @staticmethod
     def _in_the_loop_of(holder: LeaseRequest, site: CallSite) -> bool:

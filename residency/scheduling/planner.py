@@ -102,6 +102,17 @@ def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | Non
     return None if warm else move_towards(managed, State.HOST, separate)
 
 
+def will_not_reach(managed: ManagedModel, state: State) -> bool:
+    """Whether nothing leads a model to ``state`` any more, without a new request."""
+    failed = (
+        managed.health.last_error is not None
+        and managed.settled_state is not State.DEVICE
+        and not managed.wishes.prefetch
+        and not managed.leases.in_use
+    )
+    return managed.move_task is None and (managed.health.closing or (failed and state is not State.RELEASED))
+
+
 # -- room on the device -----------------------------------------------------------------------------------------
 
 
