@@ -155,7 +155,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
                 ``"auto"``: learned from the arrivals.
             idle_timeout: seconds idle until it is released, or ``"15m"``; -1: never.
             policy: replaces these two: a `residency.contracts.Policy`, one object for each model. If it raises, that is
-                logged, and 0 and 600 seconds apply from then on.
+                logged, and 0 and 600 seconds replace it.
             load_timeout: seconds after which a load is given up (`LoadTimeout`) and the next request loads anew.
             max_waiting: how many requests may wait; further ones get `ModelBusy`. None: any number.
             size_bytes: its size on the device, for the budget of the first load; later it is measured.
@@ -290,8 +290,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
     def wait_for(self, name: str, state: State, timeout: float | str | None = None) -> bool:
         """Wait until a model is in ``state``; False if it will not be.
 
-        That is if ``timeout`` (real seconds or ``"5s"``) passes first, if its last load or restore has failed and there
-        is no new request, or when it is unregistered or the manager closed.
+        That is if ``timeout`` (real seconds or ``"5s"``) passes, its last load or restore has failed, or it is removed.
         """
         managed = self._registry.named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
@@ -303,9 +302,8 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
     def close(self, grace: float | str | None = None) -> bool:
         """Refuse new requests, let the running ones end, release everything and stop the monitor. Idempotent.
 
-        Requests that wait get `ManagerClosed`. A request or a load that still runs after ``grace`` seconds (None or
-        -1: as long as it takes) is left alone with its model; then the answer is False. RuntimeError if the calling
-        code holds a lease, or is a loader.
+        Requests that wait get `ManagerClosed`. False if a request or a load still runs after ``grace`` seconds (None
+        or -1: as long as it takes): it keeps its model. RuntimeError if the calling code holds a lease or is a loader.
         """
         grace_s = math.inf if grace is None else seconds(grace)
         self._admission.deadlocks.refuse_own("close()", self._registry.named(None))

@@ -50,7 +50,7 @@ def where(manager: GPUResourceManager) -> str:
 
 def use(manager: GPUResourceManager, *names: str) -> None:
     for name in names:
-        manager._clock.advance(1)
+        manager._dispatcher.clock.advance(1)
         with manager.lease(name) as engine:
             assert engine.resident.place == "device"
 

@@ -34,7 +34,7 @@ class Client:
 
     def __init__(self, manager: GPUResourceManager, name: str, timeout: float | None) -> None:
         self.lease = manager.lease(name, timeout)
-        self.gives_up_s = math.inf if timeout is None else manager._clock.now() + timeout
+        self.gives_up_s = math.inf if timeout is None else manager._dispatcher.clock.now() + timeout
         self.inside = Gate()
         self.discards = False
         self.worker = Worker(self._request)

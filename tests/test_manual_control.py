@@ -20,7 +20,8 @@ from gpu_manager import (
 from residency.clock import ManualClock
 from residency.errors import InvalidInput
 from residency.progress import current
-from residency.scheduling.dispatcher import STUCK_AFTER_S, WARM_GRACE_S
+from residency.scheduling.dispatcher import WARM_GRACE_S
+from residency.scheduling.mover import STUCK_AFTER_S
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -17,7 +17,7 @@ from gpu_manager import (
 )
 from residency.clock import ManualClock
 from residency.errors import InvalidInput
-from residency.scheduling.dispatcher import STUCK_AFTER_S
+from residency.scheduling.mover import STUCK_AFTER_S
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

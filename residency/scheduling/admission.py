@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
-from ..observability.error_classification import may_be_device_loss
+from ..observability.error_classification import device_is_lost, may_be_device_loss
 from ..one_shot_event import AsyncOneShotEvent, holds, new_event
 from ..states import State
 from .callers import call_site
@@ -166,7 +166,7 @@ class Admission:
         if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
             self.give_back_later(lease, discard)
             return
-        lost = dispatcher.is_lost(error)
+        lost = device_is_lost(error, dispatcher.device)
         with dispatcher.lock:
             now_s = self._clock.now()
             request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from ..contracts import Clock, Device
 from ..errors import DeviceLost, LoadTimeout, OverBudget
 from ..locks import renewed_in_children
-from ..observability.error_classification import in_words, loss_beyond_repair, may_be_device_loss
+from ..observability.error_classification import in_words
 from ..observability.history import CardHistory, PastMove
 from ..observability.outside_memory import OutsideBooks
 from ..one_shot_event import holds, new_event
@@ -34,7 +34,7 @@ from ..states import Move, State
 from .lost_leases import LostLeases
 from .managed_model import ManagedModel
 from .monitor import IdleMonitor
-from .mover import MoveTask
+from .mover import STUCK_AFTER_S, MoveTask
 from .notifier import Notifier
 from .planner import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
 
@@ -45,9 +45,6 @@ WARM_GRACE_S = 60.0
 
 RETRY_AFTER_S = 30.0
 """Pause of the policy after a failed move. Requests and manual control may try at once."""
-
-STUCK_AFTER_S = 30.0
-"""How long a model that is leaving may make no progress before waiting for it ends."""
 
 
 class _Replanning:
@@ -221,7 +218,8 @@ class Dispatcher:
                 self._give_up_locked(managed)
             self._step_locked(managed, now_s)
             self.lost.look_locked(managed, now_s)
-            self._report_standstill_locked(managed, now_s)
+            if managed.move_task is not None and managed.move_task.begins_to_hang(now_s):
+                logger.error("%s: hangs on its way off the device; its last request is answered", managed.name)
         tasks = [managed.move_task for managed in self.managed_models.values() if managed.move_task]
         if self.lost.suspected or any(not task.spawned for task in tasks):
             self.begun = True
@@ -246,20 +244,7 @@ class Dispatcher:
         if managed.leases.holder is not None:
             return managed.leases.holder.search_s  # nothing else happens to a model in use
         deadline_s = next_deadline(managed, now_s, self.device.separate)
-        task = managed.move_task
-        if task is not None and not task.arrives and not task.hangs:
-            return min(deadline_s, float(task.seen_s) + STUCK_AFTER_S)
-        return deadline_s
-
-    def _report_standstill_locked(self, managed: ManagedModel, now_s: float) -> None:
-        """Log once that a model which leaves makes no progress: its memory stays taken."""
-        task = managed.move_task
-        if task is None or task.arrives or task.hangs or now_s < task.seen_s + STUCK_AFTER_S:
-            return
-        before, task.seen, task.seen_s = task.seen, task.progress.pulse, now_s
-        task.hangs = task.seen == before
-        if task.hangs:
-            logger.error("%s: hangs on its way off the device; its last request is answered", managed.name)
+        return deadline_s if managed.move_task is None else min(deadline_s, managed.move_task.check_at_s)
 
     def _give_up_locked(self, managed: ManagedModel) -> None:
         """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
@@ -357,15 +342,6 @@ class Dispatcher:
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
         memory = task.managed.memory
         task.managed.history.moved(past, memory.device_bytes if self.device.separate else memory.host_bytes)
-
-    def is_lost(self, error: BaseException | None) -> bool:
-        """Whether the device has failed, according to an error or, if that suggests it, to the device.
-
-        It may take seconds: not to be called under the lock.
-        """
-        if error is None:
-            return False
-        return loss_beyond_repair(error) is not None or (may_be_device_loss(error) and not self.device.is_usable())
 
     def lost_locked(self) -> None:
         """The device has failed: engines on it are unusable, and are built anew."""

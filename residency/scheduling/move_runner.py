@@ -10,6 +10,7 @@ from collections.abc import Callable
 from ..contracts import Memory
 from ..locks import renewed_in_children
 from ..observability.error_classification import (
+    device_is_lost,
     empty_frames,
     in_words,
     is_capture_under_way,
@@ -171,7 +172,7 @@ class MoveRunner:
         dispatcher, managed = self._dispatcher, task.managed
         left, memory = task.resident or managed.borrowed_part, Memory()
         after = self._sample(task.move.via is State.LOADING, True)
-        lost = dispatcher.is_lost(task.error)
+        lost = device_is_lost(task.error, self._device)
         sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
         with contextlib.suppress(Exception):  # an error of logging must not keep the move from ending
             memory = self._device.memory()

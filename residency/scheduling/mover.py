@@ -24,6 +24,10 @@ SKELETON_BYTES = 64 << 20
 """What an engine may hold outside the books to stay in main memory while its weights are in a snapshot."""
 
 
+STUCK_AFTER_S = 30.0
+"""How long a model that is leaving may make no progress before it counts as hanging, and waiting for it ends."""
+
+
 @dataclass(eq=False)
 class MoveTask:
     """A move under way: one thread carries it out, and owns the model's engine and resident until it ends.
@@ -60,8 +64,21 @@ class MoveTask:
     def arrives(self) -> bool:
         return self.move.target is State.DEVICE
 
+    @property
+    def check_at_s(self) -> float:
+        """When to call `begins_to_hang`: a model that leaves and makes no progress keeps its memory taken."""
+        return math.inf if self.arrives or self.hangs else self.seen_s + STUCK_AFTER_S
+
+    def begins_to_hang(self, now_s: float) -> bool:
+        """Whether it is found now, for the first time, to have made no progress for `STUCK_AFTER_S`."""
+        if now_s < self.check_at_s:
+            return False
+        before, self.seen, self.seen_s = self.seen, self.progress.pulse, now_s
+        self.hangs = self.seen == before
+        return self.hangs
+
     def end(self) -> None:
-        """Let go of what a task that is over must not keep alive: the engine, and itself."""
+        """Drop references to objects that must not outlive the move: the engine, and the task itself."""
         self.engine = self.resident = self.progress.changed = None
 
     @property
