@@ -1,4 +1,4 @@
-"""Time, injected: the system's monotonic clock, and one that tests turn by hand."""
+"""Time, injected: the system's monotonic clock, and one for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SystemClock:
 
 
 class ManualClock:
-    """A clock that moves only when told to, for tests that must not sleep."""
+    """A clock that moves only in `advance`, for tests that must not sleep."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self._now_s = now_s
@@ -38,7 +38,7 @@ class ManualClock:
             self._waiting.remove(event)
 
     def advance(self, seconds: float) -> None:
-        """Move time forward and wake everyone who waits on this clock, to look at it again."""
+        """Move time forward and wake all threads that wait on this clock, to look at it again."""
         with self._lock:
             self._now_s += seconds
             for event in self._waiting:

@@ -39,7 +39,7 @@ _BOTH = re.compile(r"(?P<before>[\w-]+: )?(?P<en>[^\n]+?) / (?P<zh>[^\n]*[\u4e00
 def in_locale(lines: str, environ: Mapping[str, str] = os.environ) -> str:
     """Lines for a terminal: of each that is ``en / zh``, also behind a name and a colon, the half of its locale.
 
-    That is what the start script does: Chinese where the first of LC_ALL, LC_MESSAGES and LANG that is set begins with
+    As in the start script: Chinese where the first of LC_ALL, LC_MESSAGES and LANG that is set begins with
     ``zh``, else English.
     """
     locale = next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")

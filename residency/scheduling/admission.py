@@ -158,7 +158,7 @@ class Admission:
     def give_back(
         self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
     ) -> None:
-        """End it, and begin what follows from the end of a request.
+        """End a lease; after the last lease of a request, plan the next step. ``discard``: the engine is broken.
 
         The caller does not wait until the model has left the device, unless the model is small.
         """
@@ -214,12 +214,12 @@ class Admission:
             self.give_back(lease, discard, error, wait=False)
 
     def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """Let the monitor end it, or whoever acts next."""
+        """Let another thread end it: the monitor, or the next that calls `Dispatcher.act`. May be called anywhere."""
         self._dispatcher.deferred_releases.append(partial(self.give_back, lease, discard, error, wait=False))
         self._dispatcher.monitor.wake()
 
     def look_again(self) -> None:
-        """Have the monitor find what somebody who was interrupted left undone."""
+        """After an interrupt: let the monitor finish the change."""
         self._dispatcher.monitor.wake()
 
     def cancel(self, request: LeaseRequest) -> bool:

@@ -18,7 +18,7 @@ STALLED_AFTER_S = 3.0
 
 
 class DeadlockDetector:
-    """Compares call stacks and books. Methods that end in ``_locked`` want the dispatcher's lock."""
+    """Compares call stacks with the leases in force. Methods that end in ``_locked`` need the dispatcher's lock."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -58,7 +58,7 @@ class DeadlockDetector:
     def found_while_waiting(self, holder: LeaseRequest, request: LeaseRequest, blocks: bool) -> bool:
         """Whether the code that has the model cannot go on before the request is answered.
 
-        A wait with a time-out ends by itself, after which the holder may well leave: that is for the status to tell.
+        A wait with a time-out ends by itself, so it is no deadlock; the status shows it.
         """
         wait_s = holder.site.waits_for(request.site)
         request.awaited = wait_s is not None

@@ -13,7 +13,7 @@ _REST = 20.0
 
 
 class LostLeases:
-    """Decides when garbage is collected to find them. Methods that end in ``_locked`` want the dispatcher's lock."""
+    """Decides when garbage is collected to find them. Methods that end in ``_locked`` need the dispatcher's lock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -97,7 +97,7 @@ class ManualControl:
         self._mover.tidy()
 
     def retire(self, managed_models: list[ManagedModel], reason: ResidencyError, grace_s: float) -> bool:
-        """Refuse what waits for these models with ``reason``, let what runs end, and release them.
+        """Refuse the requests that wait for these models with ``reason``, let the running ones end, and release them.
 
         What still runs after ``grace_s``, or hangs as it leaves, is left alone; then the answer is False.
         """
@@ -117,7 +117,7 @@ class ManualControl:
             released = dispatcher.watch(managed, partial(_has_nothing_to_do, managed), left_s) or self._leaves(managed)
             if released:
                 try:
-                    self._mover.forget(managed)  # what a release has kept for the next load
+                    self._mover.forget(managed)  # the snapshot's skeleton
                 except Exception:
                     logger.exception("%s: the device took its memory back with an error", managed.name)
                 gone.append(managed)
@@ -127,7 +127,7 @@ class ManualControl:
         return len(gone) == len(managed_models)
 
     def _leaves(self, managed: ManagedModel) -> bool:
-        """The grace is for requests and loads; what is leaving has the time that it takes, as long as it goes on."""
+        """Whether it is released: the grace is for requests and loads; a move off the device may take longer."""
         while managed.leases.holder is None and (task := managed.move_task) is not None and not task.arrives:
             if not self._dispatcher.await_task_while_it_progresses(task):
                 return False

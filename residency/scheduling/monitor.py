@@ -21,9 +21,8 @@ PAUSE_AFTER_ERROR_S = 1.0
 class IdleMonitor:
     """At each deadline calls ``look`` under the lock, which decides and answers the next deadline, then ``act``.
 
-    A deadline that has come already means: act, and look again. An error in there is kept for the status and logged,
-    and the thread goes on; should it end all the same, the next `expect_locked` starts another. Methods that end in
-    ``_locked`` want ``lock``.
+    A deadline in the past means: act, and look again. Errors are logged and shown in the status, and the thread goes
+    on; if it ends all the same, the next `expect_locked` starts another. Methods that end in ``_locked`` need ``lock``.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class IdleMonitor:
             set_event(self._wake_up)
 
     def _run(self, turn: object) -> None:
-        # An interrupt while a thread is started can make it look dead; whoever took its place has the turn.
+        # An interrupt while a thread is started can make it look dead; then its successor has the turn.
         while self._turn is turn and not self._stopping:
             try:
                 self._act()
@@ -109,7 +108,7 @@ class IdleMonitor:
                 self._clock.wait(wake_up, sleep_s)
 
     def _fall_asleep_locked(self, decide: Callable[[], float]) -> tuple[threading.Lock, float]:
-        # First the wake_up: who wakes this thread without the lock has either been seen, or opens this one.
+        # First the event: a wake-up without the lock came before it and is seen in `decide`, or sets it.
         self._wake_up = wake_up = new_event()
         self._sleeps_until_s = deadline_s = decide()
         return wake_up, 0.0 if self._stopping else deadline_s - self._clock.now()

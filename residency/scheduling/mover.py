@@ -1,4 +1,4 @@
-"""The hands: what a move does to a model's engine and resident. Knows no locks and no other models."""
+"""Carries out moves: loads, offloads, restores and releases engines. Knows no locks and no other models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .random_state import preserved_random_state
 logger = logging.getLogger(__name__)
 
 SKELETON_BYTES = 64 << 20
-"""What an engine may hold outside the books to stay in main memory while its weights are in a snapshot."""
+"""Most memory outside the managed weights that an engine may keep while its weights are in a snapshot."""
 
 
 STUCK_AFTER_S = 30.0
@@ -32,8 +32,8 @@ STUCK_AFTER_S = 30.0
 class MoveTask:
     """A move under way: one thread carries it out, and owns the model's engine and resident until it ends.
 
-    It is ``claimed`` once by that thread. ``make_room`` says that others left for it, ``give_up_at_s`` when its loader
-    has taken too long, in ``context`` runs what it calls.
+    ``claimed``: that thread has begun. ``made_room``: other models left for it. ``give_up_at_s``: when its loader has
+    taken too long. ``context``: the context in which it runs.
     """
 
     managed: ManagedModel
@@ -53,7 +53,7 @@ class MoveTask:
     put_off: bool = False
     given_up: bool = False
     told_s: float = -math.inf
-    #: How far it had come when that was last looked at, and when.
+    #: Its progress when `begins_to_hang` last looked, and when.
     seen: object = None
     seen_s: float = -math.inf
     hangs: bool = False
@@ -83,7 +83,7 @@ class MoveTask:
 
     @property
     def back_at(self) -> State:
-        """Where the model is if the move has failed: where it was, unless its bytes had gone already."""
+        """The model's state after a failure: the one before, unless its bytes had left already."""
         if self.engine is None:
             return State.RELEASED
         has_left = self.resident is not None and self.resident.device_bytes < self.device_bytes_before
@@ -91,7 +91,7 @@ class MoveTask:
 
 
 class Mover:
-    """Carries out moves on one device. ``adopt`` finds what of a fresh engine holds memory.
+    """Carries out moves on one device. ``adopt`` finds the parts of a fresh engine that hold memory.
 
     With ``snapshots``, a release keeps the engine as a skeleton and its weights on disk, and the next load reads
     them back instead of building the engine again; if that does not work the engine is built the normal way.
@@ -126,7 +126,7 @@ class Mover:
         return freed_bytes
 
     def throw_away(self, task: MoveTask) -> None:
-        """Give up what a load brings that was given up; what it had borrowed may be another engine's by now."""
+        """Release the engine of a load that was given up; its borrowed part may belong to another engine by now."""
         logger.warning("%s: came after it had been given up, and is thrown away", task.managed.name)
         resident, task.engine, task.resident = task.resident, None, None
         if resident is not None:
@@ -140,7 +140,7 @@ class Mover:
             managed.borrowed_part.hand_back()
 
     def tidy(self) -> None:
-        """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
+        """Free garbage and the caches of the allocator."""
         gc.collect()
         self._device.settle()
 
@@ -168,7 +168,7 @@ class Mover:
         return task.resident.device_bytes + task.resident.host_bytes
 
     def _sleep(self, task: MoveTask) -> int:
-        """Release into a snapshot; 0 if there is none to be had."""
+        """Release into a snapshot; 0 if there is none."""
         if (
             self._snapshots is None
             or task.resident is None
@@ -215,7 +215,7 @@ class Mover:
 
 
 def _watched(engine: Any) -> Callable[[], Any]:
-    """A function whose answer is not None as long as the engine is there, or if that cannot be told."""
+    """A weak reference to the engine; where there can be none, a function that answers True."""
     try:
         return weakref.ref(engine)
     except TypeError:
@@ -227,7 +227,7 @@ def _build(managed: ManagedModel, progress: Progress) -> Any:
     progress.enter("building")
     with preserved_random_state():
         if managed.random_state is not None:
-            managed.random_state.put_back()  # what it draws is the same, however often and for whomever it builds
+            managed.random_state.put_back()  # each load draws the same numbers
         engine = managed.load()
     if engine is None:
         raise TypeError(f"The loader of {managed.name!r} returned None; let it return the engine.")

@@ -1,4 +1,4 @@
-"""What the dispatcher says of moves: to the log, and to whoever listens."""
+"""Reports moves to the log and to listeners."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .mover import MoveTask
 logger = logging.getLogger("residency.moves")
 
 PROGRESS_EVERY_S = 0.1
-"""Listeners are told of progress at most this often."""
+"""The shortest time between two reports of progress to listeners."""
 
 
 def waiting_for(managed: ManagedModel) -> int:
@@ -25,7 +25,7 @@ def waiting_for(managed: ManagedModel) -> int:
 
 
 class Notifier:
-    """Nothing here waits; `tell` may be called under the dispatcher's lock, so that the order is that of the books."""
+    """Nothing here waits. `tell` is called under the dispatcher's lock: events come in the order of the changes."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device = device

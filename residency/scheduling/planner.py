@@ -1,8 +1,8 @@
 """Decides which move comes next, from the managed models and the time. Pure: nothing here acts, waits or logs.
 
-For one model, in this order: what was asked for by hand; a broken engine goes; who waits is served, or the model
-brought to the device for them; otherwise its policy says where an idle model is. A model in use or on its way is
-left alone. Bringing a model to the device needs room there: `room_for` says whose room.
+For one model, in this order: a move by hand; the release of a broken engine; the next request is served, or the
+model brought to the device for it; otherwise the policy decides where an idle model is. A model in use or on its way
+is left alone. To bring a model to the device, `room_for` decides which others leave.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | Non
     ):
         return None
     windows = managed.policy.windows()
-    # A model promised to be warm for longer than the idle timeout keeps that promise.
+    # Keep-warm takes precedence over a shorter idle timeout.
     if now_s >= managed.times.idle_since_s + max(managed.policy.idle_timeout_s, windows[-1][1]):
         return move_towards(managed, State.RELEASED, separate)
     begun = any(
         managed.times.idle_since_s + start <= now_s < managed.times.idle_since_s + stop for start, stop in windows[1:]
     )
     if managed.settled_state is State.HOST:
-        # The first window keeps a model where it is; later ones bring it back, unless somebody sent it away.
+        # The first window keeps a model where it is; later ones bring it back, unless it was moved away by hand.
         return Move(managed.name, State.HOST, State.DEVICE) if begun and not managed.wishes.moved_away_by_hand else None
     warm = begun or now_s < managed.times.idle_since_s + windows[0][1]
     return None if warm else move_towards(managed, State.HOST, separate)
@@ -119,9 +119,9 @@ def will_not_reach(managed: ManagedModel, state: State) -> bool:
 def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], budget_bytes: float) -> Room:
     """Whether ``managed`` may go to the device, on which models under management take ``budget_bytes`` at most.
 
-    If there is no room, idle models leave, the one unused for longest first; models in use are waited for. Who waits
-    for room is served in the order of arrival over all models: a model whose next request came later counts as idle.
-    Models promised to stay (keep-warm -1) do. A restore that no request waits for takes only room that is free, or
+    If there is no room, idle models leave, the least recently used first; models in use are waited for. Requests that
+    wait for room are served in the order of arrival over all models: a model whose next request came later counts as
+    idle. Models with keep-warm -1 stay. A restore that no request waits for takes only room that is free, or
     that idle models hold if it was asked for.
     """
     head = managed.leases.next_request()
@@ -139,7 +139,7 @@ def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], bu
     evict = _least_recently_used(idle, short_bytes)
     short_bytes -= sum(other.memory.size_bytes for other in evict)
     busy = [other for other in others if head and other not in idle and _will_be_free(other, head, managed_models)]
-    # What is on its way for the first time may take anything.
+    # A model that loads for the first time may have any size.
     if short_bytes > sum(other.memory.size_bytes or (math.inf if other.move_task else 0) for other in busy):
         return Room(hopeless=True)
     return Room(evict=tuple(map(_eviction, evict)), wait=True)
@@ -160,12 +160,12 @@ def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -
 
 
 def _eviction(managed: ManagedModel) -> Move:
-    # What could not be offloaded a moment ago must go all the same: somebody waits for the room.
+    # A model that could not be offloaded a moment ago is released: a request waits for the room.
     return Move(managed.name, State.DEVICE, State.RELEASED if managed.health.cannot_offload else State.HOST)
 
 
 def would_wait_for_itself(request: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:
-    """Whether this request waits for somebody who waits, maybe over others, for who makes it."""
+    """Whether this request waits, directly or through others, for the code that makes it."""
     return not _in_the_way_of(request.managed, managed_models).isdisjoint(request.holding)
 
 
@@ -225,7 +225,7 @@ def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> 
 
 
 def by_arrival(managed_models: Iterable[ManagedModel]) -> list[ManagedModel]:
-    """Slots in the order in which their next requests came; those without one last."""
+    """Models in the order in which their next requests came; those without one last."""
     return sorted(
         managed_models, key=lambda managed: head.number if (head := managed.leases.next_request()) else math.inf
     )

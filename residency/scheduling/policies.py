@@ -23,7 +23,7 @@ AUTO = "auto"
 NEVER = math.inf
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_S = 100_000 * 3600.0
-"""Who writes more than these eleven years has mistyped, or means never."""
+"""Eleven years: a longer duration is a mistake."""
 
 
 def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) -> float:
@@ -75,10 +75,7 @@ class FixedPolicy:
 
 
 class GuardedPolicy:
-    """A policy of somebody's own, asked under the manager's lock: where it fails, no request may be lost over it.
-
-    Once it has raised, or answered what cannot be, that is logged and a `FixedPolicy` takes its place for good.
-    """
+    """A user's policy. At its first error or impossible answer, which is logged, a `FixedPolicy` takes its place."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -195,7 +192,7 @@ def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: 
 
 
 def check_counts(least: int, **counts: object) -> None:
-    """`InvalidInput` for what is neither None nor a whole number of at least ``least``."""
+    """`InvalidInput` for anything but None and whole numbers of at least ``least``."""
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise InvalidInput(
