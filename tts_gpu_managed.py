@@ -122,7 +122,7 @@ class GPUManagedTTS:
         )
 
     def check_text(self, target_text: str) -> None:
-        """`InvalidInput` for a text that the engine cannot say, as far as can be told without it. Loads nothing."""
+        """`InvalidInput` for a text that the engine cannot speak, as far as is known without it. Loads nothing."""
         if self._check_text is not None:
             self._check_text(target_text)
 
@@ -194,7 +194,7 @@ class GPUManagedTTS:
 
     @contextmanager
     def _own_errors(self, engine: Engine) -> Iterator[None]:
-        """Replaces what errors carry by copies, in place, and clears the locals of their frames, which are live."""
+        """Replaces the attributes of errors by copies, in place, and clears the live locals of their frames."""
         callers = list(all_of(sys.exc_info()[1], hidden=True))
         try:
             yield
@@ -302,7 +302,7 @@ def ask(manager: GPUResourceManager, name: str, call: Callable[[Any], T]) -> T:
             if not is_out_of_device_memory(error):
                 raise
             logger.warning("%s: the device is full; making room and trying once more. %s", name, error)
-        # Out of the except block: its traceback held what the first attempt had allocated.
+        # Outside the except block, whose traceback keeps the memory of the first attempt.
         manager.make_room(name)
         return call(engine)
 

@@ -168,7 +168,7 @@ class Soak:
         for (name, model), keep_warm, idle_timeout in zip(self.models.items(), KEEP_WARM, IDLE_TIMEOUT, strict=False):
             self.manager.register(
                 name, model.load, keep_warm=keep_warm, idle_timeout=idle_timeout, load_timeout=LOAD_TIMEOUT_S,
-                max_waiting=20 if name == "enhance" else None, size_bytes=model.size_bytes,
+                max_waiting=20 if name == "enhance" else None, size_bytes=model.memory.size_bytes,
             )  # fmt: skip
         self.books = Books(options.requests)
         self.deadlines = Deadlines(self.manager.status, self.names)
@@ -227,11 +227,11 @@ class Soak:
         print(f"FAILED: {what}: a deadlock. {self.books.progress} requests had ended. All threads:", flush=True)
         # Without the lock, for which everything may be waiting.
         for name, managed in self.manager._managed_models.items():
-            waiting = [request.number for request in managed.waiting()]
-            holder = managed.holder.number if managed.holder else None
+            waiting = [request.number for request in managed.leases.waiting()]
+            holder = managed.leases.holder.number if managed.leases.holder else None
             print(
                 f"  {name}: {managed.state.value}, holder {holder}, waiting {waiting}, "
-                f"for room {managed.waiting_for_room}",
+                f"for room {managed.memory.waiting_for_room}",
                 flush=True,
             )
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)

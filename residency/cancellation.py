@@ -35,7 +35,7 @@ class Cancellation:
         return self._cancelled
 
     def cancel(self) -> None:
-        """Let `checkpoint` raise from now on, and call what was given to `on_cancel`, in this thread."""
+        """Let `checkpoint` raise from now on, and call the callbacks of `on_cancel`, in this thread."""
         with self._lock:
             self._cancelled = True
             callbacks, self._callbacks = self._callbacks, []

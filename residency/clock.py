@@ -1,4 +1,4 @@
-"""Time, injected: the system's monotonic clock, and one that tests turn by hand."""
+"""Time, injected: the system's monotonic clock, and one for tests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class SystemClock:
     def now(self) -> float:
         return time.monotonic()
 
-    def wait(self, latch: threading.Lock, timeout_s: float = math.inf) -> None:
-        latch.acquire(timeout=-1 if timeout_s == math.inf else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
+    def wait(self, event: threading.Lock, timeout_s: float = math.inf) -> None:
+        event.acquire(timeout=-1 if timeout_s == math.inf else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
 
 
 class ManualClock:
-    """A clock that moves only when told to, for tests that must not sleep."""
+    """A clock that moves only in `advance`, for tests that must not sleep."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self._now_s = now_s
@@ -30,16 +30,16 @@ class ManualClock:
     def now(self) -> float:
         return self._now_s
 
-    def wait(self, latch: threading.Lock, timeout_s: float = math.inf) -> None:
+    def wait(self, event: threading.Lock, timeout_s: float = math.inf) -> None:
         with self._lock:
-            self._waiting.append(latch)
-        latch.acquire()
+            self._waiting.append(event)
+        event.acquire()
         with self._lock:
-            self._waiting.remove(latch)
+            self._waiting.remove(event)
 
     def advance(self, seconds: float) -> None:
-        """Move time forward and wake everyone who waits on this clock, to look at it again."""
+        """Move time forward and wake all threads that wait on this clock, to look at it again."""
         with self._lock:
             self._now_s += seconds
-            for latch in self._waiting:
-                set_event(latch)
+            for event in self._waiting:
+                set_event(event)

@@ -1,7 +1,7 @@
 """What the parts promise each other. Types only: nothing here does work.
 
 Thread rules: the manager calls a `Resident` from one thread at a time and never while a lease is held.
-A `Device`, `Probe` or `Clock` may be called from any thread at any time.
+A `Device` or `Clock` may be called from any thread at any time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What only a card's driver knows; None where unknown.
+    """Facts from the card's driver; None where unknown.
 
     ``peers_bytes`` is what other processes of this project hold of its memory, ``power_w`` what it draws now, in watts.
     """
@@ -39,7 +39,7 @@ class Telemetry:
 
 
 class Device(Protocol):
-    """Where models compute. Keeps the books of what lies there and gives memory back."""
+    """Where models compute. Accounts for the memory of the models there."""
 
     kind: DeviceKind
     name: str
@@ -77,10 +77,10 @@ class Device(Protocol):
         """Whether an ONNX Runtime session with these execution providers takes memory of the device."""
 
     def charge(self, nbytes: int) -> None:
-        """Enter bytes that a loader has placed here into the books; `DeviceOutOfMemory` if they exceed the device."""
+        """Account for bytes that a loader has placed here; `DeviceOutOfMemory` if they exceed the device."""
 
     def refund(self, nbytes: int) -> None:
-        """Take bytes that left without `drop` (a destroyed session, a released engine) off the books."""
+        """Account for bytes that left without `drop` (a destroyed session, a released engine)."""
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """Give an empty storage its ``nbytes`` back, uninitialised; `DeviceOutOfMemory` if they do not fit."""
@@ -157,7 +157,7 @@ class KeptPart(Protocol):
     """A part that a loader is given and does not build: it outlives releases, on the host, and is its owner's."""
 
     lock: threading.Lock
-    """Held by who looks at it or moves it: a load that was given up may come to its end beside the next one."""
+    """Protects each move of the part: a load that was given up may end beside the next one."""
 
     @property
     def device_bytes(self) -> int: ...
@@ -169,7 +169,7 @@ class KeptPart(Protocol):
         """Leave the device, before anybody has borrowed it."""
 
     def borrow_locked(self) -> Loan:
-        """Have it for a load; who had it before has it no more."""
+        """Lend it to a load; the loan before ends."""
 
     def hand_back(self) -> None:
         """Come back to the device, as it was given, and be taken care of no more. On an error nothing has changed."""
@@ -195,7 +195,7 @@ class Adoption(Protocol):
 
     @property
     def skip(self) -> tuple[str, ...]:
-        """Paths in the engine; what hangs on them is left alone."""
+        """Paths in the engine; objects below them are left alone."""
 
     @property
     def borrowed_part(self) -> KeptPart | None:
@@ -203,7 +203,7 @@ class Adoption(Protocol):
 
 
 class Adopt(Protocol):
-    """Finds what of a fresh engine holds memory, but for the part that is ``borrowed_part``."""
+    """Finds the parts of a fresh engine that hold memory, except for ``borrowed_part``."""
 
     def __call__(self, engine: Any, device: Device, managed: Adoption) -> Resident: ...
 
@@ -263,13 +263,7 @@ class Policy(Protocol):
         """A restore has taken this long."""
 
     def with_idle_timeout(self, idle_timeout_s: float) -> Policy:
-        """The policy that takes its place when somebody changes the idle timeout: what was learned is kept."""
-
-
-class Probe(Protocol):
-    """Looks at memory from outside: fields are None when unknown; never raises, never creates a CUDA context."""
-
-    def memory(self) -> Memory: ...
+        """The same policy with another idle timeout; it keeps what it has learned."""
 
 
 class Clock(Protocol):
@@ -277,7 +271,7 @@ class Clock(Protocol):
 
     def now(self) -> float: ...
 
-    def wait(self, latch: threading.Lock, timeout_s: float = ...) -> None:
+    def wait(self, event: threading.Lock, timeout_s: float = ...) -> None:
         """Wait until a one-shot event (see `residency.one_shot_event`) is set, or for ``timeout_s`` (`math.inf`).
 
         May return early: the caller checks its condition again, and waits with a new event.

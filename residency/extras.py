@@ -20,7 +20,7 @@ def require(extra: str, *modules: str) -> None:
 
 @contextmanager
 def needing(extra: str) -> Iterator[None]:
-    """A block that imports what an extra brings; `ExtraMissing` if a module is not there."""
+    """A block that imports modules of an extra; `ExtraMissing` if one is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""How far a move has come. Whoever moves bytes says so with `current`; whoever looks reads a `Progress`.
+"""Progress of a move: loaders and residents report it through `current`; the status and events show it.
 
 A move runs in a context of its own (`contextvars`), so loaders and residents need no argument for it::
 
@@ -34,7 +34,7 @@ class Progress:
         self._now = now
         self._phase_began_s = now()
         self.beats = 0
-        """Grows as long as something goes on, also where no bytes can be counted."""
+        """A counter of steps without bytes."""
         self.changed: Callable[[], None] | None = None
         self._lock = renewed_in_children(threading.Lock())
 
@@ -50,7 +50,7 @@ class Progress:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """How fast the phase goes, since it began; None where nothing can be said."""
+        """Rate of the phase since it began; None if unknown."""
         with self._lock:
             elapsed_s, done_bytes = self._now() - self._phase_began_s, self._facts[1]
         return done_bytes / elapsed_s if done_bytes and elapsed_s > 0 else None
@@ -70,7 +70,7 @@ class Progress:
         self._tell()
 
     def beat(self) -> None:
-        """Say that the phase goes on, though no bytes are done; cheap, and nobody is told."""
+        """Report that the phase goes on without bytes. Cheap; calls no listener."""
         self.beats += 1
 
     def _tell(self) -> None:
@@ -82,7 +82,7 @@ _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("curr
 
 
 def current() -> Progress:
-    """The progress of the move in whose context this is called; outside of one, a progress that nobody looks at."""
+    """The progress of the move in whose context this is called; outside of one, a progress that is not shown."""
     return _current.get() or Progress("idle")
 
 

@@ -365,7 +365,7 @@ def test_requests_are_served_one_at_a_time_in_order_of_arrival(manager: GPUResou
     with manager.lease("tts"):
         for number in range(8):
             requests.append(Worker(request, number))
-            assert await_that(manager, managed, lambda n=number: sum(1 for _ in managed.waiting()) == n + 1)
+            assert await_that(manager, managed, lambda n=number: sum(1 for _ in managed.leases.waiting()) == n + 1)
         assert tts(manager)["waiting"] == 8
     for worker in requests:
         worker.result()
@@ -378,7 +378,7 @@ def test_a_model_stays_on_the_device_between_requests_that_wait(
     managed = manager._managed_models["tts"]
     with manager.lease("tts"):
         waiting = Worker(use, manager)
-        assert await_that(manager, managed, lambda: any(managed.waiting()))
+        assert await_that(manager, managed, lambda: any(managed.leases.waiting()))
     waiting.result()
     assert workshop.resident.log == ["offload"]
 
@@ -423,7 +423,7 @@ def test_those_who_wait_for_a_load_that_fails_get_its_error(manager: GPUResource
     requests = [Worker(use, manager) for _ in range(4)]
     gate.wait_for_arrival()
     managed = manager._managed_models["tts"]
-    assert await_that(manager, managed, lambda: sum(1 for _ in managed.waiting()) == 4)
+    assert await_that(manager, managed, lambda: sum(1 for _ in managed.leases.waiting()) == 4)
     gate.open()
     for request in requests:
         with pytest.raises(OSError, match="disk on fire"):
@@ -520,7 +520,7 @@ def test_close_waits_for_the_running_request_and_refuses_those_that_wait(
     inside.wait_for_arrival()
     waiting = Worker(use, manager)
     managed = manager._managed_models["tts"]
-    assert await_that(manager, managed, lambda: any(managed.waiting()))
+    assert await_that(manager, managed, lambda: any(managed.leases.waiting()))
     closing = Worker(manager.close)
     with pytest.raises(ManagerClosed):
         waiting.result()

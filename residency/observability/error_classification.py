@@ -1,4 +1,4 @@
-"""What an error says of the device: that it is full, that it may be gone, or that a capture is in the way. Pure.
+"""What an error says of the device: that it is full, that it may be gone, or that a capture is in the way.
 
 Words do not tell whether a device is gone: CUDA says "invalid argument" and "illegal memory access" in the same way.
 They tell whether it is worth asking the device (`Device.is_usable`).
@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Iterator
 
+from ..contracts import Device
 from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, ResidencyError
 from ..sentences import Sentence
 
@@ -103,3 +104,10 @@ def all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseEx
         if hidden or not found.__suppress_context__:
             todo.append(found.__context__)
         todo += [found.__cause__, *getattr(found, "exceptions", ())]
+
+
+def device_is_lost(error: BaseException | None, device: Device) -> bool:
+    """Whether the device has failed, according to the error or, if that suggests it, to the device. Takes seconds."""
+    if error is None:
+        return False
+    return loss_beyond_repair(error) is not None or (may_be_device_loss(error) and not device.is_usable())

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..locks import renewed_in_children
 from ..one_shot_event import new_event, set_event
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class Subscribers:
     def __init__(self) -> None:
         self._listeners: tuple[Callable[[Event], Any], ...] = ()
         self._events: deque[Event] = deque(maxlen=_BACKLOG_AT_MOST)
-        self._latch = new_event()
-        self._lock = threading.Lock()  # for changes of who listens
+        self._wake_up = new_event()
+        self._lock = renewed_in_children(threading.Lock())  # for changes of the listeners
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -88,24 +89,24 @@ class Subscribers:
         """Returns at once. May be called under any lock."""
         if self._listeners and not (event.what == "progress" and len(self._events) > _BACKLOG):
             self._events.append(event)
-            set_event(self._latch)
+            set_event(self._wake_up)
 
     def close(self) -> None:
         """End, once everything was told; a listener that does not return is left alone after `TOLD_WITHIN_S`."""
         self._closed = True
-        set_event(self._latch)
+        set_event(self._wake_up)
         thread = self._thread
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(TOLD_WITHIN_S)
 
     def leave(self) -> None:
         """For a forked child: whoever listens is the parent's."""
-        self._listeners, self._thread, self._lock = (), None, threading.Lock()
+        self._listeners, self._thread = (), None
         self._events.clear()
 
     def _run(self) -> None:
         while True:
-            self._latch = latch = new_event()
+            self._wake_up = wake_up = new_event()
             while self._events:
                 event = self._events.popleft()
                 for listener in self._listeners:
@@ -116,4 +117,4 @@ class Subscribers:
                             logger.exception("A listener failed at %s", event)
             if self._closed:
                 return
-            latch.acquire()
+            wake_up.acquire()

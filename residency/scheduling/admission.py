@@ -1,4 +1,4 @@
-"""The desk where requests are taken: queue, wait, hand over, take back. It serves `Lease`."""
+"""Admits requests: queues them, waits for their turn, grants the model and takes it back. Used by `Lease`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
-from ..observability.error_classification import may_be_device_loss
+from ..observability.error_classification import device_is_lost, may_be_device_loss
 from ..one_shot_event import AsyncOneShotEvent, holds, new_event
 from ..states import State
 from .callers import call_site
@@ -29,7 +29,7 @@ FIRST_LOOK_S = 0.05
 LONGEST_PAUSE_S = 8.0
 """The longest of these intervals."""
 
-TELL_AFTER_S = 30.0
+REPORT_AFTER_S = 30.0
 """How long a request waits for another one until the log says so."""
 
 SMALL_BYTES = 64 << 20
@@ -55,25 +55,23 @@ class Admission:
         self._numbers = itertools.count(1)
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
-        """For `Lease`: wait for its turn and for the model to come to the device; return the request that has it."""
+        """Wait for its turn and for the model to come to the device; return the request that has it."""
         request = self._ask(managed, timeout_s, lease, blocks=True)
         if not request.answered:
-            latch = request.latch = new_event()
+            event = request.event = new_event()
             for pause_s in self._looks(request, timeout_s, lease, blocks=True):
-                self._clock.wait(latch, pause_s)
-            self._dispatcher.act()
+                self._clock.wait(event, pause_s)
         if request.error is not None:
             raise request.error
         return lease.request or request
 
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
-        """For `Lease`: the same, for a coroutine. No thread waits meanwhile."""
+        """The same, for a coroutine. No thread waits meanwhile."""
         request = self._ask(managed, timeout_s, lease, blocks=False)
         if not request.answered:
-            latch = request.latch = AsyncOneShotEvent()
+            event = request.event = AsyncOneShotEvent()
             for pause_s in self._looks(request, timeout_s, lease, blocks=False):
-                await latch.wait(pause_s)
-            self._dispatcher.act()
+                await event.wait(pause_s)
         if request.error is not None:
             raise request.error
         return lease.request or request
@@ -82,10 +80,10 @@ class Admission:
         """The request in force that the lease shares, or one of its own; ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
         for may_be_lost in (True, False):
-            with dispatcher.lock:
+            with dispatcher.replanning(managed), dispatcher.lock:
                 self._check_locked(managed)
                 now_s = self._clock.now()
-                holder = managed.holder
+                holder = managed.leases.holder
                 if (
                     holder is not None
                     and timeout_s != 0  # which asks for a model that is not in use
@@ -106,45 +104,44 @@ class Admission:
                         del error  # which would keep this frame, and those below it
             if error is None:
                 break
-            dispatcher.give_lost_back()  # it would wait for ever, unless what it waits for has been lost
-        dispatcher.act()
+            dispatcher.release_lost_leases()  # it would wait for ever, unless the lease that it waits for is lost
         return request
 
     def _queue_locked(self, request: LeaseRequest, lease: Lease) -> None:
         managed = request.managed
-        if managed.request_ended_s is not None and not managed.in_use:
-            managed.policy.idle_ended(max(0.0, request.asked_s - managed.request_ended_s))
-            managed.request_ended_s = None  # learned once, even if this request comes to nothing
+        if managed.times.request_ended_s is not None and not managed.leases.in_use:
+            managed.policy.idle_ended(max(0.0, request.asked_s - managed.times.request_ended_s))
+            managed.times.request_ended_s = None  # learned once, even if this request comes to nothing
         request.context = contextvars.copy_context()
         lease.request = request
         lease.owns = True
         if lease.cancelled:
             raise RequestCancelled(managed.name)
-        managed.queue.append(request)
-        self._dispatcher.plan_locked(managed)
+        managed.leases.requests.append(request)
 
     def share(self, lease: Lease, request: LeaseRequest) -> bool:
-        """For `Lease`: let it count on a request in force as well; False if that has ended."""
+        """Let it count on a request in force as well; False if that has ended."""
         with self._dispatcher.lock:
             if self._dispatcher.managed_models.get(request.managed.name) is not request.managed:
                 self._check_locked(request.managed)  # in a forked child: the engine is the parent's
             return self._share_locked(lease, request)
 
     def join(self, lease: Lease, managed: ManagedModel) -> bool:
-        """For `Lease`: let it count on the request that has the model now; False if none has."""
+        """Let it count on the request that has the model now; False if none has."""
         with self._dispatcher.lock:
             self._check_locked(managed)
             # Once the lease of that request has ended, readers must not keep the model from those who wait for it.
-            return managed.holder is not None and not managed.holder.ended and self._share_locked(lease, managed.holder)
+            holder = managed.leases.holder
+            return holder is not None and not holder.ended and self._share_locked(lease, holder)
 
     def resumed(self, request: LeaseRequest) -> None:
-        """For `Lease`: the generator in which the model is leased goes on, maybe in another thread."""
+        """The generator in which the model is leased goes on, maybe in another thread."""
         request.streams = True
         request.site = call_site()
         request.resumed_s = self._clock.now()
 
     def suspended(self, request: LeaseRequest) -> None:
-        """For `Lease`: the generator in which the model is leased yields."""
+        """The generator in which the model is leased yields."""
         request.site = request.site.suspended()
 
     @staticmethod
@@ -161,7 +158,7 @@ class Admission:
     def give_back(
         self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
     ) -> None:
-        """For `Lease`: end it, and begin what follows from the end of a request.
+        """End a lease; after the last lease of a request, plan the next step. ``discard``: the engine is broken.
 
         The caller does not wait until the model has left the device, unless the model is small.
         """
@@ -169,7 +166,7 @@ class Admission:
         if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
             self.give_back_later(lease, discard)
             return
-        lost = dispatcher.is_lost(error)
+        lost = device_is_lost(error, dispatcher.device)
         with dispatcher.lock:
             now_s = self._clock.now()
             request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
@@ -178,79 +175,77 @@ class Admission:
             managed = request.managed
             request.users -= 1
             request.ended = request.ended or lease.owns
-            if managed.holder is request:
-                managed.broken = managed.broken or discard
+            if managed.leases.holder is request:
+                managed.health.broken = managed.health.broken or discard
                 if lost:
                     dispatcher.lost_locked()
                 if not request.users:
-                    managed.request_ended_s = managed.idle_since_s = now_s
-                    managed.policy_paused_until_s = -math.inf
-                    if managed.prewarmed and managed.next_request() is None:
-                        managed.prewarmed, managed.prefetch, managed.policy_paused_until_s = (
-                            False,
-                            managed.broken,
-                            now_s + WARM_GRACE_S,
-                        )
-                    managed.cannot_offload = False
-                    managed.holder = None
+                    times, wishes = managed.times, managed.wishes
+                    times.request_ended_s = times.idle_since_s = now_s
+                    times.policy_paused_until_s = -math.inf
+                    if wishes.prewarmed and managed.leases.next_request() is None:
+                        wishes.prewarmed, wishes.prefetch = False, managed.health.broken
+                        times.policy_paused_until_s = now_s + WARM_GRACE_S
+                    managed.health.cannot_offload = False
+                    managed.leases.holder = None
             if request.users or dispatcher.managed_models.get(managed.name) is not managed:
                 return
-            if request.answered:
-                dispatcher.plan_locked(managed)
-            else:
+            if not request.answered:
                 self._refuse_locked(request, RequestCancelled(managed.name))
+            dispatcher.plan_locked(managed)
             task = managed.move_task
             if request.error is None:
                 managed.history.served(request.asked_s, request.served_s, now_s, error)
             else:
                 managed.history.refused(request.error)
         leaves = task is not None and not task.arrives and request.error is None
-        small = managed.device_bytes <= SMALL_BYTES
+        small = managed.memory.device_bytes <= SMALL_BYTES
         if leaves and not small and dispatcher.monitor.alive:
-            return  # the monitor starts it: a thread that moves bytes would take this one's turn to answer
+            return  # the monitor starts it: a thread that moves bytes would delay the answer of this one
         dispatcher.act()
         if wait and leaves and small:
             dispatcher.watch(managed, lambda: managed.move_task is not task, SMALL_LEAVES_WITHIN_S)
 
     def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """For `Lease`: end it in an event loop, which nothing may block."""
+        """End it in an event loop, which nothing may block."""
         if may_be_device_loss(error):
             self.give_back_later(lease, discard, error)  # the device is asked
         else:
             self.give_back(lease, discard, error, wait=False)
 
     def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """For `Lease`: let the monitor end it, or whoever acts next."""
-        self._dispatcher.left.append(partial(self.give_back, lease, discard, error, wait=False))
+        """Let another thread end it: the monitor, or the next that calls `Dispatcher.act`. May be called anywhere."""
+        self._dispatcher.deferred_releases.append(partial(self.give_back, lease, discard, error, wait=False))
         self._dispatcher.monitor.wake()
 
     def look_again(self) -> None:
-        """For `Lease`: have the monitor find what somebody who was interrupted left undone."""
+        """After an interrupt: let the monitor finish the change."""
         self._dispatcher.monitor.wake()
 
     def cancel(self, request: LeaseRequest) -> bool:
-        """For `Lease`: refuse a request that waits; False if it was answered already."""
-        with self._dispatcher.lock:
-            if request.answered:
-                return False
-            self._refuse_locked(request, RequestCancelled(request.managed.name))
-        self._dispatcher.act()
-        return True
+        """Refuse a request that waits; False if it was answered already."""
+        return self._refuse(request, RequestCancelled(request.managed.name))
 
     def place(self, request: LeaseRequest) -> int | None:
-        """For `Lease`: 0 holds the model, 1 is served next; None if it has ended."""
+        """0 holds the model, 1 is served next; None if it has ended."""
         with self._dispatcher.lock:
-            if request.managed.holder is request:
+            if request.managed.leases.holder is request:
                 return 0
-            waiting = list(request.managed.waiting())
+            waiting = list(request.managed.leases.waiting())
             return waiting.index(request) + 1 if request in waiting else None
+
+    def _refuse(self, request: LeaseRequest, error: ResidencyError) -> bool:
+        with self._dispatcher.replanning(request.managed), self._dispatcher.lock:
+            if request.answered:
+                return False
+            self._refuse_locked(request, error)
+            return True
 
     def _refuse_locked(self, request: LeaseRequest, error: ResidencyError) -> None:
         request.answer(error)
         with suppress(ValueError):  # one that was made and never queued
-            request.managed.queue.remove(request)
-        self._dispatcher.reports.tell_queue(request.managed)
-        self._dispatcher.plan_locked(request.managed)
+            request.managed.leases.requests.remove(request)
+        self._dispatcher.notifier.tell_queue(request.managed)
 
     def _refusal_locked(self, request: LeaseRequest, timeout_s: float | None, blocks: bool) -> Exception | None:
         """Why a request is not queued."""
@@ -258,73 +253,75 @@ class Admission:
         if (
             managed.settled_state is State.DEVICE
             and managed.move_task is None
-            and not managed.in_use
-            and not managed.broken
+            and not managed.leases.in_use
+            and not managed.health.broken
         ):
             return None
         if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
             return error
-        if timeout_s != 0 and (managed.max_waiting == math.inf or not managed.in_use):
+        if timeout_s != 0 and (managed.leases.max_waiting == math.inf or not managed.leases.in_use):
             return None
-        waiting = sum(1 for _ in managed.waiting())
-        if timeout_s != 0 and waiting < managed.max_waiting:
+        waiting = sum(1 for _ in managed.leases.waiting())
+        if timeout_s != 0 and waiting < managed.leases.max_waiting:
             return None
-        return ModelBusy(managed.name, waiting, managed.state.value, managed.held_by(request.asked_s))
+        return ModelBusy(managed.name, waiting, managed.state.value, managed.leases.held_by(request.asked_s))
 
     def _looks(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
-        """Until a request is answered: see to its time-out and to what it waits for, and yield the seconds to sleep."""
+        """Yields how many seconds to sleep until the request is answered. In between ends it at its time-out, and
+        when it waits for itself."""
         managed, asked_s = request.managed, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
-        look_s, tell_s, told = asked_s + FIRST_LOOK_S, asked_s + TELL_AFTER_S, False
+        look_s, report_s, reported = asked_s + FIRST_LOOK_S, asked_s + REPORT_AFTER_S, False
         with self._dispatcher.lock:
             arrived_before_s = managed.arrived_for_s(asked_s)
-            self._dispatcher.reports.tell_queue(managed)
+            self._dispatcher.notifier.tell_queue(managed)
             managed.notify_watchers()
         while not request.answered:
-            with self._dispatcher.lock:
-                now_s = self._clock.now()
-                if timeout_s is None:
+            now_s = self._clock.now()
+            if timeout_s is None:
+                with self._dispatcher.lock:
                     until_s = limit_s + managed.arrived_for_s(now_s) - arrived_before_s
-                late = now_s >= until_s
-                if lease.cancelled and not request.answered:
-                    self._refuse_locked(request, RequestCancelled(managed.name))
-                elif late and not request.answered:
-                    place = list(managed.waiting()).index(request) + 1
-                    facts = managed.held_by(now_s)
-                    self._refuse_locked(
-                        request, RequestTimeout(managed.name, now_s - asked_s, place, managed.state.value, facts)
-                    )
+            if lease.cancelled:
+                self.cancel(request)
+            elif now_s >= until_s:
+                self._refuse(request, self._timeout(request, now_s))
             if now_s >= look_s and not request.answered:
                 self._end_deadlock(request, lease, blocks)
                 look_s = now_s + min(max(now_s - asked_s, FIRST_LOOK_S), LONGEST_PAUSE_S)
-                if request.awaited and not told:
-                    tell_s, told = now_s, True  # people wonder why nothing goes on
-            if now_s >= tell_s and not request.answered and (facts := managed.held_by(now_s)) is not None:
+                if request.awaited and not reported:
+                    report_s, reported = now_s, True  # at once: nothing will happen before a time-out
+            if now_s >= report_s and not request.answered and (facts := managed.leases.held_by(now_s)) is not None:
                 logger.warning(
                     "%s: a request has waited for %.3g s; the model is %s", managed.name, now_s - asked_s, facts.en
                 )
-                tell_s = math.inf
+                report_s = math.inf
             if not request.answered:
                 yield min(until_s, look_s) - now_s
 
+    def _timeout(self, request: LeaseRequest, now_s: float) -> RequestTimeout:
+        managed, waited_s = request.managed, now_s - request.asked_s
+        with self._dispatcher.lock:
+            place = self.place(request) or 0  # 0: it got the model just now, and is not refused
+            return RequestTimeout(managed.name, waited_s, place, managed.state.value, managed.leases.held_by(now_s))
+
     def _end_deadlock(self, request: LeaseRequest, lease: Lease, blocks: bool) -> None:
         """Serve or refuse a request that turns out to wait for the code that makes it."""
-        managed = request.managed
-        holder = managed.holder
+        managed, dispatcher = request.managed, self._dispatcher
+        holder = managed.leases.holder
         if holder is None or not holder.users:
             return
         shares = self.deadlocks.same_flow(holder, request.site, lease)
         if not shares:
             if not self.deadlocks.found_while_waiting(holder, request, blocks):
                 return
-            self._dispatcher.give_lost_back()
-        with self._dispatcher.lock:
-            if request.answered or managed.holder is not holder or not holder.users:
+            dispatcher.release_lost_leases()
+        with dispatcher.replanning(managed), dispatcher.lock:
+            if request.answered or managed.leases.holder is not holder or not holder.users:
                 return
-            if shares and self._share_locked(lease, holder):
-                request.answer()
-                managed.queue.remove(request)
-                self._dispatcher.reports.tell_queue(managed)
-                managed.notify_watchers()
-            elif not shares:
+            if not shares:
                 self._refuse_locked(request, self.deadlocks.error(request))
+            elif self._share_locked(lease, holder):
+                request.answer()
+                managed.leases.requests.remove(request)
+                dispatcher.notifier.tell_queue(managed)
+                managed.notify_watchers()

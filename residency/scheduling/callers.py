@@ -49,8 +49,8 @@ _WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
 class FunctionCall:
     """One execution of a function, from its call to its end. It is kept in ``f_trace`` of the frame and ends with it.
 
-    ``f_trace`` is used while a thread is traced only. A tracer may find an activation there and call it, to no effect.
-    Where a tracer has put its own function, the activation keeps the frame instead: then a lost lease under that frame
+    ``f_trace`` is used while a thread is traced only. A tracer may find an call there and call it, to no effect.
+    Where a tracer has put its own function, the call keeps the frame instead: then a lost lease under that frame
     is not found. A debugger that removes the mark of a frame which runs already makes it another execution.
     """
 
@@ -127,11 +127,11 @@ class CallSite:
         return bool(self.generators) and self.generators[0] in other.generators
 
     def resumed_by(self, other: CallSite) -> bool:
-        """Whether a generator that resumes what holds the lease is on that stack, and so cannot do it meanwhile."""
+        """Whether a generator that resumes the code with the lease is on that stack, and so cannot do it now."""
         return not set(self.generators).isdisjoint(other.generators)
 
     def waits_for(self, other: CallSite) -> float | None:
-        """For how many seconds this thread waits, in `Thread.join` or for futures, for what the other one does.
+        """For how many seconds this thread waits, in `Thread.join` or for futures, for the work of the other one.
 
         ``math.inf``: without a time-out; None: it does not wait for it. Time-outs are counted from the wait's begin.
         """
@@ -159,14 +159,14 @@ def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:
         if (caller is None or suspendable) and frame.f_globals.get("__name__") not in _INTERNAL:
             caller = caller or frame
             if suspendable:
-                generators.append(_activation(frame))
+                generators.append(_call_of(frame))
         outermost, frame = frame, frame.f_back
     if caller is None:
         caller = outermost
     in_a_runner = _module(caller).startswith(_RUNNERS)
-    activation = None if in_a_runner else _activation(caller)
+    call = None if in_a_runner else _call_of(caller)
     code, line = made_at if in_a_runner and made_at else (caller.f_code, caller.f_lineno)
-    return CallSite(threading.get_ident(), code, line, activation, tuple(generators), _this_thread.token)
+    return CallSite(threading.get_ident(), code, line, call, tuple(generators), _this_thread.token)
 
 
 class _Alive:
@@ -190,7 +190,7 @@ def is_this_thread(site: CallSite) -> bool:
 
 
 def in_thread_pool() -> bool:
-    """Whether this thread belongs to a pool, in which other threads may resume what this one has suspended."""
+    """Whether this thread belongs to a pool, whose other threads may resume a generator that this one suspends."""
     return any(_module(frame).startswith(_POOLS) for frame in _stack(threading.get_ident()))
 
 
@@ -222,15 +222,15 @@ def _below(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _activation(frame: FrameType) -> FunctionCall:
-    """The activation of a frame of this thread, made if need be."""
+def _call_of(frame: FrameType) -> FunctionCall:
+    """The call of a frame of this thread, made if need be."""
     found = frame.f_trace
     if isinstance(found, FunctionCall):
         return found
-    activation = FunctionCall(None if found is None else frame)
+    call = FunctionCall(None if found is None else frame)
     if found is None:
-        frame.f_trace = activation
-    return activation
+        frame.f_trace = call
+    return call
 
 
 def _module(frame: FrameType) -> str:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable
 
 from ..errors import EventLoopBlocked, LeaseDeadlock
-from .callers import CallSite, in_thread_pool, is_this_thread
+from .callers import CallSite, call_site, in_thread_pool, is_this_thread
 from .dispatcher import Dispatcher
-from .lease import Lease
+from .lease import Lease, held_models
 from .managed_model import LeaseRequest, ManagedModel
 from .planner import would_wait_for_itself
 
@@ -18,14 +18,18 @@ STALLED_AFTER_S = 3.0
 
 
 class DeadlockDetector:
-    """Compares call stacks and books. Methods that end in ``_locked`` want the dispatcher's lock."""
+    """Compares call stacks with the leases in force. Methods that end in ``_locked`` need the dispatcher's lock."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[LeaseRequest] = ()) -> tuple[ManagedModel, ...]:
         """The models that this code keeps busy, as far as the call stack tells and the context does not."""
-        holders = [managed.holder for managed in self._dispatcher.managed_models.values() if managed.holder is not None]
+        holders = [
+            managed.leases.holder
+            for managed in self._dispatcher.managed_models.values()
+            if managed.leases.holder is not None
+        ]
         return tuple(
             holder.managed
             for holder in holders
@@ -42,11 +46,11 @@ class DeadlockDetector:
 
     def found_at_arrival_locked(self, request: LeaseRequest, blocks: bool) -> RuntimeError | None:
         """Why a request would wait for ever, as far as that is known when it comes; ``blocks``: with its thread."""
-        managed, holder = request.managed, request.managed.holder
+        managed, holder = request.managed, request.managed.leases.holder
         if holder is not None and holder.site.resumed_by(request.site):
             return self.error(request)
         if blocks and holder is not None and self._in_the_loop_of(holder, request.site):
-            return EventLoopBlocked(managed.name, "lease()", managed.held_by(self._dispatcher.clock.now()))
+            return EventLoopBlocked(managed.name, "lease()", managed.leases.held_by(self._dispatcher.clock.now()))
         if request.holding and would_wait_for_itself(request, self._dispatcher.managed_models.values()):
             return self.error(request)
         return None
@@ -54,7 +58,7 @@ class DeadlockDetector:
     def found_while_waiting(self, holder: LeaseRequest, request: LeaseRequest, blocks: bool) -> bool:
         """Whether the code that has the model cannot go on before the request is answered.
 
-        A wait with a time-out ends by itself, after which the holder may well leave: that is for the status to tell.
+        A wait with a time-out ends by itself, so it is no deadlock; the status shows it.
         """
         wait_s = holder.site.waits_for(request.site)
         request.awaited = wait_s is not None
@@ -67,11 +71,20 @@ class DeadlockDetector:
         # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
         return self._dispatcher.clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
 
-    def refuse_to_block_locked(self, call: str, managed_models: Iterable[ManagedModel], site: CallSite) -> None:
-        """`EventLoopBlocked` where the call would wait for a task of the event loop that it blocks."""
-        for managed in managed_models:
-            if managed.holder is not None and managed.holder.users and self._in_the_loop_of(managed.holder, site):
-                raise EventLoopBlocked(managed.name, call, managed.held_by(self._dispatcher.clock.now()))
+    def refuse_own(self, call: str, managed_models: Iterable[ManagedModel]) -> None:
+        """RuntimeError where a call that waits for these models' requests would wait for the code that makes it.
+
+        `EventLoopBlocked` where it would wait for a task of the event loop that it blocks.
+        """
+        site = call_site()
+        with self._dispatcher.lock:
+            kept_busy = (*held_models(), *self.kept_busy_locked(site))
+            if any(held is managed for held in kept_busy for managed in managed_models):
+                raise RuntimeError(f"{call} would wait for the lease or the load that called it; leave it first.")
+            for managed in managed_models:
+                holder = managed.leases.holder
+                if holder is not None and holder.users and self._in_the_loop_of(holder, site):
+                    raise EventLoopBlocked(managed.name, call, holder.facts(self._dispatcher.clock.now()))
 
     @staticmethod
     def _in_the_loop_of(holder: LeaseRequest, site: CallSite) -> bool:
@@ -81,7 +94,9 @@ class DeadlockDetector:
     def error(self, request: LeaseRequest) -> LeaseDeadlock:
         """What a request is refused with."""
         holding = tuple(dict.fromkeys(managed.name for managed in request.holding))
-        return LeaseDeadlock(request.managed.name, holding, request.managed.held_by(self._dispatcher.clock.now()))
+        return LeaseDeadlock(
+            request.managed.name, holding, request.managed.leases.held_by(self._dispatcher.clock.now())
+        )
 
 
 def _in_event_loop() -> bool:

@@ -1,4 +1,4 @@
-"""The lease: the right to use a model, and the memory of who holds one."""
+"""The lease: the right to use a model. The context of a thread or task remembers its leases."""
 
 from __future__ import annotations
 
@@ -14,46 +14,20 @@ from .managed_model import LeaseRequest, ManagedModel
 
 
 class Lessor(Protocol):
-    """Hands out leases: the manager."""
+    """Grants leases. `Admission` does, and documents it; a protocol of its own avoids a circle of imports."""
 
-    def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
-        """Ask for the model, wait for it, and return the request that holds it. `made.request` is set at once."""
-
-    async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest:
-        """The same, for a coroutine: blocks neither its event loop nor a thread."""
-
-    def share(self, lease: Lease, request: LeaseRequest) -> bool:
-        """Let the lease count on a request in force as well; False if it has ended."""
-
-    def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """Count one user less, if the lease has a request; after the last one, what was waiting for the end happens.
-
-        ``discard``: the engine is broken; ``error``: what has ended the request, if it failed.
-        """
-
-    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """The same, in an event loop: does not wait for what happens then."""
-
-    def give_back_later(self, lease: Lease, discard: bool = False) -> None:
-        """Have another thread do that. May be called at any point, where somebody holds the manager's lock."""
-
-    def join(self, lease: Lease, managed: ManagedModel) -> bool:
-        """Let the lease count on the request that has the model now; False if none has."""
-
-    def resumed(self, request: LeaseRequest) -> None:
-        """The generator in which the model is leased goes on, maybe in another thread."""
-
-    def suspended(self, request: LeaseRequest) -> None:
-        """The generator in which the model is leased yields."""
-
-    def look_again(self) -> None:
-        """Somebody was interrupted: have what they left undone found and done."""
-
-    def cancel(self, request: LeaseRequest) -> bool:
-        """Let a request that waits be refused; False if it was answered already."""
-
-    def place(self, request: LeaseRequest) -> int | None:
-        """0: holds the model; 1: served next; None: ended."""
+    def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
+    async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
+    def share(self, lease: Lease, request: LeaseRequest) -> bool: ...
+    def join(self, lease: Lease, managed: ManagedModel) -> bool: ...
+    def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None: ...
+    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None: ...
+    def give_back_later(self, lease: Lease, discard: bool = False) -> None: ...
+    def resumed(self, request: LeaseRequest) -> None: ...
+    def suspended(self, request: LeaseRequest) -> None: ...
+    def look_again(self) -> None: ...
+    def cancel(self, request: LeaseRequest) -> bool: ...
+    def place(self, request: LeaseRequest) -> int | None: ...
 
 
 _held: contextvars.ContextVar[tuple[LeaseRequest, ...]] = contextvars.ContextVar("held_requests", default=())
@@ -70,11 +44,11 @@ class Lease:
     for coroutines under any event loop of asyncio: it blocks nothing and uses no thread of the loop's executor, a task
     that is cancelled gives its place up, and at the block's end the model leaves behind the answer.
 
-    Who holds a lease and enters another one on the same model, in the same thread of control or in work started with
-    its context (`asyncio.to_thread`, `asyncio.create_task`), shares the first; the model is given back when all have
-    left. The same holds for a generator that is resumed with another context or in another thread, and for a coroutine
-    that makes a lease and enters it with `asyncio.to_thread`. A lease that is lost without having been left is given
-    back when Python collects it; a collection is made if the code that holds it does not execute for some seconds.
+    A second lease of the same model in the same thread of control, or in work started with its context
+    (`asyncio.to_thread`, `asyncio.create_task`), shares the first; the model is released when all have ended. The same
+    holds for a generator that is resumed with another context or in another thread, and for a coroutine that makes a
+    lease and enters it with `asyncio.to_thread`. A lease that was never left is released when Python collects it; a
+    collection is made if the code that holds it does not execute for some seconds.
 
     With ``reading`` the lease joins the request that has the model at the moment, if one has it, and takes a turn of
     its own otherwise: for looking at a value that no request changes.
@@ -89,7 +63,7 @@ class Lease:
         self, lessor: Lessor, managed: ManagedModel, timeout_s: float | None = None, reading: bool = False
     ) -> None:
         self._lessor = lessor
-        self._slot = managed
+        self._managed = managed
         self._timeout_s = timeout_s
         self._reading = reading
         self._entered = self._ended = self._cancelled = self._broken = False
@@ -99,7 +73,7 @@ class Lease:
         self.owns = False
         self._made = _Made(_task())
         caller = sys._getframe(2)
-        #: Where: for one that is entered in another thread, whose stack does not tell.
+        #: Code and line, for a lease that is entered in another thread, whose stack does not show them.
         self.made_at = caller.f_code, caller.f_lineno
         #: Requests in force whose leases were made in this context before, wherever they were entered.
         self.made_after: tuple[LeaseRequest, ...] = ()
@@ -110,11 +84,11 @@ class Lease:
     def __enter__(self) -> Any:
         if not self._joins():
             try:
-                self._begins(self._lessor.acquire(self._slot, self._timeout_s, self))
+                self._begins(self._lessor.acquire(self._managed, self._timeout_s, self))
             except BaseException:
                 self._leave(self._lessor.give_back)
                 raise
-        return self._slot.engine
+        return self._managed.engine
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         self._leave(self._lessor.give_back, error)
@@ -122,11 +96,11 @@ class Lease:
     async def __aenter__(self) -> Any:
         if not self._joins():
             try:
-                self._begins(await self._lessor.acquire_async(self._slot, self._timeout_s, self))
+                self._begins(await self._lessor.acquire_async(self._managed, self._timeout_s, self))
             except BaseException:  # a task that is cancelled gives its place up, or the model that it has just got
                 self._leave(self._lessor.give_back_async)
                 raise
-        return self._slot.engine
+        return self._managed.engine
 
     async def __aexit__(
         self, kind: object = None, error: BaseException | None = None, traceback: object = None
@@ -142,14 +116,14 @@ class Lease:
             self.made_after = ()
             self._made_here = False
         elif self._made.in_a_task and not self._made.is_of(_task()):
-            self._made_here = False  # what the task that has made it starts beside this one is another request
+            self._made_here = False  # a sibling of the task that has made it: another request
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
             # A stream's context is that of its last step, which others may have in a thread pool.
-            if outer.managed is self._slot and not outer.streams and self._lessor.share(self, outer):
+            if outer.managed is self._managed and not outer.streams and self._lessor.share(self, outer):
                 return True
-        return self._reading and self._lessor.join(self, self._slot)
+        return self._reading and self._lessor.join(self, self._managed)
 
     def _begins(self, request: LeaseRequest) -> None:
         _held.set((*held_requests(), request))
@@ -175,7 +149,7 @@ class Lease:
     @property
     def model(self) -> str:
         """The name of the model."""
-        return self._slot.name
+        return self._managed.name
 
     @property
     def cancelled(self) -> bool:
@@ -240,7 +214,7 @@ def held_models() -> tuple[ManagedModel, ...]:
 
 @contextmanager
 def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
-    """Within this block, and in what is started with its context, ``watch`` sees each lease before it waits."""
+    """A block, and what starts with its context, in which ``watch`` sees each lease before it waits."""
     token = _watch.set(watch)
     try:
         yield
@@ -250,7 +224,7 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
 
 @contextmanager
 def loading(managed: ManagedModel) -> Iterator[None]:
-    """Within this block, and in what is started with its context, the model is being moved by who asks."""
+    """A block, and what starts with its context, that moves the model: a lease of it in there would never end."""
     load = _Loading(managed)
     token = _loading.set((*_loading.get(), load))
     try:

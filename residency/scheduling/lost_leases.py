@@ -13,7 +13,7 @@ _REST = 20.0
 
 
 class LostLeases:
-    """Decides when garbage is collected to find them. Methods that end in ``_locked`` want the dispatcher's lock."""
+    """Decides when garbage is collected to find them. Methods that end in ``_locked`` need the dispatcher's lock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -22,7 +22,7 @@ class LostLeases:
 
     def look_locked(self, managed: ManagedModel, now_s: float) -> None:
         """Suspect the lease of a model, from time to time, if the code that took it does not execute any more."""
-        holder = managed.holder
+        holder = managed.leases.holder
         if holder is None or now_s < holder.search_s:
             return
         holder.searched_s = now_s

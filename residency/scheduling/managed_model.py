@@ -1,4 +1,4 @@
-"""A managed model: its state, its requests and what is known of its memory. Pure data: no locks, clock or torch."""
+"""A managed model: its state, its requests and its memory, grouped. Pure data: no locks, clock or torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,23 @@ SEARCH_AFTER_S = 2.0
 
 
 class LeaseRequest:
-    """One request for a model, from its arrival to its end; whoever changes it holds the manager's lock.
+    """One request for a model, from its arrival to its end. Changed under the dispatcher's lock.
 
-    ``number`` is its place in the order of arrival over all models. ``site`` is the code that asks, or that last
-    resumed the generator in which the model is leased. ``holding`` are the managed models that this code keeps busy:
-    models it has leased, or is loading. It is answered once it holds the model (``served_s``) or has an ``error``.
+    Attributes:
+        number: its place in the order of arrival over all models.
+        site: the code that asks, or that last resumed the generator in which the model is leased.
+        holding: the models that this code has leased or is loading.
+        answered: it holds the model (since ``served_s``), or has an ``error``.
+        searched_s: when garbage was last collected in search of a lost lease.
+        users: how many nested leases share it.
+        ended: the lease that it was made for has ended.
+        streams: a generator holds it, and reports where its steps are made.
+        awaited: the holder was last seen waiting, with a time-out, for the thread of this request.
+        event: the one-shot event on which it waits, if it has to wait.
+        context: the context in which a load on its behalf runs.
     """
 
-    __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "holding", "latch", "managed", "number",
+    __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "event", "holding", "managed", "number",
                  "resumed_s", "searched_s", "served_s", "site", "streams", "users")  # fmt: skip
 
     def __init__(
@@ -48,58 +57,151 @@ class LeaseRequest:
         self.number = number
         self.site = site
         self.holding = holding
-        self.asked_s = self.served_s = self.resumed_s = asked_s
-        #: When garbage was last collected in case that nothing refers to its lease any more.
-        self.searched_s = asked_s
-        self.answered = False
+        self.asked_s = self.served_s = self.resumed_s = self.searched_s = asked_s
+        self.answered = self.ended = self.streams = self.awaited = False
         self.error: BaseException | None = None
-        #: How many nested leases share it; and whether the lease that it was made for has ended.
         self.users = 1
-        self.ended = False
-        #: Whether a stream holds it: a generator whose steps tell where they are made.
-        self.streams = False
-        #: Whether the code that has the model was last seen waiting, with a time-out, for the thread that asks here.
-        self.awaited = False
-        #: What it sleeps on, if it has to wait; and where a load on its behalf runs.
-        self.latch: OneShotEvent | None = None
+        self.event: OneShotEvent | None = None
         self.context: contextvars.Context | None = None
 
     def facts(self, now_s: float) -> Holder:
-        """The code that has the model, its thread, and since how many seconds: for errors and the status."""
-        waiting = list(self.managed.queue)
+        """The code that has the model, its thread, and for how many seconds: for errors and the status."""
+        waiting = list(self.managed.leases.requests)
         awaited = next((other.site.thread_name for other in waiting if other.awaited and not other.answered), None)
         return Holder(self.site.where, self.site.thread_name, max(0.0, now_s - self.served_s), awaited)
 
     @property
     def search_s(self) -> float:
-        """When to look whether the code that has the lease still exists: at intervals that double."""
+        """When to look next whether the code that has the lease still exists: at intervals that double."""
         return self.searched_s + max(SEARCH_AFTER_S, self.searched_s - self.resumed_s)
 
     @property
     def is_abandoned(self) -> bool:
         """Whether a coroutine waits for it whose event loop has ended."""
-        return isinstance(self.latch, AsyncOneShotEvent) and self.latch.is_dead
+        return isinstance(self.event, AsyncOneShotEvent) and self.event.is_dead
 
     def answer(self, error: BaseException | None = None) -> None:
-        """Served, or (with an error) not; wakes who waits for it."""
+        """Grant the request, or refuse it with ``error``, and wake its thread or task."""
         self.error = error
         self.answered = True
-        self.context = None  # it remembers who asked before, and so on
-        if self.latch is not None:
-            set_event(self.latch)
+        self.context = None  # it refers to earlier requests, and these to theirs
+        if self.event is not None:
+            set_event(self.event)
+
+
+@dataclass(slots=True)
+class LeaseQueue:
+    """``holder`` has the model; ``requests`` came later, in order of arrival. Answered ones are dropped when first."""
+
+    holder: LeaseRequest | None = None
+    requests: deque[LeaseRequest] = field(default_factory=deque)
+    max_waiting: float = math.inf
+
+    def next_request(self) -> LeaseRequest | None:
+        """The request that is served next; drops those that were answered (cancelled, refused) or abandoned."""
+        while self.requests:
+            first = self.requests[0]
+            if first.is_abandoned and not first.answered:
+                first.answer(RequestCancelled(first.managed.name))
+            if not first.answered:
+                return first
+            self.requests.popleft()
+        return None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a request holds the model or waits for it."""
+        return self.holder is not None or self.next_request() is not None
+
+    def waiting(self) -> Iterator[LeaseRequest]:
+        """The requests that wait, in order of arrival."""
+        return (request for request in self.requests if not request.answered)
+
+    def refuse_all(self, error: BaseException) -> None:
+        """Refuse every request that waits."""
+        for request in list(self.waiting()):
+            request.answer(error)
+
+    def held_by(self, now_s: float) -> Holder | None:
+        """The code that has the model, if a request is in force. Needs no lock."""
+        holder = self.holder
+        return holder.facts(now_s) if holder is not None and holder.users else None
+
+
+@dataclass(slots=True)
+class MemoryUse:
+    """Bytes of the last settled state, and bytes on the device that the model lacks.
+
+    Attributes:
+        size_bytes: what it takes on the device, as far as is known: what it took there last.
+        shortfall_bytes: what the device lacked when it last refused this model; models that leave make it less.
+        needed_bytes: what must be free for the next attempt, where ``size_bytes`` is not known.
+        waiting_for_room: a request of it waits for room on the device.
+        outside: memory that the process holds beside these bytes; None before the first move.
+        outside_reported: a warning about memory that no move frees was logged.
+    """
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+    size_bytes: int = 0
+    shortfall_bytes: int = 0
+    needed_bytes: int = 0
+    waiting_for_room: bool = False
+    outside: OutsideMemory | None = None
+    outside_reported: bool = False
+
+
+@dataclass(slots=True)
+class Wishes:
+    """Moves that were asked for and have not begun.
+
+    Attributes:
+        pending_move: the state to reach once the running request has ended.
+        prefetch: a restore that no request waits for.
+        prewarmed: warmed while in use; the model stays on the device for a while after the last request.
+        moved_away_by_hand: offloaded on demand; the policy does not bring it back.
+    """
+
+    pending_move: State | None = None
+    prefetch: bool = False
+    prewarmed: bool = False
+    moved_away_by_hand: bool = False
+
+
+@dataclass(slots=True)
+class Health:
+    """``broken``: the next request loads the engine anew. ``cannot_offload``: eviction releases it.
+
+    ``closing``: it is being unregistered. ``last_error``: of the last move, as text.
+    """
+
+    broken: bool = False
+    cannot_offload: bool = False
+    closing: bool = False
+    last_error: str | None = None
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of the manager's clock.
+
+    ``request_ended_s``: end of the last request, until its idle time was learned. ``idle_since_s``: the same, or the
+    end of a restore that no request used. ``arriving_s``: duration of all arrivals that have ended.
+    """
+
+    request_ended_s: float | None = None
+    idle_since_s: float | None = None
+    policy_paused_until_s: float = -math.inf
+    arriving_s: float = 0.0
 
 
 @dataclass(eq=False)
 class ManagedModel:
-    """The books of one model. Whoever reads or writes it holds the manager's lock.
+    """The state of one model. Read and written under the dispatcher's lock.
 
-    ``holder`` is the request in force; ``queue`` holds later requests in order of arrival, and answered ones until they
-    reach its head. ``move_task`` is the move under way. ``pending_move`` is the state to reach once the running request
-    ends. ``prefetch`` marks a restore that no request waits for. ``prewarmed`` marks a model that was warmed while in
-    use: it stays on the device for a while after the last request. Moves leave alone what the paths in ``skip``
-    reach. ``borrowed_part`` is the resident of what the loader is given; it outlives a release. Each load begins with
-    ``random_state``.
-    Times are of the manager's clock, in seconds; bytes are those of the last settled state.
+    During a move ``engine`` and ``resident`` belong to ``move_task``. Moves leave alone the objects that the
+    paths in ``skip`` reach. ``borrowed_part`` is a part that the loader is given; it outlives a release.
+    Each load begins with ``random_state``.
     """
 
     name: str
@@ -108,98 +210,46 @@ class ManagedModel:
     settled_state: State = State.RELEASED
     engine: Any = None
     resident: Resident | None = None
-    device_bytes: int = 0
-    host_bytes: int = 0
-    #: What it takes on the device, as far as is known: what it took there last.
-    size_bytes: int = 0
-    #: What the device lacked when it last refused this model; models that leave make it less.
-    shortfall_bytes: int = 0
-    #: What must be free there when it is tried again, where its size is not known.
-    needed_bytes: int = 0
-    holder: LeaseRequest | None = None
-    queue: deque[LeaseRequest] = field(default_factory=deque)
     move_task: Any = None
-    pending_move: State | None = None
-    prefetch: bool = False
-    prewarmed: bool = False
-    #: A request of it waits for room on the device.
-    waiting_for_room: bool = False
-    #: Somebody sent it away by hand: it is not brought back before somebody asks for it.
-    moved_away_by_hand: bool = False
-    #: It could not be offloaded: if others need its room, it is released.
-    cannot_offload: bool = False
-    #: It cannot be used or moved any more: the next request has it loaded from scratch.
-    broken: bool = False
-    closing: bool = False
     skip: tuple[str, ...] = ()
     random_state: RandomState | None = None
     borrowed_part: KeptPart | None = None
     load_timeout_s: float = math.inf
-    max_waiting: float = math.inf
-    #: When its last request ended; and since when it is idle, which a restore that nobody used begins anew.
-    request_ended_s: float | None = None
-    idle_since_s: float | None = None
-    policy_paused_until_s: float = -math.inf
-    #: How long it has been on its way to the device, all arrivals that have ended together.
-    restored_for_s: float = 0.0
     last_move: MoveRecord | None = None
-    last_error: str | None = None
-    #: What it holds beyond these books, as far as is known; None before it was first moved.
-    outside_memory: OutsideMemory | None = None
-    #: That it holds something outside, or nothing that can move, has been said.
-    outside_reported: bool = False
+    leases: LeaseQueue = field(default_factory=LeaseQueue)
+    memory: MemoryUse = field(default_factory=MemoryUse)
+    wishes: Wishes = field(default_factory=Wishes)
+    health: Health = field(default_factory=Health)
+    times: Times = field(default_factory=Times)
     history: History = field(default_factory=History)
     watchers: list[threading.Lock] = field(default_factory=list)
 
     @property
     def state(self) -> State:
-        """Where it is (``settled_state``), or which way it travels."""
+        """``settled_state``, or the moving state of the move under way."""
         return self.settled_state if self.move_task is None else cast(State, self.move_task.move.via)
 
     @property
     def on_device(self) -> bool:
         """Whether it takes room on the device, or soon will."""
-        return self.settled_state is State.DEVICE or (
-            self.move_task is not None and self.move_task.move.target is State.DEVICE
-        )
+        return self.settled_state is State.DEVICE or self.arrives
 
-    def arrived_for_s(self, now_s: float) -> float:
-        """How long it has been on its way to the device until now, all arrivals together."""
-        arrives = self.move_task is not None and self.move_task.arrives
-        return self.restored_for_s + (max(0.0, now_s - self.move_task.started_s) if arrives else 0.0)
+    @property
+    def arrives(self) -> bool:
+        """Whether it is on its way to the device."""
+        return self.move_task is not None and self.move_task.move.target is State.DEVICE
 
     @property
     def stays(self) -> bool:
-        """Whether it was promised to stay on the device (keep-warm -1), and so makes no room for others."""
+        """Whether it must stay on the device (keep-warm -1), and so makes no room for others."""
         return self.policy.keep_warm_s == math.inf
 
-    def next_request(self) -> LeaseRequest | None:
-        """The request that is served next; drops those that were answered (cancelled, refused) or abandoned."""
-        while self.queue:
-            first = self.queue[0]
-            if first.is_abandoned and not first.answered:
-                first.answer(RequestCancelled(self.name))
-            if not first.answered:
-                return first
-            self.queue.popleft()
-        return None
-
-    def held_by(self, now_s: float) -> Holder | None:
-        """The code that has the model, if a request is in force. Needs no lock."""
-        holder = self.holder
-        return holder.facts(now_s) if holder is not None and holder.users else None
-
-    @property
-    def in_use(self) -> bool:
-        """Whether a request holds the model or waits for it."""
-        return self.holder is not None or self.next_request() is not None
+    def arrived_for_s(self, now_s: float) -> float:
+        """How long it has been on its way to the device until now, all arrivals together."""
+        return self.times.arriving_s + (max(0.0, now_s - self.move_task.started_s) if self.arrives else 0.0)
 
     def notify_watchers(self) -> None:
-        """Wake those who watch for a change of these books."""
+        """Wake the threads that wait for a change of this model."""
         watchers, self.watchers = self.watchers, []
-        for latch in watchers:
-            set_event(latch)
-
-    def waiting(self) -> Iterator[LeaseRequest]:
-        """The requests that wait, in order of arrival."""
-        return (request for request in self.queue if not request.answered)
+        for event in watchers:
+            set_event(event)

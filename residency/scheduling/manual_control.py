@@ -1,4 +1,4 @@
-"""Models steered by hand: down, up, aside, and out. What is asked of a model in use follows its request."""
+"""Manual control: offload, release, warm, make room, retire. A model in use follows when its requests have ended."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from ..observability.error_classification import is_out_of_device_memory
 from ..states import State
 from .dispatcher import WARM_GRACE_S, Dispatcher
 from .managed_model import ManagedModel
+from .move_runner import MoveRunner
+from .mover import Mover
 from .planner import move_towards
 
 logger = logging.getLogger(__name__)
 
 
 class ManualControl:
-    """``check_locked`` raises where a model may not be steered any more."""
+    """``check_locked`` raises where a model is not managed any more."""
 
-    def __init__(self, dispatcher: Dispatcher, check_locked: Callable[[ManagedModel], None]) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, moves: MoveRunner, mover: Mover, check_locked: Callable[[ManagedModel], None]
+    ) -> None:
         self._dispatcher = dispatcher
+        self._moves = moves
+        self._mover = mover
         self._check_locked = check_locked
         self._separate = dispatcher.device.separate
 
@@ -30,30 +36,23 @@ class ManualControl:
 
         False: it follows the request that runs or waits, or the arrival of a model that is on its way to the device.
         """
-        dispatcher, task = self._dispatcher, None
+        dispatcher, leases, wishes, task = self._dispatcher, managed.leases, managed.wishes, None
         while task is None:
-            dispatcher.watch(managed, lambda: managed.in_use or managed.move_task is None or managed.move_task.arrives)
-            with dispatcher.lock:
+            dispatcher.watch(managed, lambda: leases.in_use or managed.move_task is None or managed.arrives)
+            with dispatcher.replanning(managed), dispatcher.lock:
                 self._check_locked(managed)
-                managed.prefetch = managed.prewarmed = False
-                if managed.in_use or (managed.move_task is not None and managed.move_task.arrives):
-                    if target is State.HOST and not self._separate:
-                        return True
-                    if managed.pending_move is not State.RELEASED:
-                        managed.pending_move = target
-                        dispatcher.version += 1
-                    return False
+                wishes.prefetch = wishes.prewarmed = False
+                if leases.in_use or managed.arrives:
+                    if self._separate or target is not State.HOST:
+                        wishes.pending_move = State.RELEASED if wishes.pending_move is State.RELEASED else target
+                    return target is State.HOST and not self._separate
                 if managed.move_task is None:
-                    managed.policy_paused_until_s = -math.inf  # who sends it away wants none of a grace that it had
+                    managed.times.policy_paused_until_s = -math.inf  # a grace that it had has ended
                     move = move_towards(managed, target, self._separate)
                     if move is None:
-                        dispatcher.plan_locked(managed)
-                        break
-                    managed.pending_move = target
+                        return True
+                    wishes.pending_move = target
                     task = dispatcher.begin_locked(managed, move)
-        if task is None:
-            dispatcher.act()
-            return True
         dispatcher.await_task(task)
         if task.error is not None:
             raise task.error
@@ -62,26 +61,22 @@ class ManualControl:
     def warm(self, managed: ManagedModel, if_idle: bool = False) -> bool:
         """Begin to bring it to the device, or have it stay a while. True: it is there already.
 
-        Of a model in use: have it stay a while after the request, and not leave as was asked before; or, with
-        ``if_idle``, do nothing.
+        Of a model in use: have it stay a while after the request, and cancel a pending move; or, with ``if_idle``, do
+        nothing.
         """
-        dispatcher = self._dispatcher
-        with dispatcher.lock:
+        with self._dispatcher.replanning(managed), self._dispatcher.lock:
             self._check_locked(managed)
             there = managed.settled_state is State.DEVICE and managed.move_task is None
-            if if_idle and managed.in_use:
+            if if_idle and managed.leases.in_use:
                 return there
-            managed.pending_move = None
-            if managed.in_use:
-                managed.prewarmed = True
+            managed.wishes.pending_move = None
+            if managed.leases.in_use:
+                managed.wishes.prewarmed = True
             elif there:
-                managed.policy_paused_until_s = max(
-                    managed.policy_paused_until_s, dispatcher.clock.now() + WARM_GRACE_S
-                )
+                grace_ends_s = self._dispatcher.clock.now() + WARM_GRACE_S
+                managed.times.policy_paused_until_s = max(managed.times.policy_paused_until_s, grace_ends_s)
             else:
-                managed.prefetch = True
-            dispatcher.plan_locked(managed)
-        dispatcher.act()
+                managed.wishes.prefetch = True
         return there
 
     def move_aside(self, managed_models: Iterable[ManagedModel]) -> None:
@@ -92,50 +87,49 @@ class ManualControl:
                 idle = (
                     managed.settled_state is State.DEVICE
                     and managed.move_task is None
-                    and not managed.in_use
+                    and not managed.leases.in_use
                     and not managed.stays
                 )
                 move = move_towards(managed, State.HOST, self._separate) if idle else None
                 task = dispatcher.begin_locked(managed, move) if move else None
             if task is not None:
                 dispatcher.await_task(task)
-        dispatcher.mover.tidy()
+        self._mover.tidy()
 
     def retire(self, managed_models: list[ManagedModel], reason: ResidencyError, grace_s: float) -> bool:
-        """Refuse what waits for these models with ``reason``, let what runs end, and release them.
+        """Refuse the requests that wait for these models with ``reason``, let the running ones end, and release them.
 
         What still runs after ``grace_s``, or hangs as it leaves, is left alone; then the answer is False.
         """
         dispatcher = self._dispatcher
         until_s = dispatcher.clock.now() + grace_s
-        with dispatcher.lock:
+        with dispatcher.lock:  # all of them, before the first can go on
             for managed in managed_models:
-                managed.closing = True
-                for request in list(managed.waiting()):
-                    request.answer(reason)
-                dispatcher.reports.tell_queue(managed)
-                dispatcher.plan_locked(managed)
+                managed.health.closing = True
+        for managed in managed_models:
+            with dispatcher.replanning(managed), dispatcher.lock:
+                managed.leases.refuse_all(reason)
+                dispatcher.notifier.tell_queue(managed)
                 managed.notify_watchers()
-        dispatcher.act()
         gone = []
         for managed in managed_models:
             left_s = until_s - dispatcher.clock.now()
             released = dispatcher.watch(managed, partial(_has_nothing_to_do, managed), left_s) or self._leaves(managed)
             if released:
                 try:
-                    dispatcher.mover.forget(managed)  # what a release has kept for the next load
+                    self._mover.forget(managed)  # the snapshot's skeleton
                 except Exception:
                     logger.exception("%s: the device took its memory back with an error", managed.name)
                 gone.append(managed)
         for managed in gone:  # now that they all have left
             self._hand_back(managed)
-        dispatcher.join()
+        self._moves.join()
         return len(gone) == len(managed_models)
 
     def _leaves(self, managed: ManagedModel) -> bool:
-        """The grace is for requests and loads; what is leaving has the time that it takes, as long as it goes on."""
-        while managed.holder is None and (task := managed.move_task) is not None and not task.arrives:
-            if not self._dispatcher.await_task_that_goes_on(task):
+        """Whether it is released: the grace is for requests and loads; a move off the device may take longer."""
+        while managed.leases.holder is None and (task := managed.move_task) is not None and not task.arrives:
+            if not self._dispatcher.await_task_while_it_progresses(task):
                 return False
         return _has_nothing_to_do(managed)
 
@@ -144,14 +138,14 @@ class ManualControl:
         dispatcher = self._dispatcher
         try:
             try:
-                dispatcher.mover.hand_back(managed)
+                self._mover.hand_back(managed)
             except Exception as error:
                 if not is_out_of_device_memory(error):
                     raise
                 with dispatcher.lock:
                     others = [other for other in dispatcher.managed_models.values() if other is not managed]
                 self.move_aside(others)
-                dispatcher.mover.hand_back(managed)
+                self._mover.hand_back(managed)
         except Exception as error:
             logger.error(
                 "%s: the object that was passed to its loader cannot be restored to the device (%s): create a new one "
@@ -164,4 +158,4 @@ class ManualControl:
 
 
 def _has_nothing_to_do(managed: ManagedModel) -> bool:
-    return managed.move_task is None and not managed.in_use
+    return managed.move_task is None and not managed.leases.in_use

@@ -21,9 +21,8 @@ PAUSE_AFTER_ERROR_S = 1.0
 class IdleMonitor:
     """At each deadline calls ``look`` under the lock, which decides and answers the next deadline, then ``act``.
 
-    A deadline that has come already means: act, and look again. An error in there is kept for the status and logged,
-    and the thread goes on; should it end all the same, the next `expect_locked` starts another. Methods that end in
-    ``_locked`` want ``lock``.
+    A deadline in the past means: act, and look again. Errors are logged and shown in the status, and the thread goes
+    on; if it ends all the same, the next `expect_locked` starts another. Methods that end in ``_locked`` need ``lock``.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class IdleMonitor:
         act: Callable[[], None],
     ) -> None:
         self._lock = lock
-        self._latch: threading.Lock | None = None
+        self._wake_up: threading.Lock | None = None
         self._clock = clock
         self._look = look
         self._act = act
@@ -75,7 +74,6 @@ class IdleMonitor:
     def leave(self) -> None:
         """For a forked child: the thread is the parent's."""
         self._stopping, self._thread = True, None
-        self._lock = threading.Lock()
 
     def stop(self) -> None:
         """End the thread and wait for it."""
@@ -88,29 +86,29 @@ class IdleMonitor:
 
     def wake(self) -> None:
         """Let the thread look again. Needs no lock."""
-        if self._latch is not None:
-            set_event(self._latch)
+        if self._wake_up is not None:
+            set_event(self._wake_up)
 
     def _run(self, turn: object) -> None:
-        # An interrupt while a thread is started can make it look dead; whoever took its place has the turn.
+        # An interrupt while a thread is started can make it look dead; then its successor has the turn.
         while self._turn is turn and not self._stopping:
             try:
                 self._act()
                 with self._lock:
                     if self._turn is not turn:
                         return
-                    latch, sleep_s = self._fall_asleep_locked(self._look)
+                    wake_up, sleep_s = self._fall_asleep_locked(self._look)
             except BaseException as error:  # whatever it is: nobody else sees to the deadlines
                 self._errors += 1
                 self._last_error = in_words(error)
                 logger.exception("The idle monitor met an error and goes on")
                 with self._lock:
-                    latch, sleep_s = self._fall_asleep_locked(lambda: self._clock.now() + PAUSE_AFTER_ERROR_S)
+                    wake_up, sleep_s = self._fall_asleep_locked(lambda: self._clock.now() + PAUSE_AFTER_ERROR_S)
             if sleep_s > 0:
-                self._clock.wait(latch, sleep_s)
+                self._clock.wait(wake_up, sleep_s)
 
     def _fall_asleep_locked(self, decide: Callable[[], float]) -> tuple[threading.Lock, float]:
-        # First the latch: who wakes this thread without the lock has either been seen, or opens this one.
-        self._latch = latch = new_event()
+        # First the event: a wake-up without the lock came before it and is seen in `decide`, or sets it.
+        self._wake_up = wake_up = new_event()
         self._sleeps_until_s = deadline_s = decide()
-        return latch, 0.0 if self._stopping else deadline_s - self._clock.now()
+        return wake_up, 0.0 if self._stopping else deadline_s - self._clock.now()

@@ -1,4 +1,4 @@
-"""The hands: what a move does to a model's engine and resident. Knows no locks and no other models."""
+"""Carries out moves: loads, offloads, restores and releases engines. Knows no locks and no other models."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from .random_state import preserved_random_state
 logger = logging.getLogger(__name__)
 
 SKELETON_BYTES = 64 << 20
-"""What an engine may hold outside the books to stay in main memory while its weights are in a snapshot."""
+"""Most memory outside the managed weights that an engine may keep while its weights are in a snapshot."""
+
+
+STUCK_AFTER_S = 30.0
+"""How long a model that is leaving may make no progress before it counts as hanging, and waiting for it ends."""
 
 
 @dataclass(eq=False)
 class MoveTask:
     """A move under way: one thread carries it out, and owns the model's engine and resident until it ends.
 
-    It is ``claimed`` once by that thread. ``make_room`` says that others left for it, ``give_up_at_s`` when its loader
-    has taken too long, in ``context`` runs what it calls.
+    ``claimed``: that thread has begun. ``made_room``: other models left for it. ``give_up_at_s``: when its loader has
+    taken too long. ``context``: the context in which it runs.
     """
 
     managed: ManagedModel
@@ -49,7 +53,7 @@ class MoveTask:
     put_off: bool = False
     given_up: bool = False
     told_s: float = -math.inf
-    #: How far it had come when that was last looked at, and when.
+    #: Its progress when `begins_to_hang` last looked, and when.
     seen: object = None
     seen_s: float = -math.inf
     hangs: bool = False
@@ -60,13 +64,26 @@ class MoveTask:
     def arrives(self) -> bool:
         return self.move.target is State.DEVICE
 
+    @property
+    def check_at_s(self) -> float:
+        """When to call `begins_to_hang`: a model that leaves and makes no progress keeps its memory taken."""
+        return math.inf if self.arrives or self.hangs else self.seen_s + STUCK_AFTER_S
+
+    def begins_to_hang(self, now_s: float) -> bool:
+        """Whether it is found now, for the first time, to have made no progress for `STUCK_AFTER_S`."""
+        if now_s < self.check_at_s:
+            return False
+        before, self.seen, self.seen_s = self.seen, self.progress.pulse, now_s
+        self.hangs = self.seen == before
+        return self.hangs
+
     def end(self) -> None:
-        """Let go of what a task that is over must not keep alive: the engine, and itself."""
+        """Drop references to objects that must not outlive the move: the engine, and the task itself."""
         self.engine = self.resident = self.progress.changed = None
 
     @property
     def back_at(self) -> State:
-        """Where the model is if the move has failed: where it was, unless its bytes had gone already."""
+        """The model's state after a failure: the one before, unless its bytes had left already."""
         if self.engine is None:
             return State.RELEASED
         has_left = self.resident is not None and self.resident.device_bytes < self.device_bytes_before
@@ -74,7 +91,7 @@ class MoveTask:
 
 
 class Mover:
-    """Carries out moves on one device. ``adopt`` finds what of a fresh engine holds memory.
+    """Carries out moves on one device. ``adopt`` finds the parts of a fresh engine that hold memory.
 
     With ``snapshots``, a release keeps the engine as a skeleton and its weights on disk, and the next load reads
     them back instead of building the engine again; if that does not work the engine is built the normal way.
@@ -109,7 +126,7 @@ class Mover:
         return freed_bytes
 
     def throw_away(self, task: MoveTask) -> None:
-        """Give up what a load brings that was given up; what it had borrowed may be another engine's by now."""
+        """Release the engine of a load that was given up; its borrowed part may belong to another engine by now."""
         logger.warning("%s: came after it had been given up, and is thrown away", task.managed.name)
         resident, task.engine, task.resident = task.resident, None, None
         if resident is not None:
@@ -123,7 +140,7 @@ class Mover:
             managed.borrowed_part.hand_back()
 
     def tidy(self) -> None:
-        """Hand back what nobody refers to any more: garbage, and the caches of the allocator."""
+        """Free garbage and the caches of the allocator."""
         gc.collect()
         self._device.settle()
 
@@ -151,14 +168,19 @@ class Mover:
         return task.resident.device_bytes + task.resident.host_bytes
 
     def _sleep(self, task: MoveTask) -> int:
-        """Release into a snapshot; 0 if there is none to be had."""
-        if self._snapshots is None or task.resident is None or task.managed.closing or task.managed.broken:
+        """Release into a snapshot; 0 if there is none."""
+        if (
+            self._snapshots is None
+            or task.resident is None
+            or task.managed.health.closing
+            or task.managed.health.broken
+        ):
             return 0
-        if task.managed.outside_memory is not None and task.managed.outside_memory.held_bytes > SKELETON_BYTES:
+        if task.managed.memory.outside is not None and task.managed.memory.outside.held_bytes > SKELETON_BYTES:
             logger.info(
                 "%s: released without a snapshot, since its engine holds %s bytes that no move takes with it",
                 task.managed.name,
-                f"{task.managed.outside_memory.held_bytes:,}",
+                f"{task.managed.memory.outside.held_bytes:,}",
             )
             return 0
         try:
@@ -193,7 +215,7 @@ class Mover:
 
 
 def _watched(engine: Any) -> Callable[[], Any]:
-    """A function whose answer is not None as long as the engine is there, or if that cannot be told."""
+    """A weak reference to the engine; where there can be none, a function that answers True."""
     try:
         return weakref.ref(engine)
     except TypeError:
@@ -205,7 +227,7 @@ def _build(managed: ManagedModel, progress: Progress) -> Any:
     progress.enter("building")
     with preserved_random_state():
         if managed.random_state is not None:
-            managed.random_state.put_back()  # what it draws is the same, however often and for whomever it builds
+            managed.random_state.put_back()  # each load draws the same numbers
         engine = managed.load()
     if engine is None:
         raise TypeError(f"The loader of {managed.name!r} returned None; let it return the engine.")

@@ -1,4 +1,4 @@
-"""What the dispatcher says of moves: to the log, and to whoever listens."""
+"""Reports moves to the log and to listeners."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .mover import MoveTask
 logger = logging.getLogger("residency.moves")
 
 PROGRESS_EVERY_S = 0.1
-"""Listeners are told of progress at most this often."""
+"""The shortest time between two reports of progress to listeners."""
 
 
 def waiting_for(managed: ManagedModel) -> int:
     """How many requests are in a model's queue."""
-    return sum(1 for _ in managed.waiting())
+    return sum(1 for _ in managed.leases.waiting())
 
 
 class Notifier:
-    """Nothing here waits; `tell` may be called under the dispatcher's lock, so that the order is that of the books."""
+    """Nothing here waits. `tell` is called under the dispatcher's lock: events come in the order of the changes."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device = device
@@ -77,12 +77,12 @@ class Notifier:
     def tell_outside(self, task: MoveTask) -> None:
         """Warns once of a model that holds memory which no move takes with it."""
         managed, kind = task.managed, task.move.via
-        if managed.outside_reported or task.error is not None:
+        if managed.memory.outside_reported or task.error is not None:
             return
-        if managed.outside_memory is not None and managed.outside_memory.holders:
-            managed.outside_reported = True
-            size = readable_bytes(managed.outside_memory.held_bytes)
-            pids = ", ".join(str(holder.pid) for holder in managed.outside_memory.holders)
+        if managed.memory.outside is not None and managed.memory.outside.holders:
+            managed.memory.outside_reported = True
+            size = readable_bytes(managed.memory.outside.held_bytes)
+            pids = ", ".join(str(holder.pid) for holder in managed.memory.outside.holders)
             logger.warning(
                 "%s holds %s outside the books (pid %s), in memory that is neither a tensor nor an ONNX session: "
                 "offload does not move it; a release frees it, except in child processes that go on running. / "
@@ -90,8 +90,8 @@ class Notifier:
                 "仍在运行的子进程除外。",
                 managed.name, size, pids, managed.name, size, pids,
             )  # fmt: skip
-        elif kind is State.LOADING and self._device.separate and not managed.device_bytes:
-            managed.outside_reported = True
+        elif kind is State.LOADING and self._device.separate and not managed.memory.device_bytes:
+            managed.memory.outside_reported = True
             logger.warning(
                 "%s: nothing was found in its engine that can leave %s, so offload frees nothing; release does. / "
                 "%s：引擎中没有可以移动的内容，卸载不会腾出显存，请使用完全释放。",

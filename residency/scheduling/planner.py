@@ -1,8 +1,8 @@
 """Decides which move comes next, from the managed models and the time. Pure: nothing here acts, waits or logs.
 
-For one model, in this order: what was asked for by hand; a broken engine goes; who waits is served, or the model
-brought to the device for them; otherwise its policy says where an idle model is. A model in use or on its way is
-left alone. Bringing a model to the device needs room there: `room_for` says whose room.
+For one model, in this order: a move by hand; the release of a broken engine; the next request is served, or the
+model brought to the device for it; otherwise the policy decides where an idle model is. A model in use or on its way
+is left alone. To bring a model to the device, `room_for` decides which others leave.
 """
 
 from __future__ import annotations
@@ -45,18 +45,21 @@ def move_towards(managed: ManagedModel, target: State, separate: bool) -> Move |
 
 def next_step(managed: ManagedModel, now_s: float, separate: bool) -> Move | Serve | None:
     """What should happen to this model now, if anything; see the module for the order."""
-    if managed.holder is not None or managed.move_task is not None:
+    if managed.leases.holder is not None or managed.move_task is not None:
         return None
-    if managed.closing:
+    if managed.health.closing:
         return move_towards(managed, State.RELEASED, separate)
-    if managed.pending_move is not None and (move := move_towards(managed, managed.pending_move, separate)):
+    if managed.wishes.pending_move is not None and (
+        move := move_towards(managed, managed.wishes.pending_move, separate)
+    ):
         return move
-    called_for = managed.next_request() is not None or managed.prefetch
-    if managed.broken and (
+    waits = managed.leases.next_request() is not None
+    called_for = waits or managed.wishes.prefetch
+    if managed.health.broken and (
         managed.settled_state is State.DEVICE or (managed.settled_state is State.HOST and called_for)
     ):
         return Move(managed.name, managed.settled_state, State.RELEASED)
-    if managed.next_request() is not None and managed.settled_state is State.DEVICE:
+    if waits and managed.settled_state is State.DEVICE:
         return Serve.HEAD
     if called_for and managed.settled_state is not State.DEVICE:
         return Move(managed.name, managed.settled_state, State.DEVICE)
@@ -67,26 +70,47 @@ def next_deadline(managed: ManagedModel, now_s: float, separate: bool) -> float:
     """When `next_step` will next want to be asked, if nothing else happens; ``math.inf`` for never."""
     if managed.move_task is not None:
         return float(managed.move_task.give_up_at_s)
-    if managed.in_use or managed.idle_since_s is None or managed.settled_state is State.RELEASED:
+    if managed.leases.in_use or managed.times.idle_since_s is None or managed.settled_state is State.RELEASED:
         return math.inf
-    edges = {edge for window in managed.policy.windows() for edge in window} | {managed.policy.idle_timeout_s}
-    times = {max(managed.idle_since_s + edge, managed.policy_paused_until_s, now_s) for edge in edges}
-    return min((time for time in times if time < math.inf and _due_move(managed, time, separate)), default=math.inf)
+    earliest_s, deadline_s = max(now_s, managed.times.policy_paused_until_s), math.inf
+    for edges in (*managed.policy.windows(), (managed.policy.idle_timeout_s,)):
+        for edge_s in edges:
+            time_s = max(managed.times.idle_since_s + edge_s, earliest_s)
+            if time_s < deadline_s and _due_move(managed, time_s, separate):
+                deadline_s = time_s
+    return deadline_s
 
 
 def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | None:
-    if managed.settled_state is State.RELEASED or managed.idle_since_s is None or now_s < managed.policy_paused_until_s:
+    if (
+        managed.settled_state is State.RELEASED
+        or managed.times.idle_since_s is None
+        or now_s < managed.times.policy_paused_until_s
+    ):
         return None
     windows = managed.policy.windows()
-    # A model promised to be warm for longer than the idle timeout keeps that promise.
-    if now_s >= managed.idle_since_s + max(managed.policy.idle_timeout_s, windows[-1][1]):
+    # Keep-warm takes precedence over a shorter idle timeout.
+    if now_s >= managed.times.idle_since_s + max(managed.policy.idle_timeout_s, windows[-1][1]):
         return move_towards(managed, State.RELEASED, separate)
-    begun = any(managed.idle_since_s + start <= now_s < managed.idle_since_s + stop for start, stop in windows[1:])
+    begun = any(
+        managed.times.idle_since_s + start <= now_s < managed.times.idle_since_s + stop for start, stop in windows[1:]
+    )
     if managed.settled_state is State.HOST:
-        # The first window keeps a model where it is; later ones bring it back, unless somebody sent it away.
-        return Move(managed.name, State.HOST, State.DEVICE) if begun and not managed.moved_away_by_hand else None
-    warm = begun or now_s < managed.idle_since_s + windows[0][1]
+        # The first window keeps a model where it is; later ones bring it back, unless it was moved away by hand.
+        return Move(managed.name, State.HOST, State.DEVICE) if begun and not managed.wishes.moved_away_by_hand else None
+    warm = begun or now_s < managed.times.idle_since_s + windows[0][1]
     return None if warm else move_towards(managed, State.HOST, separate)
+
+
+def will_not_reach(managed: ManagedModel, state: State) -> bool:
+    """Whether nothing leads a model to ``state`` any more, without a new request."""
+    failed = (
+        managed.health.last_error is not None
+        and managed.settled_state is not State.DEVICE
+        and not managed.wishes.prefetch
+        and not managed.leases.in_use
+    )
+    return managed.move_task is None and (managed.health.closing or (failed and state is not State.RELEASED))
 
 
 # -- room on the device -----------------------------------------------------------------------------------------
@@ -95,28 +119,28 @@ def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | Non
 def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], budget_bytes: float) -> Room:
     """Whether ``managed`` may go to the device, on which models under management take ``budget_bytes`` at most.
 
-    If there is no room, idle models leave, the one unused for longest first; models in use are waited for. Who waits
-    for room is served in the order of arrival over all models: a model whose next request came later counts as idle.
-    Models promised to stay (keep-warm -1) do. A restore that no request waits for takes only room that is free, or
+    If there is no room, idle models leave, the least recently used first; models in use are waited for. Requests that
+    wait for room are served in the order of arrival over all models: a model whose next request came later counts as
+    idle. Models with keep-warm -1 stay. A restore that no request waits for takes only room that is free, or
     that idle models hold if it was asked for.
     """
-    head = managed.next_request()
+    head = managed.leases.next_request()
     others = [other for other in managed_models if other is not managed]
     if head is not None and not head.holding and any(_is_short_and_older(other, head) for other in others):
         return Room(wait=True)
-    there_bytes = sum(other.size_bytes for other in others if other.on_device)
-    short_bytes = max(there_bytes + managed.size_bytes - budget_bytes, managed.shortfall_bytes)
+    there_bytes = sum(other.memory.size_bytes for other in others if other.on_device)
+    short_bytes = max(there_bytes + managed.memory.size_bytes - budget_bytes, managed.memory.shortfall_bytes)
     if short_bytes <= 0:
         return Room()
-    short_bytes -= sum(other.size_bytes for other in others if _leaving(other))
-    if head is None and not managed.prefetch:
+    short_bytes -= sum(other.memory.size_bytes for other in others if _leaving(other))
+    if head is None and not managed.wishes.prefetch:
         return Room(hopeless=True)
     idle = [other for other in others if _may_be_evicted(other, head)]
     evict = _least_recently_used(idle, short_bytes)
-    short_bytes -= sum(other.size_bytes for other in evict)
+    short_bytes -= sum(other.memory.size_bytes for other in evict)
     busy = [other for other in others if head and other not in idle and _will_be_free(other, head, managed_models)]
-    # What is on its way for the first time may take anything.
-    if short_bytes > sum(other.size_bytes or (math.inf if other.move_task else 0) for other in busy):
+    # A model that loads for the first time may have any size.
+    if short_bytes > sum(other.memory.size_bytes or (math.inf if other.move_task else 0) for other in busy):
         return Room(hopeless=True)
     return Room(evict=tuple(map(_eviction, evict)), wait=True)
 
@@ -124,7 +148,7 @@ def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], bu
 def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -> list[Move]:
     """Idle models that must leave because a model turned out to be larger than was known."""
     excess_bytes = (
-        sum([managed.size_bytes for managed in managed_models if managed.on_device and not _leaving(managed)])
+        sum([managed.memory.size_bytes for managed in managed_models if managed.on_device and not _leaving(managed)])
         - budget_bytes
     )
     if excess_bytes <= 0:
@@ -136,12 +160,12 @@ def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -
 
 
 def _eviction(managed: ManagedModel) -> Move:
-    # What could not be offloaded a moment ago must go all the same: somebody waits for the room.
-    return Move(managed.name, State.DEVICE, State.RELEASED if managed.cannot_offload else State.HOST)
+    # A model that could not be offloaded a moment ago is released: a request waits for the room.
+    return Move(managed.name, State.DEVICE, State.RELEASED if managed.health.cannot_offload else State.HOST)
 
 
 def would_wait_for_itself(request: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:
-    """Whether this request waits for somebody who waits, maybe over others, for who makes it."""
+    """Whether this request waits, directly or through others, for the code that makes it."""
     return not _in_the_way_of(request.managed, managed_models).isdisjoint(request.holding)
 
 
@@ -153,7 +177,9 @@ def _in_the_way_of(managed: ManagedModel, managed_models: Collection[ManagedMode
         found = todo.pop()
         if found not in seen:
             seen.add(found)
-            todo += [other for other in managed_models for request in other.waiting() if found in request.holding]
+            todo += [
+                other for other in managed_models for request in other.leases.waiting() if found in request.holding
+            ]
     return seen
 
 
@@ -162,42 +188,44 @@ def _leaving(managed: ManagedModel) -> bool:
 
 
 def _is_short_and_older(managed: ManagedModel, head: LeaseRequest) -> bool:
-    mine = managed.next_request()
-    return managed.waiting_for_room and mine is not None and mine.number < head.number
+    mine = managed.leases.next_request()
+    return managed.memory.waiting_for_room and mine is not None and mine.number < head.number
 
 
 def _may_be_evicted(managed: ManagedModel, head: LeaseRequest | None) -> bool:
     if (
         managed.settled_state is not State.DEVICE
         or managed.move_task is not None
-        or managed.holder is not None
+        or managed.leases.holder is not None
         or managed.stays
     ):
         return False
-    mine = managed.next_request()
+    mine = managed.leases.next_request()
     return mine is None or (head is not None and head.number < mine.number and not mine.holding)
 
 
 def _will_be_free(managed: ManagedModel, head: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:
     """Whether a model that is in use, or on its way to the device, can leave without waiting for ``head``."""
-    if not managed.on_device or managed.stays or not (managed.in_use or managed.move_task):
+    if not managed.on_device or managed.stays or not (managed.leases.in_use or managed.move_task):
         return False
     first = _in_the_way_of(managed, managed_models)
-    return first.isdisjoint((head.managed, *head.holding)) and not any(other.waiting_for_room for other in first)
+    return first.isdisjoint((head.managed, *head.holding)) and not any(other.memory.waiting_for_room for other in first)
 
 
 def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> list[ManagedModel]:
     """As many of these as hold ``short_bytes`` together, or all of them."""
     leave: list[ManagedModel] = []
     for managed in sorted(
-        idle, key=lambda managed: -math.inf if managed.idle_since_s is None else managed.idle_since_s
+        idle, key=lambda managed: -math.inf if managed.times.idle_since_s is None else managed.times.idle_since_s
     ):
-        if short_bytes > 0 and managed.size_bytes > 0:
+        if short_bytes > 0 and managed.memory.size_bytes > 0:
             leave.append(managed)
-            short_bytes -= managed.size_bytes
+            short_bytes -= managed.memory.size_bytes
     return leave
 
 
 def by_arrival(managed_models: Iterable[ManagedModel]) -> list[ManagedModel]:
-    """Slots in the order in which their next requests came; those without one last."""
-    return sorted(managed_models, key=lambda managed: head.number if (head := managed.next_request()) else math.inf)
+    """Models in the order in which their next requests came; those without one last."""
+    return sorted(
+        managed_models, key=lambda managed: head.number if (head := managed.leases.next_request()) else math.inf
+    )

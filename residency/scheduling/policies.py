@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from ..contracts import Policy
 from ..errors import InvalidInput
@@ -22,7 +23,7 @@ AUTO = "auto"
 NEVER = math.inf
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_S = 100_000 * 3600.0
-"""Who writes more than these eleven years has mistyped, or means never."""
+"""Eleven years: a longer duration is a mistake."""
 
 
 def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) -> float:
@@ -74,10 +75,7 @@ class FixedPolicy:
 
 
 class GuardedPolicy:
-    """A policy of somebody's own, asked under the manager's lock: where it fails, no request may be lost over it.
-
-    Once it has raised, or answered what cannot be, that is logged and a `FixedPolicy` takes its place for good.
-    """
+    """A user's policy. At its first error or impossible answer, which is logged, a `FixedPolicy` takes its place."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -145,8 +143,18 @@ def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
     return AdaptivePolicy(idle_timeout_s) if warm_s == AUTO else FixedPolicy(float(warm_s), idle_timeout_s)
 
 
-def guarded(policy: Policy, keep_warm: object, idle_timeout: object) -> Policy:
-    """A policy that a user gives instead of ``keep_warm`` and ``idle_timeout``; `InvalidInput` if it cannot be one."""
+def policy_for(
+    policy: Policy | None,
+    keep_warm: float | str | None,
+    idle_timeout: float | str | None,
+    defaults: Mapping[str, Any],
+) -> Policy:
+    """The policy of a new model: its own, or one of two durations. `InvalidInput` if both are given."""
+    if policy is None:
+        return make_policy(
+            defaults["keep_warm"] if keep_warm is None else keep_warm,
+            defaults["idle_timeout"] if idle_timeout is None else idle_timeout,
+        )
     if not isinstance(policy, Policy):
         raise InvalidInput(
             f"policy={policy!r} does not have all that residency.contracts.Policy has; for durations and 'auto' there "
@@ -161,6 +169,18 @@ def guarded(policy: Policy, keep_warm: object, idle_timeout: object) -> Policy:
     return policy if type(policy) in (FixedPolicy, AdaptivePolicy) else GuardedPolicy(policy)
 
 
+def comparable(**settings: Any) -> dict[str, Any]:
+    """A manager's settings in one form: ``"5m"`` is 300.0."""
+    for name, value in settings.items():
+        if name == "keep_warm":
+            settings[name] = keep_warm_seconds(value)
+        elif name in ("idle_timeout", "wait_timeout"):
+            settings[name] = seconds(value)
+        elif name == "snapshot_dir" and value is not None:
+            settings[name] = Path(value)
+    return settings
+
+
 def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:
     """A policy with other settings; None is as in ``present``.
 
@@ -172,7 +192,7 @@ def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: 
 
 
 def check_counts(least: int, **counts: object) -> None:
-    """`InvalidInput` for what is neither None nor a whole number of at least ``least``."""
+    """`InvalidInput` for anything but None and whole numbers of at least ``least``."""
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise InvalidInput(

@@ -11,7 +11,7 @@ _EXIT_WITHIN_S = 5.0
 
 
 class ProcessLifetime(Protocol):
-    """What must hear of it."""
+    """An object that reacts to the process's fork and end."""
 
     def leave_to_the_parent(self) -> None:
         """This process is a fork: locks may be held by threads that are not here, and models are the parent's."""
@@ -24,7 +24,7 @@ _alive: weakref.WeakSet[ProcessLifetime] = weakref.WeakSet()
 
 
 def end_with_the_process(mortal: ProcessLifetime) -> None:
-    """Have it told when this process forks or ends."""
+    """Call its methods when this process forks or ends."""
     _alive.add(mortal)
 
 

@@ -18,17 +18,17 @@ def describe(managed: ManagedModel, now_s: float, device_kind: str, separate: bo
     record = managed.last_move
     return {
         "state": managed.state.shown(device_kind),
-        "device_bytes": managed.device_bytes,
-        "host_bytes": managed.host_bytes,
-        "size_bytes": managed.size_bytes,
+        "device_bytes": managed.memory.device_bytes,
+        "host_bytes": managed.memory.host_bytes,
+        "size_bytes": managed.memory.size_bytes,
         "idle_s": _idle_s(managed, now_s),
-        "leases": int(managed.holder is not None),
+        "leases": int(managed.leases.holder is not None),
         "holder": _holder(managed, now_s),
-        "waiting": sum(1 for _ in managed.waiting()),
+        "waiting": sum(1 for _ in managed.leases.waiting()),
         "keep_warm_s": _finite(managed.policy.keep_warm_s),
         "idle_timeout_s": _finite(managed.policy.idle_timeout_s),
         "policy": managed.policy.name,
-        "pending": _ASKED[managed.pending_move] if managed.pending_move else None,
+        "pending": _ASKED[managed.wishes.pending_move] if managed.wishes.pending_move else None,
         "next": _next(managed, now_s, device_kind, separate),
         "progress": _progress(managed, now_s, device_kind),
         "last_move": {
@@ -39,10 +39,10 @@ def describe(managed: ManagedModel, now_s: float, device_kind: str, separate: bo
         }
         if record
         else None,
-        "last_error": managed.last_error,
-        "outside_bytes": managed.outside_memory.total_bytes if managed.outside_memory else 0,
-        "outside_processes": [holder.as_dict() for holder in managed.outside_memory.holders]
-        if managed.outside_memory
+        "last_error": managed.health.last_error,
+        "outside_bytes": managed.memory.outside.total_bytes if managed.memory.outside else 0,
+        "outside_processes": [holder.as_dict() for holder in managed.memory.outside.holders]
+        if managed.memory.outside
         else [],
     }
 
@@ -67,16 +67,16 @@ def describe_device(
 
 
 def _idle_s(managed: ManagedModel, now_s: float) -> float | None:
-    if managed.holder is not None:
+    if managed.leases.holder is not None:
         return 0.0
-    return None if managed.idle_since_s is None else round(max(0.0, now_s - managed.idle_since_s), 3)
+    return None if managed.times.idle_since_s is None else round(max(0.0, now_s - managed.times.idle_since_s), 3)
 
 
 def _holder(managed: ManagedModel, now_s: float) -> dict[str, Any] | None:
     """The request that has the model, as `Holder` tells of it."""
-    if managed.holder is None:
+    if managed.leases.holder is None:
         return None
-    facts = managed.holder.facts(now_s)
+    facts = managed.leases.holder.facts(now_s)
     return {**vars(facts), "held_s": round(facts.held_s, 3)}
 
 

@@ -90,7 +90,7 @@ def test_a_child_that_ends_by_itself_is_shown_no_longer(manager: GPUResourceMana
     manager.offload("tts")
     assert tts(manager)["outside_processes"]
     begun[0].communicate("\n", timeout=60)
-    manager._remeasured_s = -1.0
+    manager._overview._remeasured_s = -1.0
     assert tts(manager)["outside_processes"] == []
     assert tts(manager)["outside_bytes"] == 0
 

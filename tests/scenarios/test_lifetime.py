@@ -91,7 +91,7 @@ assert engine.resident.place == "nowhere"
         succeeds(
             self.CHILD
             + """
-with manager._lock:
+with manager._dispatcher.lock:
     in_child(child)
 assert use()
 """

@@ -41,7 +41,7 @@ def manager(workshop: Workshop) -> Iterator[GPUResourceManager]:
 
 
 def is_free(manager: GPUResourceManager, name: str = "tts") -> bool:
-    return await_that(manager, manager._managed_models[name], lambda: not manager._managed_models[name].in_use)
+    return await_that(manager, manager._managed_models[name], lambda: not manager._managed_models[name].leases.in_use)
 
 
 def use(manager: GPUResourceManager, name: str = "tts", timeout: float | None = None) -> Any:
@@ -55,7 +55,7 @@ async def use_async(manager: GPUResourceManager, name: str = "tts", timeout: flo
 
 
 async def until_it_waits(manager: GPUResourceManager, name: str = "tts", count: int = 1) -> None:
-    while sum(1 for _ in manager._managed_models[name].waiting()) < count:
+    while sum(1 for _ in manager._managed_models[name].leases.waiting()) < count:
         await asyncio.sleep(0)
 
 

@@ -12,8 +12,9 @@ from fakes import Client, Gate, Worker, Workshop, after, await_that, comes_to
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice, State
 from residency.clock import ManualClock
 from residency.contracts import Memory
-from residency.scheduling.dispatcher import FREED_WITHIN_S, RETRY_AFTER_S
+from residency.scheduling.dispatcher import RETRY_AFTER_S
 from residency.scheduling.managed_model import ManagedModel
+from residency.scheduling.move_runner import FREED_WITHIN_S
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -49,7 +50,7 @@ def where(manager: GPUResourceManager) -> str:
 
 def use(manager: GPUResourceManager, *names: str) -> None:
     for name in names:
-        manager._clock.advance(1)
+        manager._dispatcher.clock.advance(1)
         with manager.lease(name) as engine:
             assert engine.resident.place == "device"
 
@@ -125,7 +126,7 @@ def test_who_needs_the_room_of_a_model_in_use_waits_for_it(house: House, clock: 
 
 
 def how_many_wait(managed: ManagedModel) -> int:
-    return sum(1 for _ in managed.waiting())
+    return sum(1 for _ in managed.leases.waiting())
 
 
 def test_requests_for_several_models_are_served_in_order_of_arrival(house: House) -> None:
@@ -287,7 +288,7 @@ def test_a_policy_brings_back_its_model_for_which_nobody_has_to_leave(house: Hou
     clock.advance(0.5)
     managed = manager._managed_models["b"]
     assert any(
-        manager.wait_for("b", State.RESTORING, 0.01) or managed.policy_paused_until_s > clock.now()
+        manager.wait_for("b", State.RESTORING, 0.01) or managed.times.policy_paused_until_s > clock.now()
         for _ in nudged(clock)
     )
     assert where(manager) == "DH"

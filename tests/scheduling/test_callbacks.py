@@ -162,13 +162,13 @@ def test_a_first_load_waits_until_what_left_for_it_is_shown_as_free(monkeypatch:
     device, clock, workshop, idle = Late(1000), ManualClock(), Workshop(), Workshop()
     looks: list[float] = []
 
-    def wait(latch: threading.Lock, timeout_s: float = math.inf) -> None:
+    def wait(event: threading.Lock, timeout_s: float = math.inf) -> None:
         if threading.current_thread().name.startswith("gpu-loading-tts"):
             looks.append(clock.now())
             clock.advance(timeout_s)
             device.free_bytes += 10
         else:
-            ManualClock.wait(clock, latch, timeout_s)
+            ManualClock.wait(clock, event, timeout_s)
 
     monkeypatch.setattr(clock, "wait", wait)
     with GPUResourceManager(device, clock=clock, adopt=workshop.adopt, keep_warm=60) as manager:

@@ -180,7 +180,7 @@ def test_a_loader_that_hangs_is_given_up_and_what_it_brings_late_is_thrown_away(
     waiting = [Worker(lambda: manager.lease("tts").__enter__()) for _ in range(3)]
     gate.wait_for_arrival()
     managed = manager._managed_models["tts"]
-    assert await_that(manager, managed, lambda: sum(1 for _ in managed.waiting()) == 3)
+    assert await_that(manager, managed, lambda: sum(1 for _ in managed.leases.waiting()) == 3)
     clock.advance(59)
     assert manager.status()["models"]["tts"]["state"] == "moving"
     clock.advance(1)

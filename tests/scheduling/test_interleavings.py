@@ -24,7 +24,7 @@ from residency import one_shot_event
 from residency.errors import DeviceOutOfMemory, LeaseDeadlock, OverBudget
 from residency.memory import borrowed
 from residency.observability import events
-from residency.scheduling import dispatcher, managed_model, monitor
+from residency.scheduling import dispatcher, managed_model, monitor, move_runner
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -36,7 +36,7 @@ SEEDS = 150 if NIGHTLY else 6
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Scheduler, World]]:
     def build(seed: int, snapshots: bool = False, **settings: Any) -> tuple[Scheduler, World]:
         scheduler = Scheduler.varied(seed)
-        for module in (gpu_manager, dispatcher, events, borrowed, one_shot_event, monitor, managed_model):
+        for module in (gpu_manager, dispatcher, move_runner, events, borrowed, one_shot_event, monitor, managed_model):
             monkeypatch.setattr(module, "threading", scheduler)
         folder = tmp_path if snapshots else None
         return scheduler, World(seed, scheduler.clock(), step=scheduler.step, snapshot_dir=folder, **settings)
@@ -124,7 +124,9 @@ def test_leases_that_are_lost_are_given_back_and_everybody_is_served(build: Call
         refusals = {"OverBudget", "LeaseDeadlock", "DeviceOutOfMemory"}
         assert world.outcomes.keys() <= {"served", *refusals}, (seed, world.outcomes)
         assert sum(world.outcomes.values()) == 6 + len(SIZES)
-        assert not any(managed.holder or managed.next_request() for managed in world.manager._managed_models.values())
+        assert not any(
+            managed.leases.holder or managed.leases.next_request() for managed in world.manager._managed_models.values()
+        )
 
 
 def careless_client(world: World, choose: random.Random) -> Callable[[], None]:

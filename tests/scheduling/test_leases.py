@@ -51,7 +51,7 @@ def chain(manager: GPUResourceManager, has: str, wants: str) -> Worker:
 
     worker = Worker(request)
     managed = manager._managed_models[wants]
-    assert await_that(manager, managed, lambda: wanted.request in managed.waiting())
+    assert await_that(manager, managed, lambda: wanted.request in managed.leases.waiting())
     return worker
 
 
@@ -101,7 +101,7 @@ def test_two_loaders_that_need_each_other_are_refused(manager: GPUResourceManage
     at_b.wait_for_arrival()
     at_a.open()
     managed = manager._managed_models["b"]
-    assert await_that(manager, managed, lambda: sum(1 for _ in managed.waiting()) == 2)
+    assert await_that(manager, managed, lambda: sum(1 for _ in managed.leases.waiting()) == 2)
     at_b.open()
     for worker in (first, second):
         with pytest.raises(LeaseDeadlock):
@@ -165,7 +165,7 @@ def test_a_lease_that_is_lost_is_given_back(manager: GPUResourceManager) -> None
     gc.collect()
     assert use(manager, timeout=None)
     managed = manager._managed_models["tts"]
-    assert await_that(manager, managed, lambda: not managed.in_use and managed.settled_state is State.HOST)
+    assert await_that(manager, managed, lambda: not managed.leases.in_use and managed.settled_state is State.HOST)
 
 
 @pytest.mark.parametrize("broken", [True, False])
@@ -191,7 +191,7 @@ def test_a_generator_that_is_collected_where_its_manager_is_at_work_gives_its_le
     pieces = stream()
     next(pieces)
     # Python collects at any point: here, where this thread has the lock.
-    with manager._lock if busy == "the books" else manager._dispatcher._spawning:
+    with manager._dispatcher.lock if busy == "the books" else manager._moves._starting:
         pieces.close()
     assert manager.wait_for("tts", State.HOST, 60)
     assert tts(manager)["leases"] == 0
@@ -269,10 +269,10 @@ def test_a_request_that_is_interrupted_while_it_waits_leaves_the_queue(
     holder = Client(manager).comes_in()
     waits, here = clock.wait, threading.current_thread()
 
-    def wait(latch: threading.Lock, timeout_s: float = math.inf) -> None:
+    def wait(event: threading.Lock, timeout_s: float = math.inf) -> None:
         if threading.current_thread() is here:
             raise KeyboardInterrupt
-        waits(latch, timeout_s)
+        waits(event, timeout_s)
 
     lease = manager.lease("tts")
     with monkeypatch.context() as patch:

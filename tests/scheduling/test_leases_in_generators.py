@@ -114,7 +114,7 @@ def test_readers_do_not_keep_a_model_from_those_who_wait_for_it(manager: GPUReso
     late = manager.lease("tts", reading=True)
     late_reader = Worker(late.__enter__)
     managed = manager._managed_models["tts"]
-    assert await_that(manager, managed, lambda: late.request in managed.waiting())
+    assert await_that(manager, managed, lambda: late.request in managed.leases.waiting())
     reader.__exit__()
     late_reader.result()
     late.__exit__()
@@ -126,7 +126,7 @@ def test_a_strangers_request_waits_for_a_stream_and_is_served_after_it(shop: GPU
     lease = shop.lease()
     stranger = Worker(lease.__enter__)
     managed = shop.manager._managed_models["tts"]
-    assert await_that(shop.manager, managed, lambda: lease.request in managed.waiting())
+    assert await_that(shop.manager, managed, lambda: lease.request in managed.leases.waiting())
     assert len(steps(stream)) == 1
     stranger.result()
     lease.__exit__()
@@ -161,7 +161,7 @@ def test_two_generators_in_opposite_order_are_told_of_their_deadlock(pair: GPURe
     step(other)
     waiting = Worker(contextvars.copy_context().run, next, one)
     managed = pair._managed_models["b"]
-    assert await_that(pair, managed, lambda: managed.next_request() is not None)
+    assert await_that(pair, managed, lambda: managed.leases.next_request() is not None)
     with pytest.raises(LeaseDeadlock, match="'a' while holding b") as caught:
         step(other)
     assert caught.value.holder is not None
@@ -280,7 +280,7 @@ def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedT
     managed = shop.manager._managed_models["tts"]
     with shop.lease():
         thread = Worker(asked.__enter__)
-        assert await_that(shop.manager, managed, lambda: asked.request in managed.waiting())
+        assert await_that(shop.manager, managed, lambda: asked.request in managed.leases.waiting())
     assert isinstance(thread.result(), Speaker)
     asked.__exit__()
 
@@ -471,7 +471,7 @@ def test_waiting_is_said_aloud(
         waiting = manager.lease("tts")
         worker = Worker(waiting.__enter__)
         managed = manager._managed_models["tts"]
-        assert await_that(manager, managed, lambda: waiting.request in managed.waiting())
+        assert await_that(manager, managed, lambda: waiting.request in managed.leases.waiting())
         while "has waited" not in caplog.text:
             clock.advance(31)
             worker.join(0.01)
@@ -488,7 +488,7 @@ def test_a_manager_has_a_longest_wait_for_requests_that_name_none(clock: ManualC
         with manager.lease("tts"):
             worker = Worker(lease.__enter__)
             managed = manager._managed_models["tts"]
-            assert await_that(manager, managed, lambda: lease.request in managed.waiting())
+            assert await_that(manager, managed, lambda: lease.request in managed.leases.waiting())
             clock.advance(599)
             assert worker.is_alive()
             while worker.is_alive():
@@ -514,7 +514,7 @@ def test_the_longest_wait_does_not_count_the_load(clock: ManualClock) -> None:
         behind = manager.lease("tts")
         second = Worker(behind.__enter__)
         managed = manager._managed_models["tts"]
-        assert await_that(manager, managed, lambda: behind.request in managed.waiting())
+        assert await_that(manager, managed, lambda: behind.request in managed.leases.waiting())
         clock.advance(100)
         gate.open()
         assert worker.result() is workshop.engines[0]
@@ -541,7 +541,7 @@ def test_a_stream_lost_in_a_cycle_gives_its_lease_back_without_a_collection_by_p
         step(response.body)
         del response
         managed = shop.manager._managed_models["tts"]
-        assert await_that(shop.manager, managed, lambda: managed.holder is None)
+        assert await_that(shop.manager, managed, lambda: managed.leases.holder is None)
     finally:
         gc.enable()
 
@@ -589,7 +589,7 @@ def test_a_request_is_no_deadlock_whose_code_has_lost_what_the_holder_waits_for(
     assert step(other) == "b"
     waiting = Worker(lambda: list(other))
     managed = pair._managed_models["a"]
-    assert await_that(pair, managed, lambda: managed.next_request() is not None)
+    assert await_that(pair, managed, lambda: managed.leases.next_request() is not None)
     assert step(mine) == "served"
     assert waiting.result() == ["a"]
     mine.close()

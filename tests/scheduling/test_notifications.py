@@ -373,10 +373,10 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
     child.subscribe(told.append)
     lease = child.lease("tts")
     use(child)
-    child._dispatcher.reports.listeners.close()
+    child._dispatcher.notifier.listeners.close()
     count, heard = len(told), []
-    child._dispatcher.reports.listeners._events.append(told[0])
-    child.leave_to_the_parent()
+    child._dispatcher.notifier.listeners._events.append(told[0])
+    child._registry.leave_to_the_parent()
     assert child.closed
     assert child.names() == ()
     assert child.status()["monitor"]["alive"] is False
@@ -384,10 +384,10 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
         pass
     assert child.close(0) is True
     assert workshop.resident.log == []
-    assert child._parents_models["tts"].engine is workshop.engines[0], "it is kept from being collected"
+    assert child._registry._parents_models["tts"].engine is workshop.engines[0], "it is kept from being collected"
     assert len(told) == count
     child.subscribe(heard.append)
-    child._dispatcher.reports.listeners.close()
+    child._dispatcher.notifier.listeners.close()
     assert not heard, "what was left to tell is the parent's"
 
 
@@ -397,11 +397,11 @@ def test_the_end_of_the_interpreter_waits_for_moves_but_not_for_ever(
     gate = workshop.gate = Gate()
     client = Client(manager).queues()
     gate.wait_for_arrival()
-    manager.wind_up(0.01)
+    manager._registry.wind_up(0.01)
     assert manager.closed
     assert manager.status()["monitor"]["alive"] is False
     assert tts(manager)["state"] == "moving"
-    winding = Worker(manager.wind_up, 30)
+    winding = Worker(manager._registry.wind_up, 30)
     winding.join(0.05)
     assert winding.is_alive()
     gate.open()

@@ -52,21 +52,22 @@ def managed(
     state: State, keep_warm_s: float = 10, idle_timeout_s: float = 100, name: str = "m", **fields: object
 ) -> ManagedModel:
     made = ManagedModel(name, lambda: None, FixedPolicy(keep_warm_s, idle_timeout_s), state)
-    made.idle_since_s = 0.0
+    made.times.idle_since_s = 0.0
     for key, value in fields.items():
-        setattr(made, key, value)
+        groups = (made.memory, made.wishes, made.health, made.times)
+        setattr(next((group for group in groups if hasattr(group, key)), made), key, value)
     return made
 
 
 def ask(model: ManagedModel, number: int = 1, holding: tuple[ManagedModel, ...] = ()) -> LeaseRequest:
     request = LeaseRequest(model, number, HERE, holding)
-    model.queue.append(request)
+    model.leases.requests.append(request)
     return request
 
 
 def hold(model: ManagedModel, number: int = 0) -> ManagedModel:
-    model.holder = LeaseRequest(model, number, HERE)
-    model.holder.answered = True
+    model.leases.holder = LeaseRequest(model, number, HERE)
+    model.leases.holder.answered = True
     return model
 
 
@@ -131,11 +132,11 @@ def test_who_was_answered_meanwhile_waits_no_more() -> None:
     model = managed(State.HOST)
     gone, here = ask(model, 1), ask(model, 2)
     gone.answer(TimeoutError())
-    assert list(model.waiting()) == [here]
-    assert model.next_request() is here
-    assert list(model.queue) == [here]
+    assert list(model.leases.waiting()) == [here]
+    assert model.leases.next_request() is here
+    assert list(model.leases.requests) == [here]
     here.answer(TimeoutError())
-    assert not model.in_use
+    assert not model.leases.in_use
     assert next_step(model, 0, separate=True) is None
 
 
@@ -255,13 +256,13 @@ def test_a_deadline_is_exactly_when_a_step_becomes_due(
     state: State,
     windows: tuple[tuple[float, float], ...],
     idle_timeout_s: float,
-    not_before_s: float,
+    paused_until_s: float,
     separate: bool,
     now_s: float,
     moved_away_by_hand: bool,
 ) -> None:
     model = managed(
-        state, policy=Windows(windows, idle_timeout_s), policy_paused_until_s=not_before_s,
+        state, policy=Windows(windows, idle_timeout_s), policy_paused_until_s=paused_until_s,
         moved_away_by_hand=moved_away_by_hand, idle_since_s=0.1,
     )  # fmt: skip
     deadline = next_deadline(model, now_s, separate)
@@ -336,7 +337,7 @@ def test_who_can_never_fit_is_told_so() -> None:
     big, pinned = managed(State.HOST, name="big", size_bytes=101), managed(State.DEVICE, math.inf, size_bytes=30)
     ask(big)
     assert room_for(big, [big], 100) == Room(hopeless=True)
-    big.size_bytes = 80
+    big.memory.size_bytes = 80
     assert room_for(big, [big, pinned], 100) == Room(hopeless=True)
     assert room_for(big, [big, hold(pinned)], 100) == Room(hopeless=True)
     assert room_for(big, [big, pinned], 110) == Room()
@@ -355,11 +356,11 @@ def test_a_model_that_could_not_be_offloaded_is_released_for_others() -> None:
 def test_what_the_device_refused_sends_others_away_without_any_budget() -> None:
     new = managed(State.HOST, name="new", size_bytes=60, shortfall_bytes=20)
     small, large = (managed(State.DEVICE, name=name, size_bytes=size) for name, size in [("small", 10), ("large", 50)])
-    small.idle_since_s = -1.0
+    small.times.idle_since_s = -1.0
     ask(new)
     assert [move.model for move in room_for(new, [new, small, large], math.inf).evict] == ["small", "large"]
     assert room_for(new, [new], math.inf) == Room(hopeless=True)
-    new.shortfall_bytes = 5
+    new.memory.shortfall_bytes = 5
     assert [move.model for move in room_for(new, [new, small, large], math.inf).evict] == ["small"]
 
 
@@ -403,9 +404,9 @@ def test_nobody_overtakes_an_older_request_that_waits_for_room() -> None:
     request.holding = (managed(State.DEVICE, name="held"),)
     assert room_for(young, [old, young], 100) == Room()
     request.holding = ()
-    old.waiting_for_room = False
+    old.memory.waiting_for_room = False
     assert room_for(young, [old, young], 100) == Room()
-    old.waiting_for_room = True
+    old.memory.waiting_for_room = True
     assert room_for(old, [old, young], 100) == Room()
 
 
@@ -419,10 +420,10 @@ def test_nobody_waits_for_room_of_somebody_who_waits_for_room() -> None:
     mine, theirs = (hold(managed(State.DEVICE, name=name, size_bytes=50)) for name in ("mine", "theirs"))
     third, fourth = (managed(State.HOST, name=name, size_bytes=50) for name in ("third", "fourth"))
     ask(third, 1, holding=(mine,))
-    third.waiting_for_room = True
+    third.memory.waiting_for_room = True
     ask(fourth, 2, holding=(theirs,))
     assert room_for(fourth, [mine, theirs, third, fourth], 100) == Room(hopeless=True)
-    third.waiting_for_room = False
+    third.memory.waiting_for_room = False
     assert room_for(fourth, [mine, theirs, third, fourth], 100) == Room((), wait=True)
 
 
@@ -430,7 +431,7 @@ def test_a_restore_that_nobody_waits_for_takes_free_room_only_and_one_by_hand_id
     new, idle = managed(State.HOST, name="new", size_bytes=60), managed(State.DEVICE, name="idle", size_bytes=60)
     assert room_for(new, [new, idle], 100) == Room(hopeless=True)
     assert room_for(new, [new, idle], 120) == Room()
-    new.prefetch = True
+    new.wishes.prefetch = True
     assert room_for(new, [new, idle], 100).evict == (Move("idle", State.DEVICE, State.HOST),)
     ask(idle)
     assert room_for(new, [new, idle], 100) == Room(hopeless=True)
@@ -438,7 +439,7 @@ def test_a_restore_that_nobody_waits_for_takes_free_room_only_and_one_by_hand_id
 
 def test_over_budget_the_idle_ones_leave() -> None:
     a, b, busy = (managed(State.DEVICE, name=name, size_bytes=50) for name in "abc")
-    a.idle_since_s = 5.0
+    a.times.idle_since_s = 5.0
     hold(busy)
     assert over_budget([a, b, busy], 150) == []
     assert over_budget([a, b, busy], 149) == [Move("b", State.DEVICE, State.HOST)]

@@ -10,7 +10,7 @@ import pytest
 from residency.contracts import Policy
 from residency.errors import InvalidInput
 from residency.scheduling.adaptive import AdaptivePolicy
-from residency.scheduling.policies import FixedPolicy, change_policy, check_counts, guarded, make_policy, seconds
+from residency.scheduling.policies import FixedPolicy, change_policy, check_counts, make_policy, policy_for, seconds
 
 
 @dataclass
@@ -117,13 +117,13 @@ def test_what_auto_has_learned_outlives_a_change_of_the_idle_timeout(keep_warm: 
 
 def test_a_policy_of_ones_own_is_asked_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     own = Own()
-    assert use_all(guarded(own, None, None)) == ("own", ((0.0, 5.0),), 5, 100)
+    assert use_all(policy_for(own, None, None, {})) == ("own", ((0.0, 5.0),), 5, 100)
     assert own.learned == [3, 4]
     assert caplog.records == []
 
 
 def test_changing_the_idle_timeout_leaves_a_policy_of_ones_own_in_place_and_keep_warm_does_not() -> None:
-    policy = guarded(Own(), None, None)
+    policy = policy_for(Own(), None, None, {})
     policy.idle_ended(3)
     assert change_policy(policy, None, None) is policy
     changed = change_policy(policy, None, "1h")
@@ -134,7 +134,7 @@ def test_changing_the_idle_timeout_leaves_a_policy_of_ones_own_in_place_and_keep
 
 @pytest.mark.parametrize("fails_in", ["windows", "idle_ended", "brought_back", "with_idle_timeout"])
 def test_a_policy_of_ones_own_that_raises_is_done_without(fails_in: str, caplog: pytest.LogCaptureFixture) -> None:
-    policy = guarded(Own(fails_in=fails_in), None, None)
+    policy = policy_for(Own(fails_in=fails_in), None, None, {})
     use_all(policy)
     assert use_all(policy) == ("fixed", ((0.0, 0.0),), 0, 600)
     (record,) = caplog.records
@@ -150,7 +150,7 @@ def test_a_policy_of_ones_own_that_raises_is_done_without(fails_in: str, caplog:
     "spans", [(), None, ((1.0, 2.0),), ((0.0, 5.0), (3.0, 8.0)), ((0.0, math.nan),), ((0.0, 5.0), (8.0, 6.0))]
 )
 def test_windows_that_cannot_be_are_a_failure_of_the_policy(spans: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert guarded(Own(spans=spans), None, None).windows() == ((0.0, 0.0),)
+    assert policy_for(Own(spans=spans), None, None, {}).windows() == ((0.0, 0.0),)
     assert len(caplog.records) == 1
 
 
@@ -161,7 +161,7 @@ def test_what_is_no_keep_warm_says_that_it_can_be_for_ever_and_auto() -> None:
 
 @pytest.mark.parametrize("time_s", [math.nan, -1.0])
 def test_a_time_that_is_none_is_a_failure_of_the_policy(time_s: float) -> None:
-    policy = guarded(Own(idle_timeout_s=time_s), None, None)
+    policy = policy_for(Own(idle_timeout_s=time_s), None, None, {})
     assert (policy.idle_timeout_s, policy.name) == (600, "fixed")
 
 
@@ -170,29 +170,29 @@ def test_a_policy_made_from_one_of_ours_is_guarded_too() -> None:
         def windows(self) -> tuple[tuple[float, float], ...]:
             raise KeyError
 
-    assert guarded(Fails(), None, None).windows() == ((0, 0),)
+    assert policy_for(Fails(), None, None, {}).windows() == ((0, 0),)
 
 
 def test_times_that_cannot_be_are_a_failure_of_the_policy() -> None:
-    assert guarded(Own(idle_timeout_s="soon"), None, None).idle_timeout_s == 600
-    assert guarded(replace(Own(), keep_warm_s=None), None, None).keep_warm_s == 0
+    assert policy_for(Own(idle_timeout_s="soon"), None, None, {}).idle_timeout_s == 600
+    assert policy_for(replace(Own(), keep_warm_s=None), None, None, {}).keep_warm_s == 0
 
 
 def test_auto_with_settings_of_ones_own_stays_auto() -> None:
     policy = AdaptivePolicy(600, wait_weight=5)
-    assert guarded(policy, None, None) is policy
+    assert policy_for(policy, None, None, {}) is policy
 
 
 @pytest.mark.parametrize(("policy", "says"), [("auto", "there is keep_warm"), (object(), "residency.contracts.Policy")])
 def test_what_is_no_policy_is_refused(policy: Any, says: str) -> None:
     with pytest.raises(InvalidInput, match=rf"{says}.* / policy=.* 请用 keep_warm"):
-        guarded(policy, None, None)
+        policy_for(policy, None, None, {})
 
 
 @pytest.mark.parametrize("settings", [(0, None), (None, 600), ("auto", 0)])
 def test_a_policy_and_times_contradict_each_other(settings: tuple) -> None:
     with pytest.raises(InvalidInput, match=r"leave those out / .*请不要同时给出"):
-        guarded(Own(), *settings)
+        policy_for(Own(), *settings, {})
 
 
 @pytest.mark.parametrize("value", [None, 1, 12 << 30])

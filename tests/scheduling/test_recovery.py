@@ -22,7 +22,8 @@ from gpu_manager import (
 from residency.clock import ManualClock
 from residency.errors import CaptureUnderWay
 from residency.one_shot_event import holds
-from residency.scheduling.dispatcher import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES, RETRY_AFTER_S, WARM_GRACE_S
+from residency.scheduling.dispatcher import RETRY_AFTER_S, WARM_GRACE_S
+from residency.scheduling.move_runner import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -368,8 +369,8 @@ def test_moves_leave_no_thread_behind(manager: GPUResourceManager) -> None:
     for _ in range(3):
         use(manager)
     manager.release()
-    manager._dispatcher.join()
-    assert not manager._dispatcher._threads
+    manager._moves.join()
+    assert not manager._moves._threads
 
 
 def test_an_offload_that_fails_when_the_bytes_have_left_leaves_the_model_where_they_are(
@@ -425,7 +426,7 @@ def test_who_waits_for_room_that_will_never_be_tries_once_more(warm_manager: GPU
     holder = Client(warm_manager).comes_in()
     waiting = Client(warm_manager, "asr").queues()
     managed = warm_manager._managed_models["asr"]
-    assert await_that(warm_manager, managed, lambda: managed.waiting_for_room)
+    assert await_that(warm_manager, managed, lambda: managed.memory.waiting_for_room)
     warm_manager.configure("tts", keep_warm=-1)
     waiting.comes_in()
     assert tts(warm_manager)["state"] == "gpu"

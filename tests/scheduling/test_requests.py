@@ -17,7 +17,7 @@ from gpu_manager import (
 )
 from residency.clock import ManualClock
 from residency.errors import InvalidInput
-from residency.scheduling.dispatcher import STUCK_AFTER_S
+from residency.scheduling.mover import STUCK_AFTER_S
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -134,7 +134,7 @@ def test_requests_that_gave_up_are_not_remembered_while_the_model_is_held(
     for _ in range(3):
         with pytest.raises(RequestTimeout):
             after(clock, 1, Client(manager, timeout=1).queues().worker)
-    assert len(holder.managed.queue) <= 1, "the holder itself may be in it"
+    assert len(holder.managed.leases.requests) <= 1, "the holder itself may be in it"
     holder.leaves()
 
 
@@ -142,7 +142,7 @@ def test_a_timeout_that_is_a_text_is_a_duration(manager: GPUResourceManager, clo
     with manager.lease("tts"):
         worker = Worker(use, manager, "tts", "1m")
         managed = manager._managed_models["tts"]
-        assert await_that(manager, managed, lambda: any(request.latch for request in managed.waiting()))
+        assert await_that(manager, managed, lambda: any(request.event for request in managed.leases.waiting()))
         with pytest.raises(RequestTimeout, match="60 s"):
             after(clock, 60, worker)
 

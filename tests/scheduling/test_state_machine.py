@@ -34,7 +34,7 @@ class Client:
 
     def __init__(self, manager: GPUResourceManager, name: str, timeout: float | None) -> None:
         self.lease = manager.lease(name, timeout)
-        self.gives_up_s = math.inf if timeout is None else manager._clock.now() + timeout
+        self.gives_up_s = math.inf if timeout is None else manager._dispatcher.clock.now() + timeout
         self.inside = Gate()
         self.discards = False
         self.worker = Worker(self._request)
@@ -55,7 +55,7 @@ class Reference:
     keep_warm_s: float = 0.0
     idle_timeout_s: float = 600.0
     idle_since_s: float | None = None
-    not_before_s: float = -math.inf
+    paused_until_s: float = -math.inf
     asked: str | None = None
     warmed: bool = False
     broken: bool = False
@@ -86,12 +86,12 @@ class Reference:
             return None
         came_from = self.place
         if wrong := self.move("device"):
-            self.not_before_s = now_s + RETRY_AFTER_S
+            self.paused_until_s = now_s + RETRY_AFTER_S
             self.broken = wrong == "restore"
             return wrong
         if came_from == "released":
             self.idle_since_s = now_s
-        self.not_before_s = -math.inf
+        self.paused_until_s = -math.inf
         return None
 
     def go_down(self, place: str, now_s: float) -> str | None:
@@ -99,7 +99,7 @@ class Reference:
             return None
         wrong = self.move(place)
         if wrong:
-            self.not_before_s = now_s + RETRY_AFTER_S
+            self.paused_until_s = now_s + RETRY_AFTER_S
         return wrong
 
     def settle(self, now_s: float) -> None:
@@ -111,7 +111,7 @@ class Reference:
             self.go_down(asked, now_s)
         if self.broken and self.place == "device":
             self.move("released")
-        if self.idle_since_s is None or now_s < self.not_before_s:
+        if self.idle_since_s is None or now_s < self.paused_until_s:
             return
         if now_s >= self.idle_since_s + max(self.idle_timeout_s, self.keep_warm_s):
             self.go_down("released", now_s)
@@ -138,7 +138,7 @@ class Lives(RuleBasedStateMachine):
         if reference.line:
             reference.line.append(client)
             assert await_that(
-                self.manager, managed, lambda: sum(1 for _ in managed.waiting()) == len(reference.line) - 1
+                self.manager, managed, lambda: sum(1 for _ in managed.leases.waiting()) == len(reference.line) - 1
             )
         elif wrong := reference.arrive(self.clock.now()):
             with pytest.raises(OSError, match=wrong):
@@ -158,7 +158,7 @@ class Lives(RuleBasedStateMachine):
         client.inside.open()
         assert client.worker.result() is self.shops[name].engines[reference.loads - 1]
         reference.broken |= discards
-        reference.idle_since_s, reference.not_before_s = now_s, -math.inf
+        reference.idle_since_s, reference.paused_until_s = now_s, -math.inf
         if reference.line:
             asked, reference.asked = reference.asked, None
             if asked:
@@ -174,7 +174,7 @@ class Lives(RuleBasedStateMachine):
         elif reference.warmed:
             reference.warmed = False
             if not reference.arrive(now_s):
-                reference.idle_since_s, reference.not_before_s = now_s, now_s + WARM_GRACE_S
+                reference.idle_since_s, reference.paused_until_s = now_s, now_s + WARM_GRACE_S
         self.come_to_rest()
 
     @rule(name=NAMES, data=st.data())
@@ -212,7 +212,7 @@ class Lives(RuleBasedStateMachine):
             reference.warmed = False
             self.come_to_rest()
             return
-        reference.not_before_s = -math.inf
+        reference.paused_until_s = -math.inf
         if wrong := reference.go_down(place, self.clock.now()):
             with pytest.raises(OSError, match=wrong):
                 press(name)
@@ -228,9 +228,9 @@ class Lives(RuleBasedStateMachine):
         if reference.line:
             reference.asked, reference.warmed = None, True
         elif there:
-            reference.not_before_s = max(reference.not_before_s, now_s + WARM_GRACE_S)
+            reference.paused_until_s = max(reference.paused_until_s, now_s + WARM_GRACE_S)
         elif not reference.arrive(now_s):
-            reference.idle_since_s, reference.not_before_s = now_s, now_s + WARM_GRACE_S
+            reference.idle_since_s, reference.paused_until_s = now_s, now_s + WARM_GRACE_S
         self.come_to_rest()
 
     @rule(name=NAMES, keep_warm=TIMES, idle_timeout=TIMES)
@@ -280,7 +280,7 @@ class Lives(RuleBasedStateMachine):
             assert len(self.shops[name].engines) == reference.loads
             assert status["leases"] + status["waiting"] == len(reference.line)
             assert status["pending"] == {None: None, "host": "offload", "released": "release"}[reference.asked]
-            assert managed.broken is reference.broken
+            assert managed.health.broken is reference.broken
             if reference.loads:
                 place = {"released": "nowhere"}.get(reference.place, reference.place)
                 assert self.shops[name].resident.place == place

@@ -171,7 +171,7 @@ class Client:
 
         def waits() -> bool:
             request = self.lease.request
-            return request is not None and request.latch is not None and request in self.managed.waiting()
+            return request is not None and request.event is not None and request in self.managed.leases.waiting()
 
         assert await_that(self.manager, self.managed, waits), "it does not wait"
         return self

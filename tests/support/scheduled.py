@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,7 +56,13 @@ class Lock(_Part):
             return True
         if self._owner is not None and not blocking and not self._scheduler._stopping:
             return False
-        return self._take(1, self._scheduler._deadline(None if timeout == -1 else timeout))
+        deadline_s = self._scheduler._deadline(None if timeout == -1 else timeout)
+        # Threads that waited and threads that come try for it alike, as in CPython.
+        while self._owner is not None and not self._scheduler._stopping:
+            if not self._scheduler._block(self._queue, "wait for", self, deadline_s):
+                return False
+        self._owner, self._count = self._scheduler._here(), 1
+        return True
 
     def release(self) -> None:
         try:
@@ -68,27 +72,11 @@ class Lock(_Part):
             if mine and self._count > 1:
                 self._count -= 1
             elif mine:
-                self._free()
+                self._owner, self._count = None, 0
+                self._scheduler._wake(self._queue)
             elif not self._scheduler._stopping:
                 raise RuntimeError("cannot release un-acquired lock")
         self._point("released")
-
-    def locked(self) -> bool:
-        self._point("locked")
-        return self._owner is not None
-
-    def _take(self, count: int, deadline_s: float = math.inf) -> bool:
-        """Those who waited and those who come try for it alike, as in CPython."""
-        while self._owner is not None and not self._scheduler._stopping:
-            if not self._scheduler._block(self._queue, "wait for", self, deadline_s):
-                return False
-        self._owner, self._count = self._scheduler._here(), count
-        return True
-
-    def _free(self) -> int:
-        count, self._owner, self._count = self._count, None, 0
-        self._scheduler._wake(self._queue)
-        return count
 
 
 class RLock(Lock):
@@ -96,89 +84,6 @@ class RLock(Lock):
 
     def _is_owned(self) -> bool:
         return self._owner is self._scheduler._here()
-
-
-class Condition(_Part):
-    """Stricter than `threading`: over a plain Lock too, only the thread that acquired it may wait and notify."""
-
-    def __init__(self, lock: Any = None) -> None:
-        super().__init__()
-        self._lock = self._scheduler.RLock() if lock is None else lock
-        if getattr(self._lock, "_scheduler", None) is not self._scheduler:
-            raise TypeError(f"not a lock of this scheduler: {lock}")
-        self.acquire, self.release = self._lock.acquire, self._lock.release
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._check("wait on")
-        deadline_s = self._scheduler._deadline(timeout)
-        count = self._lock._free()
-        try:
-            return self._scheduler._block(self._queue, "wait", self, deadline_s)
-        finally:
-            self._lock._take(count)
-
-    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
-        end_s = self._scheduler._deadline(timeout)
-        while not (result := predicate()) and (timeout is None or self._scheduler.now() < end_s):
-            self.wait(None if timeout is None else end_s - self._scheduler.now())
-        return result
-
-    def notify(self, n: int = 1) -> None:
-        self._check("notify")
-        self._point("notify" if n < sys.maxsize else "notify_all")
-        self._scheduler._wake(self._queue, n)
-
-    def notify_all(self) -> None:
-        self.notify(sys.maxsize)
-
-    def _check(self, verb: str) -> None:
-        if self._lock._owner is not self._scheduler._here() and not self._scheduler._stopping:
-            raise RuntimeError(f"cannot {verb} un-acquired lock")
-
-
-class Event(_Part):
-    _flag = False
-
-    def is_set(self) -> bool:
-        self._point("is_set")
-        return self._flag
-
-    def set(self) -> None:
-        self._point("set")
-        self._flag = True
-        self._scheduler._wake(self._queue)
-        self._point("was set")
-
-    def clear(self) -> None:
-        self._point("clear")
-        self._flag = False
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._point("look at")
-        return self._flag or self._scheduler._block(self._queue, "wait", self, self._scheduler._deadline(timeout))
-
-
-class Semaphore(_Part):
-    def __init__(self, value: int = 1) -> None:
-        super().__init__()
-        self._value = value
-
-    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        self._point("acquire")
-        deadline_s = self._scheduler._deadline(timeout)
-        while self._value == 0 and not self._scheduler._stopping:
-            if not blocking or not self._scheduler._block(self._queue, "wait for", self, deadline_s):
-                return False
-        self._value -= 1
-        return True
-
-    def release(self, n: int = 1) -> None:
-        try:
-            self._point("release")
-        finally:
-            self._value += n
-            self._scheduler._wake(self._queue)
-        self._point("released")
 
 
 class Thread(_Part):

@@ -4,7 +4,7 @@
     monkeypatch.setattr(gpu_manager, "threading", scheduler)
     scheduler.run(reader, writer)
 
-Real threads, of which exactly one runs at a time; at every operation on a lock, condition, event or thread, and at
+Real threads, of which exactly one runs at a time; at every operation on a lock or thread, and at
 every `Scheduler.step`, the seed says who goes on. Time is virtual. As in CHESS (Musuvathi et al., OSDI 2008), loom
 and shuttle (AWS Labs); ``changes`` is PCT (Burckhardt et al., ASPLOS 2010). Only what is done through the scheduler
 can interleave: between two of its points a thread runs alone.
@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from scheduled import OWN, Abandoned, Condition, Event, Lock, RLock, Semaphore, Thread
+from scheduled import OWN, Abandoned, Lock, RLock, Thread
 
 PATIENCE = 500
 """After so many points at a stretch a PCT thread goes last: else one that polls would starve the one it waits for."""
@@ -64,7 +64,7 @@ class Scheduler:
         self._over = threading.Semaphore(0)
         self._verdict: str | BaseException = ""
         self._stopping = self._looking = False
-        for kind in (Lock, RLock, Condition, Event, Semaphore, Thread):
+        for kind in (Lock, RLock, Thread):
             setattr(self, kind.__name__, type(kind.__name__, (kind,), {"_scheduler": self}))
         self._main = self._running = self.Thread(name="MainThread")  # whoever calls while no run is on
         self._main._started = self._main._alive = True
@@ -122,17 +122,11 @@ class Scheduler:
         if self._stopping:
             raise Abandoned
 
-    def sleep(self, seconds: float) -> None:
-        self._block([], "sleep", None, self._deadline(seconds))
-
     def now(self) -> float:
         return self._now_s
 
     def clock(self) -> Clock:
         return Clock(self)
-
-    def get_ident(self) -> int:
-        return self._here().ident
 
     def current_thread(self) -> Any:
         return self._here()
@@ -178,13 +172,12 @@ class Scheduler:
             if thread in queue:
                 queue.remove(thread)
 
-    def _wake(self, queue: list, n: int = sys.maxsize) -> None:
-        """Wake the first ``n``. One whose deadline has come but who has not run since uses it up: as in CPython."""
-        for thread in queue[:n]:
+    def _wake(self, queue: list) -> None:
+        for thread in queue:
             if thread._waits:
                 thread._woken = True
                 self._resume(thread)
-        del queue[:n]
+        queue.clear()
 
     def _resume(self, thread) -> None:
         thread._waits = None
@@ -301,13 +294,8 @@ class Clock:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self.now = scheduler, scheduler.now
 
-    def wait(self, latch: Any, timeout_s: float = math.inf) -> None:
-        latch.acquire(timeout=-1 if timeout_s == math.inf else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
-
-    def jump(self, seconds: float) -> None:
-        """Let time pass; those whose deadline has come can run."""
-        self._scheduler._pass(self._scheduler.now() + seconds)
-        self._scheduler._point("jump", str(seconds))
+    def wait(self, event: Any, timeout_s: float = math.inf) -> None:
+        event.acquire(timeout=-1 if timeout_s == math.inf else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
 
 
 def _keep(results: list, index: int, function: Callable[[], Any]) -> None:

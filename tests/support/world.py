@@ -223,7 +223,7 @@ class World:
             self.manager.register(name, self.loader(name), load_timeout=load_timeout, size_bytes=size if known else 0)
         if keeps is not None:
             managed = self.manager._managed_models[keeps]
-            managed.borrowed_part, managed.host_bytes = Lent(self.kept), self.kept.host_bytes
+            managed.borrowed_part, managed.memory.host_bytes = Lent(self.kept), self.kept.host_bytes
 
     def maybe_fail(self, verb: str) -> None:
         if self.random.random() < self.fault_rate:
@@ -289,20 +289,20 @@ class World:
         managed_models = self.manager._managed_models
         for name, managed in managed_models.items():
             parts = self.alive[name]
-            if managed.holder is not None and managed.holder.users:
+            if managed.leases.holder is not None and managed.leases.holder.users:
                 assert managed.state is State.DEVICE, f"{name} is leased and {managed.state}"
                 assert place_of(managed) == "device"
                 assert name != self.keeps or self.kept.place == "device", "what is kept left under a request"
             if managed.move_task is None:
                 assert place_of(managed) == PLACES[managed.settled_state], f"{name} is not there"
             assert len(parts) <= 1 or self.load_timeout != -1, f"{name} was loaded twice"
-            assert len(set(managed.queue)) == len(managed.queue)
-            numbers = [request.number for request in managed.queue]
+            assert len(set(managed.leases.requests)) == len(managed.leases.requests)
+            numbers = [request.number for request in managed.leases.requests]
             assert numbers == sorted(numbers), "somebody jumped the queue"
         held = self.kept.device_bytes + sum(part.device_bytes for parts in self.alive.values() for part in parts)
         assert held <= self.device.ledger_bytes <= self.device.capacity_bytes
         if self.budget_bytes is not None:
-            claimed = sum(managed.size_bytes for managed in managed_models.values() if managed.on_device)
+            claimed = sum(managed.memory.size_bytes for managed in managed_models.values() if managed.on_device)
             assert claimed <= self.budget_bytes, f"{claimed} bytes of {self.budget_bytes}"
 
     def check_at_rest(self) -> None:
@@ -310,12 +310,12 @@ class World:
         self.check()
         for name, managed in self.manager._managed_models.items():
             assert managed.move_task is None
-            assert not managed.in_use, f"somebody still uses {name}"
-            assert not managed.waiting_for_room
+            assert not managed.leases.in_use, f"somebody still uses {name}"
+            assert not managed.memory.waiting_for_room
             left = managed.resident or managed.borrowed_part
             if left is not managed.borrowed_part or self.load_timeout == -1:  # a load that is given up has it meanwhile
-                assert managed.device_bytes == (left.device_bytes if left else 0)
-                assert managed.host_bytes == (left.host_bytes if left else 0)
+                assert managed.memory.device_bytes == (left.device_bytes if left else 0)
+                assert managed.memory.host_bytes == (left.host_bytes if left else 0)
         if (
             self.load_timeout == -1
             and self.keeps

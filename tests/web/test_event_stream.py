@@ -30,7 +30,7 @@ def use(manager: GPUResourceManager) -> None:
 
 
 def listeners(manager: GPUResourceManager) -> int:
-    return len(manager._dispatcher.reports.listeners._listeners)
+    return len(manager._dispatcher.notifier.listeners._listeners)
 
 
 def test_the_status_comes_first_and_then_every_move_in_order(manager: GPUResourceManager) -> None:

@@ -68,7 +68,7 @@ def served(tts: GPUManagedTTS) -> Iterator[Served]:
 
 def is_free(tts: GPUManagedTTS) -> bool:
     managed = tts.manager._managed_models["tts"]
-    return await_that(tts.manager, managed, lambda: not managed.in_use)
+    return await_that(tts.manager, managed, lambda: not managed.leases.in_use)
 
 
 @pytest.mark.parametrize("second", ["false", "true"])

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 
-class LeaseHandle(Protocol):
+class Lease(Protocol):
     """A request that waits for a model, or holds it."""
 
     @property
@@ -59,7 +59,7 @@ class Manager(Protocol):
     def warm(self, name: str | None = None, *, if_idle: bool = False) -> bool:
         """True: on the device already; False: begun, or left alone because it is in use. `UnknownModel`."""
 
-    def watching(self, watch: Callable[[LeaseHandle], object]) -> AbstractContextManager[None]:
+    def watching(self, watch: Callable[[Lease], object]) -> AbstractContextManager[None]:
         """A block in which ``watch`` sees each lease that is entered, before it waits."""
 
     def subscribe(self, listener: Callable[[Any], Any]) -> Callable[[], None]:

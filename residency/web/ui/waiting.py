@@ -18,7 +18,7 @@ from ...cancellation import checkpoint, current
 from ...errors import RequestCancelled
 from ...states import State
 from ..shared.gradio_compat import localizer, session
-from ..shared.protocols import LeaseHandle, Manager
+from ..shared.protocols import Lease, Manager
 from ..speech.queue import SpeechQueue
 from . import status_text
 
@@ -32,7 +32,7 @@ class WaitMessages:
     def __init__(self, manager: Manager | SpeechQueue | None) -> None:
         self._manager = manager
         self._lock = threading.Lock()
-        self._leases: dict[str | None, dict[LeaseHandle, float]] = {}  # and since when
+        self._leases: dict[str | None, dict[Lease, float]] = {}  # and since when
 
     @contextmanager
     def told(
@@ -47,9 +47,9 @@ class WaitMessages:
         if self._manager is None or model is None:
             yield lambda: None
             return
-        teller, whose, mine = _Teller(self._manager, model, tell, ready), session(), list[LeaseHandle]()
+        teller, whose, mine = _Teller(self._manager, model, tell, ready), session(), list[Lease]()
 
-        def watch(lease: LeaseHandle) -> None:
+        def watch(lease: Lease) -> None:
             mine.append(lease)
             if lease.model == model:  # and not one that its loader asks for
                 teller.lease = lease
@@ -107,7 +107,7 @@ class _Teller:
         status = manager.status()
         self._kind, self._present = status["device"]["kind"], status["models"].get(model, {})
         self._there = State.DEVICE.shown(self._kind)
-        self.lease: LeaseHandle | None = None
+        self.lease: Lease | None = None
         self._said: tuple[str, float] | None = None
 
     def begin(self) -> None:

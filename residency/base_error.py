@@ -1,0 +1,30 @@
+"""The base of all errors of this project. Users import it from `residency.errors`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+
+class ResidencyError(Exception):
+    """Base of all errors raised by this project: it says what to do next, and survives pickling with its fields.
+
+    ``en`` and ``zh`` are the message in English and in Chinese, ``str`` both: ``en / zh``. A subclass either calls
+    ``__init__`` with both and the arguments of its own constructor, or is a dataclass with a method `sentences`.
+    """
+
+    def __init__(self, en: str, zh: str, *fields: object) -> None:
+        super().__init__(f"{en} / {zh}")
+        self.en = en
+        self.zh = zh
+        self._fields = fields
+
+    def __post_init__(self) -> None:
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        ResidencyError.__init__(self, *self.sentences(), *values)
+
+    def sentences(self) -> tuple[str, str]:
+        """The message in English and in Chinese, of a subclass that is a dataclass."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[type[ResidencyError], tuple[object, ...]]:
+        return type(self), self._fields

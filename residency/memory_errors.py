@@ -1,0 +1,226 @@
+"""Errors of devices, weights and snapshots. Users import them from `residency.errors`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base_error import ResidencyError
+from .sentences import Sentence
+
+
+@dataclass(eq=False, repr=False)
+class DeviceOutOfMemory(ResidencyError, MemoryError):
+    """A move needed more device memory than there is. Nothing was moved.
+
+    ``holders`` are the processes that hold memory of the device, according to the driver: (pid, bytes or None).
+    """
+
+    needed_bytes: int
+    free_bytes: int | None
+    device: str
+    holders: tuple[tuple[int, int | None], ...] = ()
+
+    def sentences(self) -> tuple[str, str]:
+        name, free = Sentence.of(self.device), self.free_bytes
+        held = [(pid, "?" if nbytes is None else f"{nbytes:,}") for pid, nbytes in self.holders]
+        held_en = f" (held by {'; '.join(f'pid {pid}: {nbytes}' for pid, nbytes in held)})" if held else ""
+        held_zh = f"（{'；'.join(f'进程 {pid}：{nbytes}' for pid, nbytes in held)}）" if held else ""
+        return (
+            f"{name.en} is short of memory: {self.needed_bytes:,} bytes needed, "
+            f"{'unknown' if free is None else f'{free:,}'} free{held_en}. Release another model or "
+            f"stop another program on it, then try again.",
+            f"{name.zh} 显存不足：需要 {self.needed_bytes:,} 字节，"
+            f"可用 {'未知' if free is None else f'{free:,} 字节'}{held_zh}。"
+            f"请释放其他模型或停止占用显存的程序后重试。",
+        )
+
+
+class OverBudget(DeviceOutOfMemory):
+    """A model needs more than the models under management together may take of the device. Nothing was moved."""
+
+    def __init__(self, needed_bytes: int, free_bytes: int, budget_bytes: int, device: str) -> None:
+        name = Sentence.of(device)
+        ResidencyError.__init__(
+            self,
+            f"The budget of {name.en} is {budget_bytes:,} bytes, of which {free_bytes:,} are available, and "
+            f"{needed_bytes:,} are needed. Raise it (--gpu-budget, or budget_bytes), or let other models leave "
+            f"(keep-warm -1 keeps them).",
+            f"{name.zh} 的显存预算为 {budget_bytes:,} 字节，可用 {free_bytes:,}，需要 {needed_bytes:,}。"
+            f"请调大预算（--gpu-budget 或 budget_bytes），或让其他模型离开（keep-warm 为 -1 的模型不会离开）。",
+            needed_bytes,
+            free_bytes,
+            budget_bytes,
+            device,
+        )
+        self.needed_bytes, self.free_bytes, self.budget_bytes = needed_bytes, free_bytes, budget_bytes
+        self.device, self.holders = device, ()
+
+
+@dataclass(eq=False, repr=False)
+class DeviceUnavailable(ResidencyError):
+    """The GPU that was found cannot be used."""
+
+    reason: str
+
+    def sentences(self) -> tuple[str, str]:
+        reason = Sentence.of(self.reason)
+        return (
+            f"The GPU cannot be used: {reason.en}. Update its driver or torch, or set CUDA_VISIBLE_DEVICES= (empty) to "
+            f"run on the CPU.",
+            f"无法使用 GPU：{reason.zh}。请更新驱动或 torch，或设置 CUDA_VISIBLE_DEVICES=（空）改用 CPU。",
+        )
+
+
+class DeviceLost(DeviceUnavailable):
+    """The GPU, or this process's use of it, has failed for good: every later CUDA call of the process fails too."""
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"The GPU has failed, and this process cannot use it any more: {self.reason}. Restart the app.",
+            f"GPU 出现故障，本进程无法再使用它：{self.reason}。请重启应用。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class CaptureUnderWay(ResidencyError, RuntimeError):
+    """A move had to wait for the GPU while another thread captured a CUDA graph on it. Nothing was moved."""
+
+    device: str
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"A CUDA graph is being captured on {self.device}; moves wait until it is done, and this one has waited "
+            f"too long. Try again; if it is never done, restart the app.",
+            f"{self.device} 上正在捕获 CUDA graph，搬移须等待其完成，本次已等待过久。"
+            f"请重试；若始终不结束，请重启应用。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class SharedWeights(ResidencyError):
+    """A model holds bytes that belong to another model too; moving one would take them from the other."""
+
+    paths: tuple[str, ...]
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"These tensors are part of another model under management as well: {', '.join(self.paths)}. Register both "
+            f"as one model, or keep them out with skip.",
+            f"这些张量也属于另一个受管理的模型：{'、'.join(self.paths)}。请将两者注册为一个模型，或用 skip 排除它们。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class OnAnotherDevice(ResidencyError):
+    """A part of an engine is on a GPU that is not the managed one."""
+
+    where: str
+    managed: str
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"The engine has a part on {self.where}, and only {self.managed} is managed: place it on one GPU "
+            f"(--device-map cuda, not auto), or let the process see one (CUDA_VISIBLE_DEVICES=0).",
+            f"引擎有一部分位于 {self.where}，而这里只管理 {self.managed}：请放在一块 GPU 上"
+            f"（--device-map cuda，而非 auto），或让进程只看到一块（CUDA_VISIBLE_DEVICES=0）。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class WeightsGone(ResidencyError):
+    """A loader returned an engine that was released before: its tensors have no bytes any more."""
+
+    paths: tuple[str, ...]
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"The loader returned an engine whose weights were released: {', '.join(self.paths)}. Let it build a new "
+            f"one, or register what outlives a release as keep.",
+            f"加载函数返回了权重已被释放的引擎：{'、'.join(self.paths)}。请让它每次新建引擎，"
+            f"或用 keep 注册需要在释放后保留的部分。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class NotHandedOut(ResidencyError, TypeError):
+    """An answer contains an object that cannot be copied and would read the engine's memory after the lease."""
+
+    kind: str
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"The engine's answer contains a {self.kind}, which cannot be copied and would read memory that leaves the "
+            f"device. Use it until the engine leaves: with tts.lease() as engine.",
+            f"引擎的返回值含有 {self.kind}，它无法复制，且会读取将离开设备的内存。"
+            f"请在 with tts.lease() as engine 中使用。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class PartGone(ResidencyError, ReferenceError):
+    """An object that the engine made and did not keep was used after that engine had been released."""
+
+    kind: str
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"This {self.kind} was made by an engine that has been released since. Ask the engine for a new one.",
+            f"此 {self.kind} 由已释放的引擎创建，已失效。请重新向引擎获取。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class TensorAway(ResidencyError, RuntimeError):
+    """A tensor of an engine was used while its bytes were away. Nothing was harmed.
+
+    ``path`` leads to it from the engine; ``released``: these bytes do not come back, only a new engine's.
+    """
+
+    path: str
+    released: bool
+
+    def sentences(self) -> tuple[str, str]:
+        named = Sentence.of(self.path)
+        if self.released:
+            return (
+                f"{named.en} was released with its engine and has no bytes any more. Take a new lease (with "
+                f"manager.lease(name) as engine) and use the engine that it gives.",
+                f"{named.zh} 已随其引擎释放，不再有数据。请重新获取租约（with manager.lease(name) as engine），"
+                f"并使用由此得到的引擎。",
+            )
+        return (
+            f"{named.en} is away: its bytes are not on the device while nobody uses the model. Take a lease and "
+            f"use it there: with manager.lease(name) as engine.",
+            f"{named.zh} 的数据当前不在设备上：模型未被使用。请先获取租约，再在租约内使用："
+            f"with manager.lease(name) as engine。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class CapturedGraphs(ResidencyError):
+    """An engine has captured CUDA graphs, which remember addresses on the device: it can be released, not offloaded."""
+
+    paths: tuple[str, ...]
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"The engine has captured CUDA graphs ({', '.join(self.paths)}), which contain the addresses of its "
+            f"weights: it cannot be offloaded, only released. Build it without them (enable_cuda_graph=False).",
+            f"引擎已捕获 CUDA graph（{'、'.join(self.paths)}），其中记录了权重的显存地址：只能释放，不能卸载到内存。"
+            f"请在构建引擎时关闭它（enable_cuda_graph=False）。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class SnapshotUnusable(ResidencyError):
+    """A snapshot cannot be written or read. No reason to fail: the engine is released or loaded the normal way."""
+
+    name: str
+    reason: str
+
+    def sentences(self) -> tuple[str, str]:
+        reason = Sentence.of(self.reason)
+        return (
+            f"The snapshot of {self.name!r} cannot be used: {reason.en}.",
+            f"{self.name!r} 的快照无法使用：{reason.zh}。",
+        )

@@ -1,0 +1,270 @@
+"""Carries out moves: each in a thread of its own, outside the lock, then committed or rolled back under it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable
+
+from ..contracts import Memory
+from ..locks import renewed_in_children
+from ..observability.error_classification import (
+    device_is_lost,
+    empty_frames,
+    in_words,
+    is_capture_under_way,
+    is_out_of_device_memory,
+    lacking_bytes,
+    loss_beyond_repair,
+)
+from ..observability.outside_memory import NO_SAMPLE, MemorySample
+from ..one_shot_event import new_event
+from ..progress import reporting
+from ..states import MoveRecord, State
+from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
+from .lease import loading
+from .managed_model import ManagedModel
+from .mover import Mover, MoveTask
+from .planner import room_for
+
+FREED_WITHIN_S = 2.0
+"""How long a move waits at most until memory that other models have just released is shown as free."""
+
+CAPTURE_WITHIN_S = 30.0
+"""How long a move waits at most for the end of captures of CUDA graphs, during which nothing may wait for the card."""
+
+OUT_OF_MEMORY_RETRIES = 5
+"""How often a move to a full device is tried again at most, while other models come and go."""
+
+
+class MoveRunner:
+    """Starts the moves that the dispatcher has begun. ``sample(trim, look_at_children)`` measures the process."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        mover: Mover,
+        sample: Callable[[bool, bool], MemorySample] = lambda trim, look_at_children: NO_SAMPLE,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._device, self._clock = dispatcher.device, dispatcher.clock
+        self._mover = mover
+        self._sample = sample
+        # Reentrant, as the dispatcher's lock.
+        self._starting = renewed_in_children(threading.RLock())
+        self._threads: dict[MoveTask, threading.Thread] = {}
+        dispatcher.start_moves = self._start
+
+    def join(self) -> None:
+        """Wait for the threads of moves that are over; they have nothing left to do."""
+        moving = [managed.move_task for managed in self._dispatcher.managed_models.values()]
+        for task, thread in list(self._threads.items()):
+            if task not in moving and not task.given_up and thread is not threading.current_thread():
+                with contextlib.suppress(RuntimeError):  # its start was interrupted
+                    thread.join()
+
+    def _start(self) -> None:
+        """Start what has begun. If no thread can be started, run inline."""
+        dispatcher = self._dispatcher
+        with self._starting:
+            with dispatcher.lock:
+                dispatcher.begun = False
+                tasks = [managed.move_task for managed in dispatcher.managed_models.values() if managed.move_task]
+            inline = [task for task in tasks if not task.spawned and not self._spawn(task)]
+        for task in inline:
+            self._run(task)
+
+    def _spawn(self, task: MoveTask) -> bool:
+        name = f"gpu-{task.move.via.value}-{task.managed.name}"
+        try:
+            thread = self._threads[task] = threading.Thread(target=self._run, args=(task,), name=name, daemon=True)
+            thread.start()
+        except RuntimeError:
+            return False  # the system gives no more threads, or the interpreter is ending
+        task.spawned = True
+        return True
+
+    def _run(self, task: MoveTask) -> None:
+        dispatcher, managed = self._dispatcher, task.managed
+        loads = task.move.via is State.LOADING
+        before = self._sample(loads, loads)
+        with dispatcher.lock:
+            if task.claimed:
+                return
+            task.spawned = task.claimed = True
+            own = managed.memory.device_bytes, managed.memory.host_bytes
+            builds = loads and task.engine is None  # and does not come from a snapshot
+            dispatcher.outside.began(task, before, own, self._all_bytes_locked(), builds)
+            dispatcher.notifier.tell("began", task)
+        while True:
+            try:
+                task.context.run(self._carry_out, task)
+                break
+            except BaseException as error:
+                task.error = error
+                empty_frames(error)  # requests keep the error, but not the objects of the attempt
+            if is_capture_under_way(task.error) and self._await_capture(task):
+                continue
+            full = task.arrives and is_out_of_device_memory(task.error)
+            if not (full and self._try_again(task)):
+                break
+        self._commit(task)
+        self._threads.pop(task, None)
+
+    def _carry_out(self, task: MoveTask) -> None:
+        with reporting(task.progress), loading(task.managed):
+            if task.made_room:
+                self._await_freed(task.managed)
+            task.moved_bytes = self._mover.carry_out(task)
+
+    def _await_freed(self, managed: ManagedModel) -> None:
+        """Drivers show memory as free a moment after it was released."""
+        until_s = self._clock.now() + FREED_WITHIN_S
+        while self._clock.now() < until_s:
+            free_bytes = self._device.memory().free_bytes
+            if free_bytes is None or free_bytes >= (managed.memory.size_bytes or managed.memory.needed_bytes):
+                return
+            self._clock.wait(new_event(), 0.02)
+
+    def _await_capture(self, task: MoveTask) -> bool:
+        """Wait a moment for the end of a capture that was in the way; False after `CAPTURE_WITHIN_S`."""
+        if task.given_up or self._clock.now() >= task.started_s + CAPTURE_WITHIN_S:
+            return False
+        self._clock.wait(new_event(), 0.1)
+        task.error = None
+        return True
+
+    def _try_again(self, task: MoveTask) -> bool:
+        """After the device was full: once more with emptied caches, if there is no model that could leave for it.
+
+        More often while other models came or went meanwhile: then these may have been the reason.
+        """
+        dispatcher, managed = self._dispatcher, task.managed
+        with dispatcher.lock:
+            if managed.move_task is not task:
+                return False  # given up meanwhile
+            managed.memory.shortfall_bytes = lacking_bytes(task.error)
+            room = room_for(managed, dispatcher.managed_models.values(), dispatcher.budget_bytes)
+            task.put_off = not room.hopeless
+            if not task.put_off:
+                managed.memory.shortfall_bytes = 0
+                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == dispatcher.changes):
+                    return False
+                task.changes_seen = dispatcher.changes
+        try:
+            self._mover.tidy()
+        except Exception as error:
+            task.error, task.put_off = error, False
+            return False
+        if task.put_off:
+            memory = self._device.memory()
+            with dispatcher.lock:
+                needed_bytes = (memory.free_bytes or 0) + managed.memory.shortfall_bytes
+                managed.memory.needed_bytes = min(needed_bytes, memory.total_bytes or needed_bytes)
+            return False
+        task.retries, task.error = task.retries + 1, None
+        return True
+
+    # -- the end of a move --------------------------------------------------------------------------------------
+
+    def _commit(self, task: MoveTask) -> None:
+        dispatcher, managed = self._dispatcher, task.managed
+        left, memory = task.resident or managed.borrowed_part, Memory()
+        after = self._sample(task.move.via is State.LOADING, True)
+        lost = device_is_lost(task.error, self._device)
+        sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
+        with contextlib.suppress(Exception):  # an error of logging must not keep the move from ending
+            memory = self._device.memory()
+            if managed.move_task is task:
+                dispatcher.notifier.log(task)  # before any thread that waits for it goes on
+            if sizes[0] > dispatcher.budget_bytes:
+                dispatcher.notifier.warn_of_budget(task, dispatcher.budget_bytes)
+        with dispatcher.lock:
+            dispatcher.changes += 1
+            dispatcher.card.seen(self._clock.now(), memory)
+            wanted = managed.move_task is task
+            self._settle_locked(task, sizes, after, lost, wanted)
+        if not wanted:
+            with contextlib.suppress(Exception):  # of a device that is gone
+                self._mover.throw_away(task)
+        dispatcher.act()
+
+    def _settle_locked(
+        self, task: MoveTask, sizes: tuple[int, int], after: MemorySample, lost: bool, wanted: bool
+    ) -> None:
+        """Commit the move or roll it back; of a move that was given up, only note the memory that it holds."""
+        dispatcher, managed, error, now_s = self._dispatcher, task.managed, task.error, self._clock.now()
+        if wanted:
+            managed.memory.device_bytes, managed.memory.host_bytes = sizes
+            managed.times.arriving_s = managed.arrived_for_s(now_s)
+        loaded = frozenset(
+            name
+            for name, other in dispatcher.managed_models.items()
+            if other.settled_state is not State.RELEASED or other.move_task
+        )
+        found = dispatcher.outside.ended(
+            task,
+            managed.name,
+            after,
+            sizes,
+            self._all_bytes_locked(),
+            loaded,
+            getattr(task.resident, "array_bytes", 0),
+            arrived=(task.back_at if error else task.move.target) is State.DEVICE,
+            released=task.resident is None,
+        )
+        if not wanted:
+            return
+        managed.engine, managed.resident = task.engine, task.resident
+        if error is None:
+            self._arrived_locked(task, now_s)
+        else:
+            self._failed_locked(task, error, lost)
+        managed.memory.outside = found
+        dispatcher.notifier.tell_outside(task)
+        dispatcher.notifier.tell("failed" if error else "done", task)
+        dispatcher.note_locked(task, "postponed" if task.put_off else "failed" if error else "ok", now_s)
+        managed.move_task = None
+        task.end()
+        dispatcher.settled_locked(managed)
+
+    def _all_bytes_locked(self) -> tuple[int, int]:
+        uses = [managed.memory for managed in self._dispatcher.managed_models.values()]
+        return sum(use.device_bytes for use in uses), sum(use.host_bytes for use in uses)
+
+    def _arrived_locked(self, task: MoveTask, now_s: float) -> None:
+        managed, memory, times = task.managed, task.managed.memory, task.managed.times
+        managed.settled_state = task.move.target
+        managed.last_move = MoveRecord(task.move, task.moved_bytes, now_s - task.started_s)
+        managed.health.last_error = None
+        managed.health.cannot_offload = False
+        if managed.settled_state is State.RELEASED:
+            managed.health.broken = False
+        if task.arrives:
+            memory.size_bytes, memory.shortfall_bytes = memory.device_bytes, 0
+            if managed.wishes.prefetch or times.idle_since_s is None or task.move.via is State.LOADING:
+                times.idle_since_s = now_s
+            times.policy_paused_until_s = now_s + WARM_GRACE_S if managed.wishes.prefetch else -math.inf
+            managed.wishes.prefetch = False
+            if task.move.via is State.RESTORING:
+                managed.policy.brought_back(managed.last_move.seconds)
+        else:
+            for other in self._dispatcher.managed_models.values():
+                other.memory.shortfall_bytes = max(0, other.memory.shortfall_bytes - memory.size_bytes)
+
+    def _failed_locked(self, task: MoveTask, error: BaseException, lost: bool) -> None:
+        dispatcher, managed, health = self._dispatcher, task.managed, task.managed.health
+        managed.settled_state = task.back_at
+        health.last_error = in_words(error)
+        managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
+        health.cannot_offload = not task.arrives
+        # An engine that cannot come back, or is on a device that is gone, is built anew.
+        ephemeral = isinstance(error, MemoryError) or is_out_of_device_memory(error) or is_capture_under_way(error)
+        gone = lost or (task.move.via is State.RESTORING and not ephemeral)
+        health.broken = managed.settled_state is not State.RELEASED and (health.broken or gone)
+        if lost:
+            dispatcher.lost_locked()
+        dispatcher.device_lost = dispatcher.device_lost or loss_beyond_repair(error)
+        if task.arrives and not task.put_off:
+            dispatcher.refuse_arrival_locked(managed, error)

@@ -1,0 +1,96 @@
+"""The models under management by name, and whether new requests are accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from ..clock import SystemClock
+from ..errors import ManagerClosed, ModelExists, UnknownModel
+from .dispatcher import Dispatcher
+from .managed_model import ManagedModel
+from .mover import Mover
+
+
+class Registry:
+    """``closed``: no requests and models are accepted any more. Methods that end in ``_locked`` need the lock."""
+
+    def __init__(self, dispatcher: Dispatcher, mover: Mover) -> None:
+        self._dispatcher = dispatcher
+        self._mover = mover
+        self._parents_models: dict[str, ManagedModel] = {}
+        self.closed = False
+
+    def check_free(self, name: str) -> None:
+        """`ModelExists` if the name is taken."""
+        if self.closed:
+            raise ManagerClosed
+        if name in self._dispatcher.managed_models:
+            raise ModelExists(name)
+
+    def check_open_locked(self, managed: ManagedModel) -> None:
+        """`UnknownModel` if the model is being unregistered."""
+        if self.closed:
+            raise ManagerClosed
+        if managed.health.closing:
+            raise UnknownModel(managed.name, tuple(self._dispatcher.managed_models))
+
+    def add(self, managed: ManagedModel) -> None:
+        """Register a model; its borrowed part leaves the device."""
+        try:
+            if managed.borrowed_part is not None:
+                managed.borrowed_part.offload()
+                managed.memory.host_bytes = managed.borrowed_part.host_bytes
+            with self._dispatcher.lock:
+                self.check_free(managed.name)
+                self._dispatcher.managed_models[managed.name] = managed
+        except BaseException:
+            self._mover.hand_back(managed)
+            raise
+
+    def remove(self, managed: ManagedModel) -> None:
+        with self._dispatcher.lock:
+            if self._dispatcher.managed_models.get(managed.name) is managed:
+                del self._dispatcher.managed_models[managed.name]
+
+    def named(self, name: str | None) -> list[ManagedModel]:
+        """The model of that name (None: all, in order of registration); `UnknownModel` if there is none."""
+        with self._dispatcher.lock:
+            managed_models = self._dispatcher.managed_models
+            if name is None:
+                return list(managed_models.values())
+            if name not in managed_models:
+                if self._parents_models:
+                    raise ManagerClosed
+                raise UnknownModel(name, tuple(managed_models))
+            return [managed_models[name]]
+
+    def for_each(self, name: str | None, act: Callable[[ManagedModel], bool]) -> bool:
+        """Whether ``act`` succeeded for every model; all are tried before the first error is raised."""
+        answers, errors = [], []
+        for managed in self.named(name):
+            try:
+                answers.append(act(managed))
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return all(answers)
+
+    def leave_to_the_parent(self) -> None:
+        """For a forked child: the models are the parent's, and are not even collected here."""
+        self.closed = True
+        self._parents_models = self._dispatcher.leave()
+
+    def wind_up(self, within_s: float) -> None:
+        """At the end of the interpreter: refuse requests, and let moves end that are inside native code."""
+        self.closed = True
+        clock = SystemClock()
+        until_s = clock.now() + within_s
+        for managed in self.named(None):
+            self._dispatcher.watch(managed, partial(_rests, managed), until_s - clock.now(), clock)
+        self._dispatcher.monitor.stop()
+
+
+def _rests(managed: ManagedModel) -> bool:
+    return managed.move_task is None
