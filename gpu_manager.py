@@ -65,6 +65,7 @@ from residency.scheduling.process_lifetime import end_with_the_process
 from residency.scheduling.random_state import RandomState
 from residency.scheduling.status import describe, describe_device
 from residency.states import State
+from residency.status_types import Status, UsageHistory
 
 __all__ = [
     "CpuDevice",
@@ -327,13 +328,13 @@ class GPUResourceManager:
 
     # -- looking ------------------------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
-        """What ``GET /gpu/status`` answers: device, host and models in bytes and seconds, None where unknown.
+    def status(self) -> Status:
+        """Returns the answer of ``GET /gpu/status``: device, host and models in bytes and seconds, None where unknown.
 
         Never counts as use and never waits for a move.
         """
         device = self.device
-        memory = device.memory()
+        memory, host = device.memory(), self._host.memory()
         self._remeasure()
         with self._lock:
             now_s = self._clock.now()
@@ -348,7 +349,12 @@ class GPUResourceManager:
         return {
             "enabled": True,
             "device": describe_device(device, memory, self.settings["budget_bytes"], outside_device_bytes),
-            "host": {**vars(self._host.memory()), "outside_bytes": outside_host_bytes},
+            "host": {
+                "total_bytes": host.total_bytes,
+                "free_bytes": host.free_bytes,
+                "process_bytes": host.process_bytes,
+                "outside_bytes": outside_host_bytes,
+            },
             "monitor": self._dispatcher.monitor.health(),
             "models": models,
         }
@@ -382,8 +388,8 @@ class GPUResourceManager:
         """A number that is another one whenever `status` has something new to tell, but for times and free memory."""
         return self._dispatcher.version
 
-    def history(self) -> dict[str, Any]:
-        """What ``GET /gpu/history`` answers: counts since the start, the last moves, and the last 15 minutes of
+    def history(self) -> UsageHistory:
+        """Returns the answer of ``GET /gpu/history``: counts since the start, the last moves, and the last 15 minutes of
         each model and of the card.
 
         Never counts as use and never waits for a move.

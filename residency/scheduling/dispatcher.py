@@ -35,6 +35,7 @@ from ..observability.outside_memory import NO_SAMPLE, MemorySample, OutsideBooks
 from ..one_shot_event import holds, new_event
 from ..progress import Progress, reporting
 from ..states import Move, MoveRecord, State
+from ..status_types import MoveOutcome
 from .lease import loading
 from .lost_leases import LostLeases
 from .managed_model import ManagedModel
@@ -538,7 +539,7 @@ class Dispatcher:
         if task.arrives and not task.put_off:
             self._refuse_arrival_locked(managed, error)
 
-    def _note_locked(self, task: MoveTask, outcome: str, now_s: float) -> None:
+    def _note_locked(self, task: MoveTask, outcome: MoveOutcome, now_s: float) -> None:
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
         task.managed.history.moved(past, task.managed.device_bytes if self.device.separate else task.managed.host_bytes)
 

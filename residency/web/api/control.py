@@ -17,19 +17,21 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ... import errors
+from ...observability.events import Event
+from ...status_types import Status, UsageHistory
 from ..server.bodies import given_up
 from ..server.permissions import Permissions
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
 from . import metrics
 from .event_stream import EventStream, Moves
-from .schema import Configuration, Event, Health, History, Refusal, Status, Which
+from .schema import Configuration, Health, Refusal, Which
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def build(
         """Where the models are, in bytes and seconds; null where unknown. Never counts as use."""
         return JSONResponse(await status())
 
-    @app.get("/gpu/history", response_model=History, responses=_refusals(401), **looks)
+    @app.get("/gpu/history", response_model=UsageHistory, responses=_refusals(401), **looks)
     async def gpu_history() -> JSONResponse:
         """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
         return JSONResponse(await to_thread.run_sync(manager.history, limiter=looking))
@@ -275,5 +277,5 @@ def _describe(app: FastAPI) -> None:
     """Let the page at ``/docs`` know of the token, so that it can be entered there, and of what is in a stream."""
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    schema["components"]["schemas"]["Event"] = Event.model_json_schema()
+    schema["components"]["schemas"]["Event"] = TypeAdapter(Event).json_schema()
     app.openapi_schema = schema
