@@ -181,7 +181,7 @@ class Totals(TypedDict):
 class ModelUsage(TypedDict):
     """What one model did."""
 
-    device_bytes: Annotated[list[list[float]], Doc("[seconds ago, bytes on the device from then on], the oldest first.")]
+    device_bytes: Annotated[list[list[float]], Doc("[seconds ago, bytes from then on] on the device, oldest first.")]
     requests: Annotated[list[list[float]], Doc("[begin, end] of requests in seconds ago, the oldest first.")]
     moves: Annotated[list[ListedMove], Doc("The last moves, the oldest first.")]
     totals: Annotated[Totals, Doc("Counts since the start.")]

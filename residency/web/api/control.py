@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 _LARGEST_BODY_BYTES = 10_000
 _STATIC = "/docs/static"
 _PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
+_Responses = dict[int | str, dict[str, Any]]
+"""What FastAPI takes as ``responses``."""
 _CODES: dict[type[Exception], int] = {
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
@@ -51,7 +53,7 @@ _CODES: dict[type[Exception], int] = {
 
 def build(
     manager: Manager,
-    guard: Permissions,
+    permissions: Permissions,
     panel: Callable[[Localize, int | None], Any] | None = None,
     signed_in: Callable[[Request], str | None] | None = None,
     page_serves: Callable[[], bool] = lambda: True,
@@ -83,9 +85,9 @@ def build(
 
     def may_look(request: Request) -> None:
         if signed_in:
-            guard.check(request, signed_in(request))
+            permissions.check(request, signed_in(request))
 
-    looks: dict[str, Any] = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
+    looks = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
 
     # Not in the threads of the server's pool: looking must work when all of those wait for models.
     async def status() -> Any:
@@ -144,7 +146,7 @@ def build(
 
     def changing(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str, *also: int) -> None:
         async def endpoint(request: Request) -> JSONResponse:
-            guard.check(request, signed_in(request) if signed_in else None)
+            permissions.check(request, signed_in(request) if signed_in else None)
             asked = await _body(request, body)
             done = await to_thread.run_sync(act, asked, limiter=acting)
             return JSONResponse(await status(), 200 if done else 202)
@@ -249,25 +251,25 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": str(error) if known else f"It failed: {error} / 操作失败：{error}"}, 500)
 
 
-def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
+def _refusals(*codes: int) -> _Responses:
     words = {401: "Not allowed from elsewhere without the token.", 404: "No such model.", 422: "Garbled.",
              500: "The move failed; nothing is half-moved.",
              503: "The app is shutting down, its GPU has failed, or too many listen."}  # fmt: skip
     return {code: {"model": Refusal, "description": words[code]} for code in codes}
 
 
-def _early(*codes: int) -> dict[int | str, dict[str, Any]]:
+def _early(*codes: int) -> _Responses:
     words = {403: "A page of another site may not ask.", 413: "So much is not read."}
     sentence = {"text/plain": {"schema": {"type": "string"}}}
     return {code: {"content": sentence, "description": words[code]} for code in codes}
 
 
 _NOT_KEPT = {"Cache-Control": "no-store"}
-_EVENTS: dict[int | str, dict[str, Any]] = {
+_EVENTS: _Responses = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."},
     **_refusals(401, 503),
 }
-_METRICS: dict[int | str, dict[str, Any]] = {
+_METRICS: _Responses = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
     **_refusals(401),
 }

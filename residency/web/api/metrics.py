@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -45,13 +45,17 @@ class _Books:
             "model_state", "1 for the state that the model is in, 0 for the others.", ("model", "state"),
             {(name, state): model["state"] == state for name, model in models.items() for state in STATES},
         )  # fmt: skip
-        for key, name, help_text in (
-            ("device_bytes", "device_bytes", "What the model holds of the GPU's memory."),
-            ("host_bytes", "host_bytes", "What the model holds of main memory."),
-            ("leases", "running_requests", "Requests that use the model now."),
-            ("waiting", "waiting_requests", "Requests that wait for the model."),
-        ):
-            yield self._gauge(name, help_text, ("model",), {(of,): model[key] for of, model in models.items()})
+        for name, help_text, values in (
+            ("device_bytes", "What the model holds of the GPU's memory.",
+             {(of,): model["device_bytes"] for of, model in models.items()}),
+            ("host_bytes", "What the model holds of main memory.",
+             {(of,): model["host_bytes"] for of, model in models.items()}),
+            ("running_requests", "Requests that use the model now.",
+             {(of,): model["leases"] for of, model in models.items()}),
+            ("waiting_requests", "Requests that wait for the model.",
+             {(of,): model["waiting"] for of, model in models.items()}),
+        ):  # fmt: skip
+            yield self._gauge(name, help_text, ("model",), values)
         yield self._gauge(
             "outside_bytes", "Held by the process and its children beyond the books.", ("model",),
             {(of,): model["outside_bytes"] for of, model in models.items() if model["outside_bytes"] is not None},
@@ -75,15 +79,19 @@ class _Books:
         yield moves
         yield requests
 
-    def _gauge(self, name: str, help_text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], Any]) -> Metric:
+    def _gauge(
+        self, name: str, help_text: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]
+    ) -> Metric:
         gauge = GaugeMetricFamily(f"gpu_manager_{name}", help_text, labels=labels)
         for of, value in values.items():
             gauge.add_metric(of, value)
         return gauge
 
-    def _histogram(self, name: str, help_text: str) -> Metric:
+    def _histogram(self, name: Literal["move_seconds", "request_wait_seconds"], help_text: str) -> Metric:
         histogram = HistogramMetricFamily(f"gpu_manager_{name}", help_text, labels=("model",))
         for model, past in self._history.items():
             measured = past["totals"][name]
-            histogram.add_metric((model,), [tuple(bucket) for bucket in measured["buckets"]], measured["sum"])
+            histogram.add_metric(
+                (model,), [(str(bound), float(count)) for bound, count in measured["buckets"]], measured["sum"]
+            )
         return histogram

@@ -44,4 +44,4 @@ class Refusal(BaseModel):
     """The request was refused."""
 
     error: str = Field(description="Why, and what to do next, in English and Chinese.")
-    known: list[str] | None = Field(None, description="The names of the models, if the one that was asked for is unknown.")
+    known: list[str] | None = Field(None, description="The models that exist, if the one asked for does not.")
