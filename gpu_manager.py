@@ -389,8 +389,8 @@ class GPUResourceManager:
         return self._dispatcher.version
 
     def history(self) -> UsageHistory:
-        """Returns the answer of ``GET /gpu/history``: counts since the start, the last moves, and the last 15 minutes of
-        each model and of the card.
+        """Returns the answer of ``GET /gpu/history``: counts since the start, the last moves, and 15 minutes of each
+        model and of the card.
 
         Never counts as use and never waits for a move.
         """

@@ -184,7 +184,7 @@ class ModelUsage(TypedDict):
     device_bytes: Annotated[list[list[float]], Doc("[seconds ago, bytes from then on] on the device, oldest first.")]
     requests: Annotated[list[list[float]], Doc("[begin, end] of requests in seconds ago, the oldest first.")]
     moves: Annotated[list[ListedMove], Doc("The last moves, the oldest first.")]
-    totals: Annotated[Totals, Doc("Counts since the start.")]
+    totals: Annotated[Totals, Doc("How many requests and moves have ended, and how long they took.")]
 
 
 class DeviceUsage(TypedDict):

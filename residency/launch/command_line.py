@@ -81,7 +81,7 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, Status]:
     here = urllib.parse.urlsplit(request.full_url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
     with opener.open(request, timeout=600) as answer:
-        status = json.load(answer)
+        status: Status = json.load(answer)
         if not isinstance(status, dict) or not {"device", "models"} <= status.keys():
             raise ValueError("it answers something else")
     if arguments.command == "status" and (name := arguments.model) is not None:

@@ -50,8 +50,8 @@ class EditxTab:
 
     Handlers raise nothing: an error becomes a message, and the history stays as it was. ``args`` is `Settings`
     or any namespace with ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel too. With
-    ``recognize``, what is said in a recording is written into an empty prompt text. ``permissions`` decides who may press
-    the panel's buttons; without one only people on this machine, and who has signed in.
+    ``recognize``, what is said in a recording is written into an empty prompt text. ``permissions`` decide which
+    requests may use the panel's buttons; by default those from this machine and of users who have signed in.
     """
 
     def __init__(

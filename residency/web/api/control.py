@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 _LARGEST_BODY_BYTES = 10_000
 _STATIC = "/docs/static"
 _PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
-_Responses = dict[int | str, dict[str, Any]]
+_Keywords = dict[str, Any]
+_Responses = dict[int | str, _Keywords]
 """What FastAPI takes as ``responses``."""
 _CODES: dict[type[Exception], int] = {
     errors.NotAllowed: 401,
@@ -87,7 +88,7 @@ def build(
         if signed_in:
             permissions.check(request, signed_in(request))
 
-    looks = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
+    looks: _Keywords = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
 
     # Not in the threads of the server's pool: looking must work when all of those wait for models.
     async def status() -> Any:

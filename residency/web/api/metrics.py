@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -43,22 +43,22 @@ class _Books:
                 yield GaugeMetricFamily(f"gpu_manager_{name}", help_text, value)
         yield self._gauge(
             "model_state", "1 for the state that the model is in, 0 for the others.", ("model", "state"),
-            {(name, state): model["state"] == state for name, model in models.items() for state in STATES},
+            {(name, state): model["state"] == state for name, model in models.items() for state in STATES}.items(),
         )  # fmt: skip
         for name, help_text, values in (
             ("device_bytes", "What the model holds of the GPU's memory.",
-             {(of,): model["device_bytes"] for of, model in models.items()}),
+             {(of,): model["device_bytes"] for of, model in models.items()}.items()),
             ("host_bytes", "What the model holds of main memory.",
-             {(of,): model["host_bytes"] for of, model in models.items()}),
+             {(of,): model["host_bytes"] for of, model in models.items()}.items()),
             ("running_requests", "Requests that use the model now.",
-             {(of,): model["leases"] for of, model in models.items()}),
+             {(of,): model["leases"] for of, model in models.items()}.items()),
             ("waiting_requests", "Requests that wait for the model.",
-             {(of,): model["waiting"] for of, model in models.items()}),
+             {(of,): model["waiting"] for of, model in models.items()}.items()),
         ):  # fmt: skip
             yield self._gauge(name, help_text, ("model",), values)
         yield self._gauge(
             "outside_bytes", "Held by the process and its children beyond the books.", ("model",),
-            {(of,): model["outside_bytes"] for of, model in models.items() if model["outside_bytes"] is not None},
+            {(of,): model["outside_bytes"] for of, model in models.items() if model["outside_bytes"] is not None}.items(),
         )  # fmt: skip
         yield self._histogram("move_seconds", "How long moves took.")
         yield self._histogram("request_wait_seconds", "How long requests waited until they had the model.")
@@ -80,10 +80,10 @@ class _Books:
         yield requests
 
     def _gauge(
-        self, name: str, help_text: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]
+        self, name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]
     ) -> Metric:
         gauge = GaugeMetricFamily(f"gpu_manager_{name}", help_text, labels=labels)
-        for of, value in values.items():
+        for of, value in values:
             gauge.add_metric(of, value)
         return gauge
 

@@ -35,10 +35,10 @@ def device_html(status: Status, localize: Localize) -> str:
         f"<div class='gpu-device'><b data-device='{device['kind']}'>{name}</b>"
         f"<span class='gpu-quiet'>{status_text.usage(device, localize)}</span></div>"
     ]
+    total_bytes = device["total_bytes"] or 1
     if sizes := memory_parts(status):
         bars = "".join(
-            f"<i data-part='{part}' style='width:{100 * nbytes / device['total_bytes']:.2f}%'></i>"
-            for part, _, nbytes in sizes
+            f"<i data-part='{part}' style='width:{100 * nbytes / total_bytes:.2f}%'></i>" for part, _, nbytes in sizes
         )
         legend = "".join(
             f"<span data-part='{part}'>{escape(localize(*_REST[part]) if part in _REST else name)} "
