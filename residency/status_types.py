@@ -144,7 +144,7 @@ class Status(TypedDict):
     enabled: Annotated[Literal[True], Doc("GPU management is on.")]
     device: Annotated[DeviceStatus, Doc("The device.")]
     host: Annotated[MemorySizes, Doc("Main memory.")]
-    monitor: Annotated[MonitorHealth, Doc("The thread that moves idle models.")]
+    monitor: Annotated[MonitorHealth, Doc("Whether idle models are moved.")]
     models: Annotated[dict[str, ModelStatus], Doc("The models by name, in order of registration.")]
 
 
