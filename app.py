@@ -99,15 +99,15 @@ def _serve(settings: Settings, signals: Signals) -> None:
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
     # Behind a tunnel, or a proxy that does not tell its address, people from anywhere look local.
     passed_on = settings.share or "://" in settings.root_path
-    guard = Permissions(settings.control_token, trust_local=not passed_on)
+    permissions = Permissions(settings.control_token, trust_local=not passed_on)
     tab = EditxTab(
         settings,
         tts_engine=engine,
         edit_types=_edit_types(settings),
         recognize=_recognizer(settings, manager),
-        guard=guard,
+        permissions=permissions,
     )
-    page = Page(tab, manager, guard, settings.max_upload)
+    page = Page(tab, manager, permissions, settings.max_upload)
     signals.at_once(page.close_tunnels)
     try:
         public_link = page.serve(
@@ -117,13 +117,13 @@ def _serve(settings: Settings, signals: Signals) -> None:
             auth=settings.auth,
             hosts=Hosts(
                 (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or ""),
-                guard.knows_token,
+                permissions.knows_token,
             ),
             root_path=settings.root_path,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
             api=build_api(
-                manager, guard, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
+                manager, permissions, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
             )
             if manager and tab.panel
             else None,

@@ -57,6 +57,7 @@ from residency.scheduling.process_lifetime import end_with_the_process
 from residency.scheduling.random_state import RandomState
 from residency.scheduling.registry import Registry
 from residency.states import State
+from residency.status_types import Status, UsageHistory
 
 __all__ = ["CpuDevice", "CudaDevice", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable", "Event",
            "EventLoopBlocked", "GPUResourceManager", "Lease", "LeaseDeadlock", "LoadTimeout", "ManagerClosed",
@@ -254,8 +255,10 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         """Offload the other models as far as they are idle, and empty the device's caches, for the model ``name``."""
         self._manual_control.move_aside(managed for managed in self._registry.named(None) if managed.name != name)
 
-    def status(self) -> dict[str, Any]:
-        """What ``GET /gpu/status`` answers. Never counts as use and never waits for a move."""
+    def status(self) -> Status:
+        """Returns the answer of ``GET /gpu/status``: device, host and models in bytes and seconds, None where unknown.
+
+        Never counts as use and never waits for a move."""
         return self._overview.status()
 
     @property
@@ -268,8 +271,8 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         """A number that changes whenever `status` does, except for times and free memory."""
         return self._dispatcher.version
 
-    def history(self) -> dict[str, Any]:
-        """What ``GET /gpu/history`` answers: counts since the start, recent moves, and the last 15 minutes."""
+    def history(self) -> UsageHistory:
+        """Returns the answer of ``GET /gpu/history``: counts since the start, the last moves, the last 15 minutes."""
         return self._overview.history()
 
     @staticmethod

@@ -31,6 +31,7 @@ from residency.engines.part_proxy import Part, Path, asked_by_tools, follow, not
 from residency.engines.text import speakable
 from residency.memory.discovery import discover
 from residency.observability.error_classification import all_of, is_out_of_device_memory
+from residency.status_types import Status
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +152,7 @@ class GPUManagedTTS:
         )
         return answer
 
-    def get_gpu_status(self) -> dict[str, Any]:
+    def get_gpu_status(self) -> Status:
         """The manager's status: what ``GET /gpu/status`` answers. Never counts as use."""
         return self.manager.status()
 

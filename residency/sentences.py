@@ -30,6 +30,15 @@ class Sentence(str):
         """The same where it is one already; another string is itself in both languages."""
         return said if isinstance(said, Sentence) else cls(said, said)
 
+    @classmethod
+    def parsed(cls, said: str) -> Sentence:
+        """Like `of`; splits a string ``en / zh``, as JSON carries it, into its halves."""
+        found = None if isinstance(said, Sentence) else _BOTH.fullmatch(said)
+        if found is None:
+            return cls.of(said)
+        before = found["before"] or ""
+        return cls(before + found["en"], before + found["zh"], said)
+
     def __reduce__(self) -> tuple[type[Sentence], tuple[str, str, str]]:
         return type(self), (self.en, self.zh, str(self))
 

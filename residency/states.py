@@ -16,6 +16,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["gpu", "cpu", "released"]
+ShownState = Literal["gpu", "cpu", "released", "moving"]
 
 
 class State(enum.Enum):
@@ -34,18 +38,18 @@ class State(enum.Enum):
         """Whether no move is under way."""
         return self in SETTLED
 
-    def shown(self, device_kind: str) -> str:
-        """The word people see: ``gpu``, ``cpu``, ``released`` or ``moving``.
+    def place(self, device_kind: str) -> Place:
+        """What users see of a settled state.
 
         On a machine without a GPU the device is the CPU, and a model is never shown on a ``gpu``.
         """
         if self is State.RELEASED:
             return "released"
-        if self is State.HOST:
-            return "cpu"
-        if self is State.DEVICE:
-            return "cpu" if device_kind == "cpu" else "gpu"
-        return "moving"
+        return "cpu" if self is State.HOST or device_kind == "cpu" else "gpu"
+
+    def shown(self, device_kind: str) -> ShownState:
+        """What users see of any state."""
+        return self.place(device_kind) if self.settled else "moving"
 
 
 SETTLED = frozenset({State.RELEASED, State.DEVICE, State.HOST})

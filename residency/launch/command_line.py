@@ -10,13 +10,17 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..errors import Holder, UnknownModel
+from .. import remarks
+from ..errors import UnknownModel
 from ..sentences import in_locale
 from ..units import readable_bytes
 from .settings import checked, sendable
+
+if TYPE_CHECKING:
+    from ..status_types import ModelStatus, Status
 
 DEFAULT_URL = "http://127.0.0.1:7860"
 
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
+def _call(arguments: argparse.Namespace) -> tuple[bool, Status]:
     """The answer of the app: whether it is done, and the status."""
     request = urllib.request.Request(f"{arguments.url.rstrip('/')}/gpu/{arguments.command}")
     if arguments.command != "status":
@@ -77,7 +81,7 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
     here = urllib.parse.urlsplit(request.full_url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
     with opener.open(request, timeout=600) as answer:
-        status = json.load(answer)
+        status: Status = json.load(answer)
         if not isinstance(status, dict) or not {"device", "models"} <= status.keys():
             raise ValueError("it answers something else")
     if arguments.command == "status" and (name := arguments.model) is not None:
@@ -118,36 +122,25 @@ def _reason(error: urllib.error.HTTPError) -> str:
         )
 
 
-def table(status: dict[str, Any]) -> str:
-    """One line for each model, below the name of the device; then who uses it, and what it holds outside the books."""
+def table(status: Status) -> str:
+    """The name of the device, a line for each model, and the remarks of `residency.remarks`."""
     rows = [("MODEL", "STATE", "GPU", "MAIN MEMORY", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
-        sizes = (readable_bytes(model[key]) for key in ("device_bytes", "host_bytes"))
+        sizes = readable_bytes(model["device_bytes"]), readable_bytes(model["host_bytes"])
         rows.append((name, model["state"], *sizes, idle, str(model["waiting"]), _next(model)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    remarks = [f"{name}: {remark}" for name, model in status["models"].items() for remark in _remarks(model)]
-    return "\n".join([status["device"]["name"], *lines, *remarks])
+    below = [
+        f"{name}: {sentence}"
+        for name, model in status["models"].items()
+        for sentence in (remarks.holder(model), remarks.last_error(model), remarks.outside(model))
+        if sentence
+    ]
+    return "\n".join([status["device"]["name"], *lines, *below])
 
 
-def _remarks(model: dict[str, Any]) -> Iterator[str]:
-    if facts := model.get("holder"):
-        holder = Holder(facts["where"], facts["thread"], facts["held_s"])
-        yield f"{holder.en} / {holder.zh}"
-    if processes := model.get("outside_processes"):
-        size = readable_bytes(sum((each["device_bytes"] or 0) + (each["host_bytes"] or 0) for each in processes))
-        pids = ", ".join(f"pid {each['pid']} {each['command']}" for each in processes)
-        en, zh = "Release the model to free it", "释放模型可以腾出"
-        if model["state"] == "released":
-            en, zh = (
-                "The model was released and it is still held: end that process",
-                "模型已释放，仍在占用：请结束该进程",
-            )
-        yield f"{size} held outside the books ({pids}). {en} / 账外占用 {size}（{pids}）。{zh}"
-
-
-def _next(model: dict[str, Any]) -> str:
+def _next(model: ModelStatus) -> str:
     """What will happen to it: what was asked for, where it is going, or what its policy has in mind."""
     if model["pending"]:
         return f"{model['pending']} after the request"

@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from ..locks import renewed_in_children
 from ..one_shot_event import new_event, set_event
+from ..states import ShownState
+from ..status_types import Doc
 
 logger = logging.getLogger(__name__)
 
@@ -25,26 +27,20 @@ What = Literal["began", "progress", "done", "failed", "queue"]
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened to one model. Times in seconds of the manager's clock, sizes in bytes.
+    """A move or a change of the queue of one model. Sizes in bytes, times in seconds of the manager's clock."""
 
-    ``waiting`` requests are in its queue. ``queue`` tells of changes of that; the others tell of a move: ``seconds``
-    since it began, and ``phase``, ``done_bytes``, ``total_bytes`` and ``bytes_per_s`` (None: unknown), which say how
-    far it has come in its phase, and how fast; see `residency.progress`. ``source`` and ``target`` are states as people
-    see them (``gpu``, ``cpu``, ``released``, ``moving``); without a move, the one that the model is in.
-    """
-
-    what: What
-    model: str
-    source: str
-    target: str
-    time_s: float
-    waiting: int
-    seconds: float = 0.0
-    phase: str = ""
-    done_bytes: int = 0
-    total_bytes: int | None = None
-    bytes_per_s: float | None = None
-    error: str | None = None
+    what: Annotated[What, Doc("`queue`: the queue has changed; the others are stages of a move.")]
+    model: Annotated[str, Doc("The model's name.")]
+    source: Annotated[ShownState, Doc("Where the move began; without a move, where the model is.")]
+    target: Annotated[ShownState, Doc("Where it leads; without a move, where the model is.")]
+    time_s: Annotated[float, Doc("When, by a clock that only this process knows: use differences.")]
+    waiting: Annotated[int, Doc("Requests that wait for the model.")]
+    seconds: Annotated[float, Doc("Seconds since the move began.")] = 0.0
+    phase: Annotated[str, Doc("The step of the move: loading, copying, reading, ...; empty without a move.")] = ""
+    done_bytes: Annotated[int, Doc("Bytes done in this phase.")] = 0
+    total_bytes: Annotated[int | None, Doc("All bytes of this phase; null if unknown.")] = None
+    bytes_per_s: Annotated[float | None, Doc("The rate of this phase, in bytes per second; null if unknown.")] = None
+    error: Annotated[str | None, Doc("Why the move failed; null if it did not.")] = None
 
 
 class Subscribers:
@@ -56,14 +52,14 @@ class Subscribers:
     """
 
     def __init__(self) -> None:
-        self._listeners: tuple[Callable[[Event], Any], ...] = ()
+        self._listeners: tuple[Callable[[Event], object], ...] = ()
         self._events: deque[Event] = deque(maxlen=_BACKLOG_AT_MOST)
         self._wake_up = new_event()
         self._lock = renewed_in_children(threading.Lock())  # for changes of the listeners
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
+    def subscribe(self, listener: Callable[[Event], object]) -> Callable[[], None]:
         """Have ``listener`` called from now on; call the answer to end that."""
         with self._lock:
             self._listeners = (*self._listeners, listener)

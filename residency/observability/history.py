@@ -10,13 +10,14 @@ from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ManagerClosed, ModelBusy, RequestCancelled, RequestStopped, RequestTimeout, UnknownModel
 
 if TYPE_CHECKING:
     from ..contracts import Memory
     from ..states import Move, State
+    from ..status_types import DeviceUsage, HistogramCounts, ModelUsage, MoveOutcome
 
 WINDOW_S = 900.0
 """How far back `History.as_dict` looks."""
@@ -51,11 +52,10 @@ class Histogram:
         self._counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
 
-    def as_dict(self) -> dict[str, Any]:
-        """``buckets``: [upper bound, how many up to it], the last bound being ``+Inf``; ``sum``: of all, in seconds."""
+    def as_dict(self) -> HistogramCounts:
         bounds = [*map(str, BOUNDS_S), "+Inf"]
         return {
-            "buckets": [list(bucket) for bucket in zip(bounds, accumulate(self._counts), strict=True)],
+            "buckets": [[bound, count] for bound, count in zip(bounds, accumulate(self._counts), strict=True)],
             "sum": self.sum_s,
         }
 
@@ -96,7 +96,7 @@ class CardHistory:
             self._total_bytes = memory.total_bytes
             self._used.note(now_s, memory.total_bytes - memory.free_bytes)
 
-    def as_dict(self, now_s: float) -> dict[str, Any]:
+    def as_dict(self, now_s: float) -> DeviceUsage:
         return {"used_bytes": self._used.as_list(now_s), "total_bytes": self._total_bytes}
 
 
@@ -108,7 +108,7 @@ class PastMove:
     move: Move
     moved_bytes: int
     seconds: float
-    outcome: str
+    outcome: MoveOutcome
 
 
 @dataclass
@@ -118,7 +118,7 @@ class History:
     requests: Counter[str] = field(default_factory=Counter)
     """By outcome: ``ok``, ``error`` (of the engine), ``timeout``, ``busy``, ``cancelled``, ``refused``, ``failed``."""
     waits: Histogram = field(default_factory=Histogram)
-    moves: Counter[tuple[State, State, str]] = field(default_factory=Counter)
+    moves: Counter[tuple[State, State, MoveOutcome]] = field(default_factory=Counter)
     move_seconds: Histogram = field(default_factory=Histogram)
     recent: deque[PastMove] = field(default_factory=lambda: deque(maxlen=RECENT_MOVES))
     _sizes: Sizes = field(default_factory=Sizes)
@@ -147,8 +147,8 @@ class History:
         self.recent.append(past)
         self._sizes.note(past.time_s, device_bytes)
 
-    def as_dict(self, now_s: float, device_kind: str, running_since_s: float | None = None) -> dict[str, Any]:
-        """For ``GET /gpu/history``: times in seconds before ``now_s``, the oldest first; counts since the beginning."""
+    def as_dict(self, now_s: float, device_kind: str, running_since_s: float | None = None) -> ModelUsage:
+        """Returns the entry of the model in ``GET /gpu/history``; ``running_since_s``: of the request that runs."""
         begin_s = now_s - WINDOW_S
         spans = [*self._spans, *([] if running_since_s is None else [(running_since_s, now_s)])]
         return {
@@ -161,8 +161,8 @@ class History:
             "moves": [
                 {
                     "ago_s": _ago(past.time_s, now_s),
-                    "from": past.move.source.shown(device_kind),
-                    "to": past.move.target.shown(device_kind),
+                    "from": past.move.source.place(device_kind),
+                    "to": past.move.target.place(device_kind),
                     "bytes": past.moved_bytes,
                     "seconds": round(past.seconds, 6),
                     "outcome": past.outcome,
@@ -173,7 +173,7 @@ class History:
                 "requests": dict(self.requests),
                 "request_wait_seconds": self.waits.as_dict(),
                 "moves": [
-                    {"from": source.shown(device_kind), "to": target.shown(device_kind), "outcome": outcome, "count": n}
+                    {"from": source.place(device_kind), "to": target.place(device_kind), "outcome": outcome, "count": n}
                     for (source, target, outcome), n in self.moves.items()
                 ],
                 "move_seconds": self.move_seconds.as_dict(),

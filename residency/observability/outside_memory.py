@@ -19,6 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..status_types import OutsideProcess
 
 NOISE_BYTES = 64 << 20
 """Smaller amounts, or less than 5 % of a model's books, are ignored: allocators and caches vary by that much."""
@@ -43,7 +47,7 @@ class ProcessMemory:
     host_bytes: int | None
     device_bytes: int | None = None
 
-    def as_dict(self) -> dict[str, int | str | None]:
+    def as_dict(self) -> OutsideProcess:
         return {
             "pid": self.pid,
             "command": self.command,

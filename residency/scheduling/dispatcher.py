@@ -31,6 +31,7 @@ from ..observability.outside_memory import OutsideBooks
 from ..one_shot_event import holds, new_event
 from ..progress import Progress
 from ..states import Move, State
+from ..status_types import MoveOutcome
 from .lost_leases import LostLeases
 from .managed_model import ManagedModel
 from .monitor import IdleMonitor
@@ -337,7 +338,7 @@ class Dispatcher:
         self.notifier.tell_queue(managed)
         managed.notify_watchers()
 
-    def note_locked(self, task: MoveTask, outcome: str, now_s: float) -> None:
+    def note_locked(self, task: MoveTask, outcome: MoveOutcome, now_s: float) -> None:
         """Enter a move that has ended into the history."""
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
         memory = task.managed.memory

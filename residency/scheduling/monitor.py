@@ -7,11 +7,11 @@ import math
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 from ..contracts import Clock
 from ..observability.error_classification import in_words
 from ..one_shot_event import new_event, set_event
+from ..status_types import MonitorHealth
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,8 @@ class IdleMonitor:
         thread = self._thread
         return thread is not None and thread.is_alive()
 
-    def health(self) -> dict[str, Any]:
-        """Whether the thread lives, and how often something went wrong in it."""
-        return {
-            "alive": self.alive,
-            "errors": self._errors,
-            "last_error": self._last_error,
-        }
+    def health(self) -> MonitorHealth:
+        return {"alive": self.alive, "errors": self._errors, "last_error": self._last_error}
 
     def expect_locked(self, deadline_s: float) -> None:
         """Be there at that time: wakes the thread only if it would sleep longer."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from ..contracts import Memory
 from ..observability.history import WINDOW_S
 from ..observability.outside_memory import OutsideMemory, totals
+from ..status_types import ModelUsage, Status, UsageHistory
 from .dispatcher import Dispatcher
 from .status import describe, describe_device
 
@@ -31,10 +31,10 @@ class Overview:
         self._remeasure = remeasure
         self._remeasured_s = -math.inf
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Status:
         """Device, host and models in bytes and seconds, None where unknown."""
         dispatcher, device = self._dispatcher, self._dispatcher.device
-        memory = device.memory()
+        memory, host = device.memory(), self._host_memory()
         self._measure_children()
         with dispatcher.lock:
             now_s = dispatcher.clock.now()
@@ -49,17 +49,22 @@ class Overview:
         return {
             "enabled": True,
             "device": describe_device(device, memory, self._budget_bytes, outside_device_bytes),
-            "host": {**vars(self._host_memory()), "outside_bytes": outside_host_bytes},
+            "host": {
+                "total_bytes": host.total_bytes,
+                "free_bytes": host.free_bytes,
+                "process_bytes": host.process_bytes,
+                "outside_bytes": outside_host_bytes,
+            },
             "monitor": dispatcher.monitor.health(),
             "models": models,
         }
 
-    def history(self) -> dict[str, Any]:
+    def history(self) -> UsageHistory:
         """Counts since the start, the last moves, and the last 15 minutes of each model and of the card."""
         dispatcher = self._dispatcher
         with dispatcher.lock:
             now_s, kind = dispatcher.clock.now(), dispatcher.device.kind
-            models = {}
+            models: dict[str, ModelUsage] = {}
             for name, managed in dispatcher.managed_models.items():
                 holder = managed.leases.holder
                 models[name] = managed.history.as_dict(now_s, kind, holder.served_s if holder else None)

@@ -50,8 +50,8 @@ class EditxTab:
 
     Handlers raise nothing: an error becomes a message, and the history stays as it was. ``args`` is `Settings`
     or any namespace with ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel too. With
-    ``recognize``, what is said in a recording is written into an empty prompt text. ``guard`` decides who may press
-    the panel's buttons; without one only people on this machine, and who has signed in.
+    ``recognize``, what is said in a recording is written into an empty prompt text. ``permissions`` decide which
+    requests may use the panel's buttons; by default those from this machine and of users who have signed in.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EditxTab:
         *,
         edit_types: Mapping[str, Sequence[str]] | None = None,
         recognize: Callable[[str], str] | None = None,
-        guard: Permissions | None = None,
+        permissions: Permissions | None = None,
     ) -> None:
         self.args = args
         self.encoder = encoder
@@ -77,7 +77,7 @@ class EditxTab:
         self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, turns)
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
-        self.panel = None if manager is None else GpuPanel(manager, guard or Permissions())
+        self.panel = None if manager is None else GpuPanel(manager, permissions or Permissions())
         self.waiting = WaitMessages(manager or turns)
         self._requests, self.places = PageRequests(), MessagePlaces()
         self.presses = Buttons(self._requests, self.places)

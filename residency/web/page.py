@@ -94,7 +94,7 @@ class Page:
         self,
         tab: EditxTab,
         manager: Manager | None = None,
-        guard: Permissions | None = None,
+        permissions: Permissions | None = None,
         largest_upload_bytes: int | None = None,
     ) -> None:
         self.speech = tab.speech
@@ -134,7 +134,7 @@ class Page:
             tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.line, tab.presses))
             endpoints.register_speech(tab.speech, tab.told, tab.recordings)
             if manager is not None:
-                endpoints.register_gpu(manager, guard or Permissions())
+                endpoints.register_gpu(manager, permissions or Permissions())
         take_no_empty_session(self.blocks)
 
     def serve(

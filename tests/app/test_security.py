@@ -129,7 +129,7 @@ class TestDisk:
 
 
 class TestSteering:
-    """The names that Gradio offers to programs ask the same guard as the calls over HTTP."""
+    """The names that Gradio offers to programs check the same permissions as the calls over HTTP."""
 
     CHANGES = ("/gpu_offload", "/gpu_release", "/gpu_warm")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from script_project import ROOT, SETTINGS, Project, app_line, free_port, hide_programs
+from script_project import SETTINGS, Project, app_line, free_port, hide_programs
 
 
 def _wheel(folder: Path, name: str, version: str, module: str) -> Path:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 from fakes import Gate, Worker, Workshop
+from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
 from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager, State
 from residency.errors import InvalidInput
+from residency.status_types import DeviceStatus, MemorySizes, ModelStatus, Status, UsageHistory
 from residency.web.api.control import build
-from residency.web.api.schema import History, Status
 from residency.web.server.permissions import Permissions
 from residency.web.shared.language import en
 from residency.web.ui.gpu_panel import GpuPanel
@@ -199,9 +200,31 @@ def test_the_page_is_told_what_came_of_a_press_once_it_is_settled(
 
 def test_answers_are_as_described(used: GPUResourceManager) -> None:
     calls = client(used)
-    Status.model_validate(calls.get("/gpu/status").json())
-    History.model_validate(calls.get("/gpu/history").json())
-    Status.model_validate(calls.post("/gpu/release").json())
+    status, history = TypeAdapter(Status), TypeAdapter(UsageHistory)
+    status.validate_python(calls.get("/gpu/status").json(), strict=True)
+    history.validate_python(calls.get("/gpu/history").json(), strict=True)
+    with used.lease("tts"):
+        assert used.status()["models"]["tts"]["holder"]
+        status.validate_python(used.status(), strict=True)
+        history.validate_python(used.history(), strict=True)
+        status.validate_python(calls.post("/gpu/release").json(), strict=True)
+    # No field is missing in the types, and none is left over.
+    assert used.status().keys() == Status.__annotations__.keys()
+    for name, fields in (("tts", ModelStatus), ("device", DeviceStatus), ("host", MemorySizes)):
+        shown: Any = used.status()["models"]["tts"] if name == "tts" else used.status()[name]  # type: ignore[literal-required]
+        assert shown.keys() == fields.__required_keys__
+
+
+def test_each_field_of_an_answer_is_described(manager: GPUResourceManager) -> None:
+    schemas = client(manager).get("/openapi.json").json()["components"]["schemas"]
+    assert {"Status", "ModelStatus", "UsageHistory", "Event", "Refusal"} <= schemas.keys()
+    without = [
+        f"{kind}.{name}"
+        for kind, schema in schemas.items()
+        for name, field in schema["properties"].items()
+        if not field.get("description")
+    ]
+    assert without == []
 
 
 def test_answers_are_described_as_they_are(manager: GPUResourceManager) -> None:
@@ -324,9 +347,9 @@ class TestWhoMayLookWhereThePageAsksForAPassword:
     LOOKING = ("/gpu/status", "/gpu/history", "/gpu/panel", "/metrics")
 
     def client(self, manager: GPUResourceManager, address: tuple[str, int]) -> TestClient:
-        guard = Permissions("secret")
-        panel = GpuPanel(manager, guard)
-        app = build(manager, guard, panel.news, lambda request: request.cookies.get("name"))
+        permissions = Permissions("secret")
+        panel = GpuPanel(manager, permissions)
+        app = build(manager, permissions, panel.news, lambda request: request.cookies.get("name"))
         return TestClient(app, "http://127.0.0.1:7860", client=address)
 
     def test_others_may_not(self, manager: GPUResourceManager) -> None:

@@ -17,25 +17,30 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ... import errors
+from ...observability.events import Event
+from ...status_types import Status, UsageHistory
 from ..server.bodies import given_up
 from ..server.permissions import Permissions
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
 from . import metrics
 from .event_stream import EventStream, Moves
-from .schema import Configuration, Event, Health, History, Refusal, Status, Which
+from .schema import Configuration, Health, Refusal, Which
 
 logger = logging.getLogger(__name__)
 
 _LARGEST_BODY_BYTES = 10_000
 _STATIC = "/docs/static"
 _PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
+_Keywords = dict[str, Any]
+_Responses = dict[int | str, _Keywords]
+"""What FastAPI takes as ``responses``."""
 _CODES: dict[type[Exception], int] = {
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
@@ -49,7 +54,7 @@ _CODES: dict[type[Exception], int] = {
 
 def build(
     manager: Manager,
-    guard: Permissions,
+    permissions: Permissions,
     panel: Callable[[Localize, int | None], Any] | None = None,
     signed_in: Callable[[Request], str | None] | None = None,
     page_serves: Callable[[], bool] = lambda: True,
@@ -81,9 +86,9 @@ def build(
 
     def may_look(request: Request) -> None:
         if signed_in:
-            guard.check(request, signed_in(request))
+            permissions.check(request, signed_in(request))
 
-    looks: dict[str, Any] = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
+    looks: _Keywords = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
 
     # Not in the threads of the server's pool: looking must work when all of those wait for models.
     async def status() -> Any:
@@ -112,7 +117,7 @@ def build(
         """Where the models are, in bytes and seconds; null where unknown. Never counts as use."""
         return JSONResponse(await status())
 
-    @app.get("/gpu/history", response_model=History, responses=_refusals(401), **looks)
+    @app.get("/gpu/history", response_model=UsageHistory, responses=_refusals(401), **looks)
     async def gpu_history() -> JSONResponse:
         """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
         return JSONResponse(await to_thread.run_sync(manager.history, limiter=looking))
@@ -142,7 +147,7 @@ def build(
 
     def changing(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str, *also: int) -> None:
         async def endpoint(request: Request) -> JSONResponse:
-            guard.check(request, signed_in(request) if signed_in else None)
+            permissions.check(request, signed_in(request) if signed_in else None)
             asked = await _body(request, body)
             done = await to_thread.run_sync(act, asked, limiter=acting)
             return JSONResponse(await status(), 200 if done else 202)
@@ -247,25 +252,25 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": str(error) if known else f"It failed: {error} / 操作失败：{error}"}, 500)
 
 
-def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
+def _refusals(*codes: int) -> _Responses:
     words = {401: "Not allowed from elsewhere without the token.", 404: "No such model.", 422: "Garbled.",
              500: "The move failed; nothing is half-moved.",
              503: "The app is shutting down, its GPU has failed, or too many listen."}  # fmt: skip
     return {code: {"model": Refusal, "description": words[code]} for code in codes}
 
 
-def _early(*codes: int) -> dict[int | str, dict[str, Any]]:
+def _early(*codes: int) -> _Responses:
     words = {403: "A page of another site may not ask.", 413: "So much is not read."}
     sentence = {"text/plain": {"schema": {"type": "string"}}}
     return {code: {"content": sentence, "description": words[code]} for code in codes}
 
 
 _NOT_KEPT = {"Cache-Control": "no-store"}
-_EVENTS: dict[int | str, dict[str, Any]] = {
+_EVENTS: _Responses = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."},
     **_refusals(401, 503),
 }
-_METRICS: dict[int | str, dict[str, Any]] = {
+_METRICS: _Responses = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
     **_refusals(401),
 }
@@ -275,5 +280,5 @@ def _describe(app: FastAPI) -> None:
     """Let the page at ``/docs`` know of the token, so that it can be entered there, and of what is in a stream."""
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    schema["components"]["schemas"]["Event"] = Event.model_json_schema()
+    schema["components"]["schemas"]["Event"] = TypeAdapter(Event).json_schema()
     app.openapi_schema = schema

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from ...cancellation import Cancellation, cancelled_by
+from ...status_types import Status
 from ..server.permissions import Permissions
 from ..shared.gradio_compat import session
 from ..shared.protocols import Manager
@@ -64,30 +65,30 @@ def register_speech(
         _expose(edit, [_recording(), *(gr.Textbox() for _ in range(4))], gr.Audio(), concurrency_limit=None)
 
 
-def register_gpu(manager: Manager, guard: Permissions) -> None:
+def register_gpu(manager: Manager, permissions: Permissions) -> None:
     """``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; no model, or an empty name, is all.
 
-    Those that change something are for who the guard allows to; others get its sentence.
+    Those that change something need permission; without it they answer `NotAllowed`'s sentence.
     """
 
-    def gpu_status() -> dict[str, Any]:
+    def gpu_status() -> Status:
         """Where the models are, in bytes and seconds."""
         return manager.status()
 
-    def changed(change: Callable[[str | None], bool], model: str | None, request: gr.Request) -> dict[str, Any]:
-        _or_error(lambda: check(guard, request))
+    def changed(change: Callable[[str | None], bool], model: str | None, request: gr.Request) -> Status:
+        _or_error(lambda: check(permissions, request))
         _or_error(lambda: change(model or None))
         return manager.status()
 
-    def gpu_offload(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
+    def gpu_offload(model: str | None = None, request: gr.Request = NOBODY) -> Status:
         """Bring a model to main memory (after the running request, if there is one); answer the status."""
         return changed(manager.offload, model, request)
 
-    def gpu_release(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
+    def gpu_release(model: str | None = None, request: gr.Request = NOBODY) -> Status:
         """Free a model's memory everywhere (after the running request, if there is one); answer the status."""
         return changed(manager.release, model, request)
 
-    def gpu_warm(model: str | None = None, request: gr.Request = NOBODY) -> dict[str, Any]:
+    def gpu_warm(model: str | None = None, request: gr.Request = NOBODY) -> Status:
         """Begin to bring a model to the device; answer the status."""
         return changed(manager.warm, model, request)
 

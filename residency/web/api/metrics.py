@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from ...status_types import ModelStatus
 from ..shared.protocols import Manager
 
 OUTCOMES = ("ok", "error", "timeout", "busy", "cancelled", "refused", "failed")
@@ -43,19 +44,17 @@ class _Books:
                 yield GaugeMetricFamily(f"gpu_manager_{name}", help_text, value)
         yield self._gauge(
             "model_state", "1 for the state that the model is in, 0 for the others.", ("model", "state"),
-            {(name, state): model["state"] == state for name, model in models.items() for state in STATES},
+            (((of, state), model["state"] == state) for of, model in models.items() for state in STATES),
         )  # fmt: skip
-        for key, name, help_text in (
-            ("device_bytes", "device_bytes", "What the model holds of the GPU's memory."),
-            ("host_bytes", "host_bytes", "What the model holds of main memory."),
-            ("leases", "running_requests", "Requests that use the model now."),
-            ("waiting", "waiting_requests", "Requests that wait for the model."),
-        ):
-            yield self._gauge(name, help_text, ("model",), {(of,): model[key] for of, model in models.items()})
-        yield self._gauge(
-            "outside_bytes", "Held by the process and its children beyond the books.", ("model",),
-            {(of,): model["outside_bytes"] for of, model in models.items() if model["outside_bytes"] is not None},
-        )  # fmt: skip
+        for name, help_text, values in (
+            ("device_bytes", "What the model holds of the GPU's memory.", self._each(lambda of: of["device_bytes"])),
+            ("host_bytes", "What the model holds of main memory.", self._each(lambda of: of["host_bytes"])),
+            ("running_requests", "Requests that use the model now.", self._each(lambda of: of["leases"])),
+            ("waiting_requests", "Requests that wait for the model.", self._each(lambda of: of["waiting"])),
+            ("outside_bytes", "Held by the process and its children beyond the books.",
+             self._each(lambda of: of["outside_bytes"])),
+        ):  # fmt: skip
+            yield self._gauge(name, help_text, ("model",), values)
         yield self._histogram("move_seconds", "How long moves took.")
         yield self._histogram("request_wait_seconds", "How long requests waited until they had the model.")
         moves = CounterMetricFamily(
@@ -75,15 +74,25 @@ class _Books:
         yield moves
         yield requests
 
-    def _gauge(self, name: str, help_text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], Any]) -> Metric:
+    def _each(self, value: Callable[[ModelStatus], float | None]) -> Iterator[tuple[tuple[str], float]]:
+        """The value of each model of which it is known."""
+        for name, model in self._status["models"].items():
+            if (known := value(model)) is not None:
+                yield (name,), known
+
+    def _gauge(
+        self, name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]
+    ) -> Metric:
         gauge = GaugeMetricFamily(f"gpu_manager_{name}", help_text, labels=labels)
-        for of, value in values.items():
+        for of, value in values:
             gauge.add_metric(of, value)
         return gauge
 
-    def _histogram(self, name: str, help_text: str) -> Metric:
+    def _histogram(self, name: Literal["move_seconds", "request_wait_seconds"], help_text: str) -> Metric:
         histogram = HistogramMetricFamily(f"gpu_manager_{name}", help_text, labels=("model",))
         for model, past in self._history.items():
             measured = past["totals"][name]
-            histogram.add_metric((model,), [tuple(bucket) for bucket in measured["buckets"]], measured["sum"])
+            histogram.add_metric(
+                (model,), [(str(bound), float(count)) for bound, count in measured["buckets"]], measured["sum"]
+            )
         return histogram

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
+
+from ...observability.events import Event
+from ...status_types import Status, UsageHistory
 
 
 class Lease(Protocol):
@@ -36,10 +39,10 @@ class Manager(Protocol):
     def version(self) -> int:
         """Another number whenever `status` has something new to tell, but for times and free memory."""
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Status:
         """The answer to ``GET /gpu/status``; never waits for a move, never counts as use."""
 
-    def history(self) -> dict[str, Any]:
+    def history(self) -> UsageHistory:
         """The answer to ``GET /gpu/history``; never waits for a move, never counts as use."""
 
     def names(self) -> tuple[str, ...]:
@@ -62,5 +65,5 @@ class Manager(Protocol):
     def watching(self, watch: Callable[[Lease], object]) -> AbstractContextManager[None]:
         """A block in which ``watch`` sees each lease that is entered, before it waits."""
 
-    def subscribe(self, listener: Callable[[Any], Any]) -> Callable[[], None]:
+    def subscribe(self, listener: Callable[[Event], object]) -> Callable[[], None]:
         """Have moves and queues told to ``listener``; call the answer to end that."""

@@ -6,9 +6,10 @@ not: the requests, beside the memory that they took.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
-from typing import Any
 
+from ...status_types import UsageHistory
 from ...units import readable_bytes
 from ..shared.language import Localize
 from . import status_text
@@ -17,15 +18,15 @@ _WIDTH, _HEIGHT, _STRIP = 600.0, 100.0, 8.0
 _CARD = ""
 """Stands among the models for what everybody together uses of the card."""
 
-_Heights = list[tuple[float, dict[str, int]]]
+_Heights = list[tuple[float, dict[str, float]]]
 
 
-def chart(history: dict[str, Any], device_kind: str, localize: Localize) -> str:
+def chart(history: UsageHistory, device_kind: str, localize: Localize) -> str:
     """What the card has in use, in front of it the models one upon the other, below a mark for each request."""
     window_s, models = float(history["window_s"]), history["models"]
     heights = _changes({name: past["device_bytes"] for name, past in models.items()})
     used = _changes({_CARD: history["device"]["used_bytes"]})
-    peak_bytes = max((sum(sizes.values()) for _, sizes in heights), default=0)
+    peak_bytes = round(max((sum(sizes.values()) for _, sizes in heights), default=0))
     peak_used_bytes = max((sizes[_CARD] for _, sizes in used), default=0)
     top_bytes = scale_top(max(peak_bytes, peak_used_bytes), history["device"]["total_bytes"])
 
@@ -59,7 +60,7 @@ def chart(history: dict[str, Any], device_kind: str, localize: Localize) -> str:
     )
 
 
-def scale_top(peak_bytes: int, total_bytes: int | None) -> float:
+def scale_top(peak_bytes: float, total_bytes: int | None) -> float:
     """Where the scale ends: at a size of which the half is round too, and not beyond the card."""
     top_bytes, by = 1024.0, 1.5
     while top_bytes < peak_bytes * 1.05:
@@ -75,13 +76,13 @@ def _legend(models: list[str], card: bool, localize: Localize) -> str:
     return f"<span class='gpu-legend'>{''.join(entries)}</span>"
 
 
-def _changes(points: dict[str, list[Any]]) -> _Heights:
+def _changes(points: dict[str, list[list[float]]]) -> _Heights:
     """At each time at which a size changed, the oldest first: seconds ago, and all sizes from then on."""
     changes = sorted(
         ((ago_s, name, nbytes) for name, changes in points.items() for ago_s, nbytes in changes),
         key=lambda change: -change[0],
     )
-    sizes: dict[str, int] = {}
+    sizes: dict[str, float] = {}
     heights = []
     for ago_s, name, nbytes in changes:
         sizes = {**sizes, name: nbytes}
@@ -89,7 +90,7 @@ def _changes(points: dict[str, list[Any]]) -> _Heights:
     return heights
 
 
-def _area(heights: _Heights, names: list[str], x: Any, top_bytes: float) -> str:
+def _area(heights: _Heights, names: list[str], x: Callable[[float], float], top_bytes: float) -> str:
     """The outline of what these held together: steps, from the axis and back to it."""
     if not heights:
         return ""

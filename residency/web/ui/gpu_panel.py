@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import NotAllowed, ResidencyError
+from ...status_types import Status
 from .. import static
 from ..server.permissions import Permissions
 from ..shared.gradio_compat import PRIVATE, localizer
@@ -39,15 +40,15 @@ class GpuPanel:
     `text`, `press` and `configure` may be called from any thread and raise nothing: an error becomes their answer.
     """
 
-    def __init__(self, manager: Manager, guard: Permissions) -> None:
+    def __init__(self, manager: Manager, permissions: Permissions) -> None:
         self._manager = manager
-        self._guard = guard
+        self._permissions = permissions
         self._presses: list[tuple[gr.Button, str, str | None]] = []
 
     def text(self) -> str:
         return status_text.as_text(self._manager.status())
 
-    def news(self, localize: Localize, known: int | None = None) -> dict[str, Any] | None:
+    def news(self, localize: Localize, known: int | None = None) -> dict[str, object] | None:
         """What the page shows: ``pieces`` of HTML by their place, see `register_components`, and their ``version``.
 
         Also whether something is ``moving``, and for each model what came of the last press on it, None while that is
@@ -66,7 +67,7 @@ class GpuPanel:
             "outcomes": {name: said and _paragraph(said) for name, said in outcomes.items()},
         }
 
-    def _pieces(self, status: dict[str, Any], localize: Localize) -> dict[str, str]:
+    def _pieces(self, status: Status, localize: Localize) -> dict[str, str]:
         return {
             "device": views.device_html(status, localize),
             **{f"model-{name}": views.model_html(name, status, localize) for name in status["models"]},
@@ -160,7 +161,7 @@ class GpuPanel:
 
     def register_events(self) -> None:
         """Connect the buttons."""
-        looking: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
+        looking = {"show_progress": "hidden", "queue": False, **PRIVATE}
         opened = partial(gr.on, None)  # no triggers: when the page is opened
         opened(None, js=static.text("panel.js"), **PRIVATE)
         for event in (opened, self._refresh.click):
@@ -181,12 +182,12 @@ class GpuPanel:
     def _on_press(
         self, button: gr.Button, change: Callable[..., tuple[str, list[str]]], inputs: Sequence[Any] = ()
     ) -> None:
-        """Have a press ask the guard, make the change, and show what is said of it until that has come true."""
+        """Have a press check the permissions, make the change, and show what is said of it until that has come true."""
 
         def handler(request: gr.Request, *given: Any) -> str:
             localize = localizer()
             try:
-                check(self._guard, request)
+                check(self._permissions, request)
                 line, awaits = change(localize, *given)
             except NotAllowed as error:
                 line, awaits = translated(error, localize), []
@@ -201,7 +202,7 @@ class GpuPanel:
 
         def handler(request: gr.Request) -> list[Any]:
             try:
-                check(self._guard, request)
+                check(self._permissions, request)
             except NotAllowed as error:
                 reason = _paragraph(translated(error, localizer()))
                 return [*[gr.update(interactive=False)] * buttons, reason]
@@ -210,11 +211,11 @@ class GpuPanel:
         return handler
 
 
-def check(guard: Permissions, request: gr.Request) -> None:
+def check(permissions: Permissions, request: gr.Request) -> None:
     """`NotAllowed` unless the sender of a Gradio event may change things."""
     if request.request is None:
         raise NotAllowed
-    guard.check(request.request, request.username)
+    permissions.check(request.request, request.username)
 
 
 def _place(piece: str) -> str:

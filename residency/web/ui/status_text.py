@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
+from ... import remarks as shared
 from ...states import State
+from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, Status
 from ...units import readable_bytes, readable_rate
 from ..shared.language import Localize, both, bracketed, mark, translated
 
@@ -83,12 +84,12 @@ def state_in_words(state: str, device_kind: str, localize: Localize) -> str:
     return of_device(STATES[state], device_kind, localize)
 
 
-def device_name(device: dict[str, Any], localize: Localize) -> str:
+def device_name(device: DeviceStatus, localize: Localize) -> str:
     """Returns the device's name in the language that is wanted; real cards have one name."""
     return translated(device["name"], localize)
 
 
-def usage(device: dict[str, Any], localize: Localize) -> str:
+def usage(device: DeviceStatus, localize: Localize) -> str:
     """What of the card is used, and what it draws; empty where unknown."""
     facts = []
     if device["total_bytes"] is not None:
@@ -100,10 +101,10 @@ def usage(device: dict[str, Any], localize: Localize) -> str:
     return " · ".join(facts)
 
 
-def main_memory(status: dict[str, Any], localize: Localize) -> str:
+def main_memory(status: Status, localize: Localize) -> str:
     """What this process takes of main memory, what of that are models, and what is free."""
     host = status["host"]
-    process, free, total = (readable_bytes(host[f"{which}_bytes"]) for which in ("process", "free", "total"))
+    process, free, total = map(readable_bytes, (host["process_bytes"], host["free_bytes"], host["total_bytes"]))
     models = readable_bytes(sum(model["host_bytes"] for model in status["models"].values()))
     return localize(
         f"内存：本进程 {process}（其中模型 {models}），可用 {free}，共 {total}",
@@ -111,37 +112,41 @@ def main_memory(status: dict[str, Any], localize: Localize) -> str:
     )
 
 
-def kept_in_memory(model: dict[str, Any], localize: Localize) -> list[tuple[str, str]]:
-    """What a model has in main memory and, while it is there, what of it is made anew when it goes to the device.
+def sizes(model: ModelStatus, device_bytes: int, device_kind: str, localize: Localize) -> list[tuple[str, str]]:
+    """What a model uses on the device and in main memory and, while it is there, what is rebuilt when it returns.
 
-    Together they are its size on the device: what is in files anyway, such as ONNX sessions, is not kept in memory too.
+    The last two make up its size on the device: what is in files anyway, such as ONNX sessions, is not kept in memory.
     """
     facts = [(localize("内存", "Main memory"), readable_bytes(model["host_bytes"]))]
-    anew_bytes = model["size_bytes"] - model["host_bytes"]
-    if model["state"] == "cpu" and anew_bytes > 0:
-        facts.append((localize("返回时重建", "Made anew on return"), readable_bytes(anew_bytes)))
+    if label := memory_label(device_kind, localize):
+        facts.insert(0, (label, readable_bytes(device_bytes)))
+    if rebuilt_bytes := _rebuilt_bytes(model):
+        facts.append((localize("返回时重建", "Made anew on return"), readable_bytes(rebuilt_bytes)))
     return facts
 
 
-def why_less_in_memory(model: dict[str, Any], localize: Localize) -> str:
-    """Why less is in main memory than was moved from the device; empty where that is not so."""
-    anew_bytes = model["size_bytes"] - model["host_bytes"]
-    if model["state"] != "cpu" or anew_bytes <= 0:
+def _rebuilt_bytes(model: ModelStatus) -> int:
+    return max(0, model["size_bytes"] - model["host_bytes"]) if model["state"] == "cpu" else 0
+
+
+def why_less_in_memory(model: ModelStatus, localize: Localize) -> str:
+    """Why main memory holds less than the device did; empty if it does not."""
+    if not (rebuilt_bytes := _rebuilt_bytes(model)):
         return ""
-    size, anew = readable_bytes(model["size_bytes"]), readable_bytes(anew_bytes)
+    size, rebuilt = readable_bytes(model["size_bytes"]), readable_bytes(rebuilt_bytes)
     return localize(
-        f"模型在设备上占 {size}；其中 {anew} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
-        f"Of its {size} on the device, {anew} are in the model's files anyway: main memory does not keep them too, and "
-        f"they are made anew from there on return.",
+        f"模型在设备上占 {size}；其中 {rebuilt} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
+        f"Of its {size} on the device, {rebuilt} are in the model's files anyway: main memory does not keep them too, "
+        f"and they are made anew from there on return.",
     )
 
 
-def notes(device: dict[str, Any], localize: Localize) -> list[str]:
+def notes(device: DeviceStatus, localize: Localize) -> list[str]:
     note = device["note"]
     return [localize(note["zh"], note["en"])] if note else []
 
 
-def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], localize: Localize) -> str:
+def pressed(action: str, name: str | None, done: bool, status: Status, localize: Localize) -> str:
     """What came of a press on warm, offload or release of a model (None: all), or when it will happen."""
     kind = status["device"]["kind"]
     if action == "warm":
@@ -166,7 +171,7 @@ def pressed(action: str, name: str | None, done: bool, status: dict[str, Any], l
     return localize("已卸载到内存。", "Offloaded to main memory.")
 
 
-def outcome(name: str, model: dict[str, Any], device_kind: str, localize: Localize) -> str | None:
+def outcome(name: str, model: ModelStatus, device_kind: str, localize: Localize) -> str | None:
     """What came of a press that was to be followed by a move of this model; None as long as it is not settled."""
     if model["state"] == "moving" or model["pending"]:
         return None
@@ -221,7 +226,7 @@ def on_its_way(
     return f"{of_device(_TO[target], device_kind, localize)}{mark(':', localize)}{' · '.join(facts)}"
 
 
-def activity(model: dict[str, Any], localize: Localize) -> str:
+def activity(model: ModelStatus, localize: Localize) -> str:
     """What requests do with it: use it, wait for it."""
     parts = [localize("使用中", "In use")] if model["leases"] else []
     if waiting := model["waiting"]:
@@ -231,22 +236,14 @@ def activity(model: dict[str, Any], localize: Localize) -> str:
     return " · ".join(parts)
 
 
-def holder(model: dict[str, Any], localize: Localize) -> str:
-    """The code that uses it, and since when."""
-    facts = model.get("holder")
-    if not facts:
-        return ""
-    since, where, thread = readable_seconds(facts["held_s"]), facts["where"], facts["thread"]
-    held = localize(f"已被 {where}（线程 {thread}）占用 {since}", f"Held for {since} by {where} (thread {thread})")
-    if not (other := facts["waits_for"]):
-        return held
-    return held + localize(
-        f"；它在等待线程 {other}，而后者在等待此模型", f"; it waits for thread {other}, which waits for this model"
-    )
+def holder(model: ModelStatus, localize: Localize) -> str:
+    """The code that uses it, and for how long; empty if none does."""
+    sentence = shared.holder(model)
+    return localize(sentence.zh, sentence.en[:1].upper() + sentence.en[1:]) if sentence else ""
 
 
 def course(
-    model: dict[str, Any], device_kind: str, localize: Localize, counted: Callable[[float, int], str] | None = None
+    model: ModelStatus, device_kind: str, localize: Localize, counted: Callable[[float, int], str] | None = None
 ) -> str:
     """Where it is going, or what happens to it next if nobody asks for it.
 
@@ -264,7 +261,7 @@ def course(
     return ""
 
 
-def trouble(status: dict[str, Any], localize: Localize) -> list[str]:
+def trouble(status: Status, localize: Localize) -> list[str]:
     """What is wrong with the thread that moves idle models: it met an error, or is not there although one is due."""
     monitor = status["monitor"]
     sentences = []
@@ -278,34 +275,13 @@ def trouble(status: dict[str, Any], localize: Localize) -> list[str]:
         )
     if monitor["errors"]:
         times = localize(f"闲置监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
-        sentences.append(f"{times}{mark(':', localize)}{translated(monitor['last_error'], localize)}")
+        sentences.append(f"{times}{mark(':', localize)}{translated(monitor['last_error'] or '', localize)}")
     return sentences
 
 
-def remarks(model: dict[str, Any], localize: Localize) -> list[str]:
-    error = model["last_error"]
-    told = [f"{localize('上次错误', 'Last error')}{mark(':', localize)}{translated(error, localize)}"] if error else []
-    return told + outside(model, localize)
-
-
-def outside(model: dict[str, Any], localize: Localize) -> list[str]:
-    """Describes memory held outside the books: its size, the processes, and advice."""
-    holders = model["outside_processes"]
-    if not holders:
-        return []
-    size = readable_bytes(sum((holder["device_bytes"] or 0) + (holder["host_bytes"] or 0) for holder in holders))
-    processes = mark(",", localize).join(f"pid {holder['pid']} {holder['command']}" for holder in holders)
-    if model["state"] == "released":
-        advice = localize(
-            "。模型已释放，该进程仍在占用：请结束该进程。",
-            ". The model was released, and still it is held: end that process.",
-        )
-    else:
-        advice = localize(
-            "。卸载不会移动它；释放模型可以腾出。", ". Offload does not move it; a release of the model frees it."
-        )
-    held = f"{localize('账外占用', 'Held outside the books')}{mark(':', localize)}{size}"
-    return [f"{held}{bracketed(processes, localize)}{advice}"]
+def remarks(model: ModelStatus, localize: Localize) -> list[str]:
+    """Its last error, and the memory that no move frees."""
+    return [translated(said, localize) for said in (shared.last_error(model), shared.outside(model)) if said]
 
 
 def memory_label(device_kind: str, localize: Localize) -> str | None:
@@ -325,12 +301,12 @@ def duration(seconds: float, localize: Localize) -> str:
     return localize("永不", "never") if seconds == -1 else readable_seconds(seconds)
 
 
-def route(move: dict[str, Any], device_kind: str, localize: Localize) -> str:
+def route(move: LastMove | ListedMove, device_kind: str, localize: Localize) -> str:
     """From where to where."""
-    return " → ".join(of_device(PLACES[move[end]], device_kind, localize) for end in ("from", "to"))
+    return " → ".join(of_device(PLACES[place], device_kind, localize) for place in (move["from"], move["to"]))
 
 
-def last_move(model: dict[str, Any], device_kind: str, localize: Localize) -> str:
+def last_move(model: ModelStatus, device_kind: str, localize: Localize) -> str:
     move = model["last_move"]
     if not move:
         return "—"
@@ -338,7 +314,7 @@ def last_move(model: dict[str, Any], device_kind: str, localize: Localize) -> st
     return mark(",", localize).join(facts)
 
 
-def as_text(status: dict[str, Any], localize: Localize = both) -> str:
+def as_text(status: Status, localize: Localize = both) -> str:
     """The status as a few lines of plain text."""
     device = status["device"]
     kind, colon = device["kind"], mark(":", localize)
@@ -347,12 +323,11 @@ def as_text(status: dict[str, Any], localize: Localize = both) -> str:
         main_memory(status, localize),
     ]
     for name, model in status["models"].items():
-        facts = [*kept_in_memory(model, localize), (localize("已闲置", "Idle"), readable_seconds(model["idle_s"])),
+        facts = [*sizes(model, model["device_bytes"], kind, localize),
+                 (localize("已闲置", "Idle"), readable_seconds(model["idle_s"])),
                  (localize("上次搬移", "Last move"), last_move(model, kind, localize))]  # fmt: skip
-        if label := memory_label(kind, localize):
-            facts.insert(0, (label, readable_bytes(model["device_bytes"])))
-        sizes = mark(",", localize).join(f"{label} {value}" for label, value in facts)
-        lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(sizes, localize)}"]
+        values = mark(",", localize).join(f"{label} {value}" for label, value in facts)
+        lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(values, localize)}"]
         told = (
             activity(model, localize),
             holder(model, localize),

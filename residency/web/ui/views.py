@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from html import escape
-from typing import Any
 
+from ...status_types import ListedMove, ModelStatus, Status, UsageHistory
 from ...units import readable_bytes, readable_rate
 from ..shared.language import Localize, bracketed, mark
 from . import status_text
@@ -27,7 +27,7 @@ _KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("闲置多久后释
 _OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
 
 
-def device_html(status: dict[str, Any], localize: Localize) -> str:
+def device_html(status: Status, localize: Localize) -> str:
     """The card: its name, who uses its memory, and what people must know about it."""
     device = status["device"]
     name = escape(status_text.device_name(device, localize))
@@ -35,10 +35,10 @@ def device_html(status: dict[str, Any], localize: Localize) -> str:
         f"<div class='gpu-device'><b data-device='{device['kind']}'>{name}</b>"
         f"<span class='gpu-quiet'>{status_text.usage(device, localize)}</span></div>"
     ]
+    total_bytes = device["total_bytes"] or 1
     if sizes := memory_parts(status):
         bars = "".join(
-            f"<i data-part='{part}' style='width:{100 * nbytes / device['total_bytes']:.2f}%'></i>"
-            for part, _, nbytes in sizes
+            f"<i data-part='{part}' style='width:{100 * nbytes / total_bytes:.2f}%'></i>" for part, _, nbytes in sizes
         )
         legend = "".join(
             f"<span data-part='{part}'>{escape(localize(*_REST[part]) if part in _REST else name)} "
@@ -53,7 +53,7 @@ def device_html(status: dict[str, Any], localize: Localize) -> str:
     return "".join(parts)
 
 
-def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
+def memory_parts(status: Status) -> list[tuple[str, str, int]]:
     """Who holds the card's memory: (part, name, bytes); empty where its size is unknown.
 
     The models by name, then what they hold ``outside`` the books, ``process``, ``peers``, ``others`` and ``free``.
@@ -81,7 +81,7 @@ def memory_parts(status: dict[str, Any]) -> list[tuple[str, str, int]]:
     return [*parts, ("free", "", device["free_bytes"])]
 
 
-def on_the_card(status: dict[str, Any]) -> dict[str, int]:
+def on_the_card(status: Status) -> dict[str, int]:
     """Bytes on the device by model, with what of those that are on their way has arrived.
 
     The books know that only when a move has ended. Until then it is what this process holds beyond them, up to the
@@ -98,13 +98,13 @@ def on_the_card(status: dict[str, Any]) -> dict[str, int]:
     return held
 
 
-def _outside_here(status: dict[str, Any]) -> int:
+def _outside_here(status: Status) -> int:
     """What of the card this process itself, and no child of it, holds outside the books."""
     holders = [holder for model in status["models"].values() for holder in model["outside_processes"]]
     return sum(holder["device_bytes"] or 0 for holder in holders if holder["pid"] == os.getpid())
 
 
-def model_html(name: str, status: dict[str, Any], localize: Localize) -> str:
+def model_html(name: str, status: Status, localize: Localize) -> str:
     """One model: where it is, who uses it, what happens next, and what it costs."""
     model, kind = status["models"].get(name), status["device"]["kind"]
     if model is None:
@@ -127,11 +127,12 @@ def model_html(name: str, status: dict[str, Any], localize: Localize) -> str:
         f"{status_text.state_in_words(state, kind, localize)}</span>"
         f"<span class='gpu-quiet'>{status_text.activity(model, localize)}</span></div>"
         f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>{facts}</div>"
+        f"<div class='gpu-quiet'>{escape(status_text.holder(model, localize))}</div>"
         f"<div class='gpu-quiet'>{status_text.why_less_in_memory(model, localize)}</div>{remarks}"
     )
 
 
-def stay_html(status: dict[str, Any], localize: Localize) -> str:
+def stay_html(status: Status, localize: Localize) -> str:
     """How long each model stays, as it is set now."""
     colon = mark(":", localize)
     rows = "".join(
@@ -142,7 +143,7 @@ def stay_html(status: dict[str, Any], localize: Localize) -> str:
     return f"<div class='gpu-quiet'>{localize('当前设置', 'Now')}{colon}{rows}</div>"
 
 
-def past_html(history: dict[str, Any], device_kind: str, localize: Localize) -> str:
+def past_html(history: UsageHistory, device_kind: str, localize: Localize) -> str:
     """The last 15 minutes as a picture, and the last moves as a table."""
     models = history["models"]
     moves = sorted(
@@ -173,7 +174,7 @@ def counted(seconds: float, direction: int) -> str:
     return f"<time data-s='{seconds:.1f}' data-way='{direction}'>{status_text.readable_seconds(round(seconds))}</time>"
 
 
-def _rate_or_outcome(move: dict[str, Any], localize: Localize) -> str:
+def _rate_or_outcome(move: ListedMove, localize: Localize) -> str:
     if move["outcome"] in _OUTCOMES:
         return localize(*_OUTCOMES[move["outcome"]])
     if not move["bytes"] or move["seconds"] <= 0 or move["to"] == "released":
@@ -181,9 +182,9 @@ def _rate_or_outcome(move: dict[str, Any], localize: Localize) -> str:
     return readable_rate(move["bytes"] / move["seconds"])
 
 
-def _facts(model: dict[str, Any], device_bytes: int, device_kind: str, localize: Localize) -> list[tuple[str, str]]:
-    facts = [
-        *status_text.kept_in_memory(model, localize),
+def _facts(model: ModelStatus, device_bytes: int, device_kind: str, localize: Localize) -> list[tuple[str, str]]:
+    return [
+        *status_text.sizes(model, device_bytes, device_kind, localize),
         (
             localize("已闲置", "Idle"),
             "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1),
@@ -192,12 +193,9 @@ def _facts(model: dict[str, Any], device_bytes: int, device_kind: str, localize:
         (localize(*_IDLE_TIMEOUT), status_text.duration(model["idle_timeout_s"], localize)),
         (localize("上次搬移", "Last move"), escape(status_text.last_move(model, device_kind, localize))),
     ]
-    if label := status_text.memory_label(device_kind, localize):
-        facts.insert(0, (label, readable_bytes(device_bytes)))
-    return facts
 
 
-def _keep_warm(model: dict[str, Any], localize: Localize) -> str:
+def _keep_warm(model: ModelStatus, localize: Localize) -> str:
     seconds, automatic = model["keep_warm_s"], model["policy"] == "auto"
     if seconds == 0 and not automatic:
         return localize("请求后立即离开", "leaves right after a request")

@@ -104,7 +104,7 @@ class _Teller:
         self._ready = ready
         self._tell = tell or self._gradios_own()
         self._manager, self._seen = manager, manager.version
-        status = manager.status()
+        status: Any = manager.status()
         self._kind, self._present = status["device"]["kind"], status["models"].get(model, {})
         self._there = State.DEVICE.shown(self._kind)
         self.lease: Lease | None = None
@@ -122,7 +122,8 @@ class _Teller:
         if self._seen == (version := self._manager.version):
             return
         self._seen = version
-        way = self._manager.status()["models"].get(self._model, {}).get("progress")
+        status: Any = self._manager.status()
+        way = status["models"].get(self._model, {}).get("progress")
         place = self.lease.place if self.lease else None
         if way and place is not None and place <= 1:
             self._say_way(way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"])

@@ -1,0 +1,202 @@
+"""The answers of `status()` and `history()`: return types in Python, and the models of the OpenAPI description.
+
+Sizes are in bytes and times in seconds; None (null in JSON) is unknown. These types cost nothing at run time: answers
+are plain dictionaries, and nothing validates them but the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
+
+from .contracts import DeviceKind
+from .states import Place, ShownState
+
+MoveOutcome = Literal["ok", "failed", "postponed"]
+
+
+@dataclass(frozen=True)
+class Doc:
+    """The description of a field. Pydantic reads it from `Annotated`, without being imported here."""
+
+    text: str
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, object]:
+        return {**handler(core_schema), "description": self.text}
+
+
+class MemorySizes(TypedDict):
+    """The memory of the device or of the host."""
+
+    total_bytes: Annotated[int | None, Doc("Its size in bytes; null if unknown.")]
+    free_bytes: Annotated[int | None, Doc("Free bytes; null if unknown.")]
+    process_bytes: Annotated[int | None, Doc("Bytes that this process uses; null if unknown.")]
+    outside_bytes: Annotated[int | None, Doc("Bytes that the models use and no move frees; null if unknown.")]
+
+
+class Note(TypedDict):
+    """A note about the device."""
+
+    en: Annotated[str, Doc("In English.")]
+    zh: Annotated[str, Doc("In Chinese.")]
+
+
+class DeviceStatus(MemorySizes):
+    """The device on which the models compute."""
+
+    name: Annotated[str, Doc("Its name.")]
+    kind: Annotated[DeviceKind, Doc("Its kind.")]
+    peers_bytes: Annotated[int | None, Doc("Bytes that other processes of this project use; null if unknown.")]
+    power_w: Annotated[float | None, Doc("Power draw in watts; null if unknown.")]
+    budget_bytes: Annotated[int | None, Doc("Bytes that all models together may use; null if not limited.")]
+    note: Annotated[Note | None, Doc("What users should know about it; null if nothing.")]
+
+
+class MonitorHealth(TypedDict):
+    """The thread that moves idle models."""
+
+    alive: Annotated[bool, Doc("Whether it runs; it starts with the first request.")]
+    errors: Annotated[int, Doc("Errors since the start.")]
+    last_error: Annotated[str | None, Doc("The last of them; null if none.")]
+
+
+class HolderStatus(TypedDict):
+    """The code that uses a model."""
+
+    where: Annotated[str, Doc("File, line and function that took the lease.")]
+    thread: Annotated[str, Doc("The name of its thread.")]
+    held_s: Annotated[float, Doc("Seconds since it got the model.")]
+    waits_for: Annotated[str | None, Doc("The thread that it waits for and that waits for this model; null if none.")]
+
+
+class NextMove(TypedDict):
+    """The move that the policy makes if no request comes."""
+
+    to: Annotated[Place, Doc("Where the model will be.")]
+    in_s: Annotated[float, Doc("Seconds until then.")]
+
+
+class MoveProgress(TypedDict):
+    """The move that runs."""
+
+    to: Annotated[Place, Doc("Where the model will be.")]
+    phase: Annotated[str, Doc("The step of the move: loading, copying, reading, ...")]
+    bytes: Annotated[int, Doc("Bytes done in this phase.")]
+    total_bytes: Annotated[int | None, Doc("All bytes of this phase; null if unknown.")]
+    seconds: Annotated[float, Doc("Seconds since the move began.")]
+    bytes_per_s: Annotated[int | None, Doc("The rate of this phase, in bytes per second; null if unknown.")]
+
+
+# "from" is a keyword of Python, so it needs the call syntax.
+_From = TypedDict("_From", {"from": Annotated[Place, Doc("Where the model was.")]})
+
+
+class _Route(_From):
+    to: Annotated[Place, Doc("Where the move led.")]
+
+
+class LastMove(_Route):
+    """A move that has ended."""
+
+    bytes: Annotated[int, Doc("Bytes moved.")]
+    seconds: Annotated[float, Doc("How long it took, in seconds.")]
+
+
+class OutsideProcess(TypedDict):
+    """A process that uses memory which belongs to a model and which no move frees."""
+
+    pid: Annotated[int, Doc("Its process ID.")]
+    command: Annotated[str, Doc("Its command.")]
+    device_bytes: Annotated[int | None, Doc("Bytes that it uses on the device; null if unknown.")]
+    host_bytes: Annotated[int | None, Doc("Bytes that it uses in main memory; null if unknown.")]
+
+
+class ModelStatus(TypedDict):
+    """One model."""
+
+    state: Annotated[ShownState, Doc("Where it is; `moving` while a move runs.")]
+    device_bytes: Annotated[int, Doc("Bytes on the device, as of the last move that ended.")]
+    host_bytes: Annotated[int, Doc("Bytes in main memory, as of the last move that ended.")]
+    size_bytes: Annotated[int, Doc("Bytes that it used on the device when it was last there; 0 before that.")]
+    idle_s: Annotated[float | None, Doc("Seconds since its last request ended, 0 during one; null before the first.")]
+    leases: Annotated[int, Doc("1 while a request uses it, else 0.")]
+    holder: Annotated[HolderStatus | None, Doc("The code that uses it; null if none.")]
+    waiting: Annotated[int, Doc("Requests that wait for it.")]
+    keep_warm_s: Annotated[float, Doc("Seconds on the device after a request; -1: always.")]
+    idle_timeout_s: Annotated[float, Doc("Seconds idle until it is released; -1: never.")]
+    policy: Annotated[str, Doc("`fixed`, `auto`, or the name of a policy given to `register`.")]
+    pending: Annotated[
+        Literal["offload", "release"] | None, Doc("What follows the running request or move; null if nothing.")
+    ]
+    next: Annotated[NextMove | None, Doc("The move that follows if no request comes; null if none.")]
+    progress: Annotated[MoveProgress | None, Doc("The move that runs; null if none.")]
+    last_move: Annotated[LastMove | None, Doc("The last move that succeeded; null before the first.")]
+    last_error: Annotated[str | None, Doc("Why its last move failed; null if it did not.")]
+    outside_bytes: Annotated[int | None, Doc("Bytes that it uses and no move frees; null if unknown.")]
+    outside_processes: Annotated[list[OutsideProcess], Doc("The processes that use those bytes.")]
+
+
+class Status(TypedDict):
+    """The device, main memory and the models."""
+
+    enabled: Annotated[Literal[True], Doc("GPU management is on.")]
+    device: Annotated[DeviceStatus, Doc("The device.")]
+    host: Annotated[MemorySizes, Doc("Main memory.")]
+    monitor: Annotated[MonitorHealth, Doc("Whether idle models are moved.")]
+    models: Annotated[dict[str, ModelStatus], Doc("The models by name, in order of registration.")]
+
+
+class ListedMove(LastMove):
+    """One of the last moves of a model."""
+
+    ago_s: Annotated[float, Doc("Seconds since it ended.")]
+    outcome: Annotated[MoveOutcome, Doc("`postponed`: it waits for room on the device.")]
+
+
+class MoveCount(_Route):
+    """How many moves of one kind have ended."""
+
+    outcome: Annotated[MoveOutcome, Doc("How they ended.")]
+    count: Annotated[int, Doc("How many.")]
+
+
+class HistogramCounts(TypedDict):
+    """Durations, counted as in a Prometheus histogram."""
+
+    buckets: Annotated[list[list[str | int]], Doc("[upper bound in seconds, durations up to it]; the last is `+Inf`.")]
+    sum: Annotated[float, Doc("All durations together, in seconds.")]
+
+
+class Totals(TypedDict):
+    """Counts since the start."""
+
+    requests: Annotated[dict[str, int], Doc("Requests that have ended, by outcome.")]
+    request_wait_seconds: Annotated[HistogramCounts, Doc("How long requests waited for the model.")]
+    moves: Annotated[list[MoveCount], Doc("Moves that have ended.")]
+    move_seconds: Annotated[HistogramCounts, Doc("How long moves took.")]
+
+
+class ModelUsage(TypedDict):
+    """What one model did."""
+
+    device_bytes: Annotated[list[list[float]], Doc("[seconds ago, bytes from then on] on the device, oldest first.")]
+    requests: Annotated[list[list[float]], Doc("[begin, end] of requests in seconds ago, the oldest first.")]
+    moves: Annotated[list[ListedMove], Doc("The last moves, the oldest first.")]
+    totals: Annotated[Totals, Doc("How many requests and moves have ended, and how long they took.")]
+
+
+class DeviceUsage(TypedDict):
+    """The memory of the device, as used by all processes."""
+
+    used_bytes: Annotated[list[list[float]], Doc("[seconds ago, bytes used from then on], the oldest first.")]
+    total_bytes: Annotated[int | None, Doc("Its size in bytes; null if unknown.")]
+
+
+class UsageHistory(TypedDict):
+    """The last 15 minutes, and counts since the start."""
+
+    window_s: Annotated[float, Doc("How many seconds sizes and requests go back.")]
+    device: Annotated[DeviceUsage, Doc("The device.")]
+    models: Annotated[dict[str, ModelUsage], Doc("The models by name, in order of registration.")]
