@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -31,9 +31,9 @@ from .ui.chat_history import Histories, Overtaken, State, Step, as_messages, new
 from .ui.gpu_panel import GpuPanel
 from .ui.labels import label
 from .ui.messages import BEGIN, SHOW, Message, MessagePlaces
-from .ui.page_requests import PageRequests
+from .ui.page_requests import PageRequest, PageRequests
 from .ui.page_sessions import PageSessions
-from .ui.prewarm import Prewarm
+from .ui.prewarm import EVERY_S, Prewarm
 from .ui.recording_check import RecordingCheck
 from .ui.sample_voices import SampleVoice
 from .ui.saved_inputs import SavedInputs, sub_tasks_update
@@ -43,6 +43,23 @@ from .ui.waiting import WaitMessages
 logger = logging.getLogger(__name__)
 
 _UPLOAD_ANYTHING = static.text("upload.js")
+# At most one request per interval while keys are pressed.
+_TYPING = f"""() => {{
+  if (Date.now() < (window.nextPrewarm ?? 0)) return;
+  window.nextPrewarm = Date.now() + {EVERY_S * 1000:g};
+  document.querySelector("#prewarm").click();
+}}"""
+
+
+class Inputs(NamedTuple):
+    """The values that CLONE and EDIT are called with, in the order of the event's inputs."""
+
+    prompt_text: str | None
+    prompt_audio: str | None
+    target_text: str | None
+    edit_type: str | None
+    edit_info: str | None
+    state: State
 
 
 class EditxTab:
@@ -110,59 +127,34 @@ class EditxTab:
     def init_state(self) -> State:
         return new_state()
 
-    def generate_clone(
-        self,
-        prompt_text: str | None,
-        prompt_audio: str | None,
-        target_text: str | None,
-        edit_type: str | None,
-        edit_info: str | None,
-        state: State,
-    ) -> tuple[Any, State, str]:
-        """CLONE was pressed. Returns chat messages, state and a `Message`, which is empty if it went well.
+    def generate_clone(self, *inputs: Any) -> tuple[Any, State, str]:
+        """Clones the voice, whichever task is chosen. Takes the fields of `Inputs`, in their order.
 
-        It clones whatever the task is.
+        Returns chat messages, state and a `Message`, which is empty after success.
         """
+        return self._answer(self._clone, Inputs(*inputs), self._requests.begin(inputs[-1]))
 
-        history = state["history_audio"]
+    def generate_edit(self, *inputs: Any) -> tuple[Any, State, str]:
+        """Edits the latest result, or the recording if there is none. Same arguments and answer as `generate_clone`."""
+        return self._answer(self._edit, Inputs(*inputs), self._requests.begin(inputs[-1]))
 
-        def clone() -> None:
-            recording = self.speech.incoming.readable(prompt_audio)
-            result = self.speech.clone(recording, prompt_text, target_text)
-            entry = Step("clone", None, prompt_text, target_text, recording, result)
-            self._histories.begin(state, history, entry)
+    def _clone(self, inputs: Inputs, history: list[Any]) -> None:
+        recording = self.speech.incoming.readable(inputs.prompt_audio)
+        result = self.speech.clone(recording, inputs.prompt_text, inputs.target_text)
+        step = Step("clone", None, inputs.prompt_text, inputs.target_text, recording, result)
+        self._histories.begin(inputs.state, history, step)
 
-        return self._answer(clone, state)
-
-    def _clone_and_wipe(self, *inputs: Any) -> tuple[Any, State, str]:
-        chat, state, message = self.generate_clone(*inputs)
-        return chat if message else [], state, message
-
-    def generate_edit(
-        self,
-        prompt_text: str | None,
-        prompt_audio: str | None,
-        target_text: str | None,
-        edit_type: str | None,
-        edit_info: str | None,
-        state: State,
-    ) -> tuple[Any, State, str]:
-        """EDIT was pressed: works on the latest result, or on the recording. Returns as `generate_clone` does."""
-
-        history = state["history_audio"]
-        source, said = history[-1] if history else (prompt_audio, prompt_text)
-
-        def edit() -> None:
-            if history and not os.path.isfile(str(source)):
-                raise InvalidInput(
-                    "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
-                    "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
-                )
-            recording = self.speech.incoming.readable(source)
-            result, says = self.speech.edit(recording, said, edit_type, edit_info, target_text)
-            self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, recording, result))
-
-        return self._answer(edit, state)
+    def _edit(self, inputs: Inputs, history: list[Any]) -> None:
+        source, said = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
+        if history and not os.path.isfile(source):
+            raise InvalidInput(
+                "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
+                "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
+            )
+        task, sub_task = inputs.edit_type, inputs.edit_info
+        recording = self.speech.incoming.readable(source)
+        result, says = self.speech.edit(recording, said, task, sub_task, inputs.target_text)
+        self._histories.go_on(inputs.state, history, Step(task, sub_task, said, says, recording, result))
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
@@ -185,29 +177,34 @@ class EditxTab:
         )  # the text, what is said of it
         return sample.says, recording, *target
 
-    def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
-        history = state["history_audio"]
-        request = self._requests.begin(state)
+    def _answer(
+        self, work: Callable[[Inputs, list[Any]], None], inputs: Inputs, request: PageRequest
+    ) -> tuple[Any, State, str]:
+        state, history = inputs.state, inputs.state["history_audio"]
         try:
             with cancelled_by(request.cancellation), self.waiting.told(self._model, request.tell) as request.look:
                 checkpoint()
-                work()
+                work(inputs, history)
             state["message"] = Message("")
         except Exception as error:
-            late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
+            late = state["history_audio"] is not history  # an EDIT, for example, whose recording was deleted meanwhile
             state["message"] = Message.of(Overtaken() if late else error, localizer())
-            # The chat is left alone, so that a player that is playing plays on.
+            # The chat is left unchanged, so that a player that is playing plays on.
             return gr.skip(), state, state["message"]
-        finally:  # after the message is stored: a page that was loaded anew reads it from there
+        finally:  # after the message is stored: a reloaded page reads it from there
             self._requests.end(state, request)
         return as_messages(state["history_messages"], localizer()), state, state["message"]
 
     async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        async for shown in self.presses.press(self._clone_and_wipe, *inputs):
+        def clone(request: PageRequest) -> tuple[Any, State, str]:
+            chat, state, message = self._answer(self._clone, Inputs(*inputs), request)
+            return chat if message else [], state, message
+
+        async for shown in self.presses.press(clone, inputs[-1]):
             yield shown
 
     async def _on_edit(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        async for shown in self.presses.press(self.generate_edit, *inputs):
+        async for shown in self.presses.press(partial(self._answer, self._edit, Inputs(*inputs)), inputs[-1]):
             yield shown
 
     def _on_clear(self, state: State) -> list[Any]:
@@ -351,13 +348,14 @@ class EditxTab:
         if self.speech.transcribes:
             self.transcription.register(comes, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
         if self.intent:
-            writing = [box.focus for box in (self.prompt_text_input, self.generated_text)]
-            writing += [box.input for box in (self.prompt_text_input, self.generated_text)]
-            # When an upload begins no event comes, but the server sees its request: `Traffic` looks for that.
+            # When an upload begins no event comes, but the server sees its request: `RequestMiddleware` looks for that.
             speaking = [self.prompt_audio_input.start_recording, self.prompt_audio_input.upload]
             trying = [button.click for button, _ in self.samples]
-            for event in (*writing, *speaking, *trying):
+            prewarm = gr.Button(elem_id="prewarm")  # hidden by style: Gradio does not draw what is invisible
+            for event in (prewarm.click, *speaking, *trying):
                 event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
+            for box in (self.prompt_text_input, self.generated_text):
+                gr.on([box.focus, box.input], None, js=_TYPING, **PRIVATE)
         if self.panel:
             self.panel.register_events()
 

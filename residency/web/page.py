@@ -71,7 +71,7 @@ body:not(:has(#progress [data-running])) #stop {display: none}
 :is(.progress-line, .said) .wrap:has(> .error) {display: none}
 /* What was said about a recording that was taken away. */
 body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display: none}
-#history .download-link ~ button, #hear-the-end {display: none}
+#history .download-link ~ button, #hear-the-end, #prewarm {display: none}
 /* The players of Gradio 6, and those of Gradio 5, whose waves are 128 pixels high. */
 #history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}

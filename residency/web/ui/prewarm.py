@@ -13,7 +13,7 @@ from ..shared.protocols import Manager
 logger = logging.getLogger(__name__)
 
 EVERY_S = 3.0
-"""Each key that is pressed shows intent; the manager is told at most this often."""
+"""The manager is called at most this often, and a page that is typed into sends at most one request in this time."""
 
 
 class Prewarm:
