@@ -7,25 +7,19 @@ so that ``--help`` and a wrong flag answer at once.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import logging
 import math
 import os
-import shutil
-import stat
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from residency.errors import InvalidInput, ResidencyError
+from residency.errors import ResidencyError
 from residency.extras import needing
+from residency.launch.recordings_folder import recordings_folder
 from residency.launch.settings import Settings, parse
 from residency.launch.signals import Signals
 
@@ -48,8 +42,6 @@ REFUSED_WITHIN_S = 1.0
 MOVED_WITHIN_S = 5.0
 """How long models may take to be released, beyond what running requests were given."""
 
-_MARK = ".recordings-of-a-running-app"
-
 _abandoned = threading.Event()
 """Whether something was left running at the end."""
 
@@ -69,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        with Signals() as signals, _recordings_folder(settings.tmp_dir, signals) as folder:
+        with Signals() as signals, recordings_folder(settings.tmp_dir, signals) as folder:
             _serve(dataclasses.replace(settings, tmp_dir=folder), signals)
     except KeyboardInterrupt:
         return 0
@@ -252,62 +244,6 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
 
     manager.register("asr", load, load_timeout=settings.gpu_load_timeout)
     return lambda recording: ask(manager, "asr", lambda recognize: recognize(recording))
-
-
-@contextmanager
-def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
-    """A folder of our own for uploads and results, gone at the end. Gradio is told to use it too.
-
-    It is locked while we live, and then marked as ours: those of apps that were killed are not locked any more, and
-    are removed, since they hold voices. Whatever bears no mark is somebody else's.
-    """
-    with ExitStack() as stack:
-        try:
-            if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
-                parent += f"-{os.getuid()}"  # the default is another user's here
-                if os.path.lexists(parent) and not _is_safe(parent):
-                    raise PermissionError(errno.EPERM, "another user made it", parent)
-            os.makedirs(parent, mode=0o700, exist_ok=True)
-            for mark in Path(parent).glob(f"editx-*/{_MARK}"):
-                with suppress(OSError), _locked(mark.parent):
-                    shutil.rmtree(mark.parent)
-                    logger.info("Removed what a killed app had left / 已清理异常退出遗留的目录：%s", mark.parent)
-            folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
-            stack.enter_context(_locked(folder))
-            Path(folder, _MARK).write_text("Recordings of a running app, removed when it ends.\n")
-        except OSError as error:
-            raise InvalidInput(
-                f"Cannot write to --tmp-dir {parent} ({error.strerror}): give another folder",
-                f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
-            ) from error
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        signals.at_once(lambda: shutil.rmtree(folder, ignore_errors=True))
-        try:
-            yield folder
-        finally:
-            signals.interrupt_no_more()
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_safe(folder: str) -> bool:
-    """Whether it is a folder, and no link to one, in which we may write and strangers cannot exchange what is ours."""
-    found = os.lstat(folder)
-    exchangeable = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
-    ours = found.st_uid in (os.geteuid(), 0) and not exchangeable
-    return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
-
-
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of a folder of ours; OSError if another process does, or it is somebody else's, or a link."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if os.fstat(handle).st_uid != os.geteuid():
-            raise PermissionError(errno.EPERM, "Not a folder of this user", str(folder))
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None:
