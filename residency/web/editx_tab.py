@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import tempfile
@@ -33,22 +32,13 @@ from .ui.labels import label
 from .ui.messages import BEGIN, SHOW, Message, MessagePlaces
 from .ui.page_requests import PageRequest, PageRequests
 from .ui.page_sessions import PageSessions
-from .ui.prewarm import EVERY_S, Prewarm
+from .ui.prewarm import Prewarm
 from .ui.recording_check import RecordingCheck
-from .ui.sample_voices import SampleVoice
 from .ui.saved_inputs import SavedInputs, sub_tasks_update
 from .ui.transcription import Transcription
 from .ui.waiting import WaitMessages
 
-logger = logging.getLogger(__name__)
-
 _UPLOAD_ANYTHING = static.text("upload.js")
-# At most one request per interval while keys are pressed.
-_TYPING = f"""() => {{
-  if (Date.now() < (window.nextPrewarm ?? 0)) return;
-  window.nextPrewarm = Date.now() + {EVERY_S * 1000:g};
-  document.querySelector("#prewarm").click();
-}}"""
 
 
 class Inputs(NamedTuple):
@@ -104,8 +94,6 @@ class EditxTab:
         self.transcription = Transcription(self.speech, self.waiting, manager is not None)
         self.intent = Prewarm(manager, self._model) if manager is not None else None
 
-    # -- GPU ----------------------------------------------------------------------------------------------------
-
     def get_gpu_status(self) -> str:
         """Where the model is, in words."""
         return self.panel.text() if self.panel else status_text.NOT_ENABLED
@@ -121,8 +109,6 @@ class EditxTab:
     def told(self) -> AbstractContextManager[Any]:
         """A block in which the person whose event this is reads what the model does meanwhile."""
         return self.waiting.told(self._model)
-
-    # -- requests -----------------------------------------------------------------------------------------------
 
     def init_state(self) -> State:
         return new_state()
@@ -169,12 +155,11 @@ class EditxTab:
         update = self.update_edit_info(edit_type)
         return update, task_names.line(edit_type, update["value"], localizer())
 
-    def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[Any, ...]:
+    def _use_sample(self, sample: sample_voices.SampleVoice, target_text: str | None) -> tuple[Any, ...]:
         recording = sample_voices.copied(sample, self.speech.folder)
         self.recordings.own(session(), recording)
-        target = (
-            (gr.skip(), gr.skip()) if target_text else (sample_voices.TARGET_TEXT, "")
-        )  # the text, what is said of it
+        # The target text and its message.
+        target = (gr.skip(), gr.skip()) if target_text else (sample_voices.TARGET_TEXT, "")
         return sample.says, recording, *target
 
     def _answer(
@@ -207,73 +192,14 @@ class EditxTab:
         async for shown in self.presses.press(partial(self._answer, self._edit, Inputs(*inputs)), inputs[-1]):
             yield shown
 
-    def _on_clear(self, state: State) -> list[Any]:
-        return self.clear_history(state)[0]
-
-    # -- the page -----------------------------------------------------------------------------------------------
-
     def register_components(self) -> None:
         """Draw the tab into the Blocks that are open."""
         with gr.Tab("Editx"):
             with gr.Row():
                 with gr.Column():
-                    name = label("内置引擎", "Built-in engine") if self._builtin else "Step-Audio-EditX"
-                    self.model_input = gr.Textbox(label=label("模型", "Model Name"), value=name, interactive=False)
-                    self.prompt_text_input = gr.Textbox(
-                        label=label("提示文本", "Prompt Text"),
-                        info=label(*guidance.PROMPT_TEXT_HELP),
-                        placeholder=label(*guidance.PROMPT_IS_HEARD)
-                        if self.speech.transcribes
-                        else label(*guidance.PROMPT_EXAMPLE),
-                        elem_id="prompt-text",
-                    )
-                    self.places.draw("prompt_text")
-                    self.prompt_audio_input = gr.Audio(
-                        label=label("输入音频", "Input Audio"),
-                        sources=["upload", "microphone"],
-                        type="filepath",
-                        elem_id="prompt-audio",
-                        **supported(gr.Audio, buttons=["download"]),
-                    )
-                    self._about_recording = self.places.draw("recording")
-                    with gr.Row():
-                        self.samples = [
-                            (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
-                            for name, sample in sample_voices.VOICES.items()
-                        ]
-                    microphone.draw_hint()
-                    self.transcription.draw()
-                    self.generated_text = gr.Textbox(
-                        label=label("目标文本", "Target Text"),
-                        placeholder=label(*(guidance.TARGET_IN_ENGLISH if self._builtin else guidance.TARGET)),
-                        max_lines=200,
-                        elem_id="target-text",
-                    )
-                    self.places.draw("target_text")
+                    self._draw_inputs()
                 with gr.Column():
-                    with gr.Row():  # on a phone one below the other, so that names have room
-                        with gr.Column(min_width=240):
-                            tasks = list(self.speech.edit_types)  # `SavedInputs` gives them their names
-                            self.edit_type = gr.Dropdown(
-                                label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
-                            )
-                            self.places.draw("task")
-                        with gr.Column(min_width=240):
-                            self.edit_info = gr.Dropdown(
-                                label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
-                            )
-                            self.places.draw("sub_task")
-                    self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
-                    self.chat_box = gr.Chatbot(
-                        label=label("历史", "History"),
-                        height=400,
-                        render_markdown=False,
-                        elem_id="history",
-                        **supported(gr.Chatbot, type="messages", buttons=["copy"]),
-                    )
-                    # Beside the buttons, which on a phone are all that is in view.
-                    self.places.draw()
-                    self.line = gr.HTML(elem_id="progress", elem_classes="progress-line", padding=False)
+                    self._draw_task_and_history()
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
@@ -286,6 +212,64 @@ class EditxTab:
                 if "paralinguistic" in self.speech.edit_types:
                     gr.Markdown(label(*guidance.PARALINGUISTIC_HELP))
                 gr.Markdown(label(*guidance.VERIFIED))
+
+    def _draw_inputs(self) -> None:
+        name = label("内置引擎", "Built-in engine") if self._builtin else "Step-Audio-EditX"
+        self.model_input = gr.Textbox(label=label("模型", "Model Name"), value=name, interactive=False)
+        self.prompt_text_input = gr.Textbox(
+            label=label("提示文本", "Prompt Text"),
+            info=label(*guidance.PROMPT_TEXT_HELP),
+            placeholder=label(*guidance.PROMPT_IS_HEARD)
+            if self.speech.transcribes
+            else label(*guidance.PROMPT_EXAMPLE),
+            elem_id="prompt-text",
+        )
+        self.places.draw("prompt_text")
+        self.prompt_audio_input = gr.Audio(
+            label=label("输入音频", "Input Audio"),
+            sources=["upload", "microphone"],
+            type="filepath",
+            elem_id="prompt-audio",
+            **supported(gr.Audio, buttons=["download"]),
+        )
+        self._about_recording = self.places.draw("recording")
+        with gr.Row():
+            self.samples = [
+                (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
+                for name, sample in sample_voices.VOICES.items()
+            ]
+        microphone.draw_hint()
+        self.transcription.draw()
+        self.generated_text = gr.Textbox(
+            label=label("目标文本", "Target Text"),
+            placeholder=label(*(guidance.TARGET_IN_ENGLISH if self._builtin else guidance.TARGET)),
+            max_lines=200,
+            elem_id="target-text",
+        )
+        self.places.draw("target_text")
+
+    def _draw_task_and_history(self) -> None:
+        with gr.Row():  # on a phone one below the other, so that names have room
+            with gr.Column(min_width=240):
+                tasks = list(self.speech.edit_types)  # `SavedInputs` gives them their names
+                self.edit_type = gr.Dropdown(label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task")
+                self.places.draw("task")
+            with gr.Column(min_width=240):
+                self.edit_info = gr.Dropdown(
+                    label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
+                )
+                self.places.draw("sub_task")
+        self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
+        self.chat_box = gr.Chatbot(
+            label=label("历史", "History"),
+            height=400,
+            render_markdown=False,
+            elem_id="history",
+            **supported(gr.Chatbot, type="messages", buttons=["copy"]),
+        )
+        # Beside the buttons, which on a phone are all that is in view.
+        self.places.draw()
+        self.line = gr.HTML(elem_id="progress", elem_classes="progress-line", padding=False)
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""
@@ -324,7 +308,12 @@ class EditxTab:
         self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
         for clear in clears:
             # The chat only: the request that this stops may have told its end already.
-            clear(self._on_clear, state, self.chat_box, **hidden)
+            clear(lambda state: self.clear_history(state)[0], state, self.chat_box, **hidden)
+        self._connect_inputs()
+        if self.panel:
+            self.panel.register_events()
+
+    def _connect_inputs(self) -> None:
         gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
         self.reception.register(self.prompt_audio_input, self._about_recording)
         # Of people only: what `SavedInputs` brings back has its sub-task with it.
@@ -348,16 +337,8 @@ class EditxTab:
         if self.speech.transcribes:
             self.transcription.register(comes, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
         if self.intent:
-            # When an upload begins no event comes, but the server sees its request: `RequestMiddleware` looks for that.
-            speaking = [self.prompt_audio_input.start_recording, self.prompt_audio_input.upload]
-            trying = [button.click for button, _ in self.samples]
-            prewarm = gr.Button(elem_id="prewarm")  # hidden by style: Gradio does not draw what is invisible
-            for event in (prewarm.click, *speaking, *trying):
-                event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
-            for box in (self.prompt_text_input, self.generated_text):
-                gr.on([box.focus, box.input], None, js=_TYPING, **PRIVATE)
-        if self.panel:
-            self.panel.register_events()
+            samples = [button for button, _ in self.samples]
+            self.intent.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, samples)
 
     def register_return(self, came: Any) -> None:
         """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
