@@ -1,4 +1,4 @@
-"""The Step-Audio-EditX page, with a model that leaves the GPU while nobody speaks.
+"""The Step-Audio-EditX page, with a model that is moved off the GPU between requests.
 
 Composition root: settings -> device -> engine -> manager -> page. Heavy imports happen where they are needed,
 so that ``--help`` and a wrong flag answer at once.
@@ -37,13 +37,13 @@ DELIVERED_WITHIN_S = 5.0
 """How long an answer that came in time may take to reach its receiver."""
 
 REFUSED_WITHIN_S = 1.0
-"""How long it may take until those who wait have read that they are refused."""
+"""How long the refusals of waiting requests may take to be delivered."""
 
 MOVED_WITHIN_S = 5.0
 """How long models may take to be released, beyond what running requests were given."""
 
 _abandoned = threading.Event()
-"""Whether something was left running at the end."""
+"""Set if a request or a move still runs at the end."""
 
 
 def __getattr__(name: str) -> Any:
@@ -133,7 +133,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
 
 def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
-    """A function that builds the engine for a torch device. What can be missing is looked for now, not on first use."""
+    """Returns a function that builds the engine for a torch device. Checks for missing parts now, not on first use."""
     if settings.engine == "builtin":
 
         def builtin(torch_device: str) -> Engine:
@@ -175,7 +175,7 @@ def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
 
 
 def _check_text(settings: Settings) -> Callable[[str], object] | None:
-    """Refuses texts that the engine cannot say, without the engine."""
+    """Returns a function that refuses texts which the engine cannot speak, without loading it, or None."""
     if settings.engine != "builtin":
         return None
     from residency.engines.text import speakable
@@ -222,7 +222,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
 
 
 def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Callable[[str], str] | None:
-    """A function from a recording to what is said in it, if that is wanted: ``asr``, a second model of the manager."""
+    """Returns the speech recognition, if enabled: ``asr``, a second model of the manager."""
     if not settings.enable_auto_transcribe:
         return None
 
@@ -247,7 +247,7 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
 
 
 def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None:
-    """Refuse new requests, let the running ones finish and be delivered, give everything back, then stop serving."""
+    """Refuse new requests, let running ones finish and be delivered, release the models, then stop serving."""
     began_s = time.monotonic()
 
     def left_s() -> float:
@@ -278,7 +278,7 @@ def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None
 
 
 def _closed(manager: GPUResourceManager, grace_s: float) -> bool:
-    """Close it; False if a request runs beyond its time, or a move beyond any."""
+    """Close the manager; False if a request or a move exceeds its time."""
     if manager.close(grace_s):
         return True
     if any(model["leases"] for model in manager.status()["models"].values()):

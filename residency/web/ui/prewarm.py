@@ -1,4 +1,4 @@
-"""What people do before they ask for speech (they upload, they write) begins to bring the model back meanwhile."""
+"""Prewarms the model when a user begins to upload or to type."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Prewarm:
             gr.on([text.focus, text.input], None, js=_TYPING, **PRIVATE)
 
     def show(self) -> None:
-        """Somebody is about to ask."""
+        """Report that a request is likely to follow."""
         with self._lock:
             now_s = self._now()
             if now_s < self._silent_until_s:
