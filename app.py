@@ -1,4 +1,4 @@
-"""The Step-Audio-EditX page, with a model that leaves the GPU while nobody speaks.
+"""The Step-Audio-EditX page, with a model that is moved off the GPU between requests.
 
 Composition root: settings -> device -> engine -> manager -> page. Heavy imports happen where they are needed,
 so that ``--help`` and a wrong flag answer at once.
@@ -7,25 +7,19 @@ so that ``--help`` and a wrong flag answer at once.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import logging
 import math
 import os
-import shutil
-import stat
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from residency.errors import InvalidInput, ResidencyError
+from residency.errors import ResidencyError
 from residency.extras import needing
+from residency.launch.recordings_folder import recordings_folder
 from residency.launch.settings import Settings, parse
 from residency.launch.signals import Signals
 
@@ -43,15 +37,13 @@ DELIVERED_WITHIN_S = 5.0
 """How long an answer that came in time may take to reach its receiver."""
 
 REFUSED_WITHIN_S = 1.0
-"""How long it may take until those who wait have read that they are refused."""
+"""How long the refusals of waiting requests may take to be delivered."""
 
 MOVED_WITHIN_S = 5.0
 """How long models may take to be released, beyond what running requests were given."""
 
-_MARK = ".recordings-of-a-running-app"
-
 _abandoned = threading.Event()
-"""Whether something was left running at the end."""
+"""Set if a request or a move still runs at the end."""
 
 
 def __getattr__(name: str) -> Any:
@@ -69,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        with Signals() as signals, _recordings_folder(settings.tmp_dir, signals) as folder:
+        with Signals() as signals, recordings_folder(settings.tmp_dir, signals) as folder:
             _serve(dataclasses.replace(settings, tmp_dir=folder), signals)
     except KeyboardInterrupt:
         return 0
@@ -141,7 +133,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
 
 def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
-    """A function that builds the engine for a torch device. What can be missing is looked for now, not on first use."""
+    """Returns a function that builds the engine for a torch device. Checks for missing parts now, not on first use."""
     if settings.engine == "builtin":
 
         def builtin(torch_device: str) -> Engine:
@@ -183,7 +175,7 @@ def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
 
 
 def _check_text(settings: Settings) -> Callable[[str], object] | None:
-    """Refuses texts that the engine cannot say, without the engine."""
+    """Returns a function that refuses texts which the engine cannot speak, without loading it, or None."""
     if settings.engine != "builtin":
         return None
     from residency.engines.text import speakable
@@ -230,7 +222,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
 
 
 def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Callable[[str], str] | None:
-    """A function from a recording to what is said in it, if that is wanted: ``asr``, a second model of the manager."""
+    """Returns the speech recognition, if enabled: ``asr``, a second model of the manager."""
     if not settings.enable_auto_transcribe:
         return None
 
@@ -254,64 +246,8 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
     return lambda recording: ask(manager, "asr", lambda recognize: recognize(recording))
 
 
-@contextmanager
-def _recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
-    """A folder of our own for uploads and results, gone at the end. Gradio is told to use it too.
-
-    It is locked while we live, and then marked as ours: those of apps that were killed are not locked any more, and
-    are removed, since they hold voices. Whatever bears no mark is somebody else's.
-    """
-    with ExitStack() as stack:
-        try:
-            if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
-                parent += f"-{os.getuid()}"  # the default is another user's here
-                if os.path.lexists(parent) and not _is_safe(parent):
-                    raise PermissionError(errno.EPERM, "another user made it", parent)
-            os.makedirs(parent, mode=0o700, exist_ok=True)
-            for mark in Path(parent).glob(f"editx-*/{_MARK}"):
-                with suppress(OSError), _locked(mark.parent):
-                    shutil.rmtree(mark.parent)
-                    logger.info("Removed what a killed app had left / 已清理异常退出遗留的目录：%s", mark.parent)
-            folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
-            stack.enter_context(_locked(folder))
-            Path(folder, _MARK).write_text("Recordings of a running app, removed when it ends.\n")
-        except OSError as error:
-            raise InvalidInput(
-                f"Cannot write to --tmp-dir {parent} ({error.strerror}): give another folder",
-                f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
-            ) from error
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        signals.at_once(lambda: shutil.rmtree(folder, ignore_errors=True))
-        try:
-            yield folder
-        finally:
-            signals.interrupt_no_more()
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_safe(folder: str) -> bool:
-    """Whether it is a folder, and no link to one, in which we may write and strangers cannot exchange what is ours."""
-    found = os.lstat(folder)
-    exchangeable = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
-    ours = found.st_uid in (os.geteuid(), 0) and not exchangeable
-    return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
-
-
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of a folder of ours; OSError if another process does, or it is somebody else's, or a link."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if os.fstat(handle).st_uid != os.geteuid():
-            raise PermissionError(errno.EPERM, "Not a folder of this user", str(folder))
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None:
-    """Refuse new requests, let the running ones finish and be delivered, give everything back, then stop serving."""
+    """Refuse new requests, let running ones finish and be delivered, release the models, then stop serving."""
     began_s = time.monotonic()
 
     def left_s() -> float:
@@ -342,7 +278,7 @@ def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None
 
 
 def _closed(manager: GPUResourceManager, grace_s: float) -> bool:
-    """Close it; False if a request runs beyond its time, or a move beyond any."""
+    """Close the manager; False if a request or a move exceeds its time."""
     if manager.close(grace_s):
         return True
     if any(model["leases"] for model in manager.status()["models"].values()):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -31,18 +30,26 @@ from .ui.chat_history import Histories, Overtaken, State, Step, as_messages, new
 from .ui.gpu_panel import GpuPanel
 from .ui.labels import label
 from .ui.messages import BEGIN, SHOW, Message, MessagePlaces
-from .ui.page_requests import PageRequests
+from .ui.page_requests import PageRequest, PageRequests
 from .ui.page_sessions import PageSessions
 from .ui.prewarm import Prewarm
 from .ui.recording_check import RecordingCheck
-from .ui.sample_voices import SampleVoice
 from .ui.saved_inputs import SavedInputs, sub_tasks_update
 from .ui.transcription import Transcription
 from .ui.waiting import WaitMessages
 
-logger = logging.getLogger(__name__)
-
 _UPLOAD_ANYTHING = static.text("upload.js")
+
+
+class Inputs(NamedTuple):
+    """The values that CLONE and EDIT are called with, in the order of the event's inputs."""
+
+    prompt_text: str | None
+    prompt_audio: str | None
+    target_text: str | None
+    edit_type: str | None
+    edit_info: str | None
+    state: State
 
 
 class EditxTab:
@@ -87,8 +94,6 @@ class EditxTab:
         self.transcription = Transcription(self.speech, self.waiting, manager is not None)
         self.intent = Prewarm(manager, self._model) if manager is not None else None
 
-    # -- GPU ----------------------------------------------------------------------------------------------------
-
     def get_gpu_status(self) -> str:
         """Where the model is, in words."""
         return self.panel.text() if self.panel else status_text.NOT_ENABLED
@@ -105,64 +110,37 @@ class EditxTab:
         """A block in which the person whose event this is reads what the model does meanwhile."""
         return self.waiting.told(self._model)
 
-    # -- requests -----------------------------------------------------------------------------------------------
-
     def init_state(self) -> State:
         return new_state()
 
-    def generate_clone(
-        self,
-        prompt_text: str | None,
-        prompt_audio: str | None,
-        target_text: str | None,
-        edit_type: str | None,
-        edit_info: str | None,
-        state: State,
-    ) -> tuple[Any, State, str]:
-        """CLONE was pressed. Returns chat messages, state and a `Message`, which is empty if it went well.
+    def generate_clone(self, *inputs: Any) -> tuple[Any, State, str]:
+        """Clones the voice, whichever task is chosen. Takes the fields of `Inputs`, in their order.
 
-        It clones whatever the task is.
+        Returns chat messages, state and a `Message`, which is empty after success.
         """
+        return self._answer(self._clone, Inputs(*inputs), self._requests.begin(inputs[-1]))
 
-        history = state["history_audio"]
+    def generate_edit(self, *inputs: Any) -> tuple[Any, State, str]:
+        """Edits the latest result, or the recording if there is none. Same arguments and answer as `generate_clone`."""
+        return self._answer(self._edit, Inputs(*inputs), self._requests.begin(inputs[-1]))
 
-        def clone() -> None:
-            recording = self.speech.incoming.readable(prompt_audio)
-            result = self.speech.clone(recording, prompt_text, target_text)
-            entry = Step("clone", None, prompt_text, target_text, recording, result)
-            self._histories.begin(state, history, entry)
+    def _clone(self, inputs: Inputs, history: list[Any]) -> None:
+        recording = self.speech.incoming.readable(inputs.prompt_audio)
+        result = self.speech.clone(recording, inputs.prompt_text, inputs.target_text)
+        step = Step("clone", None, inputs.prompt_text, inputs.target_text, recording, result)
+        self._histories.begin(inputs.state, history, step)
 
-        return self._answer(clone, state)
-
-    def _clone_and_wipe(self, *inputs: Any) -> tuple[Any, State, str]:
-        chat, state, message = self.generate_clone(*inputs)
-        return chat if message else [], state, message
-
-    def generate_edit(
-        self,
-        prompt_text: str | None,
-        prompt_audio: str | None,
-        target_text: str | None,
-        edit_type: str | None,
-        edit_info: str | None,
-        state: State,
-    ) -> tuple[Any, State, str]:
-        """EDIT was pressed: works on the latest result, or on the recording. Returns as `generate_clone` does."""
-
-        history = state["history_audio"]
-        source, said = history[-1] if history else (prompt_audio, prompt_text)
-
-        def edit() -> None:
-            if history and not os.path.isfile(str(source)):
-                raise InvalidInput(
-                    "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
-                    "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
-                )
-            recording = self.speech.incoming.readable(source)
-            result, says = self.speech.edit(recording, said, edit_type, edit_info, target_text)
-            self._histories.go_on(state, history, Step(edit_type, edit_info, said, says, recording, result))
-
-        return self._answer(edit, state)
+    def _edit(self, inputs: Inputs, history: list[Any]) -> None:
+        source, said = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
+        if history and not os.path.isfile(source):
+            raise InvalidInput(
+                "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
+                "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
+            )
+        task, sub_task = inputs.edit_type, inputs.edit_info
+        recording = self.speech.incoming.readable(source)
+        result, says = self.speech.edit(recording, said, task, sub_task, inputs.target_text)
+        self._histories.go_on(inputs.state, history, Step(task, sub_task, said, says, recording, result))
 
     def clear_history(self, state: State) -> tuple[list[Any], State, str]:
         self._histories.clear(state)
@@ -177,106 +155,51 @@ class EditxTab:
         update = self.update_edit_info(edit_type)
         return update, task_names.line(edit_type, update["value"], localizer())
 
-    def _use_sample(self, sample: SampleVoice, target_text: str | None) -> tuple[Any, ...]:
+    def _use_sample(self, sample: sample_voices.SampleVoice, target_text: str | None) -> tuple[Any, ...]:
         recording = sample_voices.copied(sample, self.speech.folder)
         self.recordings.own(session(), recording)
-        target = (
-            (gr.skip(), gr.skip()) if target_text else (sample_voices.TARGET_TEXT, "")
-        )  # the text, what is said of it
+        # The target text and its message.
+        target = (gr.skip(), gr.skip()) if target_text else (sample_voices.TARGET_TEXT, "")
         return sample.says, recording, *target
 
-    def _answer(self, work: Callable[[], None], state: State) -> tuple[Any, State, str]:
-        history = state["history_audio"]
-        request = self._requests.begin(state)
+    def _answer(
+        self, work: Callable[[Inputs, list[Any]], None], inputs: Inputs, request: PageRequest
+    ) -> tuple[Any, State, str]:
+        state, history = inputs.state, inputs.state["history_audio"]
         try:
             with cancelled_by(request.cancellation), self.waiting.told(self._model, request.tell) as request.look:
                 checkpoint()
-                work()
+                work(inputs, history)
             state["message"] = Message("")
         except Exception as error:
-            late = state["history_audio"] is not history  # an EDIT, for example, whose recording went meanwhile
+            late = state["history_audio"] is not history  # an EDIT, for example, whose recording was deleted meanwhile
             state["message"] = Message.of(Overtaken() if late else error, localizer())
-            # The chat is left alone, so that a player that is playing plays on.
+            # The chat is left unchanged, so that a player that is playing plays on.
             return gr.skip(), state, state["message"]
-        finally:  # after the message is stored: a page that was loaded anew reads it from there
+        finally:  # after the message is stored: a reloaded page reads it from there
             self._requests.end(state, request)
         return as_messages(state["history_messages"], localizer()), state, state["message"]
 
     async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        async for shown in self.presses.press(self._clone_and_wipe, *inputs):
+        def clone(request: PageRequest) -> tuple[Any, State, str]:
+            chat, state, message = self._answer(self._clone, Inputs(*inputs), request)
+            return chat if message else [], state, message
+
+        async for shown in self.presses.press(clone, inputs[-1]):
             yield shown
 
     async def _on_edit(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        async for shown in self.presses.press(self.generate_edit, *inputs):
+        async for shown in self.presses.press(partial(self._answer, self._edit, Inputs(*inputs)), inputs[-1]):
             yield shown
-
-    def _on_clear(self, state: State) -> list[Any]:
-        return self.clear_history(state)[0]
-
-    # -- the page -----------------------------------------------------------------------------------------------
 
     def register_components(self) -> None:
         """Draw the tab into the Blocks that are open."""
         with gr.Tab("Editx"):
             with gr.Row():
                 with gr.Column():
-                    name = label("内置引擎", "Built-in engine") if self._builtin else "Step-Audio-EditX"
-                    self.model_input = gr.Textbox(label=label("模型", "Model Name"), value=name, interactive=False)
-                    self.prompt_text_input = gr.Textbox(
-                        label=label("提示文本", "Prompt Text"),
-                        info=label(*guidance.PROMPT_TEXT_HELP),
-                        placeholder=label(*guidance.PROMPT_IS_HEARD)
-                        if self.speech.transcribes
-                        else label(*guidance.PROMPT_EXAMPLE),
-                        elem_id="prompt-text",
-                    )
-                    self.places.draw("prompt_text")
-                    self.prompt_audio_input = gr.Audio(
-                        label=label("输入音频", "Input Audio"),
-                        sources=["upload", "microphone"],
-                        type="filepath",
-                        elem_id="prompt-audio",
-                        **supported(gr.Audio, buttons=["download"]),
-                    )
-                    self._about_recording = self.places.draw("recording")
-                    with gr.Row():
-                        self.samples = [
-                            (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
-                            for name, sample in sample_voices.VOICES.items()
-                        ]
-                    microphone.draw_hint()
-                    self.transcription.draw()
-                    self.generated_text = gr.Textbox(
-                        label=label("目标文本", "Target Text"),
-                        placeholder=label(*(guidance.TARGET_IN_ENGLISH if self._builtin else guidance.TARGET)),
-                        max_lines=200,
-                        elem_id="target-text",
-                    )
-                    self.places.draw("target_text")
+                    self._draw_inputs()
                 with gr.Column():
-                    with gr.Row():  # on a phone one below the other, so that names have room
-                        with gr.Column(min_width=240):
-                            tasks = list(self.speech.edit_types)  # `SavedInputs` gives them their names
-                            self.edit_type = gr.Dropdown(
-                                label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task"
-                            )
-                            self.places.draw("task")
-                        with gr.Column(min_width=240):
-                            self.edit_info = gr.Dropdown(
-                                label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
-                            )
-                            self.places.draw("sub_task")
-                    self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
-                    self.chat_box = gr.Chatbot(
-                        label=label("历史", "History"),
-                        height=400,
-                        render_markdown=False,
-                        elem_id="history",
-                        **supported(gr.Chatbot, type="messages", buttons=["copy"]),
-                    )
-                    # Beside the buttons, which on a phone are all that is in view.
-                    self.places.draw()
-                    self.line = gr.HTML(elem_id="progress", elem_classes="progress-line", padding=False)
+                    self._draw_task_and_history()
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
@@ -289,6 +212,64 @@ class EditxTab:
                 if "paralinguistic" in self.speech.edit_types:
                     gr.Markdown(label(*guidance.PARALINGUISTIC_HELP))
                 gr.Markdown(label(*guidance.VERIFIED))
+
+    def _draw_inputs(self) -> None:
+        name = label("内置引擎", "Built-in engine") if self._builtin else "Step-Audio-EditX"
+        self.model_input = gr.Textbox(label=label("模型", "Model Name"), value=name, interactive=False)
+        self.prompt_text_input = gr.Textbox(
+            label=label("提示文本", "Prompt Text"),
+            info=label(*guidance.PROMPT_TEXT_HELP),
+            placeholder=label(*guidance.PROMPT_IS_HEARD)
+            if self.speech.transcribes
+            else label(*guidance.PROMPT_EXAMPLE),
+            elem_id="prompt-text",
+        )
+        self.places.draw("prompt_text")
+        self.prompt_audio_input = gr.Audio(
+            label=label("输入音频", "Input Audio"),
+            sources=["upload", "microphone"],
+            type="filepath",
+            elem_id="prompt-audio",
+            **supported(gr.Audio, buttons=["download"]),
+        )
+        self._about_recording = self.places.draw("recording")
+        with gr.Row():
+            self.samples = [
+                (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
+                for name, sample in sample_voices.VOICES.items()
+            ]
+        microphone.draw_hint()
+        self.transcription.draw()
+        self.generated_text = gr.Textbox(
+            label=label("目标文本", "Target Text"),
+            placeholder=label(*(guidance.TARGET_IN_ENGLISH if self._builtin else guidance.TARGET)),
+            max_lines=200,
+            elem_id="target-text",
+        )
+        self.places.draw("target_text")
+
+    def _draw_task_and_history(self) -> None:
+        with gr.Row():  # on a phone one below the other, so that names have room
+            with gr.Column(min_width=240):
+                tasks = list(self.speech.edit_types)  # `SavedInputs` gives them their names
+                self.edit_type = gr.Dropdown(label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task")
+                self.places.draw("task")
+            with gr.Column(min_width=240):
+                self.edit_info = gr.Dropdown(
+                    label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
+                )
+                self.places.draw("sub_task")
+        self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
+        self.chat_box = gr.Chatbot(
+            label=label("历史", "History"),
+            height=400,
+            render_markdown=False,
+            elem_id="history",
+            **supported(gr.Chatbot, type="messages", buttons=["copy"]),
+        )
+        # Beside the buttons, which on a phone are all that is in view.
+        self.places.draw()
+        self.line = gr.HTML(elem_id="progress", elem_classes="progress-line", padding=False)
 
     def register_events(self) -> None:
         """Connect what `register_components` has drawn."""
@@ -327,7 +308,12 @@ class EditxTab:
         self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
         for clear in clears:
             # The chat only: the request that this stops may have told its end already.
-            clear(self._on_clear, state, self.chat_box, **hidden)
+            clear(lambda state: self.clear_history(state)[0], state, self.chat_box, **hidden)
+        self._connect_inputs()
+        if self.panel:
+            self.panel.register_events()
+
+    def _connect_inputs(self) -> None:
         gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
         self.reception.register(self.prompt_audio_input, self._about_recording)
         # Of people only: what `SavedInputs` brings back has its sub-task with it.
@@ -351,15 +337,8 @@ class EditxTab:
         if self.speech.transcribes:
             self.transcription.register(comes, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
         if self.intent:
-            writing = [box.focus for box in (self.prompt_text_input, self.generated_text)]
-            writing += [box.input for box in (self.prompt_text_input, self.generated_text)]
-            # When an upload begins no event comes, but the server sees its request: `Traffic` looks for that.
-            speaking = [self.prompt_audio_input.start_recording, self.prompt_audio_input.upload]
-            trying = [button.click for button, _ in self.samples]
-            for event in (*writing, *speaking, *trying):
-                event(self.intent.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
-        if self.panel:
-            self.panel.register_events()
+            samples = [button for button, _ in self.samples]
+            self.intent.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, samples)
 
     def register_return(self, came: Any) -> None:
         """Have what was filled in brought back after ``came``, the event with which a visit goes on."""

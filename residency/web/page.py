@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,7 +72,7 @@ body:not(:has(#progress [data-running])) #stop {display: none}
 :is(.progress-line, .said) .wrap:has(> .error) {display: none}
 /* What was said about a recording that was taken away. */
 body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display: none}
-#history .download-link ~ button, #hear-the-end {display: none}
+#history .download-link ~ button, #hear-the-end, #prewarm {display: none}
 /* The players of Gradio 6, and those of Gradio 5, whose waves are 128 pixels high. */
 #history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}
@@ -161,19 +162,6 @@ class Page:
         self._asks_for_password = auth is not None
         session_limits.bound_names()
         session_limits.bound_uploads()
-        logins = Logins(lambda request: sign_out(self.blocks.app, request))
-        lines = SessionRequests(self._may_stay, affordable() // 2)  # the rest is for requests that end
-        middleware = [
-            beneath(root_path),
-            small_bodies_first,
-            lines.around,
-            self.traffic.around,
-            *([logins.around, tells_of_the_limit] if auth else []),
-            address_hint.around,
-            locale.around,
-            gradio_routes.without(() if auth else ("/login", "/logout")),
-            *([control.beside(api)] if api else []),
-        ]
         with listening((lambda app: app) if auth else hosts.around, BoundedServer):
             _, _, public_link = self.blocks.launch(
                 server_name=host,
@@ -190,7 +178,7 @@ class Page:
                 state_session_capacity=session_limits.SESSIONS,
                 ssr_mode=False,
                 app_kwargs={
-                    "middleware": [Middleware(around) for around in middleware],
+                    "middleware": [Middleware(around) for around in self._middleware(root_path, api)],
                     "exception_handlers": gradio_routes.HANDLERS,
                     "redirect_slashes": False,
                 },
@@ -207,6 +195,23 @@ class Page:
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
+
+    def _middleware(self, root_path: str, api: ASGIApp | None) -> list[Callable[[ASGIApp], ASGIApp]]:
+        """The layers around Gradio's application, the outermost first."""
+        auth = self._asks_for_password
+        logins = Logins(lambda request: sign_out(self.blocks.app, request))
+        lines = SessionRequests(self._may_stay, affordable() // 2)  # the rest is for requests that end
+        return [
+            beneath(root_path),
+            small_bodies_first,
+            lines.around,
+            self.traffic.around,
+            *([logins.around, tells_of_the_limit] if auth else []),
+            address_hint.around,
+            locale.around,
+            gradio_routes.without(() if auth else ("/login", "/logout")),
+            *([control.beside(api)] if api else []),
+        ]
 
     def signed_in(self, request: HTTPConnection) -> str | None:
         """Who sends this, if the page has asked them for a password."""

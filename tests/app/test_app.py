@@ -18,6 +18,11 @@ from app_process import ROOT, ForkedApp, RunningApp, run_app, wait_until
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
 
+from residency.errors import InvalidInput
+from residency.launch import recordings_folder
+from residency.launch.settings import Settings
+from residency.launch.signals import Signals
+
 SIMULATED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 
 
@@ -279,41 +284,42 @@ class TestStart:
 def test_recordings_of_a_killed_app_are_removed_and_those_of_a_running_one_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import app
-
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     for name in ("editx-dead", "editx-live", "editx-of-the-user", "somebody-elses"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "voice.wav").touch()
         if name in ("editx-dead", "editx-live"):
-            (tmp_path / name / app._MARK).touch()
-    with app._locked(tmp_path / "editx-live"), app._recordings_folder(str(tmp_path), app.Signals()) as ours:
+            (tmp_path / name / recordings_folder._MARK).touch()
+    with (
+        recordings_folder._locked(tmp_path / "editx-live"),
+        recordings_folder.recordings_folder(str(tmp_path), Signals()) as ours,
+    ):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             ["editx-live", "editx-of-the-user", "somebody-elses", Path(ours).name]
         )
-        assert Path(ours, app._MARK).exists()
+        assert Path(ours, recordings_folder._MARK).exists()
     left = ["editx-live", "editx-of-the-user", "somebody-elses"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_the_default_folder_may_be_another_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import app
-
     theirs = tmp_path / "gradio"
     theirs.mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    monkeypatch.setattr(app.Settings, "tmp_dir", str(theirs))
-    monkeypatch.setattr(app.os, "access", lambda path, mode: str(path) != str(theirs))
-    with app._recordings_folder(str(theirs), app.Signals()) as ours:
+    monkeypatch.setattr(Settings, "tmp_dir", str(theirs))
+    monkeypatch.setattr(recordings_folder.os, "access", lambda path, mode: str(path) != str(theirs))
+    with recordings_folder.recordings_folder(str(theirs), Signals()) as ours:
         assert Path(ours).parent == tmp_path / f"gradio-{os.getuid()}"
     assert not list(theirs.iterdir())
 
 
 def test_apps_that_start_and_end_at_the_same_time_do_not_take_each_others_folders(tmp_path: Path) -> None:
     script = """
-import app, sys
+import sys
+from residency.launch.recordings_folder import recordings_folder
+from residency.launch.signals import Signals
 for _ in range(100):
-    with app._recordings_folder(sys.argv[1], app.Signals()) as folder:
+    with recordings_folder(sys.argv[1], Signals()) as folder:
         open(folder + "/voice.wav", "w").close()
 """
     apps = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) for _ in range(3)]
@@ -325,8 +331,6 @@ for _ in range(100):
 def test_a_default_folder_that_somebody_prepared_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str
 ) -> None:
-    import app
-
     prepared, target = tmp_path / "gradio", tmp_path / "target"
     target.mkdir()
     if made == "a link":
@@ -335,27 +339,25 @@ def test_a_default_folder_that_somebody_prepared_is_left_alone(
         prepared.mkdir()
         prepared.chmod(0o777)  # without the sticky bit, so that anybody can exchange what lies in it
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    monkeypatch.setattr(app.Settings, "tmp_dir", str(prepared))
+    monkeypatch.setattr(Settings, "tmp_dir", str(prepared))
     own = tmp_path / f"gradio-{os.getuid()}"
-    with app._recordings_folder(str(prepared), app.Signals()) as ours:
+    with recordings_folder.recordings_folder(str(prepared), Signals()) as ours:
         assert Path(ours).parent == own
     assert not list(target.iterdir())
     own.rmdir()
     own.symlink_to(target)
-    with pytest.raises(app.InvalidInput, match="--tmp-dir"), app._recordings_folder(str(prepared), app.Signals()):
+    with pytest.raises(InvalidInput, match="--tmp-dir"), recordings_folder.recordings_folder(str(prepared), Signals()):
         pass
 
 
 def test_a_link_among_left_recordings_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import app
-
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / app._MARK).touch()
+    (elsewhere / recordings_folder._MARK).touch()
     (tmp_path / "recordings").mkdir()
     (tmp_path / "recordings" / "editx-link").symlink_to(elsewhere)
-    with pytest.raises(OSError, match="editx-link"), app._locked(tmp_path / "recordings" / "editx-link"):
+    with pytest.raises(OSError, match="editx-link"), recordings_folder._locked(tmp_path / "recordings" / "editx-link"):
         pass
-    with app._recordings_folder(str(tmp_path / "recordings"), app.Signals()):
-        assert (elsewhere / app._MARK).exists()
+    with recordings_folder.recordings_folder(str(tmp_path / "recordings"), Signals()):
+        assert (elsewhere / recordings_folder._MARK).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ import pytest
 from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
 from recordings import write_tone
+
+from residency.web.ui.prewarm import EVERY_S
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
@@ -75,6 +78,18 @@ def test_who_waits_for_the_model_reads_what_it_does(page: Page, app: RunningApp,
     open_gate(gates, "load")
     sync_api.expect(page.locator("#history .bot-row")).not_to_have_count(0)
     expect_state(page, "cpu")
+
+
+def test_typing_sends_no_request_for_each_key(page: Page, gates: Path) -> None:
+    box = page.get_by_label("Target Text")
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    began_s = time.monotonic()
+    box.press_sequentially("a text of forty keys, one after another.", delay=60)
+    took_s = time.monotonic() - began_s
+    assert 1 <= len(sent) <= 2 + took_s / EVERY_S
+    open_gate(gates, "load")
+    expect_state(page, "gpu")
 
 
 def recording(folder: Path) -> str:

@@ -429,7 +429,12 @@ def intent_events(tab: EditxTab) -> tuple[set[tuple[str, str]], bool]:
         tab.register_events()
     assert tab.intent
     functions = [function for function in blocks.fns.values() if function.fn == tab.intent.show]
-    targets = {(blocks.blocks[number].elem_id, event) for function in functions for number, event in function.targets}
+    # Keys press a hidden button in the browser, so that not each of them is a request.
+    typing = [function for function in blocks.fns.values() if "#prewarm" in str(function.js)]
+    every = [target for function in functions + typing for target in function.targets]
+    targets = {(blocks.blocks[number].elem_id, event) for number, event in every}
+    assert ("prewarm", "click") in targets or not targets
+    targets.discard(("prewarm", "click"))
     waits = any(function.queue or function.show_progress != "hidden" for function in functions)
     return targets, waits
 

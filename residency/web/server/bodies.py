@@ -1,4 +1,4 @@
-"""How much of a request is read: what is larger is refused before it fills memory or disk, its size told or not."""
+"""Limits the size of request bodies, with or without a Content-Length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is there: sessions that hold a line to the server, or have been heard of a short while ago."""
+"""Tracks live sessions: those with an open event stream or a recent heartbeat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOST = (
     "服务器上已没有此前的录音和结果：请重新上传录音，填写的文字仍在。",
     "Earlier recordings and results are gone from the server: upload the recording again; your texts are still here.",
 )
-"""What a page is told whose session the server does not know."""
+"""Message for a page whose session the server does not know."""
 
 
 class Heartbeats:

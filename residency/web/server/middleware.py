@@ -1,4 +1,4 @@
-"""Looks at the HTTP requests that pass by: answers on their way, uploads, and pages that come and go."""
+"""Middleware around all HTTP requests: open answers, uploads, heartbeats and size limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks requests that make the server keep something, or that hold an endless response open."""
+"""Checks names of sessions and uploads, and limits the number of open event streams."""
 
 from __future__ import annotations
 

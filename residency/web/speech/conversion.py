@@ -1,6 +1,6 @@
-"""Makes a recording that was given into one that engines read and browsers play, once.
+"""Converts a recording to a file that engines read and browsers play, once.
 
-Most are so already. What phones record (AAC in m4a or mp4, Opus in webm, AMR in 3gp) becomes a WAV file, decoded by
+Most need no conversion. Formats of phones (AAC in m4a or mp4, Opus in webm, AMR in 3gp) becomes a WAV file, decoded by
 `residency.web.speech.decode` in a process of its own.
 """
 

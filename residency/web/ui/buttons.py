@@ -15,7 +15,7 @@ from ...cancellation import Cancellation
 from ..shared.gradio_compat import localizer
 from .chat_history import State, as_messages
 from .messages import Message, MessagePlaces
-from .page_requests import Occupied, PageRequest, PageRequests, begun
+from .page_requests import Occupied, PageRequest, PageRequests
 
 AT_ONCE = 100
 """How many requests may wait and run. Their threads are not those of Gradio, which stay free for other events."""
@@ -33,24 +33,19 @@ class Buttons:
         self._requests = requests
         self._places = places
 
-    async def press(self, generate: Callable[..., tuple[Any, State, str]], *inputs: Any) -> AsyncIterator[list[Any]]:
+    async def press(
+        self, answer: Callable[[PageRequest], tuple[Any, State, str]], state: State
+    ) -> AsyncIterator[list[Any]]:
         """Make a request and yield its progress until it has ended; refuse it if another of the session runs.
 
-        ``generate`` returns chat, state and message, and begins its request with `PageRequests.begin`; the last of
-        ``inputs`` is the state. The request goes on if the page is closed.
+        ``answer`` returns chat, state and message, and ends the request. It runs on if the page is closed.
         """
-        state: State = inputs[-1]
         try:
             request = self._requests.begin(state, alone=True)
         except Occupied as error:
             yield [gr.skip(), gr.skip(), *self._places.values(Message.of(error, localizer()))]
             return
-
-        def work_on_it() -> tuple[Any, State, str]:
-            with begun(request):
-                return generate(*inputs)
-
-        work = asyncio.ensure_future(in_thread(work_on_it))
+        work = asyncio.ensure_future(in_thread(lambda: answer(request)))
         async for line in lines(
             lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=LOOK_EVERY_S)
         ):

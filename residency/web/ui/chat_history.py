@@ -1,4 +1,4 @@
-"""What sessions have done so far, and how the chat on the page shows it."""
+"""The history of each session and its messages for the chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page explains, in Chinese and English. Pure data."""
+"""Help texts of the page, in Chinese and English. Pure data."""
 
 from __future__ import annotations
 

@@ -30,15 +30,16 @@ _TIE = f"""for (const id of {list(CONTROLS.values())}) {{
       else control.removeAttribute("aria-describedby");
     }}
   }}"""
-BEGIN = """() => {
-  const look = times => {
+_TYPES = 'document.activeElement?.matches("textarea, input")'
+BEGIN = f"""() => {{
+  const look = times => {{
     const line = document.querySelector("#progress:has([data-running])");
-    if (document.activeElement?.matches("textarea, input")) return;  // somebody types
-    if (line) line.scrollIntoView({block: "nearest"});
+    if ({_TYPES}) return;
+    if (line) line.scrollIntoView({{block: "nearest"}});
     else if (times) setTimeout(look, 100, times - 1);
-  };
+  }};
   setTimeout(look, 100, 50);
-}"""
+}}"""
 """JavaScript for the page, when CLONE or EDIT is pressed: the progress, which may be drawn below, comes into view."""
 
 # An error is brought into view, wherever the button was. In one column so is the newest result, since the history grows
@@ -47,7 +48,7 @@ SHOW = f"""() => setTimeout(() => {{
   {_TIE}
   document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
   if (document.querySelector(".said [role]") || !matchMedia("(max-width: 640px)").matches) return;
-  if (document.activeElement?.matches("textarea, input") || document.querySelector("#progress [data-running]")) return;
+  if ({_TYPES} || document.querySelector("#progress [data-running]")) return;
   [...document.querySelectorAll("#history .bot-row")].at(-1)?.scrollIntoView({{block: "nearest"}});
 }}, 100)"""
 """JavaScript for the page, once a press has ended and the history is drawn."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
 import html
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from ...cancellation import Cancellation
@@ -50,19 +48,6 @@ class PageRequest:
         return f"<label data-running>{html.escape(sentence)}<progress{value}></progress></label>"
 
 
-_begun: contextvars.ContextVar[PageRequest | None] = contextvars.ContextVar("begun_request", default=None)
-
-
-@contextmanager
-def begun(request: PageRequest) -> Iterator[None]:
-    """In this block `PageRequests.begin` answers this request, which was begun before the block."""
-    token = _begun.set(request)
-    try:
-        yield
-    finally:
-        _begun.reset(token)
-
-
 class PageRequests:
     """Requests by the state of their session, which outlives the loading of a page. Thread-safe."""
 
@@ -71,12 +56,10 @@ class PageRequests:
         self._requests: dict[int, list[PageRequest]] = {}
 
     def begin(self, state: dict[str, Any], *, alone: bool = False) -> PageRequest:
-        """A request that may change this state, until `end`: in a block of `begun`, the one of that block.
+        """Begin a request that may change this state until `end`.
 
-        ``alone``: `Occupied` if there is one that nobody has stopped.
+        ``alone``: `Occupied` if another one runs that was not stopped.
         """
-        if earlier := _begun.get():
-            return earlier
         request = PageRequest()
         with self._lock:
             others = self._requests.setdefault(id(state), [])

@@ -1,19 +1,28 @@
-"""What people do before they ask for speech (they upload, they write) begins to bring the model back meanwhile."""
+"""Prewarms the model when a user begins to upload or to type."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import gradio as gr
 
 from ...errors import OverBudget
+from ..shared.gradio_compat import PRIVATE
 from ..shared.protocols import Manager
 
 logger = logging.getLogger(__name__)
 
 EVERY_S = 3.0
-"""Each key that is pressed shows intent; the manager is told at most this often."""
+"""The manager is called at most this often, and a page that is typed into sends at most one request in this time."""
+
+_TYPING = f"""() => {{
+  if (Date.now() < (window.nextPrewarm ?? 0)) return;
+  window.nextPrewarm = Date.now() + {EVERY_S * 1000:g};
+  document.querySelector("#prewarm").click();
+}}"""
 
 
 class Prewarm:
@@ -32,8 +41,17 @@ class Prewarm:
         self._lock = threading.Lock()
         self._silent_until_s = now()
 
+    def register(self, texts: Sequence[gr.Textbox], recording: gr.Audio, samples: Sequence[gr.Button]) -> None:
+        """Connect the inputs of the page while it is drawn. `RequestMiddleware` sees when an upload begins."""
+        button = gr.Button(elem_id="prewarm")  # hidden by style: Gradio does not draw what is invisible
+        acts = [recording.start_recording, recording.upload, *(sample.click for sample in samples)]
+        for event in (button.click, *acts):
+            event(self.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
+        for text in texts:
+            gr.on([text.focus, text.input], None, js=_TYPING, **PRIVATE)
+
     def show(self) -> None:
-        """Somebody is about to ask."""
+        """Report that a request is likely to follow."""
         with self._lock:
             now_s = self._now()
             if now_s < self._silent_until_s:

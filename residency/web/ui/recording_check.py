@@ -1,4 +1,4 @@
-"""Checks a recording that was uploaded or recorded, and exchanges it for one that browsers play."""
+"""Checks a recording that was uploaded or recorded, and replaces it by one that browsers play."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people have filled in survives when their page is loaded anew: texts, recording, task and sub-task.
+"""Restores the inputs of a page after a reload: texts, recording, task and sub-task.
 
 The browser's tab keeps it, in `sessionStorage`: no other tab reads it, it goes when the tab is closed, and
 `page_sessions` drops it where a visit does not go on. The texts never leave the browser for this. The recording

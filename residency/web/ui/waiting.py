@@ -1,4 +1,4 @@
-"""Tells those that wait for an answer why: the place in the queue, and what the model does.
+"""Shows queue position and model progress to users who wait for a result.
 
 Programs read it in ``job.status()`` of ``gradio_client``. Requests of closed connections are cancelled.
 """
@@ -23,7 +23,7 @@ from ..speech.queue import SpeechQueue
 from . import status_text
 
 Tell = Callable[[float, str], object]
-"""Takes how much is done (0 to 1; 0 where nobody knows), and what happens."""
+"""Takes the share that is done (0 to 1; 0 if unknown) and a sentence."""
 
 
 class WaitMessages:
@@ -97,7 +97,7 @@ class WaitMessages:
 
 
 class _Teller:
-    """Says to one person what their request waits for."""
+    """Reports the progress of one request to the user who sent it."""
 
     def __init__(self, manager: Manager | SpeechQueue, model: str, tell: Tell | None, ready: tuple[str, str]) -> None:
         self._model, self._speak = model, localizer()
