@@ -132,7 +132,7 @@ class EditxTab:
 
     def _edit(self, inputs: Inputs, history: list[Any]) -> None:
         source, said = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
-        if history and not os.path.isfile(source):
+        if history and not os.path.isfile(str(source)):
             raise InvalidInput(
                 "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
                 "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
