@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("GPU_CONTROL_TOKEN", None)  # the default of --token would be written into the page
 
 from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
-from residency.launch import command_line, settings  # noqa: E402
+from residency.launch import command_line, options, settings  # noqa: E402
 from residency.units import readable_bytes  # noqa: E402
 from residency.web.api.control import build  # noqa: E402
 from residency.web.server.permissions import Permissions  # noqa: E402
@@ -37,6 +37,16 @@ Translate = Callable[[str], str]
 
 def app_flags(translate: Translate) -> str:
     return _flags(settings._parser({}), translate)
+
+
+def launch_settings(translate: Translate) -> str:
+    """Settings of the start script, which have their Chinese sentences beside the English ones."""
+    rows = [
+        (f"`--{name.lower().replace('_', '-')}`", f"`GPU_TTS_{name}`", translate(setting.metadata["en"]))
+        for name, setting in options.SETTINGS.items()
+        if setting.metadata["en"]
+    ]
+    return _table(["Flag", "Variable", "Meaning"], rows, translate)
 
 
 def shell_flags(translate: Translate) -> str:
@@ -78,7 +88,7 @@ def event_fields(translate: Translate) -> str:
 
 TABLES = {
     each.__name__.replace("_", "-"): each
-    for each in (app_flags, shell_flags, calls, status_codes, status_fields, event_fields)
+    for each in (app_flags, launch_settings, shell_flags, calls, status_codes, status_fields, event_fields)
 }
 
 
@@ -189,6 +199,7 @@ def generated(text: str, translate: Translate) -> str:
 def stale_pages() -> tuple[dict[Path, str], list[str]]:
     """The new texts of pages that are stale, and the sentences that have no translation."""
     chinese: dict[str, str] = json.loads(TRANSLATIONS.read_text(encoding="utf-8"))
+    chinese |= {setting.metadata["en"]: setting.metadata["zh"] for setting in options.SETTINGS.values()}
     missing: list[str] = []
 
     def translate(sentence: str) -> str:
