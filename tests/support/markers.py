@@ -22,8 +22,8 @@ STARTERS = (
 #: Slow for other reasons: engines that compute, other processes, and many random cases.
 SLOW = (
     "test_gpu_management.py", "tests/benchmarks", "tests/engines/test_asr.py", "tests/engines/test_builtin.py",
-    "tests/engines/test_edits.py", "tests/engines/test_voice.py", "tests/gpu", "tests/residents/test_every_use.py",
-    "tests/residents/test_snapshot_disk.py", "tests/residents/test_weights.py", "tests/scenarios", "tests/scripts",
+    "tests/engines/test_edits.py", "tests/engines/test_voice.py", "tests/gpu", "tests/memory/test_every_use.py",
+    "tests/memory/test_snapshot_disk.py", "tests/memory/test_weights.py", "tests/scenarios", "tests/scripts",
     "tests/app", "tests/test_documents.py", "tests/test_examples.py", "tests/scheduling/test_fault_injection.py",
     "tests/scheduling/test_interleavings.py", "tests/scheduling/test_interrupts.py",
     "tests/scheduling/test_state_machine.py", "tests/upstream", "tests/web/test_subpath.py",

@@ -567,7 +567,7 @@ def test_a_tensor_taken_in_a_lease_is_not_held_by_others(device: SimulatedDevice
 def test_a_cache_is_used_by_threads_while_its_engine_leaves_and_returns() -> None:
     """In a process of its own: freed memory that is read ends a process."""
     root = Path(__file__).resolve().parent.parent.parent
-    command = [sys.executable, root / "tests" / "residents" / "race.py", "60"]
+    command = [sys.executable, root / "tests" / "memory" / "race.py", "60"]
     done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr

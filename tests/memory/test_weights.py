@@ -311,7 +311,7 @@ def test_any_engine_survives_any_life_bit_for_bit(
 ) -> None:
     """300 lives; for the 10,000 of a nightly run:
 
-    HYPOTHESIS_PROFILE=nightly python -m pytest -p no:cacheprovider --timeout=7200 tests/residents -k any_life
+    HYPOTHESIS_PROFILE=nightly python -m pytest -p no:cacheprovider --timeout=7200 tests/memory -k any_life
     """
     if any(base.nbytes > 10_000 for base in drawn):
         span_bytes, group_bytes = span_bytes << 10, group_bytes << 10
