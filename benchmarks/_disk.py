@@ -111,7 +111,7 @@ def snapshot(plan: Plan) -> list[Row]:
     for cycle in range(_CYCLES):
         with meter.measure(KEPT, size):
             weights.save(store, "model")
-        hashes = weights._saved
+        hashes = weights.mirror.saved
         assert hashes is not None
         if cycle % 2 == 0:
             _read_both_ways(path, meter)
@@ -119,7 +119,7 @@ def snapshot(plan: Plan) -> list[Row]:
             weights.load(store, "model")
         load_seconds = meter.rows[-1].seconds
         with meter.measure(READ_TOUCHED, size):
-            store.read("model", weights._ranges(), hashes, weights._ready_mirror().raw)
+            store.read("model", weights.mirror.ranges(), hashes, weights.mirror.memory.raw)
         with meter.measure(READY, size):
             weights.restore()
         meter.rows[-1].seconds += load_seconds

@@ -58,7 +58,7 @@ def ours(plan: Plan) -> list[Row]:
     device.settle()
     with meter.measure(FIRST, size):
         weights.offload()
-    weights._pinning.join()  # type: ignore[union-attr]
+    weights.mirror.pinning.join()  # type: ignore[union-attr]
     with meter.measure(RESTORE, size):
         weights.restore()
     with meter.measure(UNCHANGED, size):
@@ -81,7 +81,7 @@ def many_small(plan: Plan) -> list[Row]:
     weights = Weights({str(index): row.clone() for index, row in enumerate(values)}, device)
     with meter.measure(first, values.nbytes):
         weights.offload()
-    weights._pinning.join()  # type: ignore[union-attr]
+    weights.mirror.pinning.join()  # type: ignore[union-attr]
     with meter.measure(restore, values.nbytes):
         weights.restore()
     with meter.measure(unchanged, values.nbytes):

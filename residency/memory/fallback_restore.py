@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from ..contracts import Device
 from ..locks import renewed_in_children
 from . import absent_tensors
-from .storages import ManagedStorage, as_bytes
+from .storages import ManagedStorage, as_bytes, hide_tensors
 
 if TYPE_CHECKING:
     import torch
+
+_USE_ENDS_WITHIN_S = 0.02
+_BYTES_PER_S = 1 << 30
+_LONGEST_USE_S = 0.5
+"""How long another thread may use a constant: at least, for each byte, and at most."""
 
 
 class FallbackRestore:
@@ -50,3 +57,22 @@ class FallbackCopy:
                 absent_tensors.reopen([storage])
                 absent_tensors.show_tensors(tensor for one in self._tensors if (tensor := one()) is not None)
         return True
+
+
+def restore_on_use(storages: Iterable[ManagedStorage], bring_back: Callable[[ManagedStorage], bool]) -> None:
+    """Makes each use of these storages call ``bring_back`` while they are away."""
+    for managed in storages:
+        setattr(managed.storage, absent_tensors.RECALL, FallbackRestore(bring_back, managed))
+
+
+def end_uses(leaving: list[ManagedStorage], bring_back: Callable[[ManagedStorage], bool], device: Device) -> None:
+    """Waits until other threads have ended their uses of these storages, which need no lease.
+
+    A use that begins now waits until the move has ended, and then restores the bytes.
+    """
+    if not leaving:
+        return
+    restore_on_use(leaving, bring_back)
+    hide_tensors(leaving)
+    time.sleep(min(_USE_ENDS_WITHIN_S + sum(managed.nbytes for managed in leaving) / _BYTES_PER_S, _LONGEST_USE_S))
+    device.wait()

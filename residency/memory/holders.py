@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
+from . import absent_tensors
 from .storages import ARRAYS, BYTE_VIEW, ManagedStorage, forget_other_tensors, is_alone, storage_key
 
 if TYPE_CHECKING:
@@ -45,6 +46,24 @@ def are_held(storages: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> l
         if not tensors.isdisjoint(map(id, managed.tensors.values())) or _have_holders(managed.other_tensors):
             held.append(managed)
         managed.forget_other_tensors()
+    return held
+
+
+def mark_held(storages: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> list[ManagedStorage]:
+    """Marks and returns the storages of `are_held`; logs each at its first time.
+
+    They move like the others, but return one by one when they are used, and survive a release.
+    """
+    held = are_held(storages, tensors)
+    for managed in held:
+        managed.held_elsewhere = True
+        if not hasattr(managed.storage, absent_tensors.NAMED):
+            setattr(managed.storage, absent_tensors.NAMED, True)
+            logger.info(
+                "%s: its %s bytes are also referenced outside the engine, and survive its release",
+                managed.path,
+                f"{managed.nbytes:,}",
+            )
     return held
 
 

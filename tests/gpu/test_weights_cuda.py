@@ -84,8 +84,8 @@ def test_a_restore_is_complete_before_it_returns(
     """Even if the stream of the copies is a second behind: the caller's stream reads right after."""
     weights, tensors, copies = make.of_sizes(64 * MB, 1000, 1001)
     weights.offload()
-    assert weights._pinning is not None
-    weights._pinning.join()
+    assert weights.mirror.pinning is not None
+    weights.mirror.pinning.join()
     transfer = device.transfer
 
     @contextmanager
@@ -136,9 +136,9 @@ def test_work_under_way_is_over_before_weights_are_released(
 def test_pages_are_really_pinned_in_the_background_and_unpinned_at_the_end(device: CudaDevice, make: Make) -> None:
     weights, tensors, copies = make.of_sizes(300 * MB, 1000)
     weights.offload()
-    assert weights._pinning is not None
-    weights._pinning.join()
-    mirror = weights._mirror
+    assert weights.mirror.pinning is not None
+    weights.mirror.pinning.join()
+    mirror = weights.mirror._mirror
     assert mirror is not None
     assert mirror.pinned_bytes == weights.host_bytes
     groups = mirror.groups()
@@ -154,10 +154,10 @@ def test_pages_are_really_pinned_in_the_background_and_unpinned_at_the_end(devic
 def test_pages_of_weights_that_are_only_forgotten_are_unpinned(device: CudaDevice) -> None:
     weights = Weights({"t": random_bytes(4 * MB)}, device)
     weights.offload()
-    assert weights._pinning is not None
-    assert weights._mirror is not None
-    weights._pinning.join()
-    groups = weights._mirror.groups()
+    assert weights.mirror.pinning is not None
+    assert weights.mirror._mirror is not None
+    weights.mirror.pinning.join()
+    groups = weights.mirror._mirror.groups()
     assert groups[0].is_pinned()
     del weights
     gc.collect()
@@ -185,10 +185,10 @@ def test_beyond_the_limit_memory_stays_pageable_and_moves_all_the_same() -> None
     tensor = random_bytes(4 * MB)
     before, weights = tensor.cpu(), Weights({"t": tensor}, device)
     weights.offload()
-    assert weights._pinning is not None
-    weights._pinning.join()
-    assert weights._mirror is not None
-    assert not weights._mirror.raw.is_pinned()
+    assert weights.mirror.pinning is not None
+    weights.mirror.pinning.join()
+    assert weights.mirror._mirror is not None
+    assert not weights.mirror._mirror.raw.is_pinned()
     weights.restore()
     assert torch.equal(tensor.cpu(), before)
     weights.release()

@@ -357,7 +357,7 @@ def test_a_cached_constant_survives_releases_and_never_stops_a_load(
             manager.release("asr")
             assert device.ledger_bytes == 0
         assert filters().sum() == 4950
-    assert caplog.text.count("held by others") == 1
+    assert caplog.text.count("referenced outside the engine") == 1
     assert "400 bytes" in caplog.text
 
 

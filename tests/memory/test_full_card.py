@@ -12,7 +12,7 @@ from engine_strategies import small_layout
 from torch.overrides import TorchFunctionMode
 
 from gpu_manager import SimulatedDevice
-from residency.memory import weights as module
+from residency.memory import weights_mirror as module
 from residency.memory.weights import Weights
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 MiB"

@@ -103,8 +103,8 @@ def test_an_engine_that_is_dropped_without_a_release_leaves_no_page_pinned() -> 
     device = Driver()
     weights = Weights({"t": torch.randn(100_000)}, device)
     weights.offload()
-    assert weights._pinning is not None
-    weights._pinning.join()
+    assert weights.mirror.pinning is not None
+    weights.mirror.pinning.join()
     assert device.registered
     del weights
     gc.collect()

@@ -91,8 +91,8 @@ def test_a_move_waits_for_one_group_and_the_rest_is_pinned_after_it(device: PinD
         assert restoring.is_alive(), "a group is being pinned"
         gate.open()
         restoring.join(30)
-        assert weights._pinning is not None
-        weights._pinning.join()
+        assert weights.mirror.pinning is not None
+        weights.mirror.pinning.join()
         assert device.pinned_bytes == weights.host_bytes >= 30_000
         weights.offload()
         assert sum(device.pinned) == device.pinned_bytes, "pinned once, however often it moves"
@@ -106,7 +106,7 @@ def test_nothing_is_pinned_after_the_mirror_has_gone(device: PinDevice, end: str
         weights = Weights(tensors(), device)
         gate = device.gate = Gate()
         weights.offload()
-        pinning = weights._pinning
+        pinning = weights.mirror.pinning
         assert pinning is not None
         gate.wait_for_arrival()
         ending = Worker(weights.release) if end == "release" else Worker(weights.save, SnapshotFolder(tmp_path), "m")
@@ -120,13 +120,13 @@ def test_a_new_layout_is_pinned_anew(device: PinDevice) -> None:
     tensor = torch.zeros(1 << 19)
     weights = Weights({"t": tensor, "u": torch.randn(100)}, device)
     weights.offload()
-    assert weights._pinning is not None
-    weights._pinning.join()
+    assert weights.mirror.pinning is not None
+    weights.mirror.pinning.join()
     assert device.pinned_bytes == 400
     weights.restore()
     tensor[5] = 1
     weights.offload()
-    weights._pinning.join()
+    weights.mirror.pinning.join()
     assert device.pinned_bytes == weights.host_bytes == (2 << 20) + 400
     weights.release()
     assert device.pinned_bytes == 0
@@ -148,6 +148,6 @@ def test_a_mirror_that_nobody_has_any_more_is_pinned_no_further(device: PinDevic
 def test_an_empty_mirror_asks_for_no_pages(device: PinDevice) -> None:
     weights = Weights({}, device)
     weights.offload()
-    if weights._pinning is not None:
-        weights._pinning.join()
+    if weights.mirror.pinning is not None:
+        weights.mirror.pinning.join()
     assert device.pinned == []

@@ -21,6 +21,7 @@ from residency.errors import SnapshotUnusable
 from residency.memory import snapshot
 from residency.memory.snapshot import SnapshotFolder
 from residency.memory.weights import Weights
+from residency.memory.weights_mirror import WeightsMirror
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_memo
 
     record(os, "fsync", lambda handle: f"fsync {Path(os.readlink(f'/proc/self/fd/{handle}')).suffix or 'folder'}")
     record(os, "replace", lambda source, target: f"rename {Path(source).suffix} to {Path(target).suffix}")
-    record(Weights, "_drop_mirror", lambda self: "drop")
+    record(WeightsMirror, "drop", lambda self: "drop")
     Weights({"t": torch.randn(100)}, device).save(folder, "tts")
     assert calls == ["fsync .tmp", "rename .tmp to .safetensors", "fsync folder", "drop"]
 

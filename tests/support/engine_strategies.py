@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from residency.memory import checksum, weights
+from residency.memory import checksum, weights_mirror
 from residency.memory.discovery import discover
 from residency.memory.mirror_layout import lay_out
 
@@ -92,11 +92,11 @@ def lives(moves: list[str]) -> st.SearchStrategy[list[Step]]:
 def small_layout(span_bytes: int, group_bytes: int, multilinear: bool = False) -> Iterator[None]:
     """Mirrors are cut so finely that small tensors cross spans and groups; compared as on a GPU if asked for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "lay_out", partial(lay_out, span_bytes=span_bytes, group_bytes=group_bytes))
+        patch.setattr(weights_mirror, "lay_out", partial(lay_out, span_bytes=span_bytes, group_bytes=group_bytes))
         if multilinear:
             patch.setattr(checksum, "SPAN_BYTES", span_bytes)
             on_cpu = torch.device("cpu")
-            patch.setattr(weights, "fingerprints", lambda raws, n: checksum.multilinear(raws, n, on_cpu))
+            patch.setattr(weights_mirror, "fingerprints", lambda raws, n: checksum.multilinear(raws, n, on_cpu))
         yield
 
 
