@@ -1,7 +1,4 @@
-"""This project's errors.
-
-Each message contains the next step, in English and Chinese. Details are attributes; errors survive pickling.
-"""
+"""This project's errors: messages in English and Chinese with the next step; details as attributes. Can be pickled."""
 
 from __future__ import annotations
 
