@@ -42,9 +42,8 @@ _RESTORE_STEP = 0.2
 class AdaptivePolicy:
     """A `Policy` that keeps the model on the device while the next request is likely enough.
 
-    One second of a request's wait for the weights costs as much as ``wait_weight`` seconds of device memory held by an
-    idle model. With 60 and a restore of half a second, the model stays while the next request is expected within about
-    30 s.
+    One second of a request's wait for the weights costs as much as ``wait_weight`` seconds of an idle model's stay on
+    the device. With 60 and a restore of 0.5 s, the model stays while the next request is expected within about 30 s.
     """
 
     name = "auto"
