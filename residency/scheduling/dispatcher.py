@@ -1,15 +1,14 @@
 """The dispatcher: holds the state of all models under one lock, and plans their moves.
 
-A change is planned under the lock (by `planner`), carried out without it by a thread of `MoveRunner`, and
-committed or rolled back under the lock again.
+Changes are planned under the lock (`planner`), carried out by `MoveRunner` without it, and committed under it again.
 
 Lock order: ``MoveRunner._starting``, then ``Dispatcher.lock``. Under the lock nothing waits, and no resident, device,
 loader or listener is called. Methods that end in ``_locked`` need the lock.
 
 Interrupts: Ctrl-C can occur at every call in the main thread, also at the first instruction of a Python ``__exit__``.
-So only the lock's own ``with``, which is C code, takes and releases it; state for which others wait changes in
-one assignment (``managed.move_task``, ``leases.holder``) or between two calls; and the next change, at the latest
-by the monitor, plans what an interrupt has left unplanned.
+So only the lock's own ``with``, which is C code, takes and releases it. State for which others wait changes in one
+assignment (``managed.move_task``, ``leases.holder``) or in code without calls. The next change, at the latest by the
+monitor, plans what an interrupt has left unplanned.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ class Dispatcher:
     def replanning(self, managed: ManagedModel) -> _Replanning:
         """Encloses each change of a model's state: ``with dispatcher.replanning(managed), dispatcher.lock:``.
 
-        At its end, also after an error and with the lock released, the next steps of the model and of those that wait
-        for room are planned and started.
+        At its end, also after an error, plans and starts the next steps of this model and of those that wait for room.
         """
         return _Replanning(self, managed)
 
@@ -287,7 +285,7 @@ class Dispatcher:
             self.notifier.tell_queue(managed)
 
     def _has_room_locked(self, managed: ManagedModel) -> bool:
-        """Returns whether the model may move to the device now. Begins evictions; refuses requests without hope."""
+        """Returns whether the model may move to the device now. Begins evictions; refuses hopeless requests."""
         room = room_for(managed, self.managed_models.values(), self.budget_bytes)
         if room.hopeless and managed.memory.shortfall_bytes:
             # The device, not the budget, was full, and no other model can leave: retry.

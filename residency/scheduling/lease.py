@@ -41,17 +41,17 @@ class Lease:
 
     A context manager for one use. Entering waits for its turn (one request at a time, in order of arrival), loads or
     restores the model and returns the engine. ``with`` blocks its thread. ``async with`` is for coroutines under any
-    asyncio event loop: it blocks nothing, does not use the loop's executor, a cancelled task leaves the queue, and the
-    model leaves the device after the block without delaying it.
+    asyncio event loop: it blocks nothing, does not use the loop's executor, and does not wait at its end until the
+    model has left the device; a cancelled task leaves the queue.
 
     A nested lease of the same model in the same thread of control, or in work started with its context
     (`asyncio.to_thread`, `asyncio.create_task`), shares the first; the model is released when all have ended. The same
     holds for a generator that is resumed with another context or in another thread, and for a coroutine that creates a
-    lease and enters it with `asyncio.to_thread`. A lease that is never exited is released by Python's garbage
-    collection, which is triggered if the code that holds the lease has not executed for some seconds.
+    lease and enters it with `asyncio.to_thread`. If a lease is never exited, garbage collection releases it; this is
+    triggered if the code that holds the lease has not executed for some seconds.
 
-    With ``reading`` the lease shares the model with the current request, if any: for reading a value that no request
-    changes. Otherwise it waits for its own turn.
+    With ``reading`` the lease shares the model with the current request, if any, else waits for its own turn: for
+    reading values that no request changes.
 
     `cancel`, `place` and `discard` may be called from any thread.
     """
@@ -237,8 +237,7 @@ def loading(managed: ManagedModel) -> Iterator[None]:
 class _Made:
     """A lease in the context of its creation: its current request, and whether it is over.
 
-    ``in_a_task``: created in a coroutine, with a context of its own. A thread's context serves several tasks in
-    sequence.
+    ``in_a_task``: created in a coroutine, with a context of its own. A thread's context serves several tasks.
     """
 
     __slots__ = ("_task", "in_a_task", "over", "request")

@@ -99,8 +99,7 @@ class ManualControl:
     def retire(self, managed_models: list[ManagedModel], reason: ResidencyError, grace_s: float) -> bool:
         """Refuses waiting requests for these models with ``reason``, waits for running ones, and releases the models.
 
-        Models that still run after ``grace_s``, or hang on their way off the device, are left alone; the result is then
-        False.
+        Returns False if some still run after ``grace_s``, or hang on their way off the device; these are left alone.
         """
         dispatcher = self._dispatcher
         until_s = dispatcher.clock.now() + grace_s
