@@ -21,9 +21,8 @@ PAUSE_AFTER_ERROR_S = 1.0
 class IdleMonitor:
     """Calls ``look`` under the lock at each deadline, which returns the next one, then ``act`` without the lock.
 
-    After a deadline in the past ``look`` is called again at once. Errors are logged and shown in the status, and the
-    thread continues; if it ends nevertheless, the next `expect_locked` starts another. Methods that end in ``_locked``
-    need ``lock``.
+    After a deadline in the past both are called again at once. Errors are logged and shown in the status; the thread
+    continues, or the next `expect_locked` starts another. Methods that end in ``_locked`` need ``lock``.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class IdleMonitor:
                 self._clock.wait(wake_up, sleep_s)
 
     def _fall_asleep_locked(self, decide: Callable[[], float]) -> tuple[threading.Lock, float]:
-        # The event is first: `wake`, without the lock, either precedes it and so `decide`, or sets it.
+        # The event is created first: a `wake` without the lock either precedes `decide`, or sets the event.
         self._wake_up = wake_up = new_event()
         self._sleeps_until_s = deadline_s = decide()
         return wake_up, 0.0 if self._stopping else deadline_s - self._clock.now()

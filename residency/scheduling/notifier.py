@@ -25,10 +25,7 @@ def waiting_for(managed: ManagedModel) -> int:
 
 
 class Notifier:
-    """Sends moves and queue changes to listeners, and logs moves. Never waits.
-
-    `tell` is called under the dispatcher's lock, so that events have the order of the changes.
-    """
+    """Sends events to listeners and logs moves; never waits. `tell` needs the dispatcher's lock, to keep the order."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device = device

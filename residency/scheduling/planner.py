@@ -96,7 +96,7 @@ def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | Non
         managed.times.idle_since_s + start <= now_s < managed.times.idle_since_s + stop for start, stop in windows[1:]
     )
     if managed.settled_state is State.HOST:
-        # The first window keeps a model on the device; later ones restore it, unless it was moved away by hand.
+        # The first window restores no model; later ones do, unless it was moved away by hand.
         return Move(managed.name, State.HOST, State.DEVICE) if begun and not managed.wishes.moved_away_by_hand else None
     warm = begun or now_s < managed.times.idle_since_s + windows[0][1]
     return None if warm else move_towards(managed, State.HOST, separate)
