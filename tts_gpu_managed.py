@@ -89,8 +89,7 @@ class GPUManagedTTS:
             model_source, torch_dtype: as for StepAudioTTS, with its defaults.
             gpu_idle_timeout: idle seconds (or ``"15m"``; -1: never) until host memory is freed too.
             gpu_keep_warm: seconds on the GPU after a call, likewise; None for the manager's default (0).
-            gpu_load_timeout: seconds after which a load fails with `LoadTimeout`; the next call starts anew. -1: no
-                limit.
+            gpu_load_timeout: seconds until a load fails with `LoadTimeout`; the next call starts anew. -1: no limit.
             manager: None for the manager of this process, `get_gpu_manager`.
             load: builds another engine instead of those two.
             name: the model's name in status; by default ``tts``, or ``tts-2`` and so on where that is taken.

@@ -6,9 +6,8 @@
         checkpoint()                        # raises `RequestStopped` once the request was cancelled
         speech.append(say(sentence))
 
-This is optional: without it, the result of a cancelled request is dropped at its end. A request runs in its own context
-(`contextvars`), so engines need no argument for it. Threads that an engine starts need a copy of the context to see a
-cancellation.
+This is optional: otherwise the result of a cancelled request is dropped at its end. A request runs in its own context
+(`contextvars`), so engines need no argument for it; threads that an engine starts need a copy of the context.
 """
 
 from __future__ import annotations

@@ -67,8 +67,7 @@ class ModelExists(ResidencyError):
 class Holder:
     """The request that uses a model: the code that took the lease, its thread, and for how many seconds.
 
-    ``waits_for``: the thread of a waiting request for the same model, if this code waits for that thread with a
-    time-out.
+    ``waits_for``: thread of a request for the same model for which this code waits, with a time-out.
     """
 
     where: str
@@ -109,8 +108,7 @@ def _doing(state: str) -> tuple[str, str]:
 class RequestTimeout(ResidencyError, TimeoutError):
     """A request did not get its model in time. The current move continues.
 
-    ``place``: its place in the queue (1: served next). ``doing``: the model's state. ``holder``: the request that used
-    the model.
+    ``place``: place in the queue (1: next). ``doing``: state of the model. ``holder``: the request that used the model.
     """
 
     name: str

@@ -37,7 +37,7 @@ def holds(lock: Any) -> bool:
 
 def set_event(event: OneShotEvent) -> None:
     """Wakes the thread or coroutine that waits for the event. Does nothing if it is already set."""
-    with contextlib.suppress(RuntimeError):  # it is set
+    with contextlib.suppress(RuntimeError):  # already set
         event.release()
 
 

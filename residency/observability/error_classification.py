@@ -107,7 +107,7 @@ def all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseEx
 
 
 def device_is_lost(error: BaseException | None, device: Device) -> bool:
-    """Returns whether the device has failed: by the error, or by a test if the error suggests it. Takes seconds."""
+    """Returns whether the device has failed: by the error or, if that suggests it, by a test of some seconds."""
     if error is None:
         return False
     return loss_beyond_repair(error) is not None or (may_be_device_loss(error) and not device.is_usable())

@@ -27,10 +27,10 @@ RECENT_MOVES = 20
 BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 _TOGETHER_S = 1.0
-"""Resolution of the history, so that a busy model's is as short as an idle one's."""
+"""Resolution of the history; bounds its size for busy models."""
 
 _CARD_TOGETHER_S = 5.0
-"""The same for the card, for any number of pages."""
+"""Resolution of the card's use, which each status call records."""
 
 _OUTCOMES = {
     RequestTimeout: "timeout",
@@ -91,7 +91,6 @@ class CardHistory:
         self._total_bytes: int | None = None
 
     def seen(self, now_s: float, memory: Memory) -> None:
-        """Records a measurement."""
         if memory.total_bytes is not None and memory.free_bytes is not None:
             self._total_bytes = memory.total_bytes
             self._used.note(now_s, memory.total_bytes - memory.free_bytes)

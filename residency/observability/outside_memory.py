@@ -78,12 +78,12 @@ class OutsideMemory:
 
     @property
     def total_bytes(self) -> int | None:
-        """None where unknown."""
+        """As `held_bytes`; None where unknown."""
         return self.held_bytes if self.known else None
 
     @property
     def held_bytes(self) -> int:
-        """The known bytes."""
+        """The total, without unknown sizes."""
         return sum(map(_size, self.holders))
 
 

@@ -34,14 +34,13 @@ REPORT_AFTER_S = 30.0
 
 SMALL_BYTES = 64 << 20
 SMALL_LEAVES_WITHIN_S = 0.25
-"""The end of a lease waits so long for the offload of a model of at most ``SMALL_BYTES``."""
+"""Maximum wait at the end of a lease for the offload of a model of at most ``SMALL_BYTES``."""
 
 
 class Admission:
     """Grants each model to one request at a time, in order of arrival. ``check_locked`` raises if a model takes none.
 
-    ``wait_timeout_s``: default limit of a request's wait for its turn and for room, without the time in which the model
-    moves to the device.
+    ``wait_timeout_s``: default limit of a request's wait for its turn and for room, excluding the move to the device.
     """
 
     def __init__(
@@ -169,7 +168,7 @@ class Admission:
         lost = device_is_lost(error, dispatcher.device)
         with dispatcher.lock:
             now_s = self._clock.now()
-            request, lease.request = lease.request, None  # nothing is called from here to the plan: see `dispatcher`
+            request, lease.request = lease.request, None  # interrupts: see `dispatcher`
             if request is None:
                 return
             managed = request.managed

@@ -127,7 +127,7 @@ class CallSite:
         return bool(self.generators) and self.generators[0] in other.generators
 
     def resumed_by(self, other: CallSite) -> bool:
-        """Returns whether a generator that resumes the code with the lease is on that stack, and cannot do so now."""
+        """Returns whether a generator that resumes the code with the lease is on that stack, so it cannot do so now."""
         return not set(self.generators).isdisjoint(other.generators)
 
     def waits_for(self, other: CallSite) -> float | None:

@@ -88,7 +88,7 @@ class DeadlockDetector:
 
     @staticmethod
     def _in_the_loop_of(holder: LeaseRequest, site: CallSite) -> bool:
-        """Returns whether both are in one thread with an event loop: if it waits, the holder cannot continue."""
+        """Returns whether both are in one thread with an event loop, where a blocking wait would stop the holder."""
         return holder.site.token is site.token and _in_event_loop() and not holder.site.executes_here()
 
     def error(self, request: LeaseRequest) -> LeaseDeadlock:

@@ -14,7 +14,7 @@ from .managed_model import LeaseRequest, ManagedModel
 
 
 class Lessor(Protocol):
-    """The interface of `Admission`, which documents it; a protocol avoids circular imports."""
+    """The interface of `Admission`, which has the documentation. Avoids circular imports."""
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
@@ -148,12 +148,10 @@ class Lease:
 
     @property
     def model(self) -> str:
-        """The name of the model."""
         return self._managed.name
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
         return self._cancelled
 
     @property

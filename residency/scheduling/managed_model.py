@@ -33,7 +33,7 @@ class LeaseRequest:
         site: the code that takes the lease, or that last resumed the generator with the lease.
         holding: the models that this code has leased or is loading.
         answered: it holds the model (since ``served_s``), or has an ``error``.
-        searched_s: time of the last garbage collection in search of a lost lease.
+        searched_s: time of the last check whether its lease is lost.
         users: number of nested leases that share it.
         ended: its own lease has ended.
         streams: a generator holds it, and reports the code of its steps.
@@ -118,7 +118,6 @@ class LeaseQueue:
         return (request for request in self.requests if not request.answered)
 
     def refuse_all(self, error: BaseException) -> None:
-        """Refuses all waiting requests."""
         for request in list(self.waiting()):
             request.answer(error)
 
@@ -133,7 +132,7 @@ class MemoryUse:
     """Bytes in the last settled state, and shortfall on the device.
 
     Attributes:
-        size_bytes: its size on the device when it was last there; 0 if unknown.
+        size_bytes: its size on the device when it was last there, or as registered; 0 if unknown.
         shortfall_bytes: shortfall of the device at the last out-of-memory error; reduced as other models leave.
         needed_bytes: free bytes needed for the next attempt, if ``size_bytes`` is unknown.
         waiting_for_room: a request of it waits for room on the device.

@@ -46,7 +46,6 @@ class IdleMonitor:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread is running."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 

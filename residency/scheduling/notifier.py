@@ -99,7 +99,6 @@ class Notifier:
             )  # fmt: skip
 
     def log(self, task: MoveTask) -> None:
-        """Logs a move that has ended."""
         name, move, elapsed_s = task.managed.name, task.move, self._clock.now() - task.started_s
         if task.error is not None:
             waits = " and waits for room" if task.put_off else ""

@@ -119,10 +119,10 @@ def will_not_reach(managed: ManagedModel, state: State) -> bool:
 def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], budget_bytes: float) -> Room:
     """Returns whether ``managed`` may move to the device, where managed models use at most ``budget_bytes``.
 
-    If there is no room, idle models leave, the least recently used first, and models in use are waited for. Requests
-    that wait for room are served in order of arrival over all models: a model whose next request is later counts as
-    idle. Models with keep-warm -1 stay. A restore without a waiting request uses only free room, or, if requested, that
-    of idle models.
+    If there is no room, idle models leave, least recently used first, and models in use are waited for. Requests that
+    wait for room are served in order of arrival over all models: a model whose next request is later counts as idle.
+    Models with keep-warm -1 stay. Without a waiting request, a restore uses only free room or, if prefetched, that of
+    idle models.
     """
     head = managed.leases.next_request()
     others = [other for other in managed_models if other is not managed]
