@@ -8,7 +8,8 @@ A model is in one of three settled states, or in a moving state between them::
     HOST     --RELEASING--> RELEASED    idle timeout, or by hand
     DEVICE   --RELEASING--> RELEASED    by hand, at the idle timeout where device and host are one memory, or broken
 
-A failed move returns to the settled state before it, as does a load that was given up; a late engine is discarded.
+A failed move returns to the settled state before it, unless its bytes have already left. A load that was given up
+returns to RELEASED; a late engine is discarded.
 """
 
 from __future__ import annotations
