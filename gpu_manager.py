@@ -1,12 +1,12 @@
-"""The manager: models leave the GPU when they are idle and return for the next request.
+"""The GPU manager: moves idle models off the GPU, and back for the next request.
 
     manager = get_gpu_manager(idle_timeout=600)
     manager.register("tts", load=build_engine)
     with manager.lease("tts") as engine:      # loaded or restored, and on the device until the block ends
         audio = engine.clone(...)
 
-Every change is planned under one lock, carried out in a thread of its own outside of it, committed or rolled back
-under the lock, and then reported. A move belongs to no request: a timeout or a cancellation does not stop it.
+Each move is planned under one lock, carried out in its own thread without the lock, and committed or rolled back under
+the lock. A timeout or cancellation of a request does not stop a move.
 """
 
 from __future__ import annotations
@@ -66,21 +66,21 @@ __all__ = ["CpuDevice", "CudaDevice", "DeviceLost", "DeviceOutOfMemory", "Device
 
 
 class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
-    """Moves named models between device, host memory and released, and never under a running request.
+    """Moves named models between device, host memory and released; never moves a model in use.
 
     Args:
-        device: None takes the best device found.
+        device: None selects the best device found.
         keep_warm, idle_timeout: defaults for `register`.
-        snapshot_dir: a folder for released weights, of at most ``snapshot_limit_bytes``, from which they are reloaded.
-        budget_bytes: the models together take at most so much of the device.
-        wait_timeout: how long a request without a timeout of its own waits for its turn and for room. -1: for ever.
-            Loads and restores on its behalf are not counted.
+        snapshot_dir: folder for the weights of released models, for reloads; at most ``snapshot_limit_bytes``.
+        budget_bytes: limit of device memory for all models together.
+        wait_timeout: default limit of a request's wait for its turn and for room, without the time of its load or
+            restore. -1: no limit.
 
-    All methods may be called from any thread. Moves run outside the lock, so `status` answers at once even while a
-    model loads. A forked child has a closed manager: the models stay the parent's.
+    Thread-safe. Moves run outside the lock, so `status` returns at once even during a load. In a forked child the
+    manager is closed; the models belong to the parent.
     """
 
-    #: Discovery stops here: an engine may know its manager, but the manager's other models are not of the engine.
+    #: Excludes the manager from discovery: an engine may refer to it, but its other models are not part of the engine.
     not_of_the_engine = True
 
     def __init__(
@@ -146,23 +146,23 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         skip: Collection[str] = (),
         keep: Any = None,
     ) -> None:
-        """Put a model under management; ``load`` builds its engine on the first request, and not before.
+        """Registers a model. The first request calls ``load``, which builds the engine and places it on the device.
 
-        ``load`` places the weights on the device itself. It runs in a thread of its own, with the context of the
-        request that it serves and with the random numbers of now: it makes the same engine whenever it runs.
+        ``load`` runs in its own thread, in the context of the request that causes it, and with the random state of this
+        call, so that every load builds the same engine.
 
         Args:
-            keep_warm: seconds on the device after a request, or ``"15m"``; -1: always, also if others need room;
-                ``"auto"``: learned from the arrivals.
-            idle_timeout: seconds idle until it is released, or ``"15m"``; -1: never.
-            policy: replaces these two: a `residency.contracts.Policy`, one object for each model. If it raises, that is
+            keep_warm: seconds on the device after a request, or ``"15m"``; -1: always, even if other models need room;
+                ``"auto"``: learned from the times of requests.
+            idle_timeout: idle seconds until release, or ``"15m"``; -1: never.
+            policy: replaces these two: a `residency.contracts.Policy`, one object for each model. An error in it is
                 logged, and 0 and 600 seconds replace it.
-            load_timeout: seconds after which a load is given up (`LoadTimeout`) and the next request loads anew.
-            max_waiting: how many requests may wait; further ones get `ModelBusy`. None: any number.
-            size_bytes: its size on the device, for the budget of the first load; later it is measured.
-            skip: attribute paths of the engine (``.tokenizer``); objects below them are left alone.
-            keep: a part of the engine that ``load`` is given and that must outlive a release. It leaves the device now,
-                and comes back to it when the model is unregistered or the manager closed. Only the engine may use it.
+            load_timeout: seconds after which a load fails with `LoadTimeout`; the next request starts a new load.
+            max_waiting: maximum of waiting requests; further ones get `ModelBusy`. None: no limit.
+            size_bytes: size on the device, for the budget of the first load; later loads use the measured size.
+            skip: attribute paths of the engine (``.tokenizer``); objects below them are not moved.
+            keep: a part of the engine that ``load`` uses and that outlives a release. It is offloaded now, and restored
+                to the device by `unregister` or `close`. Only the engine may use it.
 
         Raises:
             ModelExists: the name is taken.
@@ -185,9 +185,9 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
     def configure(
         self, name: str | None = None, *, keep_warm: float | str | None = None, idle_timeout: float | str | None = None
     ) -> None:
-        """Change how long a model (None: all) stays, from now on and for the idle time that has begun too.
+        """Changes how long a model (None: all) stays; also applies to the current idle time.
 
-        ``keep_warm`` takes the place of a policy given to `register`; ``idle_timeout`` alone is passed on to it.
+        ``keep_warm`` replaces a policy given to `register`; ``idle_timeout`` alone is passed on to that policy.
         """
         for managed in self._registry.named(name):
             with self._dispatcher.replanning(managed), self._dispatcher.lock:
@@ -195,9 +195,9 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
                 managed.policy = change_policy(managed.policy, keep_warm, idle_timeout)
 
     def unregister(self, name: str) -> None:
-        """Release a model once its requests have ended and forget it; requests that wait get `UnknownModel`.
+        """Releases a model after its running requests and removes it; waiting requests get `UnknownModel`.
 
-        RuntimeError if the calling code holds a lease on it.
+        Raises RuntimeError if called from within a lease of the model.
         """
         managed = self._registry.named(name)[0]
         self._admission.deadlocks.refuse_own("unregister()", [managed])
@@ -206,28 +206,28 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self._registry.remove(managed)
 
     def names(self) -> tuple[str, ...]:
-        """The registered models, in order of registration."""
+        """Returns the names of the models, in order of registration."""
         return tuple(managed.name for managed in self._registry.named(None))
 
     def lease(self, name: str, timeout: float | str | None = None, *, reading: bool = False) -> Lease:
-        """A context manager that gives the model's engine, on the device, and takes it back at its end.
+        """Returns a context manager for one use of a model: its value is the engine, on the device until the end.
 
-        A plain ``with`` blocks its thread, and the event loop that runs in it; coroutines write ``async with``.
+        ``with`` blocks its thread, including an event loop that runs in it; coroutines use ``async with``.
 
-        A lease of the same model in the same thread of control, and in tasks and threads that were started with its
-        context, shares the first one, because waiting for it would never end. So code that starts a task for each of
+        A nested lease of the same model in the same thread of control, or in a task or thread started with its context,
+        shares the first lease, because waiting for it would be a deadlock. So code that starts a task for each of
         several requests takes no lease for them: each task takes its own, and starts outside of other leases or with
         ``contextvars.Context().run``.
 
-        At the end of a plain ``with`` a model of at most 64 MB has left the device, unless that takes longer than a
-        quarter of a second; larger ones leave afterwards: `status` says ``moving``, and `offload` waits for it.
+        At the end of a plain ``with`` a model of at most 64 MB has left the device, if that takes less than a quarter
+        of a second. Larger models leave afterwards: `status` shows ``moving``, and `offload` waits for the move.
 
         Args:
-            timeout: seconds (or ``"30s"``) to wait until the model is there. 0: do not wait; -1: for ever; None: the
-                manager's ``wait_timeout``, which does not count the load.
-            reading: if a request has the model, run beside it. Only for reading values.
+            timeout: seconds (or ``"30s"``) until the model must be available. 0: do not wait; -1: no limit; None: the
+                manager's ``wait_timeout``, which excludes the load.
+            reading: shares the model with the current request, if any. Only for reading values.
 
-        Raises, on entering: the loader's error (all requests that waited for the load get it; the next one tries
+        Raises, on entering: the loader's error (for all requests that waited for the load; the next request tries
         again), `DeviceOutOfMemory`, `ManagerClosed`, `RequestTimeout`, `ModelBusy` (a timeout of 0, or too many
         waiting), `RequestCancelled`, `LoadTimeout`, `LeaseDeadlock`, or `EventLoopBlocked`.
         """
@@ -235,35 +235,33 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         return Lease(self._admission, managed, None if timeout is None else seconds(timeout), reading)
 
     def offload(self, name: str | None = None) -> bool:
-        """Bring a model (None: all) to host memory. True: done; False: follows the running request, or its arrival."""
+        """Moves a model (None: all) to host memory. False: pending until its requests or its arrival end."""
         return self._registry.for_each(name, lambda managed: self._manual_control.bring_down(managed, State.HOST))
 
     def release(self, name: str | None = None) -> bool:
-        """Give up a model's memory (None: all) everywhere. Answers as `offload` does."""
+        """Frees a model's device and host memory (None: all models). Returns the same as `offload`."""
         return self._registry.for_each(name, lambda managed: self._manual_control.bring_down(managed, State.RELEASED))
 
     def warm(self, name: str | None = None, *, if_idle: bool = False) -> bool:
-        """Begin to bring a model (None: all) to the device and return at once. True: it is there already.
+        """Starts moving a model (None: all) to the device and returns at once. True: it is already there.
 
-        Without a request within `WARM_GRACE_S` it leaves again; of a model in use, those seconds begin when its
-        requests have ended. A pending `offload` or `release` is cancelled. With ``if_idle`` a model in use is left
-        alone. A failure is logged and shown in `status`; the next request tries again.
+        Without a request within `WARM_GRACE_S` the model leaves again; for a model in use, this time starts when its
+        requests end. Cancels a pending `offload` or `release`. ``if_idle``: does nothing to a model in use. A failure
+        is logged and shown in `status`; the next request tries again.
         """
         return self._registry.for_each(name, lambda managed: self._manual_control.warm(managed, if_idle))
 
     def make_room(self, name: str) -> None:
-        """Offload the other models as far as they are idle, and empty the device's caches, for the model ``name``."""
+        """Offloads the other idle models and empties the device's caches, for the model ``name``."""
         self._manual_control.move_aside(managed for managed in self._registry.named(None) if managed.name != name)
 
     def status(self) -> Status:
-        """Returns the answer of ``GET /gpu/status``: device, host and models in bytes and seconds, None where unknown.
-
-        Never counts as use and never waits for a move."""
+        """Returns the answer of ``GET /gpu/status``. Does not count as use, and does not wait for moves."""
         return self._overview.status()
 
     @property
     def device_lost(self) -> DeviceLost | None:
-        """The error after which the device answers no call of this process any more; None if it does."""
+        """The error if this process can no longer use the device; else None."""
         return self._dispatcher.device_lost
 
     @property
@@ -277,23 +275,20 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
 
     @staticmethod
     def watching(watch: Callable[[Lease], object]) -> AbstractContextManager[None]:
-        """A block, and what starts with its context, in which ``watch`` sees each lease before it waits.
-
-        If ``watch`` raises, the request ends with that error.
-        """
+        """Calls ``watch`` with each lease entered in this context, before it waits; its error ends the request."""
         return watching(watch)
 
     def subscribe(self, listener: Callable[[Event], Any]) -> Callable[[], None]:
-        """Call ``listener`` for moves (begin, progress, end) and changes of queues, until the answer is called.
+        """Calls ``listener`` for moves (begin, progress, end) and queue changes; the result unsubscribes it.
 
-        The calls come in order, in a thread of their own. Errors of the listener are logged.
+        The calls come in order, in a separate thread. Errors of the listener are logged.
         """
         return self._dispatcher.notifier.listeners.subscribe(listener)
 
     def wait_for(self, name: str, state: State, timeout: float | str | None = None) -> bool:
-        """Wait until a model is in ``state``; False if it will not be.
+        """Waits until a model is in ``state``; returns False after ``timeout`` (real seconds or ``"5s"``).
 
-        That is if ``timeout`` (real seconds or ``"5s"``) passes, its last load or restore has failed, or it is removed.
+        Also returns False if the last load or restore of the model failed, or if the model is removed.
         """
         managed = self._registry.named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
@@ -303,10 +298,10 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         return managed.state is state
 
     def close(self, grace: float | str | None = None) -> bool:
-        """Refuse new requests, let the running ones end, release everything and stop the monitor. Idempotent.
+        """Refuses new requests, waits for running ones, releases all models and stops the monitor. Idempotent.
 
-        Requests that wait get `ManagerClosed`. False if a request or a load still runs after ``grace`` seconds (None
-        or -1: as long as it takes): it keeps its model. RuntimeError if the calling code holds a lease or is a loader.
+        Waiting requests get `ManagerClosed`. Returns False if a request or load, which keeps its model, still runs
+        after ``grace`` seconds (None or -1: no limit). Raises RuntimeError if called from within a lease or a loader.
         """
         grace_s = math.inf if grace is None else seconds(grace)
         self._admission.deadlocks.refuse_own("close()", self._registry.named(None))
@@ -331,9 +326,9 @@ def get_gpu_manager(
     budget_bytes: int | None = None,
     wait_timeout: float | str | None = None,
 ) -> GPUResourceManager:
-    """The manager of this process, made on the first call. Settings left out are those it already has.
+    """Returns the manager of this process; creates it on the first call and after `close`.
 
-    `SettingsConflict` if it exists with other settings than those given; after `close` a new one is made.
+    Raises `SettingsConflict` if it exists with other values of the given settings.
     """
     global _singleton
     asked: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}

@@ -1,15 +1,15 @@
-"""`GPUManagedTTS`: a drop-in for StepAudioTTS that is on the GPU only while it speaks::
+"""`GPUManagedTTS`: a drop-in replacement for StepAudioTTS that is on the GPU only during calls::
 
     tts = GPUManagedTTS(model_path, audio_tokenizer, gpu_idle_timeout=600)
     audio, sample_rate = tts.clone("prompt.wav", "what is said in it", "what to say instead")
 
-What else the engine has is there too, each use under a lease of its own; several in one lease::
+The engine's other attributes are available too, each use with its own lease; for several uses in one lease::
 
     speech_tokens, *_ = tts.preprocess_prompt_wav("prompt.wav")
     with tts.lease() as engine:
         engine.llm.generate(...)
 
-Importing this brings no torch; the engine is imported and built on the first call.
+Importing this module does not import torch; the first call imports and builds the engine.
 """
 
 from __future__ import annotations
@@ -46,22 +46,20 @@ logger = logging.getLogger(__name__)
 
 
 class Default(enum.Enum):
-    """What is left out, where None means something to the engine."""
+    """Marks omitted arguments, where None has a meaning for the engine."""
 
     ENGINES_OWN = "StepAudioTTS's own default"
 
 
 class GPUManagedTTS:
-    """StepAudioTTS's methods, each one ``with manager.lease(...)``: load or restore, speak, leave the GPU.
+    """StepAudioTTS with a lease for each call: loads or restores the engine, calls it, and offloads it.
 
-    The engine is built on the first call, not here. Calls from several threads are served one at a time, in
-    order of arrival; they return what the engine returned and raise what it raised, and the engine leaves
-    the device either way.
+    The first call builds the engine. Calls from several threads run one at a time, in order of arrival; they return
+    or raise what the engine returns or raises.
 
-    The engine's other attributes can be read here (which is a request, and loads it). What holds memory of the device
-    is not handed out, since it leaves the device: it is a `Part`, or in answers a copy, at any depth. Attributes are
-    set on the engine itself, in ``load`` or under `lease`; here they are refused, unless a subclass has them in its
-    body.
+    The engine's other attributes can be read here; this counts as a request and loads the engine. Values that hold
+    device memory, which an offload frees, are replaced at any depth: by a `Part` on reading, by copies in results.
+    Attributes can be set only on the engine itself, in ``load`` or under `lease`, except those in a subclass's body.
     """
 
     def __init__(
@@ -82,21 +80,21 @@ class GPUManagedTTS:
         name: str | None = None,
         check_text: Callable[[str], object] | None = None,
     ) -> None:
-        """StepAudioTTS's arguments, then ours.
+        """Takes the arguments of StepAudioTTS, then those of GPU management.
 
         Args:
             model_path: folder of the Step-Audio-EditX weights; None for the small built-in English engine.
-            audio_tokenizer: a function without arguments that makes a StepAudioTokenizer on first use, or a ready one,
-                which leaves the device now, outlives releases, and is yours again after `close`.
-            model_source, torch_dtype: as StepAudioTTS takes them; left out, its own defaults.
-            gpu_idle_timeout: seconds idle (or ``"15m"``; -1 never) after which host memory is given up too.
+            audio_tokenizer: a function without arguments that builds a StepAudioTokenizer on first use, or a ready one,
+                which is offloaded now, outlives releases, and is restored by `close`.
+            model_source, torch_dtype: as for StepAudioTTS, with its defaults.
+            gpu_idle_timeout: idle seconds (or ``"15m"``; -1: never) until host memory is freed too.
             gpu_keep_warm: seconds on the GPU after a call, likewise; None for the manager's default (0).
-            gpu_load_timeout: seconds after which a load is given up (`LoadTimeout`); the next loads anew. -1: never.
-            manager: None for the process's own, `get_gpu_manager`.
+            gpu_load_timeout: seconds until a load fails with `LoadTimeout`; the next call starts anew. -1: no limit.
+            manager: None for the manager of this process, `get_gpu_manager`.
             load: builds another engine instead of those two.
-            name: the model's name in status; ``tts`` (or ``tts-2`` and so on, where that is taken) by default.
-            check_text: raises `InvalidInput` for a target text that the engine cannot say, without the engine. The
-                built-in engine brings its own.
+            name: the model's name in status; by default ``tts``, or ``tts-2`` and so on where that is taken.
+            check_text: raises `InvalidInput` for a target text that the engine cannot speak, without loading the
+                engine. The built-in engine has its own.
         """
         self.manager = manager or get_gpu_manager()
         given = {
@@ -107,7 +105,7 @@ class GPUManagedTTS:
             "device_map": device_map,
         }
         arguments = {name: value for name, value in given.items() if value is not Default.ENGINES_OWN}
-        # A tokenizer that is ready is the caller's, and must outlive a release of the engine.
+        # A ready tokenizer belongs to the caller, and must outlive a release of the engine.
         keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
         if check_text is None and load is None and not model_path:
             check_text = speakable
@@ -123,14 +121,14 @@ class GPUManagedTTS:
         )
 
     def check_text(self, target_text: str) -> None:
-        """`InvalidInput` for a text that the engine cannot speak, as far as is known without it. Loads nothing."""
+        """Raises `InvalidInput` for a text that the engine is known not to support. Does not load the engine."""
         if self._check_text is not None:
             self._check_text(target_text)
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
-        """Say ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz.
+        """Speaks ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz.
 
-        `InvalidInput`, before the engine is loaded, if `check_text` refuses the text.
+        Raises `InvalidInput`, before the engine is loaded, if `check_text` refuses the text.
         """
         self.check_text(target_text)
         answer: tuple[torch.Tensor, int] = self._speak(
@@ -146,26 +144,26 @@ class GPUManagedTTS:
         edit_info: str | None = None,
         text: str | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Change a recording. Returns float32 [1, samples] on the CPU, and Hz."""
+        """Edits a recording. Returns float32 [1, samples] on the CPU, and Hz."""
         answer: tuple[torch.Tensor, int] = self._speak(
             lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
         )
         return answer
 
     def get_gpu_status(self) -> Status:
-        """The manager's status: what ``GET /gpu/status`` answers. Never counts as use."""
+        """Returns the answer of ``GET /gpu/status``. Does not count as use."""
         return self.manager.status()
 
     def force_offload(self) -> bool:
-        """Leave the GPU now. True: done; False: it follows the request that is running."""
+        """Moves the engine to host memory. True: done; False: pending until the running request ends."""
         return self.manager.offload(self.name)
 
     def force_release(self) -> bool:
-        """Leave GPU and host memory now. True: done; False: it follows the request that is running."""
+        """Frees GPU and host memory. True: done; False: pending until the running request ends."""
         return self.manager.release(self.name)
 
     def lease(self, timeout: float | str | None = None) -> Lease:
-        """``with tts.lease() as engine``: the engine itself, on the device until the block ends."""
+        """Returns a lease: ``with tts.lease() as engine`` is the engine itself, on the device until the block ends."""
         return self.manager.lease(self.name, timeout)
 
     def __getattr__(self, name: str) -> Any:
@@ -179,7 +177,7 @@ class GPUManagedTTS:
         super().__setattr__(name, value)
 
     def close(self) -> None:
-        """Release the engine once its requests have ended, and give up its name."""
+        """Releases the engine after its running requests, and unregisters its name."""
         self.manager.unregister(self.name)
 
     def _speak(self, call: Callable[[Engine], Any]) -> Any:
@@ -190,12 +188,12 @@ class GPUManagedTTS:
         return ask(self.manager, self.name, answer)
 
     def _own(self, answer: Any, engine: Engine) -> Any:
-        """An answer that survives the engine's leaving."""
+        """Returns the answer with copies of what an offload would free."""
         return HandOut(self, engine, self.manager.device.holds_tensor, _holds_memory)(answer)
 
     @contextmanager
     def _own_errors(self, engine: Engine) -> Iterator[None]:
-        """Replaces the attributes of errors by copies, in place, and clears the live locals of their frames."""
+        """Replaces the attributes of errors by copies, in place, and clears the locals of their frames."""
         callers = list(all_of(sys.exc_info()[1], hidden=True))
         try:
             yield
@@ -212,9 +210,9 @@ class GPUManagedTTS:
             raise
 
     def read_part(self, path: Path) -> Any:
-        """What is found there in the engine: itself, a tensor's copy, or a `Part`.
+        """Returns the engine's value at ``path``: the object itself, a tensor's copy, or a `Part`.
 
-        Joins the request that has the model, if one has it.
+        Shares the model with the current request, if any.
         """
         with self.manager.lease(self.name, reading=True) as engine, self._own_errors(engine):
             value = follow(path, engine)
@@ -243,7 +241,7 @@ class GPUManagedTTS:
     def _stream(
         self, lease: Lease, held: AbstractContextManager[Any], stream: Generator[Any, Any, Any]
     ) -> Iterator[Any]:
-        """A generator of the engine keeps the lease under which it began, until it ends, is closed or is let go."""
+        """Yields a generator's items; keeps its lease until it ends, is closed or is collected."""
         with held, closing(stream):
             lease.resumed()
             for item in stream:
@@ -252,7 +250,7 @@ class GPUManagedTTS:
                 lease.resumed()
 
     def _items(self, stream: Iterator[Any], engine: Engine) -> Generator[Any, None, None]:
-        """The items as they go out. The lease is `_stream`'s."""
+        """Yields copies of the items. `_stream` holds the lease."""
         generator = closing(stream) if isinstance(stream, Generator) else nullcontext()
         with self._own_errors(engine), generator:
             for item in stream:
@@ -261,7 +259,7 @@ class GPUManagedTTS:
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
         if not model_path:
 
-            def builtin() -> Engine:  # which brings torch and much else
+            def builtin() -> Engine:  # imports torch
                 from residency.engines.builtin import BuiltinEngine
 
                 return BuiltinEngine(device=self.manager.device.torch_device)
@@ -291,10 +289,9 @@ class GPUManagedTTS:
 
 
 def ask(manager: GPUResourceManager, name: str, call: Callable[[Any], T]) -> T:
-    """One request to a managed model: what ``call`` answers, given the engine, which is on the device meanwhile.
+    """Calls ``call`` with the engine of a managed model, on the device, and returns its result.
 
-    If the device is full in the middle of it, other models leave and it is made once more. Raises what `Lease` and
-    ``call`` raise.
+    If the device is full, offloads other models and calls it once more. Raises what `Lease` and ``call`` raise.
     """
     with manager.lease(name) as engine:
         try:
@@ -302,8 +299,8 @@ def ask(manager: GPUResourceManager, name: str, call: Callable[[Any], T]) -> T:
         except Exception as error:
             if not is_out_of_device_memory(error):
                 raise
-            logger.warning("%s: the device is full; making room and trying once more. %s", name, error)
-        # Outside the except block, whose traceback keeps the memory of the first attempt.
+            logger.warning("%s: the device is full; offloading other models and retrying once. %s", name, error)
+        # Outside the except block: its traceback keeps the memory of the first attempt.
         manager.make_room(name)
         return call(engine)
 
@@ -320,7 +317,7 @@ def _holds_memory(value: Any) -> bool:
 
 
 def _is_factory(audio_tokenizer: Any) -> bool:
-    # A StepAudioTokenizer can be called too; it is known by its method.
+    # A StepAudioTokenizer is callable too; its method identifies it.
     return callable(audio_tokenizer) and not hasattr(audio_tokenizer, "wav2token")
 
 

@@ -1,5 +1,5 @@
-"""Replaceable parts behind ``gpu_manager``: devices, residents, probes, engines and the web page.
+"""The parts behind ``gpu_manager``: scheduling, memory, devices, engines and the web page.
 
-Nothing in this package imports the modules at the root of the project, and importing any of it
-sets up no logging, imports no torch and touches no GPU.
+Modules here do not import the modules at the project's root. Importing them configures no logging, imports no torch
+and uses no GPU.
 """

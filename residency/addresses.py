@@ -1,22 +1,22 @@
-"""Names and addresses of hosts: as they stand in a Host header, in a link, and in ``--server-name``."""
+"""Host names and addresses, as in a Host header, in a link, and in ``--server-name``."""
 
 from __future__ import annotations
 
 import ipaddress
 
 EVERY_ADDRESS = ("0.0.0.0", "::")
-"""With these a server listens on all addresses of the machine; ``::`` stands for IPv4 and IPv6."""
+"""Bind addresses for all addresses of the machine; ``::`` includes IPv4."""
 
 
 def link(host: str, port: int, scheme: str = "http") -> str:
-    """Where a browser on this machine finds a server that listens on ``host``."""
+    """Returns the URL, for a browser on this machine, of a server that listens on ``host``."""
     if host in EVERY_ADDRESS:
         host = "localhost"
     return f"{scheme}://{bracketed(host)}:{port}"
 
 
 def serving(host: str, port: int, scheme: str = "http") -> str:
-    """A line for the log, in English and Chinese: on which addresses a server listens that others may reach."""
+    """Returns a log line in English and Chinese that names the server's addresses and which machines reach them."""
     here = link(host, port, scheme)
     if host not in EVERY_ADDRESS:
         return f"Serving on {here} / 服务已启动"
@@ -28,23 +28,23 @@ def serving(host: str, port: int, scheme: str = "http") -> str:
 
 
 def bracketed(host: str) -> str:
-    """As links have it: IPv6 addresses in brackets."""
+    """Encloses an IPv6 address in brackets, as in URLs."""
     return f"[{host}]" if ":" in host else host
 
 
 def hostname(header: str) -> str:
-    """The host of a Host header, in lower case, without port, brackets and final dot; empty if there is none."""
+    """Returns the host of a Host header in lower case, without port, brackets and final dot; empty if there is none."""
     header = header.strip().lower()
     if header.startswith("[") and "]" in header:
         return header[1:].partition("]")[0]
     host, _, port = header.rpartition(":")
-    if host and port.isdecimal() and not is_address(header):  # an IPv6 address without brackets is one as a whole
+    if host and port.isdecimal() and not is_address(header):  # not an IPv6 address without brackets
         header = host
     return header.removesuffix(".")
 
 
 def is_address(host: str | None) -> bool:
-    """Whether it is an IP address, and no name."""
+    """Returns whether the host is an IP address, not a name."""
     try:
         ipaddress.ip_address(str(host))
     except ValueError:
@@ -53,7 +53,7 @@ def is_address(host: str | None) -> bool:
 
 
 def without_mapping(address: str) -> str:
-    """An IPv4 address that is written as IPv6 (``::ffff:127.0.0.1``) as IPv4; anything else as it is."""
+    """Converts an IPv4-mapped IPv6 address (``::ffff:127.0.0.1``) to IPv4; returns others unchanged."""
     try:
         return str(getattr(ipaddress.ip_address(address), "ipv4_mapped", None) or address)
     except ValueError:
@@ -61,8 +61,8 @@ def without_mapping(address: str) -> str:
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether it is this machine for everybody: localhost, a name below it, or a loopback address."""
+    """Returns whether the host is always this machine: localhost, a name below it, or a loopback address."""
     if not is_address(host):
         return host is not None and (host == "localhost" or host.endswith(".localhost"))
-    # As the clients of a socket for both kinds of addresses are told: ::ffff:127.0.0.1.
+    # A socket for IPv4 and IPv6 reports IPv4 clients as ::ffff:127.0.0.1.
     return ipaddress.ip_address(without_mapping(str(host))).is_loopback

@@ -6,10 +6,10 @@ from dataclasses import fields
 
 
 class ResidencyError(Exception):
-    """Base of all errors raised by this project: it says what to do next, and survives pickling with its fields.
+    """Base of this project's errors. Messages contain the next step; fields survive pickling.
 
-    ``en`` and ``zh`` are the message in English and in Chinese, ``str`` both: ``en / zh``. A subclass either calls
-    ``__init__`` with both and the arguments of its own constructor, or is a dataclass with a method `sentences`.
+    ``en`` and ``zh`` are the message in English and Chinese, ``str`` is ``en / zh``. A subclass calls ``__init__`` with
+    both and its own constructor's arguments, or is a dataclass with a method `sentences`.
     """
 
     def __init__(self, en: str, zh: str, *fields: object) -> None:
@@ -23,7 +23,7 @@ class ResidencyError(Exception):
         ResidencyError.__init__(self, *self.sentences(), *values)
 
     def sentences(self) -> tuple[str, str]:
-        """The message in English and in Chinese, of a subclass that is a dataclass."""
+        """Returns the message of a dataclass subclass in English and Chinese."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[type[ResidencyError], tuple[object, ...]]:

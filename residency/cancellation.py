@@ -1,4 +1,4 @@
-"""Cancellation of a request that runs: an engine asks between its steps whether its result is still wanted::
+"""Cancellation of a running request: an engine calls `checkpoint` between its steps::
 
     from residency.cancellation import checkpoint
 
@@ -6,9 +6,8 @@
         checkpoint()                        # raises `RequestStopped` once the request was cancelled
         speech.append(say(sentence))
 
-This is optional: the result of an engine that never asks is dropped at the end. A request runs in a context of its own
-(`contextvars`), so engines need no argument for it; threads that an engine starts by itself see a cancellation only if
-they are started with a copy of the context.
+This is optional: otherwise the result of a cancelled request is dropped at its end. A request runs in its own context
+(`contextvars`), so engines need no argument for it; threads that an engine starts need a copy of the context.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .errors import RequestStopped
 
 
 class Cancellation:
-    """Whether one request was cancelled; once it was, it stays so. Thread-safe."""
+    """The cancelled flag of one request; never reset. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,11 +30,10 @@ class Cancellation:
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
         return self._cancelled
 
     def cancel(self) -> None:
-        """Let `checkpoint` raise from now on, and call the callbacks of `on_cancel`, in this thread."""
+        """Sets the flag, so that `checkpoint` raises, and runs the callbacks of `on_cancel` in this thread."""
         with self._lock:
             self._cancelled = True
             callbacks, self._callbacks = self._callbacks, []
@@ -43,7 +41,7 @@ class Cancellation:
             callback()
 
     def on_cancel(self, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called once by `cancel`, or now if that was called already. It must not raise."""
+        """Calls ``callback`` once: at `cancel`, or now if already cancelled. It must not raise."""
         with self._lock:
             if not self._cancelled:
                 self._callbacks.append(callback)
@@ -55,12 +53,12 @@ _current: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar("
 
 
 def current() -> Cancellation | None:
-    """The cancellation of the request in whose context this is called; None outside of one."""
+    """Returns the cancellation of the request in this context; None outside of one."""
     return _current.get()
 
 
 def checkpoint() -> None:
-    """Raise `RequestStopped` if the request in whose context this is called was cancelled. Cheap."""
+    """Raises `RequestStopped` if the request in this context was cancelled. Cheap."""
     cancellation = _current.get()
     if cancellation is not None and cancellation.cancelled:
         raise RequestStopped
@@ -68,7 +66,7 @@ def checkpoint() -> None:
 
 @contextmanager
 def cancelled_by(cancellation: Cancellation) -> Iterator[None]:
-    """In this block, and in threads that run with a copy of its context, `checkpoint` looks at ``cancellation``."""
+    """Makes `checkpoint` use ``cancellation`` within the block and in threads started with a copy of its context."""
     token = _current.set(cancellation)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Time, injected: the system's monotonic clock, and one for tests."""
+"""Clocks, injected: the system's monotonic clock, and one for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .one_shot_event import set_event
 
 
 class SystemClock:
-    """``time.monotonic``: unmoved by changes of the wall clock."""
+    """The clock of ``time.monotonic``; ignores changes of the wall clock."""
 
     def now(self) -> float:
         return time.monotonic()
@@ -20,7 +20,7 @@ class SystemClock:
 
 
 class ManualClock:
-    """A clock that moves only in `advance`, for tests that must not sleep."""
+    """A test clock that changes only in `advance`."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self._now_s = now_s
@@ -38,7 +38,7 @@ class ManualClock:
             self._waiting.remove(event)
 
     def advance(self, seconds: float) -> None:
-        """Move time forward and wake all threads that wait on this clock, to look at it again."""
+        """Adds seconds and wakes all threads that wait on this clock, which then check it again."""
         with self._lock:
             self._now_s += seconds
             for event in self._waiting:

@@ -1,4 +1,4 @@
-"""What the parts promise each other. Types only: nothing here does work.
+"""Protocols between the parts. Types only.
 
 Thread rules: the manager calls a `Resident` from one thread at a time and never while a lease is held.
 A `Device` or `Clock` may be called from any thread at any time.
@@ -20,7 +20,7 @@ DeviceKind = Literal["cuda", "cpu", "simulated"]
 
 @dataclass(frozen=True)
 class Memory:
-    """Sizes in bytes; None where unknown. ``process_bytes`` is what this process holds of it."""
+    """Sizes in bytes; None where unknown. ``process_bytes`` is this process's share."""
 
     total_bytes: int | None = None
     free_bytes: int | None = None
@@ -29,9 +29,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """Facts from the card's driver; None where unknown.
+    """Data from the card's driver; None where unknown.
 
-    ``peers_bytes`` is what other processes of this project hold of its memory, ``power_w`` what it draws now, in watts.
+    ``peers_bytes``: memory used by other processes of this project. ``power_w``: current power draw in watts.
     """
 
     peers_bytes: int | None = None
@@ -39,125 +39,125 @@ class Telemetry:
 
 
 class Device(Protocol):
-    """Where models compute. Accounts for the memory of the models there."""
+    """The device on which models compute; accounts for their memory."""
 
     kind: DeviceKind
     name: str
-    """What people call it; a `Sentence` where that depends on the language."""
+    """Display name; a `Sentence` if it depends on the language."""
     torch_device: str
-    """What engines pass to ``torch`` to place tensors: ``"cuda"`` or ``"cpu"``."""
+    """The device string for ``torch``: ``"cuda"`` or ``"cpu"``."""
     separate: bool
-    """False where device and host are the same memory: then offload saves nothing and moves nothing."""
+    """False if device and host share their memory; then an offload moves nothing."""
     note: dict[str, str] | None
-    """What people must know about this device, by language (``en``, ``zh``); None if nothing."""
+    """A note for users by language (``en``, ``zh``), or None."""
 
     def memory(self) -> Memory:
-        """Current sizes. Never raises, never creates a CUDA context."""
+        """Returns the current sizes. Never raises, never creates a CUDA context."""
 
     def held_by(self) -> Mapping[int, int] | None:
-        """Bytes of its memory by process, without what torch keeps for reuse; None where unknown. Never raises."""
+        """Returns the bytes of its memory by process, without torch's cache; None where unknown. Never raises."""
 
     def telemetry(self) -> Telemetry:
-        """What the driver tells beside the sizes. Never raises, never creates a CUDA context."""
+        """Returns further data of the driver. Never raises, never creates a CUDA context."""
 
     def ensure_usable(self) -> None:
-        """Check, before a first load, that torch can compute here; `DeviceUnavailable` if not."""
+        """Checks, before a first load, that torch can compute here; raises `DeviceUnavailable` if not."""
 
     def is_usable(self) -> bool:
-        """Whether the device still answers this process, asked of the device itself.
+        """Tests the device itself for this process.
 
-        False only if it is gone for good: a device that is full, busy, or not in use yet is usable. Takes seconds at
-        most, needs no memory of the device, does not disturb other work on it, and never raises.
+        False only after a permanent failure: a device that is full, busy, or not in use yet is usable. Takes up to some
+        seconds, needs no device memory, does not disturb other work on it, and never raises.
         """
 
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
-        """Whether this tensor's bytes lie on the device and leave it at an offload; or `OnAnotherDevice`."""
+        """Returns whether a tensor's bytes are on this device and move at an offload; raises `OnAnotherDevice`."""
 
     def holds_session(self, providers: Sequence[str]) -> bool:
-        """Whether an ONNX Runtime session with these execution providers takes memory of the device."""
+        """Returns whether an ONNX Runtime session with these execution providers uses memory of the device."""
 
     def charge(self, nbytes: int) -> None:
-        """Account for bytes that a loader has placed here; `DeviceOutOfMemory` if they exceed the device."""
+        """Adds bytes that a loader placed here; raises `DeviceOutOfMemory` if they exceed the device."""
 
     def refund(self, nbytes: int) -> None:
-        """Account for bytes that left without `drop` (a destroyed session, a released engine)."""
+        """Subtracts bytes that were freed without `drop` (a destroyed session, a released engine)."""
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        """Give an empty storage its ``nbytes`` back, uninitialised; `DeviceOutOfMemory` if they do not fit."""
+        """Reallocates ``nbytes`` for an empty storage, uninitialised; raises `DeviceOutOfMemory` if they do not fit."""
 
     def drop(self, storage: torch.UntypedStorage) -> None:
-        """Free the bytes of a storage; its tensors stay, empty."""
+        """Frees the bytes of a storage; its tensors remain, empty."""
 
     def placing(self) -> AbstractContextManager[Any]:
-        """A block of calls of `allocate`.
+        """Returns a context for calls of `allocate`.
 
-        Gives an object to keep for as long as what was allocated in the block is in use: its pool of memory.
+        Its value is the memory pool, which must be kept as long as the allocated memory is in use.
         """
 
     def transfer(self) -> AbstractContextManager[Any]:
-        """A block of copies to or from the device and of computing there, complete when it ends."""
+        """Returns a context for copies to or from the device and computation there; they are complete when it ends."""
 
     def pin(self, raw: torch.Tensor) -> bool:
-        """Lock pages of main memory (uint8, page-aligned) for fast copies; False if refused, which is no error."""
+        """Page-locks main memory (uint8, page-aligned) for fast copies; returns False if refused, which is no error."""
 
     def unpin(self, raw: torch.Tensor) -> None:
-        """Unlock what `pin` has locked."""
+        """Unlocks memory locked by `pin`."""
 
     def wait(self) -> None:
-        """Wait for all work under way on this device: then nothing reads or writes a model that nobody uses."""
+        """Waits for all running work of this device; afterwards nothing reads or writes an unused model."""
 
     def settle(self) -> None:
-        """Hand freed memory back to the driver."""
+        """Returns freed memory to the driver."""
 
 
 class Resident(Protocol):
-    """The part of a model that can live on the device, on the host, or nowhere.
+    """The movable memory of a model.
 
-    Moves are all or nothing and idempotent: on an error everything is where it was before the call.
+    Moves are atomic and idempotent: after an error everything is where it was before the call.
     """
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device now."""
+        """Current bytes on the device."""
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in main memory now."""
+        """Current bytes in main memory."""
 
     def offload(self) -> int:
-        """Leave the device for the host; return the bytes moved."""
+        """Moves from the device to the host; returns the bytes moved."""
 
     def restore(self) -> int:
-        """Come back to the device; return the bytes moved."""
+        """Moves back to the device; returns the bytes moved."""
 
     def release(self) -> int:
-        """Give up both places; return the bytes freed. Never raises; the engine is unusable afterwards."""
+        """Frees device and host memory; returns the bytes freed. Never raises; the engine is unusable afterwards."""
 
     def save(self, store: SnapshotStore, name: str) -> int:
-        """Give up both places for a snapshot, and return the bytes freed; the engine stays as a skeleton.
+        """Writes a snapshot and frees all memory; returns the bytes freed. The engine stays as a skeleton.
 
-        `SnapshotUnusable` if there cannot be one; then everything is on device or host.
+        Raises `SnapshotUnusable` if that is impossible; then everything is on device or host.
         """
 
     def load(self, store: SnapshotStore, name: str) -> int:
-        """Come back to the host from a snapshot, and return the bytes read.
+        """Reads a snapshot into host memory; returns the bytes read.
 
-        `SnapshotUnusable` if it is gone or bad; then only `release` is left.
+        Raises `SnapshotUnusable` if it is missing or damaged; then only `release` is possible.
         """
 
 
 class Loan(Resident, Protocol):
-    """A kept part as one engine has it. Once another has borrowed it, this moves nothing any more and holds nothing."""
+    """A borrowed part, as seen by one engine. After the next `KeptPart.borrow_locked` it is empty and moves nothing."""
 
     def joined_with(self, engine: Resident) -> Resident:
-        """The engine and what it has borrowed, as one."""
+        """Returns one resident for the engine and its borrowed part."""
 
 
 class KeptPart(Protocol):
-    """A part that a loader is given and does not build: it outlives releases, on the host, and is its owner's."""
+    """A part that a loader uses but does not build: it belongs to its owner and outlives releases, on the host."""
 
     lock: threading.Lock
-    """Protects each move of the part: a load that was given up may end beside the next one."""
+    """Protects each move of the part: a load that was given up may end during the next one."""
 
     @property
     def device_bytes(self) -> int: ...
@@ -166,40 +166,40 @@ class KeptPart(Protocol):
     def host_bytes(self) -> int: ...
 
     def offload(self) -> int:
-        """Leave the device, before anybody has borrowed it."""
+        """Moves off the device, before the first loan."""
 
     def borrow_locked(self) -> Loan:
-        """Lend it to a load; the loan before ends."""
+        """Lends the part to a load; ends the loan before."""
 
     def hand_back(self) -> None:
-        """Come back to the device, as it was given, and be taken care of no more. On an error nothing has changed."""
+        """Restores the part to the device as it was given, and ends its management. On an error nothing has changed."""
 
 
 class SnapshotStore(Protocol):
-    """Keeps bytes on disk between a release and the next load. Thread-safe for different names."""
+    """Storage of bytes on disk between a release and the next load. Thread-safe for different names."""
 
     def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
-        """Keep ``raw`` (uint8), whose ``ranges`` (start, stop) have these XXH3 hashes; or `SnapshotUnusable`."""
+        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these XXH3 hashes; raises `SnapshotUnusable`."""
 
     def read(
         self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor, *, once: bool
     ) -> None:
-        """Fill ``raw`` with what was written under that name and these hashes; `SnapshotUnusable` if it cannot be.
+        """Fills ``raw`` with the bytes of that name and these hashes; raises `SnapshotUnusable` if that is impossible.
 
-        With ``once`` it is not kept any longer: it will not be written in this form again.
+        With ``once`` it is deleted afterwards: it will not be written in this form again.
         """
 
 
 class Adoption(Protocol):
-    """What is known of a model before its engine is searched for memory."""
+    """The settings of a model that discovery needs."""
 
     @property
     def skip(self) -> tuple[str, ...]:
-        """Paths in the engine; objects below them are left alone."""
+        """Attribute paths of the engine; objects below them are not moved."""
 
     @property
     def borrowed_part(self) -> KeptPart | None:
-        """A part of the engine that outlives a release, and is searched by itself."""
+        """A part of the engine that outlives a release, and is searched separately."""
 
 
 class Adopt(Protocol):
@@ -211,10 +211,10 @@ class Adopt(Protocol):
 class Engine(Protocol):
     """A speech engine with the two methods of StepAudioTTS.
 
-    It may have a third, ``check_text(target_text)``: raises `InvalidInput` for a text that it cannot say. It answers at
-    once, in any thread, and loads nothing, so that nobody waits for a model to hear that.
+    Optional third method: ``check_text(target_text)`` raises `InvalidInput` for a text that the engine cannot speak. It
+    is called from any thread, before the model is loaded, and must return at once and load nothing.
 
-    Both return ``(audio, sample_rate)``: float32 of shape [1, samples] on the CPU, and Hz.
+    Both methods return ``(audio, sample_rate)``: float32 of shape [1, samples] on the CPU, and Hz.
     """
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]: ...
@@ -231,48 +231,48 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Policy(Protocol):
-    """When an idle model is on the device, and when it leaves main memory. Pure: is fed with times, asks no clock.
+    """Decides when an idle model is on the device, and when it leaves main memory. Pure: gets all times as arguments.
 
     All times are seconds after the end of the last lease; ``math.inf`` is never. Calls come one at a time, under the
-    manager's lock, and answer at once; what the others answer may change in `idle_ended` and `brought_back` only.
-    One object serves one model.
+    manager's lock, and must return at once. Results may change only in `idle_ended` and `brought_back`. One object
+    serves one model.
     """
 
     @property
     def name(self) -> str:
-        """``fixed``, ``auto``, or what a policy of one's own is called in the status."""
+        """``fixed``, ``auto``, or the status name of a custom policy."""
 
     @property
     def keep_warm_s(self) -> float:
-        """How long the model stays on the device now."""
+        """The time that the model currently stays on the device."""
 
     @property
     def idle_timeout_s(self) -> float:
-        """When it is released; not while `windows` promises that it is on the device."""
+        """The time of its release; postponed while it is within `windows`."""
 
     def windows(self) -> tuple[tuple[float, float], ...]:
-        """When an idle model is on the device: (from, until), in order and apart. The first begins at 0.
+        """Returns when an idle model is on the device: (from, until), in order, not overlapping. The first begins at 0.
 
-        A later one brings the model back before the request that is expected in it.
+        Each later window restores the model before an expected request.
         """
 
     def idle_ended(self, idle_s: float) -> None:
-        """A request came after the model had been idle for ``idle_s`` (prefetches do not count)."""
+        """Called when a request arrives after ``idle_s`` idle seconds (prefetches do not count)."""
 
     def brought_back(self, seconds: float) -> None:
-        """A restore has taken this long."""
+        """Called after a restore that took ``seconds``."""
 
     def with_idle_timeout(self, idle_timeout_s: float) -> Policy:
-        """The same policy with another idle timeout; it keeps what it has learned."""
+        """Returns the same policy with another idle timeout; keeps what it has learned."""
 
 
 class Clock(Protocol):
-    """Monotonic time in seconds, and waiting until a deadline."""
+    """Monotonic time in seconds, and waits with a deadline."""
 
     def now(self) -> float: ...
 
     def wait(self, event: threading.Lock, timeout_s: float = ...) -> None:
-        """Wait until a one-shot event (see `residency.one_shot_event`) is set, or for ``timeout_s`` (`math.inf`).
+        """Waits until a one-shot event (`residency.one_shot_event`) is set, or for ``timeout_s`` (may be `math.inf`).
 
         May return early: the caller checks its condition again, and waits with a new event.
         """

@@ -1,7 +1,4 @@
-"""Errors that people and programs can act on.
-
-Every error says what to do next, in English and Chinese, keeps its facts as attributes and survives pickling.
-"""
+"""This project's errors: messages in English and Chinese with the next step; details as attributes. Can be pickled."""
 
 from __future__ import annotations
 
@@ -68,9 +65,9 @@ class ModelExists(ResidencyError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The request that has a model: the code that took the lease, its thread, and for how many seconds.
+    """The request that uses a model: the code that took the lease, its thread, and for how many seconds.
 
-    ``waits_for`` is the thread of a request for the same model for which this code waits, with a time-out.
+    ``waits_for``: thread of a request for the same model for which this code waits, with a time-out.
     """
 
     where: str
@@ -109,10 +106,9 @@ def _doing(state: str) -> tuple[str, str]:
 
 @dataclass(eq=False, repr=False)
 class RequestTimeout(ResidencyError, TimeoutError):
-    """A request did not get its model in the time it had. Nothing was harmed: the move under way goes on.
+    """A request did not get its model in time. The current move continues.
 
-    ``place`` is its place in the queue (1: served next), ``doing`` the model's state, ``holder`` the request that had
-    the model then.
+    ``place``: place in the queue (1: next). ``doing``: state of the model. ``holder``: the request that used the model.
     """
 
     name: str
@@ -133,7 +129,7 @@ class RequestTimeout(ResidencyError, TimeoutError):
 
 @dataclass(eq=False, repr=False)
 class EventLoopBlocked(ResidencyError, RuntimeError):
-    """``call`` would block the event loop in which the code of ``holder``, which has the model, goes on."""
+    """``call`` would block the event loop that the code of ``holder``, which uses the model, needs to continue."""
 
     name: str
     call: str
@@ -151,7 +147,7 @@ class EventLoopBlocked(ResidencyError, RuntimeError):
 
 @dataclass(eq=False, repr=False)
 class ModelBusy(ResidencyError):
-    """A request that may not wait, or not behind that many, came when the model was in use or not on the device."""
+    """The model is in use or not on the device, and the request must not wait or the queue is full."""
 
     name: str
     waiting: int
@@ -191,9 +187,9 @@ class RequestStopped(ResidencyError):
 
 @dataclass(eq=False, repr=False)
 class LeaseDeadlock(ResidencyError, RuntimeError):
-    """A request would wait for ever: the code that has the model waits for the code that makes the request.
+    """A request would wait forever: the code that uses the model waits for the code that makes the request.
 
-    ``holding`` are the models that the request's own code has or loads, ``holder`` is the request that has the model.
+    ``holding``: models that the requesting code uses or loads. ``holder``: the request that uses the model.
     """
 
     name: str
@@ -220,7 +216,7 @@ class LeaseDeadlock(ResidencyError, RuntimeError):
 
 @dataclass(eq=False, repr=False)
 class LoadTimeout(ResidencyError, TimeoutError):
-    """A loader took longer than it may. A late engine is thrown away; the next request loads anew."""
+    """A loader exceeded its time limit. A late engine is discarded; the next request starts a new load."""
 
     name: str
     allowed_s: float
@@ -235,7 +231,7 @@ class LoadTimeout(ResidencyError, TimeoutError):
 
 
 class ManagerClosed(ResidencyError):
-    """The manager was closed; it serves no further requests."""
+    """The manager is closed and accepts no requests."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -245,7 +241,7 @@ class ManagerClosed(ResidencyError):
 
 
 class NotReady(ResidencyError):
-    """The app starts, and its page does not answer yet."""
+    """The app is starting; its page does not respond yet."""
 
     def __init__(self) -> None:
         super().__init__("The app is still starting; try again in a moment.", "应用正在启动，请稍后重试。")
@@ -253,7 +249,7 @@ class NotReady(ResidencyError):
 
 @dataclass(eq=False, repr=False)
 class TooManyListeners(ResidencyError):
-    """``/gpu/events`` has as many listeners as are allowed."""
+    """``/gpu/events`` has reached its maximum of listeners."""
 
     most: int
 
@@ -267,7 +263,7 @@ class TooManyListeners(ResidencyError):
 
 @dataclass(eq=False, repr=False)
 class SettingsConflict(ResidencyError):
-    """The process's manager exists already, with other settings."""
+    """The manager of this process already exists with other settings."""
 
     setting: str
     present: object
@@ -283,13 +279,13 @@ class SettingsConflict(ResidencyError):
 
 
 Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task"]
-"""What a request for speech is made of: each has a control on the page."""
+"""The parts of a speech request; each has a control on the page."""
 
 
 class InvalidInput(ResidencyError, ValueError):
-    """Something a user gave cannot be used; the message says what to give instead, in both languages.
+    """Invalid user input; the message contains what to enter instead, in both languages.
 
-    ``field`` names which part of a request for speech that is; None if the error is about no single part.
+    ``field``: the part of a speech request with the error; None if it is no single part.
     """
 
     def __init__(self, en: str, zh: str, field: Field | None = None) -> None:
@@ -299,7 +295,7 @@ class InvalidInput(ResidencyError, ValueError):
 
 @contextmanager
 def about(field: Field) -> Iterator[None]:
-    """An `InvalidInput` that is raised within this block is about ``field``, unless it names another one."""
+    """Sets ``field`` on an `InvalidInput` raised in this block, unless it has one."""
     try:
         yield
     except InvalidInput as error:
@@ -309,7 +305,7 @@ def about(field: Field) -> Iterator[None]:
 
 
 class NotAllowed(ResidencyError, PermissionError):
-    """Somebody asked for what is not for everybody."""
+    """The caller has no permission for this operation."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -322,7 +318,7 @@ class NotAllowed(ResidencyError, PermissionError):
 
 @dataclass(eq=False, repr=False)
 class ExtraMissing(ResidencyError, ImportError):
-    """A part of this package needs a module that an extra of it brings, and that is not installed."""
+    """A module of an optional extra is not installed."""
 
     extra: str
     module: str
@@ -338,7 +334,7 @@ class ExtraMissing(ResidencyError, ImportError):
 
 
 class EngineUnavailable(ResidencyError):
-    """The speech engine that was asked for is not installed or not where it should be."""
+    """The requested speech engine is not installed or was not found."""
 
     def __init__(self, en: str, zh: str) -> None:
         super().__init__(en, zh, en, zh)

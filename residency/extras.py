@@ -1,4 +1,4 @@
-"""The extras of this package: groups of packages that parts of it need, and that a bare ``pip install`` leaves out."""
+"""The extras of this package: optional dependencies that a plain ``pip install`` omits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OURS = {"app", "gpu_manager", "residency", "tts_gpu_managed"}
 
 
 def require(extra: str, *modules: str) -> None:
-    """Look whether these top-level modules, which an extra brings, can be imported; `ExtraMissing` if not."""
+    """Raises `ExtraMissing` unless all these top-level modules of an extra can be imported."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ExtraMissing(extra, module)
@@ -20,7 +20,7 @@ def require(extra: str, *modules: str) -> None:
 
 @contextmanager
 def needing(extra: str) -> Iterator[None]:
-    """A block that imports modules of an extra; `ExtraMissing` if one is not installed."""
+    """Raises `ExtraMissing` for a module that is not installed, in a block that imports modules of an extra."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Locks that a forked child can take: it has no copy of the threads that may have held them."""
+"""Locks that work in forked children, although the threads that held them do not exist there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def renewed_in_children(lock: Lock) -> Lock:
-    """Have a `threading.Lock` or `RLock` released in each child that this process forks; returns the lock."""
+    """Releases a `threading.Lock` or `RLock` in each child that this process forks; returns the lock."""
     _locks.add(lock)
     return lock
 

@@ -10,9 +10,9 @@ from .sentences import Sentence
 
 @dataclass(eq=False, repr=False)
 class DeviceOutOfMemory(ResidencyError, MemoryError):
-    """A move needed more device memory than there is. Nothing was moved.
+    """A move needed more device memory than available. Nothing was moved.
 
-    ``holders`` are the processes that hold memory of the device, according to the driver: (pid, bytes or None).
+    ``holders``: processes that use memory of the device, according to the driver: (pid, bytes or None).
     """
 
     needed_bytes: int
@@ -36,7 +36,7 @@ class DeviceOutOfMemory(ResidencyError, MemoryError):
 
 
 class OverBudget(DeviceOutOfMemory):
-    """A model needs more than the models under management together may take of the device. Nothing was moved."""
+    """A model needs more than the budget of device memory for all models. Nothing was moved."""
 
     def __init__(self, needed_bytes: int, free_bytes: int, budget_bytes: int, device: str) -> None:
         name = Sentence.of(device)
@@ -58,7 +58,7 @@ class OverBudget(DeviceOutOfMemory):
 
 @dataclass(eq=False, repr=False)
 class DeviceUnavailable(ResidencyError):
-    """The GPU that was found cannot be used."""
+    """The GPU cannot be used."""
 
     reason: str
 
@@ -72,7 +72,7 @@ class DeviceUnavailable(ResidencyError):
 
 
 class DeviceLost(DeviceUnavailable):
-    """The GPU, or this process's use of it, has failed for good: every later CUDA call of the process fails too."""
+    """Permanent failure of the GPU, or of this process's CUDA context: every later CUDA call fails too."""
 
     def sentences(self) -> tuple[str, str]:
         return (
@@ -83,7 +83,7 @@ class DeviceLost(DeviceUnavailable):
 
 @dataclass(eq=False, repr=False)
 class CaptureUnderWay(ResidencyError, RuntimeError):
-    """A move had to wait for the GPU while another thread captured a CUDA graph on it. Nothing was moved."""
+    """A move waited too long for another thread's CUDA graph capture on the GPU. Nothing was moved."""
 
     device: str
 
@@ -98,7 +98,7 @@ class CaptureUnderWay(ResidencyError, RuntimeError):
 
 @dataclass(eq=False, repr=False)
 class SharedWeights(ResidencyError):
-    """A model holds bytes that belong to another model too; moving one would take them from the other."""
+    """A model shares bytes with another managed model; a move of one would move bytes of the other."""
 
     paths: tuple[str, ...]
 
@@ -128,7 +128,7 @@ class OnAnotherDevice(ResidencyError):
 
 @dataclass(eq=False, repr=False)
 class WeightsGone(ResidencyError):
-    """A loader returned an engine that was released before: its tensors have no bytes any more."""
+    """A loader returned an engine that was released before; its tensors are empty."""
 
     paths: tuple[str, ...]
 
@@ -158,7 +158,7 @@ class NotHandedOut(ResidencyError, TypeError):
 
 @dataclass(eq=False, repr=False)
 class PartGone(ResidencyError, ReferenceError):
-    """An object that the engine made and did not keep was used after that engine had been released."""
+    """An object that the engine created but did not keep was used after the engine's release."""
 
     kind: str
 
@@ -171,9 +171,9 @@ class PartGone(ResidencyError, ReferenceError):
 
 @dataclass(eq=False, repr=False)
 class TensorAway(ResidencyError, RuntimeError):
-    """A tensor of an engine was used while its bytes were away. Nothing was harmed.
+    """A tensor of an engine was used while its bytes were not on the device.
 
-    ``path`` leads to it from the engine; ``released``: these bytes do not come back, only a new engine's.
+    ``path``: its path in the engine. ``released``: the bytes were freed and cannot be restored; a new engine is needed.
     """
 
     path: str
@@ -198,7 +198,7 @@ class TensorAway(ResidencyError, RuntimeError):
 
 @dataclass(eq=False, repr=False)
 class CapturedGraphs(ResidencyError):
-    """An engine has captured CUDA graphs, which remember addresses on the device: it can be released, not offloaded."""
+    """An engine has captured CUDA graphs, which contain device addresses: it can be released, not offloaded."""
 
     paths: tuple[str, ...]
 
@@ -213,7 +213,7 @@ class CapturedGraphs(ResidencyError):
 
 @dataclass(eq=False, repr=False)
 class SnapshotUnusable(ResidencyError):
-    """A snapshot cannot be written or read. No reason to fail: the engine is released or loaded the normal way."""
+    """A snapshot cannot be written or read. The engine is then released or loaded without it."""
 
     name: str
     reason: str

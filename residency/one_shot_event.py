@@ -1,7 +1,7 @@
-"""A one-shot event: a thread or a coroutine waits for it until a thread sets it, once.
+"""One-shot events: a thread or a coroutine waits until a thread sets the event, once.
 
-It is a bare lock that is held until it is set. Unlike a `threading.Condition`, whose methods are Python code, it
-survives an interrupt (Ctrl-C) of the waiting thread at any moment: no lock is left held or released too early.
+The event is a bare lock, held until it is set. Unlike a `threading.Condition`, whose methods are Python code, it
+survives an interrupt (Ctrl-C) of the waiting thread at any moment: no lock stays held or is released too early.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ class OneShotEvent(Protocol):
     """`threading.Lock`, or `AsyncOneShotEvent`."""
 
     def release(self) -> object:
-        """Set it; RuntimeError if it is set."""
+        """Sets it; raises RuntimeError if it is set."""
 
 
 def new_event() -> threading.Lock:
-    """An event that is not set."""
+    """Returns an event that is not set."""
     event = threading.Lock()
     event.acquire()
     return event
 
 
 def holds(lock: Any) -> bool:
-    """Whether this thread has this `threading.RLock`: `threading.Condition` asks it so, too."""
+    """Returns whether this thread owns a `threading.RLock`, with the method that `threading.Condition` uses."""
     return bool(lock._is_owned())
 
 
 def set_event(event: OneShotEvent) -> None:
-    """Wake the thread or coroutine that waits for it. Setting it twice is no error."""
-    with contextlib.suppress(RuntimeError):  # it is set
+    """Wakes the thread or coroutine that waits for the event. Does nothing if it is already set."""
+    with contextlib.suppress(RuntimeError):  # already set
         event.release()
 
 
 class AsyncOneShotEvent:
-    """An event for which a coroutine of the running event loop waits. Any thread sets it.
+    """An event on which a coroutine of the running event loop waits. Any thread may set it.
 
-    The loop keeps the coroutine that waits, as it does for a timer; the event does not. So a task whose loop is dropped
-    can be collected, although its request is still in a queue.
+    The loop, not the event, keeps the waiting coroutine, as for a timer. So a task whose loop was dropped can be
+    collected even while its request is in a queue.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class AsyncOneShotEvent:
 
     @property
     def is_dead(self) -> bool:
-        """Whether the loop was closed or dropped: the coroutine cannot go on."""
+        """Whether the loop was closed or dropped, so that the coroutine cannot continue."""
         loop = self._loop()
         return loop is None or loop.is_closed()
 
@@ -71,7 +71,7 @@ class AsyncOneShotEvent:
             _wake(woken)
 
     async def wait(self, timeout_s: float = math.inf) -> None:
-        """Wait until it is set, ``timeout_s`` at most; a day at most."""
+        """Waits until it is set, at most ``timeout_s`` and at most a day."""
         if self._is_set:
             return
         loop = asyncio.get_running_loop()

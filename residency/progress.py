@@ -1,15 +1,15 @@
-"""Progress of a move: loaders and residents report it through `current`; the status and events show it.
+"""Progress of a move: loaders and residents report it through `current`; status and events show it.
 
-A move runs in a context of its own (`contextvars`), so loaders and residents need no argument for it::
+A move runs in its own context (`contextvars`), so loaders and residents need no argument for it::
 
     progress = current()
     progress.enter("copying", total_bytes)
-    progress.advance(nbytes)                # after each piece; from any thread that was given the object
+    progress.advance(nbytes)                # after each storage; from any thread
 
-A move begins in the phase that is its state's name (``loading``, ``restoring``, ...), and may then be: ``building`` (a
-loader runs), ``looking`` (an engine is searched for memory), ``checking`` (weights are compared with their mirror),
-``copying`` (bytes cross between device and host; on a GPU: are queued to), ``sessions`` (ONNX Runtime builds),
-``reading`` or ``writing`` (a snapshot). A model with several parts goes through them more than once.
+The first phase has the name of the move's state (``loading``, ``restoring``, ...). Others: ``building`` (the loader
+runs), ``looking`` (searches the engine for memory), ``checking`` (compares weights with their mirror), ``copying``
+(copies bytes between device and host; on a GPU: queues the copies), ``sessions`` (builds ONNX Runtime sessions),
+``reading`` or ``writing`` (a snapshot). A model with several parts repeats them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .locks import renewed_in_children
 
 
 class Progress:
-    """Phase, bytes done and bytes in all (None where unknown) of one move. Thread-safe; never raises.
+    """Phase, bytes done and total bytes (None where unknown) of one move. Thread-safe; never raises.
 
-    ``now`` tells the time in seconds. ``changed`` is called after each change, in the thread that made it.
+    ``now`` returns the time in seconds. ``changed`` is called after each change, in the thread of the change.
     """
 
     def __init__(self, phase: str, total_bytes: int | None = None, now: Callable[[], float] = time.monotonic) -> None:
@@ -40,37 +40,37 @@ class Progress:
 
     @property
     def facts(self) -> tuple[str, int, int | None]:
-        """(phase, bytes done in it, bytes in all or None), of one moment."""
+        """A consistent (phase, bytes done in it, total bytes or None)."""
         return self._facts
 
     @property
     def pulse(self) -> object:
-        """Another value whenever the move has made progress, in bytes or otherwise."""
+        """A value that differs after each progress of the move, in bytes or otherwise."""
         return self._facts, self.beats
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Rate of the phase since it began; None if unknown."""
+        """Rate since the phase began; None if unknown."""
         with self._lock:
             elapsed_s, done_bytes = self._now() - self._phase_began_s, self._facts[1]
         return done_bytes / elapsed_s if done_bytes and elapsed_s > 0 else None
 
     def enter(self, phase: str, total_bytes: int | None = None) -> None:
-        """Begin a phase of ``total_bytes`` (None: unknown), of which nothing is done yet."""
+        """Begins a phase of ``total_bytes`` (None: unknown)."""
         with self._lock:
             self._facts = (phase, 0, total_bytes)
             self._phase_began_s = self._now()
         self._tell()
 
     def advance(self, nbytes: int) -> None:
-        """Add bytes that were done in this phase."""
+        """Adds bytes done in this phase."""
         with self._lock:
             phase, done_bytes, total_bytes = self._facts
             self._facts = (phase, done_bytes + nbytes, total_bytes)
         self._tell()
 
     def beat(self) -> None:
-        """Report that the phase goes on without bytes. Cheap; calls no listener."""
+        """Reports progress without bytes. Cheap; calls no listener."""
         self.beats += 1
 
     def _tell(self) -> None:
@@ -82,13 +82,13 @@ _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("curr
 
 
 def current() -> Progress:
-    """The progress of the move in whose context this is called; outside of one, a progress that is not shown."""
+    """Returns the progress of the move in this context; outside of one, a progress that is not shown."""
     return _current.get() or Progress("idle")
 
 
 @contextmanager
 def reporting(progress: Progress) -> Iterator[None]:
-    """What is moved within this block is ``progress``'s."""
+    """Makes ``progress`` the `current` one within the block."""
     token = _current.set(progress)
     try:
         yield

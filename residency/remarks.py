@@ -9,7 +9,7 @@ from .units import readable_bytes
 
 
 def holder(model: ModelStatus) -> Sentence | None:
-    """Returns which code uses the model, and for how long; None if none does."""
+    """Returns which code uses the model, and for how long; None if it is not in use."""
     facts = model.get("holder")  # older apps do not send it
     if not facts:
         return None
@@ -18,7 +18,7 @@ def holder(model: ModelStatus) -> Sentence | None:
 
 
 def last_error(model: ModelStatus) -> Sentence | None:
-    """Returns why the last move failed; None if it did not."""
+    """Returns why the last move failed; None after a success."""
     if not (error := model["last_error"]):
         return None
     reason = Sentence.parsed(error)

@@ -1,4 +1,4 @@
-"""A sentence in English and Chinese. Programs and logs read both at once; pages and terminals show one."""
+"""A sentence in English and Chinese: logs and JSON contain both, pages and terminals show one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 
 class Sentence(str):
-    """The string ``en / zh`` with its halves as attributes, so that no reader has to split it.
+    """The string ``en / zh`` with its halves as attributes.
 
     ``en`` and ``zh`` are equal for names and for messages of other programs. ``whole`` replaces the string itself.
     """
@@ -18,7 +18,6 @@ class Sentence(str):
     zh: str
 
     def __new__(cls, en: str, zh: str, whole: str | None = None) -> Sentence:
-        """``en`` and ``zh`` are the whole sentence in one language each."""
         if whole is None:
             whole = en if en == zh else f"{en} / {zh}"
         sentence = super().__new__(cls, whole)
@@ -27,12 +26,12 @@ class Sentence(str):
 
     @classmethod
     def of(cls, said: str) -> Sentence:
-        """The same where it is one already; another string is itself in both languages."""
+        """Returns a `Sentence` unchanged; uses another string for both languages."""
         return said if isinstance(said, Sentence) else cls(said, said)
 
     @classmethod
     def parsed(cls, said: str) -> Sentence:
-        """Like `of`; splits a string ``en / zh``, as JSON carries it, into its halves."""
+        """Like `of`; splits a string ``en / zh``, as in JSON, into its halves."""
         found = None if isinstance(said, Sentence) else _BOTH.fullmatch(said)
         if found is None:
             return cls.of(said)
@@ -47,11 +46,11 @@ _BOTH = re.compile(r"(?P<before>[\w-]+: )?(?P<en>[^\n]+?) / (?P<zh>[^\n]*[\u4e00
 
 
 def language(environ: Mapping[str, str] = os.environ) -> Literal["en", "zh"]:
-    """Of a terminal: Chinese where the first of LC_ALL, LC_MESSAGES and LANG that is set begins with ``zh``."""
+    """Returns the terminal's language: ``zh`` if the first non-empty of LC_ALL, LC_MESSAGES, LANG begins with it."""
     locale = next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
     return "zh" if locale.startswith("zh") else "en"
 
 
 def in_locale(lines: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Lines for a terminal: of each that is ``en / zh``, also behind a name and a colon, the half of its language."""
+    """Replaces each ``en / zh`` in lines for a terminal, also after a name and a colon, by the half of its language."""
     return _BOTH.sub(rf"\g<before>\g<{language(environ)}>", lines)

@@ -1,6 +1,6 @@
-"""Where a model is and how it may change. Pure data: no locks, no clock, no torch.
+"""The states of a model and the transitions between them. Pure data: no locks, clock or torch.
 
-A model rests in one of three settled states and passes through a moving state on its way between them::
+A model is in one of three settled states, or in a moving state between them::
 
     RELEASED --LOADING----> DEVICE      first request: the loader runs
     DEVICE   --OFFLOADING-> HOST        last lease ended and keep-warm ran out, or another model needs the room
@@ -8,8 +8,8 @@ A model rests in one of three settled states and passes through a moving state o
     HOST     --RELEASING--> RELEASED    idle timeout, or by hand
     DEVICE   --RELEASING--> RELEASED    by hand, at the idle timeout where device and host are one memory, or broken
 
-A move that fails returns to the settled state it left. One that was given up (a loader that hangs) does so too, and
-what it brings later is thrown away.
+A failed move returns to the settled state before it, unless its bytes have already left. A load that was given up
+returns to RELEASED; a late engine is discarded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ShownState = Literal["gpu", "cpu", "released", "moving"]
 
 
 class State(enum.Enum):
-    """Where the bytes of a model are, or which way they travel."""
+    """The location of a model's bytes, or the direction of their move."""
 
     RELEASED = "released"
     LOADING = "loading"
@@ -35,26 +35,26 @@ class State(enum.Enum):
 
     @property
     def settled(self) -> bool:
-        """Whether no move is under way."""
+        """Whether no move is running."""
         return self in SETTLED
 
     def place(self, device_kind: str) -> Place:
-        """What users see of a settled state.
+        """Returns the location that users see, for a settled state.
 
-        On a machine without a GPU the device is the CPU, and a model is never shown on a ``gpu``.
+        If the device is the CPU, a model is never shown on a ``gpu``.
         """
         if self is State.RELEASED:
             return "released"
         return "cpu" if self is State.HOST or device_kind == "cpu" else "gpu"
 
     def shown(self, device_kind: str) -> ShownState:
-        """What users see of any state."""
+        """Returns the location that users see, for any state."""
         return self.place(device_kind) if self.settled else "moving"
 
 
 SETTLED = frozenset({State.RELEASED, State.DEVICE, State.HOST})
 
-#: (settled state left, settled state wanted) -> the state shown on the way. There are no other moves.
+#: (source, target) -> the moving state between them. There are no other moves.
 TRANSITIONS: dict[tuple[State, State], State] = {
     (State.RELEASED, State.DEVICE): State.LOADING,
     (State.DEVICE, State.HOST): State.OFFLOADING,
@@ -66,7 +66,7 @@ TRANSITIONS: dict[tuple[State, State], State] = {
 
 @dataclass(frozen=True)
 class Move:
-    """One transition of one model, decided but not yet carried out."""
+    """One planned transition of one model."""
 
     model: str
     source: State
@@ -74,13 +74,13 @@ class Move:
 
     @property
     def via(self) -> State:
-        """The moving state on the way; KeyError if there is no such move."""
+        """The moving state; raises KeyError if there is no such move."""
         return TRANSITIONS[self.source, self.target]
 
 
 @dataclass(frozen=True)
 class MoveRecord:
-    """A move that was carried out: how many bytes changed place, and in how many seconds."""
+    """A completed move: the bytes moved, and its duration in seconds."""
 
     move: Move
     moved_bytes: int

@@ -1,7 +1,7 @@
-"""The answers of `status()` and `history()`: return types in Python, and the models of the OpenAPI description.
+"""The types of `status()` and `history()`, also used for the OpenAPI description.
 
-Sizes are in bytes and times in seconds; None (null in JSON) is unknown. These types cost nothing at run time: answers
-are plain dictionaries, and nothing validates them but the tests.
+Sizes are in bytes and times in seconds; None (null in JSON) is unknown. Results are plain dictionaries and are not
+validated at run time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MoveOutcome = Literal["ok", "failed", "postponed"]
 
 @dataclass(frozen=True)
 class Doc:
-    """The description of a field. Pydantic reads it from `Annotated`, without being imported here."""
+    """The description of a field in `Annotated`. Pydantic reads it; this module does not import pydantic."""
 
     text: str
 

@@ -1,13 +1,13 @@
-"""Sizes as people write and read them. A GB is 2**30 bytes: on the page, in the log, in tables and in every setting."""
+"""Sizes as text. A GB is 2**30 bytes: on the page, in the log, in tables and in every setting."""
 
 from __future__ import annotations
 
 UNITS_BYTES = {"TB": 1 << 40, "GB": 1 << 30, "MB": 1 << 20, "KB": 1 << 10}
-"""As on the box of a graphics card: one of 48 GB has 48 * 2**30."""
+"""Binary units, as for graphics cards: one of 48 GB has 48 * 2**30 bytes."""
 
 
 def readable_bytes(nbytes: int | None) -> str:
-    """``1.25 GB``; ``?`` if unknown."""
+    """Formats as ``1.25 GB``; ``?`` if unknown."""
     if nbytes is None:
         return "?"
     for unit, size in UNITS_BYTES.items():
@@ -18,7 +18,7 @@ def readable_bytes(nbytes: int | None) -> str:
 
 
 def readable_rate(bytes_per_s: float) -> str:
-    """``24.5 GB/s``: always in GB, so that moves can be compared at a glance."""
+    """Formats as ``24.5 GB/s``; always in GB, so that moves are comparable."""
     rate = bytes_per_s / UNITS_BYTES["GB"]
     if 0 < rate < 0.01:
         return "< 0.01 GB/s"

@@ -1,1 +1,1 @@
-"""Records what happens: events, history, memory outside the books, classes of errors."""
+"""Events, history, unmanaged memory, and classification of errors."""

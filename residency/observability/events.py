@@ -1,4 +1,4 @@
-"""What happens to the models, told to whoever listens: the page, the API, programs."""
+"""Events of the models, for listeners: the page, the API, programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..status_types import Doc
 logger = logging.getLogger(__name__)
 
 TOLD_WITHIN_S = 5.0
-"""How long the end waits at most for what listeners are still to be told."""
+"""Maximum wait of `close` for the delivery of remaining events."""
 
 _BACKLOG, _BACKLOG_AT_MOST = 1000, 100_000
 
@@ -44,31 +44,31 @@ class Event:
 
 
 class Subscribers:
-    """Who wants to know. Any thread may subscribe, and tell, at any time.
+    """The listeners for events. Thread-safe.
 
-    They are called one after the other in a thread of their own, in the order in which things happened; no move and
-    no request waits for them. One that raises is logged and stays subscribed. For one that is too slow, progress is
-    left out; for one that does not return at all, what is `_BACKLOG_AT_MOST` events old.
+    They are called one after the other in a separate thread, in order of the events; moves and requests do not wait for
+    them. An error of a listener is logged; it stays subscribed. For slow listeners, progress events are dropped; if one
+    does not return, the oldest of more than `_BACKLOG_AT_MOST` events are dropped.
     """
 
     def __init__(self) -> None:
         self._listeners: tuple[Callable[[Event], object], ...] = ()
         self._events: deque[Event] = deque(maxlen=_BACKLOG_AT_MOST)
         self._wake_up = new_event()
-        self._lock = renewed_in_children(threading.Lock())  # for changes of the listeners
+        self._lock = renewed_in_children(threading.Lock())  # protects changes of the listeners
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def subscribe(self, listener: Callable[[Event], object]) -> Callable[[], None]:
-        """Have ``listener`` called from now on; call the answer to end that."""
+        """Calls ``listener`` from now on; returns a function that unsubscribes it."""
         with self._lock:
             self._listeners = (*self._listeners, listener)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="gpu-events", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:  # the system gives no more threads: the next listener tries again
-                    logger.warning("Events are not told for now", exc_info=True)
+                except RuntimeError:  # no more threads; the next subscription tries again
+                    logger.warning("The thread for events cannot be started now", exc_info=True)
                 else:
                     self._thread = thread
 
@@ -82,13 +82,13 @@ class Subscribers:
         return bool(self._listeners)
 
     def tell(self, event: Event) -> None:
-        """Returns at once. May be called under any lock."""
+        """Adds an event and returns at once. May be called under any lock."""
         if self._listeners and not (event.what == "progress" and len(self._events) > _BACKLOG):
             self._events.append(event)
             set_event(self._wake_up)
 
     def close(self) -> None:
-        """End, once everything was told; a listener that does not return is left alone after `TOLD_WITHIN_S`."""
+        """Ends the thread after the delivery of all events, or after `TOLD_WITHIN_S` if a listener does not return."""
         self._closed = True
         set_event(self._wake_up)
         thread = self._thread
@@ -96,7 +96,7 @@ class Subscribers:
             thread.join(TOLD_WITHIN_S)
 
     def leave(self) -> None:
-        """For a forked child: whoever listens is the parent's."""
+        """In a forked child: the listeners belong to the parent."""
         self._listeners, self._thread = (), None
         self._events.clear()
 
@@ -108,7 +108,7 @@ class Subscribers:
                 for listener in self._listeners:
                     try:
                         listener(event)
-                    except BaseException:  # whatever it is, the others are told
+                    except BaseException:  # any error: the other listeners must be called
                         with suppress(Exception):
                             logger.exception("A listener failed at %s", event)
             if self._closed:

@@ -1,7 +1,7 @@
-"""What has happened to one model: counts for dashboards, and the last quarter of an hour for the page. Pure.
+"""The history of one model: counts for dashboards, and the last quarter of an hour for the page. Pure.
 
-Written when something happens and read when somebody looks; no thread samples anything. What others take of the card is
-no event here, so its use is written whenever somebody looks anyway. Times are of the manager's clock, in seconds.
+Recorded at each event and read on demand, without a sampling thread. Other processes' use of the card causes no events,
+so the card's use is also recorded at each status call. Times are seconds of the manager's clock.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from ..status_types import DeviceUsage, HistogramCounts, ModelUsage, MoveOutcome
 
 WINDOW_S = 900.0
-"""How far back `History.as_dict` looks."""
+"""The period of `History.as_dict`."""
 
 RECENT_MOVES = 20
 
 BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 _TOGETHER_S = 1.0
-"""Finer than this the past is not kept, so that a busy model's is no longer than an idle one's."""
+"""Resolution of the history; bounds its size for busy models."""
 
 _CARD_TOGETHER_S = 5.0
-"""The same for the card, at which any number of pages may look."""
+"""Resolution of the card's use, which each status call records."""
 
 _OUTCOMES = {
     RequestTimeout: "timeout",
@@ -42,7 +42,7 @@ _OUTCOMES = {
 
 
 class Histogram:
-    """Counts durations in seconds, as Prometheus does: how many were no longer than each of `BOUNDS_S`."""
+    """Counts durations in seconds by `BOUNDS_S`, for Prometheus."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_S) + 1)
@@ -61,7 +61,7 @@ class Histogram:
 
 
 class Sizes:
-    """A size over the last `WINDOW_S`: each that is noted holds until the next. No peak is lost, and not the last."""
+    """A size over the last `WINDOW_S`: each value holds until the next. Peaks and the last value are kept."""
 
     def __init__(self, together_s: float = _TOGETHER_S) -> None:
         self._together_s = together_s
@@ -75,23 +75,22 @@ class Sizes:
             last = points.pop()
             points[-1] = (points[-1][0], max(points[-1][1], last[1]))
         points.append((now_s, nbytes))
-        while len(points) > 1 and points[1][0] < now_s - WINDOW_S:  # one from before: what the window begins with
+        while len(points) > 1 and points[1][0] < now_s - WINDOW_S:  # keeps the value at the window's begin
             points.popleft()
 
     def as_list(self, now_s: float) -> list[list[float]]:
-        """[seconds before ``now_s``, bytes from then on], the oldest first."""
+        """Returns [seconds before ``now_s``, bytes from then on], the oldest first."""
         return [[_ago(max(time_s, now_s - WINDOW_S), now_s), nbytes] for time_s, nbytes in self._points]
 
 
 class CardHistory:
-    """What was used of the device's memory, by whomever. Whoever reads or writes it holds the manager's lock."""
+    """The used memory of the device, by all processes. Used under the manager's lock."""
 
     def __init__(self) -> None:
         self._used = Sizes(_CARD_TOGETHER_S)
         self._total_bytes: int | None = None
 
     def seen(self, now_s: float, memory: Memory) -> None:
-        """Somebody has looked."""
         if memory.total_bytes is not None and memory.free_bytes is not None:
             self._total_bytes = memory.total_bytes
             self._used.note(now_s, memory.total_bytes - memory.free_bytes)
@@ -113,7 +112,7 @@ class PastMove:
 
 @dataclass
 class History:
-    """Whoever reads or writes it holds the manager's lock. Bounded, however much happens."""
+    """Requests, moves and sizes of one model. Used under the manager's lock. Of bounded size."""
 
     requests: Counter[str] = field(default_factory=Counter)
     """By outcome: ``ok``, ``error`` (of the engine), ``timeout``, ``busy``, ``cancelled``, ``refused``, ``failed``."""
@@ -125,7 +124,7 @@ class History:
     _spans: deque[tuple[float, float]] = field(default_factory=deque)
 
     def served(self, asked_s: float, began_s: float, ended_s: float, error: BaseException | None) -> None:
-        """A request has had the model from ``began_s`` to ``ended_s``; ``error`` is what has ended it, if it failed."""
+        """Records a request that held the model from ``began_s`` to ``ended_s``; ``error``: why it failed, if so."""
         outcome = "ok" if error is None else "cancelled" if isinstance(error, RequestStopped) else "error"
         self.requests[outcome] += 1
         self.waits.add(max(0.0, began_s - asked_s))
@@ -137,18 +136,18 @@ class History:
             self._spans.popleft()
 
     def refused(self, error: BaseException) -> None:
-        """A request has ended without the model."""
+        """Records a request that ended without the model."""
         self.requests[next((word for kind, word in _OUTCOMES.items() if isinstance(error, kind)), "failed")] += 1
 
     def moved(self, past: PastMove, device_bytes: int) -> None:
-        """A move has ended, one way or the other; ``device_bytes`` is what the model has on the device (or CPU) now."""
+        """Records a move that has ended; ``device_bytes``: the model's size on the device (or CPU) now."""
         self.moves[past.move.source, past.move.target, past.outcome] += 1
         self.move_seconds.add(past.seconds)
         self.recent.append(past)
         self._sizes.note(past.time_s, device_bytes)
 
     def as_dict(self, now_s: float, device_kind: str, running_since_s: float | None = None) -> ModelUsage:
-        """Returns the entry of the model in ``GET /gpu/history``; ``running_since_s``: of the request that runs."""
+        """Returns the model's entry in ``GET /gpu/history``; ``running_since_s``: start of the running request."""
         begin_s = now_s - WINDOW_S
         spans = [*self._spans, *([] if running_since_s is None else [(running_since_s, now_s)])]
         return {

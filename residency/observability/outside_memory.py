@@ -1,18 +1,18 @@
-"""Memory held outside the books: by this process or its children, beyond what the models are known to hold. Pure.
+"""Attributes unmanaged memory, of this process or its children, to models: bytes beyond their recorded sizes. Pure.
 
-The books of a model are its tensors and sessions. A worker process, CTranslate2, TensorRT or a numpy array are not in
-them, so what the processes hold is compared with the books at the end of each move. A child belongs to the model whose
-move ends when the child is first seen, or to the only loaded model. Memory of the device that this process has come to
-hold during a move of one model, beyond its books, is that model's; the growth during moves that overlap is no model's.
-Device memory that appears during a model's requests is attributed to that model if no other model was loaded
-meanwhile, also where the program itself takes it beside the manager: the two cannot be told apart.
+The recorded size of a model ("books") is that of its tensors and sessions. It excludes worker processes, CTranslate2,
+TensorRT and numpy arrays, so the processes' memory is compared with the recorded sizes at the end of each move. A child
+process belongs to the model whose move ends when the child is first seen, or to the only loaded model. The growth of
+this process's device memory during a move of one model, beyond its recorded size, belongs to that model; growth during
+overlapping moves belongs to no model. Device memory that appears during a model's requests is attributed to that model
+if no other model was loaded in that time, even if the program itself allocated it: the two cannot be distinguished.
 
-Main memory of this process says little: libraries and allocators keep what they once had. Counted are the arrays of
-numpy that were found in the engine, and by how much the process grew during the load of this model alone, if that is
-much. What native code takes later, in a request, and keeps is not seen. The system has one counter for the process:
-lists, results and caches of the program grow it in the same way, during a request too and for as long, and so does
-freed memory that the heap keeps, unless it is trimmed at each move, which takes milliseconds. A program that collects
-its results would be reported as an engine that leaks, and its engine would be released without a snapshot.
+Main memory of this process is less conclusive, since libraries and allocators keep freed memory. Counted are the numpy
+arrays found in the engine, and the process's growth during the load of this model alone, if large. Later allocations
+of native code in requests are not counted: the system has one counter for the process, which lists, results and
+caches of the program increase in the same way, as does freed memory in the heap unless it is trimmed at each move,
+which takes milliseconds. A program that collects its results would be reported as an engine that leaks, and its engine
+would be released without a snapshot.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from ..status_types import OutsideProcess
 
 NOISE_BYTES = 64 << 20
-"""Smaller amounts, or less than 5 % of a model's books, are ignored: allocators and caches vary by that much."""
+"""Smaller amounts, or less than 5 % of a model's recorded size, are ignored: allocators and caches vary so much."""
 
 GROWTH_BYTES = 256 << 20
-"""The same for the main memory by which this process grows during a load."""
+"""The same for this process's growth in main memory during a load."""
 
 MODULE_BYTES = 160 << 10
-"""Main memory that one imported module is allowed (torch takes 142 KB each, others about 70)."""
+"""Allowance of main memory for each imported module (torch takes 142 KB each, others about 70)."""
 
 CONTEXT_BYTES = 512 << 20
-"""Not counted, on the card and in main memory each: a CUDA context and its libraries use as much."""
+"""Allowance for a CUDA context and its libraries, on the card and in main memory each."""
 
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """The bytes that one process holds in main memory and on the device; None where unknown."""
+    """The bytes that one process uses in main memory and on the device; None where unknown."""
 
     pid: int
     started_s: float
@@ -58,7 +58,7 @@ class ProcessMemory:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """What this process and its children hold now. ``children`` is None where they are unknown."""
+    """Current memory of this process and its children. ``children`` is None where unknown."""
 
     own: ProcessMemory
     children: tuple[ProcessMemory, ...] | None
@@ -66,29 +66,29 @@ class MemorySample:
 
 
 NO_SAMPLE = MemorySample(ProcessMemory(0, 0.0, "", None), None, 0)
-"""Where nothing can be measured."""
+"""The sample where measuring is impossible."""
 
 
 @dataclass(frozen=True)
 class OutsideMemory:
-    """The processes that hold something beyond the books; not ``known`` where that cannot be measured."""
+    """The processes with unmanaged memory of a model; ``known`` is False where it cannot be measured."""
 
     holders: tuple[ProcessMemory, ...] = ()
     known: bool = False
 
     @property
     def total_bytes(self) -> int | None:
-        """None where unknown."""
+        """As `held_bytes`; None where unknown."""
         return self.held_bytes if self.known else None
 
     @property
     def held_bytes(self) -> int:
-        """As far as is known."""
+        """The total, without unknown sizes."""
         return sum(map(_size, self.holders))
 
 
 def totals(found: Iterable[OutsideMemory | None]) -> tuple[int | None, int | None]:
-    """The (device, host) bytes that these hold together; None for what was not looked at. Both None where unknown."""
+    """Returns the total (device, host) bytes; both None if any is unknown. Skips None, a model not measured yet."""
     looked_at = [outside for outside in found if outside is not None]
     if not all(outside.known for outside in looked_at):
         return None, None
@@ -106,7 +106,7 @@ class _Window:
 
 @dataclass
 class OutsideBooks:
-    """Attributes what is held outside the books. The caller holds the manager's lock.
+    """Measures unmanaged memory at the begin and end of moves. The caller holds the manager's lock.
 
     ``cuda``: the device has a context of its own; ``separate_memory``: its memory is not main memory.
     """
@@ -116,9 +116,9 @@ class OutsideBooks:
     _windows: dict[object, _Window] = field(default_factory=dict)
     _balance: dict[str, tuple[int, int]] = field(default_factory=dict)
     _owners: dict[tuple[int, float], str | None] = field(default_factory=dict)
-    #: A model, and what this process and its books held of the device when it came there; None if others moved since.
+    #: A model, and device memory of this process and recorded size at its arrival; None after a move of another model.
     _arrival: tuple[str, int, int] | None = None
-    #: What this process held, and what the books said, before the first move.
+    #: Memory of this process, and recorded sizes in main memory, before the first move.
     _base: tuple[MemorySample, int] | None = None
 
     def began(
@@ -129,7 +129,7 @@ class OutsideBooks:
         all_books: tuple[int, int],
         loads: bool = False,
     ) -> None:
-        """A move begins; ``books`` are the model's (device, host) bytes, ``all_books`` those of all models.
+        """Records the begin of a move; ``books``: the model's (device, host) bytes, ``all_books``: those of all models.
 
         ``loads``: it builds an engine.
         """
@@ -141,7 +141,7 @@ class OutsideBooks:
         self._windows[move] = _Window(before, books, loads, alone=not self._windows)
 
     def given_up(self, move: object) -> None:
-        """A move is not waited for any longer; its growth belongs to no model."""
+        """Records a move that was given up; its growth belongs to no model."""
         self._arrival = None
         self._windows.pop(move, None)
         for window in self._windows.values():
@@ -159,10 +159,10 @@ class OutsideBooks:
         arrived: bool = False,
         released: bool = False,
     ) -> OutsideMemory:
-        """A move has ended: what the model holds outside its books now.
+        """Records the end of a move; returns the model's unmanaged memory.
 
-        ``loaded`` are the models that are loaded or moving, ``array_bytes`` what numpy's arrays hold in its engine.
-        ``arrived``: it is on the device, ``released``: there is no engine any more.
+        ``loaded``: the models that are loaded or moving. ``array_bytes``: bytes of numpy arrays in its engine.
+        ``arrived``: it is on the device. ``released``: it has no engine.
         """
         window = self._windows.pop(move, None)
         if window is None:  # given up
@@ -170,7 +170,7 @@ class OutsideBooks:
         owner = next(iter(loaded)) if len(loaded) == 1 and not window.loads else model
         for child in after.children or ():
             self._owners.setdefault((child.pid, child.started_s), owner)
-        # Memory that a released engine has left is not attributed to the new one.
+        # Memory that a released engine did not free is not attributed to the new one.
         device, host = (0, 0) if window.loads else self._balance.get(model, (0, 0))
         known = after.own.host_bytes is not None and window.before.own.host_bytes is not None
         if window.alone and window.loads and known:
@@ -190,7 +190,7 @@ class OutsideBooks:
         host = _audible(min(host, self._own_host(after, all_books)), max(GROWTH_BYTES, noise)) if known else 0
         host = max(host, _audible(array_bytes, NOISE_BYTES))
         device = _audible(min(device, self._own_device(after, all_books)), noise)
-        if released:  # what this process keeps for itself is no engine's any more
+        if released:  # memory that this process keeps belongs to no engine
             host = device = 0
         own = ProcessMemory(after.own.pid, after.own.started_s, after.own.command, host if known else None, device)
         return self._sum(after, model, [own] if known else None)
@@ -216,7 +216,7 @@ class OutsideBooks:
         return (after.own.device_bytes or 0) - all_books[0] - CONTEXT_BYTES * self.cuda
 
     def _in_main(self, books: tuple[int, int]) -> int:
-        """What of the books lies in main memory: a device without memory of its own has its bytes there too."""
+        """Returns the recorded bytes in main memory, including the device's if it has no memory of its own."""
         device_bytes, host_bytes = books
         return host_bytes if self.separate_memory else host_bytes + device_bytes
 

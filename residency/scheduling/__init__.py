@@ -1,1 +1,1 @@
-"""Decides when a model moves and which request gets it: state, planner, dispatcher, leases, policies."""
+"""Scheduling: model state, planner, dispatcher, leases and policies."""

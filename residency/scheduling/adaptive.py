@@ -1,8 +1,8 @@
-"""Learn from the gaps between requests when an idle model should be on the device. Pure: no clock, no locks.
+"""Learns from the gaps between requests when an idle model should be on the device. Pure: no clock, no locks.
 
-A histogram policy as in "Serverless in the Wild" (Shahrad et al., USENIX ATC 2020) with three differences: the windows
-are not percentiles but what costs least (`_plan`), what follows depends on how busy it was just now, and a prior takes
-the place of that paper's rule for when the histogram is too thin to be used.
+A histogram policy as in "Serverless in the Wild" (Shahrad et al., USENIX ATC 2020) with three differences: windows
+minimise cost (`_plan`) instead of using percentiles, predictions depend on the recent request rate, and a prior
+replaces that paper's fallback for histograms with too few samples.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from itertools import pairwise
 
 from ..errors import InvalidInput
 
-#: Bins of idle gaps in seconds: [0, 1), then each 5 % longer, up to two days, and one for all that is longer. Narrow
-#: enough for a habit of "every ten minutes", and few enough to plan anew after every request.
+#: Bins of idle gaps in seconds: [0, 1), then each 5 % longer, up to two days, and one for longer gaps. Narrow enough
+#: for a period of ten minutes, and few enough for a new plan after every request.
 _EDGES_S = (0.0, *(1.05**k for k in range(248)))
 _WIDTHS_S = tuple(until_s - from_s for from_s, until_s in pairwise(_EDGES_S))
 _LONGER = len(_WIDTHS_S)
 
-#: What a gap counts for after each further one: habits are what about the last hundred gaps were.
+#: The weight of a gap decays by this factor with each further one: about the last hundred gaps count.
 _DECAY = 0.99
-#: Before anything is known, gaps of all orders of magnitude are equally likely; that counts as two gaps.
+#: A uniform prior over the bins, with the weight of two gaps.
 _PRIOR = 2.0 / (_LONGER + 1)
-#: The level of recent gaps is a running mean of their logarithms, each step this large; levels a factor of 4 apart are
-#: different classes: a busy hour says nothing about the night.
+#: The level of recent gaps is an exponential mean of their logarithms with this step. Levels a factor of 4 apart are
+#: different classes, so that a busy hour does not determine the night.
 _LEVEL_STEP, _CLASS = 0.3, math.log(4.0)
-#: The gaps of all classes count as this many gaps of the present class.
+#: The gaps of all classes have the weight of this many gaps of the current class.
 _BORROWED = 10.0
-#: Coming back must pay for this many gaps more than are seen, so that no chance cluster does it.
+#: A return must gain, beyond its cost, as much as this many gaps, so that a random cluster of gaps causes none.
 _EVIDENCE = 3.0
-#: A return begins this many restores ahead, since one restore takes longer than another.
+#: A return begins this many restore times ahead, since restore times vary.
 _LEAD = 1.2
-#: So many gaps of less than a second are worth a new plan.
+#: Plan anew after this many gaps of less than a second.
 _PLAN_AFTER = 30
 _RESTORE_STEP = 0.2
 
 
 class AdaptivePolicy:
-    """Warm where the next request is likely enough; see `Policy` for what the methods promise.
+    """A `Policy` that keeps the model on the device while the next request is likely enough.
 
-    One second that a request waits for the weights is worth ``wait_weight`` seconds of a device that is held by an idle
-    model. With 60 and a restore of half a second, the model stays while the next request is expected within 30 s or so.
+    One second of a request's wait for the weights costs as much as ``wait_weight`` seconds of an idle model's stay on
+    the device. With 60 and a restore of 0.5 s, the model stays while the next request is expected within about 30 s.
     """
 
     name = "auto"
@@ -69,7 +69,7 @@ class AdaptivePolicy:
         self._windows: tuple[tuple[float, float], ...] | None = None
 
     def with_idle_timeout(self, idle_timeout_s: float) -> AdaptivePolicy:
-        """A policy that knows what this one has learned, with another idle timeout."""
+        """Returns a copy, with what was learned, and another idle timeout."""
         other = copy.deepcopy(self)
         other.idle_timeout_s, other._windows = idle_timeout_s, None
         return other
@@ -79,7 +79,7 @@ class AdaptivePolicy:
         return self.windows()[0][1]
 
     def windows(self) -> tuple[tuple[float, float], ...]:
-        """Computed once after new facts. ``((0.0, 0.0),)``, off at once, until a gap and a restore have been seen."""
+        """Computed once after new data. ``((0.0, 0.0),)``, no stay, before the first gap and the first restore."""
         if self._windows is None:
             self._windows, self._unplanned = self._computed(), 0
         return self._windows
@@ -90,7 +90,7 @@ class AdaptivePolicy:
         self._all.add(idle_s)
         log_gap = math.log(min(max(idle_s, 1.0), _EDGES_S[-1]))
         self._level = log_gap if self._level is None else self._level + _LEVEL_STEP * (log_gap - self._level)
-        # One request right after another says little, and costs less than a new plan.
+        # A very short gap is worth less than the time for a new plan.
         self._unplanned += 1
         if idle_s >= 1.0 or self._unplanned >= _PLAN_AFTER:
             self._windows = None
@@ -112,13 +112,13 @@ class AdaptivePolicy:
         counts = [_PRIOR + share * count for count in everything]
         if (own := self._by_class.get(self._class(self._level))) is not None:
             counts = [count + more for count, more in zip(counts, own.counts(), strict=True)]
-        # What is released is not brought back: a gap beyond the idle timeout is a long gap, whatever its length.
+        # A released model is not restored: gaps beyond the idle timeout are equal.
         end = bisect_right(_EDGES_S, self.idle_timeout_s) - 1
         return _plan(counts[:end], sum(counts[end:]), self._restore_s, self.wait_weight)
 
 
 class _Histogram:
-    """Gaps by bin, older ones fading: each new one weighs more instead, which touches one bin and not all."""
+    """Gap counts by bin, with decay: increases the weight of new gaps, which changes one bin instead of all."""
 
     def __init__(self) -> None:
         self._counts = [0.0] * (_LONGER + 1)
@@ -137,17 +137,17 @@ class _Histogram:
 def _plan(
     counts: Sequence[float], longer: float, restore_s: float, wait_weight: float
 ) -> tuple[tuple[float, float], ...]:
-    """The windows that gain most, if the next gap is like those counted (``longer``: beyond the last bin).
+    """Returns the windows of maximum gain for gaps distributed as ``counts`` (``longer``: those beyond the last bin).
 
-    Dynamic programming from the last bin back, with two states, here and away. To be here in a bin costs its seconds
-    times the gaps that reach it, and gains a wait, a restore and an offload for each that ends in it. To leave, or to
-    come back, costs a restore time for each gap that reaches the bin.
+    Dynamic programming from the last bin back, with two states, here and away. Staying in a bin costs its seconds times
+    the gaps that reach it, and gains a wait, a restore and an offload for each gap that ends in it. A departure or a
+    return costs a restore time for each gap that reaches the bin.
     """
     gain_s = (wait_weight + 2.0) * restore_s
     evidence_s = _EVIDENCE * gain_s
-    here_s = away_s = 0.0  # what the rest of the gap gains at most, in seconds of the device
+    here_s = away_s = 0.0  # maximum gain of the rest of the gap, in device seconds
     reached = longer
-    steps: list[tuple[bool, bool]] = []  # where to be in the bin: when here before it, when away before it
+    steps: list[tuple[bool, bool]] = []  # whether to be here in the bin, if here before it, and if away before it
     for index in range(len(counts) - 1, -1, -1):
         count = counts[index]
         be_here_s = here_s + count * gain_s - _WIDTHS_S[index] * (reached + 0.5 * count)
@@ -163,7 +163,7 @@ def _plan(
         if here and not stay:
             windows.append((from_s, edge_s))
         elif not here and come:
-            from_s = edge_s - _LEAD * restore_s  # later than it left: less than two restore times away never pay
+            from_s = edge_s - _LEAD * restore_s  # after the departure: an absence below two restore times never pays
         here = stay if here else come
     if here:
         windows.append((from_s, _EDGES_S[len(counts)]))

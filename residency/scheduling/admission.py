@@ -1,4 +1,4 @@
-"""Admits requests: queues them, waits for their turn, grants the model and takes it back. Used by `Lease`."""
+"""Queues requests, waits for their turn, and grants and ends leases. Used by `Lease`."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ logger = logging.getLogger(__name__)
 
 
 FIRST_LOOK_S = 0.05
-"""When a request that waits first looks whether it waits for itself, after its arrival; then at growing intervals."""
+"""Delay of a waiting request's first deadlock check after its arrival; later ones follow at growing intervals."""
 
 LONGEST_PAUSE_S = 8.0
 """The longest of these intervals."""
 
 REPORT_AFTER_S = 30.0
-"""How long a request waits for another one until the log says so."""
+"""Waiting time after which a request is logged."""
 
 SMALL_BYTES = 64 << 20
 SMALL_LEAVES_WITHIN_S = 0.25
-"""A model of at most so many bytes has left the device when the block of a lease ends, if it leaves in that time."""
+"""Maximum wait at the end of a lease for the offload of a model of at most ``SMALL_BYTES``."""
 
 
 class Admission:
-    """One request after the other on each model, in order of arrival. ``check_locked`` raises where none are taken.
+    """Grants each model to one request at a time, in order of arrival. ``check_locked`` raises if a model takes none.
 
-    ``wait_timeout_s`` is how long a request that names no time of its own waits for its turn and for room at most; the
-    time in which the model is brought to the device is not counted.
+    ``wait_timeout_s``: default limit of a request's wait for its turn and for room, excluding the move to the device.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Admission:
         self._numbers = itertools.count(1)
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
-        """Wait for its turn and for the model to come to the device; return the request that has it."""
+        """Waits for its turn and for the model's arrival on the device; returns the request that holds the model."""
         request = self._ask(managed, timeout_s, lease, blocks=True)
         if not request.answered:
             event = request.event = new_event()
@@ -66,7 +65,7 @@ class Admission:
         return lease.request or request
 
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
-        """The same, for a coroutine. No thread waits meanwhile."""
+        """Does the same in a coroutine, without blocking a thread."""
         request = self._ask(managed, timeout_s, lease, blocks=False)
         if not request.answered:
             event = request.event = AsyncOneShotEvent()
@@ -77,7 +76,7 @@ class Admission:
         return lease.request or request
 
     def _ask(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
-        """The request in force that the lease shares, or one of its own; ``blocks``: its thread waits for it."""
+        """Returns the current request that the lease shares, or a new one. ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
         for may_be_lost in (True, False):
             with dispatcher.replanning(managed), dispatcher.lock:
@@ -86,7 +85,7 @@ class Admission:
                 holder = managed.leases.holder
                 if (
                     holder is not None
-                    and timeout_s != 0  # which asks for a model that is not in use
+                    and timeout_s != 0  # 0 requires a model that is not in use
                     and self.deadlocks.same_flow(holder, site, lease)
                     and self._share_locked(lease, holder)
                 ):
@@ -101,17 +100,17 @@ class Admission:
                     try:
                         raise error
                     finally:
-                        del error  # which would keep this frame, and those below it
+                        del error  # it would keep this frame, and those below it
             if error is None:
                 break
-            dispatcher.release_lost_leases()  # it would wait for ever, unless the lease that it waits for is lost
+            dispatcher.release_lost_leases()  # a deadlock, unless it waits for a lost lease: then the retry succeeds
         return request
 
     def _queue_locked(self, request: LeaseRequest, lease: Lease) -> None:
         managed = request.managed
         if managed.times.request_ended_s is not None and not managed.leases.in_use:
             managed.policy.idle_ended(max(0.0, request.asked_s - managed.times.request_ended_s))
-            managed.times.request_ended_s = None  # learned once, even if this request comes to nothing
+            managed.times.request_ended_s = None  # learned once, even if this request fails
         request.context = contextvars.copy_context()
         lease.request = request
         lease.owns = True
@@ -120,28 +119,28 @@ class Admission:
         managed.leases.requests.append(request)
 
     def share(self, lease: Lease, request: LeaseRequest) -> bool:
-        """Let it count on a request in force as well; False if that has ended."""
+        """Adds the lease to a current request; returns False if that has ended."""
         with self._dispatcher.lock:
             if self._dispatcher.managed_models.get(request.managed.name) is not request.managed:
-                self._check_locked(request.managed)  # in a forked child: the engine is the parent's
+                self._check_locked(request.managed)  # raises in a forked child: the engine belongs to the parent
             return self._share_locked(lease, request)
 
     def join(self, lease: Lease, managed: ManagedModel) -> bool:
-        """Let it count on the request that has the model now; False if none has."""
+        """Adds the lease to the request that holds the model; returns False if none does."""
         with self._dispatcher.lock:
             self._check_locked(managed)
-            # Once the lease of that request has ended, readers must not keep the model from those who wait for it.
+            # After the end of the request's own lease, further readers must not delay waiting requests.
             holder = managed.leases.holder
             return holder is not None and not holder.ended and self._share_locked(lease, holder)
 
     def resumed(self, request: LeaseRequest) -> None:
-        """The generator in which the model is leased goes on, maybe in another thread."""
+        """Records that the generator with the lease continues, possibly in another thread."""
         request.streams = True
         request.site = call_site()
         request.resumed_s = self._clock.now()
 
     def suspended(self, request: LeaseRequest) -> None:
-        """The generator in which the model is leased yields."""
+        """Records that the generator with the lease yields."""
         request.site = request.site.suspended()
 
     @staticmethod
@@ -158,18 +157,18 @@ class Admission:
     def give_back(
         self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
     ) -> None:
-        """End a lease; after the last lease of a request, plan the next step. ``discard``: the engine is broken.
+        """Ends a lease; after the last lease of a request, plans the next step. ``discard``: the engine is broken.
 
-        The caller does not wait until the model has left the device, unless the model is small.
+        Does not wait for the model's offload, unless the model is small.
         """
         dispatcher = self._dispatcher
-        if holds(dispatcher.lock):  # a generator that was in the middle of a request, collected under the lock
+        if holds(dispatcher.lock):  # a generator with a lease was collected under the lock
             self.give_back_later(lease, discard)
             return
         lost = device_is_lost(error, dispatcher.device)
         with dispatcher.lock:
             now_s = self._clock.now()
-            request, lease.request = lease.request, None  # from here to the plan nothing is called: see `Dispatcher`
+            request, lease.request = lease.request, None  # interrupts: see `dispatcher`
             if request is None:
                 return
             managed = request.managed
@@ -201,33 +200,33 @@ class Admission:
         leaves = task is not None and not task.arrives and request.error is None
         small = managed.memory.device_bytes <= SMALL_BYTES
         if leaves and not small and dispatcher.monitor.alive:
-            return  # the monitor starts it: a thread that moves bytes would delay the answer of this one
+            return  # the monitor starts the move, which would delay this thread's result
         dispatcher.act()
         if wait and leaves and small:
             dispatcher.watch(managed, lambda: managed.move_task is not task, SMALL_LEAVES_WITHIN_S)
 
     def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """End it in an event loop, which nothing may block."""
+        """Ends a lease in an event loop, without blocking it."""
         if may_be_device_loss(error):
-            self.give_back_later(lease, discard, error)  # the device is asked
+            self.give_back_later(lease, discard, error)  # testing the device takes time
         else:
             self.give_back(lease, discard, error, wait=False)
 
     def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """Let another thread end it: the monitor, or the next that calls `Dispatcher.act`. May be called anywhere."""
+        """Defers the end of a lease to the monitor, or to the next call of `Dispatcher.act`. Callable anywhere."""
         self._dispatcher.deferred_releases.append(partial(self.give_back, lease, discard, error, wait=False))
         self._dispatcher.monitor.wake()
 
     def look_again(self) -> None:
-        """After an interrupt: let the monitor finish the change."""
+        """Wakes the monitor, after an interrupt, to finish the change."""
         self._dispatcher.monitor.wake()
 
     def cancel(self, request: LeaseRequest) -> bool:
-        """Refuse a request that waits; False if it was answered already."""
+        """Refuses a waiting request; returns False if it was already answered."""
         return self._refuse(request, RequestCancelled(request.managed.name))
 
     def place(self, request: LeaseRequest) -> int | None:
-        """0 holds the model, 1 is served next; None if it has ended."""
+        """Returns 0 for the request that holds the model, 1 for the next one; None if it has ended."""
         with self._dispatcher.lock:
             if request.managed.leases.holder is request:
                 return 0
@@ -243,12 +242,12 @@ class Admission:
 
     def _refuse_locked(self, request: LeaseRequest, error: ResidencyError) -> None:
         request.answer(error)
-        with suppress(ValueError):  # one that was made and never queued
+        with suppress(ValueError):  # it was not queued
             request.managed.leases.requests.remove(request)
         self._dispatcher.notifier.tell_queue(request.managed)
 
     def _refusal_locked(self, request: LeaseRequest, timeout_s: float | None, blocks: bool) -> Exception | None:
-        """Why a request is not queued."""
+        """Returns why a request cannot be queued, or None."""
         managed = request.managed
         if (
             managed.settled_state is State.DEVICE
@@ -267,8 +266,7 @@ class Admission:
         return ModelBusy(managed.name, waiting, managed.state.value, managed.leases.held_by(request.asked_s))
 
     def _looks(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
-        """Yields how many seconds to sleep until the request is answered. In between ends it at its time-out, and
-        when it waits for itself."""
+        """Yields the seconds to sleep until the request is answered; ends it at its time-out or at a deadlock."""
         managed, asked_s = request.managed, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
         look_s, report_s, reported = asked_s + FIRST_LOOK_S, asked_s + REPORT_AFTER_S, False
@@ -289,7 +287,7 @@ class Admission:
                 self._end_deadlock(request, lease, blocks)
                 look_s = now_s + min(max(now_s - asked_s, FIRST_LOOK_S), LONGEST_PAUSE_S)
                 if request.awaited and not reported:
-                    report_s, reported = now_s, True  # at once: nothing will happen before a time-out
+                    report_s, reported = now_s, True  # at once: nothing changes before a time-out
             if now_s >= report_s and not request.answered and (facts := managed.leases.held_by(now_s)) is not None:
                 logger.warning(
                     "%s: a request has waited for %.3g s; the model is %s", managed.name, now_s - asked_s, facts.en
@@ -301,11 +299,11 @@ class Admission:
     def _timeout(self, request: LeaseRequest, now_s: float) -> RequestTimeout:
         managed, waited_s = request.managed, now_s - request.asked_s
         with self._dispatcher.lock:
-            place = self.place(request) or 0  # 0: it got the model just now, and is not refused
+            place = self.place(request) or 0  # 0: it has just got the model, and is not refused
             return RequestTimeout(managed.name, waited_s, place, managed.state.value, managed.leases.held_by(now_s))
 
     def _end_deadlock(self, request: LeaseRequest, lease: Lease, blocks: bool) -> None:
-        """Serve or refuse a request that turns out to wait for the code that makes it."""
+        """Serves or refuses a request if it waits for the code that makes it."""
         managed, dispatcher = request.managed, self._dispatcher
         holder = managed.leases.holder
         if holder is None or not holder.users:

@@ -1,15 +1,15 @@
-"""Where a lease was taken, and whether that code can go on while another request waits for the lease.
+"""Records where a lease was taken, and checks whether that code can continue while another request waits for the lease.
 
-A context (`contextvars`) does not tell who holds a lease: frameworks run each step of a generator with a fresh copy of
-the context, often in another thread, and thread pools pass no context on. Call stacks tell more:
+A context (`contextvars`) does not identify the holder of a lease: frameworks run each step of a generator with a fresh
+copy of the context, often in another thread, and thread pools do not pass contexts. Call stacks contain more:
 
 - A generator keeps its frame from step to step. A request that is made with that frame on its stack belongs to the same
   flow of control as the lease that was taken under the frame.
 - A function whose frame is on no stack has returned or is suspended, and does not execute.
-- A thread that waits in `Thread.join` or `Future.result` names in its frame what it waits for.
+- A thread that waits in `Thread.join` or `Future.result` has the awaited object in its frame.
 
-A frame is recognised by a `FunctionCall` in its ``f_trace``: a reference to the frame would keep its local variables
-and its callers alive, and the address of a frame that has ended is used for the next one.
+A frame is identified by a `FunctionCall` in its ``f_trace``: a reference to the frame would keep its local variables
+and its callers alive, and the address of a frame that has ended is reused.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from typing import Any
 
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
-#: Modules between a lease and the code that asks for it.
+#: Modules between a lease and the calling code.
 _INTERNAL = frozenset({
     __name__, "contextlib", "gpu_manager", "tts_gpu_managed", "residency.scheduling.admission",
     "residency.scheduling.lease", "residency.engines.part_proxy", "residency.engines.answers",
 })  # fmt: skip
 
-#: Modules that run one task after the other in a thread.
+#: Modules that run several tasks in one thread.
 _POOLS = ("concurrent.futures", "anyio")
 _RUNNERS = (*_POOLS, "asyncio", "threading")
 
@@ -47,11 +47,11 @@ _WORK_ITEM = concurrent.futures.thread._WorkItem.run.__code__
 
 
 class FunctionCall:
-    """One execution of a function, from its call to its end. It is kept in ``f_trace`` of the frame and ends with it.
+    """One execution of a function, from its call to its end. It is stored in ``f_trace`` of the frame and ends with it.
 
-    ``f_trace`` is used while a thread is traced only. A tracer may find an call there and call it, to no effect.
-    Where a tracer has put its own function, the call keeps the frame instead: then a lost lease under that frame
-    is not found. A debugger that removes the mark of a frame which runs already makes it another execution.
+    Python uses ``f_trace`` only while a thread is traced. A tracer may find a call there and call it, without effect.
+    Where a tracer has set its own function, the call keeps the frame instead: then a lost lease under that frame
+    is not found. If a debugger clears ``f_trace`` of a running frame, the frame counts as another execution.
     """
 
     __slots__ = ("_frame",)
@@ -71,20 +71,20 @@ class FunctionCall:
         return id(self if self._frame is None else self._frame)
 
     def is_of(self, frame: FrameType) -> bool:
-        """Whether the frame, of any thread, is the one of this execution."""
+        """Returns whether the frame, of any thread, belongs to this execution."""
         return frame.f_trace is self or frame is self._frame
 
 
 @dataclass(eq=False)
 class CallSite:
-    """The stack of a thread at the moment when it asks for a lease. Never changed (frozen would be slow to make).
+    """The stack of a thread at its call for a lease. Never changed (frozen would be slow to create).
 
     Attributes:
         thread: `threading.get_ident` of the thread.
         code, line: the innermost frame outside of this library.
         frame: that frame; None if it is a thread pool's, which outlives the task that takes the lease.
         generators: the generators and coroutines of the stack outside of this library, innermost first.
-        token: that thread's alone, since numbers and names are used again; answers None once it has ended.
+        token: unique to that thread, since idents and names are reused; returns None once the thread has ended.
         is_suspended: whether a generator yielded here; ``frame`` is then the code that made its last step.
     """
 
@@ -104,39 +104,39 @@ class CallSite:
 
     @property
     def thread_name(self) -> str:
-        """The name of the thread, if it still runs."""
+        """The thread's name; its ident, with "(ended)", after its end."""
         names = (one.name for one in threading.enumerate() if one.ident == self.thread)
         return f"{self.thread} (ended)" if self._ended else next(names, str(self.thread))
 
     def executes(self) -> bool:
-        """Whether the function that asked for the lease is on a stack: it has not returned and is not suspended."""
+        """Returns whether the function that took the lease is on a stack: not returned and not suspended."""
         if self.frame is None or self.is_suspended:
             return False
         return any(self.frame.is_of(frame) for top in sys._current_frames().values() for frame in _below(top))
 
     def executes_here(self) -> bool:
-        """Whether that function, or the one that made a generator's last step, is on the stack of this thread."""
+        """Returns whether that function, or the one that made a generator's last step, is on this thread's stack."""
         return self.frame is not None and any(map(self.frame.is_of, _stack(threading.get_ident())))
 
     def suspended(self) -> CallSite:
-        """The same site, for a generator that is about to yield."""
+        """Returns the same site, for a generator that is about to yield."""
         return replace(self, is_suspended=True)
 
     def same_flow(self, other: CallSite) -> bool:
-        """Whether a request made there is made by the generator under which the lease was taken here."""
+        """Returns whether the generator under which the lease was taken here makes the request there."""
         return bool(self.generators) and self.generators[0] in other.generators
 
     def resumed_by(self, other: CallSite) -> bool:
-        """Whether a generator that resumes the code with the lease is on that stack, and so cannot do it now."""
+        """Returns whether a generator that resumes the code with the lease is on that stack, so it cannot do so now."""
         return not set(self.generators).isdisjoint(other.generators)
 
     def waits_for(self, other: CallSite) -> float | None:
-        """For how many seconds this thread waits, in `Thread.join` or for futures, for the work of the other one.
+        """Returns the seconds that this thread waits, in `Thread.join` or for futures, for the work of the other one.
 
-        ``math.inf``: without a time-out; None: it does not wait for it. Time-outs are counted from the wait's begin.
+        ``math.inf``: without a time-out; None: it does not wait for it. Time-outs count from the start of the wait.
         """
         if self._ended or other._ended:
-            return None  # and their numbers may be those of other threads
+            return None  # idents may belong to other threads now
         tasks = {id(_local(frame, "self").future) for frame in _stack(other.thread) if frame.f_code is _WORK_ITEM}
         waits = (_time_out(frame) for frame in _stack(self.thread) if _waits_for(frame, other.thread, tasks))
         return max(waits, default=None)
@@ -147,9 +147,9 @@ class CallSite:
 
 
 def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:
-    """The stack of this thread. Costs some microseconds.
+    """Returns the stack of this thread. Takes some microseconds.
 
-    ``made_at``: code and line to name where this thread runs nothing but a thread pool's code.
+    ``made_at``: code and line to record if the thread runs only a thread pool's code.
     """
     frame: FrameType | None = sys._getframe(1)
     caller: FrameType | None = None
@@ -170,7 +170,7 @@ def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:
 
 
 class _Alive:
-    """Lives as long as the thread that has made it."""
+    """Exists as long as the thread that created it."""
 
     __slots__ = ("__weakref__",)
 
@@ -185,12 +185,12 @@ _this_thread = _ThisThread()
 
 
 def is_this_thread(site: CallSite) -> bool:
-    """Whether the thread that calls this is the one of a site, and not another with the same number."""
+    """Returns whether the site's thread is the calling one, and not another with the same ident."""
     return site.token is _this_thread.token
 
 
 def in_thread_pool() -> bool:
-    """Whether this thread belongs to a pool, whose other threads may resume a generator that this one suspends."""
+    """Returns whether this thread is in a pool, where another thread may resume a generator that this one suspends."""
     return any(_module(frame).startswith(_POOLS) for frame in _stack(threading.get_ident()))
 
 
@@ -212,7 +212,7 @@ def _time_out(frame: FrameType) -> float:
 
 
 def _stack(thread: int) -> Iterator[FrameType]:
-    """The frames of a thread, innermost first; none if it has ended."""
+    """Yields the frames of a thread, innermost first; none if it has ended."""
     return _below(sys._current_frames().get(thread))
 
 
@@ -223,7 +223,7 @@ def _below(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _call_of(frame: FrameType) -> FunctionCall:
-    """The call of a frame of this thread, made if need be."""
+    """Returns the call of a frame of this thread; creates it if necessary."""
     found = frame.f_trace
     if isinstance(found, FunctionCall):
         return found

@@ -1,4 +1,4 @@
-"""Whether a request waits for itself: for the code that makes it, or for code that waits for it."""
+"""Detects requests that wait for the code that makes them, directly or through other code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .managed_model import LeaseRequest, ManagedModel
 from .planner import would_wait_for_itself
 
 STALLED_AFTER_S = 3.0
-"""How long a suspended generator may stand still before a request in the thread that resumes it gives up waiting."""
+"""How long a suspended generator may pause before a request in the thread that resumes it counts as a deadlock."""
 
 
 class DeadlockDetector:
-    """Compares call stacks with the leases in force. Methods that end in ``_locked`` need the dispatcher's lock."""
+    """Compares call stacks with the current leases. Methods that end in ``_locked`` need the dispatcher's lock."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[LeaseRequest] = ()) -> tuple[ManagedModel, ...]:
-        """The models that this code keeps busy, as far as the call stack tells and the context does not."""
+        """Returns the models that this code holds according to the call stack, in addition to those in its context."""
         holders = [
             managed.leases.holder
             for managed in self._dispatcher.managed_models.values()
@@ -38,14 +38,14 @@ class DeadlockDetector:
 
     @staticmethod
     def same_flow(holder: LeaseRequest, site: CallSite, lease: Lease) -> bool:
-        """Whether a request is made by the code that has the model, so that waiting would be waiting for itself."""
+        """Returns whether the code that holds the model makes the request, so that it would wait for itself."""
         there = holder.site
         if is_this_thread(there) and there.executes_here():
             return True
         return there.same_flow(site) or (holder in lease.made_after and not there.executes())
 
     def found_at_arrival_locked(self, request: LeaseRequest, blocks: bool) -> RuntimeError | None:
-        """Why a request would wait for ever, as far as that is known when it comes; ``blocks``: with its thread."""
+        """Returns the error of a request that would wait forever, or None. ``blocks``: its thread waits."""
         managed, holder = request.managed, request.managed.leases.holder
         if holder is not None and holder.site.resumed_by(request.site):
             return self.error(request)
@@ -56,7 +56,7 @@ class DeadlockDetector:
         return None
 
     def found_while_waiting(self, holder: LeaseRequest, request: LeaseRequest, blocks: bool) -> bool:
-        """Whether the code that has the model cannot go on before the request is answered.
+        """Returns whether the code that holds the model cannot continue before the request is answered.
 
         A wait with a time-out ends by itself, so it is no deadlock; the status shows it.
         """
@@ -68,13 +68,13 @@ class DeadlockDetector:
         resumes_it = blocks and (same_loop or holder.site.token is request.site.token or _in_event_loop())
         if not resumes_it or holder.site.executes() or (in_thread_pool() and not same_loop):
             return False
-        # Suspended, and this thread is the one to resume it. Another thread would have done so meanwhile.
+        # Suspended, and only this thread resumes it: another thread would have done so in this time.
         return self._dispatcher.clock.now() - max(holder.resumed_s, request.asked_s) >= STALLED_AFTER_S
 
     def refuse_own(self, call: str, managed_models: Iterable[ManagedModel]) -> None:
-        """RuntimeError where a call that waits for these models' requests would wait for the code that makes it.
+        """Raises RuntimeError if a call that waits for these models' requests would wait for its own caller.
 
-        `EventLoopBlocked` where it would wait for a task of the event loop that it blocks.
+        Raises `EventLoopBlocked` if it would wait for a task of the event loop that it blocks.
         """
         site = call_site()
         with self._dispatcher.lock:
@@ -88,11 +88,11 @@ class DeadlockDetector:
 
     @staticmethod
     def _in_the_loop_of(holder: LeaseRequest, site: CallSite) -> bool:
-        """Whether both are in one thread, which runs an event loop: that cannot go on while the thread waits."""
+        """Returns whether both are in one thread with an event loop, where a blocking wait would stop the holder."""
         return holder.site.token is site.token and _in_event_loop() and not holder.site.executes_here()
 
     def error(self, request: LeaseRequest) -> LeaseDeadlock:
-        """What a request is refused with."""
+        """Returns the error for a refused request."""
         holding = tuple(dict.fromkeys(managed.name for managed in request.holding))
         return LeaseDeadlock(
             request.managed.name, holding, request.managed.leases.held_by(self._dispatcher.clock.now())

@@ -1,15 +1,14 @@
-"""The dispatcher: the state of all models under one lock, and what happens to it next.
+"""The dispatcher: holds the state of all models under one lock, and plans their moves.
 
-A change is planned under the lock (`planner` decides), carried out outside of it by a thread of `MoveRunner`, and
-committed or rolled back under the lock again.
+Changes are planned under the lock (`planner`), carried out by `MoveRunner` without it, and committed under it again.
 
 Lock order: ``MoveRunner._starting``, then ``Dispatcher.lock``. Under the lock nothing waits, and no resident, device,
 loader or listener is called. Methods that end in ``_locked`` need the lock.
 
-Interrupts: Ctrl-C can come wherever the main thread calls something, also at the first instruction of a Python
-``__exit__``. So only the lock's own ``with``, which is C, takes and releases it; state that others wait for changes in
-one assignment (``managed.move_task``, ``leases.holder``) or where nothing is called; and what an interrupt has left
-unplanned is planned by the next change, at the latest by the monitor.
+Interrupts: Ctrl-C can occur at every call in the main thread, also at the first instruction of a Python ``__exit__``.
+So only the lock's own ``with``, which is C code, takes and releases it. State for which others wait changes in one
+assignment (``managed.move_task``, ``leases.holder``) or in code without calls. The next change, at the latest by the
+monitor, plans what an interrupt has left unplanned.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ from .planner import Serve, by_arrival, next_deadline, next_step, over_budget, r
 logger = logging.getLogger(__name__)
 
 WARM_GRACE_S = 60.0
-"""How long a model that was warmed by hand, or during a request, waits for the next one before keep-warm counts."""
+"""Minimum stay on the device after `warm`, or after the requests of a model warmed in use, before keep-warm applies."""
 
 RETRY_AFTER_S = 30.0
-"""Pause of the policy after a failed move. Requests and manual control may try at once."""
+"""Pause of the policy after a failed move. Requests and manual control may retry at once."""
 
 
 class _Replanning:
@@ -76,12 +75,12 @@ class Dispatcher:
         self.clock = clock
         total_bytes = device.memory().total_bytes
         self.budget_bytes = min(budget_bytes, total_bytes or math.inf) if device.separate else math.inf
-        self.version = 0  # another number whenever something has changed
-        self.changes = 0  # how many moves have begun or ended
-        self.device_lost: DeviceLost | None = None  # for good: this process cannot use it any more
-        # Reentrant: Python collects garbage at any point, and a lost lease that is found there needs the lock.
+        self.version = 0  # incremented at each change
+        self.changes = 0  # number of begun and ended moves
+        self.device_lost: DeviceLost | None = None  # permanent for this process
+        # Reentrant: garbage collection, at any point, may end a lost lease, which needs the lock.
         self.lock = renewed_in_children(threading.RLock())
-        #: Releases of leases that ended where nothing may wait, such as in a finalizer.
+        #: Releases of leases that ended where waiting is forbidden, such as in a finalizer.
         self.deferred_releases: deque[Callable[[], None]] = deque()
         self.managed_models: dict[str, ManagedModel] = {}
         self.card = CardHistory()
@@ -89,22 +88,21 @@ class Dispatcher:
         self.notifier = Notifier(device, clock)
         self.monitor = IdleMonitor(self.lock, clock, self._look_locked, self._act_for_monitor)
         self.lost = LostLeases(clock)
-        #: Whether moves have begun that no thread carries out yet; ``start_moves`` starts them (see `MoveRunner`).
+        #: Whether begun moves have no thread yet; ``start_moves`` starts them (see `MoveRunner`).
         self.begun = False
         self.start_moves: Callable[[], None] = lambda: None
 
     # -- changes ------------------------------------------------------------------------------------------------
 
     def replanning(self, managed: ManagedModel) -> _Replanning:
-        """Each change of a model's state is one block: ``with dispatcher.replanning(managed), dispatcher.lock:``.
+        """Encloses each change of a model's state: ``with dispatcher.replanning(managed), dispatcher.lock:``.
 
-        When it ends, also with an error, the lock is released, and then the model's next step and those of models that
-        wait for room are planned and started.
+        At its end, also after an error, plans and starts the next steps of this model and of those that wait for room.
         """
         return _Replanning(self, managed)
 
     def act(self) -> None:
-        """Release leases whose release was deferred, and start moves that have begun. Not under the lock."""
+        """Runs deferred releases of leases and starts begun moves. Not under the lock."""
         while self.deferred_releases and not holds(self.lock):
             with contextlib.suppress(IndexError):  # another thread was first
                 self.deferred_releases.popleft()()
@@ -112,7 +110,7 @@ class Dispatcher:
             self.start_moves()
 
     def plan_locked(self, managed: ManagedModel) -> None:
-        """Begin the next step of this model, and of those that wait for room. `act` starts it."""
+        """Begins the next step of this model, and of those that wait for room. `act` starts it."""
         self.version += 1
         now_s = self.clock.now()
         short = []
@@ -128,7 +126,7 @@ class Dispatcher:
         self.monitor.expect_locked(self._deadline_locked(managed, now_s))
 
     def begin_locked(self, managed: ManagedModel, move: Move, *, made_room: bool = False) -> MoveTask:
-        """Begin a move of a settled model that is not leased; ``made_room``: others have just left for it."""
+        """Begins a move of a settled model that is not leased; ``made_room``: other models have just left for it."""
         now_s = self.clock.now()
         head = managed.leases.next_request() if move.target is State.DEVICE else None
         task = MoveTask(
@@ -152,7 +150,7 @@ class Dispatcher:
         managed.wishes.moved_away_by_hand = managed.wishes.pending_move is not None
         if not task.arrives:
             managed.wishes.pending_move = None
-        self.monitor.expect_locked(now_s)  # it starts the move if an interrupt keeps this thread from it
+        self.monitor.expect_locked(now_s)  # starts the move if an interrupt stops this thread before
         managed.notify_watchers()
         return task
 
@@ -161,7 +159,7 @@ class Dispatcher:
         self.notifier.tell_progress(task)
 
     def leave(self) -> dict[str, ManagedModel]:
-        """For a forked child: forget all models without touching them; returns them, to be kept from collection."""
+        """In a forked child: removes all models without touching them; returns them, to be kept from collection."""
         self.deferred_releases.clear()
         self.monitor.leave()
         self.notifier.listeners.leave()
@@ -171,12 +169,12 @@ class Dispatcher:
     # -- waiting ------------------------------------------------------------------------------------------------
 
     def await_task(self, task: MoveTask) -> None:
-        """Wait until a move has ended, with or without an error."""
+        """Waits until a move has ended, with or without an error."""
         self.act()
         self.watch(task.managed, lambda: task.managed.move_task is not task)
 
     def await_task_while_it_progresses(self, task: MoveTask) -> bool:
-        """Wait until a move has ended; False if it makes no progress for `STUCK_AFTER_S`."""
+        """Waits until a move has ended; returns False if it makes no progress for `STUCK_AFTER_S`."""
         self.act()
         while True:
             before = task.progress.pulse
@@ -192,13 +190,13 @@ class Dispatcher:
         timeout_s: float = math.inf,
         clock: Clock | None = None,
     ) -> bool:
-        """Wait until a condition on this model's state is true, ``timeout_s`` at most; returns whether it is."""
+        """Waits, at most ``timeout_s``, until a condition on this model's state is true; returns whether it is."""
         clock = clock or self.clock
         until_s = clock.now() + timeout_s
         event = new_event()
         while True:
             with self.lock:
-                if event in managed.watchers:  # the time is over, and no change
+                if event in managed.watchers:  # time-out without a change
                     managed.watchers.remove(event)
                 if comes_true():
                     return True
@@ -212,7 +210,7 @@ class Dispatcher:
     # -- the monitor --------------------------------------------------------------------------------------------
 
     def _look_locked(self) -> float:
-        """Begin what is due; returns when to look again."""
+        """Begins due moves; returns the next deadline."""
         now_s = self.clock.now()
         for managed in self.managed_models.values():
             if managed.move_task is not None and now_s >= managed.move_task.give_up_at_s:
@@ -237,18 +235,18 @@ class Dispatcher:
         self.act()
 
     def release_lost_leases(self) -> None:
-        """Release the leases that nothing refers to but themselves."""
+        """Releases leases that are reachable only from themselves."""
         self.lost.collect()
         self.act()
 
     def _deadline_locked(self, managed: ManagedModel, now_s: float) -> float:
         if managed.leases.holder is not None:
-            return managed.leases.holder.search_s  # nothing else happens to a model in use
+            return managed.leases.holder.search_s  # a model in use has no other deadline
         deadline_s = next_deadline(managed, now_s, self.device.separate)
         return deadline_s if managed.move_task is None else min(deadline_s, managed.move_task.check_at_s)
 
     def _give_up_locked(self, managed: ManagedModel) -> None:
-        """A loader that hangs keeps its thread, and what it had to work with; the next request starts afresh."""
+        """Gives up a load that hangs: its thread keeps its resources; the next request starts a new load."""
         logger.error("%s: its loader takes too long and is given up", managed.name)
         now_s, task, error = self.clock.now(), managed.move_task, LoadTimeout(managed.name, managed.load_timeout_s)
         task.given_up = True
@@ -277,7 +275,7 @@ class Dispatcher:
             managed.wishes.pending_move = None
 
     def serve_locked(self, managed: ManagedModel, now_s: float) -> None:
-        """Grant the model to its next request."""
+        """Grants the model to its next request."""
         request = managed.leases.next_request()
         assert request is not None
         request.served_s = request.resumed_s = request.searched_s = now_s
@@ -287,14 +285,14 @@ class Dispatcher:
             self.notifier.tell_queue(managed)
 
     def _has_room_locked(self, managed: ManagedModel) -> bool:
-        """Whether the model may go to the device now. Begins evictions; refuses requests that would wait for ever."""
+        """Returns whether the model may move to the device now. Begins evictions; refuses hopeless requests."""
         room = room_for(managed, self.managed_models.values(), self.budget_bytes)
         if room.hopeless and managed.memory.shortfall_bytes:
-            # The shortfall was of the device, not of the budget, and there is no model left to wait for: try again.
+            # The device, not the budget, was full, and no other model can leave: retry.
             managed.memory.shortfall_bytes = 0
             room = room_for(managed, self.managed_models.values(), self.budget_bytes)
         if room.hopeless and managed.leases.next_request() is None and not managed.wishes.prefetch:
-            # Only the policy wants it there, for which no model is moved.
+            # A return planned by the policy alone evicts no model.
             managed.times.policy_paused_until_s = self.clock.now() + RETRY_AFTER_S
             return False
         if room.hopeless:
@@ -317,7 +315,7 @@ class Dispatcher:
     # -- results of moves ---------------------------------------------------------------------------------------
 
     def settled_locked(self, managed: ManagedModel) -> None:
-        """After a move: grant the model to the request that waits for it, before another thread can move it away."""
+        """After a move: grants the model to its waiting request before another thread can begin the next move."""
         if (
             managed.settled_state is State.DEVICE
             and managed.leases.next_request() is not None
@@ -329,7 +327,7 @@ class Dispatcher:
         managed.notify_watchers()
 
     def refuse_arrival_locked(self, managed: ManagedModel, error: BaseException) -> None:
-        """Refuse all requests that wait for a model to come; the next request tries again."""
+        """Refuses all requests that wait for a model's arrival; the next request tries again."""
         managed.health.last_error = in_words(error)
         managed.times.policy_paused_until_s = self.clock.now() + RETRY_AFTER_S
         managed.wishes.prefetch = managed.wishes.prewarmed = managed.memory.waiting_for_room = False
@@ -339,13 +337,13 @@ class Dispatcher:
         managed.notify_watchers()
 
     def note_locked(self, task: MoveTask, outcome: MoveOutcome, now_s: float) -> None:
-        """Enter a move that has ended into the history."""
+        """Adds a move that has ended to the history."""
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
         memory = task.managed.memory
         task.managed.history.moved(past, memory.device_bytes if self.device.separate else memory.host_bytes)
 
     def lost_locked(self) -> None:
-        """The device has failed: engines on it are unusable, and are built anew."""
+        """Marks engines on the device as broken after its failure, so that they are rebuilt."""
         for managed in self.managed_models.values():
             managed.health.broken = managed.health.broken or managed.settled_state is State.DEVICE
         self.monitor.expect_locked(self.clock.now())

@@ -1,4 +1,4 @@
-"""The lease: the right to use a model. The context of a thread or task remembers its leases."""
+"""Leases: the right to use a model. The context of a thread or task contains its leases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .managed_model import LeaseRequest, ManagedModel
 
 
 class Lessor(Protocol):
-    """Grants leases. `Admission` does, and documents it; a protocol of its own avoids a circle of imports."""
+    """The interface of `Admission`, which has the documentation. Avoids circular imports."""
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
@@ -37,26 +37,26 @@ _loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar(
 
 
 class Lease:
-    """The right to use one model; while it is held the model cannot be moved.
+    """The right to use one model; the model is not moved while the lease is held.
 
-    A context manager for one use. Entering waits for its turn (requests are served one at a time, in order of
-    arrival), loads or restores the model and gives the engine. ``with`` blocks its thread meanwhile. ``async with`` is
-    for coroutines under any event loop of asyncio: it blocks nothing and uses no thread of the loop's executor, a task
-    that is cancelled gives its place up, and at the block's end the model leaves behind the answer.
+    A context manager for one use. Entering waits for its turn (one request at a time, in order of arrival), loads or
+    restores the model and returns the engine. ``with`` blocks its thread. ``async with`` is for coroutines under any
+    asyncio event loop: it blocks nothing, does not use the loop's executor, and does not wait at its end until the
+    model has left the device; a cancelled task leaves the queue.
 
-    A second lease of the same model in the same thread of control, or in work started with its context
+    A nested lease of the same model in the same thread of control, or in work started with its context
     (`asyncio.to_thread`, `asyncio.create_task`), shares the first; the model is released when all have ended. The same
-    holds for a generator that is resumed with another context or in another thread, and for a coroutine that makes a
-    lease and enters it with `asyncio.to_thread`. A lease that was never left is released when Python collects it; a
-    collection is made if the code that holds it does not execute for some seconds.
+    holds for a generator that is resumed with another context or in another thread, and for a coroutine that creates a
+    lease and enters it with `asyncio.to_thread`. If a lease is never exited, garbage collection releases it; this is
+    triggered if the code that holds the lease has not executed for some seconds.
 
-    With ``reading`` the lease joins the request that has the model at the moment, if one has it, and takes a turn of
-    its own otherwise: for looking at a value that no request changes.
+    With ``reading`` the lease shares the model with the current request, if any, else waits for its own turn: for
+    reading values that no request changes.
 
     `cancel`, `place` and `discard` may be called from any thread.
     """
 
-    #: Discovery stops here: behind a lease there are the manager and other models.
+    #: Excludes leases from discovery: they refer to the manager and so to other models.
     not_of_the_engine = True
 
     def __init__(
@@ -69,13 +69,13 @@ class Lease:
         self._entered = self._ended = self._cancelled = self._broken = False
         self._made_here = True
         self.request: LeaseRequest | None = None
-        #: Whether the request was made for this lease, and not for one that it shares.
+        #: Whether the request was made for this lease; False if it shares another lease's.
         self.owns = False
         self._made = _Made(_task())
         caller = sys._getframe(2)
-        #: Code and line, for a lease that is entered in another thread, whose stack does not show them.
+        #: Code and line, for a lease that is entered in another thread.
         self.made_at = caller.f_code, caller.f_lineno
-        #: Requests in force whose leases were made in this context before, wherever they were entered.
+        #: Current requests whose leases were created in this context before, wherever they were entered.
         self.made_after: tuple[LeaseRequest, ...] = ()
         if made := [one for one in _made.get() if not one.over]:
             self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
@@ -97,7 +97,7 @@ class Lease:
         if not self._joins():
             try:
                 self._begins(await self._lessor.acquire_async(self._managed, self._timeout_s, self))
-            except BaseException:  # a task that is cancelled gives its place up, or the model that it has just got
+            except BaseException:  # a cancelled task leaves the queue, or releases the model just granted
                 self._leave(self._lessor.give_back_async)
                 raise
         return self._managed.engine
@@ -108,19 +108,19 @@ class Lease:
         self._leave(self._lessor.give_back_async, error)
 
     def _joins(self) -> bool:
-        """Begin the only use; whether it counts on a request in force."""
+        """Begins the only use; returns whether it shares a current request."""
         if self._entered:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
-        if self._made not in _made.get():  # neither the context in which it was made, nor a copy of it
+        if self._made not in _made.get():  # not the context of its creation, nor a copy of it
             self.made_after = ()
             self._made_here = False
         elif self._made.in_a_task and not self._made.is_of(_task()):
-            self._made_here = False  # a sibling of the task that has made it: another request
+            self._made_here = False  # a sibling of the creating task: another request
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
-            # A stream's context is that of its last step, which others may have in a thread pool.
+            # A stream's context is that of its last step, which other work may share in a thread pool.
             if outer.managed is self._managed and not outer.streams and self._lessor.share(self, outer):
                 return True
         return self._reading and self._lessor.join(self, self._managed)
@@ -130,40 +130,38 @@ class Lease:
         if self._made_here:
             self._made.request = request
 
-    # Bound now: at the end of the interpreter modules lose what is in them, and no thread can be begun or waited for.
+    # Bound now: at the interpreter's end modules are emptied. Then threads can be neither started nor joined.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         made: _Made | None = vars(self).get("_made")
         if made is None:
-            return  # its making was interrupted
+            return  # `__init__` was interrupted
         made.over = True
         if self.request is not None and not ending():
             self._ended = True
             self._lessor.give_back_later(self, self._broken)
 
     def cancel(self) -> bool:
-        """Let a lease that still waits raise `RequestCancelled`. False: it has the model, or has ended."""
+        """Makes a waiting lease raise `RequestCancelled`. Returns False if it holds the model or has ended."""
         self._cancelled = True
         request = self.request
         return not self._ended if request is None else self._lessor.cancel(request)
 
     @property
     def model(self) -> str:
-        """The name of the model."""
         return self._managed.name
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
         return self._cancelled
 
     @property
     def place(self) -> int | None:
-        """The place in the queue: 0 has the model, 1 is served next; None if it has not been entered or has ended."""
+        """The place in the queue: 0 holds the model, 1 is next; None before it is entered and after its end."""
         request = self.request
         return None if request is None else self._lessor.place(request)
 
     def resumed(self) -> None:
-        """For a generator that holds the lease: call this when a step begins. Tells the code that makes the step."""
+        """For a generator that holds the lease: call this at the start of each step. Records the calling code."""
         if self.request is not None and self.owns:
             self._lessor.resumed(self.request)
 
@@ -173,9 +171,9 @@ class Lease:
             self._lessor.suspended(self.request)
 
     def discard(self) -> None:
-        """Say that the engine is broken: it is dropped when the lease ends, and the next request loads it anew.
+        """Marks the engine as broken: it is released when the lease ends, and the next request loads it anew.
 
-        Errors of the device that leave no engine usable do this by themselves.
+        Device errors that make the engine unusable have the same effect.
         """
         self._broken = True
 
@@ -198,13 +196,13 @@ class Lease:
 
 
 def held_requests() -> tuple[LeaseRequest, ...]:
-    """The requests in force of this thread of control (thread, or asyncio task: see `contextvars`)."""
+    """Returns the current requests of this thread of control (thread, or asyncio task: see `contextvars`)."""
     held = _held.get()
     return tuple([request for request in held if request.users]) if held else ()
 
 
 def held_models() -> tuple[ManagedModel, ...]:
-    """The models that this thread of control keeps busy: those it has leased, and those it is loading."""
+    """Returns the models that this thread of control has leased or is loading."""
     loads = _loading.get()
     return (
         *[request.managed for request in held_requests()],
@@ -214,7 +212,7 @@ def held_models() -> tuple[ManagedModel, ...]:
 
 @contextmanager
 def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
-    """A block, and what starts with its context, in which ``watch`` sees each lease before it waits."""
+    """Calls ``watch`` with each lease entered in this context, before it waits."""
     token = _watch.set(watch)
     try:
         yield
@@ -224,20 +222,20 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
 
 @contextmanager
 def loading(managed: ManagedModel) -> Iterator[None]:
-    """A block, and what starts with its context, that moves the model: a lease of it in there would never end."""
+    """Marks this context as loading the model: a lease of it in there would be a deadlock."""
     load = _Loading(managed)
     token = _loading.set((*_loading.get(), load))
     try:
         yield
     finally:
-        load.under_way = False  # threads that the loader has started with its context go on
+        load.under_way = False  # threads that the loader started with its context may continue
         _loading.reset(token)
 
 
 class _Made:
-    """A lease in the context in which it was made: its request while it is in force, and whether it is over.
+    """A lease in the context of its creation: its current request, and whether it is over.
 
-    ``in_a_task``: a coroutine has made it, whose context is its own. That of a thread serves one task after the other.
+    ``in_a_task``: created in a coroutine, with a context of its own. A thread's context serves several tasks.
     """
 
     __slots__ = ("_task", "in_a_task", "over", "request")
@@ -249,7 +247,7 @@ class _Made:
         self.over = False
 
     def is_of(self, task: asyncio.Task[Any] | None) -> bool:
-        """Whether a task has made it; a thread (None) works for the task whose context it has."""
+        """Returns whether the task created it; a thread (None) works for the task of its context."""
         return task is None or (self._task is not None and self._task() is task)
 
 

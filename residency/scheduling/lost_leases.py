@@ -1,4 +1,4 @@
-"""Leases that nothing refers to but themselves. They are given back when Python collects them, which may take hours."""
+"""Lost leases: reachable only from themselves. Python's garbage collection ends them, possibly hours later."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..contracts import Clock
 from .managed_model import ManagedModel
 
 _REST = 20.0
-"""A collection of garbage may take long in a large program: then so many times as long passes until the next."""
+"""Pause after a garbage collection, as a multiple of its duration, which may be long in a large program."""
 
 
 class LostLeases:
-    """Decides when garbage is collected to find them. Methods that end in ``_locked`` need the dispatcher's lock."""
+    """Triggers garbage collections to end lost leases. Methods that end in ``_locked`` need the dispatcher's lock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -21,7 +21,7 @@ class LostLeases:
         self.suspected = False
 
     def look_locked(self, managed: ManagedModel, now_s: float) -> None:
-        """Suspect the lease of a model, from time to time, if the code that took it does not execute any more."""
+        """Checks at intervals whether the code that took a lease still executes; sets ``suspected`` if not."""
         holder = managed.leases.holder
         if holder is None or now_s < holder.search_s:
             return
@@ -30,7 +30,7 @@ class LostLeases:
             self.suspected = True
 
     def collect(self) -> None:
-        """Collect garbage; leases that are found end at once or with the dispatcher's next `act`."""
+        """Collects garbage; the leases found end at once or with the dispatcher's next `act`."""
         self.suspected = False
         began_s = self._clock.now()
         gc.collect()

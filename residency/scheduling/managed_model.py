@@ -1,4 +1,4 @@
-"""A managed model: its state, its requests and its memory, grouped. Pure data: no locks, clock or torch."""
+"""A managed model: its state, requests and memory. Pure data: no locks, clock or torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .random_state import RandomState
 
 SEARCH_AFTER_S = 2.0
-"""How long the code that has a lease may stand still until the manager looks whether it still exists."""
+"""How long the code with a lease may pause until the manager checks whether it still exists."""
 
 
 class LeaseRequest:
@@ -30,16 +30,16 @@ class LeaseRequest:
 
     Attributes:
         number: its place in the order of arrival over all models.
-        site: the code that asks, or that last resumed the generator in which the model is leased.
+        site: the code that takes the lease, or that last resumed the generator with the lease.
         holding: the models that this code has leased or is loading.
         answered: it holds the model (since ``served_s``), or has an ``error``.
-        searched_s: when garbage was last collected in search of a lost lease.
-        users: how many nested leases share it.
-        ended: the lease that it was made for has ended.
-        streams: a generator holds it, and reports where its steps are made.
+        searched_s: time of the last check whether its lease is lost.
+        users: number of nested leases that share it.
+        ended: its own lease has ended.
+        streams: a generator holds it, and reports the code of its steps.
         awaited: the holder was last seen waiting, with a time-out, for the thread of this request.
-        event: the one-shot event on which it waits, if it has to wait.
-        context: the context in which a load on its behalf runs.
+        event: the one-shot event on which it waits, if any.
+        context: the context of a load for it.
     """
 
     __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "event", "holding", "managed", "number",
@@ -65,40 +65,40 @@ class LeaseRequest:
         self.context: contextvars.Context | None = None
 
     def facts(self, now_s: float) -> Holder:
-        """The code that has the model, its thread, and for how many seconds: for errors and the status."""
+        """Returns the code that holds the model, its thread, and for how many seconds; for errors and the status."""
         waiting = list(self.managed.leases.requests)
         awaited = next((other.site.thread_name for other in waiting if other.awaited and not other.answered), None)
         return Holder(self.site.where, self.site.thread_name, max(0.0, now_s - self.served_s), awaited)
 
     @property
     def search_s(self) -> float:
-        """When to look next whether the code that has the lease still exists: at intervals that double."""
+        """Time of the next check whether the code with the lease still exists; the intervals double."""
         return self.searched_s + max(SEARCH_AFTER_S, self.searched_s - self.resumed_s)
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether a coroutine waits for it whose event loop has ended."""
+        """Whether its waiting coroutine belongs to an event loop that has ended."""
         return isinstance(self.event, AsyncOneShotEvent) and self.event.is_dead
 
     def answer(self, error: BaseException | None = None) -> None:
-        """Grant the request, or refuse it with ``error``, and wake its thread or task."""
+        """Grants the request, or refuses it with ``error``, and wakes its thread or task."""
         self.error = error
         self.answered = True
-        self.context = None  # it refers to earlier requests, and these to theirs
+        self.context = None  # it refers to earlier requests, whose contexts would form a chain
         if self.event is not None:
             set_event(self.event)
 
 
 @dataclass(slots=True)
 class LeaseQueue:
-    """``holder`` has the model; ``requests`` came later, in order of arrival. Answered ones are dropped when first."""
+    """The ``holder`` of the model and later ``requests`` in order of arrival. Drops answered requests at the front."""
 
     holder: LeaseRequest | None = None
     requests: deque[LeaseRequest] = field(default_factory=deque)
     max_waiting: float = math.inf
 
     def next_request(self) -> LeaseRequest | None:
-        """The request that is served next; drops those that were answered (cancelled, refused) or abandoned."""
+        """Returns the next request; drops answered (cancelled, refused) and abandoned ones before it."""
         while self.requests:
             first = self.requests[0]
             if first.is_abandoned and not first.answered:
@@ -114,30 +114,29 @@ class LeaseQueue:
         return self.holder is not None or self.next_request() is not None
 
     def waiting(self) -> Iterator[LeaseRequest]:
-        """The requests that wait, in order of arrival."""
+        """Returns the waiting requests, in order of arrival."""
         return (request for request in self.requests if not request.answered)
 
     def refuse_all(self, error: BaseException) -> None:
-        """Refuse every request that waits."""
         for request in list(self.waiting()):
             request.answer(error)
 
     def held_by(self, now_s: float) -> Holder | None:
-        """The code that has the model, if a request is in force. Needs no lock."""
+        """Returns the code that holds the model, or None. Needs no lock."""
         holder = self.holder
         return holder.facts(now_s) if holder is not None and holder.users else None
 
 
 @dataclass(slots=True)
 class MemoryUse:
-    """Bytes of the last settled state, and bytes on the device that the model lacks.
+    """Bytes in the last settled state, and shortfall on the device.
 
     Attributes:
-        size_bytes: what it takes on the device, as far as is known: what it took there last.
-        shortfall_bytes: what the device lacked when it last refused this model; models that leave make it less.
-        needed_bytes: what must be free for the next attempt, where ``size_bytes`` is not known.
+        size_bytes: its size on the device when it was last there, or as registered; 0 if unknown.
+        shortfall_bytes: shortfall of the device at the last out-of-memory error; reduced as other models leave.
+        needed_bytes: free bytes needed for the next attempt, if ``size_bytes`` is unknown.
         waiting_for_room: a request of it waits for room on the device.
-        outside: memory that the process holds beside these bytes; None before the first move.
+        outside: memory of the process beyond these bytes; None before the first move.
         outside_reported: a warning about memory that no move frees was logged.
     """
 
@@ -153,13 +152,13 @@ class MemoryUse:
 
 @dataclass(slots=True)
 class Wishes:
-    """Moves that were asked for and have not begun.
+    """Requested moves that have not begun.
 
     Attributes:
-        pending_move: the state to reach once the running request has ended.
-        prefetch: a restore that no request waits for.
+        pending_move: target state after the running request.
+        prefetch: a move to the device that no request waits for.
         prewarmed: warmed while in use; the model stays on the device for a while after the last request.
-        moved_away_by_hand: offloaded on demand; the policy does not bring it back.
+        moved_away_by_hand: offloaded on demand; the policy does not restore it.
     """
 
     pending_move: State | None = None
@@ -172,7 +171,7 @@ class Wishes:
 class Health:
     """``broken``: the next request loads the engine anew. ``cannot_offload``: eviction releases it.
 
-    ``closing``: it is being unregistered. ``last_error``: of the last move, as text.
+    ``closing``: it is being unregistered. ``last_error``: text of the last move's error.
     """
 
     broken: bool = False
@@ -185,8 +184,8 @@ class Health:
 class Times:
     """Seconds of the manager's clock.
 
-    ``request_ended_s``: end of the last request, until its idle time was learned. ``idle_since_s``: the same, or the
-    end of a restore that no request used. ``arriving_s``: duration of all arrivals that have ended.
+    ``request_ended_s``: end of the last request, until the policy has learned the gap after it. ``idle_since_s``: the
+    same, or the end of a restore that no request used. ``arriving_s``: total duration of ended moves to the device.
     """
 
     request_ended_s: float | None = None
@@ -199,9 +198,8 @@ class Times:
 class ManagedModel:
     """The state of one model. Read and written under the dispatcher's lock.
 
-    During a move ``engine`` and ``resident`` belong to ``move_task``. Moves leave alone the objects that the
-    paths in ``skip`` reach. ``borrowed_part`` is a part that the loader is given; it outlives a release.
-    Each load begins with ``random_state``.
+    During a move ``engine`` and ``resident`` belong to ``move_task``. ``skip``: paths to objects that are not moved.
+    ``borrowed_part``: a part that the loader uses and that outlives a release. Each load begins with ``random_state``.
     """
 
     name: str
@@ -226,30 +224,30 @@ class ManagedModel:
 
     @property
     def state(self) -> State:
-        """``settled_state``, or the moving state of the move under way."""
+        """``settled_state``, or the moving state during a move."""
         return self.settled_state if self.move_task is None else cast(State, self.move_task.move.via)
 
     @property
     def on_device(self) -> bool:
-        """Whether it takes room on the device, or soon will."""
+        """Whether it uses memory of the device, or soon will."""
         return self.settled_state is State.DEVICE or self.arrives
 
     @property
     def arrives(self) -> bool:
-        """Whether it is on its way to the device."""
+        """Whether it is moving to the device."""
         return self.move_task is not None and self.move_task.move.target is State.DEVICE
 
     @property
     def stays(self) -> bool:
-        """Whether it must stay on the device (keep-warm -1), and so makes no room for others."""
+        """Whether it must stay on the device (keep-warm -1), and so is never evicted."""
         return self.policy.keep_warm_s == math.inf
 
     def arrived_for_s(self, now_s: float) -> float:
-        """How long it has been on its way to the device until now, all arrivals together."""
+        """Returns the total duration of its moves to the device until now."""
         return self.times.arriving_s + (max(0.0, now_s - self.move_task.started_s) if self.arrives else 0.0)
 
     def notify_watchers(self) -> None:
-        """Wake the threads that wait for a change of this model."""
+        """Wakes the threads that wait for a change of this model."""
         watchers, self.watchers = self.watchers, []
         for event in watchers:
             set_event(event)

@@ -1,4 +1,4 @@
-"""Manual control: offload, release, warm, make room, retire. A model in use follows when its requests have ended."""
+"""Manual control: offload, release, warm, make room, retire. A model in use is moved after its requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ManualControl:
-    """``check_locked`` raises where a model is not managed any more."""
+    """Moves models on demand. ``check_locked`` raises if a model is no longer managed."""
 
     def __init__(
         self, dispatcher: Dispatcher, moves: MoveRunner, mover: Mover, check_locked: Callable[[ManagedModel], None]
@@ -32,9 +32,9 @@ class ManualControl:
         self._separate = dispatcher.device.separate
 
     def bring_down(self, managed: ManagedModel, target: State) -> bool:
-        """Offload (HOST) or release (RELEASED). True: done; raises the move's error.
+        """Offloads (HOST) or releases (RELEASED). Returns True when done; raises the move's error.
 
-        False: it follows the request that runs or waits, or the arrival of a model that is on its way to the device.
+        False: the move is pending until current and waiting requests, or a running move to the device, have ended.
         """
         dispatcher, leases, wishes, task = self._dispatcher, managed.leases, managed.wishes, None
         while task is None:
@@ -47,7 +47,7 @@ class ManualControl:
                         wishes.pending_move = State.RELEASED if wishes.pending_move is State.RELEASED else target
                     return target is State.HOST and not self._separate
                 if managed.move_task is None:
-                    managed.times.policy_paused_until_s = -math.inf  # a grace that it had has ended
+                    managed.times.policy_paused_until_s = -math.inf  # ends the grace after `warm`
                     move = move_towards(managed, target, self._separate)
                     if move is None:
                         return True
@@ -59,9 +59,9 @@ class ManualControl:
         return True
 
     def warm(self, managed: ManagedModel, if_idle: bool = False) -> bool:
-        """Begin to bring it to the device, or have it stay a while. True: it is there already.
+        """Starts the move to the device, or extends the stay there. Returns whether it is already there.
 
-        Of a model in use: have it stay a while after the request, and cancel a pending move; or, with ``if_idle``, do
+        For a model in use: extends its stay after the requests, and cancels a pending move; with ``if_idle`` does
         nothing.
         """
         with self._dispatcher.replanning(managed), self._dispatcher.lock:
@@ -80,7 +80,7 @@ class ManualControl:
         return there
 
     def move_aside(self, managed_models: Iterable[ManagedModel]) -> None:
-        """Offload these models as far as they are idle, and empty the device's caches."""
+        """Offloads those of these models that are idle, and empties the device's caches."""
         dispatcher = self._dispatcher
         for managed in managed_models:
             with dispatcher.lock:
@@ -97,13 +97,13 @@ class ManualControl:
         self._mover.tidy()
 
     def retire(self, managed_models: list[ManagedModel], reason: ResidencyError, grace_s: float) -> bool:
-        """Refuse the requests that wait for these models with ``reason``, let the running ones end, and release them.
+        """Refuses waiting requests for these models with ``reason``, waits for running ones, and releases the models.
 
-        What still runs after ``grace_s``, or hangs as it leaves, is left alone; then the answer is False.
+        Returns False if some still run after ``grace_s``, or hang on their way off the device; these are left alone.
         """
         dispatcher = self._dispatcher
         until_s = dispatcher.clock.now() + grace_s
-        with dispatcher.lock:  # all of them, before the first can go on
+        with dispatcher.lock:  # all at once, before any of them can continue
             for managed in managed_models:
                 managed.health.closing = True
         for managed in managed_models:
@@ -119,22 +119,22 @@ class ManualControl:
                 try:
                     self._mover.forget(managed)  # the snapshot's skeleton
                 except Exception:
-                    logger.exception("%s: the device took its memory back with an error", managed.name)
+                    logger.exception("%s: an error occurred while its memory was freed", managed.name)
                 gone.append(managed)
-        for managed in gone:  # now that they all have left
+        for managed in gone:  # after all of them have left the device
             self._hand_back(managed)
         self._moves.join()
         return len(gone) == len(managed_models)
 
     def _leaves(self, managed: ManagedModel) -> bool:
-        """Whether it is released: the grace is for requests and loads; a move off the device may take longer."""
+        """Waits for a move off the device, also beyond the grace; returns whether it is released."""
         while managed.leases.holder is None and (task := managed.move_task) is not None and not task.arrives:
             if not self._dispatcher.await_task_while_it_progresses(task):
                 return False
         return _has_nothing_to_do(managed)
 
     def _hand_back(self, managed: ManagedModel) -> None:
-        """Give its owner the part that the loader was given, on the device; idle models make room for it."""
+        """Restores the borrowed part to the device for its owner; offloads idle models if there is no room."""
         dispatcher = self._dispatcher
         try:
             try:

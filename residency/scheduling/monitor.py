@@ -1,4 +1,4 @@
-"""The idle monitor: a thread that sleeps until the next deadline. It decides nothing and moves nothing itself."""
+"""The idle monitor: a thread that sleeps until the next deadline. Decisions and moves are made elsewhere."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PAUSE_AFTER_ERROR_S = 1.0
 
 
 class IdleMonitor:
-    """At each deadline calls ``look`` under the lock, which decides and answers the next deadline, then ``act``.
+    """Calls ``look`` under the lock at each deadline, which returns the next one, then ``act`` without the lock.
 
-    A deadline in the past means: act, and look again. Errors are logged and shown in the status, and the thread goes
-    on; if it ends all the same, the next `expect_locked` starts another. Methods that end in ``_locked`` need ``lock``.
+    After a deadline in the past both are called again at once. Errors are logged and shown in the status; the thread
+    continues, or the next `expect_locked` starts another. Methods that end in ``_locked`` need ``lock``.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class IdleMonitor:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread lives."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
@@ -54,7 +53,7 @@ class IdleMonitor:
         return {"alive": self.alive, "errors": self._errors, "last_error": self._last_error}
 
     def expect_locked(self, deadline_s: float) -> None:
-        """Be there at that time: wakes the thread only if it would sleep longer."""
+        """Ensures that ``look`` is called at that time; starts the thread if necessary."""
         if deadline_s < self._sleeps_until_s:
             self.wake()
         if not self._stopping and (self._thread is None or not self._thread.is_alive()):
@@ -63,15 +62,15 @@ class IdleMonitor:
             self._thread = threading.Thread(target=self._run, args=(turn,), name="gpu-idle-monitor", daemon=True)
             try:
                 self._thread.start()
-            except RuntimeError:  # the system gives no more threads: the next call tries again
+            except RuntimeError:  # no more threads; the next call tries again
                 logger.warning("The idle monitor cannot be started now", exc_info=True)
 
     def leave(self) -> None:
-        """For a forked child: the thread is the parent's."""
+        """In a forked child: the thread belongs to the parent."""
         self._stopping, self._thread = True, None
 
     def stop(self) -> None:
-        """End the thread and wait for it."""
+        """Ends the thread and waits for it."""
         with self._lock:
             self._stopping = True
             self.wake()
@@ -80,12 +79,12 @@ class IdleMonitor:
             thread.join()
 
     def wake(self) -> None:
-        """Let the thread look again. Needs no lock."""
+        """Wakes the thread. Needs no lock."""
         if self._wake_up is not None:
             set_event(self._wake_up)
 
     def _run(self, turn: object) -> None:
-        # An interrupt while a thread is started can make it look dead; then its successor has the turn.
+        # An interrupt during the start of a thread can make it seem dead; then its successor has the turn.
         while self._turn is turn and not self._stopping:
             try:
                 self._act()
@@ -93,7 +92,7 @@ class IdleMonitor:
                     if self._turn is not turn:
                         return
                     wake_up, sleep_s = self._fall_asleep_locked(self._look)
-            except BaseException as error:  # whatever it is: nobody else sees to the deadlines
+            except BaseException as error:  # any error: no other thread handles the deadlines
                 self._errors += 1
                 self._last_error = in_words(error)
                 logger.exception("The idle monitor met an error and goes on")
@@ -103,7 +102,7 @@ class IdleMonitor:
                 self._clock.wait(wake_up, sleep_s)
 
     def _fall_asleep_locked(self, decide: Callable[[], float]) -> tuple[threading.Lock, float]:
-        # First the event: a wake-up without the lock came before it and is seen in `decide`, or sets it.
+        # The event is created first: a `wake` without the lock either precedes `decide`, or sets the event.
         self._wake_up = wake_up = new_event()
         self._sleeps_until_s = deadline_s = decide()
         return wake_up, 0.0 if self._stopping else deadline_s - self._clock.now()

@@ -1,4 +1,4 @@
-"""Carries out moves: each in a thread of its own, outside the lock, then committed or rolled back under it."""
+"""Runs moves: each in its own thread, without the lock, then committed or rolled back under it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .mover import Mover, MoveTask
 from .planner import room_for
 
 FREED_WITHIN_S = 2.0
-"""How long a move waits at most until memory that other models have just released is shown as free."""
+"""Maximum wait of a move until memory just released by other models is reported as free."""
 
 CAPTURE_WITHIN_S = 30.0
-"""How long a move waits at most for the end of captures of CUDA graphs, during which nothing may wait for the card."""
+"""Maximum wait of a move for the end of CUDA graph captures, during which waiting for the device is forbidden."""
 
 OUT_OF_MEMORY_RETRIES = 5
-"""How often a move to a full device is tried again at most, while other models come and go."""
+"""Maximum number of retries of a move to a full device, while other models come and go."""
 
 
 class MoveRunner:
-    """Starts the moves that the dispatcher has begun. ``sample(trim, look_at_children)`` measures the process."""
+    """Starts the moves begun by the dispatcher. ``sample(trim, look_at_children)`` measures the process."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class MoveRunner:
         self._device, self._clock = dispatcher.device, dispatcher.clock
         self._mover = mover
         self._sample = sample
-        # Reentrant, as the dispatcher's lock.
+        # Reentrant, like the dispatcher's lock.
         self._starting = renewed_in_children(threading.RLock())
         self._threads: dict[MoveTask, threading.Thread] = {}
         dispatcher.start_moves = self._start
 
     def join(self) -> None:
-        """Wait for the threads of moves that are over; they have nothing left to do."""
+        """Joins the threads of moves that have ended."""
         moving = [managed.move_task for managed in self._dispatcher.managed_models.values()]
         for task, thread in list(self._threads.items()):
             if task not in moving and not task.given_up and thread is not threading.current_thread():
@@ -65,7 +65,7 @@ class MoveRunner:
                     thread.join()
 
     def _start(self) -> None:
-        """Start what has begun. If no thread can be started, run inline."""
+        """Starts begun moves. If no thread can be started, runs them inline."""
         dispatcher = self._dispatcher
         with self._starting:
             with dispatcher.lock:
@@ -81,7 +81,7 @@ class MoveRunner:
             thread = self._threads[task] = threading.Thread(target=self._run, args=(task,), name=name, daemon=True)
             thread.start()
         except RuntimeError:
-            return False  # the system gives no more threads, or the interpreter is ending
+            return False  # no more threads, or the interpreter is ending
         task.spawned = True
         return True
 
@@ -94,7 +94,7 @@ class MoveRunner:
                 return
             task.spawned = task.claimed = True
             own = managed.memory.device_bytes, managed.memory.host_bytes
-            builds = loads and task.engine is None  # and does not come from a snapshot
+            builds = loads and task.engine is None  # not from a snapshot
             dispatcher.outside.began(task, before, own, self._all_bytes_locked(), builds)
             dispatcher.notifier.tell("began", task)
         while True:
@@ -103,7 +103,7 @@ class MoveRunner:
                 break
             except BaseException as error:
                 task.error = error
-                empty_frames(error)  # requests keep the error, but not the objects of the attempt
+                empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
             if is_capture_under_way(task.error) and self._await_capture(task):
                 continue
             full = task.arrives and is_out_of_device_memory(task.error)
@@ -119,7 +119,7 @@ class MoveRunner:
             task.moved_bytes = self._mover.carry_out(task)
 
     def _await_freed(self, managed: ManagedModel) -> None:
-        """Drivers show memory as free a moment after it was released."""
+        """Waits for released memory, which drivers report as free with a delay."""
         until_s = self._clock.now() + FREED_WITHIN_S
         while self._clock.now() < until_s:
             free_bytes = self._device.memory().free_bytes
@@ -128,7 +128,7 @@ class MoveRunner:
             self._clock.wait(new_event(), 0.02)
 
     def _await_capture(self, task: MoveTask) -> bool:
-        """Wait a moment for the end of a capture that was in the way; False after `CAPTURE_WITHIN_S`."""
+        """Waits a moment for the end of a capture; returns False after `CAPTURE_WITHIN_S`."""
         if task.given_up or self._clock.now() >= task.started_s + CAPTURE_WITHIN_S:
             return False
         self._clock.wait(new_event(), 0.1)
@@ -136,14 +136,14 @@ class MoveRunner:
         return True
 
     def _try_again(self, task: MoveTask) -> bool:
-        """After the device was full: once more with emptied caches, if there is no model that could leave for it.
+        """Empties caches after an out-of-memory error; returns True for one retry if no other model can leave.
 
-        More often while other models came or went meanwhile: then these may have been the reason.
+        More retries follow if other models came or went in between, since they may have been the cause.
         """
         dispatcher, managed = self._dispatcher, task.managed
         with dispatcher.lock:
             if managed.move_task is not task:
-                return False  # given up meanwhile
+                return False  # given up
             managed.memory.shortfall_bytes = lacking_bytes(task.error)
             room = room_for(managed, dispatcher.managed_models.values(), dispatcher.budget_bytes)
             task.put_off = not room.hopeless
@@ -174,10 +174,10 @@ class MoveRunner:
         after = self._sample(task.move.via is State.LOADING, True)
         lost = device_is_lost(task.error, self._device)
         sizes = (left.device_bytes, left.host_bytes) if left else (0, 0)
-        with contextlib.suppress(Exception):  # an error of logging must not keep the move from ending
+        with contextlib.suppress(Exception):  # the move must end even if logging fails
             memory = self._device.memory()
             if managed.move_task is task:
-                dispatcher.notifier.log(task)  # before any thread that waits for it goes on
+                dispatcher.notifier.log(task)  # before waiting threads continue
             if sizes[0] > dispatcher.budget_bytes:
                 dispatcher.notifier.warn_of_budget(task, dispatcher.budget_bytes)
         with dispatcher.lock:
@@ -186,14 +186,14 @@ class MoveRunner:
             wanted = managed.move_task is task
             self._settle_locked(task, sizes, after, lost, wanted)
         if not wanted:
-            with contextlib.suppress(Exception):  # of a device that is gone
+            with contextlib.suppress(Exception):  # errors of a lost device
                 self._mover.throw_away(task)
         dispatcher.act()
 
     def _settle_locked(
         self, task: MoveTask, sizes: tuple[int, int], after: MemorySample, lost: bool, wanted: bool
     ) -> None:
-        """Commit the move or roll it back; of a move that was given up, only note the memory that it holds."""
+        """Commits the move or rolls it back; if it was given up, only records its memory."""
         dispatcher, managed, error, now_s = self._dispatcher, task.managed, task.error, self._clock.now()
         if wanted:
             managed.memory.device_bytes, managed.memory.host_bytes = sizes
@@ -259,7 +259,7 @@ class MoveRunner:
         health.last_error = in_words(error)
         managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
         health.cannot_offload = not task.arrives
-        # An engine that cannot come back, or is on a device that is gone, is built anew.
+        # An engine that cannot be restored, or whose device is lost, is rebuilt.
         ephemeral = isinstance(error, MemoryError) or is_out_of_device_memory(error) or is_capture_under_way(error)
         gone = lost or (task.move.via is State.RESTORING and not ephemeral)
         health.broken = managed.settled_state is not State.RELEASED and (health.broken or gone)

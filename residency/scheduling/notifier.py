@@ -16,16 +16,16 @@ from .mover import MoveTask
 logger = logging.getLogger("residency.moves")
 
 PROGRESS_EVERY_S = 0.1
-"""The shortest time between two reports of progress to listeners."""
+"""Minimum interval of progress reports to listeners."""
 
 
 def waiting_for(managed: ManagedModel) -> int:
-    """How many requests are in a model's queue."""
+    """Returns the number of requests in a model's queue."""
     return sum(1 for _ in managed.leases.waiting())
 
 
 class Notifier:
-    """Nothing here waits. `tell` is called under the dispatcher's lock: events come in the order of the changes."""
+    """Sends events to listeners and logs moves; never waits. `tell` needs the dispatcher's lock, to keep the order."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device = device
@@ -61,13 +61,13 @@ class Notifier:
         self.listeners.tell(event)
 
     def tell_queue(self, managed: ManagedModel) -> None:
-        """Somebody has come into a model's queue, or left it."""
+        """Reports a change of a model's queue."""
         if self.listeners:
             state = managed.state.shown(self._device.kind)
             self.listeners.tell(Event("queue", managed.name, state, state, self._clock.now(), waiting_for(managed)))
 
     def warn_of_budget(self, task: MoveTask, budget_bytes: float) -> None:
-        """A model has come for the first time that the budget does not hold: the next time it will be refused."""
+        """Warns that a model, at its first arrival, exceeds the budget; its next request will be refused."""
         logger.warning(
             "%s takes %s bytes, more than the budget of %s: the next request for it will be refused. Raise the budget "
             "(--gpu-budget, or budget_bytes). / %s 超出显存预算，下次请求将被拒绝，请调大预算。",
@@ -75,7 +75,7 @@ class Notifier:
         )  # fmt: skip
 
     def tell_outside(self, task: MoveTask) -> None:
-        """Warns once of a model that holds memory which no move takes with it."""
+        """Warns once about a model with memory that no move frees."""
         managed, kind = task.managed, task.move.via
         if managed.memory.outside_reported or task.error is not None:
             return
@@ -99,7 +99,6 @@ class Notifier:
             )  # fmt: skip
 
     def log(self, task: MoveTask) -> None:
-        """A move has ended."""
         name, move, elapsed_s = task.managed.name, task.move, self._clock.now() - task.started_s
         if task.error is not None:
             waits = " and waits for room" if task.put_off else ""

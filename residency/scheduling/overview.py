@@ -1,4 +1,4 @@
-"""What `status` and `history` answer for all models together. Asking never counts as use and waits for no move."""
+"""Status and history of all models. A call does not count as use, and does not wait for moves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REMEASURE_EVERY_S = 1.0
 
 
 class Overview:
-    """``host_memory`` measures main memory; ``remeasure`` measures again what child processes of a model hold."""
+    """Builds `status` and `history`. ``host_memory`` measures main memory, ``remeasure`` a model's child processes."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Overview:
         self._remeasured_s = -math.inf
 
     def status(self) -> Status:
-        """Device, host and models in bytes and seconds, None where unknown."""
+        """Returns device, host and models in bytes and seconds, None where unknown."""
         dispatcher, device = self._dispatcher, self._dispatcher.device
         memory, host = device.memory(), self._host_memory()
         self._measure_children()
@@ -60,7 +60,7 @@ class Overview:
         }
 
     def history(self) -> UsageHistory:
-        """Counts since the start, the last moves, and the last 15 minutes of each model and of the card."""
+        """Returns counts since the start, the last moves, and the last 15 minutes of each model and of the card."""
         dispatcher = self._dispatcher
         with dispatcher.lock:
             now_s, kind = dispatcher.clock.now(), dispatcher.device.kind
@@ -71,7 +71,7 @@ class Overview:
             return {"window_s": WINDOW_S, "device": dispatcher.card.as_dict(now_s), "models": models}
 
     def _measure_children(self) -> None:
-        """Measure child processes that hold memory outside again, at most every `REMEASURE_EVERY_S`."""
+        """Updates the memory of child processes with outside memory, at most every `REMEASURE_EVERY_S`."""
         dispatcher = self._dispatcher
         with dispatcher.lock:
             holding = {

@@ -1,8 +1,8 @@
-"""Decides which move comes next, from the managed models and the time. Pure: nothing here acts, waits or logs.
+"""Decides the next move from the managed models and the time. Pure: no actions, waits or logs.
 
-For one model, in this order: a move by hand; the release of a broken engine; the next request is served, or the
-model brought to the device for it; otherwise the policy decides where an idle model is. A model in use or on its way
-is left alone. To bring a model to the device, `room_for` decides which others leave.
+The order for one model: a move by hand; the release of a broken engine; serving the next request, or moving the model
+to the device for it; otherwise the policy decides where an idle model is. A model in use or in a move is left alone.
+`room_for` decides which other models leave for a model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .managed_model import LeaseRequest, ManagedModel
 
 
 class Serve(enum.Enum):
-    """The step that is no move: the request at the head of the queue gets the model."""
+    """The step without a move: the first request of the queue gets the model."""
 
     HEAD = "head"
 
 
 @dataclass(frozen=True)
 class Room:
-    """Whether a model may go to the device: now, after these moves and others' requests (``wait``), or never."""
+    """Whether a model may move to the device: now, after these moves and others' requests (``wait``), or never."""
 
     evict: tuple[Move, ...] = ()
     wait: bool = False
@@ -32,9 +32,9 @@ class Room:
 
 
 def move_towards(managed: ManagedModel, target: State, separate: bool) -> Move | None:
-    """The move that brings a settled model as far down as ``target`` (HOST or RELEASED); None if it is there.
+    """Returns the move of a settled model down to ``target`` (HOST or RELEASED); None if it is there or below.
 
-    Where device and host are one memory (``separate`` is False) there is nothing to offload.
+    If device and host are one memory (``separate`` is False), offloads do not exist.
     """
     if managed.settled_state is State.RELEASED or managed.settled_state is target:
         return None
@@ -44,7 +44,7 @@ def move_towards(managed: ManagedModel, target: State, separate: bool) -> Move |
 
 
 def next_step(managed: ManagedModel, now_s: float, separate: bool) -> Move | Serve | None:
-    """What should happen to this model now, if anything; see the module for the order."""
+    """Returns the model's next step, or None; see the module for the order."""
     if managed.leases.holder is not None or managed.move_task is not None:
         return None
     if managed.health.closing:
@@ -67,7 +67,7 @@ def next_step(managed: ManagedModel, now_s: float, separate: bool) -> Move | Ser
 
 
 def next_deadline(managed: ManagedModel, now_s: float, separate: bool) -> float:
-    """When `next_step` will next want to be asked, if nothing else happens; ``math.inf`` for never."""
+    """Returns when `next_step` must be called next if nothing else changes; ``math.inf`` for never."""
     if managed.move_task is not None:
         return float(managed.move_task.give_up_at_s)
     if managed.leases.in_use or managed.times.idle_since_s is None or managed.settled_state is State.RELEASED:
@@ -96,14 +96,14 @@ def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | Non
         managed.times.idle_since_s + start <= now_s < managed.times.idle_since_s + stop for start, stop in windows[1:]
     )
     if managed.settled_state is State.HOST:
-        # The first window keeps a model where it is; later ones bring it back, unless it was moved away by hand.
+        # The first window restores no model; later ones do, unless it was moved away by hand.
         return Move(managed.name, State.HOST, State.DEVICE) if begun and not managed.wishes.moved_away_by_hand else None
     warm = begun or now_s < managed.times.idle_since_s + windows[0][1]
     return None if warm else move_towards(managed, State.HOST, separate)
 
 
 def will_not_reach(managed: ManagedModel, state: State) -> bool:
-    """Whether nothing leads a model to ``state`` any more, without a new request."""
+    """Returns whether a model cannot reach ``state`` without a new request."""
     failed = (
         managed.health.last_error is not None
         and managed.settled_state is not State.DEVICE
@@ -117,12 +117,12 @@ def will_not_reach(managed: ManagedModel, state: State) -> bool:
 
 
 def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], budget_bytes: float) -> Room:
-    """Whether ``managed`` may go to the device, on which models under management take ``budget_bytes`` at most.
+    """Returns whether ``managed`` may move to the device, where managed models use at most ``budget_bytes``.
 
-    If there is no room, idle models leave, the least recently used first; models in use are waited for. Requests that
-    wait for room are served in the order of arrival over all models: a model whose next request came later counts as
-    idle. Models with keep-warm -1 stay. A restore that no request waits for takes only room that is free, or
-    that idle models hold if it was asked for.
+    If there is no room, idle models leave, least recently used first, and models in use are waited for. Requests that
+    wait for room are served in order of arrival over all models: a model whose next request is later counts as idle.
+    Models with keep-warm -1 stay. Without a waiting request, a restore uses only free room or, if prefetched, that of
+    idle models.
     """
     head = managed.leases.next_request()
     others = [other for other in managed_models if other is not managed]
@@ -139,14 +139,14 @@ def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], bu
     evict = _least_recently_used(idle, short_bytes)
     short_bytes -= sum(other.memory.size_bytes for other in evict)
     busy = [other for other in others if head and other not in idle and _will_be_free(other, head, managed_models)]
-    # A model that loads for the first time may have any size.
+    # The size of a model in its first load is unknown.
     if short_bytes > sum(other.memory.size_bytes or (math.inf if other.move_task else 0) for other in busy):
         return Room(hopeless=True)
     return Room(evict=tuple(map(_eviction, evict)), wait=True)
 
 
 def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -> list[Move]:
-    """Idle models that must leave because a model turned out to be larger than was known."""
+    """Returns the moves of idle models that must leave after a model turned out to be larger than expected."""
     excess_bytes = (
         sum([managed.memory.size_bytes for managed in managed_models if managed.on_device and not _leaving(managed)])
         - budget_bytes
@@ -160,17 +160,17 @@ def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -
 
 
 def _eviction(managed: ManagedModel) -> Move:
-    # A model that could not be offloaded a moment ago is released: a request waits for the room.
+    # After a failed offload the model is released, since a request waits for the room.
     return Move(managed.name, State.DEVICE, State.RELEASED if managed.health.cannot_offload else State.HOST)
 
 
 def would_wait_for_itself(request: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:
-    """Whether this request waits, directly or through others, for the code that makes it."""
+    """Returns whether the request waits, directly or through others, for the code that makes it."""
     return not _in_the_way_of(request.managed, managed_models).isdisjoint(request.holding)
 
 
 def _in_the_way_of(managed: ManagedModel, managed_models: Collection[ManagedModel]) -> set[ManagedModel]:
-    """The models that must become free before ``managed`` does, itself included."""
+    """Returns the models that must become free before ``managed``, including itself."""
     seen: set[ManagedModel] = set()
     todo = [managed]
     while todo:
@@ -205,7 +205,7 @@ def _may_be_evicted(managed: ManagedModel, head: LeaseRequest | None) -> bool:
 
 
 def _will_be_free(managed: ManagedModel, head: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:
-    """Whether a model that is in use, or on its way to the device, can leave without waiting for ``head``."""
+    """Returns whether a model in use, or moving to the device, can leave without waiting for ``head``."""
     if not managed.on_device or managed.stays or not (managed.leases.in_use or managed.move_task):
         return False
     first = _in_the_way_of(managed, managed_models)
@@ -213,7 +213,7 @@ def _will_be_free(managed: ManagedModel, head: LeaseRequest, managed_models: Col
 
 
 def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> list[ManagedModel]:
-    """As many of these as hold ``short_bytes`` together, or all of them."""
+    """Returns the least recently used models that hold ``short_bytes`` together, or all of them."""
     leave: list[ManagedModel] = []
     for managed in sorted(
         idle, key=lambda managed: -math.inf if managed.times.idle_since_s is None else managed.times.idle_since_s
@@ -225,7 +225,7 @@ def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> 
 
 
 def by_arrival(managed_models: Iterable[ManagedModel]) -> list[ManagedModel]:
-    """Models in the order in which their next requests came; those without one last."""
+    """Returns the models in order of arrival of their next requests; those without one last."""
     return sorted(
         managed_models, key=lambda managed: head.number if (head := managed.leases.next_request()) else math.inf
     )

@@ -1,4 +1,4 @@
-"""How long an idle model stays where it is. Pure: no clock, no locks."""
+"""Durations and policies for idle models. Pure: no clock, no locks."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LONGEST_S = 100_000 * 3600.0
 
 
 def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) -> float:
-    """Read a duration: a number of seconds, ``90s``, ``15m`` or ``1h``; ``-1`` is without end (`math.inf`).
+    """Parses a duration: a number of seconds, ``90s``, ``15m`` or ``1h``; ``-1`` is `math.inf`.
 
-    ``endless`` is what -1 means here, in English and Chinese. Raises `InvalidInput` for anything else (other negative
-    numbers and NaN included).
+    ``endless``: the meaning of -1 in the error message, in English and Chinese. Raises `InvalidInput` for other values,
+    including other negative numbers and NaN.
     """
     if isinstance(value, int | float) and 0 <= value <= _LONGEST_S:
         return float(value)
@@ -55,7 +55,7 @@ def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) 
 
 @dataclass(frozen=True)
 class FixedPolicy:
-    """Stay on the device ``keep_warm_s`` after the last lease, in host memory until ``idle_timeout_s``."""
+    """Keeps a model on the device ``keep_warm_s`` after the last lease, in host memory until ``idle_timeout_s``."""
 
     keep_warm_s: float = 0.0
     idle_timeout_s: float = 600.0
@@ -65,17 +65,17 @@ class FixedPolicy:
         return ((0.0, self.keep_warm_s),)
 
     def idle_ended(self, idle_s: float) -> None:
-        """Nothing is learned from it."""
+        """Does nothing."""
 
     def brought_back(self, seconds: float) -> None:
-        """Nothing is learned from it."""
+        """Does nothing."""
 
     def with_idle_timeout(self, idle_timeout_s: float) -> FixedPolicy:
         return replace(self, idle_timeout_s=idle_timeout_s)
 
 
 class GuardedPolicy:
-    """A user's policy. At its first error or impossible answer, which is logged, a `FixedPolicy` takes its place."""
+    """A user's policy. After its first error or invalid result, which is logged, a `FixedPolicy` replaces it."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -128,7 +128,7 @@ def _in_order(windows: tuple[tuple[float, float], ...]) -> tuple[tuple[float, fl
 
 
 def keep_warm_seconds(value: float | str) -> float | Literal["auto"]:
-    """A duration, or ``auto``; `InvalidInput` for anything else."""
+    """Parses a duration or ``auto``; raises `InvalidInput` for other values."""
     if isinstance(value, str) and value.strip().lower() == AUTO:
         return "auto"
     try:
@@ -138,7 +138,7 @@ def keep_warm_seconds(value: float | str) -> float | Literal["auto"]:
 
 
 def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
-    """The policy for what a user asked: a duration or ``"auto"``, and a duration. `InvalidInput` for anything else."""
+    """Returns the policy of a keep-warm duration or ``"auto"``, and an idle timeout; raises `InvalidInput`."""
     warm_s, idle_timeout_s = keep_warm_seconds(keep_warm), seconds(idle_timeout)
     return AdaptivePolicy(idle_timeout_s) if warm_s == AUTO else FixedPolicy(float(warm_s), idle_timeout_s)
 
@@ -149,7 +149,7 @@ def policy_for(
     idle_timeout: float | str | None,
     defaults: Mapping[str, Any],
 ) -> Policy:
-    """The policy of a new model: its own, or one of two durations. `InvalidInput` if both are given."""
+    """Returns the policy of a new model: its own, or one of two durations. Raises `InvalidInput` if both are given."""
     if policy is None:
         return make_policy(
             defaults["keep_warm"] if keep_warm is None else keep_warm,
@@ -170,7 +170,7 @@ def policy_for(
 
 
 def comparable(**settings: Any) -> dict[str, Any]:
-    """A manager's settings in one form: ``"5m"`` is 300.0."""
+    """Normalises a manager's settings: ``"5m"`` is 300.0."""
     for name, value in settings.items():
         if name == "keep_warm":
             settings[name] = keep_warm_seconds(value)
@@ -182,9 +182,9 @@ def comparable(**settings: Any) -> dict[str, Any]:
 
 
 def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:
-    """A policy with other settings; None is as in ``present``.
+    """Returns a policy with other settings; None keeps the one of ``present``.
 
-    What it has learned outlives a change of the idle timeout, and ``"auto"`` for one that is ``auto`` already.
+    What was learned is kept if only the idle timeout changes, and if ``"auto"`` was already set.
     """
     if keep_warm is None or (keep_warm == AUTO and isinstance(present, AdaptivePolicy)):
         return present if idle_timeout is None else present.with_idle_timeout(seconds(idle_timeout))
@@ -192,7 +192,7 @@ def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: 
 
 
 def check_counts(least: int, **counts: object) -> None:
-    """`InvalidInput` for anything but None and whole numbers of at least ``least``."""
+    """Raises `InvalidInput` unless each count is None or a whole number of at least ``least``."""
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise InvalidInput(

@@ -1,4 +1,4 @@
-"""Managers and the life of their process: forked children, and the end of the interpreter."""
+"""Handles forks and the end of the process for managers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _EXIT_WITHIN_S = 5.0
 
 
 class ProcessLifetime(Protocol):
-    """An object that reacts to the process's fork and end."""
+    """An object that is notified of a fork and of the process's end."""
 
     def leave_to_the_parent(self) -> None:
-        """This process is a fork: locks may be held by threads that are not here, and models are the parent's."""
+        """Called in a forked child: locks may be held by threads that do not exist here; the parent owns the models."""
 
     def wind_up(self, within_s: float) -> None:
-        """The interpreter ends: no thread of ours may be inside native code then."""
+        """Called at the interpreter's end, when no thread of this package may be inside native code."""
 
 
 _alive: weakref.WeakSet[ProcessLifetime] = weakref.WeakSet()
 
 
 def end_with_the_process(mortal: ProcessLifetime) -> None:
-    """Call its methods when this process forks or ends."""
+    """Registers an object for both calls. Keeps only a weak reference."""
     _alive.add(mortal)
 
 

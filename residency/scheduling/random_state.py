@@ -1,7 +1,7 @@
-"""Loading a model must not change the random numbers of the request that caused it, nor depend on them.
+"""Isolates loads from random numbers: a load neither changes those of its request nor depends on them.
 
-Some loaders seed Python, numpy and torch (FunASR's ``AutoModel`` sets all three to 0), and building modules
-draws from torch's generator: for weights that are then overwritten, and for buffers that are kept (a vocoder's noise).
+Some loaders seed Python, numpy and torch (FunASR's ``AutoModel`` sets all three to 0), and building modules draws from
+torch's generator: for weights that are then overwritten, and for buffers that are kept (a vocoder's noise).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class RandomState:
-    """The global random states of Python, numpy and torch (CUDA's too), as they are when it is made."""
+    """The global random states of Python, numpy and torch (with CUDA) at its creation."""
 
     def __init__(self) -> None:
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
@@ -24,10 +24,10 @@ class RandomState:
         self._cuda = torch.cuda.get_rng_state_all() if torch and torch.cuda.is_initialized() else None
 
     def put_back(self) -> None:
-        """Have them all as they were.
+        """Restores all states.
 
-        What came later is as nobody has touched it: torch with its own seed, CUDA with the one that torch had. numpy,
-        which begins differently in each process, is left alone then.
+        If torch was imported later, it gets its default seed; numpy, which has none, is left unchanged. If CUDA was
+        initialised later, it gets torch's seed.
         """
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         random.setstate(self._python)
@@ -45,7 +45,7 @@ class RandomState:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put the global random states of Python, numpy and torch back as they were before the block."""
+    """Restores the global random states of Python, numpy and torch after the block."""
     before = RandomState()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The models under management by name, and whether new requests are accepted."""
+"""The registered models by name, and whether new requests are accepted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .mover import Mover
 
 
 class Registry:
-    """``closed``: no requests and models are accepted any more. Methods that end in ``_locked`` need the lock."""
+    """The registered models. ``closed``: refuses requests and models. Methods that end in ``_locked`` need the lock."""
 
     def __init__(self, dispatcher: Dispatcher, mover: Mover) -> None:
         self._dispatcher = dispatcher
@@ -22,21 +22,21 @@ class Registry:
         self.closed = False
 
     def check_free(self, name: str) -> None:
-        """`ModelExists` if the name is taken."""
+        """Raises `ModelExists` if the name is taken, `ManagerClosed` if closed."""
         if self.closed:
             raise ManagerClosed
         if name in self._dispatcher.managed_models:
             raise ModelExists(name)
 
     def check_open_locked(self, managed: ManagedModel) -> None:
-        """`UnknownModel` if the model is being unregistered."""
+        """Raises `UnknownModel` if the model is being unregistered, `ManagerClosed` if closed."""
         if self.closed:
             raise ManagerClosed
         if managed.health.closing:
             raise UnknownModel(managed.name, tuple(self._dispatcher.managed_models))
 
     def add(self, managed: ManagedModel) -> None:
-        """Register a model; its borrowed part leaves the device."""
+        """Registers a model; offloads its borrowed part."""
         try:
             if managed.borrowed_part is not None:
                 managed.borrowed_part.offload()
@@ -54,7 +54,7 @@ class Registry:
                 del self._dispatcher.managed_models[managed.name]
 
     def named(self, name: str | None) -> list[ManagedModel]:
-        """The model of that name (None: all, in order of registration); `UnknownModel` if there is none."""
+        """Returns the model of that name (None: all, in order of registration); raises `UnknownModel`."""
         with self._dispatcher.lock:
             managed_models = self._dispatcher.managed_models
             if name is None:
@@ -66,7 +66,7 @@ class Registry:
             return [managed_models[name]]
 
     def for_each(self, name: str | None, act: Callable[[ManagedModel], bool]) -> bool:
-        """Whether ``act`` succeeded for every model; all are tried before the first error is raised."""
+        """Calls ``act`` for every model, then raises the first error. Returns whether all results are true."""
         answers, errors = [], []
         for managed in self.named(name):
             try:
@@ -78,12 +78,12 @@ class Registry:
         return all(answers)
 
     def leave_to_the_parent(self) -> None:
-        """For a forked child: the models are the parent's, and are not even collected here."""
+        """In a forked child: the models belong to the parent, and are kept from collection here."""
         self.closed = True
         self._parents_models = self._dispatcher.leave()
 
     def wind_up(self, within_s: float) -> None:
-        """At the end of the interpreter: refuse requests, and let moves end that are inside native code."""
+        """At the interpreter's end: refuses requests and waits for moves, which may be inside native code."""
         self.closed = True
         clock = SystemClock()
         until_s = clock.now() + within_s

@@ -15,7 +15,6 @@ _PENDING: dict[State, Literal["offload", "release"]] = {State.HOST: "offload", S
 
 
 def describe(managed: ManagedModel, now_s: float, device_kind: str, separate: bool) -> ModelStatus:
-    """Returns the entry of one model."""
     outside = managed.memory.outside
     return {
         "state": managed.state.shown(device_kind),
@@ -42,7 +41,6 @@ def describe(managed: ManagedModel, now_s: float, device_kind: str, separate: bo
 def describe_device(
     device: Device, memory: Memory, budget_bytes: int | None, outside_bytes: int | None
 ) -> DeviceStatus:
-    """Returns the entry of the device."""
     telemetry, note = device.telemetry(), device.note
     return {
         "name": device.name,
