@@ -43,7 +43,7 @@ MOVED_WITHIN_S = 5.0
 """Timeout for the release of the models, after the grace period of running requests."""
 
 _abandoned = threading.Event()
-"""Set if a request or a move still runs at the end."""
+"""Set if a request or a move still runs at exit."""
 
 
 def __getattr__(name: str) -> Any:

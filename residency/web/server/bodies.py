@@ -15,7 +15,7 @@ _SMALL_BYTES = 1 << 16
 
 
 def small_bodies_first(app: ASGIApp) -> ASGIApp:
-    """ASGI middleware that buffers small bodies before it calls the app, so that aborted requests are cheap."""
+    """Buffers small bodies before it calls the app, so that aborted requests are cheap. An ASGI middleware."""
 
     async def reading(scope: Scope, receive: Receive, send: Send) -> None:
         length = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""

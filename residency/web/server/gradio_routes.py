@@ -38,7 +38,7 @@ _GARBLED = (
 
 
 def without(also: Iterable[str] = ()) -> Callable[[ASGIApp], ASGIApp]:
-    """ASGI middleware that answers 404 for unused routes and ``also``, and ends streams that Gradio aborts."""
+    """Returns ASGI middleware that answers 404 for unused routes and ``also``, and ends streams that Gradio aborts."""
     closed = re.compile(rf"({'|'.join(map(re.escape, (*_UNUSED, *also)))})(/|$)")
 
     def around(app: ASGIApp) -> ASGIApp:

@@ -16,7 +16,7 @@ LOST = (
     "服务器上已没有此前的录音和结果：请重新上传录音，填写的文字仍在。",
     "Earlier recordings and results are gone from the server: upload the recording again; your texts are still here.",
 )
-"""Message for a page whose session the server does not know."""
+"""Message for a page with an unknown session."""
 
 
 class Heartbeats:

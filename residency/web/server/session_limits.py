@@ -39,7 +39,7 @@ def bound_names() -> None:
     """Makes the next Gradio app answer 422 to bodies with an invalid session name."""
     for body in _BODIES:
         model = getattr(routes, body, None)
-        if model is not None and model.__module__ != __name__:  # Gradio 5 has not all of them
+        if model is not None and model.__module__ != __name__:  # Gradio 5 lacks some of them
             field = model.model_fields["session_hash"]
             checked: Any = Annotated[field.annotation, AfterValidator(_checked)]
             setattr(

@@ -209,7 +209,7 @@ def explain(error: Exception) -> Sentence:
         )
     if isinstance(error, ResidencyError):
         return message_of(error)
-    # StepAudioTTS raises its own HTTPException, whose reason is in `detail` but not in str().
+    # StepAudioTTS raises its own HTTPException, with the reason in `detail` but not in str().
     reason = getattr(error, "detail", None) or str(error) or type(error).__name__
     if 400 <= getattr(error, "status_code", 500) < 500:
         return Sentence(f"The engine cannot do this: {reason}", f"引擎无法处理该请求：{reason}")

@@ -37,7 +37,7 @@ _ALL = ""
 class GpuPanel:
     """Status display and controls of the manager.
 
-    `text`, `press` and `configure` are thread-safe; the latter two return errors as text.
+    `text`, `press` and `configure` are thread-safe; `press` and `configure` return errors as text.
     """
 
     def __init__(self, manager: Manager, permissions: Permissions) -> None:

@@ -41,7 +41,7 @@ class Prewarm:
 
     def register(self, texts: Sequence[gr.Textbox], recording: gr.Audio, samples: Sequence[gr.Button]) -> None:
         """Connects the inputs while the page is drawn. `RequestMiddleware` detects the start of an upload."""
-        button = gr.Button(elem_id="prewarm")  # hidden by style: Gradio does not draw what is invisible
+        button = gr.Button(elem_id="prewarm")  # hidden by CSS, since Gradio does not draw invisible components
         acts = [recording.start_recording, recording.upload, *(sample.click for sample in samples)]
         for event in (button.click, *acts):
             event(self.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)

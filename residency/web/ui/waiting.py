@@ -32,7 +32,7 @@ class WaitMessages:
     def __init__(self, manager: Manager | SpeechQueue | None) -> None:
         self._manager = manager
         self._lock = threading.Lock()
-        self._leases: dict[str | None, dict[Lease, float]] = {}  # and since when
+        self._leases: dict[str | None, dict[Lease, float]] = {}  # values: start of the wait
 
     @contextmanager
     def told(
