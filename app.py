@@ -1,7 +1,7 @@
-"""The Step-Audio-EditX page, with a model that is moved off the GPU between requests.
+"""Serves the Step-Audio-EditX page, with a model that is moved off the GPU between requests.
 
-Composition root: settings -> device -> engine -> manager -> page. Heavy imports happen where they are needed,
-so that ``--help`` and a wrong flag answer at once.
+Composition root: settings -> device -> engine -> manager -> page. Heavy imports are inside functions, so that
+``--help`` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ __all__ = ["EditxTab", "main"]
 logger = logging.getLogger("app")
 
 DELIVERED_WITHIN_S = 5.0
-"""How long an answer that came in time may take to reach its receiver."""
+"""Timeout for clients to fetch finished results."""
 
 REFUSED_WITHIN_S = 1.0
-"""How long the refusals of waiting requests may take to be delivered."""
+"""Timeout for clients to receive the refusals of waiting requests."""
 
 MOVED_WITHIN_S = 5.0
-"""How long models may take to be released, beyond what running requests were given."""
+"""Timeout for the release of the models, after the grace period of running requests."""
 
 _abandoned = threading.Event()
-"""Set if a request or a move still runs at the end."""
+"""Set if a request or a move still runs at exit."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "EditxTab":  # not imported above, because it brings Gradio
+    if name == "EditxTab":  # imported on first use, because it imports Gradio
         from residency.web.editx_tab import EditxTab
 
         return EditxTab
@@ -55,8 +55,8 @@ def __getattr__(name: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C or SIGTERM; return the exit code."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports model names to its makers otherwise
+    """Serves until Ctrl-C or SIGTERM; returns the exit code."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime's telemetry includes model names
     settings = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -89,7 +89,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, build) if manager else build(_torch_device())
-    # Behind a tunnel, or a proxy that does not tell its address, people from anywhere look local.
+    # Behind a tunnel, or a proxy that sends no client address, remote requests seem local.
     passed_on = settings.share or "://" in settings.root_path
     permissions = Permissions(settings.control_token, trust_local=not passed_on)
     tab = EditxTab(
@@ -133,7 +133,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
 
 
 def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
-    """Returns a function that builds the engine for a torch device. Checks for missing parts now, not on first use."""
+    """Returns a function that builds the engine for a torch device. Checks for missing parts immediately."""
     if settings.engine == "builtin":
 
         def builtin(torch_device: str) -> Engine:
@@ -175,7 +175,7 @@ def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
 
 
 def _check_text(settings: Settings) -> Callable[[str], object] | None:
-    """Returns a function that refuses texts which the engine cannot speak, without loading it, or None."""
+    """Returns a function that rejects texts which the engine cannot speak, without loading the engine, or None."""
     if settings.engine != "builtin":
         return None
     from residency.engines.text import speakable
@@ -222,7 +222,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
 
 
 def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Callable[[str], str] | None:
-    """Returns the speech recognition, if enabled: ``asr``, a second model of the manager."""
+    """Returns the speech recognition if enabled, as the managed model ``asr`` if there is a manager."""
     if not settings.enable_auto_transcribe:
         return None
 
@@ -247,7 +247,7 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
 
 
 def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None:
-    """Refuse new requests, let running ones finish and be delivered, release the models, then stop serving."""
+    """Refuses new requests, waits until running ones are delivered, releases the models, then stops the server."""
     began_s = time.monotonic()
 
     def left_s() -> float:
@@ -264,7 +264,7 @@ def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None
         )
     ended = manager is None or _closed(manager, grace_s)
     idle = page.speech.wait_until_idle(left_s())
-    # Refusals want to be delivered too, even where a request that still runs is not waited for.
+    # Refusals need time for delivery too, even if a running request is abandoned.
     page.traffic.wait_until_quiet(DELIVERED_WITHIN_S if idle else REFUSED_WITHIN_S)
     if page.speech.running:
         logger.warning("A request is still running; leaving without it. / 仍有请求在运行，不再等待，直接退出。")
@@ -272,13 +272,13 @@ def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None
         logger.warning("A model is still on its way; leaving without it. / 模型仍在搬移，不再等待，直接退出。")
     if page.speech.running or not ended:
         _abandoned.set()
-    # The server is stopped on purpose; what it says of requests that end with it helps nobody.
+    # Hide the server's errors about requests that this intended shutdown interrupts.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     page.close()
 
 
 def _closed(manager: GPUResourceManager, grace_s: float) -> bool:
-    """Close the manager; False if a request or a move exceeds its time."""
+    """Closes the manager; returns False if a request or a move exceeds its time limit."""
     if manager.close(grace_s):
         return True
     if any(model["leases"] for model in manager.status()["models"].values()):
@@ -289,7 +289,7 @@ def _closed(manager: GPUResourceManager, grace_s: float) -> bool:
 if __name__ == "__main__":
     code = main()
     if _abandoned.is_set():
-        # The engine's threads are inside native code, which must not see the interpreter end around it.
+        # Skip interpreter shutdown, which could crash threads in native code.
         logging.shutdown()
         os._exit(code)
     sys.exit(code)

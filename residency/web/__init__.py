@@ -1,4 +1,4 @@
-"""The page and the HTTP calls. The manager is seen only through `protocols.Manager`."""
+"""The page and the HTTP API. They access the manager only through `protocols.Manager`."""
 
 from ..extras import require
 

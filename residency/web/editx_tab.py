@@ -1,4 +1,4 @@
-"""The Step-Audio-EditX page: a recording, texts, a task, CLONE and EDIT, and the history as a chat with players."""
+"""The Step-Audio-EditX tab: recording, texts, task, CLONE and EDIT, and the history as a chat with players."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _UPLOAD_ANYTHING = static.text("upload.js")
 
 
 class Inputs(NamedTuple):
-    """The values that CLONE and EDIT are called with, in the order of the event's inputs."""
+    """The arguments of CLONE and EDIT, in the order of the event's inputs."""
 
     prompt_text: str | None
     prompt_audio: str | None
@@ -53,12 +53,12 @@ class Inputs(NamedTuple):
 
 
 class EditxTab:
-    """Draws the tab and answers its events. One object serves all sessions; what belongs to one is in its `State`.
+    """Components and event handlers of the tab. One object serves all sessions, each with its own `State`.
 
-    Handlers raise nothing: an error becomes a message, and the history stays as it was. ``args`` is `Settings`
-    or any namespace with ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel too. With
-    ``recognize``, what is said in a recording is written into an empty prompt text. ``permissions`` decide which
-    requests may use the panel's buttons; by default those from this machine and of users who have signed in.
+    Handlers show errors as messages and leave the history unchanged. ``args`` is `Settings` or any namespace with
+    ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel. With ``recognize``, recordings are
+    transcribed into an empty prompt text. ``permissions`` decide which requests may use the panel's buttons; by default
+    those from this machine and of signed-in users.
     """
 
     def __init__(
@@ -95,19 +95,19 @@ class EditxTab:
         self.intent = Prewarm(manager, self._model) if manager is not None else None
 
     def get_gpu_status(self) -> str:
-        """Where the model is, in words."""
+        """Returns the state of the models as text."""
         return self.panel.text() if self.panel else status_text.NOT_ENABLED
 
     def offload_gpu(self) -> str:
-        """Bring the model to main memory; say what came of it and where things are now."""
+        """Offloads all models to main memory; returns the outcome and the state as text."""
         return f"{self.panel.press('offload')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
     def release_gpu(self) -> str:
-        """Free the model's memory everywhere; say what came of it and where things are now."""
+        """Releases all models; returns the outcome and the state as text."""
         return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
     def told(self) -> AbstractContextManager[Any]:
-        """A block in which the person whose event this is reads what the model does meanwhile."""
+        """Reports the model's progress to the user of the current event within this block."""
         return self.waiting.told(self._model)
 
     def init_state(self) -> State:
@@ -121,7 +121,7 @@ class EditxTab:
         return self._answer(self._clone, Inputs(*inputs), self._requests.begin(inputs[-1]))
 
     def generate_edit(self, *inputs: Any) -> tuple[Any, State, str]:
-        """Edits the latest result, or the recording if there is none. Same arguments and answer as `generate_clone`."""
+        """Edits the latest result, or the recording if there is none. Arguments and result as `generate_clone`."""
         return self._answer(self._edit, Inputs(*inputs), self._requests.begin(inputs[-1]))
 
     def _clone(self, inputs: Inputs, history: list[Any]) -> None:
@@ -148,7 +148,7 @@ class EditxTab:
         return [], state, ""
 
     def update_edit_info(self, edit_type: str) -> Any:
-        """The sub-tasks of a task."""
+        """Returns an update of the sub-task dropdown for a task."""
         return sub_tasks_update(self.speech.edit_types, edit_type)
 
     def _choose_task(self, edit_type: str) -> tuple[Any, str]:
@@ -158,7 +158,7 @@ class EditxTab:
     def _use_sample(self, sample: sample_voices.SampleVoice, target_text: str | None) -> tuple[Any, ...]:
         recording = sample_voices.copied(sample, self.speech.folder)
         self.recordings.own(session(), recording)
-        # The target text and its message.
+        # Target text and its message.
         target = (gr.skip(), gr.skip()) if target_text else (sample_voices.TARGET_TEXT, "")
         return sample.says, recording, *target
 
@@ -172,9 +172,9 @@ class EditxTab:
                 work(inputs, history)
             state["message"] = Message("")
         except Exception as error:
-            late = state["history_audio"] is not history  # an EDIT, for example, whose recording was deleted meanwhile
+            late = state["history_audio"] is not history  # for example an EDIT whose recording was deleted meanwhile
             state["message"] = Message.of(Overtaken() if late else error, localizer())
-            # The chat is left unchanged, so that a player that is playing plays on.
+            # Leaves the chat unchanged, so that a playing player continues.
             return gr.skip(), state, state["message"]
         finally:  # after the message is stored: a reloaded page reads it from there
             self._requests.end(state, request)
@@ -193,7 +193,7 @@ class EditxTab:
             yield shown
 
     def register_components(self) -> None:
-        """Draw the tab into the Blocks that are open."""
+        """Draws the tab into the open Blocks."""
         with gr.Tab("Editx"):
             with gr.Row():
                 with gr.Column():
@@ -251,7 +251,7 @@ class EditxTab:
     def _draw_task_and_history(self) -> None:
         with gr.Row():  # on a phone one below the other, so that names have room
             with gr.Column(min_width=240):
-                tasks = list(self.speech.edit_types)  # `SavedInputs` gives them their names
+                tasks = list(self.speech.edit_types)  # `SavedInputs` sets their names
                 self.edit_type = gr.Dropdown(label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task")
                 self.places.draw("task")
             with gr.Column(min_width=240):
@@ -267,12 +267,12 @@ class EditxTab:
             elem_id="history",
             **supported(gr.Chatbot, type="messages", buttons=["copy"]),
         )
-        # Beside the buttons, which on a phone are all that is in view.
+        # Beside the buttons, so that it is visible on a phone.
         self.places.draw()
         self.line = gr.HTML(elem_id="progress", elem_classes="progress-line", padding=False)
 
     def register_events(self) -> None:
-        """Connect what `register_components` has drawn."""
+        """Connects the components of `register_components`."""
         state = self.state = gr.State(self.init_state())
         inputs = [
             self.prompt_text_input,
@@ -284,10 +284,9 @@ class EditxTab:
         ]
         outputs = [self.chat_box, self.line, *self.places.components]
         hidden = {"show_progress": "hidden", **PRIVATE}
-        # None waits in Gradio's queue, and none is swallowed there: each is answered at once.
+        # No event waits in Gradio's queue or is dropped there: each starts immediately.
         asking: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **hidden}
-        # The error of the last request is not the next one's, nor that of what is filled in now.
-        # The chat has a bin of its own.
+        # Presses and new inputs clear earlier messages. The chat has a clear button of its own.
         clears = (self.clean_history_submit.click, self.chat_box.clear)
         for press in (self.button_tts.click, self.button_edit.click, *clears):
             press(**self.places.wiping())
@@ -297,7 +296,7 @@ class EditxTab:
         self.generated_text.change(**self.places.wiping_by_hand("target_text"))
         self.edit_type.input(**self.places.wiping("task", "sub_task"))
         self.edit_info.input(**self.places.wiping("sub_task"))
-        # Gradio's players do not notice that their recording was exchanged: a new history needs new players.
+        # Gradio's players do not detect a changed recording: a new history needs new players.
         cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
         drawn = cloned.then(
             lambda state: as_messages(state["history_messages"], localizer()), state, self.chat_box, **hidden
@@ -307,7 +306,7 @@ class EditxTab:
             pressed.then(None, js=SHOW, **PRIVATE)
         self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
         for clear in clears:
-            # The chat only: the request that this stops may have told its end already.
+            # Updates only the chat: the request that this stops may have shown its end already.
             clear(lambda state: self.clear_history(state)[0], state, self.chat_box, **hidden)
         self._connect_inputs()
         if self.panel:
@@ -316,7 +315,7 @@ class EditxTab:
     def _connect_inputs(self) -> None:
         gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
         self.reception.register(self.prompt_audio_input, self._about_recording)
-        # Of people only: what `SavedInputs` brings back has its sub-task with it.
+        # Only on user input: `SavedInputs` restores the sub-task too.
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
         self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
         self.edit_info.input(
@@ -325,7 +324,7 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
-        # `RecordingCheck.receive` and `Transcription.hear` end in any order, so neither takes a message away.
+        # `RecordingCheck.receive` and `Transcription.hear` end in any order, so neither clears messages.
         comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
         gr.on(comes, **self.places.wiping("recording"))
         for button, _ in self.samples:
@@ -341,7 +340,7 @@ class EditxTab:
             self.intent.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, samples)
 
     def register_return(self, came: Any) -> None:
-        """Have what was filled in brought back after ``came``, the event with which a visit goes on."""
+        """Restores the inputs after ``came``, the event after which a visit continues."""
         texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
         returned = self._inputs.register(
             came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording

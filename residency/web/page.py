@@ -1,4 +1,4 @@
-"""The page as a whole, and the server that shows it. Nothing here loads from or reports to the internet."""
+"""The whole page and its server. Makes no requests to the internet."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .ui.labels import label, translations
 
 _SWEEP_EVERY_S = 600
 _BODY_BYTES, _BYTES_PER_CHARACTER = 1 << 20, 2 * 12
-"""Of a request that is no upload: recordings are only named in it, two texts may be, each character as JSON escapes."""
+"""Limit of bodies other than uploads: two texts with each character as JSON escapes, and paths of recordings."""
 _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
@@ -89,7 +89,7 @@ _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "san
 
 
 class Page:
-    """Gradio's page around an `EditxTab`. With a manager it has the GPU endpoints too."""
+    """Gradio's page around an `EditxTab`, with GPU endpoints if there is a manager."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Page:
         self._recordings, self._visits = tab.recordings, tab.visits
         self._ended = threading.Event()
         self._asks_for_password = False
-        #: Whether the page answers, which is later than the server's first answer.
+        #: Whether the page is ready, which is later than the server's first response.
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
         leave_out_the_internet()
@@ -121,7 +121,7 @@ class Page:
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
         self._look = supported(gr.Blocks.launch, **look)
-        # Where launch() does not take the look, Blocks() does.
+        # Gradio 5 takes theme and CSS in Blocks() instead of launch().
         with Blocks(
             title="Step-Audio-EditX",
             analytics_enabled=False,
@@ -151,12 +151,11 @@ class Page:
         ssl_certfile: str | None = None,
         ssl_keyfile: str | None = None,
     ) -> str | None:
-        """Start serving in the background and return the public link, if one was asked for and could be had.
+        """Starts serving in the background; returns the public link if ``share`` is set and a tunnel could be opened.
 
-        ``api`` has the paths of `control`; ``auth`` is the name and the password that the page asks for: then nobody
-        reads anything under another name either, and ``hosts`` is not asked. ``root_path`` is the path, or whole
-        address, under which a proxy serves the page; ``ssl_certfile`` and ``ssl_keyfile`` are the PEM files of a
-        certificate and its key, for https. OSError if the port is taken.
+        ``api`` serves the paths of `control`; ``auth`` is the name and password of the page, which protects all reads,
+        so that ``hosts`` is not applied. ``root_path`` is the path or URL under which a proxy serves the page;
+        ``ssl_certfile`` and ``ssl_keyfile`` are PEM files for https. Raises OSError if the port is in use.
         """
         hosts = hosts or Hosts()
         self._asks_for_password = auth is not None
@@ -171,7 +170,7 @@ class Page:
                 root_path=root_path,
                 ssl_certfile=ssl_certfile,
                 ssl_keyfile=ssl_keyfile,
-                ssl_verify=False,  # of Gradio's first request to itself: the certificate is for another name
+                ssl_verify=False,  # for Gradio's first request to itself: the certificate has another name
                 max_file_size=self._largest_upload_bytes,
                 prevent_thread_lock=True,
                 quiet=True,
@@ -191,16 +190,16 @@ class Page:
         self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
         session_limits.bound_queue(self.blocks._queue)
-        # Gradio looks for events a thousand times a second, which takes 3 % of a core for ever.
+        # Gradio polls its queue a thousand times a second, which uses 3 % of a core.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
 
     def _middleware(self, root_path: str, api: ASGIApp | None) -> list[Callable[[ASGIApp], ASGIApp]]:
-        """The layers around Gradio's application, the outermost first."""
+        """Returns the middleware around Gradio's application, the outermost first."""
         auth = self._asks_for_password
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
-        lines = SessionRequests(self._may_stay, affordable() // 2)  # the rest is for requests that end
+        lines = SessionRequests(self._may_stay, affordable() // 2)  # the other half is for short requests
         return [
             beneath(root_path),
             small_bodies_first,
@@ -214,7 +213,7 @@ class Page:
         ]
 
     def signed_in(self, request: HTTPConnection) -> str | None:
-        """Who sends this, if the page has asked them for a password."""
+        """Returns the name of the signed-in user, or None."""
         return user(self.blocks.app, request)
 
     def _may_stay(self, request: HTTPConnection) -> bool:
@@ -235,7 +234,7 @@ class Page:
             session_limits.forget_deleted_files(self.blocks)
 
     def refuse(self) -> None:
-        """Answer new requests with `ShuttingDown`. At once: none waits in Gradio's queue for another's end."""
+        """Refuses new requests with `ShuttingDown`, and removes Gradio's concurrency limits, so that none waits."""
         self.speech.close()
         for function in self.blocks.fns.values():
             function.concurrency_limit = None
@@ -243,15 +242,15 @@ class Page:
             queue.concurrency_limit = None
 
     def close_tunnels(self) -> None:
-        """Take down the public link."""
+        """Closes the public link."""
         for tunnel in list(CURRENT_TUNNELS):
             tunnel.kill()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Stop serving, take down the public link and delete what this page has put into Gradio's cache."""
+        """Stops serving, closes the public link and deletes this page's files from Gradio's cache."""
         self._ended.set()
         self.close_tunnels()
         if self.blocks.is_running:
-            # Open pages hold a connection each, for as long as they are open.
+            # Open pages keep a connection each.
             self.blocks.server.config.timeout_graceful_shutdown = _CLOSE_WITHIN_S
         self.blocks.close(verbose=False)

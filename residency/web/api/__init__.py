@@ -1,1 +1,1 @@
-"""HTTP calls and Gradio endpoints for programs."""
+"""HTTP API and Gradio endpoints for programs."""

@@ -40,7 +40,7 @@ _STATIC = "/docs/static"
 _PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
 _Keywords = dict[str, Any]
 _Responses = dict[int | str, _Keywords]
-"""What FastAPI takes as ``responses``."""
+"""Type of FastAPI's parameter ``responses``."""
 _CODES: dict[type[Exception], int] = {
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
@@ -59,11 +59,11 @@ def build(
     signed_in: Callable[[Request], str | None] | None = None,
     page_serves: Callable[[], bool] = lambda: True,
 ) -> FastAPI:
-    """The application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
+    """Returns the application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
 
-    ``panel`` gives the page what it shows; None if the page shows that version already. With ``signed_in`` (who has
-    sent a request, if they gave the page's password) only who may change things may look, too. ``page_serves`` tells
-    whether the page beside it is there.
+    ``panel`` returns the content of the page's panel, None if the page has that version. With ``signed_in`` (returns
+    the name of a request's signed-in user, or None) reading needs the same permission as changes. ``page_serves``
+    returns whether the page is ready.
     """
     app = FastAPIOffline(
         docs_url="/docs",
@@ -90,7 +90,7 @@ def build(
 
     looks: _Keywords = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
 
-    # Not in the threads of the server's pool: looking must work when all of those wait for models.
+    # Not in the server's thread pool: reading must work while all of its threads wait for models.
     async def status() -> Any:
         return await to_thread.run_sync(manager.status, limiter=looking)
 
@@ -185,9 +185,9 @@ def build(
 
 
 def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
-    """An ASGI middleware: requests for the paths of ``api`` go there, all others on.
+    """Returns an ASGI middleware that routes the paths of ``api`` to it, all others to the wrapped app.
 
-    ``api`` gets the path with the root path before it, as ASGI has it: folders of files need that.
+    ``api`` gets paths with the root path as prefix, as in the ASGI specification: static files need that.
     """
 
     def around(app: ASGIApp) -> ASGIApp:
@@ -210,7 +210,7 @@ def _configure(manager: Manager, asked: Configuration) -> bool:
 
 
 async def _body(request: Request, kind: type[BaseModel]) -> Any:
-    """What was sent, whatever type it is said to be of; nothing is ``{}``. `InvalidInput` if garbled."""
+    """Parses the body as JSON, whatever its Content-Type; an empty body is ``{}``. Raises `InvalidInput`."""
     text = b""
     try:
         async for piece in request.stream():
@@ -277,7 +277,7 @@ _METRICS: _Responses = {
 
 
 def _describe(app: FastAPI) -> None:
-    """Let the page at ``/docs`` know of the token, so that it can be entered there, and of what is in a stream."""
+    """Adds the token, so that ``/docs`` accepts it, and the events of streams to the OpenAPI schema."""
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     schema["components"]["schemas"]["Event"] = TypeAdapter(Event).json_schema()

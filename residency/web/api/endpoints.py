@@ -1,4 +1,4 @@
-"""Endpoints of the Gradio page for programs (``gradio_client``): no widgets, one WAV file or the status as JSON."""
+"""Endpoints of the Gradio page for programs (``gradio_client``): return a WAV file, or the status as JSON."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def register_speech(
     told: Callable[[], AbstractContextManager[Any]],
     recordings: Recordings,
 ) -> None:
-    """``/clone`` and ``/edit``. Their errors are `gr.Error` with a sentence for people.
+    """Registers ``/clone`` and ``/edit``. They raise `gr.Error` with a readable message.
 
-    In a block of ``told`` the caller hears what happens to the model. Files go with the session of ``gradio_client``.
+    ``told`` is the context manager that reports progress. Files are deleted with the session of ``gradio_client``.
     ``job.cancel()`` ends a request as Stop does on the page.
     """
 
@@ -59,16 +59,16 @@ def register_speech(
             input_audio, lambda audio: speech.edit(audio, audio_text, edit_type, edit_info or None, text)[0]
         )
 
-    # None of them waits in Gradio's queue, which does not know whether an engine is free, and who has gone.
+    # They do not wait in Gradio's queue, which detects neither free engines nor disconnected clients.
     with gr.Row(visible=False):
         _expose(clone, [_recording(), *(gr.Textbox() for _ in range(2))], gr.Audio(), concurrency_limit=None)
         _expose(edit, [_recording(), *(gr.Textbox() for _ in range(4))], gr.Audio(), concurrency_limit=None)
 
 
 def register_gpu(manager: Manager, permissions: Permissions) -> None:
-    """``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; no model, or an empty name, is all.
+    """Registers ``/gpu_status``, ``/gpu_offload``, ``/gpu_release`` and ``/gpu_warm``; without a name, for all models.
 
-    Those that change something need permission; without it they answer `NotAllowed`'s sentence.
+    Changes need permission; without it they raise `gr.Error` with the message of `NotAllowed`.
     """
 
     def gpu_status() -> Status:
@@ -99,7 +99,7 @@ def register_gpu(manager: Manager, permissions: Permissions) -> None:
 
 
 def _expose(function: Callable[..., Any], inputs: list[Any], output: Any, **keywords: Any) -> None:
-    # A button that is never drawn: `gr.api` would leave files to the caller, components know how to receive them.
+    # A hidden button, since its components handle files, unlike `gr.api`.
     gr.Button().click(function, inputs, output, api_name=function.__name__, **keywords)
 
 

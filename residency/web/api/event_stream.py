@@ -1,4 +1,4 @@
-"""Server-sent events: what happens, told over an HTTP response that does not end."""
+"""Streams the manager's events as server-sent events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...errors import TooManyListeners
 from ..shared.protocols import Manager
 
 STILL_HERE_S = 15.0
-"""Something is said at least this often, so that proxies do not take the line for dead."""
+"""Interval of keep-alive comments, so that proxies do not close an idle stream."""
 
 _LISTENERS = 100
 _BACKLOG = 1000
@@ -25,7 +25,7 @@ _SAID_NOTHING = ": still here\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Sends what an iterator of `message` gives, and is not kept by anybody on the way."""
+    """Response that streams an iterator of `message`; disables caching and buffering in proxies."""
 
     media_type = "text/event-stream"
 
@@ -39,28 +39,28 @@ class EventStream(StreamingResponse):
 
 
 def message(kind: str, data: Any) -> str:
-    """One event; ``data`` is sent as JSON, which has no line ends."""
+    """Returns an event; ``data`` is sent as JSON on a single line."""
     return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 class Moves:
-    """Tells every `Event` of the manager's to all who listen. For the thread of one loop.
+    """Broadcast of the manager's `Event` objects to all listeners. For the thread of one loop.
 
-    Messages are made and kept once, however many listen: each listener is the number of its next one.
+    All listeners share one buffer of messages; each stores only the number of its next message.
     """
 
     def __init__(self, manager: Manager, most: int = _LISTENERS) -> None:
         self._manager = manager
         self._most = most
         self._listeners = 0
-        self._told: deque[tuple[str, str]] = deque(maxlen=2 * _BACKLOG)  # kind and message, the newest last
+        self._told: deque[tuple[str, str]] = deque(maxlen=2 * _BACKLOG)  # (kind, message), the newest last
         self._count = 0
         self._news: asyncio.Future[None] | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A listener's, within the block. `TooManyListeners` if there is none."""
+        """Reserves the place of a listener within this block. Raises `TooManyListeners` if none is free."""
         if self._listeners >= self._most:
             raise TooManyListeners(self._most)
         if not self._listeners:
@@ -76,9 +76,9 @@ class Moves:
                 self._told.clear()
 
     async def listen(self, status: Callable[[], Awaitable[Any]]) -> AsyncIterator[str]:
-        """``status`` once, then every event, by its ``what``, until the listener leaves its `place`.
+        """Yields ``status`` once, then every event with its ``what`` as kind, within the block of `place`.
 
-        A slow listener first misses progress events, and is then disconnected; it may connect again.
+        Slow listeners first miss progress events, and are then disconnected; they may reconnect.
         """
         following = self._count
         yield message("status", await status())
@@ -103,7 +103,7 @@ class Moves:
             self._news = None
 
     async def _wait(self) -> bool:
-        """For the next message; False if there is none for a while."""
+        """Waits for the next message; returns False after `STILL_HERE_S`."""
         if self._news is None:
             self._news = asyncio.get_running_loop().create_future()
         done, _ = await asyncio.wait({self._news}, timeout=STILL_HERE_S)

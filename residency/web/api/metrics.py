@@ -1,4 +1,4 @@
-"""The manager's books as Prometheus metrics. Read when somebody scrapes, and not before."""
+"""Exports the manager's status and history as Prometheus metrics, computed on each scrape."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..shared.protocols import Manager
 OUTCOMES = ("ok", "error", "timeout", "busy", "cancelled", "refused", "failed")
 MOVES = (("released", "gpu"), ("gpu", "cpu"), ("cpu", "gpu"), ("cpu", "released"), ("gpu", "released"))
 MOVES_HERE = (("released", "cpu"), ("cpu", "released"))
-"""Where device and host are one memory."""
+"""Moves if device and host share one memory."""
 STATES = ("gpu", "cpu", "released", "moving")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def exposition(manager: Manager) -> bytes:
-    """All metrics in Prometheus's text format; sizes in bytes, times in seconds."""
+    """Returns all metrics in Prometheus's text format; sizes in bytes, times in seconds."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Books(manager))
     return generate_latest(registry)
@@ -62,7 +62,7 @@ class _Books:
         )
         requests = CounterMetricFamily("gpu_manager_requests", "Requests that have ended.", labels=("model", "outcome"))
         for name, past in self._history.items():
-            # Those that have not happened too: Prometheus sees no increase in what begins with 1.
+            # Includes counts of 0, since Prometheus detects no increase in a series that begins with 1.
             possible = MOVES_HERE if device["kind"] == "cpu" else MOVES
             counts = {(*ends, outcome): 0 for ends in possible for outcome in ("ok", "failed")}
             for move in past["totals"]["moves"]:
@@ -75,7 +75,7 @@ class _Books:
         yield requests
 
     def _each(self, value: Callable[[ModelStatus], float | None]) -> Iterator[tuple[tuple[str], float]]:
-        """The value of each model of which it is known."""
+        """Yields the value of each model for which it is known."""
         for name, model in self._status["models"].items():
             if (known := value(model)) is not None:
                 yield (name,), known

@@ -1,4 +1,4 @@
-"""The bodies of HTTP requests, and the answers that are not the manager's (see `residency.status_types`)."""
+"""Models of HTTP request bodies, and of the responses that are not in `residency.status_types`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 
 def _duration(words: str) -> WithJsonSchema:
-    """Checked by the manager, which says what is wrong better than a schema can."""
+    """Returns the JSON schema of a duration. The manager validates durations, with better messages."""
     digits = r"([0-9]{1,8}(\.[0-9]+)?s?|[0-9]{1,6}(\.[0-9]+)?m|[0-9]{1,5}(\.[0-9]+)?h"
     text = {"type": "string", "pattern": rf"^{digits}|-1{words})$"}
     number = {"type": "number", "minimum": 0, "maximum": 360_000_000}

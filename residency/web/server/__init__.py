@@ -1,1 +1,1 @@
-"""The HTTP server and everything that a request passes before the page or the API sees it."""
+"""The HTTP server, and the middleware between it and the page or the API."""

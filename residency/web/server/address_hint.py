@@ -1,6 +1,6 @@
-"""Tells people who open the page through a proxy that does not pass its address on what to set.
+"""Shows which proxy setting is missing, if the page is opened through a proxy that does not forward its address.
 
-``address.js`` looks in the browser, since only that knows under which address the page was opened.
+``address.js`` checks in the browser, since the server cannot detect the page's address.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LINGER_S = 30.0
-"""A client that still sends does not read an answer. Its body is read and dropped for so long, as nginx does."""
+"""Time limit for reading and dropping a body before the response, since clients read only after sending (as nginx)."""
 
 _SMALL_BYTES = 1 << 16
 
 
 def small_bodies_first(app: ASGIApp) -> ASGIApp:
-    """An ASGI middleware: a small body is read before the app begins, so one that is given up costs next to nothing."""
+    """Buffers small bodies before it calls the app, so that aborted requests are cheap. An ASGI middleware."""
 
     async def reading(scope: Scope, receive: Receive, send: Send) -> None:
         length = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
@@ -39,7 +39,7 @@ def small_bodies_first(app: ASGIApp) -> ASGIApp:
 
 
 async def drop_body(receive: Receive) -> None:
-    """Read what is left of a body, for a limited time, so that its sender reads the answer."""
+    """Reads and drops the rest of a body, for a limited time, so that its sender reads the response."""
     with move_on_after(_LINGER_S):
         while (await receive()).get("more_body", False):
             pass
@@ -48,7 +48,7 @@ async def drop_body(receive: Receive) -> None:
 async def read_at_most(
     limit_bytes: float, refusal: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Let the app have a body of up to that size; 413 with the sentence if it is larger."""
+    """Calls the app with a body of up to ``limit_bytes``; sends 413 with ``refusal`` if the body is larger."""
     read_bytes, more, answered = 0, True, False
 
     async def refuse() -> None:
@@ -65,7 +65,7 @@ async def read_at_most(
         message = await receive()
         read_bytes += len(message.get("body", b""))
         more = message.get("more_body", False)
-        # As if the sender had hung up: apps tidy up then.
+        # Simulates a disconnect, on which apps clean up.
         return message if read_bytes <= limit_bytes else {"type": "http.disconnect"}
 
     async def unless_refused(message: Message) -> None:
@@ -84,5 +84,5 @@ async def read_at_most(
 
 
 async def given_up(request: Request, error: Exception) -> Response:
-    """Exception handler for a body whose sender has disconnected; the response is never read."""
+    """Handles the disconnect of a client during its body; the response is never read."""
     return Response(status_code=400)

@@ -1,7 +1,7 @@
-"""Bounds the connections of a server: how many there are, and how long one may wait for its peer.
+"""Limits the number of a server's connections, and how long each may wait for its peer.
 
-Nothing here knows HTTP or asyncio; `server` tells which connections wait. All but `raise_descriptor_limit` is for the
-thread of the server's loop.
+Independent of HTTP and asyncio; `server` reports which connections wait. Everything except `raise_descriptor_limit`
+must be called in the thread of the server's loop.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from enum import Enum
 logger = logging.getLogger(__name__)
 
 MOST = 1000
-"""Connections at a time, where there are descriptors for so many."""
+"""Maximum of open connections, if there are enough descriptors."""
 _SOFT_LIMIT = 4096
-"""Descriptors that suffice for `MOST` connections with a file each. Not all that could be had: above 1024, programs
-that call ``select()`` fail, and child processes that close every possible descriptor are slow."""
+"""Descriptors for `MOST` connections with a file each. No higher, since child processes that close every possible
+descriptor are slow, and ``select()`` fails for descriptors above 1024."""
 _RESERVE = 128
-"""Descriptors left for files, models and libraries; a third of them all, where there are few."""
+"""Descriptors reserved for files, models and libraries; at most a third of the free ones."""
 _KERNEL_BACKLOG = 256
-"""Connections that the system keeps until they are accepted. Each waits for those before it: more would wait longer."""
+"""Connections that the kernel queues until they are accepted; a longer queue means longer waits."""
 _TELL_EVERY_S = 60.0
 _SHARE_ENDED, _BUSY_FOR_S = 50, 0.01
 _SPENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -40,7 +40,7 @@ _REFUSAL = (
 
 
 class Awaited(Enum):
-    """What a connection waits for its peer to do."""
+    """The action of the peer that a connection waits for."""
 
     HEADERS = "all headers of a request"
     BODY = "more of a body"
@@ -48,14 +48,14 @@ class Awaited(Enum):
 
 
 WITHIN_S = {Awaited.HEADERS: 20.0, Awaited.BODY: 30.0, Awaited.READING: 30.0}
-"""How long that may take. A part of the headers gives no more time."""
+"""Timeouts. Partial headers do not extend the time."""
 SLOWEST_BYTES_PER_S = 500
-"""A body that comes faster may take as long as it takes."""
+"""Minimum rate of a body; a faster body has no time limit."""
 
 
 @dataclass(eq=False)
 class Connection:
-    """One accepted socket, until it is closed. ``look`` tells what it waits for now; None while it is served."""
+    """An accepted socket, until it is closed. ``look`` returns what it waits for; None while it is served."""
 
     socket: socket.socket
     since_s: float
@@ -67,7 +67,7 @@ class Connection:
         return self.socket.fileno() >= 0
 
     def note(self, now_s: float, received_bytes: int = 0, *, anew: bool = False) -> None:
-        """Look what is awaited now. The time for it begins with it, or ``anew``; a body gains time by its bytes."""
+        """Updates what is awaited. A change, or ``anew``, restarts the timeout; received bytes of a body extend it."""
         awaited = self.look() if self.look else self.awaited
         if anew or awaited is not self.awaited:
             self.awaited, self.since_s = awaited, now_s
@@ -78,13 +78,13 @@ class Connection:
         return self.awaited is not None and now_s - self.since_s > WITHIN_S[self.awaited]
 
     def end(self) -> None:
-        """Shut the socket down. Its reader and its writer then see its end and close it."""
+        """Shuts the socket down; its reader and writer then get its end and close it."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class Connections:
-    """At most ``most``. For further ones, those which have waited for their peers for longest are ended."""
+    """The open connections, at most ``most``. To admit more, ends those that have waited longest for their peers."""
 
     def __init__(self, most: int = MOST, now: Callable[[], float] = time.monotonic) -> None:
         self.most = most
@@ -98,14 +98,14 @@ class Connections:
         return len(self._by_descriptor)
 
     def of(self, descriptor: int) -> Connection | None:
-        """None if it was ended already."""
+        """Returns the connection of a descriptor; None if it was ended."""
         return self._by_descriptor.get(descriptor)
 
     def note(self, connection: Connection, received_bytes: int = 0, *, anew: bool = False) -> None:
         connection.note(self._now(), received_bytes, anew=anew)
 
     def admit(self, accepted: socket.socket) -> bool:
-        """Whether there is room for a connection, or it could be made."""
+        """Adds a connection; returns False if the limit is reached and no other connection can be ended."""
         now_s = self._now()
         if len(self._by_descriptor) >= self.most and len(self) >= self.most and not self._make_room(now_s):
             return False
@@ -113,7 +113,7 @@ class Connections:
         return True
 
     def _make_room(self, now_s: float) -> bool:
-        """For several at once, and not tried again for a moment if it fails, since all connections are looked at."""
+        """Ends several waiting connections at once; after a failure, not retried for `_BUSY_FOR_S` (a full scan)."""
         if now_s < self._busy_until_s:
             return False
         waiting = sorted((each for each in self._noted(now_s) if each.awaited), key=lambda each: each.since_s)
@@ -125,7 +125,7 @@ class Connections:
         return bool(waiting)
 
     def end_overdue(self) -> None:
-        """To be called every second or so."""
+        """Ends connections that exceed their timeout; to be called about every second."""
         now_s = self._now()
         for each in self._noted(now_s):
             if each.is_overdue(now_s):
@@ -138,12 +138,12 @@ class Connections:
                 yield each
 
     def refuse(self, accepted: socket.socket, plain: bool) -> None:
-        """Close it at once; say why, unless it is encrypted (not ``plain``). Logs now and then how many they were."""
+        """Closes a connection, after a 503 response unless it is encrypted (not ``plain``). Logs the count at times."""
         with accepted, suppress(OSError):
             accepted.setblocking(False)
             if plain:
                 with suppress(BlockingIOError):
-                    accepted.recv(1 << 16)  # what is not read would make the peer lose the answer
+                    accepted.recv(1 << 16)  # unread data would make the peer lose the response
                 accepted.send(_REFUSAL)
         self._refused += 1
         if (now_s := self._now()) - self._told_s >= _TELL_EVERY_S:
@@ -157,23 +157,23 @@ class Connections:
 
 
 class Listener(socket.socket):
-    """A listening socket that hands out only connections which `Connections` admits.
+    """A listening socket that returns only connections which `Connections` admits.
 
-    A descriptor is kept spare: without any, a connection could not even be refused, and would be waiting for ever.
+    Reserves a spare descriptor: with none left, a connection could not be accepted for its refusal.
     """
 
     def __init__(self, family: int, connections: Connections, plain: bool = True) -> None:
-        # Named, since asyncio turns off delays (Nagle's) only for what says that it is TCP.
+        # An explicit protocol, since asyncio sets TCP_NODELAY only with it.
         super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._connections, self._plain = connections, plain
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
 
     def listen(self, backlog: int = _KERNEL_BACKLOG, /) -> None:
-        """``backlog`` is how many an event loop accepts at once; the system keeps more until then."""
+        """Listens with at least `_KERNEL_BACKLOG`; event loops use ``backlog`` as their accept batch."""
         super().listen(max(backlog, _KERNEL_BACKLOG))
 
     def accept(self) -> tuple[socket.socket, object]:
-        """BlockingIOError if there is none, or it was refused."""
+        """Accepts a connection; raises BlockingIOError if there is none, or it was refused."""
         if self._spare is None:
             with suppress(OSError):
                 self._spare = os.open(os.devnull, os.O_RDONLY)
@@ -203,7 +203,7 @@ class Listener(socket.socket):
 
 
 def listeners(host: str, port: int, connections: Connections, plain: bool = True) -> list[Listener]:
-    """A bound socket for each address of the host. OSError if one cannot be bound."""
+    """Returns a bound socket for each address of the host. Raises OSError if one cannot be bound."""
     found: list[Listener] = []
     addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     try:
@@ -221,7 +221,7 @@ def listeners(host: str, port: int, connections: Connections, plain: bool = True
 
 
 def raise_descriptor_limit() -> None:
-    """Allow this process as many descriptors as it needs and may have."""
+    """Raises the soft limit of descriptors to `_SOFT_LIMIT`, or the hard limit if that is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _SOFT_LIMIT if hard == resource.RLIM_INFINITY else min(_SOFT_LIMIT, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -229,7 +229,7 @@ def raise_descriptor_limit() -> None:
 
 
 def affordable() -> int:
-    """For how many connections there are descriptors: `MOST`, or what is left beside those in use and a reserve."""
+    """Returns the number of connections for which descriptors are free, less a reserve; at most `MOST`."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return MOST

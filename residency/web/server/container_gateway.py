@@ -1,4 +1,4 @@
-"""Callers of a container that has a network of its own: those on the host have the address of its gateway."""
+"""Finds the gateway of a container's own network: the address of callers on the host."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import struct
 from pathlib import Path
 
 _MARKS = (".dockerenv", "run/.containerenv")
-"""Files that Docker and Podman put into each container."""
+"""Files that Docker and Podman create in each container."""
 _HOST_INTERFACES = ("docker0", "podman0", "cni-podman0")
 _DEFAULT_ROUTE = "00000000"
 
 
 def gateway(root: Path = Path("/")) -> str | None:
-    """The IPv4 address that callers on the host have (``docker run -p``); None outside of such a container.
+    """Returns the IPv4 address of callers on the host (``docker run -p``); None outside of such a container.
 
-    With the host's network the container sees the host's interfaces, and callers have their own addresses. ``root``
-    is the root of the file system, for tests.
+    None also with the host's network, where callers have their own addresses. ``root`` is the root of the file system.
     """
     if not any((root / mark).exists() for mark in _MARKS):
         return None

@@ -1,6 +1,6 @@
-"""Gradio's own routes: those that this page does not use are closed, and malformed requests are refused in a sentence.
+"""Closes Gradio's unused routes, and refuses malformed requests with a message.
 
-Gradio answers many of these with an error of the server, and writes its traceback into the log.
+Gradio answers many of these with a server error, and logs a traceback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNUSED = (
         "stream", "undo-vibe-edit", "vibe-code", "vibe-edit", "vibe-starter-queries")),
 )  # fmt: skip
 _FETCHES = re.compile(rf"{API_PREFIX}/(proxy=|file=https?:)", re.IGNORECASE)
-"""Gradio asks other servers for these."""
+"""Routes for which Gradio sends requests to other servers."""
 _GARBLED = (
     "无法读取该请求：请刷新页面；程序请按 /gradio_api/info 传参，录音请以带文件名的表单上传。",
     "The request cannot be read: reload the page; programs find at /gradio_api/info what to send, and upload "
@@ -38,7 +38,7 @@ _GARBLED = (
 
 
 def without(also: Iterable[str] = ()) -> Callable[[ASGIApp], ASGIApp]:
-    """An ASGI middleware: unused routes, and ``also`` these, are not found. Streams that Gradio breaks off just end."""
+    """Returns ASGI middleware that answers 404 for unused routes and ``also``, and ends streams that Gradio aborts."""
     closed = re.compile(rf"({'|'.join(map(re.escape, (*_UNUSED, *also)))})(/|$)")
 
     def around(app: ASGIApp) -> ASGIApp:
@@ -56,9 +56,9 @@ def without(also: Iterable[str] = ()) -> Callable[[ASGIApp], ASGIApp]:
 
 
 async def _to_its_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Streams of events say themselves that a session or event is not known, and then fail a second time for it.
+    """Calls the app; suppresses the exception of event streams that have already reported an unknown session or event.
 
-    Calls that are answered at once end with the same code whatever has gone wrong; what was sent is no fault of ours.
+    Changes the status of calls with invalid inputs from 500, which Gradio sends for every error, to 400.
     """
     started = False
     call: dict[str, bool] = {}
@@ -76,26 +76,26 @@ async def _to_its_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) 
     except RuntimeError as error:
         if not started or not isinstance(error.__cause__, Exception):
             raise
-        logger.debug("A stream has ended early: %r", error.__cause__)
+        logger.debug("A stream ended early: %r", error.__cause__)
         await send({"type": "http.response.body", "body": b""})
 
 
 async def _garbled(request: Request, error: Exception) -> Response:
     path, reads = request.scope["path"], request.method in ("GET", "HEAD")
     if reads and not path.startswith(f"{API_PREFIX}/"):
-        raise error  # there is nothing in it that could be garbled
+        raise error  # reading a page has no input that could be malformed
     logger.info("Refused a malformed request to %.100r: %.100r", path, error)
     return _json({"detail": preferred(request.headers.get("accept-language"))(*_GARBLED)}, 400)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """As by default, without what was sent: it may be long, and it may be no JSON."""
+    """Sends FastAPI's default response without the input, which may be long, or not valid JSON."""
     assert isinstance(error, RequestValidationError)
     return _json({"detail": [{key: each[key] for key in ("type", "loc", "msg")} for each in error.errors()]}, 422)
 
 
 def _json(content: Any, code: int) -> Response:
-    return Response(json.dumps(content), code, media_type="application/json")  # JSONResponse fails at half a surrogate
+    return Response(json.dumps(content), code, media_type="application/json")  # JSONResponse fails on lone surrogates
 
 
 _Handler = Callable[[Request, Any], Awaitable[Response]]
@@ -104,4 +104,4 @@ HANDLERS: dict[type[Exception], _Handler] = {
     ClientDisconnect: given_up,
     **dict.fromkeys((LookupError, TypeError, ValueError, AttributeError, AssertionError, FnIndexInferError), _garbled),
 }
-"""The exception handlers of Gradio's application: what its routes raise at what they were sent."""
+"""Exception handlers of Gradio's application, for errors that its routes raise on invalid requests."""

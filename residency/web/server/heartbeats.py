@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LEFT_FOR_S = 1800.0
-"""How long a session may be silent (a phone asleep, another network, a page loaded anew) before it has ended."""
+"""Timeout of a session without a heartbeat (a sleeping phone, a change of network, a reload)."""
 _SILENT_AT_MOST = 1000
-"""How many sessions may be silent at a time: beyond that, the one that has been for longest has ended."""
+"""Maximum of silent sessions; beyond it, the one that was silent longest ends."""
 LOST = (
     "服务器上已没有此前的录音和结果：请重新上传录音，填写的文字仍在。",
     "Earlier recordings and results are gone from the server: upload the recording again; your texts are still here.",
 )
-"""Message for a page whose session the server does not know."""
+"""Message for a page with an unknown session."""
 
 
 class Heartbeats:
-    """For the thread of the server's loop, but for `silent`.
+    """The live sessions. For the thread of the server's loop, except `silent`.
 
-    ``begins`` is called with a session whenever it is heard of, ``ends`` (in another thread) when it has been silent
-    for `LEFT_FOR_S`, or others want its place.
+    ``begins`` is called with a session on each heartbeat and new stream, ``ends`` (in another thread) after
+    `LEFT_FOR_S` of silence, or when too many sessions are silent.
     """
 
     def __init__(self, begins: Callable[[str], object], ends: Callable[[str], object]) -> None:
@@ -36,7 +36,7 @@ class Heartbeats:
 
     @contextmanager
     def line(self, session: str) -> Iterator[None]:
-        """In this block the session is there. It may hold several lines."""
+        """Marks an open event stream of the session; a session may have several."""
         self._lines[session] += 1
         self.heard_of(session)
         try:
@@ -44,13 +44,13 @@ class Heartbeats:
         finally:
             self._lines[session] -= 1
             if self._lines[session]:
-                self.heard_of(session)  # whatever has taken the end of this line for its end
+                self.heard_of(session)  # in case the end of this stream was taken for the end of the session
             else:
                 del self._lines[session]
                 self._wait_for(session)
 
     def heard_of(self, session: str) -> None:
-        """The session is there, if only for a moment."""
+        """Records a heartbeat of the session."""
         self._begins(session)
         if session in self._silent:
             self._silent.pop(session).cancel()
@@ -58,7 +58,7 @@ class Heartbeats:
             self._wait_for(session)
 
     def silent(self, for_s: float) -> list[str]:
-        """The sessions that have been silent for so many seconds, the longest first. For any thread."""
+        """Returns the sessions silent for at least ``for_s`` seconds, the longest first. For any thread."""
         before_s = time.monotonic() - for_s  # the clock of event loops
         return [session for session, end in [*self._silent.items()] if end.when() - LEFT_FOR_S <= before_s]
 

@@ -1,8 +1,8 @@
-"""The names under which this server may be reached from its own machine.
+"""Checks the Host header of requests from this machine, against DNS rebinding.
 
-A page of another site can have its name lead to 127.0.0.1 (DNS rebinding). For the browser this server then belongs to
-that site, which may read whatever a visitor on this machine may. The Host header tells: it has the other site's name.
-Other headers prove nothing, since such a page may send any.
+Another site can resolve its name to 127.0.0.1. The browser then treats this server as part of that site, which may
+read everything that a user of this machine may. Only the Host header, which has the other site's name, reveals this:
+such a page may set any other header.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ _UNKNOWN = (
 
 
 class Hosts:
-    """`around` is an ASGI middleware that refuses callers on this machine under a name that is not known.
+    """`around` is an ASGI middleware that refuses requests from this machine with an unknown Host header.
 
-    Known are the names of this machine, all IP addresses (nobody can have them lead elsewhere), and the ``allowed``
-    names. A request for which ``may_pass`` returns True passes under any name. The middleware has to see the peers of
-    the connections themselves, before another one puts in their place what ``X-Forwarded-For`` says. A request without
-    a Host header is not from a browser, and passes. ``gateway`` is the address of callers on the machine on which this
-    container runs, if it does in one.
+    Known are the names of this machine, all IP addresses (they cannot be rebound), and the ``allowed`` names. Requests
+    for which ``may_pass`` returns True, and requests without a Host header (no browser), pass. The middleware must be
+    outside of any that replaces the peer's address by ``X-Forwarded-For``. ``gateway`` is the address of callers on
+    the host of this container.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Hosts:
         self._gateway = gateway or container_gateway.gateway()
 
     def allow(self, name: str) -> None:
-        """From now on it is known too."""
         self._known.add(name.lower())
 
     def around(self, app: ASGIApp) -> ASGIApp:
@@ -71,7 +69,7 @@ class Hosts:
         return not name or name in self._known or is_address(name) or is_loopback(name)
 
     def _is_here(self, scope: Scope) -> bool:
-        """Whether the caller is on this machine: at a loopback address, the one that it has called, or the gateway."""
+        """Whether the peer's address is a loopback address, the server's own address, or the gateway."""
         client, server = scope.get("client"), scope.get("server")
         if client is None:
             return False

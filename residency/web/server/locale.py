@@ -1,8 +1,7 @@
-"""Chinese for everybody whose answers are in Chinese, under the names that Gradio knows it by.
+"""Sets the browser's language to zh-CN or zh-TW for Gradio's page, if Chinese comes before English.
 
-Gradio's page speaks zh-CN and zh-TW, and looks at the browser's first language only, before anything of ours is run; a
-browser that says zh-HK or zh-Hans-CN is taken for an English one. Answers are in the first of Chinese and English among
-all its languages (`language.preferred`). So the page's first line has it named by that, if it is Chinese.
+Gradio's page supports these two names only, and reads only the first language of the browser: it falls back to English
+for zh-HK or zh-Hans-CN. Messages use the first of Chinese and English among all languages (`language.preferred`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signing in and out: passwords are not guessed by trying many, and no other site signs anybody out."""
+"""Limits the rate of wrong passwords, and prevents other sites from signing users out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..shared.language import preferred
 from .page_head import with_script
 
 _FAILURES, _ONE_EVERY_S = 5, 10.0
-"""Of one address, or browser: so many at once, and then one so often."""
+"""Limit per address or browser: a burst, then one failure per interval."""
 _ALL_FAILURES, _ONE_OF_ALL_EVERY_S = 50, 0.25
 _FAILED_AFTER_S = 0.5
 _BROWSER_AGE_S = 30 * 24 * 3600
@@ -33,15 +33,15 @@ _LEAVING = """<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content
 <title>{title}</title><p>{sentence}</p><form method="post"><button>{title}</button></form>"""
 
 tells_of_the_limit = with_script(static.text("login.js"))
-"""An ASGI middleware: the form for the password says that it was tried too often."""
+"""ASGI middleware that shows the rate limit in the login form."""
 
 
 class Logins:
     """`around` is an ASGI middleware for a page with a password. For the thread of the server's loop.
 
-    Wrong passwords are counted by address (of IPv6, by network), and altogether. A browser in which somebody has
-    signed in before is known by a cookie, and counted for itself: its user gets in however many others guess, also
-    from the same address. ``sign_out`` forgets who has sent a request, and returns the names of their cookies.
+    Counts wrong passwords per address (IPv6: per network) and in total. A cookie identifies browsers with an earlier
+    login, which have limits of their own: guesses from other browsers, even at the same address, do not lock them out.
+    ``sign_out`` ends the login of a request, and returns the names of its cookies.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Logins:
         cookie = f"known-browser-{(scope.get('server') or ('', ''))[1]}"
         browser = self._known_browser(request.cookies.get(cookie, ""))
         now_s = self._now()
-        # Only unknown browsers count towards the overall limit: of known ones there are as few as users.
+        # Known browsers do not count towards the overall limit: they are as few as the users.
         counts = [(self._each, browser)] if browser else [(self._each, _network(request)), (self._all, "")]
         wait_s = max(pace.wait_s(key, now_s) for pace, key in counts)
         if wait_s > 0:
             seconds = math.ceil(wait_s)
             said = preferred(request.headers.get("accept-language"))(*_ENOUGH).format(seconds=seconds)
             return await PlainTextResponse(said, 429, {"Retry-After": str(seconds)})(scope, receive, send)
-        for pace, key in counts:  # before the outcome is known, since many may be sent at the same time
+        for pace, key in counts:  # before the result, since many requests may run concurrently
             pace.take(key, now_s)
 
         async def noted(message: Message) -> None:
@@ -119,9 +119,9 @@ class Logins:
 
 
 class RateLimit:
-    """Lets so many through at once, and then one every so many seconds, for each key.
+    """A token bucket for each key: a burst of ``at_once``, then one every ``every_s`` seconds.
 
-    Remembers of a key until when it would take to make up for all that it has taken, and nothing once that is past.
+    Stores for each key the time at which its bucket is full again, and drops the key after that.
     """
 
     def __init__(self, at_once: int, every_s: float) -> None:
@@ -144,7 +144,7 @@ class RateLimit:
 
 
 def _network(request: HTTPConnection) -> str:
-    """The address that a request is from; of IPv6, the 64 bits that one customer gets."""
+    """Returns the client's address; for IPv6 the /64 network, which one customer gets."""
     host = request.client.host if request.client else ""
     try:
         address = ipaddress.ip_address(host)
@@ -156,9 +156,9 @@ def _network(request: HTTPConnection) -> str:
 
 
 def _from_here(request: HTTPConnection) -> bool:
-    """Whether the request follows a link of this page or a typed address, by Sec-Fetch-Site or Referer.
+    """Whether the request comes from a link of this page or a typed address, by Sec-Fetch-Site or Referer.
 
-    False if the request has neither header, as over plain HTTP from a page that withholds them, or from programs.
+    False without either header, as over plain HTTP from a page that suppresses them, or from programs.
     """
     site = request.headers.get("sec-fetch-site")
     if site is not None:

@@ -1,4 +1,4 @@
-"""Middleware around all HTTP requests: open answers, uploads, heartbeats and size limits."""
+"""Middleware for all HTTP requests: open responses, uploads, heartbeats and size limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _UPLOAD = f"{API_PREFIX}/upload"
 _ENVELOPE_BYTES = 10_000
-"""What a form may add to the files in it."""
+"""Allowance for the form around an uploaded file."""
 _STRANGER = (
     "其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 Host 或 X-Forwarded-Host"
     "（nginx：proxy_set_header Host $http_host;），或在启动时用 --root-path 给出页面的完整地址。",
@@ -48,29 +48,28 @@ _WORDY = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
 )
-#: What carries answers to people and programs: Gradio's event streams, and the recordings that they name.
+#: Routes that deliver results: Gradio's event streams, and the recordings that these name.
 _ANSWERS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
 _WATCHED_AT_MOST = 1000
-"""How many sessions with a cut line are looked after at a time."""
+"""Maximum of sessions with a closed result stream that are watched at a time."""
 _LINE_CUT_S = 20.0
-"""How long the line may be cut on which a session hears what becomes of its requests, for as long as there are any.
+"""Timeout after the result stream of a session with waiting requests is closed.
 
-Enough for a page that is loaded anew on a slow network; and until then who has closed theirs stands in others' way.
+Enough for a reload on a slow network; until then, requests of closed pages delay others.
 """
 _QUIET_S = 1.0
-"""Time after a response in which its client may fetch the recordings in it; after that it is taken to be gone."""
+"""Time after a response in which its client may fetch the recordings that it names."""
 _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
-"""Policy of pages: no content of other sites, and no frame of another site around this page (clickjacking)."""
+"""Content security policy of pages: no content of other sites, no frames of other sites around it (clickjacking)."""
 
 
 class RequestMiddleware:
-    """`around` is an ASGI middleware. Uploads go to ``folder``, as files called ``tmp...`` while they are under way.
+    """`around` is an ASGI middleware. Uploads are written to ``folder``, as ``tmp...`` until they are complete.
 
-    ``presence`` hears of sessions. ``upload_begins`` is called when somebody uploads who may, ``answers_end`` with a
-    session and for how many seconds it has not listened to what becomes of its requests, and again if the answer is
-    that it still waits for some; both in threads of their own. ``know`` is asked whether a page that says that it is
-    there may go on. ``reserved`` is a block for an upload of so many bytes, in threads of its own. What is larger than
-    the largest upload, or other body, is refused.
+    ``presence`` receives heartbeats and open streams. Callbacks in other threads: ``upload_begins`` at the start of a
+    permitted upload; ``answers_end`` with a session and the seconds since its result stream closed, again as long as
+    it returns True (requests still wait); ``reserved`` as the context manager around an upload of so many bytes.
+    ``know`` returns whether the session of a heartbeat is known. Larger uploads, or other bodies, are refused.
     """
 
     def __init__(
@@ -104,14 +103,14 @@ class RequestMiddleware:
             if scope["type"] != "http":
                 return await app(scope, receive, send)
             path, request = scope["path"], HTTPConnection(scope)
-            # Links from other sites lead here; what their pages send does not.
+            # Links from other sites are permitted, requests of their scripts and forms are not.
             sent = scope["method"] not in ("GET", "HEAD") or "origin" in request.headers
             if sent and not is_static(scope) and from_another_site(request):
                 await refused(request, 403, *_STRANGER)(scope, receive, send)
             elif path.startswith(HERE):
                 session = path[len(HERE) :]
                 known = self._know(session)
-                if known or session in self._presence:  # and nobody else, since that costs nothing to say
+                if known or session in self._presence:  # unknown sessions would let clients fill the table
                     self._presence.heard_of(session)
                 localize = preferred(request.headers.get("accept-language"))
                 lost = _say(410, localize(*LOST))
@@ -147,7 +146,7 @@ class RequestMiddleware:
 
             async def begins() -> Message:
                 nonlocal begun
-                if not begun:  # not earlier: an upload that is refused, for example without a login, is not read
+                if not begun:  # not earlier: a refused upload, for example without a login, is not read
                     begun = True
                     await to_thread.run_sync(room.enter_context, self._reserved(self._announced_bytes(scope)))
                     if self._upload_begins:
@@ -163,19 +162,19 @@ class RequestMiddleware:
             try:
                 await app(scope, begins, noted)
             except ClientDisconnect:
-                logger.debug("An upload was given up")
+                logger.debug("The client aborted an upload")
             except DiskFull as full:
                 await drop_body(receive)
                 await _say(507, str(full))(scope, receive, send)
             except OSError as error:
-                logger.error("An upload could not be kept: %s", error)
+                logger.error("Saving an upload failed: %s", error)
                 if answered:
                     raise
                 await _say(507, _FULL.format(reason=error.strerror))(scope, receive, send)
             finally:
                 self._uploads -= 1
                 await to_thread.run_sync(room.close)
-                if not self._uploads:  # then what lies there was left by those that were given up
+                if not self._uploads:  # then the remaining files are from aborted uploads
                     await to_thread.run_sync(self._sweep)
 
         return upload
@@ -199,16 +198,19 @@ class RequestMiddleware:
             self._lines[session] -= 1
             if not self._lines[session] and len(self._silent) >= _WATCHED_AT_MOST:
                 del self._lines[session]
-            elif not self._lines[session]:  # its next line may be on the way
+            elif not self._lines[session]:  # its next stream may open soon
                 self._silent[session] = asyncio.get_running_loop().create_task(self._watch_silence(session))
 
     async def _watch_silence(self, session: str) -> None:
-        """Until it hears again, or has asked for nothing within that time: a request may come before its line."""
+        """Calls ``answers_end`` every `_LINE_CUT_S` until a stream opens, or no request waits.
+
+        A request may arrive before its stream.
+        """
         waits = True
         while waits:
             await asyncio.sleep(_LINE_CUT_S)
             if self._silent.get(session) is not asyncio.current_task() or self._lines[session]:
-                return  # it has listened meanwhile
+                return  # a stream was opened meanwhile
             waits = self._answers_end is not None and bool(
                 await to_thread.run_sync(self._answers_end, session, _LINE_CUT_S)
             )
@@ -216,7 +218,7 @@ class RequestMiddleware:
             del self._silent[session], self._lines[session]
 
     def wait_until_quiet(self, within_s: float) -> bool:
-        """Wait until all answers have been fetched; False if ``within_s`` passes first."""
+        """Waits until all results are delivered; returns False after ``within_s``."""
         until_s = time.monotonic() + within_s
         with self._changed:
             while (now_s := time.monotonic()) < until_s:
@@ -242,7 +244,7 @@ class RequestMiddleware:
 
 
 def too_large(limit_bytes: float) -> str:
-    """What is said of an upload beyond the limit."""
+    """Returns the message for an upload beyond the limit."""
     size = readable_bytes(int(limit_bytes))
     return (
         f"The recording is larger than {size}: cut it, save it as FLAC or MP3, or start the app with a larger "
@@ -251,7 +253,7 @@ def too_large(limit_bytes: float) -> str:
 
 
 def _as_page(send: Send) -> Send:
-    """Pages are sent with the `_POLICY`."""
+    """Adds the `_POLICY` to pages."""
 
     async def with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""Adds a script to the page that the browser runs before everything else."""
+"""Adds a script to the page, which the browser runs before all others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 def with_script(script: str) -> Callable[[ASGIApp], ASGIApp]:
-    """Return an ASGI middleware that puts JavaScript at the beginning of the head of the page at ``/``."""
+    """Returns an ASGI middleware that inserts JavaScript at the beginning of the head of the page at ``/``."""
     head = f"<head><script>\n{script}\n</script>".encode()
 
     def around(app: ASGIApp) -> ASGIApp:

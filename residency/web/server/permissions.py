@@ -1,7 +1,7 @@
-"""Decides which requests may change things: from this machine, from signed-in users, or with the token.
+"""Decides which requests may make changes: from this machine, from signed-in users, or with the token.
 
-Every request that reaches the port may read; if the page has a password, only these requests may. A request that a
-page of another site sends from a browser may change nothing, even if the user of that browser may.
+All requests may read; if the page has a password, only these may. Requests that a browser sends for a page of another
+site may not make changes, even if the user of that browser may.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from ...addresses import hostname, is_address, is_loopback
 from ...errors import NotAllowed
 
 _PASSED_ON = frozenset({"forwarded", "via", "x-real-ip"})
-"""Beside ``X-Forwarded-...``: what proxies add to a request."""
+"""Headers that proxies add to a request, in addition to ``X-Forwarded-...``."""
 
 PUBLIC_HOST = "residency.public_host"
-"""In the ASGI scope: the host, and the port if it is named, of the address that ``--root-path`` gives."""
+"""Key in the ASGI scope for the host (and port, if given) of ``--root-path``."""
 
 
 class Permissions:
-    """Checks requests. Behind a tunnel (``--share``) all requests seem to be local: then ``trust_local`` is False."""
+    """Permission checks. ``trust_local`` must be False behind a tunnel (``--share``), where all requests seem local."""
 
     def __init__(self, token: str | None = None, *, trust_local: bool = True) -> None:
         self._token = token.encode() if token else None
         self._trust_local = trust_local
 
     def check(self, request: HTTPConnection, user: str | None = None) -> None:
-        """Raise `NotAllowed` unless the request may change things; ``user`` is the name of a signed-in user."""
+        """Raises `NotAllowed` unless the request may make changes; ``user`` is the name of a signed-in user."""
         if self.knows_token(request):
             return
         if not from_another_site(request) and (user or (self._trust_local and _is_local(request))):
@@ -37,7 +37,7 @@ class Permissions:
         raise NotAllowed
 
     def knows_token(self, request: HTTPConnection) -> bool:
-        """Whether the request carries the token; False if the server has none."""
+        """Whether the request has the token; False if the server has none."""
         return self._token is not None and hmac.compare_digest(_token_sent(request).encode(), self._token)
 
     def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
@@ -55,11 +55,10 @@ def _token_sent(request: HTTPConnection) -> str:
 
 
 def _is_local(request: HTTPConnection) -> bool:
-    """Whether the request is from this machine and names it: another site can lead its own name here (DNS rebinding).
+    """Whether the request is from this machine, under a name or address of it (against DNS rebinding).
 
-    A request that a proxy on this machine passes on is not local: its sender may be anywhere, and the headers that tell
-    the sender can be forged. A proxy that adds no header (nginx by default) passes on the name that it was called by,
-    or its own name for this server; it is recognised by HTTP/1.0, which few programs use today.
+    Requests through a proxy on this machine are not local: their headers about the client can be forged. A proxy that
+    adds no header (nginx by default) is detected by HTTP/1.0, which few programs use today.
     """
     if any(header in _PASSED_ON or header.startswith("x-forwarded-") for header in request.headers):
         return False
@@ -67,7 +66,7 @@ def _is_local(request: HTTPConnection) -> bool:
         return False
     origin = request.headers.get("origin")
     if origin is not None and not is_loopback(_split(origin).hostname):
-        return False  # the page came through a proxy that says nothing in headers
+        return False  # the page was loaded through a proxy that adds no headers
     name = hostname(request.headers.get("host", ""))
     return (is_loopback(name) or is_address(name)) and request.client is not None and is_loopback(request.client.host)
 
@@ -75,8 +74,8 @@ def _is_local(request: HTTPConnection) -> bool:
 def from_another_site(request: HTTPConnection) -> bool:
     """Whether a browser sends the request for a page of another site.
 
-    Browsers tell it in ``Sec-Fetch-Site`` over https and on localhost; otherwise ``Origin`` names the site of requests
-    that change things. A proxy names its public host in ``X-Forwarded-Host``, which no page can set for another site.
+    Browsers send ``Sec-Fetch-Site`` over https and on localhost; otherwise ``Origin`` is the site of requests that make
+    changes. Proxies send their public host in ``X-Forwarded-Host``, which no page can set for another site.
     """
     site = request.headers.get("sec-fetch-site")
     if site is not None:
@@ -90,5 +89,5 @@ def from_another_site(request: HTTPConnection) -> bool:
 def _split(address: str) -> SplitResult:
     try:
         return urlsplit(address)
-    except ValueError:  # no address at all
+    except ValueError:  # not a URL
         return urlsplit("")

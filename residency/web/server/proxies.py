@@ -1,7 +1,6 @@
-"""Keeps this process from sending requests for itself through a proxy of the network.
+"""Excludes this process's own addresses from the network's proxy.
 
-``http_proxy`` and its like are set where packages come through a proxy. Gradio's first request to its own server obeys
-them, and ends the app if the proxy does not answer for this machine.
+Gradio's first request to its own server obeys ``http_proxy``, and fails the start if the proxy cannot reach it.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ _EVERY_ADDRESS = {"0.0.0.0", "::", ""}
 
 
 def reach_directly(host: str, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Add this machine, and the address ``host`` on which the app listens, to the names without a proxy.
+    """Adds loopback names and the listening address ``host`` to ``no_proxy`` and ``NO_PROXY``.
 
-    Both spellings are set: programs read one of ``no_proxy`` and ``NO_PROXY``, and not all the same.
+    Sets both, since programs differ in which one they read.
     """
     host = host.strip("[]")
     own = [*_LOOPBACK, *([] if host in _EVERY_ADDRESS else [host])]

@@ -1,4 +1,4 @@
-"""Answers to requests that are refused before the page or the API sees them, and the files that are never refused."""
+"""Responses to requests that middleware refuses, and the static files that it never refuses."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _PAGE = """<!doctype html>
 
 
 def is_static(scope: Scope) -> bool:
-    """Whether an HTTP request reads a file of the page (script, style, font), which is the same for everybody.
+    """Whether an HTTP request reads a static file (script, style, font).
 
-    Browsers name the origin of scripts and fonts as they do for requests that change something.
+    Browsers send ``Origin`` for scripts and fonts too, as for requests that make changes.
     """
     path = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path in _STATIC_FILES or path.startswith(_STATIC_FOLDERS))
 
 
 def refused(request: HTTPConnection, code: int, zh: str, en: str) -> Response:
-    """Return the sentence as a page for those who look at it in a browser, as plain text for programs."""
+    """Returns the sentence as an HTML page for browsers, as plain text for programs."""
     sentence = preferred(request.headers.get("accept-language"))(zh, en)
     if "text/html" in request.headers.get("accept", ""):
         return HTMLResponse(_PAGE.format(code=code, sentence=html.escape(sentence)), code)

@@ -1,7 +1,4 @@
-"""The app behind a reverse proxy that serves it under a path of a site.
-
-Some proxies remove that path from what they pass on, others do not. Behind this middleware there is no difference.
-"""
+"""Supports reverse proxies that serve the app under a path, whether or not they remove that path from requests."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ from .permissions import PUBLIC_HOST
 
 
 def beneath(root_path: str) -> Callable[[ASGIApp], ASGIApp]:
-    """Return an ASGI middleware that removes the root path from ``path`` and leaves it in ``root_path``.
+    """Returns an ASGI middleware that moves the root path from ``path`` to ``root_path``.
 
-    ``root_path`` is a path without a slash at its end, or a whole address, whose host then belongs to this site.
+    ``root_path`` is a path without a trailing slash, or a URL, whose host then counts as this site.
     """
     prefix, host = urlsplit(root_path).path, urlsplit(root_path).netloc
 
@@ -31,7 +28,7 @@ def beneath(root_path: str) -> Callable[[ASGIApp], ASGIApp]:
                 return await RedirectResponse(f"{prefix}/{query and '?'}{query}")(scope, receive, send)
             if prefix and path.startswith(f"{prefix}/"):
                 path = path[len(prefix) :]
-                # Starlette's router would remove it once more, behind the middleware that compares paths.
+                # Starlette's router would remove it again, after the middleware that compares paths.
                 if path == prefix or path.startswith(f"{prefix}/"):
                     return await PlainTextResponse("Not Found", 404)(scope, receive, send)
             await app({**scope, "path": path, "root_path": prefix, PUBLIC_HOST: host or None}, receive, send)

@@ -1,4 +1,4 @@
-"""The HTTP server below the page: uvicorn's, with bounds on its connections and on what it logs of bad requests."""
+"""Uvicorn's HTTP server with limits on connections and on log messages about bad requests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .connections import Awaited, Connection, Connections, affordable, listeners
 
 _ACCEPTED_AT_ONCE = 2
-"""Between two looks at the connections that are there, so that new ones do not crowd them out before they speak."""
+"""Connections accepted per loop iteration, so that new ones do not displace others before their first data is read."""
 _FAILED = 3
 _LOG_EVERY_S = 60.0
 
 
 class BoundedServer(http_server.Server):
-    """Gradio's server with `Connections`. One protocol and event loop everywhere, whichever others are installed."""
+    """Gradio's server with `Connections`. Always uses h11 and asyncio, even if others are installed."""
 
     def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
         self._connections = Connections(affordable())
@@ -47,7 +47,7 @@ class BoundedServer(http_server.Server):
 
 
 class _Protocol(H11Protocol):
-    """Tells `Connections` what is awaited from the peer."""
+    """HTTP protocol that reports to `Connections` what it awaits from the peer."""
 
     def __init__(self, connections: Connections, **keywords: Any) -> None:
         super().__init__(**keywords)
@@ -89,11 +89,11 @@ class _Protocol(H11Protocol):
         return None if answering else Awaited.HEADERS
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing to log: a request for a WebSocket gets an answer over HTTP."""
+        """Suppresses the warning: a WebSocket request gets an HTTP response."""
 
 
 class _Seldom(logging.Filter):
-    """Lets each warning of the server pass once a minute: anybody can cause them, as often as they like."""
+    """Log filter that passes each warning once a minute, since any client can cause them."""
 
     def __init__(self) -> None:
         super().__init__()

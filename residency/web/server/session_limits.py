@@ -1,4 +1,4 @@
-"""Limits the number of sessions that Gradio keeps, and the length of their names, which clients choose."""
+"""Limits Gradio's sessions, queue and uploads, and the names that clients choose for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradio.utils import LRUCache
 from pydantic import AfterValidator, create_model
 
 SESSIONS = 500
-"""Sessions whose state is kept: with Gradio 6 one takes 0.16 MB."""
+"""Maximum of sessions with stored state; with Gradio 6 one takes 0.16 MB."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NAMELESS = (
     "A session or upload is named by 1 to 64 Latin letters, digits, hyphens and underscores: change its name. / "
@@ -22,7 +22,7 @@ NAMELESS = (
 _BODIES = ("PredictBody", "SimplePredictBody", "SimplePredictBodyV2")
 _QUEUED = 100
 _UNHEARD_OF = 50
-"""Requests of one session whose answers nobody has fetched."""
+"""Maximum of requests of one session with unfetched results."""
 _REMEMBERED = 2000
 _FULL = (
     "Too many requests are waiting: try again in a minute, and fetch the answers of earlier ones. / "
@@ -31,15 +31,15 @@ _FULL = (
 
 
 def is_name(text: str) -> bool:
-    """Whether a session or an upload may be called so."""
+    """Whether ``text`` is a valid name of a session or an upload."""
     return _NAME.fullmatch(text) is not None
 
 
 def bound_names() -> None:
-    """Have the app that is made next answer 422 to requests in whose bodies a session has another name."""
+    """Makes the next Gradio app answer 422 to bodies with an invalid session name."""
     for body in _BODIES:
         model = getattr(routes, body, None)
-        if model is not None and model.__module__ != __name__:  # Gradio 5 has not all of them
+        if model is not None and model.__module__ != __name__:  # Gradio 5 lacks some of them
             field = model.model_fields["session_hash"]
             checked: Any = Annotated[field.annotation, AfterValidator(_checked)]
             setattr(
@@ -54,7 +54,7 @@ def _checked(name: str | None) -> str | None:
 
 
 def bound_queue(queue: Any) -> None:
-    """Let a running queue refuse what is too much, and forget the oldest of what nobody has asked for."""
+    """Limits the length of a running queue, and the number of unfetched results that it stores."""
     for kept in ("pending_event_ids_session", "event_analytics"):
         setattr(queue, kept, LRUCache(_REMEMBERED))
     push = queue.push
@@ -69,20 +69,20 @@ def bound_queue(queue: Any) -> None:
 
 
 def bound_uploads() -> None:
-    """Forget the progress of uploads which nobody has looked at."""
+    """Limits the number of uploads for which Gradio stores progress."""
     statuses = routes.file_upload_statuses
     statuses._statuses = LRUCache(_REMEMBERED)
     statuses._signals = _Newest(statuses._signals.default_factory)
 
 
 def forget_deleted_files(blocks: Any) -> None:
-    """Gradio keeps the names of all files that were ever uploaded or made."""
+    """Removes deleted files from Gradio's sets of file names, which otherwise only grow."""
     for files in blocks.temp_file_sets:
         files -= {path for path in files if not os.path.exists(path)}
 
 
 class _Newest(defaultdict[str, Any]):
-    """Has the newest `_REMEMBERED` of its keys."""
+    """A `defaultdict` that keeps only its newest `_REMEMBERED` keys."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)

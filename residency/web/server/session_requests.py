@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .session_limits import NAMELESS, is_name
 
 HERE = f"{API_PREFIX}/here/"
-"""Where a page says that its session (the rest) is there: Gradio does not take up its own line again if it was cut."""
+"""Route of the page's heartbeat, followed by the session: Gradio does not reopen its own stream after a cut."""
 HEARTBEAT = f"{API_PREFIX}/heartbeat/"
 DATA, CALL = f"{API_PREFIX}/queue/data", f"{API_PREFIX}/call/"
 
@@ -27,7 +27,7 @@ _LATER = {"Retry-After": "60", "Connection": "close"}
 
 
 class SessionRequests:
-    """`around` is an ASGI middleware. ``may_stay`` tells whether the sender of a request has the page's password."""
+    """`around` is an ASGI middleware. ``may_stay`` returns whether a request is from a signed-in user, if required."""
 
     def __init__(self, may_stay: Callable[[HTTPConnection], bool], most: int) -> None:
         self._may_stay = may_stay
@@ -59,9 +59,9 @@ class SessionRequests:
 
 
 def session_of(scope: Scope) -> str | None:
-    """The session for which somebody listens or says that they are there; None if this is about none.
+    """Returns the session of an event stream or heartbeat; None for other requests.
 
-    What nobody has named has the name of its one request.
+    A session without a name has the ID of its single request.
     """
     path = scope["path"]
     if path == DATA:
@@ -74,5 +74,5 @@ def session_of(scope: Scope) -> str | None:
 
 
 def _upload(scope: Scope) -> str | None:
-    """The upload that is begun, or whose progress somebody listens to, if it has a name."""
+    """Returns the name of the upload that a request starts or watches, or None."""
     return QueryParams(scope["query_string"]).get("upload_id") if scope["path"].startswith(_OF_UPLOADS) else None

@@ -1,1 +1,1 @@
-"""Used by all of the web page: the language of a request, the versions of Gradio, and what is asked of the manager."""
+"""Shared by all web packages: the language of a request, Gradio compatibility, the manager's protocol."""

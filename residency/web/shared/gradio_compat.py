@@ -1,4 +1,4 @@
-"""One code for Gradio 5.49 and 6: keywords are chosen by looking at the signature."""
+"""Compatibility with Gradio 5.49 and 6: selects keywords by the signature of the installed version."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ _REASON_CHARACTERS = 200
 
 
 def supported(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
-    """Those of the keywords that this version's function takes."""
+    """Returns the keywords that ``function`` has as parameters in the installed version."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in keywords.items() if name in parameters}
 
 
 PRIVATE: dict[str, Any] = supported(gr.on, api_visibility="private") or {"api_name": False}
-"""For events of the page that are no endpoint for programs."""
+"""Keywords for events that are not published as API endpoints."""
 
 
 CALL: ContextVar[dict[str, bool] | None] = ContextVar("call", default=None)
-"""Facts about the HTTP request in progress, for its middleware; None for requests that come through the queue."""
+"""Flags of the current HTTP request, read by its middleware; None for requests from Gradio's queue."""
 
 
 class Blocks(gr.Blocks):
-    """Says what was wrong with what an event was sent, where Gradio fails without a word.
+    """`gr.Blocks` with error messages for invalid event inputs, which Gradio rejects without a message.
 
-    Marks the `CALL` as ``garbled``. And refuses links: Gradio would fetch what they lead to, whole, into memory and
-    onto the disk.
+    Marks the `CALL` as ``garbled``. Rejects links: Gradio would download their targets into memory and onto the disk.
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *arguments: Any, **keywords: Any) -> Any:
@@ -70,7 +69,7 @@ class Blocks(gr.Blocks):
             if isinstance(error, gr.Error) and not error.print_exception:
                 raise
             # Gradio would log a traceback for its own errors, such as a value that is not in a list.
-            # Without the folders of this machine.
+            # Removes the folders of this machine from the message.
             reason = re.sub(r"/\S*/", "", " ".join(str(getattr(error, "message", error)).split()))[:_REASON_CHARACTERS]
             raise gr.Error(
                 localizer()(
@@ -91,22 +90,23 @@ def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_event(managed: bool, model: str = "engine", at_once: int = 20) -> dict[str, Any]:
-    """For events that use a model. A manager has a queue of its own: only if it knows who waits, it keeps the model.
+    """Returns concurrency keywords for events that use a model.
 
-    Some of Gradio's 40 threads are left for everything else.
+    A manager keeps a model only for requests in its own queue, so up to ``at_once`` of them pass Gradio's queue. The
+    limit leaves some of Gradio's 40 threads for other events.
     """
     return {"concurrency_id": model, "concurrency_limit": at_once if managed else 1}
 
 
 def keep_uploads_in(folder: str) -> None:
-    """Have uploads under way lie there, also with Gradio 5, which puts them into the system's folder."""
+    """Makes Gradio 5 write incomplete uploads to ``folder`` instead of the system's temporary folder."""
     if "upload_dir" not in inspect.signature(route_utils.GradioMultiPartParser.__init__).parameters:
         elsewhere = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
         route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
 
 
 def take_no_empty_session(blocks: gr.Blocks) -> None:
-    """Gradio's queue fails at a session whose name is empty, and takes an event without one."""
+    """Replaces empty session names by None in Gradio's queue, which fails on empty names."""
     queue: Any = blocks._queue
     push = queue.push
 
@@ -118,13 +118,16 @@ def take_no_empty_session(blocks: gr.Blocks) -> None:
 
 
 def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
-    """Gradio forgets the state of a session an hour after a line was cut, also if the session goes on."""
+    """Sets whether a session is closed. Gradio deletes the state of closed sessions after an hour.
+
+    Gradio itself closes a session when its connection is cut, even if the session continues.
+    """
     if state := blocks.state_holder.session_data.get(session):
         state.is_closed = closed
 
 
 def user(app: Any, request: HTTPConnection) -> str | None:
-    """The name that somebody has signed in with on the page of this running app."""
+    """Returns the name of the signed-in user, from the cookies of the request to this running app."""
     for cookie in _cookies(app):
         if (name := app.tokens.get(request.cookies.get(cookie))) is not None:
             return str(name)
@@ -132,7 +135,7 @@ def user(app: Any, request: HTTPConnection) -> str | None:
 
 
 def sign_out(app: Any, request: HTTPConnection) -> list[str]:
-    """End the login that a request was sent with, and no other of the same name; the cookies that can be deleted."""
+    """Ends only the login that the request was sent with; returns the names of the cookies to delete."""
     for cookie in _cookies(app):
         app.tokens.pop(request.cookies.get(cookie), None)
     return _cookies(app)
@@ -144,11 +147,11 @@ def _cookies(app: Any) -> list[str]:
 
 @contextmanager
 def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Server]) -> Iterator[None]:
-    """In this block Gradio starts its servers as follows.
+    """Patches how Gradio starts servers within this block.
 
-    They are of the class ``server``. ``around`` wraps all that serves, and sees the peers of the connections
-    themselves. ``server_name`` may be an IPv6 address, and ``::`` means IPv4 too. Pages of other sites get no
-    permission to read, and no client the traceback of an error.
+    Servers are of the class ``server``. ``around`` wraps the whole application, and its scope has the direct peers of
+    the connections. ``server_name`` may be an IPv6 address, and ``::`` includes IPv4. Cross-origin reads are not
+    permitted (no CORS headers), and errors are sent without tracebacks.
     """
     servers: Any = http_server
     start_server, before, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
@@ -156,7 +159,7 @@ def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Ser
     class Server(server):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
             if config.host == "::":
-                config.host = ""  # a socket for each kind of address, since one for :: has IPv6 only
+                config.host = ""  # one socket per address family, since a socket for :: is IPv6 only
             super().__init__(config, *arguments, **keywords)
             config.load()
             config.loaded_app = around(config.loaded_app)
@@ -170,7 +173,7 @@ def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Ser
             url = f"{link(server_name, port, url.partition(':')[0])}/"
         return server_name, port, url, started
 
-    # Gradio asks by IPv4 whether the port is free, at an address that may be set for other apps.
+    # Gradio checks for a free port over IPv4, at an address that may be configured for other apps.
     servers.start_server, servers.Server, servers.LOCALHOST_NAME = start, Server, "127.0.0.1"
     try:
         yield
@@ -179,13 +182,13 @@ def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Ser
 
 
 def _answer_no_other_sites(app: Any) -> None:
-    """Gradio has pages of other sites read its answers and send it any header, unless it is asked as localhost."""
+    """Removes Gradio's CORS middleware, which permits other sites to read responses unless the host is localhost."""
     app.user_middleware = [each for each in app.user_middleware if each.cls is not route_utils.CustomCORSMiddleware]
 
 
 @functools.cache
 def leave_out_the_internet() -> None:
-    """Gradio 5 has its pages load a script, and prepare to load fonts, from elsewhere."""
+    """Removes links to external scripts and fonts from Gradio 5's page templates."""
     environment: Any = routes.templates.env
     pages = environment.loader
 
@@ -197,11 +200,11 @@ def leave_out_the_internet() -> None:
 
 
 def session() -> str | None:
-    """The browser session whose event is being handled; None if it is no event."""
+    """Returns the browser session of the current event; None outside of events."""
     return getattr(LocalContext.request.get(None), "session_hash", None)
 
 
 def localizer() -> Localize:
-    """Speaks the language of who has caused the event that is being handled; both languages if it is a program."""
+    """Returns the `Localize` for the browser language of the current event; both languages outside of events."""
     headers = getattr(LocalContext.request.get(None), "headers", None)
     return both if headers is None else preferred(headers.get("accept-language"))

@@ -1,4 +1,4 @@
-"""Chinese and English: pages speak the browser's language; programs and logs get both."""
+"""Chinese and English texts: the browser's language for pages, both languages for programs and logs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...observability.error_classification import message_of
 from ...sentences import Sentence
 
 Localize = Callable[[str, str], str]
-"""Chooses from a sentence in Chinese and the same in English."""
+"""Takes a sentence in Chinese and in English; returns one, or both."""
 
 
 def zh(chinese: str, english: str) -> str:
@@ -26,22 +26,22 @@ def both(chinese: str, english: str) -> str:
 
 
 def mark(sign: str, localize: Localize) -> str:
-    """A colon or comma between what is said and what is shown, as the language writes it."""
+    """Returns a colon or comma with the spacing of the language."""
     return {":": "：", ",": "，"}[sign] if _is_chinese(localize) else f"{sign} "
 
 
 def bracketed(text: str, localize: Localize) -> str:
-    """What is added behind something, with the space that its language leaves."""
+    """Returns the text in brackets, with the spacing of the language."""
     return f"（{text}）" if _is_chinese(localize) else f" ({text})"
 
 
 def _is_chinese(localize: Localize) -> bool:
-    """Also of one that escapes what it says, for example."""
+    """Whether ``localize`` returns Chinese; works for wrappers of `zh` too."""
     return localize("zh", "en") == "zh"
 
 
 def preferred(accept_language: str | None) -> Localize:
-    """By the header ``Accept-Language``: English for those who read neither, both where nothing is said."""
+    """Returns the `Localize` for a header ``Accept-Language``: English if it has neither language, both if empty."""
     if not accept_language:
         return both
     ranked = []
@@ -57,6 +57,6 @@ def preferred(accept_language: str | None) -> Localize:
 
 
 def translated(said: str | ResidencyError, localize: Localize) -> str:
-    """Returns the message of an error, or a `Sentence`, in the language that is wanted; other strings unchanged."""
+    """Returns the message of an error, or a `Sentence`, in one language; other strings unchanged."""
     sentence = message_of(said) if isinstance(said, ResidencyError) else Sentence.of(said)
     return str(sentence) if localize is both else localize(sentence.zh, sentence.en)

@@ -1,1 +1,1 @@
-"""Requests for speech: uploads, conversion, the queue, the call of the engine, the files of results."""
+"""Speech requests: uploads, conversion, queue, engine calls and result files."""

@@ -1,7 +1,7 @@
-"""Converts a recording to a file that engines read and browsers play, once.
+"""Converts recordings to a file that engines read and browsers play.
 
-Most need no conversion. Formats of phones (AAC in m4a or mp4, Opus in webm, AMR in 3gp) becomes a WAV file, decoded by
-`residency.web.speech.decode` in a process of its own.
+Most need no conversion. Formats of phones (AAC in m4a or mp4, Opus in webm, AMR in 3gp) are decoded to a WAV file by
+`residency.web.speech.decode` in a separate process.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ from .unreadable import in_words
 logger = logging.getLogger(__name__)
 
 _MOST_SAMPLES_PER_S = 2 * 48_000
-"""Over all channels, for each second that is allowed: a small file of many channels can hold gigabytes."""
+"""Maximum over all channels per permitted second: a small file with many channels can hold gigabytes."""
 
 _PLAYED = {"WAV", "WAVEX", "FLAC", "MP3", "MPEG", "OGG"}
-"""Formats, as libsndfile names them, that browsers play."""
+"""Formats that browsers play, by libsndfile's names."""
 
 _MEMORY_BYTES = 1 << 30
-"""Of address space that a decoder gets, its libraries included."""
+"""Limit of a decoder's address space, including its libraries."""
 
 _AT_A_TIME = 4
-"""How many recordings are converted at a time, so that a slow one does not stop the others, and engines have cores."""
+"""Maximum of concurrent conversions: a slow one does not block others, and cores are left for engines."""
 
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-"""Signals by which no limit of the decoder itself ends it; the system sends SIGKILL when main memory is full."""
+"""Signals that do not result from the decoder's own limits; the kernel sends SIGKILL when main memory is full."""
 
 _LONGEST_S = 3600.0
-"""How long a decoder may take, however long recordings may be."""
+"""Upper bound of a decoder's timeout."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of what is given: seconds of a recording, characters of a text."""
+    """Limits of inputs: seconds of a recording, characters of a text."""
 
     audio_s: float = 600.0
     text: int = 5000
 
     @property
     def samples(self) -> float:
-        """Of a recording, over all channels."""
+        """Maximum of a recording's samples, over all channels."""
         return self.audio_s * _MOST_SAMPLES_PER_S
 
 
 class Conversion:
-    """Converted recordings lie in the folder of ``recordings``, each in a folder of its own. Thread-safe.
+    """Conversion into the folder of ``recordings``, with a subfolder for each recording. Thread-safe.
 
-    The file's content decides whether it is converted, never its name.
+    Decides by a file's content, never by its name.
     """
 
     def __init__(self, recordings: Recordings, limits: Limits) -> None:
@@ -77,14 +77,13 @@ class Conversion:
 
     @about("recording")
     def readable(self, path: str | None) -> str:
-        """A recording for engines and browsers: ``path`` itself, or a WAV file (16 bit, mono, sample rate as it was).
+        """Returns ``path``, or the path of a WAV file (16 bit, mono, same sample rate) if it needs conversion.
 
-        The second call for the same file answers the same WAV file. Takes up to seconds; not for the event loop.
+        Further calls for the same file return the same WAV file. Takes up to seconds; not for the event loop.
 
         Raises:
-            InvalidInput: there is no recording, it cannot be read, or it is longer than the limits allow; then it is
-                not decoded further than that.
-            DiskFull: no disk space may be used for converting it.
+            InvalidInput: there is no recording, it cannot be read, or it exceeds the limits (decoding stops there).
+            DiskFull: the limit of disk space leaves no room for the conversion.
         """
         if not path:
             raise InvalidInput(
@@ -197,7 +196,7 @@ def _unreadable(reason: str) -> InvalidInput:
 
 
 def _header(path: str) -> Any:
-    """What libsndfile says about a file; None if it cannot read it."""
+    """Returns libsndfile's information about a file; None if it cannot read it."""
     try:
         return soundfile.info(path)
     except soundfile.LibsndfileError:
@@ -205,7 +204,7 @@ def _header(path: str) -> Any:
 
 
 def _needs_converting(header: Any) -> bool:
-    # Without the decoder, what engines read at least is left as it is.
+    # Without the decoder, leaves formats unchanged that at least engines read.
     return header is None or (header.format not in _PLAYED and _has_decoder())
 
 

@@ -1,8 +1,8 @@
-"""Decodes a recording with ffmpeg's libraries (PyAV) into a WAV file: a program, run in a process of its own.
+"""Decodes a recording with ffmpeg's libraries (PyAV) into a WAV file, as a program in a separate process.
 
-A file that crashes or stalls a decoder, or has it take memory without end, ends that process and nothing else. The
-exit code is `OK`, `TOO_LONG`, `TOO_MANY_SAMPLES` or `UNREADABLE`, with the reason as the last line of stderr; any other
-means that this program itself failed. Only after `OK` the WAV file is complete.
+A file that crashes or stalls the decoder, or exhausts its memory, ends only that process. The exit code is `OK`,
+`TOO_LONG`, `TOO_MANY_SAMPLES` or `UNREADABLE`, with the reason as the last line of stderr; any other code is a failure
+of this program itself. The WAV file is complete only after `OK`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 OK, TOO_LONG, TOO_MANY_SAMPLES, UNREADABLE = 0, 10, 11, 12
 
-#: ffmpeg's names of containers. Playlists and the like, which have it open other files and addresses, are left out.
+#: ffmpeg's names of containers, without playlists and others that can open further files and URLs.
 _CONTAINERS = (
     "aac", "ac3", "aiff", "amr", "asf", "au", "avi", "caf", "eac3", "flac", "flv", "matroska", "mov", "mp3", "mpegts",
     "ogg", "w64", "wav", "webm", "wv",
 )  # fmt: skip
-#: And of decoders of sound: the pictures of a video are never decoded, however large they say they are.
+#: ffmpeg's names of audio decoders. Video frames, which can be huge, are never decoded.
 _CODECS = (
     "aac", "aac_latm", "ac3", "alac", "amrnb", "amrwb", "eac3", "flac", "gsm", "gsm_ms", "libopencore_amrnb",
     "libopencore_amrwb", "libopus", "mp2", "mp2float", "mp3", "mp3float", "opus", "speex", "vorbis", "wavpack",
@@ -43,7 +43,7 @@ _OPTIONS = {
 
 
 class Refused(Exception):
-    """The recording is not decoded, or no further; ``code`` is the exit code that says why."""
+    """Error that ends the decoding of a recording; ``code`` is the exit code of the program."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 def main() -> None:
-    """Decode as the command line says, within its limits of memory and processor time."""
+    """Decodes by the command line, within its limits of memory and CPU time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source")
     parser.add_argument("target")
@@ -60,9 +60,9 @@ def main() -> None:
     parser.add_argument("--memory", type=int, required=True, help="bytes of address space")
     parser.add_argument("--cpu", type=int, required=True, help="seconds of processor time")
     options = parser.parse_args()
-    os.nice(10)  # requests for speech have priority
+    os.nice(10)  # speech requests have priority
     resource.setrlimit(resource.RLIMIT_AS, (options.memory, options.memory))
-    # SIGXCPU at the first, so that SIGKILL tells of others.
+    # The soft limit sends SIGXCPU first, so that SIGKILL indicates another cause.
     resource.setrlimit(resource.RLIMIT_CPU, (options.cpu, options.cpu + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def decode(source: str, target: str, most_s: float, most_samples: float) -> None:
-    """Write 16-bit mono at the recording's own sample rate; `Refused` as soon as a limit is passed."""
+    """Writes 16-bit mono at the recording's own sample rate; raises `Refused` as soon as a limit is exceeded."""
     seconds = 0.0
     samples = 0
     with open(source, "rb") as file:
@@ -99,7 +99,7 @@ def decode(source: str, target: str, most_s: float, most_samples: float) -> None
 
 
 class _Mono:
-    """Mixes frames of any form down to 16-bit mono at one sample rate. A damaged stream changes its form midway."""
+    """A mixer of frames to 16-bit mono at one sample rate, also if a damaged stream changes its format midway."""
 
     def __init__(self, sample_rate: int) -> None:
         self._sample_rate = sample_rate
@@ -107,7 +107,7 @@ class _Mono:
         self._resampler: Any = None
 
     def __call__(self, frame: av.AudioFrame | None) -> bytes:
-        """The samples of a frame; of None, those that are left."""
+        """Returns the samples of a frame; for None, the buffered rest."""
         import av
 
         mixed = b""
@@ -116,7 +116,7 @@ class _Mono:
             if form != self._form:
                 mixed = self(None) if self._resampler else b""
                 self._form, self._resampler = form, av.AudioResampler("s16", "mono", self._sample_rate)
-            frame.pts = None  # samples follow each other, whatever times a damaged file gives them
+            frame.pts = None  # ignores timestamps, which may be wrong in a damaged file
         with _refusing():
             for each in self._resampler.resample(frame):
                 mixed += bytes(each.planes[0])[: each.samples * 2]
@@ -124,14 +124,14 @@ class _Mono:
 
 
 def _frames(file: BinaryIO) -> Iterator[av.AudioFrame]:
-    """What the decoder makes of the first track with sound; `Refused` if there is none, or it is damaged."""
+    """Yields the frames of the first audio track; raises `Refused` if there is none, or it is damaged."""
     import av
 
     with _refusing(), av.open(file, options=_OPTIONS, metadata_errors="ignore") as container:
         if not container.streams.audio:
             raise Refused(UNREADABLE, "no sound in it")
         stream = container.streams.audio[0]
-        # The list in the options is for those that look into the file; the decoder itself is opened here.
+        # The list in the options applies only to probing; the decoder itself is opened here.
         codec = getattr(stream.codec_context, "name", "no known codec")  # no context where ffmpeg has no decoder
         if codec not in _CODECS:
             raise Refused(UNREADABLE, f"sound as {codec}")
@@ -142,7 +142,7 @@ def _frames(file: BinaryIO) -> Iterator[av.AudioFrame]:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """A block in which errors of ffmpeg are the recording's."""
+    """Converts errors of ffmpeg within this block to `Refused`."""
     import av
 
     try:

@@ -1,4 +1,4 @@
-"""The queue before an engine that no manager looks after: one request at a time, in order of arrival."""
+"""Queue for an engine without a manager: one request at a time, in order of arrival."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from ...errors import ManagerClosed, RequestCancelled
 
 _STATE = "cpu"
-"""Such an engine is where it was built, for good."""
+"""State of an engine without a manager, which is never moved."""
 
 
 class QueuedRequest:
-    """One request in the queue: a `protocols.Lease`."""
+    """A request in the queue: a `protocols.Lease`."""
 
     def __init__(self, turns: SpeechQueue) -> None:
         self._turns = turns
@@ -25,17 +25,17 @@ class QueuedRequest:
 
     @property
     def place(self) -> int | None:
-        """0: has the engine; 1: served next; None: ended."""
+        """0: uses the engine; 1: next in the queue; None: ended."""
         return self._turns.place(self)
 
     def cancel(self) -> bool:
-        """Take it out of the queue; False if it has the engine, or has ended."""
+        """Removes the request from the queue; returns False if it uses the engine, or has ended."""
         return self._turns.refuse(self, RequestCancelled(self.model))
 
 
 @dataclass(frozen=True)
 class QueueChanged:
-    """The part of a manager's `Event` that tells of its queue."""
+    """A change of the queue: the subset of a manager's `Event` for it."""
 
     model: str
     what: str = "queue"
@@ -43,10 +43,10 @@ class QueueChanged:
 
 
 class SpeechQueue:
-    """Has what `Waiting` needs of a manager: ``status``, ``subscribe`` and ``watching``. Thread-safe."""
+    """A queue with the part of the manager's interface that `WaitMessages` needs. Thread-safe."""
 
     version = 0
-    """As of a manager whose status never has anything new to tell: what happens here is told to listeners."""
+    """Constant, since listeners receive all changes."""
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -59,9 +59,9 @@ class SpeechQueue:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Wait for a turn, which lasts until the block ends. `RequestCancelled`; `ManagerClosed` after `close`.
+        """Waits for the engine, and reserves it within this block; nested calls in the same context share it.
 
-        A nested request of the same context shares the turn.
+        Raises `RequestCancelled`, or `ManagerClosed` after `close`.
         """
         if self._mine.get():
             yield
@@ -91,7 +91,7 @@ class SpeechQueue:
             self._tell()
 
     def close(self) -> None:
-        """Refuse those that wait, and those that come."""
+        """Refuses waiting and new requests."""
         with self._changed:
             self._closed = True
             waiting = self._queue[1:]
@@ -103,7 +103,7 @@ class SpeechQueue:
             return self._queue.index(turn) if turn in self._queue else None
 
     def refuse(self, turn: QueuedRequest, error: Exception) -> bool:
-        """Let a turn that waits raise ``error``; False if it waits no more."""
+        """Ends a waiting request with ``error``; returns False if it does not wait any more."""
         with self._changed:
             if turn not in self._queue[1:]:
                 return False
@@ -113,7 +113,7 @@ class SpeechQueue:
 
     @contextmanager
     def watching(self, watch: Callable[[Any], object]) -> Iterator[None]:
-        """A block in which ``watch`` sees each turn before it waits."""
+        """Calls ``watch`` with each request within this block, before it waits."""
         token = self._watch.set(watch)
         try:
             yield
@@ -121,7 +121,7 @@ class SpeechQueue:
             self._watch.reset(token)
 
     def subscribe(self, listener: Callable[[Any], Any]) -> Callable[[], None]:
-        """Have each `QueueChanged` told to ``listener``, in the thread that makes it; call the answer to end that."""
+        """Calls ``listener`` with each `QueueChanged`, in the causing thread; returns a function that unsubscribes."""
         with self._changed:
             self._listeners += (listener,)
 
@@ -132,7 +132,7 @@ class SpeechQueue:
         return unsubscribe
 
     def status(self) -> dict[str, Any]:
-        """The parts of a manager's status from which a request begins to tell."""
+        """Returns the parts of a manager's status that `WaitMessages` reads."""
         return {"device": {"kind": "cpu"}, "models": {self.model: {"state": _STATE, "leases": len(self._queue[:1])}}}
 
     def _tell(self) -> None:

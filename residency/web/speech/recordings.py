@@ -1,6 +1,6 @@
-"""Tracks which session owns a recording, deletes what no session owns, and bounds the disk space of all of them.
+"""Tracks which session owns a recording, deletes orphans, and limits the disk space of recordings.
 
-The files of a session are deleted when it has ended; files that belong to no session, after `UNOWNED_FOR_S`.
+Deletes the files of a session when it ends; files without a session after `UNOWNED_FOR_S`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ from ...errors import ResidencyError
 logger = logging.getLogger(__name__)
 
 UNOWNED_FOR_S = 3600.0
-"""How long files that belong to no session are kept: of programs that name none, and uploads that were not used."""
+"""Retention of files without a session: of programs that send none, and unused uploads."""
 
 IN_USE_FOR_S = 60.0
-"""New files, and those of sessions that were silent for less than this, stay also if the disk space is used up: their
-request may be on its way."""
+"""Minimum age of files, and silence of their sessions, before they are deleted to make room."""
 
 CONVERTING = "converting-"
-"""Prefix of the folders in which recordings are being converted."""
+"""Prefix of the folders of current conversions."""
 
 UNDER_WAY = "tmp"
-"""Prefix of the files, directly in the folder, to which running uploads are written."""
+"""Prefix of the files of current uploads, directly in the folder."""
 
 _MOST_FILES = 20_000
 
 _REMEMBERED = 1000
-"""How many sessions that have ended, or gone on as others, are known to have: their last requests may still run."""
+"""Maximum of stored sessions that have ended or were inherited, whose last requests may still run."""
 
 
 class DiskFull(ResidencyError):
-    """Recordings and results take all the disk space that they may take."""
+    """Error if recordings and results use all their permitted disk space."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -50,12 +49,11 @@ class DiskFull(ResidencyError):
 
 
 class Recordings:
-    """Files by session. A file that several sessions have (the same upload lies on the disk once) goes with the last.
+    """Files by session. A file of several sessions (identical uploads are stored once) is deleted with the last.
 
-    Thread-safe. A session of None, or one that has not begun (of a program that names none), owns nothing. Files lie in
-    ``folder``, or in a folder of their own below it; directly in it, names that begin with a dot are none of ours.
-    Together they may take ``most_bytes``, see `reserved`. ``silent`` answers the sessions that nobody has been
-    connected to for so many seconds, the longest silent first.
+    Thread-safe. A session of None owns nothing. Files are in ``folder``, or in a subfolder each; names directly in it
+    that begin with a dot are ignored. Their total size is limited to ``most_bytes``, see `reserved`. ``silent`` returns
+    the sessions without a connection for so many seconds, the longest silent first.
     """
 
     def __init__(self, folder: str | Path, most_bytes: float = math.inf) -> None:
@@ -70,7 +68,7 @@ class Recordings:
         self._ended: deque[str] = deque(maxlen=_REMEMBERED)
 
     def own(self, session: str | None, *paths: str | None) -> None:
-        """These files (None: no file) belong to the session too; if that has ended meanwhile, they go at once."""
+        """Adds the session as an owner of files (None: no file); deletes them if the session has ended."""
         if session is None:
             return
         files = _real(filter(None, paths))
@@ -82,18 +80,18 @@ class Recordings:
                 self._files[session] |= files
 
     def owns(self, session: str | None, path: str) -> bool:
-        """Whether this file belongs to the session."""
+        """Whether the session owns the file."""
         if session is None:
             return False
         try:
             path = os.path.realpath(path)
-        except ValueError:  # no name that a file can have
+        except ValueError:  # not a valid path
             return False
         with self._lock:
             return path in self._files.get(self._heirs.get(session, session), ())
 
     def remove(self, session: str | None, *paths: str) -> None:
-        """The session needs these files no more."""
+        """Removes the session as an owner of files; deletes those without owners."""
         files = _real(paths)
         with self._lock:
             if (own := self._files.get(self._heirs.get(session, session) if session else "")) is not None:
@@ -101,7 +99,7 @@ class Recordings:
             self._delete_locked(files)
 
     def inherit(self, before: str, session: str) -> None:
-        """A session goes on as another, which has what the first had, and what is still made for it."""
+        """Transfers the current and future files of the session ``before`` to ``session``."""
         with self._lock:
             self._heirs = {who: session if heir == before else heir for who, heir in self._heirs.items()}
             self._heirs[before] = session
@@ -111,14 +109,14 @@ class Recordings:
                 self._files[session] |= files
 
     def begin(self, session: str) -> None:
-        """The session is there, perhaps again."""
+        """Marks the session as live, also after its end."""
         with self._lock:
             self._present.add(session)
             if session in self._ended:
                 self._ended.remove(session)
 
     def end(self, session: str) -> None:
-        """The session needs nothing more."""
+        """Ends the session; deletes its files."""
         with self._lock:
             self._present.discard(session)
             self._heirs = {who: heir for who, heir in self._heirs.items() if heir != session}
@@ -126,7 +124,7 @@ class Recordings:
             self._delete_locked(self._files.pop(session, set()))
 
     def sweep(self, now_s: float | None = None) -> None:
-        """Delete what has been nobody's for `UNOWNED_FOR_S`; ``now_s`` as of `time.time`."""
+        """Deletes files without a live session that are older than `UNOWNED_FOR_S`; ``now_s`` as of `time.time`."""
         before_s = (time.time() if now_s is None else now_s) - UNOWNED_FOR_S
         with self._lock:
             old = {path for path in self._all() if (state := _state(path)) and state.st_mtime < before_s}
@@ -138,12 +136,11 @@ class Recordings:
 
     @contextmanager
     def reserved(self, most_bytes: float, least_bytes: float | None = None) -> Iterator[float]:
-        """A block in which a file is written. Yields how many bytes it may have: ``most_bytes``, or what is left.
+        """Reserves disk space for a file within this block. Yields its bytes: ``most_bytes``, or what is left.
 
-        `DiskFull` if that is less than ``least_bytes`` (by default ``most_bytes``). Before, files are deleted that
-        are needed least: those that belong to no session, the oldest first; then those of sessions that nobody is
-        connected to, the one that has been silent longest first. An upload does not say which session it is for, so
-        there is no share for each session.
+        Raises `DiskFull` if that is less than ``least_bytes`` (by default ``most_bytes``). To make room, first deletes
+        files without a session, the oldest first; then files of sessions without a connection, the longest silent
+        first. There is no limit per session, since uploads do not name their session.
         """
         least_bytes = most_bytes if least_bytes is None else least_bytes
         with self._lock:
@@ -158,7 +155,7 @@ class Recordings:
                 self._reserved_bytes -= granted
 
     def _make_room_locked(self, wanted_bytes: float, least_bytes: float) -> float:
-        """Delete what is needed least, of sessions for ``least_bytes`` only. Returns what is free, -1 if nothing is."""
+        """Deletes files, those of sessions for ``least_bytes`` only. Returns the free bytes, -1 if there are none."""
         if self._most_bytes == math.inf:
             return math.inf
         found = {path: state for path in self._all() if (state := _state(path)) and not self._is_under_way(path)}
@@ -185,7 +182,7 @@ class Recordings:
         return free_bytes if free_bytes > 0 and len(found) < _MOST_FILES else -1.0
 
     def _is_under_way(self, path: str) -> bool:
-        """Whether it is being written; then its bytes are reserved."""
+        """Whether a file is being written, with reserved bytes."""
         return path[len(self.folder) + 1 :].startswith((UNDER_WAY, CONVERTING))
 
     def _all(self) -> Iterator[str]:
@@ -200,16 +197,15 @@ class Recordings:
                 if (folder := os.path.dirname(path)) != self.folder:
                     os.rmdir(folder)
             except OSError:
-                logger.debug("%s or its folder stays, or was gone already", path)
+                logger.debug("%s or its folder could not be deleted, or did not exist", path)
 
 
 def _real(paths: Iterable[str]) -> set[str]:
-    """One file by one name, whichever way it was reached."""
     return {os.path.realpath(path) for path in paths}
 
 
 def _state(path: str) -> os.stat_result | None:
-    """Its size and age; None if it has just been deleted."""
+    """Returns a file's size and age; None if it was deleted."""
     try:
         return os.stat(path)
     except FileNotFoundError:

@@ -1,7 +1,4 @@
-"""One request for speech: check what was given, ask the engine, write the answer as a WAV file.
-
-Used by the page and by the endpoints for programs alike. Knows no Gradio.
-"""
+"""Processes speech requests of the page and the API: validation, engine call, WAV file. Independent of Gradio."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ShuttingDown(ResidencyError):
-    """The app is about to end, and takes no new requests."""
+    """Error of new requests during the shutdown of the app."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -42,7 +39,7 @@ class ShuttingDown(ResidencyError):
 
 
 class SpeechService:
-    """Wraps an engine; answers are paths of 16-bit WAV files. Thread-safe as far as the engine is."""
+    """Speech requests to an engine; results are paths of 16-bit WAV files. Thread-safe if the engine is."""
 
     def __init__(
         self,
@@ -53,7 +50,7 @@ class SpeechService:
         limits: Limits | None = None,
         turns: SpeechQueue | None = None,
     ) -> None:
-        """``recognize`` answers what is said in a recording; None if nobody can. ``turns`` are taken for the engine."""
+        """``recognize`` transcribes a recording. ``turns`` is the queue of an engine without a manager."""
         self._engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
@@ -72,22 +69,22 @@ class SpeechService:
 
     @property
     def running(self) -> int:
-        """How many requests are with the engine, or wait for it."""
+        """Number of requests that use the engine, or wait for it."""
         return self._running
 
     def close(self) -> None:
-        """Refuse new requests (`ShuttingDown`); those that run may finish."""
+        """Refuses new requests (`ShuttingDown`); running ones may finish."""
         self._closed = True
         if self._turns:
             self._turns.close()
 
     def wait_until_idle(self, within_s: float) -> bool:
-        """Wait for the running requests; False if ``within_s`` passes first."""
+        """Waits for running requests; returns False after ``within_s``."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, min(within_s, threading.TIMEOUT_MAX))
 
     def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
-        """Say ``target_text`` in the voice of the recording. `InvalidInput`, or what the engine raises."""
+        """Speaks ``target_text`` in the voice of the recording. Raises `InvalidInput`, and errors of the engine."""
         audio = self.incoming.readable(prompt_audio)
         with about("prompt_text"):
             prompt = _given_text(
@@ -117,12 +114,12 @@ class SpeechService:
         edit_info: str | None,
         text: str | None,
     ) -> tuple[str, str]:
-        """Change a recording; return the file and the text it now says. `InvalidInput`, or what the engine raises."""
+        """Edits a recording; returns the file and its new text. Raises `InvalidInput`, and errors of the engine."""
         audio = self.incoming.readable(input_audio)
         task, info = self._task(edit_type, edit_info)
         with about("prompt_text"):
             said = _short_enough((audio_text or "").strip(), self.limits)
-        # Only paralinguistic changes what is said: its target text is the old one with tags such as [Laughter].
+        # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
         wanted = said
         if task == "paralinguistic":
             with about("target_text"):
@@ -136,7 +133,7 @@ class SpeechService:
             return self._write(task, engine.edit(audio, said, task, info, wanted)), wanted
 
     def transcribe(self, recording: str | None) -> str:
-        """What is said in a recording. `InvalidInput`, or what the recognizer raises."""
+        """Returns the transcript of a recording. Raises `InvalidInput`, and errors of the recognizer."""
         audio = self.incoming.readable(recording)
         if self._recognize is None:
             raise InvalidInput(
@@ -154,7 +151,7 @@ class SpeechService:
                 f"EDIT 需要编辑任务（“克隆音色”不是编辑）：请选择 {tasks.zh}",
                 "task",
             )
-        # Tasks that are not listed are the engine's to accept or refuse.
+        # The engine accepts or rejects tasks that are not listed.
         offered = self.edit_types.get(edit_type, [])
         if offered and edit_info not in offered:
             task, sub_tasks = _names([edit_type]), _names(offered, edit_type)
@@ -187,7 +184,7 @@ class SpeechService:
                 self._changed.notify_all()
 
     def _write(self, kind: str, answer: tuple[Any, int]) -> str:
-        checkpoint()  # of an engine that makes none itself
+        checkpoint()  # for engines without checkpoints
         audio, sample_rate = answer
         samples = np.asarray(audio, dtype=np.float32).reshape(-1)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -202,17 +199,17 @@ class SpeechService:
 
 
 def explain(error: Exception) -> Sentence:
-    """An error as a sentence for people. What is not their mistake goes into the log with its traceback."""
+    """Returns an error as a sentence for users. Logs a traceback if the user did not cause it."""
     if isinstance(error, ManagerClosed):
-        error = ShuttingDown()  # what it means to who waits for an answer
-    if isinstance(error, RequestCancelled):  # as happens to those who are away
+        error = ShuttingDown()
+    if isinstance(error, RequestCancelled):  # after a lost connection
         return Sentence(
             "The request was cancelled in the queue, because the connection was away: ask again",
             "连接中断，排队中的请求已被取消：请重新提交",
         )
     if isinstance(error, ResidencyError):
         return message_of(error)
-    # StepAudioTTS raises its own HTTPException, which says in `detail` what str() does not.
+    # StepAudioTTS raises its own HTTPException, with the reason in `detail` but not in str().
     reason = getattr(error, "detail", None) or str(error) or type(error).__name__
     if 400 <= getattr(error, "status_code", 500) < 500:
         return Sentence(f"The engine cannot do this: {reason}", f"引擎无法处理该请求：{reason}")
@@ -223,7 +220,7 @@ def explain(error: Exception) -> Sentence:
 
 
 def _names(values: Sequence[str], task: str | None = None) -> Sentence:
-    """Tasks, or sub-tasks of a task, by their names on the page, which end with the values that programs send."""
+    """Returns the page's names of tasks, or of sub-tasks of ``task``, which include the API's values."""
     in_english, in_chinese = ([name for name, _ in choices(values, task, localize)] for localize in (en, zh))
     return Sentence(", ".join(in_english), "、".join(in_chinese))
 

@@ -1,6 +1,6 @@
-"""Tasks and sub-tasks as people read them: a name, and a line of what each does. Pure.
+"""Display names and descriptions of tasks and sub-tasks. Pure.
 
-Engines are given the values, such as ``vad``. What is not listed here has its value as its name, and no line.
+Engines get the values, such as ``vad``. A value that is not listed here is its own name, without a description.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ..shared.language import Localize, bracketed, en, zh
 
-#: Name and line of each task, both in Chinese and English.
+#: Name and description of each task, in Chinese and English.
 _TASKS = {
     "clone": (
         ("克隆音色", "clone"),
@@ -28,7 +28,7 @@ _TASKS = {
     ),
     "speed": (("语速", "speed"), ("说得快一些或慢一些。", "Speaks faster or slower.")),
 }
-#: Names of sub-tasks by task, in Chinese and, where that is not the value, in English.
+#: Names of sub-tasks by task, in Chinese and, if it differs from the value, in English.
 _SUB_TASKS: dict[str, dict[str, tuple[str, ...]]] = {
     "emotion": {
         "happy": ("高兴",), "angry": ("生气",), "sad": ("悲伤",), "humour": ("幽默",), "confusion": ("困惑",),
@@ -52,7 +52,7 @@ _SUB_TASKS: dict[str, dict[str, tuple[str, ...]]] = {
         "more slower": ("慢很多", "much slower"),
     },
 }  # fmt: skip
-#: Lines of sub-tasks by task; ``{}`` is their name. They take the place of the task's line.
+#: Descriptions of sub-tasks by task, which replace the task's; ``{}`` is the sub-task's name.
 _SUB_TASK_LINES = {
     "emotion": ("内容不变，情绪变为：{}。", "Says the same with this emotion: {}."),
     "style": ("内容不变，风格变为：{}。", "Says the same in this manner: {}."),
@@ -65,18 +65,18 @@ _REMOVALS = {
 
 
 def task_name(task: str, localize: Localize) -> str:
-    """The name of a task, with its value where that is another word: ``cut pauses (vad)``."""
+    """Returns the name of a task, with its value if that differs: ``cut pauses (vad)``."""
     names = _TASKS[task][0] if task in _TASKS else (task, task)
     return localize(*_with_value(names, task))
 
 
 def sub_task_name(task: str, sub_task: str, localize: Localize) -> str:
-    """The name of a sub-task, with its value where that is another word."""
+    """Returns the name of a sub-task, with its value if that differs."""
     return localize(*_with_value(_sub_task_names(task, sub_task), sub_task))
 
 
 def line(task: str | None, sub_task: str | None, localize: Localize) -> str:
-    """What a task does, with a sub-task if there is one; empty if nothing is known of it."""
+    """Returns the description of a task, or of its sub-task; empty if unknown."""
     if task not in _TASKS:
         return ""
     if sub_task == "remove" and task in _REMOVALS:
@@ -88,7 +88,7 @@ def line(task: str | None, sub_task: str | None, localize: Localize) -> str:
 
 
 def choices(values: Sequence[str], task: str | None, localize: Localize) -> list[tuple[str, str]]:
-    """(name, value) of the tasks, or with ``task`` of its sub-tasks, for a dropdown."""
+    """Returns (name, value) of tasks, or of sub-tasks of ``task``, for a dropdown."""
     return [
         (task_name(value, localize) if task is None else sub_task_name(task, value, localize), value)
         for value in values

@@ -1,4 +1,4 @@
-"""Why a recording cannot be read, in words that people know. Pure."""
+"""Explains to users why a recording cannot be read. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ...sentences import Sentence
 
 _CODEC = "sound as "
 _DAMAGED = Sentence("it is no recording, or it is damaged", "它不是录音，或已损坏")
-#: By what ffmpeg, or `residency.web.speech.decode`, says.
+#: By message of ffmpeg or `residency.web.speech.decode`.
 _REASONS = {
     "Invalid data found when processing input": _DAMAGED,
     "Invalid argument": _DAMAGED,
@@ -22,7 +22,7 @@ _REASONS = {
 
 
 def in_words(reason: str) -> Sentence:
-    """The reason in both languages; one that is not known here as it is."""
+    """Returns the reason in both languages; an unknown one unchanged."""
     if reason.startswith(_CODEC):
         codec = reason.removeprefix(_CODEC)
         return Sentence(f"its sound is coded as {codec}, which is not read here", f"不支持其音频编码 {codec}")

@@ -1,4 +1,4 @@
-"""Files that browsers load: scripts, a style sheet, and the recordings of the sample voices."""
+"""Files that browsers load: scripts, a style sheet, and sample voices."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ FOLDER = Path(__file__).parent
 
 
 def text(name: str) -> str:
-    """The content of a script or style sheet."""
+    """Returns the content of a script or style sheet."""
     return (FOLDER / name).read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-// Compares the address under which the browser has opened the page with the one that the server takes for its own (ROOT).
-// Where they differ, Gradio sends what people press to an address that does not answer: a line at the top says what to set.
+// Compares the page's address in the browser with the server's own address (`gradio_config.root`). If they differ,
+// Gradio sends events to an unreachable address: a line at the top then shows which setting is missing.
 addEventListener("DOMContentLoaded", () => {
   const root = new URL(window.gradio_config?.root || "./", location.href);
   const path = url => url.pathname.replace(/\/+$/, "");
-  // At "/" the server answers under its root path, too.
+  // The server serves both "/" and its root path.
   if (root.host === location.host && ["", path(root)].includes(path(location))) return;
   const line = document.createElement("p");
   line.id = "wrong-address";

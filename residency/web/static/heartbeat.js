@@ -1,28 +1,27 @@
-// Tells the server now and then that this page is there: what its session has on the server's disk is kept as long.
-// Gradio has a line for that, but does not take it up again once it was cut. The server puts EVERY_MS in. A page that the
-// server does not know, such as one from before its start, is loaded anew: it keeps what is filled in (saved_inputs.py),
-// and shows nothing any more that is gone. With a login the answer is 401, since a new server knows no login either.
+// Sends the page's heartbeat, on which the server keeps the files of its session. Gradio's own stream does not reconnect
+// after a cut. The server replaces EVERY_MS. Reloads a page that the server does not know, for example from before a
+// restart (410; 401 with a login, since logins do not survive a restart): saved_inputs.py restores its inputs.
 (visit) => {
   const [session, secret, goesOn] = visit.split(".");
   const stay = () => {
-    sessionStorage.setItem("visit", secret);  // for when this page is loaded anew
+    sessionStorage.setItem("visit", secret);  // for a reload
     sessionStorage.removeItem("left");
   };
   stay();
-  window.addEventListener("pageshow", stay);  // as it was left, from the browser's memory
+  window.addEventListener("pageshow", stay);  // restored from the back/forward cache
   window.addEventListener("pagehide", () => sessionStorage.setItem("left", secret));
   if (goesOn) document.querySelector("#hear-the-end").click();
   const tell = async () => {
     try {
       const answer = await fetch(`gradio_api/here/${session}`);
-      // With Gradio 6 a page whose line was cut loads itself anew; with Gradio 5 it would wait on that line for ever.
+      // After a cut, Gradio 6 reloads the page by itself; Gradio 5 would wait for its stream without end.
       const cut = document.querySelector(".toast-wrap")?.textContent.includes("Connection to the server was lost");
       if (cut || [401, 410].includes(answer.status)) location.reload();
-    } catch {}  // the next one may arrive
+    } catch {}  // the next heartbeat may arrive
   };
   setInterval(tell, EVERY_MS);
   for (const event of ["online", "pageshow"]) window.addEventListener(event, tell);
   document.addEventListener("visibilitychange", tell);
-  // A press may be the first that reaches a server which was started again.
+  // A press may be the first contact with a restarted server.
   document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) tell(); });
 }

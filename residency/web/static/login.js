@@ -1,11 +1,11 @@
-// Gradio's form for the password says nothing when the server answers that it was tried too often: this says it.
+// Shows the rate limit (429) in Gradio's login form, which ignores it.
 const plainFetch = window.fetch;
 window.fetch = async (...request) => {
   const answer = await plainFetch(...request);
   const url = new URL(request[0]?.url ?? request[0], location.href);
   if (url.pathname.endsWith("/login")) {
     document.querySelector("#too-often")?.remove();
-    // What was said of the password before: it was not looked at this time.
+    // Hides the message about an earlier password: this one was not checked.
     document.querySelector(".creds")?.style.setProperty("display", answer.status === 429 ? "none" : "");
     if (answer.status === 429) {
       const line = document.createElement("p");

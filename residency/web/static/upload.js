@@ -1,5 +1,5 @@
-// Has files uploaded whatever the browser says their kind is: Gradio drops what is not called audio without a word, and
-// browsers call recordings of sound in mp4, webm and 3gp videos, and others nothing. The server looks into the file.
+// Uploads files of any MIME type: Gradio silently drops files that are not audio, and browsers report audio in mp4, webm
+// and 3gp as video, or other formats without a type. The server checks the content.
 () => {
   const inputOf = (target) => target.closest?.("#prompt-audio")?.querySelector("input[type=file]");
   const asAudio = (files) => {

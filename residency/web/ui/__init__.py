@@ -1,1 +1,1 @@
-"""Parts of the page: their components, their handlers, and the sentences on them."""
+"""Parts of the page: components, handlers and texts."""

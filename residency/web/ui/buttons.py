@@ -1,4 +1,4 @@
-"""The buttons CLONE, EDIT, Stop and Clear History: the page while a request waits and runs."""
+"""Handlers of the request buttons, and the progress line of a request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .messages import Message, MessagePlaces
 from .page_requests import Occupied, PageRequest, PageRequests
 
 AT_ONCE = 100
-"""How many requests may wait and run. Their threads are not those of Gradio, which stay free for other events."""
+"""Maximum of waiting and running requests. They use threads of their own, so that Gradio's stay free for events."""
 
 LOOK_EVERY_S, _LOOK_AT_MODEL_EVERY_S = 0.1, 0.5
 
@@ -27,7 +27,7 @@ _threads, _lookers = CapacityLimiter(AT_ONCE), CapacityLimiter(4)
 
 
 class Buttons:
-    """Handlers for the buttons of the page. Each yields values of the chat, the progress line and the messages."""
+    """Handlers for the buttons of the page. They yield values of the chat, the progress line and the messages."""
 
     def __init__(self, requests: PageRequests, places: MessagePlaces) -> None:
         self._requests = requests
@@ -36,9 +36,9 @@ class Buttons:
     async def press(
         self, answer: Callable[[PageRequest], tuple[Any, State, str]], state: State
     ) -> AsyncIterator[list[Any]]:
-        """Make a request and yield its progress until it has ended; refuse it if another of the session runs.
+        """Starts a request and yields its progress until it ends; refuses it if another of the session runs.
 
-        ``answer`` returns chat, state and message, and ends the request. It runs on if the page is closed.
+        ``answer`` returns chat, state and message, and ends the request. It continues if the page is closed.
         """
         try:
             request = self._requests.begin(state, alone=True)
@@ -55,7 +55,7 @@ class Buttons:
             yield [chat, "", *self._places.values(message)]
 
     async def follow(self, state: State) -> AsyncIterator[list[Any]]:
-        """Yield the progress of the running request to a page that was loaded anew, until the request has ended."""
+        """Yields the progress of the running request to a reloaded page, until the request ends."""
         async for line in lines(lambda: self._requests.latest(state), lambda: asyncio.sleep(LOOK_EVERY_S)):
             yield [gr.skip(), line, *self._places.unchanged()]
         yield [as_messages(state["history_messages"], localizer()), "", *self._places.values(state["message"])]
@@ -64,7 +64,7 @@ class Buttons:
 async def lines(
     under_way: Callable[[], PageRequest | None], pause: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[str]:
-    """Yield the progress line of the running request whenever it changes, until no request runs."""
+    """Yields the progress line of the running request whenever it changes, until no request runs."""
     shown, looked_s = "", -math.inf
     while request := under_way():
         if time.monotonic() - looked_s >= _LOOK_AT_MODEL_EVERY_S:
@@ -77,9 +77,9 @@ async def lines(
 
 
 async def in_thread(work: Callable[[], T], cancellation: Cancellation | None = None) -> T:
-    """Run ``work`` in a thread with the context of the caller and return its result.
+    """Runs ``work`` in a thread with the caller's context; returns its result.
 
-    If the task of the caller is cancelled, ``cancellation`` is cancelled too; ``work`` runs on until it looks at that.
+    If the caller's task is cancelled, cancels ``cancellation``; ``work`` continues until it checks that.
     """
     try:
         return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads)

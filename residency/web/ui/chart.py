@@ -1,7 +1,6 @@
-"""What was held of the GPU in the last minutes, as a picture. Pure.
+"""Draws the GPU memory of the last minutes as SVG. Pure.
 
-Drawn here and not by a chart library: it is a few hundred bytes that need no script, and shows what those in Gradio do
-not: the requests, beside the memory that they took.
+Needs no chart library or script, and shows requests below the memory, which Gradio's charts cannot.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from . import status_text
 
 _WIDTH, _HEIGHT, _STRIP = 600.0, 100.0, 8.0
 _CARD = ""
-"""Stands among the models for what everybody together uses of the card."""
+"""Key for the total use of the card, beside the models' names."""
 
 _Heights = list[tuple[float, dict[str, float]]]
 
 
 def chart(history: UsageHistory, device_kind: str, localize: Localize) -> str:
-    """What the card has in use, in front of it the models one upon the other, below a mark for each request."""
+    """Returns the chart as HTML: used memory of the card, stacked models in front of it, a mark below per request."""
     window_s, models = float(history["window_s"]), history["models"]
     heights = _changes({name: past["device_bytes"] for name, past in models.items()})
     used = _changes({_CARD: history["device"]["used_bytes"]})
@@ -61,7 +60,7 @@ def chart(history: UsageHistory, device_kind: str, localize: Localize) -> str:
 
 
 def scale_top(peak_bytes: float, total_bytes: int | None) -> float:
-    """Where the scale ends: at a size of which the half is round too, and not beyond the card."""
+    """Returns the top of the scale: a size whose half is round too, at most the card's size."""
     top_bytes, by = 1024.0, 1.5
     while top_bytes < peak_bytes * 1.05:
         top_bytes, by = top_bytes * by, 2 / by
@@ -77,7 +76,7 @@ def _legend(models: list[str], card: bool, localize: Localize) -> str:
 
 
 def _changes(points: dict[str, list[list[float]]]) -> _Heights:
-    """At each time at which a size changed, the oldest first: seconds ago, and all sizes from then on."""
+    """Returns (seconds ago, all sizes from then on) for each change of a size, the oldest first."""
     changes = sorted(
         ((ago_s, name, nbytes) for name, changes in points.items() for ago_s, nbytes in changes),
         key=lambda change: -change[0],
@@ -91,7 +90,7 @@ def _changes(points: dict[str, list[list[float]]]) -> _Heights:
 
 
 def _area(heights: _Heights, names: list[str], x: Callable[[float], float], top_bytes: float) -> str:
-    """The outline of what these held together: steps, from the axis and back to it."""
+    """Returns the SVG path of the summed sizes of ``names``: steps, closed at the axis."""
     if not heights:
         return ""
     path, level = [f"M{x(heights[0][0]):.1f} {_HEIGHT:g}"], _HEIGHT

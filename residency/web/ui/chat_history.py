@@ -1,4 +1,4 @@
-"""The history of each session and its messages for the chat."""
+"""History of each session, and its messages for the chat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..speech.task_names import sub_task_name, task_name
 
 @dataclass(frozen=True)
 class Step:
-    """One request that succeeded; recordings are files."""
+    """A successful request; recordings are file paths."""
 
     edit_type: str | None
     edit_info: str | None
@@ -32,11 +32,11 @@ class Step:
 
 
 State = dict[str, Any]
-"""Of one session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is a
-`messages.Message` of what was wrong with its latest request, empty if nothing was.
+"""State of a session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is the
+`messages.Message` of the latest error, empty after success.
 
-It is changed in place, since several requests of a session may run. A history that begins anew has lists of its own: by
-them a request that ends late sees that it is not about this one.
+Changed in place, since several requests of a session may run. A new history has new lists, by whose identity a late
+request detects that its history was replaced.
 """
 
 
@@ -45,7 +45,7 @@ def new_state() -> State:
 
 
 class Overtaken(InvalidInput):
-    """A request ends late: another has cleared its history, or begun a new one."""
+    """Error of a request that ends after its history was cleared or replaced."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -55,9 +55,9 @@ class Overtaken(InvalidInput):
 
 
 class Histories:
-    """Changes the `State` of sessions, and gives their results to `Recordings`. Thread-safe.
+    """Updates of the `State` of sessions and of the owners in `Recordings`. Thread-safe.
 
-    ``history`` is the ``history_audio`` that a request has begun with; `Overtaken` if it is not the present one.
+    ``history`` is the ``history_audio`` at the start of the request; raises `Overtaken` if it was replaced.
     """
 
     def __init__(self, recordings: Recordings) -> None:
@@ -65,12 +65,12 @@ class Histories:
         self._lock = threading.Lock()
 
     def go_on(self, state: State, history: list[Any], step: Step) -> None:
-        """A result is the next of its history."""
+        """Appends a result to its history."""
         with self._of_the_present(state, history, step):
             _append(state, step)
 
     def begin(self, state: State, history: list[Any], step: Step) -> None:
-        """A result is the first of a new history."""
+        """Starts a new history with a result."""
         with self._of_the_present(state, history, step):
             self._begin_anew(state)
             _append(state, step)
@@ -100,7 +100,7 @@ def _append(state: State, step: Step) -> None:
 
 
 def as_messages(steps: Iterable[Step], localize: Localize = both) -> list[dict[str, Any]]:
-    """Messages for `gr.Chatbot`: for each step text and player of the input, then text and player of the output."""
+    """Returns messages for `gr.Chatbot`: for each step, text and player of the input, then of the output."""
     shown: list[dict[str, Any]] = []
     colon = mark(":", localize)
     for step in steps:
@@ -123,7 +123,7 @@ def _names(step: Step, localize: Localize) -> Iterator[str]:
 
 
 def _literal(text: str) -> str:
-    """What a page shows as this very text. Only what it would take for HTML is changed: people may copy the rest."""
+    """Escapes only tags and entities, so that the page shows ``text`` literally and the rest can be copied."""
 
     def as_seen(found: re.Match[str]) -> str:
         piece = found[0]

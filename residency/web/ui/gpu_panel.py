@@ -1,6 +1,6 @@
-"""The accordion with the GPU's state and the buttons. Looking at it never counts as use.
+"""The accordion with the GPU's state and buttons. Reading it never counts as use.
 
-What it shows comes as pieces of HTML from `GpuPanel.news`; ``panel.js`` asks for them and puts them in place.
+``panel.js`` fetches its content as HTML pieces from `GpuPanel.news` and inserts them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _ALL = ""
 
 
 class GpuPanel:
-    """Shows what the manager says, and passes on what people press who may.
+    """Status display and controls of the manager.
 
-    `text`, `press` and `configure` may be called from any thread and raise nothing: an error becomes their answer.
+    `text`, `press` and `configure` are thread-safe; `press` and `configure` return errors as text.
     """
 
     def __init__(self, manager: Manager, permissions: Permissions) -> None:
@@ -49,10 +49,10 @@ class GpuPanel:
         return status_text.as_text(self._manager.status())
 
     def news(self, localize: Localize, known: int | None = None) -> dict[str, object] | None:
-        """What the page shows: ``pieces`` of HTML by their place, see `register_components`, and their ``version``.
+        """Returns what the page shows, or None if ``known`` is the current version.
 
-        Also whether something is ``moving``, and for each model what came of the last press on it, None while that is
-        still to come. None if the page knows that version.
+        ``pieces`` is HTML by place (see `register_components`), ``version`` their version, ``moving`` whether a model
+        moves, ``outcomes`` the result of the last press for each model, None while it is pending.
         """
         version = self._manager.version
         if version == known:
@@ -78,17 +78,17 @@ class GpuPanel:
         }
 
     def press(self, action: str, name: str | None = None, localize: Localize = both) -> str:
-        """Warm, offload or release a model (None: all); say what came of it, or when it will happen."""
+        """Warms, offloads or releases a model (None: all); returns the outcome, or when it will happen, as text."""
         return self._press(action, name, localize)[0]
 
     def _press(self, action: str, name: str | None, localize: Localize) -> tuple[str, list[str]]:
-        """What is said, and the models of which it says what is still to come."""
+        """Returns the text, and the models whose outcome is pending."""
         try:
             done = getattr(self._manager, action)(name)
         except ResidencyError as error:
             return translated(error, localize), []
         except Exception as error:
-            logger.exception("%s by hand failed", action)
+            logger.exception("Manual %s failed", action)
             return f"{localize('操作失败', 'It failed')}{mark(':', localize)}{error}", []
         status = self._manager.status()
         return status_text.pressed(action, name, done, status, localize), [] if done else [name] if name else [
@@ -98,7 +98,7 @@ class GpuPanel:
     def configure(
         self, name: str | None, keep_warm: str | None, idle_timeout: str | None, localize: Localize = both
     ) -> str:
-        """Change how long a model (None: all) stays; what is empty stays as it is."""
+        """Changes the timeouts of a model (None: all), except those that are empty; returns the outcome as text."""
         given = {"keep_warm": (keep_warm or "").strip(), "idle_timeout": (idle_timeout or "").strip()}
         times = {which: time for which, time in given.items() if time}
         if not times:
@@ -115,7 +115,7 @@ class GpuPanel:
     # -- the page -----------------------------------------------------------------------------------------------
 
     def register_components(self) -> None:
-        """Draw the panel into the Blocks that are open."""
+        """Draws the panel into the open Blocks."""
         names = self._manager.names()
         with gr.Accordion(label("🎮 GPU 显存管理", "🎮 GPU memory"), open=True, elem_id="gpu-panel"):
             style = static.text("panel.css")
@@ -150,7 +150,7 @@ class GpuPanel:
                     )
                     self._apply = gr.Button(label("应用", "Apply"), size="sm", elem_id="gpu-apply", min_width=120)
             gr.HTML(_place("past"), elem_id="gpu-past", padding=False)
-            # Text, since Gradio 5 hands JSON to scripts as Python would print it.
+            # Text, since Gradio 5 passes JSON to scripts as a Python repr.
             self._news, self._pressed = gr.Textbox(visible=False), gr.Textbox(visible=False)
 
     def _draw_buttons(self, name: str | None, of_many: bool = False) -> None:
@@ -160,7 +160,6 @@ class GpuPanel:
             self._presses.append((gr.Button(text, size="sm", elem_id=element, min_width=120), action, name))
 
     def register_events(self) -> None:
-        """Connect the buttons."""
         looking = {"show_progress": "hidden", "queue": False, **PRIVATE}
         opened = partial(gr.on, None)  # no triggers: when the page is opened
         opened(None, js=static.text("panel.js"), **PRIVATE)
@@ -182,7 +181,7 @@ class GpuPanel:
     def _on_press(
         self, button: gr.Button, change: Callable[..., tuple[str, list[str]]], inputs: Sequence[Any] = ()
     ) -> None:
-        """Have a press check the permissions, make the change, and show what is said of it until that has come true."""
+        """Connects a button: checks permissions, calls ``change``, and shows its text until the outcome is known."""
 
         def handler(request: gr.Request, *given: Any) -> str:
             localize = localizer()
@@ -198,7 +197,7 @@ class GpuPanel:
         )
 
     def _permitting(self, buttons: int) -> Callable[..., list[Any]]:
-        """A handler for who opens the page: the buttons as they may press them, and why they may not."""
+        """Returns a page-load handler that disables the buttons, with a reason, if the user has no permission."""
 
         def handler(request: gr.Request) -> list[Any]:
             try:
@@ -212,7 +211,7 @@ class GpuPanel:
 
 
 def check(permissions: Permissions, request: gr.Request) -> None:
-    """`NotAllowed` unless the sender of a Gradio event may change things."""
+    """Raises `NotAllowed` unless the sender of a Gradio event may make changes."""
     if request.request is None:
         raise NotAllowed
     permissions.check(request.request, request.username)

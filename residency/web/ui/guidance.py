@@ -33,4 +33,4 @@ VERIFIED = (
     "Nothing of this has run on a real GPU yet: the CUDA code is tested with PyTorch's own CUDA allocator over a fake "
     "card, and everything else with a simulated card and on the CPU.",
 )
-"""What has and what has not been verified on a GPU, as the READMEs say it near their top."""
+"""The verification status on GPUs, as in the READMEs."""

@@ -1,6 +1,6 @@
-"""Texts of components, which the browser translates: it knows its language before anything is sent.
+"""Texts of components, translated in the browser by Gradio.
 
-The key of a text is the text in both languages: that is what people read where nobody gives `translations` to Gradio.
+The key of a text is the text in both languages, which Gradio shows if it gets no `translations`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _ENGLISH: dict[str, str] = {}
 
 
 def label(chinese: str, english: str) -> Any:
-    """For the labels, placeholders and values of components."""
+    """Returns a translated text for labels, placeholders and values of components."""
     key = both(chinese, english)
     _CHINESE[key], _ENGLISH[key] = chinese, english
     return gr.I18n()(key)
 
 
 def translations() -> gr.I18n:
-    """All texts that were drawn so far, for ``launch(i18n=)``."""
+    """Returns all texts registered so far, for ``launch(i18n=)``."""
     return gr.I18n(**{"zh": _CHINESE, "zh-CN": _CHINESE, "zh-TW": _CHINESE, "en": _ENGLISH})

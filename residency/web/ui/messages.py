@@ -1,4 +1,4 @@
-"""Shows the result or error of a request beside the control that it is about."""
+"""Shows the message of a request beside the control that it is about."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CONTROLS: dict[Field, str] = {
     "task": "task",
     "sub_task": "sub-task",
 }
-"""The element of the page in which each field is filled in."""
+"""The page element of each field."""
 
-# Assistive technology reads an error with its control.
+# Links each error to its control for assistive technology.
 _TIE = f"""for (const id of {list(CONTROLS.values())}) {{
     const said = document.querySelector(`#about-${{id}} [role=alert]`);
     for (const control of document.querySelectorAll(`#${{id}} :is(textarea, input:not([type=file]))`)) {{
@@ -40,10 +40,10 @@ BEGIN = f"""() => {{
   }};
   setTimeout(look, 100, 50);
 }}"""
-"""JavaScript for the page, when CLONE or EDIT is pressed: the progress, which may be drawn below, comes into view."""
+"""JavaScript for a press of CLONE or EDIT: scrolls the progress line into view."""
 
-# An error is brought into view, wherever the button was. In one column so is the newest result, since the history grows
-# above the buttons; but not for somebody who types.
+# Scrolls an error into view. In a single column also the newest result, since the history grows above the buttons;
+# not while the user types.
 SHOW = f"""() => setTimeout(() => {{
   {_TIE}
   document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
@@ -51,14 +51,11 @@ SHOW = f"""() => setTimeout(() => {{
   if ({_TYPES} || document.querySelector("#progress [data-running]")) return;
   [...document.querySelectorAll("#history .bot-row")].at(-1)?.scrollIntoView({{block: "nearest"}});
 }}, 100)"""
-"""JavaScript for the page, once a press has ended and the history is drawn."""
+"""JavaScript for the end of a press, after the history is drawn."""
 
 
 class Message(str):
-    """HTML that stays on the page until the next press, or until its field is filled in anew.
-
-    ``field``: what it is about; None if about nothing single.
-    """
+    """HTML that stays on the page until the next press, or a change of its ``field`` (None: of no single field)."""
 
     field: Field | None
 
@@ -69,21 +66,21 @@ class Message(str):
 
     @classmethod
     def of(cls, error: Exception, localize: Localize, field: Field | None = None) -> Message:
-        """An error in the language that is wanted; ``field`` where it names none."""
+        """Returns the message of an error; ``field`` is the default for errors without a field."""
         sentence = html.escape(translated(explain(error), localize))
-        if isinstance(error, RequestStopped):  # as was wished
+        if isinstance(error, RequestStopped):  # no failure: the user pressed Stop
             return cls(f"<p role='status'>{sentence}</p>")
         return cls(f"<p role='alert'>⚠️ {sentence}</p>", getattr(error, "field", None) or field)
 
 
 class MessagePlaces:
-    """Where messages are shown: one place for each control, and one for those that are about none."""
+    """Places for messages: one for each control, and one for messages without a field."""
 
     def __init__(self) -> None:
         self._places: dict[Field | None, gr.HTML] = {}
 
     def draw(self, field: Field | None = None) -> gr.HTML:
-        """Draw a place into the Blocks that are open."""
+        """Draws a place into the open Blocks."""
         name = f"about-{CONTROLS[field]}" if field else "message"
         self._places[field] = gr.HTML(elem_id=name, elem_classes="said", padding=False)
         return self._places[field]
@@ -96,23 +93,23 @@ class MessagePlaces:
         return list(self._places.values())
 
     def wiping(self, *fields: Field) -> dict[str, Any]:
-        """Arguments of an event that empties the places of these fields, by default all, in the browser, at once."""
+        """Returns arguments of an event that clears the places of these fields (default: all) in the browser."""
         places = [self._places[field] for field in fields] or self.components
         nothing = "''" if len(places) == 1 else f"Array({len(places)}).fill('')"
         js = f"() => {{setTimeout(() => {{{_TIE}}}, 100); return {nothing}}}"
         return {"fn": None, "inputs": None, "outputs": places, "js": js, "show_progress": "hidden", **PRIVATE}
 
     def wiping_by_hand(self, field: Field) -> dict[str, Any]:
-        """The same for the event `change` of a text: not when a text comes back with a page that is loaded anew.
+        """Returns the same for the event `change` of a text, but ignores texts that a page reload restores.
 
-        Gradio's event `input` knows only of keys, not of pasted text and input methods.
+        Gradio's event `input` misses pasted text and input methods.
         """
         written = f"document.activeElement?.closest('#{CONTROLS[field]}')"
         js = f"said => {{setTimeout(() => {{{_TIE}}}, 100); return {written} ? '' : said}}"
         return {**self.wiping(field), "inputs": self._places[field], "js": js}
 
     def values(self, message: str) -> list[str]:
-        """A message at its place and nothing elsewhere, in the order of `components`."""
+        """Returns the message at its place and empty texts elsewhere, in the order of `components`."""
         place = getattr(message, "field", None)
         return [message if field == place else "" for field in self._places]
 

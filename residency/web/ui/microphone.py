@@ -1,4 +1,4 @@
-"""A hint for people whose browser gives the page no microphone, as on phones over plain HTTP."""
+"""Hint for browsers that deny the page the microphone, as on phones over plain HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .labels import label
 
 
 def draw_hint() -> None:
-    """Draw it into the Blocks that are open; only browsers that refuse the microphone show it."""
+    """Draws the hint into the open Blocks; only browsers that deny the microphone show it."""
     hint = gr.Markdown(
         label(
             "🎤 浏览器只向 https 页面提供麦克风，而本页面是通过 http 打开的：请上传录音，或用 https 打开（启动时加上 "

@@ -1,4 +1,4 @@
-"""The requests of pages: at most one of each session at a time, until it ends or is stopped."""
+"""Requests of pages: at most one per session at a time, until it ends or is stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STOPPING = ("正在停止：等待当前步骤结束", "Stopping: the step that
 
 
 class Occupied(InvalidInput):
-    """A session asks for a second thing at a time."""
+    """Error of a second request of a session while the first one waits or runs."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -27,20 +27,20 @@ class Occupied(InvalidInput):
 
 
 class PageRequest:
-    """A request of a page: what it does at the moment, and what stops it."""
+    """A request of a page: its progress and its cancellation."""
 
     def __init__(self) -> None:
         self.cancellation = Cancellation()
         self._told: tuple[str, float] | None = None
-        #: Looks at the model and tells what may have been missed otherwise. For any thread; takes a moment.
+        #: Polls the model for progress that events omit. For any thread; may block briefly.
         self.look: Callable[[], None] = lambda: None
 
     def tell(self, share: float, sentence: str) -> None:
-        """What happens to it now, and how much of that is done (0 to 1; 0 where nobody knows). From any thread."""
+        """Sets the progress: a share from 0 to 1 (0: unknown) and a sentence. Thread-safe."""
         self._told = sentence, share
 
     def line(self, localize: Localize) -> str:
-        """That as HTML; the page shows its Stop button for as long as there is such a line."""
+        """Returns the progress as HTML; the page shows its Stop button as long as this line exists."""
         sentence, share = self._told or (localize(*_SENT), 0.0)
         if self.cancellation.cancelled:
             sentence, share = localize(*_STOPPING), 0.0
@@ -49,16 +49,16 @@ class PageRequest:
 
 
 class PageRequests:
-    """Requests by the state of their session, which outlives the loading of a page. Thread-safe."""
+    """Requests by the state of their session, which survives a page reload. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: dict[int, list[PageRequest]] = {}
 
     def begin(self, state: dict[str, Any], *, alone: bool = False) -> PageRequest:
-        """Begin a request that may change this state until `end`.
+        """Starts a request that may change this state until `end`.
 
-        ``alone``: `Occupied` if another one runs that was not stopped.
+        With ``alone``, raises `Occupied` if another one runs that was not stopped.
         """
         request = PageRequest()
         with self._lock:
@@ -76,12 +76,12 @@ class PageRequests:
                 del self._requests[id(state)]
 
     def latest(self, state: dict[str, Any]) -> PageRequest | None:
-        """The one that began last of those that may still change this state."""
+        """Returns the newest request that may still change this state, or None."""
         with self._lock:
             return next(reversed(self._requests.get(id(state), ())), None)
 
     def stop(self, state: dict[str, Any]) -> None:
-        """Cancel what waits, and what runs where the engine can be interrupted; later results are dropped."""
+        """Cancels waiting requests, and running ones if the engine can be interrupted; their results are dropped."""
         with self._lock:
             requests = list(self._requests.get(id(state), ()))
         for request in requests:

@@ -1,4 +1,4 @@
-"""A page that is loaded anew is a new session. It takes over the history and the running request of the last."""
+"""Transfers the history and the running request of a session to the new session of a reloaded page."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .page_requests import PageRequests
 from .waiting import WaitMessages
 
 TELL_EVERY_S = 5.0
-"""How often an open page reports to the server, and is told whether the server knows it."""
+"""Interval of the heartbeat of an open page."""
 
 _AT_MOST = 1000
 _GOES_ON = ".goes-on"
-# A page that is loaded anew goes on with its visit. A page that the browser's history opens goes on with a visit only
-# if the page of that visit has left: a duplicated tab is opened in the same way, with a copy of the storage of a tab
-# that is still open. The copy then deletes what it has not taken over. A page may be loaded anew before the server has
-# answered, or even heard of it: so the browser makes the secret, and keeps the earlier ones until there is an answer.
+# A reloaded page continues its visit. A page opened from the browser's history continues a visit only if the page of
+# that visit was left: a duplicated tab opens in the same way, with a copy of the storage of a tab that is still open;
+# it then deletes the copied inputs. A page may be reloaded before the server has responded to, or received, its
+# secret: so the browser generates the secret, and keeps earlier ones until there is a response.
 _SECRETS = """(_, lost, state) => {
   const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
   const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
@@ -42,24 +42,24 @@ _SECRETS = """(_, lost, state) => {
 
 
 class PageSessions:
-    """Sessions by a secret. The page keeps the secret and sends it when it is loaded anew. Thread-safe."""
+    """Sessions by a secret, which the page stores and sends after a reload. Thread-safe."""
 
     def __init__(
         self, requests: PageRequests, recordings: Recordings, waiting: WaitMessages, places: MessagePlaces
     ) -> None:
         self._requests, self._recordings, self._waiting, self._places = requests, recordings, waiting, places
         self._lock = threading.Lock()
-        self._visits: dict[str, tuple[str, State]] = {}  # the last to be heard of is the last
+        self._visits: dict[str, tuple[str, State]] = {}  # ordered by the latest heartbeat
 
     def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Buttons) -> Any:
-        """Connect the components while the page is drawn. The server must answer the path that ``heartbeat.js`` asks.
+        """Connects the components while the page is drawn. The server must serve the path of ``heartbeat.js``.
 
-        Returns the event after which a visit goes on.
+        Returns the event after which a visit continues.
         """
         visit, to_lose = gr.Textbox(visible=False), gr.Textbox(visible=False)
         script = static.text("heartbeat.js")
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-        # Pressed by heartbeat.js. Not invisible, since Gradio does not draw what is.
+        # Clicked by heartbeat.js. Hidden by CSS, since Gradio does not draw invisible components.
         hear_the_end = gr.Button(elem_id="hear-the-end")
         messages = self._places.components
         inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
@@ -69,7 +69,7 @@ class PageSessions:
         return came
 
     def know(self, session: str) -> bool:
-        """Whether a page of this session was drawn by this process, and its session has not ended."""
+        """Whether this process has drawn a page of this session, and the session has not ended."""
         with self._lock:
             visit = next((visit for visit, (whose, _) in self._visits.items() if whose == session), None)
             if visit is not None:
@@ -77,12 +77,12 @@ class PageSessions:
             return visit is not None
 
     def end(self, whose: str) -> None:
-        """The session has ended; its visit cannot go on any more."""
+        """Deletes the visit of an ended session."""
         with self._lock:
             self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
 
     def _come(self, known: str | None, to_lose: str | None, state: State) -> list[Any]:
-        """Begin a visit. ``known`` are secrets: that of the new visit, and of those before it, the newest first."""
+        """Starts a visit. ``known`` has the secrets of the new visit and of earlier ones, the newest first."""
         whose = session() or ""
         secret, *earlier = (known or "")[:200].split() or [secrets.token_hex(16)]
         visit = f"{whose}.{secret}"

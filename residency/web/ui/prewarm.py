@@ -1,4 +1,4 @@
-"""Prewarms the model when a user begins to upload or to type."""
+"""Prewarms the model when a user starts an upload or types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..shared.protocols import Manager
 logger = logging.getLogger(__name__)
 
 EVERY_S = 3.0
-"""The manager is called at most this often, and a page that is typed into sends at most one request in this time."""
+"""Minimum interval between calls of the manager, and between requests of a page while the user types."""
 
 _TYPING = f"""() => {{
   if (Date.now() < (window.nextPrewarm ?? 0)) return;
@@ -26,12 +26,10 @@ _TYPING = f"""() => {{
 
 
 class Prewarm:
-    """Prewarms a model that is not in use.
+    """Prewarming of a model that is not in use.
 
-    `show` may be called from any thread and as often as one likes; it never raises and waits for no move.
-
-    Without a request the model leaves again as after any `Manager.warm`. One whose last move has failed is left to
-    requests, which tell people the error; not so one that found no room, since others come and go.
+    Without a request the model is offloaded again as after any `Manager.warm`. Skips a model whose last move failed,
+    so that a request reports the error; does not skip after `OverBudget`, since room may be free by now.
     """
 
     def __init__(self, manager: Manager, model: str, now: Callable[[], float] = time.monotonic) -> None:
@@ -42,8 +40,8 @@ class Prewarm:
         self._silent_until_s = now()
 
     def register(self, texts: Sequence[gr.Textbox], recording: gr.Audio, samples: Sequence[gr.Button]) -> None:
-        """Connect the inputs of the page while it is drawn. `RequestMiddleware` sees when an upload begins."""
-        button = gr.Button(elem_id="prewarm")  # hidden by style: Gradio does not draw what is invisible
+        """Connects the inputs while the page is drawn. `RequestMiddleware` detects the start of an upload."""
+        button = gr.Button(elem_id="prewarm")  # hidden by CSS, since Gradio does not draw invisible components
         acts = [recording.start_recording, recording.upload, *(sample.click for sample in samples)]
         for event in (button.click, *acts):
             event(self.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
@@ -51,7 +49,7 @@ class Prewarm:
             gr.on([text.focus, text.input], None, js=_TYPING, **PRIVATE)
 
     def show(self) -> None:
-        """Report that a request is likely to follow."""
+        """Warms the model, since a request is likely. Thread-safe; never raises or waits for a move; rate-limited."""
         with self._lock:
             now_s = self._now()
             if now_s < self._silent_until_s:
@@ -62,4 +60,4 @@ class Prewarm:
             if error is None or error.startswith(OverBudget.__name__):
                 self._manager.warm(self._model, if_idle=True)
         except Exception:
-            logger.debug("%s cannot be warmed", self._model, exc_info=True)
+            logger.debug("Prewarming %s failed", self._model, exc_info=True)

@@ -1,4 +1,4 @@
-"""Checks a recording that was uploaded or recorded, and replaces it by one that browsers play."""
+"""Checks an uploaded or recorded recording, and replaces it by a file that browsers play."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from .messages import Message
 
-# Converting takes seconds: meanwhile the recording may have been removed, or another one uploaded.
+# Conversion takes seconds, in which the recording may be removed or replaced.
 _SHOW = """(received, recording) => {
   const unchanged = {__type__: "update"};
   if (!recording || recording.path !== received?.given) return [unchanged, unchanged];
@@ -24,33 +24,32 @@ _SHOW = """(received, recording) => {
 
 
 class RecordingCheck:
-    """One object serves all sessions."""
+    """Check of recordings; one object serves all sessions."""
 
     def __init__(self, speech: SpeechService, recordings: Recordings) -> None:
         self._speech, self._recordings = speech, recordings
 
     def register(self, recording: gr.Audio, message: gr.HTML) -> None:
-        """Connect the recording's component and the place of its errors while the page is being drawn."""
+        """Connects the recording's component and the place of its errors while the page is drawn."""
         received = gr.JSON(visible=False)
-        # Two that are converted at the same time do not wait for each other.
+        # Conversions run concurrently.
         changed = recording.change(
             self.receive,
             recording,
             received,
             concurrency_limit=8,
             trigger_mode="multiple",
-            show_progress="minimal",  # the full one covers the buttons with which it is removed
+            show_progress="minimal",  # the full one covers the button that removes the recording
             show_progress_on=recording,
             **PRIVATE,
         )
         changed.success(None, [received, recording], [recording, message], js=_SHOW, **PRIVATE)
 
     def receive(self, path: str | None) -> dict[str, Any] | None:
-        """Check and convert a recording; None if there is none.
+        """Checks and converts a recording; returns None without one.
 
-        Returns ``given``, its path; ``message``, the error as HTML, or nothing; and ``playable``, the path of the file
-        that replaces it, if it was converted. A recording with an error is removed from the page, so that the error
-        stays until another recording comes.
+        Returns ``given``, its path; ``message``, the error as HTML, or empty; and ``playable``, the path of the
+        converted file, or empty. The page removes a recording with an error, and shows the error until the next one.
         """
         if not path:
             return None

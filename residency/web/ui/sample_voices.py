@@ -1,4 +1,4 @@
-"""Sample voices, for those who have no recording at hand. ``scripts/make_sample_voices.py`` makes their files."""
+"""Sample voices, for users without a recording. ``scripts/make_sample_voices.py`` generates their files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .. import static
 
 FOLDER = static.FOLDER / "samples"
 TARGET_TEXT = "Hello! This sentence was never spoken by me, and still you hear it in my voice."
-"""Written into an empty target text. English, which every engine of this project speaks."""
+"""Default for an empty target text, in English, which every engine of this project supports."""
 
 
 @dataclass(frozen=True)
 class SampleVoice:
-    """A file in `FOLDER`, its name in Chinese and English, and the words that it ``says``.
+    """A file in `FOLDER`, its name in Chinese and English, and its spoken words.
 
-    ``pitch`` is that of the voice, as a multiple of the built-in engine's own.
+    ``pitch`` is a multiple of the built-in engine's pitch.
     """
 
     file: str
@@ -44,6 +44,6 @@ VOICES = {
 
 
 def copied(sample: SampleVoice, folder: str | Path) -> str:
-    """Copies the file of a sample into a folder of its own below ``folder``; returns the path of the copy."""
+    """Copies a sample into a new folder below ``folder``; returns the path of the copy."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     return shutil.copy(FOLDER / sample.file, tempfile.mkdtemp(dir=folder))

@@ -1,8 +1,8 @@
 """Restores the inputs of a page after a reload: texts, recording, task and sub-task.
 
-The browser's tab keeps it, in `sessionStorage`: no other tab reads it, it goes when the tab is closed, and
-`page_sessions` drops it where a visit does not go on. The texts never leave the browser for this. The recording
-comes back if the server still has it; if not, that is said beside it.
+The browser stores them in `sessionStorage`, per tab, until the tab is closed; `page_sessions` deletes them if a visit
+does not continue. The texts never leave the browser for this. The recording is restored if the server still has it;
+otherwise the page shows a message beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..speech.recordings import Recordings
 from ..speech.task_names import choices, line
 from .messages import Message
 
-# Of the history only its length: by it `page_sessions` knows whether there is something to lose.
+# Stores only the length of the history, from which `page_sessions` detects whether results were lost.
 _KEEP = """(prompt, target, recording, task, subTask, history) => {
   const back = window.textsBack;  // Gradio writes them into their fields a moment later
   const emptied = id => document.activeElement?.closest(id);
@@ -40,7 +40,7 @@ _READ = """() => {
   const {recording, task, subTask} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
   return JSON.stringify([recording ?? null, task ?? null, subTask ?? null]);
 }"""
-# What is filled in by now is newer.
+# Texts that are filled in already are newer than stored ones.
 _TEXTS = """(prompt, target) => {
   const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
   const texts = {prompt: prompt || (kept.prompt ?? ""), target: target || (kept.target ?? "")};
@@ -59,7 +59,7 @@ _GONE = (
 
 
 class SavedInputs:
-    """Keeps the inputs of pages. Thread-safe."""
+    """Storage and restore of page inputs. Thread-safe."""
 
     def __init__(self, recordings: Recordings, edit_types: Mapping[str, Sequence[str]]) -> None:
         self._recordings, self._edit_types = recordings, edit_types
@@ -74,9 +74,9 @@ class SavedInputs:
         history: gr.Chatbot,
         about_recording: gr.HTML,
     ) -> Any:
-        """Connect the components while the page is being drawn. ``came`` is the event after which a visit goes on.
+        """Connects the components while the page is drawn. ``came`` is the event after which a visit continues.
 
-        Returns the event with which the recording comes back.
+        Returns the event that restores the recording.
         """
         kept = gr.Textbox(visible=False)
         inputs: list[Any] = [*texts, recording, *tasks]
@@ -88,9 +88,9 @@ class SavedInputs:
         return back
 
     def bring_back(self, kept: str | None) -> tuple[Any, Any, Any, Any, Any]:
-        """Updates of recording, its message, task, sub-task and their line, from what a page has kept.
+        """Returns updates of recording, its message, task, sub-task and their line, from a page's stored inputs.
 
-        That may be damaged. Tasks get their names too: choices are not translated by Gradio 5.
+        Ignores invalid input. Also sets the names of tasks, since Gradio 5 does not translate choices.
         """
         recording, task, sub_task = _parsed(kept)
         mine = self._recordings.owns(session(), recording) and os.path.isfile(recording)
@@ -104,14 +104,14 @@ class SavedInputs:
 
 
 def sub_tasks_update(edit_types: Mapping[str, Sequence[str]], task: str, sub_task: str | None = None) -> Any:
-    """An update of the dropdown of sub-tasks, for a task: the one that is given is chosen, or else the first."""
+    """Returns an update of the sub-task dropdown for a task; selects ``sub_task`` if valid, otherwise the first."""
     values = list(edit_types.get(task, []))
     chosen = sub_task if sub_task in values else next(iter(values), None)
     return gr.update(choices=choices(values, task, localizer()), value=chosen, interactive=bool(values))
 
 
 def _parsed(kept: str | None) -> tuple[str, str, str]:
-    """Path of the recording, task and sub-task; empty where there is none."""
+    """Returns the path of the recording, task and sub-task; empty if missing or invalid."""
     try:
         recording, task, sub_task = (each if isinstance(each, str) else "" for each in json.loads(kept or ""))
     except (TypeError, ValueError):

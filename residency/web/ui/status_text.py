@@ -1,6 +1,6 @@
-"""The manager's status in sentences that people read. Pure: no Gradio, no manager, no HTML.
+"""Formats the manager's status as text. Pure: no Gradio, no manager, no HTML.
 
-Every function takes ``localize``, which chooses the language.
+Functions take ``localize``, which selects the language.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PHASES = {
 
 
 def readable_seconds(seconds: float | None) -> str:
-    """``0.31 s``, ``42 s``, ``12 min``, ``3.5 h``, ``4 d``; a dash if there is nothing to tell."""
+    """Returns ``0.31 s``, ``42 s``, ``12 min``, ``3.5 h`` or ``4 d``; a dash for None."""
     if seconds is None:
         return "—"
     if 0 < seconds < 0.01:
@@ -71,7 +71,7 @@ def readable_seconds(seconds: float | None) -> str:
 
 
 def of_device(pair: tuple[str, str], device_kind: str, localize: Localize) -> str:
-    """A phrase that may name the GPU; a simulated card is called simulated wherever it is named."""
+    """Returns a phrase in one language; for a simulated card, adds "simulated" to each mention of the GPU."""
     chinese, english = pair
     if device_kind == "simulated":
         chinese = re.sub(" ?GPU", "模拟 GPU", chinese.replace("显存", "模拟显存"))
@@ -85,12 +85,12 @@ def state_in_words(state: str, device_kind: str, localize: Localize) -> str:
 
 
 def device_name(device: DeviceStatus, localize: Localize) -> str:
-    """Returns the device's name in the language that is wanted; real cards have one name."""
+    """Returns the device's name in one language; real cards have the same name in both."""
     return translated(device["name"], localize)
 
 
 def usage(device: DeviceStatus, localize: Localize) -> str:
-    """What of the card is used, and what it draws; empty where unknown."""
+    """Returns the card's memory use and power; empty if unknown."""
     facts = []
     if device["total_bytes"] is not None:
         used = None if device["free_bytes"] is None else device["total_bytes"] - device["free_bytes"]
@@ -102,7 +102,7 @@ def usage(device: DeviceStatus, localize: Localize) -> str:
 
 
 def main_memory(status: Status, localize: Localize) -> str:
-    """What this process takes of main memory, what of that are models, and what is free."""
+    """Returns the main memory of this process, of its models, and free main memory."""
     host = status["host"]
     process, free, total = map(readable_bytes, (host["process_bytes"], host["free_bytes"], host["total_bytes"]))
     models = readable_bytes(sum(model["host_bytes"] for model in status["models"].values()))
@@ -113,9 +113,10 @@ def main_memory(status: Status, localize: Localize) -> str:
 
 
 def sizes(model: ModelStatus, device_bytes: int, device_kind: str, localize: Localize) -> list[tuple[str, str]]:
-    """What a model uses on the device and in main memory and, while it is there, what is rebuilt when it returns.
+    """Returns (label, size) of a model on the device, in main memory and, while offloaded, of parts to be rebuilt.
 
-    The last two make up its size on the device: what is in files anyway, such as ONNX sessions, is not kept in memory.
+    The last two add up to its size on the device: main memory holds no copies of parts that are in files, such as ONNX
+    sessions.
     """
     facts = [(localize("内存", "Main memory"), readable_bytes(model["host_bytes"]))]
     if label := memory_label(device_kind, localize):
@@ -130,7 +131,7 @@ def _rebuilt_bytes(model: ModelStatus) -> int:
 
 
 def why_less_in_memory(model: ModelStatus, localize: Localize) -> str:
-    """Why main memory holds less than the device did; empty if it does not."""
+    """Returns why main memory holds less than the device did; empty if it does not."""
     if not (rebuilt_bytes := _rebuilt_bytes(model)):
         return ""
     size, rebuilt = readable_bytes(model["size_bytes"]), readable_bytes(rebuilt_bytes)
@@ -147,7 +148,7 @@ def notes(device: DeviceStatus, localize: Localize) -> list[str]:
 
 
 def pressed(action: str, name: str | None, done: bool, status: Status, localize: Localize) -> str:
-    """What came of a press on warm, offload or release of a model (None: all), or when it will happen."""
+    """Returns the outcome of a press on warm, offload or release of a model (None: all), or when it will happen."""
     kind = status["device"]["kind"]
     if action == "warm":
         if done:
@@ -172,7 +173,7 @@ def pressed(action: str, name: str | None, done: bool, status: Status, localize:
 
 
 def outcome(name: str, model: ModelStatus, device_kind: str, localize: Localize) -> str | None:
-    """What came of a press that was to be followed by a move of this model; None as long as it is not settled."""
+    """Returns the outcome of a press that requires a move of this model; None while it is pending."""
     if model["state"] == "moving" or model["pending"]:
         return None
     if model["last_error"]:
@@ -194,14 +195,14 @@ def queued(place: int, localize: Localize) -> str:
 
 
 def arrived(device_kind: str, target: str, localize: Localize, ready: tuple[str, str] = READY) -> str | None:
-    """What is said when a model has come to the device or the host; None for the other end."""
+    """Returns the message after a move to the device or the host; None for a release."""
     if target == State.DEVICE.shown(device_kind):
         return localize(*ready)
     return localize("模型已回到内存", "The model is back in main memory") if target == "cpu" else None
 
 
 def share(done_bytes: int, total_bytes: int | None) -> float | None:
-    """From 0 to 1, how much is done; None where nobody knows."""
+    """Returns the share that is done, from 0 to 1; None if unknown."""
     return min(1.0, done_bytes / total_bytes) if total_bytes and done_bytes else None
 
 
@@ -214,7 +215,7 @@ def on_its_way(
     bytes_per_s: float | None,
     localize: Localize,
 ) -> str:
-    """Where a model goes, and how far it has come: phase, bytes of total, rate."""
+    """Returns the target and progress of a move: phase, bytes of total, rate."""
     facts = [localize(*_PHASES[phase]) if phase in _PHASES else phase]
     if done_bytes:
         of = "" if total_bytes is None else f" / {readable_bytes(total_bytes)}"
@@ -227,7 +228,7 @@ def on_its_way(
 
 
 def activity(model: ModelStatus, localize: Localize) -> str:
-    """What requests do with it: use it, wait for it."""
+    """Returns whether a model is in use, the number of waiting requests, and the pending move."""
     parts = [localize("使用中", "In use")] if model["leases"] else []
     if waiting := model["waiting"]:
         parts.append(localize(f"{waiting} 个请求等待", f"{waiting} waiting"))
@@ -237,7 +238,7 @@ def activity(model: ModelStatus, localize: Localize) -> str:
 
 
 def holder(model: ModelStatus, localize: Localize) -> str:
-    """The code that uses it, and for how long; empty if none does."""
+    """Returns the code that uses the model, and for how long; empty if it is not in use."""
     sentence = shared.holder(model)
     return localize(sentence.zh, sentence.en[:1].upper() + sentence.en[1:]) if sentence else ""
 
@@ -245,9 +246,9 @@ def holder(model: ModelStatus, localize: Localize) -> str:
 def course(
     model: ModelStatus, device_kind: str, localize: Localize, counted: Callable[[float, int], str] | None = None
 ) -> str:
-    """Where it is going, or what happens to it next if nobody asks for it.
+    """Returns the progress of the current move, or the next move if no request comes.
 
-    ``counted`` writes seconds that grow (1) or shrink (-1) while somebody reads.
+    ``counted`` formats seconds that the page counts up (1) or down (-1).
     """
     counted = counted or (lambda seconds, direction: readable_seconds(seconds))
     if way := model["progress"]:
@@ -262,7 +263,7 @@ def course(
 
 
 def trouble(status: Status, localize: Localize) -> list[str]:
-    """What is wrong with the thread that moves idle models: it met an error, or is not there although one is due."""
+    """Returns problems of the idle monitor: not running although a move is due, or errors."""
     monitor = status["monitor"]
     sentences = []
     if not monitor["alive"] and any(model["next"] for model in status["models"].values()):
@@ -280,29 +281,29 @@ def trouble(status: Status, localize: Localize) -> list[str]:
 
 
 def remarks(model: ModelStatus, localize: Localize) -> list[str]:
-    """Its last error, and the memory that no move frees."""
+    """Returns a model's last error, and the memory that no move frees."""
     return [translated(said, localize) for said in (shared.last_error(model), shared.outside(model)) if said]
 
 
 def memory_label(device_kind: str, localize: Localize) -> str | None:
-    """What the memory of the device is called; None where it is main memory."""
+    """Returns the name of the device's memory; None if it is main memory."""
     return None if device_kind == "cpu" else of_device(("显存", "GPU memory"), device_kind, localize)
 
 
 def memory_title(device_kind: str, localize: Localize) -> str:
-    """What the picture of the past shows."""
+    """Returns the title of the memory chart."""
     if device_kind == "cpu":
         return localize("最近 15 分钟模型占用的内存", "Main memory of the models, last 15 minutes")
     return of_device(("最近 15 分钟的显存", "GPU memory, last 15 minutes"), device_kind, localize)
 
 
 def duration(seconds: float, localize: Localize) -> str:
-    """A setting: -1 is never."""
+    """Returns a timeout setting as text; -1 is never."""
     return localize("永不", "never") if seconds == -1 else readable_seconds(seconds)
 
 
 def route(move: LastMove | ListedMove, device_kind: str, localize: Localize) -> str:
-    """From where to where."""
+    """Returns source and target of a move."""
     return " → ".join(of_device(PLACES[place], device_kind, localize) for place in (move["from"], move["to"]))
 
 
@@ -315,7 +316,7 @@ def last_move(model: ModelStatus, device_kind: str, localize: Localize) -> str:
 
 
 def as_text(status: Status, localize: Localize = both) -> str:
-    """The status as a few lines of plain text."""
+    """Returns the status as a few lines of plain text."""
     device = status["device"]
     kind, colon = device["kind"], mark(":", localize)
     lines = [

@@ -1,4 +1,4 @@
-"""Writes what is said in a recording into the prompt text, if that is empty, and shows progress meanwhile."""
+"""Transcribes a recording into the prompt text, if that is empty, and shows the progress."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .page_requests import PageRequest
 from .waiting import WaitMessages
 
 MODEL = "asr"
-"""The name of the speech recognition, if a manager looks after it."""
+"""Name of the speech recognition as a managed model."""
 
 _READY = ("模型已就绪，正在识别录音", "The model is ready; writing down what is said in the recording")
-# The browser's tab keeps the path of the recording that is being transcribed, so that a page that is loaded anew asks
-# again. Gradio does not know yet at that moment which recording the page has.
+# The browser's tab stores the path of the recording in progress, so that a reloaded page requests its transcription
+# again. Gradio has not restored the recording at that moment.
 _BEGIN = """(recording) => {
   window.transcribes = true;  // so that it is not asked for twice, if the page is still loading
   sessionStorage.setItem("transcribing", recording.path);
@@ -33,7 +33,7 @@ _RESUME = """(_, prompt) => {
   const path = window.transcribes ? null : sessionStorage.getItem("transcribing");
   return [path && {path, meta: {_type: "gradio.FileData"}}, prompt];
 }"""
-# Not over a text that was written meanwhile, and not about a recording that was removed or replaced.
+# Does not overwrite a text that was written meanwhile; ignores recordings that were removed or replaced.
 _FILL_IN = """(heard, text, recording) => {
   const unchanged = {__type__: "update"};
   if (!recording || !heard?.recordings.includes(recording.path)) return [unchanged, unchanged];
@@ -43,26 +43,26 @@ _FILL_IN = """(heard, text, recording) => {
 
 
 class Transcription:
-    """Handlers and components. One object serves all sessions."""
+    """Handlers and components of the transcription. One object serves all sessions."""
 
     def __init__(self, speech: SpeechService, waiting: WaitMessages, managed: bool) -> None:
         self._speech, self._waiting = speech, waiting
         self._event = engine_event(managed, "recognizer", 8)
 
     def draw(self) -> None:
-        """Draw the line of progress into the Blocks that are open."""
+        """Draws the progress line into the open Blocks."""
         self._line = gr.HTML(elem_id="hearing", elem_classes="progress-line", padding=False)
         self._heard = gr.JSON(visible=False)
 
     def register(self, comes: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
-        """Connect what `draw` has drawn. ``comes`` are the events with which a recording comes."""
+        """Connects the components of `draw`. ``comes`` are the events that add a recording."""
         self._recording, self._prompt, self._message = recording, prompt, message
         gr.on(comes, None, recording, None, js=_BEGIN, **PRIVATE)
         recording.clear(js=_END, **PRIVATE)
         self._hear_on(partial(gr.on, comes))
 
     def resume(self, returned: Any) -> None:
-        """Transcribe again after ``returned``, with which a page that was loaded anew has its recording again."""
+        """Restarts the transcription after ``returned``, the event that restores the recording of a reloaded page."""
         self._hear_on(partial(returned.then, js=_RESUME))
 
     def _hear_on(self, event: Callable[..., Any]) -> None:
@@ -71,22 +71,22 @@ class Transcription:
             [self._recording, self._prompt],
             [self._heard, self._line],
             **self._event,
-            trigger_mode="multiple",  # the next recording is not kept back by one that was removed
+            trigger_mode="multiple",  # a removed recording does not delay the next one
             show_progress="hidden",
             **PRIVATE,
         )
-        # In the browser, when the answer is there.
+        # Runs in the browser when the result arrives.
         answer = [self._heard, self._prompt, self._recording]
         hearing.success(None, answer, [self._prompt, self._message], js=_FILL_IN, **PRIVATE)
         self._recording.clear(None, cancels=[hearing], **PRIVATE)
 
     async def hear(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
-        """Transcribe a recording. Yields the answer and the line of progress, as often as one changes.
+        """Transcribes a recording. Yields the result and the progress line whenever one changes.
 
-        A caller that closes the generator takes the request out of the queue. The answer has ``recordings``, the paths
-        under which the page may know the recording; ``text``; and ``message``, the error as HTML, or nothing.
+        Closing the generator cancels the request. The result has ``recordings``, the possible paths of the recording
+        on the page; ``text``; and ``message``, the error as HTML, or empty.
         """
-        if not recording:  # nothing to go on with after the page was loaded
+        if not recording:  # nothing to resume after the page was loaded
             yield [gr.skip(), gr.skip()]
             return
         request = PageRequest()
@@ -103,7 +103,7 @@ class Transcription:
     def _in_turn(self, request: PageRequest, recording: str | None, prompt: str | None) -> dict[str, Any]:
         try:
             readable = self._speech.incoming.readable(recording)
-        except ResidencyError:  # said where the recording is received
+        except ResidencyError:  # `RecordingCheck` shows the error
             return {"recordings": [], "text": "", "message": ""}
         with cancelled_by(request.cancellation):
             text, message = self.transcribe(readable, prompt, request)
@@ -112,7 +112,7 @@ class Transcription:
     def transcribe(
         self, recording: str | None, prompt: str | None, request: PageRequest | None = None
     ) -> tuple[str, str]:
-        """Returns what is said in a recording, or nothing if there is a text already, and an error message."""
+        """Returns the transcript, empty if there is a text already, and an error message."""
         if not recording or (prompt and prompt.strip()):
             return "", ""
         request = request or PageRequest()

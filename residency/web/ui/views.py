@@ -1,6 +1,6 @@
-"""The status as pieces of the page. Pure; everything that comes from outside is escaped.
+"""Formats the status as HTML pieces of the page. Pure; escapes all external text.
 
-Seconds that go on while somebody reads are ``<time data-s data-way>``: the page counts them up or down by itself.
+Running times are ``<time data-s data-way>``, which the page counts up or down.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "wait
 
 
 def device_html(status: Status, localize: Localize) -> str:
-    """The card: its name, who uses its memory, and what people must know about it."""
+    """Returns the card's name, the use of its memory, notes and problems."""
     device = status["device"]
     name = escape(status_text.device_name(device, localize))
     parts = [
@@ -54,10 +54,10 @@ def device_html(status: Status, localize: Localize) -> str:
 
 
 def memory_parts(status: Status) -> list[tuple[str, str, int]]:
-    """Who holds the card's memory: (part, name, bytes); empty where its size is unknown.
+    """Returns the parts of the card's memory as (part, name, bytes); empty if its size is unknown.
 
-    The models by name, then what they hold ``outside`` the books, ``process``, ``peers``, ``others`` and ``free``.
-    What nobody knows is somebody else's.
+    The models by name, then ``outside`` (of models, beyond recorded sizes), ``process``, ``peers``, ``others`` and
+    ``free``. Memory of unknown owners counts as ``others``.
     """
     device = status["device"]
     if not device["total_bytes"] or device["free_bytes"] is None:
@@ -82,10 +82,10 @@ def memory_parts(status: Status) -> list[tuple[str, str, int]]:
 
 
 def on_the_card(status: Status) -> dict[str, int]:
-    """Bytes on the device by model, with what of those that are on their way has arrived.
+    """Returns bytes on the device by model, including the arrived bytes of current moves.
 
-    The books know that only when a move has ended. Until then it is what this process holds beyond them, up to the
-    size that the model had there last, if that is known.
+    Recorded sizes include a move only after its end. Until then, estimates its bytes from the memory of this process
+    beyond recorded sizes, up to the last known size of the model on the device.
     """
     models = status["models"]
     held = {name: model["device_bytes"] for name, model in models.items()}
@@ -99,13 +99,13 @@ def on_the_card(status: Status) -> dict[str, int]:
 
 
 def _outside_here(status: Status) -> int:
-    """What of the card this process itself, and no child of it, holds outside the books."""
+    """Returns the bytes on the card that this process itself, without children, holds beyond recorded sizes."""
     holders = [holder for model in status["models"].values() for holder in model["outside_processes"]]
     return sum(holder["device_bytes"] or 0 for holder in holders if holder["pid"] == os.getpid())
 
 
 def model_html(name: str, status: Status, localize: Localize) -> str:
-    """One model: where it is, who uses it, what happens next, and what it costs."""
+    """Returns a model's state, use, next move and sizes."""
     model, kind = status["models"].get(name), status["device"]["kind"]
     if model is None:
         return ""
@@ -133,7 +133,7 @@ def model_html(name: str, status: Status, localize: Localize) -> str:
 
 
 def stay_html(status: Status, localize: Localize) -> str:
-    """How long each model stays, as it is set now."""
+    """Returns the current timeouts of each model."""
     colon = mark(":", localize)
     rows = "".join(
         f"<div><b>{escape(name)}</b> {localize(*_KEEP_WARM)}{colon}{_keep_warm(model, localize)} · "
@@ -144,7 +144,7 @@ def stay_html(status: Status, localize: Localize) -> str:
 
 
 def past_html(history: UsageHistory, device_kind: str, localize: Localize) -> str:
-    """The last 15 minutes as a picture, and the last moves as a table."""
+    """Returns the chart of the last 15 minutes, and a table of the last moves."""
     models = history["models"]
     moves = sorted(
         ((move["ago_s"], name, move) for name, past in models.items() for move in past["moves"]),

@@ -1,6 +1,6 @@
 """Shows queue position and model progress to users who wait for a result.
 
-Programs read it in ``job.status()`` of ``gradio_client``. Requests of closed connections are cancelled.
+In ``gradio_client``, ``job.status()`` has the same information. Requests of closed connections are cancelled.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from ..speech.queue import SpeechQueue
 from . import status_text
 
 Tell = Callable[[float, str], object]
-"""Takes the share that is done (0 to 1; 0 if unknown) and a sentence."""
+"""Callback for progress: the share that is done (0 to 1; 0 if unknown) and a sentence."""
 
 
 class WaitMessages:
-    """The leases that sessions wait for. Any thread may call."""
+    """The leases that sessions wait for. Thread-safe."""
 
     def __init__(self, manager: Manager | SpeechQueue | None) -> None:
         self._manager = manager
         self._lock = threading.Lock()
-        self._leases: dict[str | None, dict[Lease, float]] = {}  # and since when
+        self._leases: dict[str | None, dict[Lease, float]] = {}  # values: start of the wait
 
     @contextmanager
     def told(
         self, model: str | None, tell: Tell | None = None, ready: tuple[str, str] = status_text.READY
     ) -> Iterator[Callable[[], None]]:
-        """Within this block, what happens to the model and to its queue is told to the person whose event this is.
+        """Reports queue position and model progress to the user of the current event within this block.
 
-        With ``tell``, or else in Gradio's own way; ``ready`` says in Chinese and English that the model is at work.
-        Events leave progress out that follows soon upon other progress: the block's value looks at the model and tells
-        that. A cancellation of the request takes it out of the queue.
+        Uses ``tell``, by default Gradio's progress; ``ready`` is the message in Chinese and English when the model
+        starts work. Events are rate-limited: the block's value is a function that polls the model for the progress
+        between them. Cancelling the request removes it from the queue.
         """
         if self._manager is None or model is None:
             yield lambda: None
@@ -51,7 +51,7 @@ class WaitMessages:
 
         def watch(lease: Lease) -> None:
             mine.append(lease)
-            if lease.model == model:  # and not one that its loader asks for
+            if lease.model == model:  # not another model's, which its loader uses
                 teller.lease = lease
             with self._lock:
                 self._leases.setdefault(whose, {})[lease] = time.monotonic()
@@ -64,27 +64,27 @@ class WaitMessages:
             with self._manager.watching(watch):
                 yield teller.look
         except RequestCancelled:
-            checkpoint()  # not because somebody is away
+            checkpoint()  # raises `RequestStopped` if the user stopped the request
             raise
         finally:
             unsubscribe()
             with self._lock:
-                for who, leases in list(self._leases.items()):  # by now they may be another session's
+                for who, leases in list(self._leases.items()):  # `inherit` may have moved them to another session
                     for lease in mine:
                         leases.pop(lease, None)
                     if not leases:
                         del self._leases[who]
 
     def inherit(self, before: str, whose: str) -> None:
-        """A session goes on as another, which now waits for what the first did."""
+        """Transfers the leases of the session ``before`` to ``whose``."""
         with self._lock:
             if leases := self._leases.pop(before, None):
                 self._leases.setdefault(whose, {}).update(leases)
 
     def gone(self, whose: str, for_s: float) -> bool:
-        """Nobody of this session has listened for so long: what has waited for that long leaves its queue.
+        """Cancels requests of a session that have waited for ``for_s`` seconds, since its stream closed.
 
-        What runs goes on. True: something waits that came later, and whose line may be on the way.
+        Running requests continue. Returns True if newer requests wait, whose stream may open soon.
         """
         now_s = time.monotonic()
         with self._lock:
@@ -97,7 +97,7 @@ class WaitMessages:
 
 
 class _Teller:
-    """Reports the progress of one request to the user who sent it."""
+    """Progress reports of one request to its user."""
 
     def __init__(self, manager: Manager | SpeechQueue, model: str, tell: Tell | None, ready: tuple[str, str]) -> None:
         self._model, self._speak = model, localizer()
@@ -152,7 +152,7 @@ class _Teller:
         context, progress = contextvars.copy_context(), gr.Progress()
 
         def tell(share: float, sentence: str) -> None:
-            # The context tells Gradio whose event it is; a copy, since two threads cannot be in the same one.
+            # Gradio finds the event by the context; a copy, since two threads cannot enter the same one.
             context.copy().run(progress, share, desc=sentence)
 
         return tell
