@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
@@ -82,26 +82,44 @@ def build(
             Exception: _failed,
         },
     )
-    looking, acting, moves = CapacityLimiter(4), CapacityLimiter(16), Moves(manager)
 
-    def may_look(request: Request) -> None:
+    # Not in the server's thread pool: reading must work while all of its threads wait for models.
+    reading, changing = CapacityLimiter(4), CapacityLimiter(16)
+
+    async def read(function: Callable[..., Any], *arguments: Any) -> Any:
+        return await to_thread.run_sync(function, *arguments, limiter=reading)
+
+    def may_read(request: Request) -> None:
         if signed_in:
             permissions.check(request, signed_in(request))
 
-    looks: _Keywords = {"tags": ["looking"], "dependencies": [Depends(may_look)]}
+    def may_change(request: Request) -> None:
+        permissions.check(request, signed_in(request) if signed_in else None)
 
-    # Not in the server's thread pool: reading must work while all of its threads wait for models.
-    async def status() -> Any:
-        return await to_thread.run_sync(manager.status, limiter=looking)
+    async def change(act: Callable[[], bool]) -> JSONResponse:
+        done = await to_thread.run_sync(act, limiter=changing)
+        return JSONResponse(await read(manager.status), 200 if done else 202)
 
-    @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz", tags=["health"])
+    app.include_router(_health(manager, page_serves))
+    app.include_router(_reads(manager, read, panel), dependencies=[Depends(may_read)])
+    app.include_router(_changes(manager, may_change, change))
+    for kind in _CODES:
+        app.add_exception_handler(kind, _refused)
+    _describe(app)
+    return app
+
+
+def _health(manager: Manager, page_serves: Callable[[], bool]) -> APIRouter:
+    router = APIRouter(tags=["health"])
+
+    @router.head("/healthz", include_in_schema=False)
+    @router.get("/healthz")
     async def healthz() -> Health:
         """Whether the process serves."""
         return Health(status="ok")
 
-    @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["health"], responses=_refusals(503))
+    @router.head("/readyz", include_in_schema=False)
+    @router.get("/readyz", responses=_refusals(503))
     async def readyz() -> Health:
         """Whether a request would be accepted."""
         if manager.closed:
@@ -112,51 +130,70 @@ def build(
             raise errors.NotReady
         return Health(status="ok")
 
-    @app.get("/gpu/status", response_model=Status, responses=_refusals(401), **looks)
+    return router
+
+
+def _reads(
+    manager: Manager, read: Callable[..., Awaitable[Any]], panel: Callable[[Localize, int | None], Any] | None
+) -> APIRouter:
+    """The calls that change nothing. ``read`` runs a function in a thread of its own pool."""
+    router, moves = APIRouter(tags=["looking"]), Moves(manager)
+
+    @router.get("/gpu/status", response_model=Status, responses=_refusals(401))
     async def gpu_status() -> JSONResponse:
         """Where the models are, in bytes and seconds; null where unknown. Never counts as use."""
-        return JSONResponse(await status())
+        return JSONResponse(await read(manager.status))
 
-    @app.get("/gpu/history", response_model=UsageHistory, responses=_refusals(401), **looks)
+    @router.get("/gpu/history", response_model=UsageHistory, responses=_refusals(401))
     async def gpu_history() -> JSONResponse:
         """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
-        return JSONResponse(await to_thread.run_sync(manager.history, limiter=looking))
+        return JSONResponse(await read(manager.history))
 
-    @app.get("/gpu/events", response_class=Response, responses=_EVENTS, **looks)
+    @router.get("/gpu/events", response_class=Response, responses=_EVENTS)
     async def gpu_events() -> EventStream:
         """The status, and then every move as it begins, goes on and ends, as server-sent events.
 
         The first is called `status`, and its data is the `Status`; the others are called by their `what`, and their
         data is an `Event`.
         """
-        return EventStream(moves.listen(status), moves.place())
+        return EventStream(moves.listen(lambda: read(manager.status)), moves.place())
 
     if panel:
 
-        @app.get("/gpu/panel", include_in_schema=False, **looks)
+        @router.get("/gpu/panel", include_in_schema=False)
         async def gpu_panel(request: Request, known: int | None = None) -> Response:
-            localize = preferred(request.headers.get("accept-language"))
-            news = await to_thread.run_sync(panel, localize, known, limiter=looking)
-            return Response(status_code=204) if news is None else JSONResponse(news, headers=_NOT_KEPT)
+            content = await read(panel, preferred(request.headers.get("accept-language")), known)
+            return Response(status_code=204) if content is None else JSONResponse(content, headers=_NOT_KEPT)
 
-    @app.get("/metrics", response_class=Response, responses=_METRICS, **looks)
+    @router.get("/metrics", response_class=Response, responses=_METRICS)
     async def prometheus() -> Response:
         """Metrics for Prometheus."""
-        text = await to_thread.run_sync(metrics.exposition, manager, limiter=looking)
+        text = await read(metrics.exposition, manager)
         return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    def changing(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str, *also: int) -> None:
-        async def endpoint(request: Request) -> JSONResponse:
-            permissions.check(request, signed_in(request) if signed_in else None)
-            asked = await _body(request, body)
-            done = await to_thread.run_sync(act, asked, limiter=acting)
-            return JSONResponse(await status(), 200 if done else 202)
+    return router
 
-        endpoint.__name__ = path.strip("/").replace("/", "_")
-        endpoint.__doc__ = words
-        app.post(
+
+def _changes(
+    manager: Manager,
+    may_change: Callable[[Request], None],
+    change: Callable[[Callable[[], bool]], Awaitable[JSONResponse]],
+) -> APIRouter:
+    """The calls that move models. ``change`` runs a function in a thread and answers with the status."""
+    router = APIRouter(tags=["changing"])
+
+    def add(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str, *also: int) -> None:
+        async def endpoint(request: Request) -> JSONResponse:
+            may_change(request)  # before its body is read
+            asked = await _body(request, body)
+            return await change(lambda: act(asked))
+
+        router.add_api_route(
             path,
-            tags=["changing"],
+            endpoint,
+            methods=["POST"],
+            name=path.strip("/").replace("/", "_"),
+            description=words,
             response_model=Status,
             responses={
                 **{code: {"model": Status, "description": "It will follow."} for code in also},
@@ -167,21 +204,17 @@ def build(
                 "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
                 "security": [{"token": []}, {}],
             },
-        )(endpoint)
+        )
 
-    changing("/gpu/offload", Which, lambda asked: manager.offload(asked.model),
-             "Bring a model, or all, to main memory; after the running request, if there is one.", 202)  # fmt: skip
-    changing("/gpu/release", Which, lambda asked: manager.release(asked.model),
-             "Free a model's memory, or that of all, everywhere; after the running request, if any.", 202)  # fmt: skip
-    changing("/gpu/warm", Which, lambda asked: manager.warm(asked.model),
-             "Begin to bring a model, or all, to the GPU.", 202)  # fmt: skip
-    changing("/gpu/configure", Configuration, lambda asked: _configure(manager, asked),
-             "Change how long a model, or all, stays on the GPU and in main memory, from now on.")  # fmt: skip
-
-    for kind in _CODES:
-        app.add_exception_handler(kind, _refused)
-    _describe(app)
-    return app
+    add("/gpu/offload", Which, lambda asked: manager.offload(asked.model),
+        "Bring a model, or all, to main memory; after the running request, if there is one.", 202)  # fmt: skip
+    add("/gpu/release", Which, lambda asked: manager.release(asked.model),
+        "Free a model's memory, or that of all, everywhere; after the running request, if any.", 202)  # fmt: skip
+    add("/gpu/warm", Which, lambda asked: manager.warm(asked.model),
+        "Begin to bring a model, or all, to the GPU.", 202)  # fmt: skip
+    add("/gpu/configure", Configuration, lambda asked: _configure(manager, asked),
+        "Change how long a model, or all, stays on the GPU and in main memory, from now on.")  # fmt: skip
+    return router
 
 
 def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
