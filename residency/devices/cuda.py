@@ -195,7 +195,7 @@ class CudaDevice:
 
     @contextmanager
     def transfer(self) -> Iterator[Any]:
-        """Uses a separate stream, so that other models do not wait; high priority, since captures use the default one."""
+        """Uses a separate stream, so that other models do not wait; high priority, since captures use the default."""
         with self._here() as cuda:
             stream = cuda.Stream(priority=-1)
             try:
