@@ -58,7 +58,6 @@ def main() -> None:
 
 
 def run(plan: Plan, about: dict[str, str], repeat: int) -> dict[str, object]:
-    """Measures and prints all tables."""
     header = (
         f"{datetime.date.today()}, {about['name']}, {processor()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, torch {about['torch']}, load average {os.getloadavg()[0]:.1f}"

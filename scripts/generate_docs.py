@@ -136,7 +136,6 @@ def _meaning(action: argparse.Action, translate: Translate) -> str:
 
 
 def _openapi() -> dict[str, Any]:
-    """Returns the app's /openapi.json."""
     with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
         return build(manager, Permissions(None)).openapi()
 
@@ -192,7 +191,6 @@ def _table(head: list[str], rows: list[tuple[str, ...]], translate: Translate) -
 
 
 def generated(text: str, translate: Translate) -> str:
-    """Returns the page with regenerated tables."""
     return MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](translate)}\n{match[3]}", text)
 
 

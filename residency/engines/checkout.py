@@ -88,7 +88,6 @@ def import_from(checkout: Path, *names: str) -> list[ModuleType]:
 
 
 def install_command(checkout: Path) -> str:
-    """Returns the command that installs the checkout's requirements."""
     return f"pip install -r {shlex.quote(str(checkout / 'requirements.txt'))}"
 
 

@@ -111,7 +111,6 @@ class Part:
 
 
 def follow(path: Path, engine: Any) -> Any:
-    """Returns the object at ``path``."""
     thing = engine
     for step in path:
         if isinstance(step, Held):

@@ -28,7 +28,6 @@ class Unmet:
 
 
 def listed(requirements: Iterable[Unmet]) -> Sentence:
-    """Joins all into one sentence."""
     sentences = [each.sentence for each in requirements]
     return Sentence("; ".join(each.en for each in sentences), "；".join(each.zh for each in sentences))
 

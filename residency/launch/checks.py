@@ -86,7 +86,6 @@ def _check_models(settings: LaunchSettings) -> None:
 
 
 def app_arguments(settings: LaunchSettings) -> list[str]:
-    """Returns the arguments for app.py."""
     words = ["--enable-gpu-management", *settings.arguments]
     words += ["--server-name", settings.host, "--server-port", str(settings.port)]
     for name in ("gpu_idle_timeout", "gpu_keep_warm", "gpu_snapshot_dir", "model_path", "step_audio_root"):

@@ -53,8 +53,6 @@ class Record:
 
 
 class RecordFile:
-    """Record of the app on one port."""
-
     def __init__(self, run_dir: str, port: int) -> None:
         self.port = port
         self.path, self.pid_path = Path(run_dir, f"{port}.run"), Path(run_dir, f"{port}.pid")

@@ -38,12 +38,10 @@ def warn(en: str, zh: str) -> None:
 
 
 def fail(en: str, zh: str) -> NoReturn:
-    """Raises `LaunchError`."""
     raise LaunchError(en, zh)
 
 
 def report(error: ResidencyError) -> None:
-    """Prints an error to stderr."""
     warn(f"❌ {error.en}", f"❌ {error.zh}")
 
 
