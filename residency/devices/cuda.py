@@ -217,7 +217,7 @@ class CudaDevice:
                     self._pinned_bytes += nbytes
                     return True
                 refused = f"CUDA error {code}"
-        logger.warning("Main memory was not pinned (%s): restores will be slower.", refused)
+        logger.warning("No more main memory is pinned (%s): restores will be slower.", refused)
         return False
 
     def unpin(self, raw: torch.Tensor) -> None:

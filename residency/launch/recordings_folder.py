@@ -38,7 +38,7 @@ def recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
             for mark in Path(parent).glob(f"editx-*/{_MARK}"):
                 with suppress(OSError), _locked(mark.parent):
                     shutil.rmtree(mark.parent)
-                    logger.info("Deleted the recordings of a killed app / 已清理异常退出遗留的目录：%s", mark.parent)
+                    logger.info("Removed what a killed app had left / 已清理异常退出遗留的目录：%s", mark.parent)
             folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
             stack.enter_context(_locked(folder))
             Path(folder, _MARK).write_text("Recordings of a running app, removed when it ends.\n")
