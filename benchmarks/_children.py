@@ -1,4 +1,4 @@
-"""Each measurement in a process of its own, so that none inherits memory, caches or a CUDA context of another."""
+"""Runs each measurement in a fresh process, without memory, caches or a CUDA context of another one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Unavailable(Exception):
-    """What cannot be measured on this machine; the message says why."""
+    """Measurement that is not possible on this machine, with the reason."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A function of this folder that measures the rows called ``names``; ``limits`` names the limit of each."""
+    """Function that measures the rows ``names``; ``limits`` are the names of their limits."""
 
     work: Callable[[Plan], Any]
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Job:
 
 
 def in_child(work: Callable[[Plan], Any], plan: Plan) -> Any:
-    """What ``work`` returns, in a fresh process; `Unavailable`, with the reason, if it does not return."""
+    """Calls ``work`` in a fresh process; returns the result, or raises `Unavailable` with the reason of a failure."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
@@ -44,7 +44,7 @@ def in_child(work: Callable[[Plan], Any], plan: Plan) -> Any:
         result, error = receiver.recv()
     except EOFError:
         result, error = None, "ended by the system (too little memory?)"
-    except BaseException:  # the run is being ended
+    except BaseException:  # end of the run
         child.kill()
         child.join()
         raise
@@ -55,14 +55,14 @@ def in_child(work: Callable[[Plan], Any], plan: Plan) -> Any:
 
 
 def installed(package: str) -> Any:
-    """A package that need not be there, imported."""
+    """Imports an optional package; raises `Unavailable` if it is missing."""
     if importlib.util.find_spec(package) is None:
         raise Unavailable("not installed")
     return importlib.import_module(package)
 
 
 def _context() -> Any:
-    """Forks of a process that has imported torch already, and has touched no GPU, where there is such a thing."""
+    """Returns a forkserver context with torch imported and no GPU used, or a spawn context if unsupported."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""What a lease costs on a model that is away: taking stock of its engine, leaving, and coming back."""
+"""Costs of a lease of an offloaded model: discovery of weights, offload and restore."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CYCLES = 3
 
 @dataclass(frozen=True)
 class Cold:
-    """CPU seconds of all threads for one cycle: a lease, an offload, and a lease again.
+    """CPU seconds of all threads for one cycle: lease, offload, lease.
 
     Attributes:
-        first: the model is loaded in it, by a loader that has the engine ready.
-        later: median of the cycles that follow.
-        wanted: the most that ``later`` may be; None where nothing is promised.
+        first: cycle with the load, by a loader that returns an existing engine.
+        later: median of the following cycles.
+        wanted: upper limit of ``later``; None without a goal.
     """
 
     name: str
@@ -60,7 +60,7 @@ ROWS: Sequence[tuple[str, Callable[[int], Any], int, float | None]] = (
 
 
 def measure_cold(share: float) -> list[Cold]:
-    """Every row, with ``share`` of its parameters or objects."""
+    """Measures every row, with ``share`` of its parameters or objects."""
     rows = []
     for what, build, count, wanted in ROWS:
         engine = build(int(count * share))

@@ -1,4 +1,4 @@
-"""From a file to weights that are ready, all from a warm page cache: this project's snapshots, and everybody else."""
+"""Reads of files into ready weights from a warm page cache: this project's snapshots, and other libraries."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CYCLES = 4
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """The limit first; each job is one process per repetition. `prepare` must have run."""
+    """Returns the jobs, the limit first; each is one process per repetition. Needs the files of `_files`."""
     raw, ours, limits = (RAW_FRESH, RAW_TOUCHED), (READ, READ_TOUCHED, READY, KEPT), (RAW_FRESH, RAW_FRESH)
     return [
         *([Job(raw_read, raw, limits)] if plan.device == "cpu" else []),
@@ -56,7 +56,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def raw_read(plan: Plan) -> list[Row]:
-    """Only the limit, where there are no snapshots."""
+    """Measures the limit only, on devices without snapshots."""
     path = model_file(plan)
     _, meter = start(plan)
     _read_both_ways(path, meter)
@@ -64,7 +64,7 @@ def raw_read(plan: Plan) -> list[Row]:
 
 
 def _read_both_ways(path: Path, meter: Meter) -> None:
-    """`preadv` with a few threads and nothing else, into a mapping like the mirror's."""
+    """Measures `preadv` with a few threads, into a mapping like the mirror's."""
     size = path.stat().st_size
     with meter.measure(RAW_FRESH, size):
         mapping = HostMirror(MirrorLayout((), (0,), size))
@@ -74,7 +74,7 @@ def _read_both_ways(path: Path, meter: Meter) -> None:
 
 
 def read_threads() -> int:
-    """As many as `SnapshotFolder` takes."""
+    """Returns the number of threads of `SnapshotFolder`."""
     return min(4, max(2, os.cpu_count() or 2))
 
 
@@ -97,9 +97,9 @@ def _read(path: Path, target: memoryview) -> None:
 
 
 def snapshot(plan: Plan) -> list[Row]:
-    """Released, read into a fresh mirror (then once more, into what is there already), and restored; several times.
+    """Measures cycles of release, read into a fresh mirror, read into the same mirror, restore.
 
-    The raw read of the same file comes before it and after it in turn, so that both have the same luck.
+    The raw read of the same file alternates between before and after them, for equal conditions.
     """
     path = there(next(iter(plan.snapshots.glob("*.safetensors")), plan.snapshots / "none"))
     device, meter = start(plan, separate=True)
@@ -131,7 +131,7 @@ def snapshot(plan: Plan) -> list[Row]:
 
 
 def load_file(plan: Plan) -> list[Row]:
-    """Maps the file: nothing is read before it is touched, and what was touched stays the file's."""
+    """Measures safetensors, which maps the file: pages are read at first access, and stay file-backed."""
     from safetensors.torch import load_file
 
     path = model_file(plan)
@@ -169,7 +169,7 @@ def model_streamer(plan: Plan) -> list[Row]:
 
 
 def from_pretrained(plan: Plan) -> list[Row]:
-    """As engines are built. With a GPU, ``device_map="cuda"``."""
+    """Measures transformers, as used by engines. With a GPU, ``device_map="cuda"``."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401 - imported before the clock starts
 
     path = model_file(plan)
@@ -191,11 +191,11 @@ def torch_load(plan: Plan) -> list[Row]:
 
 
 def builtin_engine(plan: Plan) -> list[Row]:
-    """The engine that comes with this project, built anew, and the same engine released and brought back."""
+    """Measures the built-in engine: construction, release, and load with restore."""
     from residency.engines.builtin import BuiltinEngine
 
     device, meter = start(plan)
-    BuiltinEngine(device.torch_device)  # once before the clock starts: imports, and files into the page cache
+    BuiltinEngine(device.torch_device)  # untimed: imports, and fills the page cache
     meter = Meter(device)
     with meter.measure(BUILT, 0):
         engine = BuiltinEngine(device.torch_device)
@@ -213,7 +213,7 @@ def builtin_engine(plan: Plan) -> list[Row]:
 
 
 def _touch(tensors: Iterable[torch.Tensor]) -> None:
-    """A byte of each page: what was only mapped is there afterwards."""
+    """Reads a byte of each page, so that mapped pages are loaded."""
     import torch
 
     for tensor in tensors:

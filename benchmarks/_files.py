@@ -1,4 +1,4 @@
-"""The files that the second table is about: the same weights three times, written once for the whole run."""
+"""Files for the second table: the same weights in three formats, written once per run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITTEN = "snapshot: release, written anew"
 
 
 def prepare_snapshot(plan: Plan) -> list[Row]:
-    """Writes the snapshot that the others find, as a release does."""
+    """Writes the snapshot, as a release does."""
     device, meter = start(plan, separate=True)
     _need_space(plan)
     tensors = model_tensors(plan, device.torch_device)
@@ -33,7 +33,7 @@ def prepare_snapshot(plan: Plan) -> list[Row]:
 
 
 def prepare_model(plan: Plan) -> None:
-    """Writes the same weights as safetensors, the way that transformers saves a model."""
+    """Writes the same weights as safetensors, as saved by transformers."""
     _need_space(plan)
     _filled_model(plan).save_pretrained(plan.model, max_shard_size="1TB")
     _on_disk(model_file(plan))

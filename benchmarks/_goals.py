@@ -1,4 +1,4 @@
-"""What the project promises, beside what this run has reached."""
+"""Goals of the project, and the values of this run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CUDA_SIZE = 8 * GB
 
 @dataclass(frozen=True)
 class Goal:
-    """``value`` of the lines it is computed from; None where those are not there."""
+    """Goal; ``value`` is computed from the lines, None if they are missing."""
 
     name: str
     wanted: str

@@ -1,4 +1,4 @@
-"""What is moved: weights of a given size, the same in every process, and the device they lie on."""
+"""Test weights of a given size, identical in every process, and their device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SMALL_ELEMENTS = 4 << 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run was asked for; ``device`` is cpu, cuda or simulated, ``many`` the number of tensors of 1 KB."""
+    """Options of a run; ``device``: cpu, cuda or simulated; ``many``: number of tensors of 1 KB."""
 
     size: int
     tensors: int
@@ -54,7 +54,7 @@ def make_device(plan: Plan) -> Device:
 
 
 def start(plan: Plan, separate: bool = False) -> tuple[Device, Meter]:
-    """The device and a meter for it, once all code that moves weights has been imported and has run."""
+    """Returns the device and a meter for it, after a warm-up of all code that moves weights."""
     from residency.memory.weights import Weights
 
     device = make_device(plan)
@@ -69,7 +69,7 @@ def start(plan: Plan, separate: bool = False) -> tuple[Device, Meter]:
 
 
 def filled(shape: tuple[int, ...], number: int, device: str) -> torch.Tensor:
-    """Finite bfloat16 that repeat nowhere as a whole; the same for the same ``number`` in every process."""
+    """Returns finite, non-repeating bfloat16 values; identical for the same ``number`` in every process."""
     import torch
 
     target = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -87,7 +87,7 @@ def fill(target: torch.Tensor, number: int, block: torch.Tensor) -> None:
 
 
 def plain_tensors(plan: Plan, device: str) -> dict[str, torch.Tensor]:
-    """As many tensors as were asked for and of that size together: every fourth a small one, the rest alike."""
+    """Returns the planned number of tensors with the planned total size: a quarter small, the others of equal size."""
     elements = plan.size // 2
     small = plan.tensors // 4 if elements > plan.tensors * _SMALL_ELEMENTS else 0
     large = (elements - small * _SMALL_ELEMENTS) // (plan.tensors - small)
@@ -96,13 +96,13 @@ def plain_tensors(plan: Plan, device: str) -> dict[str, torch.Tensor]:
 
 
 def model_tensors(plan: Plan, device: str) -> dict[str, torch.Tensor]:
-    """The weights of `meta_model`."""
+    """Returns weights for `meta_model`."""
     shapes = ((name, tuple(parameter.shape)) for name, parameter in meta_model(plan).named_parameters())
     return _fill_all(shapes, device)
 
 
 def meta_model(plan: Plan) -> Any:
-    """A language model of about that size, in bfloat16, without memory."""
+    """Returns a language model of about that size, in bfloat16, on the meta device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -124,7 +124,7 @@ def nbytes_of(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def check(tensors: dict[str, torch.Tensor], renew: Callable[[int], torch.Tensor], number: int = -1) -> None:
-    """A move that loses bits is not to be timed."""
+    """Fails if a move has changed the weights, which makes its time meaningless."""
     import torch
 
     tensor = list(tensors.values())[number]

@@ -1,4 +1,4 @@
-"""What one move takes: seconds, and the most memory on either side while it lasts."""
+"""Measurement of one move: seconds, and peak memory of host and device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from residency.devices import CudaDevice, SimulatedDevice
 
 @dataclass
 class Row:
-    """One measurement. Sizes in bytes; None where there is no such thing on this device.
+    """One measurement. Sizes in bytes; None if not applicable to the device.
 
     Attributes:
-        nbytes: what moved.
-        host_extra: the most main memory during it, beyond what was in use before it.
-        host_peak, host_after: main memory in all, without what the process took before there were any weights.
-        device_peak: the most that was reserved on the device, likewise.
-        allocated_after, reserved_after: of torch's allocator (or of the simulated card's ledger) when it was over.
+        nbytes: size of the move.
+        host_extra: peak main memory during it, minus the use before it.
+        host_peak, host_after: total main memory, minus the use of the process before any weights.
+        device_peak: peak reserved on the device, likewise.
+        allocated_after, reserved_after: of torch's allocator (or the simulated card's ledger) at the end.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Row:
 
 
 class Ledger(SimulatedDevice):
-    """A simulated card that also remembers the most that was ever on it."""
+    """Simulated card that records its peak use."""
 
     peak_bytes = 0
 
@@ -50,9 +50,9 @@ class Ledger(SimulatedDevice):
 
 
 class Meter:
-    """Takes rows, in a process that does nothing else. Make it before there are any weights.
+    """Recorder of rows, for a dedicated process. Create it before any weights.
 
-    Bytes on a simulated card lie in main memory too; they are taken off, by its ledger, so that host means host.
+    Bytes of a simulated card are in main memory, too; they are subtracted from host values by its ledger.
     """
 
     def __init__(self, device: Device) -> None:
@@ -64,7 +64,7 @@ class Meter:
 
     @contextlib.contextmanager
     def measure(self, name: str, nbytes: int, arriving: int = 0) -> Iterator[None]:
-        """A row for the block. ``arriving``: bytes that it puts in main memory in place of a card that is not there."""
+        """Records a row for the block. ``arriving``: bytes that it allocates in main memory if there is no card."""
         before, on_ledger = self._resident(), self._on_ledger()
         if self._cuda:
             _cuda().synchronize()
@@ -93,7 +93,7 @@ class Meter:
         )
 
     def _resident(self) -> int:
-        if self._ledger:  # what malloc keeps of a simulated card's freed bytes is on neither side
+        if self._ledger:  # returns freed bytes of the simulated card, cached by malloc
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
         return resident_bytes()
@@ -114,9 +114,9 @@ class Meter:
 
 
 class PeakOfHost:
-    """The most main memory that was resident in a ``with`` block, as ``nbytes``.
+    """Peak resident main memory of a ``with`` block, as ``nbytes``.
 
-    Linux keeps the peak itself and lets it be reset; elsewhere a thread looks every millisecond.
+    Linux records the peak, and it can be reset; on other systems a thread samples every millisecond.
     """
 
     nbytes = 0

@@ -1,4 +1,4 @@
-"""Moves between device and host: this project's, the usual ways, and the limit."""
+"""Moves between device and host: this project, usual methods, and the limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PINNED_BLOCK_BYTES = 1 << 30
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """Limits first; each job is one process per repetition."""
+    """Returns the jobs, limits first; each is one process per repetition."""
     cuda = plan.device == "cuda"
     out, back = LIMITS[cuda]
     usual = TO_CUDA if cuda else CLONES
@@ -50,7 +50,7 @@ def many_names(plan: Plan) -> list[str]:
 
 
 def ours(plan: Plan) -> list[Row]:
-    """The first offload makes the mirror; a restore is timed when the mirror has been pinned, as far as it will be."""
+    """Measures this project. The first offload creates the mirror; the restore is timed after pinning has ended."""
     device, meter = start(plan, separate=True)
     tensors = plain_tensors(plan, device.torch_device)
     weights, size = Weights(tensors, device), nbytes_of(tensors)
@@ -72,7 +72,7 @@ def ours(plan: Plan) -> list[Row]:
 
 
 def many_small(plan: Plan) -> list[Row]:
-    """The same for very many tensors of 1 KB, each with a storage of its own."""
+    """Measures the same for very many tensors of 1 KB, each with its own storage."""
     import torch
 
     device, meter = start(plan, separate=True)
@@ -90,7 +90,7 @@ def many_small(plan: Plan) -> list[Row]:
 
 
 def plain_copy(plan: Plan) -> list[Row]:
-    """What main memory gives: one `copy_`, into memory that has been in use, and into a mapping just made."""
+    """Measures the limit of main memory: one `copy_` into used memory, and into a fresh mapping."""
     import torch
 
     _, meter = start(plan)
@@ -104,7 +104,7 @@ def plain_copy(plan: Plan) -> list[Row]:
 
 
 def pinned_link(plan: Plan) -> list[Row]:
-    """What the bus gives: copies of 1 GB, pinned, there and back until the size is reached."""
+    """Measures the limit of the bus: pinned copies of 1 GB in both directions, up to the size."""
     import torch
 
     _, meter = start(plan)
@@ -125,7 +125,7 @@ def pinned_link(plan: Plan) -> list[Row]:
 
 
 def clones(plan: Plan) -> list[Row]:
-    """On a machine without a GPU, in place of `.to`: each tensor copied into memory of its own, there and back."""
+    """Measures, without a GPU, copies of each tensor into its own memory and back, in place of `.to`."""
     _, meter = start(plan)
     there, back = CLONES
     tensors = plain_tensors(plan, "cpu")
@@ -139,7 +139,7 @@ def clones(plan: Plan) -> list[Row]:
 
 
 def to_both_ways(plan: Plan) -> list[Row]:
-    """What the field does: out into memory that is not pinned, and back from there."""
+    """Measures `.to` in both directions, through unpinned memory."""
     import torch
 
     _, meter = start(plan)
@@ -170,7 +170,7 @@ def accelerate_hook(plan: Plan) -> list[Row]:
 
 
 def memory_saver(plan: Plan) -> list[Row]:
-    """Memory that is unmapped behind torch's back: torch still counts it as allocated."""
+    """Measures torch_memory_saver, which unmaps memory that torch still counts as allocated."""
     saver = _installed_and_cuda("torch_memory_saver", plan).torch_memory_saver
 
     _, meter = start(plan)
@@ -187,7 +187,7 @@ def memory_saver(plan: Plan) -> list[Row]:
 
 
 def describe(plan: Plan) -> dict[str, str]:
-    """The device that this plan gets; ``auto`` is resolved."""
+    """Describes the device of a plan; resolves ``auto``."""
     import torch
 
     kind = plan.device

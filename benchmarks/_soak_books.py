@@ -1,4 +1,4 @@
-"""What became of every request, and what must be true of it."""
+"""Outcomes of all requests, and their invariants."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from gpu_manager import (
 from ._soak_models import EngineBroke, LoaderBroke, ResidentBroke
 
 EARLY_S = 0.002
-"""A model that leaves this long before it is due did not leave because it was: somebody needed the room."""
+"""A move earlier than its deadline by more than this was made for room, not by the deadline."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request is going to do."""
+    """Planned behavior of a request."""
 
     number: int
     model: str
@@ -45,9 +45,9 @@ class Plan:
 
 
 class Books:
-    """Written by all threads; `problems` reads them at the end. Everything is made once, so that memory stays flat."""
+    """Thread-safe record of all requests, checked by `problems`. Preallocated, so that memory stays constant."""
 
-    #: An engine may come across it; it is none of the engine's parts.
+    #: Excludes it from the search of an engine's parts.
     not_of_the_engine = True
 
     def __init__(self, requests: int) -> None:
@@ -73,7 +73,7 @@ class Books:
                 self.wrong.append(sentence)
 
     def end(self, plan: Plan, error: BaseException | None, wait_s: float) -> None:
-        """A request has ended: with its answer, or with an error that it must have brought upon itself."""
+        """Records the end of a request, by an answer or by an error that must belong to this request."""
         outcome = outcome_of(plan, error, self.closing)
         with self._lock:
             self.ended[plan.number] += 1
@@ -108,7 +108,7 @@ RUNS = (ANSWERED, BROKE)
 
 
 def outcome_of(plan: Plan, error: BaseException | None, closing: bool) -> str | None:
-    """In a word; None for an error that this request must not get."""
+    """Returns the outcome; None for an error that does not belong to this request."""
     others = {plan.model, plan.nested}
     if error is None:
         return None if plan.breaks else ANSWERED
@@ -136,10 +136,9 @@ def outcome_of(plan: Plan, error: BaseException | None, closing: bool) -> str | 
 
 
 class Deadlines:
-    """Listens when idle models leave, and how long after that was due: in seconds, as a listener hears it.
+    """Listener that measures the delay of moves of idle models after their deadlines, in seconds.
 
-    Only where there is something to wait for (no keep-warm of 0), and of idle times that nobody disturbed: no request,
-    no steering by hand, no failed move since they began.
+    Excludes a keep-warm of 0, and idle times interrupted by a request, a manual move or a failed move.
     """
 
     def __init__(self, status: Callable[[], dict[str, Any]], models: Sequence[str]) -> None:
@@ -151,7 +150,7 @@ class Deadlines:
         self.heard: Counter[str] = Counter()
 
     def touch(self, model: str) -> None:
-        """Somebody begins to do something with this model."""
+        """Marks the idle time of a model as interrupted."""
         self._touched_s[model] = time.monotonic()
 
     def hear(self, event: Event) -> None:
@@ -177,12 +176,12 @@ class Deadlines:
 
 
 def share_of(values: Sequence[float], share: float) -> float:
-    """A percentile; nan of nothing."""
+    """Returns a percentile; nan without values."""
     ordered = sorted(value for value in values if not math.isnan(value))
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The median of the slopes between any two points, which a few outliers do not move; 0 of less than two points."""
+    """Returns the median of the slopes between all pairs of points (robust to outliers); 0 for less than two points."""
     slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(points, 2)]
     return statistics.median(slopes) if slopes else 0.0

@@ -1,4 +1,4 @@
-"""The models of the soak: voices whose answers are known, on a card and with residents that fail by chance."""
+"""Models of the soak test: voices with known answers, and a card and residents with random failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MB = 1 << 20
 KINDS = 7
 WITH_SNAPSHOTS = ("tts",)
 
-#: What fails, and how often: of the loads, of the moves of that name, of the storages that come back.
+#: Failure rates: of loads, of moves by name, of restored storages.
 RATES = {
     "load raises": 0.06,
     "load hangs": 0.01,
@@ -36,19 +36,19 @@ RATES = {
 
 
 class LoaderBroke(Exception):
-    """A loader's own error; everybody who waited for that load gets it."""
+    """Error of a loader; raised in all requests that wait for that load."""
 
 
 class ResidentBroke(Exception):
-    """A move's own error."""
+    """Error of a move."""
 
 
 class EngineBroke(Exception):
-    """An engine's own error, in the middle of a request."""
+    """Error of an engine during a request."""
 
 
 class Faults:
-    """Chance, by seed: which call fails. Thread-safe."""
+    """Random choice, by seed, of the calls that fail. Thread-safe."""
 
     def __init__(self, seed: int, share: float = 1.0) -> None:
         self._random = random.Random(f"faults {seed}")
@@ -64,7 +64,7 @@ class Faults:
 
 
 class FaultyCard(Ledger):
-    """A simulated card that is sometimes full when it is not."""
+    """Simulated card with spurious out-of-memory errors."""
 
     def __init__(self, capacity_bytes: int, faults: Faults) -> None:
         super().__init__(capacity_bytes)
@@ -77,7 +77,7 @@ class FaultyCard(Ledger):
 
 
 class FaultyResident:
-    """What `adopt` found, with moves that fail before they begin."""
+    """Resident of `adopt` with moves that fail at random before they begin."""
 
     def __init__(self, inner: Resident, model: str, faults: Faults) -> None:
         self._inner, self._model, self._faults = inner, model, faults
@@ -117,7 +117,7 @@ class FaultyResident:
 
 
 class Voice(torch.nn.Module):
-    """Answers with a digest of all its weights and of what it computes; has a tie and a table beside its modules."""
+    """Model that answers with digests of all its weights and its output; has a tied weight and a table."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Voice(torch.nn.Module):
 
 
 class Model:
-    """One model: its loader, and what its engine must answer."""
+    """One model: its loader, and the expected answers of its engine."""
 
     def __init__(self, name: str, number: int, megabytes: float, faults: Faults, hang_s: float) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -147,7 +147,7 @@ class Model:
         self.name = name
         self.size_bytes = sum(tensor.nbytes for tensor in self._weights.values())
         self.expected = [Voice(self._weights).speak(kind) for kind in range(KINDS)]
-        self.busy = threading.Lock()  # whoever is inside the engine
+        self.busy = threading.Lock()  # held inside the engine
         self._faults, self._hang_s = faults, hang_s
 
     def load(self) -> Voice:
@@ -159,7 +159,7 @@ class Model:
 
 
 def adopter(faults: Faults) -> Any:
-    """An ``adopt`` for the manager, whose residents fail."""
+    """Returns an ``adopt`` for the manager whose residents fail at random."""
 
     def faulty(engine: Any, device: Device, managed: ManagedModel) -> FaultyResident:
         return FaultyResident(adopt(engine, device, managed), managed.name, faults)

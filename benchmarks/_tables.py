@@ -1,4 +1,4 @@
-"""Medians of all repetitions, and their tables."""
+"""Tables of medians of all repetitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTH = 45
 
 @dataclass
 class Line:
-    """All repetitions of one row, or why there are none."""
+    """All repetitions of one row, or the reason for their absence."""
 
     name: str
     limit: str | None = None
@@ -38,7 +38,7 @@ class Line:
         return self.nbytes / self.seconds
 
     def most(self, what: str) -> int | None:
-        """The largest value of a field of `Row` over all repetitions; None where it is not known."""
+        """Returns the maximum of a field of `Row` over all repetitions; None if unknown."""
         values = [getattr(row, what) for row in self.rows]
         return max((value for value in values if value is not None), default=None)
 

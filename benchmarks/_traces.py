@@ -1,4 +1,4 @@
-"""When requests arrive, by four kinds of use: seconds from the start, in order. The same seed gives the same trace."""
+"""Arrival times of four usage patterns: seconds from the start, in order, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DAY_S = 86_400.0
 
 
 def steady(rng: random.Random) -> Iterator[float]:
-    """A job every ten minutes, late or early by a quarter of a minute (standard deviation)."""
+    """Yields a job every ten minutes, with a standard deviation of 15 s."""
     now_s = 0.0
     while True:
         now_s += max(60.0, rng.gauss(600.0, 15.0))
@@ -19,7 +19,7 @@ def steady(rng: random.Random) -> Iterator[float]:
 
 
 def bursty(rng: random.Random) -> Iterator[float]:
-    """Somebody makes six requests on average, thinks for 16 s between them (log-normal) and is away for an hour."""
+    """Yields bursts of six requests on average, 16 s apart (log-normal), with pauses of an hour."""
     now_s = 0.0
     while True:
         now_s += 300.0 + rng.expovariate(1 / 3300.0)
@@ -30,7 +30,7 @@ def bursty(rng: random.Random) -> Iterator[float]:
 
 
 def daily(rng: random.Random) -> Iterator[float]:
-    """Random arrivals, once a minute in the afternoon and every two hours at night, and all rates between."""
+    """Yields random arrivals, with rates from once a minute in the afternoon to every two hours at night."""
     busiest, ratio = 1 / 60.0, 120.0
     now_s = 0.0
     while True:
@@ -41,7 +41,7 @@ def daily(rng: random.Random) -> Iterator[float]:
 
 
 def independent(rng: random.Random) -> Iterator[float]:
-    """Random arrivals, every five minutes on average: nothing can be learned but the rate."""
+    """Yields random arrivals, every five minutes on average; only the rate can be learned."""
     now_s = 0.0
     while True:
         now_s += rng.expovariate(1 / 300.0)

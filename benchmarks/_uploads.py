@@ -1,4 +1,4 @@
-"""Recordings such as nobody should upload, and some that anybody may. Each is a name, bytes, and whether it is good."""
+"""Malformed and valid test uploads: name, bytes, and validity."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NAMES = (
     "..", "con.wav", "%2e%2e%2fescaped.wav", "a;b|c&d.wav", "$(touch escaped).wav", "-rf.wav", "editx-1/x.wav", "",
 )  # fmt: skip
 
-FILE = "{file}"  # stands for what was uploaded
-#: What clone is called with by who writes the body by hand.
+FILE = "{file}"  # placeholder for the uploaded file
+#: Bodies of handwritten calls of clone.
 BODIES: tuple[tuple[object, ...], ...] = (
     (), (FILE,), (FILE, "Good morning.", "Hello.", "more"), (None, None, None), (None, "Good morning.", "Hello."),
     (FILE, None, "Hello."), (FILE, "Good morning.", None), (FILE, 7, True), (FILE, ["Good", "morning."], {"a": 1}),
@@ -42,12 +42,12 @@ class Upload:
     name: str
     content: bytes
     good: bool = False
-    copies: int = 1  #: of it in one body
-    data: tuple[object, ...] = (FILE, "Good morning.", "Hello.")  #: what clone is called with
+    copies: int = 1  #: number in one body
+    data: tuple[object, ...] = (FILE, "Good morning.", "Hello.")  #: arguments of clone
 
 
 def uploads(count: int, seed: int) -> Iterator[Upload]:
-    """As many of every kind as of any other, in an order that the seed decides."""
+    """Yields equal numbers of every kind, shuffled by the seed."""
     chance = random.Random(seed)
     kinds = [KINDS[number % len(KINDS)] for number in range(count)]
     chance.shuffle(kinds)
@@ -57,7 +57,7 @@ def uploads(count: int, seed: int) -> Iterator[Upload]:
 
 @functools.cache
 def _speech() -> tuple[np.ndarray, int]:
-    """Somebody speaks for some seconds."""
+    """Returns a few seconds of speech, and the sample rate in Hz."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/voice.wav"
         hibari.Hibari().save("Good morning, this is a short recording of my voice.", path, seed=1)
@@ -65,7 +65,7 @@ def _speech() -> tuple[np.ndarray, int]:
 
 
 def _voice(chance: random.Random, seconds: float | None = None, rate: int = 16000) -> np.ndarray:
-    """Up to four seconds of it, louder or softer."""
+    """Returns two to four seconds of it (or ``seconds``), at a random level."""
     samples, own_rate = _speech()
     samples = soxr.resample(samples[: round(own_rate * (seconds or chance.uniform(2, 4)))], own_rate, rate)
     return samples * chance.uniform(0.3, 0.9) / max(abs(samples).max(), 1e-9)
@@ -132,7 +132,7 @@ def not_numbers(chance: random.Random) -> Upload:
 
 
 def bomb(chance: random.Random) -> Upload:
-    """Small to send, large to decode."""
+    """Returns a small file with large decoded audio."""
     rate, hours = chance.choice([(8000, 8), (48000, 1), (192000, 0.5)])
     samples = np.zeros((round(rate * 3600 * hours), 1), np.int16)
     return Upload("zip bombs", "voice.flac", _encoded(samples, rate, "flac"))

@@ -1,10 +1,10 @@
-"""From the engine's answer to the caller's `return`: how long a caller waits for a model that leaves the device.
+"""Measures the time from the engine's answer to the caller's `return`, while the model is offloaded.
 
     python benchmarks/answer.py
 
-An engine of 1 GB on a simulated card, with keep-warm 0, so that its weights leave after each request. In each round a
-new manager serves a first request, whose offload copies all weights, and some more, whose offloads drop them. The exit
-status is 1 if a median is above what must be reached.
+Uses an engine of 1 GB on a simulated card with keep-warm 0, so that its weights leave after each request. In each
+round a new manager serves a first request, whose offload copies all weights, and more, whose offloads drop them.
+Exits with 1 if a median misses its goal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_MS = 2.0
 
 
 class Engine:
-    """Weights, an answer of one second of audio, and when it was made."""
+    """Engine with weights, an answer of one second of audio, and its time."""
 
     def __init__(self, nbytes: int) -> None:
         self.weights = [torch.randn(1 << 22) for _ in range(nbytes >> 24)]
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def one_round(nbytes: int, requests: int) -> list[tuple[str, float]]:
-    """(row, milliseconds) of one manager's requests."""
+    """Returns (row, milliseconds) of one manager's requests."""
     found = []
     with GPUResourceManager(SimulatedDevice(4 * nbytes)) as manager:
         tts = GPUManagedTTS(None, manager=manager, load=lambda: Engine(nbytes), name=MODEL)
@@ -90,7 +90,7 @@ def one_round(nbytes: int, requests: int) -> list[tuple[str, float]]:
 
 
 def time_lease(manager: GPUResourceManager) -> float:
-    """The same of a function that returns from within its lease."""
+    """Measures the same for a function that returns from within its lease."""
 
     def request() -> float:
         with manager.lease(MODEL):

@@ -1,11 +1,10 @@
-"""Sends the running app what nobody should send, and looks for answers that are no answer.
+"""Sends malformed uploads and calls to a running app, and checks the responses.
 
     python benchmarks/fuzz.py                     # 500 uploads, and 2,000 calls that schemathesis makes up
 
-Uploads: each must be spoken from, or refused with a sentence in both languages that says what to do; no crash, nothing
-left on the disk, nothing outside the folder of recordings. Calls: no server error and nothing that the description at
-``/docs`` does not say, over every call but ``/gpu/events``, which does not end. The exit status is 1 if not all is
-well.
+Uploads: each must be used for speech, or refused with a message in both languages; no crash, and no files left on the
+disk or outside the folder of recordings. Calls: no server error and no response that the OpenAPI description does not
+contain, for all calls except ``/gpu/events``, which does not end. Exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from _uploads import FILE, Upload, uploads
 from app_process import RunningApp, wait_until
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--max-upload", "20MB", "--gpu-keep-warm", "60")
-#: Recordings go as soon as their session has ended, and soon if nothing has used them.
+#: Deletes recordings at the end of their session, and unused ones early.
 PRELUDE = """
 from residency.web import page
 from residency.web.server import heartbeats
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def upload_all(app: RunningApp, folder: Path, count: int, seed: int) -> int:
-    """Every upload by a session of its own; returns how many were answered wrongly."""
+    """Sends every upload in its own session; returns the number of wrong responses."""
     process = psutil.Process(app.process.pid)
     seen: dict[str, Counter[str]] = {}
     wrong: list[str] = []
@@ -97,7 +96,7 @@ def upload_all(app: RunningApp, folder: Path, count: int, seed: int) -> int:
 
 
 def judged(app: RunningApp, upload: Upload) -> tuple[str, str]:
-    """``spoken``, ``refused`` or ``wrong``, and what was said."""
+    """Returns ``spoken``, ``refused`` or ``wrong``, and the response."""
     session = uuid.uuid4().hex[:10]
     with in_session(app, session):
         code, said = post_file(app, upload)
@@ -127,7 +126,7 @@ def _filled_in(data: object, file: object) -> object:
 
 @contextmanager
 def in_session(app: RunningApp, session: str) -> Iterator[None]:
-    """Hold the line that pages and ``gradio_client`` hold while they are there."""
+    """Keeps the heartbeat connection of pages and ``gradio_client`` open."""
     line = urllib.request.urlopen(f"{app.url}/gradio_api/heartbeat/{session}", timeout=PATIENCE_S)
     reader = threading.Thread(target=line.readline)
     reader.start()
@@ -161,7 +160,7 @@ def audible(app: RunningApp, path: str) -> bool:
 
 
 def call_all(app: RunningApp, cases: int, seed: int) -> int:
-    """Returns how many kinds of failures schemathesis has found, and 1 if it made fewer calls than it should."""
+    """Runs schemathesis; returns the number of kinds of failures, plus 1 if it made too few calls."""
     command = Path(sys.executable).with_name("schemathesis")
     done = subprocess.run(
         [str(command), "run", f"{app.url}/openapi.json", "--exclude-path", "/gpu/events", "--checks", "all",

@@ -1,9 +1,9 @@
-"""Mutation testing: break the manager in a thousand small ways, and see which of them no test notices.
+"""Mutation testing of the manager: finds small code changes that no test detects.
 
-``scripts/mutate`` runs this; Python 3.11 or newer. It works in ``.mutation/``, a copy of the tree, and goes on where it
-was stopped: what was killed stays killed while the function is the same, and survivors meet the tests of today.
-Arguments are names of mutants (``residency.scheduling.planner.*``); without any, all are tried; ``--report`` tries
-none. Files and tests are chosen in ``[tool.mutmut]`` of ``pyproject.toml``.
+Run by ``scripts/mutate``; needs Python 3.11 or newer. Works in ``.mutation/``, a copy of the tree, and resumes: killed
+mutants of unchanged functions stay killed, survivors are tested again. Arguments are names of mutants
+(``residency.scheduling.planner.*``), by default all; ``--report`` tests none. ``[tool.mutmut]`` in ``pyproject.toml``
+selects files and tests.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[1]
 COPY = ROOT / ".mutation"
 SURVIVED, NOT_TRIED, TIMEOUT, KILLED = "survived", "not tried", "timeout", "killed"
 
-#: mutmut leaves decorated functions alone; in the copy a property calls a plain method.
+#: mutmut skips decorated functions; in the copy, a property calls a plain method.
 _PROPERTY = re.compile(r"^( +)@property\n\1def (\w+)\(self\)( -> [^\n]+:\n(?:(?: *\n)*\1 +[^\n]*\n)+)", re.MULTILINE)
 
 
 def copy_tree(files: list[str]) -> None:
-    """Bring the copy up to date; what has not changed keeps its time."""
+    """Updates the copy; unchanged files keep their modification time."""
     tracked = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
     names = {name for name in tracked.split("\0") if name and (ROOT / name).exists()}
     for old in (path for path in COPY.rglob("*.py") if "mutants" not in path.parts):
@@ -47,7 +47,7 @@ def copy_tree(files: list[str]) -> None:
 
 
 def verdicts(file: str) -> dict[str, str]:
-    """What became of each mutant of a file."""
+    """Returns the verdict on each mutant of a file."""
     meta = COPY / "mutants" / f"{file}.meta"
     codes = json.loads(meta.read_text())["exit_code_by_key"] if meta.exists() else {}
     words = {0: SURVIVED, None: NOT_TRIED, 5: SURVIVED, 33: SURVIVED, 24: TIMEOUT, -24: TIMEOUT, 36: TIMEOUT}
@@ -55,7 +55,7 @@ def verdicts(file: str) -> dict[str, str]:
 
 
 def difference(mutant: str) -> str:
-    """What the mutant changes, in one line."""
+    """Returns the change of a mutant in one line."""
     shown = subprocess.run(["mutmut", "show", mutant], cwd=COPY, text=True, capture_output=True).stdout
     lines = [line for line in shown.splitlines() if line[:1] in "-+" and not line.startswith(("---", "+++"))]
     return "  ".join(f"{line[0]} {' '.join(line[1:].split())}" for line in lines)

@@ -1,12 +1,11 @@
-"""What a lease costs: on a model that is there already, alone and with others waiting, and on one that is away.
+"""Measures the cost of a lease: of a model on the device, without and with waiting requests, and of an offloaded one.
 
     python benchmarks/overhead.py
 
-Four tables, measured in one run on a simulated card, the first three in turns with a tiny engine: entering and leaving
-with nobody else there; the same with 1 to 64 threads waiting and a listener, beside a lock and a bare queue of as many
-locks, which is what the interpreter's own switching between threads costs; how long `status` takes; and how much CPU a
-model with many parameters or objects takes to leave and to come back. The last table is what must be reached; the exit
-status is 1 if something of it is not.
+Four tables, measured in one run on a simulated card, the first three interleaved with a tiny engine: enter and exit
+without other requests; the same with 1 to 64 waiting threads and a listener, compared with a lock and a bare queue of
+as many locks (the interpreter's cost of thread switches); `status`; and the CPU time of offload and restore of a model
+with many parameters or objects. The last table lists the goals. Exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -83,12 +82,12 @@ def main() -> None:
         sys.exit(1)
 
 
-# -- nobody else there ------------------------------------------------------------------------------------------
+# -- without other requests -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Times:
-    """How long something took, in microseconds."""
+    """Durations, in microseconds."""
 
     name: str
     median: float
@@ -146,7 +145,7 @@ def three_managers() -> Iterator[dict[str, GPUResourceManager]]:
 
 
 class SlowToReturn(EngineResident):
-    """Worth keeping on the card, for a policy that looks how long a model takes to come back."""
+    """Resident with a slow restore, so that an adaptive policy keeps it on the card."""
 
     def __init__(self, engine: Any, device: Device, _slot: ManagedModel) -> None:
         super().__init__(engine, device)
@@ -157,7 +156,7 @@ class SlowToReturn(EngineResident):
 
 
 def manager_of(keep_warm: str) -> GPUResourceManager:
-    """With one model, which is on the card; ``auto`` has learned that it is asked for all the time."""
+    """Returns a manager with one model on the card; ``auto`` has learned frequent requests."""
     manager = GPUResourceManager(SimulatedDevice(1 << 20), adopt=SlowToReturn)
     manager.register(MODEL, lambda: torch.nn.Linear(4, 4), keep_warm=keep_warm)
     for _ in range(LEARN if keep_warm == "auto" else 1):
@@ -172,11 +171,11 @@ def print_alone(rows: Sequence[Times]) -> None:
         print(f"{row.name:34}{row.median:12.2f}{row.p90:12.2f}{row.p99:12.2f}{row.most:12.0f}")
 
 
-# -- others waiting ---------------------------------------------------------------------------------------------
+# -- with waiting requests --------------------------------------------------------------------------------------
 
 
 class Queue:
-    """What a lease cannot do without: threads served in order of arrival, each sleeping on a lock of its own."""
+    """Minimum of a lease: threads served in order of arrival, each blocked on its own lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -207,7 +206,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Crowd:
-    """Microseconds with so many threads waiting: leaving (median), and from one thread to the next (mean)."""
+    """Microseconds with that number of waiting threads: exit (median), and switch to the next thread (mean)."""
 
     waiting: int
     leave: float
@@ -227,7 +226,7 @@ def measure_crowds(crowds: Sequence[int], handovers: int, rounds: int) -> list[C
     leaves: dict[tuple[str, int], list[int]] = {}
     passes: dict[tuple[str, int], list[float]] = {}
     with manager:
-        manager.subscribe(lambda event: None)  # as each request of the page does, to tell its place
+        manager.subscribe(lambda event: None)  # like each request of the page, for its queue position
         for _ in range(TURNS):
             for crowd in crowds:
                 queue, lock = Queue(), threading.Lock()
@@ -258,9 +257,9 @@ def measure_crowds(crowds: Sequence[int], handovers: int, rounds: int) -> list[C
 
 
 def time_handovers(acquire: Acquire, waiting: int, times: int) -> float:
-    """Threads that take it in a loop, one more than wait; microseconds in all over the times it was taken.
+    """Acquires in a loop in ``waiting`` + 1 threads; returns total microseconds per acquisition.
 
-    All of them queue before the first gets it, so that in a fair queue every time is a change of threads.
+    All threads queue before the first acquisition, so that in a fair queue each one is a thread switch.
     """
     each = max(1, times // (waiting + 1))
     come = threading.Semaphore(0)
@@ -283,7 +282,7 @@ def time_handovers(acquire: Acquire, waiting: int, times: int) -> float:
 
 
 def time_leaving(acquire: Acquire, count: Callable[[], int], waiting: int, rounds: int) -> list[int]:
-    """Nanoseconds in the ``__exit__`` of who has it while so many threads wait."""
+    """Measures ``__exit__`` while that number of threads wait, in nanoseconds."""
     come, gone, over = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
 
     def work() -> None:
@@ -339,7 +338,7 @@ def print_crowds(rows: Sequence[Crowd]) -> None:
         )
 
 
-# -- looking ----------------------------------------------------------------------------------------------------
+# -- status -----------------------------------------------------------------------------------------------------
 
 
 def measure_status(looks: int, waiting: int) -> list[Times]:
@@ -388,7 +387,7 @@ def print_status(rows: Sequence[Times]) -> None:
         print(f"{row.name:34}{row.median:12.1f}{row.p90:12.1f}{row.p99:12.1f}{row.most:12.0f}")
 
 
-# -- what must be reached ---------------------------------------------------------------------------------------
+# -- goals ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

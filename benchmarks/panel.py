@@ -1,10 +1,9 @@
-"""What the page costs while nobody asks for speech: CPU time of the app.
+"""Measures the app's CPU time for idle pages.
 
     python benchmarks/panel.py
 
-In turns, in one run: no page, one page in a real Chromium, five, and one in a tab that is not looked at. The model lies
-on a simulated card with a deadline ahead, so that there is something to count down. The exit status is 1 if one page
-takes 1 % of a core or more.
+In turns, in one run: no page, one page in Chromium, five, and one in a hidden tab. The model is on a simulated card
+with a deadline, so that pages show a countdown. Exits with 1 if one page takes 1 % of a core or more.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def main() -> None:
 
 
 def open_pages(browser: Browser, url: str, count: int, hidden: bool):
-    """Open pages that show the model; returns a function that closes them."""
+    """Opens pages that show the model; returns a function that closes them."""
     context = browser.new_context()
     if hidden:  # a headless browser shows all of its tabs
         context.add_init_script("Object.defineProperty(document, 'hidden', {get: () => Boolean(window.away)})")
@@ -69,7 +68,7 @@ def open_pages(browser: Browser, url: str, count: int, hidden: bool):
         page.wait_for_selector("#gpu-status [data-model=tts]")
         if hidden:
             page.evaluate("window.away = true; document.dispatchEvent(new Event('visibilitychange'))")
-    time.sleep(3)  # what opening costs is over
+    time.sleep(3)  # excludes the cost of opening
     return context.close
 
 

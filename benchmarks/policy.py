@@ -1,22 +1,21 @@
-"""What staying warm costs and what it saves: every fixed timeout, and the policy that learns (auto).
+"""Compares cost and benefit of keep-warm: fixed timeouts, and the adaptive policy (auto).
 
     python benchmarks/policy.py
     python benchmarks/policy.py --seeds 20 --days 30 --wait-weight 120
 
-Pure arithmetic: four kinds of traces (steady, bursty, daily, random) are replayed without a clock or a device, so the
-tables are the same on every machine. GPU-seconds are those in which the device holds an idle model's weights: warm,
-on the way there or on the way back; the requests' own seconds, the same for all policies, are left out. Delayed is a
-request that does not find all weights on the device, even if they are already on their way. All numbers are means
-over the seeds. auto is replayed with the app's idle timeout, after which it plans nothing any more (the weights are
-released from main memory), and without one; fixed timeouts have none, which lets them stay for longer.
+Replays four kinds of traces (steady, bursty, daily, random) without a clock or a device, so that results are the same
+on every machine. GPU-seconds: time in which the device holds an idle model's weights, warm or in a move; the requests'
+own seconds, equal for all policies, are excluded. Delayed: a request that does not find all weights on the device, even
+if they are in a move. All numbers are means over the seeds. auto is replayed with the app's idle timeout, after which
+it plans no moves (the weights are released from main memory), and without one; fixed timeouts have none, which allows
+longer stays.
 
-The fixed timeouts make a curve: more GPU-seconds, fewer delays. "against the curve" is how far auto lies above it (+)
-or below it (-) at its own GPU-seconds, in percent of all requests, with the standard error over the seeds. Between two
-neighbours the curve is straight, as far as tossing a coin between both would get. On a random trace every policy that
-is off or on from the start lies on one straight line, since nothing tells when the next request comes: there, what
-distance there is, is noise.
+The fixed timeouts form a curve: more GPU-seconds, fewer delays. "against the curve" is the distance of auto above (+)
+or below (-) the curve at its own GPU-seconds, in percent of all requests, with the standard error over the seeds. The
+curve is linear between neighbours, which corresponds to a random choice of both. On a random trace, all policies that
+are off or on from the start are on one straight line, since the next arrival is unpredictable: any distance is noise.
 
-Exit status 1 if auto lies above the curve of any trace by more than two standard errors and 0.01 % of the requests.
+Exits with 1 if auto is above the curve of any trace by more than two standard errors and 0.01 % of the requests.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ WAIT_WEIGHTS = (10.0, 60.0, 600.0)
 IDLE_TIMEOUTS_S = (600, NEVER)
 SERVICE_S, RESTORE_S, OFFLOAD_S = 4.0, 0.5, 0.3
 NOISE, RESOLUTION = 2.0, 0.01
-"""Still on the curve: so many standard errors, and so many percent (what is printed), above it or below."""
+"""Tolerance of the curve: standard errors, and percent (the printed resolution)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one policy did on one trace: GPU-seconds of an idle model, and requests that waited for weights."""
+    """Result of one policy on one trace: GPU-seconds of an idle model, and requests that waited for weights."""
 
     gpu_s: float
     delayed: int
@@ -55,7 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far above the curve, in percent of all requests: mean and standard error over the seeds."""
+    """Distance above the curve, in percent of all requests: mean and standard error over the seeds."""
 
     mean: float
     error: float
@@ -81,11 +80,11 @@ class Distance:
 
 
 def replay(arrivals: Sequence[float], policy: Policy) -> Outcome:
-    """Serve the arrivals one after another; between them, do what the policy says."""
+    """Serves the arrivals one after another; between them, follows the policy."""
     gpu_s, delayed, end_s = 0.0, 0, 0.0
     for arrival_s in arrivals:
         idle_s = arrival_s - end_s
-        if idle_s <= 0:  # it has waited for another request, and finds the weights where they are used
+        if idle_s <= 0:  # it waited for another request; the weights are on the device
             end_s += SERVICE_S
             continue
         held_s, ready_s = idle(idle_s, policy.windows())
@@ -99,7 +98,7 @@ def replay(arrivals: Sequence[float], policy: Policy) -> Outcome:
 
 
 def idle(idle_s: float, windows: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """An idle gap: how long the device was held, and when the weights were ready, after the gap's beginning."""
+    """Returns seconds of device use in an idle gap, and the time of ready weights after the gap's beginning."""
     held_s = ready_s = gone_s = 0.0
     for from_s, until_s in windows:
         if from_s > 0:
@@ -110,12 +109,12 @@ def idle(idle_s: float, windows: Sequence[tuple[float, float]]) -> tuple[float, 
             return held_s + max(idle_s, ready_s) - from_s, ready_s
         held_s += until_s - from_s + OFFLOAD_S
         gone_s = until_s + OFFLOAD_S
-    # A move under way is finished first, as the manager does.
+    # A running move is finished first, as in the manager.
     return held_s + RESTORE_S, max(idle_s, gone_s) + RESTORE_S
 
 
 def on_curve(points: Sequence[Outcome], gpu_s: float) -> float:
-    """Delayed requests of the fixed timeouts (in order) at these GPU-seconds."""
+    """Returns delayed requests of the fixed timeouts (in order) at these GPU-seconds."""
     for left, right in pairwise(points):
         if left.gpu_s <= gpu_s <= right.gpu_s and left.gpu_s < right.gpu_s:
             share = (gpu_s - left.gpu_s) / (right.gpu_s - left.gpu_s)
@@ -124,7 +123,7 @@ def on_curve(points: Sequence[Outcome], gpu_s: float) -> float:
 
 
 def compare(name: str, seeds: int, days: float, weights: Sequence[float]) -> dict[tuple[float, float], Distance]:
-    """Replay and print one kind of trace; the distance of auto from the curve, by wait weight and idle timeout."""
+    """Replays and prints one kind of trace; returns auto's distance from the curve, by wait weight and idle timeout."""
     traces = [trace(name, seed, days) for seed in range(seeds)]
     curves = [[replay(arrivals, FixedPolicy(keep_s, NEVER)) for keep_s in KEEP_WARM_S] for arrivals in traces]
     requests = statistics.fmean(map(len, traces))

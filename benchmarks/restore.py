@@ -1,12 +1,12 @@
-"""How fast weights leave and return, as ratios to what this machine can do, and how much memory that takes.
+"""Measures offload and restore of weights, relative to the machine's limits, and their memory.
 
     python benchmarks/restore.py --size 1GB
     python benchmarks/restore.py --size 16GB --device cuda --json restore.json
 
-Two tables, measured in one run: moves between device and host, and files to weights that are ready (with a warm page
-cache). Beside this project: the limit, which is the raw link and the raw read, and what others do. The last table is
-what the project promises. Every repetition of every measurement is a process of its own; all first repetitions come
-before all second ones; medians are printed (of memory: the most). A GB is 2**30 bytes.
+Two tables, measured in one run: moves between device and host, and reads of files into ready weights (with a warm page
+cache), with the limit (raw link and raw read) and other libraries. The last table lists the project's goals. Every
+repetition is a separate process; all first repetitions precede all second ones. Prints medians (of memory: maxima). A
+GB is 2**30 bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     add("--folder", type=Path, help="where the files are written, and removed again (the system's temporary folder)")
     add("--json", type=Path, metavar="FILE", help="write all values there, too")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that no files are left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # deletes the files
     with tempfile.TemporaryDirectory(prefix="restore-", dir=options.folder) as folder:
         plan = Plan(options.size, max(1, options.tensors), max(1, options.small_tensors), options.device, folder)
         try:
@@ -58,7 +58,6 @@ def main() -> None:
 
 
 def run(plan: Plan, about: dict[str, str], repeat: int) -> dict[str, object]:
-    """Measure and print everything."""
     header = (
         f"{datetime.date.today()}, {about['name']}, {processor()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, torch {about['torch']}, load average {os.getloadavg()[0]:.1f}"
@@ -87,7 +86,7 @@ def run(plan: Plan, about: dict[str, str], repeat: int) -> dict[str, object]:
 
 
 def measure(plan: Plan, jobs: Sequence[Job], lines: dict[str, Line], repeat: int) -> None:
-    """All jobs, then all again; one that cannot be done is not tried twice."""
+    """Runs all jobs ``repeat`` times; skips unavailable ones after their first failure."""
     jobs = list(jobs)
     for _ in range(repeat):
         for job in tuple(jobs):

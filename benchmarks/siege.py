@@ -1,12 +1,11 @@
-"""Loads an app that has few descriptors with hostile connections, and measures how long other clients wait meanwhile.
+"""Loads an app with few descriptors with hostile connections, and measures the response times of other clients.
 
     python benchmarks/siege.py
 
-A real app, with 64 descriptors in all, on a simulated card. In each round something is done to it as often as it lets
-one, while somebody else asks for ``/healthz`` all the time: connections that send nothing, half a header, or half a
-body; floods of made-up sessions; and listeners to ``/gpu/events`` that read nothing while models move. Memory is what
-belongs to the process alone, 2 s after the round, when all have left, over what it was before. The exit status is 1 if
-something must be reached and is not.
+Uses a real app, limited to 64 descriptors, on a simulated card. Each round repeats one kind of load as fast as
+possible, while another client polls ``/healthz``: connections without data, with half a header, or half a body; floods
+of made-up sessions; and clients of ``/gpu/events`` that do not read while models move. Memory is the growth of private
+memory, 2 s after the end of the round and of all connections. Exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _POST = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\nContent-Len
 
 @dataclass
 class Round:
-    """What one kind of siege has come to. ``done`` is how often something was done; times in seconds."""
+    """Result of one kind of load; ``done``: number of repetitions; times in seconds."""
 
     name: str
     done: int
@@ -62,7 +61,7 @@ class Round:
 
 
 class Besieger:
-    """Does to an app what the functions of `SIEGES` say. Each is called again and again, with a number."""
+    """Client for the functions of `SIEGES`, which are called repeatedly, with a number."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -149,12 +148,12 @@ def _judge(rounds: list[Round], descriptors: int) -> list[bool]:
 
 
 def besiege(app: RunningApp, name: str, seconds: float) -> Round:
-    """One siege of a fresh app, by one thread, while others look and count."""
+    """Runs one kind of load against a fresh app in one thread, while others measure."""
     process, besieger = psutil.Process(app.process.pid), Besieger(app.port)
     app.get("/healthz")
     moves = name == "/gpu/events"
     if moves:
-        come_and_go(app)  # what that leaves behind for the next time counts for nothing
+        come_and_go(app)  # excludes memory of a first load
     before, log_before = process.memory_full_info().uss, len(app.log)
     over = threading.Event()
     times_s: list[float | None] = []
@@ -169,7 +168,7 @@ def besiege(app: RunningApp, name: str, seconds: float) -> Round:
         each.start()
     done, until_s = 0, time.perf_counter() + seconds
     while time.perf_counter() < until_s:
-        with suppress(OSError):  # as far as the limit allows
+        with suppress(OSError):  # the limit of descriptors
             SIEGES[name](besieger, done)
         done += 1
     over.set()
@@ -188,7 +187,7 @@ def besiege(app: RunningApp, name: str, seconds: float) -> Round:
 
 
 def come_and_go(app: RunningApp) -> None:
-    """Have the model loaded and released."""
+    """Loads and releases the model."""
     for call, state in (("/gpu/warm", "gpu"), ("/gpu/release", "released")):
         app.post(call, {})
         while app.model()["state"] != state:
@@ -196,7 +195,7 @@ def come_and_go(app: RunningApp) -> None:
 
 
 def _look(port: int, over: threading.Event, times_s: list[float | None]) -> None:
-    """Ask for its health on a new connection each time, as monitors do; None for a look that failed."""
+    """Polls its health on new connections, as monitors do; appends None for a failure."""
     while not over.wait(0.05):
         began_s = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
@@ -216,7 +215,7 @@ def _count(process: psutil.Process, over: threading.Event, most: list[int]) -> N
 
 
 def _move(app: RunningApp, over: threading.Event) -> None:
-    """Have a model come and go, so that there is something to tell."""
+    """Loads and releases a model repeatedly, to cause events."""
     while not over.wait(0.1):
         for call in ("/gpu/warm", "/gpu/release"):
             with suppress(OSError, http.client.HTTPException):

@@ -1,12 +1,11 @@
-"""Many threads, thousands of requests, models that cannot all be on the card, people who steer, and things that break.
+"""Soak test: many threads, thousands of requests, models larger than the card, manual moves, and faults.
 
     python benchmarks/soak.py
     python benchmarks/soak.py --requests 1000 --threads 8 --seed 7
 
-Each request has a number, and ends once: with an answer that is right to the last bit, or with an error that it
-brought upon itself. The exit status is 1, with a sentence for each thing that is not as it must be. If nothing ends any
-more, the stacks of all threads are printed. The seed fixes what is asked for and what breaks, not how the threads
-interleave.
+Each request has a number, and ends once: with a bit-exact answer, or with an error of its own. Exits with 1, with a
+sentence for each violation. In a deadlock, prints the stacks of all threads. The seed determines requests and faults,
+not the interleaving of threads.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tame_malloc() -> None:
-    """Have glibc keep little of what was freed, so that the size of the process says what is in use."""
+    """Limits glibc's cache of freed memory, so that the process size reflects the memory in use."""
     arena_max, mmap_threshold = -8, -3
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -102,7 +101,7 @@ def tame_malloc() -> None:
 
 
 class CountLogs(logging.Handler):
-    """What the manager logs is expected here by the thousand; it is counted."""
+    """Counts log records instead of printing thousands of expected ones."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -114,7 +113,7 @@ class CountLogs(logging.Handler):
 
 @dataclass(frozen=True)
 class Sample:
-    """Of memory, while nobody asks for anything and all models are released."""
+    """Memory without requests, with all models released."""
 
     ended: int
     rss_bytes: int
@@ -122,7 +121,7 @@ class Sample:
 
 
 class Turnstile:
-    """Gives out the numbers of the requests, and lets nobody through beyond a stop until it is moved."""
+    """Source of request numbers; blocks at a movable stop."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -144,7 +143,7 @@ class Turnstile:
             self._changed.notify_all()
 
     def close(self) -> int:
-        """Nobody gets through any more; how many did."""
+        """Stops giving numbers; returns how many were given."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
@@ -174,7 +173,7 @@ class Soak:
         self.deadlines = Deadlines(self.manager.status, self.names)
         self.turnstile = Turnstile()
         self.samples: list[Sample] = []
-        self.calm, self.looking = threading.Lock(), threading.Lock()  # who steers, and who looks, holds it
+        self.calm, self.looking = threading.Lock(), threading.Lock()  # held during manual moves, and during status()
         self.over = threading.Event()
         self.to_cancel: queue.SimpleQueue[tuple[int, float, Lease] | None] = queue.SimpleQueue()
         self.looks_s = array("d")
@@ -182,7 +181,7 @@ class Soak:
         self.problems: list[str] = []
         self.seconds = 0.0
 
-    # -- the course of it ---------------------------------------------------------------------------------------
+    # -- phases -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         threads_before = set(threading.enumerate())
@@ -210,7 +209,7 @@ class Soak:
         self._judge(threads_before)
 
     def _await_ends(self, number: int, until_s: float) -> bool:
-        """Wait until so many requests have ended; False if time is up."""
+        """Waits until that number of requests have ended; returns false after the time limit."""
         seen, seen_s = -1, time.monotonic()
         while self.books.progress < number:
             now_s = time.monotonic()
@@ -225,7 +224,7 @@ class Soak:
 
     def _deadlock(self, what: str) -> None:
         print(f"FAILED: {what}: a deadlock. {self.books.progress} requests had ended. All threads:", flush=True)
-        # Without the lock, for which everything may be waiting.
+        # Without the lock, which may be part of the deadlock.
         for name, managed in self.manager._managed_models.items():
             waiting = [request.number for request in managed.leases.waiting()]
             holder = managed.leases.holder.number if managed.leases.holder else None
@@ -238,7 +237,7 @@ class Soak:
         os._exit(1)
 
     def _within(self, what: str, work: Callable[[], Any]) -> None:
-        """Do something that must not hang."""
+        """Calls ``work``; reports a deadlock if it does not return in time."""
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(self.options.watchdog)
@@ -246,7 +245,7 @@ class Soak:
             self._deadlock(f"{what} has not ended after {self.options.watchdog:g} s")
 
     def _rest(self) -> None:
-        """All requests have ended: let the deadlines run out, release what is left, and look at memory."""
+        """Waits for the deadlines after the last request, releases all models, and samples memory."""
         with self.calm:
             until_s = time.monotonic() + 2 * max(IDLE_TIMEOUT) + 0.1
             while time.monotonic() < until_s and any(m["state"] != "released" for m in self._shown().values()):
@@ -255,12 +254,12 @@ class Soak:
             for name, shown in self._shown().items():
                 if shown["state"] != "released" or shown["leases"] or shown["waiting"]:
                     self.books.fault(f"while nobody asks for anything, {name!r} is {shown}")
-            until_s = time.monotonic() + 2 * HANG_S  # what comes after it was given up is thrown away
+            until_s = time.monotonic() + 2 * HANG_S  # results of abandoned loads are discarded
             while self.card.ledger_bytes and time.monotonic() < until_s:
                 time.sleep(0.01)
             if self.card.ledger_bytes:
                 self.books.fault(f"all models are released, and {self.card.ledger_bytes} bytes are on the card")
-            with self.looking:  # status() is not to blame for this
+            with self.looking:  # excludes memory of status()
                 gc.collect()
                 with contextlib.suppress(OSError, AttributeError):
                     ctypes.CDLL(None).malloc_trim(0)
@@ -269,7 +268,7 @@ class Soak:
     def _release_all(self) -> None:
         for name in self.names:
             self.deadlines.touch(name)
-            for _ in range(20):  # each time it may be made to fail
+            for _ in range(20):  # each attempt may fail at random
                 with contextlib.suppress(ResidentBroke):
                     self.manager.release(name)
                     break
@@ -293,7 +292,7 @@ class Soak:
     def _judge(self, threads_before: set[threading.Thread]) -> None:
         books = self.books
         del books.ended[self.handed_out :]
-        until_s = time.monotonic() + 2 * HANG_S + 5  # loaders that hang, and threads on their way out
+        until_s = time.monotonic() + 2 * HANG_S + 5  # hanging loaders, and ending threads
         while time.monotonic() < until_s and (set(threading.enumerate()) - threads_before or self.card.ledger_bytes):
             time.sleep(0.01)
         found = books.problems()
@@ -319,7 +318,7 @@ class Soak:
 
     @property
     def growth(self) -> tuple[float, float, int] | None:
-        """(bytes, objects, over how many requests) in the second half, by the straight line through its samples."""
+        """Returns the growth (bytes, objects, number of requests) in the second half, by a line through its samples."""
         late = [sample for sample in self.samples if sample.ended >= self.options.requests // 2]
         if len(late) < 3:
             return None
@@ -327,7 +326,7 @@ class Soak:
         rss, objects = ([(s.ended, getattr(s, what)) for s in late] for what in ("rss_bytes", "objects"))
         return slope(rss) * span, slope(objects) * span, span
 
-    # -- who asks -----------------------------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------------------------
 
     def _make_requests(self, index: int) -> None:
         chance = random.Random(f"thread {index} of {self.options.seed}")
@@ -341,7 +340,7 @@ class Soak:
             time.sleep(chance.expovariate(1 / 0.002))
 
     def _plan(self, number: int, chance: random.Random) -> Plan:
-        # Each model rests for a while, so that its deadlines run out under load too.
+        # Each model has idle periods, so that its deadlines expire under load, too.
         resting = number // 200 % (len(self.names) + 1)
         names = [name for index, name in enumerate(self.names) if index != resting]
         some = chance.random
@@ -357,7 +356,7 @@ class Soak:
         )
 
     def _request(self, plan: Plan) -> None:
-        """Make one request and enter its end into the books, once."""
+        """Makes one request and records its end, once."""
         books, model, kind = self.books, self.models[plan.model], plan.number % KINDS
         error: BaseException | None = None
         asked_s = entered_s = time.monotonic()
@@ -403,7 +402,7 @@ class Soak:
         finally:
             model.busy.release()
 
-    # -- who disturbs -------------------------------------------------------------------------------------------
+    # -- disturbances -------------------------------------------------------------------------------------------
 
     def _steer(self) -> None:
         chance = random.Random(f"steering {self.options.seed}")
@@ -451,7 +450,7 @@ class Soak:
         if self.faults.strikes("listener raises"):
             raise RuntimeError("this listener is broken")
 
-    # -- what came of it ----------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------
 
     def report(self, logs: CountLogs) -> None:
         books = self.books
@@ -494,7 +493,7 @@ def rows(head: str, counts: dict[str, int]) -> None:
 
 
 def _some(samples: Sequence[Sample]) -> list[Sample]:
-    """About ten of them, the last one among them."""
+    """Returns about ten of them, including the last."""
     step = max(1, math.ceil(len(samples) / 10))
     return list(itertools.islice(reversed(samples), 0, None, step))[::-1]
 

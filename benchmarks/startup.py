@@ -1,9 +1,9 @@
-"""How long people wait for ``app.py`` to say something: its help, a wrong flag, the page; and for the start script.
+"""Measures the start of ``app.py``: its help, a wrong flag, the page; and of the start script.
 
     python benchmarks/startup.py [--repeat 3] [--model-path DIR --step-audio-root DIR]
 
-In the same run: Python alone, and Python that imports Gradio, which the page cannot be faster than. The exit status is
-1 if a goal is missed, or if something heavy has been imported when the page is there.
+In the same run: Python alone, and Python with an import of Gradio, the lower limit for the page. Exits with 1 if a goal
+is missed, or if a heavy module has been imported when the page is ready.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEAVY = {"torch", "transformers", "onnxruntime", "tts", "tokenizer"}
 HELP_WITHIN_S, PAGE_WITHIN_S, SCRIPT_WITHIN = 1.0, 5.0, 1.3
 BARE, SCRIPT = "app.py, until /readyz", "start script, until /readyz"
 
-# Runs app.py until it serves; then says what is imported, and is gone.
+# Runs app.py until it serves; then prints the imported modules and exits.
 _UNTIL_IT_SERVES = """
 import logging, os, runpy, sys
 class Watch(logging.Handler):
@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def _until_ready(command: list[str], folder: str) -> float:
-    """Seconds until it answers; the port is added to the command."""
+    """Returns the seconds until it is ready; appends the port to the command."""
     port = _free_port()
     environ = {name: value for name, value in os.environ.items() if name not in ("PORT", "PROJECT_DIR")}
     environ |= {"VENV_DIR": sys.prefix, "RUN_DIR": f"{folder}/run"}

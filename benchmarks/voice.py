@@ -1,12 +1,12 @@
-"""How much a clone of the built-in engine sounds like its prompt: GE2E speaker similarity, before and after.
+"""Measures the similarity of the built-in engine's clones to their prompts: GE2E speaker similarity, before and after.
 
     pip install librosa webrtcvad && pip install --no-deps resemblyzer
     python benchmarks/voice.py PROMPT.wav [MORE.wav ...]
 
 GE2E (L. Wan et al.: Generalized end-to-end loss for speaker verification, ICASSP 2018; resemblyzer ships its weights)
-gives the cosine between two voices: recordings of one speaker have 0.8 to 0.95, those of two about 0.5 to 0.6.
-"before" is the engine's own voice, "prompt" one half of the prompt against the other: what no clone can exceed.
-Time is that of one `clone` of a sentence.
+gives the cosine between two voices: 0.8 to 0.95 for recordings of one speaker, about 0.5 to 0.6 for two speakers.
+"before": the engine's own voice; "prompt": one half of the prompt against the other, the upper limit of a clone.
+Times are of one `clone` of a sentence.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def embedding(encoder: Any, samples: np.ndarray) -> np.ndarray:
-    """The voice, of length 1; at one level, which GE2E is not blind to."""
+    """Returns the normalized embedding of the voice. Equalizes the level, since GE2E depends on it."""
     wave = soxr.resample(samples, SAMPLE_RATE, 16000)
     return np.asarray(encoder.embed_utterance((wave / np.abs(wave).max() * 0.5).astype(np.float32)))
 

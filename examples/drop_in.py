@@ -1,18 +1,18 @@
-"""A program for StepAudioTTS, unchanged but for its import and its constructor, gives the GPU back after each call.
+"""A StepAudioTTS program that frees the GPU after each call; only the import and the constructor change.
 
     -from tokenizer import StepAudioTokenizer
     -from tts import StepAudioTTS
     +from tts_gpu_managed import GPUManagedTTS as StepAudioTTS
      ...
     -tts = StepAudioTTS(f"{models}/Step-Audio-EditX", StepAudioTokenizer(f"{models}/Step-Audio-Tokenizer"))
-    +tts = StepAudioTTS(f"{models}/Step-Audio-EditX", make_tokenizer)  # a function, so that it loads lazily as well
+    +tts = StepAudioTTS(f"{models}/Step-Audio-EditX", make_tokenizer)  # a function, for lazy loading
 
     python examples/drop_in.py --out /tmp
     python examples/drop_in.py --out /tmp --model-path /models --step-audio-root /opt/Step-Audio-EditX \\
         --prompt me.wav --prompt-text "What I say in it."
 
-The second is Step-Audio-EditX, in its checkout's environment; the first the small built-in English engine, which needs
-neither weights nor a GPU. Without ``--prompt`` a synthetic voice makes one. Prints::
+The first command uses the small built-in English engine, without weights or a GPU; the second Step-Audio-EditX, in its
+checkout's environment. Without ``--prompt``, the prompt is synthesized. Prints::
 
     before    released  device 0 B, host 0 B
     cloned    cpu       device 0 B, host ... B; gpu -> cpu ... B; ...clone.wav ... s
@@ -53,7 +53,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.step_audio_root:
         os.environ["STEP_AUDIO_ROOT"] = arguments.step_audio_root
-    if not find_device().separate:  # only to see the model come and go where there is no GPU
+    if not find_device().separate:  # simulates a GPU, to show the moves without one
         get_gpu_manager(SimulatedDevice(capacity_bytes=48 << 30))
 
     tts = engine(arguments.model_path)
@@ -64,7 +64,7 @@ def main() -> int:
     tell(tts, "cloned", cloned)
     edited = tts.edit(str(arguments.out / "clone.wav"), "Nobody speaks, it is free.", "speed", "faster")
     tell(tts, "edited", save(arguments.out / "faster.wav", *edited))
-    tts.force_release()  # the idle timeout does it otherwise
+    tts.force_release()  # otherwise done by the idle timeout
     tell(tts, "released")
     print(json.dumps(tts.get_gpu_status(), indent=2, ensure_ascii=False))
     return 0
@@ -75,7 +75,7 @@ def engine(models: str | None) -> StepAudioTTS:
         return StepAudioTTS(None)
 
     def make_tokenizer() -> Any:
-        from tokenizer import StepAudioTokenizer  # the checkout's, which can be imported from the first load on
+        from tokenizer import StepAudioTokenizer  # from the checkout; importable from the first load on
 
         return StepAudioTokenizer(os.path.join(models, "Step-Audio-Tokenizer"))
 
@@ -95,7 +95,7 @@ def save(file: Path, audio: Any, sample_rate: int) -> str:
 
 
 def speak(text: str, file: Path) -> Path:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves files behind otherwise
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # otherwise ONNX Runtime writes files
     from hibari import Hibari
 
     Hibari().save(text, str(file), seed=1)

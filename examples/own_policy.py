@@ -1,10 +1,10 @@
-"""A policy of one's own: the model stays on the device while people converse, and leaves after a single question.
+"""A custom policy: the model stays on the device during a conversation, and leaves after a single request.
 
     python examples/own_policy.py
 
-`Conversation` fulfils ``residency.contracts.Policy``: it is told the gaps between requests and asks no clock, so it can
-be tried without waiting. Here time is turned by hand, too. (For office hours it needs no policy: have cron run
-``python -m gpu_manager configure tts --keep-warm -1`` in the morning and ``--keep-warm 0`` in the evening.) Prints::
+`Conversation` implements ``residency.contracts.Policy``: it gets the gaps between requests and reads no clock, so that
+tests need no waiting. This program advances a manual clock. (Office hours need no policy, only cron jobs:
+``python -m gpu_manager configure tts --keep-warm -1`` in the morning, ``--keep-warm 0`` in the evening.) Prints::
 
     device: ...
        0 s  a question                     cpu   would stay    0 s
@@ -33,7 +33,7 @@ from residency.clock import ManualClock
 
 @dataclass
 class Conversation:
-    """Stay ``pause_s`` after a request that came within ``pause_s`` of the one before; else leave at once."""
+    """Policy that stays ``pause_s`` after a request within ``pause_s`` of the previous one; else leaves at once."""
 
     pause_s: float = 30.0
     idle_timeout_s: float = 600.0
@@ -41,13 +41,13 @@ class Conversation:
     keep_warm_s: float = 0.0
 
     def windows(self) -> tuple[tuple[float, float], ...]:
-        return ((0.0, self.keep_warm_s),)  # a later window would bring it back before the request
+        return ((0.0, self.keep_warm_s),)  # a later window would restore the model before the next request
 
     def idle_ended(self, idle_s: float) -> None:
         self.keep_warm_s = self.pause_s if idle_s <= self.pause_s else 0.0
 
     def brought_back(self, seconds: float) -> None:
-        """What that costs makes no difference here."""
+        """Ignores the cost of a restore."""
 
     def with_idle_timeout(self, idle_timeout_s: float) -> Conversation:
         return replace(self, idle_timeout_s=idle_timeout_s)
@@ -55,7 +55,7 @@ class Conversation:
 
 def main() -> int:
     device = find_device()
-    if not device.separate:  # without a GPU there is nothing to stay on, so one is simulated
+    if not device.separate:  # simulates a GPU if there is none
         device = SimulatedDevice(capacity_bytes=48 << 30)
     print("device:", device.name)
     clock, policy = ManualClock(), Conversation()
@@ -76,7 +76,7 @@ def main() -> int:
 
         def nobody_asks(for_s: float, state: State, what: str) -> None:
             clock.advance(for_s)
-            manager.wait_for("tts", state, timeout="10s")  # the idle monitor has a thread of its own
+            manager.wait_for("tts", state, timeout="10s")  # the idle monitor runs in its own thread
             tell(what)
 
         ask("a question", after_s=0)

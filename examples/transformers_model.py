@@ -1,10 +1,10 @@
-"""Any model of transformers under management: on the device while it writes, and nowhere else in between.
+"""A managed transformers model: on the device only during generation.
 
     python examples/transformers_model.py
     python examples/transformers_model.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "Once upon a time"
 
-Without ``--model`` (a folder, or an id of the hub) it is a tiny Llama with random weights, which needs no download.
-It computes on the GPU, or where there is none on a simulated one. Prints::
+Without ``--model`` (a folder or a hub id), uses a tiny Llama with random weights, without a download. Uses the GPU,
+or a simulated one if there is none. Prints::
 
     device: ...
     registered       released  device 0 B, host 0 B
@@ -17,7 +17,7 @@ It computes on the GPU, or where there is none on a simulated one. Prints::
     the same 24 tokens all three times: True
     what this process still holds of the device: ... B
 
-The last is 0 on a simulated GPU; on a real one CUDA keeps a few hundred MB until the process ends.
+The last value is 0 on a simulated GPU; on a real one, CUDA keeps a few hundred MB until the process ends.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     device = find_device()
-    if not device.separate:  # without a GPU there is nothing to leave, so one is simulated
+    if not device.separate:  # simulates a GPU if there is none
         device = SimulatedDevice(capacity_bytes=48 << 30)
     print("device:", device.name)
     manager = GPUResourceManager(device)
@@ -62,7 +62,7 @@ def main() -> int:
             written: torch.Tensor = model.generate(
                 prompt.to(model.device), max_new_tokens=24, min_new_tokens=24, do_sample=False
             )
-            return written.cpu()  # what leaves the lease must not lie on the device
+            return written.cpu()  # results must not stay on the device after the lease
 
     manager.register("llm", load)
     tell("registered")
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def tiny() -> Any:
-    torch.manual_seed(0)  # the same weights at every load; the random numbers of the request stay as they were
+    torch.manual_seed(0)  # the same weights at every load; the manager preserves the request's random state
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
     )

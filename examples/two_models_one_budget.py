@@ -1,11 +1,11 @@
-"""Two models that do not fit together share a budget: who is asked for comes, and the one unused for longest leaves.
+"""Two models that do not fit together share a budget; the least recently used one makes room.
 
     python examples/two_models_one_budget.py
     python examples/two_models_one_budget.py --budget 100MB --requests 20
 
-Both may stay for ten minutes after a request (``keep_warm``), so that one leaves only because the other needs the room.
-Threads ask for both at once; nobody is turned away. It computes on the GPU, or where there is none on a simulated one.
-Prints each move as it ends (there are as many as the requests happen to need), then what came of it::
+Both may stay for ten minutes after a request (``keep_warm``), so that one leaves only to make room for the other.
+Threads request both at once; all requests succeed. Uses the GPU, or a simulated one if there is none.
+Prints each completed move (their number varies), then the results::
 
     device: ...; tts 33,554,432 B and asr 16,777,216 B share 41,943,040 B
     ...: released -> gpu
@@ -43,7 +43,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     device = find_device()
-    if not device.separate:  # without a GPU there is nothing to share, so one is simulated
+    if not device.separate:  # simulates a GPU if there is none
         device = SimulatedDevice(capacity_bytes=48 << 30)
     both = " and ".join(f"{name} {nbytes:,} B" for name, nbytes in SIZES.items())
     print(f"device: {device.name}; {both} share {arguments.budget:,} B")
@@ -54,7 +54,7 @@ def main() -> int:
     def tell(event: Event) -> None:
         if event.what == "done":
             print(f"{event.model}: {event.source} -> {event.target}")
-            if (event.source, event.target) == ("gpu", "cpu"):  # as the manager closes, they are released
+            if (event.source, event.target) == ("gpu", "cpu"):  # not the release at close
                 evictions.append(event.model)
 
     def request(number: int) -> bool:
@@ -67,7 +67,7 @@ def main() -> int:
         manager.subscribe(tell)
         for name, nbytes in SIZES.items():
             load = partial(torch.arange, nbytes // 4, dtype=torch.float32, device=device.torch_device)
-            # Its size is known after the first load; said before, that load finds room made for it as well.
+            # With size_bytes, room is made for the first load, too; otherwise the size is unknown until then.
             manager.register(name, load, size_bytes=nbytes)
         with ThreadPoolExecutor(4) as threads:
             right = sum(threads.map(request, range(arguments.requests)))

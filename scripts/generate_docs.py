@@ -40,7 +40,7 @@ def app_flags(translate: Translate) -> str:
 
 
 def launch_settings(translate: Translate) -> str:
-    """Settings of the start script, which have their Chinese sentences beside the English ones."""
+    """Returns the start script's settings, which define their own Chinese sentences."""
     rows = [
         (f"`--{name.lower().replace('_', '-')}`", f"`GPU_TTS_{name}`", translate(setting.metadata["en"]))
         for name, setting in options.SETTINGS.items()
@@ -64,7 +64,7 @@ def calls(translate: Translate) -> str:
 
 
 def status_codes(translate: Translate) -> str:
-    """What the codes other than 200 mean."""
+    """Returns the meanings of codes other than 200."""
     meanings: dict[str, set[str]] = {}
     for calls in _openapi()["paths"].values():
         for call in calls.values():
@@ -129,20 +129,19 @@ def _default(action: argparse.Action, translate: Translate) -> str:
 
 def _meaning(action: argparse.Action, translate: Translate) -> str:
     text = (action.help or "") % {"default": action.default}
-    if action.default is not None:  # which has a column of its own
+    if action.default is not None:  # shown in a separate column
         text = re.sub(r"(; |^)?default: [^);]*", "", text)
         text = re.sub(r" ?\(\)", "", text)
     return translate(text) if text else ""
 
 
 def _openapi() -> dict[str, Any]:
-    """The description that the app serves at /openapi.json."""
     with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
         return build(manager, Permissions(None)).openapi()
 
 
 def _body(call: Mapping[str, Any]) -> str:
-    """An example of the request's JSON body."""
+    """Returns an example of the request's JSON body."""
     if "requestBody" not in call:
         return ""
     properties = call["requestBody"]["content"]["application/json"]["schema"]["properties"]
@@ -159,7 +158,7 @@ def _fields(schema: str, translate: Translate) -> str:
 
 
 def _flat(schema: Mapping[str, Any], schemas: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
-    """Path, type and description of each field; those of nested objects follow their own."""
+    """Yields path, type and description of each field, followed by those of nested objects."""
     for name, field in schema["properties"].items():
         inner, kind = _resolve(field, schemas)
         path = f"{prefix}{name}"
@@ -170,7 +169,7 @@ def _flat(schema: Mapping[str, Any], schemas: Mapping[str, Any], prefix: str) ->
 
 
 def _resolve(field: Mapping[str, Any], schemas: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
-    """The schema of the objects in a field, if it has any, and its type in words."""
+    """Returns the schema of the objects in a field, if any, and its type in words."""
     if "$ref" in field:
         return schemas[field["$ref"].rpartition("/")[2]], "object"
     if "anyOf" in field:
@@ -192,12 +191,11 @@ def _table(head: list[str], rows: list[tuple[str, ...]], translate: Translate) -
 
 
 def generated(text: str, translate: Translate) -> str:
-    """The page with its tables as they have to be."""
     return MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](translate)}\n{match[3]}", text)
 
 
 def stale_pages() -> tuple[dict[Path, str], list[str]]:
-    """The new texts of pages that are stale, and the sentences that have no translation."""
+    """Returns new texts of stale pages, and sentences without a translation."""
     chinese: dict[str, str] = json.loads(TRANSLATIONS.read_text(encoding="utf-8"))
     chinese |= {setting.metadata["en"]: setting.metadata["zh"] for setting in options.SETTINGS.values()}
     missing: list[str] = []

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Makes the sample voices of the page with the built-in engine: ``python scripts/make_sample_voices.py``.
 
-Writes one FLAC file (mono, 16 bits, 24 kHz) for each entry of `residency.web.ui.sample_voices.VOICES`. The same
-versions of the packages make the same samples. They are speech of hibari (Apache-2.0): no recording of a person is in
-them.
+Writes one FLAC file (mono, 16 bits, 24 kHz) for each entry of `residency.web.ui.sample_voices.VOICES`; reproducible
+with the same package versions. The speech is by hibari (Apache-2.0), without recordings of persons.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _RMS = 0.08
 
 
 def speak(engine: BuiltinEngine, sample: SampleVoice) -> Samples:
-    """The words of a sample in its voice: the engine's own, with the pitch and the vocal tract of the sample."""
+    """Synthesizes the text of a sample in the engine's voice with its pitch, from which the vocal tract follows."""
     plain = engine.speaker(sample.says, seed=1)
     frames = world.analyse(plain)
     own = voice.measure(plain, frames)

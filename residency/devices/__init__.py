@@ -1,4 +1,4 @@
-"""Devices, and the choice of the best one. Importing this imports no torch and touches no GPU."""
+"""Devices, and the choice of the best one. The import loads no torch and uses no GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["CpuDevice", "CudaDevice", "SimulatedDevice", "find_device"]
 
 
 def find_device(pinned_limit_bytes: int | None = None) -> Device:
-    """The GPU that torch would take as ``cuda``, or the CPU where there is none that it could use.
+    """Returns torch's default ``cuda`` GPU, or the CPU if torch can use no GPU.
 
-    ``pinned_limit_bytes`` bounds the main memory that is locked for fast copies; None is no bound. Asks NVML and the
-    version of the installed torch; neither imports torch nor creates a CUDA context.
+    ``pinned_limit_bytes`` limits pinned main memory; None: no limit. Uses NVML and the version of the installed torch;
+    imports no torch and creates no CUDA context.
     """
     return CudaDevice.find(pinned_limit_bytes) or CpuDevice()

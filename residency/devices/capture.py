@@ -1,4 +1,4 @@
-"""Calls to CUDA while another thread captures a CUDA graph."""
+"""CUDA calls while another thread captures a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     import torch
 
 _RELAXED = 2
-"""``cudaStreamCaptureModeRelaxed``: this thread may do whatever can be done beside the captures of others."""
+"""``cudaStreamCaptureModeRelaxed``: allows this thread all calls that are possible during captures of others."""
 
 
 @contextlib.contextmanager
 def during_captures() -> Iterator[None]:
-    """A block in which this thread may allocate, free and register memory although another thread captures.
+    """Allows this thread to allocate, free and register memory during a capture by another thread.
 
-    By default such a call fails in both threads. Calls that no mode permits (to wait for the whole device) fail still.
-    Does nothing where the runtime library of torch cannot be reached.
+    By default such a call fails in both threads. Device-wide synchronization still fails. Has no effect if torch's
+    runtime library cannot be loaded.
     """
     cudart = _cudart()
     if cudart is None:
@@ -36,9 +36,9 @@ def during_captures() -> Iterator[None]:
 
 
 def is_capturing(index: int) -> bool:
-    """Whether a stream of torch's is being captured on that card, by whatever thread.
+    """Returns whether any thread captures a stream of torch on that card.
 
-    To wait for the whole card then would fail, and end the capture.
+    Device-wide synchronization would then fail, and end the capture.
     """
     import torch
 
@@ -51,7 +51,7 @@ def is_capturing(index: int) -> bool:
 
 @functools.cache
 def _streams(index: int) -> frozenset[torch.cuda.Stream]:
-    """All of the card's streams that torch gives out: 32 of each priority, in turn."""
+    """Returns all streams in torch's pools of that card: 32 of each priority, issued round-robin."""
     import torch
 
     stream: Any = torch.cuda.Stream
@@ -60,7 +60,7 @@ def _streams(index: int) -> frozenset[torch.cuda.Stream]:
 
 @functools.cache
 def _cudart() -> ctypes.CDLL | None:
-    """The CUDA runtime that torch has loaded; no other, whose modes would be its own."""
+    """Returns the CUDA runtime loaded by torch; any other has separate capture modes."""
     import torch
 
     major = (torch.version.cuda or "").partition(".")[0]

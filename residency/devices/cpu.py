@@ -1,4 +1,4 @@
-"""A machine without a GPU: device and host are one memory, so nothing moves and only release frees anything."""
+"""Machine without a GPU: device and host share one memory, so weights do not move and only release frees memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CpuDevice:
-    """Models compute in main memory. `allocate` and `drop` are never called: nothing is held apart from it."""
+    """Main memory as the device. `allocate` and `drop` are never called."""
 
     kind: DeviceKind = "cpu"
     name = "CPU"

@@ -1,6 +1,6 @@
-"""A real GPU, through torch. Its allocator keeps the books; NVML is asked for what others use.
+"""Real GPU, through torch: sizes of models from torch's allocator, use by others from NVML.
 
-Run by this project's tests on a fake CUDA runtime only, not yet on a GPU: see docs/en/verification.md.
+Tested with a fake CUDA runtime only, not yet on a GPU: see docs/en/verification.md.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANSWERS_WITHIN_S = 5.0
-"""A device that is busy for longer than this is not lost for that: nothing is concluded from it."""
+"""Timeout of the health check; a device that is busy for longer counts as usable."""
 
 
 class CudaDevice:
-    """The GPU that torch calls ``cuda:index``, by default the first of those visible.
+    """The GPU ``cuda:index`` of torch, by default the first visible one.
 
-    No CUDA context before the first load. Whatever card the calling thread has chosen, its own one is used.
+    Creates no CUDA context before the first load. Independent of the calling thread's current card.
     """
 
     kind: DeviceKind = "cuda"
@@ -51,15 +51,15 @@ class CudaDevice:
         self._probe = probe
         self._pinned_limit_bytes = pinned_limit_bytes
         self._pinned_bytes = 0
-        # Garbage collection may run `unpin` while this thread is in `pin`.
+        # Reentrant: garbage collection may call `unpin` during `pin`.
         self._lock = renewed_in_children(threading.RLock())
 
     @classmethod
     def find(cls, pinned_limit_bytes: int | None = None) -> CudaDevice | None:
-        """The first visible GPU, or None if there is none or the installed torch could not use it; never raises.
+        """Finds the first visible GPU; returns None without one, or if torch cannot use it. Never raises.
 
-        If a GPU seems to be there all the same, a warning says why it is not used. Without NVML the GPU is used, and
-        its sizes are unknown until torch has a CUDA context.
+        Logs a warning if a GPU seems to be present but is not used. Without NVML, the GPU is used, and its sizes are
+        unknown until torch has a CUDA context.
         """
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
@@ -96,7 +96,7 @@ class CudaDevice:
         return self._probe.memory()
 
     def held_by(self) -> Mapping[int, int] | None:
-        """None unless the driver lists this process: in a container it may tell other process numbers, or none."""
+        """Returns None unless the driver lists this process: in a container it may list the host's pids, or none."""
         torch, own = sys.modules.get("torch"), os.getpid()
         held = {pid: nbytes for pid, nbytes in self._probe.holders() if nbytes is not None}
         if own not in held:
@@ -132,10 +132,10 @@ class CudaDevice:
         return error is None or is_out_of_device_memory(error)
 
     def _answer(self) -> RuntimeError | None:
-        """What CUDA answers now: None, or the error.
+        """Runs a health check; returns the error, or None.
 
-        A harmless error is reported once, the loss of the device by every call: so it is asked twice. The question is
-        an event on a stream of our own. It needs no memory, and nothing else that runs or is captured has to end.
+        Runs it twice: a harmless error is reported once, the loss of the device by every call. Records an event on
+        a new stream, which needs no memory and does not wait for running work or captures.
         """
         found = None
         for _ in range(2):
@@ -153,7 +153,7 @@ class CudaDevice:
 
     def holds_tensor(self, tensor: torch.Tensor) -> bool:
         if tensor.is_cuda and tensor.device.index != self.index:
-            # Streams and pools of memory are of one device.
+            # Streams and memory pools belong to one device.
             raise OnAnotherDevice(str(tensor.device), f"cuda:{self.index}")
         return tensor.is_cuda
 
@@ -170,7 +170,7 @@ class CudaDevice:
         import torch
 
         try:
-            torch.UntypedStorage.resize_(storage, nbytes)  # also while it is guarded
+            torch.UntypedStorage.resize_(storage, nbytes)  # also for a guarded storage
         except RuntimeError as error:
             if not is_out_of_device_memory(error):
                 raise
@@ -183,19 +183,19 @@ class CudaDevice:
 
     @contextmanager
     def placing(self) -> Iterator[Any]:
-        """Memory from a pool of its own, so that what is freed leaves no segment behind."""
+        """Allocates from a separate pool, so that freed memory leaves no segments."""
         with self._here() as cuda:
             if cuda.get_allocator_backend() == "native":
                 pool = cuda.MemPool()
                 with cuda.use_mem_pool(pool):
                     yield pool
-            else:  # cudaMallocAsync has no such pools, and allocates in the order of this thread's stream
+            else:  # cudaMallocAsync has no such pools, and allocates in stream order
                 yield None
                 cuda.current_stream().synchronize()
 
     @contextmanager
     def transfer(self) -> Iterator[Any]:
-        """On a stream of its own, so that other models need not wait: one with a priority, which nobody captures."""
+        """Uses a separate stream, so that other models do not wait; high priority, since captures use the default."""
         with self._here() as cuda:
             stream = cuda.Stream(priority=-1)
             try:
@@ -205,7 +205,7 @@ class CudaDevice:
                 stream.synchronize()
 
     def pin(self, raw: torch.Tensor) -> bool:
-        """Registers the pages as they lie (``cudaHostRegister``); within ``pinned_limit_bytes``, else warns once."""
+        """Registers the pages in place (``cudaHostRegister``); returns false, with a warning, beyond the limit."""
         nbytes = len(raw)
         with self._lock:
             if self._pinned_limit_bytes is not None and self._pinned_bytes + nbytes > self._pinned_limit_bytes:
@@ -217,7 +217,7 @@ class CudaDevice:
                     self._pinned_bytes += nbytes
                     return True
                 refused = f"CUDA error {code}"
-        logger.warning("Main memory is not pinned any further (%s): restores will be slower.", refused)
+        logger.warning("No more main memory is pinned (%s): restores will be slower.", refused)
         return False
 
     def unpin(self, raw: torch.Tensor) -> None:
@@ -228,9 +228,9 @@ class CudaDevice:
             self._pinned_bytes -= nbytes
 
     def wait(self) -> None:
-        """Waits for the whole card, since torch does not tell on which streams an engine has worked.
+        """Waits for the whole card, since torch does not record the streams used by an engine.
 
-        `CaptureUnderWay` while a CUDA graph is being captured there: CUDA would refuse.
+        Raises `CaptureUnderWay` during the capture of a CUDA graph on the card: CUDA does not allow it.
         """
         if not _in_use():
             return
@@ -242,13 +242,13 @@ class CudaDevice:
             except RuntimeError as error:
                 if not is_capture_under_way(error):
                     raise
-                # One that began this moment, or not from a stream of torch's.
+                # The capture began just now, or is not on a stream of torch.
                 raise CaptureUnderWay(self.name) from error
 
     def settle(self) -> None:
-        """Empties torch's cache: what an engine has used beside its weights is in there, with that of all others.
+        """Empties torch's cache, which contains the temporary memory of all engines.
 
-        During a capture torch keeps what it has; the next call gives it back.
+        During a capture, the cache is kept until the next call.
         """
         if not _in_use():
             return
@@ -262,11 +262,11 @@ class CudaDevice:
         except RuntimeError as error:
             if not is_capture_under_way(error):
                 raise
-            logger.info("A CUDA graph is being captured: freed memory goes back to the driver at the next move.")
+            logger.info("A CUDA graph is being captured: cached memory is returned to the driver at the next move.")
 
     @contextmanager
     def _here(self) -> Iterator[Any]:
-        """``torch.cuda``, with the managed card as the current one, and whatever other threads capture."""
+        """Yields ``torch.cuda`` with the managed card as current device, also during captures by other threads."""
         import torch
 
         with torch.cuda.device(self.index), during_captures():
@@ -274,13 +274,13 @@ class CudaDevice:
 
 
 def _in_use() -> bool:
-    """Whether torch has used CUDA in this process: else there is nothing to wait for, to free or to lose."""
+    """Returns whether torch has initialized CUDA in this process."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()
 
 
 def _gpu_files() -> list[str]:
-    """The driver's devices for GPUs, of Linux and of WSL2."""
+    """Returns the driver's GPU device files, of Linux and of WSL2."""
     return glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/dxg")
 
 

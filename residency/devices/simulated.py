@@ -1,7 +1,7 @@
-"""A card that exists only as a ledger: main memory with a capacity, to try and test the ladder without a GPU.
+"""Simulated card: main memory with a capacity, for trials and tests without a GPU.
 
-Bytes are really dropped and really copied back, in main memory, so that ties, views, leaks and out-of-memory
-behave as on a card. What it cannot show: bandwidth, pinning, streams and the CUDA allocator.
+Bytes are actually freed and copied, in main memory, so that ties, views, leaks and out-of-memory behave as on a
+card. Not simulated: bandwidth, pinning, streams and the CUDA allocator.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class SimulatedDevice:
-    """A simulated GPU of ``capacity_bytes``. Thread-safe. ``ledger_bytes`` is what models hold on it now.
+    """Simulated GPU of ``capacity_bytes``. Thread-safe. ``ledger_bytes``: memory held by models now.
 
-    ``failure`` is for tests: the words of an error with which the card answers every call from then on, as a real one
-    does once CUDA has failed; None (the default) as long as it works.
+    ``failure`` is for tests: the message of an error raised by every call from then on, as on a real card once CUDA has
+    failed; None (the default): the card works.
     """
 
     kind: DeviceKind = "simulated"
@@ -50,7 +50,7 @@ class SimulatedDevice:
         self.failure: str | None = None
         self._used_bytes = 0
         self._reported: dict[int, int] = {}
-        # Garbage collection may run `unpin` while this thread is in here.
+        # Reentrant: garbage collection may call `unpin` in a locked block.
         self._lock = renewed_in_children(threading.RLock())
 
     @property
@@ -68,9 +68,9 @@ class SimulatedDevice:
             return self._reported | {own: self._used_bytes + self._reported.get(own, 0)}
 
     def report_outside(self, pid: int, nbytes: int) -> None:
-        """Have a process hold so many bytes of the card beyond the models' books; 0: none any more.
+        """Sets the bytes of the card held by a process in addition to the models; 0: none.
 
-        For tests, and for engines that tell what their worker processes would hold.
+        For tests, and for engines with worker processes.
         """
         with self._lock:
             self._reported[pid] = nbytes
@@ -125,7 +125,7 @@ class SimulatedDevice:
         return nullcontext()
 
     def pin(self, raw: torch.Tensor) -> bool:
-        """Only counted, up to ``pinned_limit_bytes``."""
+        """Counts the bytes; returns false beyond ``pinned_limit_bytes``."""
         nbytes = len(raw)
         with self._lock:
             if self.pinned_limit_bytes is not None and self.pinned_bytes + nbytes > self.pinned_limit_bytes:

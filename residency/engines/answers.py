@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 _VALUES = frozenset({str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented)})
 _PLAIN = (dict, list, set, frozenset, tuple)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
-#: Copied by copying their attributes.
+#: Copied by attributes.
 _RECORDS = (types.SimpleNamespace, UserDict, UserList)
-#: Iterators of these modules are written in C and do not expose their source.
+#: Iterators of these modules are implemented in C and do not expose their source.
 _OPAQUE = ("builtins", "itertools", "numpy")
 
 
 class HandOut:
-    """Deep-copies one result. Use an instance once, under the lease that produced the result.
+    """Deep copy of one result. Use an instance once, under the lease that produced the result.
 
-    Tensors for which ``holds_tensor`` is true are cloned, without their graph. Arrays and memoryviews are copied,
-    containers and dataclasses rebuilt without their constructors. Repeated objects, cycles and equal views of one
-    storage stay such. Any other object in which ``holds_memory`` finds tensors or sessions becomes a `Part`: with its
-    path in the engine, or else with the object itself (`Held`). Raises `NotHandedOut` for iterators, coroutines, weak
-    references and capsules.
+    Tensors for which ``holds_tensor`` is true are cloned without their graph; arrays and memoryviews are copied;
+    containers and dataclasses are rebuilt without their constructors. Repeated objects, cycles and equal views of one
+    storage are preserved. Any other object in which ``holds_memory`` finds tensors or sessions becomes a `Part`, with
+    its path in the engine or, if unreachable, with the object itself (`Held`). Raises `NotHandedOut` for iterators,
+    coroutines, weak references and capsules.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class HandOut:
         self._engine = engine
         self._holds_tensor = holds_tensor
         self._holds_memory = holds_memory
-        self._memo: dict[int, tuple[Any, Any]] = {}  # keeps the originals, so that no id is reused
+        self._memo: dict[int, tuple[Any, Any]] = {}  # references the originals, so that no id is reused
         self._views: dict[Any, torch.Tensor] = {}
         self._parts: list[tuple[Part, Any]] = []
 
@@ -133,7 +133,7 @@ class HandOut:
         simple = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
         if not simple or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             copy = tensor.detach().clone()
-            if type(copy) is type(tensor):  # a subclass may have more tensors as attributes
+            if type(copy) is type(tensor):  # a subclass may have tensors as attributes
                 vars(copy).update(self._attributes(tensor))
             return copy
         where = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -173,7 +173,7 @@ class HandOut:
         return self._with_attributes(copy, sequence)
 
     def _again(self, base: Any, thing: Any) -> Any:
-        """A tuple or set of the same type. Some types, such as torch.return_types, need a call of the type."""
+        """Copies a tuple or set to the same type. Some types, such as torch.return_types, need a call of the type."""
         kind, items = type(thing), [self._copy(item) for item in base.__iter__(thing)]
         if base is set:
             copy = set.__new__(kind)
@@ -192,7 +192,7 @@ class HandOut:
         return self._with_attributes(copy, record)
 
     def _exception(self, error: BaseException) -> BaseException:
-        """Without the traceback: its frames reference live objects."""
+        """Copies an exception without its traceback, whose frames reference live objects."""
         copy = type(error).__new__(type(error), *(self._copy(argument) for argument in error.args))
         self._memo[id(error)] = error, copy
         return self._with_attributes(copy, error)  # type: ignore[no-any-return]
@@ -218,12 +218,12 @@ class HandOut:
 
 
 def is_stream(answer: Any) -> bool:
-    """True for generators and opaque iterators, whose items are copied one by one under a continuing lease."""
+    """Returns true for generators and opaque iterators; their items are copied one by one under a continuing lease."""
     return isinstance(answer, Generator) or (isinstance(answer, Iterator) and type(answer).__module__ in _OPAQUE)
 
 
 def is_bound(thing: Any) -> bool:
-    """True for bound methods, also of types written in C (``caches.get``)."""
+    """Returns true for bound methods, also of types implemented in C (``caches.get``)."""
     return _owner(thing) is not thing
 
 
@@ -243,6 +243,6 @@ def _copied_view(view: memoryview) -> memoryview:
 
 
 def _only_values(container: Any) -> bool:
-    """True for containers of plain values, such as vocabularies, which need no deep copy."""
+    """Returns true for containers of plain values, such as vocabularies, which need no deep copy."""
     values = container.values() if type(container) is dict else ()
     return _VALUES.issuperset(map(type, container)) and _VALUES.issuperset(map(type, values))

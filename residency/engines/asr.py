@@ -9,13 +9,13 @@ from ..errors import EngineUnavailable
 from .audio import SAMPLE_RATE, read_audio
 
 DEFAULT_MODEL = "openai/whisper-large-v3"
-"""What the public Step-Audio-EditX app uses."""
+"""The model of the public Step-Audio-EditX app."""
 
 _CHUNK_S = 30
 
 
 def unavailable(model: str, error: Exception) -> EngineUnavailable:
-    """The error for a recognizer that cannot be loaded: unreachable hub, wrong folder, or another kind of model."""
+    """Returns the error for a failed load: unreachable hub, wrong folder, or another kind of model."""
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__  # transformers adds paragraphs
     reason = reason.rstrip(".")
     return EngineUnavailable(
@@ -26,17 +26,17 @@ def unavailable(model: str, error: Exception) -> EngineUnavailable:
 
 
 class Recognizer:
-    """Callable: transcribes the recording at a path. Not thread-safe."""
+    """Callable that transcribes the recording at a path. Not thread-safe."""
 
     def __init__(self, pipeline: Any) -> None:
-        """Wraps a speech recognition pipeline of transformers. `EngineUnavailable` without its audio packages."""
+        """Wraps a transformers pipeline. Raises `EngineUnavailable` if an audio package is missing."""
         self.pipeline = pipeline
-        for module in ("soundfile", "soxr"):  # needed to read audio: fail now, not at the first recording
+        for module in ("soundfile", "soxr"):  # needed to read audio: fails now, not at the first recording
             _imported(module)
 
     @classmethod
     def load(cls, model: str, device: str) -> Recognizer:
-        """Loads ``model`` (a folder or a hub's id) on a torch ``device``. Raises `EngineUnavailable`."""
+        """Loads ``model`` (a folder or a hub id) on a torch ``device``. Raises `EngineUnavailable`."""
         transformers = _imported("transformers")
         try:
             pipeline = transformers.pipeline("automatic-speech-recognition", model=model, device=device)
@@ -45,7 +45,7 @@ class Recognizer:
         return cls(pipeline)
 
     def __call__(self, path: str) -> str:
-        """The text of a recording of any length, in any format that libsndfile reads. Raises `InvalidInput`."""
+        """Transcribes a recording of any length, in any libsndfile format. Raises `InvalidInput`."""
         import soxr
 
         sample_rate = self.pipeline.feature_extractor.sampling_rate

@@ -1,4 +1,4 @@
-"""Recordings that people upload, as mono float32 at 24 kHz, or an `InvalidInput` that says what to give instead."""
+"""Decodes uploaded recordings to mono float32 at 24 kHz; adjusts levels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SAMPLE_RATE = 24000
 MAX_MINUTES = 10
 _MAX_SAMPLES = MAX_MINUTES * 60 * 48_000 * 2  # over all channels: a small file can hold gigabytes
 _LOWEST_HZ, _HIGHEST_HZ = 8_000, 192_000
-#: Peak below which a recording is called silent: -70 dBFS, a few steps of 16-bit audio.
+#: Recordings with a lower peak count as silent: -70 dBFS, a few steps of 16-bit audio.
 _SILENT_PEAK = 10 ** (-70 / 20)
 _PEAK = 0.95
 
 
 def read_audio(path: str) -> Samples:
-    """Read any file that libsndfile can (WAV, FLAC, OGG, MP3, AIFF...): float32 [samples], 24 kHz, peak at most 1.
+    """Decodes a file in any libsndfile format (WAV, FLAC, OGG, MP3, AIFF...): float32 [samples], 24 kHz, peak <= 1.
 
-    Channels are mixed down and a constant offset is removed. `InvalidInput` if the file is missing, no audio,
-    empty, silent, damaged (NaN, infinite), longer than `MAX_MINUTES` or sampled below 8 or above 192 kHz.
+    Mixes channels down and removes a constant offset. Raises `InvalidInput` if the file is missing, no audio, empty,
+    silent, damaged (NaN, infinite), longer than `MAX_MINUTES` or sampled below 8 or above 192 kHz.
     """
     channels, sample_rate = _decode(path)
     name = os.path.basename(path)
@@ -57,19 +57,19 @@ def read_audio(path: str) -> Samples:
 
 
 def at_level(samples: Samples, rms: float) -> Samples:
-    """Scale speech to a root mean square of its louder parts, as `speech_rms` measures it, without clipping."""
+    """Scales speech to a level as measured by `speech_rms`, without clipping."""
     gain = rms / max(speech_rms(samples), 1e-9)
     return without_clipping(samples * np.float32(gain))
 
 
 def without_clipping(samples: Samples) -> Samples:
-    """Scale down, if need be, to a peak of 0.95; all samples stay in proportion."""
+    """Scales all samples down if the peak exceeds 0.95."""
     peak = float(np.abs(samples).max(initial=0.0))
     return (samples * np.float32(_PEAK / peak) if peak > _PEAK else samples).astype(np.float32, copy=False)
 
 
 def speech_rms(samples: Samples) -> float:
-    """Root mean square over the frames of 20 ms within 30 dB of the loudest: pauses do not count."""
+    """Returns the root mean square over frames of 20 ms within 30 dB of the loudest one, without pauses."""
     frame = SAMPLE_RATE // 50
     padded = np.pad(samples.astype(np.float64), (0, -len(samples) % frame))
     powers = np.mean(padded.reshape(-1, frame) ** 2, axis=1)
@@ -77,7 +77,7 @@ def speech_rms(samples: Samples) -> float:
 
 
 def quiet_pieces(samples: Samples, seconds: int) -> list[Samples]:
-    """Cut a recording where it is quiet, into pieces of about that length; together they are the whole."""
+    """Splits a recording at quiet points into pieces of about ``seconds``; concatenated, they are the recording."""
     frame, search = SAMPLE_RATE // 50, seconds // 5
     cuts = [0]
     while len(samples) - cuts[-1] > (seconds + search) * SAMPLE_RATE:
@@ -89,7 +89,7 @@ def quiet_pieces(samples: Samples, seconds: int) -> list[Samples]:
 
 
 def _decode(path: str) -> tuple[NDArray[np.float32], int]:
-    """Samples [frames, channels] and Hz."""
+    """Returns samples [frames, channels] and the sample rate in Hz."""
     import soundfile
 
     if not path:
@@ -109,7 +109,7 @@ def _decode(path: str) -> tuple[NDArray[np.float32], int]:
             # Counted while reading: the length in a header may be wrong or missing.
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        # Not str(error): it has the path on this machine, which is nobody's business.
+        # Not str(error): it contains the path on this machine.
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or type(error).__name__
         raise InvalidInput(
             f"{name} cannot be read as audio ({reason}): convert it to WAV, FLAC, OGG or MP3",
@@ -125,7 +125,7 @@ def _decode(path: str) -> tuple[NDArray[np.float32], int]:
 
 
 def _mixed_down(channels: NDArray[np.float32]) -> Samples:
-    """The mean of the channels; the strongest one where they cancel out (a cable with reversed polarity)."""
+    """Averages the channels; takes the strongest one where they cancel out (reversed polarity)."""
     mixed: Samples = channels.mean(axis=1, dtype=np.float32)
     powers = np.mean(np.square(channels, dtype=np.float64), axis=0)
     cancelled = np.mean(np.square(mixed, dtype=np.float64)) < powers.max() * 1e-3

@@ -1,4 +1,4 @@
-"""The engine that needs no download and no GPU: English speech by hibari, voices by WORLD, pauses by silero-vad."""
+"""The engine without a download or a GPU: English speech by hibari, voices by WORLD, pauses by silero-vad."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SPEEDS = {"faster": 1.2, "slower": 1 / 1.2, "more faster": 1.45, "more slower": 1 / 1.45}
-_PROMPT_S = 30  # more does not improve the voice
+_PROMPT_S = 30  # a longer prompt does not improve the voice
 _REAL_MODEL_ONLY = ("emotion", "paralinguistic")
-# Synthesized once to measure the engine's own voice: all English phonemes, with ordinary melody.
+# Synthesized once to measure the engine's own voice: contains all English phonemes, with ordinary melody.
 _REFERENCE_TEXT = (
     "The beige hue on the waters of the loch impressed all, including the French queen, before she heard that symphony "
     "again, just as young Arthur wanted. I usually measure the voyage by the joy of those who watch."
@@ -36,7 +36,7 @@ _REFERENCE_TEXT = (
 
 
 class HTTPException(Exception):
-    """An edit type that does not exist, with the fields that StepAudioTTS's exception of this name has."""
+    """Unknown edit type; has the fields of StepAudioTTS's exception of this name."""
 
     def __init__(self, status_code: HTTPStatus, detail: str) -> None:
         super().__init__(status_code, detail)
@@ -48,27 +48,27 @@ class HTTPException(Exception):
 
 
 def supported_edit_types() -> dict[str, list[str]]:
-    """Tasks and their sub-tasks (``edit_info``), in the order in which the page offers them. Imports nothing."""
+    """Returns tasks and their sub-tasks (``edit_info``), in the order of the page. Imports nothing."""
     return {"clone": [], "style": ["whisper"], "vad": [], "denoise": [], "speed": list(_SPEEDS)}
 
 
 class BuiltinEngine:
     """Speech in the voice of a recording, and edits of recordings, on any machine.
 
-    hibari (ONNX Runtime, on the CPU) synthesizes the text; WORLD gives it the prompt's pitch, vocal-tract length and
-    spectrum. silero-vad finds the speech in recordings, on ``device``. The constructor loads everything, so that a
-    manager finds all sessions and tensors at once.
+    hibari (ONNX Runtime, on the CPU) synthesizes the text; WORLD applies the prompt's pitch, vocal-tract length and
+    spectrum. silero-vad detects speech on ``device``. The constructor loads all models, so that a manager finds all
+    sessions and tensors at once.
 
-    Not thread-safe: one call at a time. Keeps no state between calls: results depend on the arguments and the seed
-    alone. A cancelled call (see `residency.cancellation`) ends after the current sentence or step.
+    Not thread-safe. Stateless: results depend on the arguments and the seed only. A cancelled call (see
+    `residency.cancellation`) ends after the current sentence or step.
     """
 
     def __init__(self, device: str = "cpu", seed: int | None = None) -> None:
         """
         Args:
-            device: where the torch part computes (``"cpu"``, ``"cuda"``).
-            seed: for the noise in the speech, the same in every call; None draws one from torch's global generator
-                for each `clone`, so that ``torch.manual_seed`` controls it.
+            device: of the torch model (``"cpu"``, ``"cuda"``).
+            seed: for the noise in the speech; None draws one from torch's global generator for each `clone`, so that
+                ``torch.manual_seed`` controls it.
         """
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports model names to its makers otherwise
         from hibari import Hibari
@@ -76,7 +76,7 @@ class BuiltinEngine:
         self.device = device
         self.seed = seed
         self.hibari = Hibari()
-        _ = self.hibari.g2p.oov  # made on first use otherwise
+        _ = self.hibari.g2p.oov  # otherwise created on first use
         self.vad_model = load_vad(device)
         reference = self.hibari(_REFERENCE_TEXT, seed=0)
         own_voice = voice.measure(reference, world.analyse(reference))
@@ -85,23 +85,23 @@ class BuiltinEngine:
 
     @staticmethod
     def check_text(target_text: str) -> None:
-        """`InvalidInput` for a text that is empty, too long, or not English. Needs no engine and no model."""
+        """Raises `InvalidInput` if the text is empty, too long, or not English. Needs no engine and no model."""
         with about("target_text"):
             speakable(target_text)
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
-        """Speak an English text in the voice of a recording.
+        """Synthesizes an English text in the voice of a recording.
 
         Args:
-            prompt_wav_path: a file that libsndfile reads, of 8 to 192 kHz, any number of channels, up to 10 minutes.
-            prompt_text: its text, in any language; required, as by the real model.
-            target_text: the text to speak, up to 5,000 characters.
+            prompt_wav_path: a file in a libsndfile format, 8 to 192 kHz, any number of channels, up to 10 minutes.
+            prompt_text: its text, in any language; required, as for the real model.
+            target_text: up to 5,000 characters.
 
         Returns:
-            float32 of shape [1, samples] on the CPU within -1 to 1, and 24000.
+            float32 of shape [1, samples] on the CPU, within -1 to 1, and the sample rate, 24000.
 
         Raises:
-            InvalidInput: an argument cannot be used; the message says what to give instead.
+            InvalidInput: an argument cannot be used.
         """
         with _logging_errors("Clone"):
             with about("prompt_text"):
@@ -121,13 +121,13 @@ class BuiltinEngine:
         edit_info: str | None = None,
         text: str | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Change a recording.
+        """Edits a recording.
 
         Args:
             input_audio_path: as for `clone`.
-            audio_text, text: not used here; the real model needs them.
+            audio_text, text: ignored; for compatibility with the real model.
             edit_type: ``speed``, ``denoise``, ``vad`` (cuts pauses to 0.3 s), ``style`` or ``whisper``.
-            edit_info: for ``speed`` faster, slower, more faster or more slower; for ``style`` whisper.
+            edit_info: for ``speed``: faster, slower, more faster or more slower; for ``style``: whisper.
 
         Returns:
             As `clone`.
@@ -152,7 +152,7 @@ class BuiltinEngine:
         return self.seed if self.seed is not None else int(torch.randint(2**31, ()).item())
 
     def _phonemes(self, text: str) -> list[str]:
-        """Phonemes of the text, one string per sentence; `InvalidInput` if nothing can be pronounced."""
+        """Returns one phoneme string per sentence; raises `InvalidInput` if no word can be pronounced."""
         try:
             sentences = self.hibari.phonemize(text)
         except (IndexError, ValueError) as error:
@@ -169,7 +169,7 @@ class BuiltinEngine:
         return chunks
 
     def _speech_in(self, samples: Samples) -> Samples:
-        """The recording without long pauses; `InvalidInput` without speech."""
+        """Removes long pauses from a recording; raises `InvalidInput` without speech."""
         segments = speech_segments(samples, self.vad_model, self.device)
         if not segments:
             raise InvalidInput(
@@ -179,9 +179,9 @@ class BuiltinEngine:
         return cut(samples, segments)
 
     def _voice_of(self, samples: Samples) -> voice.Voice:
-        """The voice of a recording; `InvalidInput` if there is too little speech."""
+        """Measures the voice of a recording; raises `InvalidInput` if there is too little speech."""
         checkpoint()
-        # Noise would be measured as part of the voice.
+        # Otherwise noise would be measured as part of the voice.
         speech = denoise(self._speech_in(samples)[: _PROMPT_S * SAMPLE_RATE])
         checkpoint()
         measured = voice.measure(speech, world.analyse(speech))
@@ -216,7 +216,7 @@ def _logging_errors(task: str) -> Iterator[None]:
 
 
 def _short(phonemes: str) -> list[str]:
-    """Cuts long sentences without punctuation into chunks of about 400 phonemes, as hibari cuts the others."""
+    """Splits long sentences without punctuation into chunks of about 400 phonemes; hibari splits the others."""
     return textwrap.wrap(phonemes, 400, break_long_words=False, break_on_hyphens=False)
 
 

@@ -1,7 +1,7 @@
 """Finds an unmodified Step-Audio-EditX checkout and imports its modules.
 
 Its top-level modules have common names (``tts``, ``utils``, ``config`` ...). From the first load on, an import hook
-takes exactly these from the checkout. On ``sys.path`` the checkout comes last, so that it hides no other module.
+resolves exactly these to the checkout. The checkout is last on ``sys.path``, so that it hides no other module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import requirements
 
 REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"
 
-#: Its top-level modules and packages, without its app and scripts.
+#: Top-level modules and packages of the checkout, without its app and scripts.
 _NAMES = (
     "config", "funasr_detach", "model_loader", "quantization", "stepvocoder", "tokenizer", "tts", "utils",
     "whisper_wrapper",
@@ -35,10 +35,10 @@ _importing = renewed_in_children(threading.Lock())
 
 
 def find_checkout(root: str | None = None) -> Path | None:
-    """The checkout: ``root``, the one that this process has imported, ``STEP_AUDIO_ROOT``, or one nearby.
+    """Finds the checkout: ``root``, the one imported by this process, ``STEP_AUDIO_ROOT``, or one nearby.
 
-    Nearby: the current folder, the folder of this project, and ``Step-Audio-EditX`` beside either. `EngineUnavailable`
-    if ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
+    Nearby: the current folder, the folder of this project, and ``Step-Audio-EditX`` beside either. Raises
+    `EngineUnavailable` if ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
     """
     used = _used()
     named = root or ("" if used else os.environ.get("STEP_AUDIO_ROOT"))
@@ -56,7 +56,7 @@ def find_checkout(root: str | None = None) -> Path | None:
 
 
 def require_checkout(root: str | None) -> Path:
-    """`find_checkout`, or `EngineUnavailable` if there is none."""
+    """Returns `find_checkout`, or raises `EngineUnavailable` if there is none."""
     if checkout := find_checkout(root):
         return checkout
     raise EngineUnavailable(
@@ -68,7 +68,7 @@ def require_checkout(root: str | None) -> Path:
 
 
 def import_from(checkout: Path, *names: str) -> list[ModuleType]:
-    """Imports these modules of the checkout. `EngineUnavailable` names missing requirements and how to install them."""
+    """Imports modules of the checkout. Raises `EngineUnavailable` with the missing requirements and the command."""
     with _importing:
         for name in _NAMES:
             if (there := sys.modules.get(name)) and not _is_of(there, checkout):
@@ -79,7 +79,7 @@ def import_from(checkout: Path, *names: str) -> list[ModuleType]:
                     f"（{_origin(there) or '来源不明'}）：请将其改名，或在没有该模块的程序中启动引擎",
                 )
         _make_importable(checkout)
-        importlib.invalidate_caches()  # packages may have been installed since the last attempt
+        importlib.invalidate_caches()  # for packages installed since the last attempt
         try:
             return [importlib.import_module(name) for name in names]
         except Exception as error:
@@ -88,15 +88,14 @@ def import_from(checkout: Path, *names: str) -> list[ModuleType]:
 
 
 def install_command(checkout: Path) -> str:
-    """The command that installs the checkout's requirements."""
     return f"pip install -r {shlex.quote(str(checkout / 'requirements.txt'))}"
 
 
 def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
-    """The error to show if missing or unsuitable packages may be the cause; None otherwise.
+    """Returns the error to show if missing or unsuitable packages may be the cause; None otherwise.
 
-    The checkout ignores failed imports of its own parts and fails later where it uses them. Errors raised on purpose
-    are clearer as they are. Other versions of packages cause only errors of misuse, such as `TypeError`.
+    The checkout ignores failed imports of its own parts and fails later, at their use. Errors raised on purpose are
+    clearer unchanged. Other versions of packages cause only errors of misuse, such as `TypeError`.
     """
     if isinstance(error, (ValueError, OSError, MemoryError, ResidencyError)):
         return None
@@ -116,7 +115,7 @@ def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
 
 
 def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
-    """The error to show for a failed import, with the command that fixes it."""
+    """Returns the error to show for a failed import, with the command that fixes it."""
     install = install_command(checkout)
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
     if missing and missing.split(".")[0] in _NAMES:
@@ -160,7 +159,7 @@ def _make_importable(checkout: Path) -> None:
 
 
 def _used() -> Path | None:
-    """The checkout from which the program has imported ``tts``."""
+    """Returns the checkout from which ``tts`` was imported."""
     origin = _origin(sys.modules.get("tts"))
     return origin.parent if origin and _is_checkout(origin.parent) else None
 

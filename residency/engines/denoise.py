@@ -1,4 +1,4 @@
-"""Spectral noise reduction: tracks the noise in each band and attenuates by how far speech rises above it.
+"""Spectral noise reduction: tracks the noise in each band and attenuates according to the SNR.
 
 Noise: T. Gerkmann, R. C. Hendriks: Unbiased MMSE-based noise power estimation with low complexity and low tracking
 delay. IEEE TASLP 20(4), 2012. Gain: Y. Ephraim, D. Malah: Speech enhancement using a minimum mean-square error
@@ -16,12 +16,12 @@ Floats = NDArray[np.float64]
 
 _WINDOW, _HOP = 768, 192  # 32 and 8 ms
 _PIECE_S = 60  # spectra take 3 MB a second
-_SPEECH_SNR = 10 ** (15 / 10)  # what speech is expected to have where it is present
+_SPEECH_SNR = 10 ** (15 / 10)  # expected where speech is present
 _LOWEST_GAIN = 10 ** (-18 / 20)  # more would make the remaining noise warble
 
 
 def denoise(samples: Samples) -> Samples:
-    """Speech with less of the noise that goes on behind it; float32 [samples], same length, 24 kHz."""
+    """Reduces background noise; float32 [samples], same length, 24 kHz."""
     return np.concatenate([_denoised(piece) for piece in quiet_pieces(samples, _PIECE_S)])
 
 
@@ -39,8 +39,8 @@ def _denoised(samples: Samples) -> Samples:
 
 
 def _noise(power: Floats) -> Floats:
-    """Noise power, shape [frames, bands] like the power of the noisy speech."""
-    # A recording may begin with speech: start from the quieter frames of the whole, not from the first.
+    """Estimates the noise power, shape [frames, bands] like the power of the noisy speech."""
+    # A recording may begin with speech: start from its quieter frames, not from the first.
     noise = np.quantile(power, 0.1, axis=0) * 2
     tracked = np.empty_like(power)
     smoothed_presence = np.full(power.shape[1], 0.5)
@@ -48,7 +48,7 @@ def _noise(power: Floats) -> Floats:
         exponent = np.maximum(-frame / noise * _SPEECH_SNR / (1 + _SPEECH_SNR), -200)
         presence = 1 / (1 + (1 + _SPEECH_SNR) * np.exp(exponent))
         smoothed_presence = 0.9 * smoothed_presence + 0.1 * presence
-        # Where speech seems to be present all the time, the estimate got stuck below the noise.
+        # Permanent presence of speech means that the estimate is stuck below the noise.
         presence = np.where(smoothed_presence > 0.99, np.minimum(presence, 0.99), presence)
         noise = 0.8 * noise + 0.2 * (presence * noise + (1 - presence) * frame)
         tracked[index] = noise
@@ -56,7 +56,7 @@ def _noise(power: Floats) -> Floats:
 
 
 def _gains(power: Floats, noise: Floats) -> Floats:
-    """Log-spectral amplitude gains, 0.13 to 1, with the decision-directed estimate of the SNR before the frame."""
+    """Returns log-spectral amplitude gains, 0.13 to 1, with the decision-directed estimate of the a-priori SNR."""
     from scipy.special import exp1
 
     posterior = power / noise

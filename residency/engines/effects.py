@@ -1,4 +1,4 @@
-"""Edits that WORLD makes possible: another speed at the same pitch, and whispering."""
+"""Edits through WORLD: speed at constant pitch, and whispering."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _PIECE_S, _FADE_S = 20, 0.005
 
 
 def change_speed(samples: Samples, rate: float) -> Samples:
-    """The same speech, ``rate`` times as fast at the same pitch; float32 [samples / rate], 24 kHz."""
+    """Makes speech ``rate`` times as fast at the same pitch; float32 [samples / rate], 24 kHz."""
     return _in_pieces(samples, lambda frames: synthesise(frames, FRAME_MS / rate), rate)
 
 
 def whisper(samples: Samples) -> Samples:
-    """The same speech without voicing, softer, and with the weak low frequencies of whispering."""
+    """Removes voicing, lowers the level, and attenuates low frequencies as in whispering."""
     hz = np.arange(FFT_SIZE // 2 + 1) * SAMPLE_RATE / FFT_SIZE
-    # Without the pulses of the vocal folds the spectrum falls below about 1 kHz: 12 dB an octave, in power.
+    # Without vocal fold pulses, the spectrum falls by 9 dB an octave below about 1 kHz.
     tilt = 1 / (1 + (900 / np.maximum(hz, 50)) ** 3)
 
     def unvoiced(frames: Frames) -> Samples:
@@ -38,7 +38,7 @@ def whisper(samples: Samples) -> Samples:
 
 
 def _in_pieces(samples: Samples, effect: Callable[[Frames], Samples], rate: float) -> Samples:
-    """Apply an effect to pieces of about 20 s, cut where it is quiet: analysis takes 1.6 MB a second."""
+    """Applies an effect to pieces of about 20 s, split at quiet points: analysis takes 1.6 MB a second."""
     done = []
     for piece in quiet_pieces(samples, _PIECE_S):
         out = effect(analyse(piece))
@@ -48,7 +48,7 @@ def _in_pieces(samples: Samples, effect: Callable[[Frames], Samples], rate: floa
 
 
 def _faded(samples: Samples) -> Samples:
-    """Without clicks at its ends."""
+    """Fades the ends to avoid clicks."""
     fade = min(int(_FADE_S * SAMPLE_RATE), len(samples) // 2)
     ramp = np.linspace(0, 1, fade, dtype=np.float32)
     samples = samples.copy()

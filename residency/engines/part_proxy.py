@@ -1,4 +1,4 @@
-"""`Part`: a lazy proxy of an object inside an engine, identified by its path, that takes a lease for each use."""
+"""`Part`: a lazy proxy of an object inside an engine; takes a lease for each use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZED = (dict, OrderedDict, list, tuple, set)
 
 @dataclass(frozen=True)
 class Item:
-    """A path's step into a container by key or index. Steps by attribute are plain strings."""
+    """Step of a path into a container, by key or index. Steps by attribute are plain strings."""
 
     key: Any
 
@@ -38,7 +38,7 @@ class Held:
             self._engine = lambda: engine
 
     def of(self, engine: Any) -> Any:
-        """The object; `PartGone` if ``engine`` is not the engine that created it."""
+        """Returns the object; raises `PartGone` if ``engine`` is not the engine that created it."""
         if self._engine() is not engine:
             raise PartGone(type(self._thing).__name__)
         return self._thing
@@ -54,26 +54,25 @@ class LeasedEngine(Protocol):
     """Access to the engine by path. Each method takes a lease and returns copies."""
 
     def read_part(self, path: Path) -> Any:
-        """The object at ``path``: a copy, or a `Part`."""
+        """Returns the object at ``path``: a copy, or a `Part`."""
 
     def use_part(self, path: Path, use: Callable[[Any], Any]) -> Any:
-        """The result of ``use`` for the object at ``path``."""
+        """Calls ``use`` with the object at ``path``; returns the result."""
 
     def call_part(self, path: Path, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """The result of a call of the object at ``path``. Arguments may be `Part`s."""
+        """Calls the object at ``path``; returns the result. Arguments may be `Part`s."""
 
 
 class Part:
     """Proxy of an object in the engine that holds device memory, or of a bound method. Each use takes a lease.
 
-    Attributes, items, calls, ``len``, ``bool`` and iteration (the keys of a mapping, the items of a sequence) work as
-    on the object itself. A `Part` may be an argument.
+    Supports attributes, items, calls, ``len``, ``bool`` and iteration (keys of a mapping, items of a sequence).
+    Arguments may be `Part`s.
 
     Results are deep copies: tensors, arrays, containers, dataclasses. Other objects that hold device memory become a
-    `Part` again. If the engine keeps no reference to such an object, only its `Part` does, and raises `PartGone` after
-    the engine's release. Results that would read the engine's memory after the lease raise `NotHandedOut`. Functions
-    given as arguments run under the lease with the engine's own objects, and must clone what they keep. For other
-    uses, take a lease of the engine.
+    `Part`; one without a reference in the engine raises `PartGone` after the engine's release. Results that would read
+    the engine's memory after the lease raise `NotHandedOut`. Functions given as arguments run under the lease with the
+    engine's own objects, and must clone what they keep. For other uses, take a lease of the engine.
     """
 
     __slots__ = ("_keeper", "_path")
@@ -112,7 +111,6 @@ class Part:
 
 
 def follow(path: Path, engine: Any) -> Any:
-    """The object at ``path``."""
     thing = engine
     for step in path:
         if isinstance(step, Held):
@@ -123,10 +121,10 @@ def follow(path: Path, engine: Any) -> Any:
 
 
 def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
-    """Breadth-first search for the shortest path to each wanted object, by id. Unreachable ones are left out."""
+    """Finds the shortest path to each wanted object, by id, breadth first. Leaves out unreachable objects."""
     found: dict[int, Path] = {}
-    seen = {id(engine): engine}  # keeps the objects, so that no id is reused
-    slots: dict[type, list[tuple[str, Any]] | None] = {}  # by type; None: not searched
+    seen = {id(engine): engine}  # references the objects, so that no id is reused
+    slots: dict[type, list[tuple[str, Any]] | None] = {}  # by type; None: a leaf, not searched
     todo: deque[tuple[Any, _Trail]] = deque([(engine, None)])
     while todo and len(found) < len(wanted):
         thing, trail = todo.popleft()
@@ -143,7 +141,7 @@ def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
 
 
 def instance_attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the attributes in ``__dict__`` and slots; runs no property or ``__getattr__``."""
+    """Yields the attributes in ``__dict__`` and slots; calls no property or ``__getattr__``."""
     yield from _attributes(thing, _slots(type(thing)))
 
 
@@ -164,7 +162,7 @@ def _steps(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str |
     elif isinstance(thing, (list, tuple, deque)):
         yield from ((Item(index), value) for index, value in enumerate(list(thing)))
     for name, value in _attributes(thing, slots):
-        if name == "_modules" and isinstance(value, dict):  # torch reads them as attributes
+        if name == "_modules" and isinstance(value, dict):  # attributes of the module, too
             yield from list(value.items())
         elif type(value) not in _SIZED or value:  # a module has a dozen empty ones
             yield name, value
@@ -185,12 +183,12 @@ def _slots(kind: type) -> list[tuple[str, Any]]:
 
 
 def _is_leaf(kind: type) -> bool:
-    """Values, references out of the engine, and classes marked ``not_of_the_engine`` (managers)."""
+    """Returns true for values, references out of the engine, and classes marked ``not_of_the_engine`` (managers)."""
     return issubclass(kind, _LEAVES) or getattr(kind, "not_of_the_engine", False) is True
 
 
 def _leads_to(path: Path, engine: Any, thing: Any) -> bool:
-    """False where, for example, a property of the class hides the attribute."""
+    """Returns false if, for example, a property of the class hides the attribute."""
     try:
         return follow(path, engine) is thing
     except Exception:
@@ -198,17 +196,17 @@ def _leads_to(path: Path, engine: Any, thing: Any) -> bool:
 
 
 def unwrapped(value: Any, engine: Any) -> Any:
-    """A `Part` as the engine's object; any other value as it is."""
+    """Returns the engine's object for a `Part`; any other value unchanged."""
     return follow(value._path, engine) if isinstance(value, Part) else value
 
 
 def asked_by_tools(name: str) -> bool:
-    """True for names that copy, pickle and shells probe (``__deepcopy__``, ``_repr_html_``): not worth a lease."""
+    """Returns true for names probed by copy, pickle and shells (``__deepcopy__``, ``_repr_html_``): no lease needed."""
     return name.startswith("__") or (name.startswith("_") and name.endswith("_"))
 
 
 def not_settable(what: str, name: str) -> AttributeError:
-    """The error for an assignment to a proxy, with the alternatives."""
+    """Returns the error for an assignment to a proxy, with the alternatives."""
     return AttributeError(
         f"{name!r} cannot be set on {what}; set it on the engine: in the function that is given as load=, or until the "
         f"engine is released: with tts.lease() as engine. / 无法在此设置 {name!r}：请在引擎上设置，写在 load= 的"

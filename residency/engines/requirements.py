@@ -14,27 +14,26 @@ from ..sentences import Sentence
 
 @dataclass(frozen=True)
 class Unmet:
-    """An unmet requirement and the installed version; None if the package is missing."""
+    """Unmet requirement; ``installed`` is the installed version, None if the package is missing."""
 
     requirement: str
     installed: str | None
 
     @property
     def sentence(self) -> Sentence:
-        """``torch==2.1 (2.0)`` or ``torch==2.1 (missing)``."""
+        """Returns ``torch==2.1 (2.0)`` or ``torch==2.1 (missing)``."""
         return Sentence(
             f"{self.requirement} ({self.installed or 'missing'})", f"{self.requirement}（{self.installed or '未安装'}）"
         )
 
 
 def listed(requirements: Iterable[Unmet]) -> Sentence:
-    """All in one sentence."""
     sentences = [each.sentence for each in requirements]
     return Sentence("; ".join(each.en for each in sentences), "；".join(each.zh for each in sentences))
 
 
 def unmet(file: Path) -> list[Unmet]:
-    """Unmet requirements in the file's order. Skips options and links; a missing file has no requirements."""
+    """Returns unmet requirements in the file's order. Skips options and links; a missing file has no requirements."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:

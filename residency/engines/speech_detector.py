@@ -1,4 +1,4 @@
-"""Where in a recording somebody speaks, by silero-vad; and cutting the rest away."""
+"""Speech detection by silero-vad, and removal of pauses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FADE_S = 0.01
 
 
 def load_vad(device: str) -> torch.nn.Module:
-    """silero-vad's TorchScript model, in inference mode on a torch device."""
+    """Loads silero-vad's TorchScript model, in inference mode, on a torch device."""
     with _one_thread():  # importing silero_vad sets it to 1 for the whole process
         from silero_vad import load_silero_vad
     model: torch.nn.Module = load_silero_vad().to(device)
@@ -28,16 +28,16 @@ def load_vad(device: str) -> torch.nn.Module:
 
 
 def speech_segments(samples: Samples, vad_model: torch.nn.Module, device: str) -> list[tuple[int, int]]:
-    """Start and end, in samples at 24 kHz, of each stretch of speech; empty if there is none.
+    """Returns start and end, in samples at 24 kHz, of each segment of speech.
 
-    Not thread-safe: the model has a state, which is cleared afterwards so that nothing of it stays on the device.
+    Not thread-safe: the model has a state. Clears it afterwards, so that no tensor of it stays on the device.
     """
     import soxr
     import torch
     from silero_vad import get_speech_timestamps
 
     wave = torch.from_numpy(soxr.resample(samples, SAMPLE_RATE, _VAD_RATE).astype(np.float32)).to(device)
-    # It was trained on speech of ordinary level.
+    # The model was trained on speech of ordinary level.
     wave = wave * (0.5 / wave.abs().max())
     try:
         with _one_thread():
@@ -49,9 +49,9 @@ def speech_segments(samples: Samples, vad_model: torch.nn.Module, device: str) -
 
 
 def cut(samples: Samples, segments: Sequence[tuple[int, int]]) -> Samples:
-    """The speech alone, float32 [samples], with pauses of at most 0.3 s between and 0.1 s around it.
+    """Keeps the speech, with pauses of at most 0.3 s between and 0.1 s around it; float32 [samples].
 
-    What remains of a longer pause is its first and its last part, joined by a short cross-fade.
+    Of a longer pause, its beginning and end remain, joined by a short cross-fade.
     """
     if not segments:
         return samples[:0]
@@ -80,7 +80,7 @@ def _joined(parts: Sequence[Samples]) -> Samples:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch with one thread: the model's steps are so small that two threads take ten times as long."""
+    """Limits torch to one thread: with two, the model's small steps take ten times as long."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Builds the real engine from an unmodified Step-Audio-EditX checkout (imported by `checkout`) and its weights.
+"""Builds the real engine from an unmodified Step-Audio-EditX checkout (see `checkout`) and its weights.
 
 Not yet run with its real weights by this project: see docs/en/verification.md.
 """
@@ -32,9 +32,9 @@ def build(
     torch_dtype: str = "bfloat16",
     device_map: str = "cuda",
 ) -> Engine:
-    """The engine with its tokenizer, with the arguments that the public app passes for the same flags.
+    """Builds engine and tokenizer with the arguments that the public app passes for the same flags.
 
-    `EngineUnavailable` if the checkout or a requirement is missing; otherwise the checkout's own error.
+    Raises `EngineUnavailable` if the checkout or a requirement is missing; otherwise the checkout's own error.
     """
     checkout = require_checkout(root)
     tts, tokenizers, loader = import_from(checkout, "tts", "tokenizer", "model_loader")
@@ -62,9 +62,9 @@ def build(
 
 
 def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
-    """StepAudioTTS with its own constructor's arguments.
+    """Builds StepAudioTTS with the arguments of its constructor.
 
-    ``make_tokenizer`` is called after the checkout's modules can be imported. Errors as for `build`.
+    Calls ``make_tokenizer`` once the checkout's modules can be imported. Errors as for `build`.
     """
     checkout = require_checkout(None)
     (tts,) = import_from(checkout, "tts")
@@ -76,7 +76,7 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
 
 
 def build_recognizer(root: str | None = None) -> Callable[[str], str]:
-    """The checkout's speech recognition: a function from the path of a recording to its text.
+    """Builds the checkout's speech recognition: a function from the path of a recording to its text.
 
     Uses only the model: the checkout's wrapper turns errors, also out-of-memory errors, into empty texts.
     """
@@ -89,9 +89,9 @@ def build_recognizer(root: str | None = None) -> Callable[[str], str]:
 
 
 def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto", **weights: Any) -> list[Sentence]:
-    """Warnings about weights and requirements, before anything is loaded; loading may work all the same.
+    """Checks weights and requirements without loading; returns warnings, since loading may still succeed.
 
-    `EngineUnavailable` without a checkout.
+    Raises `EngineUnavailable` without a checkout.
     """
     found = _shortcomings(root, lambda: check_weights(model_path, model_source=model_source, **weights))
     hub = from_a_hub(model_path, model_source)
@@ -99,7 +99,7 @@ def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto
 
 
 def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
-    """The same for the arguments of `build_tts`; a missing checkout is a warning here."""
+    """Does the same for the arguments of `build_tts`; a missing checkout is a warning here."""
     try:
         return _shortcomings(None, lambda: _check_tts(model_path, arguments))
     except EngineUnavailable as error:
@@ -134,15 +134,14 @@ def _check_tts(model_path: str, arguments: dict[str, Any]) -> None:
 
 
 def _build(make: Callable[[], Any], checkout: Path, check: Callable[[], None]) -> Engine:
-    """The engine from ``make``, cancellable. If it fails for a known reason, `EngineUnavailable` says what to do.
+    """Returns the engine from ``make``, cancellable. Raises `EngineUnavailable` if it fails for a known reason.
 
-    A cancellation ends a request at the language model's next step. A language model that computes in another
-    process (vLLM) is not interrupted.
+    A cancellation ends a request at the language model's next step, unless that computes in another process (vLLM).
     """
     try:
         engine: Engine = make()
     except Exception as error:
-        # Checked only after a failure: the checkout knows best what it needs.
+        # Checked only after a failure: the checkout decides what it needs.
         reason = _reason(error, checkout, check)
         if reason is None:
             raise
@@ -154,7 +153,7 @@ def _build(make: Callable[[], Any], checkout: Path, check: Callable[[], None]) -
 
 
 def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:
-    """The error to show if the cause is known; None if the original error is the clearest."""
+    """Returns the error to show if the cause is known; None if the original error is the clearest."""
     if is_out_of_device_memory(error) or may_be_device_loss(error):
         return None
     try:
@@ -186,7 +185,7 @@ def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> Engi
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The first error in the chain, where a fallback after it failed with an `ImportError`."""
+    """Returns the first error of the chain if a fallback after it failed with an `ImportError`."""
     first = error
     while isinstance(first, ImportError) and first.__context__ is not None:
         first = first.__context__

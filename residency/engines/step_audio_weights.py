@@ -1,4 +1,4 @@
-"""Checks that the weights of Step-Audio-EditX on this machine are complete; errors name the command to get them."""
+"""Checks that local weights of Step-Audio-EditX are complete; errors contain the download command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import EngineUnavailable
 from ..sentences import Sentence
 
 ACOUSTIC_MODEL = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
-"""The FunASR model that comes with the public tokenizer, in its folder."""
+"""The FunASR model in the folder of the public tokenizer."""
 
 _TOKENIZER_FILES = ("linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx")
 _MODEL_FILES = ("config.json", "tokenizer_config.json")
@@ -22,7 +22,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def model_folder(quantization: str | None) -> str:
-    """The name of the engine's folder in a model path and of its repository on the hub."""
+    """Returns the name of the engine's folder in a model path and of its repository on the hub."""
     return "Step-Audio-EditX-AWQ-4bit" if quantization == "awq-4bit" else "Step-Audio-EditX"
 
 
@@ -34,7 +34,7 @@ def check_weights(
     tts_model_id: str | None = None,
     quantization: str | None = None,
 ) -> None:
-    """`EngineUnavailable` if local weights are missing, truncated, or git-lfs pointers."""
+    """Raises `EngineUnavailable` if local weights are missing, truncated, or git-lfs pointers."""
     folder = Path(model_path)
     if _is_local(model_path, model_source):
         _check_tokenizer(folder / "Step-Audio-Tokenizer", tokenizer_model_id or ACOUSTIC_MODEL)
@@ -46,7 +46,7 @@ def check_weights(
 
 
 def check_model(model: str, *, model_source: str = "auto", quantization: str | None = None) -> None:
-    """The same for the folder with the language model and the vocoder only."""
+    """Does the same for the folder with the language model and the vocoder only."""
     if _is_local(model, model_source):
         folder = Path(model)
         wanted = [*_MODEL_FILES, *_shards(folder), *(f"{_VOCODER}/{name}" for name in _VOCODER_FILES)]
@@ -54,7 +54,7 @@ def check_model(model: str, *, model_source: str = "auto", quantization: str | N
 
 
 def from_a_hub(model_path: str, model_source: str) -> Sentence | None:
-    """A notice if ``model_source="auto"`` takes a path for the id of a hub, because no such folder exists."""
+    """Returns a notice if ``model_source="auto"`` takes a path as a hub id, because no such folder exists."""
     if model_source != "auto" or _is_local(model_path, model_source):
         return None
     return Sentence(
@@ -65,7 +65,7 @@ def from_a_hub(model_path: str, model_source: str) -> Sentence | None:
 
 
 def _is_local(path: str, source: str) -> bool:
-    """Whether the checkout loads it from this machine; follows the checkout's own rule."""
+    """Returns whether the checkout loads from this machine, by the checkout's own rule."""
     absolute = Path(path).is_absolute()
     if source in ("huggingface", "modelscope") and absolute:
         raise EngineUnavailable(
@@ -92,7 +92,7 @@ def _check_tokenizer(folder: Path, acoustic_model: str) -> None:
 
 
 def _acoustic_files(folder: Path) -> list[str]:
-    """Names of configuration and weights. FunASR itself ignores missing weights and computes with random ones."""
+    """Returns names of configuration and weights. FunASR itself replaces missing weights by random ones."""
     names = {"config": "config.yaml", "init_param": "model.pt"}
     file = folder / "configuration.json"
     if file.is_file():
@@ -160,7 +160,7 @@ def _begins_with(file: Path, beginning: bytes) -> bool:
 
 
 def _is_truncated(file: Path) -> bool:
-    """True for a truncated file: compares the length in a safetensors header; torch's zip files need their end."""
+    """Detects truncation: by the length in a safetensors header, or a missing end of torch's zip files."""
     if file.suffix == ".pt":
         return _begins_with(file, b"PK") and not zipfile.is_zipfile(file)
     if file.suffix != ".safetensors":

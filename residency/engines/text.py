@@ -1,4 +1,4 @@
-"""Texts that people ask for, checked before anything is computed."""
+"""Checks of input texts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import unicodedata
 from ..errors import InvalidInput
 
 MAX_CHARACTERS = 5000
-#: Full-width forms (U+FF01 to U+FF5E) and Chinese punctuation, typed with an input method that was left on.
+#: Full-width forms (U+FF01 to U+FF5E) and Chinese punctuation, typed with an active input method.
 _HALF_WIDTH = {0xFF01 + offset: 0x21 + offset for offset in range(94)} | str.maketrans("。、", ".,")
 _WORD = re.compile(r"[^\W\d_]+")
 
 
 def required(text: str | None, en: str, zh: str) -> str:
-    """The text without surrounding space; `InvalidInput` if nothing is left or it is too long.
-
-    Args:
-        en, zh: what the text is, for the message (``Prompt Text``).
-    """
+    """Strips a text; raises `InvalidInput` if it is empty or too long. ``en``, ``zh``: its name in the message."""
     stripped = (text or "").strip()
     if not stripped:
         raise InvalidInput(f"{en} is empty: fill it in", f"{zh}为空：请填写")
@@ -31,10 +27,9 @@ def required(text: str | None, en: str, zh: str) -> str:
 
 
 def english(text: str) -> str:
-    """The text with half-width punctuation; `InvalidInput` if it has words that are not written in Latin letters.
+    """Converts punctuation to half width; raises `InvalidInput` if a word has letters other than Latin ones.
 
-    One such word is enough: it would be left out of the speech without a sound. Greek letters that stand alone
-    (α, π) pass.
+    The engine would silently omit such a word. Single Greek letters (α, π) are allowed.
     """
     text = unicodedata.normalize("NFC", text.translate(_HALF_WIDTH))
     foreign = foreign_words(text)
@@ -50,17 +45,17 @@ def english(text: str) -> str:
 
 
 def speakable(target_text: str | None) -> str:
-    """The text that the built-in engine shall say, as `english` gives it; `InvalidInput`. Needs no model."""
+    """Returns the text for the built-in engine; raises `InvalidInput`. Needs no model."""
     return english(required(target_text, "Target Text", "目标文本"))
 
 
 def foreign_words(text: str) -> list[str]:
-    """The words that have letters other than Latin ones, Greek letters that stand alone left out."""
+    """Returns the words with letters other than Latin ones, except single Greek letters."""
     return [word for word in _WORD.findall(text) if not all(map(_is_latin, word)) and not _is_greek_symbol(word)]
 
 
 def _is_latin(character: str) -> bool:
-    """Also true of what is no letter (²) or a letter of no script (º); 𝐇 and Ｈ are H in other clothes."""
+    """Returns true also for non-letters (²), letters without a script (º) and compatibility forms (𝐇, Ｈ)."""
     name = unicodedata.name(unicodedata.normalize("NFKC", character)[0], "")
     return not character.isalpha() or "LATIN" in name or name.startswith("MODIFIER LETTER")
 

@@ -1,8 +1,8 @@
-"""Gives speech another speaker's voice: pitch, vocal-tract length, long-term spectrum and how much it varies.
+"""Voice conversion: pitch, vocal-tract length, long-term spectrum and its variation.
 
 Frequency warping with amplitude scaling after D. Erro, E. Navas, I. Hernáez: Parametric voice conversion based on
-bilinear frequency warping plus amplitude scaling. IEEE TASLP 21(3), 2013. Here the warp is linear, and everything is
-estimated from long-term averages, so that the two speakers need not say the same, nor in the same language.
+bilinear frequency warping plus amplitude scaling. IEEE TASLP 21(3), 2013. Here the warp is linear, and all parameters
+are estimated from long-term averages, so that the recordings may differ in text and language.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _WARPS = np.exp(np.linspace(np.log(0.8), np.log(1.25), 46))
 _MAX_PITCH_SHIFT = np.log(2.5)
 _SPREAD_RATIOS = (0.6, 1.6)
 _VARIATION_RATIOS = (0.65, 1.5)
-# -10 and 4 dB: bursts of plosives that pass for voiced would get piercing.
+# -10 and 4 dB: more would make plosives detected as voiced piercing.
 _VARIED_BY = (-np.log(10), 0.4 * np.log(10))
-# -20 and 12 dB: taking away is harmless, adding brings up noise.
+# -20 and 12 dB: attenuation is harmless, amplification raises noise.
 _GAINS = (-2.0 * np.log(10), 1.2 * np.log(10))
 _GAIN_WIDTH_MEL = 30.0
 # Speakers with a lower voice have a longer vocal tract: ln warp against ln F0.
@@ -36,13 +36,13 @@ _MIN_UNVOICED_FRAMES = 20
 
 @dataclass(frozen=True)
 class Voice:
-    """What lasts of a speaker. Spectra are natural logs of power, shape [FFT_SIZE // 2 + 1].
+    """Long-term features of a speaker. Spectra are natural logs of power, shape [FFT_SIZE // 2 + 1].
 
     Attributes:
         pitch, spread: median of ln F0 (F0 in Hz) and its standard deviation, by quartiles.
         voiced, variation: mean spectrum of the voiced frames, and its standard deviation.
-        unvoiced: mean spectrum of the unvoiced ones; None where there were too few.
-        rms: of the speech, pauses left out.
+        unvoiced: mean spectrum of the unvoiced frames; None if there were too few.
+        rms: of the speech without pauses.
     """
 
     pitch: float
@@ -54,7 +54,7 @@ class Voice:
 
 
 def measure(samples: Samples, frames: Frames) -> Voice | None:
-    """The voice of a recording and its frames; None with less than `MIN_VOICED_S` of voiced speech."""
+    """Measures the voice of a recording; returns None with less than `MIN_VOICED_S` of voiced speech."""
     power = frames.envelope.sum(axis=1)
     voiced = frames.f0 > 0
     full = np.quantile(power[voiced], 0.9) if voiced.any() else 0.0
@@ -75,7 +75,7 @@ def measure(samples: Samples, frames: Frames) -> Voice | None:
 
 
 def convert(frames: Frames, source: Voice, target: Voice) -> Frames:
-    """Frames of the source speaker in the voice of the target: same duration, words and melody."""
+    """Converts frames of the source speaker to the voice of the target; keeps duration, words and melody."""
     warp = _warp(source, target)
     voicing = _voicing(frames.f0)[:, None]
     mean = _warped(source.voiced, warp)
@@ -98,14 +98,14 @@ def _converted_pitch(f0: Floats, source: Voice, target: Voice) -> Floats:
 
 
 def _voicing(f0: Floats) -> Floats:
-    """1 where voiced, 0 where not, with edges over 25 ms so that spectra do not jump."""
+    """Returns 1 where voiced, 0 where not, with edges of 25 ms so that spectra do not jump."""
     padded = np.pad((f0 > 0).astype(np.float64), 2, mode="edge")
     return np.convolve(padded, np.full(5, 0.2), mode="valid")
 
 
 def _warp(source: Voice, target: Voice) -> float:
-    """By how much the target's formants lie above the source's: best match of the spectra's shapes, near what the
-    pitch suggests."""
+    """Estimates the ratio of the target's formants to the source's: best match of spectral shapes, near the ratio
+    expected from the pitch."""
     band = (_HZ > 250) & (_HZ < 5000)
     wanted = _shape(target.voiced)[band]
     expected = _WARP_BY_PITCH * (target.pitch - source.pitch)
@@ -118,12 +118,12 @@ def _warp(source: Voice, target: Voice) -> float:
 
 
 def _shape(spectrum: Floats) -> Floats:
-    """Formants without the tilt, which says more about the microphone."""
+    """Returns the formants without the spectral tilt, which depends on the microphone."""
     return _smoothed(spectrum, 60) - _smoothed(spectrum, 500)
 
 
 def _gains(source: Voice, target: Voice, warp: float) -> tuple[Floats, Floats]:
-    """What to add to the warped log spectra of voiced and unvoiced frames; the level of voiced speech stays."""
+    """Returns gains for warped log spectra of voiced and unvoiced frames; keeps the level of voiced speech."""
     voiced = _smoothed(target.voiced - _warped(source.voiced, warp), _GAIN_WIDTH_MEL)
     level = np.average(voiced, weights=np.exp(target.voiced))
     unvoiced = voiced
@@ -133,7 +133,7 @@ def _gains(source: Voice, target: Voice, warp: float) -> tuple[Floats, Floats]:
 
 
 def _warped(spectra: Floats, warp: float) -> Floats:
-    """What was at f Hz comes to f * warp; the last axis is frequency."""
+    """Moves spectra from f to f * warp; the last axis is frequency."""
     position = np.minimum(np.arange(len(_HZ)) / warp, len(_HZ) - 1)
     below = np.minimum(position.astype(np.intp), len(_HZ) - 2)
     part = position - below
@@ -142,7 +142,7 @@ def _warped(spectra: Floats, warp: float) -> Floats:
 
 
 def _smoothed(spectrum: Floats, width_mel: float) -> Floats:
-    """Averaged under a Gaussian of that standard deviation on the mel scale."""
+    """Smooths with a Gaussian of that standard deviation on the mel scale."""
     from scipy.ndimage import gaussian_filter1d
 
     grid = np.linspace(0, _MEL[-1], len(_MEL))

@@ -1,4 +1,4 @@
-"""WORLD, a vocoder: speech as pitch, spectral envelope and aperiodicity, and back.
+"""The WORLD vocoder: converts speech to pitch, spectral envelope and aperiodicity, and back.
 
 M. Morise, F. Yokomori, K. Ozawa: WORLD: A vocoder-based high-quality speech synthesis system for real-time
 applications. IEICE Transactions E99-D(7), 2016.
@@ -24,8 +24,8 @@ F0_FLOOR, F0_CEIL = 60.0, 700.0
 class Frames:
     """Speech in frames of 5 ms.
 
-    f0: Hz, shape [frames]; 0 where unvoiced. envelope: power, [frames, FFT_SIZE // 2 + 1]. aperiodicity: the
-    part of noise in the amplitude, 0 to 1, same shape.
+    f0: Hz, shape [frames]; 0 where unvoiced. envelope: power, [frames, FFT_SIZE // 2 + 1]. aperiodicity: noise part of
+    the amplitude, 0 to 1, same shape.
     """
 
     f0: Floats
@@ -34,11 +34,11 @@ class Frames:
 
 
 def analyse(samples: Samples) -> Frames:
-    """Speech at 24 kHz, float [samples], to frames."""
+    """Converts speech at 24 kHz, float [samples], to frames."""
     import pyworld
 
     wave = np.ascontiguousarray(samples, dtype=np.float64)
-    # Harvest finds a little more, and takes ten times as long.
+    # Harvest is slightly better, but ten times as slow.
     rough, times = pyworld.dio(wave, SAMPLE_RATE, f0_floor=F0_FLOOR, f0_ceil=F0_CEIL, frame_period=FRAME_MS)
     f0 = pyworld.stonemask(wave, rough, times, SAMPLE_RATE)
     envelope = pyworld.cheaptrick(wave, f0, times, SAMPLE_RATE, fft_size=FFT_SIZE)
@@ -47,7 +47,7 @@ def analyse(samples: Samples) -> Frames:
 
 
 def synthesise(frames: Frames, frame_ms: float = FRAME_MS) -> Samples:
-    """Frames to float32 [samples] at 24 kHz; frames taken as longer or shorter than 5 ms change the speed alone."""
+    """Converts frames to float32 [samples] at 24 kHz; a ``frame_ms`` other than 5 changes the speed only."""
     import pyworld
 
     envelope, aperiodicity = np.ascontiguousarray(frames.envelope), np.ascontiguousarray(frames.aperiodicity)

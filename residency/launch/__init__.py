@@ -1,1 +1,1 @@
-"""Starts the app, or talks to one from a shell: settings, signals, certificates, port, and the launcher."""
+"""Start of the app: settings, signals, certificates, port, the launcher; and the command line for a running app."""

@@ -1,6 +1,6 @@
 """The program behind ``start_with_gpu_management.sh``: ``python -m residency.launch ...``.
 
-Needs the standard library only, so that any Python from 3.10 on runs it before there is an environment, or without one.
+Needs only the standard library, so that any Python from 3.10 on can run it without an environment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .usage import usage
 
 
 def main(script: str, argv: list[str]) -> int:
-    """Run one action; ``script`` is how messages call this program. Returns the exit code."""
+    """Runs one action; returns the exit code. ``script`` is the name of this program in messages."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     if {"--help", "-h"} & set(argv):
@@ -35,7 +35,7 @@ def main(script: str, argv: list[str]) -> int:
         code = _run(script, read(argv))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # as of `... | head`
+    except BrokenPipeError:  # for example `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ResidencyError as error:
@@ -72,7 +72,7 @@ def _run(script: str, given: Given) -> int:
 
 
 def _in_container(settings: LaunchSettings, port_given: bool) -> bool:
-    """If that is said; where an app is to be found, also if a container serves that port and no process does."""
+    """Returns whether --docker is given or, except for start, a container and no process serves the port."""
     if settings.docker or settings.action == "start" or not shutil.which("docker"):
         return settings.docker
     file = RecordFile(settings.run_dir, settings.port)
@@ -81,12 +81,12 @@ def _in_container(settings: LaunchSettings, port_given: bool) -> bool:
     if (record and record.lives) or (port_given and container.label("port") != str(settings.port)):
         return False
     state = container.state
-    # What is left of a process says more than what is left of a container.
+    # The record of a process takes precedence over a stopped container.
     return state == "ours running" or (state.startswith("ours") and record is None)
 
 
 def _with_record(given: Given, found: LaunchSettings, script: str) -> LaunchSettings:
-    """The settings of the last start on that port, but for those that are given; arguments are added to its own."""
+    """Merges given settings into those of the last start on that port; appends the arguments."""
     file = RecordFile(found.run_dir, found.port)
     file.check_owner()
     record = file.read()
@@ -109,7 +109,7 @@ def _with_record(given: Given, found: LaunchSettings, script: str) -> LaunchSett
 
 
 def _report_ignored(given: Given, settings: LaunchSettings) -> None:
-    """What became of a HOST or CONTAINER_NAME in the environment, which others set, too."""
+    """Reports whether HOST and CONTAINER_NAME from the environment, also set by other programs, are used."""
     host = os.environ.get("HOST", "")
     if host and not given.has("HOST"):
         say(f"The variable HOST ('{host}') is not read: it is no address. To listen there: --host or GPU_TTS_HOST",

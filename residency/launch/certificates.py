@@ -1,4 +1,4 @@
-"""The files of a certificate for https, checked before anything else is loaded."""
+"""Checks certificate files for https before other modules are loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..errors import InvalidInput
 
 
 def check_certificate(certfile: str | None, keyfile: str | None) -> None:
-    """Check that a server can use these two PEM files, or that neither is given; `InvalidInput` otherwise."""
+    """Raises `InvalidInput` unless a server can use these two PEM files, or neither is given."""
     if certfile is None and keyfile is None:
         return
     if certfile is None or keyfile is None:
@@ -41,7 +41,7 @@ def check_certificate(certfile: str | None, keyfile: str | None) -> None:
 
 
 def _no_password() -> str:
-    """Called for a key that is encrypted; without this, OpenSSL would ask on the terminal."""
+    """Called for an encrypted key; without this callback, OpenSSL prompts on the terminal."""
     raise InvalidInput(
         "The key of --ssl-keyfile is encrypted: remove its password with openssl pkey -in KEY -out NEW",
         "--ssl-keyfile 的私钥已加密：请用 openssl pkey -in KEY -out NEW 去掉密码",

@@ -1,4 +1,4 @@
-"""What the launcher checks before a start, and before it stops an app for another one: folders, models, disk, port."""
+"""Checks before a start, and before a running app is stopped for a new one: folders, models, disk, port."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .port import reason, refusal
 from .terminal import fail, output_of, say
 
 DISK_CUDA_MB = 9000
-"""Disk that the first install takes, with the CUDA libraries that come with torch."""
+"""Disk space of the first install, with the CUDA libraries of torch."""
 DISK_CPU_MB = 3000
 
 
 def check_settings(settings: LaunchSettings) -> None:
-    """`LaunchError` for a setting that cannot be used."""
+    """Raises `LaunchError` for an unusable setting."""
     for name, read in (("GPU_IDLE_TIMEOUT", seconds), ("GPU_KEEP_WARM", keep_warm_seconds)):
         text = getattr(settings, name.lower())
         try:
@@ -54,7 +54,7 @@ def check_settings(settings: LaunchSettings) -> None:
 
 
 def value_of(flag: str, settings: LaunchSettings) -> str:
-    """Of an argument of app.py; empty if it is not given."""
+    """Returns the value of an argument of app.py; empty if it is not given."""
     found = ""
     for word, following in pairwise((*settings.arguments, "")):
         if word == flag:
@@ -65,7 +65,7 @@ def value_of(flag: str, settings: LaunchSettings) -> str:
 
 
 def _check_models(settings: LaunchSettings) -> None:
-    """The folder with the weights. A hub's id is no folder; then the app fetches them. app.py decides the same way."""
+    """Checks the folder with the weights, unless app.py takes the path as a hub id (same rule as there)."""
     path, source = settings.model_path, value_of("--model-source", settings) or "auto"
     what = settings.named("MODEL_PATH")
     if not path or source in ("huggingface", "modelscope"):
@@ -86,7 +86,6 @@ def _check_models(settings: LaunchSettings) -> None:
 
 
 def app_arguments(settings: LaunchSettings) -> list[str]:
-    """What app.py is called with."""
     words = ["--enable-gpu-management", *settings.arguments]
     words += ["--server-name", settings.host, "--server-port", str(settings.port)]
     for name in ("gpu_idle_timeout", "gpu_keep_warm", "gpu_snapshot_dir", "model_path", "step_audio_root"):
@@ -96,9 +95,9 @@ def app_arguments(settings: LaunchSettings) -> list[str]:
 
 
 def _check_arguments(settings: LaunchSettings) -> None:
-    """What app.py would say of its arguments, before anything is installed, or stopped for another start."""
+    """Parses the arguments as app.py does, before an install or the stop of a running app. Raises `LaunchError`."""
     if settings.project_dir != HERE:
-        return  # another version, with arguments of its own
+        return  # another version, maybe with other arguments
     from .settings import parse
 
     said = io.StringIO()
@@ -113,10 +112,10 @@ def _check_arguments(settings: LaunchSettings) -> None:
 
 
 def _existing(path: str) -> Path:
-    """The folder itself, or the one that it will be made in."""
+    """Returns the folder, or its nearest existing parent."""
     folder = Path(os.path.realpath(path))
     if os.path.islink(path) and not folder.parent.exists():
-        return Path(path)  # nothing is made behind a link to a disk that is not there
+        return Path(path)  # no folder is made behind a link to an unmounted disk
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     return folder
@@ -129,14 +128,14 @@ def check_writable(path: str, what: str) -> None:
 
 
 def check_run_dir(settings: LaunchSettings) -> None:
-    """The log and the record need a disk that is not full. With --check nothing is written."""
+    """Tests that the log and the record can be written. With --check, writes no file."""
     what = settings.named("RUN_DIR")
     check_writable(settings.run_dir, what)
     if settings.check:
         return
     try:
         os.makedirs(settings.run_dir, exist_ok=True)
-        # A name of its own, since another start may look at the same moment.
+        # A unique name, since another start may run the same check.
         with tempfile.NamedTemporaryFile(dir=settings.run_dir, prefix=f"{settings.port}.", suffix=".try") as file:
             file.write(b"\n")
             file.flush()
@@ -146,7 +145,7 @@ def check_run_dir(settings: LaunchSettings) -> None:
 
 
 def check_disk(path: str, en: str, zh: str) -> None:
-    """Whether there is room for an install in a folder; ``en`` and ``zh`` name what is installed."""
+    """Raises `LaunchError` without disk space for an install in a folder; ``en`` and ``zh`` name what is installed."""
     needed = DISK_CPU_MB if "/cpu" in os.environ.get("TORCH_INDEX_URL", "") else DISK_CUDA_MB
     free = (output_of("df", "-Pm", str(_existing(path))) or "").splitlines()[-1:]
     if free and int(free[0].split()[3]) < needed:
@@ -156,7 +155,7 @@ def check_disk(path: str, en: str, zh: str) -> None:
 
 
 def check_port(settings: LaunchSettings, port: int) -> None:
-    """Bind as the server will. `LaunchError` names who has the port, and a free one. Port 0: the host alone."""
+    """Binds as the server will. Raises `LaunchError` with the holder of the port and a free port. Port 0: host only."""
     error = refusal(settings.host, port)
     if error is None:
         return
@@ -186,7 +185,7 @@ def port_in_use(settings: LaunchSettings) -> NoReturn:
 
 
 def holders_of_port(port: int) -> list[int]:
-    """The processes that listen there, as far as this user may know."""
+    """Returns the pids of processes that listen on the port, as far as visible to this user."""
     pids = re.findall(r"pid=(\d+)", output_of("ss", "-Hltnp", f"sport = :{port}") or "")
     pids = pids or (output_of("lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN") or "").split()
     return sorted({int(pid) for pid in pids})

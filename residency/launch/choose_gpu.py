@@ -1,4 +1,4 @@
-"""Chooses the GPU for the app, and checks whether its driver is new enough for torch."""
+"""Chooses the GPU for the app, and checks its driver version for torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .options import LaunchSettings
 from .terminal import fail, say
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""Major version of CUDA that a torch build has -> oldest driver for it (NVIDIA, CUDA Compatibility)."""
+"""Major CUDA version of a torch build -> oldest driver for it (NVIDIA, CUDA Compatibility)."""
 CUDA_OF_PINS = 13
-"""The CUDA of torch 2.13 as PyPI has it, which requirements.txt pins."""
+"""CUDA of torch 2.13 from PyPI, pinned in requirements.txt."""
 NVIDIA_SMI_S = 30
-"""A driver in trouble can make nvidia-smi hang, so that no signal ends it."""
+"""Timeout: a broken driver can block nvidia-smi uninterruptibly."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,23 @@ class Gpu:
     index: str = ""
     driver: str = ""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """For the environment of the app."""
+    """Environment variables for the app."""
 
 
 def choose_gpu(settings: LaunchSettings) -> Gpu:
-    """GPU_ID, else CUDA_VISIBLE_DEVICES, else the one with the most free memory; prints the choice."""
+    """Chooses GPU_ID, else CUDA_VISIBLE_DEVICES, else the one with the most free memory; prints the choice."""
     cpu = Gpu(variables={"CUDA_VISIBLE_DEVICES": ""})
     if settings.gpu_id == "none":
         say("GPU: none, as asked for; the CPU is used", "GPU：按要求不使用，使用 CPU")
         return cpu
     said, trouble = _ask_nvidia_smi()
-    # Index, free memory, driver, name. Of several GPUs one may be broken; then there are other lines, too.
+    # Index, free memory, driver, name. A broken GPU adds lines of other forms.
     rows = [re.split(" *, *", row.strip(), maxsplit=3) for row in said.splitlines() if re.match(r" *\d+,", row)]
     driver = rows[0][2] if rows else ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not settings.gpu_id and visible is not None:
         say(f"GPU: as CUDA_VISIBLE_DEVICES='{visible}' says", f"GPU：按 CUDA_VISIBLE_DEVICES='{visible}'")
-        return Gpu("" if visible.startswith("-") else visible, driver)  # -1 is none
+        return Gpu("" if visible.startswith("-") else visible, driver)  # -1: no GPU
     if not rows:
         en, zh = trouble or _no_rows(said)
         if settings.gpu_id:
@@ -54,7 +54,7 @@ def choose_gpu(settings: LaunchSettings) -> Gpu:
             fail(f"{named} cannot be used: {en}. Give GPU_ID=none to use the CPU",
                  f"无法使用 {named}：{zh}。使用 CPU 请设 GPU_ID=none")  # fmt: skip
         say(f"GPU: none ({en}); the CPU is used", f"GPU：无（{zh}），使用 CPU")
-        # PyTorch would meet the same trouble, or hang. Without nvidia-smi some containers have a GPU all the same.
+        # PyTorch would fail alike, or hang. Some containers have a GPU without nvidia-smi.
         return cpu if shutil.which("nvidia-smi") else Gpu()
     return _choose_row(settings, rows, driver)
 
@@ -65,7 +65,7 @@ def _choose_row(settings: LaunchSettings, rows: list[list[str]], driver: str) ->
     if not rows:
         named = settings.named("GPU_ID")
         fail(f"There is no {named}; nvidia-smi lists: {known}", f"没有 {named}；nvidia-smi 列出：{known}")
-    # "[N/A]" where GPU and host share one memory.
+    # "[N/A]" if GPU and host share one memory.
     sized = [(int(re.sub(r"\D", "", free) or 0), index, name) for index, free, _, name in rows]
     free_mb, index, name = max(sized, key=itemgetter(0))
     if settings.gpu_id:
@@ -74,12 +74,12 @@ def _choose_row(settings: LaunchSettings, rows: list[list[str]], driver: str) ->
     else:
         say(f"GPU: {index} ({name}) has the most free memory, {free_mb} MiB, of: {known}",
             f"GPU：{index}（{name}）空闲显存最多，{free_mb} MiB；共有：{known}")  # fmt: skip
-    # Numbered as nvidia-smi does.
+    # Numbers in the order of nvidia-smi.
     return Gpu(index, driver, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index})
 
 
 def _ask_nvidia_smi() -> tuple[str, tuple[str, str] | None]:
-    """What it prints; or what prevented that, in English and Chinese."""
+    """Returns the output, or the reason of a failure in English and Chinese."""
     query = ["nvidia-smi", "--query-gpu=index,memory.free,driver_version,name", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
@@ -88,7 +88,7 @@ def _ask_nvidia_smi() -> tuple[str, tuple[str, str] | None]:
     try:
         return process.communicate(timeout=NVIDIA_SMI_S)[0], None
     except subprocess.TimeoutExpired:
-        process.kill()  # and not waited for
+        process.kill()  # without waiting for its end
         return "", (f"nvidia-smi does not answer within {NVIDIA_SMI_S} s", f"nvidia-smi 在 {NVIDIA_SMI_S} 秒内没有响应")
 
 
@@ -100,9 +100,9 @@ def _no_rows(said: str) -> tuple[str, str]:
 
 
 def check_driver(gpu: Gpu, version_py: str, place: str) -> None:
-    """`LaunchError` if the driver is too old for a torch in ``place``, by the text of its version.py.
+    """Raises `LaunchError` if the driver is too old for the torch in ``place``.
 
-    Importing torch takes seconds. An empty text is of no torch, or of one that is not known.
+    ``version_py`` is the text of its version.py, since importing torch takes seconds; empty if missing or unknown.
     """
     if not gpu.index or not gpu.driver[:1].isdigit() or not version_py:
         return
@@ -131,14 +131,14 @@ def check_driver(gpu: Gpu, version_py: str, place: str) -> None:
 
 
 def torch_of_environment(settings: LaunchSettings) -> str:
-    """The version.py of the torch in the environment; empty if there is none."""
+    """Returns the text of version.py of the environment's torch; empty if there is none."""
     for file in Path(settings.venv_dir).glob("lib/python3*/site-packages/torch/version.py"):
         return file.read_text(encoding="utf-8")
     return ""
 
 
 def torch_of_pins(settings: LaunchSettings) -> str:
-    """What version.py will say after an install of the pins; empty where another build is asked for."""
+    """Returns the CUDA line of version.py after an install of the pins; empty if TORCH_INDEX_URL sets another build."""
     requirements = Path(settings.project_dir, "requirements.txt").read_text(encoding="utf-8")
     pinned = re.search("^torch==", requirements, re.MULTILINE) and not os.environ.get("TORCH_INDEX_URL")
     return f"cuda = '{CUDA_OF_PINS}'" if pinned else ""

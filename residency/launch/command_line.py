@@ -1,4 +1,4 @@
-"""``python -m gpu_manager``: steer a running app from a shell."""
+"""``python -m gpu_manager``: controls a running app from a shell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:7860"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and print the status; 0 if it was done or will follow, 1 if the app refused or is not there."""
+    """Runs one command and prints the status; returns 0 if it is done or pending, 1 if refused or unreachable."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     times = [arguments.keep_warm, arguments.idle_timeout]
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _call(arguments: argparse.Namespace) -> tuple[bool, Status]:
-    """The answer of the app: whether it is done, and the status."""
+    """Sends the command; returns whether it is done, and the status."""
     request = urllib.request.Request(f"{arguments.url.rstrip('/')}/gpu/{arguments.command}")
     if arguments.command != "status":
         asked = {"model": arguments.model, "keep_warm": arguments.keep_warm, "idle_timeout": arguments.idle_timeout}
@@ -77,7 +77,7 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, Status]:
         request.add_header("Content-Type", "application/json")
     if arguments.token:
         request.add_header("Authorization", f"Bearer {arguments.token}")
-    # What a proxy calls 127.0.0.1 is another machine.
+    # For a proxy, 127.0.0.1 is another machine.
     here = urllib.parse.urlsplit(request.full_url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
     with opener.open(request, timeout=600) as answer:
@@ -123,7 +123,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def table(status: Status) -> str:
-    """The name of the device, a line for each model, and the remarks of `residency.remarks`."""
+    """Formats the device's name, a line for each model, and the remarks of `residency.remarks`."""
     rows = [("MODEL", "STATE", "GPU", "MAIN MEMORY", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
@@ -141,7 +141,7 @@ def table(status: Status) -> str:
 
 
 def _next(model: ModelStatus) -> str:
-    """What will happen to it: what was asked for, where it is going, or what its policy has in mind."""
+    """Describes the next move: requested, in progress, or planned by the policy."""
     if model["pending"]:
         return f"{model['pending']} after the request"
     if way := model["progress"]:

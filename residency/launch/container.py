@@ -1,8 +1,7 @@
-"""The app in a container: needs Docker, and for a GPU the NVIDIA Container Toolkit.
+"""Runs the app in a container: needs Docker, and for a GPU the NVIDIA Container Toolkit.
 
-The container has the host's network: then an address of this machine means here what it means outside, and the panel
-knows which requests are local. A container of that name that this program did not make is kept under another name, and
-gets its own back at `stop`.
+The container uses the host's network, so that addresses of this machine are valid inside and local requests are
+recognized. A foreign container of the same name is kept under another name and renamed back at `stop`.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ _TORCH = (
 
 
 class Container:
-    """The verbs for one name. Their result is the exit code."""
+    """Actions for one container name; they return the exit code."""
 
     def __init__(self, settings: LaunchSettings) -> None:
         self.name = settings.container_name
         self.container = DockerContainer(self.name)
-        self.kept = DockerContainer(f"{self.name}-before-gpu-management")  # the one that was here before ours
-        self.aside = DockerContainer(f"{self.name}-replaced")  # ours, until the one in its place is ready
+        self.kept = DockerContainer(f"{self.name}-before-gpu-management")  # foreign container replaced by ours
+        self.aside = DockerContainer(f"{self.name}-replaced")  # our previous one, until its successor is ready
         self.use(settings)
 
     def use(self, settings: LaunchSettings) -> None:
@@ -46,7 +45,7 @@ class Container:
         self.url = address(settings, tls)
 
     def as_noted(self) -> None:
-        """From now on for the container that is there: it listens where it was started to."""
+        """Takes host and port from the labels of the existing container."""
         host, port = self.container.label("host"), self.container.label("port")
         self.use(replace(self.settings, host=host or self.settings.host, port=int(port or self.settings.port)))
 
@@ -59,7 +58,7 @@ class Container:
         state = self.container.state
         self._check_name(state)
         self._check_port(state)
-        # How the container that is kept was restarted, for when it is back.
+        # Restart policy of the kept container, restored by `stop`.
         ours = self.container
         kept_restarts = ours.restart_policy if state.startswith("other") else ours.label("kept-restarts")
         run = run_command(settings, gpu, kept_restarts, self.url)
@@ -70,10 +69,10 @@ class Container:
             say(f"Image: {settings.image} is up to date", f"镜像：{settings.image} 已是最新")
             check_driver(gpu, self._torch_of_image(gpu), settings.image)
         else:
-            if settings.base_image.startswith("python:"):  # others have a torch of their own
+            if settings.base_image.startswith("python:"):  # other images contain torch
                 check_driver(gpu, torch_of_pins(settings), settings.image)
             root = output_of("docker", "info", "--format", "{{.DockerRootDir}}") or ""
-            if os.path.isdir(root):  # else on another machine
+            if os.path.isdir(root):  # else the daemon is on another machine
                 check_disk(root, "The image", "镜像")
         build = [] if current else build_command(settings, digest)
         if settings.check:
@@ -90,7 +89,7 @@ class Container:
         return self._launch(run.words)
 
     def _torch_of_image(self, gpu: Gpu) -> str:
-        """Its version.py, wherever that is."""
+        """Returns the text of version.py of the image's torch; empty without a GPU."""
         if not gpu.index or not gpu.driver:
             return ""
         return output_of("docker", "run", "--rm", "--entrypoint", "python", self.settings.image, "-Ic", _TORCH) or ""
@@ -102,7 +101,7 @@ class Container:
         if subprocess.run(run, stdout=subprocess.DEVNULL).returncode:
             if self.aside.is_ours:
                 self._bring_back()
-            if self.container.is_ours:  # docker may have made it before it could not start it
+            if self.container.is_ours:  # docker may have created it before the start failed
                 self._remove()
             if self.kept.exists:
                 self._give_name_back()
@@ -117,7 +116,7 @@ class Container:
         return 0
 
     def _check_name(self, state: str) -> None:
-        """No name is taken without --replace; what is left of a container of ours that has ended is no obstacle."""
+        """Raises `LaunchError` if the name is in use without --replace; an ended container of ours may be replaced."""
         name, kept = self.name, self.kept.name
         if state in ("absent", "ours exited", "ours created", "ours dead"):
             return
@@ -139,7 +138,7 @@ class Container:
                  f"容器 {name} 不是本脚本创建的，且 {kept} 已存在：请删除或重命名其一（docker rename）")  # fmt: skip
 
     def _check_port(self, state: str) -> None:
-        """What runs in the container that is replaced may hold the port."""
+        """Checks the port, which may be held by the container to be replaced."""
         settings = self.settings
         if not state.endswith(" running"):
             try:
@@ -170,7 +169,7 @@ class Container:
         report_plan(replace(self.settings, detach=False), run, self.url)
 
     def _make_place(self, state: str) -> None:
-        """The name is free afterwards."""
+        """Frees the name."""
         if state == "ours running" and self.settings.detach:
             if self.aside.exists:
                 docker("rm", self.aside.name)
@@ -192,7 +191,7 @@ class Container:
                  f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}")  # fmt: skip
 
     def _await(self) -> None:
-        """Wait until it is ready; `LaunchError` otherwise."""
+        """Waits until the app is ready; raises `LaunchError` otherwise."""
         limit_s, logs, stop = self.settings.ready_timeout, self.settings.command("logs"), self.settings.command("stop")
         outcome = await_ready(self.url, limit_s, 0.5, lambda: self.container.state == "ours running")
         if outcome == "ready":
@@ -200,7 +199,7 @@ class Container:
         elif outcome == "ended":
             subprocess.run(["docker", "logs", "--tail", "20", self.name], stdout=sys.stderr)
             en = zh = ""
-            if self.settings.action == "start" and not self.aside.is_ours:  # else it comes back by itself
+            if self.settings.action == "start" and not self.aside.is_ours:  # else it is restored automatically
                 en, zh = f". Back to what was: {stop}", f"。恢复原状：{stop}"
             fail(f"The container ended while it started; the end of its log is above{en}",
                  f"容器在启动时退出；日志末尾见上{zh}")  # fmt: skip
@@ -209,7 +208,7 @@ class Container:
                  f"{limit_s} 秒后（READY_TIMEOUT）仍未就绪，启动继续进行。日志：{logs}")  # fmt: skip
 
     def _serves(self) -> bool:
-        """Whether it becomes ready; prints the reason if not."""
+        """Waits; returns whether the app is ready. Prints the reason otherwise."""
         try:
             self._await()
         except LaunchError as error:
@@ -220,7 +219,7 @@ class Container:
     # -- a start that fails ---------------------------------------------------------------------------------------
 
     def _bring_back(self) -> NoReturn:
-        """End with an error, with the container that was set aside in its place again."""
+        """Restores and starts the previous container; ends with an error."""
         warn("❌ The start has failed (see above). The container that ran before is started again",
              "❌ 启动失败（见上）。正在重新启动之前运行的容器")  # fmt: skip
         if self.container.is_ours:
@@ -239,7 +238,7 @@ class Container:
              f"容器 {self.name} 已停止：端口 {port} 上目前没有服务。日志：{logs}{zh}")  # fmt: skip
 
     def _hold_kept(self) -> None:
-        """What is kept does not come back at the next boot. Until ours runs, which knows its policy, it has that."""
+        """Disables the restart policy of the kept container; called once ours runs, whose label records the policy."""
         if self.kept.exists and not docker_does("update", "--restart", "no", self.kept.name):
             command = f"docker update --restart no {self.kept.name}"
             say(f"⚠️  {self.kept.name} may be back after the next boot: {command}",
@@ -251,17 +250,17 @@ class Container:
             f"{self.name} 已恢复为原来的容器（已停止）：docker start {self.name}")  # fmt: skip
 
     def _remove(self) -> None:
-        """Ours knows how the kept one was restarted: that has it again before ours is gone."""
+        """Removes our container, after restoring the kept one's restart policy from its label."""
         policy = self.container.label("kept-restarts")
         if policy and self.kept.exists:
             docker("update", "--restart", policy, self.kept.name)
         self._stop()
         docker("rm", self.name)
 
-    # -- the other verbs ------------------------------------------------------------------------------------------
+    # -- other actions --------------------------------------------------------------------------------------------
 
     def stop(self) -> int:
-        """Leaves things as they were before the first start."""
+        """Restores the state before the first start."""
         state = self.container.state
         if state.startswith("ours"):
             say(f"Stopping {self.name}; a running request may finish", f"正在停止 {self.name}；正在运行的请求可以完成")
@@ -275,7 +274,7 @@ class Container:
         if not self.kept.exists:
             return 0
         if state == "absent" and self.kept.restart_policy.startswith("no"):
-            # Ours, which knew it, was removed by another program.
+            # Our container, whose label recorded the policy, was removed by another program.
             command = f"docker update --restart unless-stopped {self.name}"
             say(f"⚠️  How it was restarted is not known any more, and it is not now: {command}",
                 f"⚠️  原来的重启策略已无从得知，现为不自动重启：{command}")  # fmt: skip
@@ -283,7 +282,7 @@ class Container:
         return 0
 
     def status(self) -> int:
-        """3 if it does not run."""
+        """Returns 3 if the container does not run."""
         state = self.container.state
         say(f"Container {self.name}: {state}", f"容器 {self.name}：{state}")
         if state != "ours running":
@@ -298,7 +297,7 @@ class Container:
         become(["docker", "logs", "--tail", "100", *(["--follow"] if self.settings.follow else []), self.name])
 
     def check_restart(self, given: Given) -> None:
-        """`LaunchError` if settings or arguments are given, which a container cannot take."""
+        """Raises `LaunchError` if settings or arguments are given: a container cannot change them."""
         changes = {name for name in given.texts if given.sources[name].startswith("-")}
         changes -= {"DOCKER", "CONTAINER_NAME", "READY_TIMEOUT", "STOP_TIMEOUT"}
         if given.texts.get("PORT") == str(self.settings.port):
@@ -308,7 +307,7 @@ class Container:
                  "容器保留启动时的设置与参数；如需更改请用：start --docker --replace")  # fmt: skip
 
     def restart(self) -> int:
-        """Its settings stay what they are, so a second start can only mend what has passed, as a port not free."""
+        """Restarts with unchanged settings; a second try helps against transient causes only, such as a port in use."""
         name, again = self.name, self.settings.command("restart")
         if not self.container.is_ours:
             fail(f"This script has made no container {name}: start it", f"没有由本脚本创建的容器 {name}：请先启动")

@@ -1,6 +1,6 @@
-"""How docker is called: with the image, and with the GPU, rights and folders of the container.
+"""Commands for docker: build of the image, and run with GPU, rights and folders.
 
-Folders have the same paths inside as outside, so that arguments mean the same.
+Folders have the same paths inside and outside, so that arguments need no translation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FOLDERS = ("--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id"
 
 
 def build_command(settings: LaunchSettings, digest: str) -> list[str]:
-    """Indexes by name only: they may hold a password."""
+    """Returns ``docker build``. Passes package indexes by variable name, since they may contain a password."""
     arguments = [f"BASE_IMAGE={settings.base_image}", f"TORCH_INDEX_URL={os.environ.get('TORCH_INDEX_URL', '')}"]
     arguments += ["PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"]
     words = ["docker", "build", "--tag", settings.image, "--label", f"{LABEL}.source={digest}"]
@@ -31,10 +31,10 @@ def build_command(settings: LaunchSettings, digest: str) -> list[str]:
 
 
 def source_digest(settings: LaunchSettings) -> str:
-    """What the image is made of, in one number."""
+    """Returns a digest of the sources of the image."""
     project, base = Path(settings.project_dir), settings.base_image
     digest = hashlib.sha256(f"{base}\n{os.environ.get('TORCH_INDEX_URL', '')}\n".encode())
-    if not base.startswith("python:"):  # one that was built here may have been built anew
+    if not base.startswith("python:"):  # a local image may have been rebuilt
         digest.update((output_of("docker", "image", "inspect", "--format", "{{.Id}}", base) or "").encode())
     folders = [project / "scripts", project / "residency"]
     files = [project / "Dockerfile", project / "requirements.txt", project / "pyproject.toml", *project.glob("*.py")]
@@ -47,27 +47,27 @@ def source_digest(settings: LaunchSettings) -> str:
 
 @dataclass
 class RunCommand:
-    """``docker run``, and the folders that are to be made before it."""
+    """``docker run``, and the folders to create before it."""
 
     words: list[str]
     folders: list[str] = field(default_factory=list)
 
     def give(self, path: str, writable: bool = False) -> None:
-        """A folder or file of this machine. `LaunchError` if the user inside may not use it."""
+        """Mounts a folder or file. Raises `LaunchError` if the user inside has no access."""
         if writable:
             _check_inside(path, "rwx", f"chown -R {IMAGE_USER}")
             self.folders.append(path)
             self.words += ["--volume", f"{path}:{path}"]
             return
         if os.path.isfile(path):
-            _check_inside(path, "r", f"chown {IMAGE_USER}")  # a private key is nobody else's to read
+            _check_inside(path, "r", f"chown {IMAGE_USER}")  # not chmod: it may be a private key
         else:
             _check_inside(path, "rx", "chmod -R o+rX")
         self.words += ["--volume", f"{path}:{path}:ro"]
 
 
 def run_command(settings: LaunchSettings, gpu: Gpu, kept_restarts: str, url: str) -> RunCommand:
-    """``kept_restarts`` is the restart policy of the container that is kept; handed on if ours is replaced in turn."""
+    """Builds ``docker run``. ``kept_restarts``: restart policy of the kept container, stored as a label."""
     name, host, port = settings.container_name, settings.host, settings.port
     run = RunCommand(["docker", "run", "--name", name, "--label", f"{LABEL}.host={host}"])
     run.words += ["--label", f"{LABEL}.port={port}", "--init", "--network", "host"]
@@ -79,22 +79,22 @@ def run_command(settings: LaunchSettings, gpu: Gpu, kept_restarts: str, url: str
         run.words += ["--label", f"{LABEL}.scheme=https"]
     if kept_restarts:
         run.words += ["--label", f"{LABEL}.kept-restarts={kept_restarts.removesuffix(':0')}"]
-    if os.geteuid():  # its files are this user's; root's are those of the image's own user
+    if os.geteuid():  # files belong to this user; for root, to the image's user
         run.words += ["--user", f"{os.geteuid()}:{os.getegid()}", "--env", "HOME=/tmp"]
         for group in sorted({os.getegid(), *os.getgroups()}):
             run.words += ["--group-add", str(group)]
     if gpu.index:
         run.words += ["--gpus", f'"device={gpu.index}"']
-    if os.path.isdir(settings.model_path):  # the id of a hub is none
+    if os.path.isdir(settings.model_path):  # else a hub id
         run.give(settings.model_path)
     if settings.model_path or "--enable-auto-transcribe" in settings.arguments:
-        run.words += ["--volume", "gpu-managed-tts-hub:/hub"]  # what is fetched outlives the container
+        run.words += ["--volume", "gpu-managed-tts-hub:/hub"]  # downloads outlive the container
     if settings.step_audio_root:
         run.give(settings.step_audio_root)
     if settings.gpu_snapshot_dir:
         run.give(settings.gpu_snapshot_dir, writable=True)
     arguments = tuple(_with_folders(settings, run))
-    for variable in (*OF_APP, "HF_TOKEN", "HF_ENDPOINT"):  # by name only: the list of processes would show values
+    for variable in (*OF_APP, "HF_TOKEN", "HF_ENDPOINT"):  # by name: values would appear in the process list
         run.words += ["--env", variable]
     run.words += ["--env", f"HEALTH_URL={url}/healthz", settings.image]
     run.words += app_arguments(replace(settings, arguments=arguments))
@@ -102,7 +102,7 @@ def run_command(settings: LaunchSettings, gpu: Gpu, kept_restarts: str, url: str
 
 
 def _with_folders(settings: LaunchSettings, run: RunCommand) -> Iterator[str]:
-    """The arguments of app.py, whose folders are given to the container and named by their whole paths."""
+    """Yields the arguments of app.py with absolute paths, and mounts their folders."""
     before = ""
     for word in settings.arguments:
         flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
@@ -114,11 +114,11 @@ def _with_folders(settings: LaunchSettings, run: RunCommand) -> Iterator[str]:
             run.give(path, writable=flag == "--tmp-dir")
             yield f"{flag}={path}" if equals else path
         else:
-            yield word  # the id of a hub
+            yield word  # a hub id
 
 
 def _check_inside(path: str, rights: str, mend: str) -> None:
-    """Root's own rights are not those of the image's user."""
+    """Checks, for root, that the image's user has the rights. Raises `LaunchError`."""
     if os.geteuid() or not os.path.exists(path):
         return
     facts, bits = os.stat(path), sum({"r": 4, "w": 2, "x": 1}[right] for right in rights)
@@ -133,7 +133,7 @@ def _check_inside(path: str, rights: str, mend: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    """One that the app may write to. Docker would make it for root alone."""
+    """Creates a folder that is writable for the app; docker would create it for root only."""
     if os.path.isdir(path):
         return
     try:

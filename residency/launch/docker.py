@@ -1,4 +1,4 @@
-"""Calls of docker, and what it knows of a container."""
+"""Calls of docker, and the state of a container."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ LABEL = "gpu-managed-tts"
 
 
 def docker_does(*words: str) -> bool:
-    """Run docker, whose errors are shown; whether there was none."""
+    """Runs docker, with its errors on stderr; returns whether it succeeded."""
     return subprocess.run(["docker", *words], stdout=subprocess.DEVNULL).returncode == 0
 
 
 def docker(*words: str) -> None:
-    """`LaunchError` if it fails."""
+    """Runs docker; raises `LaunchError` if it fails."""
     if not docker_does(*words):
         fail(f"docker {words[0]} has failed (see above)", f"docker {words[0]} 失败（见上）")
 
 
 def check_docker() -> None:
-    """`LaunchError` if there is no docker, or it does not answer."""
+    """Raises `LaunchError` if docker is missing or its daemon does not respond."""
     if not shutil.which("docker"):
         guide = "https://docs.docker.com/engine/install/"
         fail(f"docker is not here: install it ({guide}), or start without --docker",
@@ -35,23 +35,23 @@ def check_docker() -> None:
 
 
 class DockerContainer:
-    """A container by its name; it may not exist."""
+    """Container by name; it may not exist."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def inspect(self, template: str) -> str:
-        """Empty if there is no such container."""
+        """Formats its description by a template; returns an empty string if the container does not exist."""
         said = output_of("docker", "container", "inspect", "--format", template, self.name) or ""
         return said.replace("<no value>", "")
 
     def label(self, label: str) -> str:
-        """What this program has noted there: the host and the port that it listens on, its scheme, kept-restarts."""
+        """Returns a label set by this program: host, port, scheme, kept-restarts."""
         return self.inspect(f'{{{{index .Config.Labels "{LABEL}.{label}"}}}}')
 
     @property
     def state(self) -> str:
-        """``absent``, or ``ours`` or ``other`` and docker's word for its state."""
+        """``absent``, or ``ours`` or ``other`` followed by docker's state."""
         if not (status := self.inspect("{{.State.Status}}")):
             return "absent"
         return f"{'ours' if self.label('port').isdecimal() else 'other'} {status}"

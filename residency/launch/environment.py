@@ -1,6 +1,6 @@
-"""The project's Python environment: made, completed, repaired; one that somebody else made is never changed.
+"""Creates, completes and repairs the project's Python environment; never changes a foreign one.
 
-``python -m residency.launch.environment VENV REQUIREMENTS...`` prepares one.
+Command: ``python -m residency.launch.environment VENV REQUIREMENTS...``
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .terminal import choose, fail, output_of, report, say
 State = Literal["absent", "broken", "outdated", "ready", "foreign", "taken"]
 
 MARK = ".gpu-managed-tts"
-"""In an environment made here: a copy of each requirements file that was installed completely, and the lock."""
+"""Folder in an environment made here: a copy of each completely installed requirements file, and the lock."""
 TELL_EVERY_S = 10.0
-"""Between two lines on an install that prints nothing, in a log."""
+"""Interval between progress lines in a log."""
 REWRITE_EVERY_S = 1.0
-"""The same in a terminal, where one line is rewritten."""
+"""The same in a terminal, which rewrites one line."""
 _PIP = ("-m", "pip", "install", "--no-input", "--disable-pip-version-check")
 
 
@@ -41,12 +41,12 @@ def python_of(venv: Path) -> str:
 
 
 def environment_state(venv: Path, files: Sequence[Path]) -> State:
-    """``foreign`` is somebody else's environment; ``taken`` a folder that is no environment."""
+    """Returns the state; ``foreign``: not made here; ``taken``: a folder that is no environment."""
     if not (venv / MARK).exists():
         if os.access(python_of(venv), os.X_OK):
             return "foreign"
         return "taken" if venv.exists() and (not venv.is_dir() or any(venv.iterdir())) else "absent"
-    # Also broken after the system's Python, which the environment points to, went from one version to the next.
+    # Also broken after an upgrade of the system's Python.
     if output_of(python_of(venv), "-Ic", "import pip") is None:
         return "broken"
     return "ready" if all(_is_installed(venv, file) for file in files) else "outdated"
@@ -58,7 +58,7 @@ def _is_installed(venv: Path, file: Path) -> bool:
 
 
 def _maker() -> str:
-    """A Python that can make an environment: this one, outside of any. Debian packs venv and ensurepip separately."""
+    """Returns a Python that can make an environment: this one, outside of any. Raises `LaunchError` without venv."""
     if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
         return os.path.realpath(sys.executable)
     fail(f"{sys.executable} has no venv module. On Debian and Ubuntu: sudo apt-get install python3-venv",
@@ -66,7 +66,7 @@ def _maker() -> str:
 
 
 def plan_environment(venv: Path, files: Sequence[Path]) -> State:
-    """Say what `prepare_environment` would do; `LaunchError` if it can do nothing."""
+    """Prints what `prepare_environment` would do; raises `LaunchError` if that is impossible."""
     state = environment_state(venv, files)
     if state == "taken":
         fail(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
@@ -86,10 +86,10 @@ def plan_environment(venv: Path, files: Sequence[Path]) -> State:
 
 
 def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
-    """Make, repair or complete the environment; quick when there is nothing to do."""
+    """Creates, repairs or completes the environment; fast if it is ready."""
     if plan_environment(venv, files) in ("ready", "foreign"):
         return
-    venv = venv.resolve()  # a link may point to what is not made yet
+    venv = venv.resolve()  # the target of a link may not exist yet
     try:
         (venv / MARK).mkdir(parents=True, exist_ok=True)
         lock = open(venv / MARK / "lock", "w")  # noqa: SIM115
@@ -106,7 +106,7 @@ def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
 
 
 def _complete(venv: Path, files: Sequence[Path]) -> None:
-    """Looks again, because another start may have done the work meanwhile."""
+    """Checks the state again under the lock, since another start may have completed it, and installs."""
     if environment_state(venv, files) == "broken":
         for path in venv.iterdir():
             if path.name != MARK:
@@ -124,7 +124,7 @@ def _complete(venv: Path, files: Sequence[Path]) -> None:
 
 
 def install_requirements(venv: Path, file: Path) -> None:
-    """PyTorch first and alone, so that the index of its builds (TORCH_INDEX_URL) serves nothing else."""
+    """Installs PyTorch first and alone, so that its index (TORCH_INDEX_URL) is used for no other package."""
     say(f"Installing {file}", f"正在安装 {file}")
     if torch := re.search(r"^torch==[^ ;\n]*", file.read_text(encoding="utf-8"), re.MULTILINE):
         index = os.environ.get("TORCH_INDEX_URL")
@@ -133,7 +133,7 @@ def install_requirements(venv: Path, file: Path) -> None:
 
 
 def pip_install(venv: Path, what: str, arguments: Sequence[str]) -> None:
-    """`LaunchError` if pip fails."""
+    """Runs pip; raises `LaunchError` if it fails."""
     if watched(what, venv, [python_of(venv), *_PIP, *arguments]):
         fail(
             f"{what} could not be installed (pip says why above). Check the network and the disk space, or name a "
@@ -144,10 +144,7 @@ def pip_install(venv: Path, what: str, arguments: Sequence[str]) -> None:
 
 
 def watched(what: str, venv: Path, command: Sequence[str]) -> int:
-    """Run an install, and while it prints nothing say how long it has run and what it has on the disk so far.
-
-    That is in the environment, and in a folder of its own for downloads. Returns the exit status of the command.
-    """
+    """Runs an install; reports time and disk use (environment and downloads) while it is silent. Returns its status."""
     every_s, before, after = TELL_EVERY_S, "", "\n"
     if sys.stdout.isatty():
         every_s, before, after = REWRITE_EVERY_S, "\r\x1b[K", ""
@@ -179,7 +176,7 @@ def _read_lines(output: object, lines: queue.SimpleQueue[str | None]) -> None:
 
 
 def _check_foreign(venv: Path, files: Sequence[Path]) -> None:
-    """Name the packages that somebody else's environment lacks; `LaunchError` if the app could not even start."""
+    """Reports packages missing from a foreign environment; raises `LaunchError` if the app could not start."""
     paths = output_of(python_of(venv), "-Ic", r"import sys; print(*sys.path, sep='\n')")
     if paths is None:
         fail(f"{venv}/bin/python does not run", f"{venv}/bin/python 无法运行")
@@ -189,7 +186,7 @@ def _check_foreign(venv: Path, files: Sequence[Path]) -> None:
     def lacks(name: str) -> bool:
         return not any(metadata.distributions(name=name, path=paths.splitlines()))
 
-    # onnxruntime-gpu has the modules of onnxruntime.
+    # onnxruntime-gpu contains the modules of onnxruntime.
     missing = [name for name in names if lacks(name) and lacks(f"{name}-gpu")]
     said = " ".join(missing)
     if {"torch", "gradio"} & set(missing):

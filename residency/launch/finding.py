@@ -1,4 +1,4 @@
-"""Finds the app that stop, status, logs and restart are for."""
+"""Finds the target app of stop, status, logs and restart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .terminal import fail, output_of
 
 
 def _running_apps(settings: LaunchSettings) -> Iterator[tuple[LaunchSettings, str, str, str]]:
-    """Of each that this program has started: settings that lead to it, what it is (English, Chinese), since when."""
+    """Yields, for each app started by this program: settings, description (English, Chinese), start time."""
     for path in sorted(Path(settings.run_dir).glob("*.run")):
         record = RecordFile(settings.run_dir, int(path.stem)).read() if path.stem.isdecimal() else None
         if record and record.lives:
@@ -28,9 +28,9 @@ def _running_apps(settings: LaunchSettings) -> Iterator[tuple[LaunchSettings, st
 
 
 def find_app(settings: LaunchSettings, port_given: bool) -> LaunchSettings:
-    """The settings with the port or the container of the one app that runs, and may be meant.
+    """Sets the port or container of the only matching app that runs; without one, returns the settings unchanged.
 
-    `LaunchError` names all if there are several; where none runs, the settings stay what they are.
+    Raises `LaunchError`, with a list, if there are several.
     """
     apps = [
         app

@@ -1,4 +1,4 @@
-"""Settings of the launcher: a flag, else GPU_TTS_NAME, else NAME, else the last start, else the default."""
+"""Settings of the launcher, from: flag, GPU_TTS_NAME, NAME, last start, default."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any
 from .terminal import choose, fail, quoted
 
 HERE = str(Path(__file__).absolute().parents[2])
-"""The folder of this program."""
+"""Folder of this program."""
 ACTIONS = ("start", "stop", "restart", "status", "logs")
 OF_APP = ("GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS")
-"""Variables of app.py itself; a container gets them too."""
+"""Variables of app.py; also passed to a container."""
 PUBLIC = (*OF_APP, "CUDA_VISIBLE_DEVICES", "TORCH_INDEX_URL")
-"""Variables that keep their names: also those of CUDA and of the installation."""
+"""Variables without a prefix: also those of CUDA and of the installation."""
 LAST_START = "last start"
-_ALIASES = {"SERVER_NAME": "HOST", "SERVER_PORT": "PORT"}  # as app.py calls them
+_ALIASES = {"SERVER_NAME": "HOST", "SERVER_PORT": "PORT"}  # names in app.py
 _ADDRESS = r"localhost|[0-9.]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]?"
 
 
 def _setting(default: Any, en: str = "", zh: str = "") -> Any:
-    """A field with its line in the help; 0 is the default of a number, "" that of what `settle` works out."""
+    """Returns a field with its help texts. Default "": none, or computed by `settle`."""
     return field(default=default, metadata={"en": en, "zh": zh})
 
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """Every setting of the launcher; times in seconds. Folders that a user named are absolute."""
+    """Settings of the launcher; times in seconds, folders given by the user absolute."""
 
     action: str
     check: bool
     arguments: tuple[str, ...]
-    """Of app.py."""
+    """Arguments of app.py."""
     script: str
-    """How messages call this program."""
+    """Name of this program in messages."""
     sources: Mapping[str, str]
-    """Of a setting, by its name in capitals: the flag or the variable that it is from, or `LAST_START`."""
+    """By setting, in capitals: its flag or variable, or `LAST_START`."""
 
     host: str = _setting("127.0.0.1", "address to listen on (127.0.0.1)", "监听地址（127.0.0.1）")
     port: int = _setting(7860, "port (7860)", "端口（7860）")
@@ -73,11 +73,11 @@ class LaunchSettings:
     )
 
     def named(self, name: str) -> str:
-        """A setting as messages name it, with its value and where that is from."""
+        """Formats a setting for messages, with its value and source."""
         return named(name, str(getattr(self, name.lower())), self.sources.get(name, ""))
 
     def command(self, action: str) -> str:
-        """How this program is called for this app, also if there are others, and from any folder."""
+        """Returns the command for an action on this app, unambiguous and valid in any folder."""
         words = [self.script, action, "--port", str(self.port)]
         if self.docker:
             words = [self.script, action, "--docker", "--container-name", self.container_name]
@@ -90,12 +90,12 @@ SETTINGS = {each.name.upper(): each for each in fields(LaunchSettings) if each.m
 _REMEMBERED = {"HOST", "GPU_ID", "GPU_IDLE_TIMEOUT", "GPU_KEEP_WARM", "GPU_SNAPSHOT_DIR", "MODEL_PATH",
                "STEP_AUDIO_ROOT", "PROJECT_DIR", "VENV_DIR", "DETACH"}  # fmt: skip
 REMEMBERED = _REMEMBERED | set(PUBLIC)
-"""What the next `restart` takes from this start, besides the arguments of app.py."""
+"""Settings reused by `restart`, besides the arguments of app.py."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the command line and the environment say: texts by the names of settings, and where each is from."""
+    """Settings from the command line and the environment: texts and sources, by name."""
 
     action: str
     check: bool
@@ -118,7 +118,7 @@ def named(name: str, text: str, source: str) -> str:
 
 
 def read(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Given:
-    """Words that are no setting of the launcher go on to app.py. `LaunchError` for what cannot be followed."""
+    """Parses the command line; passes unknown words to app.py. Raises `LaunchError`."""
     words, action, check = list(argv), "start", False
     arguments: list[str] = []
     texts: dict[str, str] = {}
@@ -159,13 +159,12 @@ def read(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Given:
 
 
 def _read_variables(environ: Mapping[str, str], texts: dict[str, str], sources: dict[str, str]) -> None:
-    """Without the prefix, others set two of them.
+    """Reads variables. Ignores two that other programs set, without the prefix, in some cases.
 
-    HOST is the name of the machine in some shells and its kind in conda's compilers, so that only an address counts.
-    CONTAINER_NAME is that of a sandbox, so that it counts only where a container is asked for.
+    HOST (set by shells and conda's compilers) needs to be an address; CONTAINER_NAME (set by sandboxes) needs DOCKER.
     """
     flags = set(texts)
-    for name in sorted(SETTINGS, key="CONTAINER_NAME".__eq__):  # that last, since it depends on DOCKER
+    for name in sorted(SETTINGS, key="CONTAINER_NAME".__eq__):  # last, since it depends on DOCKER
         ours = (
             (name != "HOST" or re.fullmatch(_ADDRESS, environ.get("HOST", "")))
             and (name != "CONTAINER_NAME" or texts.get("DOCKER") == "1")
@@ -176,19 +175,19 @@ def _read_variables(environ: Mapping[str, str], texts: dict[str, str], sources: 
 
 
 def _folder(name: str, text: str) -> str:
-    """An absolute path, since a restart runs elsewhere and a container knows only these. Others may be a hub's id."""
+    """Makes a path absolute, for restarts and containers; leaves a MODEL_PATH that may be a hub id."""
     if name == "MODEL_PATH" and not text.startswith("~/") and not os.path.isdir(text):
         return text
     return absolute(text)
 
 
 def absolute(path: str) -> str:
-    """Seen from the caller's folder; also of ``~/...``, which shells leave as it is after a ``=``."""
+    """Makes a path absolute; expands ``~``, which shells leave unexpanded after ``=``."""
     return os.path.join(os.getcwd(), os.path.expanduser(path))
 
 
 def settle(given: Given, script: str, remembered: Mapping[str, str] | None = None) -> LaunchSettings:
-    """The value of every setting; `LaunchError` for one that is not of its type."""
+    """Computes all settings; raises `LaunchError` for a value of the wrong type."""
     remembered = remembered or {}
     sources = dict(given.sources)
     values: dict[str, Any] = {}

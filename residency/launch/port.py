@@ -1,4 +1,4 @@
-"""Whether a server could listen; asked before a model loads. Brings no Gradio, so that the answer is quick."""
+"""Checks whether a server can listen, before models load. Imports no Gradio, to be fast."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..errors import InvalidInput
 
 
 def refusal(host: str, port: int) -> OSError | UnicodeError | None:
-    """The error that a server would get that listens there now; port 0 asks about the host alone.
+    """Binds as a server does; returns the error, if any. Port 0 checks the host only.
 
-    UnicodeError is of a name that no host can have, such as a..b.
+    Returns UnicodeError for an impossible host name, such as a..b.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            # As the server will do it: a port whose last connections are still closing counts as free.
+            # As in the server: a port whose last connections are still closing counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, UnicodeError) as error:
@@ -24,12 +24,12 @@ def refusal(host: str, port: int) -> OSError | UnicodeError | None:
 
 
 def reason(error: OSError | UnicodeError) -> str:
-    """A refusal in the words of the system."""
+    """Returns the system's message for a refusal."""
     return getattr(error, "strerror", None) or "not a name of a host"
 
 
 def check_port(host: str, port: int) -> None:
-    """`InvalidInput` if nobody could listen there now."""
+    """Raises `InvalidInput` if a server cannot listen there."""
     if error := refusal(host, port):
         raise InvalidInput(
             f"Cannot listen on {host}, port {port} ({reason(error)}). Choose another with --server-port (or address "

@@ -1,4 +1,4 @@
-"""The app's own folder for recordings, deleted at its end and by the next app after a kill."""
+"""The app's folder for recordings; deleted at its end, or by the next app after a kill."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ _MARK = ".recordings-of-a-running-app"
 
 @contextmanager
 def recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
-    """Creates a folder for uploads and results, which Gradio uses too, and deletes it at the end.
+    """Creates a folder for uploads and results, also for Gradio; deletes it at the end.
 
-    The process locks the folder and marks it. Marked folders without a lock are those of killed apps: they are deleted,
-    since they hold voices. Folders without a mark are left alone.
+    Locks and marks the folder. Deletes marked folders without a lock: they contain voices from killed apps.
     """
     with ExitStack() as stack:
         try:
             if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
-                parent += f"-{os.getuid()}"  # the default is another user's here
+                parent += f"-{os.getuid()}"  # the default belongs to another user
                 if os.path.lexists(parent) and not _is_safe(parent):
                     raise PermissionError(errno.EPERM, "another user made it", parent)
             os.makedirs(parent, mode=0o700, exist_ok=True)
@@ -58,7 +57,7 @@ def recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
 
 
 def _is_safe(folder: str) -> bool:
-    """Whether it is a folder and no link, writable for this process, whose content other users cannot replace."""
+    """Returns whether it is a folder, no link, writable, and with content that other users cannot replace."""
     found = os.lstat(folder)
     exchangeable = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
     ours = found.st_uid in (os.geteuid(), 0) and not exchangeable
@@ -67,7 +66,7 @@ def _is_safe(folder: str) -> bool:
 
 @contextmanager
 def _locked(folder: str | Path) -> Iterator[None]:
-    """Locks a folder; OSError if another process has locked it, or it is another user's, or a link."""
+    """Locks a folder; raises OSError if it is locked, a link, or another user's."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if os.fstat(handle).st_uid != os.geteuid():

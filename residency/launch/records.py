@@ -1,8 +1,8 @@
-"""What is kept on an app that runs as a process, by its port.
+"""Records of apps that run as processes, by port.
 
-RUN_DIR/PORT.pid has its pid. RUN_DIR/PORT.run has what stop, status and restart need: pid, time of birth, log, folder,
-number of arguments, arguments, and names and values of settings, with NUL after each. PORT.run.last is the record
-before, until the new app is ready. The files are for their owner only: they may hold secrets.
+RUN_DIR/PORT.pid contains the pid. RUN_DIR/PORT.run, for stop, status and restart, contains: pid, start time, log,
+folder, number of arguments, arguments, names and values of settings; each terminated by NUL. PORT.run.last is the
+previous record, until the new app is ready. The files are private to the owner: they may contain secrets.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from .terminal import fail, output_of, say, warn
 
 
 def born(pid: int) -> str:
-    """When a process was born, so that another one with its number is not taken for it; empty if it has ended."""
+    """Returns the start time of a process, which detects a reused pid; empty if it has ended."""
     if not os.access("/proc/self/stat", os.R_OK):
         return output_of("ps", "-o", "lstart=", "-p", str(pid)) or ""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return ""
-    facts = stat.rpartition(") ")[2].split()  # the name before that may have spaces
-    # Of a process that ends, the first thread may be a zombie while others still hold its sockets.
+    facts = stat.rpartition(") ")[2].split()  # the name before it may contain spaces
+    # In a process that ends, the first thread may be a zombie while others still hold its sockets.
     return "" if facts[0] == "Z" and int(facts[17]) <= 1 else facts[19]
 
 
 @dataclass(frozen=True)
 class Record:
-    """An app that was started."""
+    """Started app."""
 
     pid: int
     born: str
     log: str
-    """Empty if it writes to its terminal."""
+    """Log file; empty if the app writes to its terminal."""
     folder: str
-    """In which it was started."""
+    """Working folder at the start."""
     arguments: tuple[str, ...]
     settings: Mapping[str, str]
 
@@ -53,8 +53,6 @@ class Record:
 
 
 class RecordFile:
-    """The record of the app on one port."""
-
     def __init__(self, run_dir: str, port: int) -> None:
         self.port = port
         self.path, self.pid_path = Path(run_dir, f"{port}.run"), Path(run_dir, f"{port}.pid")
@@ -65,7 +63,7 @@ class RecordFile:
         return os.path.lexists(self.path) and not self.path.is_symlink() and self.path.stat().st_uid == os.geteuid()
 
     def read(self) -> Record | None:
-        """None also if it is damaged or another user's."""
+        """Reads the record; returns None if it is missing, damaged or another user's."""
         try:
             parts = self.path.read_bytes().split(b"\0") if self.is_ours else []
         except OSError:
@@ -81,14 +79,14 @@ class RecordFile:
         return Record(int(words[0]), words[1], words[2], words[3], tuple(arguments), pairs)
 
     def check_owner(self) -> None:
-        """`LaunchError` if another user started what runs: a restart runs what the record says."""
+        """Raises `LaunchError` if the record is another user's: `restart` executes its content."""
         if self.path.exists() and not self.path.is_symlink() and not self.is_ours:
             owner = self.path.owner()
             fail(f"What runs on port {self.port} was started by the user {owner}: be that user (sudo -u)",
                  f"端口 {self.port} 上的应用由用户 {owner} 启动：请以该用户身份执行（sudo -u）")  # fmt: skip
 
     def report_damage(self) -> None:
-        """A damaged record counts as none, and that is printed."""
+        """Prints a warning if the record is damaged."""
         if not self.is_ours or self.read():
             return
         en = zh = ""
@@ -98,7 +96,7 @@ class RecordFile:
              f"⚠️  {self.path} 已损坏，其中关于端口 {self.port} 的记录不再有效{zh}")  # fmt: skip
 
     def write(self, record: Record, settings: LaunchSettings) -> None:
-        """Keep the record before until `confirm`. Nothing is written through links that others have put there."""
+        """Writes the record; keeps the previous one until `confirm`. Does not follow links."""
         words = [record.pid, record.born, record.log, record.folder, len(record.arguments), *record.arguments]
         words += [word for pair in record.settings.items() for word in pair]
         new = self.path.with_suffix(".run.new")
@@ -117,11 +115,11 @@ class RecordFile:
                 f"⚠️  无法写入 {what}（{error.strerror}）：stop、status、restart 将找不到本应用")  # fmt: skip
 
     def confirm(self) -> None:
-        """The app of this record is ready: the one before no longer counts."""
+        """Deletes the previous record, once the app is ready."""
         _remove(self.last)
 
     def revert(self) -> None:
-        """The start came to nothing: what counts for a restart is the one before, if there was one."""
+        """Restores the previous record, if there is one, after a failed start."""
         _remove(self.pid_path)
         if self.last.exists():
             self.last.replace(self.path)
@@ -140,7 +138,7 @@ def _remove(*paths: Path) -> None:
 
 @contextmanager
 def locked(run_dir: str) -> Iterator[None]:
-    """Of two starts at once, one waits here until the other's record is written."""
+    """Serializes concurrent starts until the record is written."""
     try:
         os.makedirs(run_dir, exist_ok=True)
         folder = os.open(run_dir, os.O_RDONLY)

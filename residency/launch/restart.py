@@ -1,4 +1,4 @@
-"""Restart of the app as a process: one that fails brings back the app that ran."""
+"""Restart of the app as a process; if it fails, the previous app is started again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .terminal import become, fail, report, warn
 
 
 def restart(service: Service) -> int:
-    """Keeps the record of the last start until the next one is ready."""
+    """Restarts; keeps the record of the last start until the new app is ready."""
     before = service.file.read()
     if before is None or not before.lives:
         service.report_nothing()
         return service.start()
-    service.prepare(0)  # before what runs is ended, which has the port still
+    service.prepare(0)  # before the running app, which holds the port, is ended
     service.end(before)
-    # The GPU is chosen anew, by the memory that is free now.
+    # Chooses the GPU again, by the memory that is free now.
     code = _follow(lambda: service.launch(choose_gpu(service.settings), again=True))
     if code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM) or not _came_to_nothing(service, before):
         return code
@@ -32,7 +32,7 @@ def restart(service: Service) -> int:
 
 
 def _follow(work: Callable[[], int]) -> int:
-    """Run it in a process of its own, which an app may take over, and pass on what would end it. Its exit code."""
+    """Runs ``work`` in a child process, which may become the app; forwards signals. Returns the exit code."""
     sys.stdout.flush()
     child = os.fork()
     if not child:
@@ -47,7 +47,7 @@ def _follow(work: Callable[[], int]) -> int:
             os._exit(code)
     handlers = [
         (signal.SIGTERM, signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))),
-        (signal.SIGINT, signal.signal(signal.SIGINT, lambda number, frame: None)),  # a terminal sends it to both
+        (signal.SIGINT, signal.signal(signal.SIGINT, lambda number, frame: None)),  # the child receives it, too
     ]
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for number, handler in handlers:
@@ -56,17 +56,17 @@ def _follow(work: Callable[[], int]) -> int:
 
 
 def _came_to_nothing(service: Service, before: Record) -> bool:
-    """Whether what was started was never ready: then the record from before is there still, or again."""
+    """Returns whether the new app was never ready: then the previous record still exists, or is restored."""
     record = service.file.read()
     return service.file.last.exists() or (record is not None and record.pid == before.pid)
 
 
 def _bring_back(service: Service) -> NoReturn:
-    """End with an error, with the app that ran before in its place again if that can be."""
+    """Starts the previous app again if possible; ends with an error."""
     warn("❌ The restart has failed (see above). The app from before is started again, with its settings",
          "❌ 重启失败（见上）。正在按原来的设置重新启动之前运行的应用")  # fmt: skip
     if service.file.last.exists():
-        # It has not become ready in time.
+        # The new app was not ready in time.
         record = service.file.read()
         if record and record.lives and not wait_for_end(record, signal.SIGTERM, service.settings.stop_timeout):
             wait_for_end(record, signal.SIGKILL, 5)
@@ -80,7 +80,7 @@ def _bring_back(service: Service) -> NoReturn:
 
 
 def _start_as_before(service: Service) -> NoReturn:
-    """Uses the record alone, and not the settings that were given for the restart."""
+    """Uses only the record, not the settings given for the restart."""
     settings = service.settings
     for name in (*SETTINGS, *PUBLIC):
         os.environ.pop(name, None)

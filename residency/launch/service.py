@@ -1,4 +1,4 @@
-"""The app as a process of this machine: start, and from another terminal stop, status, logs and restart."""
+"""Runs the app as a process: start; from another terminal: stop, status, logs, restart."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ TELL_EVERY_S = 10
 
 
 def reached_at(host: str) -> str:
-    """An address that reaches HOST from here."""
+    """Returns an address that reaches ``host`` from this machine."""
     host = host.removeprefix("[").removesuffix("]")
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def address(settings: LaunchSettings, tls: bool = False) -> str:
-    """Where a browser finds it; ``tls`` if it is known from elsewhere that the app has TLS of its own."""
+    """Returns the app's URL; ``tls`` forces https, which is otherwise derived from the arguments."""
     scheme = "https" if tls or value_of("--ssl-certfile", settings) else "http"
     return f"{scheme}://{bracketed(reached_at(settings.host))}:{settings.port}"
 
 
 def is_ready(url: str) -> bool:
-    """Whether /readyz answers 200. The certificate is of a name, which is not the one that is asked here."""
+    """Returns whether /readyz answers 200. Skips verification: the certificate is for another host name."""
     tls = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), tls)
     try:
@@ -53,7 +53,7 @@ def is_ready(url: str) -> bool:
 def await_ready(
     url: str, timeout_s: float, every_s: float, alive: Callable[[], bool], ours: Callable[[], bool] = lambda: True
 ) -> Literal["ready", "ended", "late"]:
-    """Wait until the app of this start is ready, while it is alive; ``ours`` is whether it is the one that answers."""
+    """Waits until the app is ready, while it is alive; ``ours`` checks that the answer is from this app."""
     began, told_s = time.monotonic(), 0
     while not (is_ready(url) and ours()):
         if not alive():
@@ -69,7 +69,7 @@ def await_ready(
 
 
 def report_ready(url: str, log: tuple[str, str], stop: tuple[str, str]) -> None:
-    """Where it is, and how to look into it and end it; texts in English and Chinese."""
+    """Prints the URL, the log and the stop command; texts in English and Chinese."""
     say(f"✅ Ready: {url}", f"✅ 已就绪：{url}")
     say(f"   Log: {log[0]}", f"   日志：{log[1]}")
     say(f"   Stop: {stop[0]}", f"   停止：{stop[1]}")
@@ -79,9 +79,9 @@ def become_app(
     command: list[str], settings: LaunchSettings, url: str,
     ours: Callable[[], bool] = lambda: True, confirm: Callable[[], None] = lambda: None,
 ) -> NoReturn:  # fmt: skip
-    """Run an app in the place of this process, so that its signals and exit code are those of the app.
+    """Replaces this process by the app, so that signals and exit code are those of the app.
 
-    What prints that it is ready is nobody's child, so that the app has no unknown one. ``confirm`` is called then.
+    A detached process (no child of the app) waits until the app is ready, calls ``confirm`` and prints the URL.
     """
     app = os.getpid()
     sys.stdout.flush()
@@ -111,14 +111,14 @@ def report_plan(settings: LaunchSettings, command: list[str], url: str) -> None:
 
 
 class Service:
-    """The verbs for one port. Their result is the exit code."""
+    """Actions for one port; they return the exit code."""
 
     def __init__(self, settings: LaunchSettings) -> None:
         self.settings = settings
         self.file = RecordFile(settings.run_dir, settings.port)
         self.url = address(settings)
         self.environment = Path(settings.venv_dir), [Path(settings.project_dir, "requirements.txt")]
-        # As they are before anything is chosen for the user.
+        # Values before automatic choices.
         texts = {name: str(getattr(settings, each.name)) for name, each in SETTINGS.items()}
         texts |= {"DETACH": str(int(settings.detach))}
         self.remembered = {name: text for name, text in texts.items() if name in REMEMBERED}
@@ -128,7 +128,7 @@ class Service:
 
     def start(self) -> int:
         self._refuse_second_start()
-        gpu = self.prepare(self.settings.port)  # the port before an install of minutes, and again after it
+        gpu = self.prepare(self.settings.port)  # checks the port before an install of minutes; `launch` checks again
         if self.settings.check:
             report_plan(self.settings, self._app(), self.url)
             return 0
@@ -148,7 +148,7 @@ class Service:
             )
 
     def prepare(self, port: int) -> Gpu:
-        """Check all that can make a start impossible, and make the environment. Port 0: the host alone."""
+        """Checks all conditions of a start, and makes the environment. Port 0: host only."""
         settings = self.settings
         check_port(settings, port)
         gpu = choose_gpu(settings)
@@ -175,7 +175,7 @@ class Service:
         check_disk(venv, "The environment", "Python 环境")
 
     def launch(self, gpu: Gpu, again: bool = False) -> int:
-        """With ``again`` for a restart, whose caller ends an app that does not get ready."""
+        """Starts the app. ``again``: for a restart, whose caller ends an app that is not ready in time."""
         command, started_in = self._app(), os.getcwd()
         os.environ.update(gpu.variables)
         with locked(self.settings.run_dir):
@@ -194,7 +194,7 @@ class Service:
         become_app(command, self.settings, self.url, lambda: self._listens(pid), self.file.confirm)
 
     def _listens(self, pid: int) -> bool:
-        """Whether a process listens on the port: another one may have taken that. True where it cannot be known."""
+        """Returns whether this process, not another one, listens on the port; true if unknown."""
         holders = holders_of_port(self.settings.port)
         return bool(born(pid)) and (not holders or pid in holders)
 
@@ -240,10 +240,10 @@ class Service:
             fail(f"{en}. Log: {log}", f"{zh}。日志：{log}")
         fail(f"{en}, and goes on starting. Log: {log}. Stop: {stop}", f"{zh}，启动继续进行。日志：{log}。停止：{stop}")
 
-    # -- the other verbs ------------------------------------------------------------------------------------------
+    # -- other actions --------------------------------------------------------------------------------------------
 
     def end(self, record: Record | None) -> None:
-        """End the app of a record, if it runs. A running request may finish; `LaunchError` after STOP_TIMEOUT."""
+        """Ends the app of a record; a running request may finish. Raises `LaunchError` after STOP_TIMEOUT."""
         if record is None or not record.lives:
             self.report_nothing()
             return
@@ -275,7 +275,7 @@ class Service:
         return 0
 
     def status(self) -> int:
-        """3 if it does not run."""
+        """Returns 3 if the app does not run."""
         record = self.file.read()
         if record is None or not record.lives:
             self.report_nothing()
@@ -285,7 +285,7 @@ class Service:
         if not is_ready(self.url):
             say("Not ready yet, or on its way out", "尚未就绪，或正在退出")
             return 0
-        # A proxy would reach another machine at this address.
+        # For a proxy, this address is another machine.
         others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         os.environ["no_proxy"] = f"{others},{reached_at(self.settings.host)}"
         return command_line.main(["status", "--url", self.url])
@@ -303,7 +303,7 @@ class Service:
 
 
 def wait_for_end(record: Record, number: signal.Signals, limit_s: float) -> bool:
-    """Send a signal and wait; whether the app has ended."""
+    """Sends a signal and waits; returns whether the app has ended."""
     with suppress(ProcessLookupError):
         os.kill(record.pid, number)
     until = time.monotonic() + limit_s

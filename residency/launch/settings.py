@@ -1,7 +1,6 @@
-"""What the user asked for on the command line and in the environment, checked before anything is loaded.
+"""Settings of app.py, from the command line and the environment; validated before models load.
 
-The flags of the Step-Audio-EditX app keep their names, choices and defaults. Importing this is cheap: ``--help``
-must answer at once.
+Flags of the Step-Audio-EditX app keep their names, choices and defaults. Imports little, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ T = TypeVar("T")
 _LARGEST_BYTES = 1 << 60
 _HUB_OWNER = r"[A-Za-z0-9][\w.-]*"
 _ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:(?P<port>\d+))?)?(?P<path>(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*)"
-#: A root path among these could not be told from the same path behind a proxy that removes its own.
+#: Invalid as root paths: ambiguous behind a proxy that removes the root path.
 _OWN_PATHS = {"assets", "config", "docs", "gpu", "gradio_api", "healthz", "login", "logout", "metrics", "openapi.json",
               "readyz", "static", "svelte", "theme.css"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every flag of ``app.py`` by its own name; times in seconds (`math.inf` is never), sizes in bytes."""
+    """Flags of ``app.py``; times in seconds (`math.inf`: never), sizes in bytes."""
 
     model_path: str | None = None
     server_name: str = "0.0.0.0"
@@ -75,7 +74,7 @@ class Settings:
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read flags; a flag wins over the environment. Exits with code 2 and what to do next if something is wrong."""
+    """Parses flags, which override the environment. Exits with code 2 and a message if a value is invalid."""
     parser = _parser(environ)
     values = vars(parser.parse_args(argv))
     if values.pop("gpu_isolation") != "none":
@@ -113,7 +112,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
 
 
 def _check_model_path(model_path: str | None, source: str) -> None:
-    """Weights on this machine must exist; what may be the id of a hub is left to it, unless the source is local."""
+    """Raises `InvalidInput` if local weights are missing; accepts a possible hub id unless the source is local."""
     if model_path is None:
         raise InvalidInput(
             "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX; "
@@ -242,7 +241,7 @@ def _add_management_flags(parser: argparse.ArgumentParser, defaults: Settings, e
 
 
 def size_bytes(text: str) -> int:
-    """Read ``48GB``, ``48GiB`` or ``512MB``; a GB is 2**30 bytes."""
+    """Parses ``48GB``, ``48GiB`` or ``512MB``; a GB is 2**30 bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])I?B?", text.strip().upper())
     nbytes = float(match[1]) * UNITS_BYTES[match[2] + "B"] if match else 0
     if not 1 <= nbytes <= _LARGEST_BYTES:
@@ -251,7 +250,7 @@ def size_bytes(text: str) -> int:
 
 
 def sendable(token: str) -> str:
-    """A token without what stands around it in a file; it has to fit into a header. Never says what it is."""
+    """Strips a token; raises `InvalidInput`, without the token, if it is not valid in an HTTP header."""
     if not (token.strip().isascii() and token.strip().isprintable()):
         raise InvalidInput(
             "a token has only Latin letters, digits and signs, since others cannot be sent (--control-token, --token, "
@@ -269,7 +268,7 @@ def _auth(text: str) -> tuple[str, str]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Names of hosts, as browsers send them: in lower case, and other scripts than Latin as ``xn--...``."""
+    """Converts host names to the form sent by browsers: lower case, non-Latin scripts as ``xn--...``."""
     names = []
     for given in filter(None, map(str.strip, text.split(","))):
         try:
@@ -286,9 +285,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _address(text: str) -> str:
-    """Without the brackets that an IPv6 address has in links; an IPv4 address that is written as IPv6, as IPv4."""
+    """Removes brackets of an IPv6 address; converts an IPv4-mapped address to IPv4."""
     address = without_mapping(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
-    # A scope follows an IPv6 address (fe80::1%eth0). The system reads 0, 127.1 and 0x7f000001 as addresses too.
+    # IPv6 addresses may have a scope (fe80::1%eth0). Excludes 0, 127.1 and 0x7f000001, which are addresses, too.
     if not is_address(address) and not re.fullmatch(r"(?=.*[A-Za-z])(?!0x)[A-Za-z0-9_.-]+", address):
         raise InvalidInput(
             f"{text!r} is no address of this machine: give 0.0.0.0 for all, :: for all with IPv6, 127.0.0.1 for this "
@@ -300,7 +299,7 @@ def _address(text: str) -> str:
 
 
 def _root_path(text: str) -> str:
-    """The path without a slash at its end, or the whole address if one is given; empty is the root of the site."""
+    """Removes a final slash of a path or a whole address; empty: the root of the site."""
     given = text.strip().rstrip("/")
     parts = re.fullmatch(_ADDRESS, given)
     segments = parts["path"].split("/")[1:] if parts else ["."]
@@ -338,7 +337,7 @@ def _port(text: str) -> int:
 
 
 def checked(read: Callable[[str], T]) -> Callable[[str], T]:
-    """A type for argparse that passes our sentences on; argparse hides those of other exceptions."""
+    """Returns an argparse type that shows the message of `InvalidInput`; argparse hides those of other exceptions."""
 
     def convert(text: str) -> T:
         try:

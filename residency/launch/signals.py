@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP (a terminal was closed): the first asks for an orderly end, a second ends it at once."""
+"""SIGINT, SIGTERM and SIGHUP (closed terminal): the first starts an orderly end, the second ends at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-    """From entering on, the first signal raises KeyboardInterrupt in the main thread, where this is made.
+    """Signal handling as a ``with`` block of the main thread.
 
-    At a second one what was given to `at_once` is called, and the process is gone with exit code 128 + the signal's
-    number. A thread of its own sees to that, so that a main thread inside native code does not delay it. Once the
-    block has been left, a first signal raises nothing more. Who has nothing else to do calls `wait`: where Python
-    swallows what a signal raises (in ``__del__``, in callbacks of weak references), that ends all the same.
+    The first signal raises KeyboardInterrupt in the main thread, but not after the block. A second one calls the
+    callbacks of `at_once` and exits with code 128 + the signal's number; a thread does this, since native code may
+    block the main thread. `wait` also returns if Python swallows the exception (in ``__del__``, in weak reference
+    callbacks).
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Signals:
     def __enter__(self) -> Signals:
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         for number in _NUMBERS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._asked)
         threading.Thread(target=self._watch, name="app-signals", daemon=True).start()
         return self
@@ -41,15 +41,15 @@ class Signals:
         self.interrupt_no_more()
 
     def wait(self) -> None:
-        """Return once a signal has come."""
+        """Waits for the first signal."""
         self._came.wait()
 
     def at_once(self, deed: Callable[[], object]) -> None:
-        """Have this called before a second signal ends the process; the latest first. It must be quick."""
+        """Adds a callback for the second signal, called in reverse order. It must be fast."""
         self._last_deeds.insert(0, deed)
 
     def interrupt_no_more(self) -> None:
-        """From now on a first signal raises nothing: the end is under way."""
+        """Disables KeyboardInterrupt for the first signal, during the shutdown."""
         self._interrupts = False
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
@@ -60,7 +60,7 @@ class Signals:
     def _watch(self) -> None:
         asked = False
         while True:
-            for number in self._reading.recv(64):  # one byte for each signal, whoever handles it
+            for number in self._reading.recv(64):  # one byte for each signal, with any handler
                 if number in _NUMBERS and asked:
                     self._quit(number)
                 if number in _NUMBERS:

@@ -1,4 +1,4 @@
-"""What ``start_with_gpu_management.sh --help`` prints, in the language of the terminal."""
+"""Text of ``start_with_gpu_management.sh --help``, in the language of the terminal."""
 
 from __future__ import annotations
 

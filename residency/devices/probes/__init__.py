@@ -1,4 +1,4 @@
-"""Looks at memory from outside, without torch: None where unknown, never raising, never making a CUDA context."""
+"""Memory measurements without torch: None where unknown; they never raise and create no CUDA context."""
 
 from .card import CardProbe, TorchProbe
 from .host import HostProbe

@@ -1,4 +1,4 @@
-"""What a card is asked for, and the answers where NVML gives none."""
+"""Interface of card probes, and a fallback without NVML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...contracts import Memory, Telemetry
 
 
 class CardProbe(Protocol):
-    """Looks at one card: fields are None when unknown; never raises, never creates a CUDA context."""
+    """Measurements of one card: fields are None when unknown; never raises, creates no CUDA context."""
 
     name: str
 
@@ -18,11 +18,11 @@ class CardProbe(Protocol):
     def telemetry(self) -> Telemetry: ...
 
     def holders(self) -> tuple[tuple[int, int | None], ...]:
-        """The processes that hold memory of the card: (pid, bytes or None where that is unknown)."""
+        """Returns the processes that hold memory of the card: (pid, bytes or None if unknown)."""
 
 
 class TorchProbe:
-    """The sizes of ``cuda:index`` as torch knows them, from the time on when it has a CUDA context there."""
+    """Sizes of ``cuda:index`` from torch, once it has a CUDA context."""
 
     def __init__(self, index: int = 0) -> None:
         self.name = f"CUDA GPU {index}"

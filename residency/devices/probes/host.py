@@ -8,7 +8,7 @@ from ...contracts import Memory
 
 
 class HostProbe:
-    """``free_bytes`` is what can be had without swapping; ``process_bytes`` is this process's resident set."""
+    """``free_bytes``: available without swapping; ``process_bytes``: resident set of this process."""
 
     def memory(self) -> Memory:
         try:

@@ -1,4 +1,4 @@
-"""GPU memory through NVML, the driver's own books. Unlike ``torch.cuda.mem_get_info`` it costs no CUDA context."""
+"""GPU memory through NVML, which, unlike ``torch.cuda.mem_get_info``, needs no CUDA context."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NO_SUCH_CARD = (pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_NOT_FOUND
 
 
 class NvmlUnavailable(Exception):
-    """NVML cannot be asked: no library or driver, or no permission. There may be a GPU all the same."""
+    """NVML is not usable: no library or driver, or no permission. A GPU may still exist."""
 
 
 class NvmlProbe:
-    """One GPU, or one MIG instance. Thread-safe, as NVML is. Make one with `find`."""
+    """One GPU, or one MIG instance; created by `find`. Thread-safe, like NVML."""
 
     def __init__(self, handle: Any, name: str) -> None:
         self._handle = handle
@@ -29,12 +29,11 @@ class NvmlProbe:
 
     @classmethod
     def find(cls, visible: str | None = None) -> NvmlProbe | None:
-        """The first GPU that CUDA would see; None if there is none, `NvmlUnavailable` if that cannot be told.
+        """Finds the first GPU visible to CUDA; returns None if there is none, raises `NvmlUnavailable` if unknown.
 
-        ``visible`` is the value of ``CUDA_VISIBLE_DEVICES``, None if it is not set. Numbers are taken in the order of
-        PCI buses, as NVML counts; set ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` for CUDA to count alike. UUIDs
-        (``GPU-...``, ``MIG-...``), which may be abbreviated, need no order. Of a GPU that is divided (MIG), CUDA takes
-        the first instance.
+        ``visible``: value of ``CUDA_VISIBLE_DEVICES``, None if not set. Indices are in NVML's order, by PCI bus; set
+        ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` for the same order in CUDA. UUIDs (``GPU-...``, ``MIG-...``) may be
+        abbreviated. Of a GPU with MIG, takes the first instance, like CUDA.
         """
         first = "0" if visible is None else visible.split(",")[0].strip()
         try:
@@ -63,7 +62,7 @@ class NvmlProbe:
         except pynvml.NVMLError:  # WSL2 and virtual GPUs list no processes
             return None
         own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-        # In containers the driver lists the host's process numbers, or none: then what we use is unknown.
+        # In containers the driver lists the host's pids, or none: then this process's use is unknown.
         return None if own and own[0] is None else sum(own) if own or not processes else None
 
     def telemetry(self) -> Telemetry:
@@ -75,7 +74,7 @@ class NvmlProbe:
         return Telemetry(None if None in sizes else sum(filter(None, sizes)), power_w)
 
     def holders(self) -> tuple[tuple[int, int | None], ...]:
-        """The processes that hold memory of this GPU: (pid, bytes or None where the driver does not tell)."""
+        """Returns the processes that hold memory of this GPU: (pid, bytes or None if unknown)."""
         try:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         except pynvml.NVMLError:
@@ -93,8 +92,8 @@ def _by_index(index: int) -> Any:
 
 
 def _by_uuid(uuid: str) -> Any:
-    """The card or instance of that UUID, or the only one whose UUID begins so."""
-    with suppress(pynvml.NVMLError):  # NVML knows whole ones only
+    """Returns the card or instance with that UUID or, if unique, UUID prefix."""
+    with suppress(pynvml.NVMLError):  # NVML accepts complete UUIDs only
         return pynvml.nvmlDeviceGetHandleByUUID(uuid)
     cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     candidates = [one for card in cards for one in (card, *_instances(card))]
@@ -103,13 +102,13 @@ def _by_uuid(uuid: str) -> Any:
 
 
 def _instances(card: Any) -> Iterator[Any]:
-    """The MIG instances of a card, in order; none if it is not divided."""
+    """Yields the MIG instances of a card, in order."""
     try:
         count = pynvml.nvmlDeviceGetMaxMigDeviceCount(card) if pynvml.nvmlDeviceGetMigMode(card)[0] else 0
-    except pynvml.NVMLError:  # a card, a driver or an instance that knows nothing of MIG
+    except pynvml.NVMLError:  # a card or driver without MIG, or an instance
         return
     for index in range(count):
-        with suppress(pynvml.NVMLError):  # places that are not taken
+        with suppress(pynvml.NVMLError):  # unused index
             yield pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
 
 
@@ -118,7 +117,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether a process runs this project, as far as its command line tells."""
+    """Returns whether a process runs this project, by its command line."""
     try:
         return any(sign in argument for argument in psutil.Process(pid).cmdline() for sign in _OURS)
     except (psutil.Error, OSError):

@@ -1,4 +1,4 @@
-"""Measures the memory of this process and its children, without files that they have mapped."""
+"""Measures the memory of this process and its children, without mapped files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ...observability.outside_memory import MemorySample, OutsideMemory, Process
 def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> MemorySample:
     """Measures this process and its children, in main memory and on the device. Never raises.
 
-    To ``trim``, so that what the allocator keeps does not count, takes milliseconds after much was freed; to look at
-    children takes 1 to 2 ms, and more for each.
+    ``trim`` excludes memory cached by the allocator; it takes milliseconds after large frees. ``look_at_children``
+    takes 1 to 2 ms, and more for each child.
     """
     if trim:
         _trim()
@@ -36,7 +36,7 @@ def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> 
 
 
 def _trim() -> None:
-    """Have the allocator give back what it keeps, so that it does not count as held. Only glibc can."""
+    """Returns the allocator's cached memory to the system (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         _libc().malloc_trim(0)
 
@@ -47,7 +47,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def remeasured(outside: OutsideMemory, device: Device) -> OutsideMemory:
-    """The same processes as they are now, without children that have ended. Never raises."""
+    """Measures the same processes again, without ended children. Never raises."""
     held = _held_by(device)
     holders = []
     for holder in outside.holders:
@@ -64,7 +64,7 @@ def remeasured(outside: OutsideMemory, device: Device) -> OutsideMemory:
 def _held_by(device: Device) -> Mapping[int, int] | None:
     try:
         return device.held_by()
-    except Exception:  # of a device that is gone
+    except Exception:  # a lost device
         return None
 
 
@@ -73,20 +73,17 @@ def _holder(
 ) -> ProcessMemory:
     device_bytes = None if held is None else held.get(pid, 0)
     if host_bytes is not None and device.torch_device == "cpu" and pid != os.getpid():
-        host_bytes = max(0, host_bytes - (device_bytes or 0))  # a simulated card is main memory
+        host_bytes = max(0, host_bytes - (device_bytes or 0))  # a simulated card uses main memory
     return ProcessMemory(pid, started_s, command, host_bytes, device_bytes)
 
 
 def own_bytes() -> int | None:
-    """Anonymous and shared main memory of this process; None where the system does not tell."""
+    """Returns anonymous and shared main memory of this process; None if unknown."""
     return _kilobytes(Path("/proc/self/status"), ("RssAnon", "RssShmem"))
 
 
 def children() -> tuple[tuple[int, float, str, int | None], ...] | None:
-    """(pid, start in seconds, command line, bytes) of each descendant that lives; None where unknown.
-
-    Bytes are those that no other process shares, so a forked child does not count its parent's.
-    """
+    """Returns (pid, start in seconds, command line, private bytes) of each live descendant; None if unknown."""
     try:
         found = psutil.Process().children(recursive=True)
     except (psutil.Error, OSError):
