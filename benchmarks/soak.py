@@ -167,7 +167,7 @@ class Soak:
         for (name, model), keep_warm, idle_timeout in zip(self.models.items(), KEEP_WARM, IDLE_TIMEOUT, strict=False):
             self.manager.register(
                 name, model.load, keep_warm=keep_warm, idle_timeout=idle_timeout, load_timeout=LOAD_TIMEOUT_S,
-                max_waiting=20 if name == "enhance" else None, size_bytes=model.memory.size_bytes,
+                max_waiting=20 if name == "enhance" else None, size_bytes=model.size_bytes,
             )  # fmt: skip
         self.books = Books(options.requests)
         self.deadlines = Deadlines(self.manager.status, self.names)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .errors import Holder
 from .sentences import Sentence
-from .status_types import ModelStatus
 from .units import readable_bytes
+
+if TYPE_CHECKING:
+    from .status_types import ModelStatus  # not where the launcher runs, before its packages are installed
 
 
 def holder(model: ModelStatus) -> Sentence | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from starting import ROOT, Project
+from script_project import ROOT, Project
 
 LAUNCH = f"""
 import sys
