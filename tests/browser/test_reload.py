@@ -252,6 +252,29 @@ def test_nothing_is_lost_by_a_reload_before_the_server_has_answered_the_last_one
         sync_api.expect(recording(page)).to_be_attached()
 
 
+def test_a_text_that_is_emptied_before_the_page_is_complete_stays_empty(
+    app: RunningApp, new_page: Callable[..., Page]
+) -> None:
+    page = new_page()
+    held: list[Route] = []
+    answers = False
+    page.route(
+        re.compile("/gradio_api/(run|api|queue/join)"),
+        lambda route: route.continue_() if answers else held.append(route),
+    )
+    page.goto(app.url)
+    text(page, "prompt-text").fill("said")
+    page.wait_for_function("window.inputs?.prompt === 'said'")
+    text(page, "prompt-text").fill("")
+    page.wait_for_function("window.inputs?.prompt === ''")
+    assert not page.evaluate("window.keepsInputs"), "the page is not complete"
+    answers = True
+    for route in held:
+        route.continue_()
+    page.wait_for_function("window.textsBack === null")  # after the stored texts were written
+    expect_texts(page, "", "")
+
+
 def fill(page: Page, folder: Path) -> None:
     text(page, "prompt-text").fill("said\nin two lines")
     upload(page, folder)

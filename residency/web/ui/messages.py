@@ -105,8 +105,9 @@ class MessagePlaces:
         Gradio's event `input` misses pasted text and input methods.
         """
         written = f"document.activeElement?.closest('#{CONTROLS[field]}')"
-        js = f"said => {{setTimeout(() => {{{_TIE}}}, 100); return {written} ? '' : said}}"
-        return {**self.wiping(field), "inputs": self._places[field], "js": js}
+        # No change, instead of the place's content, which may be replaced by the next message meanwhile.
+        js = f"() => {{setTimeout(() => {{{_TIE}}}, 100); return {written} ? '' : {{__type__: 'update'}}}}"
+        return {**self.wiping(field), "js": js}
 
     def values(self, message: str) -> list[str]:
         """Returns the message at its place and empty texts elsewhere, in the order of `components`."""

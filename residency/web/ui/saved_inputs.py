@@ -26,14 +26,15 @@ _KEEP = """(prompt, target, recording, task, subTask, history) => {
   const emptied = id => document.activeElement?.closest(id);
   if (back && !emptied("#prompt-text")) prompt ||= back.prompt;
   if (back && !emptied("#target-text")) target ||= back.target;
+  const before = window.inputs ?? {};
   window.inputs = {prompt, target, recording: recording?.path ?? null, task, subTask, steps: history?.length ?? 0};
   if (window.keepsInputs) {
     sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
     return;
   }
-  // What was kept has not come back yet: only what is filled in replaces it.
+  // The stored inputs are not restored yet: only what was filled in on this page replaces them, also if emptied again.
   const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  const filled = Object.entries({prompt, target, recording: window.inputs.recording}).filter(([, value]) => value);
+  const filled = Object.entries({prompt, target, recording: window.inputs.recording}).filter(([name, value]) => value || before[name]);
   sessionStorage.setItem("inputs", JSON.stringify({...kept, ...Object.fromEntries(filled)}));
 }"""
 _READ = """() => {
