@@ -34,7 +34,8 @@ _KEEP = """(prompt, target, recording, task, subTask, history) => {
   }
   // The stored inputs are not restored yet: only what was filled in on this page replaces them, also if emptied again.
   const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  const filled = Object.entries({prompt, target, recording: window.inputs.recording}).filter(([name, value]) => value || before[name]);
+  const now = {prompt, target, recording: window.inputs.recording};
+  const filled = Object.entries(now).filter(([name, value]) => value || before[name]);
   sessionStorage.setItem("inputs", JSON.stringify({...kept, ...Object.fromEntries(filled)}));
 }"""
 _READ = """() => {
