@@ -26,12 +26,17 @@ class ManualClock:
         self._now_s = now_s
         self._waiting: list[threading.Lock] = []
         self._lock = threading.Lock()
+        self._seen = threading.local()
 
     def now(self) -> float:
-        return self._now_s
+        now_s = self._seen.now_s = self._now_s
+        return now_s
 
     def wait(self, event: threading.Lock, timeout_s: float = math.inf) -> None:
         with self._lock:
+            seen_s, self._seen.now_s = getattr(self._seen, "now_s", self._now_s), self._now_s
+            if seen_s != self._now_s:
+                return  # it was advanced between this thread's last `now` and its wait
             self._waiting.append(event)
         event.acquire()
         with self._lock:

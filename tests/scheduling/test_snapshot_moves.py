@@ -19,7 +19,7 @@ from fakes import running
 
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
 from residency.clock import ManualClock
-from residency.memory import EngineResident, weights
+from residency.memory import EngineResident, weights_mirror
 from residency.scheduling import mover
 from residency.states import State
 
@@ -224,7 +224,7 @@ def test_a_release_that_has_no_memory_for_a_snapshot_is_done_without(
         def no_room(*_: object) -> None:
             raise MemoryError("no room in main memory")
 
-        monkeypatch.setattr(weights, "HostMirror", no_room)
+        monkeypatch.setattr(weights_mirror, "HostMirror", no_room)
     assert studio.status["state"] == "released"
     assert studio.device.ledger_bytes == 0
 
