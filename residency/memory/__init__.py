@@ -1,4 +1,4 @@
-"""What of an engine holds memory, and how it moves. `adopt` finds all of it without the engine's help."""
+"""Finds and moves the memory of an engine. `adopt` finds all of it without help by the engine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,6 @@ __all__ = [
 
 
 def adopt(engine: Any, device: Device, managed: Adoption) -> Resident:
-    """Take stock of a freshly loaded engine; see `EngineResident` for the errors.
-
-    The borrowed part, which outlives a release, is left out.
-    """
+    """Returns the memory of a freshly loaded engine, without its borrowed part; see `EngineResident` for the errors."""
     kept = managed.borrowed_part.part if isinstance(managed.borrowed_part, BorrowedPart) else None
     return EngineResident(engine, device, managed.skip, excluding=kept if isinstance(kept, EngineResident) else None)

@@ -1,23 +1,26 @@
-"""While the bytes of a tensor are away, each use of it raises `TensorAway`; what it tells of itself stays readable.
+"""Makes each use of a tensor without its bytes raise `TensorAway`; shape, dtype and the like stay readable.
 
-Three guards, from the one with the best message to the one that sees most:
+Three guards, from the clearest message to the widest coverage:
 
-- *The tensors.* Each known tensor object gets a class whose ``__torch_function__`` raises: a subclass of its own,
-  so that identity, ``isinstance``, name and attributes stay. The class is put back with the bytes.
-- *The storage object*, which ``tensor.untyped_storage()`` returns, gets such a class as well.
-- *The storage itself.* torch has a flag that makes each access to its address raise, whoever asks: views that were
-  kept from a lease, TorchScript, autograd, DLPack, other threads. Builds with CUDA set it by a function; in builds
-  without, which have only the simulated card, the flag is looked for once and used if it proves to do that.
+- *Tensor.* Each known tensor object gets a subclass of its class whose ``__torch_function__`` raises; identity,
+  ``isinstance``, name and attributes stay. The original class returns with the bytes.
+- *Storage object*, the result of ``tensor.untyped_storage()``: gets such a class as well.
+- *Storage.* A flag in torch makes each access to the address raise, for all callers: views kept from a lease,
+  TorchScript, autograd, DLPack, other threads. CUDA builds have a function to set it. Other builds have only the
+  simulated card; the flag's position in memory is determined once, and used if a test proves it.
 
-What cannot be caught: an address that was taken before (a raw pointer, a consumer of DLPack, a captured graph), which
-is why `Weights` counts the holders of a storage before it drops the bytes; a kernel that runs already; a tensor class
-that does not allow ``__class__`` to be assigned, which has the third guard only; another thread, in the moment in which
-torch resizes a storage or copies to it. An object that asks ``type(tensor) is Parameter`` while the tensor is away gets
-False. A consumer of DLPack that took a tensor of the engine before the load is in that count from the start, as a
-TorchScript module is; it is only seen if it is an array of numpy that hangs on the engine, so not in a variable of a
-Python module, and not if it is another library's.
+Not detected:
 
-A storage that others than the engine hold may have a recall, which brings its bytes back at the first use.
+- an address that was taken before (a raw pointer, a consumer of DLPack, a captured graph): therefore `Weights` counts
+  the holders of a storage before it drops the bytes;
+- a kernel that is already running;
+- a tensor class that does not allow assignment of ``__class__``: third guard only;
+- another thread, while torch resizes a storage or copies to it;
+- a consumer of DLPack that took a tensor before the load: the initial count includes it, like a TorchScript module. It
+  is found only if it is a numpy array reachable from the engine (a variable of a Python module is not).
+
+``type(tensor) is Parameter`` is False while the tensor is away. A storage that is also held outside its engine may have
+a recall, which restores its bytes at the first use.
 """
 
 from __future__ import annotations
@@ -39,11 +42,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What hangs on a storage object: a weak reference to its `Piece`, for messages; its recall if it has one; and whether
-#: the log has named it as held by others.
+#: Attributes of a storage object: a weak reference to its `ManagedStorage`, for messages; its recall, if any; whether
+#: it has been logged as held outside its engine.
 MANAGED, RECALL, NAMED = "_residency_storage", "_residency_recall", "_residency_named"
 
-#: Attributes that tell of a tensor and do not touch its bytes. Those that start with ``is_`` are added.
+#: Attributes of a tensor that do not access its bytes. Those that start with ``is_`` are added.
 _ATTRIBUTES = (
     "shape", "device", "dtype", "layout", "ndim", "requires_grad", "grad", "grad_fn", "names", "name", "nbytes",
     "itemsize", "output_nr", "retains_grad", "volatile", "grad_dtype", "_base", "_grad", "_grad_fn", "_version",
@@ -64,15 +67,15 @@ _STORAGE = frozenset({
 _NAMELESS = Sentence("A tensor", "某个张量")
 
 _TRIES = 10
-"""How often a tensor is brought back for one use of it, while its engine leaves again and again."""
+"""Maximal number of restores for one use of a tensor, if its engine is offloaded again after each."""
 
-#: Absent class by the class that it stands for, and back; None for one that nothing can stand for.
+#: Guarded class by original class (None: cannot be guarded), and the reverse.
 _absent: dict[type, type | None] = {}
 _present: dict[type, type] = {}
 
 
 def hide_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Make each use of these raise. Call it before their bytes go."""
+    """Makes each use of these tensors raise. Call before their bytes are dropped."""
     for tensor in tensors:
         kind = type(tensor)
         try:
@@ -83,12 +86,12 @@ def hide_tensors(tensors: Iterable[torch.Tensor]) -> None:
             try:
                 tensor.__class__ = absent
             except TypeError:
-                logger.debug("Tensors of type %s cannot be guarded one by one", kind, exc_info=True)
+                logger.debug("Tensors of type %s cannot be guarded individually", kind, exc_info=True)
                 _absent[kind] = None
 
 
 def show_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Undo `hide_tensors`. Call it when their bytes are there."""
+    """Undoes `hide_tensors`. Call once their bytes are restored."""
     for tensor in tensors:
         present = _present.get(type(tensor))
         if present is not None:
@@ -96,14 +99,14 @@ def show_tensors(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def close(storages: Iterable[torch.UntypedStorage], released: bool = False) -> None:
-    """Make each use of these storage objects raise. Call it before the bytes go; `opened_one_by_one` does the rest."""
+    """Makes each use of these storage objects raise. Call before `opened_one_by_one`, which sets the flags."""
     away = _storage_classes()[released]
     for storage in storages:
         storage.__class__ = away
 
 
 def reopen(storages: Collection[torch.UntypedStorage]) -> None:
-    """Undo `close`. Call it when they are filled."""
+    """Undoes `close`. Call once the storages are filled."""
     import torch
 
     for storage in storages:
@@ -112,16 +115,16 @@ def reopen(storages: Collection[torch.UntypedStorage]) -> None:
 
 
 def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
-    """Open closed storages (``_cdata``) in turn, each until the next step: torch resizes none that is closed.
+    """Opens closed storages (``_cdata``) one at a time, each until the next step: torch cannot resize a closed one.
 
-    The storage objects stay closed; `torch.UntypedStorage.resize_` and ``nbytes`` can be called on them.
+    The storage objects stay closed; only `torch.UntypedStorage.resize_` and ``nbytes`` can be called on them.
     """
     return _barrier().one_by_one(addresses)
 
 
 @contextmanager
 def opened(storages: Collection[torch.UntypedStorage]) -> Iterator[None]:
-    """Open closed storages for a moment, to fill them."""
+    """Opens closed storages within the context, to fill them."""
     reopen(storages)
     try:
         yield
@@ -131,7 +134,7 @@ def opened(storages: Collection[torch.UntypedStorage]) -> Iterator[None]:
 
 
 def recall(storage: torch.UntypedStorage) -> bool:
-    """Bring the bytes of a storage back, if others than an engine hold it; False if they cannot be brought back."""
+    """Restores the bytes of a storage that is also held outside its engine; returns False if that is impossible."""
     back: Callable[[torch.UntypedStorage], bool] | None = getattr(storage, RECALL, None)
     return back is not None and back(storage)
 
@@ -144,8 +147,8 @@ def _stand_in(kind: type) -> type | None:
         absent = type(kind)(kind.__name__, (kind,), {**names, **guard})
         _present[absent] = kind
         _absent[absent] = None
-    except Exception:  # others' metaclasses are others' code
-        logger.debug("Tensors of type %s cannot be guarded one by one", kind, exc_info=True)
+    except Exception:  # a metaclass may raise anything
+        logger.debug("Tensors of type %s cannot be guarded individually", kind, exc_info=True)
     _absent[kind] = absent
     return absent
 
@@ -162,11 +165,11 @@ def _answer(cls: type, function: Any, types: Any, arguments: tuple[Any, ...] = (
     if function in describes:
         return _description(arguments[0])
     for tensor in tree_leaves((arguments, options)):
-        for _ in range(_TRIES):  # it may leave again at once
+        for _ in range(_TRIES):  # its engine may be offloaded again at once
             if type(tensor) not in _present:
                 break
             _bring_back(torch.Tensor.untyped_storage(tensor))
-        else:  # its bytes are on their way
+        else:  # offloaded again after each restore
             raise TensorAway(_path(torch.Tensor.untyped_storage(tensor)), False)
     return function(*arguments, **options)
 
@@ -188,7 +191,7 @@ def _description(tensor: torch.Tensor) -> str:
 
 @functools.cache
 def _harmless() -> tuple[frozenset[Any], frozenset[Any]]:
-    """Functions that do not touch the bytes, as ``__torch_function__`` is given them, and those that describe."""
+    """Returns the functions that do not access the bytes, as in ``__torch_function__``, and those that describe."""
     import torch
 
     kind: Any = torch.Tensor
@@ -202,13 +205,13 @@ def _harmless() -> tuple[frozenset[Any], frozenset[Any]]:
 
 @functools.cache
 def _storage_classes() -> tuple[type, type]:
-    """For storages that are away and come back, and for those that were released."""
+    """Returns the classes for storages that are away, and for released ones."""
     import torch
 
     def through(name: str) -> Callable[..., Any]:
         def method(self: Any, *arguments: Any, **options: Any) -> Any:
             _bring_back(self)
-            return getattr(self, name)(*arguments, **options)  # by now it is one again
+            return getattr(self, name)(*arguments, **options)  # now an UntypedStorage again
 
         return method
 
@@ -230,11 +233,11 @@ def _storage_classes() -> tuple[type, type]:
 
 
 class _Barrier(NamedTuple):
-    """Sets and clears, on storages (``_cdata``), the flag that makes each access to its address raise."""
+    """Functions that set and clear, on storages (``_cdata``), the flag that makes each access to the address raise."""
 
     close: Callable[[Iterable[int]], None]
     open: Callable[[Iterable[int]], None]
-    #: Opens each in turn until the next step.
+    #: Clears the flag of one storage at a time, until the next step.
     one_by_one: Callable[[Iterable[int]], Iterator[None]]
 
 
@@ -269,7 +272,7 @@ def _barrier() -> _Barrier:
 
 
 def _flags() -> _Barrier:
-    """The same without the functions for it: two flags beside those that torch lets one set, if they prove right."""
+    """Returns the barrier for builds without these functions; writes the flags to memory, if a test proves it works."""
     import torch
 
     probe, other = torch.ones(4), torch.ones(4)
@@ -282,7 +285,7 @@ def _flags() -> _Barrier:
     # Four flags in a row: has_mutable_data_ptr_check_, throw_on_mutable_data_ptr_, throw_on_immutable_data_ptr_ and
     # warn_deprecated_on_mutable_data_ptr_. The first and the third are set.
     first, closed = changed[0] if changed else 0, int.from_bytes(b"\1\0\1\0", sys.byteorder)
-    # An array over all addresses: an assignment takes a tenth of the time of a call through ctypes.
+    # An array over the whole address space: an assignment takes a tenth of the time of a ctypes call.
     memory = (ctypes.c_uint32 * (1 << 60)).from_address(first)
 
     def close(addresses: Iterable[int]) -> None:
@@ -313,5 +316,5 @@ def _flags() -> _Barrier:
             open_([other.untyped_storage()._cdata])
         if proven and other.sum() == 4:
             return _Barrier(close, open_, one_by_one)
-    logger.debug("This torch has no way to guard a storage; views that were kept from a lease are not guarded")
+    logger.debug("This torch cannot guard storages: views kept from a lease are not guarded")
     return _Barrier(lambda addresses: None, lambda addresses: None, lambda addresses: iter([None for _ in addresses]))

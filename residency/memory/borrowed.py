@@ -1,4 +1,4 @@
-"""A part of an engine that its loader is given, such as a ready tokenizer: it outlives releases, on the host."""
+"""A part of an engine that its loader receives ready-made, such as a tokenizer; it outlives releases, on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .engine import EngineResident
 
 
 class BorrowedMemory(Protocol):
-    """What `BorrowedPart` moves."""
+    """The memory of a `BorrowedPart`."""
 
     @property
     def device_bytes(self) -> int: ...
@@ -26,7 +26,7 @@ class BorrowedMemory(Protocol):
 
 
 class BorrowedPart:
-    """One part and who has it. See `KeptPart` for what the methods promise."""
+    """A borrowed part and its current loan. See `KeptPart` for the methods."""
 
     def __init__(self, part: BorrowedMemory) -> None:
         self.part = part
@@ -56,7 +56,7 @@ class BorrowedPart:
 
 
 class BorrowedLoan:
-    """See `residency.contracts.Loan`. Thread-safe: a load that was given up may end beside the next one."""
+    """See `residency.contracts.Loan`. Thread-safe: an abandoned load may end during the next one."""
 
     def __init__(self, kept: BorrowedPart) -> None:
         self._kept = kept
@@ -93,7 +93,7 @@ class BorrowedLoan:
 
 
 class BorrowedResident(EngineResident):
-    """The memory of a part that is its owner's before and after."""
+    """The memory of a part that belongs to its owner before and after."""
 
     _owners: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
@@ -109,9 +109,9 @@ class BorrowedResident(EngineResident):
         return super().sessions | self._owners[1]
 
     def hand_back(self) -> None:
-        """Put it on the device, as it was given, and take no further care of it."""
+        """Restores the part to the device, as it was given, and ends its management."""
         self.restore()
-        # By number only, so that it can be let go: a load that was given up may bring an engine around it yet.
+        # Only ids, so that the part can be freed: an abandoned load may still create an engine around it.
         self._owners = self.storage_keys, self.sessions
         self._loaded.keep_only(())
         self._late.keep_only(())
@@ -119,4 +119,4 @@ class BorrowedResident(EngineResident):
         self._discovery = Discovery(None)
 
     def _abandon(self) -> None:
-        self._loaded.keep_only(())  # somebody else has it
+        self._loaded.keep_only(())  # the part belongs to its owner

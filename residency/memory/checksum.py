@@ -1,9 +1,9 @@
-"""Whether bytes still are what they were, computed where they lie.
+"""Detects changed weights by checksum, on the device that holds them.
 
-In main memory: XXH3. On a device: multilinear hashing with 64-bit weights over 32-bit words, from O. Kaser, D. Lemire:
-Strongly universal string hashing is fast. Computer Journal 57(11), 2014. Each position has a random weight of its
-own, so that swapped elements show (`torch.hash_tensor` is an xor, blind to order); two different contents have the
-same sum with a probability of at most 2**-32, and the weights are drawn anew in each process.
+Main memory: XXH3. Devices: multilinear hashing with 64-bit weights over 32-bit words, from O. Kaser, D. Lemire:
+Strongly universal string hashing is fast. Computer Journal 57(11), 2014. Each position has its own random weight, so
+swapped elements change the sum (`torch.hash_tensor`, an xor, ignores the order). Two different contents have the same
+sum with a probability of at most 2**-32; each process draws new weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _WORD_BYTES = 4
 
 
 def fingerprints(raws: Iterable[torch.Tensor], count: int) -> list[int]:
-    """A 64-bit number for each of ``count`` tensors of bytes (uint8 [n], 0 < n <= `SPAN_BYTES`) on one device.
+    """Returns a 64-bit checksum for each of ``count`` tensors (uint8 [n], 0 < n <= `SPAN_BYTES`) on one device.
 
-    Only comparable within this process and on the same device. Takes one at a time; needs scratch space of 4 spans
+    Comparable only within this process and device. Consumes the tensors one at a time; needs scratch space of 4 spans
     on a GPU, none in main memory.
     """
     raws = iter(raws)
@@ -42,18 +42,18 @@ def fingerprints(raws: Iterable[torch.Tensor], count: int) -> list[int]:
 
 
 def hash_of(raw: torch.Tensor) -> int:
-    """XXH3 of a contiguous uint8 tensor in main memory; equal in every process."""
-    # Not through numpy: torch refuses to resize a storage that numpy has seen.
+    """Returns the XXH3 of a contiguous uint8 tensor in main memory; the same in every process."""
+    # Not through numpy: torch does not resize a storage after ``tensor.numpy()``.
     return xxhash.xxh3_64_intdigest(memoryview_of(raw))
 
 
 def memoryview_of(raw: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous uint8 tensor in main memory. Valid as long as the tensor keeps its storage."""
+    """Returns the bytes of a contiguous uint8 tensor in main memory. Valid while the tensor keeps its storage."""
     return memoryview((ctypes.c_char * len(raw)).from_address(raw.data_ptr())).cast("B")
 
 
 def multilinear(raws: Iterable[torch.Tensor], count: int, device: torch.device) -> list[int]:
-    """The sums, on any device. Waits for the device once, at the end."""
+    """Returns the sums, on any device. Synchronizes with the device once, at the end."""
     import torch
 
     weights = _weights(SPAN_BYTES // _WORD_BYTES + 1).to(device)
@@ -74,7 +74,7 @@ def multilinear(raws: Iterable[torch.Tensor], count: int, device: torch.device) 
 
 @functools.cache
 def _weights(count: int) -> torch.Tensor:
-    """Random 64-bit numbers, drawn once in each process; a generator's would depend on a seed of 32 bits."""
+    """Returns random 64-bit numbers, drawn once per process; those of a generator depend on a 32-bit seed."""
     import torch
 
     return torch.frombuffer(bytearray(secrets.token_bytes(8 * count)), dtype=torch.int64)

@@ -8,14 +8,14 @@ from ..contracts import Resident, SnapshotStore
 
 
 class CompositeResident:
-    """Parts restore in order and offload in reverse; if one fails, those that moved are moved back."""
+    """Residents that are restored in order and offloaded in reverse; if one fails, the moved ones are moved back."""
 
     def __init__(self, *parts: Resident) -> None:
         self.parts = parts
 
     @classmethod
     def build(cls, *factories: Callable[[], Resident]) -> CompositeResident:
-        """Make the parts in order; if one cannot be made, those before it are released."""
+        """Builds the parts in order; on an error, releases those already built."""
         parts: list[Resident] = []
         try:
             for factory in factories:
@@ -36,7 +36,7 @@ class CompositeResident:
 
     @property
     def array_bytes(self) -> int:
-        """Of the parts that tell; see `EngineResident.array_bytes`."""
+        """The sum over the parts that report it; see `EngineResident.array_bytes`."""
         return sum(getattr(part, "array_bytes", 0) for part in self.parts)
 
     def restore(self) -> int:
@@ -71,7 +71,11 @@ class CompositeResident:
         undo: Callable[[Resident], int],
         undo_failed: bool = False,
     ) -> int:
-        """``undo_failed``: for moves that do nothing where nothing has moved; a part may fail after it has moved."""
+        """Undoes all moves if one fails.
+
+        ``undo_failed``: also that of the failed part, which may have moved; only for an ``undo`` without effect
+        otherwise.
+        """
         moved_bytes = 0
         for index, part in enumerate(parts):
             try:

@@ -1,4 +1,4 @@
-"""Copies spans between main memory and a device, where the storages of one span lie apart."""
+"""Copies spans between main memory and a device, where the storages of a span are not adjacent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class SpanCopier:
-    """Copies the spans of one layout during one move. Small storages cross the bus together where room allows.
+    """Copies of one layout's spans during one move. Small storages are transferred together if scratch space allows.
 
-    In main memory a span is uint8 [span.nbytes]. Nothing is written to the storages in ``untouched``.
+    In main memory a span is uint8 [span.nbytes]. Storages in ``untouched`` are not written.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class SpanCopier:
         self._scratch: torch.Tensor | None = None
 
     def untyped_storages(self, span: MirrorSpan) -> list[torch.UntypedStorage]:
-        """Those to which a span is copied."""
+        """Returns the storages that `to_device` writes for a span."""
         storages = [self._storages[part.index] for part in span.parts]
         return [managed.storage for managed in storages if not self._untouched or managed not in self._untouched]
 
     def gathered(self, span: MirrorSpan) -> torch.Tensor:
-        """The bytes of a span where they are now, on the device; valid until the next span is gathered.
+        """Returns the bytes of a span on the device as one tensor; valid until the next call.
 
-        Those of several storages are put together in scratch space there, of the size of the largest span.
+        Several storages are concatenated in scratch space of the size of the largest span.
         """
         import torch
 
@@ -48,7 +48,7 @@ class SpanCopier:
         return torch.cat(parts, out=self._scratch[: span.nbytes])
 
     def to_host(self, span: MirrorSpan, target: torch.Tensor, put_together: bool) -> None:
-        """Copy a span from the device; unless its storages are ``put_together`` there, without scratch space."""
+        """Copies a span from the device; if ``put_together``, joins its storages there first, in scratch space."""
         if put_together:
             target.copy_(self.gathered(span))
             return
@@ -56,7 +56,7 @@ class SpanCopier:
             on_host.copy_(on_device)
 
     def to_device(self, span: MirrorSpan, source: torch.Tensor) -> None:
-        """Copy a span to where its bytes belong, on the current stream; with scratch space only if there is some."""
+        """Copies a span to its storages, on the current stream; with scratch space only if it is available."""
         import torch
 
         if len(span.parts) > 1 and not self._untouched:
@@ -69,7 +69,7 @@ class SpanCopier:
             else:
                 sizes = [part.stop - part.start for part in span.parts]
                 if arrived.is_cpu:
-                    torch.split_with_sizes_copy(arrived, sizes, out=parts)  # a third of the time of the other way
+                    torch.split_with_sizes_copy(arrived, sizes, out=parts)  # a third of the time of the call below
                 else:
                     torch._foreach_copy_(parts, torch.split(arrived, sizes))
                 return
@@ -81,12 +81,12 @@ class SpanCopier:
         parts = []
         for part in span.parts:
             managed = self._storages[part.index]
-            whole = part.stop - part.start == managed.nbytes  # a view costs a microsecond, which many tensors feel
+            whole = part.stop - part.start == managed.nbytes  # saves a view: a microsecond for each tensor
             parts.append(managed.byte_view if whole else managed.byte_view[part.start : part.stop])
         return parts
 
     def _parts(self, span: MirrorSpan, host: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each part of a span: its bytes on the device, and their place in ``host``, which holds the whole span."""
+        """Yields each part of a span: its bytes on the device, and their place in ``host``, uint8 [span.nbytes]."""
         at = 0
         for part in span.parts:
             nbytes = part.stop - part.start

@@ -1,6 +1,6 @@
-"""CUDA graphs that hang on no engine: those that ``torch.compile(mode="reduce-overhead")`` captures.
+"""Finds CUDA graphs captured by ``torch.compile(mode="reduce-overhead")``, which no engine refers to.
 
-torch keeps them in variables of the threads that ran the compiled code. They remember where the weights lay then.
+torch keeps them in thread-local variables. They contain the addresses of the weights at the capture.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def compiled_graphs(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Which of these tensors (by path) are remembered by graphs of compiled code; empty if there are no such graphs.
+    """Returns the paths of those tensors whose addresses are in graphs of compiled code; empty without such graphs.
 
-    If some version of torch does not tell what its graphs remember, one entry stands for all.
+    If this version of torch does not expose the addresses, returns one entry for all.
     """
     graphs = _graphs()
     if not graphs:
@@ -32,8 +32,8 @@ def compiled_graphs(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _graphs() -> list[Any]:
-    """All graphs of compiled code in this process, whatever thread has captured them; torch keeps no list."""
-    module = sys.modules.get("torch._inductor.cudagraph_trees")  # if nobody has imported it there are none
+    """Returns all graphs of compiled code in this process, of any thread; torch keeps no list."""
+    module = sys.modules.get("torch._inductor.cudagraph_trees")  # not imported: no graphs
     kind = getattr(module, "CUDAGraphNode", None)
     if kind is None:
         return []
@@ -41,7 +41,7 @@ def _graphs() -> list[Any]:
 
 
 def _addresses(graph: Any) -> Iterator[int]:
-    """Where the parameters, buffers and constants lay when a graph was captured."""
+    """Yields the addresses of parameters, buffers and constants at the capture."""
     yield from (address for address in graph.static_input_data_ptrs if address)
     yield from (constant.data_ptr() for constant in graph.wrapped_function.constants if constant.is_cuda)
 
@@ -50,7 +50,7 @@ def _holds_one_of(tensor: torch.Tensor, addresses: list[int]) -> bool:
     try:
         storage = tensor.untyped_storage()
         start = storage.data_ptr()
-    except Exception:  # it has no memory of its own
+    except Exception:  # no storage
         return False
     at = bisect.bisect_left(addresses, start)
     return at < len(addresses) and addresses[at] < start + storage.nbytes()

@@ -1,11 +1,11 @@
-"""Finds everything of an engine that holds memory: tensors, ONNX Runtime sessions, CUDA graphs, wherever they hang.
+"""Finds the memory of an engine: tensors, ONNX Runtime sessions and CUDA graphs, anywhere in its object graph.
 
-Names of attributes are no way to find memory. The walk asks the garbage collector what an object refers to, for many
-objects in one call: attributes, slots, containers, bound methods, partial functions, generators. What the collector
-does not see, or sees too much of, is entered step by step: TorchScript modules, functions, gradients.
+Names of attributes play no role. The walk gets the references of many objects in one call of the garbage collector:
+attributes, slots, containers, bound methods, partial functions, generators. Objects of which the collector shows too
+little or too much are entered individually: TorchScript modules, functions, gradients.
 
-Nothing is remembered from one walk to the next: what was seen then may hold a tensor now, and to keep it in order to
-compare would keep what the engine has dropped. Parts of an engine without any memory are passed by in large batches.
+No object is kept between walks: a known one may refer to a tensor now, and keeping it for comparison would keep alive
+what the engine has dropped. Parts without memory are skipped in large batches.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: So many objects are looked at in one go: other threads run between two.
+#: Objects per batch; other threads run between batches.
 _BATCH = 2048
-#: How many steps a batch is followed to see that there is nothing behind it.
+#: Maximal number of steps in the check that a batch leads to no memory.
 _DEPTH = 3
-#: Objects that are passed by when they are empty. By exact class, since a subclass's ``__len__`` is others' code.
+#: Skipped when empty. Exact classes only, since a subclass may override ``__len__``.
 _MAY_BE_EMPTY = frozenset({list, dict, set, collections.OrderedDict, collections.deque, collections.defaultdict})
 
-#: Containers that the collector need not track.
+#: Containers that the collector may leave untracked.
 _UNTRACKED = {dict, tuple}
-#: Not remembered as leading to something: a million lists of numbers are worth a look each time.
+#: Never marked as fertile: it pays to check a million lists of numbers each time.
 _QUICKLY_LOOKED_INTO = {list, tuple, set}
 
 
 @dataclass
 class Found:
-    """Tensors, sessions and graphs, each once, by the path that leads to them from the engine (``.vad._model.weight``).
+    """Tensors, sessions and graphs, each once, by path from the engine (``.vad._model.weight``).
 
-    ``values()`` needs no path and is cheap; paths are looked for when they are first asked for.
+    ``values()`` is cheap; paths are computed at their first use.
 
     Attributes:
-        references: how often the engine refers to each tensor (``id``). Each reference of a Python object is counted;
-            what holds it in C++ (autograd, TorchScript) is not.
-        entered: all else that led on, each object once: instances, containers, cells.
-        array_bytes: of the arrays of numpy that have memory of their own. They do not move.
-        borrowing: the arrays of numpy whose memory is something else's, a tensor's for one; not their views.
+        references: number of references from the engine to each tensor (``id``), from Python objects only, not from C++
+            (autograd, TorchScript).
+        entered: all other objects that were entered, each once: instances, containers, cells.
+        array_bytes: size of the numpy arrays with memory of their own. They do not move.
+        borrowing: numpy arrays over the memory of another object, such as a tensor; not their views.
     """
 
     tensors: ByPath[torch.Tensor]
@@ -66,11 +66,11 @@ class Found:
 
 
 class Discovery:
-    """Walks the object graph of one engine, as often as wanted.
+    """Walks the object graph of one engine, any number of times.
 
-    The engine is not changed, and no property, ``__getattr__`` or ``__eq__`` of it runs. What hangs on the paths in
-    ``skip`` (``.tokenizer``) is left alone, also where it hangs elsewhere as well. Other threads may change the engine
-    meanwhile: what hangs on it during the whole walk is found. One walk at a time.
+    Does not change the engine, and runs none of its properties, ``__getattr__`` or ``__eq__``. Objects at the paths in
+    ``skip`` (``.tokenizer``) are not entered, even if there are other paths to them. Other threads may change the
+    engine during a walk: objects that are reachable throughout are found. One walk at a time.
     """
 
     def __init__(self, engine: Any, skip: Collection[str] = ()) -> None:
@@ -81,7 +81,7 @@ class Discovery:
         self._scripts: weakref.WeakSet[torch.jit.ScriptModule] = weakref.WeakSet()
 
     def walk(self) -> Found:
-        """Everything that hangs on the engine now."""
+        """Finds everything that is reachable from the engine now."""
         import torch
 
         skipped = [thing for path in self._skip for thing in self._names.at(path)]
@@ -106,16 +106,16 @@ class Discovery:
         )
 
     def _tell(self, walk: _Walk, names: Callable[[Iterable[Any]], Mapping[int, str]]) -> None:
-        """Name once what is seen, and stays where it is."""
+        """Logs, once each, what was found but is not moved."""
         constant = []
         for module in walk.scripts:
             if module not in self._scripts:
                 self._scripts.update(module.modules())
                 constant += [module] if has_constants(module) else []
         for things, message in (
-            (walk.odd, "%s (%s) stays where it is: only strided tensors can be moved"),
-            (constant, "%s (%s): weights in the code of a frozen TorchScript module stay where they are"),
-            (walk.refused, "%s (%s) cannot be looked at: what hangs on it stays where it is"),
+            (walk.odd, "%s (%s) is not moved: only strided tensors can be moved"),
+            (constant, "%s (%s): weights in the code of a frozen TorchScript module are not moved"),
+            (walk.refused, "%s (%s) cannot be inspected: memory reachable only through it is not moved"),
         ):
             paths = names(things) if things else {}
             for thing in things:
@@ -126,20 +126,20 @@ class Discovery:
 
 
 def discover(engine: Any, skip: Collection[str] = ()) -> Found:
-    """One walk; see `Discovery`."""
+    """Walks an engine once; see `Discovery`."""
     return Discovery(engine, skip).walk()
 
 
 class _Walk:
-    """One walk: candidates are looked at in batches, until none are left."""
+    """One walk, in batches of objects."""
 
     def __init__(self, skipped: Iterable[Any]) -> None:
-        #: Kept, so that no other object takes the ``id`` of one that was seen. Those without memory are not in here.
+        #: Kept alive, so that the ``id`` of a seen object is not reused. Objects without memory are not included.
         self._kept: list[Any] = list(skipped)
         self._skipped = len(self._kept)
         self._seen = set(map(id, self._kept))
         self._kinds: dict[type, ObjectKind] = {}
-        #: Classes behind which something was found: it is no use to look whether there is nothing.
+        #: Classes of which an instance led to something; no longer checked with `_is_barren`.
         self._fertile: set[type] = set()
         self._todo: list[Any] = []
         self.references: collections.Counter[int] = collections.Counter()
@@ -147,7 +147,7 @@ class _Walk:
         self.sessions: list[Any] = []
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.arrays: list[Any] = []
-        numpy = sys.modules.get("numpy")  # an engine that has an array has imported it
+        numpy = sys.modules.get("numpy")  # imported, if the engine has an array
         self._array: type | None = numpy.ndarray if numpy else None
         self.odd: list[torch.Tensor] = []
         self.scripts: list[Any] = []
@@ -164,7 +164,7 @@ class _Walk:
             progress.beat()
 
     def entered(self) -> list[Any]:
-        """What was entered, other than tensors."""
+        """Returns the entered objects, without tensors."""
         classes = {cls for cls, kind in self._kinds.items() if kind in (ObjectKind.OPEN, ObjectKind.BY_NAME)}
         kept = self._kept[self._skipped :]
         return list(itertools.compress(kept, map(classes.__contains__, map(type, kept))))
@@ -208,7 +208,7 @@ class _Walk:
         return classes
 
     def _fresh(self, things: list[Any]) -> list[Any]:
-        """Each of these that has not been seen yet, once; from now on it has."""
+        """Returns the objects that were not seen before, each once, and marks them as seen."""
         by_id = dict(zip(map(id, things), things, strict=True))
         new = by_id.keys() - self._seen
         fresh = things if len(new) == len(things) else [thing for key, thing in by_id.items() if key in new]
@@ -220,7 +220,7 @@ class _Walk:
         self._follow(gc.get_referents(*things))
 
     def _follow(self, referents: list[Any]) -> None:
-        """Look at these later, and count how often they are tensors."""
+        """Queues these objects, and counts the references to tensors among them."""
         things = self._enterable(referents)
         tensors = {cls for cls in self._classes(things) if self._kinds[cls] is ObjectKind.TENSOR}
         if tensors:
@@ -228,7 +228,7 @@ class _Walk:
         self._todo += things
 
     def _enterable(self, referents: list[Any]) -> list[Any]:
-        """Those behind which there may be something. Most of what the collector does not track refers to nothing."""
+        """Returns the objects that may lead to memory. Most objects untracked by the collector refer to nothing."""
         things = list(filter(gc.is_tracked, referents))
         things += self._exceptions_among(list(itertools.filterfalse(gc.is_tracked, referents)))
         classes = self._classes(things)
@@ -239,8 +239,10 @@ class _Walk:
         return [thing for thing in things if type(thing) not in closed and (type(thing) not in hollow or thing)]
 
     def _exceptions_among(self, untracked: list[Any]) -> list[Any]:
-        """Arrays of numpy and named results of torch (``torch.max(t, 0)``) are not tracked, and neither are containers
-        with nothing else in them."""
+        """Returns those untracked objects, also inside untracked containers, that may lead to memory.
+
+        These are numpy arrays and named results of torch (``torch.max(t, 0)``).
+        """
         found: list[Any] = []
         while untracked:
             classes = set(map(type, untracked))
@@ -252,7 +254,7 @@ class _Walk:
         return found
 
     def _is_barren(self, things: list[Any]) -> bool:
-        """Whether these, and what they refer to, and so on for some steps, lead to nothing that need be looked at."""
+        """Returns whether the objects behind these end within `_DEPTH` steps, without anything of interest."""
         most = 8 * len(things)
         for _ in range(_DEPTH):
             things = self._enterable(gc.get_referents(*things))
@@ -278,15 +280,15 @@ class _Walk:
         for thing in things:
             try:
                 self._follow([child for _, _, child in children(thing)])
-            except Exception:  # an object that does not like to be looked at is no reason not to load
-                logger.debug("An object of type %s cannot be looked at", type(thing), exc_info=True)
+            except Exception:  # an object that cannot be inspected does not prevent the load
+                logger.debug("An object of type %s cannot be inspected", type(thing), exc_info=True)
                 self.refused.append(thing)
             if issubclass(type(thing), torch.jit.ScriptModule):
                 self.scripts.append(thing)
 
 
 def _without_views(arrays: list[Any]) -> list[Any]:
-    """These arrays, or those whose views they are, each once."""
+    """Returns these arrays without duplicates, each view replaced by the array that it views."""
     whole: dict[int, Any] = {}
     for array in arrays:
         while type(base := array.base) is type(array):

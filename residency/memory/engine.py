@@ -1,4 +1,4 @@
-"""An engine as one resident: what it held when it was loaded, and what it has come to hold since."""
+"""An engine as one resident: its memory at the load, and memory added since."""
 
 from __future__ import annotations
 
@@ -26,35 +26,33 @@ logger = logging.getLogger(__name__)
 
 
 class EngineResident:
-    """Everything of an engine that holds memory, found by walking it at the load and again before each offload.
+    """All memory of an engine, found by a walk at the load and again before each offload.
 
-    Engines make tensors as they work (caches, weights computed anew at each pass). Those that still hang on the
-    engine when it leaves the device leave with it. One that has captured CUDA graphs stays until it is released
-    (`CapturedGraphs`): a graph remembers addresses, and weights come back to others.
+    Engines create tensors as they work (caches, weights computed anew in each pass). Those still reachable from the
+    engine at an offload move with it. An engine with captured CUDA graphs stays on the device until its release
+    (`CapturedGraphs`): a graph contains addresses, and restored weights have others.
     """
 
     def __init__(
         self, engine: Any, device: Device, skip: Collection[str] = (), excluding: EngineResident | None = None
     ) -> None:
-        """Take stock and charge the device.
+        """Finds the memory and charges the device; after an error, nothing remains charged.
 
         Args:
-            skip: attribute paths of the engine (``.tokenizer``) that are left alone.
-            beside: a part that is kept, whose tensors and sessions are not taken care of twice.
+            skip: attribute paths of the engine (``.tokenizer``) that are not moved.
+            excluding: a borrowed part; its tensors and sessions are managed separately.
 
         Raises:
             DeviceOutOfMemory: the device cannot hold the engine.
-            SharedWeights: some of its bytes belong to another model.
-            OnAnotherDevice: some of them lie on a GPU that is not the managed one.
+            SharedWeights: some of the bytes belong to another model.
+            OnAnotherDevice: some of the bytes are on a GPU other than the managed one.
             WeightsGone: the engine was released before.
-
-        After an error nothing is left in the device's books.
         """
         self._device = device
         self._engine_id = id(engine)
         self._discovery = Discovery(engine, skip)
         self._excluding = excluding
-        #: The storage of each tensor (``id``) of the last walk, if all that was found is accounted for.
+        #: The storage of each tensor (``id``) in the last walk, if all of them are accounted for here.
         self._known: dict[int, int | None] | None = None
         found = self._discovery.walk()
         self._array_bytes = found.array_bytes
@@ -76,7 +74,7 @@ class EngineResident:
 
     @property
     def array_bytes(self) -> int:
-        """Main memory of numpy's arrays that hang on the engine, as of the last walk. No move takes them along."""
+        """Main memory of numpy arrays reachable from the engine, as of the last walk. They do not move."""
         return self._array_bytes
 
     @property
@@ -86,7 +84,7 @@ class EngineResident:
 
     @property
     def sessions(self) -> frozenset[int]:
-        """The sessions that are accounted for here (``id``)."""
+        """The sessions accounted for here (``id``)."""
         return self._sessions.sessions
 
     @property
@@ -125,7 +123,7 @@ class EngineResident:
         if not self._loaded.on_device:
             return
         if self._excluding:
-            self._excluding._find_latecomers()  # what was made in there must outlive this engine too
+            self._excluding._find_latecomers()  # its new tensors outlive this engine too
         now = self._discovery.walk()
         self._array_bytes = now.array_bytes
         note_arrays(now.tensors.values(), now.borrowing)
@@ -144,26 +142,29 @@ class EngineResident:
             try:
                 self._late = self._weights(now, keys, self._held(now), ephemeral=True)
             except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
-                logger.warning("Some tensors that were made since the load stay on the device: %s", error)
+                logger.warning("Tensors created since the load stay on the device: %s", error)
         self._remember(keys)
 
     def _weights(self, found: Found, keys: Mapping[int, int | None], held: frozenset[int], ephemeral: bool) -> Weights:
-        """Weights of those tensors that nobody takes care of yet."""
+        """Returns the `Weights` of the tensors that are not accounted for yet."""
         claimed = self.storage_keys
         unclaimed = [tensor for tensor in found.tensors.values() if keys[id(tensor)] not in claimed]
         return Weights(found.tensors.only(unclaimed), self._device, ephemeral, held)
 
     def _held(self, found: Found) -> frozenset[int]:
-        """Tensors that others than the engine refer to, or to containers of them; the engine itself is its loader's."""
+        """Returns the tensors (``id``) with references from outside the engine, to them or to containers of them.
+
+        References to the engine itself do not count.
+        """
         tensors = found.tensors.values()
         held = held_elsewhere(tensors, found.references) - {self._engine_id}
         held |= in_held_containers(found.entered, tensors, self._engine_id)
-        # An error's traceback may keep what was found, and the next walk would take that for another holder.
+        # A traceback may keep these objects alive, and the next walk would count it as another holder.
         found.entered.clear()
         return held
 
     def _remember(self, keys: dict[int, int | None]) -> None:
-        # Only if all are held here: the ``id`` of what is gone may be another's the next time.
+        # Only if all are accounted for here: the ``id`` of a freed object may be reused.
         held = self.storage_keys
         self._known = keys if held.issuperset(filter(None, keys.values())) else None
 
@@ -177,7 +178,7 @@ def _keys(found: Found) -> dict[int, int | None]:
 
 
 def _bring_back(found: Found, keys: dict[int, int | None]) -> dict[int, int | None]:
-    """Fill what was left empty when another engine was released or moved, if others held it as well."""
+    """Fills storages that were emptied with another engine, if they are held elsewhere too; returns the new keys."""
     recalled = False
     for tensor in found.tensors.values():
         if keys[id(tensor)] is None and _is_emptied(tensor):
@@ -188,5 +189,5 @@ def _bring_back(found: Found, keys: dict[int, int | None]) -> dict[int, int | No
 def _is_emptied(tensor: torch.Tensor) -> bool:
     try:
         return not tensor.untyped_storage().nbytes() and tensor.numel() > 0 and tensor.device.type != "meta"
-    except Exception:  # it never had any
+    except Exception:  # no storage
         return False

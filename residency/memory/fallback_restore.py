@@ -1,4 +1,4 @@
-"""Brings back the bytes of a tensor that others than its engine hold, when they use it."""
+"""Restores the bytes of a tensor when it is used from outside its engine."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _USE_ENDS_WITHIN_S = 0.02
 _BYTES_PER_S = 1 << 30
 _LONGEST_USE_S = 0.5
-"""How long another thread may use a constant: at least, for each byte, and at most."""
+"""Time for other threads to end a use: minimum, bytes per second, maximum."""
 
 
 class FallbackRestore:
-    """While its engine is away: asks for this storage alone. Keeps nothing alive."""
+    """Restores one storage while its engine is away. Keeps nothing alive."""
 
     def __init__(self, bring_back: Callable[[ManagedStorage], bool], managed: ManagedStorage) -> None:
         self._bring_back, self._storage = weakref.WeakMethod(bring_back), weakref.ref(managed)
@@ -34,7 +34,7 @@ class FallbackRestore:
 
 
 class FallbackCopy:
-    """When its engine was released: a copy in main memory, which goes with the first use or with the last holder."""
+    """A copy in main memory after the engine's release; freed at the first use, or with the last holder."""
 
     def __init__(self, managed: ManagedStorage, copy: torch.Tensor) -> None:
         self._copy: torch.Tensor | None = copy

@@ -1,4 +1,4 @@
-"""Finds holders of an engine's tensors outside of it: caches of the process, and views that were kept from a lease."""
+"""Finds references to an engine's tensors from outside it: caches of the process, and views kept from a lease."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 def held_elsewhere(tensors: list[torch.Tensor], references: Mapping[int, int]) -> frozenset[int]:
-    """Those (``id``) that are referred to from outside of the engine.
+    """Returns the tensors (``id``) with references from outside the engine.
 
     Args:
-        tensors: all that were found, each object once. The caller has no other reference to any of them.
-        references: how many references to each (by ``id``) were found in the engine.
+        tensors: all tensors that were found, each once. The caller has no other reference to any of them.
+        references: number of references to each (by ``id``) found in the engine.
     """
     [ours] = reference_counts([object()])
     counts = zip(tensors, reference_counts(tensors), strict=True)
-    # However often C++ refers to a tensor, as the base of views or for a backward pass: that is one reference.
+    # All references from C++ (as the base of views, for a backward pass) count as one here.
     return frozenset(
         id(tensor) for tensor, count in counts if count > ours + references.get(id(tensor), 0) + (not is_alone(tensor))
     )
 
 
 def are_held(storages: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> list[ManagedStorage]:
-    """Those that others hold: of which one of ``tensors`` (``id``) is a part, or over which others have a tensor."""
+    """Returns the storages held outside the engine: by a tensor in ``tensors`` (``id``), or by an outside one."""
     storages = list(storages)
     _find_views(managed for managed in storages if managed.storage.resizable() and managed.count_unknown_holders() > 0)
     held = []
@@ -72,24 +72,24 @@ def _have_holders(guests: list[torch.Tensor]) -> bool:
 
 
 def reference_counts(things: Iterable[Any]) -> list[int]:
-    """How often each is referred to, with the same own references for all of them: compare with a new object's."""
+    """Returns the reference counts, each with the same overhead: compare with the count of a new object."""
     return [sys.getrefcount(thing) for thing in things]
 
 
 def part_from_strangers(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
-    """See that nobody else needs the bytes of these when they go; returns those that cannot leave.
+    """Separates storages from users outside the engine before their bytes go; returns those that cannot be moved.
 
-    Other tensors of the process over them leave with them (`ManagedStorage.other_tensors`). Native users keep the
-    old storage, and the engine gets one of its own; where there is no room for that, the storage stays.
+    Other Python tensors over a storage move with it (`ManagedStorage.other_tensors`). Native users keep the old
+    storage, and the engine gets a copy; without room for a copy, the storage stays on the device.
     """
     crowded = [
         managed
         for managed in forget_other_tensors(storages)
         if not managed.stays_on_device and managed.count_unknown_holders() > 0
     ]
-    # A numpy array that shares a storage keeps a tensor over it, so that storage must not move.
+    # Resizable ones only: a numpy array keeps a tensor over its storage, and that tensor must keep this storage.
     _find_views(managed for managed in crowded if managed.storage.resizable())
-    # Views that only C++ refers to (autograd keeps some for a backward pass) meet the guard of the storage.
+    # Not for views held only by C++ (autograd keeps some for a backward pass): the guard of the storage covers them.
     strangers = {managed for managed in crowded if managed.is_exported()}
     immovable = []
     for managed in storages:
@@ -101,7 +101,7 @@ def part_from_strangers(storages: Collection[ManagedStorage]) -> list[ManagedSto
             immovable.append(managed)
     for managed in strangers:
         logger.warning(
-            "%s: something outside of Python (DLPack?) uses its %s bytes, which stay as long as it does",
+            "%s: code outside Python (DLPack?) uses its %s bytes, which are kept until that use ends",
             managed.path,
             f"{managed.nbytes:,}",
         )
@@ -109,9 +109,9 @@ def part_from_strangers(storages: Collection[ManagedStorage]) -> list[ManagedSto
 
 
 def note_arrays(tensors: Iterable[torch.Tensor], arrays: Collection[Any]) -> None:
-    """Have each storage know (`ARRAYS`) which of these arrays of numpy use its address.
+    """Records in each storage (`ARRAYS`) which of these numpy arrays use its address.
 
-    ``np.from_dlpack`` leaves the storage as it is, and refers to the tensor in C++ as a TorchScript module or autograd
+    ``np.from_dlpack`` does not change the storage. In C++ it refers to the tensor as a TorchScript module or autograd
     does; but those follow the tensor to other bytes, and an array does not.
     """
     if not arrays:
@@ -132,10 +132,10 @@ def note_arrays(tensors: Iterable[torch.Tensor], arrays: Collection[Any]) -> Non
 
 
 def _all_tensors() -> list[torch.Tensor]:
-    """Every tensor object of the process.
+    """Returns every tensor object of the process.
 
-    One call in C, during which no other thread runs: Python refuses to finish a tuple that another thread is building
-    if something else refers to it, as a list of all objects does.
+    One call in C, during which no other thread runs: Python cannot finish a tuple that another thread is building if
+    there is another reference to it, such as from a list of all objects.
     """
     import torch
 
@@ -144,7 +144,7 @@ def _all_tensors() -> list[torch.Tensor]:
 
 
 def _find_views(storages: Iterable[ManagedStorage]) -> None:
-    """Add every tensor object of the process over the storages of these to their guests. Looks at all objects."""
+    """Adds every tensor object of the process over these storages to their `other_tensors`. Scans all objects."""
     import torch
 
     wanted = {managed.key: managed for managed in storages}
@@ -160,7 +160,7 @@ def _find_views(storages: Iterable[ManagedStorage]) -> None:
             try:
                 with torch._C.DisableTorchFunctionSubclass():
                     managed = wanted.get(torch.Tensor.untyped_storage(thing)._cdata)
-            except Exception:  # it has no storage
+            except Exception:  # no storage
                 continue
             if managed is not None:
                 managed.other_tensors.append(thing)

@@ -1,4 +1,4 @@
-"""Where each storage lies in the host mirror, and the spans in which it is copied, compared and stored. Pure."""
+"""Positions of storages in the host mirror, and spans for copies, comparisons and snapshots. Pure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SPAN_BYTES = 8 << 20
-"""Largest span: small against a transfer's rate, large against its start, and its scratch space stays in cache."""
+"""Largest span: short to transfer, but much longer than the transfer's start; its scratch space fits in the cache."""
 
 GROUP_BYTES = 256 << 20
-"""Every so many bytes a span starts on a page, so that host memory can be pinned group by group."""
+"""Minimal group size. Groups start on a page boundary, so that host memory can be pinned group by group."""
 
 PAGE_BYTES = 4096
 
@@ -26,7 +26,7 @@ class StorageRange:
 
 @dataclass(frozen=True)
 class MirrorSpan:
-    """Consecutive bytes of the mirror: one part of a large storage, or many small storages whole."""
+    """Consecutive bytes of the mirror: a part of one large storage, or several whole small storages."""
 
     start: int
     parts: tuple[StorageRange, ...]
@@ -42,7 +42,7 @@ class MirrorSpan:
 
 @dataclass(frozen=True)
 class MirrorLayout:
-    """The mirror: its spans in order, where pinnable groups begin, and its size."""
+    """The spans in order, the start of each pinnable group, and the mirror's size."""
 
     spans: tuple[MirrorSpan, ...]
     group_starts: tuple[int, ...]
@@ -50,7 +50,7 @@ class MirrorLayout:
 
 
 def lay_out(sizes: Sequence[int], span_bytes: int = SPAN_BYTES, group_bytes: int = GROUP_BYTES) -> MirrorLayout:
-    """Place storages of these sizes (bytes; 0 for one that has no place) one after the other."""
+    """Places storages of these sizes (bytes; 0: not in the mirror) one after the other."""
     spans: list[MirrorSpan] = []
     group_starts = [0]
     offset = 0

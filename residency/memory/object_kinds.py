@@ -1,4 +1,4 @@
-"""How an object is looked at during a walk of an engine, by its class."""
+"""Classifies objects by class, for walks of an engine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 
 class ObjectKind(enum.Enum):
-    """What a walk does with an instance of a class.
+    """The treatment of a class's instances in a walk.
 
     Attributes:
-        CLOSED: nothing of the engine hangs on it, or it leads out into the rest of the process. Not entered.
-        OPEN: `gc.get_referents` gives exactly what hangs on it, and its class.
-        TENSOR, SESSION, GRAPH, ARRAY: what is looked for. An array is one of numpy's.
-        BY_NAME: entered by `paths.children`, since the garbage collector would show too much or too little.
+        CLOSED: not entered: refers to nothing of the engine, or leads out into the rest of the process.
+        OPEN: `gc.get_referents` returns exactly its contents, and its class.
+        TENSOR, SESSION, GRAPH, ARRAY: objects to find; arrays are numpy's.
+        BY_NAME: entered by `object_paths.children`, since the garbage collector shows too much or too little.
     """
 
     CLOSED = enum.auto()
@@ -30,31 +30,31 @@ class ObjectKind(enum.Enum):
     BY_NAME = enum.auto()
 
 
-#: Classes whose instances have no references, or only such as belong to them.
+#: Classes whose instances refer only to their own contents, or to nothing.
 _TRANSPARENT = {
     object, int, float, complex, str, bytes, bytearray, list, dict, tuple, set, frozenset, BaseException,
     collections.deque, collections.OrderedDict, collections.defaultdict, functools.partial, types.SimpleNamespace,
     types.MethodType, types.BuiltinMethodType, types.CellType, types.MappingProxyType,
 }  # fmt: skip
-if sys.version_info >= (3, 11):  # before, they refer to a frame, and a frame to all that runs
+if sys.version_info >= (3, 11):  # before, they refer to a frame, which leads to all running code
     _TRANSPARENT |= {types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType}
-#: Instances of these are values. By exact class, since subclasses may carry attributes.
+#: Classes of plain values. Exact classes only, since subclasses may have attributes.
 VALUES = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType})
-#: What leads out of the engine into the rest of the process.
+#: Classes that lead out of the engine into the rest of the process.
 _EXITS = (type, types.ModuleType, logging.Logger, types.FrameType, types.TracebackType, types.CodeType)
 _POINTER_BYTES = 8
 
 
 def kind_of(cls: type) -> ObjectKind:
-    """The kind of the instances of a class. Takes some microseconds: remember the answer during a walk."""
+    """Returns the kind of a class's instances. Takes some microseconds: cache the result during a walk."""
     import torch
 
-    # What marks itself: a manager, whose other models are not of this engine.
+    # The attribute marks managers, whose other models do not belong to this engine.
     if cls in VALUES or issubclass(cls, _EXITS) or getattr(cls, "not_of_the_engine", False) is True:
         return ObjectKind.CLOSED
     if issubclass(cls, torch.Tensor):
         return ObjectKind.TENSOR
-    # By name, since onnxruntime need not be installed: an engine that has a session has imported it.
+    # By name, since onnxruntime need not be installed.
     if any(base.__name__ == "InferenceSession" and base.__module__.startswith("onnxruntime") for base in cls.__mro__):
         return ObjectKind.SESSION
     if issubclass(cls, torch.cuda.CUDAGraph):
@@ -67,7 +67,7 @@ def kind_of(cls: type) -> ObjectKind:
 
 
 def _is_transparent(cls: type) -> bool:
-    """Whether instances consist of attributes, slots, and what a transparent class has: no state in C of their own."""
+    """Returns whether instances have attributes, slots and the contents of a transparent class, but no C state."""
     while cls not in _TRANSPARENT:
         base: Any = cls.__base__
         names = sum(isinstance(value, types.MemberDescriptorType) for value in vars(cls).values())

@@ -1,4 +1,4 @@
-"""Paths that lead from an engine to what hangs on it (``.vad._model.weight``), found when a message needs them."""
+"""Computes paths from an engine to its objects (``.vad._model.weight``), when a message needs them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-#: How a thing was reached: from where, and by which step. Put into words only for what is asked for.
+#: How an object was reached: parent's trail, kind of step, step. Formatted for requested objects only.
 _Trail = tuple[Any, str, Any]
 _ROOT: _Trail = (None, "", "")
 
 
 class ByPath(Mapping[str, T]):
-    """Things by path, in the order given; ``values`` and ``len`` need no path and are cheap.
+    """Objects by path, in the given order; ``values`` and ``len`` compute no paths and are cheap.
 
-    ``names`` gives paths for some things by their ``id``; one without a path gets its class and number.
+    ``names`` returns paths by ``id``; the path of other objects is their class and number.
     """
 
     __slots__ = ("_names", "_paths", "_things")
@@ -39,7 +39,7 @@ class ByPath(Mapping[str, T]):
         return self._things
 
     def only(self, things: list[T]) -> ByPath[T]:
-        """Others, or some of these, that are named in the same way."""
+        """Returns a mapping of other objects, or some of these, with the same ``names``."""
         return ByPath(things, self._names)
 
     def __len__(self) -> int:
@@ -62,15 +62,15 @@ class ByPath(Mapping[str, T]):
 
 
 class PathFinder:
-    """Finds the paths of what hangs on one engine, step by step: slow, for messages and `skip` only."""
+    """Finds paths of objects by a step-by-step search of one engine: slow, for messages and `skip` only."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        #: Paths of the tensors that were seen when one was last looked for, so that the next one is found at once.
+        #: Paths of the tensors seen in the last search, so that later calls for them need none.
         self._tensors: dict[int, tuple[weakref.ref[Any], str]] = {}
 
     def of(self, things: Iterable[Any], closed: Collection[int] = ()) -> dict[int, str]:
-        """Paths by ``id``, as far as there are any. Things in ``closed`` (``id``) are not entered."""
+        """Returns paths by ``id``, as far as there are any. Objects in ``closed`` (``id``) are not entered."""
         things = list(things)
         known = {id(thing): self._tensors.get(id(thing)) for thing in things}
         if all((entry := known[id(thing)]) is not None and entry[0]() is thing for thing in things):
@@ -88,12 +88,12 @@ class PathFinder:
             kind = kinds.get(type(thing)) or kinds.setdefault(type(thing), kind_of(type(thing)))
             if kind is ObjectKind.CLOSED or id(thing) in seen or id(thing) in closed:
                 continue
-            seen[id(thing)] = thing  # kept, so that no other object takes this id meanwhile
+            seen[id(thing)] = thing  # kept alive, so that its id is not reused
             if kind is ObjectKind.TENSOR:
                 self._tensors[id(thing)] = weakref.ref(thing), _path(trail)
             if id(thing) in wanted:
                 paths[id(thing)] = _path(trail)
-            with contextlib.suppress(Exception):  # the walk has told of it
+            with contextlib.suppress(Exception):  # logged by the walk
                 todo.extend(
                     (child, (trail, how, step))
                     for how, step, child in children(thing)
@@ -102,7 +102,7 @@ class PathFinder:
         return paths
 
     def at(self, path: str) -> list[Any]:
-        """What hangs on a path; nothing if it leads nowhere."""
+        """Returns the objects at a path; empty if there are none."""
         reached: list[Any] = []
         todo: list[tuple[Any, str]] = [(self._engine, "")]
         while todo:
@@ -117,13 +117,13 @@ class PathFinder:
 
 
 def children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What hangs on a thing: (how, step, child); how is ``[]`` for an element and ``.`` for an attribute.
+    """Yields (how, step, child) for each object below this one; how: ``[]`` for an element, ``.`` for an attribute.
 
-    No property, ``__getattr__`` or overridden method of the thing runs.
+    No property, ``__getattr__`` or overridden method of the object runs.
     """
     import torch
 
-    kind = type(thing)  # not isinstance, which believes what an object says of its class
+    kind = type(thing)  # not isinstance, which uses a possibly overridden ``__class__``
     if issubclass(kind, torch.Tensor):
         yield from ((".", "grad", grad) for grad in gradients([thing]))
     if issubclass(kind, torch.jit.ScriptModule):
@@ -141,7 +141,7 @@ def children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
     elif kind is types.BuiltinMethodType:
         yield ".", "__self__", thing.__self__
     elif kind is types.CellType:
-        with contextlib.suppress(ValueError):  # a cell that was never filled
+        with contextlib.suppress(ValueError):  # an empty cell
             yield ".", "cell_contents", thing.cell_contents
     elif issubclass(kind, functools.partial):
         yield from ((".", name, getattr(thing, name)) for name in ("func", "args", "keywords"))
@@ -154,7 +154,7 @@ def children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def gradients(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Of those that have one. By the base's descriptors, since a subclass may answer as it likes."""
+    """Returns the existing gradients. Uses descriptors of the base class, since subclasses may override them."""
     import torch
 
     base: Any = torch._C.TensorBase
@@ -164,7 +164,7 @@ def gradients(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def has_constants(module: torch.jit.ScriptModule) -> bool:
-    """Whether weights have become part of a TorchScript module's code, as `torch.jit.freeze` makes them."""
+    """Returns whether a TorchScript module has weights in its code, as after `torch.jit.freeze`."""
     for submodule in module.modules():
         code: Any = submodule._c
         for name in code._method_names():
@@ -175,7 +175,7 @@ def has_constants(module: torch.jit.ScriptModule) -> bool:
 
 
 def _script_tensors(module: Any) -> Iterator[tuple[str, Any, Any]]:
-    # They live in C++, not in __dict__: parameters, buffers, and attributes of type Tensor.
+    # Parameters, buffers, and attributes of type Tensor are in C++, not in __dict__.
     yield from ((".", name, tensor) for name, tensor in module.named_parameters())
     yield from ((".", name, tensor) for name, tensor in module.named_buffers())
     for name, submodule in module.named_modules():
@@ -186,17 +186,17 @@ def _script_tensors(module: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any, Any]]:
-    # object.__getattribute__ and the class's own slots, so that no property or __getattr__ of the engine runs.
+    # By object.__getattribute__ and slot descriptors, so that no property or __getattr__ of the engine runs.
     with contextlib.suppress(AttributeError):
         yield from ((".", name, value) for name, value in list(object.__getattribute__(thing, "__dict__").items()))
     for base in type(thing).__mro__:
-        for name, descriptor in _managed_models(base):
+        for name, descriptor in _slots(base):
             with contextlib.suppress(AttributeError):
                 yield ".", name, descriptor.__get__(thing)
 
 
 @functools.lru_cache(1024)
-def _managed_models(cls: type) -> list[tuple[str, types.MemberDescriptorType]]:
+def _slots(cls: type) -> list[tuple[str, types.MemberDescriptorType]]:
     return [(name, value) for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
 
 
@@ -213,7 +213,7 @@ def _step(how: str, step: Any) -> str:
 
 
 def _readable(key: Any) -> str:
-    # Others' repr is others' code.
+    # Only for plain values: other classes' repr may run any code.
     return repr(key) if type(key) in VALUES else f"<{type(key).__name__}>"
 
 
@@ -222,5 +222,5 @@ def _free(path: str, taken: Collection[str]) -> str:
     for number in itertools.count(2):
         if unique not in taken:
             return unique
-        unique = f"{path} ({number})"  # different keys may read the same
+        unique = f"{path} ({number})"  # different keys may have the same text
     raise AssertionError("there is always a free number")

@@ -1,8 +1,7 @@
-"""ONNX Runtime sessions, destroyed on offload and built again on restore.
+"""ONNX Runtime sessions, destroyed on offload and rebuilt on restore.
 
-A session's memory comes back only when the session is destroyed. The Python object that the engine holds stays
-the same object: only the native session inside it goes and comes, the way ``InferenceSession.set_providers``
-rebuilds it, from the model's path or bytes, its options and its providers.
+Only destruction frees the memory of a session. The engine's Python object stays the same; its native session is
+replaced, as ``InferenceSession.set_providers`` does, from the model's path or bytes, its options and its providers.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ..errors import SnapshotUnusable
 from ..progress import current
 from ..sentences import Sentence
 
-#: What refers to the native session: it is destroyed once all of them are gone.
+#: Attributes that refer to the native session, which is destroyed with the last of these references.
 _NATIVE = {
     "_sess", "_sess_options", "_inputs_meta", "_outputs_meta", "_overridable_initializers", "_input_meminfos",
     "_output_meminfos", "_input_epdevices", "_model_meta",
@@ -26,7 +25,7 @@ _NATIVE = {
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to build a session again. One that came from neither a path nor bytes stays where it is."""
+    """The data to rebuild a session. One from neither a path nor bytes cannot be rebuilt, and is not moved."""
 
     session: Any
     providers: list[str]
@@ -36,7 +35,7 @@ class _Recipe:
     on_device: bool
 
     def check(self) -> None:
-        """FileNotFoundError if the session could not be built again."""
+        """Raises FileNotFoundError if the session could not be rebuilt."""
         path = self.session._model_path
         if path and not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is gone; without it this session stays where it is")
@@ -50,13 +49,13 @@ class _Recipe:
 
 
 class OnnxSessions:
-    """The sessions of one engine. ONNX Runtime does not tell what a session takes: the model's size stands for it.
+    """The sessions of one engine. ONNX Runtime does not report a session's size; the model's size is the estimate.
 
-    Sessions that take no memory of the device stay alive until `release`.
+    Sessions without device memory stay alive until `release` or `save`.
     """
 
     def __init__(self, sessions: Mapping[str, Any], device: Device) -> None:
-        """Take stock of ``sessions`` (by path) and charge the device; `DeviceOutOfMemory` if it is full."""
+        """Charges the device for ``sessions`` (by path); raises `DeviceOutOfMemory` if it is full."""
         self._device = device
         self._recipes = [_recipe(session, device) for session in sessions.values()]
         self._alive = True
@@ -64,7 +63,7 @@ class OnnxSessions:
 
     @property
     def sessions(self) -> frozenset[int]:
-        """The sessions that are accounted for here (``id``)."""
+        """The sessions accounted for here (``id``)."""
         return frozenset(id(recipe.session) for recipe in self._recipes)
 
     @property
@@ -73,7 +72,7 @@ class OnnxSessions:
 
     @property
     def host_bytes(self) -> int:
-        # A destroyed session is a file on disk again, unless it was built from bytes that Python keeps.
+        # A destroyed session needs no memory, except for model bytes kept in Python.
         elsewhere = sum(recipe.nbytes for recipe in self._resting() if recipe.session._sess is not None)
         kept = sum(len(recipe.session._model_bytes or b"") for recipe in self._movable())
         return elsewhere + kept
@@ -119,12 +118,12 @@ class OnnxSessions:
         return freed_bytes
 
     def let_go(self) -> None:
-        """Take no further care of them; they stay as they are."""
+        """Ends the management of the sessions; they stay as they are."""
         self._device.refund(self.device_bytes)
         self._recipes = []
 
     def save(self, store: SnapshotStore, name: str) -> int:
-        """Nothing need be written: a session is built from its file again."""
+        """Destroys the sessions and writes nothing: `load` and `restore` rebuild them from their models."""
         freed_bytes = self.device_bytes + self.host_bytes
         if any(not recipe.rebuildable for recipe in self._recipes):
             raise SnapshotUnusable(
@@ -155,7 +154,7 @@ def _recipe(session: Any, device: Device) -> _Recipe:
     options = session.get_provider_options()
     path, content = session._model_path, session._model_bytes
     if path:
-        session._model_path = path = os.path.abspath(path)  # the working folder may change
+        session._model_path = path = os.path.abspath(path)  # the working directory may change
     return _Recipe(
         session,
         providers,
@@ -167,7 +166,7 @@ def _recipe(session: Any, device: Device) -> _Recipe:
 
 
 def _giving_back(provider: str, options: dict[str, str]) -> dict[str, str]:
-    """A provider's options, with CUDA's arena growing by what is asked for instead of by powers of two."""
+    """Returns a provider's options, with CUDA's arena growing by requested sizes instead of powers of two."""
     if provider == "CUDAExecutionProvider":
         return {**options, "arena_extend_strategy": "kSameAsRequested"}
     return options

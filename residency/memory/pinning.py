@@ -1,4 +1,4 @@
-"""Pins a mirror once, in the background: locking pages is slow, and copies from locked pages are fast."""
+"""Pins a mirror once, in the background: locking pages is slow, and makes copies fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import weakref
 from ..contracts import Device
 from .mirror import HostMirror
 
-#: A thread that is still inside torch when the interpreter ends would end the process with an error.
+#: Joined at exit: a thread inside torch at the interpreter's end would end the process with an error.
 _running: weakref.WeakSet[BackgroundPinning] = weakref.WeakSet()
 
 
@@ -22,10 +22,10 @@ def _end_all() -> None:
 
 
 class BackgroundPinning:
-    """Pins group after group until done, stopped, or refused (then the rest stays pageable, only slower).
+    """A thread that pins group after group until done, stopped, or refused (the rest stays pageable, only slower).
 
-    ``moving`` is held while a group is pinned, and by whoever moves the mirror's bytes: a move waits for one group
-    at most, and no page is locked under a copy. A mirror that nobody else has any more is not kept for it.
+    ``moving`` is locked while a group is pinned, and during moves of the mirror's bytes: a move waits for one group at
+    most, and no page is locked during a copy. Does not keep the mirror alive.
     """
 
     def __init__(self, mirror: HostMirror, device: Device, moving: threading.Lock) -> None:
@@ -38,12 +38,12 @@ class BackgroundPinning:
         self._thread.start()
 
     def stop(self) -> None:
-        """Pin no further group. Who holds ``moving`` knows that none is being pinned now."""
+        """Stops before the next group. If the caller holds ``moving``, none is being pinned."""
         self._stopped.set()
 
     def join(self) -> None:
-        """Wait until the thread has ended; not for those who hold ``moving``."""
-        if self._thread.ident is not None:  # else it ends as soon as it begins
+        """Waits for the thread's end. Never call with ``moving`` held."""
+        if self._thread.ident is not None:  # otherwise it is not running yet
             self._thread.join()
 
     def _run(self) -> None:
@@ -53,7 +53,7 @@ class BackgroundPinning:
                     return
 
     def _pin(self, number: int) -> bool:
-        """Pin a group, if there is a mirror, such a group, and leave to."""
+        """Pins a group; returns False if there is no mirror or no such group, or if that is refused."""
         mirror = self._mirror()
         groups = mirror.groups() if mirror is not None else []
         return mirror is not None and number < len(groups) and mirror.pin(groups[number], self._device)

@@ -1,6 +1,6 @@
-"""Finds containers of an engine that others hold too: the dictionary of a module, the tuple that an `lru_cache` keeps.
+"""Finds containers of an engine with references from outside: a module's dictionary, the tuple kept by an `lru_cache`.
 
-Such a holder has no reference to the tensors themselves, and yet uses them after the engine has gone.
+Such a holder refers to no tensor directly, but uses them after the engine's release.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from .object_paths import children
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque, types.MappingProxyType)
 _CACHE = type(functools.lru_cache(id))
-#: So many objects are looked at in one go: other threads run between two.
+#: Objects per batch; other threads run between batches.
 _BATCH = 2048
 
 
 def in_held_containers(entered: list[Any], tensors: list[Any], engine: int) -> frozenset[int]:
-    """Those tensors (``id``) that are reached through a container which is referred to from outside of the engine.
+    """Returns the tensors (``id``) reachable through a container with references from outside the engine.
 
-    Containers count as far as they lead to tensors through nothing but containers. An instance that others hold does
-    not: a loader may well leave references to modules, but that is no cache.
+    Only paths through nothing but containers count. An instance held outside does not count: a loader may keep
+    references to modules, but that is no cache.
 
     Args:
-        entered: all that a walk has entered, each object once, other than tensors. The caller has no other reference
-            to any of them.
-        tensors: all that it found.
-        engine: the engine (``id``), to which its loader's caller refers.
+        entered: all objects entered by a walk, each once, without tensors. The caller has no other reference to any of
+            them.
+        tensors: all tensors that were found.
+        engine: the engine (``id``), to which the loader's caller refers.
     """
     classes = {cls for cls in set(map(type, entered)) if issubclass(cls, _CONTAINERS)}
     containers = _of_classes(entered, classes)
     [ours] = reference_counts([object()])
-    ours += 1  # the list of all that was entered
+    ours += 1  # the list ``entered``
     counts = {
         id(container): count - ours
         for container, count in zip(containers, reference_counts(containers), strict=True)
-        # One reference led to it.
+        # One is the reference by which the walk reached it.
         if count > ours + 1 and id(container) != engine
     }
     by_id = dict(zip(map(id, containers), containers, strict=True))
@@ -60,7 +60,7 @@ def _of_classes(things: list[Any], classes: Collection[type]) -> list[Any]:
 
 
 def _reached_from(keys: Iterable[int], containers: dict[int, Any], wanted: frozenset[int]) -> frozenset[int]:
-    """Those of ``wanted`` (``id``) to which these containers lead, directly or through further ones."""
+    """Returns those of ``wanted`` (``id``) to which these containers lead, directly or through further ones."""
     new = set(keys)
     seen: set[int] = set()
     while new - seen:
@@ -75,7 +75,7 @@ def _batches(things: list[Any]) -> Iterable[list[Any]]:
 
 
 def _references_inside(batches: Iterable[list[Any]], wanted: AbstractSet[int]) -> collections.Counter[int]:
-    """How often each of ``wanted`` (``id``) is referred to by these."""
+    """Counts the references of these objects to each of ``wanted`` (``id``)."""
     kinds: dict[type, ObjectKind] = {}
     inside: collections.Counter[int] = collections.Counter()
     for batch in batches:
@@ -86,9 +86,9 @@ def _references_inside(batches: Iterable[list[Any]], wanted: AbstractSet[int]) -
         inside.update(_among(gc.get_referents(*others), wanted))
         for thing in by_name:
             named: collections.Counter[int] = collections.Counter()
-            with contextlib.suppress(Exception):  # the walk has told of it
+            with contextlib.suppress(Exception):  # logged by the walk
                 named.update(_among((child for _, _, child in children(thing)), wanted))
-            # The collector sees through iterators, but a cache's results are not the engine's because it may ask it.
+            # The collector sees through iterators. Not for a cache, whose results do not belong to the engine.
             seen = () if type(thing) is _CACHE else gc.get_referents(thing)
             inside += named | collections.Counter(_among(seen, wanted))
     return inside

@@ -1,8 +1,8 @@
-"""Snapshots: weights that were released come back from a file at the speed of the disk.
+"""Snapshots: files with released weights, for a reload at the speed of the disk.
 
-A snapshot is a safetensors file (one uint8 tensor called ``mirror``), so that other tools can open it; ours is read by
-several threads straight into main memory and checked on the way. Its name carries a digest of what is in it, so
-the same weights are written once however often they are released.
+A snapshot is a safetensors file (one uint8 tensor called ``mirror``), which other tools can open; here several threads
+read it directly into main memory and verify it. Its name contains a digest of its contents, so the same weights are
+written only once.
 """
 
 from __future__ import annotations
@@ -36,25 +36,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DATA_ALIGNMENT = 4096
-_READ_BYTES = 512 << 10  # read and hashed piece by piece while it is in the processor's cache
-_WRITE_BYTES = 64 << 20  # as often as progress is worth telling
+_READ_BYTES = 512 << 10  # small enough to be hashed in the processor's cache
+_WRITE_BYTES = 64 << 20  # bytes between two progress reports
 _OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
 _NONE_OF_OURS = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EPERM, errno.EACCES}
-"""Errors of opening: no file, a link, a socket, a file that `_open` refuses, another user's unreadable file."""
+"""Errors of opening: no file, a link, a socket, a file that `_open` rejects, another user's unreadable file."""
 _FORMAT = "gpu-managed-tts"
 
 
 class SnapshotFolder:
-    """Snapshots in a folder of at most ``limit_bytes``: beyond that the ones unused for longest are removed.
+    """A folder of snapshots of at most ``limit_bytes``: beyond that, the least recently used ones are removed.
 
-    Several processes may share the folder. What a process that was killed has left half-written is removed. Weights are
-    nobody else's to read: files have mode 0600, and a folder made here 0700; one that exists keeps the rights that its
-    owner gave it, since other things may lie there. Links, pipes and files of other users there are neither followed
-    nor waited for, and count as missing.
+    Several processes may share the folder. Partial files of killed processes are removed. Weights are private: files
+    have mode 0600, and a new folder 0700; an existing folder keeps its mode, since it may contain other files. Links,
+    pipes and files of other users are neither followed nor waited for, and count as missing.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:
-        """Makes the folder if need be; `InvalidInput` if that fails or nothing can be written there."""
+        """Creates the folder if needed; raises `InvalidInput` if that fails or it is not writable."""
         self.folder = Path(folder)
         self.limit_bytes = limit_bytes
         try:
@@ -69,7 +68,7 @@ class SnapshotFolder:
             ) from error
 
     def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
-        """Keep ``raw`` on disk: temporary file, fsync, rename. `SnapshotUnusable`, and nothing left, if that fails."""
+        """Stores ``raw``: temporary file, fsync, rename. On failure raises `SnapshotUnusable` and leaves no file."""
         path = self._path(name, ranges, hashes)
         header = _header(len(raw))
         try:
@@ -92,7 +91,7 @@ class SnapshotFolder:
         *,
         once: bool = False,
     ) -> None:
-        """Fill ``raw`` from the file, and check every range. `SnapshotUnusable`, and the file removed, if it is bad."""
+        """Fills ``raw`` from the file and checks every range; raises `SnapshotUnusable`, and removes a damaged file."""
         path = self._path(name, ranges, hashes)
         header = _header(len(raw))
         try:
@@ -101,7 +100,7 @@ class SnapshotFolder:
                     name,
                     Sentence(f"{path} is missing, cut off, or not one of ours", f"{path} 缺失、不完整或不属于本程序"),
                 )
-            with contextlib.suppress(OSError):  # a folder that can only be read serves as well
+            with contextlib.suppress(OSError):  # a read-only folder works too
                 os.utime(path, follow_symlinks=False)
             damaged = _read_ranges(path, len(header), ranges, hashes, memoryview_of(raw))
         except OSError as error:
@@ -123,12 +122,12 @@ class SnapshotFolder:
 
     @contextlib.contextmanager
     def _temporary(self, name: str) -> Iterator[BinaryIO]:
-        """A new file, locked as long as it is written, so that others can tell it from one left by a killed process."""
+        """Creates a file, locked while it is written to distinguish it from one left by a killed process."""
         path = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
         with open(path, "xb", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if not path.exists():  # between the two lines above it looked abandoned
+                if not path.exists():  # another process took it for abandoned before the lock
                     raise FileNotFoundError(f"{path} was removed by another process")
                 yield file
             finally:
@@ -137,7 +136,7 @@ class SnapshotFolder:
     def _remove_abandoned(self) -> None:
         for path in self.folder.glob(".*.safetensors.*.tmp"):
             with contextlib.suppress(OSError), _open(path) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError if somebody is writing it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while it is being written
                 logger.info("Removing %s, left by a process that was killed", path)
                 path.unlink(missing_ok=True)
 
@@ -148,7 +147,7 @@ class SnapshotFolder:
         for path in self.folder.iterdir():
             if not _OURS.fullmatch(path.name):
                 continue
-            with contextlib.suppress(OSError), _open(path) as file:  # OSError: removed meanwhile, or not ours to read
+            with contextlib.suppress(OSError), _open(path) as file:  # OSError: removed meanwhile, or not readable
                 if f'"{_FORMAT}"'.encode() in file.read(_DATA_ALIGNMENT):
                     snapshots.append((path, os.fstat(file.fileno())))
         total_bytes = sum(found.st_size for _, found in snapshots)
@@ -163,7 +162,7 @@ class SnapshotFolder:
 
 
 def _header(nbytes: int) -> bytes:
-    """A safetensors header, padded with spaces as the format allows, so that the data begins on a page."""
+    """Returns a safetensors header, padded with spaces as the format allows: the data begins on a page."""
     entry = {"mirror": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}
     text = json.dumps({"__metadata__": {"format": _FORMAT}, **entry}).encode()
     text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT)
@@ -171,7 +170,7 @@ def _header(nbytes: int) -> bytes:
 
 
 def _open(path: Path) -> BinaryIO:
-    """A regular file of this user or the system's, to read. OSError, and no waiting, if it is anything else."""
+    """Opens a regular file of this user or root for reading. Raises OSError, without waiting, for anything else."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(handle)
@@ -225,11 +224,11 @@ def _fsync(folder: Path) -> None:
 def _read_ranges(
     path: Path, offset: int, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], target: memoryview
 ) -> int | None:
-    """Read all ranges with a few threads; the start of one that is not what it should be, or None."""
-    numbers = itertools.count()  # whose next() is atomic: each range goes to one thread
+    """Reads all ranges with a few threads; returns the start of a damaged one, or None."""
+    numbers = itertools.count()  # next() is atomic: each range is read by one thread
     damaged: list[int] = []
     errors: list[BaseException] = []
-    progress = current()  # not to be had in other threads
+    progress = current()  # not available in other threads
     progress.enter("reading", sum(stop - start for start, stop in ranges))
 
     def read() -> None:
@@ -250,7 +249,7 @@ def _read_ranges(
 
 
 def _read_range(handle: int, offset: int, target: memoryview, start: int) -> int:
-    """Fill ``target`` from the file and return the XXH3 of what was read (of less, where the file ends early)."""
+    """Fills ``target`` from the file; returns the XXH3 of the bytes read (fewer, if the file ends early)."""
     hasher = xxhash.xxh3_64()
     done = 0
     while done < len(target):
@@ -263,9 +262,9 @@ def _read_range(handle: int, offset: int, target: memoryview, start: int) -> int
 
 
 def _in_threads(work: Callable[[], None], count: int) -> None:
-    """Run ``work`` in this thread and in up to ``count - 1`` others at once."""
+    """Runs ``work`` in this thread and in up to ``count - 1`` others at once."""
     threads = []
-    with contextlib.suppress(RuntimeError):  # no thread to be had: fewer do it
+    with contextlib.suppress(RuntimeError):  # if no thread can be started, run in fewer
         for _ in range(count - 1):
             thread = threading.Thread(target=work, name="snapshot-read")
             thread.start()

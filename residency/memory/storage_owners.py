@@ -1,4 +1,4 @@
-"""Records the owner of each storage under management in this process: bytes can have one owner only."""
+"""Records the owner of each managed storage of this process: a storage has at most one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """Has storages of its own."""
+    """An object that owns storages."""
 
     @property
     def storages(self) -> Iterable[ManagedStorage]: ...
@@ -24,7 +24,7 @@ class Owner(Protocol):
 
 _managed: weakref.WeakSet[Owner] = weakref.WeakSet()
 
-#: Held while an owner takes stock, so that no other takes the same.
+#: Held while an owner claims storages, so that no other claims the same.
 lock = renewed_in_children(threading.Lock())
 
 
@@ -33,23 +33,23 @@ def add_locked(owner: Owner) -> None:
 
 
 def taken() -> dict[int, ManagedStorage]:
-    """Every storage that has an owner, by its storage (``_cdata``)."""
+    """Returns every storage that has an owner, by ``_cdata``."""
     return {managed.key: managed for owner in list(_managed) for managed in owner.storages}
 
 
 def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether some of these are under management, wherever their bytes are now."""
+    """Returns whether some of these tensors are managed, wherever their bytes are now."""
     with lock:
         return not taken().keys().isdisjoint({tensor.untyped_storage()._cdata for tensor in tensors})
 
 
 def find_common_locked(storages: list[ManagedStorage]) -> list[ManagedStorage]:
-    """Those of ``storages`` that another owner has and a third party holds, a cache of constants for one.
+    """Returns those of ``storages`` that have another owner and a third holder, such as a cache of constants.
 
     They stay on the device from now on, since neither engine may take them from the other.
 
     Raises:
-        SharedWeights: some belong to another owner and nobody else holds them, or they are most of the bytes.
+        SharedWeights: some belong to another owner and have no third holder, or they are most of the bytes.
     """
     others = taken()
     shared = {managed: other for managed in storages if (other := others.get(managed.key)) is not None}

@@ -1,4 +1,4 @@
-"""The unique storages of an engine: what really moves, whatever number of tensors looks at it."""
+"""The unique storages of an engine: the units that move, independent of the number of tensors over them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BYTE_VIEW = "_residency_byte_view"
-"""Marks the tensors through which moves see the bytes: they are nobody's view, and never hidden."""
+"""Marks the tensors through which moves access the bytes: they count as no holder's view, and are never hidden."""
 
 ARRAYS = "_residency_arrays"
-"""Hangs on a storage object: weak references to the arrays of numpy that use its address."""
+"""Attribute of a storage object: weak references to the numpy arrays that use its address."""
 
 _FILL_CHECK_FROM_BYTES = 1 << 20
 _FILL_CHECK_BYTES = 8 << 20
@@ -33,14 +33,14 @@ class ManagedStorage:
     """One unique storage and the tensors over it, by path.
 
     Attributes:
-        nbytes: of the storage while it is filled.
+        nbytes: size of the storage while it is filled.
         key: identifies the storage (``_cdata``).
-        raw: the storage as uint8 [nbytes]; valid whenever the storage is filled.
-        fill: the bytes that the storage repeats from end to end, if it was found to; else None.
-        guests: tensors over the storage that are not of the engine, as far as they are known: they leave with it.
-        held: whether others than the engine hold it, a cache of the process for one: see `Weights.bring_back`.
-        stays: whether it stays on the device when the others leave.
-        spare: a copy of its own in main memory, uint8 [nbytes], where there is no mirror.
+        byte_view: the storage as uint8 [nbytes]; valid while the storage is filled.
+        constant: the bytes of the element that the storage repeats throughout, if it was found to; else None.
+        other_tensors: known tensors over the storage that are not of the engine: they move with it.
+        held_elsewhere: whether it is also held outside the engine, such as by a cache; see `Weights.bring_back`.
+        stays_on_device: whether it stays on the device at an offload.
+        fallback_copy: a separate copy in main memory, uint8 [nbytes], while there is no mirror.
     """
 
     storage: torch.UntypedStorage
@@ -53,10 +53,10 @@ class ManagedStorage:
     held_elsewhere: bool = False
     stays_on_device: bool = False
     fallback_copy: torch.Tensor | None = None
-    #: How often C++ refers to a tensor (``id``) of a TorchScript module, for one.
+    #: Number of references from C++ to a tensor (``id``), such as by a TorchScript module.
     _in_cpp: dict[int, int] = field(default_factory=dict)
-    #: Those that were exported, each with what its `_in_cpp` was before, and with what keeps the storage that it had:
-    #: DLPack keeps the tensor, and uses the address.
+    #: Exported tensors, each with its earlier `_in_cpp`, and with a finalizer that keeps its old storage: DLPack keeps
+    #: the tensor, and uses the address.
     _exports: list[tuple[torch.Tensor, int, weakref.finalize[..., torch.Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -72,16 +72,16 @@ class ManagedStorage:
 
     @property
     def path(self) -> str:
-        """A path that leads to it from the engine; slow to find."""
+        """A path to it from the engine; slow to compute."""
         return next(iter(self.tensors))
 
     def measure(self) -> None:
-        """Take the storage's present size for the right one."""
+        """Records the current size of the storage."""
         self.nbytes = self.storage.nbytes()
         self._live_in(self.storage)
 
     def count_unknown_holders(self) -> int:
-        """How many use the storage and are neither of the engine nor among the guests: views, DLPack, C++."""
+        """Returns the number of holders besides the engine and `other_tensors`: views, DLPack, C++."""
         holders = _use_count(self.storage) - _own_references()
         if holders == len(self.tensors) and all(map(is_alone, self.tensors.values())):
             return 0
@@ -90,11 +90,11 @@ class ManagedStorage:
 
     @property
     def has_exports(self) -> bool:
-        """Whether an old storage is kept for something outside of Python."""
+        """Whether an old storage is kept for a user outside Python."""
         return bool(self._exports)
 
     def is_exported(self) -> bool:
-        """Whether somebody may have the address of the bytes: DLPack for one."""
+        """Returns whether the address of the bytes may be in use outside Python, such as by DLPack."""
         return bool(self._exported(self._known()))
 
     def _known(self) -> dict[int, torch.Tensor]:
@@ -107,7 +107,7 @@ class ManagedStorage:
         return known
 
     def _exported(self, known: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-        """Those that C++ has taken since stock was taken: DLPack, or autograd for a backward pass that may come."""
+        """Returns the tensors with new references from C++: by DLPack, or by autograd for a possible backward pass."""
         taken = _references_in_cpp(known)
         return [
             tensor
@@ -116,14 +116,14 @@ class ManagedStorage:
         ]
 
     def forget_other_tensors(self) -> None:
-        """Begin to count anew; the old storages of exports that have ended go."""
+        """Resets the count of holders; frees the old storages of exports that have ended."""
         self.other_tensors.clear()
         if self._exports:
             counts = _references_in_cpp({id(tensor): tensor for tensor, _, _ in self._exports})
             first: dict[int, int] = {}
             for tensor, before, _ in self._exports:
                 first.setdefault(id(tensor), before)
-            # Only when all have ended: which of several has, cannot be told.
+            # Only when all exports of a tensor have ended: single ones cannot be distinguished.
             ended = [one for one in self._exports if counts[id(one[0])] <= first[id(one[0])]]
             self._exports = [one for one in self._exports if counts[id(one[0])] > first[id(one[0])]]
             for tensor, before, keeping in ended:
@@ -135,16 +135,16 @@ class ManagedStorage:
         return next(iter(self.tensors.values())).element_size()
 
     def make_resizable(self, apart: bool = False) -> bool:
-        """Give the tensors a storage that can be emptied and filled, if theirs cannot; False if they refuse.
+        """Moves the tensors to a storage that can be emptied and filled, if theirs cannot; returns False on failure.
 
-        Bytes that came from a file (TorchScript, safetensors, mmap) or from numpy, or that numpy looks at, belong
-        to somebody else and cannot be resized: they are copied into a storage of torch's own. With ``apart``, so are
-        those of any storage: strangers keep the old one whole, as long as they have it; so do arrays (`ARRAYS`).
+        Bytes from a file (TorchScript, safetensors, mmap) or from numpy, or with a numpy array over them, cannot be
+        resized: they are copied to a new storage of torch. ``apart`` and arrays (`ARRAYS`) force the copy for any
+        storage: outside users keep the old one whole as long as they need it.
         """
         if self.byte_view.is_cpu and self.storage.is_shared():
-            logger.warning("%s is shared with other processes and stays where it is", ", ".join(self.tensors))
+            logger.warning("%s is shared with other processes and is not moved", ", ".join(self.tensors))
             return False
-        known = vars(self.storage).get(ARRAYS)  # few have any, and many storages come by here
+        known = vars(self.storage).get(ARRAYS)  # few of many storages have any
         arrays = [array for one in known if (array := one()) is not None] if known else []
         if self.storage.resizable() and not apart and not arrays:
             return True
@@ -155,13 +155,11 @@ class ManagedStorage:
             self._move_tensors_to(home)
         except RuntimeError as error:
             self._move_tensors_to(self.storage)
-            logger.warning("%s cannot be moved and stays where it is: %s", ", ".join(self.tensors), error)
+            logger.warning("%s cannot be moved: %s", ", ".join(self.tensors), error)
             return False
         for array in arrays:
             weakref.finalize(array, _let_go, self.storage).atexit = False
-            logger.warning(
-                "%s: an array of numpy uses its %s bytes, which stay as long as it does", self.path, f"{self.nbytes:,}"
-            )
+            logger.warning("%s: an array of numpy uses its %s bytes and keeps them", self.path, f"{self.nbytes:,}")
         for tensor in exported:
             keeping = weakref.finalize(tensor, _let_go, self.storage)
             keeping.atexit = False
@@ -171,10 +169,10 @@ class ManagedStorage:
         return True
 
     def find_constant(self) -> bytes | None:
-        """The element that the storage repeats, bit for bit, or None. Looks in pieces and stops at a difference.
+        """Returns the element that the storage repeats, bit for bit, or None. Stops at the first block that differs.
 
-        Small storages are not looked at: there is nothing to gain. On a device that has no room for the comparison it
-        is made in main memory, over a copy of each part.
+        Skips small storages, which offer no gain. If the device has no room for the comparison, compares copies of the
+        blocks in main memory.
         """
         import torch
 
@@ -185,7 +183,7 @@ class ManagedStorage:
             return None
         elements = self.byte_view.view(width)
         first = elements[:1]
-        step = 4096  # most weights differ at once; then look in larger pieces
+        step = 4096  # small at first: most weights differ at once
         start = 0
         while start < len(elements):
             if not _repeats(elements[start : start + step], first):
@@ -195,7 +193,7 @@ class ManagedStorage:
         return bytes(first.cpu().view(torch.uint8).tolist())
 
     def write_constant(self, target: torch.Tensor) -> None:
-        """Write `fill` from end to end of ``target``, uint8 [nbytes]."""
+        """Fills ``target``, uint8 [nbytes], with `constant`."""
         import torch
 
         assert self.constant is not None
@@ -206,7 +204,7 @@ class ManagedStorage:
     def _move_tensors_to(self, storage: torch.UntypedStorage) -> None:
         import torch
 
-        # inference_mode, so that inference tensors and leaves that require grad may be given a storage alike.
+        # inference_mode permits this for inference tensors and for leaves that require grad.
         with torch.inference_mode():
             for tensor in (*self.tensors.values(), *self.other_tensors):
                 if tensor.untyped_storage()._cdata != storage._cdata:
@@ -214,7 +212,7 @@ class ManagedStorage:
 
 
 def managed_storages(tensors: Mapping[str, torch.Tensor]) -> list[ManagedStorage]:
-    """Tensors grouped by the storage they share; those without bytes of their own are left out."""
+    """Groups tensors by storage; omits tensors without bytes of their own."""
     storages = []
     for group in by_storage(tensors).values():
         storage = next(iter(group.values())).untyped_storage()
@@ -223,7 +221,7 @@ def managed_storages(tensors: Mapping[str, torch.Tensor]) -> list[ManagedStorage
 
 
 def by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[int, Mapping[str, torch.Tensor]]:
-    """Tensors by what `storage_key` says of them."""
+    """Groups tensors by `storage_key`."""
     if isinstance(tensors, ByPath):
         groups: dict[int, list[torch.Tensor]] = {}
         for tensor in tensors.values():
@@ -240,14 +238,14 @@ def by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[int, Mapping[str, to
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:
-    """What two tensors over the same bytes have in common; None for those that have no bytes of their own.
+    """Returns the same key for all tensors over the same bytes; None for a tensor without bytes of its own.
 
-    Sparse tensors, wrappers around other tensors, those on ``meta`` and fakes have none.
+    These are sparse tensors, wrappers around other tensors, tensors on ``meta``, and fakes.
     """
     try:
         storage = tensor.untyped_storage()
         real = storage.nbytes() and storage.data_ptr()
-    except Exception:  # subclasses answer as they like
+    except Exception:  # subclasses may raise anything
         return None
     return storage._cdata if real else None
 
@@ -262,12 +260,12 @@ def _repeats(elements: torch.Tensor, first: torch.Tensor) -> bool:
 
 
 def as_bytes(storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:
-    """A storage as uint8 [nbytes]."""
+    """Returns a storage as uint8 [nbytes]."""
     import torch
 
     device = storage.device
     if device.type == "cpu" and storage.nbytes() == nbytes:
-        return torch.ByteTensor(storage)  # twice as fast, and engines may have 100,000 of them
+        return torch.ByteTensor(storage)  # twice as fast; engines may have 100,000 storages
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
 
 
@@ -278,11 +276,11 @@ def _new_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
 
 
 def _let_go(storage: torch.UntypedStorage) -> None:
-    """Nothing: that it would be called with the storage keeps the storage."""
+    """Does nothing: as a finalizer's argument, the storage is kept alive."""
 
 
 def hide_tensors(storages: Collection[ManagedStorage]) -> None:
-    """Make each use of the tensors raise; call it before their bytes go."""
+    """Makes each use of the tensors raise; call before their bytes are dropped."""
     absent_tensors.hide_tensors(tensor for managed in storages for tensor in managed.tensors.values())
     absent_tensors.hide_tensors(
         guest for managed in storages if managed.other_tensors for guest in managed.other_tensors
@@ -290,7 +288,7 @@ def hide_tensors(storages: Collection[ManagedStorage]) -> None:
 
 
 def show_tensors(storages: Collection[ManagedStorage]) -> None:
-    """Undo `hide_tensors`, when the bytes are there."""
+    """Undoes `hide_tensors`; call once the bytes are restored."""
     absent_tensors.show_tensors(tensor for managed in storages for tensor in managed.tensors.values())
     for managed in storages:
         if managed.other_tensors:
@@ -299,7 +297,7 @@ def show_tensors(storages: Collection[ManagedStorage]) -> None:
 
 
 def forget_other_tensors(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
-    """Begin to count the holders of these anew, and return those that seem to have others than the engine."""
+    """Resets the counts of holders; returns the storages that may have some outside the engine."""
     import torch
 
     for managed in storages:
@@ -315,12 +313,12 @@ def forget_other_tensors(storages: Collection[ManagedStorage]) -> list[ManagedSt
 
 
 def is_alone(tensor: torch.Tensor) -> bool:
-    """Whether nothing in C++ refers to a tensor."""
+    """Returns whether a tensor has no references from C++."""
     return tensor._use_count() == 1  # type: ignore[attr-defined, no-any-return]
 
 
 def _references_in_cpp(tensors: Mapping[int, torch.Tensor]) -> dict[int, int]:
-    """How often C++ refers to each of these (by ``id``), other than from views that are among them."""
+    """Counts the references from C++ to each tensor (by ``id``), other than from views among them."""
     counts: dict[int, int] = {
         key: tensor._use_count() - 1  # type: ignore[attr-defined]
         for key, tensor in tensors.items()
@@ -339,7 +337,7 @@ def _use_count(storage: torch.UntypedStorage) -> int:
 
 @functools.cache
 def _own_references() -> int:
-    """How often a storage itself counts among the holders of its storage."""
+    """Returns the number of references of a `ManagedStorage` itself to its storage."""
     import torch
 
     tensor = torch.empty(1)
