@@ -55,7 +55,7 @@ def test_the_last_bytes_count_as_much_as_the_others(monkeypatch: pytest.MonkeyPa
 
 
 def changes(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Yields changes that a sum, an xor or a position-independent hash would miss."""
+    """Returns changes that a sum, an xor or a position-independent hash would miss."""
     length = len(tensor)
     swapped, negated, sign, zeros, moved = (tensor.clone() for _ in range(5))
     swapped[[3, length - 5]] = tensor[[length - 5, 3]]
