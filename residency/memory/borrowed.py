@@ -14,8 +14,6 @@ from .engine import EngineResident
 
 
 class BorrowedMemory(Protocol):
-    """The memory of a `BorrowedPart`."""
-
     @property
     def device_bytes(self) -> int: ...
     @property

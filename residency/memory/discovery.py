@@ -126,7 +126,6 @@ class Discovery:
 
 
 def discover(engine: Any, skip: Collection[str] = ()) -> Found:
-    """Walks an engine once; see `Discovery`."""
     return Discovery(engine, skip).walk()
 
 
@@ -239,10 +238,7 @@ class _Walk:
         return [thing for thing in things if type(thing) not in closed and (type(thing) not in hollow or thing)]
 
     def _exceptions_among(self, untracked: list[Any]) -> list[Any]:
-        """Returns those untracked objects, also inside untracked containers, that may lead to memory.
-
-        These are numpy arrays and named results of torch (``torch.max(t, 0)``).
-        """
+        """Returns untracked numpy arrays and named results of torch (``torch.max(t, 0)``), also from containers."""
         found: list[Any] = []
         while untracked:
             classes = set(map(type, untracked))

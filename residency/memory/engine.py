@@ -152,10 +152,7 @@ class EngineResident:
         return Weights(found.tensors.only(unclaimed), self._device, ephemeral, held)
 
     def _held(self, found: Found) -> frozenset[int]:
-        """Returns the tensors (``id``) with references from outside the engine, to them or to containers of them.
-
-        References to the engine itself do not count.
-        """
+        """Returns the tensors (``id``) with references from outside the engine, to them or to containers of them."""
         tensors = found.tensors.values()
         held = held_elsewhere(tensors, found.references) - {self._engine_id}
         held |= in_held_containers(found.entered, tensors, self._engine_id)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """An object that owns storages."""
-
     @property
     def storages(self) -> Iterable[ManagedStorage]: ...
 

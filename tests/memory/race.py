@@ -1,4 +1,4 @@
-"""Threads use a constant of a cache, without a lease, while its engine leaves and returns. A process of its own."""
+"""Threads use a cached constant, without a lease, while its engine is offloaded and restored. A separate process."""
 
 from __future__ import annotations
 

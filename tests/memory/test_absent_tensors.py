@@ -1,4 +1,4 @@
-"""A tensor that is away answers each use with `TensorAway`; what others than the engine hold survives."""
+"""Uses of a tensor that is away raise `TensorAway`; tensors held outside the engine survive its release."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_arrays_of_the_engine_over_its_tensors_stay_whole(device: SimulatedDevic
     for _ in range(2):
         resident.offload()
         assert device.ledger_bytes == 0
-        others = [torch.full((1000,), 7) for _ in range(50)]  # in the place of what was freed
+        others = [torch.full((1000,), 7) for _ in range(50)]  # may reuse the freed memory
         assert pickle.dumps(engine.arrays) == expected
         del others
         resident.restore()
@@ -243,7 +243,7 @@ def test_after_a_move_that_failed_classes_agree_with_bytes(engine: Engine) -> No
 
 
 class Watched(SimulatedDevice):
-    """A card that calls ``look`` in the middle of moves: at each drop, before and after weights are copied to it."""
+    """A card that calls ``look`` during moves: at each drop, and before and after a transfer."""
 
     look: Callable[[str], Any] | None = None
 
@@ -272,8 +272,8 @@ def test_while_weights_leave_or_return_all_that_use_them_meet_the_guard() -> Non
 
     def look(step: str) -> None:
         if step == "transfer" and resident.device_bytes:
-            return  # of an offload, which reads them
-        # Before the first drop all bytes are there, and what is in C++ gets the right answer.
+            return  # an offload, which reads the bytes
+        # Before the first drop all bytes are present, and C++ gets the correct values.
         for name in uses if refusals else ["weight", "storage"]:
             with pytest.raises(RuntimeError, match=r"Storage|storage|lease"):
                 uses[name]()
@@ -302,7 +302,7 @@ def test_an_array_that_is_made_while_weights_are_copied_away_keeps_the_old_bytes
 
 
 def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbed() -> None:
-    """Here 0.006 s to hide and as much to show, 0.05 s to close the storages and 0.06 s to open them."""
+    """Measured: 0.006 s each to hide and to show, 0.05 s to close the storages, 0.06 s to open them."""
     tensors = [torch.zeros(3) for _ in range(100_000)]
     absent_tensors.hide_tensors(tensors[:1])
     absent_tensors.show_tensors(tensors[:1])
@@ -326,7 +326,7 @@ def test_hiding_a_hundred_thousand_tensors_is_cheap_and_readers_are_not_disturbe
     assert {type(tensor) for tensor in tensors} == {torch.Tensor}
 
 
-# -- what others hold -------------------------------------------------------------------------------------------
+# -- tensors held outside the engine ----------------------------------------------------------------------------
 
 
 @functools.lru_cache
@@ -425,7 +425,7 @@ def tables(n: int) -> dict[str, list[torch.Tensor]]:
     return {"cos": [torch.ones(n), torch.arange(float(n))]}
 
 
-#: Containers that outlive an engine, as a cache has them, and the tensor in each that sums up to 4950.
+#: Containers that outlive an engine, like those of a cache, and the tensor in each with the sum 4950.
 CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[], torch.Tensor]]] = {
     "global dictionary": (lambda: ROPE, lambda: ROPE["cos"]),
     "lru_cache of a tuple": (lambda: pair(100), lambda: pair(100)[1]),
@@ -481,7 +481,7 @@ class State:
 
 
 class Own:
-    """Many containers, some of them reached in several ways, and all of them the engine's alone."""
+    """Many containers, some reachable by several paths, all of them the engine's alone."""
 
     def __init__(self) -> None:
         shared = [torch.ones(3), (torch.ones(4), {"deep": [torch.ones(5)]})]
@@ -565,7 +565,7 @@ def test_a_tensor_taken_in_a_lease_is_not_held_by_others(device: SimulatedDevice
 
 
 def test_a_cache_is_used_by_threads_while_its_engine_leaves_and_returns() -> None:
-    """In a process of its own: freed memory that is read ends a process."""
+    """In a separate process: a read of freed memory ends it."""
     root = Path(__file__).resolve().parent.parent.parent
     command = [sys.executable, root / "tests" / "memory" / "race.py", "60"]
     done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True,

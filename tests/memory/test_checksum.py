@@ -1,4 +1,4 @@
-"""No change of weights that is likely or malicious goes unseen."""
+"""Every likely or malicious change of weights is detected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["xxh3", "multilinear"])
 def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Both ways to compute fingerprints, of several tensors of bytes at once."""
+    """Returns the checksums of several uint8 tensors, computed in both ways."""
     if request.param == "xxh3":
         return lambda *raws: fingerprints(raws, len(raws))
     monkeypatch.setattr(checksum, "SPAN_BYTES", 1 << 16)
@@ -55,7 +55,7 @@ def test_the_last_bytes_count_as_much_as_the_others(monkeypatch: pytest.MonkeyPa
 
 
 def changes(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a sum, an xor or a hash of the values without their places would miss."""
+    """Returns changes that a sum, an xor or a position-independent hash would miss."""
     length = len(tensor)
     swapped, negated, sign, zeros, moved = (tensor.clone() for _ in range(5))
     swapped[[3, length - 5]] = tensor[[length - 5, 3]]
@@ -88,7 +88,7 @@ def test_negated_pairs_in_a_field_of_zeros_show(of: Callable[..., list[int]]) ->
         field[place] = -0.0
         fields.append(field)
     pair = zeros.clone()
-    pair[[1, 2]] = -0.0  # the two signs that would cancel in 2**31 + 2**31
+    pair[[1, 2]] = -0.0  # two sign bits, whose sum 2**31 + 2**31 would cancel
     fields.append(pair)
     sums = of(*map(bytes_like, fields))
     assert len(set(sums)) == len(sums)
@@ -113,7 +113,7 @@ def test_xxh3_is_that_of_the_library_and_equal_in_every_process() -> None:
 
 
 def test_weights_of_the_sums_are_drawn_anew_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that nobody can make two contents that no process tells apart."""
+    """Prevents the construction of two contents that collide in every process."""
     script = (
         f"import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}]; import torch\n"
         "from residency.memory import checksum\n"
@@ -136,7 +136,7 @@ def test_looking_never_makes_a_storage_unresizable() -> None:
 
 
 def test_tensors_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what is put together for one span is free again before the next is."""
+    """The scratch space of one span is freed before the next one."""
     monkeypatch.setattr(checksum, "SPAN_BYTES", 1024)
     alive: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Graphs that compiled code has captured are found, although they hang on no engine."""
+"""Graphs captured by compiled code are found, although no engine refers to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from residency.memory import EngineResident
 
 
 class Constant:
-    """A tensor on a card, as far as it is asked for."""
+    """The used attributes of a tensor on a card."""
 
     is_cuda = True
 
@@ -29,7 +29,7 @@ class Constant:
 
 
 class CUDAGraphNode:
-    """As torch has it, as far as it is looked at."""
+    """The used attributes of torch's class."""
 
     def __init__(self, addresses: list[int | None], constants: tuple[Constant, ...] = ()) -> None:
         self.graph: Any = object()
@@ -39,7 +39,7 @@ class CUDAGraphNode:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> threading.local:
-    """Where a thread of the engine keeps its graphs, out of everybody's sight."""
+    """Returns a thread-local variable for graphs, as in torch."""
     module = types.ModuleType("torch._inductor.cudagraph_trees")
     module.CUDAGraphNode = CUDAGraphNode  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -59,7 +59,7 @@ def test_an_engine_whose_weights_are_in_a_graph_stays_on_the_device(
     with pytest.raises(CapturedGraphs, match=r"torch\.compile: \[1\]"):
         resident.offload()
     assert resident.device_bytes == 8000
-    captured.trees[0].graph = None  # as torch does when it gives them up
+    captured.trees[0].graph = None  # as torch does when it drops them
     resident.offload()
     assert resident.device_bytes == 0
 

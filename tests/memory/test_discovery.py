@@ -1,4 +1,4 @@
-"""Whatever holds memory is found, wherever it hangs, and nothing of the engine is disturbed."""
+"""Memory is found wherever an engine refers to it, without side effects on the engine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tensors_are_found_by_path_each_once_through_cycles() -> None:
 
 
 class Touchy:
-    """Everything that can be overridden raises."""
+    """Raises in every overridable method."""
 
     def __init__(self) -> None:
         object.__setattr__(self, "tensor", torch.ones(1))
@@ -105,7 +105,7 @@ def test_each_reference_of_the_engine_to_a_tensor_is_counted() -> None:
     }  # fmt: skip
     found = discover(engine)
     assert found.references == {id(tensor): 9, id(other): 1, id(module.parameter): 1}
-    vars(plain)  # from now on the instance has a dict of its own
+    vars(plain)  # creates the instance's dict
     assert discover(engine).references == found.references
     before = sys.getrefcount(tensor)
     del found
@@ -138,7 +138,7 @@ def test_nothing_is_kept_alive_between_two_walks() -> None:
     engine = [small, Engine()]
     discovery = Discovery(engine)
     gone = weakref.ref(small.tensor), weakref.ref(engine[1])
-    gc.disable()  # not even in a cycle
+    gc.disable()  # freed by reference counts alone
     try:
         engine[1].__dict__.clear()
         discovery.walk()

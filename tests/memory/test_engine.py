@@ -1,4 +1,4 @@
-"""An engine that makes tensors as it works leaves nothing of them behind."""
+"""Tensors that an engine creates at work are offloaded with it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_an_engine_makes_while_it_works_leaves_with_it(engine: Engine, devi
 def test_tensors_that_are_made_anew_at_each_pass_do_not_pile_up(engine: Engine, device: SimulatedDevice) -> None:
     resident = EngineResident(engine, device)
     for step in range(5):
-        engine.module.__dict__["weight_g"] = torch.full((50,), float(step))  # as weight_norm keeps them
+        engine.module.__dict__["weight_g"] = torch.full((50,), float(step))  # like weight_norm
         resident.offload()
         resident.restore()
         assert device.ledger_bytes == 640
@@ -67,7 +67,7 @@ def test_a_weight_that_is_given_other_bytes_between_two_walks_is_noticed(
     for value in (1.0, 2.0):
         resident.offload()
         resident.restore()
-        engine.module.weight.data = torch.full((10, 10), value)  # the tensor is the same, its storage is not
+        engine.module.weight.data = torch.full((10, 10), value)  # same tensor, new storage
     resident.offload()
     assert device.ledger_bytes == engine.module.weight.untyped_storage().nbytes() == 0
     resident.restore()
@@ -76,7 +76,7 @@ def test_a_weight_that_is_given_other_bytes_between_two_walks_is_noticed(
     resident.offload()
     resident.restore()
     engine.cache["tied"].data = engine.module.weight.data.view(-1)
-    _ = engine.module.weight.detach().numpy()  # it needs a new home, and its new tie goes with it
+    _ = engine.module.weight.detach().numpy()  # needs a new storage, as does its new tie
     resident.offload()
     resident.restore()
     assert device.ledger_bytes == 440
@@ -168,7 +168,7 @@ def test_snapshots_of_what_is_made_in_passing_do_not_pile_up(
 
 
 def captured_graph() -> torch.cuda.CUDAGraph:
-    """One that may be looked at only: where there is no CUDA, nothing can be captured."""
+    """Returns a graph without a capture, which would need CUDA."""
     return torch.cuda.CUDAGraph() if torch.cuda.is_available() else object.__new__(torch.cuda.CUDAGraph)
 
 

@@ -1,4 +1,4 @@
-"""What leaves a full device needs no room on it, and what comes back to a nearly full one no more than its weights."""
+"""Offloads need no free memory on a full device; restores to a nearly full one need only the size of the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 MiB"
 
 
 class NoRoom(TorchFunctionMode):
-    """Nothing is computed, put together or put aside here, as on a full card, except over copies for the host."""
+    """Fails comparisons, concatenations and transfers, as on a full card, except those of copies on the host."""
 
     def __init__(self) -> None:
         super().__init__()

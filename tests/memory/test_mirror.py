@@ -1,4 +1,4 @@
-"""Main memory in the shape of a layout, given back to the system at once."""
+"""A mirror's memory has the given layout and returns to the system at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_group_that_is_refused_is_not_unpinned_later() -> None:
 
 
 class Driver(SimulatedDevice):
-    """Notes what is registered, and whether it is still mapped when it is registered no more."""
+    """Records registrations, and whether the memory is still mapped when they end."""
 
     def __init__(self) -> None:
         super().__init__(1 << 30)

@@ -1,4 +1,4 @@
-"""Every byte of every piece has one place in the mirror, and spans keep to their sizes."""
+"""Every byte of every storage has one position in the mirror, and spans respect their size limits."""
 
 from __future__ import annotations
 

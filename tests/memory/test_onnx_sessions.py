@@ -1,4 +1,4 @@
-"""Sessions go and come back inside the same Python object."""
+"""Sessions are destroyed and rebuilt inside the same Python object."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_sessions_in_main_memory_live_until_release(session: onnxruntime.Inferen
 
 
 class Resting(SimulatedDevice):
-    """A card that ONNX Runtime does not compute on: its sessions stay in main memory."""
+    """A card not used by ONNX Runtime: sessions stay in main memory."""
 
     def holds_session(self, providers: object) -> bool:
         return False

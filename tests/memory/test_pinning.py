@@ -1,4 +1,4 @@
-"""Pages are locked once, in the background, never under a move, and never after the mirror has gone."""
+"""Pages are locked once, in the background, never during a move or after the mirror is freed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from residency.memory.weights import Weights
 
 
 class PinDevice(SimulatedDevice):
-    """Logs what is pinned, stops at a gate before each group, and refuses when told to."""
+    """Logs pinned groups, waits at a gate before each, and refuses on request."""
 
     def __init__(self) -> None:
         super().__init__(1 << 30)

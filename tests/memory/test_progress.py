@@ -1,4 +1,4 @@
-"""How far a move has come: what residents tell of it, while they move."""
+"""Residents report their progress during a move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from residency.progress import Progress, current, reporting
 
 
 class Watched(Progress):
-    """Keeps every step; checks that no phase goes back or beyond its total."""
+    """Records every step; checks that no phase decreases or exceeds its total."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[str, int, int | None]] = []
@@ -57,7 +57,7 @@ def watched(move: object, *arguments: object) -> Watched:
 
 def test_moves_tell_of_every_byte_that_travels(weights: Weights) -> None:
     first = watched(weights.offload)
-    travelling = (20 << 20) + 300 * 44  # storages of one value do not travel; small ones are padded in the mirror
+    travelling = (20 << 20) + 300 * 44  # constant storages are not copied; small ones are padded in the mirror
     done_bytes, total_bytes = first.ends["copying"]
     assert done_bytes == total_bytes
     assert travelling <= total_bytes < travelling + 300 * 64 + 8192

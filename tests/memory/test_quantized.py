@@ -1,4 +1,4 @@
-"""Language models quantized as Step-Audio-EditX does it compute the same bits wherever they have been."""
+"""Language models, quantized like Step-Audio-EditX, compute the same bits after every move."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def survives_every_move(load: Callable[[], Any], snapshots: Path) -> list[str]:
-    """Lead it through the whole ladder, and return what was found of it."""
+    """Moves the model through all states; returns what was found in it."""
     bare = load()
     paths = list(discover(bare).tensors)
     expected = [logits(bare), logits(bare)]

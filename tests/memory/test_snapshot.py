@@ -1,4 +1,4 @@
-"""A snapshot is whole and right, or refused; folders keep their limit, and many may share one."""
+"""A snapshot is complete and correct, or rejected; folders respect their limit, and several processes may share one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_flipped_bit_anywhere_is_noticed(folder: SnapshotFolder, content: Cont
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         assert str(path) in refused(folder, content), f"byte {place}"
-        content.write(folder)  # as the next release does
+        content.write(folder)  # like the next release
         assert content.read(folder), "a new one takes the place of the damaged one"
         assert path.read_bytes() == whole
 
@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_opened_is_refused_for_reading_and_for_writing(
 ) -> None:
     path = content.write(folder)
     path.unlink()
-    path.mkdir()  # root may read any file, but not a folder
+    path.mkdir()  # a folder: root can read any file
     assert "directory" in refused(folder, content).lower()
     with pytest.raises(SnapshotUnusable):
         content.write(folder)
@@ -160,7 +160,7 @@ FILE_BYTES = 10_000 + 4096
 
 
 def ages(*paths: Path) -> None:
-    """Make these the oldest, in this order."""
+    """Makes these the oldest, in this order."""
     for age, path in enumerate(paths):
         os.utime(path, (1000 + age, 1000 + age))
 

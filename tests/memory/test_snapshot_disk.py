@@ -1,4 +1,4 @@
-"""Nothing that fails on disk, in a thread or by a signal loses anything in memory or leaves half a file."""
+"""No failure on disk or in a thread, and no signal, loses data in memory or leaves a partial file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from residency.memory.weights_mirror import WeightsMirror
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for 1 MB."""
+    """A file system of 1 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True)
@@ -77,7 +77,7 @@ def _opening(**limits: int) -> Any:
 
 
 class _Disk:
-    """A file that takes at most so many bytes at once, and has room for so many in all."""
+    """A file with a limit of bytes per write, and of bytes in total."""
 
     def __init__(self, file: Any, most: int = 1 << 30, room: int = 1 << 30) -> None:
         self._file, self._most, self._room = file, most, room
@@ -129,7 +129,7 @@ def test_a_disk_that_cannot_be_read_is_refused_and_the_file_stays(
 
 
 def test_signals_do_not_cut_a_write_or_a_read_short(tmp_path: Path) -> None:
-    """EINTR, for real: in a process of its own, under a timer that never stops ringing."""
+    """Real EINTR: a separate process with a repeating timer."""
     script = f"""
 import signal, sys, torch
 sys.path[:0] = {[str(Path(__file__).parents[2])]!r}

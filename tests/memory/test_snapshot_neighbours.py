@@ -1,4 +1,4 @@
-"""Snapshots in a folder in which other users, or a mistake, have left something. No test waits for another process."""
+"""Snapshots in a folder with foreign files. No test waits for another process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from residency.memory.snapshot import SnapshotFolder
 
 @pytest.fixture(autouse=True)
 def nothing_hangs() -> Iterator[None]:
-    """Opening a pipe waits for its other end, for ever: then the test fails."""
+    """Ends the run after a minute: opening a pipe without another end blocks."""
     faulthandler.dump_traceback_later(60, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -27,7 +27,7 @@ def nothing_hangs() -> Iterator[None]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A file of somebody's that a link may lead to."""
+    """A foreign file as the target of a link."""
     path = tmp_path / "theirs"
     path.write_text("precious")
     path.chmod(0o644)
@@ -87,7 +87,7 @@ def test_a_link_to_a_snapshot_is_not_followed(folder: SnapshotFolder, content: C
 def test_a_file_of_another_user_is_not_believed(
     folder: SnapshotFolder, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checksums are no signatures: who may write it can make any weights fit them."""
+    """Checksums are no signatures: an attacker who can write them can match any weights."""
     os.chown(content.write(folder), 12345, 12345)
     assert "not one of ours" in refused(folder, content)
     assert content.write(folder).name == "nothing new"
@@ -99,7 +99,7 @@ def test_an_unreadable_file_of_another_user_counts_as_missing(
 ) -> None:
     content.write(folder)
 
-    def refuse(path: Path) -> Any:  # root may read every file, so the system refuses none here
+    def refuse(path: Path) -> Any:  # simulated, since root can read every file
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as refused_by_system:

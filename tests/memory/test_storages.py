@@ -1,4 +1,4 @@
-"""Unique storages: who shares what, what repeats one value, and what gets a home of its own."""
+"""Unique storages: sharing, constant values, and copies to new storages."""
 
 from __future__ import annotations
 

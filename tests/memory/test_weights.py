@@ -1,4 +1,4 @@
-"""Weights come back bit for bit, with everything that hung on them."""
+"""Weights are restored bit for bit, with everything attached to them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVERY_DTYPE = [
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """The bytes of a tensor's whole storage, whatever its dtype."""
+    """Returns the bytes of a tensor's whole storage, for any dtype."""
     storage = tensor.untyped_storage()
     return bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
 
@@ -157,7 +157,7 @@ def test_running_out_of_memory_half_way_through_a_restore_leaves_the_host_copy_w
     tensors = {str(i): torch.full((50,), float(i)) for i in range(5)}
     weights = Weights(tensors, device)
     weights.offload()
-    device.charge(500)  # somebody else takes half of the card
+    device.charge(500)  # another user occupies half of the card
     with pytest.raises(DeviceOutOfMemory) as error:
         weights.restore()
     assert (error.value.needed_bytes, error.value.free_bytes) == (1000, 500)
@@ -200,7 +200,7 @@ def test_where_device_and_host_are_one_memory_nothing_moves() -> None:
 
 @st.composite
 def tensor_families(draw: st.DrawFn) -> dict[str, torch.Tensor]:
-    """Bases of random dtypes with overlapping, strided and reinterpreted views of them."""
+    """Draws bases of random dtypes with overlapping, strided and reinterpreted views."""
     tensors: dict[str, torch.Tensor] = {}
     for number in range(draw(st.integers(1, 4))):
         size = draw(st.integers(0, 8)) * 16
@@ -256,7 +256,7 @@ def test_release_frees_a_weight_that_numpy_looks_at_too(device: SimulatedDevice)
 def test_a_tensor_that_grew_in_place_keeps_all_of_its_bytes(device: SimulatedDevice) -> None:
     tensor = torch.zeros(10)
     weights = Weights({"t": tensor}, device)
-    tensor.resize_(20).fill_(3.0)  # as a cache does, and any op with out=
+    tensor.resize_(20).fill_(3.0)  # like a cache, or any op with out=
     weights.offload()
     assert device.ledger_bytes == 0
     weights.restore()
@@ -321,7 +321,7 @@ def test_any_engine_survives_any_life_bit_for_bit(
 
 
 class Life:
-    """An engine whose bytes are written down after each edit, and compared whenever they are on the device."""
+    """An engine whose bytes are recorded after each edit, and compared whenever they are on the device."""
 
     def __init__(self, drawn: tuple[Base, ...], store: SnapshotFolder) -> None:
         self.drawn, self.store = drawn, store
@@ -405,7 +405,7 @@ class Life:
 
 
 def test_the_engines_that_are_drawn_really_are_of_every_kind() -> None:
-    """What the strategy promises is there: else the test above would pass by drawing nothing of interest."""
+    """The strategy draws every promised kind; otherwise the test above could pass without interesting cases."""
     kinds: set[object] = set()
 
     @settings(max_examples=200, deadline=None, database=None, derandomize=True)
@@ -437,7 +437,7 @@ class CountingCalls(TorchDispatchMode):
 
 
 def test_fifty_thousand_small_tensors_cross_together(device: SimulatedDevice) -> None:
-    """A few calls per span, and no more than a window or two per tensor: no copy, sum or comparison for each."""
+    """A few calls per span, at most a view or two per tensor: no copy, sum or comparison for each."""
     count = 50_000
     owner = torch.randn(count, 256)
     tensors = {str(number): row.clone() for number, row in enumerate(owner)}

@@ -1,4 +1,4 @@
-"""``app.py`` as a real process, for tests that look at it from outside."""
+"""``app.py`` as a separate process, for tests from outside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fork_server import ROOT, ForkedProcess, default_signals
 START_WITHIN_S = 180
 _LOOK_EVERY_S = 0.01
 
-# Puts in place of the built-in engine and the recognizer what says what it does and waits until the test lets it go on.
+# Replaces the built-in engine and the recognizer by ones that print their steps and wait at the test's gates.
 _WITH_GATES = """
 import pathlib, sys, types
 sys.path.insert(0, "tests/support")
@@ -30,7 +30,7 @@ gated_engine.FOLDER = pathlib.Path({folder!r})
 sys.modules["residency.engines.builtin"] = sys.modules["residency.engines.asr"] = gated_engine
 """
 
-# Runs app.py; SIGUSR1 makes it print the names of its threads, SIGUSR2 those of its modules, for tests to see.
+# Runs app.py; SIGUSR1 prints the names of its threads, SIGUSR2 those of its modules.
 _WITH_ROLL_CALL = """
 import runpy, signal, sys, threading
 signal.signal(signal.SIGUSR1, lambda *_: print("threads:", *sorted(t.name for t in threading.enumerate()), flush=True))
@@ -52,24 +52,24 @@ def _environ() -> dict[str, str]:
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
-    """Look until it is so; False after a minute and a half. For what another process does without saying so."""
+    """Polls the state of another process until ``condition`` is true; returns False after 90 s."""
     until_s = time.monotonic() + 90
     while not (so := condition()) and time.monotonic() < until_s:
-        time.sleep(_LOOK_EVERY_S)  # looking without a pause takes the core that the other process needs
+        time.sleep(_LOOK_EVERY_S)  # leaves the core to the other process
     return so
 
 
 def run_app(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
-    """``app.py`` in cases where it ends by itself."""
+    """Runs ``app.py`` in cases where it exits by itself."""
     return subprocess.run(
         [sys.executable, "app.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **keywords
     )
 
 
 class RunningApp:
-    """A served app, until the block ends. ``log`` is what it has printed so far.
+    """A served app, until the block ends. ``log`` is its output so far.
 
-    With ``gates``, an empty folder, a `gated_engine` speaks in it. ``prelude`` is run before anything of the app.
+    With ``gates``, an empty folder, the engine is a `gated_engine`. ``prelude`` runs before the app.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RunningApp:
         self._reader.start()
 
     def _start(self, script: str, *arguments: str) -> subprocess.Popen[str] | ForkedProcess:
-        """In a new interpreter, as users do."""
+        """Starts a new interpreter, as users do."""
         return subprocess.Popen(
             [sys.executable, "-c", script, *arguments], cwd=ROOT, env=_environ(), preexec_fn=default_signals,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -113,12 +113,12 @@ class RunningApp:
         return "".join(self._lines)
 
     def forget_log(self) -> None:
-        """For the next test with the same app."""
+        """Clears the log, for the next test with the same app."""
         with self._news:
             self._lines.clear()
 
     def wait_for_line(self, part: str, timeout_s: float = 90) -> str:
-        """The first line that contains ``part``."""
+        """Returns the first line that contains ``part``."""
         with self._news:
             self._news.wait_for(lambda: self._find(part) or not self._reader.is_alive(), timeout_s)
             line = self._find(part)
@@ -126,17 +126,16 @@ class RunningApp:
         return line
 
     def threads(self) -> str:
-        """The names of the threads in the process."""
         self.process.send_signal(signal.SIGUSR1)
         return self.wait_for_line("threads:")
 
     def modules(self) -> set[str]:
-        """The names of the modules that the process has imported by now, when it is first asked."""
+        """Returns the names of the modules imported by the process at the first call."""
         self.process.send_signal(signal.SIGUSR2)
         return set(self.wait_for_line("modules:").split()[1:])
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
-        """Ask it to end; return the exit code."""
+        """Sends a signal; returns the exit code."""
         self.process.send_signal(sign)
         return self.process.wait(timeout=90)
 
@@ -147,7 +146,7 @@ class RunningApp:
         return self._call(Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}))
 
     def model(self) -> Any:
-        """The entry of ``tts`` in the status."""
+        """Returns the entry of ``tts`` in the status."""
         return self.get("/gpu/status")[1]["models"]["tts"]
 
     def _call(self, request: Request) -> tuple[int, Any]:
@@ -171,7 +170,7 @@ class RunningApp:
 
 
 class ForkedApp(RunningApp):
-    """The same within a second, for tests that look neither at its start nor at what it has imported."""
+    """A served app that starts within a second, for tests that depend neither on its start nor on its imports."""
 
     def _start(self, script: str, *arguments: str) -> ForkedProcess:
         return ForkedProcess(script, arguments, _environ())

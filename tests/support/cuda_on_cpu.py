@@ -1,4 +1,4 @@
-"""Lets code that says ``tensor.to("cuda")`` run where there is none: the CPU stands in for it."""
+"""Runs code with ``tensor.to("cuda")`` on machines without CUDA, on the CPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def pretend_cuda() -> None:
-    """From now on, in this process, in all threads, tensors go to the CPU. Does nothing where CUDA is real.
+    """Redirects tensors from CUDA to the CPU in all threads of this process, permanently. No effect with real CUDA.
 
-    Functions that make tensors are left alone: replaced ones do not get on with the meta tensors of transformers.
+    Does not replace functions that create tensors: that breaks the meta tensors of transformers.
     """
     if torch.cuda.is_available():
         return

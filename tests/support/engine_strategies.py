@@ -1,4 +1,4 @@
-"""Random engines and random lives for them: what hypothesis draws, and how it is built, edited and compared."""
+"""Random engines and lives: hypothesis strategies, and functions to build, edit and compare them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OWNERS = ["torch", "torch", "inference", "numpy", "mmap"]
 VIEWS = ["same", "detached", "slice", "strided", "transposed", "expanded", "scalar", "empty", "reinterpreted", "conj"]
 HOMES = ["parameter", "buffer", "cache", "attribute", "list", "dict", "shared"]
 EDITS = ["add_", "data.add_", "swap", "bit", "nan", "fill"]
-LARGE_BYTES = (1 << 20) + 32  # from here on constant storages are remembered as their value
+LARGE_BYTES = (1 << 20) + 32  # from this size on, constant storages are stored as their value
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class View:
 
 @dataclass(frozen=True)
 class Base:
-    """One storage and the tensors over it; ``content`` are its bytes, repeated to ``nbytes``, one of them changed."""
+    """One storage and the tensors over it; ``content`` is repeated to ``nbytes``, with one byte changed."""
 
     dtype: torch.dtype
     owner: str
@@ -51,7 +51,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Step:
-    """A move or an edit; the two numbers choose what is edited and where, or how much room is left."""
+    """A move or an edit; the two numbers select the edited object and position, or the free memory."""
 
     what: str
     which: int
@@ -70,7 +70,7 @@ def bases(draw: st.DrawFn) -> Base:
         nbytes = draw(st.integers(0, 40)) * itemsize
         content = draw(pattern | st.binary(min_size=itemsize, max_size=64))
         odd_byte = None
-    if dtype is torch.bool:  # any other byte is undefined behaviour
+    if dtype is torch.bool:  # bytes other than 0 and 1 are undefined behaviour
         content, odd_byte = bytes(byte & 1 for byte in content), None
     views = st.builds(
         View, st.sampled_from(VIEWS), st.sampled_from(HOMES), st.integers(0, 9), st.integers(1, 3), st.booleans()
@@ -90,7 +90,7 @@ def lives(moves: list[str]) -> st.SearchStrategy[list[Step]]:
 
 @contextmanager
 def small_layout(span_bytes: int, group_bytes: int, multilinear: bool = False) -> Iterator[None]:
-    """Mirrors are cut so finely that small tensors cross spans and groups; compared as on a GPU if asked for."""
+    """Makes spans and groups of mirrors small; ``multilinear``: compares as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_mirror, "lay_out", partial(lay_out, span_bytes=span_bytes, group_bytes=group_bytes))
         if multilinear:
@@ -101,13 +101,13 @@ def small_layout(span_bytes: int, group_bytes: int, multilinear: bool = False) -
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """All bytes of a tensor's storage. Not through numpy: torch refuses to resize what numpy has seen."""
+    """Returns all bytes of a tensor's storage. Not through numpy, after which torch does not resize it."""
     storage = tensor.untyped_storage()
     return ctypes.string_at(storage.data_ptr(), storage.nbytes()) if storage.nbytes() else b""
 
 
 def raw_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's whole storage as uint8, for writing."""
+    """Returns a tensor's whole storage as uint8, for writing."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
@@ -124,7 +124,7 @@ class Block(torch.nn.Module):
 
 @dataclass
 class Graph:
-    """An engine as drawn, the tensors found in it, and what must never change about them."""
+    """A drawn engine, its tensors, and their invariant properties."""
 
     drawn: tuple[Base, ...]
     engine: torch.nn.Module = field(init=False)
@@ -166,14 +166,13 @@ class Graph:
         return {path: bytes_of(tensor) for path, tensor in self.tensors.items()}
 
     def write(self, contents: dict[str, bytes]) -> None:
-        """Make every storage hold these bytes."""
         with torch.inference_mode():
             for path, tensor in self.tensors.items():
                 if contents[path]:
                     raw_of(tensor).copy_(torch.frombuffer(bytearray(contents[path]), dtype=torch.uint8))
 
     def check_unchanged(self) -> None:
-        """Identity, type, shape, strides, gradients, hooks and ties are what they were when this was built."""
+        """Checks identity, type, shape, strides, gradients, hooks and ties against those at the start."""
         found = discover(self.engine).tensors
         assert found.keys() == self.tensors.keys()
         assert all(found[path] is tensor for path, tensor in self.tensors.items())
@@ -201,7 +200,7 @@ class Graph:
         }  # fmt: skip
 
     def edit(self, step: Step) -> None:
-        """Change something in place, as an engine might, so that torch's version counter may not tell."""
+        """Changes something in place, like an engine, possibly without a change of torch's version counter."""
         tensors = [tensor for tensor in self.tensors.values() if tensor.untyped_storage().nbytes()]
         if not tensors:
             return
@@ -225,7 +224,7 @@ class Graph:
             elements[there] = first
         elif step.what == "fill":
             elements[:] = elements[here].clone()
-        elif step.what == "nan" and not of_bools:  # ends in ...FF F? whatever the format: a NaN with a payload, mostly
+        elif step.what == "nan" and not of_bools:  # mostly a NaN with a payload, in every format
             elements[here] = 255
             elements[here, 0] = 255 - step.where % 128 if size > 1 else 255
         else:

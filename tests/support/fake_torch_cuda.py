@@ -1,4 +1,4 @@
-"""``torch.cuda`` as far as `CudaDevice` calls it, with two cards, for machines that have none."""
+"""The part of ``torch.cuda`` that `CudaDevice` uses, with two cards, for machines without one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from residency.devices import capture
 
 
 class FakeCuda:
-    """Logs each call with the card that was current. ``fail`` is called at each, and may raise."""
+    """Logs each call with the current card. ``fail`` is called at each, and may raise."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.initialized = True

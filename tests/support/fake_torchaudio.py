@@ -1,4 +1,4 @@
-"""Stands in for what the checkout uses of torchaudio, where that cannot be imported (PyTorch on the CPU has none)."""
+"""Replaces the part of torchaudio that the checkout uses, where torchaudio cannot be imported (PyTorch for CPUs)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def pretend_torchaudio() -> None:
-    """From now on ``import torchaudio`` gives something in this process."""
+    """Makes ``import torchaudio`` work in this process."""
     try:
         import torchaudio  # noqa: F401
     except (ImportError, OSError):
@@ -51,7 +51,7 @@ def _fbank(
     audio: torch.Tensor, num_mel_bins: int = 23, sample_frequency: float = 16000.0, frame_length: float = 25.0,
     frame_shift: float = 10.0, **_: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """Not Kaldi's features, but of their shape: [frames, num_mel_bins]."""
+    """Returns values in the shape of Kaldi's features: [frames, num_mel_bins]."""
     length, shift = int(sample_frequency * frame_length / 1000), int(sample_frequency * frame_shift / 1000)
     frames = audio[0].unfold(0, length, shift)
     spectra = torch.fft.rfft(frames * torch.hann_window(length), n=512).abs()

@@ -1,4 +1,4 @@
-"""Engines and residents that tests steer by hand."""
+"""Engines and residents under a test's control."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from residency.states import State
 
 
 class Gate:
-    """A place where a thread stops until the test opens it, and where the test waits for the thread to arrive."""
+    """Stops a thread until the test opens it; the test can wait for the thread's arrival."""
 
     def __init__(self) -> None:
         self._arrived = threading.Event()
@@ -36,7 +36,7 @@ class Gate:
 
 
 class FakeResident:
-    """A resident of ``nbytes`` that logs its moves and fails when told to."""
+    """A resident of ``nbytes`` that logs its moves and fails on request."""
 
     def __init__(self, nbytes: int = 100) -> None:
         self.nbytes = nbytes
@@ -79,14 +79,12 @@ class FakeResident:
 
 
 class FakeEngine:
-    """What a `Workshop` builds."""
-
     def __init__(self, resident: FakeResident) -> None:
         self.resident = resident
 
 
 class Workshop:
-    """A loader and the matching ``adopt``: counts loads, holds them at a gate, makes them fail."""
+    """A loader and the matching ``adopt``: counts loads, stops them at a gate, and makes them fail."""
 
     def __init__(self, nbytes: int = 100) -> None:
         self.nbytes = nbytes
@@ -108,7 +106,7 @@ class Workshop:
 
     @property
     def resident(self) -> FakeResident:
-        """The resident of the engine built last."""
+        """The resident of the latest engine."""
         return self.engines[-1].resident
 
     @staticmethod
@@ -119,7 +117,7 @@ class Workshop:
 
 
 class Worker(threading.Thread):
-    """A thread that keeps what its function returned or raised; `result` waits for it."""
+    """A thread that stores its function's result or error; `result` waits for it."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         super().__init__(daemon=True)
@@ -143,12 +141,12 @@ class Worker(threading.Thread):
 
 
 def running(*names: str) -> list[threading.Thread]:
-    """The threads that run, by how their names begin. One whose start was interrupted is listed for ever, unstarted."""
+    """Returns running threads by prefix of name, without those whose start was interrupted."""
     return [thread for thread in threading.enumerate() if thread.name.startswith(names) and thread.is_alive()]
 
 
 class Client:
-    """Somebody who asks for a model in a thread of their own, and has it until told to leave."""
+    """A request in a separate thread that holds its lease until `leave`."""
 
     def __init__(self, manager: GPUResourceManager, name: str = "tts", timeout: float | None = None) -> None:
         self.manager, self.managed = manager, manager._managed_models[name]
@@ -162,12 +160,12 @@ class Client:
             return engine
 
     def comes_in(self) -> Client:
-        """Wait until it has the model."""
+        """Waits until the request has its lease."""
         self._inside.wait_for_arrival()
         return self
 
     def queues(self) -> Client:
-        """Wait until it waits."""
+        """Waits until the request waits in the queue."""
 
         def waits() -> bool:
             request = self.lease.request
@@ -182,19 +180,19 @@ class Client:
 
 
 def after(clock: ManualClock, seconds: float, worker: Worker) -> Any:
-    """What a thread answers or raises once so much time has passed."""
+    """Advances the clock; returns or raises the thread's result."""
     clock.advance(seconds)
     while worker.is_alive():
         worker.join(0.01)
-        clock.advance(0)  # it may just have been about to look at the clock
+        clock.advance(0)  # the thread may read the clock only now
     return worker.result()
 
 
 def comes_to(manager: GPUResourceManager, clock: ManualClock, state: State, name: str = "tts") -> bool:
-    """Whether a model is soon where it should be by now."""
+    """Returns whether a model soon reaches a state without a change of the clock."""
     return any(manager.wait_for(name, state, 0.01) or clock.advance(0) for _ in range(6000))
 
 
 def await_that(manager: GPUResourceManager, managed: ManagedModel, comes_true: Callable[[], bool]) -> bool:
-    """Wait until something is true of a model's books; False if it does not become so."""
+    """Waits until a condition on a model's state is true; returns False on timeout."""
     return manager._dispatcher.watch(managed, comes_true, 60, SystemClock())

@@ -1,8 +1,8 @@
-"""Starts Python programs that need Gradio and torch without the seconds that importing these takes.
+"""Starts Python programs that need Gradio and torch without the import time of several seconds.
 
-A server imports them once and forks for each program. Such a program is a process like any other: it has its own
-number, arguments, environment and output, takes signals, and ends as the interpreter ends. It differs from one that
-was started anew in what is imported already; tests of importing and of the first moments of a process start one anew.
+A server imports them once and forks for each program. The program is a separate process with its own pid, arguments,
+environment and output; it handles signals and exits like a fresh interpreter. Only its imports are already done: tests
+of imports and of a process's start use a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _REQUEST_BYTES = 1 << 17
 
 
 def default_signals() -> None:
-    """For a process before it begins: whoever runs the tests in the background may have these ignored."""
+    """Resets signals in a new process: they may be ignored when tests run in the background."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 class ForkedProcess:
-    """A program, given as for ``python -c``. Its methods are those of `subprocess.Popen`; ``stdout`` is all output.
+    """A program, given as for ``python -c``, with methods of `subprocess.Popen`; ``stdout`` is all output.
 
-    ``paths`` come first in its ``sys.path``.
+    ``paths`` are first in its ``sys.path``.
     """
 
     _server: socket.socket | None = None
@@ -104,7 +104,7 @@ def _start_server() -> socket.socket:
 
 
 def serve(requests_fd: int) -> None:
-    """Fork for each request until the other end is closed. In a forked process, run its program and return."""
+    """Forks for each request until the other end is closed; in a forked process, runs its program and returns."""
     requests = socket.socket(fileno=requests_fd)
     for name in IMPORTED:
         importlib.import_module(name)
@@ -125,7 +125,7 @@ def serve(requests_fd: int) -> None:
 
 
 def _start(request: dict, news_fd: int, output_fd: int) -> None:
-    """Run the program in a child; here, tell its number and its exit code."""
+    """Runs the program in a child; in this process, sends the child's pid and exit code."""
     pid = os.fork()
     if pid == 0:
         os.close(news_fd)
@@ -149,5 +149,5 @@ def _start(request: dict, news_fd: int, output_fd: int) -> None:
         with suppress(OSError):
             news.sendall(str(code).encode())
             news.recv(1)
-    os.waitpid(pid, 0)  # only now can another process get its number
+    os.waitpid(pid, 0)  # the pid may be reused from now on
     os._exit(0)

@@ -1,6 +1,6 @@
-"""An engine for ``app.py`` in another process. It stops where a test has put a gate, in a call that nothing interrupts.
+"""An engine for ``app.py`` in another process. It stops at a test's gates, in a call that cannot be interrupted.
 
-A gate is a named pipe: who reads from it waits in the kernel until the test opens it for writing.
+A gate is a named pipe: a reader waits in the kernel until the test opens it for writing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from residency.errors import InvalidInput
 from residency.progress import current
 
 FOLDER = Path()
-"""Where the gates are. In the app set by `serving`, before anything here is used."""
+"""Folder of the gates; set by `app_process` before the first use."""
 
 
 def close_gate(folder: Path, name: str) -> None:
-    """For the test: from now on the engine stops there."""
+    """For tests: stops the engine here from now on."""
     os.mkfifo(folder / name)
 
 
 def open_gate(folder: Path, name: str) -> None:
-    """For the test: let the engine go on that has arrived there."""
+    """For tests: releases the engine that has stopped here."""
     gate = os.open(folder / name, os.O_WRONLY)
-    (folder / name).unlink()  # before anybody goes on: the next to come must not stop here again
+    (folder / name).unlink()  # first, so that the next call does not stop here
     os.close(gate)
 
 
@@ -63,7 +63,7 @@ DEFAULT_MODEL = "gated"
 
 
 class Recognizer:
-    """Hears how long a recording is."""
+    """Returns the length of a recording as its text."""
 
     def __init__(self) -> None:
         self.weights = torch.ones(1 << 16)
@@ -88,13 +88,13 @@ def supported_edit_types() -> dict[str, list[str]]:
 def _pass(name: str) -> None:
     if (FOLDER / "native").exists():
         mutex = ctypes.create_string_buffer(64)
-        for _ in range(2):  # a signal may come before the first time has got there
+        for _ in range(2):  # a signal may come before the first lock
             with suppress(KeyboardInterrupt):
                 print("in native code", flush=True)
-                for _ in range(2):  # the second time for ever; no signal ends it
+                for _ in range(2):  # the second call blocks forever; no signal ends it
                     ctypes.CDLL(None).pthread_mutex_lock(mutex)
     gate = FOLDER / name
     if gate.exists():
         print(f"at the gate: {name}", flush=True)
-        with suppress(FileNotFoundError), open(gate) as pipe:  # or opened this very moment
+        with suppress(FileNotFoundError), open(gate) as pipe:  # opened meanwhile
             pipe.read()

@@ -1,4 +1,4 @@
-"""For tests that need CUDA: weights that are released when the test ends, and a card with little room."""
+"""For tests with CUDA: weights that are released at the test's end, and a card with little free memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from residency.memory.weights import Weights
 MB = 1 << 20
 
 Leave = Callable[[int | None], None]
-"""Lets torch have this many bytes more than it has now; None: as many as there are."""
+"""Limits torch to this many bytes beyond its current use; None: no limit."""
 
 
 class Make:
-    """Makes `Weights`, and remembers them."""
+    """Creates `Weights`, and releases them later."""
 
     def __init__(self, device: CudaDevice) -> None:
         self.device = device
@@ -28,7 +28,7 @@ class Make:
         return self._made[-1]
 
     def of_sizes(self, *sizes: int) -> tuple[Weights, dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Weights of random bytes, their tensors by name (uint8 [size]), and what is in them."""
+        """Returns weights of random bytes, their tensors by name (uint8 [size]), and copies of these on the CPU."""
         tensors = {str(number): random_bytes(size) for number, size in enumerate(sizes)}
         return self(tensors), tensors, [tensor.cpu() for tensor in tensors.values()]
 

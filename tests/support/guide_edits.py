@@ -1,4 +1,4 @@
-"""The edits of docs/en/library.md that put the manager into somebody's own app, read from the page and carried out."""
+"""Applies the edits from docs/en/library.md that add the manager to another app."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def edits() -> list[str]:
-    """The blocks of the section, each a diff without headers."""
+    """Returns the blocks of the section, each a diff without headers."""
     text = (ROOT / "docs/en/library.md").read_text(encoding="utf-8")
     section = text.split("## Seven edits to an existing app\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^   ```diff\n(.*?)^   ```", section, re.DOTALL | re.MULTILINE)
@@ -18,7 +18,7 @@ def edits() -> list[str]:
 
 
 def edited(program: str) -> str:
-    """The program after all edits; each must fit in exactly one place."""
+    """Returns the program after all edits; each must match exactly one place."""
     for edit in edits():
         lines = edit.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] in " -")

@@ -1,4 +1,4 @@
-"""Marks each test: ``app`` and ``browser`` by what its module and its fixtures use, ``slow`` also by its path."""
+"""Marks tests: ``app`` and ``browser`` by the names used in the module and its fixtures, ``slow`` also by path."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import script_project
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: A test module that has one of these by any name starts whole programs.
+#: Test modules with one of these objects start whole programs.
 STARTERS = (
     app_process.ForkedApp, app_process.RunningApp, app_process.run_app, fork_server.ForkedProcess, miniature_checkout,
     miniature_checkout.run, script_project.Project,
 )  # fmt: skip
 
-#: Slow for other reasons: engines that compute, other processes, and many random cases.
+#: Slow for other reasons: computing engines, other processes, many random cases.
 SLOW = (
     "test_gpu_management.py", "tests/benchmarks", "tests/engines/test_asr.py", "tests/engines/test_builtin.py",
     "tests/engines/test_edits.py", "tests/engines/test_voice.py", "tests/gpu", "tests/memory/test_every_use.py",
@@ -31,7 +31,7 @@ SLOW = (
 
 
 def marks_of(path: Path, module: ModuleType, fixtures: Iterable[str]) -> set[str]:
-    """The marks of a test in ``module`` at ``path`` that uses ``fixtures``, also indirectly."""
+    """Returns the marks of a test in ``module`` at ``path`` that uses ``fixtures``, also indirectly."""
     marks = set()
     if "browser" in fixtures:
         marks |= {"browser", "app", "slow"}

@@ -1,4 +1,4 @@
-"""Scenarios with the checkout in miniature, each in a process of its own: its modules have everybody's names."""
+"""Scenarios with a miniature checkout, each in its own process, since the checkout's module names are common."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ def spoken(engine):
 
 
 def make_weights(folder: Path) -> Path:
-    """A --model-path for the miniature."""
     tokenizer, llm = folder / "Step-Audio-Tokenizer", folder / "Step-Audio-EditX"
     vocoder = llm / "CosyVoice-300M-25Hz"
     acoustic = tokenizer / ACOUSTIC_MODEL
@@ -71,13 +70,11 @@ def make_weights(folder: Path) -> Path:
 
 
 def safetensors_of(nbytes: int) -> bytes:
-    """A file with one tensor."""
     header = json.dumps({"t": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
     return len(header).to_bytes(8, "little") + header + bytes(nbytes)
 
 
 def make_recording(file: Path, sample_rate: int = 16000) -> Path:
-    """A second of a tone in noise."""
     time_s = np.arange(sample_rate) / sample_rate
     noise = np.random.default_rng(1).normal(size=sample_rate)
     soundfile.write(file, 0.3 * np.sin(2 * np.pi * 220 * time_s) + 0.01 * noise, sample_rate)
@@ -87,7 +84,7 @@ def make_recording(file: Path, sample_rate: int = 16000) -> Path:
 def run(
     script: str, models: Path, voice: Path, checkout: Path = CHECKOUT, prelude: str = PRELUDE, within_s: float = 120
 ) -> str:
-    """What a scenario prints; it must succeed."""
+    """Returns the output of a scenario, which must succeed."""
     with tempfile.NamedTemporaryFile() as errors:
         apart = f"import os; os.dup2(os.open({errors.name!r}, os.O_WRONLY), 2)\n"
         process = ForkedProcess(

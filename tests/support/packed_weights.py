@@ -1,4 +1,4 @@
-"""Weights of 4 bits, as llmcompressor packs them."""
+"""4-bit weights in llmcompressor's format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def save_packed(model: Any, folder: Path, group_size: int) -> None:
-    """Quantize the linear layers of a language model of transformers, but for its head, and save it."""
+    """Quantizes the linear layers of a language model of transformers, except its head, and saves it."""
     from compressed_tensors import compressors, quantization
 
     weights = quantization.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group_size)

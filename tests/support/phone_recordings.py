@@ -1,4 +1,4 @@
-"""Recordings as phones and browsers make them: a tone, encoded by ffmpeg's libraries."""
+"""Recordings in formats of phones and browsers: a tone, encoded by ffmpeg's libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 TONE_HZ = 200
 
-#: By file name: what ffmpeg calls the encoder and the container, and samples per second.
+#: By file name: ffmpeg's names of encoder and container, and samples per second.
 FORMATS: dict[str, tuple[str, str, int]] = {
     "iphone.m4a": ("aac", "ipod", 44100),
     "lossless.m4a": ("alac", "ipod", 48000),
@@ -24,7 +24,7 @@ FORMATS: dict[str, tuple[str, str, int]] = {
 
 
 def record(path: Path, form: str | None = None, seconds: float = 1.0, **stream: Any) -> Path:
-    """Write a tone as the format of this name in `FORMATS` (by default that of the file's name)."""
+    """Writes a tone in this format of `FORMATS` (default: that of the file's name)."""
     codec, container, rate = FORMATS[form or path.name]
     tone = np.sin(np.arange(int(rate * seconds)) * (2 * np.pi * TONE_HZ / rate)).astype(np.float32) * 0.3
     frame = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")

@@ -1,4 +1,4 @@
-"""HTTP as it comes over a socket, for requests that no client library sends."""
+"""Raw HTTP over a socket, for requests that client libraries cannot send."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Answer:
-    """``headers`` have names in lower case; the values of several with one name stand in lines."""
+    """``headers`` have lower-case names; values of repeated ones are separated by newlines."""
 
     status: int
     headers: dict[str, str]
@@ -27,7 +27,7 @@ def ask(
     address: str = "127.0.0.1",
     version: str = "1.1",
 ) -> Answer:
-    """Send one request with these header lines and read the answer to its end. No Host header if ``host`` is None."""
+    """Sends one request with these header lines; reads the whole response. No Host header if ``host`` is None."""
     lines = [f"{method} {path} HTTP/{version}", "Connection: close", *headers]
     lines += [f"Host: {host}"] if host is not None else []
     lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []

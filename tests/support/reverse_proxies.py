@@ -1,4 +1,4 @@
-"""The configurations in ``examples/``, run by real proxies on ports of this machine."""
+"""The configurations in ``examples/``, run by real proxies on local ports."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fork_server import ROOT
 
 EXAMPLES = ROOT / "examples"
 NAME = "tts.example.com"
-"""The site of the examples. The browsers of the tests are told that it is on this machine."""
+"""The host name in the examples. The tests' browsers resolve it to this machine."""
 
-#: What nginx of Debian has around the files in conf.d, but with its folders in one of the test's.
+#: Debian's nginx.conf around the files in conf.d, with its folders inside the test's folder.
 _AROUND = """
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
@@ -38,7 +38,7 @@ http {{
 
 
 def find(program: str) -> str:
-    """The program's path. Where it is missing, the test is skipped, or fails if ``REQUIRE_`` and its name are set."""
+    """Returns the program's path. If missing, skips the test, or fails it if ``REQUIRE_`` and its name are set."""
     path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
     if path is None:
         (pytest.fail if os.environ.get(f"REQUIRE_{program.upper()}") else pytest.skip)(f"needs {program}")
@@ -46,7 +46,7 @@ def find(program: str) -> str:
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[str, str]:
-    """Make a certificate that no browser knows, and its key; return the paths of the files."""
+    """Creates a certificate without a known authority, and its key; returns the paths of the files."""
     folder.mkdir(parents=True, exist_ok=True)
     authority = trustme.CA()
     made = authority.issue_cert(*names)
@@ -58,9 +58,9 @@ def make_certificate(folder: Path, *names: str) -> tuple[str, str]:
 
 @contextmanager
 def nginx_with(servers: str, folder: Path, *ports: int) -> Iterator[None]:
-    """nginx with these ``server`` blocks, which listen on these ports, until the block ends."""
+    """Runs nginx with these ``server`` blocks on these ports, until the block ends."""
     folder.mkdir(parents=True)
-    # Otherwise its workers are another user's, who may not write into this folder.
+    # Otherwise its workers run as another user, without write access to this folder.
     user = "user root;" if os.getuid() == 0 else ""
     configuration = folder / "nginx.conf"
     configuration.write_text(_AROUND.format(folder=folder, servers=servers, user=user))
@@ -71,7 +71,7 @@ def nginx_with(servers: str, folder: Path, *ports: int) -> Iterator[None]:
 
 @contextmanager
 def nginx(app_port: int, folder: Path, *, removes_prefix: bool) -> Iterator[str]:
-    """``examples/nginx.conf`` in front of the app on that port; yields the address of the page."""
+    """Runs ``examples/nginx.conf`` in front of the app on that port; yields the address of the page."""
     certificate, key = make_certificate(folder / "certificate", NAME, "127.0.0.1")
     http, https = free_port(), free_port()
     text = _replaced(
@@ -88,7 +88,7 @@ def nginx(app_port: int, folder: Path, *, removes_prefix: bool) -> Iterator[str]
 
 @contextmanager
 def bare_nginx(app_port: int, folder: Path, port: int) -> Iterator[str]:
-    """nginx told no more than where to pass requests to; yields the address of the page."""
+    """Runs nginx with no setting but the address of the app; yields the address of the page."""
     location = f"location / {{ proxy_pass http://127.0.0.1:{app_port}; client_max_body_size 0; }}"
     with nginx_with(f"server {{ listen 127.0.0.1:{port}; {location} }}", folder, port):
         yield f"http://{NAME}:{port}/"
@@ -96,9 +96,9 @@ def bare_nginx(app_port: int, folder: Path, port: int) -> Iterator[str]:
 
 @contextmanager
 def caddy(app_port: int, folder: Path, *, removes_prefix: bool) -> Iterator[str]:
-    """``examples/Caddyfile`` in front of the app on that port; yields the address of the page.
+    """Runs ``examples/Caddyfile`` in front of the app on that port; yields the address of the page.
 
-    Its certificate is made here, since none is to be had for this name from outside.
+    Uses a local certificate, since no public one is available for this name.
     """
     program, port = find("caddy"), free_port()
     certificate, key = make_certificate(folder / "certificate", NAME, "127.0.0.1")

@@ -1,4 +1,4 @@
-"""What a `scheduler.Scheduler` has in place of the classes of `threading`: every operation is a point to switch at."""
+"""Replacements by `scheduler.Scheduler` for the classes of `threading`: each operation is a possible switch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scheduler import Scheduler
 
-#: Frames of these files say nothing about who made or holds something.
+#: Files whose frames are skipped in labels.
 OWN = {__file__, os.path.join(os.path.dirname(__file__), "scheduler.py")}
 
 
 class Abandoned(BaseException):
-    """Ends a thread that nobody waits for any more."""
+    """Ends a thread that is no longer needed."""
 
 
 class _Part:
-    """Something of one scheduler, with a queue of those who wait; named by kind, number and the line that made it."""
+    """An object of one scheduler, with a queue of waiting threads; labelled by kind, number and creating line."""
 
     _scheduler: Scheduler
 
@@ -57,7 +57,7 @@ class Lock(_Part):
         if self._owner is not None and not blocking and not self._scheduler._stopping:
             return False
         deadline_s = self._scheduler._deadline(None if timeout == -1 else timeout)
-        # Threads that waited and threads that come try for it alike, as in CPython.
+        # Waiting and new threads compete equally, as in CPython.
         while self._owner is not None and not self._scheduler._stopping:
             if not self._scheduler._block(self._queue, "wait for", self, deadline_s):
                 return False
@@ -67,7 +67,7 @@ class Lock(_Part):
     def release(self) -> None:
         try:
             self._point("release")
-        finally:  # also where the thread is abandoned
+        finally:  # also in an abandoned thread
             mine = self._owner is self._scheduler._here() if self._reentrant else self._owner is not None
             if mine and self._count > 1:
                 self._count -= 1
@@ -87,7 +87,7 @@ class RLock(Lock):
 
 
 class Thread(_Part):
-    """Started outside of a run, it begins with the next one. Who joins waits in its queue."""
+    """If started outside a run, begins with the next one. Joining threads wait in its queue."""
 
     _started = _alive = _woken = False
     _waits: tuple[str, Any] | None = None

@@ -1,13 +1,13 @@
-"""Threads whose every switch is decided by a seed, in place of `threading`: races that can be found and replayed.
+"""A replacement for `threading` with all switches decided by a seed, to find and replay races.
 
     scheduler = Scheduler.varied(seed)
     monkeypatch.setattr(gpu_manager, "threading", scheduler)
     scheduler.run(reader, writer)
 
-Real threads, of which exactly one runs at a time; at every operation on a lock or thread, and at
-every `Scheduler.step`, the seed says who goes on. Time is virtual. As in CHESS (Musuvathi et al., OSDI 2008), loom
-and shuttle (AWS Labs); ``changes`` is PCT (Burckhardt et al., ASPLOS 2010). Only what is done through the scheduler
-can interleave: between two of its points a thread runs alone.
+Real threads, of which exactly one runs at a time; at every operation on a lock or thread, and at every
+`Scheduler.step`, the seed selects the next one. Time is virtual. As in CHESS (Musuvathi et al., OSDI 2008), loom and
+shuttle (AWS Labs); ``changes`` is PCT (Burckhardt et al., ASPLOS 2010). Only operations through the scheduler can
+interleave: between two of them a thread runs alone.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from typing import Any
 from scheduled import OWN, Abandoned, Lock, RLock, Thread
 
 PATIENCE = 500
-"""After so many points at a stretch a PCT thread goes last: else one that polls would starve the one it waits for."""
+"""Points in a row until a PCT thread becomes the last: otherwise a polling thread would starve the awaited one."""
 
 
 class Deadlock(AssertionError):
-    """The threads do not come to an end: nobody can run, the steps ran out, or one waits for something real."""
+    """The threads do not end: none can run, the steps are used up, or one waits for something outside the scheduler."""
 
 
 class Scheduler:
     """A stand-in for the module `threading`; the same seed and options give the same run, step for step.
 
-    At each point somebody is drawn from those who can run, with ``switch_probability`` (else the same thread goes on);
-    with ``changes`` instead the thread with the highest of random priorities runs, and at so many points among the
-    first ``length`` the running one becomes the last. With ``jump_probability`` per point time passes to the next
-    deadline although somebody could still run. ``invariant`` is called at every point, and must not wait for a lock.
+    At each point, with ``switch_probability``, a random thread of those that can run is selected; otherwise the same
+    one continues. With ``changes`` instead, the thread with the highest random priority runs, and at that many of the
+    first ``length`` points the running one becomes the last. With ``jump_probability`` per point, time advances to the
+    next deadline although some thread could still run. ``invariant`` is called at every point, and must not wait for a
+    lock.
     """
 
     TIMEOUT_MAX = threading.TIMEOUT_MAX
@@ -66,21 +67,21 @@ class Scheduler:
         self._stopping = self._looking = False
         for kind in (Lock, RLock, Thread):
             setattr(self, kind.__name__, type(kind.__name__, (kind,), {"_scheduler": self}))
-        self._main = self._running = self.Thread(name="MainThread")  # whoever calls while no run is on
+        self._main = self._running = self.Thread(name="MainThread")  # the caller outside of runs
         self._main._started = self._main._alive = True
 
     @classmethod
     def varied(cls, seed: int, **options: Any) -> Scheduler:
-        """Another strategy from seed to seed: switches everywhere, rare switches, PCT with one to four changes."""
+        """Chooses a strategy by seed: switches everywhere, rare switches, PCT with one to four changes."""
         strategy = ({}, {"switch_probability": 0.1}, {"changes": 1 + seed // 3 % 4})[seed % 3]
         return cls(seed, **{**strategy, **options})
 
     # -- what tests and fakes call -------------------------------------------------------------------------------
 
     def run(self, *functions: Callable[[], Any], steps=100_000, invariant: Callable[[], object] | None = None) -> list:
-        """Run functions and what they start until all but daemons have ended; what they returned.
+        """Runs functions and the threads they start until all but daemons have ended; returns their results.
 
-        What any thread raises ends the run and is raised here. Threads that were started before the run take part.
+        An error in any thread ends the run and is raised here. Threads started before the run take part.
         """
         if self._running is not self._main:
             raise RuntimeError("run() within run()")
@@ -117,7 +118,7 @@ class Scheduler:
         raise verdict
 
     def step(self, label: str = "") -> None:
-        """A point where others may run: fakes call it in the middle of what takes time."""
+        """Marks a point where other threads may run; called by fakes in long operations."""
         self._point("step", label)
         if self._stopping:
             raise Abandoned
@@ -146,7 +147,7 @@ class Scheduler:
             self._switch(thread, self._next(thread))
 
     def _block(self, queue: list, operation: str, what: Any, deadline_s: float = math.inf) -> bool:
-        """Wait in a queue until woken; False if the deadline came first."""
+        """Waits in a queue until woken; returns False at the deadline."""
         thread, label = self._here(), "" if what is None else what._label
         if self._stopping:
             raise Abandoned
@@ -211,7 +212,7 @@ class Scheduler:
             self._switch(thread, None)
 
     def _next(self, thread):
-        """Who runs from here; ``thread`` is the one that runs now, if it can go on."""
+        """Returns the thread to run next; ``thread`` is the running one, if it can continue."""
         ready = self._ready
         if self._sleepers and (not ready or self._random.random() < self._jump_probability):
             self._pass(min(self._sleepers.values()))
@@ -264,13 +265,13 @@ class Scheduler:
             seen = self.steps
 
     def _abandon(self) -> None:
-        """Let every thread that is left unwind, one after the other, with locks that are always free."""
+        """Unwinds all remaining threads one after the other, with locks that are always free."""
         self._stopping = True
         last = self._running
         for thread in sorted(self._threads, key=lambda thread: thread is last):
             if thread._alive:
                 self._running = thread
-                with contextlib.suppress(RuntimeError):  # it did not wait: stalled or interrupted
+                with contextlib.suppress(RuntimeError):  # not waiting: stalled or interrupted
                     thread._baton.release()
             thread._os_thread.join(self._stall_s)
         self._threads, self._ready, self._sleepers, self._over = [], [], {}, threading.Semaphore(0)
@@ -289,7 +290,7 @@ class Scheduler:
 
 
 class Clock:
-    """Virtual time, as the manager's clock."""
+    """Virtual time as a clock of the manager."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self.now = scheduler, scheduler.now
@@ -304,7 +305,7 @@ def _keep(results: list, index: int, function: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """On one core, where handing on is several times faster; and no finalizer runs at a moment of its own choice."""
+    """Restricts the run to one core, where switches are several times faster, and disables garbage collection."""
     collecting = gc.isenabled()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     gc.disable()
@@ -320,7 +321,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _where(frame: Any) -> list[str]:
-    """The innermost lines of a thread outside of this file and of `threading`."""
+    """Returns the innermost lines of a thread outside of this file and of `threading`."""
     own = {*OWN, __file__, threading.__file__}
     calls = [(each.f_code, line) for each, line in traceback.walk_stack(frame) if each.f_code.co_filename not in own]
     return [f"      {os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in calls[:6]]

@@ -1,4 +1,4 @@
-"""The start script in a project whose app prints how it was called and whose requirements are tiny."""
+"""The start script in a project with tiny requirements, whose app prints its arguments."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ if "--say-greeting" in sys.argv:
     print(greeting.WORDS)
 """
 
-# Instead of residency.launch.command_line, which asks the app.
+# Replaces residency.launch.command_line, which calls the app.
 SHELL_COMMAND = """\
 import urllib.request
 
@@ -77,12 +77,12 @@ def main(argv):
     return 0
 """
 
-# Instead of residency.launch.settings: the app below takes any argument.
+# Replaces residency.launch.settings: the app below accepts any argument.
 PARSER = "def parse(argv): pass\n"
 
 
 class Project:
-    """A folder with the real script, a stub app and an environment that outlives the single run."""
+    """A folder with the real script, a stub app, and an environment shared by all runs."""
 
     def __init__(self, folder: Path, bin_folder: Path) -> None:
         self.folder = folder
@@ -104,13 +104,13 @@ class Project:
         self.requirements.write_text("")
 
     def take_the_real_parser(self) -> None:
-        """From now on the arguments of the real app are known, and no others."""
+        """Accepts only the arguments of the real app from now on."""
         shutil.copy(ROOT / "residency" / "launch" / "settings.py", self.package / "launch")
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}
         inherited = {name: value for name, value in inherited.items() if not name.startswith(("GPU_TTS_", "LC_"))}
-        # Nothing here may reach a registry, whatever this machine's pip is told.
+        # Blocks access to registries, for every pip configuration of this machine.
         ours = {
             "PATH": f"{self.bin}:{hide_programs({'nvidia-smi', 'nvidia-ctk', 'docker'}, self.bin)}",
             "PIP_CONFIG_FILE": os.devnull,
@@ -134,13 +134,13 @@ class Project:
         return process.returncode, output
 
     def serve(self, *arguments: str, **environ: str) -> dict:
-        """Run to the end and return what the app saw."""
+        """Runs to the end; returns what the app received."""
         code, output = self.run(*arguments, **environ)
         assert code == 0, output
         return app_line(output)
 
     def refuse(self, *arguments: str, **environ: str) -> str:
-        """Run what must fail before the app starts, and return what was said."""
+        """Runs a start that must fail before the app; returns the output."""
         code, output = self.run(*arguments, **environ)
         assert code != 0, output
         assert "APP" not in output
@@ -148,7 +148,7 @@ class Project:
         return output
 
     def program(self, name: str, script: str) -> None:
-        """A shell script that is found before the machine's own program of that name."""
+        """Adds a shell script that precedes the machine's program of that name."""
         path = self.bin / name
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
@@ -161,7 +161,7 @@ _environments: list[Path] = []
 
 
 def ready_project(folder: Path) -> Project:
-    """One whose environment is there: made by one real first start, and copied from that one later."""
+    """Returns a project with an environment, created by one real first start and copied from then on."""
     project = Project(folder / "a project", folder / "bin")
     if _environments:
         shutil.copytree(_environments[0], project.folder / ".venv", symlinks=True)
@@ -172,7 +172,7 @@ def ready_project(folder: Path) -> Project:
 
 
 class Caller:
-    """Calls the start script of a project, always with some variables."""
+    """Calls the start script of a project with fixed variables."""
 
     def __init__(self, project: Project, environ: dict[str, str]) -> None:
         self.project, self.environ = project, environ
@@ -187,7 +187,7 @@ class Caller:
 
 
 class Service(Caller):
-    """An app that a project runs in the background, on a port of its own. It is killed at the end of the block."""
+    """An app that a project runs in the background, on its own port. It is killed at the end of the block."""
 
     def __init__(self, project: Project, run_dir: Path) -> None:
         self.run_dir, self.port = run_dir, str(free_port())
@@ -202,7 +202,7 @@ class Service(Caller):
             os.kill(self.pid, signal.SIGKILL)
 
     def start(self, *arguments: str, **environ: str) -> dict:
-        """Returns what the app saw."""
+        """Returns what the app received."""
         assert "Ready: http://127.0.0.1:" + self.port in self.localize("--detach", "--serve", *arguments, **environ)
         return self.seen()
 
@@ -215,7 +215,7 @@ class Service(Caller):
 
 
 def runs(pid: int) -> bool:
-    """Whether it does; what has ended and is nobody's child any more may not have been buried yet."""
+    """Returns whether a process runs; an ended orphan may not be reaped yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except OSError:
@@ -227,7 +227,7 @@ def app_line(output: str) -> dict:
 
 
 def environment_like_ours(folder: Path) -> Path:
-    """This Python's packages, in an environment that the script did not make."""
+    """Creates an environment with this Python's packages, not created by the script."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
     prefix = Path(sys.prefix)
@@ -244,7 +244,7 @@ def free_port() -> int:
 
 
 def hide_programs(programs: set[str], scratch: Path) -> str:
-    """PATH as it is, but for folders with these programs: those are mirrored without them."""
+    """Returns PATH with mirrors of all folders that contain these programs, without them."""
     folders = []
     for number, folder in enumerate(os.environ["PATH"].split(os.pathsep)):
         if any((Path(folder) / name).exists() for name in programs):

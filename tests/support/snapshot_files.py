@@ -1,4 +1,4 @@
-"""What tests of snapshots write and read."""
+"""Contents for tests of snapshots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANGES = [(0, 1000), (1000, 1001), (1001, 5000), (5000, 10_000)]
 
 
 class Content:
-    """10,000 bytes in ranges, as weights would write them, and a place to read them into."""
+    """10,000 bytes in ranges, as written by weights, and a buffer to read them into."""
 
     def __init__(self, seed: int = 0) -> None:
         self.raw = torch.randint(0, 256, (10_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""A small engine that streams, with a plain value, a part, and `clone`."""
+"""A small streaming engine with a plain value, a part, and `clone`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Speaker(torch.nn.Module):
         self.voice = torch.nn.Linear(4, 4)
 
     def stream(self, count: int) -> Iterator[torch.Tensor]:
-        """``count`` tensors, float32 [4, 4]."""
+        """Yields ``count`` tensors, float32 [4, 4]."""
         for _ in range(count):
             yield self.voice.weight.detach().clone()
 

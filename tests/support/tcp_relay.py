@@ -1,4 +1,4 @@
-"""The network between a browser and the app, which a test can cut."""
+"""The network between a browser and the app, which a test can interrupt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 class Network:
-    """Passes on to a port of this machine what comes to its own, until the block ends."""
+    """Forwards connections to a port of this machine, until the block ends."""
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -27,7 +27,7 @@ class Network:
         self.cut()
 
     def cut(self) -> None:
-        """Nothing passes any more, and every line is broken."""
+        """Breaks all connections and accepts no more."""
         with self._lock:
             self._cut = True
             ends, self._ends = self._ends, []

@@ -1,12 +1,11 @@
-"""Does anything that can be done to a tensor to any tensor of an engine, in any state that it can be in.
+"""Applies every use of a tensor to every kind of tensor of an engine, in every state.
 
-``python tests/support/tensor_uses.py [seed count]`` runs the whole grid, or so many cases of it, each batch in a
-process of its own, and prints the results. A case ends in the value that it has on the device, in the same error, in
-`TensorAway`, or in a RuntimeError of torch's own that refuses the storage (TorchScript and other C++ that torch gives
-no way to name the tensor to). Values are compared by their bytes, and the tensor by its own after a use that changes
-it. While the tensor is away, a value is right only if it tells nothing of the bytes, or if the tensor is one of those
-that are readable in every state; and what was refused has changed nothing when the tensor is back. Anything else, a
-crash above all, is a failure.
+``python tests/support/tensor_uses.py [seed count]`` runs the whole grid, or that many random cases, each batch in a
+separate process, and prints the results. Correct outcomes are the value on the device, the same error, `TensorAway`, or
+a RuntimeError of torch that rejects the storage (from TorchScript and other C++, where the tensor's name is unknown).
+Values are compared by bytes; after a use that changes the tensor, its bytes are compared too. While the tensor is away,
+a value is correct only if it is independent of the bytes, or if the tensor is readable in every state. A rejected use
+changes nothing. Anything else, above all a crash, is a failure.
 """
 
 from __future__ import annotations
@@ -101,28 +100,28 @@ t.is_complex()|t._base is None|dir(t) != []|t.type()|torch.is_tensor(t)|torch.nu
 
 
 def _uses(*groups: str) -> tuple[str, ...]:
-    """The uses in these, which lie between bars without spaces around them."""
+    """Splits groups of uses, separated by bars without spaces around them."""
     lines = (line for group in groups for line in group.strip().splitlines())
     return tuple(use for line in lines for use in re.split(r"(?<! )\|(?! )", line))
 
 
 IN_PLACE = frozenset(_uses(_IN_PLACE))
-#: These tell of the tensor, and must do so wherever its bytes are.
+#: Metadata of the tensor, which must be available wherever its bytes are.
 ALWAYS = frozenset(_uses(_TELLS))
-#: These have values that tell nothing of the bytes. They may be refused while the bytes are away.
+#: Values independent of the bytes. They may be refused while the bytes are away.
 QUIET = frozenset(_uses(_QUIET))
 USES = _uses(_ARITHMETIC, _REDUCTIONS, _VIEWS, _IN_PLACE, _COPIES, _SAVING, _USE, _STORAGE, _QUIET, _TELLS)
 KINDS = (
     "parameter", "buffer", "tied", "view", "attribute", "cached", "script", "inference", "transposed", "sparse",
     "quantized", "scalar", "kept view", "exported",
 )  # fmt: skip
-#: Readable in every state: a cache of others holds the first, so its bytes come back at the first use; the second is
-#: not strided, and never leaves.
+#: Readable in every state: the first is held by a cache outside the engine, so its bytes return at the first use; the
+#: second is not strided, and never moves.
 READABLE = frozenset({"cached", "sparse"})
 STATES = ("device", "lease", "offloaded", "released", "saved", "failed restore")
-#: Values that `repr` tells in full.
+#: Types with a complete `repr`.
 PLAIN = (int, float, complex, bool, str, bytes, type(None))
-#: What torch says where C++ has a storage that is away, and nobody can tell it which tensor that was.
+#: Errors of torch for a C++ use of a storage that is away, where the tensor's name is unknown.
 REFUSALS = ("data pointer of Storage that is invalid", "out of bounds for storage of size 0", "manager.lease(name)")
 
 
@@ -134,7 +133,7 @@ def cached() -> Any:
 
 
 def build() -> dict[str, Any]:
-    """An engine with a tensor of each kind."""
+    """Creates an engine with a tensor of each kind."""
     import torch
 
     module = torch.nn.Linear(3, 3)
@@ -166,7 +165,7 @@ def pick(engine: dict[str, Any], kind: str) -> Any:
 
 
 def outcome(use: str, tensor: Any, engine: dict[str, Any]) -> tuple[str, str]:
-    """What becomes of a use: ("value" | "error" | "away" | "refused", in words)."""
+    """Returns the outcome of a use: ("value" | "error" | "away" | "refused", description)."""
     import numpy as np
     import torch
 
@@ -187,7 +186,7 @@ def outcome(use: str, tensor: Any, engine: dict[str, Any]) -> tuple[str, str]:
 
 
 def saved(value: Any) -> io.BytesIO:
-    """What torch.save writes."""
+    """Returns the bytes written by torch.save."""
     import torch
 
     file = io.BytesIO()
@@ -196,14 +195,14 @@ def saved(value: Any) -> io.BytesIO:
 
 
 def in_words(value: Any, tensor: Any = None) -> str:
-    """A value down to its bytes; what was pickled or saved is read back. Raises where those bytes are away."""
+    """Describes a value down to its bytes; pickles and saved files are read back. Raises if the bytes are away."""
     import numpy as np
     import torch
 
     if isinstance(value, torch.Tensor):
         kind = f"itself, {value.dtype}" if value is tensor else f"{value.dtype}"
         if value.is_quantized and value.dtype is not torch.qint8:
-            return kind  # torch itself crashes where one looks into such a view
+            return kind  # torch itself crashes on access to such a view
         with torch.no_grad():
             dense = value.dequantize() if value.is_quantized else value.to_dense() if value.is_sparse else value
             return f"{kind} {dense.tolist()}"
@@ -232,7 +231,7 @@ def in_words(value: Any, tensor: Any = None) -> str:
 
 
 def case(use: str, kind: str, state: str, folder: str) -> tuple[str, str]:
-    """One case: (what became of it, why that is wrong or nothing)."""
+    """Runs one case; returns (outcome, description of the failure or nothing)."""
     import numpy as np
 
     from gpu_manager import DeviceOutOfMemory, SimulatedDevice
@@ -282,7 +281,7 @@ def case(use: str, kind: str, state: str, folder: str) -> tuple[str, str]:
 
 
 def run(cases: list[tuple[str, str, str]], batch: int = 400, jobs: int = 2) -> tuple[Counter[str], list[str]]:
-    """Run cases in processes of their own: how many ended how, and the failures in words."""
+    """Runs cases in separate processes; returns the number of each outcome, and the failures."""
     ends: Counter[str] = Counter()
     failures: list[str] = []
     while cases:

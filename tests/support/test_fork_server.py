@@ -1,4 +1,4 @@
-"""A forked program is a process like one that was started anew."""
+"""A forked program behaves like one in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_signals_do_to_it_what_they_do_by_default(sign: signal.Signals, code: in
         process.wait(0)
     process.send_signal(sign)
     assert process.wait(60) == code
-    process.send_signal(signal.SIGTERM)  # to nobody
+    process.send_signal(signal.SIGTERM)  # without a receiver
     assert ("KeyboardInterrupt" in process.stdout.read()) == (sign == signal.SIGINT)
 
 

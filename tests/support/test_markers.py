@@ -1,4 +1,4 @@
-"""Tests that start whole apps are marked by themselves, so that the quick tests stay quick."""
+"""Tests that start whole apps are marked automatically, so that the quick tests stay quick."""
 
 import types
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The seeded scheduler finds the classic races, replays them, and lets correct code be."""
+"""The seeded scheduler finds and replays classic races, and reports none in correct code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEEDS = range(300)
 
 
 def first_failure(scenario: Callable[[Scheduler], Any], seeds: range = SEEDS) -> tuple[int, str, Scheduler]:
-    """The first seed that fails, with what it says and its scheduler."""
+    """Returns the first seed that fails, with its message and scheduler."""
     for seed in seeds:
         scheduler = Scheduler.varied(seed)
         try:
@@ -58,7 +58,7 @@ def lost_wake_up(scheduler: Scheduler) -> None:
         if not ready[0]:
             event = scheduler.Lock()
             event.acquire()
-            waiting.append(event)  # too late, if the other thread has looked already
+            waiting.append(event)  # too late if the other thread has already checked
             event.acquire()
 
     def wake() -> None:
@@ -71,7 +71,7 @@ def lost_wake_up(scheduler: Scheduler) -> None:
 
 
 def deep_order(scheduler: Scheduler) -> None:
-    """Fails only if one particular thread stands still at one step while the other makes all of its forty."""
+    """Fails only if one thread pauses at one particular step during all forty steps of the other."""
     done = [0]
 
     def long() -> None:
@@ -279,7 +279,7 @@ def test_a_thread_that_polls_for_ever_runs_out_of_steps() -> None:
             scheduler.step()
             stop[0] = True
 
-        scheduler.run(poll, poll, end)  # and nobody starves the one it waits for
+        scheduler.run(poll, poll, end)  # no polling thread starves the awaited one
         stop[0] = False
         with pytest.raises(Deadlock, match="steps ran out"):
             scheduler.run(poll, steps=1000)

@@ -1,6 +1,6 @@
-"""A small world around a manager: models whose every step can fail, clients that count, and what must always hold.
+"""Models with failures at every step, clients, and invariants, around one manager.
 
-The same world serves random sequences (one thread, a rule at a time) and random interleavings (many threads under a
+Used for random sequences (one thread, one rule at a time) and for random interleavings (many threads under a
 `scheduler.Scheduler`, which switches at every `World.step`).
 """
 
@@ -34,21 +34,21 @@ PLACES = {State.DEVICE: "device", State.HOST: "host", State.RELEASED: "nowhere"}
 
 
 class Fault(OSError):
-    """What goes wrong here on purpose."""
+    """An injected failure."""
 
 
 class Loss(Fault, RuntimeError):
-    """A fault that says that the device is lost."""
+    """An injected loss of the device."""
 
 
-#: What may be raised to a request or to who steers by hand when things go wrong on purpose.
+#: Errors that requests and manual control may get after injected failures.
 CLEAR = (
     Fault, DeviceOutOfMemory, LeaseDeadlock, LoadTimeout, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout,
 )  # fmt: skip
 
 
 class Part:
-    """A resident that keeps the device's books and stops at every step of every move."""
+    """A resident that charges the device and has a step before and after each part of a move."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name, self.place = world, name, "nowhere"
@@ -120,7 +120,7 @@ class Part:
 
 
 class Kept:
-    """The resident of what outlives a release, shared by the engines of one model that come one after the other."""
+    """A resident that outlives a release, shared by successive engines of one model."""
 
     nbytes = 5
 
@@ -159,7 +159,7 @@ class Kept:
 
 
 def place_of(managed: ManagedModel) -> str:
-    """Where the engine is, whatever else moves with it."""
+    """Returns the place of the engine, without that of its borrowed part."""
     if managed.resident is None:
         return "nowhere"
     resident: Any = managed.resident
@@ -167,14 +167,14 @@ def place_of(managed: ManagedModel) -> str:
 
 
 class Card(SimulatedDevice):
-    """A simulated card whose driver can fail as it takes memory back."""
+    """A simulated card that can fail when its driver frees memory."""
 
     def __init__(self, world: World, capacity_bytes: int) -> None:
         super().__init__(capacity_bytes)
         self.world = world
 
     def is_usable(self) -> bool:
-        return False  # asked after a `Loss` only
+        return False  # called after a `Loss` only
 
     def settle(self) -> None:
         self.world.step("settling")
@@ -182,7 +182,7 @@ class Card(SimulatedDevice):
 
 
 class World:
-    """``step`` is called wherever something else could happen; ``fault_rate`` is how often a step fails.
+    """``step`` is called wherever a switch may happen; ``fault_rate`` is the probability of a failure in a step.
 
     With ``snapshot_dir`` released engines stay as skeletons; the model ``keeps`` has a part that outlives a release.
     """
@@ -255,7 +255,7 @@ class World:
     # -- what clients do ----------------------------------------------------------------------------------------
 
     def request(self, number: int, name: str, lease: Any = None, inside: Callable[[], None] = lambda: None) -> None:
-        """One request; it ends in exactly one outcome."""
+        """Sends one request; it ends in exactly one outcome."""
         try:
             with lease or self.manager.lease(name) as part:
                 assert part.name == name
@@ -276,7 +276,7 @@ class World:
             self.outcomes["served"] += 1
 
     def steer(self, verb: str, *arguments: Any, **keywords: Any) -> Any:
-        """Something by hand, which may meet a fault."""
+        """Runs a manual move, which may meet an injected failure."""
         try:
             return getattr(self.manager, verb)(*arguments, **keywords)
         except CLEAR as error:
@@ -285,7 +285,7 @@ class World:
     # -- what must always hold ----------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """At any moment whatsoever."""
+        """Checks the invariants that hold at any time."""
         managed_models = self.manager._managed_models
         for name, managed in managed_models.items():
             parts = self.alive[name]
@@ -306,14 +306,14 @@ class World:
             assert claimed <= self.budget_bytes, f"{claimed} bytes of {self.budget_bytes}"
 
     def check_at_rest(self) -> None:
-        """When nobody asks for anything and nothing moves."""
+        """Checks the invariants that hold without requests and moves."""
         self.check()
         for name, managed in self.manager._managed_models.items():
             assert managed.move_task is None
             assert not managed.leases.in_use, f"somebody still uses {name}"
             assert not managed.memory.waiting_for_room
             left = managed.resident or managed.borrowed_part
-            if left is not managed.borrowed_part or self.load_timeout == -1:  # a load that is given up has it meanwhile
+            if left is not managed.borrowed_part or self.load_timeout == -1:  # an abandoned load may hold it
                 assert managed.memory.device_bytes == (left.device_bytes if left else 0)
                 assert managed.memory.host_bytes == (left.host_bytes if left else 0)
         if (
@@ -326,7 +326,7 @@ class World:
         assert self.device.ledger_bytes == held
 
     def await_loaders(self) -> None:
-        """Wait for loaders that were given up and have not noticed yet."""
+        """Waits for abandoned loaders that have not noticed yet."""
         managed_models = self.manager._managed_models
         while self.loading or any(
             len(parts) > (managed_models[name].move_task is not None or managed_models[name].resident is not None)
@@ -335,7 +335,7 @@ class World:
             self.step("waiting for loaders")
 
     def close(self) -> None:
-        """The end, after which nothing is left."""
+        """Closes the manager; checks that nothing remains."""
         self.fault_rate = 0.0
         assert self.manager.close()
         while self.loading or (self.load_timeout != -1 and any(self.alive.values())):
