@@ -514,7 +514,7 @@ def test_containers_that_only_the_engine_holds_are_not_taken_for_held(
             manager.release("asr")
             with pytest.raises(TensorAway):
                 weight.sum()
-    assert "held by others" not in caplog.text
+    assert "referenced outside the engine" not in caplog.text
 
 
 def test_a_container_that_others_hold_does_not_make_them_hold_the_rest() -> None:
