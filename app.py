@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(settings: Settings, signals: Signals) -> None:
     from residency.launch.port import check_port
+    from residency.launch.proxies import reach_directly
     from residency.web.server.connections import raise_descriptor_limit
-    from residency.web.server.proxies import reach_directly
 
     raise_descriptor_limit()
     check_port(settings.server_name, settings.server_port)

@@ -69,7 +69,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
     """Moves named models between device, host memory and released; never moves a model in use.
 
     Args:
-        device: None selects the best device found.
+        device: None selects the first visible GPU, or the CPU if there is none.
         keep_warm, idle_timeout: defaults for `register`.
         snapshot_dir: folder for the weights of released models, for reloads; at most ``snapshot_limit_bytes``.
         budget_bytes: limit of device memory for all models together.

@@ -21,6 +21,7 @@ from .checks import app_arguments, check_disk, check_port, check_run_dir, check_
 from .choose_gpu import Gpu, check_driver, choose_gpu, torch_of_environment, torch_of_pins
 from .environment import environment_state, plan_environment, prepare_environment, python_of
 from .options import PUBLIC, REMEMBERED, SETTINGS, LaunchSettings
+from .proxies import reach_directly
 from .records import Record, RecordFile, born, locked
 from .terminal import become, fail, quoted, say
 
@@ -81,7 +82,7 @@ def become_app(
 ) -> NoReturn:  # fmt: skip
     """Replaces this process by the app, so that signals and exit code are those of the app.
 
-    A detached process (no child of the app) waits until the app is ready, calls ``confirm`` and prints the URL.
+    A helper process, which is no child of the app, waits until the app is ready, calls ``confirm`` and prints the URL.
     """
     app = os.getpid()
     sys.stdout.flush()
@@ -285,9 +286,7 @@ class Service:
         if not is_ready(self.url):
             say("Not ready yet, or on its way out", "尚未就绪，或正在退出")
             return 0
-        # For a proxy, this address is another machine.
-        others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-        os.environ["no_proxy"] = f"{others},{reached_at(self.settings.host)}"
+        reach_directly(reached_at(self.settings.host))
         return command_line.main(["status", "--url", self.url])
 
     def logs(self) -> int:

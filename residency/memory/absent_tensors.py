@@ -247,26 +247,26 @@ def _barrier() -> _Barrier:
 
     text = str(TensorAway(_NAMELESS, False))
     try:
-        localize: Any = torch._C._set_storage_data_ptr_access_error_msg
-        clear: Any = torch._C._clear_storage_data_ptr_access_error_msg
+        set_error: Any = torch._C._set_storage_data_ptr_access_error_msg
+        clear_error: Any = torch._C._clear_storage_data_ptr_access_error_msg
     except AttributeError:
         return _flags()
 
     def close(addresses: Iterable[int]) -> None:
         for address in addresses:
-            localize(address, text)
+            set_error(address, text)
 
     def open_(addresses: Iterable[int]) -> None:
         for address in addresses:
-            clear(address)
+            clear_error(address)
 
     def one_by_one(addresses: Iterable[int]) -> Iterator[None]:
         for address in addresses:
-            clear(address)
+            clear_error(address)
             try:
                 yield
             finally:
-                localize(address, text)
+                set_error(address, text)
 
     return _Barrier(close, open_, one_by_one)
 

@@ -39,7 +39,8 @@ class WeightsMirror:
         self._mirror: HostMirror | None = None
         #: Of each span, as last copied; None where the copy is not to be trusted.
         self._checksums: list[int | None] = []
-        self._saved: list[int] | None = None
+        #: Hashes of the spans in the snapshot; None if nothing was saved.
+        self.saved: list[int] | None = None
         self.pinning: BackgroundPinning | None = None
 
     @property
@@ -95,21 +96,16 @@ class WeightsMirror:
         hashes = [hash_of(self.memory.span(span)) for span in self.layout.spans]
         if hashes:
             store.write(name, self.ranges(), hashes, self.memory.raw)
-        self._saved = hashes
+        self.saved = hashes
 
     def load(self, store: SnapshotStore, name: str, once: bool) -> None:
         """Reads the copy from its snapshot, into new memory. `SnapshotUnusable` if there is none or it has changed."""
-        if self._saved is None:
+        if self.saved is None:
             raise SnapshotUnusable(name, Sentence("nothing was saved", "没有保存任何内容"))
         mirror = HostMirror(self.layout, self._moving)
-        if self._saved:
-            store.read(name, self.ranges(), self._saved, mirror.raw, once=once)
-        self._mirror, self._saved = mirror, None
-
-    @property
-    def saved(self) -> list[int] | None:
-        """Hashes of the spans in the snapshot; None if nothing was saved."""
-        return self._saved
+        if self.saved:
+            store.read(name, self.ranges(), self.saved, mirror.raw, once=once)
+        self._mirror, self.saved = mirror, None
 
     def ranges(self) -> list[tuple[int, int]]:
         """First byte and end of each span in the copy."""
