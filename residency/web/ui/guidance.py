@@ -30,7 +30,7 @@ TARGET_IN_ENGLISH = ("要用这个声音说的话（内置引擎只会说英语�
 VERIFIED = (
     "本项目尚未在真实 GPU 上运行过：CUDA 部分用 PyTorch 自身的 CUDA 分配器在一块假显卡上测试，"
     "其余部分用模拟显卡和 CPU 测试。",
-    "Nothing of this has run on a real GPU yet: the CUDA code is tested with PyTorch's own CUDA allocator over a fake "
+    "None of this has run on a real GPU yet: the CUDA code is tested with PyTorch's own CUDA allocator on a fake "
     "card, and everything else with a simulated card and on the CPU.",
 )
 """The verification status on GPUs, as in the READMEs."""
