@@ -123,15 +123,16 @@ class SnapshotFolder:
     @contextlib.contextmanager
     def _temporary(self, name: str) -> Iterator[BinaryIO]:
         """Creates a file, locked while it is written to distinguish it from one left by a killed process."""
-        path = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
-        with open(path, "xb", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if not path.exists():  # another process took it for abandoned before the lock
-                    raise FileNotFoundError(f"{path} was removed by another process")
-                yield file
-            finally:
-                path.unlink(missing_ok=True)
+        while True:
+            path = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
+            with open(path, "xb", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    if path.exists():  # else another process took it for abandoned before the lock
+                        yield file
+                        return
+                finally:
+                    path.unlink(missing_ok=True)
 
     def _remove_abandoned(self) -> None:
         for path in self.folder.glob(".*.safetensors.*.tmp"):

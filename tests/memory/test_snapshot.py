@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import safetensors
@@ -256,6 +258,29 @@ def test_a_second_folder_object_does_not_disturb_a_write_under_way(tmp_path: Pat
         patch.setattr(os, "fsync", fsync_while_another_starts)
         content.write(folder)
     assert content.read(folder)
+
+
+def test_a_file_that_another_process_removes_before_it_is_locked_is_created_again(
+    tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SnapshotFolder(tmp_path)
+    flock = fcntl.flock
+    removed = []
+
+    def flock_after_another_has_started(file: BinaryIO, operation: int) -> None:
+        if not removed:
+            before = set(tmp_path.glob(".tts*.tmp"))
+            removed.append(before)
+            SnapshotFolder(tmp_path)
+            assert before
+            assert not before & set(tmp_path.iterdir())
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_another_has_started)
+    path = content.write(folder)
+    assert removed
+    assert content.read(folder)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_strange_things_in_the_folder_are_no_reason_to_fail(tmp_path: Path) -> None:
