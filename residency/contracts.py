@@ -57,6 +57,12 @@ class Device(Protocol):
     def held_by(self) -> Mapping[int, int] | None:
         """Returns the bytes of its memory by process, without torch's cache; None where unknown. Never raises."""
 
+    def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
+        """Returns (device, host) bytes of worker processes, given the private main memory of each by pid.
+
+        ``awake``: their engine has not been offloaded. None where unknown. Never raises.
+        """
+
     def telemetry(self) -> Telemetry:
         """Returns further data of the driver. Never raises, never creates a CUDA context."""
 

@@ -18,18 +18,22 @@ from .memory_errors import (
     OnAnotherDevice,
     OverBudget,
     PartGone,
+    SelfMoveFailed,
+    SelfMoveFreedNothing,
     SharedWeights,
     SnapshotUnusable,
     TensorAway,
     WeightsGone,
+    WorkerEnded,
 )
 
 __all__ = ["CaptureUnderWay", "CapturedGraphs", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable",
            "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder", "InvalidInput", "LeaseDeadlock",
            "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed", "NotHandedOut", "NotReady",
            "OnAnotherDevice", "OverBudget", "PartGone", "RequestCancelled", "RequestStopped", "RequestTimeout",
-           "ResidencyError", "SettingsConflict", "SharedWeights", "SnapshotUnusable", "TensorAway", "TooManyListeners",
-           "UnknownModel", "WeightsGone", "about"]  # fmt: skip
+           "ResidencyError", "SelfMoveFailed", "SelfMoveFreedNothing", "SettingsConflict", "SharedWeights",
+           "SnapshotUnusable", "TensorAway", "TooManyListeners", "UnknownModel", "WeightsGone", "WorkerEnded",
+           "about"]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False)

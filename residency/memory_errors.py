@@ -224,3 +224,51 @@ class SnapshotUnusable(ResidencyError):
             f"The snapshot of {self.name!r} cannot be used: {reason.en}.",
             f"{self.name!r} 的快照无法使用：{reason.zh}。",
         )
+
+
+@dataclass(eq=False, repr=False)
+class WorkerEnded(ResidencyError, RuntimeError):
+    """A worker process of an engine has ended by itself. The next request loads the engine anew."""
+
+    path: str
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"A worker process of {self.path} has ended, and the engine cannot work without it. The next request loads "
+            f"the engine anew; the reason is in the log above, often that main memory was full.",
+            f"{self.path} 的工作进程已退出，引擎无法继续工作。下一个请求会重新加载引擎；原因请查看此前的日志，"
+            f"常见原因是内存不足。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class SelfMoveFreedNothing(ResidencyError):
+    """An object that moves itself has kept its GPU memory. It is back on the device, and can be released.
+
+    ``remedy``: in English and Chinese, how it must be built; None if unknown.
+    """
+
+    path: str
+    held_bytes: int
+    remedy: tuple[str, str] | None = None
+
+    def sentences(self) -> tuple[str, str]:
+        en, zh = (f": {self.remedy[0]}", f"：{self.remedy[1]}") if self.remedy else ("", "")
+        return (
+            f"{self.path} was told to leave the GPU and still holds {self.held_bytes:,} bytes there. Until its release "
+            f"after the idle timeout it stays{en}.",
+            f"已要求 {self.path} 离开 GPU，但它仍占用 {self.held_bytes:,} 字节。在空闲超时后释放之前，"
+            f"它会一直留在 GPU 上{zh}。",
+        )
+
+
+@dataclass(eq=False, repr=False)
+class SelfMoveFailed(ResidencyError):
+    """An object that moves itself has raised an error in doing so."""
+
+    path: str
+    reason: str
+
+    def sentences(self) -> tuple[str, str]:
+        reason = Sentence.of(self.reason)
+        return (f"{self.path} cannot be moved: {reason.en}.", f"{self.path} 无法移动：{reason.zh}。")

@@ -30,6 +30,9 @@ class CpuDevice:
     def held_by(self) -> Mapping[int, int] | None:
         return {}
 
+    def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
+        return 0, sum(host_bytes.values())
+
     def telemetry(self) -> Telemetry:
         return Telemetry()
 

@@ -105,6 +105,12 @@ class CudaDevice:
             held[own] -= torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
         return held
 
+    def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
+        held = {pid: nbytes for pid, nbytes in self._probe.holders() if nbytes is not None}
+        if held.keys().isdisjoint(host_bytes):
+            return None  # in a container the driver may list the host's pids, or none
+        return sum(held.get(pid, 0) for pid in host_bytes), sum(host_bytes.values())
+
     def telemetry(self) -> Telemetry:
         return self._probe.telemetry()
 

@@ -75,6 +75,16 @@ class SimulatedDevice:
         with self._lock:
             self._reported[pid] = nbytes
 
+    def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
+        """Counts the main memory of workers as memory of the card while they are awake, or if they free none of it."""
+        with self._lock:
+            if not awake:
+                before, after = sum(self._reported.get(pid, 0) for pid in host_bytes), sum(host_bytes.values())
+                awake = after > 0.95 * before > 0
+            self._reported.update({pid: nbytes if awake else 0 for pid, nbytes in host_bytes.items()})
+            total_bytes = sum(host_bytes.values())
+        return (total_bytes, 0) if awake else (0, total_bytes)
+
     def telemetry(self) -> Telemetry:
         return Telemetry()
 

@@ -39,6 +39,11 @@ class CompositeResident:
         """The sum over the parts that report it; see `EngineResident.array_bytes`."""
         return sum(getattr(part, "array_bytes", 0) for part in self.parts)
 
+    @property
+    def usable(self) -> bool:
+        """False if a part has failed so that only a new engine can serve requests; see `SelfMovingPart.usable`."""
+        return all(getattr(part, "usable", True) for part in self.parts)
+
     def restore(self) -> int:
         return self._all_or_nothing(self.parts, _restore, _offload, undo_failed=True)
 

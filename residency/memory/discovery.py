@@ -44,7 +44,7 @@ _QUICKLY_LOOKED_INTO = {list, tuple, set}
 
 @dataclass
 class Found:
-    """Tensors, sessions and graphs, each once, by path from the engine (``.vad._model.weight``).
+    """Tensors, sessions, graphs and self-moving objects, each once, by path from the engine (``.vad._model.weight``).
 
     ``values()`` is cheap; paths are computed at their first use.
 
@@ -59,6 +59,7 @@ class Found:
     tensors: ByPath[torch.Tensor]
     sessions: ByPath[Any]
     graphs: ByPath[torch.cuda.CUDAGraph]
+    self_moving: ByPath[Any]
     references: dict[int, int] = field(default_factory=dict)
     entered: list[Any] = field(default_factory=list)
     array_bytes: int = 0
@@ -99,6 +100,7 @@ class Discovery:
             ByPath(walk.tensors, names),
             ByPath(walk.sessions, names),
             ByPath(walk.graphs, names),
+            ByPath(walk.self_moving, names),
             dict(walk.references),
             walk.entered(),
             sum(array.nbytes for array in arrays if array.base is None),
@@ -145,6 +147,7 @@ class _Walk:
         self.tensors: list[torch.Tensor] = []
         self.sessions: list[Any] = []
         self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.self_moving: list[Any] = []
         self.arrays: list[Any] = []
         numpy = sys.modules.get("numpy")  # imported, if the engine has an array
         self._array: type | None = numpy.ndarray if numpy else None
@@ -195,6 +198,8 @@ class _Walk:
             self.sessions += things
         elif kind is ObjectKind.GRAPH:
             self.graphs += things
+        elif kind is ObjectKind.SELF_MOVING:
+            self.self_moving += things
         elif kind is ObjectKind.ARRAY:
             self.arrays += things
         elif kind is ObjectKind.BY_NAME:

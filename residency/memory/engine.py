@@ -7,13 +7,21 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, SnapshotStore
-from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
+from ..errors import (
+    CapturedGraphs,
+    DeviceOutOfMemory,
+    OnAnotherDevice,
+    SharedWeights,
+    WeightsGone,
+)
 from . import absent_tensors
 from .composite import CompositeResident
 from .cuda_graphs import compiled_graphs
 from .discovery import Discovery, Found
 from .holders import held_elsewhere, note_arrays
 from .onnx_sessions import OnnxSessions
+from .self_moving import moves_of
+from .self_moving.part import SelfMovingPart
 from .shared_containers import in_held_containers
 from .storage_owners import are_managed
 from .storages import by_storage, storage_key
@@ -66,11 +74,13 @@ class EngineResident:
         self._loaded = self._late = Weights({}, device)
         self._loaded = self._weights(found, keys, held, ephemeral=False)
         self._remember(keys)
+        self._self_moving: list[SelfMovingPart] = []
         try:
             self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
         except BaseException:
             self._abandon()
             raise
+        self._find_self_moving(found)
 
     @property
     def array_bytes(self) -> int:
@@ -86,6 +96,11 @@ class EngineResident:
     def sessions(self) -> frozenset[int]:
         """The sessions accounted for here (``id``)."""
         return self._sessions.sessions
+
+    @property
+    def usable(self) -> bool:
+        """Whether the worker processes of its parts are alive."""
+        return all(part.usable for part in self._self_moving)
 
     @property
     def device_bytes(self) -> int:
@@ -106,6 +121,8 @@ class EngineResident:
         return self._all.release()
 
     def save(self, store: SnapshotStore, name: str) -> int:
+        for part in self._self_moving:
+            part.save(store, name)  # refuses before anything is written
         self._find_latecomers()
         return self._all.save(store, name)
 
@@ -114,7 +131,7 @@ class EngineResident:
 
     @property
     def _all(self) -> CompositeResident:
-        return CompositeResident(self._loaded, self._late, self._sessions)
+        return CompositeResident(self._loaded, self._late, self._sessions, *self._self_moving)
 
     def _abandon(self) -> None:
         self._loaded.release()
@@ -127,6 +144,7 @@ class EngineResident:
         now = self._discovery.walk()
         self._array_bytes = now.array_bytes
         note_arrays(now.tensors.values(), now.borrowing)
+        self._find_self_moving(now)
         graphs = (*now.graphs, *compiled_graphs(now.tensors))
         if graphs:
             raise CapturedGraphs(graphs)
@@ -144,6 +162,21 @@ class EngineResident:
             except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
                 logger.warning("Tensors created since the load stay on the device: %s", error)
         self._remember(keys)
+
+    def _find_self_moving(self, found: Found) -> None:
+        """Adds objects that appeared since, and drops those that the engine has dropped."""
+        known = {id(part.thing): part for part in self._self_moving}
+        if self._excluding:
+            known.update((id(part.thing), part) for part in self._excluding._self_moving)
+        there = {id(thing) for thing in found.self_moving.values()}
+        for part in [part for part in self._self_moving if id(part.thing) not in there]:
+            part.let_go()
+            self._self_moving.remove(part)
+        if there <= known.keys():
+            return
+        for path, thing in found.self_moving.items():
+            if id(thing) not in known and (moves := moves_of(type(thing))) is not None:
+                self._self_moving.append(SelfMovingPart(path, thing, moves, self._device))
 
     def _weights(self, found: Found, keys: Mapping[int, int | None], held: frozenset[int], ephemeral: bool) -> Weights:
         """Returns the `Weights` of the tensors that are not accounted for yet."""

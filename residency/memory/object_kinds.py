@@ -10,6 +10,8 @@ import sys
 import types
 from typing import Any
 
+from .self_moving import moves_of
+
 
 class ObjectKind(enum.Enum):
     """The treatment of a class's instances in a walk.
@@ -18,6 +20,7 @@ class ObjectKind(enum.Enum):
         CLOSED: not entered: refers to nothing of the engine, or leads out into the rest of the process.
         OPEN: `gc.get_referents` returns exactly its contents, and its class.
         TENSOR, SESSION, GRAPH, ARRAY: objects to find; arrays are numpy's.
+        SELF_MOVING: objects to find that free their GPU memory themselves; not entered.
         BY_NAME: entered by `object_paths.children`, since the garbage collector shows too much or too little.
     """
 
@@ -27,6 +30,7 @@ class ObjectKind(enum.Enum):
     SESSION = enum.auto()
     GRAPH = enum.auto()
     ARRAY = enum.auto()
+    SELF_MOVING = enum.auto()
     BY_NAME = enum.auto()
 
 
@@ -54,6 +58,8 @@ def kind_of(cls: type) -> ObjectKind:
         return ObjectKind.CLOSED
     if issubclass(cls, torch.Tensor):
         return ObjectKind.TENSOR
+    if moves_of(cls) is not None:
+        return ObjectKind.SELF_MOVING
     # By name, since onnxruntime need not be installed.
     if any(base.__name__ == "InferenceSession" and base.__module__.startswith("onnxruntime") for base in cls.__mro__):
         return ObjectKind.SESSION

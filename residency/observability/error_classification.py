@@ -36,7 +36,7 @@ def message_of(error: BaseException) -> Sentence:
 
 def is_out_of_device_memory(error: BaseException | None) -> bool:
     """Returns whether an error or its causes mean a full device: for errors of this project, torch and ONNX Runtime."""
-    return any(map(_says_full, all_of(error)))
+    return any(map(says_full, all_of(error)))
 
 
 def may_be_device_loss(error: BaseException | None) -> bool:
@@ -74,7 +74,8 @@ def empty_frames(error: BaseException | None) -> None:
         traceback.clear_frames(found.__traceback__)
 
 
-def _says_full(error: BaseException) -> bool:
+def says_full(error: BaseException) -> bool:
+    """Returns whether this error itself, not its causes, means a full device."""
     # cudaErrorMemoryAllocation (2) is not sticky: the next call may succeed.
     signs = r"CUDA out of memory|CUDA (driver )?error: out of memory|CUDA failure 2\b|ALLOC_FAILED"
     # Raised by cuBLAS and cuDNN if there is no room for their handles, or if the device is lost.
@@ -89,7 +90,7 @@ def _comes_from_cuda(error: BaseException) -> bool:
     # ONNX Runtime's errors are not RuntimeErrors.
     if not (isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")):
         return isinstance(error, DeviceLost)
-    return re.search(_NO_HANDLE, words) is not None or (bool(named) and not _says_full(error))
+    return re.search(_NO_HANDLE, words) is not None or (bool(named) and not says_full(error))
 
 
 def all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseException]:

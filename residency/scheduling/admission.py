@@ -166,6 +166,7 @@ class Admission:
             self.give_back_later(lease, discard)
             return
         lost = device_is_lost(error, dispatcher.device)
+        discard = discard or (error is not None and _is_unusable(lease.request))
         with dispatcher.lock:
             now_s = self._clock.now()
             request, lease.request = lease.request, None  # interrupts: see `dispatcher`
@@ -323,3 +324,8 @@ class Admission:
                 managed.leases.requests.remove(request)
                 dispatcher.notifier.tell_queue(managed)
                 managed.notify_watchers()
+
+
+def _is_unusable(request: LeaseRequest | None) -> bool:
+    """Returns whether only a new engine can serve further requests: a worker process of the engine has ended."""
+    return request is not None and not getattr(request.managed.resident, "usable", True)

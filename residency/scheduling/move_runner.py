@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from ..contracts import Memory
+from ..errors import WorkerEnded
 from ..locks import renewed_in_children
 from ..observability.error_classification import (
     device_is_lost,
@@ -261,7 +262,7 @@ class MoveRunner:
         health.cannot_offload = not task.arrives
         # An engine that cannot be restored, or whose device is lost, is rebuilt.
         ephemeral = isinstance(error, MemoryError) or is_out_of_device_memory(error) or is_capture_under_way(error)
-        gone = lost or (task.move.via is State.RESTORING and not ephemeral)
+        gone = lost or isinstance(error, WorkerEnded) or (task.move.via is State.RESTORING and not ephemeral)
         health.broken = managed.settled_state is not State.RELEASED and (health.broken or gone)
         if lost:
             dispatcher.lost_locked()

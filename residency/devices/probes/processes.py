@@ -15,6 +15,7 @@ import psutil
 
 from ...contracts import Device
 from ...observability.outside_memory import MemorySample, OutsideMemory, ProcessMemory
+from ...observability.process_memory import child_of, children, own_bytes
 
 
 def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> MemorySample:
@@ -56,7 +57,7 @@ def remeasured(outside: OutsideMemory, device: Device) -> OutsideMemory:
             continue
         with contextlib.suppress(psutil.Error, OSError):
             process = psutil.Process(holder.pid)
-            if process.create_time() == holder.started_s and (child := _child(process)) is not None:
+            if process.create_time() == holder.started_s and (child := child_of(process)) is not None:
                 holders.append(_holder(device, held, *child))
     return replace(outside, holders=tuple(holders))
 
@@ -75,38 +76,3 @@ def _holder(
     if host_bytes is not None and device.torch_device == "cpu" and pid != os.getpid():
         host_bytes = max(0, host_bytes - (device_bytes or 0))  # a simulated card uses main memory
     return ProcessMemory(pid, started_s, command, host_bytes, device_bytes)
-
-
-def own_bytes() -> int | None:
-    """Returns anonymous and shared main memory of this process; None if unknown."""
-    return _kilobytes(Path("/proc/self/status"), ("RssAnon", "RssShmem"))
-
-
-def children() -> tuple[tuple[int, float, str, int | None], ...] | None:
-    """Returns (pid, start in seconds, command line, private bytes) of each live descendant; None if unknown."""
-    try:
-        found = psutil.Process().children(recursive=True)
-    except (psutil.Error, OSError):
-        return None
-    return tuple(child for process in found if (child := _child(process)) is not None)
-
-
-def _child(process: psutil.Process) -> tuple[int, float, str, int | None] | None:
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        command = " ".join(process.cmdline())[:80] or process.name()
-        started_s = process.create_time()
-    except (psutil.Error, OSError):
-        return None
-    nbytes = _kilobytes(Path(f"/proc/{process.pid}/smaps_rollup"), ("Private_Dirty",))
-    return process.pid, started_s, command, nbytes
-
-
-def _kilobytes(path: Path, names: tuple[str, ...]) -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in path.read_text(encoding="ascii", errors="replace").splitlines()
-                     if ":" in line)  # fmt: skip
-        return sum(int(lines[name].split()[0]) << 10 for name in names)
-    except (OSError, KeyError, ValueError):
-        return None

@@ -1,0 +1,22 @@
+"""vLLM: sleep mode, level 1. The weights move to main memory; the KV cache is discarded.
+
+Its engine runs in a process of its own, with several GPUs in several. It needs ``LLM(enable_sleep_mode=True)``, and
+CUDA or ROCm. Its users report that 1 to 1.4 GB stay on the GPU during sleep: CUDA context, graphs, libraries.
+Source: https://docs.vllm.ai/en/latest/features/sleep_mode/
+"""
+
+from __future__ import annotations
+
+from .moves import OwnMoves
+
+MOVES = {
+    "vllm.LLM": OwnMoves(
+        offload=lambda llm: llm.sleep(level=1),
+        restore=lambda llm: llm.wake_up(),
+        release=lambda llm: llm.llm_engine.engine_core.shutdown(),
+        remedy=(
+            "build it with enable_sleep_mode=True, on CUDA or ROCm",
+            "请以 enable_sleep_mode=True 构建（需要 CUDA 或 ROCm）",
+        ),
+    )
+}

@@ -1,0 +1,304 @@
+"""Objects that move themselves: called in order, measured, never half-moved, and nothing is left of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.errors import DeviceOutOfMemory, SelfMoveFailed, SelfMoveFreedNothing, WorkerEnded
+from residency.memory.discovery import discover
+from residency.memory.self_moving import OwnMoves, moves_of, register
+
+sys.path.append(str(Path(__file__).parents[1] / "support" / "stand_in_vllm"))
+
+import vllm
+
+MB = 1 << 20
+HELD = vllm.WEIGHT_BYTES + vllm.CACHE_BYTES
+
+
+class Engine:
+    """An engine whose language model is in a worker process, and whose vocoder is here."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.vocoder = torch.nn.Linear(512, 512)
+        self.llm = vllm.LLM("a folder", **{"enable_sleep_mode": True, **arguments})
+
+    def speak(self) -> list[int]:
+        answer = self.llm.generate([{"prompt_token_ids": [1, 2, 3]}], vllm.SamplingParams())
+        return [*answer[0].outputs[0].token_ids, int(self.vocoder.weight.sum() * 1e6)]
+
+
+@pytest.fixture
+def manager() -> Iterator[GPUResourceManager]:
+    with GPUResourceManager(SimulatedDevice(1 << 30), keep_warm=-1) as manager:
+        yield manager
+
+
+def model(manager: GPUResourceManager) -> dict[str, Any]:
+    return dict(manager.status()["models"]["tts"])
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "worker.py" in " ".join(child.cmdline())]
+
+
+def private_bytes(process: psutil.Process) -> int:
+    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Private_Dirty"))
+
+
+def speak(manager: GPUResourceManager) -> list[int]:
+    with manager.lease("tts") as engine:
+        answer: list[int] = engine.speak()
+        return answer
+
+
+def load(manager: GPUResourceManager, **arguments: Any) -> Engine:
+    built = []
+
+    def build() -> Engine:
+        torch.manual_seed(0)
+        built.append(Engine(**arguments))
+        return built[-1]
+
+    manager.register("tts", build)
+    speak(manager)
+    return built[-1]
+
+
+def test_a_worker_process_is_put_to_sleep_and_says_the_same_afterwards(manager: GPUResourceManager) -> None:
+    load(manager)
+    (worker,) = workers()
+    said, there = speak(manager), model(manager)
+    assert there["state"] == "gpu"
+    assert there["device_bytes"] == pytest.approx(private_bytes(worker) + 512 * 513 * 4, abs=MB)
+    assert manager.offload("tts")
+    away = model(manager)
+    assert (away["state"], away["device_bytes"]) == ("cpu", 0)
+    assert away["host_bytes"] == pytest.approx(private_bytes(worker) + 512 * 513 * 4, abs=MB)
+    assert private_bytes(worker) < there["device_bytes"] - vllm.CACHE_BYTES // 2
+    assert away["outside_bytes"] == 0, "the worker is accounted for"
+    assert speak(manager) == said
+    assert model(manager)["device_bytes"] == pytest.approx(there["device_bytes"], abs=MB)
+    assert manager.device.ledger_bytes == 512 * 513 * 4
+
+
+def test_a_release_ends_the_worker_process(manager: GPUResourceManager) -> None:
+    load(manager)
+    said = speak(manager)
+    manager.release("tts")
+    assert workers() == []
+    assert (model(manager)["device_bytes"], model(manager)["host_bytes"]) == (0, 0)
+    assert manager.device.memory().free_bytes == 1 << 30
+    assert speak(manager) == said, "built anew"
+
+
+def test_a_worker_that_does_not_end_by_itself_is_killed(manager: GPUResourceManager) -> None:
+    engine = load(manager)
+    engine.llm.llm_engine.engine_core.shutdown = lambda: None
+    del engine
+    manager.release("tts")
+    assert workers() == []
+
+
+def test_closing_the_manager_leaves_no_process() -> None:
+    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
+        load(manager)
+        assert len(workers()) == 1
+    assert workers() == []
+
+
+@pytest.mark.parametrize("moment", ["sleep", "wake_up"])
+def test_a_worker_that_dies_in_a_move_is_replaced_for_the_next_request(
+    manager: GPUResourceManager, moment: str
+) -> None:
+    engine = load(manager)
+    said = speak(manager)
+    if moment == "wake_up":
+        manager.offload("tts")
+    engine.llm.fault = (moment, "die")
+    del engine
+    if moment == "sleep":
+        with pytest.raises(WorkerEnded):
+            manager.offload("tts")
+    else:
+        with pytest.raises(WorkerEnded):
+            speak(manager)
+    assert "worker process" in model(manager)["last_error"]
+    assert speak(manager) == said
+    assert len(workers()) == 1
+
+
+def test_a_worker_that_dies_in_a_request_is_replaced_for_the_next_one(manager: GPUResourceManager) -> None:
+    engine = load(manager)
+    said = speak(manager)
+    engine.llm.fault = ("generate", "die")
+    del engine
+    with pytest.raises(vllm.EngineDeadError):
+        speak(manager)
+    assert speak(manager) == said
+    assert len(workers()) == 1
+
+
+def test_a_worker_that_is_killed_while_its_model_is_away_is_replaced(manager: GPUResourceManager) -> None:
+    load(manager)
+    said = speak(manager)
+    manager.offload("tts")
+    os.kill(workers()[0].pid, signal.SIGKILL)
+    with pytest.raises(WorkerEnded):
+        speak(manager)
+    assert speak(manager) == said
+
+
+def test_an_error_in_wake_up_is_shown_and_the_engine_is_built_anew(manager: GPUResourceManager) -> None:
+    engine = load(manager)
+    said = speak(manager)
+    manager.offload("tts")
+    engine.llm.fault = ("wake_up", "error")
+    del engine
+    with pytest.raises(SelfMoveFailed, match=r"llm cannot be moved: an error of the worker"):
+        speak(manager)
+    assert speak(manager) == said
+    assert len(workers()) == 1
+
+
+def test_an_error_in_sleep_leaves_the_engine_where_it_was(manager: GPUResourceManager) -> None:
+    engine = load(manager)
+    said, there = speak(manager), model(manager)["device_bytes"]
+    engine.llm.fault = ("sleep", "error")
+    with pytest.raises(SelfMoveFailed):
+        manager.offload("tts")
+    assert model(manager)["state"] == "gpu"
+    assert model(manager)["device_bytes"] == pytest.approx(there, abs=MB)
+    assert speak(manager) == said
+
+
+def test_a_wake_up_that_finds_no_room_moves_nothing_and_the_next_request_works(manager: GPUResourceManager) -> None:
+    engine = load(manager)
+    said = speak(manager)
+    manager.offload("tts")
+    manager.device.report_outside(1, (1 << 30) - HELD // 2)
+    with pytest.raises(DeviceOutOfMemory):
+        speak(manager)
+    assert (model(manager)["state"], model(manager)["device_bytes"]) == ("cpu", 0)
+    manager.device.report_outside(1, 0)
+    assert speak(manager) == said
+    assert engine.llm._worker.process.poll() is None, "it was not built anew"
+
+
+def test_a_worker_that_reports_a_full_card_goes_back_to_sleep(manager: GPUResourceManager) -> None:
+    engine = load(manager)
+    said = speak(manager)
+    manager.offload("tts")
+    engine.llm.fault = ("wake_up", "full")
+    assert speak(manager) == said, "the second attempt"
+    assert engine.llm._worker.process.poll() is None
+
+
+def test_a_sleep_that_frees_nothing_is_no_offload(manager: GPUResourceManager) -> None:
+    load(manager, enable_sleep_mode=False)
+    said = speak(manager)
+    with pytest.raises(SelfMoveFreedNothing, match="enable_sleep_mode=True"):
+        manager.offload("tts")
+    there = model(manager)
+    assert there["state"] == "gpu"
+    assert there["device_bytes"] > HELD
+    assert speak(manager) == said
+    manager.release("tts")
+    assert workers() == []
+
+
+def test_a_worker_that_the_engine_starts_later_is_found_at_the_next_offload(manager: GPUResourceManager) -> None:
+    class Late(Engine):
+        def __init__(self) -> None:
+            self.llm: Any = None
+
+        def speak(self) -> list[int]:
+            self.llm = self.llm or vllm.LLM("a folder", enable_sleep_mode=True)
+            return list(self.llm.generate([{"prompt_token_ids": [1]}], vllm.SamplingParams())[0].outputs[0].token_ids)
+
+    manager.register("tts", Late)
+    said = speak(manager)
+    manager.offload("tts")
+    assert model(manager)["host_bytes"] >= vllm.WEIGHT_BYTES
+    assert speak(manager) == said
+    manager.release("tts")
+    assert workers() == []
+
+
+class Own:
+    """An object with the protocol of this project."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def offload_from_gpu(self) -> None:
+        self.calls.append("offload")
+
+    def restore_to_gpu(self) -> None:
+        self.calls.append("restore")
+
+    def release_from_gpu(self) -> None:
+        self.calls.append("release")
+
+
+def test_any_object_with_the_protocol_is_moved_wherever_it_is_in_the_engine(manager: GPUResourceManager) -> None:
+    own = Own()
+    manager.register("tts", lambda: {"deep": [(own, "beside it")]})
+    with manager.lease("tts"):
+        pass
+    manager.offload("tts")
+    with manager.lease("tts"):
+        pass
+    manager.release("tts")
+    assert own.calls == ["offload", "restore", "release"]
+
+
+def test_a_class_can_be_registered_by_name(manager: GPUResourceManager) -> None:
+    class Plain:
+        on = True
+
+    assert moves_of(Plain) is None
+    register(
+        f"{Plain.__module__.partition('.')[0]}.Plain",
+        OwnMoves(lambda it: setattr(it, "on", False), lambda it: setattr(it, "on", True)),
+    )
+    plain = Plain()
+    manager.register("tts", lambda: [plain])
+    with manager.lease("tts"):
+        assert plain.on
+    manager.offload("tts")
+    assert not plain.on
+
+
+def test_classes_are_recognized_by_name_alone() -> None:
+    def of(module: str, name: str) -> Any:
+        return moves_of(type(name, (), {"__module__": module}))
+
+    for module, name in [
+        ("vllm.entrypoints.llm", "LLM"),
+        ("sglang.srt.entrypoints.engine", "Engine"),
+        ("ctranslate2._ext", "Whisper"),
+        ("ctranslate2._ext", "Translator"),
+    ]:
+        assert of(module, name) is not None
+        assert of(f"my_{module}", name) is None
+    assert moves_of(type("Mine", (vllm.LLM,), {})) is not None
+
+
+def test_an_object_that_moves_itself_is_not_entered() -> None:
+    own = Own()
+    own.hidden = torch.ones(3)  # type: ignore[attr-defined]
+    found = discover([own])
+    assert list(found.self_moving.values()) == [own]
+    assert not found.tensors
