@@ -34,15 +34,15 @@ _importing = renewed_in_children(threading.Lock())
 Unmet = dict[str, str | None]
 
 
-def find_checkout(root: str | None = None) -> Path | None:
+def find_checkout(root: str | None = None) -> Path:
     """Finds the checkout: ``root``, the one imported by this process, ``STEP_AUDIO_ROOT``, or one nearby.
 
     Nearby: the current folder, the folder of this project, and ``Step-Audio-EditX`` beside either. Raises
-    `EngineUnavailable` if ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
+    `EngineUnavailable` if there is none, or ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
     """
-    used = _used()
-    named = root or ("" if used else os.environ.get("STEP_AUDIO_ROOT"))
-    if named:
+    origin = _origin(sys.modules.get("tts"))
+    used = origin.parent if origin and _is_checkout(origin.parent) else None
+    if named := root or ("" if used else os.environ.get("STEP_AUDIO_ROOT")):
         folder = Path(named).expanduser()
         if not _is_checkout(folder):
             raise EngineUnavailable(
@@ -50,14 +50,9 @@ def find_checkout(root: str | None = None) -> Path | None:
                 f"{named} 不是 Step-Audio-EditX 代码目录（缺少 tts.py 或 stepvocoder/）：请 git clone {REPOSITORY}",
             )
         return folder.resolve()
-    here = Path.cwd()
-    nearby = [here, _PROJECT, *(place.parent / "Step-Audio-EditX" for place in (here, _PROJECT))]
-    return used or next((place.resolve() for place in nearby if _is_checkout(place)), None)
-
-
-def require_checkout(root: str | None) -> Path:
-    """Returns `find_checkout`, or raises `EngineUnavailable` if there is none."""
-    if checkout := find_checkout(root):
+    places = (Path.cwd(), _PROJECT)
+    nearby = [*places, *(place.parent / "Step-Audio-EditX" for place in places)]
+    if checkout := used or next((place.resolve() for place in nearby if _is_checkout(place)), None):
         return checkout
     raise EngineUnavailable(
         f"No Step-Audio-EditX checkout found: git clone {REPOSITORY} and give its folder as --step-audio-root or "
@@ -126,7 +121,9 @@ def unusable(checkout: Path, error: BaseException) -> EngineUnavailable | None:
     if not isinstance(error, (AttributeError, LookupError, NameError, TypeError)):
         packages = {name: installed for name, installed in packages.items() if installed is None}
     advice, why = unmet_advice(checkout, packages), in_words(error)
-    return advice and EngineUnavailable(
+    if advice is None:
+        return None
+    return EngineUnavailable(
         f"Step-Audio-EditX cannot be built ({why.en}). {advice.en}, and restart this program: it does not repeat "
         f"failed imports",
         f"无法构建 Step-Audio-EditX（{why.zh}）。{advice.zh}，然后重启本程序（导入失败的部分不会重试）",
@@ -186,12 +183,6 @@ def _make_importable(checkout: Path) -> None:
         sys.meta_path.insert(0, _finder)
     if _finder.folder not in sys.path:
         sys.path.append(_finder.folder)
-
-
-def _used() -> Path | None:
-    """Returns the checkout from which ``tts`` was imported."""
-    origin = _origin(sys.modules.get("tts"))
-    return origin.parent if origin and _is_checkout(origin.parent) else None
 
 
 def _origin(module: ModuleType | None) -> Path | None:

@@ -18,7 +18,7 @@ from ..observability.error_classification import in_words, is_out_of_device_memo
 from ..sentences import Sentence
 from . import step_audio_facts as facts
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
-from .checkout import import_from, require_checkout, unimportable, unmet, unmet_advice, unusable
+from .checkout import find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
 from .step_audio_weights import check_model, check_weights, from_a_hub, model_folder
 
 
@@ -37,7 +37,7 @@ def build(
 
     Raises `EngineUnavailable` if the checkout or a requirement is missing; otherwise the checkout's own error.
     """
-    checkout = require_checkout(root)
+    checkout = find_checkout(root)
     tts, tokenizers, loader = import_from(checkout, "tts", "tokenizer", "model_loader")
     import torch
 
@@ -66,7 +66,7 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
 
     Calls ``make_tokenizer`` once the checkout's modules can be imported. Errors as for `build`.
     """
-    checkout = require_checkout(None)
+    checkout = find_checkout(None)
     (tts,) = import_from(checkout, "tts")
     return _build(
         lambda: tts.StepAudioTTS(model_path, make_tokenizer(), **arguments),
@@ -77,7 +77,7 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
 
 def build_recognizer(root: str | None = None) -> Callable[[str], str]:
     """Builds the model of the checkout's speech recognition, as a function from the path of a recording to its text."""
-    (module,) = import_from(require_checkout(root), "whisper_wrapper")
+    (module,) = import_from(find_checkout(root), "whisper_wrapper")
     try:
         pipeline = module.WhisperWrapper().model
     except Exception as error:
@@ -104,7 +104,7 @@ def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
 
 
 def _shortcomings(root: str | None, check: Callable[[], None]) -> list[Sentence]:
-    checkout = require_checkout(root)
+    checkout = find_checkout(root)
     found = []
     try:
         check()

@@ -62,7 +62,8 @@ def test_the_checkout_is_found_by_name_environment_and_neighbourhood(
     monkeypatch.delenv("STEP_AUDIO_ROOT", raising=False)
     monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "elsewhere" / "ours")
     monkeypatch.chdir(tmp_path)
-    assert checkouts.find_checkout() is None
+    with pytest.raises(EngineUnavailable, match="No Step-Audio-EditX checkout"):
+        checkouts.find_checkout()
     assert checkouts.find_checkout(str(checkout)) == checkout
     monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "ours")
     assert checkouts.find_checkout() == checkout, "beside this project"
