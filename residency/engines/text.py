@@ -32,8 +32,7 @@ def english(text: str) -> str:
     The engine would silently omit such a word. Single Greek letters (α, π) are allowed.
     """
     text = unicodedata.normalize("NFC", text.translate(_HALF_WIDTH))
-    foreign = foreign_words(text)
-    if foreign:
+    if foreign := foreign_words(text):
         quoted = foreign[0] if len(foreign[0]) <= 20 else foreign[0][:20] + "…"
         raise InvalidInput(
             f"Write the text in English: the built-in engine speaks English only and cannot say “{quoted}” "

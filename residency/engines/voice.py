@@ -147,7 +147,7 @@ def _smoothed(spectrum: Floats, width_mel: float) -> Floats:
 
     grid = np.linspace(0, _MEL[-1], len(_MEL))
     smooth = gaussian_filter1d(np.interp(grid, _MEL, spectrum), width_mel / grid[1], mode="nearest")
-    return np.asarray(np.interp(_MEL, grid, smooth), dtype=np.float64)
+    return np.asarray(np.interp(_MEL, grid, smooth))
 
 
 def _log(power: Floats) -> Floats:

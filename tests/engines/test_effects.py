@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.signal import welch
 
-from residency.engines import audio, effects, speech_detector, world
+from residency.engines import audio, speech_detector, world
 from residency.engines.denoise import denoise
 
 
@@ -25,7 +26,7 @@ def vad() -> Any:
 
 @pytest.mark.parametrize("rate", [0.7, 1 / 1.2, 1.2, 1.5])
 def test_speed_changes_the_length_and_not_the_pitch(speech: np.ndarray, rate: float) -> None:
-    changed = effects.change_speed(speech, rate)
+    changed = world.change_speed(speech, rate)
     assert len(changed) == pytest.approx(len(speech) / rate, abs=2)
     assert np.median(pitch(changed)) == pytest.approx(np.median(pitch(speech)), rel=0.06)
     assert audio.speech_rms(changed) == pytest.approx(audio.speech_rms(speech), rel=0.25)
@@ -33,16 +34,28 @@ def test_speed_changes_the_length_and_not_the_pitch(speech: np.ndarray, rate: fl
 
 def test_long_speech_is_changed_in_pieces_without_a_seam(speech: np.ndarray) -> None:
     long = np.concatenate([speech, np.zeros(6000, np.float32)] * 6)
-    changed = effects.change_speed(long, 1.2)
+    changed = world.change_speed(long, 1.2)
     assert len(changed) == pytest.approx(len(long) / 1.2, abs=4)
     assert np.abs(np.diff(changed)).max() < 1.5 * np.abs(np.diff(long)).max()
 
 
 def test_whisper_has_no_pitch_and_is_softer(speech: np.ndarray) -> None:
-    whispered = effects.whisper(speech)
+    whispered = world.whisper(speech)
     assert len(whispered) == len(speech)
     assert len(pitch(whispered)) < 0.1 * len(pitch(speech))
     assert 0.1 < audio.speech_rms(whispered) / audio.speech_rms(speech) < 0.7
+
+
+def test_whisper_attenuates_frequencies_below_900_hz_by_9_db_an_octave() -> None:
+    noise = (0.1 * np.random.default_rng(0).standard_normal(8 * 24000)).astype(np.float32)
+    hz, power = welch(world.whisper(noise), 24000, nperseg=2048)
+
+    def level_db(middle: float) -> float:
+        return float(10 * np.log10(power[(hz > middle / 1.2) & (hz < middle * 1.2)].mean()))
+
+    assert level_db(450) - level_db(225) == pytest.approx(9, abs=1.5)
+    assert level_db(7200) - level_db(900) == pytest.approx(3, abs=1)
+    assert level_db(7200) - level_db(3600) == pytest.approx(0, abs=1)
 
 
 @pytest.mark.parametrize("snr", [0, 5, 10, 20])
