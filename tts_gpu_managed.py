@@ -313,7 +313,7 @@ def _is_tensor(value: Any) -> bool:
 
 def _holds_memory(value: Any) -> bool:
     found = discover(value)
-    return bool(found.tensors or found.sessions)
+    return bool(found.tensors or found.sessions or found.self_moving)
 
 
 def _is_factory(audio_tokenizer: Any) -> bool:
