@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
 from residency.engines.answers import HandOut, is_bound, is_stream
+from residency.engines.generations import known_arguments, with_names_of_both
 from residency.engines.part_proxy import Part, Path, asked_by_tools, follow, not_settable, unwrapped
 from residency.engines.text import speakable
 from residency.memory.discovery import discover
@@ -68,9 +69,9 @@ class GPUManagedTTS:
         audio_tokenizer: Any = None,
         model_source: Any = Default.ENGINES_OWN,
         tts_model_id: str | None = None,
-        quantization_config: str | None = None,
+        quantization_config: Any = Default.ENGINES_OWN,
         torch_dtype: Any = Default.ENGINES_OWN,
-        device_map: Any = "cuda",
+        device_map: Any = Default.ENGINES_OWN,
         gpu_idle_timeout: float | str = 600,
         *,
         gpu_keep_warm: float | str | None = None,
@@ -79,14 +80,18 @@ class GPUManagedTTS:
         load: Callable[[], Engine] | None = None,
         name: str | None = None,
         check_text: Callable[[str], object] | None = None,
+        **engine_arguments: Any,
     ) -> None:
-        """Takes the arguments of StepAudioTTS, then those of GPU management.
+        """Takes the arguments of StepAudioTTS of either generation, then those of GPU management.
 
         Args:
             model_path: folder of the Step-Audio-EditX weights; None for the small built-in English engine.
             audio_tokenizer: a function without arguments that builds a StepAudioTokenizer on first use, or a ready one,
                 which is offloaded now, outlives releases, and is restored by `close`.
-            model_source, torch_dtype: as for StepAudioTTS, with its defaults.
+            model_source, tts_model_id, quantization_config, torch_dtype, device_map, engine_arguments: as for the
+                StepAudioTTS of the checkout, with its defaults; ``quantization`` and the others of the newer generation
+                by name. Its ``cosyvoice_cuda_graph`` is False by default, since an engine with CUDA graphs cannot be
+                offloaded. An argument of the other generation raises `InvalidInput`.
             gpu_idle_timeout: idle seconds (or ``"15m"``; -1: never) until host memory is freed too.
             gpu_keep_warm: seconds on the GPU after a call, likewise; None for the manager's default (0).
             gpu_load_timeout: seconds until a load fails with `LoadTimeout`; the next call starts anew. -1: no limit.
@@ -103,6 +108,7 @@ class GPUManagedTTS:
             "quantization_config": quantization_config,
             "torch_dtype": torch_dtype,
             "device_map": device_map,
+            **known_arguments(engine_arguments),
         }
         arguments = {name: value for name, value in given.items() if value is not Default.ENGINES_OWN}
         # A ready tokenizer belongs to the caller, and must outlive a release of the engine.
@@ -136,6 +142,7 @@ class GPUManagedTTS:
         )
         return answer
 
+    @with_names_of_both
     def edit(
         self,
         input_audio_path: str,
@@ -144,7 +151,10 @@ class GPUManagedTTS:
         edit_info: str | None = None,
         text: str | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Edits a recording. Returns float32 [1, samples] on the CPU, and Hz."""
+        """Edits a recording. Returns float32 [1, samples] on the CPU, and Hz.
+
+        The names of the newer generation (``prompt_wav_path``, ``prompt_text``, ``target_text``) are accepted too.
+        """
         answer: tuple[torch.Tensor, int] = self._speak(
             lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
         )

@@ -7,11 +7,14 @@ resolves exactly these to the checkout. The checkout is last on ``sys.path``, so
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import platform
 import shlex
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -24,7 +27,7 @@ from ..errors import EngineUnavailable, ResidencyError
 from ..locks import renewed_in_children
 from ..observability.error_classification import in_words
 from ..sentences import Sentence
-from .step_audio_facts import LANDMARKS, MODULES, REPOSITORY, REQUIREMENTS
+from .step_audio_facts import LANDMARKS, MODULES, REPOSITORY
 
 _PROJECT = Path(__file__).resolve().parents[2]
 
@@ -133,21 +136,17 @@ def unusable(checkout: Path, error: BaseException) -> EngineUnavailable | None:
 def unmet(checkout: Path) -> Unmet:
     """Compares the checkout's requirements with the installed packages; returns missing packages first.
 
-    Skips options and links. No requirements file, no requirements.
+    Skips options and links. No file with requirements, no requirements.
     """
     found: Unmet = {}
-    file = checkout / REQUIREMENTS
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in _requirements(checkout):
         try:
             requirement = Requirement(line.split(" #")[0].strip())
         except InvalidRequirement:
             continue
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue
-        try:
-            installed = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            installed = None
+        installed = _installed(requirement.name)
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
             found[f"{requirement.name}{requirement.specifier}"] = installed
     return dict(sorted(found.items(), key=lambda item: item[1] is not None))
@@ -158,11 +157,44 @@ def unmet_advice(checkout: Path, packages: Unmet) -> Sentence | None:
     en = "; ".join(f"{name} ({installed or 'missing'})" for name, installed in packages.items())
     zh = "；".join(f"{name}（{installed or '未安装'}）" for name, installed in packages.items())
     install = _install_command(checkout)
+    if any(name.startswith("openai-whisper") for name, installed in packages.items() if installed is None):
+        # Its setup.py imports pkg_resources, which setuptools no longer has.
+        install = f'pip install "setuptools<81" wheel && pip install --no-build-isolation openai-whisper && {install}'
     return Sentence(f"Unmet requirements: {en}. Run {install}", f"未满足的依赖：{zh}。请运行 {install}") if en else None
 
 
+def _requirements(checkout: Path) -> list[str]:
+    """Returns the lines of requirements.txt; without one, the dependencies in pyproject.toml, with Python first."""
+    if (file := checkout / "requirements.txt").is_file():
+        return file.read_text(encoding="utf-8").splitlines()
+    if not (file := checkout / "pyproject.toml").is_file():
+        return []
+    if sys.version_info < (3, 11):  # no tomllib; the checkout needs 3.12
+        return ["python>=3.12"]
+    import tomllib  # type: ignore[import-not-found]
+
+    with suppress(OSError, ValueError):
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+        return [f"python{project.get('requires-python', '')}", *project.get("dependencies", ())]
+    return []
+
+
+def _installed(name: str) -> str | None:
+    if name == "python":
+        return platform.python_version()
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _install_command(checkout: Path) -> str:
-    return f"pip install -r {shlex.quote(str(checkout / REQUIREMENTS))}"
+    """Returns the command that installs the requirements: by uv for pyproject.toml, and where there is no pip."""
+    file = checkout / "requirements.txt"
+    if file.is_file() and importlib.util.find_spec("pip") is not None:
+        return f"pip install -r {shlex.quote(str(file))}"
+    file = file if file.is_file() else checkout / "pyproject.toml"
+    return f"uv pip install --python {shlex.quote(sys.executable)} -r {shlex.quote(str(file))}"
 
 
 class _Finder(MetaPathFinder):

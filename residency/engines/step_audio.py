@@ -1,25 +1,33 @@
 """Builds the real engine from an unmodified Step-Audio-EditX checkout and its weights.
 
-`step_audio_facts` has its modules, signatures and files; `checkout` imports it; `step_audio_weights` checks weights.
+`generations` tells the two generations apart; `step_audio_facts` has what they share; `checkout` imports it;
+`step_audio_weights` checks weights.
 Not yet run with its real weights by this project: see docs/en/verification.md.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from packaging.version import Version
 
 from ..cancellation import checkpoint
 from ..contracts import Engine
 from ..errors import EngineUnavailable
 from ..observability.error_classification import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..sentences import Sentence
-from . import step_audio_facts as facts
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
 from .checkout import find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
-from .step_audio_weights import check_model, check_weights, from_a_hub, model_folder
+from .generations import TRANSFORMERS, VLLM, Generation, check_arguments, check_flags, generation_of
+from .step_audio_weights import check_model, check_weights, from_a_hub
 
 
 def build(
@@ -27,52 +35,87 @@ def build(
     *,
     root: str | None = None,
     model_source: str = "auto",
-    tokenizer_model_id: str | None = None,
     tts_model_id: str | None = None,
-    quantization: str | None = None,
-    torch_dtype: str = "bfloat16",
-    device_map: str = "cuda",
+    managed: bool = True,
+    **flags: Any,
 ) -> Engine:
-    """Builds engine and tokenizer with the arguments that the public app passes for the same flags.
+    """Builds engine and tokenizer with the arguments that the public app of the checkout passes for the same flags.
 
-    Raises `EngineUnavailable` if the checkout or a requirement is missing; otherwise the checkout's own error.
+    Args:
+        flags: those of either generation's app, by the names of their variables; None: not given.
+        managed: the engine is built so that it can leave the GPU: vLLM with its sleep mode, the vocoder without CUDA
+            graphs unless ``cosyvoice_cuda_graph`` is true.
+
+    Raises `EngineUnavailable` if the checkout or a requirement is missing, `InvalidInput` for a flag of the other
+    generation; otherwise the checkout's own error.
     """
     checkout = find_checkout(root)
-    tts, tokenizers, loader = import_from(checkout, "tts", "tokenizer", "model_loader")
-    import torch
-
+    generation = generation_of(checkout)
+    check_flags(generation, flags)
+    tts, tokenizers, loader = _import(checkout, generation, "tts", "tokenizer", "model_loader")
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = {**generation.flags, **({"cosyvoice_cuda_graph": False} if managed else {}), **given}
     source = getattr(loader.ModelSource, model_source.upper())
-    acoustic_model = {"funasr_model_id": tokenizer_model_id} if tokenizer_model_id else {}
-    weights = {"tokenizer_model_id": tokenizer_model_id, "tts_model_id": tts_model_id, "quantization": quantization}
+    tokenizer_folder, model_folder = generation.folders(model_path, model_source, flags)
+    tokenizer_arguments, arguments = _arguments(generation, values)
     return _build(
         lambda: tts.StepAudioTTS(
-            os.path.join(model_path, model_folder(quantization)),
-            tokenizers.StepAudioTokenizer(
-                os.path.join(model_path, facts.TOKENIZER), model_source=source, **acoustic_model
-            ),
+            model_folder,
+            tokenizers.StepAudioTokenizer(tokenizer_folder, model_source=source, **tokenizer_arguments),
             model_source=source,
             tts_model_id=tts_model_id,
-            quantization_config=quantization,
-            torch_dtype=getattr(torch, torch_dtype),
-            device_map=device_map,
+            **arguments,
         ),
         checkout,
-        lambda: check_weights(model_path, model_source=model_source, **weights),
+        lambda: check_weights(
+            model_path, generation=generation, model_source=model_source, tts_model_id=tts_model_id, **_weights(flags)
+        ),
+        loader if managed else None,
     )
 
 
 def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
-    """Builds StepAudioTTS with the arguments of its constructor.
+    """Builds StepAudioTTS, managed, with the arguments of its constructor in either generation.
 
     Calls ``make_tokenizer`` once the checkout's modules can be imported. Errors as for `build`.
     """
     checkout = find_checkout(None)
-    (tts,) = import_from(checkout, "tts")
+    generation = generation_of(checkout)
+    check_arguments(generation, arguments)
+    tts, loader = _import(checkout, generation, "tts", "model_loader")
+    if "cosyvoice_cuda_graph" in generation.arguments:
+        arguments = {"cosyvoice_cuda_graph": False, **arguments}
     return _build(
         lambda: tts.StepAudioTTS(model_path, make_tokenizer(), **arguments),
         checkout,
         lambda: _check_tts(model_path, arguments),
+        loader,
     )
+
+
+def _import(checkout: Path, generation: Generation, *names: str) -> list[ModuleType]:
+    if generation is VLLM:
+        os.environ["VLLM_ATTENTION_BACKEND"] = "TRITON_ATTN"  # as in the public app, before its imports
+    return import_from(checkout, *names)
+
+
+def _arguments(generation: Generation, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arguments of ``StepAudioTokenizer`` and of ``StepAudioTTS`` for the flags of the app."""
+    quantization = values.get("quantization")
+    if generation is VLLM:
+        own = {name: values[name] for name in generation.flags if name in generation.arguments}
+        return {}, {"quantization": quantization, **own}
+    import torch
+
+    return {"funasr_model_id": values["tokenizer_model_id"]}, {
+        "quantization_config": quantization,
+        "torch_dtype": getattr(torch, values["torch_dtype"]),
+        "device_map": values["device_map"],
+    }
+
+
+def _weights(flags: Mapping[str, Any]) -> dict[str, str | None]:
+    return {name: flags.get(name) for name in ("quantization", "tokenizer_model_id", "tokenizer_path")}
 
 
 def build_recognizer(root: str | None = None) -> Callable[[str], str]:
@@ -85,32 +128,63 @@ def build_recognizer(root: str | None = None) -> Callable[[str], str]:
     return Recognizer(pipeline)
 
 
-def shortcomings(model_path: str, root: str | None, *, model_source: str = "auto", **weights: Any) -> list[Sentence]:
-    """Checks weights and requirements without loading; returns warnings, since loading may still succeed.
+def shortcomings(
+    model_path: str,
+    root: str | None,
+    *,
+    model_source: str = "auto",
+    tts_model_id: str | None = None,
+    managed: bool = True,
+    **flags: Any,
+) -> list[Sentence]:
+    """Checks flags, weights and requirements without loading; returns warnings, since loading may still succeed.
 
-    Raises `EngineUnavailable` without a checkout.
+    Raises `EngineUnavailable` without a checkout, or for one of an unknown generation; `InvalidInput` for a flag of
+    the other generation.
     """
-    found = _shortcomings(root, lambda: check_weights(model_path, model_source=model_source, **weights))
+    checkout = find_checkout(root)
+    generation = generation_of(checkout)
+    check_flags(generation, flags)
+    found = _shortcomings(
+        checkout,
+        lambda: check_weights(
+            model_path, generation=generation, model_source=model_source, tts_model_id=tts_model_id, **_weights(flags)
+        ),
+    )
     hub = from_a_hub(model_path, model_source)
-    return [hub, *found] if hub else found
+    graphs = [_CUDA_GRAPHS] if managed and flags.get("cosyvoice_cuda_graph") else []
+    return [*([hub] if hub else []), *graphs, *_untied(generation), *found]
 
 
 def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
     """Does the same for the arguments of `build_tts`; a missing checkout is a warning here."""
     try:
-        return _shortcomings(None, lambda: _check_tts(model_path, arguments))
+        checkout = find_checkout(None)
+        generation = generation_of(checkout)
+        check_arguments(generation, arguments)
+        graphs = [_CUDA_GRAPHS] if arguments.get("cosyvoice_cuda_graph") else []
+        return [*graphs, *_untied(generation), *_shortcomings(checkout, lambda: _check_tts(model_path, arguments))]
     except EngineUnavailable as error:
         return [message_of(error)]
 
 
-def _shortcomings(root: str | None, check: Callable[[], None]) -> list[Sentence]:
-    checkout = find_checkout(root)
+_CUDA_GRAPHS = Sentence(
+    "The vocoder captures CUDA graphs (--cosyvoice-cuda-graph), which contain addresses of GPU memory: the engine can "
+    "only be released, not offloaded after a request. Leave the flag out to free the GPU after each request, or give a "
+    "short --gpu-idle-timeout to release it soon",
+    "声码器会捕获 CUDA graph（--cosyvoice-cuda-graph），其中含有显存地址：引擎在请求之后无法卸载，只能释放。"
+    "去掉该参数即可在每次请求后腾出 GPU；或设置较短的 --gpu-idle-timeout，使其尽快释放",
+)
+
+
+def _shortcomings(checkout: Path, check: Callable[[], None]) -> list[Sentence]:
     found = []
     try:
         check()
     except EngineUnavailable as error:
         found.append(message_of(error))
-    if advice := unmet_advice(checkout, unmet(checkout)):
+    packages = unmet(checkout)
+    if advice := unmet_advice(checkout, packages):
         found.append(
             Sentence(f"Step-Audio-EditX may not load. {advice.en}", f"Step-Audio-EditX 可能无法加载。{advice.zh}")
         )
@@ -122,26 +196,84 @@ def _check_tts(model_path: str, arguments: dict[str, Any]) -> None:
     check_model(
         str(model_path if model is None else model),
         model_source=arguments.get("model_source", "auto"),
-        quantization=arguments.get("quantization_config"),
+        quantization=arguments.get("quantization_config") or arguments.get("quantization"),
     )
 
 
-def _build(make: Callable[[], Any], checkout: Path, check: Callable[[], None]) -> Engine:
+@contextmanager
+def _with_sleep_mode(loader: ModuleType | None) -> Iterator[None]:
+    """Lets the checkout build vLLM with its sleep mode, where the platform has one."""
+    platforms = sys.modules.get("vllm.platforms")
+    original = getattr(loader, "LLM", None)
+    if original is None or platforms is None or not platforms.current_platform.is_sleep_mode_available():
+        yield
+        return
+    loader.LLM = functools.partial(original, enable_sleep_mode=True)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        loader.LLM = original  # type: ignore[union-attr]
+
+
+def _build(
+    make: Callable[[], Any], checkout: Path, check: Callable[[], None], loader: ModuleType | None = None
+) -> Engine:
     """Returns the engine from ``make``, cancellable. Raises `EngineUnavailable` if it fails for a known reason.
 
     A cancellation ends a request at the language model's next step, unless that computes in another process (vLLM).
     """
     try:
-        engine: Engine = make()
+        with _with_sleep_mode(loader):
+            engine: Engine = make()
     except Exception as error:
         # Checked only after a failure: the checkout decides what it needs.
         if reason := _reason(error, checkout, check):
             raise reason from error
         raise
+    _check_head(engine)
     llm: Any = getattr(engine, "llm", None)
     if hasattr(llm, "register_forward_pre_hook"):
         llm.register_forward_pre_hook(lambda module, arguments: checkpoint())
     return engine
+
+
+def _check_head(engine: Any) -> None:
+    """Raises `EngineUnavailable` if the output layer of the language model lacks the weights that it should share."""
+    llm: Any = getattr(engine, "llm", None)
+    if not getattr(getattr(llm, "config", None), "tie_word_embeddings", False):
+        return
+    words, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+    if head is not None and head.weight.data_ptr() != words.weight.data_ptr():
+        raise EngineUnavailable(
+            f"transformers {_version('transformers')} does not tie the output layer of this language model to its "
+            f"embeddings; it would hum or stay silent. {_OLDER_TRANSFORMERS.en}",
+            f"transformers {_version('transformers')} 没有将该语言模型的输出层与词嵌入绑定，合成结果会是噪声或静音。"
+            f"{_OLDER_TRANSFORMERS.zh}",
+        )
+
+
+_OLDER_TRANSFORMERS = Sentence("Run pip install transformers==4.53.3", "请运行 pip install transformers==4.53.3")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _untied(generation: Generation) -> list[Sentence]:
+    """Warns of versions of transformers with which the older code is known to hum or stay silent."""
+    version = _version("transformers")
+    if generation is not TRANSFORMERS or Version(version) < Version("4.54"):
+        return []
+    return [
+        Sentence(
+            f"With transformers {version} this Step-Audio-EditX is known to hum or stay silent. "
+            f"{_OLDER_TRANSFORMERS.en}",
+            f"已知此版 Step-Audio-EditX 在 transformers {version} 下只输出噪声或静音。{_OLDER_TRANSFORMERS.zh}",
+        )
+    ]
 
 
 def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:

@@ -1,15 +1,15 @@
-"""Facts about the public Step-Audio-EditX (December 2025, transformers), as data.
+"""Facts about the public Step-Audio-EditX that both generations share (see `generations`), as data.
 
-- ``tts.StepAudioTTS(model_path, audio_tokenizer, model_source, tts_model_id, quantization_config, torch_dtype,
-  device_map)``; ``tokenizer.StepAudioTokenizer(encoder_path, model_source, funasr_model_id)``.
-- Its app takes one folder with a folder for each of the two.
+- ``tts.StepAudioTTS(model_path, audio_tokenizer, model_source, tts_model_id, ...)``;
+  ``tokenizer.StepAudioTokenizer(encoder_path, model_source, funasr_model_id)``.
 - It ignores failed imports of its own parts and fails later, at their use. FunASR replaces missing weights by random
   ones. Its ``whisper_wrapper`` turns errors, also out-of-memory errors, into empty texts.
 """
 
 REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"
 HUB = "stepfun-ai"
-REQUIREMENTS = "requirements.txt"
+#: Arguments of ``StepAudioTTS`` in both generations.
+COMMON_ARGUMENTS = ("model_path", "audio_tokenizer", "model_source", "tts_model_id")
 #: A folder with all of these is a checkout.
 LANDMARKS = ("tts.py", "stepvocoder")
 #: Top-level modules and packages, without its app and scripts.

@@ -11,29 +11,27 @@ from pathlib import Path
 from ..errors import EngineUnavailable
 from ..sentences import Sentence
 from . import step_audio_facts as facts
+from .generations import TRANSFORMERS, Generation
 
 _GIT_LFS_POINTER = b"version https://git-lfs"
-
-
-def model_folder(quantization: str | None) -> str:
-    """Returns the name of the engine's folder in a model path and of its repository on the hub."""
-    return facts.MODEL_BY_QUANTIZATION.get(quantization or "", facts.MODEL)
 
 
 def check_weights(
     model_path: str,
     *,
+    generation: Generation = TRANSFORMERS,
     model_source: str = "auto",
-    tokenizer_model_id: str | None = None,
     tts_model_id: str | None = None,
-    quantization: str | None = None,
+    **flags: str | None,
 ) -> None:
-    """Raises `EngineUnavailable` if local weights are missing, truncated, or git-lfs pointers."""
-    folder = Path(model_path)
-    if _is_local(model_path, model_source):
-        _check_tokenizer(folder / facts.TOKENIZER, tokenizer_model_id or facts.ACOUSTIC_MODEL)
-    model = str(folder / model_folder(quantization)) if tts_model_id is None else tts_model_id
-    check_model(model, model_source=model_source, quantization=quantization)
+    """Raises `EngineUnavailable` if local weights are missing, truncated, or git-lfs pointers.
+
+    ``flags``: ``quantization``, ``tokenizer_model_id`` and ``tokenizer_path`` of the app; None: not given.
+    """
+    tokenizer, model = generation.folders(model_path, model_source, flags)
+    if _is_local(flags.get("tokenizer_path") or model_path, model_source):
+        _check_tokenizer(Path(tokenizer), flags.get("tokenizer_model_id") or facts.ACOUSTIC_MODEL)
+    check_model(tts_model_id or model, model_source=model_source, quantization=flags.get("quantization"))
 
 
 def check_model(model: str, *, model_source: str = "auto", quantization: str | None = None) -> None:
@@ -41,7 +39,8 @@ def check_model(model: str, *, model_source: str = "auto", quantization: str | N
     if _is_local(model, model_source):
         folder = Path(model)
         wanted = [*facts.MODEL_FILES, *_shards(folder), *facts.VOCODER_FILES]
-        _check_files(folder, wanted, _download(model_folder(quantization), folder))
+        repository = facts.MODEL_BY_QUANTIZATION.get(quantization or "", facts.MODEL)
+        _check_files(folder, wanted, _download(repository, folder))
 
 
 def from_a_hub(model_path: str, model_source: str) -> Sentence | None:

@@ -53,6 +53,11 @@ else:
     )
 
 
+def _add_to_tts(checkout: Path, line: str) -> None:
+    file = checkout / "tts.py"
+    file.write_text(f"{line}\n{file.read_text()}")
+
+
 # -- the checkout -----------------------------------------------------------------------------------------------
 
 
@@ -163,7 +168,7 @@ def test_a_file_that_the_checkout_lacks_is_not_asked_of_pip(checkout: Path, mode
 
 
 def test_a_wrong_version_is_named_with_the_one_that_is_wanted(checkout: Path, models: Path, voice: Path) -> None:
-    (checkout / "tts.py").write_text("from torch import a_name_of_another_version")
+    _add_to_tts(checkout, "from torch import a_name_of_another_version")
     (checkout / "requirements.txt").write_text("torch==1.0.0\nnumpy>=1\nno-such-package==3.1 # why\n-r other.txt\n")
     said = refused("build()", models, voice, checkout)
     assert "a_name_of_another_version" in said
@@ -239,7 +244,7 @@ def test_weights_that_are_missing_are_named_and_not_the_module_for_another_way_t
 def test_where_all_that_is_asked_for_is_there_a_reinstallation_of_everything_is_not_advised(
     checkout: Path, models: Path, voice: Path
 ) -> None:
-    (checkout / "tts.py").write_text("from torch import a_name_of_another_version")
+    _add_to_tts(checkout, "from torch import a_name_of_another_version")
     said = refused("build()", models, voice, checkout)
     assert "pip install --force-reinstall --no-deps with the package" in said
     assert "-r " not in said

@@ -48,6 +48,17 @@ def spoken(engine):
 """
 
 
+NEWER = ROOT / "tests" / "engines" / "miniature_vllm"
+STAND_IN = ROOT / "tests" / "support" / "stand_in_vllm"
+
+
+def make_newer_checkout(folder: Path) -> Path:
+    """Copies the miniature with the files of the newer generation over it."""
+    shutil.copytree(CHECKOUT, folder, ignore=shutil.ignore_patterns("__pycache__", "requirements.txt"))
+    shutil.copytree(NEWER, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
 def make_weights(folder: Path) -> Path:
     tokenizer, llm = folder / "Step-Audio-Tokenizer", folder / "Step-Audio-EditX"
     vocoder = llm / "CosyVoice-300M-25Hz"
@@ -89,7 +100,7 @@ def run(
         apart = f"import os; os.dup2(os.open({errors.name!r}, os.O_WRONLY), 2)\n"
         process = ForkedProcess(
             apart + prelude + script, [str(models), str(voice)], {**os.environ, "STEP_AUDIO_ROOT": str(checkout)},
-            cwd=models, paths=[ROOT, ROOT / "tests" / "support"],
+            cwd=models, paths=[ROOT, ROOT / "tests" / "support", STAND_IN],
         )  # fmt: skip
         late = threading.Timer(within_s, process.kill)
         late.start()

@@ -52,9 +52,10 @@ class Stream(torch.nn.Module):
 
 
 class CosyVoice:
-    def __init__(self, model_dir):
+    def __init__(self, model_dir, dtype=torch.float32, enable_cuda_graph=False):
+        self.enable_cuda_graph = enable_cuda_graph
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.cosy_impl = Stream().to(self.device).eval()
+        self.cosy_impl = Stream().to(self.device, dtype).eval()
         with open(f"{model_dir}/cosyvoice.yaml") as file:
             self.configuration = file.read()
 
