@@ -119,8 +119,8 @@ assert engine.audio_tokenizer.arguments["encoder_path"] == f"{MODELS}/Step-Audio
 assert not vllm.LLM.built[-1]["enable_sleep_mode"], "without management nothing changes"
 assert os.environ["VLLM_ATTENTION_BACKEND"] == "TRITON_ATTN"
 given = dict(quantization="fp8", tensor_parallel_size=2, gpu_memory_utilization=0.3, max_model_len=9,
-    enforce_eager=True, dtype="float16", kv_cache_dtype="fp8", max_num_seqs=3, max_num_batched_tokens=4, cosyvoice_dtype="float16",
-    cosyvoice_cuda_graph=False)
+    enforce_eager=True, dtype="float16", kv_cache_dtype="fp8", max_num_seqs=3, max_num_batched_tokens=4,
+    cosyvoice_dtype="float16", cosyvoice_cuda_graph=False)
 engine = build(managed=False, tokenizer_path=f"{MODELS}/Step-Audio-Tokenizer", **given)
 assert given.items() <= engine.arguments.items()
 """
@@ -297,8 +297,9 @@ bare = build(managed=False)
 expected = spoken(bare)
 bare.llm.llm_engine.engine_core.shutdown()
 with closing(managed()) as tts:
-    for change in (lambda: None, tts.force_offload, tts.force_release,
-                   lambda: tts.manager.configure("tts", keep_warm=60), tts.force_offload, lambda: tts.manager.configure("tts", keep_warm=0), tts.force_release):
+    configure = tts.manager.configure
+    for change in (lambda: None, tts.force_offload, tts.force_release, lambda: configure("tts", keep_warm=60),
+                   tts.force_offload, lambda: configure("tts", keep_warm=0), tts.force_release):
         change()
         assert all(map(torch.equal, spoken(tts), expected))
     assert tts.llm.generate is not None

@@ -136,7 +136,7 @@ def test_a_module_of_the_same_name_is_not_taken_for_one_of_the_checkout(
 
 
 def test_a_missing_dependency_names_the_command_that_installs_it(checkout: Path, models: Path, voice: Path) -> None:
-    (checkout / "tts.py").write_text("import hyperpyyaml_not_here")
+    _add_to_tts(checkout, "import hyperpyyaml_not_here")
     said = refused("build()", models, voice, checkout)
     assert "needs the Python module 'hyperpyyaml_not_here'" in said
     assert f"pip install -r {checkout}/requirements.txt" in said
