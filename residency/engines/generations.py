@@ -152,18 +152,25 @@ def check_flags(generation: Generation, given: Mapping[str, Any]) -> None:
         )
 
 
-def check_arguments(generation: Generation, given: Mapping[str, Any]) -> None:
-    """Raises `InvalidInput` for arguments of the other generation's ``StepAudioTTS``."""
+def own_arguments(generation: Generation, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the given arguments of ``StepAudioTTS`` without defaults of the other generation.
+
+    Raises `InvalidInput` for other arguments of the other generation.
+    """
     (other,) = (one for one in GENERATIONS if one is not generation)
-    if foreign := ", ".join(name for name in given if name in other.arguments - generation.arguments):
+    foreign = {name: value for name, value in given.items() if name in other.arguments}
+    if named := ", ".join(name for name, value in foreign.items() if _DEFAULTS.get(name, _DEFAULTS) != value):
         own = ", ".join(sorted(generation.arguments))
         raise InvalidInput(
-            f"{foreign}: only StepAudioTTS of {other.name} takes this, and the checkout is {generation.name}, which "
+            f"{named}: only StepAudioTTS of {other.name} takes this, and the checkout is {generation.name}, which "
             f"takes {own}",
-            f"{foreign}：仅 {other.name} 的 StepAudioTTS 支持，而当前代码是 {generation.name}，其参数为 {own}",
+            f"{named}：仅 {other.name} 的 StepAudioTTS 支持，而当前代码是 {generation.name}，其参数为 {own}",
         )
+    return {name: value for name, value in given.items() if name not in foreign}
 
 
+#: Defaults in the signature of `GPUManagedTTS`, which is that of the older generation.
+_DEFAULTS = {"quantization_config": None, "device_map": "cuda"}
 _FLAGS = {"cosyvoice_cuda_graph": "no-cosyvoice-cuda-graph"}
 
 

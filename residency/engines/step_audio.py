@@ -25,8 +25,8 @@ from ..errors import EngineUnavailable
 from ..observability.error_classification import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..sentences import Sentence
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
-from .checkout import find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
-from .generations import TRANSFORMERS, VLLM, Generation, check_arguments, check_flags, generation_of
+from .checkout import Unmet, find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
+from .generations import TRANSFORMERS, VLLM, Generation, check_flags, generation_of, own_arguments
 from .step_audio_weights import check_model, check_weights, from_a_hub
 
 
@@ -81,7 +81,7 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
     """
     checkout = find_checkout(None)
     generation = generation_of(checkout)
-    check_arguments(generation, arguments)
+    arguments = own_arguments(generation, arguments)
     tts, loader = _import(checkout, generation, "tts", "model_loader")
     if "cosyvoice_cuda_graph" in generation.arguments:
         arguments = {"cosyvoice_cuda_graph": False, **arguments}
@@ -147,13 +147,14 @@ def shortcomings(
     check_flags(generation, flags)
     found = _shortcomings(
         checkout,
+        generation,
         lambda: check_weights(
             model_path, generation=generation, model_source=model_source, tts_model_id=tts_model_id, **_weights(flags)
         ),
     )
     hub = from_a_hub(model_path, model_source)
     graphs = [_CUDA_GRAPHS] if managed and flags.get("cosyvoice_cuda_graph") else []
-    return [*([hub] if hub else []), *graphs, *_untied(generation), *found]
+    return [*([hub] if hub else []), *graphs, *found]
 
 
 def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
@@ -161,9 +162,9 @@ def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
     try:
         checkout = find_checkout(None)
         generation = generation_of(checkout)
-        check_arguments(generation, arguments)
+        arguments = own_arguments(generation, arguments)
         graphs = [_CUDA_GRAPHS] if arguments.get("cosyvoice_cuda_graph") else []
-        return [*graphs, *_untied(generation), *_shortcomings(checkout, lambda: _check_tts(model_path, arguments))]
+        return [*graphs, *_shortcomings(checkout, generation, lambda: _check_tts(model_path, arguments))]
     except EngineUnavailable as error:
         return [message_of(error)]
 
@@ -177,13 +178,13 @@ _CUDA_GRAPHS = Sentence(
 )
 
 
-def _shortcomings(checkout: Path, check: Callable[[], None]) -> list[Sentence]:
-    found = []
+def _shortcomings(checkout: Path, generation: Generation, check: Callable[[], None]) -> list[Sentence]:
+    packages = unmet(checkout)
+    found = _untied(generation, packages)
     try:
         check()
     except EngineUnavailable as error:
         found.append(message_of(error))
-    packages = unmet(checkout)
     if advice := unmet_advice(checkout, packages):
         found.append(
             Sentence(f"Step-Audio-EditX may not load. {advice.en}", f"Step-Audio-EditX 可能无法加载。{advice.zh}")
@@ -262,9 +263,9 @@ def _version(package: str) -> str:
         return "0"
 
 
-def _untied(generation: Generation) -> list[Sentence]:
+def _untied(generation: Generation, packages: Unmet) -> list[Sentence]:
     """Warns of versions of transformers with which the older code is known to hum or stay silent."""
-    version = _version("transformers")
+    version = next((found for name, found in packages.items() if found and name.startswith("transformers")), "0")
     if generation is not TRANSFORMERS or Version(version) < Version("4.54"):
         return []
     return [
