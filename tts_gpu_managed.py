@@ -41,7 +41,7 @@ __all__ = ["GPUManagedTTS", "Part", "ask"]
 
 T = TypeVar("T")
 
-_OWN = ("manager", "name", "_check_text")
+_OWN = ("manager", "name", "_check_audio", "_check_text")
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class GPUManagedTTS:
         load: Callable[[], Engine] | None = None,
         name: str | None = None,
         check_text: Callable[[str], object] | None = None,
+        check_audio: Callable[[str], object] | None = None,
         **engine_arguments: Any,
     ) -> None:
         """Takes the arguments of StepAudioTTS of either generation, then those of GPU management.
@@ -100,6 +101,8 @@ class GPUManagedTTS:
             name: the model's name in status; by default ``tts``, or ``tts-2`` and so on where that is taken.
             check_text: raises `InvalidInput` for a target text that the engine cannot speak, without loading the
                 engine. The built-in engine has its own.
+            check_audio: raises `InvalidInput` for the path of a recording that the engine cannot take, likewise.
+                Step-Audio-EditX has its own, for recordings that are too long for its context.
         """
         self.manager = manager or get_gpu_manager()
         given = {
@@ -116,6 +119,11 @@ class GPUManagedTTS:
         if check_text is None and load is None and not model_path:
             check_text = speakable
         self._check_text = check_text
+        if check_audio is None and load is None and model_path:
+            from residency.engines.step_audio import audio_check
+
+            check_audio = audio_check(max_model_len=engine_arguments.get("max_model_len"))
+        self._check_audio = check_audio
         load = load or self._loader(model_path, audio_tokenizer, arguments)
         self.name = self._register(
             name,
@@ -131,12 +139,18 @@ class GPUManagedTTS:
         if self._check_text is not None:
             self._check_text(target_text)
 
+    def check_audio(self, path: str) -> None:
+        """Raises `InvalidInput` for a recording that the engine is known not to take. Does not load the engine."""
+        if self._check_audio is not None:
+            self._check_audio(path)
+
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Speaks ``target_text`` in the voice of a recording. Returns float32 [1, samples] on the CPU, and Hz.
 
-        Raises `InvalidInput`, before the engine is loaded, if `check_text` refuses the text.
+        Raises `InvalidInput`, before the engine is loaded, if `check_text` or `check_audio` refuses.
         """
         self.check_text(target_text)
+        self.check_audio(prompt_wav_path)
         answer: tuple[torch.Tensor, int] = self._speak(
             lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text)
         )
@@ -154,7 +168,9 @@ class GPUManagedTTS:
         """Edits a recording. Returns float32 [1, samples] on the CPU, and Hz.
 
         The names of the newer generation (``prompt_wav_path``, ``prompt_text``, ``target_text``) are accepted too.
+        Raises `InvalidInput`, before the engine is loaded, if `check_audio` refuses the recording.
         """
+        self.check_audio(input_audio_path)
         answer: tuple[torch.Tensor, int] = self._speak(
             lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
         )

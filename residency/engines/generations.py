@@ -99,7 +99,7 @@ VLLM = Generation(
 
 GENERATIONS = (TRANSFORMERS, VLLM)
 
-AUDIO_TOKENS_PER_S = 125 / 3
+_AUDIO_TOKENS_PER_S = 125 / 3
 """Tokens for a second of a recording: 16.7 linguistic and 25 acoustic ones."""
 
 _TEXT_TOKENS = 192
@@ -196,9 +196,24 @@ def with_names_of_both(edit: Method) -> Method:
     return cast(Method, renamed)
 
 
-def longest_audio_s(generation: Generation, max_model_len: int | None = None) -> float:
-    """Returns the length in seconds of a recording whose tokens fill the context, so that no answer is possible."""
-    return ((max_model_len or generation.context_tokens) - _TEXT_TOKENS) / AUDIO_TOKENS_PER_S
+def check_audio(generation: Generation, max_model_len: int | None, path: str) -> None:
+    """Raises `InvalidInput` if the tokens of a recording alone fill the context. Leaves unreadable files to the engine."""
+    import soundfile
+
+    context_tokens = max_model_len or generation.context_tokens
+    longest_s = (context_tokens - _TEXT_TOKENS) / _AUDIO_TOKENS_PER_S
+    try:
+        audio_s = soundfile.info(path).duration
+    except (RuntimeError, OSError, TypeError):
+        return
+    if audio_s > longest_s:
+        more = generation is VLLM and context_tokens < generation.context_tokens
+        raise InvalidInput(
+            f"The recording has {audio_s:.0f} s, and the language model takes {longest_s:.0f} s at most (a context of "
+            f"{context_tokens:,} tokens): shorten it{' or raise --max-model-len' if more else ''}",
+            f"录音长 {audio_s:.0f} 秒，而语言模型最多接受 {longest_s:.0f} 秒（上下文为 {context_tokens:,} 个 token）："
+            f"请剪短{'，或调大 --max-model-len' if more else ''}",
+        )
 
 
 def _signatures(source: str) -> tuple[frozenset[str], tuple[str, ...]]:

@@ -26,7 +26,7 @@ from ..observability.error_classification import in_words, is_out_of_device_memo
 from ..sentences import Sentence
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
 from .checkout import Unmet, find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
-from .generations import TRANSFORMERS, VLLM, Generation, check_flags, generation_of, own_arguments
+from .generations import TRANSFORMERS, VLLM, Generation, check_audio, check_flags, generation_of, own_arguments
 from .step_audio_weights import check_model, check_weights, from_a_hub
 
 
@@ -91,6 +91,22 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
         lambda: _check_tts(model_path, arguments),
         loader,
     )
+
+
+def audio_check(root: str | None = None, max_model_len: int | None = None) -> Callable[[str], None]:
+    """Returns a function that raises `InvalidInput` for the path of a recording that is too long for the engine.
+
+    ``max_model_len``: the engine's argument, if given. Without a checkout the function accepts everything.
+    """
+
+    def check(path: str) -> None:
+        try:
+            generation = generation_of(find_checkout(root))
+        except EngineUnavailable:
+            return  # the load says so
+        check_audio(generation, max_model_len, path)
+
+    return check
 
 
 def _import(checkout: Path, generation: Generation, *names: str) -> list[ModuleType]:

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from miniature_checkout import CHECKOUT, make_newer_checkout, make_recording, make_weights, run
 
+from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.engines import checkout as checkouts
 from residency.engines import step_audio
-from residency.engines.generations import TRANSFORMERS, VLLM, check_flags, generation_of, longest_audio_s
+from residency.engines.generations import TRANSFORMERS, VLLM, check_audio, check_flags, generation_of
 from residency.errors import EngineUnavailable, InvalidInput
+from tts_gpu_managed import GPUManagedTTS
 
 NEWER = """
 import os
@@ -281,9 +285,34 @@ except EngineUnavailable as error:
     assert "does not tie" in run(script, models, voice, checkout)
 
 
-def test_the_longest_recording_follows_from_the_context() -> None:
-    assert 185 < longest_audio_s(TRANSFORMERS) < 195
-    assert 65 < longest_audio_s(VLLM, 3072) < 75
+@pytest.mark.parametrize(
+    ("generation", "max_model_len", "longest_s"), [(TRANSFORMERS, None, 192), (VLLM, 3072, 69), (VLLM, None, 192)]
+)
+def test_a_recording_beyond_the_context_is_refused_before_a_load(
+    tmp_path: Path, generation: Any, max_model_len: int | None, longest_s: int
+) -> None:
+    def recording(seconds: float) -> str:
+        soundfile.write(tmp_path / "long.wav", np.zeros(int(seconds * 1000), np.float32), 1000)
+        return str(tmp_path / "long.wav")
+
+    check_audio(generation, max_model_len, recording(longest_s - 1))
+    with pytest.raises(InvalidInput, match=f"takes {longest_s} s at most") as refused:
+        check_audio(generation, max_model_len, recording(longest_s + 1))
+    assert ("--max-model-len" in refused.value.en) == (max_model_len == 3072)
+    check_audio(generation, max_model_len, "no file")
+
+
+def test_the_drop_in_refuses_a_long_recording_and_loads_nothing(
+    monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STEP_AUDIO_ROOT", str(CHECKOUT))
+    soundfile.write(tmp_path / "long.wav", np.zeros(200_000, np.float32), 1000)
+    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
+        tts = GPUManagedTTS(str(models / "Step-Audio-EditX"), lambda: None, manager=manager)
+        for speak in (lambda path: tts.clone(path, "a", "b"), lambda path: tts.edit(path, "a", "speed")):
+            with pytest.raises(InvalidInput, match="shorten it"):
+                speak(str(tmp_path / "long.wav"))
+        assert tts.get_gpu_status()["models"]["tts"]["last_move"] is None
 
 
 # -- the engine is managed whole --------------------------------------------------------------------------------
