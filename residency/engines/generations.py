@@ -197,7 +197,7 @@ def with_names_of_both(edit: Method) -> Method:
 
 
 def check_audio(generation: Generation, max_model_len: int | None, path: str) -> None:
-    """Raises `InvalidInput` if the tokens of a recording alone fill the context. Leaves unreadable files to the engine."""
+    """Raises `InvalidInput` if the tokens of a recording alone fill the context. Ignores unreadable files."""
     import soundfile
 
     context_tokens = max_model_len or generation.context_tokens

@@ -162,9 +162,9 @@ def drop_in(**arguments):
     return GPUManagedTTS(f"{MODELS}/Step-Audio-EditX", make, manager=GPUResourceManager(SimulatedDevice(4 << 30)),
                          name="tts", **arguments)
 
-tts = drop_in(max_model_len=100, gpu_memory_utilization=0.2)
+tts = drop_in(max_model_len=3000, gpu_memory_utilization=0.2)
 audio, rate = tts.clone(*SAY)
-assert tts.arguments["max_model_len"] == 100
+assert tts.arguments["max_model_len"] == 3000
 assert tts.arguments["cosyvoice_cuda_graph"] is False
 edits = [tts.edit(VOICE, "what is said", "speed", "faster", "text")[0],
          tts.edit(input_audio_path=VOICE, audio_text="what is said", edit_type="speed", edit_info="faster",
