@@ -66,10 +66,13 @@ def _language_model(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(alphabet, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    fast.save_pretrained(folder)
     config = transformers.LlamaConfig(
         vocab_size=_AUDIO_TOKENS_FROM + _CODES, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=8192,
+        num_attention_heads=2, num_key_value_heads=2,  # vLLM on the CPU needs 32 numbers a head
+ tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     # Each token may be the last, but for the first ones.
