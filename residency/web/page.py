@@ -14,28 +14,26 @@ from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
+from . import static
 from .api import control, endpoints
 from .editx_tab import EditxTab
-from .server import address_hint, gradio_routes, locale, session_limits
-from .server.bodies import small_bodies_first
+from .server import gradio_routes, session_limits
 from .server.connections import affordable
 from .server.heartbeats import Heartbeats
 from .server.hosts import Hosts
-from .server.logins import Logins, tells_of_the_limit
+from .server.layers import beneath
+from .server.logins import Logins
 from .server.middleware import RequestMiddleware
 from .server.permissions import Permissions
-from .server.root_path import beneath
 from .server.server import BoundedServer
-from .server.session_requests import SessionRequests
 from .shared.gradio_compat import (
     Blocks,
+    adapt_page_templates,
     keep_uploads_in,
-    leave_out_the_internet,
     listening,
     set_closed,
     sign_out,
     supported,
-    take_no_empty_session,
     user,
 )
 from .shared.protocols import Manager
@@ -47,45 +45,16 @@ _BODY_BYTES, _BYTES_PER_CHARACTER = 1 << 20, 2 * 12
 _CACHE_CHECK_S, _CACHE_AGE_S = 3600, 24 * 3600
 _CLOSE_WITHIN_S = 1
 _LOOK_EVERY_S, _TELL_EVERY_S = 0.05, 0.1
-_CSS = """
-:is(.said, .progress-line):has(.prose:empty) {display: none}
-.said p, .progress-line label {margin: 0; overflow-wrap: anywhere; line-height: 1.5}
-.said p {scroll-margin: 140px 0 24px}
-.said p[role=alert] {color: var(--error-text-color); font-weight: 500}
-.progress-line label {display: block}
-.progress-line progress {
-  appearance: none; display: block; width: 100%; height: 8px; margin-top: 4px;
-  border: 0; border-radius: 4px; overflow: hidden; background: rgba(128, 128, 128, .25)
-}
-.progress-line progress::-webkit-progress-bar {background: transparent}
-.progress-line progress::-webkit-progress-value {background: var(--color-accent)}
-.progress-line progress::-moz-progress-bar {background: var(--color-accent)}
-/* Where nobody knows how much is done. */
-.progress-line progress:indeterminate::-moz-progress-bar {background: transparent}
-.progress-line progress:indeterminate {
-  background: linear-gradient(90deg, transparent 40%, var(--color-accent) 50%, transparent 60%) 0 / 300%, #8884;
-  animation: under-way 2s linear infinite
-}
-@keyframes under-way {from {background-position: 100%} to {background-position: 0}}
-body:not(:has(#progress [data-running])) #stop {display: none}
-#progress {scroll-margin: 5em 0}
-:is(.progress-line, .said) .wrap:has(> .error) {display: none}
-/* What was said about a recording that was taken away. */
-body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display: none}
-#history .download-link ~ button, #hear-the-end, #prewarm {display: none}
-/* The players of Gradio 6, and those of Gradio 5, whose waves are 128 pixels high. */
-#history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
-#history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}
-#history .waveform > div {transform: scaleY(.32)}
-#prompt-audio .wrap {min-height: 8rem}
-#task-line {opacity: .75}
-/* On a phone a name is as long as its box. */
-:is(#task, #sub-task) input {text-overflow: ellipsis; margin-right: 1.4em}
-footer .divider:last-child {display: none}
-@media (max-width: 640px) {#history {height: auto !important; min-height: 220px}}
-#history .bot-row {scroll-margin: 24px 0 60px}
-"""
 _FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+
+
+def _script(name: str) -> str:
+    return f"<script>\n{{% raw %}}{static.text(name)}{{% endraw %}}</script>"
+
+
+_LOGIN = "{% if config['auth_required'] %}" + _script("login.js") + "{% endif %}"
+_HEAD = _LOGIN + _script("language.js") + _script("address.js")
+"""Scripts that the browser runs before all others."""
 
 
 class Page:
@@ -106,7 +75,7 @@ class Page:
         #: Whether the page is ready, which is later than the server's first response.
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
-        leave_out_the_internet()
+        adapt_page_templates(_HEAD)
         presence = Heartbeats(self._session_begins, self._session_ends)
         tab.recordings.silent = presence.silent
         self.traffic = RequestMiddleware(
@@ -119,7 +88,7 @@ class Page:
             self._visits.know,
             tab.recordings.reserved,
         )
-        look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
+        look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": static.text("page.css")}
         self._look = supported(gr.Blocks.launch, **look)
         # Gradio 5 takes theme and CSS in Blocks() instead of launch().
         with Blocks(
@@ -136,7 +105,6 @@ class Page:
             endpoints.register_speech(tab.speech, tab.told, tab.recordings)
             if manager is not None:
                 endpoints.register_gpu(manager, permissions or Permissions())
-        take_no_empty_session(self.blocks)
 
     def serve(
         self,
@@ -159,8 +127,8 @@ class Page:
         """
         hosts = hosts or Hosts()
         self._asks_for_password = auth is not None
-        session_limits.bound_names()
-        session_limits.bound_uploads()
+        session_limits.limit_names()
+        session_limits.limit_uploads()
         with listening((lambda app: app) if auth else hosts.around, BoundedServer):
             _, _, public_link = self.blocks.launch(
                 server_name=host,
@@ -189,25 +157,23 @@ class Page:
             hosts.allow(urlsplit(public_link).hostname or "")
         self.serves = True
         threading.Thread(target=self._sweep, name="recordings-sweeper", daemon=True).start()
-        session_limits.bound_queue(self.blocks._queue)
+        session_limits.limit_queue(self.blocks._queue)
         # Gradio polls its queue a thousand times a second, which uses 3 % of a core.
         self.blocks._queue.sleep_when_free = _LOOK_EVERY_S
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
 
     def _middleware(self, root_path: str, api: ASGIApp | None) -> list[Callable[[ASGIApp], ASGIApp]]:
-        """Returns the middleware around Gradio's application, the outermost first."""
+        """Returns the layers around Gradio's application, the outermost first."""
         auth = self._asks_for_password
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
-        lines = SessionRequests(self._may_stay, affordable() // 2)  # the other half is for short requests
+        # The other half of the connections is for short requests.
+        streams = session_limits.SessionRequests(self._may_stay, affordable() // 2)
         return [
             beneath(root_path),
-            small_bodies_first,
-            lines.around,
+            streams.around,
             self.traffic.around,
-            *([logins.around, tells_of_the_limit] if auth else []),
-            address_hint.around,
-            locale.around,
+            *([logins.around] if auth else []),
             gradio_routes.without(() if auth else ("/login", "/logout")),
             *([control.beside(api)] if api else []),
         ]

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from residency.web.server.session_requests import SessionRequests
+from residency.web.server.session_limits import SessionRequests
 
 LINES = ["/gradio_api/heartbeat/{}", "/gradio_api/queue/data?session_hash={}", "/gradio_api/call/clone/{}",
          "/gradio_api/upload_progress?upload_id={}"]  # fmt: skip

@@ -11,8 +11,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from residency.web.server.heartbeats import Heartbeats
+from residency.web.server.layers import beneath
 from residency.web.server.middleware import RequestMiddleware
-from residency.web.server.root_path import beneath
 
 
 def client(root_path: str, folder: object = "/nonexistent") -> TestClient:

@@ -26,6 +26,7 @@ from ... import errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
 from ..server.bodies import given_up
+from ..server.layers import http_layer
 from ..server.permissions import Permissions
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
@@ -218,21 +219,18 @@ def _changes(
 
 
 def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
-    """Returns an ASGI middleware that routes the paths of ``api`` to it, all others to the wrapped app.
+    """Returns the layer that routes the paths of ``api`` to it, all others to the wrapped application.
 
     ``api`` gets paths with the root path as prefix, as in the ASGI specification: static files need that.
     """
 
-    def around(app: ASGIApp) -> ASGIApp:
-        async def either(scope: Scope, receive: Receive, send: Send) -> None:
-            path = scope.get("path", "") if scope["type"] == "http" else ""
-            ours = path in _PATHS or path.startswith(("/gpu/", "/docs/"))
-            if ours:
-                await api({**scope, "path": scope.get("root_path", "") + path}, receive, send)
-            else:
-                await app(scope, receive, send)
-
-        return either
+    @http_layer
+    async def around(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path in _PATHS or path.startswith(("/gpu/", "/docs/")):
+            await api({**scope, "path": scope.get("root_path", "") + path}, receive, send)
+        else:
+            await app(scope, receive, send)
 
     return around
 

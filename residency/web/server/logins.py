@@ -16,9 +16,8 @@ from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .. import static
 from ..shared.language import preferred
-from .page_head import with_script
+from .layers import http_layer
 
 _FAILURES, _ONE_EVERY_S = 5, 10.0
 """Limit per address or browser: a burst, then one failure per interval."""
@@ -32,12 +31,9 @@ _ENOUGH = (
 _LEAVING = """<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><p>{sentence}</p><form method="post"><button>{title}</button></form>"""
 
-tells_of_the_limit = with_script(static.text("login.js"))
-"""ASGI middleware that shows the rate limit in the login form."""
-
 
 class Logins:
-    """`around` is an ASGI middleware for a page with a password. For the thread of the server's loop.
+    """`around` is the layer for a page with a password. For the thread of the server's loop.
 
     Counts wrong passwords per address (IPv6: per network) and in total. A cookie identifies browsers with an earlier
     login, which have limits of their own: guesses from other browsers, even at the same address, do not lock them out.
@@ -53,17 +49,15 @@ class Logins:
         self._each = RateLimit(_FAILURES, _ONE_EVERY_S)
         self._all = RateLimit(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
 
-    def around(self, app: ASGIApp) -> ASGIApp:
-        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-            path = scope["path"].rstrip("/") if scope["type"] == "http" else ""
-            if path == "/login" and scope["method"] == "POST":
-                await self._sign_in(app, scope, receive, send)
-            elif path == "/logout":
-                await self._leave(HTTPConnection(scope), scope["method"])(scope, receive, send)
-            else:
-                await app(scope, receive, send)
-
-        return guarded
+    @http_layer
+    async def around(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].rstrip("/")
+        if path == "/login" and scope["method"] == "POST":
+            await self._sign_in(app, scope, receive, send)
+        elif path == "/logout":
+            await self._leave(HTTPConnection(scope), scope["method"])(scope, receive, send)
+        else:
+            await app(scope, receive, send)
 
     async def _sign_in(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         request = HTTPConnection(scope)

@@ -105,18 +105,6 @@ def keep_uploads_in(folder: str) -> None:
         route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
 
 
-def take_no_empty_session(blocks: gr.Blocks) -> None:
-    """Replaces empty session names by None in Gradio's queue, which fails on empty names."""
-    queue: Any = blocks._queue
-    push = queue.push
-
-    async def push_named(body: Any, **keywords: Any) -> Any:
-        body.session_hash = body.session_hash or None
-        return await push(body=body, **keywords)
-
-    queue.push = push_named
-
-
 def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
     """Sets whether a session is closed. Gradio deletes the state of closed sessions after an hour.
 
@@ -187,16 +175,20 @@ def _answer_no_other_sites(app: Any) -> None:
 
 
 @functools.cache
-def leave_out_the_internet() -> None:
-    """Removes links to external scripts and fonts from Gradio 5's page templates."""
+def adapt_page_templates(head: str) -> None:
+    """Inserts HTML (a Jinja template) before all other in the head of Gradio's pages.
+
+    Removes links to external scripts and fonts, which Gradio 5 has.
+    """
     environment: Any = routes.templates.env
     pages = environment.loader
 
-    def without_links(name: str) -> str | None:
+    def adapted(name: str) -> str:
         source = pages.get_source(environment, name)[0]
-        return re.sub(r"<link\s+rel=\"preconnect\"[^>]*>|<script\s+src=\"https:[^>]*></script>", "", source)
+        source = re.sub(r"<link\s+rel=\"preconnect\"[^>]*>|<script\s+src=\"https:[^>]*></script>", "", source)
+        return str(source).replace("<head>", f"<head>{head}", 1)
 
-    environment.loader = FunctionLoader(without_links)
+    environment.loader = FunctionLoader(adapted)
 
 
 def session() -> str | None:
