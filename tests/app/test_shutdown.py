@@ -130,7 +130,7 @@ def test_when_the_grace_is_over_it_leaves_without_the_request(
         running = Visit(app, prompt).ask()
         app.wait_for_line("at the gate: speak")
         assert app.stop() == 0
-        assert app.wait_for_line("leaving without it. / 仍有请求在运行")
+        assert app.wait_for_line("exiting without waiting. / 仍有请求在运行")
         assert running.answer.exception(30)
     # Not around a thread in native code.
     assert "the interpreter ends" not in app.log
