@@ -1,8 +1,8 @@
 """Health, status, metrics and control over plain HTTP, for scripts, orchestrators and dashboards.
 
-An application of its own, so that it can be tried without a page; its description is at ``/docs``. Answers that are no
-success are ``{"error": a sentence that says what to do}``; what is refused for who sends it or for its size, before it
-comes here, is answered with the sentence alone.
+An application of its own, so that it can be tried without a page; its description is at ``/docs``. Errors are
+``{"error": a sentence that says what to do}``; requests that are refused for their sender or size get the sentence
+alone, as plain text.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class _Calls:
     def add_change(self, app: FastAPI, call: str, body: type[BaseModel], description: str) -> None:
         """Adds a call of `_CHANGES`. It answers with the status: 200, or 202 if the move follows later."""
         change: Callable[..., bool | None] = getattr(self._manager, call)
-        follows: _Responses = {} if call == "configure" else {202: {"model": Status, "description": "It will follow."}}
+        follows: _Responses = {} if call == "configure" else {202: {"model": Status, "description": "The move follows the running request."}}
 
         async def endpoint(request: Request) -> JSONResponse:
             # The permission is checked before the body is read.
