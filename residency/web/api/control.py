@@ -188,7 +188,11 @@ class _Calls:
     def add_change(self, app: FastAPI, call: str, body: type[BaseModel], description: str) -> None:
         """Adds a call of `_CHANGES`. It answers with the status: 200, or 202 if the move follows later."""
         change: Callable[..., bool | None] = getattr(self._manager, call)
-        follows: _Responses = {} if call == "configure" else {202: {"model": Status, "description": "The move follows the running request."}}
+        follows: _Responses = (
+            {}
+            if call == "configure"
+            else {202: {"model": Status, "description": "The move follows the running request."}}
+        )
 
         async def endpoint(request: Request) -> JSONResponse:
             # The permission is checked before the body is read.

@@ -8,7 +8,6 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -54,8 +53,6 @@ _TOO_LARGE = (
 )
 _RESULTS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
 """Routes that deliver results: Gradio's event streams, and the recordings that these name."""
-_WATCHED_AT_MOST = 1000
-"""Maximum of sessions with a closed result stream that are watched at a time."""
 _LINE_CUT_S = 20.0
 """Timeout after the result stream of a session with waiting requests is closed.
 
@@ -86,7 +83,7 @@ class RequestMiddleware:
         folder: str,
         presence: Heartbeats,
         upload_begins: Callable[[], object] | None = None,
-        answers_end: Callable[[str, float], bool] | None = None,
+        answers_end: Callable[[str, float], bool] = lambda session, for_s: False,
         largest_upload_bytes: float = math.inf,
         largest_body_bytes: float = 1 << 20,
         know: Callable[[str], bool] = lambda session: True,
@@ -104,8 +101,9 @@ class RequestMiddleware:
         self._under_way = 0
         self._last_s = -math.inf
         self._uploads = 0
-        self._lines: Counter[str] = Counter()
-        self._silent: dict[str, asyncio.Task[None]] = {}
+        self._result_streams = Heartbeats(
+            lambda session: None, lambda session: self._answers_end(session, _LINE_CUT_S), _LINE_CUT_S
+        )
 
     @http_layer
     async def around(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,9 +137,9 @@ class RequestMiddleware:
         path = scope["path"]
         with ExitStack() as until_answered:
             if session := session_of(scope):
-                until_answered.enter_context(self._presence.line(session))
+                until_answered.enter_context(self._presence.stream(session))
             if path == DATA and session:
-                until_answered.enter_context(self._result_stream(session))
+                until_answered.enter_context(self._result_streams.stream(session))
             if path.startswith(_RESULTS):
                 until_answered.enter_context(self._counted())
             await app(scope, receive, send)
@@ -189,34 +187,6 @@ class RequestMiddleware:
         for left in self._folder.glob(f"{UNDER_WAY}*"):
             if left.is_file() and not self._uploads:
                 left.unlink(missing_ok=True)
-
-    @contextmanager
-    def _result_stream(self, session: str) -> Iterator[None]:
-        self._lines[session] += 1
-        try:
-            yield
-        finally:
-            self._lines[session] -= 1
-            if not self._lines[session] and len(self._silent) >= _WATCHED_AT_MOST:
-                del self._lines[session]
-            elif not self._lines[session]:  # its next stream may open soon
-                self._silent[session] = asyncio.get_running_loop().create_task(self._watch_silence(session))
-
-    async def _watch_silence(self, session: str) -> None:
-        """Calls ``answers_end`` every `_LINE_CUT_S` until a stream opens, or no request waits.
-
-        A request may arrive before its stream.
-        """
-        waits = True
-        while waits:
-            await asyncio.sleep(_LINE_CUT_S)
-            if self._silent.get(session) is not asyncio.current_task() or self._lines[session]:
-                return  # a stream was opened meanwhile
-            waits = self._answers_end is not None and bool(
-                await to_thread.run_sync(self._answers_end, session, _LINE_CUT_S)
-            )
-        if self._silent.get(session) is asyncio.current_task() and not self._lines[session]:
-            del self._silent[session], self._lines[session]
 
     def wait_until_quiet(self, within_s: float) -> bool:
         """Waits until all results are delivered; returns False after ``within_s``."""
