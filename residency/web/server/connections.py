@@ -14,7 +14,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum
 
@@ -29,7 +29,7 @@ _RESERVE = 128
 """Descriptors reserved for files, models and libraries; at most a third of the free ones."""
 _KERNEL_BACKLOG = 256
 """Connections that the kernel queues until they are accepted; a longer queue means longer waits."""
-_TELL_EVERY_S = 60.0
+_WARN_EVERY_S = 60.0
 _SHARE_ENDED, _BUSY_FOR_S = 50, 0.01
 _SPENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _BUSY = "The server has too many connections: try again in a minute. / 服务器连接数已满：请一分钟后重试。\n".encode()
@@ -91,7 +91,7 @@ class Connections:
         self._now = now
         self._by_descriptor: dict[int, Connection] = {}
         self._busy_until_s = -math.inf
-        self._refused, self._told_s = 0, -math.inf
+        self._refused, self._warned_s = 0, -math.inf
 
     def __len__(self) -> int:
         self._by_descriptor = {fd: each for fd, each in self._by_descriptor.items() if each.is_open}
@@ -146,14 +146,14 @@ class Connections:
                     accepted.recv(1 << 16)  # unread data would make the peer lose the response
                 accepted.send(_REFUSAL)
         self._refused += 1
-        if (now_s := self._now()) - self._told_s >= _TELL_EVERY_S:
+        if (now_s := self._now()) - self._warned_s >= _WARN_EVERY_S:
             logger.warning(
                 "Connections were refused (%d), since %d are busy or no descriptors are left: raise LimitNOFILE or "
                 "ulimit -n, or limit connections in the proxy before the app. / "
                 "已拒绝 %d 个连接：请调高 LimitNOFILE 或 ulimit -n，或在前置代理中限制连接数。",
                 self._refused, len(self._by_descriptor), self._refused,
             )  # fmt: skip
-            self._refused, self._told_s = 0, now_s
+            self._refused, self._warned_s = 0, now_s
 
 
 class Listener(socket.socket):
@@ -162,9 +162,9 @@ class Listener(socket.socket):
     Reserves a spare descriptor: with none left, a connection could not be accepted for its refusal.
     """
 
-    def __init__(self, family: int, connections: Connections, plain: bool = True) -> None:
+    def __init__(self, bound: socket.socket, connections: Connections, plain: bool = True) -> None:
         # An explicit protocol, since asyncio sets TCP_NODELAY only with it.
-        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        super().__init__(bound.family, bound.type, socket.IPPROTO_TCP, bound.detach())
         self._connections, self._plain = connections, plain
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
 
@@ -204,19 +204,13 @@ class Listener(socket.socket):
 
 def listeners(host: str, port: int, connections: Connections, plain: bool = True) -> list[Listener]:
     """Returns a bound socket for each address of the host. Raises OSError if one cannot be bound."""
-    found: list[Listener] = []
     addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    try:
+    with ExitStack() as if_one_fails:
+        found = []
         for family, _, _, _, address in dict.fromkeys(addresses):
-            found.append(listener := Listener(family, connections, plain))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(address)
-    except BaseException:
-        for listener in found:
-            listener.close()
-        raise
+            bound = socket.create_server(address, family=family)
+            found.append(if_one_fails.enter_context(Listener(bound, connections, plain)))
+        if_one_fails.pop_all()
     return found
 
 

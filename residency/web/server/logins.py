@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import math
 import secrets
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import anyio
+from gradio.utils import LRUCache
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
@@ -24,6 +24,7 @@ _FAILURES, _ONE_EVERY_S = 5, 10.0
 _ALL_FAILURES, _ONE_OF_ALL_EVERY_S = 50, 0.25
 _FAILED_AFTER_S = 0.5
 _BROWSER_AGE_S = 30 * 24 * 3600
+_BROWSERS = 10_000
 _ENOUGH = (
     "密码错误次数过多：请等待 {seconds} 秒后重试。",
     "Too many wrong passwords from here: wait {seconds} s, then try again.",
@@ -45,7 +46,7 @@ class Logins:
     ) -> None:
         self._sign_out = sign_out
         self._now = now
-        self._key = secrets.token_bytes(32)
+        self._known_browsers: LRUCache[str, None] = LRUCache(_BROWSERS)
         self._each = RateLimit(_FAILURES, _ONE_EVERY_S)
         self._all = RateLimit(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
 
@@ -62,15 +63,16 @@ class Logins:
     async def _sign_in(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         request = HTTPConnection(scope)
         cookie = f"known-browser-{(scope.get('server') or ('', ''))[1]}"
-        browser = self._known_browser(request.cookies.get(cookie, ""))
+        browser = request.cookies.get(cookie, "")
         now_s = self._now()
         # Known browsers do not count towards the overall limit: they are as few as the users.
-        counts = [(self._each, browser)] if browser else [(self._each, _network(request)), (self._all, "")]
+        known = browser in self._known_browsers
+        counts = [(self._each, browser)] if known else [(self._each, _network(request)), (self._all, "")]
         wait_s = max(pace.wait_s(key, now_s) for pace, key in counts)
         if wait_s > 0:
             seconds = math.ceil(wait_s)
-            said = preferred(request.headers.get("accept-language"))(*_ENOUGH).format(seconds=seconds)
-            return await PlainTextResponse(said, 429, {"Retry-After": str(seconds)})(scope, receive, send)
+            sentence = preferred(request.headers.get("accept-language"))(*_ENOUGH).format(seconds=seconds)
+            return await PlainTextResponse(sentence, 429, {"Retry-After": str(seconds)})(scope, receive, send)
         for pace, key in counts:  # before the result, since many requests may run concurrently
             pace.take(key, now_s)
 
@@ -88,16 +90,9 @@ class Logins:
         await app(scope, receive, noted)
 
     def _known_from_now_on(self, cookie: str) -> str:
-        browser = secrets.token_urlsafe(12)
-        value = f"{browser}.{self._signature(browser)}"
-        return f"{cookie}={value}; Max-Age={_BROWSER_AGE_S}; Path=/; HttpOnly; SameSite=Strict"
-
-    def _known_browser(self, value: str) -> str:
-        browser, _, signature = value.partition(".")
-        return browser if hmac.compare_digest(signature.encode(), self._signature(browser).encode()) else ""
-
-    def _signature(self, browser: str) -> str:
-        return hmac.new(self._key, browser.encode(), "sha256").hexdigest()
+        browser = secrets.token_urlsafe(32)
+        self._known_browsers[browser] = None
+        return f"{cookie}={browser}; Max-Age={_BROWSER_AGE_S}; Path=/; HttpOnly; SameSite=Strict"
 
     def _leave(self, request: HTTPConnection, method: str) -> Response:
         if method not in ("GET", "POST"):

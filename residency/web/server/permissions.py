@@ -30,23 +30,18 @@ class Permissions:
 
     def check(self, request: HTTPConnection, user: str | None = None) -> None:
         """Raises `NotAllowed` unless the request may make changes; ``user`` is the name of a signed-in user."""
+        if not self.allows(request, user):
+            raise NotAllowed
+
+    def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
+        """Whether `check` raises nothing."""
         if self.knows_token(request):
-            return
-        if not from_another_site(request) and (user or (self._trust_local and _is_local(request))):
-            return
-        raise NotAllowed
+            return True
+        return not from_another_site(request) and (bool(user) or (self._trust_local and _is_local(request)))
 
     def knows_token(self, request: HTTPConnection) -> bool:
         """Whether the request has the token; False if the server has none."""
         return self._token is not None and hmac.compare_digest(_token_sent(request).encode(), self._token)
-
-    def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
-        """Whether `check` raises nothing."""
-        try:
-            self.check(request, user)
-        except NotAllowed:
-            return False
-        return True
 
 
 def _token_sent(request: HTTPConnection) -> str:
