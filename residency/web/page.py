@@ -25,12 +25,11 @@ from .server.layers import beneath
 from .server.logins import Logins
 from .server.middleware import RequestMiddleware
 from .server.permissions import Permissions
-from .server.server import BoundedServer
+from .server.server import listening
 from .shared.gradio_compat import (
     Blocks,
     adapt_page_templates,
     keep_uploads_in,
-    listening,
     set_closed,
     sign_out,
     supported,
@@ -69,9 +68,8 @@ class Page:
     ) -> None:
         self.speech = tab.speech
         self._largest_upload_bytes = largest_upload_bytes
-        self._recordings, self._visits = tab.recordings, tab.visits
+        self._recordings, self._page_sessions = tab.recordings, tab.visits
         self._ended = threading.Event()
-        self._asks_for_password = False
         #: Whether the page is ready, which is later than the server's first response.
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
@@ -81,11 +79,11 @@ class Page:
         self.traffic = RequestMiddleware(
             str(tab.speech.folder),
             presence,
-            tab.intent.show if tab.intent else None,
+            tab.intent.show if tab.intent else lambda: None,
             tab.waiting.gone,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
             _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
-            self._visits.know,
+            self._page_sessions.know,
             tab.recordings.reserved,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": static.text("page.css")}
@@ -111,33 +109,27 @@ class Page:
         host: str,
         port: int,
         *,
-        share: bool = False,
         api: ASGIApp | None = None,
         auth: tuple[str, str] | None = None,
         hosts: Hosts | None = None,
         root_path: str = "",
-        ssl_certfile: str | None = None,
-        ssl_keyfile: str | None = None,
+        **launch: Any,
     ) -> str | None:
         """Starts serving in the background; returns the public link if ``share`` is set and a tunnel could be opened.
 
         ``api`` serves the paths of `control`; ``auth`` is the name and password of the page, which protects all reads,
-        so that ``hosts`` is not applied. ``root_path`` is the path or URL under which a proxy serves the page;
-        ``ssl_certfile`` and ``ssl_keyfile`` are PEM files for https. Raises OSError if the port is in use.
+        so that ``hosts`` is not applied. ``root_path`` is the path or URL under which a proxy serves the page; further
+        arguments are those of `gr.Blocks.launch`. Raises OSError if the port is in use.
         """
         hosts = hosts or Hosts()
-        self._asks_for_password = auth is not None
         session_limits.limit_names()
         session_limits.limit_uploads()
-        with listening((lambda app: app) if auth else hosts.around, BoundedServer):
+        with listening((lambda app: app) if auth else hosts.around):
             _, _, public_link = self.blocks.launch(
                 server_name=host,
                 server_port=port,
-                share=share,
                 auth=auth,
                 root_path=root_path,
-                ssl_certfile=ssl_certfile,
-                ssl_keyfile=ssl_keyfile,
                 ssl_verify=False,  # for Gradio's first request to itself: the certificate has another name
                 max_file_size=self._largest_upload_bytes,
                 prevent_thread_lock=True,
@@ -145,11 +137,12 @@ class Page:
                 state_session_capacity=session_limits.SESSIONS,
                 ssr_mode=False,
                 app_kwargs={
-                    "middleware": [Middleware(around) for around in self._middleware(root_path, api)],
+                    "middleware": [Middleware(around) for around in self._layers(root_path, api, auth is not None)],
                     "exception_handlers": gradio_routes.HANDLERS,
                     "redirect_slashes": False,
                 },
                 i18n=translations(),
+                **launch,
                 **self._look,
                 **supported(gr.Blocks.launch, footer_links=["api"], run_history=False),
             )
@@ -163,12 +156,12 @@ class Page:
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
 
-    def _middleware(self, root_path: str, api: ASGIApp | None) -> list[Callable[[ASGIApp], ASGIApp]]:
+    def _layers(self, root_path: str, api: ASGIApp | None, auth: bool) -> list[Callable[[ASGIApp], ASGIApp]]:
         """Returns the layers around Gradio's application, the outermost first."""
-        auth = self._asks_for_password
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
+        may_stay = (lambda request: self.signed_in(request) is not None) if auth else (lambda request: True)
         # The other half of the connections is for short requests.
-        streams = session_limits.SessionRequests(self._may_stay, affordable() // 2)
+        streams = session_limits.SessionRequests(may_stay, affordable() // 2)
         return [
             beneath(root_path),
             streams.around,
@@ -182,16 +175,13 @@ class Page:
         """Returns the name of the signed-in user, or None."""
         return user(self.blocks.app, request)
 
-    def _may_stay(self, request: HTTPConnection) -> bool:
-        return not self._asks_for_password or self.signed_in(request) is not None
-
     def _session_begins(self, session: str) -> None:
         self._recordings.begin(session)
         set_closed(self.blocks, session, False)
 
     def _session_ends(self, session: str) -> None:
         self._recordings.end(session)
-        self._visits.end(session)
+        self._page_sessions.end(session)
         set_closed(self.blocks, session, True)
 
     def _sweep(self) -> None:

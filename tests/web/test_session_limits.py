@@ -104,6 +104,7 @@ def test_gradio_stores_a_limited_number_of_uploads_and_requests(monkeypatch: pyt
     session_limits.limit_queue(queue)
     for number in range(5):
         statuses.track(f"upload-{number}")
+        assert statuses._signals[f"upload-{number}"].is_set()
         queue.event_analytics[f"event-{number}"] = queue.pending_event_ids_session[f"session-{number}"] = set()
     for stored in (statuses._statuses, statuses._signals, queue.event_analytics, queue.pending_event_ids_session):
         assert len(stored) == 3

@@ -23,13 +23,11 @@ NOBODY = gr.Request()
 
 
 def register_speech(
-    speech: SpeechService,
-    told: Callable[[], AbstractContextManager[Any]],
-    recordings: Recordings,
+    speech: SpeechService, progress: Callable[[], AbstractContextManager[Any]], recordings: Recordings
 ) -> None:
     """Registers ``/clone`` and ``/edit``. They raise `gr.Error` with a readable message.
 
-    ``told`` is the context manager that reports progress. Files are deleted with the session of ``gradio_client``.
+    ``progress`` is the context manager that reports progress. Files are deleted with the session of ``gradio_client``.
     ``job.cancel()`` ends a request as Stop does on the page.
     """
 
@@ -40,7 +38,7 @@ def register_speech(
             recordings.own(session(), recording)
             readable = speech.incoming.readable(recording)
             recordings.own(session(), readable)
-            with cancelled_by(cancellation), told():
+            with cancelled_by(cancellation), progress():
                 result = work(readable)
             recordings.own(session(), result)
             return result
@@ -61,8 +59,9 @@ def register_speech(
 
     # They do not wait in Gradio's queue, which detects neither free engines nor disconnected clients.
     with gr.Row(visible=False):
-        _expose(clone, [_recording(), *(gr.Textbox() for _ in range(2))], gr.Audio(), concurrency_limit=None)
-        _expose(edit, [_recording(), *(gr.Textbox() for _ in range(4))], gr.Audio(), concurrency_limit=None)
+        for function, texts in ((clone, 2), (edit, 4)):
+            inputs = [gr.Audio(type="filepath"), *(gr.Textbox() for _ in range(texts))]
+            _expose(function, inputs, gr.Audio(), concurrency_limit=None)
 
 
 def register_gpu(manager: Manager, permissions: Permissions) -> None:
@@ -101,10 +100,6 @@ def register_gpu(manager: Manager, permissions: Permissions) -> None:
 def _expose(function: Callable[..., Any], inputs: list[Any], output: Any, **keywords: Any) -> None:
     # A hidden button, since its components handle files, unlike `gr.api`.
     gr.Button().click(function, inputs, output, api_name=function.__name__, **keywords)
-
-
-def _recording() -> gr.Audio:
-    return gr.Audio(type="filepath")
 
 
 def _or_error(work: Callable[[], T]) -> T:

@@ -82,7 +82,7 @@ class RequestMiddleware:
         self,
         folder: str,
         presence: Heartbeats,
-        upload_begins: Callable[[], object] | None = None,
+        upload_begins: Callable[[], object] = lambda: None,
         answers_end: Callable[[str, float], bool] = lambda session, for_s: False,
         largest_upload_bytes: float = math.inf,
         largest_body_bytes: float = 1 << 20,
@@ -155,8 +155,7 @@ class RequestMiddleware:
                 announced = announced_bytes(scope)
                 reserved = self._reserved(most_bytes if announced is None else announced)
                 await to_thread.run_sync(room.enter_context, reserved)
-                if self._upload_begins:
-                    asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
+                asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
             return await receive()
 
         async def noted(message: Message) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -132,9 +132,9 @@ def limit_queue(queue: Any) -> None:
 
 def limit_uploads() -> None:
     """Limits the number of uploads for which Gradio stores progress."""
-    statuses = routes.file_upload_statuses
+    statuses: Any = routes.file_upload_statuses
     statuses._statuses = LRUCache(_REMEMBERED)
-    statuses._signals = _Newest(statuses._signals.default_factory)
+    statuses._signals = _Signals(_REMEMBERED)
 
 
 def forget_deleted_files(blocks: Any) -> None:
@@ -143,10 +143,7 @@ def forget_deleted_files(blocks: Any) -> None:
         files -= {path for path in files if not os.path.exists(path)}
 
 
-class _Newest(defaultdict[str, Any]):
-    """A `defaultdict` that keeps only its newest `_REMEMBERED` keys."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        if len(self) > _REMEMBERED:
-            del self[next(iter(self))]
+class _Signals(LRUCache[str, asyncio.Event]):
+    def __missing__(self, key: str) -> asyncio.Event:
+        self[key] = signal = asyncio.Event()
+        return signal
