@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -123,26 +124,26 @@ def build(
     return app
 
 
+@dataclass(eq=False)
 class _Calls:
-    """The endpoints; their docstrings are the descriptions of the OpenAPI page."""
+    """The endpoints; their docstrings are the descriptions of the OpenAPI page. Arguments as for `build`.
 
-    def __init__(
-        self,
-        manager: Manager,
-        permissions: Permissions,
-        panel: Callable[[Localize, int | None], Any] | None,
-        signed_in: Callable[[Request], str | None] | None,
-        page_serves: Callable[[], bool],
-    ) -> None:
-        self._manager, self._permissions, self._panel = manager, permissions, panel
-        self._signed_in, self._page_serves = signed_in, page_serves
-        self._moves = Moves(manager)
-        # Not in the server's thread pool: reading must work while all of its threads wait for models.
-        self._readers, self._changers = CapacityLimiter(4), CapacityLimiter(16)
+    They use no thread of the server's pool: reading must work while all of its threads wait for models.
+    """
+
+    manager: Manager
+    permissions: Permissions
+    panel: Callable[[Localize, int | None], Any] | None
+    signed_in: Callable[[Request], str | None] | None
+    page_serves: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.moves = Moves(self.manager)
+        self.readers, self.changers = CapacityLimiter(4), CapacityLimiter(16)
 
     def may_read(self, request: Request) -> None:
-        if self._signed_in:
-            self._permissions.check(request, self._signed_in(request))
+        if self.signed_in:
+            self.permissions.check(request, self.signed_in(request))
 
     async def healthz(self) -> Health:
         """Whether the process serves."""
@@ -150,21 +151,21 @@ class _Calls:
 
     async def readyz(self) -> Health:
         """Whether a request would be accepted."""
-        if self._manager.closed:
+        if self.manager.closed:
             raise errors.ManagerClosed
-        if self._manager.device_lost:
-            raise self._manager.device_lost
-        if not self._page_serves():
+        if self.manager.device_lost:
+            raise self.manager.device_lost
+        if not self.page_serves():
             raise errors.NotReady
         return Health(status="ok")
 
     async def gpu_status(self) -> JSONResponse:
         """Where the models are, in bytes and seconds; null where unknown. Never counts as use."""
-        return JSONResponse(await self._read(self._manager.status))
+        return JSONResponse(await self._read(self.manager.status))
 
     async def gpu_history(self) -> JSONResponse:
         """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
-        return JSONResponse(await self._read(self._manager.history))
+        return JSONResponse(await self._read(self.manager.history))
 
     async def gpu_events(self) -> EventStream:
         """The status, and then every move as it begins, goes on and ends, as server-sent events.
@@ -172,22 +173,22 @@ class _Calls:
         The first is called `status`, and its data is the `Status`; the others are called by their `what`, and their
         data is an `Event`.
         """
-        return EventStream(self._moves, lambda: self._read(self._manager.status))
+        return EventStream(self.moves, lambda: self._read(self.manager.status))
 
     async def gpu_panel(self, request: Request, known: int | None = None) -> Response:
-        assert self._panel is not None
-        content = await self._read(self._panel, preferred(request.headers.get("accept-language")), known)
+        assert self.panel is not None
+        content = await self._read(self.panel, preferred(request.headers.get("accept-language")), known)
         if content is None:
             return Response(status_code=204)
         return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
     async def prometheus(self) -> Response:
         """Metrics for Prometheus."""
-        return Response(await self._read(exposition, self._manager), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await self._read(exposition, self.manager), headers={"Content-Type": CONTENT_TYPE})
 
     def add_change(self, app: FastAPI, call: str, body: type[BaseModel], description: str) -> None:
         """Adds a call of `_CHANGES`. It answers with the status: 200, or 202 if the move follows later."""
-        change: Callable[..., bool | None] = getattr(self._manager, call)
+        change: Callable[..., bool | None] = getattr(self.manager, call)
         follows: _Responses = (
             {}
             if call == "configure"
@@ -196,11 +197,11 @@ class _Calls:
 
         async def endpoint(request: Request) -> JSONResponse:
             # The permission is checked before the body is read.
-            self._permissions.check(request, self._signed_in(request) if self._signed_in else None)
+            self.permissions.check(request, self.signed_in(request) if self.signed_in else None)
             asked = await _body(request, body)
             act = partial(change, asked.model, **asked.model_dump(exclude={"model"}))
-            done = await to_thread.run_sync(act, limiter=self._changers)
-            return JSONResponse(await self._read(self._manager.status), 202 if done is False else 200)
+            done = await to_thread.run_sync(act, limiter=self.changers)
+            return JSONResponse(await self._read(self.manager.status), 202 if done is False else 200)
 
         app.add_api_route(
             f"/gpu/{call}",
@@ -218,7 +219,7 @@ class _Calls:
         )
 
     async def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await to_thread.run_sync(function, *arguments, limiter=self._readers)
+        return await to_thread.run_sync(function, *arguments, limiter=self.readers)
 
 
 def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:

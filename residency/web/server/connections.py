@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from enum import Enum
 
 logger = logging.getLogger(__name__)
@@ -53,29 +52,28 @@ SLOWEST_BYTES_PER_S = 500
 """Minimum rate of a body; a faster body has no time limit."""
 
 
-@dataclass(eq=False)
 class Connection:
     """An accepted socket, until it is closed. ``look`` returns what it waits for; None while it is served."""
 
-    socket: socket.socket
-    since_s: float
-    awaited: Awaited | None = Awaited.HEADERS
-    look: Callable[[], Awaited | None] | None = None
+    def __init__(self, accepted: socket.socket, now: Callable[[], float]) -> None:
+        self.socket, self._now, self.since_s = accepted, now, now()
+        self.awaited: Awaited | None = Awaited.HEADERS
+        self.look: Callable[[], Awaited | None] = lambda: self.awaited
 
     @property
     def is_open(self) -> bool:
         return self.socket.fileno() >= 0
 
-    def note(self, now_s: float, received_bytes: int = 0, *, anew: bool = False) -> None:
+    def note(self, received_bytes: int = 0, *, anew: bool = False) -> None:
         """Updates what is awaited. A change, or ``anew``, restarts the timeout; received bytes of a body extend it."""
-        awaited = self.look() if self.look else self.awaited
+        awaited, now_s = self.look(), self._now()
         if anew or awaited is not self.awaited:
             self.awaited, self.since_s = awaited, now_s
         elif awaited is Awaited.BODY:
             self.since_s = min(now_s, self.since_s + received_bytes / SLOWEST_BYTES_PER_S)
 
-    def is_overdue(self, now_s: float) -> bool:
-        return self.awaited is not None and now_s - self.since_s > WITHIN_S[self.awaited]
+    def is_overdue(self) -> bool:
+        return self.awaited is not None and self._now() - self.since_s > WITHIN_S[self.awaited]
 
     def end(self) -> None:
         """Shuts the socket down; its reader and writer then get its end and close it."""
@@ -101,40 +99,35 @@ class Connections:
         """Returns the connection of a descriptor; None if it was ended."""
         return self._by_descriptor.get(descriptor)
 
-    def note(self, connection: Connection, received_bytes: int = 0, *, anew: bool = False) -> None:
-        connection.note(self._now(), received_bytes, anew=anew)
-
     def admit(self, accepted: socket.socket) -> bool:
         """Adds a connection; returns False if the limit is reached and no other connection can be ended."""
-        now_s = self._now()
-        if len(self._by_descriptor) >= self.most and len(self) >= self.most and not self._make_room(now_s):
+        if len(self._by_descriptor) >= self.most and len(self) >= self.most and not self._make_room():
             return False
-        self._by_descriptor[accepted.fileno()] = Connection(accepted, now_s)
+        self._by_descriptor[accepted.fileno()] = Connection(accepted, self._now)
         return True
 
-    def _make_room(self, now_s: float) -> bool:
+    def _make_room(self) -> bool:
         """Ends several waiting connections at once; after a failure, not retried for `_BUSY_FOR_S` (a full scan)."""
-        if now_s < self._busy_until_s:
+        if self._now() < self._busy_until_s:
             return False
-        waiting = sorted((each for each in self._noted(now_s) if each.awaited), key=lambda each: each.since_s)
+        waiting = sorted((each for each in self._noted() if each.awaited), key=lambda each: each.since_s)
         for longest in waiting[: max(1, self.most // _SHARE_ENDED)]:
             del self._by_descriptor[longest.socket.fileno()]
             longest.end()
         if not waiting:
-            self._busy_until_s = now_s + _BUSY_FOR_S
+            self._busy_until_s = self._now() + _BUSY_FOR_S
         return bool(waiting)
 
     def end_overdue(self) -> None:
         """Ends connections that exceed their timeout; to be called about every second."""
-        now_s = self._now()
-        for each in self._noted(now_s):
-            if each.is_overdue(now_s):
+        for each in self._noted():
+            if each.is_overdue():
                 each.end()
 
-    def _noted(self, now_s: float) -> Iterable[Connection]:
+    def _noted(self) -> Iterable[Connection]:
         for each in list(self._by_descriptor.values()):
             if each.is_open:
-                each.note(now_s)
+                each.note()
                 yield each
 
     def refuse(self, accepted: socket.socket, plain: bool) -> None:

@@ -115,7 +115,7 @@ class _Protocol(H11Protocol):
 
     def _note(self, received_bytes: int = 0, *, anew: bool = False) -> None:
         if self._connection:
-            self._bounds.note(self._connection, received_bytes, anew=anew)
+            self._connection.note(received_bytes, anew=anew)
 
     def _awaited(self) -> Awaited | None:
         if self.flow.write_paused:
