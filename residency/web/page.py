@@ -74,11 +74,11 @@ class Page:
         self.serves = False
         keep_uploads_in(str(tab.speech.folder))
         adapt_page_templates(_HEAD)
-        presence = Heartbeats(self._session_begins, self._session_ends)
-        tab.recordings.silent = presence.silent
+        heartbeats = Heartbeats(self._session_begins, self._session_ends)
+        tab.recordings.silent = heartbeats.silent
         self.traffic = RequestMiddleware(
             str(tab.speech.folder),
-            presence,
+            heartbeats,
             tab.intent.show if tab.intent else lambda: None,
             tab.waiting.gone,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
@@ -168,7 +168,7 @@ class Page:
             self.traffic.around,
             *([logins.around] if auth else []),
             gradio_routes.without(() if auth else ("/login", "/logout")),
-            *([control.beside(api)] if api else []),
+            *([control.route_to(api)] if api else []),
         ]
 
     def signed_in(self, request: HTTPConnection) -> str | None:

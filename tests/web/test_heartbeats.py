@@ -110,7 +110,7 @@ def test_a_line_that_was_cut_and_never_taken_up_again_is_no_end_while_something_
         pass
     for _ in range(10):
         loop.advance(59)
-        presence.heard_of("anna")
+        presence.beat("anna")
     assert ended(told) == ["bert"]
     loop.advance(60)
     assert ended(told) == ["bert", "anna"]
@@ -128,9 +128,9 @@ def test_the_end_of_one_of_two_lines_is_no_end_and_is_corrected(
 
 
 def test_who_comes_back_begins_again(presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]) -> None:
-    presence.heard_of("anna")
+    presence.beat("anna")
     loop.advance(60)
-    presence.heard_of("anna")
+    presence.beat("anna")
     assert told == [("begins", "anna"), ("ends", "anna"), ("begins", "anna")]
     loop.advance(60)
     assert ended(told) == ["anna", "anna"]
@@ -142,7 +142,7 @@ def test_of_too_many_who_are_silent_the_one_silent_for_longest_has_ended(
     monkeypatch.setattr(presence_module, "_SILENT_AT_MOST", 2)
     with presence.stream("holds a line"):
         for session in ("anna", "bert", "anna", "carl"):
-            presence.heard_of(session)
+            presence.beat(session)
         assert ended(told) == ["bert"]
         assert [session in presence for session in ("anna", "bert", "carl", "holds a line")] == [
             True,
@@ -166,10 +166,10 @@ def test_a_session_of_which_requests_still_wait_is_asked_about_again(loop: Loop)
 
 
 def test_silent_sessions_are_told_with_the_longest_silent_first(presence: Heartbeats, loop: Loop) -> None:
-    presence.heard_of("first")
-    presence.heard_of("second")
+    presence.beat("first")
+    presence.beat("second")
     loop.advance(10)
-    presence.heard_of("first")
+    presence.beat("first")
     with presence.stream("connected"):
         loop.advance(20)
         assert presence.silent(20) == ["second", "first"]

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ... import errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
-from ..server.bodies import given_up
+from ..server.bodies import client_disconnected
 from ..server.layers import http_layer
 from ..server.permissions import Permissions
 from ..shared.language import Localize, preferred
@@ -98,7 +98,7 @@ def build(
         exception_handlers={
             HTTPException: _no_such_call,
             RequestValidationError: _invalid_query,
-            ClientDisconnect: given_up,
+            ClientDisconnect: client_disconnected,
             Exception: _failed,
             **dict.fromkeys(_CODES, _refused),
         },
@@ -222,7 +222,7 @@ class _Calls:
         return await to_thread.run_sync(function, *arguments, limiter=self.readers)
 
 
-def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
+def route_to(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
     """Returns the layer that routes the paths of ``api`` to it, all others to the wrapped application.
 
     ``api`` gets paths with the root path as prefix, as in the ASGI specification: static files need that.

@@ -58,6 +58,6 @@ async def read_at_most(
         await PlainTextResponse(refusal, 413)(scope, receive, send)
 
 
-async def given_up(request: Request, error: Exception) -> Response:
+async def client_disconnected(request: Request, error: Exception) -> Response:
     """Handles the disconnect of a client during its body; the response is never read."""
     return Response(status_code=400)

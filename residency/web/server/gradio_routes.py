@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..shared.gradio_compat import CALL
 from ..shared.language import preferred
-from .bodies import given_up
+from .bodies import client_disconnected
 from .layers import http_layer
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _json(content: Any, code: int) -> Response:
 _Handler = Callable[[Request, Any], Awaitable[Response]]
 HANDLERS: dict[type[Exception], _Handler] = {
     RequestValidationError: _invalid,
-    ClientDisconnect: given_up,
+    ClientDisconnect: client_disconnected,
     **dict.fromkeys((LookupError, TypeError, ValueError, AttributeError, AssertionError, FnIndexInferError), _garbled),
 }
 """Exception handlers of Gradio's application, for errors that its routes raise on invalid requests."""

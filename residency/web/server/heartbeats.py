@@ -42,18 +42,18 @@ class Heartbeats:
     def stream(self, session: str) -> Iterator[None]:
         """Marks an open event stream of the session; a session may have several."""
         self._streams[session] += 1
-        self.heard_of(session)
+        self.beat(session)
         try:
             yield
         finally:
             self._streams[session] -= 1
             if self._streams[session]:
-                self.heard_of(session)  # in case the end of this stream was taken for the end of the session
+                self.beat(session)  # in case the end of this stream was taken for the end of the session
             else:
                 del self._streams[session]
                 self._wait_for(session)
 
-    def heard_of(self, session: str) -> None:
+    def beat(self, session: str) -> None:
         """Records a heartbeat of the session."""
         self._begins(session)
         if session in self._silent:

@@ -7,7 +7,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import anyio
 from gradio.utils import LRUCache
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..shared.language import preferred
 from .layers import http_layer
+from .permissions import from_this_site
 
 _FAILURES, _ONE_EVERY_S = 5, 10.0
 """Limit per address or browser: a burst, then one failure per interval."""
@@ -97,7 +97,7 @@ class Logins:
     def _leave(self, request: HTTPConnection, method: str) -> Response:
         if method not in ("GET", "POST"):
             return PlainTextResponse("Method Not Allowed", 405)
-        if method == "GET" and not _from_here(request):
+        if method == "GET" and not from_this_site(request, "referer"):
             localize = preferred(request.headers.get("accept-language"))
             title, sentence = localize("退出登录", "Sign out"), localize("是否退出登录？", "Do you want to sign out?")
             return HTMLResponse(_LEAVING.format(title=title, sentence=sentence), 403)
@@ -142,18 +142,3 @@ def _network(request: HTTPConnection) -> str:
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
         return str(ipaddress.ip_network((int(address), 64), strict=False))
     return host
-
-
-def _from_here(request: HTTPConnection) -> bool:
-    """Whether the request comes from a link of this page or a typed address, by Sec-Fetch-Site or Referer.
-
-    False without either header, as over plain HTTP from a page that suppresses them, or from programs.
-    """
-    site = request.headers.get("sec-fetch-site")
-    if site is not None:
-        return site in ("same-origin", "none")
-    try:
-        page = urlsplit(request.headers.get("referer", "")).netloc
-    except ValueError:
-        return False
-    return page != "" and page == request.headers.get("host")

@@ -72,7 +72,7 @@ _REFUSAL_PAGE = """<!doctype html>
 class RequestMiddleware:
     """`around` is a layer. Uploads are written to ``folder``, as ``tmp...`` until they are complete.
 
-    ``presence`` receives heartbeats and open streams. Callbacks in other threads: ``upload_begins`` at the start of a
+    ``heartbeats`` receives heartbeats and open streams. Callbacks in other threads: ``upload_begins`` at the start of a
     permitted upload; ``answers_end`` with a session and the seconds since its result stream closed, again as long as
     it returns True (requests still wait); ``reserved`` as the context manager around an upload of so many bytes.
     ``know`` returns whether the session of a heartbeat is known. Larger uploads, or other bodies, are refused.
@@ -81,7 +81,7 @@ class RequestMiddleware:
     def __init__(
         self,
         folder: str,
-        presence: Heartbeats,
+        heartbeats: Heartbeats,
         upload_begins: Callable[[], object] = lambda: None,
         answers_end: Callable[[str, float], bool] = lambda session, for_s: False,
         largest_upload_bytes: float = math.inf,
@@ -90,7 +90,7 @@ class RequestMiddleware:
         reserved: Callable[[float], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._folder = Path(folder)
-        self._presence = presence
+        self._heartbeats = heartbeats
         self._upload_begins = upload_begins
         self._answers_end = answers_end
         self._largest_upload_bytes = largest_upload_bytes
@@ -127,8 +127,8 @@ class RequestMiddleware:
 
     def _heartbeat(self, request: HTTPConnection, session: str) -> Response:
         known = self._know(session)
-        if known or session in self._presence:  # unknown sessions would let clients fill the table
-            self._presence.heard_of(session)
+        if known or session in self._heartbeats:  # unknown sessions would let clients fill the table
+            self._heartbeats.beat(session)
         if known:
             return Response(status_code=204)
         return PlainTextResponse(preferred(request.headers.get("accept-language"))(*LOST), 410)
@@ -137,7 +137,7 @@ class RequestMiddleware:
         path = scope["path"]
         with ExitStack() as until_answered:
             if session := session_of(scope):
-                until_answered.enter_context(self._presence.stream(session))
+                until_answered.enter_context(self._heartbeats.stream(session))
             if path == DATA and session:
                 until_answered.enter_context(self._result_streams.stream(session))
             if path.startswith(_RESULTS):

@@ -67,7 +67,7 @@ class BoundedServer(http_server.Server):
         super().__init__(config, *arguments, **keywords)
         config.load()
         config.loaded_app = around(config.loaded_app)
-        logging.getLogger("uvicorn.error").addFilter(_Seldom())
+        logging.getLogger("uvicorn.error").addFilter(_OncePerMinute())
 
     def run(self, sockets: Any = None) -> None:
         config = self.config
@@ -89,12 +89,12 @@ class _Protocol(H11Protocol):
 
     def __init__(self, connections: Connections, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self._bounds = connections
+        self._all = connections
         self._connection: Connection | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._connection = self._bounds.of(transport.get_extra_info("socket").fileno())
+        self._connection = self._all.of(transport.get_extra_info("socket").fileno())
         if self._connection is None:
             transport.abort()
         else:
@@ -130,7 +130,7 @@ class _Protocol(H11Protocol):
         """Suppresses the warning: a WebSocket request gets an HTTP response."""
 
 
-class _Seldom(logging.Filter):
+class _OncePerMinute(logging.Filter):
     """Log filter that passes each warning once a minute, since any client can cause them."""
 
     def __init__(self) -> None:

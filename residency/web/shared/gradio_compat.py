@@ -86,15 +86,6 @@ def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
     return file
 
 
-def engine_event(managed: bool, model: str = "engine", at_once: int = 20) -> dict[str, Any]:
-    """Returns concurrency keywords for events that use a model.
-
-    A manager keeps a model only for requests in its own queue, so up to ``at_once`` of them pass Gradio's queue. The
-    limit leaves some of Gradio's 40 threads for other events.
-    """
-    return {"concurrency_id": model, "concurrency_limit": at_once if managed else 1}
-
-
 def keep_uploads_in(folder: str) -> None:
     """Makes Gradio 5 write incomplete uploads to ``folder`` instead of the system's temporary folder."""
     if "upload_dir" not in inspect.signature(route_utils.GradioMultiPartParser.__init__).parameters:

@@ -11,7 +11,7 @@ import gradio as gr
 
 from ...cancellation import cancelled_by
 from ...errors import ResidencyError
-from ..shared.gradio_compat import PRIVATE, engine_event, localizer
+from ..shared.gradio_compat import PRIVATE, localizer
 from ..speech.service import SpeechService
 from .buttons import LOOK_EVERY_S, in_thread, lines
 from .messages import Message
@@ -47,7 +47,8 @@ class Transcription:
 
     def __init__(self, speech: SpeechService, waiting: WaitMessages, managed: bool) -> None:
         self._speech, self._waiting = speech, waiting
-        self._event = engine_event(managed, "recognizer", 8)
+        # A manager has a queue of its own; the limit leaves some of Gradio's 40 threads for other events.
+        self._event: dict[str, Any] = {"concurrency_id": "recognizer", "concurrency_limit": 8 if managed else 1}
 
     def draw(self) -> None:
         """Draws the progress line into the open Blocks."""
