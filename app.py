@@ -236,7 +236,7 @@ def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None
     ended = manager is None or _closed(manager, grace_s)
     idle = page.speech.wait_until_idle(left_s())
     # Refusals need time for delivery too, even if a running request is abandoned.
-    page.traffic.wait_until_quiet(DELIVERED_WITHIN_S if idle else REFUSED_WITHIN_S)
+    page.middleware.wait_until_quiet(DELIVERED_WITHIN_S if idle else REFUSED_WITHIN_S)
     if page.speech.running:
         logger.warning("A request is still running; exiting without waiting. / 仍有请求在运行，不再等待，直接退出。")
     elif not ended:

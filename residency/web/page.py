@@ -76,8 +76,8 @@ class Page:
         adapt_page_templates(_HEAD)
         heartbeats = Heartbeats(self._session_begins, self._session_ends)
         tab.recordings.silent = heartbeats.silent
-        self.traffic = RequestMiddleware(
-            str(tab.speech.folder),
+        self.middleware = RequestMiddleware(
+            tab.speech.folder,
             heartbeats,
             tab.intent.show if tab.intent else lambda: None,
             tab.waiting.gone,
@@ -165,7 +165,7 @@ class Page:
         return [
             beneath(root_path),
             streams.around,
-            self.traffic.around,
+            self.middleware.around,
             *([logins.around] if auth else []),
             gradio_routes.without(() if auth else ("/login", "/logout")),
             *([control.route_to(api)] if api else []),

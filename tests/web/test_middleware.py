@@ -46,7 +46,7 @@ def begun() -> list[str]:
 def traffic(uploads: threading.Semaphore, begun: list[str], tmp_path: Path) -> RequestMiddleware:
     presence = Heartbeats(begun.append, lambda session: None)
     return RequestMiddleware(
-        str(tmp_path),
+        tmp_path,
         presence,
         uploads.release,
         largest_upload_bytes=1 << 20,
@@ -100,7 +100,7 @@ def test_who_hangs_up_and_does_not_call_again_is_reported(
         gone.put(session)
         return False
 
-    traffic._answers_end = still_waits
+    traffic.answers_end = still_waits
     traffic._result_streams._timeout_s = 0
     lines = [Worker(client.get, f"/gradio_api/queue/data?session_hash={name}") for name in ("anna", "anna", "bert")]
     assert wait_until(lambda: traffic._result_streams._streams == {"anna": 2, "bert": 1})
@@ -188,7 +188,7 @@ class TestUploads:
             asked.append(most_bytes)
             raise DiskFull
 
-        traffic._reserved = refuse
+        traffic.reserved = refuse
         answer = client.post("/gradio_api/upload", content=b"x")
         assert answer.status_code == 507
         assert "--max-disk" in answer.text

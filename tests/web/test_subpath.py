@@ -19,7 +19,7 @@ def client(root_path: str, folder: object = "/nonexistent") -> TestClient:
     async def told(request: Request) -> JSONResponse:
         return JSONResponse([request.scope["path"], request.scope["root_path"]])
 
-    traffic = RequestMiddleware(str(folder), Heartbeats(lambda session: None, lambda session: None))
+    traffic = RequestMiddleware(folder, Heartbeats(lambda session: None, lambda session: None))
     return TestClient(
         Starlette(
             routes=[Route("/{rest:path}", told, methods=["GET", "POST"])],

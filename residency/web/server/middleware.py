@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +70,7 @@ _REFUSAL_PAGE = """<!doctype html>
 """
 
 
+@dataclass(eq=False)
 class RequestMiddleware:
     """`around` is a layer. Uploads are written to ``folder``, as ``tmp...`` until they are complete.
 
@@ -78,31 +80,22 @@ class RequestMiddleware:
     ``know`` returns whether the session of a heartbeat is known. Larger uploads, or other bodies, are refused.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        heartbeats: Heartbeats,
-        upload_begins: Callable[[], object] = lambda: None,
-        answers_end: Callable[[str, float], bool] = lambda session, for_s: False,
-        largest_upload_bytes: float = math.inf,
-        largest_body_bytes: float = 1 << 20,
-        know: Callable[[str], bool] = lambda session: True,
-        reserved: Callable[[float], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        self._folder = Path(folder)
-        self._heartbeats = heartbeats
-        self._upload_begins = upload_begins
-        self._answers_end = answers_end
-        self._largest_upload_bytes = largest_upload_bytes
-        self._largest_body_bytes = largest_body_bytes
-        self._know = know
-        self._reserved = reserved
+    folder: Path
+    heartbeats: Heartbeats
+    upload_begins: Callable[[], object] = lambda: None
+    answers_end: Callable[[str, float], bool] = lambda session, for_s: False
+    largest_upload_bytes: float = math.inf
+    largest_body_bytes: float = 1 << 20
+    know: Callable[[str], bool] = lambda session: True
+    reserved: Callable[[float], AbstractContextManager[object]] = nullcontext
+
+    def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
         self._uploads = 0
         self._result_streams = Heartbeats(
-            lambda session: None, lambda session: self._answers_end(session, _LINE_CUT_S), _LINE_CUT_S
+            lambda session: None, lambda session: self.answers_end(session, _LINE_CUT_S), _LINE_CUT_S
         )
 
     @http_layer
@@ -117,18 +110,18 @@ class RequestMiddleware:
         elif path.startswith(HERE):
             await self._heartbeat(request, path[len(HERE) :])(scope, receive, send)
         elif path == _UPLOAD and scope["method"] == "POST":
-            limit_bytes = self._largest_upload_bytes
+            limit_bytes = self.largest_upload_bytes
             upload = partial(self._upload, app)
             await read_at_most(limit_bytes + _ENVELOPE_BYTES, too_large(limit_bytes), upload, scope, receive, send)
         else:
-            refusal = _TOO_LARGE.format(size=readable_bytes(int(self._largest_body_bytes)))
+            refusal = _TOO_LARGE.format(size=readable_bytes(int(self.largest_body_bytes)))
             answer = partial(self._answer, app)
-            await read_at_most(self._largest_body_bytes, refusal, answer, scope, receive, _with_policy(send))
+            await read_at_most(self.largest_body_bytes, refusal, answer, scope, receive, _with_policy(send))
 
     def _heartbeat(self, request: HTTPConnection, session: str) -> Response:
-        known = self._know(session)
-        if known or session in self._heartbeats:  # unknown sessions would let clients fill the table
-            self._heartbeats.beat(session)
+        known = self.know(session)
+        if known or session in self.heartbeats:  # unknown sessions would let clients fill the table
+            self.heartbeats.beat(session)
         if known:
             return Response(status_code=204)
         return PlainTextResponse(preferred(request.headers.get("accept-language"))(*LOST), 410)
@@ -137,7 +130,7 @@ class RequestMiddleware:
         path = scope["path"]
         with ExitStack() as until_answered:
             if session := session_of(scope):
-                until_answered.enter_context(self._heartbeats.stream(session))
+                until_answered.enter_context(self.heartbeats.stream(session))
             if path == DATA and session:
                 until_answered.enter_context(self._result_streams.stream(session))
             if path.startswith(_RESULTS):
@@ -151,11 +144,11 @@ class RequestMiddleware:
             nonlocal begun
             if not begun:  # not earlier: a refused upload, for example without a login, is not read
                 begun = True
-                most_bytes = self._largest_upload_bytes if self._largest_upload_bytes < math.inf else 0
+                most_bytes = self.largest_upload_bytes if self.largest_upload_bytes < math.inf else 0
                 announced = announced_bytes(scope)
-                reserved = self._reserved(most_bytes if announced is None else announced)
+                reserved = self.reserved(most_bytes if announced is None else announced)
                 await to_thread.run_sync(room.enter_context, reserved)
-                asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
+                asyncio.get_running_loop().run_in_executor(None, self.upload_begins)
             return await receive()
 
         async def noted(message: Message) -> None:
@@ -183,7 +176,7 @@ class RequestMiddleware:
                 await to_thread.run_sync(self._sweep)
 
     def _sweep(self) -> None:
-        for left in self._folder.glob(f"{UNDER_WAY}*"):
+        for left in self.folder.glob(f"{UNDER_WAY}*"):
             if left.is_file() and not self._uploads:
                 left.unlink(missing_ok=True)
 
