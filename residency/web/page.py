@@ -160,11 +160,9 @@ class Page:
         """Returns the layers around Gradio's application, the outermost first."""
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
         may_stay = (lambda request: self.signed_in(request) is not None) if auth else (lambda request: True)
-        # The other half of the connections is for short requests.
-        streams = session_limits.SessionRequests(may_stay, affordable() // 2)
         return [
             beneath(root_path),
-            streams.around,
+            session_limits.session_requests(may_stay, affordable() // 2),  # the other half is for short requests
             self.middleware.around,
             *([logins.around] if auth else []),
             gradio_routes.without(() if auth else ("/login", "/logout")),

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from residency.web.server import session_limits
-from residency.web.server.session_limits import SessionRequests
+from residency.web.server.session_limits import session_requests
 
 LINES = ["/gradio_api/heartbeat/{}", "/gradio_api/queue/data?session_hash={}", "/gradio_api/call/clone/{}",
          "/gradio_api/upload_progress?upload_id={}"]  # fmt: skip
@@ -41,9 +41,7 @@ def client(gate: Gate) -> Iterator[TestClient]:
         return PlainTextResponse("heard")
 
     routes = [Route("/{rest:path}", slow, methods=["GET", "POST"])]
-    with TestClient(
-        Starlette(routes=routes, middleware=[Middleware(SessionRequests(may_stay, most=1).around)])
-    ) as client:
+    with TestClient(Starlette(routes=routes, middleware=[Middleware(session_requests(may_stay, most=1))])) as client:
         yield client
 
 

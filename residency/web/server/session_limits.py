@@ -49,37 +49,35 @@ _TOO_MANY_STREAMS = (
 _LATER = {"Retry-After": "60", "Connection": "close"}
 
 
-class SessionRequests:
-    """`around` is a layer that checks names and limits the event streams to ``most``.
+def session_requests(may_stay: Callable[[HTTPConnection], bool], most: int) -> Callable[[ASGIApp], ASGIApp]:
+    """Returns the layer that checks names and limits the event streams to ``most``.
 
     ``may_stay`` returns whether a request is from a signed-in user, if required.
     """
-
-    def __init__(self, may_stay: Callable[[HTTPConnection], bool], most: int) -> None:
-        self._may_stay = may_stay
-        self._most = most
-        self._streams = 0
+    streams = 0
 
     @http_layer
-    async def around(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        session, path = session_of(scope), scope["path"]
-        name = session
-        if session is None and path.startswith(_UPLOAD):
+    async def around(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal streams
+        name, path = session_of(scope), scope["path"]
+        if name is None and path.startswith(_UPLOAD):
             name = QueryParams(scope["query_string"]).get("upload_id")
         listens = path == _EVENTS or (name is not None and not path.startswith(HERE))
         is_stream = listens and scope["method"] == "GET"
         if name is not None and not _NAME.fullmatch(name):
             await PlainTextResponse(_BAD_NAME, 422)(scope, receive, send)
-        elif path.startswith((HERE, HEARTBEAT)) and not self._may_stay(HTTPConnection(scope)):
+        elif path.startswith((HERE, HEARTBEAT)) and not may_stay(HTTPConnection(scope)):
             await PlainTextResponse(_SIGN_IN, 401)(scope, receive, send)
-        elif is_stream and self._streams >= self._most:
+        elif is_stream and streams >= most:
             await PlainTextResponse(_TOO_MANY_STREAMS, 503, _LATER)(scope, receive, send)
         else:
-            self._streams += is_stream
+            streams += is_stream
             try:
                 await app(scope, receive, send)
             finally:
-                self._streams -= is_stream
+                streams -= is_stream
+
+    return around
 
 
 def session_of(scope: Scope) -> str | None:
