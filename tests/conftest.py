@@ -9,6 +9,9 @@ import pytest
 from hypothesis import Phase, settings
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves a file in the temporary folder otherwise
+# Threads of torch that wait for each other keep their cores busy, and other tests need these: without this, tests of an
+# engine take four times the CPU time. Programs that tests start get it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fakes import Workshop
 from markers import is_slow, marks_of
