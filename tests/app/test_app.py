@@ -220,7 +220,7 @@ class TestFlags:
 class TestEnd:
     @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_ends_it_well_and_nothing_is_left(self, tmp_path: Path, sign: signal.Signals) -> None:
-        with RunningApp(tmp_path, *SIMULATED) as app:
+        with ForkedApp(tmp_path, *SIMULATED) as app:
             assert list(tmp_path.iterdir())
             assert app.stop(sign) == 0
         assert "Traceback" not in app.log

@@ -455,7 +455,7 @@ def test_what_hangs_in_a_container_that_others_hold_survives_too(device: Simulat
     with GPUResourceManager(device) as manager:
         manager.register("a", load)
         manager.register("b", load)
-        for _ in range(3):
+        for _ in range(2):
             with manager.lease("a") as engine:
                 weight = engine.llm.weight
                 assert cached().sum() == 4950
