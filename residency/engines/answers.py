@@ -21,7 +21,7 @@ _VALUES = frozenset({str, bytes, int, float, complex, bool, type(None), type(...
 _PLAIN = (dict, list, set, frozenset, tuple)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 #: Copied by attributes.
-_RECORDS = (types.SimpleNamespace, UserDict, UserList)
+_RECORDS = (BaseException, types.SimpleNamespace, UserDict, UserList)
 #: Iterators of these modules are implemented in C and do not expose their source.
 _OPAQUE = ("builtins", "itertools", "numpy")
 
@@ -91,27 +91,26 @@ class HandOut:
             return self._mapping(thing)
         if isinstance(thing, (list, deque)):
             return self._sequence(thing)
-        if isinstance(thing, tuple):
-            return self._again(tuple, thing)
-        if isinstance(thing, (set, frozenset)):
-            return self._again(set if isinstance(thing, set) else frozenset, thing)
+        if isinstance(thing, (tuple, set, frozenset)):
+            return self._again(thing)
         if kind is types.MappingProxyType:
-            return types.MappingProxyType({self._copy(key): self._copy(value) for key, value in thing.items()})
-        if isinstance(thing, (KeysView, ValuesView, ItemsView)):
-            return self._dict_view(thing)
+            return types.MappingProxyType(self._copy(dict(thing)))
+        if isinstance(thing, ItemsView):
+            return self._copy(dict(thing)).items()
+        if isinstance(thing, ValuesView):
+            return self._copy(dict(enumerate(thing))).values()
+        if isinstance(thing, KeysView):
+            return self._copy(dict.fromkeys(thing)).keys()
         if kind is memoryview:
             return _copied_view(thing)
         if (numpy := sys.modules.get("numpy")) and isinstance(thing, numpy.ndarray):
             return self._array(thing)
-        if isinstance(thing, BaseException):
-            return self._exception(thing)
         if isinstance(thing, Coroutine):
             thing.close()
         if is_stream(thing) or isinstance(thing, (AsyncGenerator, Coroutine)) or self._is_live_reference(thing):
             raise NotHandedOut(kind.__name__)
         if isinstance(thing, functools.partial):
-            keywords = {name: self._copy(value) for name, value in thing.keywords.items()}
-            return kind(self._copy(thing.func), *map(self._copy, thing.args), **keywords)
+            return kind(self._copy(thing.func), *self._copy(thing.args), **self._copy(thing.keywords))
         if is_dataclass(thing) or isinstance(thing, _RECORDS):
             return self._record(thing)
         if kind in SUPPORTED_NODES:
@@ -133,9 +132,8 @@ class HandOut:
         simple = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
         if not simple or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             copy = tensor.detach().clone()
-            if type(copy) is type(tensor):  # a subclass may have tensors as attributes
-                vars(copy).update(self._attributes(tensor))
-            return copy
+            # A subclass may have tensors as attributes.
+            return self._with_attributes(copy, tensor) if type(copy) is type(tensor) else copy
         where = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
         view = (*where, tensor.dtype, tensor.is_conj(), tensor.is_neg())
         if view in self._views:
@@ -172,8 +170,9 @@ class HandOut:
         base.extend(copy, [self._copy(item) for item in base.__iter__(sequence)])
         return self._with_attributes(copy, sequence)
 
-    def _again(self, base: Any, thing: Any) -> Any:
+    def _again(self, thing: Any) -> Any:
         """Copies a tuple or set to the same type. Some types, such as torch.return_types, need a call of the type."""
+        base: Any = next(base for base in (tuple, set, frozenset) if isinstance(thing, base))
         kind, items = type(thing), [self._copy(item) for item in base.__iter__(thing)]
         if base is set:
             copy = set.__new__(kind)
@@ -186,35 +185,24 @@ class HandOut:
         return self._with_attributes(copy, thing)
 
     def _record(self, record: Any) -> Any:
-        maker = types.SimpleNamespace if isinstance(record, types.SimpleNamespace) else object
-        copy = maker.__new__(type(record))
+        """Copies attributes; of an exception also the arguments, but not the traceback, which has live objects."""
+        kind: Any = type(record)
+        if isinstance(record, BaseException):
+            copy = kind.__new__(kind, *self._copy(record.args))
+        else:
+            copy = (types.SimpleNamespace if isinstance(record, types.SimpleNamespace) else object).__new__(kind)
         self._memo[id(record)] = record, copy
         return self._with_attributes(copy, record)
 
-    def _exception(self, error: BaseException) -> BaseException:
-        """Copies an exception without its traceback, whose frames reference live objects."""
-        copy = type(error).__new__(type(error), *(self._copy(argument) for argument in error.args))
-        self._memo[id(error)] = error, copy
-        return self._with_attributes(copy, error)  # type: ignore[no-any-return]
-
     def _with_attributes(self, copy: Any, thing: Any) -> Any:
-        for name, value in self._attributes(thing).items():
-            object.__setattr__(copy, name, value)  # bypasses frozen classes and __setattr__
+        for name, value in instance_attributes(thing):
+            object.__setattr__(copy, name, self._copy(value))  # bypasses frozen classes and __setattr__
         return copy
-
-    def _attributes(self, thing: Any) -> dict[str, Any]:
-        return {name: self._copy(value) for name, value in instance_attributes(thing)}
 
     def _is_live_reference(self, thing: Any) -> bool:
         if isinstance(thing, ReferenceType):
             return thing() is not None and self._holds_memory(thing())
         return type(thing).__name__ == "PyCapsule"
-
-    def _dict_view(self, view: Any) -> Any:
-        items = [self._copy(item) for item in view]
-        if isinstance(view, ValuesView):
-            return dict(enumerate(items)).values()
-        return dict(items).items() if isinstance(view, ItemsView) else dict.fromkeys(items).keys()
 
 
 def is_stream(answer: Any) -> bool:

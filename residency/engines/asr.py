@@ -16,8 +16,8 @@ _CHUNK_S = 30
 
 def unavailable(model: str, error: Exception) -> EngineUnavailable:
     """Returns the error for a failed load: unreachable hub, wrong folder, or another kind of model."""
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__  # transformers adds paragraphs
-    reason = reason.rstrip(".")
+    first_line = next(iter(str(error).splitlines()), "")  # transformers adds paragraphs
+    reason = first_line.rstrip(".") or type(error).__name__
     return EngineUnavailable(
         f"The speech recognition {model} cannot be loaded ({reason}): give another model or a folder as "
         f"--asr-model, or type the prompt text",
@@ -50,11 +50,10 @@ class Recognizer:
 
         sample_rate = self.pipeline.feature_extractor.sampling_rate
         samples = soxr.resample(read_audio(path), SAMPLE_RATE, sample_rate)
-        keywords: dict[str, Any] = {}
-        if len(samples) > _CHUNK_S * sample_rate:
-            # Whisper continues across chunks by timestamps; other models get overlapping chunks.
-            whisper = self.pipeline.type == "seq2seq_whisper"
-            keywords = {"return_timestamps": True} if whisper else {"chunk_length_s": _CHUNK_S}
+        # Whisper continues across chunks by timestamps; other models get overlapping chunks.
+        whisper = self.pipeline.type == "seq2seq_whisper"
+        long: dict[str, Any] = {"return_timestamps": True} if whisper else {"chunk_length_s": _CHUNK_S}
+        keywords = long if len(samples) > _CHUNK_S * sample_rate else {}
         heard = self.pipeline({"raw": samples, "sampling_rate": sample_rate}, **keywords)
         return str(heard["text"]).strip()
 

@@ -19,13 +19,15 @@ _LOWEST_HZ, _HIGHEST_HZ = 8_000, 192_000
 #: Recordings with a lower peak count as silent: -70 dBFS, a few steps of 16-bit audio.
 _SILENT_PEAK = 10 ** (-70 / 20)
 _PEAK = 0.95
+_FRAME = SAMPLE_RATE // 50
 
 
 def read_audio(path: str) -> Samples:
     """Decodes a file in any libsndfile format (WAV, FLAC, OGG, MP3, AIFF...): float32 [samples], 24 kHz, peak <= 1.
 
-    Mixes channels down and removes a constant offset. Raises `InvalidInput` if the file is missing, no audio, empty,
-    silent, damaged (NaN, infinite), longer than `MAX_MINUTES` or sampled below 8 or above 192 kHz.
+    Averages the channels, or takes the strongest one where they cancel out; removes a constant offset. Raises
+    `InvalidInput` if the file is missing, no audio, empty, silent, damaged (NaN, infinite), longer than `MAX_MINUTES`
+    or sampled below 8 or above 192 kHz.
     """
     channels, sample_rate = _decode(path)
     name = os.path.basename(path)
@@ -36,8 +38,11 @@ def read_audio(path: str) -> Samples:
             f"{name} is damaged (NaN or infinite samples): export it again from the program that made it",
             f"{name} 已损坏（含 NaN 或无穷大采样值）：请从生成它的程序重新导出",
         )
-    mixed = _mixed_down(channels)
-    samples: Samples = mixed - np.float32(mixed.mean(dtype=np.float64))
+    samples: Samples = channels.mean(axis=1, dtype=np.float32)
+    powers = np.mean(np.square(channels, dtype=np.float64), axis=0)
+    if np.mean(np.square(samples, dtype=np.float64)) < powers.max() * 1e-3:  # channels of reversed polarity
+        samples = channels[:, powers.argmax()]
+    samples = samples - np.float32(samples.mean(dtype=np.float64))
     if np.abs(samples).max() < _SILENT_PEAK:
         raise InvalidInput(
             f"{name} is silent: check the microphone and record it again", f"{name} 是静音：请检查麦克风后重新录制"
@@ -58,8 +63,7 @@ def read_audio(path: str) -> Samples:
 
 def at_level(samples: Samples, rms: float) -> Samples:
     """Scales speech to a level as measured by `speech_rms`, without clipping."""
-    gain = rms / max(speech_rms(samples), 1e-9)
-    return without_clipping(samples * np.float32(gain))
+    return without_clipping(samples * np.float32(rms / max(speech_rms(samples), 1e-9)))
 
 
 def without_clipping(samples: Samples) -> Samples:
@@ -70,22 +74,23 @@ def without_clipping(samples: Samples) -> Samples:
 
 def speech_rms(samples: Samples) -> float:
     """Returns the root mean square over frames of 20 ms within 30 dB of the loudest one, without pauses."""
-    frame = SAMPLE_RATE // 50
-    padded = np.pad(samples.astype(np.float64), (0, -len(samples) % frame))
-    powers = np.mean(padded.reshape(-1, frame) ** 2, axis=1)
+    powers = _powers(np.pad(samples.astype(np.float64), (0, -len(samples) % _FRAME)))
     return float(np.sqrt(powers[powers >= powers.max(initial=0.0) * 1e-3].mean()))
 
 
 def quiet_pieces(samples: Samples, seconds: int) -> list[Samples]:
     """Splits a recording at quiet points into pieces of about ``seconds``; concatenated, they are the recording."""
-    frame, search = SAMPLE_RATE // 50, seconds // 5
+    search = seconds // 5
     cuts = [0]
     while len(samples) - cuts[-1] > (seconds + search) * SAMPLE_RATE:
         start = cuts[-1] + (seconds - search) * SAMPLE_RATE
-        window = samples[start : start + 2 * search * SAMPLE_RATE]
-        powers = np.mean(window.reshape(-1, frame) ** 2, axis=1)
-        cuts.append(start + int(powers.argmin()) * frame + frame // 2)
+        powers = _powers(samples[start : start + 2 * search * SAMPLE_RATE])
+        cuts.append(start + int(powers.argmin()) * _FRAME + _FRAME // 2)
     return [samples[start:end] for start, end in itertools.pairwise([*cuts, len(samples)])]
+
+
+def _powers(samples: NDArray[np.floating]) -> NDArray[np.floating]:
+    return np.asarray(np.mean(samples.reshape(-1, _FRAME) ** 2, axis=1))
 
 
 def _decode(path: str) -> tuple[NDArray[np.float32], int]:
@@ -116,17 +121,8 @@ def _decode(path: str) -> tuple[NDArray[np.float32], int]:
             f"{name} 无法作为音频读取（{reason}）：请转换为 WAV、FLAC、OGG 或 MP3",
         ) from error
     if len(samples) > limit:
-        longest_s = limit / sample_rate
         raise InvalidInput(
-            f"{name} is longer than {longest_s:.0f} s: cut it into pieces, or convert it to mono at 48 kHz",
-            f"{name} 超过 {longest_s:.0f} 秒：请切成几段，或转换为 48 kHz 单声道",
+            f"{name} is longer than {limit / sample_rate:.0f} s: cut it into pieces, or convert it to mono at 48 kHz",
+            f"{name} 超过 {limit / sample_rate:.0f} 秒：请切成几段，或转换为 48 kHz 单声道",
         )
     return samples, sample_rate
-
-
-def _mixed_down(channels: NDArray[np.float32]) -> Samples:
-    """Averages the channels; takes the strongest one where they cancel out (reversed polarity)."""
-    mixed: Samples = channels.mean(axis=1, dtype=np.float32)
-    powers = np.mean(np.square(channels, dtype=np.float64), axis=0)
-    cancelled = np.mean(np.square(mixed, dtype=np.float64)) < powers.max() * 1e-3
-    return np.ascontiguousarray(channels[:, powers.argmax()]) if cancelled else mixed

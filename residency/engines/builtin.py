@@ -14,10 +14,9 @@ import numpy as np
 
 from ..cancellation import checkpoint
 from ..errors import InvalidInput, RequestStopped, about
-from . import effects, voice, world
+from . import world
 from .audio import SAMPLE_RATE, Samples, at_level, read_audio, without_clipping
-from .denoise import denoise
-from .speech_detector import cut, load_vad, speech_segments
+from .cleaning import cut, denoise, load_vad, speech_segments
 from .text import required, speakable
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ class HTTPException(Exception):
 
     def __init__(self, status_code: HTTPStatus, detail: str) -> None:
         super().__init__(status_code, detail)
-        self.status_code = status_code
-        self.detail = detail
+        self.status_code, self.detail = status_code, detail
 
     def __str__(self) -> str:
         return self.detail
@@ -64,12 +62,8 @@ class BuiltinEngine:
     """
 
     def __init__(self, device: str = "cpu", seed: int | None = None) -> None:
-        """
-        Args:
-            device: of the torch model (``"cpu"``, ``"cuda"``).
-            seed: for the noise in the speech; None draws one from torch's global generator for each `clone`, so that
-                ``torch.manual_seed`` controls it.
-        """
+        """``device`` is torch's. ``seed`` is for the noise in the speech; None draws one from torch's global generator
+        for each `clone`, so that ``torch.manual_seed`` controls it."""
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports model names to its makers otherwise
         from hibari import Hibari
 
@@ -79,7 +73,7 @@ class BuiltinEngine:
         _ = self.hibari.g2p.oov  # otherwise created on first use
         self.vad_model = load_vad(device)
         reference = self.hibari(_REFERENCE_TEXT, seed=0)
-        own_voice = voice.measure(reference, world.analyse(reference))
+        own_voice = world.measure(reference, world.analyse(reference))
         assert own_voice is not None, "the reference text is voiced speech"
         self._own_voice = own_voice
 
@@ -92,16 +86,9 @@ class BuiltinEngine:
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         """Synthesizes an English text in the voice of a recording.
 
-        Args:
-            prompt_wav_path: a file in a libsndfile format, 8 to 192 kHz, any number of channels, up to 10 minutes.
-            prompt_text: its text, in any language; required, as for the real model.
-            target_text: up to 5,000 characters.
-
-        Returns:
-            float32 of shape [1, samples] on the CPU, within -1 to 1, and the sample rate, 24000.
-
-        Raises:
-            InvalidInput: an argument cannot be used.
+        Takes a file in a libsndfile format (8 to 192 kHz, any number of channels, up to 10 minutes), its text in any
+        language (required, as for the real model), and up to 5,000 characters. Returns float32 of shape [1, samples]
+        on the CPU, within -1 to 1, and the sample rate, 24000. Raises `InvalidInput`.
         """
         with _logging_errors("Clone"):
             with about("prompt_text"):
@@ -110,7 +97,10 @@ class BuiltinEngine:
                 chunks = self._phonemes(speakable(target_text))
             with about("recording"):
                 target = self._voice_of(read_audio(prompt_wav_path))
-            speech = self._synthesize(chunks, target, np.random.default_rng(self._next_seed()))
+            import torch
+
+            seed = int(torch.randint(2**31, ()).item()) if self.seed is None else self.seed
+            speech = self._synthesize(chunks, target, np.random.default_rng(seed))
             return _result(at_level(speech, float(np.clip(target.rms, 0.03, 0.12))))
 
     def edit(
@@ -121,20 +111,11 @@ class BuiltinEngine:
         edit_info: str | None = None,
         text: str | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Edits a recording.
+        """Edits a recording; input and result as for `clone`.
 
-        Args:
-            input_audio_path: as for `clone`.
-            audio_text, text: ignored; for compatibility with the real model.
-            edit_type: ``speed``, ``denoise``, ``vad`` (cuts pauses to 0.3 s), ``style`` or ``whisper``.
-            edit_info: for ``speed``: faster, slower, more faster or more slower; for ``style``: whisper.
-
-        Returns:
-            As `clone`.
-
-        Raises:
-            InvalidInput: an argument cannot be used, or only the real model supports the edit.
-            HTTPException: an unknown ``edit_type``.
+        ``edit_type`` is ``denoise``, ``vad`` (cuts pauses to 0.3 s), ``style`` or ``whisper``, or ``speed`` with a key
+        of `_SPEEDS` as ``edit_info``. Ignores ``audio_text`` and ``text``, arguments of the real model. Raises
+        `InvalidInput`, also for an edit that only the real model supports, and `HTTPException` for an unknown one.
         """
         with _logging_errors("Edit"):
             _check_edit(edit_type, edit_info)
@@ -142,17 +123,12 @@ class BuiltinEngine:
                 samples = read_audio(input_audio_path)
                 checkpoint()
                 if edit_type == "speed":
-                    return _result(effects.change_speed(samples, _SPEEDS[str(edit_info)]))
+                    return _result(world.change_speed(samples, _SPEEDS[str(edit_info)]))
                 edits = {"denoise": denoise, "vad": self._speech_in}
-                return _result(edits.get(edit_type, effects.whisper)(samples))
-
-    def _next_seed(self) -> int:
-        import torch
-
-        return self.seed if self.seed is not None else int(torch.randint(2**31, ()).item())
+                return _result(edits.get(edit_type, world.whisper)(samples))
 
     def _phonemes(self, text: str) -> list[str]:
-        """Returns one phoneme string per sentence; raises `InvalidInput` if no word can be pronounced."""
+        """Returns the phonemes in chunks of at most 400; raises `InvalidInput` if no word can be pronounced."""
         try:
             sentences = self.hibari.phonemize(text)
         except (IndexError, ValueError) as error:
@@ -160,7 +136,9 @@ class BuiltinEngine:
                 f"The text cannot be pronounced ({error}): write very long numbers in words",
                 f"无法朗读该文本（{error}）：请将过长的数字写成单词",
             ) from error
-        chunks = [chunk for sentence in sentences for chunk in _short(sentence) if any(map(str.isalpha, chunk))]
+        # hibari splits sentences at their punctuation; a long one without any is wrapped.
+        wrapped = [textwrap.wrap(each, 400, break_long_words=False, break_on_hyphens=False) for each in sentences]
+        chunks = [chunk for sentence in wrapped for chunk in sentence if any(map(str.isalpha, chunk))]
         if not chunks:
             raise InvalidInput(
                 "There is nothing to pronounce in the Target Text: write some words",
@@ -173,32 +151,32 @@ class BuiltinEngine:
         segments = speech_segments(samples, self.vad_model, self.device)
         if not segments:
             raise InvalidInput(
-                "No speech was found in the recording: give one in which somebody speaks",
-                "录音中没有检测到语音：请提供有人说话的录音",
+                "No speech was found in the recording: give one with speech",
+                "录音中没有检测到语音：请提供含有语音的录音",
             )
         return cut(samples, segments)
 
-    def _voice_of(self, samples: Samples) -> voice.Voice:
+    def _voice_of(self, samples: Samples) -> world.Voice:
         """Measures the voice of a recording; raises `InvalidInput` if there is too little speech."""
         checkpoint()
         # Otherwise noise would be measured as part of the voice.
         speech = denoise(self._speech_in(samples)[: _PROMPT_S * SAMPLE_RATE])
         checkpoint()
-        measured = voice.measure(speech, world.analyse(speech))
+        measured = world.measure(speech, world.analyse(speech))
         if measured is None:
             raise InvalidInput(
-                f"The recording has less than {voice.MIN_VOICED_S} s of voiced speech: give a few seconds of ordinary "
+                f"The recording has less than {world.MIN_VOICED_S} s of voiced speech: give a few seconds of ordinary "
                 f"speech, not a whisper",
-                f"录音中的有声语音不足 {voice.MIN_VOICED_S} 秒：请提供几秒钟的正常说话录音，不要用耳语",
+                f"录音中的有声语音不足 {world.MIN_VOICED_S} 秒：请提供几秒钟的正常说话录音，不要用耳语",
             )
         return measured
 
-    def _synthesize(self, chunks: list[str], target: voice.Voice, rng: np.random.Generator) -> Samples:
+    def _synthesize(self, chunks: list[str], target: world.Voice, rng: np.random.Generator) -> Samples:
         spoken = []
         for chunk in chunks:
             checkpoint()
             plain = self.hibari.from_ids(self.hibari.ids(chunk), rng=rng)
-            converted = world.synthesise(voice.convert(world.analyse(plain), self._own_voice, target))
+            converted = world.synthesise(world.convert(world.analyse(plain), self._own_voice, target))
             spoken.append(converted[: len(plain)])
         return np.concatenate(spoken)
 
@@ -213,11 +191,6 @@ def _logging_errors(task: str) -> Iterator[None]:
     except Exception as error:
         logger.error("%s failed: %s", task, error)
         raise
-
-
-def _short(phonemes: str) -> list[str]:
-    """Splits long sentences without punctuation into chunks of about 400 phonemes; hibari splits the others."""
-    return textwrap.wrap(phonemes, 400, break_long_words=False, break_on_hyphens=False)
 
 
 def _check_edit(edit_type: str, edit_info: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Finds an unmodified Step-Audio-EditX checkout and imports its modules.
+"""Finds an unmodified Step-Audio-EditX checkout, imports its modules, and compares its requirements.
 
 Its top-level modules have common names (``tts``, ``utils``, ``config`` ...). From the first load on, an import hook
 resolves exactly these to the checkout. The checkout is last on ``sys.path``, so that it hides no other module.
@@ -12,71 +12,62 @@ import shlex
 import sys
 import threading
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from packaging.requirements import InvalidRequirement, Requirement
+
 from ..errors import EngineUnavailable, ResidencyError
 from ..locks import renewed_in_children
 from ..observability.error_classification import in_words
-from . import requirements
+from ..sentences import Sentence
+from .step_audio_facts import LANDMARKS, MODULES, REPOSITORY, REQUIREMENTS
 
-REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"
-
-#: Top-level modules and packages of the checkout, without its app and scripts.
-_NAMES = (
-    "config", "funasr_detach", "model_loader", "quantization", "stepvocoder", "tokenizer", "tts", "utils",
-    "whisper_wrapper",
-)  # fmt: skip
 _PROJECT = Path(__file__).resolve().parents[2]
 
 _importing = renewed_in_children(threading.Lock())
 
+#: Unmet requirements with the installed versions, None if the package is missing.
+Unmet = dict[str, str | None]
 
-def find_checkout(root: str | None = None) -> Path | None:
+
+def find_checkout(root: str | None = None) -> Path:
     """Finds the checkout: ``root``, the one imported by this process, ``STEP_AUDIO_ROOT``, or one nearby.
 
     Nearby: the current folder, the folder of this project, and ``Step-Audio-EditX`` beside either. Raises
-    `EngineUnavailable` if ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
+    `EngineUnavailable` if there is none, or ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
     """
-    used = _used()
-    named = root or ("" if used else os.environ.get("STEP_AUDIO_ROOT"))
-    if named:
-        folder = Path(named).expanduser()
-        if not _is_checkout(folder):
-            raise EngineUnavailable(
-                f"{named} is no Step-Audio-EditX checkout (tts.py or stepvocoder/ is missing): git clone {REPOSITORY}",
-                f"{named} 不是 Step-Audio-EditX 代码目录（缺少 tts.py 或 stepvocoder/）：请 git clone {REPOSITORY}",
-            )
-        return folder.resolve()
+    imported = _origin(sys.modules.get("tts"))
+    used = imported.parent if imported and _is_checkout(imported.parent) else None
+    named = root or (None if used else os.environ.get("STEP_AUDIO_ROOT"))
     here = Path.cwd()
     nearby = [here, _PROJECT, *(place.parent / "Step-Audio-EditX" for place in (here, _PROJECT))]
-    return used or next((place.resolve() for place in nearby if _is_checkout(place)), None)
-
-
-def require_checkout(root: str | None) -> Path:
-    """Returns `find_checkout`, or raises `EngineUnavailable` if there is none."""
-    if checkout := find_checkout(root):
-        return checkout
+    for place in [Path(named).expanduser()] if named else [used] if used else nearby:
+        if _is_checkout(place):
+            return place.resolve()
+    en, zh = (f" in {named}", f"{named} 中") if named else ("", "")
     raise EngineUnavailable(
-        f"No Step-Audio-EditX checkout found: git clone {REPOSITORY} and give its folder as --step-audio-root or "
-        f"STEP_AUDIO_ROOT",
-        f"未找到 Step-Audio-EditX 代码：请 git clone {REPOSITORY}，并用 --step-audio-root 或 STEP_AUDIO_ROOT "
-        f"指定其目录",
+        f"No Step-Audio-EditX checkout (with {' and '.join(LANDMARKS)}) found{en}: git clone {REPOSITORY} and give its "
+        f"folder as --step-audio-root or STEP_AUDIO_ROOT",
+        f"{zh}未找到 Step-Audio-EditX 代码（含 {' 和 '.join(LANDMARKS)}）：请 git clone {REPOSITORY}，"
+        f"并用 --step-audio-root 或 STEP_AUDIO_ROOT 指定其目录",
     )
 
 
 def import_from(checkout: Path, *names: str) -> list[ModuleType]:
     """Imports modules of the checkout. Raises `EngineUnavailable` with the missing requirements and the command."""
     with _importing:
-        for name in _NAMES:
-            if (there := sys.modules.get(name)) and not _is_of(there, checkout):
+        for name in MODULES:
+            origin = _origin(sys.modules.get(name))
+            if sys.modules.get(name) and not (origin and origin.is_relative_to(checkout)):
                 raise EngineUnavailable(
                     f"Step-Audio-EditX has a module {name!r}, and this program has imported another one of that name "
-                    f"({_origin(there) or 'from nowhere'}): rename that one, or start the engine in a program without",
+                    f"({origin or 'unknown file'}): rename that one, or start the engine in a program without it",
                     f"Step-Audio-EditX 有名为 {name!r} 的模块，而本程序已导入另一个同名模块"
-                    f"（{_origin(there) or '来源不明'}）：请将其改名，或在没有该模块的程序中启动引擎",
+                    f"（{origin or '来源不明'}）：请将其改名，或在没有该模块的程序中启动引擎",
                 )
         _make_importable(checkout)
         importlib.invalidate_caches()  # for packages installed since the last attempt
@@ -87,86 +78,106 @@ def import_from(checkout: Path, *names: str) -> list[ModuleType]:
             raise unimportable(checkout, error) from error
 
 
-def install_command(checkout: Path) -> str:
-    return f"pip install -r {shlex.quote(str(checkout / 'requirements.txt'))}"
-
-
-def unfit(checkout: Path, error: BaseException) -> EngineUnavailable | None:
-    """Returns the error to show if missing or unsuitable packages may be the cause; None otherwise.
-
-    The checkout ignores failed imports of its own parts and fails later, at their use. Errors raised on purpose are
-    clearer unchanged. Other versions of packages cause only errors of misuse, such as `TypeError`.
-    """
-    if isinstance(error, (ValueError, OSError, MemoryError, ResidencyError)):
-        return None
-    others = requirements.unmet(checkout / "requirements.txt")
-    if not isinstance(error, (AttributeError, LookupError, NameError, TypeError)):
-        others = [each for each in others if each.installed is None]
-    if not others:
-        return None
-    others.sort(key=lambda each: each.installed is not None)  # missing ones first
-    install, listed, why = install_command(checkout), requirements.listed(others), in_words(error)
-    return EngineUnavailable(
-        f"Step-Audio-EditX cannot be built ({why.en}). Not as it asks for: {listed.en}. {install}, and restart "
-        f"this program: what could not be imported is not tried again",
-        f"无法构建 Step-Audio-EditX（{why.zh}）。与其要求不符：{listed.zh}。请 {install}，然后重启本程序"
-        f"（导入失败的部分不会重试）",
-    )
-
-
 def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
     """Returns the error to show for a failed import, with the command that fixes it."""
-    install = install_command(checkout)
-    missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-    if missing and missing.split(".")[0] in _NAMES:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and missing.split(".")[0] in MODULES:
         return EngineUnavailable(
             f"The Step-Audio-EditX checkout {checkout} is incomplete, {missing} is missing: git clone {REPOSITORY}",
             f"Step-Audio-EditX 代码目录 {checkout} 不完整，缺少 {missing}：请重新 git clone {REPOSITORY}",
         )
     if missing:
+        install = _install_command(checkout)
         return EngineUnavailable(
             f"Step-Audio-EditX needs the Python module {missing!r}: {install}",
-            f"Step-Audio-EditX 缺少 Python 模块 {missing!r}：请 {install}",
+            f"Step-Audio-EditX 缺少 Python 模块 {missing!r}：请运行 {install}",
         )
-    others = requirements.listed(requirements.unmet(checkout / "requirements.txt"))
-    why = in_words(error)
     # Reinstall one package only: all of them would replace a torch that matches this machine's driver.
     again = "pip install --force-reinstall --no-deps"
+    advice = unmet_advice(checkout, unmet(checkout)) or Sentence(
+        f"Run {again} with the package that raised it", f"请对出错的软件包运行 {again}"
+    )
+    why = in_words(error)
     return EngineUnavailable(
-        f"Step-Audio-EditX cannot be imported ({why.en}). "
-        + (f"Not as it asks for: {others.en}. {install}" if others else f"{again} the package that this comes from"),
-        f"无法导入 Step-Audio-EditX（{why.zh}）。"
-        + (f"与其要求不符：{others.zh}。请 {install}" if others else f"请对出错的软件包执行 {again}"),
+        f"Step-Audio-EditX cannot be imported ({why.en}). {advice.en}",
+        f"无法导入 Step-Audio-EditX（{why.zh}）。{advice.zh}",
     )
 
 
-class _Finder(MetaPathFinder):
-    """Import hook: finds the modules in `_NAMES` in the checkout only."""
+def unusable(checkout: Path, error: BaseException) -> EngineUnavailable | None:
+    """Returns the error to show if missing or unsuitable packages may be the cause; None otherwise.
 
-    def __init__(self, checkout: Path) -> None:
-        self.folder = str(checkout)
+    Errors raised on purpose are clearer unchanged. Other versions of packages cause only errors of misuse, such as
+    `TypeError`.
+    """
+    if isinstance(error, (ValueError, OSError, MemoryError, ResidencyError)):
+        return None
+    packages = unmet(checkout)
+    if not isinstance(error, (AttributeError, LookupError, NameError, TypeError)):
+        packages = {name: installed for name, installed in packages.items() if installed is None}
+    advice, why = unmet_advice(checkout, packages), in_words(error)
+    if advice is None:
+        return None
+    return EngineUnavailable(
+        f"Step-Audio-EditX cannot be built ({why.en}). {advice.en}, and restart this program: it does not repeat "
+        f"failed imports",
+        f"无法构建 Step-Audio-EditX（{why.zh}）。{advice.zh}，然后重启本程序（导入失败的部分不会重试）",
+    )
+
+
+def unmet(checkout: Path) -> Unmet:
+    """Compares the checkout's requirements with the installed packages; returns missing packages first.
+
+    Skips options and links. No requirements file, no requirements.
+    """
+    found: Unmet = {}
+    file = checkout / REQUIREMENTS
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            requirement = Requirement(line.split(" #")[0].strip())
+        except InvalidRequirement:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            installed = None
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            found[f"{requirement.name}{requirement.specifier}"] = installed
+    return dict(sorted(found.items(), key=lambda item: item[1] is not None))
+
+
+def unmet_advice(checkout: Path, packages: Unmet) -> Sentence | None:
+    """Returns unmet requirements, such as ``torch==2.1 (2.0)``, and the command that installs them; None if empty."""
+    en = "; ".join(f"{name} ({installed or 'missing'})" for name, installed in packages.items())
+    zh = "；".join(f"{name}（{installed or '未安装'}）" for name, installed in packages.items())
+    install = _install_command(checkout)
+    return Sentence(f"Unmet requirements: {en}. Run {install}", f"未满足的依赖：{zh}。请运行 {install}") if en else None
+
+
+def _install_command(checkout: Path) -> str:
+    return f"pip install -r {shlex.quote(str(checkout / REQUIREMENTS))}"
+
+
+class _Finder(MetaPathFinder):
+    """Import hook: finds the modules in `MODULES` in the checkout only."""
+
+    folder = ""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return PathFinder.find_spec(name, [self.folder]) if path is None and name in _NAMES else None
+        return PathFinder.find_spec(name, [self.folder]) if path is None and name in MODULES else None
+
+
+_finder = _Finder()
 
 
 def _make_importable(checkout: Path) -> None:
-    for finder in [finder for finder in sys.meta_path if isinstance(finder, _Finder)]:
-        sys.meta_path.remove(finder)
-    sys.meta_path.insert(0, _Finder(checkout))
-    if str(checkout) not in sys.path:
-        sys.path.append(str(checkout))
-
-
-def _used() -> Path | None:
-    """Returns the checkout from which ``tts`` was imported."""
-    origin = _origin(sys.modules.get("tts"))
-    return origin.parent if origin and _is_checkout(origin.parent) else None
-
-
-def _is_of(module: ModuleType, checkout: Path) -> bool:
-    origin = _origin(module)
-    return origin is not None and origin.is_relative_to(checkout)
+    _finder.folder = str(checkout)
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    if _finder.folder not in sys.path:
+        sys.path.append(_finder.folder)
 
 
 def _origin(module: ModuleType | None) -> Path | None:
@@ -175,4 +186,4 @@ def _origin(module: ModuleType | None) -> Path | None:
 
 
 def _is_checkout(folder: Path) -> bool:
-    return (folder / "tts.py").is_file() and (folder / "stepvocoder").is_dir()
+    return all((folder / name).exists() for name in LANDMARKS)

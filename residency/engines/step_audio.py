@@ -1,5 +1,6 @@
-"""Builds the real engine from an unmodified Step-Audio-EditX checkout (see `checkout`) and its weights.
+"""Builds the real engine from an unmodified Step-Audio-EditX checkout and its weights.
 
+`step_audio_facts` has its modules, signatures and files; `checkout` imports it; `step_audio_weights` checks weights.
 Not yet run with its real weights by this project: see docs/en/verification.md.
 """
 
@@ -15,9 +16,9 @@ from ..contracts import Engine
 from ..errors import EngineUnavailable
 from ..observability.error_classification import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..sentences import Sentence
-from . import requirements
+from . import step_audio_facts as facts
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
-from .checkout import import_from, install_command, require_checkout, unfit, unimportable
+from .checkout import find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
 from .step_audio_weights import check_model, check_weights, from_a_hub, model_folder
 
 
@@ -36,29 +37,28 @@ def build(
 
     Raises `EngineUnavailable` if the checkout or a requirement is missing; otherwise the checkout's own error.
     """
-    checkout = require_checkout(root)
+    checkout = find_checkout(root)
     tts, tokenizers, loader = import_from(checkout, "tts", "tokenizer", "model_loader")
     import torch
 
     source = getattr(loader.ModelSource, model_source.upper())
-    tokenizer_arguments = {"funasr_model_id": tokenizer_model_id} if tokenizer_model_id else {}
-
-    def both() -> Any:
-        tokenizer = tokenizers.StepAudioTokenizer(
-            os.path.join(model_path, "Step-Audio-Tokenizer"), model_source=source, **tokenizer_arguments
-        )
-        return tts.StepAudioTTS(
+    acoustic_model = {"funasr_model_id": tokenizer_model_id} if tokenizer_model_id else {}
+    weights = {"tokenizer_model_id": tokenizer_model_id, "tts_model_id": tts_model_id, "quantization": quantization}
+    return _build(
+        lambda: tts.StepAudioTTS(
             os.path.join(model_path, model_folder(quantization)),
-            tokenizer,
+            tokenizers.StepAudioTokenizer(
+                os.path.join(model_path, facts.TOKENIZER), model_source=source, **acoustic_model
+            ),
             model_source=source,
             tts_model_id=tts_model_id,
             quantization_config=quantization,
             torch_dtype=getattr(torch, torch_dtype),
             device_map=device_map,
-        )
-
-    weights = {"tokenizer_model_id": tokenizer_model_id, "tts_model_id": tts_model_id, "quantization": quantization}
-    return _build(both, checkout, lambda: check_weights(model_path, model_source=model_source, **weights))
+        ),
+        checkout,
+        lambda: check_weights(model_path, model_source=model_source, **weights),
+    )
 
 
 def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
@@ -66,7 +66,7 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
 
     Calls ``make_tokenizer`` once the checkout's modules can be imported. Errors as for `build`.
     """
-    checkout = require_checkout(None)
+    checkout = find_checkout(None)
     (tts,) = import_from(checkout, "tts")
     return _build(
         lambda: tts.StepAudioTTS(model_path, make_tokenizer(), **arguments),
@@ -76,11 +76,8 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
 
 
 def build_recognizer(root: str | None = None) -> Callable[[str], str]:
-    """Builds the checkout's speech recognition: a function from the path of a recording to its text.
-
-    Uses only the model: the checkout's wrapper turns errors, also out-of-memory errors, into empty texts.
-    """
-    (module,) = import_from(require_checkout(root), "whisper_wrapper")
+    """Builds the model of the checkout's speech recognition, as a function from the path of a recording to its text."""
+    (module,) = import_from(find_checkout(root), "whisper_wrapper")
     try:
         pipeline = module.WhisperWrapper().model
     except Exception as error:
@@ -107,19 +104,15 @@ def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
 
 
 def _shortcomings(root: str | None, check: Callable[[], None]) -> list[Sentence]:
-    checkout = require_checkout(root)
+    checkout = find_checkout(root)
     found = []
     try:
         check()
     except EngineUnavailable as error:
         found.append(message_of(error))
-    if unmet := requirements.unmet(checkout / "requirements.txt"):
-        others, command = requirements.listed(unmet), install_command(checkout)
+    if advice := unmet_advice(checkout, unmet(checkout)):
         found.append(
-            Sentence(
-                f"Not as Step-Audio-EditX asks for: {others.en}. If it does not load: {command}",
-                f"与 Step-Audio-EditX 的要求不符：{others.zh}。若无法加载：{command}",
-            )
+            Sentence(f"Step-Audio-EditX may not load. {advice.en}", f"Step-Audio-EditX 可能无法加载。{advice.zh}")
         )
     return found
 
@@ -142,10 +135,9 @@ def _build(make: Callable[[], Any], checkout: Path, check: Callable[[], None]) -
         engine: Engine = make()
     except Exception as error:
         # Checked only after a failure: the checkout decides what it needs.
-        reason = _reason(error, checkout, check)
-        if reason is None:
-            raise
-        raise reason from error
+        if reason := _reason(error, checkout, check):
+            raise reason from error
+        raise
     llm: Any = getattr(engine, "llm", None)
     if hasattr(llm, "register_forward_pre_hook"):
         llm.register_forward_pre_hook(lambda module, arguments: checkpoint())
@@ -172,12 +164,12 @@ def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> Engi
             f"Step-Audio-EditX 需要 NVIDIA GPU，而 torch 在此未找到（{first}）：请检查 nvidia-smi 与驱动，"
             f"或使用内置引擎（不写 --model-path）",
         )
-    packages = unfit(checkout, first)
+    packages = unusable(checkout, first)
     if packages or first is error:
         return packages
     why, then = in_words(first), message_of(error)
     return EngineUnavailable(
-        f"Step-Audio-EditX cannot be built ({why.en}; what it tried after that failed as well: {then.en}): "
+        f"Step-Audio-EditX cannot be built ({why.en}; its next attempt failed as well: {then.en}): "
         f"check --model-path, --model-source and the connection to the hub",
         f"无法构建 Step-Audio-EditX（{why.zh}；随后的尝试也失败了：{then.zh}）：请检查 --model-path、"
         f"--model-source 以及与模型仓库的连接",

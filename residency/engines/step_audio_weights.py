@@ -10,20 +10,14 @@ from pathlib import Path
 
 from ..errors import EngineUnavailable
 from ..sentences import Sentence
+from . import step_audio_facts as facts
 
-ACOUSTIC_MODEL = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
-"""The FunASR model in the folder of the public tokenizer."""
-
-_TOKENIZER_FILES = ("linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx")
-_MODEL_FILES = ("config.json", "tokenizer_config.json")
-_VOCODER = "CosyVoice-300M-25Hz"
-_VOCODER_FILES = ("cosyvoice.yaml", "flow.pt", "hift.pt", "campplus.onnx")
-_POINTER = b"version https://git-lfs"
+_GIT_LFS_POINTER = b"version https://git-lfs"
 
 
 def model_folder(quantization: str | None) -> str:
     """Returns the name of the engine's folder in a model path and of its repository on the hub."""
-    return "Step-Audio-EditX-AWQ-4bit" if quantization == "awq-4bit" else "Step-Audio-EditX"
+    return facts.MODEL_BY_QUANTIZATION.get(quantization or "", facts.MODEL)
 
 
 def check_weights(
@@ -37,19 +31,16 @@ def check_weights(
     """Raises `EngineUnavailable` if local weights are missing, truncated, or git-lfs pointers."""
     folder = Path(model_path)
     if _is_local(model_path, model_source):
-        _check_tokenizer(folder / "Step-Audio-Tokenizer", tokenizer_model_id or ACOUSTIC_MODEL)
-    check_model(
-        str(folder / model_folder(quantization)) if tts_model_id is None else tts_model_id,
-        model_source=model_source,
-        quantization=quantization,
-    )
+        _check_tokenizer(folder / facts.TOKENIZER, tokenizer_model_id or facts.ACOUSTIC_MODEL)
+    model = str(folder / model_folder(quantization)) if tts_model_id is None else tts_model_id
+    check_model(model, model_source=model_source, quantization=quantization)
 
 
 def check_model(model: str, *, model_source: str = "auto", quantization: str | None = None) -> None:
     """Does the same for the folder with the language model and the vocoder only."""
     if _is_local(model, model_source):
         folder = Path(model)
-        wanted = [*_MODEL_FILES, *_shards(folder), *(f"{_VOCODER}/{name}" for name in _VOCODER_FILES)]
+        wanted = [*facts.MODEL_FILES, *_shards(folder), *facts.VOCODER_FILES]
         _check_files(folder, wanted, _download(model_folder(quantization), folder))
 
 
@@ -78,27 +69,16 @@ def _is_local(path: str, source: str) -> bool:
 
 
 def _check_tokenizer(folder: Path, acoustic_model: str) -> None:
-    acoustic = [f"{acoustic_model}/{name}" for name in _acoustic_files(folder / acoustic_model)]
-    get = _download("Step-Audio-Tokenizer", folder)
-    if acoustic_model == ACOUSTIC_MODEL:
-        _check_files(folder, [*_TOKENIZER_FILES, *acoustic], get)
-        return
-    _check_files(folder, _TOKENIZER_FILES, get)
-    _check_files(
-        folder,
-        acoustic,
-        Sentence("put it there, or leave --tokenizer-model-id out", "放到该处，或去掉 --tokenizer-model-id"),
-    )
-
-
-def _acoustic_files(folder: Path) -> list[str]:
-    """Returns names of configuration and weights. FunASR itself replaces missing weights by random ones."""
-    names = {"config": "config.yaml", "init_param": "model.pt"}
-    file = folder / "configuration.json"
-    if file.is_file():
-        named = _read(file).get("file_path_metas", {})
+    get = _download(facts.TOKENIZER, folder)
+    _check_files(folder, facts.TOKENIZER_FILES, get)
+    names = dict(facts.ACOUSTIC_FILES)
+    configuration = folder / acoustic_model / "configuration.json"
+    if configuration.is_file():
+        named = _read(configuration).get("file_path_metas", {})
         names.update({key: name for key, name in named.items() if key in names})
-    return list(names.values())
+    if acoustic_model != facts.ACOUSTIC_MODEL:
+        get = Sentence("put it there, or leave --tokenizer-model-id out", "放到该处，或去掉 --tokenizer-model-id")
+    _check_files(folder, [f"{acoustic_model}/{name}" for name in names.values()], get)
 
 
 def _shards(folder: Path) -> list[str]:
@@ -120,28 +100,23 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
     return content
 
 
-def _check_files(folder: Path, wanted: Sequence[str], command: str) -> None:
-    get = Sentence.of(command)
-    missing = [name for name in wanted if not (folder / name).exists()]
-    if missing:
-        names = ", ".join(missing)
-        what = Sentence(names, names) if folder.is_dir() else Sentence("the whole folder", "整个目录")
+def _check_files(folder: Path, wanted: Sequence[str], get: Sentence) -> None:
+    if missing := ", ".join(name for name in wanted if not (folder / name).exists()):
+        what = Sentence.of(missing) if folder.is_dir() else Sentence("the whole folder", "整个目录")
         raise EngineUnavailable(
             f"The weights in {folder} are missing or incomplete ({what.en}): {get.en}",
             f"{folder} 中的权重缺失或不完整（{what.zh}）：请 {get.zh}",
         )
-    files = [*(folder / name for name in wanted), *folder.glob("*.safetensors")]
-    pointers = _names(folder, [file for file in files if file.is_file() and _begins_with(file, _POINTER)])
-    if pointers:
+    files = [file for file in [*(folder / name for name in wanted), *folder.glob("*.safetensors")] if file.is_file()]
+    if pointers := _names(folder, [file for file in files if _begins_with(file, _GIT_LFS_POINTER)]):
         pull = f"git lfs install && git -C {shlex.quote(str(folder))} lfs pull"
         raise EngineUnavailable(
-            f"The weights in {folder} were cloned without git-lfs ({pointers} hold only a reference): {pull}",
+            f"The weights in {folder} were cloned without git-lfs ({pointers} contain only a reference): {pull}",
             f"{folder} 中的权重是在没有 git-lfs 的情况下克隆的（{pointers} 只是引用）：请 {pull}",
         )
-    truncated = _names(folder, [file for file in files if file.is_file() and _is_truncated(file)])
-    if truncated:
+    if truncated := _names(folder, list(filter(_is_truncated, files))):
         raise EngineUnavailable(
-            f"The weights in {folder} were not downloaded to their end ({truncated}): remove these files, and {get.en}",
+            f"The weights in {folder} were not downloaded completely ({truncated}): remove these files, and {get.en}",
             f"{folder} 中的权重没有下载完整（{truncated}）：请删除这些文件，然后 {get.zh}",
         )
 
@@ -150,8 +125,8 @@ def _names(folder: Path, files: Sequence[Path]) -> str:
     return ", ".join(dict.fromkeys(str(file.relative_to(folder)) for file in files))
 
 
-def _download(repository: str, folder: Path) -> str:
-    return f"hf download stepfun-ai/{repository} --local-dir {shlex.quote(str(folder))}"
+def _download(repository: str, folder: Path) -> Sentence:
+    return Sentence.of(f"hf download {facts.HUB}/{repository} --local-dir {shlex.quote(str(folder))}")
 
 
 def _begins_with(file: Path, beginning: bytes) -> bool:

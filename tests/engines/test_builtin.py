@@ -16,7 +16,7 @@ import torch
 from hibari import Hibari
 
 from residency.cancellation import Cancellation, cancelled_by
-from residency.engines import builtin, effects, world
+from residency.engines import builtin, world
 from residency.engines.builtin import BuiltinEngine, HTTPException
 from residency.errors import InvalidInput, RequestStopped
 
@@ -100,7 +100,7 @@ def test_edits_do_what_they_say(engine: BuiltinEngine, prompt: str, speech: np.n
     assert lengths == sorted(lengths)
     assert lengths[1] < len(speech) < lengths[2]
     whispered = engine.edit(prompt, "", "style", "whisper")[0][0].numpy()
-    assert np.allclose(whispered, effects.whisper(speech), atol=0.02)
+    assert np.allclose(whispered, world.whisper(speech), atol=0.02)
 
 
 def test_edits_stack(engine: BuiltinEngine, write: Write, prompt: str) -> None:
@@ -136,7 +136,7 @@ def test_prompts_without_a_voice(engine: BuiltinEngine, write: Write, speech: np
     with pytest.raises(InvalidInput, match="No speech was found"):
         engine.clone(write(noise), "nobody", "Hello.")
     with pytest.raises(InvalidInput, match="voiced speech"):
-        engine.clone(write(effects.whisper(speech), name="w.wav"), "a fox", "Hello.")
+        engine.clone(write(world.whisper(speech), name="w.wav"), "a fox", "Hello.")
     with pytest.raises(InvalidInput, match="is gone"):
         engine.clone("/nowhere.wav", "nobody", "Hello.")
     check_speech(*engine.clone(write(speech, name="still works.wav"), "a fox", "Hello."))
@@ -219,7 +219,7 @@ class TestCancellation:
         self, engine: BuiltinEngine, prompt: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cancellation, said = Cancellation(), list[int]()
-        convert = builtin.voice.convert
+        convert = builtin.world.convert
 
         def cancel_in_the_second(*arguments: Any) -> Any:
             said.append(1)
@@ -227,7 +227,7 @@ class TestCancellation:
                 cancellation.cancel()
             return convert(*arguments)
 
-        monkeypatch.setattr(builtin.voice, "convert", cancel_in_the_second)
+        monkeypatch.setattr(builtin.world, "convert", cancel_in_the_second)
         with cancelled_by(cancellation), pytest.raises(RequestStopped):
             engine.clone(prompt, "a fox", " ".join([TEXT] * 4))
         assert len(said) == 2
@@ -236,7 +236,7 @@ class TestCancellation:
     def test_nothing_is_computed_for_an_edit_that_was_cancelled(
         self, engine: BuiltinEngine, prompt: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(builtin.effects, "change_speed", lambda *_: pytest.fail("it is computed"))
+        monkeypatch.setattr(builtin.world, "change_speed", lambda *_: pytest.fail("it is computed"))
         cancellation = Cancellation()
         cancellation.cancel()
         with cancelled_by(cancellation), pytest.raises(RequestStopped):

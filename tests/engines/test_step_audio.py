@@ -13,8 +13,8 @@ import torch
 from miniature_checkout import CHECKOUT, make_recording, make_weights, run, safetensors_of
 
 from residency.engines import checkout as checkouts
-from residency.engines import requirements, step_audio
-from residency.engines.step_audio_weights import ACOUSTIC_MODEL
+from residency.engines import step_audio
+from residency.engines.step_audio_facts import ACOUSTIC_MODEL
 from residency.errors import EngineUnavailable
 
 VOCODER = "Step-Audio-EditX/CosyVoice-300M-25Hz"
@@ -62,7 +62,8 @@ def test_the_checkout_is_found_by_name_environment_and_neighbourhood(
     monkeypatch.delenv("STEP_AUDIO_ROOT", raising=False)
     monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "elsewhere" / "ours")
     monkeypatch.chdir(tmp_path)
-    assert checkouts.find_checkout() is None
+    with pytest.raises(EngineUnavailable, match="No Step-Audio-EditX checkout"):
+        checkouts.find_checkout()
     assert checkouts.find_checkout(str(checkout)) == checkout
     monkeypatch.setattr(checkouts, "_PROJECT", tmp_path / "ours")
     assert checkouts.find_checkout() == checkout, "beside this project"
@@ -75,7 +76,7 @@ def test_the_checkout_is_found_by_name_environment_and_neighbourhood(
     monkeypatch.chdir(checkout)
     assert checkouts.find_checkout() == checkout
     monkeypatch.setenv("STEP_AUDIO_ROOT", str(tmp_path / "here"))
-    with pytest.raises(EngineUnavailable, match="no Step-Audio-EditX checkout"):
+    with pytest.raises(EngineUnavailable, match=r"No Step-Audio-EditX checkout .* found in "):
         checkouts.find_checkout()
 
 
@@ -172,10 +173,11 @@ def test_a_wrong_version_is_named_with_the_one_that_is_wanted(checkout: Path, mo
 
 
 def test_requirements_for_other_systems_and_lines_that_are_none_are_passed_over(tmp_path: Path) -> None:
-    file = tmp_path / "requirements.txt"
-    file.write_text('# a comment\n\n--index-url x\nnowhere-1 ; sys_platform == "win32"\nnowhere-2\n')
-    assert [each.sentence.en for each in requirements.unmet(file)] == ["nowhere-2 (missing)"]
-    assert requirements.unmet(tmp_path / "none.txt") == []
+    (tmp_path / "requirements.txt").write_text(
+        '# a comment\n\n--index-url x\nnowhere-1 ; sys_platform == "win32"\nnowhere-2\n'
+    )
+    assert checkouts.unmet(tmp_path) == {"nowhere-2": None}
+    assert checkouts.unmet(tmp_path / "without such a file") == {}
 
 
 def test_what_the_checkout_passes_over_at_its_import_is_named_when_it_is_missed(
@@ -239,7 +241,7 @@ def test_where_all_that_is_asked_for_is_there_a_reinstallation_of_everything_is_
 ) -> None:
     (checkout / "tts.py").write_text("from torch import a_name_of_another_version")
     said = refused("build()", models, voice, checkout)
-    assert "pip install --force-reinstall --no-deps the package" in said
+    assert "pip install --force-reinstall --no-deps with the package" in said
     assert "-r " not in said
 
 
@@ -340,7 +342,9 @@ def test_files_that_were_not_downloaded_to_their_end_are_recognised(models: Path
         whole = file.read_bytes()
         for kept in (5, 40, len(whole) - 100):
             file.write_bytes(whole[:kept])
-            with pytest.raises(EngineUnavailable, match=r"to their end.*remove these files, and hf download") as raised:
+            with pytest.raises(
+                EngineUnavailable, match=r"not downloaded completely.*remove.* and hf download"
+            ) as raised:
                 step_audio.check_weights(str(models))
             assert f"({name})" in str(raised.value)
         file.write_bytes(whole)

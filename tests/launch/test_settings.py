@@ -7,7 +7,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from reverse_proxies import make_certificate
 
-from residency.engines.step_audio_weights import ACOUSTIC_MODEL
+from residency.engines.step_audio_facts import ACOUSTIC_MODEL
 from residency.launch.settings import parse, size_bytes
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 from fork_server import ForkedProcess
 
-from residency.engines.step_audio_weights import ACOUSTIC_MODEL
+from residency.engines.step_audio_facts import ACOUSTIC_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = ROOT / "tests" / "engines" / "miniature"
