@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, signals: Signals) -> None:
-    from residency.launch.port import check_port
-    from residency.launch.proxies import reach_directly
+    from residency.launch.listening import check_port, reach_directly
     from residency.web.server.connections import raise_descriptor_limit
 
     raise_descriptor_limit()

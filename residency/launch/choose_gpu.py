@@ -84,12 +84,12 @@ def _ask_nvidia_smi() -> tuple[str, tuple[str, str] | None]:
     try:
         process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
     except OSError:
-        return "", ("nvidia-smi is not here", "找不到 nvidia-smi")
+        return "", ("nvidia-smi is not installed", "找不到 nvidia-smi")
     try:
         return process.communicate(timeout=NVIDIA_SMI_S)[0], None
     except subprocess.TimeoutExpired:
         process.kill()  # without waiting for its end
-        return "", (f"nvidia-smi does not answer within {NVIDIA_SMI_S} s", f"nvidia-smi 在 {NVIDIA_SMI_S} 秒内没有响应")
+        return "", (f"nvidia-smi does not respond within {NVIDIA_SMI_S} s", f"nvidia-smi 在 {NVIDIA_SMI_S} 秒内没有响应")
 
 
 def _no_rows(said: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from ..errors import ResidencyError
@@ -61,8 +61,8 @@ def output_of(*command: str) -> str | None:
     return None if done.returncode else done.stdout.rstrip("\n")
 
 
-def become(command: list[str]) -> NoReturn:
+def become(command: list[str], environ: Mapping[str, str] = os.environ) -> NoReturn:
     """Replaces this process by a program, which keeps pid, terminal and signals."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored by Python; the program would inherit that
     sys.stdout.flush()
-    os.execvp(command[0], command)
+    os.execvpe(command[0], command, environ)

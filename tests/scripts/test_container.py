@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from script_project import ROOT, Caller, Project, free_port
+from script_project import ROOT, Caller, Project, free_port, write_record
 
 NAME = "step-audio-gpu-managed"
 KEPT = f"{NAME}-before-gpu-management"
@@ -179,7 +179,7 @@ def test_a_private_key_that_only_root_may_read_is_said_before_the_start(machine:
 
 def test_what_would_be_made_is_said(machine: Machine, tmp_path: Path) -> None:
     said = machine.localize("--docker", "--check", GPU_SNAPSHOT_DIR=str(tmp_path / "snapshots"))
-    assert f"Would make the folder {tmp_path / 'snapshots'}" in said
+    assert f"Would create the folder {tmp_path / 'snapshots'}" in said
 
 
 def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None:
@@ -216,7 +216,7 @@ class TestSomebodyElses:
         machine.set(containers={NAME: OLD})
 
     def test_it_is_left_alone(self, machine: Machine) -> None:
-        assert f"a container {NAME} already (running). Give --replace" in machine.refuse("--docker", "--detach")
+        assert f"already a container {NAME} (running). Give --replace" in machine.refuse("--docker", "--detach")
         assert "was not started by this script" in machine.refuse("stop", "--docker")
         assert machine.containers == {NAME: OLD}
 
@@ -253,7 +253,7 @@ class TestSomebodyElses:
 
     def test_a_start_that_fails_says_the_way_back(self, machine: Machine) -> None:
         code, said = machine.call("--docker", "--detach", "--replace", "--break")
-        assert (code, "Back to what was: " in said, "LOG of" in said) == (1, True, True)
+        assert (code, "To restore the previous state: " in said, "LOG of" in said) == (1, True, True)
         machine.localize("stop", "--docker")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
@@ -275,7 +275,7 @@ class TestSomebodyElses:
         machine.start("--replace", "--one")
         machine.set(**trouble)
         code, said = machine.call("--docker", "--detach", "--replace", "--two", PORT=str(free_port()))
-        assert (code, "is the one from before, with the settings that it had" in said) == (1, True), said
+        assert (code, "is the previous container with its previous settings" in said) == (1, True), said
         assert f"Ready: http://127.0.0.1:{machine.port}" in said
         assert machine.containers.keys() == {NAME, KEPT}
         assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}
@@ -382,7 +382,7 @@ class TestGPU:
 def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
     machine.start()
     other = str(free_port())
-    assert f"Nothing that this script started runs on port {other}" in machine.localize("stop", "--port", other)
+    assert f"No app of this script runs on port {other}" in machine.localize("stop", "--port", other)
     assert machine.call("status", PORT=other)[0] == 3
     assert machine.containers[NAME]["status"] == "running"
     assert "Ready" in machine.localize("restart", "--port", machine.port)
@@ -390,9 +390,9 @@ def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
 
 def test_one_of_another_name_is_found(machine: Machine) -> None:
     machine.start("--container-name", "mine")
-    assert "Container mine: ours running" in machine.localize("status", PORT="")
-    assert "Container mine: ours running" in machine.localize("status"), "by its port"
-    assert "Container mine: ours running" in machine.localize("status", "--docker", PORT="")
+    assert "Container mine: running" in machine.localize("status", PORT="")
+    assert "Container mine: running" in machine.localize("status"), "by its port"
+    assert "Container mine: running" in machine.localize("status", "--docker", PORT="")
     machine.localize("stop", PORT="")
     assert machine.containers == {}
 
@@ -403,7 +403,7 @@ def test_several_are_listed_with_the_way_to_name_one(machine: Machine) -> None:
     machine.start("--container-name", "another", PORT=port)
     for arguments in (["stop"], ["stop", "--docker"]):
         code, said = machine.call(*arguments, PORT="")
-        assert (code, "2 apps run. Name one:" in said) == (1, True), said
+        assert (code, "2 apps are running. Choose one:" in said) == (1, True), said
         assert f"port {machine.port}, container {NAME}, since 2026-01-02 0" in said
         assert "stop --docker --container-name another" in said
     machine.localize("stop", "--docker", "--container-name", "another", PORT="")
@@ -411,7 +411,7 @@ def test_several_are_listed_with_the_way_to_name_one(machine: Machine) -> None:
 
 
 def test_a_name_that_a_sandbox_may_have_set_is_said_with_its_source(machine: Machine) -> None:
-    assert "'sandbox-7', as the variable CONTAINER_NAME says" in machine.start(CONTAINER_NAME="sandbox-7")
+    assert "'sandbox-7', from the variable CONTAINER_NAME" in machine.start(CONTAINER_NAME="sandbox-7")
     assert machine.containers.keys() == {"sandbox-7"}
     machine.localize("stop", PORT="")
     said = machine.start(CONTAINER_NAME="sandbox-7", GPU_TTS_CONTAINER_NAME="mine")
@@ -426,7 +426,7 @@ def test_a_name_that_a_sandbox_may_have_set_is_said_with_its_source(machine: Mac
 def test_one_that_runs_is_found_behind_the_record_of_a_process_that_has_ended(machine: Machine) -> None:
     records = machine.project.folder / ".run"
     records.mkdir()
-    (records / f"{machine.port}.run").write_text("\0".join(["999999999", "12345", "", "/", "0"]) + "\0")
+    write_record(records, machine.port, 999999999)
     machine.start()
     assert "EXEC" in machine.localize("status")
     machine.localize("stop")
@@ -444,15 +444,15 @@ class TestARestartThatFails:
         machine.start()
         machine.set(ends=1)
         code, said = machine.call("restart")
-        assert (code, "started once more" in said, "serves again" in said) == (1, True, True), said
-        assert "Back to what was" not in said
+        assert (code, "is started again" in said, "serves again" in said) == (1, True, True), said
+        assert "To restore" not in said
         assert machine.containers[NAME]["status"] == "running"
 
     def test_it_is_said_that_it_is_down(self, machine: Machine) -> None:
         machine.start()
         machine.set(ends=2)
         code, said = machine.call("restart")
-        assert (code, f"nothing serves on port {machine.port} now" in said) == (1, True), said
+        assert (code, f"nothing runs on port {machine.port} now" in said) == (1, True), said
         assert machine.containers[NAME]["status"] == "exited"
         assert "Ready" in machine.localize("restart", "--docker")
 
@@ -460,7 +460,7 @@ class TestARestartThatFails:
         machine.start()
         machine.set(failing=["restart"])
         code, said = machine.call("restart")
-        assert (code, "serves as before" in said) == (1, True), said
+        assert (code, "still serves" in said) == (1, True), said
         assert machine.containers[NAME]["status"] == "running"
 
 
@@ -468,18 +468,18 @@ class TestARestartThatFails:
 def test_a_docker_that_does_not_answer(machine: Machine, action: str) -> None:
     machine.set(down=True)
     said = machine.refuse(action, "--docker")
-    assert "docker does not answer: Cannot connect to the Docker daemon" in said
+    assert "docker does not respond: Cannot connect to the Docker daemon" in said
 
 
 def test_no_docker(machine: Machine) -> None:
     (machine.project.bin / "docker").unlink()
-    assert "docker is not here" in machine.refuse("--docker")
+    assert "docker is not installed" in machine.refuse("--docker")
 
 
 def test_a_port_in_use(machine: Machine) -> None:
     machine.start()
     said = machine.refuse("--docker", "--detach", "--container-name", "another")
-    assert f"Port {machine.port} on 127.0.0.1 is in use" in said
+    assert f"port {machine.port}: it is in use" in said
 
 
 def test_the_port_that_is_suggested_is_free(machine: Machine) -> None:

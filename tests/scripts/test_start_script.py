@@ -138,8 +138,8 @@ class TestGPU:
         [
             ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "version mismatch"),
             ("echo", "lists none"),
-            (None, "nvidia-smi is not here"),
-            ("trap '' TERM; while :; do :; done", "does not answer within 0.3 s"),
+            (None, "nvidia-smi is not installed"),
+            ("trap '' TERM; while :; do :; done", "does not respond within 0.3 s"),
         ],
     )
     def test_none_is_no_obstacle(self, project: Project, patience: None, nvidia_smi: str | None, reason: str) -> None:
@@ -239,7 +239,7 @@ class TestModels:
     def test_the_id_of_a_hub(self, project: Project) -> None:
         code, output = project.run("--model-path", "stepfun-ai")
         assert code == 0, output
-        assert "taken as the id of a hub" in output
+        assert "used as the id of a hub" in output
         assert "stepfun-ai" in app_line(output)["argv"]
         assert "is no folder" in project.refuse("--model-path", "stepfun-ai", "--model-source", "local")
 
@@ -263,7 +263,7 @@ class TestPort:
             port = server.getsockname()[1]
             said = fresh.refuse("--port", str(port))
         assert not (fresh.folder / ".venv").exists(), "it is said before the install, not after it"
-        assert f"Port {port} on 127.0.0.1 is in use" in said
+        assert f"port {port}: it is in use" in said
         assert "--port" in said
         if shutil.which("ss") or shutil.which("lsof"):
             assert f"by pid {os.getpid()}" in said
@@ -272,7 +272,7 @@ class TestPort:
         path = hide_programs({"ps", "nvidia-smi", "docker"}, tmp_path)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-            assert f"Port {port} on 127.0.0.1 is in use" in project.refuse(PORT=str(port), PATH=path)
+            assert f"port {port}: it is in use" in project.refuse(PORT=str(port), PATH=path)
 
     def test_an_address_of_another_machine(self, project: Project) -> None:
         assert "Cannot listen on HOST '192.0.2.1'" in project.refuse(HOST="192.0.2.1")
@@ -357,7 +357,7 @@ def test_no_environment_is_made_in_a_checkout(fresh: Project, tmp_path: Path) ->
     checkout.mkdir()
     said = fresh.refuse("--check", STEP_AUDIO_ROOT=str(checkout), VENV_DIR=str(checkout / ".venv"))
     assert "has no tts.py" in said
-    assert "nothing is made in a checkout" in said
+    assert "creates none in a checkout" in said
     assert not list(checkout.iterdir())
 
 
