@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 
 from residency.errors import ResidencyError
 from residency.extras import needing
-from residency.launch.recordings_folder import recordings_folder
+from residency.launch.lifetime import Signals, recordings_folder
 from residency.launch.settings import Settings, parse
-from residency.launch.signals import Signals
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -99,7 +98,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
         permissions=permissions,
     )
     page = Page(tab, manager, permissions, settings.max_upload)
-    signals.at_once(page.close_tunnels)
+    signals.before_quit(page.close_tunnels)
     try:
         public_link = page.serve(
             settings.server_name,
@@ -127,7 +126,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
             logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()
     finally:
-        signals.interrupt_no_more()
+        signals.disable_interrupt()
         _end(page, manager, settings.shutdown_grace)
 
 

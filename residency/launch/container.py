@@ -75,20 +75,20 @@ class Container:
         )
         foreign = state.startswith("other")
         kept_restarts = self.container.restart_policy if foreign else self.container.label("kept-restarts")
-        run = run_command(settings, gpu, kept_restarts, self.url)
+        run, folders = run_command(settings, gpu, kept_restarts, self.url)
         build = self._build(gpu)
         if settings.check:
-            self._report_plan(state, build, run.words, run.folders)
+            self._report_plan(state, build, run, folders)
             return 0
         if build:
             if subprocess.run(build).returncode:
                 fail("The image could not be built (see above): check network and disk space, and run this again",
                      "镜像构建失败（见上）：请检查网络与磁盘空间后重试")  # fmt: skip
             check_driver(gpu, self._torch_of_image(gpu), settings.image)
-        for folder in run.folders:
+        for folder in folders:
             _make_folder(folder)
         self._free_name(state)
-        return self._launch(run.words)
+        return self._launch(run)
 
     def _build(self, gpu: Gpu) -> list[str]:
         """Returns the command that builds the image; empty if it is up to date. Checks driver and disk space."""

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from .choose_gpu import Gpu
@@ -103,77 +103,68 @@ def source_digest(settings: LaunchSettings) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class RunCommand:
-    """``docker run``, and the folders to create before it."""
+def run_command(settings: LaunchSettings, gpu: Gpu, kept_restarts: str, url: str) -> tuple[list[str], list[str]]:
+    """Returns ``docker run``, and the folders to create before it.
 
-    words: list[str]
-    folders: list[str] = field(default_factory=list)
-
-    def mount(self, path: str, writable: bool = False) -> None:
-        """Mounts a folder or file. Raises `LaunchError` if the user inside has no access."""
-        if writable:
-            _check_inside(path, 7, f"chown -R {IMAGE_USER}")
-            self.folders.append(path)
-        elif os.path.isfile(path):
-            _check_inside(path, 4, f"chown {IMAGE_USER}")  # not chmod: it may be a private key
-        else:
-            _check_inside(path, 5, "chmod -R o+rX")
-        self.words += ["--volume", f"{path}:{path}{'' if writable else ':ro'}"]
-
-
-def run_command(settings: LaunchSettings, gpu: Gpu, kept_restarts: str, url: str) -> RunCommand:
-    """Builds ``docker run``. ``kept_restarts``: restart policy of the kept container, stored as a label."""
+    ``kept_restarts`` is the restart policy of the kept container, stored as a label. Raises `LaunchError` if the user
+    inside has no access to a folder.
+    """
+    mounts = list(_mounts(settings))
+    folders = [path for path, writable in mounts if writable]
     labels = {"host": settings.host, "port": settings.port}
     labels |= {"scheme": "https"} if url.startswith("https") else {}
     labels |= {"kept-restarts": kept_restarts.removesuffix(":0")} if kept_restarts else {}
-    run = RunCommand(["docker", "run", "--name", settings.container_name, "--init", "--network", "host"])
-    run.words += [word for name, text in labels.items() for word in ("--label", f"{LABEL}.{name}={text}")]
-    run.words += ["--security-opt", "no-new-privileges", "--cap-drop", "ALL"]
-    run.words += ["--stop-timeout", str(settings.stop_timeout)]
-    if settings.detach:
-        run.words += ["--detach", "--restart", "unless-stopped"]
+    options = [("--label", f"{LABEL}.{name}={text}") for name, text in labels.items()]
     if os.geteuid():  # files belong to this user; for root, to the image's user
-        run.words += ["--user", f"{os.geteuid()}:{os.getegid()}", "--env", "HOME=/tmp"]
-        for group in sorted({os.getegid(), *os.getgroups()}):
-            run.words += ["--group-add", str(group)]
+        options += [("--user", f"{os.geteuid()}:{os.getegid()}"), ("--env", "HOME=/tmp")]
+        options += [("--group-add", str(group)) for group in sorted({os.getegid(), *os.getgroups()})]
     if gpu.index:
-        run.words += ["--gpus", f'"device={gpu.index}"']
-    if os.path.isdir(settings.model_path):  # else a hub id
-        run.mount(settings.model_path)
+        options += [("--gpus", f'"device={gpu.index}"')]
     if settings.model_path or "--enable-auto-transcribe" in settings.arguments:
-        run.words += ["--volume", "gpu-managed-tts-hub:/hub"]  # downloads outlive the container
-    if settings.step_audio_root:
-        run.mount(settings.step_audio_root)
-    if settings.gpu_snapshot_dir:
-        run.mount(settings.gpu_snapshot_dir, writable=True)
-    arguments = tuple(_with_folders(settings, run))
-    for variable in (*OF_APP, "HF_TOKEN", "HF_ENDPOINT"):  # by name: values would appear in the process list
-        run.words += ["--env", variable]
-    run.words += ["--env", f"HEALTH_URL={url}/healthz", settings.image]
-    run.words += replace(settings, arguments=arguments).app_arguments()
-    return run
+        options += [("--volume", "gpu-managed-tts-hub:/hub")]  # downloads outlive the container
+    options += [("--volume", f"{path}:{path}{'' if writable else ':ro'}") for path, writable in mounts]
+    # By name: values would appear in the process list.
+    options += [("--env", variable) for variable in (*OF_APP, "HF_TOKEN", "HF_ENDPOINT")]
+    return [
+        *("docker", "run", "--name", settings.container_name, "--init", "--network", "host", "--cap-drop", "ALL"),
+        *("--security-opt", "no-new-privileges", "--stop-timeout", str(settings.stop_timeout)),
+        *(("--detach", "--restart", "unless-stopped") if settings.detach else ()),
+        *(word for option in options for word in option),
+        *("--env", f"HEALTH_URL={url}/healthz", settings.image),
+        *replace(settings, arguments=tuple(word for word, _, _ in _arguments(settings))).app_arguments(),
+    ], folders
 
 
-def _with_folders(settings: LaunchSettings, run: RunCommand) -> Iterator[str]:
-    """Yields the arguments of app.py with absolute paths, and mounts their folders."""
+def _arguments(settings: LaunchSettings) -> Iterator[tuple[str, str, bool]]:
+    """Yields each argument of app.py, the folder or file to mount for it, if any, and whether that is writable."""
     before = ""
     for word in settings.arguments:
         flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
-        before = word
-        path = absolute(value)
-        is_file = flag.startswith("--ssl-") and os.path.isfile(path)
-        if flag in _FOLDERS and flag != word and (flag == "--tmp-dir" or os.path.isdir(path) or is_file):
-            run.mount(path, writable=flag == "--tmp-dir")
-            yield f"{flag}={path}" if equals else path
+        before, path, writable = word, absolute(value), flag == "--tmp-dir"
+        exists = os.path.isdir(path) or (flag.startswith("--ssl-") and os.path.isfile(path))  # else a hub id
+        if flag in _FOLDERS and flag != word and (exists or writable):
+            yield f"{flag}={path}" if equals else path, path, writable
         else:
-            yield word  # also a hub id
+            yield word, "", False
 
 
-def _check_inside(path: str, rights: int, command: str) -> None:
-    """Checks, for root, that the image's user has the rights (bits as in a mode). Raises `LaunchError`."""
+def _mounts(settings: LaunchSettings) -> Iterator[tuple[str, bool]]:
+    """Yields folders and files to mount, and whether they are writable. Raises `LaunchError`, see `run_command`."""
+    model_path = settings.model_path if os.path.isdir(settings.model_path) else ""  # else a hub id
+    mounts = [(model_path, False), (settings.step_audio_root, False), (settings.gpu_snapshot_dir, True)]
+    for path, writable in (*mounts, *((path, writable) for _, path, writable in _arguments(settings))):
+        if path:
+            _check_inside(path, writable)
+            yield path, writable
+
+
+def _check_inside(path: str, writable: bool) -> None:
+    """Checks, for root, that the image's user has the rights. Raises `LaunchError`."""
     if os.geteuid() or not os.path.exists(path):
         return
+    rights, command = (7, f"chown -R {IMAGE_USER}") if writable else (5, "chmod -R o+rX")
+    if os.path.isfile(path):
+        rights, command = 4, f"chown {IMAGE_USER}"  # not chmod: it may be a private key
     facts = os.stat(path)
     mode = facts.st_mode >> 6 if facts.st_uid == IMAGE_USER else facts.st_mode
     if mode & rights != rights:

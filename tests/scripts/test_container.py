@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reverse_proxies import make_certificate
 from script_project import ROOT, Caller, Project, free_port, write_record
 
 NAME = "step-audio-gpu-managed"
@@ -114,7 +115,7 @@ def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> No
     assert value_of("--cap-drop", run) == "ALL"
     assert value_of("--security-opt", run) == "no-new-privileges"
     assert pairs("--volume", run) == [
-        f"{models}:{models}:ro", "gpu-managed-tts-hub:/hub", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
+        "gpu-managed-tts-hub:/hub", f"{models}:{models}:ro", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
     ]  # fmt: skip
     assert snapshots.is_dir()
     passed_on = {"GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS"}
@@ -167,9 +168,10 @@ def test_folders_that_root_may_use_but_not_the_user_inside(machine: Machine, tmp
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="of root alone the container is another user's")
 def test_a_private_key_that_only_root_may_read_is_said_before_the_start(machine: Machine, tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    certificate.touch(0o644)
-    key.touch(0o600)
+    certificate, key = map(Path, make_certificate(tmp_path / "made", "localhost"))
+    tmp_path.joinpath("made").chmod(0o755)
+    certificate.chmod(0o644)
+    key.chmod(0o600)
     arguments = ["--docker", "--detach", "--ssl-certfile", str(certificate), f"--ssl-keyfile={key}"]
     assert f"chown 10001 {key}" in machine.refuse(*arguments)
     os.chown(key, 10001, -1)

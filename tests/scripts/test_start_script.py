@@ -99,7 +99,7 @@ class TestGPU:
         project.nvidia_smi(GPUS)
         code, output = project.run()
         assert code == 0
-        assert "GPU: 1 (NVIDIA B) has the most free memory, 40123 MiB" in output
+        assert "GPU: 1 (NVIDIA B), 40123 MiB free; most free memory of: 0 1 2" in output
         assert app_line(output)["cuda"] == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
 
     def test_the_one_asked_for(self, project: Project) -> None:
@@ -196,10 +196,10 @@ class TestDriver:
         fresh.nvidia_smi('echo "0, 1000, 470.1, NVIDIA A"')
         (torch / "version.py").write_text("cuda = '12.8'\n")
         said = fresh.refuse("--check", VENV_DIR=str(theirs))
-        assert f"install it into {theirs}" in said
+        assert f"install another torch into {theirs}" in said
         (torch / "version.py").write_text("cuda = None\n")
         said += fresh.run("--check", VENV_DIR=str(theirs))[1]
-        assert "install another torch into it" in said
+        assert f"To use it, install another torch into {theirs}" in said
         assert f"remove {theirs}" not in said
 
     def test_a_torch_that_cannot_use_it(self, project: Project, torch: Path) -> None:
@@ -367,7 +367,7 @@ def test_check_says_the_plan_and_does_nothing(fresh: Project) -> None:
     code, output = fresh.run("--check", "--tmp-dir", "a b")
     assert code == 0
     assert "GPU: 1" in output
-    assert f"{fresh.folder}/.venv is made with" in output
+    assert f"{fresh.folder}/.venv will be created with" in output
     assert "app.py --enable-gpu-management --tmp-dir a\\ b" in output
     assert "APP" not in output
     assert "background" not in output

@@ -77,6 +77,7 @@ def main(argv):
     return 0
 """
 
+
 class Project:
     """A folder with the real script, a stub app, and an environment shared by all runs."""
 
