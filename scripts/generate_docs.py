@@ -14,9 +14,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,20 +32,21 @@ MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOT
 DEFAULT = re.compile(r"(; | ?\(|^)default: ([^);,]*)[^);]*\)?")
 
 
-class Table(NamedTuple):
-    """The last cell of a row is a list of sentences. Other cells are translated if they have a translation."""
-
-    title: str
-    head: list[str]
-    rows: list[tuple[Any, ...]]
+Rows = list[tuple[Any, ...]]
+"""The last cell is a list of sentences, which are translated; of the other cells, only "off" is."""
 
 
-def flags(parser: argparse.ArgumentParser) -> Iterator[Table]:
-    for group in parser._action_groups:
-        actions = [each for each in group._group_actions if each.option_strings and each.help != argparse.SUPPRESS]
-        if rows := [_flag(action) for action in actions if action.dest != "help"]:
-            title = (group.title or "").replace("options", "")
-            yield Table(title, ["Flag", "Default", "Meaning"], rows)
+def flags(parser: argparse.ArgumentParser) -> list[tuple[str, Rows]]:
+    """Returns the title and the rows of each group."""
+    groups = {
+        (group.title or "").replace("options", ""): [
+            _flag(action)
+            for action in group._group_actions
+            if action.option_strings and argparse.SUPPRESS not in (action.help, action.default)
+        ]
+        for group in parser._action_groups
+    }
+    return [(title, rows) for title, rows in groups.items() if rows]
 
 
 def _flag(action: argparse.Action) -> tuple[str, str, list[str]]:
@@ -59,13 +60,12 @@ def _flag(action: argparse.Action) -> tuple[str, str, list[str]]:
     return flag, default, [DEFAULT.sub(lambda found: ")" * (found[0][0] == ";" and found[0][-1] == ")"), help)]
 
 
-def calls(paths: dict[str, Any]) -> Iterator[Table]:
-    rows = [
+def calls(paths: dict[str, Any]) -> Rows:
+    return [
         (f"`{method.upper()} {path}`", _body(call), " ".join(sorted(call["responses"])), [_text(call)])
         for path, calls in paths.items()
         for method, call in calls.items()
     ]
-    yield Table("", ["Call", "Body", "Status codes", "Meaning"], rows)
 
 
 def _body(call: dict[str, Any]) -> str:
@@ -80,19 +80,11 @@ def _text(described: dict[str, Any]) -> str:
     return " ".join(described.get("description", "").split())
 
 
-def status_codes(paths: dict[str, Any]) -> Iterator[Table]:
-    """Yields the meanings of codes other than 200."""
-    meanings: dict[str, set[str]] = {}
-    for calls in paths.values():
-        for call in calls.values():
-            for code, response in call["responses"].items():
-                meanings.setdefault(code, set()).add(response["description"])
-    rows = [(code, sorted(found)) for code, found in sorted(meanings.items()) if code != "200"]
-    yield Table("", ["Status code", "Meaning"], rows)
-
-
-def fields(schemas: dict[str, Any], name: str) -> Iterator[Table]:
-    yield Table("", ["Field", "Type", "Meaning"], list(_rows(schemas[name], schemas, "")))
+def status_codes(paths: dict[str, Any]) -> Rows:
+    """Returns the meanings of codes other than 200."""
+    answers = [answer for calls in paths.values() for call in calls.values() for answer in call["responses"].items()]
+    codes = sorted({code for code, _ in answers} - {"200"})
+    return [(code, sorted({response["description"] for each, response in answers if each == code})) for code in codes]
 
 
 def _rows(schema: dict[str, Any], schemas: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -123,53 +115,61 @@ def _resolve(field: dict[str, Any], schemas: dict[str, Any]) -> tuple[dict[str, 
     return None, str(field.get("type", "any"))
 
 
-def tables() -> dict[str, list[Table]]:
+def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
+    """Returns the head of each table, and the title and the rows of its groups."""
     with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
         api = build(manager, Permissions(None)).openapi()
-    schemas = api["components"]["schemas"]
-    rows = [
+    paths, schemas = api["paths"], api["components"]["schemas"]
+    launch = [
         (f"`--{name.lower().replace('_', '-')}`", f"`GPU_TTS_{name}`", [setting.metadata["en"]])
         for name, setting in options.SETTINGS.items()
         if setting.metadata["en"]
     ]
+    flag, field = ["Flag", "Default", "Meaning"], ["Field", "Type", "Meaning"]
     return {
-        "app-flags": list(flags(settings._parser({}))),
-        "launch-settings": [Table("", ["Flag", "Variable", "Meaning"], rows)],
-        "shell-flags": list(flags(command_line._parser())),
-        "calls": list(calls(api["paths"])),
-        "status-codes": list(status_codes(api["paths"])),
-        "status-fields": list(fields(schemas, "Status")),
-        "event-fields": list(fields(schemas, "Event")),
+        "app-flags": (flag, flags(settings._parser({}))),
+        "launch-settings": (["Flag", "Variable", "Meaning"], [("", launch)]),
+        "shell-flags": (flag, flags(command_line._parser())),
+        "calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(paths))]),
+        "status-codes": (["Status code", "Meaning"], [("", status_codes(paths))]),
+        "status-fields": (field, [("", list(_rows(schemas["Status"], schemas, "")))]),
+        "event-fields": (field, [("", list(_rows(schemas["Event"], schemas, "")))]),
     }
 
 
-def formatted(table: Table, chinese: dict[str, str] | None, missing: set[str]) -> str:
-    """Formats a table in Markdown; adds untranslated sentences to ``missing``. ``chinese`` is None in English."""
-
-    def translated(sentence: str) -> str:
-        if chinese is not None and sentence and sentence not in chinese:
-            missing.add(sentence)
-        return (chinese or {}).get(sentence, sentence)
-
-    rows = [
-        [(chinese or {}).get(cell, cell) for cell in row[:-1]] + [" ".join(map(translated, row[-1]))]
-        for row in table.rows
-    ]
-    lines = [list(map(translated, table.head)), ["---"] * len(table.head), *rows]
-    title = translated(table.title)
-    heading = f"**{title[:1].upper()}{title[1:]}**\n\n" if title else ""
-    return heading + "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+def formatted(head: list[str], groups: list[tuple[str, Rows]], translate: Callable[[str], str]) -> str:
+    """Formats tables in Markdown."""
+    parts = []
+    for title, rows in groups:
+        lines = [map(translate, head), ["---"] * len(head)]
+        lines += [
+            [*(translate(cell) if cell == "off" else cell for cell in row[:-1]), " ".join(map(translate, row[-1]))]
+            for row in rows
+        ]
+        title = translate(title)
+        heading = f"**{title[:1].upper()}{title[1:]}**\n\n" if title else ""
+        parts.append(
+            heading
+            + "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+        )
+    return "\n".join(parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the generated tables into the pages in docs/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is stale")
     check = parser.parse_args().check
-    chinese = json.loads(TRANSLATIONS.read_text(encoding="utf-8"))
+    chinese = json.loads(TRANSLATIONS.read_text(encoding="utf-8")) | {"": ""}
     chinese |= {setting.metadata["en"]: setting.metadata["zh"] for setting in options.SETTINGS.values()}
     found, missing, stale = tables(), set[str](), False
-    for language, translations in (("en", None), ("zh", chinese)):
-        texts = {name: "\n".join(formatted(each, translations, missing) for each in found[name]) for name in found}
+
+    def in_chinese(sentence: str) -> str:
+        if sentence not in chinese:
+            missing.add(sentence)
+        return chinese.get(sentence, sentence)
+
+    for language, translate in (("en", str), ("zh", in_chinese)):
+        texts = {name: formatted(*found[name], translate) for name in found}
         for path in sorted((ROOT / "docs" / language).glob("*.md")):
             text = path.read_text(encoding="utf-8")
             new = MARKED.sub(lambda match, texts=texts: f"{match[1]}\n{texts[match[2]]}\n{match[3]}", text)

@@ -7,6 +7,7 @@ recognized. A foreign container of the same name is kept under another name and 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -29,7 +30,7 @@ from .docker import (
 from .listening import check_port
 from .options import LaunchSettings
 from .readiness import become_app, follow_start, is_ready, report_plan, report_starting
-from .terminal import LaunchError, become, fail, output_of, quoted, report, say, warn
+from .terminal import LaunchError, become, fail, output_of, report, say, warn
 
 _TORCH = (
     "import importlib.util, pathlib\n"
@@ -69,10 +70,8 @@ class Container:
         self._check_name(state)
         file = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
         lowest = int(file.read_text()) if file.exists() else 1024
-        replaced = state.endswith(" running") and settings.port >= lowest  # may hold the port
-        check_port(
-            settings.host, 0 if replaced else settings.port, settings.named("HOST"), ("--host", "--port"), lowest
-        )
+        held = state.endswith(" running") and settings.port >= lowest  # maybe by the container to be replaced
+        check_port(settings.host, 0 if held else settings.port, settings.named("HOST"), ("--host", "--port"), lowest)
         foreign = state.startswith("other")
         kept_restarts = self.container.restart_policy if foreign else self.container.label("kept-restarts")
         run, folders = run_command(settings, gpu, kept_restarts, self.url)
@@ -134,7 +133,7 @@ class Container:
     def _report_plan(self, state: str, build: list[str], run: list[str], folders: list[str]) -> None:
         name = self.name
         if build:
-            say(f"Would build: {quoted(build)}", f"将构建镜像：{quoted(build)}")
+            say(f"Would build: {shlex.join(build)}", f"将构建镜像：{shlex.join(build)}")
         if state.startswith("ours"):
             say(f"Would replace the container {name}", f"将替换容器 {name}")
         elif state.startswith("other"):
@@ -164,7 +163,7 @@ class Container:
             become_app(run, self.settings, self.url, self._hold_kept)
         if subprocess.run(run, stdout=subprocess.DEVNULL).returncode:
             if self.aside.is_ours:
-                self._start_previous()
+                self._restore_previous()
             if self.container.is_ours:  # docker may have created it before the start failed
                 self._remove()
             if self.kept.exists:
@@ -176,7 +175,7 @@ class Container:
             self._await((f". To restore the previous state: {stop}", f"。恢复原状：{stop}"))
             return 0
         if not self._becomes_ready():
-            self._start_previous()
+            self._restore_previous()
         docker("rm", self.aside.name)
         return 0
 
@@ -211,24 +210,26 @@ class Container:
             return False
         return True
 
-    def _start_previous(self) -> NoReturn:
-        """Restores and starts the previous container; ends with an error."""
-        warn("❌ The start has failed (see above). The previous container is started again",
-             "❌ 启动失败（见上）。正在重新启动之前运行的容器")  # fmt: skip
+    def _restore_previous(self) -> NoReturn:
+        """Gives our previous container its name back and starts it; ends with an error."""
         if self.container.is_ours:
             self._stop()
             docker("rm", self.name)
         docker("rename", self.aside.name, self.name)
         self._use_labels()
-        if docker_succeeds("start", self.name) and self._becomes_ready():
-            fail(f"The new container has failed; {self.name} is the previous container with its previous settings",
-                 f"新容器启动失败，原因见上；{self.name} 为之前的容器，设置不变")  # fmt: skip
-        self._fail_down()
+        self._start_again()
 
-    def _fail_down(self) -> NoReturn:
-        logs, again, port = self.settings.command("logs"), self.settings.command("restart"), self.settings.port
-        fail(f"Container {self.name} is stopped: nothing runs on port {port} now. Log: {logs}. Try again: {again}",
-             f"容器 {self.name} 已停止：端口 {port} 上没有服务。日志：{logs}。排除原因后请执行：{again}")  # fmt: skip
+    def _start_again(self) -> NoReturn:
+        """Starts the container that ran before; ends with an error."""
+        name, port = self.name, self.settings.port
+        warn(f"❌ The start has failed (see above). The previous container {name} is started again",
+             f"❌ 启动失败（见上）。正在重新启动之前的容器 {name}")  # fmt: skip
+        if docker_succeeds("start", name) and self._becomes_ready():
+            fail(f"The start has failed (see above); the container {name} runs again with its previous settings",
+                 f"启动失败，原因见上；容器 {name} 已按原设置恢复运行")  # fmt: skip
+        logs, again = self.settings.command("logs"), self.settings.command("restart")
+        fail(f"Container {name} is stopped: nothing runs on port {port} now. Log: {logs}. Try again: {again}",
+             f"容器 {name} 已停止：端口 {port} 上没有服务。日志：{logs}。排除原因后请执行：{again}")  # fmt: skip
 
     def _give_name_back(self) -> None:
         docker("rename", self.kept.name, self.name)
@@ -301,17 +302,12 @@ class Container:
             )
         if docker_succeeds("restart", "-t", str(settings.stop_timeout), name) and self._becomes_ready():
             return 0
-        if self.container.state == "ours running":
-            if is_ready(self.url):
-                fail(f"The container {name} was not restarted (see above), and still serves",
-                     f"容器 {name} 未能重启（见上），仍照常提供服务")  # fmt: skip
-            return 1
-        warn(f"❌ The restart has failed (see above). The container {name} is started again",
-             f"❌ 重启失败（见上）。正在再次启动容器 {name}")  # fmt: skip
-        if docker_succeeds("start", name) and self._becomes_ready():
-            fail(f"The restart has failed (see above); the container {name} serves again with its settings",
-                 f"重启失败，原因见上；容器 {name} 已恢复服务，设置不变")  # fmt: skip
-        self._fail_down()
+        if self.container.state != "ours running":
+            self._start_again()
+        if is_ready(self.url):
+            fail(f"The container {name} was not restarted (see above), and still serves",
+                 f"容器 {name} 未能重启（见上），仍照常提供服务")  # fmt: skip
+        return 1
 
 
 def _make_folder(path: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from .choose_gpu import Gpu
 from .options import OF_APP, LaunchSettings, absolute
-from .terminal import fail, output_of, quoted
+from .terminal import fail, output_of
 
 LABEL = "gpu-managed-tts"
 IMAGE_USER = 10001  # in the Dockerfile
@@ -168,7 +169,7 @@ def _check_inside(path: str, writable: bool) -> None:
     facts = os.stat(path)
     mode = facts.st_mode >> 6 if facts.st_uid == IMAGE_USER else facts.st_mode
     if mode & rights != rights:
-        command = f"{command} {quoted([path])}"
+        command = f"{command} {shlex.quote(path)}"
         fail(
             f"The user {IMAGE_USER}, which runs the app in the container, has no access to {path}: {command}, or run "
             f"this as the owner",

@@ -85,15 +85,9 @@ def check_certificate(certfile: str | None, keyfile: str | None) -> None:
             "--ssl-certfile and --ssl-keyfile go together: give both for https, or neither",
             "--ssl-certfile 与 --ssl-keyfile 必须一起使用：启用 https 请两者都给出，否则都去掉",
         )
-    for flag, path in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
-        try:
-            open(path, "rb").close()
-        except OSError as error:
-            raise InvalidInput(
-                f"Cannot read {flag} {path} ({error.strerror}): give a PEM file that the user of the app may read",
-                f"无法读取 {flag} {path}（{error.strerror}）：请给出运行本应用的用户可读的 PEM 文件",
-            ) from error
     try:
+        for path in (certfile, keyfile):
+            open(path, "rb").close()
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, _no_password)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
@@ -106,6 +100,11 @@ def check_certificate(certfile: str | None, keyfile: str | None) -> None:
             f"files that begin with -----BEGIN, such as fullchain.pem and privkey.pem",
             f"{certfile} 与 {keyfile} 不是 PEM 格式的证书与私钥（{error.reason}）："
             f"请给出以 -----BEGIN 开头的文件，例如 fullchain.pem 与 privkey.pem",
+        ) from error
+    except OSError as error:
+        raise InvalidInput(
+            f"Cannot read {error.filename} ({error.strerror}): give a PEM file that the user of the app may read",
+            f"无法读取 {error.filename}（{error.strerror}）：请给出运行本应用的用户可读的 PEM 文件",
         ) from error
 
 

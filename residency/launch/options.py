@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..addresses import link
-from .terminal import choose, fail, quoted
+from .terminal import choose, fail
 
 HERE = str(Path(__file__).absolute().parents[2])
 """Folder of this program."""
@@ -93,13 +94,9 @@ class LaunchSettings:
 
     def app_argument(self, flag: str) -> str:
         """Returns the value of an argument of app.py; empty if it is not given."""
-        found = ""
-        for word, following in pairwise((*self.arguments, "")):
-            if word == flag:
-                found = following
-            elif word.startswith(f"{flag}="):
-                found = word.partition("=")[2]
-        return found
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument(flag, dest="value", nargs="?", default="")
+        return str(parser.parse_known_args(self.arguments)[0].value or "")
 
     def app_arguments(self) -> list[str]:
         """Returns the command line of app.py."""
@@ -118,7 +115,7 @@ class LaunchSettings:
             words = [self.script, action, "--docker", "--container-name", self.container_name]
         elif self.run_dir != f"{self.project_dir}/.run":
             words += ["--run-dir", self.run_dir]
-        return quoted([*words, *([] if self.project_dir == HERE else ["--project-dir", self.project_dir])])
+        return shlex.join([*words, *([] if self.project_dir == HERE else ["--project-dir", self.project_dir])])
 
     def remembered(self) -> dict[str, str]:
         """Returns the settings and variables that `restart` reuses, before automatic choices."""
@@ -248,18 +245,15 @@ Usage: start_with_gpu_management.sh [start|stop|restart|status|logs] [--name val
   logs       show the last lines of the log; --follow continues
 
 Without --port, the actions apply to the only running app. If several run, the script lists them and fails.
-
-A setting is read from its flag, then from the variable GPU_TTS_NAME, then from the variable NAME. The variables DOCKER,
-DETACH, REPLACE and FOLLOW take the value 1. Other programs set HOST (shells, compilers) and CONTAINER_NAME (sandboxes),
-too: without the prefix, HOST is read only if it is an address or localhost, and CONTAINER_NAME only with --docker.
+A setting is read from its flag, the variable GPU_TTS_NAME or the variable NAME; switches take the value 1. Without the
+prefix, HOST counts only if it is an address or localhost, and CONTAINER_NAME only with --docker.
 
 {rows}
   --check                                       show what a start would do; do nothing
-  --help                                        show this text; `python app.py --help` lists the arguments of app.py
-                                                (--simulate-gpu, --auth, --max-upload ...)
+  --help                                        show this text; for arguments of app.py: python app.py --help
 
-pip's own variables work as usual; for the build of an image, only PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
-TORCH_INDEX_URL is the index for PyTorch alone: https://download.pytorch.org/whl/cpu saves several GB without a GPU.""",
+pip's variables work as usual; for an image, only PIP_INDEX_URL and PIP_EXTRA_INDEX_URL. TORCH_INDEX_URL is the index
+for PyTorch alone: https://download.pytorch.org/whl/cpu saves several GB without a GPU.""",
 """\
 用法：start_with_gpu_management.sh [start|stop|restart|status|logs] [--名称 值]... [app.py 的参数]...
 
@@ -270,17 +264,14 @@ TORCH_INDEX_URL is the index for PyTorch alone: https://download.pytorch.org/whl
   logs       显示最后的日志；--follow 持续显示
 
 不写 --port 时，操作针对唯一正在运行的应用；若有多个，则列出它们并返回失败。
-
-每项设置依次取自参数、环境变量 GPU_TTS_名称、环境变量 名称。DOCKER、DETACH、REPLACE、FOLLOW 的变量值为 1。
-HOST（shell、编译器）和 CONTAINER_NAME（沙箱）也常由其他程序设置：不带前缀时，HOST 仅在其值为地址或 localhost 时有效，
-CONTAINER_NAME 仅与 --docker 一起使用时有效。
+每项设置依次取自参数、环境变量 GPU_TTS_名称、环境变量 名称；开关类变量的值为 1。
+不带前缀时，HOST 仅在其值为地址或 localhost 时有效，CONTAINER_NAME 仅与 --docker 一起使用时有效。
 
 {rows}
   --check                                       只说明将做什么，不执行
-  --help                                        显示本说明；app.py 自己的参数（--simulate-gpu、--auth 等）
-                                                见 python app.py --help
+  --help                                        显示本说明；app.py 的参数见 python app.py --help
 
-pip 的环境变量照常生效；构建镜像时，其中 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。
+pip 的环境变量照常生效；构建镜像时，仅 PIP_INDEX_URL 和 PIP_EXTRA_INDEX_URL 有效。
 TORCH_INDEX_URL 仅用于 PyTorch：没有 GPU 时设为 https://download.pytorch.org/whl/cpu 可少下载数 GB。""",
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import shlex
 import ssl
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Literal, NoReturn
 
 from .options import LaunchSettings
 from .records import born
-from .terminal import become, fail, quoted, say
+from .terminal import become, fail, say
 
 REPORT_EVERY_S = 10
 
@@ -115,7 +116,7 @@ def report_starting(url: str) -> bool:
 
 def report_plan(settings: LaunchSettings, command: list[str], url: str) -> None:
     """Prints what a start would do, for --check."""
-    say(f"Would run: {quoted(command)}", f"将执行：{quoted(command)}")
+    say(f"Would run: {shlex.join(command)}", f"将执行：{shlex.join(command)}")
     if settings.detach and not settings.docker:
         files = f"{settings.run_dir}/{settings.port}"
         say(f"Would run in the background; log: {files}.log, pid: {files}.pid",

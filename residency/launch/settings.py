@@ -139,12 +139,17 @@ def checked(read: Callable[[str], T]) -> Callable[[str], T]:
     return convert
 
 
+_METAVARS: dict[object, str] = {seconds: "S", keep_warm_seconds: "S", size_bytes: "SIZE"}
+
+
 def _flag(default: Any, help: str | None = None, read: Callable[[str], object] | None = None, **argument: Any) -> Any:
     """Returns a field that is a flag of `Settings`; ``argument`` goes to argparse.
 
     ``read`` converts the text and may raise `InvalidInput`. ``variables`` are read in order if the flag is not given; a
     flag with ``group`` begins a group of flags.
     """
+    if read in _METAVARS:
+        argument["metavar"] = _METAVARS[read]
     secret = argument.pop("secret", False)
     return field(default=default, repr=not secret, metadata={"help": help, "read": read, **argument})
 
@@ -191,43 +196,39 @@ class Settings:
         "only over https", os.path.expanduser, metavar="FILE")
     ssl_keyfile: str | None = _flag(
         None, "private key of the certificate (PEM, without a password)", os.path.expanduser, metavar="FILE")
-    max_upload: int = _flag(
-        100 << 20, "largest recording that may be uploaded (default: 100MB)", size_bytes, metavar="SIZE")
+    max_upload: int = _flag(100 << 20, "largest recording that may be uploaded (default: 100MB)", size_bytes)
     max_disk: int = _flag(
-        5 << 30, "disk space for all recordings and results in --tmp-dir (default: 5GB)", size_bytes, metavar="SIZE")
-    max_audio: float = _flag(
-        600.0, "longest recording that is accepted (600, 90s, 15m; -1: no limit; default: 600)", seconds, metavar="S")
+        5 << 30, "disk space for all recordings and results in --tmp-dir (default: 5GB)", size_bytes)
+    max_audio: float = _flag(600.0, "longest recording (600, 90s, 15m; -1: no limit; default: 600)", seconds)
     max_text: int = _flag(5000, "largest number of characters in a text (default: %(default)s)", _count, metavar="N")
 
     shutdown_grace: float = _flag(
         10.0, "time for running requests to finish after Ctrl-C or SIGTERM (10, 90s, 15m; 0: none; -1: no limit); a "
-        "second signal ends the app at once (default: 10)", seconds, metavar="S", group="shutdown")
+        "second signal ends the app at once (default: 10)", seconds, group="shutdown")
 
     enable_gpu_management: bool = _flag(False, "keep the model off the GPU while it is idle", group="GPU management")
     gpu_idle_timeout: float = _flag(
         600.0, "idle time (600, 90s, 15m, 1h) after which the model is released from host memory, too; -1: never "
-        "(default: 600)", seconds, metavar="S")
+        "(default: 600)", seconds)
     gpu_keep_warm: float | Literal["auto"] = _flag(
         0.0, "keep the model on the GPU this long after a request; auto learns the time from the arrivals of requests "
-        "(default: 0)", keep_warm_seconds, metavar="S")
+        "(default: 0)", keep_warm_seconds)
     gpu_budget: int | None = _flag(
-        None, "limit of the GPU memory of all models together (24GB; default: the memory of the GPU)",
-        size_bytes, metavar="SIZE")
+        None, "limit of the GPU memory of all models together (24GB; default: the memory of the GPU)", size_bytes)
     gpu_load_timeout: float = _flag(
-        math.inf, "cancel a load that takes longer; the next request loads again (default: -1, never)",
-        seconds, metavar="S")
+        math.inf, "cancel a load that takes longer; the next request loads again (default: -1, never)", seconds)
     gpu_wait_timeout: float = _flag(
         600.0, "refuse a request that has waited longer for its turn, or for memory in use by others (10m, 90s; -1: "
-        "never; default: 10m); loading is not counted", seconds, metavar="S")
+        "never; default: 10m); loading is not counted", seconds)
     gpu_snapshot_dir: str | None = _flag(
         None, "folder for snapshots of released weights, from which they are loaded again", _folder, metavar="DIR")
     gpu_snapshot_limit: int | None = _flag(
         None, "size of all snapshots beyond which the least recently used are deleted (100GB; default: no limit)",
-        size_bytes, metavar="SIZE")
+        size_bytes)
     gpu_host_memory_limit: int | None = _flag(
-        None, "limit of pinned main memory for fast copies (16GB; default: no limit)", size_bytes, metavar="SIZE")
+        None, "limit of pinned main memory for fast copies (16GB; default: no limit)", size_bytes)
     simulate_gpu: int | None = _flag(
-        None, "simulated GPU of this size (48GB), to try everything without a GPU", size_bytes, metavar="SIZE")
+        None, "simulated GPU of this size (48GB), to try everything without a GPU", size_bytes)
     control_token: str | None = _flag(
         None, "token that other machines need for changing calls under /gpu, and with --auth also for reading calls "
         "(environment: GPU_CONTROL_TOKEN)",

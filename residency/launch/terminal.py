@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NoReturn
 
 from ..errors import ResidencyError
@@ -43,13 +41,6 @@ def fail(en: str, zh: str) -> NoReturn:
 
 def report(error: ResidencyError) -> None:
     warn(f"❌ {error.en}", f"❌ {error.zh}")
-
-
-def quoted(words: Sequence[str]) -> str:
-    """Quotes a command for a shell, in any locale."""
-    return " ".join(
-        shlex.quote(word) if not word or "\n" in word else re.sub(r"[^\w@%+=:,./-]", r"\\\g<0>", word) for word in words
-    )
 
 
 def output_of(*command: str) -> str | None:

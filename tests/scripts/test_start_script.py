@@ -368,7 +368,7 @@ def test_check_says_the_plan_and_does_nothing(fresh: Project) -> None:
     assert code == 0
     assert "GPU: 1" in output
     assert f"{fresh.folder}/.venv will be created with" in output
-    assert "app.py --enable-gpu-management --tmp-dir a\\ b" in output
+    assert "app.py --enable-gpu-management --tmp-dir 'a b'" in output
     assert "APP" not in output
     assert "background" not in output
     code, output = fresh.run("--check", "--detach", PORT="7999")
