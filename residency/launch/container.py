@@ -171,8 +171,7 @@ class Container:
             fail("The container could not be started (see above)", "容器启动失败（见上）")
         self._hold_kept()
         if not self.aside.is_ours:
-            stop = self.settings.command("stop")
-            self._await((f". To restore the previous state: {stop}", f"。恢复原状：{stop}"))
+            self._await()
             return 0
         if not self._becomes_ready():
             self._restore_previous()
@@ -195,16 +194,16 @@ class Container:
             fail(f"{self.name} could not be renamed (see above), and is stopped: docker start {self.name}",
                  f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}")  # fmt: skip
 
-    def _await(self, fallback: tuple[str, str] | None) -> None:
+    def _await(self, falls_back: bool = False) -> None:
         """Waits until the app is ready; raises `LaunchError` otherwise."""
         tail = ["docker", "logs", "--tail", "20", self.name]
         running = lambda: self.container.state == "ours running"  # noqa: E731
-        follow_start(self.settings, self.url, self.settings.command("logs"), tail, running, fallback=fallback)
+        follow_start(self.settings, self.url, self.settings.command("logs"), tail, running, falls_back=falls_back)
 
     def _becomes_ready(self) -> bool:
         """Waits; returns whether the app is ready. Prints the reason otherwise."""
         try:
-            self._await(None)
+            self._await(falls_back=True)
         except LaunchError as error:
             report(error)
             return False

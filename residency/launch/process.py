@@ -116,7 +116,7 @@ class Process:
         try:
             follow_start(
                 self.settings, self.url, log, ["tail", "-n", "20", log], lambda: process.poll() is None,
-                lambda: self._listens(process.pid), None if restarts else ("", ""),
+                lambda: self._listens(process.pid), restarts,
             )  # fmt: skip
         except KeyboardInterrupt:
             stop = self.settings.command("stop")

@@ -59,28 +59,26 @@ def report_ready(settings: LaunchSettings, url: str, log: str = "") -> None:
 
 def follow_start(
     settings: LaunchSettings, url: str, log: str, last_lines: Sequence[str], alive: Callable[[], bool],
-    ours: Callable[[], bool] = lambda: True, fallback: tuple[str, str] | None = ("", ""),
+    ours: Callable[[], bool] = lambda: True, falls_back: bool = False,
 ) -> None:  # fmt: skip
     """Waits until an app in the background is ready; raises `LaunchError` if it has ended or is late.
 
-    ``last_lines`` is the command that prints the end of the log. ``fallback`` is a sentence for an app that has ended,
-    in English and Chinese; None if the caller starts the previous app again.
+    ``last_lines`` is the command that prints the end of the log. ``falls_back``: the caller starts the previous app.
     """
     outcome, limit_s = await_ready(url, settings.ready_timeout, alive, ours), settings.ready_timeout
     if outcome == "ready":
         report_ready(settings, url, log)
-    elif outcome == "ended":
+        return
+    stop, ended = settings.command("stop"), outcome == "ended"
+    en, zh = f"The app is not ready after {limit_s} s (READY_TIMEOUT)", f"{limit_s} 秒后（READY_TIMEOUT）应用仍未就绪"
+    if ended:
         subprocess.run(last_lines, stdout=sys.stderr)
-        en, zh = fallback or ("", "")
-        fail(f"The app ended during its start; the end of its log is above (log: {log}){en}",
-             f"应用在启动时退出；日志末尾见上（日志：{log}）{zh}")  # fmt: skip
-    elif fallback is None:
-        fail(f"The app is not ready after {limit_s} s (READY_TIMEOUT). Log: {log}",
-             f"{limit_s} 秒后（READY_TIMEOUT）应用仍未就绪。日志：{log}")  # fmt: skip
-    else:
-        stop = settings.command("stop")
-        fail(f"The app is not ready after {limit_s} s (READY_TIMEOUT); it is still starting. Log: {log}. Stop: {stop}",
-             f"{limit_s} 秒后（READY_TIMEOUT）应用仍未就绪，启动继续进行。日志：{log}。停止：{stop}")  # fmt: skip
+        en, zh = "The app ended during its start; the end of its log is above", "应用在启动时退出；日志末尾见上"
+    en, zh = f"{en}. Log: {log}", f"{zh}。日志：{log}"
+    if not falls_back and (settings.docker or not ended):
+        en += f". {'To restore the previous state' if ended else 'It is still starting. Stop'}: {stop}"
+        zh += f"。{'恢复原状' if ended else '启动继续进行。停止'}：{stop}"
+    fail(en, zh)
 
 
 def become_app(

@@ -231,6 +231,15 @@ class TestSomebodyElses:
         assert f"docker start {NAME}" in machine.localize("stop")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
+    def test_it_stays_down_also_beside_ours_in_a_terminal(self, machine: Machine) -> None:
+        process = machine.project.start("--docker", "--replace", **machine.environ)
+        assert process.stdout is not None
+        assert any("Ready" in line for line in process.stdout)
+        assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}
+        machine.localize("stop", "--docker")
+        process.communicate(timeout=30)
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
     def test_it_is_back_also_after_ours_was_replaced_in_turn(self, machine: Machine) -> None:
         machine.start("--replace")
         assert "Give --replace" in machine.refuse("--docker", "--detach")
