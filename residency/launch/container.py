@@ -160,7 +160,7 @@ class Container:
     def _launch(self, run: list[str]) -> int:
         say(f"Starting {self.url}", f"正在启动 {self.url}")
         if not self.settings.detach:
-            become_app(run, self.settings, self.url, self._hold_kept)
+            become_app(run, self.settings, self.url, once_ready=self._hold_kept)
         if subprocess.run(run, stdout=subprocess.DEVNULL).returncode:
             if self.aside.is_ours:
                 self._restore_previous()
@@ -171,8 +171,7 @@ class Container:
             fail("The container could not be started (see above)", "容器启动失败（见上）")
         self._hold_kept()
         if not self.aside.is_ours:
-            self._await()
-            return 0
+            return 0 if self._becomes_ready(falls_back=False) else 1
         if not self._becomes_ready():
             self._restore_previous()
         docker("rm", self.aside.name)
@@ -194,16 +193,12 @@ class Container:
             fail(f"{self.name} could not be renamed (see above), and is stopped: docker start {self.name}",
                  f"无法重命名 {self.name}（见上），它已停止：docker start {self.name}")  # fmt: skip
 
-    def _await(self, falls_back: bool = False) -> None:
-        """Waits until the app is ready; raises `LaunchError` otherwise."""
-        tail = ["docker", "logs", "--tail", "20", self.name]
-        running = lambda: self.container.state == "ours running"  # noqa: E731
-        follow_start(self.settings, self.url, self.settings.command("logs"), tail, running, falls_back=falls_back)
-
-    def _becomes_ready(self) -> bool:
+    def _becomes_ready(self, falls_back: bool = True) -> bool:
         """Waits; returns whether the app is ready. Prints the reason otherwise."""
+        log, last_lines = self.settings.command("logs"), ["docker", "logs", "--tail", "20", self.name]
         try:
-            self._await(falls_back=True)
+            follow_start(self.settings, self.url, log, last_lines, lambda: self.container.state == "ours running",
+                         falls_back=falls_back)  # fmt: skip
         except LaunchError as error:
             report(error)
             return False

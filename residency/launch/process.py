@@ -20,7 +20,7 @@ from .listening import check_port, holders_of_port, reach_directly
 from .options import PUBLIC, LaunchSettings, read
 from .readiness import await_ready, become_app, follow_start, report_plan, report_ready, report_starting
 from .records import Record, RecordFile, born, locked
-from .terminal import LaunchError, become, fail, report, say, warn
+from .terminal import become, fail, report, say, warn
 
 
 class Process:
@@ -98,13 +98,8 @@ class Process:
             remembered = settings.remembered()
             self.file.write(Record(pid, born(pid), log, os.getcwd(), list(settings.arguments), remembered), settings)
         if process is None:
-            become_app(command, settings, self.url, self.file.confirm, lambda: self._listens(pid), environ)
-        try:
-            return self._follow(process, log, restarts) if log else self._attend(process)
-        except LaunchError:
-            if process.poll() is not None:
-                self.file.revert()
-            raise
+            become_app(command, settings, self.url, lambda: self._listens(pid), environ=environ)
+        return self._follow(process, log, restarts) if log else self._attend(process)
 
     def _listens(self, pid: int) -> bool:
         """Returns whether this process, not another one, listens on the port; true if unknown."""
@@ -122,7 +117,6 @@ class Process:
             stop = self.settings.command("stop")
             say(f"The app is still starting. Stop: {stop}", f"启动继续进行。停止：{stop}")
             return 130
-        self.file.confirm()
         return 0
 
     def _attend(self, process: subprocess.Popen[bytes]) -> int:
@@ -132,7 +126,6 @@ class Process:
         limit_s, pid = self.settings.ready_timeout, process.pid
         ready = await_ready(self.url, limit_s, lambda: process.poll() is None, lambda: self._listens(pid)) == "ready"
         if ready:
-            self.file.confirm()
             report_ready(self.settings, self.url)
         code = process.wait()
         if not ready and code not in (0, -signal.SIGINT, -signal.SIGTERM):
@@ -160,12 +153,11 @@ class Process:
         """Starts the previous app with the settings of its record only; ends with an error."""
         warn("❌ The restart has failed (see above). The previous app is started again with its settings",
              "❌ 重启失败（见上）。正在按原来的设置重新启动之前运行的应用")  # fmt: skip
-        settings = self.settings
-        if self.file.last.exists():  # the new app was not ready in time
-            record = self.file.read()
-            if record and not _wait_for_end(record, signal.SIGTERM, settings.stop_timeout):
-                _wait_for_end(record, signal.SIGKILL, 5)
-            self.file.revert()
+        settings, record = self.settings, self.file.read()
+        # The new app may be late.
+        if record and not _wait_for_end(record, signal.SIGTERM, settings.stop_timeout):
+            _wait_for_end(record, signal.SIGKILL, 5)
+        self.file.write(before, settings)
         for name in PUBLIC:
             os.environ.pop(name, None)
         os.environ.update((name, text) for name, text in before.settings.items() if name in PUBLIC)

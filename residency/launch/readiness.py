@@ -82,12 +82,12 @@ def follow_start(
 
 
 def become_app(
-    command: list[str], settings: LaunchSettings, url: str, confirm: Callable[[], None],
-    ours: Callable[[], bool] = lambda: True, environ: Mapping[str, str] = os.environ,
+    command: list[str], settings: LaunchSettings, url: str, ours: Callable[[], bool] = lambda: True,
+    once_ready: Callable[[], object] = lambda: None, environ: Mapping[str, str] = os.environ,
 ) -> NoReturn:  # fmt: skip
     """Replaces this process by the app, so that signals and exit code are those of the app.
 
-    A helper process, which is no child of the app, waits until the app is ready, calls ``confirm`` and prints the URL.
+    A helper process, which is no child of the app, waits for its readiness, calls ``once_ready`` and prints the URL.
     """
     app = os.getpid()
     sys.stdout.flush()
@@ -98,7 +98,7 @@ def become_app(
         if os.fork():
             os._exit(0)
         if await_ready(url, settings.ready_timeout, lambda: bool(born(app)), ours) == "ready":
-            confirm()
+            once_ready()
             report_ready(settings, url)
     finally:
         os._exit(0)

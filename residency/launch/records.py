@@ -1,7 +1,7 @@
 """Records of apps that run as processes, by port.
 
-RUN_DIR/PORT.pid contains the pid. RUN_DIR/PORT.run is the record for stop, status and restart, as JSON. PORT.run.last
-is the previous record, until the new app is ready. The files are private to the owner: they may contain secrets.
+RUN_DIR/PORT.pid contains the pid. RUN_DIR/PORT.run is the record for stop, status and restart, as JSON. The files are
+private to the owner: they may contain secrets.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class RecordFile:
     def __init__(self, run_dir: str, port: int) -> None:
         self.port = port
         self.path, self.pid_path = Path(run_dir, f"{port}.run"), Path(run_dir, f"{port}.pid")
-        self.last = Path(run_dir, f"{port}.run.last")
 
     @property
     def is_ours(self) -> bool:
@@ -87,12 +86,10 @@ class RecordFile:
              f"⚠️  {self.path} 已损坏，其中关于端口 {self.port} 的记录不再有效{zh}")  # fmt: skip
 
     def write(self, record: Record, settings: LaunchSettings) -> None:
-        """Writes the record; keeps the previous one until `confirm`. Does not follow links."""
+        """Writes the record. Does not follow links."""
         new = self.path.with_suffix(".run.new")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_file() and not self.path.is_symlink():
-                self.path.replace(self.last)
             _remove(self.path, new, self.pid_path)
             for path, text in ((new, json.dumps(asdict(record))), (self.pid_path, f"{record.pid}\n")):
                 with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -103,18 +100,8 @@ class RecordFile:
             warn(f"⚠️  {what} cannot be written ({error.strerror}): stop, status and restart will not find this app",
                  f"⚠️  无法写入 {what}（{error.strerror}）：stop、status、restart 将找不到本应用")  # fmt: skip
 
-    def confirm(self) -> None:
-        """Deletes the previous record, once the app is ready."""
-        _remove(self.last)
-
-    def revert(self) -> None:
-        """Restores the previous record, if there is one, after a failed start."""
-        _remove(self.pid_path)
-        if self.last.exists():
-            self.last.replace(self.path)
-
     def delete(self) -> None:
-        _remove(self.path, self.last, self.pid_path)
+        _remove(self.path, self.pid_path)
 
 
 def _remove(*paths: Path) -> None:
