@@ -63,7 +63,9 @@ def _check_arguments(settings: LaunchSettings) -> None:
         elif argument:
             words = argument[0] + words
         words = words.replace(f"--model-path {settings.model_path}", settings.named("MODEL_PATH"))
-        fail(f"{words} (all arguments: app.py --help)", f"{words}（全部参数见 app.py --help）")
+        if error.startswith("unrecognized"):
+            fail(f"{words} (known ones: app.py --help)", f"参数有误：{words}（全部参数见 app.py --help）")
+        fail(words, words)
 
 
 def _existing(path: str) -> Path:
