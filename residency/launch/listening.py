@@ -31,14 +31,15 @@ def check_port(
             command = (output_of("ps", "-o", "args=", "-p", str(pid)) or "")[:80]
             en, zh = f"{en} by pid {pid}: {command}", f"{zh}（进程 {pid}：{command}）"
     else:
-        en = zh = getattr(error, "strerror", None) or "not a name of a host"
+        en = zh = getattr(error, "strerror", None) or ""
+        en, zh = en or "not the name of a host", zh or "不是主机名"
     candidates = (*range(max(port + 1, lowest), 65536), *range(1024, port))
     other = next((each for each in candidates if not _refusal(host, each)), "") if not _refusal(host, 0) else ""
     name, number = flags[0], f"{flags[1]} {other}".strip()
     raise InvalidInput(
-        f"Cannot listen on {given or host}, port {port}: {en}. Choose another port ({number}) or address of this "
-        f"machine ({name} 127.0.0.1), or stop the program that uses the port",
-        f"无法监听 {given or host} 的端口 {port}：{zh}。请换一个端口（{number}）或本机地址（{name} 127.0.0.1），"
+        f"Cannot listen on {given or host}, port {port}: {en}. Choose another port with {number} or an address of this "
+        f"machine with {name} 127.0.0.1, or stop the program that uses the port",
+        f"无法监听 {given or host} 的端口 {port}：{zh}。请用 {number} 换端口，或用 {name} 127.0.0.1 换本机地址，"
         f"或停止占用该端口的程序",
     )
 
