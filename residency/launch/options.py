@@ -245,8 +245,8 @@ Usage: start_with_gpu_management.sh [start|stop|restart|status|logs] [--name val
   logs       show the last lines of the log; --follow continues
 
 Without --port, the actions apply to the only running app. If several run, the script lists them and fails.
-A setting is read from its flag, the variable GPU_TTS_NAME or the variable NAME; switches take the value 1. Without the
-prefix, HOST counts only if it is an address or localhost, and CONTAINER_NAME only with --docker.
+A setting is read from its flag, the variable GPU_TTS_NAME or the variable NAME. DOCKER, DETACH, REPLACE and FOLLOW take
+the value 1. Without the prefix, HOST counts only if it is an address or localhost, CONTAINER_NAME only with --docker.
 
 {rows}
   --check                                       show what a start would do; do nothing
@@ -264,7 +264,7 @@ for PyTorch alone: https://download.pytorch.org/whl/cpu saves several GB without
   logs       显示最后的日志；--follow 持续显示
 
 不写 --port 时，操作针对唯一正在运行的应用；若有多个，则列出它们并返回失败。
-每项设置依次取自参数、环境变量 GPU_TTS_名称、环境变量 名称；开关类变量的值为 1。
+每项设置依次取自参数、环境变量 GPU_TTS_名称、环境变量 名称；DOCKER、DETACH、REPLACE、FOLLOW 的变量值为 1。
 不带前缀时，HOST 仅在其值为地址或 localhost 时有效，CONTAINER_NAME 仅与 --docker 一起使用时有效。
 
 {rows}

@@ -505,7 +505,7 @@ CLOSED = pytest.mark.skipif(LOWEST.exists() and int(LOWEST.read_text()) < 2, rea
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--host", "300.1.1.1"], "300.1.1.1"),
+        (["--host", "192.0.2.1"], "192.0.2.1"),
         pytest.param(["--port", "1"], "no rights to a port below", marks=CLOSED),
     ],
 )

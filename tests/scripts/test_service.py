@@ -251,7 +251,7 @@ def test_an_app_that_is_not_ready_in_time_goes_on(service: Service) -> None:
     assert code == 1
     assert "not ready after 1 s" in output
     assert runs(service.pid)
-    assert "Not ready yet" in service.localize("status")
+    assert "The app is not ready" in service.localize("status")
     service.localize("stop")
 
 
