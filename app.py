@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 
 from residency.errors import ResidencyError
 from residency.extras import needing
-from residency.launch.recordings_folder import recordings_folder
+from residency.launch.lifetime import Signals, recordings_folder
 from residency.launch.settings import Settings, parse
-from residency.launch.signals import Signals
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -74,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, signals: Signals) -> None:
-    from residency.launch.port import check_port
-    from residency.launch.proxies import reach_directly
+    from residency.launch.listening import check_port, reach_directly
     from residency.web.server.connections import raise_descriptor_limit
 
     raise_descriptor_limit()
@@ -102,7 +100,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
         signed_in = page.signed_in if settings.auth else None
         api = build_api(manager, permissions, tab.panel.news, signed_in, lambda: page.serves)
     names = (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or "")
-    signals.at_once(page.close_tunnels)
+    signals.before_quit(page.close_tunnels)
     try:
         public_link = page.serve(
             settings.server_name,
@@ -123,7 +121,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
             logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()
     finally:
-        signals.interrupt_no_more()
+        signals.disable_interrupt()
         _end(page, manager, settings.shutdown_grace)
 
 

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from residency.addresses import serving
 from residency.errors import InvalidInput
-from residency.launch.port import check_port
+from residency.launch.listening import check_port
 from residency.web.server.hosts import Hosts, container_gateway
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
