@@ -181,11 +181,10 @@ class EditxTab:
         return as_messages(state["history_messages"], localizer()), state, state["message"]
 
     async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        def clone(request: PageRequest) -> tuple[Any, State, str]:
-            chat, state, message = self._answer(self._clone, Inputs(*inputs), request)
-            return chat if message else [], state, message
-
-        async for shown in self.presses.press(clone, inputs[-1]):
+        async for shown in self.presses.press(partial(self._answer, self._clone, Inputs(*inputs)), inputs[-1]):
+            if isinstance(shown[0], list):
+                # Gradio's players do not detect a changed recording: an empty chat removes them first.
+                yield [[], *[gr.skip()] * (len(shown) - 1)]
             yield shown
 
     async def _on_edit(self, *inputs: Any) -> AsyncIterator[list[Any]]:
@@ -296,13 +295,9 @@ class EditxTab:
         self.generated_text.change(**self.places.wiping_by_hand("target_text"))
         self.edit_type.input(**self.places.wiping("task", "sub_task"))
         self.edit_info.input(**self.places.wiping("sub_task"))
-        # Gradio's players do not detect a changed recording: a new history needs new players.
         cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
-        drawn = cloned.then(
-            lambda state: as_messages(state["history_messages"], localizer()), state, self.chat_box, **hidden
-        )
         edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
-        for pressed in (drawn, edited):
+        for pressed in (cloned, edited):
             pressed.then(None, js=SHOW, **PRIVATE)
         self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
         for clear in clears:

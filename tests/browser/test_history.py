@@ -85,6 +85,23 @@ def test_a_clone_is_not_lost_to_an_edit_that_is_asked_for_meanwhile(
     expect_results(page, 2)
 
 
+def test_one_server_event_draws_a_clone_and_its_players_have_the_new_recording(page: Page, tmp_path: Path) -> None:
+    clone(page, tmp_path, "old")
+    expect_results(page, 1)
+    [old] = results(page)
+    events: list[str] = []
+    page.on("request", lambda request: events.append(request.url) if "/queue/join" in request.url else None)
+    page.locator("#target-text").locator("input, textarea").fill("new")
+    with page.expect_request(lambda request: "/clone-" in request.url and request.url != old):  # of the player
+        press(page, "CLONE")
+    sync_api.expect(page.locator("#history .bot-row")).to_contain_text(["new"])
+    expect_results(page, 1)
+    assert results(page) != [old]
+    press(page, "EDIT")  # answered after the clone's events
+    sync_api.expect(page.locator(".said [role=alert]")).to_be_visible()
+    assert len(events) == 2, "one for CLONE, one for EDIT"
+
+
 @pytest.mark.parametrize("name", ["CLONE", "EDIT"])
 def test_a_request_begins_without_the_error_of_the_one_before_and_shows_its_progress_once(
     page: Page, app: RunningApp, gates: Path, tmp_path: Path, name: str
