@@ -100,7 +100,7 @@ class Page:
     ) -> None:
         self.speech = tab.speech
         self._largest_upload_bytes = largest_upload_bytes
-        self._recordings, self._visits = tab.recordings, tab.visits
+        self._recordings, self._page_sessions = tab.recordings, tab.page_sessions
         self._ended = threading.Event()
         self._asks_for_password = False
         #: Whether the page is ready, which is later than the server's first response.
@@ -112,11 +112,11 @@ class Page:
         self.traffic = RequestMiddleware(
             str(tab.speech.folder),
             presence,
-            tab.intent.show if tab.intent else None,
-            tab.waiting.gone,
+            tab.prewarm.show if tab.prewarm else None,
+            tab.waiting.cancel_waiting,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
             _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
-            self._visits.know,
+            self._page_sessions.know,
             tab.recordings.reserved,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
@@ -132,8 +132,8 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.line, tab.presses))
-            endpoints.register_speech(tab.speech, tab.told, tab.recordings)
+            tab.register_return(tab.page_sessions.register(self.blocks, tab.state, tab.chat_box, tab.line))
+            endpoints.register_speech(tab.speech, tab.watched, tab.recordings)
             if manager is not None:
                 endpoints.register_gpu(manager, permissions or Permissions())
         take_no_empty_session(self.blocks)
@@ -225,7 +225,7 @@ class Page:
 
     def _session_ends(self, session: str) -> None:
         self._recordings.end(session)
-        self._visits.end(session)
+        self._page_sessions.end(session)
         set_closed(self.blocks, session, True)
 
     def _sweep(self) -> None:

@@ -39,7 +39,10 @@ class ShuttingDown(ResidencyError):
 
 
 class SpeechService:
-    """Speech requests to an engine; results are paths of 16-bit WAV files. Thread-safe if the engine is."""
+    """Speech requests to an engine; results are paths of 16-bit WAV files. Thread-safe if the engine is.
+
+    Recordings are paths that `Conversion.readable` (of ``incoming``) returned, which checks them.
+    """
 
     def __init__(
         self,
@@ -48,16 +51,16 @@ class SpeechService:
         recordings: Recordings,
         recognize: Callable[[str], str] | None = None,
         limits: Limits | None = None,
-        turns: SpeechQueue | None = None,
+        queue: SpeechQueue | None = None,
     ) -> None:
-        """``recognize`` transcribes a recording. ``turns`` is the queue of an engine without a manager."""
+        """``recognize`` transcribes a recording. ``queue`` is that of an engine without a manager."""
         self._engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
         self.folder = Path(recordings.folder)
         self._recordings = recordings
         self.limits = limits or Limits()
-        self._turns = turns
+        self._queue = queue
         self.incoming = Conversion(recordings, self.limits)
         self._changed = threading.Condition()
         self._closed = False
@@ -75,17 +78,16 @@ class SpeechService:
     def close(self) -> None:
         """Refuses new requests (`ShuttingDown`); running ones may finish."""
         self._closed = True
-        if self._turns:
-            self._turns.close()
+        if self._queue:
+            self._queue.close()
 
     def wait_until_idle(self, within_s: float) -> bool:
         """Waits for running requests; returns False after ``within_s``."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, min(within_s, threading.TIMEOUT_MAX))
 
-    def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
+    def clone(self, recording: str, prompt_text: str | None, target_text: str | None) -> str:
         """Speaks ``target_text`` in the voice of the recording. Raises `InvalidInput`, and errors of the engine."""
-        audio = self.incoming.readable(prompt_audio)
         with about("prompt_text"):
             prompt = _given_text(
                 prompt_text,
@@ -104,18 +106,17 @@ class SpeechService:
             if check := getattr(engine, "check_text", None):
                 with about("target_text"):
                     check(target)
-            return self._write("clone", engine.clone(audio, prompt, target))
+            return self._write("clone", engine.clone(recording, prompt, target))
 
     def edit(
         self,
-        input_audio: str | None,
+        recording: str,
         audio_text: str | None,
         edit_type: str | None,
         edit_info: str | None,
         text: str | None,
     ) -> tuple[str, str]:
         """Edits a recording; returns the file and its new text. Raises `InvalidInput`, and errors of the engine."""
-        audio = self.incoming.readable(input_audio)
         task, info = self._task(edit_type, edit_info)
         with about("prompt_text"):
             said = _short_enough((audio_text or "").strip(), self.limits)
@@ -130,18 +131,17 @@ class SpeechService:
                     "目标文本为空：请填写带有 [Laughter] 等标签的文本",
                 )
         with self._engine_at_work() as engine:
-            return self._write(task, engine.edit(audio, said, task, info, wanted)), wanted
+            return self._write(task, engine.edit(recording, said, task, info, wanted)), wanted
 
-    def transcribe(self, recording: str | None) -> str:
+    def transcribe(self, recording: str) -> str:
         """Returns the transcript of a recording. Raises `InvalidInput`, and errors of the recognizer."""
-        audio = self.incoming.readable(recording)
         if self._recognize is None:
             raise InvalidInput(
                 "Recordings are not transcribed: start the app with --enable-auto-transcribe",
                 "未启用自动转写：启动时请加上 --enable-auto-transcribe",
             )
         with self._at_work():
-            return self._recognize(audio).strip()
+            return self._recognize(recording).strip()
 
     def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
         if not edit_type or edit_type == "clone":
@@ -167,7 +167,7 @@ class SpeechService:
     def _engine_at_work(self) -> Iterator[Engine]:
         if self._engine is None:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
-        with self._at_work(), self._recordings.reserved(0), self._turns.take() if self._turns else nullcontext():
+        with self._at_work(), self._recordings.reserved(0), self._queue.reserved() if self._queue else nullcontext():
             yield self._engine
 
     @contextmanager

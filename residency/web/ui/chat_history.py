@@ -31,7 +31,7 @@ class Step:
     result_audio: str
 
 
-State = dict[str, Any]
+SessionState = dict[str, Any]
 """State of a session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is the
 `messages.Message` of the latest error, empty after success.
 
@@ -40,7 +40,7 @@ request detects that its history was replaced.
 """
 
 
-def new_state() -> State:
+def new_state() -> SessionState:
     return {"history_audio": [], "history_messages": [], "message": ""}
 
 
@@ -55,7 +55,7 @@ class Overtaken(InvalidInput):
 
 
 class Histories:
-    """Updates of the `State` of sessions and of the owners in `Recordings`. Thread-safe.
+    """Updates of the `SessionState` of sessions and of the owners in `Recordings`. Thread-safe.
 
     ``history`` is the ``history_audio`` at the start of the request; raises `Overtaken` if it was replaced.
     """
@@ -64,27 +64,27 @@ class Histories:
         self._recordings = recordings
         self._lock = threading.Lock()
 
-    def go_on(self, state: State, history: list[Any], step: Step) -> None:
+    def go_on(self, state: SessionState, history: list[Any], step: Step) -> None:
         """Appends a result to its history."""
         with self._of_the_present(state, history, step):
             _append(state, step)
 
-    def begin(self, state: State, history: list[Any], step: Step) -> None:
+    def begin(self, state: SessionState, history: list[Any], step: Step) -> None:
         """Starts a new history with a result."""
         with self._of_the_present(state, history, step):
             self._begin_anew(state)
             _append(state, step)
 
-    def clear(self, state: State) -> None:
+    def clear(self, state: SessionState) -> None:
         with self._lock:
             self._begin_anew(state)
 
-    def _begin_anew(self, state: State) -> None:
+    def _begin_anew(self, state: SessionState) -> None:
         self._recordings.remove(session(), *(path for path, _ in state["history_audio"]))
         state.update(new_state())
 
     @contextmanager
-    def _of_the_present(self, state: State, history: list[Any], step: Step) -> Iterator[None]:
+    def _of_the_present(self, state: SessionState, history: list[Any], step: Step) -> Iterator[None]:
         self._recordings.own(session(), step.result_audio)
         with self._lock:
             if state["history_audio"] is history:
@@ -94,7 +94,7 @@ class Histories:
         raise Overtaken
 
 
-def _append(state: State, step: Step) -> None:
+def _append(state: SessionState, step: Step) -> None:
     state["history_audio"].append((step.result_audio, step.target_text))
     state["history_messages"].append(step)
 

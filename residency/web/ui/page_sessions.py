@@ -12,11 +12,10 @@ from .. import static
 from ..server.heartbeats import LOST
 from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
-from .buttons import Buttons
-from .chat_history import State, as_messages
+from .chat_history import SessionState, as_messages
 from .messages import MessagePlaces
 from .page_requests import PageRequests
-from .waiting import WaitMessages
+from .waiting import WaitingRequests
 
 TELL_EVERY_S = 5.0
 """Interval of the heartbeat of an open page."""
@@ -45,13 +44,13 @@ class PageSessions:
     """Sessions by a secret, which the page stores and sends after a reload. Thread-safe."""
 
     def __init__(
-        self, requests: PageRequests, recordings: Recordings, waiting: WaitMessages, places: MessagePlaces
+        self, requests: PageRequests, recordings: Recordings, waiting: WaitingRequests, places: MessagePlaces
     ) -> None:
         self._requests, self._recordings, self._waiting, self._places = requests, recordings, waiting, places
         self._lock = threading.Lock()
-        self._visits: dict[str, tuple[str, State]] = {}  # ordered by the latest heartbeat
+        self._visits: dict[str, tuple[str, SessionState]] = {}  # ordered by the latest heartbeat
 
-    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Buttons) -> Any:
+    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML) -> Any:
         """Connects the components while the page is drawn. The server must serve the path of ``heartbeat.js``.
 
         Returns the event after which a visit continues.
@@ -65,7 +64,7 @@ class PageSessions:
         inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
         came = page.load(self._come, inputs, outputs, js=_SECRETS, queue=False, **hidden)
         came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
-        hear_the_end.click(presses.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
+        hear_the_end.click(self._requests.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
         return came
 
     def know(self, session: str) -> bool:
@@ -81,7 +80,7 @@ class PageSessions:
         with self._lock:
             self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
 
-    def _come(self, known: str | None, to_lose: str | None, state: State) -> list[Any]:
+    def _come(self, known: str | None, to_lose: str | None, state: SessionState) -> list[Any]:
         """Starts a visit. ``known`` has the secrets of the new visit and of earlier ones, the newest first."""
         whose = session() or ""
         secret, *earlier = (known or "")[:200].split() or [secrets.token_hex(16)]

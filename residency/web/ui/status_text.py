@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ... import remarks as shared
 from ...states import State
-from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, Status
+from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, MoveProgress, Status
 from ...units import readable_bytes, readable_rate
 from ..shared.language import Localize, both, bracketed, mark, translated
 
@@ -186,45 +186,42 @@ def outcome(name: str, model: ModelStatus, device_kind: str, localize: Localize)
     return sentences[model["state"]]
 
 
-def in_use(localize: Localize) -> str:
-    return localize("模型使用中，下一个轮到您", "The model is in use; you are next")
+def progress(
+    status: Status, model: str, place: int | None, localize: Localize, ready: tuple[str, str]
+) -> tuple[str, float] | None:
+    """Returns queue position or progress of the model for a request, and the share that is done (0: unknown).
+
+    ``place`` is that of its lease, None before that. Returns ``ready`` if the model is on the device, and None if the
+    request waits for something else.
+    """
+    kind, present = status["device"]["kind"], status["models"].get(model)
+    if present is None:  # not managed
+        return None
+    if place and place > 1:
+        return localize(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue"), 0.0
+    if move := present["progress"]:
+        return moving(move, kind, localize), share(move) or 0.0
+    if present["leases"]:
+        return localize("模型使用中，下一个轮到您", "The model is in use; you are next"), 0.0
+    return (localize(*ready), 0.0) if present["state"] == State.DEVICE.shown(kind) else None
 
 
-def queued(place: int, localize: Localize) -> str:
-    return localize(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue")
+def share(move: MoveProgress) -> float | None:
+    """Returns the share of a move that is done, from 0 to 1; None if unknown."""
+    return min(1.0, move["bytes"] / move["total_bytes"]) if move["total_bytes"] and move["bytes"] else None
 
 
-def arrived(device_kind: str, target: str, localize: Localize, ready: tuple[str, str] = READY) -> str | None:
-    """Returns the message after a move to the device or the host; None for a release."""
-    if target == State.DEVICE.shown(device_kind):
-        return localize(*ready)
-    return localize("模型已回到内存", "The model is back in main memory") if target == "cpu" else None
-
-
-def share(done_bytes: int, total_bytes: int | None) -> float | None:
-    """Returns the share that is done, from 0 to 1; None if unknown."""
-    return min(1.0, done_bytes / total_bytes) if total_bytes and done_bytes else None
-
-
-def on_its_way(
-    device_kind: str,
-    target: str,
-    phase: str,
-    done_bytes: int,
-    total_bytes: int | None,
-    bytes_per_s: float | None,
-    localize: Localize,
-) -> str:
+def moving(move: MoveProgress, device_kind: str, localize: Localize) -> str:
     """Returns the target and progress of a move: phase, bytes of total, rate."""
-    facts = [localize(*_PHASES[phase]) if phase in _PHASES else phase]
-    if done_bytes:
-        of = "" if total_bytes is None else f" / {readable_bytes(total_bytes)}"
-        facts.append(f"{readable_bytes(done_bytes)}{of}")
-        if bytes_per_s:
-            facts.append(readable_rate(bytes_per_s))
-    elif total_bytes:
-        facts.append(readable_bytes(total_bytes))
-    return f"{of_device(_TO[target], device_kind, localize)}{mark(':', localize)}{' · '.join(facts)}"
+    facts = [localize(*_PHASES[move["phase"]]) if move["phase"] in _PHASES else move["phase"]]
+    total = None if move["total_bytes"] is None else readable_bytes(move["total_bytes"])
+    if move["bytes"]:
+        facts.append(" / ".join(filter(None, (readable_bytes(move["bytes"]), total))))
+        if move["bytes_per_s"]:
+            facts.append(readable_rate(move["bytes_per_s"]))
+    elif move["total_bytes"]:
+        facts.append(str(total))
+    return f"{of_device(_TO[move['to']], device_kind, localize)}{mark(':', localize)}{' · '.join(facts)}"
 
 
 def activity(model: ModelStatus, localize: Localize) -> str:
@@ -251,11 +248,8 @@ def course(
     ``counted`` formats seconds that the page counts up (1) or down (-1).
     """
     counted = counted or (lambda seconds, direction: readable_seconds(seconds))
-    if way := model["progress"]:
-        sentence = on_its_way(
-            device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"], localize
-        )
-        return f"{sentence} · {counted(way['seconds'], 1)}"
+    if move := model["progress"]:
+        return f"{moving(move, device_kind, localize)} · {counted(move['seconds'], 1)}"
     if step := model["next"]:
         what = of_device(_NEXT[step["to"]], device_kind, localize).replace("{}", counted(step["in_s"], -1))
         return f"{localize('若无新请求', 'If no request comes')}{mark(':', localize)}{what}"

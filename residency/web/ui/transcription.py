@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,15 +12,14 @@ from ...cancellation import cancelled_by
 from ...errors import ResidencyError
 from ..shared.gradio_compat import PRIVATE, engine_event, localizer
 from ..speech.service import SpeechService
-from .buttons import LOOK_EVERY_S, in_thread, lines
 from .messages import Message
-from .page_requests import PageRequest
-from .waiting import WaitMessages
+from .page_requests import PageRequest, in_thread, reports
+from .waiting import WaitingRequests
 
 MODEL = "asr"
 """Name of the speech recognition as a managed model."""
 
-_READY = ("模型已就绪，正在识别录音", "The model is ready; writing down what is said in the recording")
+_READY = ("模型已就绪，正在识别录音", "The model is ready; transcribing the recording")
 # The browser's tab stores the path of the recording in progress, so that a reloaded page requests its transcription
 # again. Gradio has not restored the recording at that moment.
 _BEGIN = """(recording) => {
@@ -45,7 +43,7 @@ _FILL_IN = """(heard, text, recording) => {
 class Transcription:
     """Handlers and components of the transcription. One object serves all sessions."""
 
-    def __init__(self, speech: SpeechService, waiting: WaitMessages, managed: bool) -> None:
+    def __init__(self, speech: SpeechService, waiting: WaitingRequests, managed: bool) -> None:
         self._speech, self._waiting = speech, waiting
         self._event = engine_event(managed, "recognizer", 8)
 
@@ -90,34 +88,26 @@ class Transcription:
             yield [gr.skip(), gr.skip()]
             return
         request = PageRequest()
-        work = asyncio.ensure_future(in_thread(lambda: self._in_turn(request, recording, prompt)))
+        work = in_thread(lambda: self._answer(request, recording, prompt))
         try:
-            async for line in lines(
-                lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=LOOK_EVERY_S)
-            ):
-                yield [gr.skip(), line]
+            async for progress in reports(request, work):
+                yield [gr.skip(), request.line(progress, localizer())]
             yield [work.result(), ""]
         finally:
             request.cancellation.cancel()
 
-    def _in_turn(self, request: PageRequest, recording: str | None, prompt: str | None) -> dict[str, Any]:
+    def _answer(self, request: PageRequest, recording: str, prompt: str | None) -> dict[str, Any]:
+        result: dict[str, Any] = {"recordings": [], "text": "", "message": ""}
         try:
             readable = self._speech.incoming.readable(recording)
         except ResidencyError:  # `RecordingCheck` shows the error
-            return {"recordings": [], "text": "", "message": ""}
-        with cancelled_by(request.cancellation):
-            text, message = self.transcribe(readable, prompt, request)
-        return {"recordings": [recording, readable], "text": text, "message": message}
-
-    def transcribe(
-        self, recording: str | None, prompt: str | None, request: PageRequest | None = None
-    ) -> tuple[str, str]:
-        """Returns the transcript, empty if there is a text already, and an error message."""
-        if not recording or (prompt and prompt.strip()):
-            return "", ""
-        request = request or PageRequest()
+            return result
+        result["recordings"] = [recording, readable]
+        if prompt and prompt.strip():
+            return result
         try:
-            with self._waiting.told(MODEL, request.tell, _READY) as request.look:
-                return self._speech.transcribe(recording), ""
+            with cancelled_by(request.cancellation), self._waiting.watched(MODEL, _READY) as request.progress:
+                result["text"] = self._speech.transcribe(readable)
         except Exception as error:
-            return "", Message.of(error, localizer(), "recording")
+            result["message"] = Message.of(error, localizer(), "recording")
+        return result

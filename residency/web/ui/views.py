@@ -111,8 +111,7 @@ def model_html(name: str, status: Status, localize: Localize) -> str:
         return ""
     safe_name, state = escape(name, quote=True), model["state"]
     course = status_text.course(model, kind, lambda chinese, english: escape(localize(chinese, english)), counted)
-    way = model["progress"]
-    done = status_text.share(way["bytes"], way["total_bytes"]) if way else None
+    done = status_text.share(model["progress"]) if model["progress"] else None
     bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
     facts = "".join(
         f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>"
