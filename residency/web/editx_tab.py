@@ -20,15 +20,14 @@ from .server.permissions import Permissions
 from .shared.gradio_compat import PRIVATE, localizer, session, supported
 from .speech import task_names
 from .speech.conversion import Limits
-from .speech.edit_types import STEP_AUDIO_EDIT_TYPES
 from .speech.queue import SpeechQueue
 from .speech.recordings import Recordings
 from .speech.service import SpeechService
-from .ui import guidance, microphone, sample_voices, status_text
+from .ui import guidance, sample_voices, status_text
 from .ui.chat_history import Histories, Overtaken, SessionState, Step, as_messages, new_state
 from .ui.gpu_panel import GpuPanel
 from .ui.labels import label
-from .ui.messages import BEGIN, SHOW, Message, MessagePlaces
+from .ui.messages import SCRIPT, Message, MessagePlaces
 from .ui.page_requests import PageRequest, PageRequests
 from .ui.page_sessions import PageSessions
 from .ui.prewarm import Prewarm
@@ -36,8 +35,6 @@ from .ui.recording_check import RecordingCheck
 from .ui.saved_inputs import SavedInputs, sub_tasks_update
 from .ui.transcription import Transcription
 from .ui.waiting import WaitingRequests
-
-_UPLOAD_ANYTHING = static.text("upload.js")
 
 
 class Inputs(NamedTuple):
@@ -79,7 +76,7 @@ class EditxTab:
         self._model = getattr(tts_engine, "name", None) or "tts"
         queue = SpeechQueue(self._model) if manager is None else None
         self.recordings = Recordings(folder, getattr(args, "max_disk", math.inf))
-        edit_types = edit_types or STEP_AUDIO_EDIT_TYPES
+        edit_types = edit_types or task_names.STEP_AUDIO_EDIT_TYPES
         self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, queue)
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
@@ -236,7 +233,7 @@ class EditxTab:
                 (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
                 for name, sample in sample_voices.VOICES.items()
             ]
-        microphone.draw_hint()
+        self.no_microphone = gr.Markdown(label(*guidance.NO_MICROPHONE), visible=False, elem_id="no-microphone")
         self.transcription.draw()
         self.generated_text = gr.Textbox(
             label=label("目标文本", "Target Text"),
@@ -289,7 +286,7 @@ class EditxTab:
         for press in (self.button_tts.click, self.button_edit.click, *clears):
             press(**self.message_places.wiping())
         for press in (self.button_tts.click, self.button_edit.click):
-            press(None, js=BEGIN, **PRIVATE)
+            press(None, js=static.calling(SCRIPT, "begin()"), **PRIVATE)
         self.prompt_text_input.change(**self.message_places.wiping_by_hand("prompt_text"))
         self.generated_text.change(**self.message_places.wiping_by_hand("target_text"))
         self.edit_type.input(**self.message_places.wiping("task", "sub_task"))
@@ -297,7 +294,7 @@ class EditxTab:
         cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
         edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
         for pressed in (cloned, edited):
-            pressed.then(None, js=SHOW, **PRIVATE)
+            pressed.then(None, js=static.calling(SCRIPT, "show()"), **PRIVATE)
         self.button_stop.click(self.page_requests.stop, state, queue=False, **hidden)
         for clear in clears:
             # Updates only the chat: the request that this stops may have shown its end already.
@@ -307,7 +304,10 @@ class EditxTab:
             self.panel.register_events()
 
     def _connect_inputs(self) -> None:
-        gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
+        opened: Any = None  # no triggers: when the page is opened
+        gr.on(opened, None, js=static.text("upload.js"), **PRIVATE)
+        denied = "() => ({__type__: 'update', visible: !window.isSecureContext})"  # browsers that deny the microphone
+        gr.on(opened, None, outputs=self.no_microphone, js=denied, **PRIVATE)
         self.recording_check.register(self.prompt_audio_input, self._about_recording)
         # Only on user input: `SavedInputs` restores the sub-task too.
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}

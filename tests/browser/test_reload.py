@@ -42,7 +42,7 @@ ALL_TASKS = """
 import sys
 sys.path.insert(0, "tests/support")
 import gated_engine
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES
 """
 

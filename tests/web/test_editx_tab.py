@@ -19,8 +19,7 @@ from residency.cancellation import checkpoint
 from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.shared.language import Localize, en, zh
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
-from residency.web.speech.task_names import choices
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES, choices
 
 
 @pytest.fixture

@@ -22,22 +22,6 @@ TELL_EVERY_S = 5.0
 
 _AT_MOST = 1000
 _GOES_ON = ".goes-on"
-# A reloaded page continues its visit. A page opened from the browser's history continues a visit only if the page of
-# that visit was left: a duplicated tab opens in the same way, with a copy of the storage of a tab that is still open;
-# it then deletes the copied inputs. A page may be reloaded before the server has responded to, or received, its
-# secret: so the browser generates the secret, and keeps earlier ones until there is a response.
-_SECRETS = """(_, lost, state) => {
-  const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
-  const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
-  const bytes = [...crypto.getRandomValues(new Uint8Array(16))];
-  const secret = bytes.map(byte => byte.toString(16).padStart(2, "0")).join("");
-  const secrets = [secret, ...(earlier ?? "").split(" ").slice(0, 3)].join(" ").trim();
-  sessionStorage.setItem("visit", secrets);
-  sessionStorage.removeItem("left");
-  if (earlier === null) sessionStorage.removeItem("inputs");
-  const {recording, steps} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  return [secrets, recording || steps ? "something" : "", state];
-}"""
 
 
 class PageSessions:
@@ -57,12 +41,13 @@ class PageSessions:
         """
         visit, to_lose = gr.Textbox(visible=False), gr.Textbox(visible=False)
         script = static.text("heartbeat.js")
+        secrets = static.calling("saved_inputs.js", "[...secrets(), values[2]]")
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
         # Clicked by heartbeat.js. Hidden by CSS, since Gradio does not draw invisible components.
         hear_the_end = gr.Button(elem_id="hear-the-end")
         messages = self._places.components
         inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
-        came = page.load(self._come, inputs, outputs, js=_SECRETS, queue=False, **hidden)
+        came = page.load(self._come, inputs, outputs, js=secrets, queue=False, **hidden)
         came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
         hear_the_end.click(self._requests.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
         return came

@@ -10,49 +10,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from ...errors import InvalidInput
+from .. import static
 from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from ..speech.task_names import choices, line
 from .messages import Message
-
-# Stores only the length of the history, from which `page_sessions` detects whether results were lost.
-_KEEP = """(prompt, target, recording, task, subTask, history) => {
-  const back = window.textsBack;  // Gradio writes them into their fields a moment later
-  const emptied = id => document.activeElement?.closest(id);
-  if (back && !emptied("#prompt-text")) prompt ||= back.prompt;
-  if (back && !emptied("#target-text")) target ||= back.target;
-  const before = window.inputs ?? {};
-  window.inputs = {prompt, target, recording: recording?.path ?? null, task, subTask, steps: history?.length ?? 0};
-  if (window.keepsInputs) {
-    sessionStorage.setItem("inputs", JSON.stringify(window.inputs));
-    return;
-  }
-  // The stored inputs are not restored yet: only what was filled in on this page replaces them, also if emptied again.
-  const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  const now = {prompt, target, recording: window.inputs.recording};
-  const filled = Object.entries(now).filter(([name, value]) => value || before[name]);
-  sessionStorage.setItem("inputs", JSON.stringify({...kept, ...Object.fromEntries(filled)}));
-}"""
-_READ = """() => {
-  const {recording, task, subTask} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  return JSON.stringify([recording ?? null, task ?? null, subTask ?? null]);
-}"""
-# Texts that are filled in already are newer than stored ones.
-_TEXTS = """(prompt, target) => {
-  const kept = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  const texts = {prompt: prompt || (kept.prompt ?? ""), target: target || (kept.target ?? "")};
-  window.textsBack = texts;
-  setTimeout(() => { window.textsBack = null; }, 200);
-  window.keepsInputs = true;
-  const recording = window.inputs?.recording ?? kept.recording ?? null;
-  sessionStorage.setItem("inputs", JSON.stringify({...kept, ...texts, recording}));
-  return [texts.prompt, texts.target];
-}"""
 
 _GONE = (
     "The recording is gone from the server: upload or record it again, or press a sample voice",
@@ -80,13 +48,16 @@ class SavedInputs:
 
         Returns the event that restores the recording.
         """
+        script = partial(static.calling, "saved_inputs.js")
         kept = gr.Textbox(visible=False)
         inputs: list[Any] = [*texts, recording, *tasks]
         hidden: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
-        back = came.then(self.bring_back, kept, [recording, about_recording, *tasks, task_line], js=_READ, **hidden)
-        back.then(None, list(texts), list(texts), js=_TEXTS, **PRIVATE)
+        back = came.then(
+            self.bring_back, kept, [recording, about_recording, *tasks, task_line], js=script("read()"), **hidden
+        )
+        back.then(None, list(texts), list(texts), js=script("restoreTexts(...values)"), **PRIVATE)
         kept_from = [*inputs, history]
-        gr.on([each.change for each in kept_from], None, kept_from, None, js=_KEEP, **PRIVATE)
+        gr.on([each.change for each in kept_from], None, kept_from, None, js=script("keep(...values)"), **PRIVATE)
         return back
 
     def bring_back(self, kept: str | None) -> tuple[Any, Any, Any, Any, Any]:

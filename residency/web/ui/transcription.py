@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...cancellation import cancelled_by
 from ...errors import ResidencyError
+from .. import static
 from ..shared.gradio_compat import PRIVATE, engine_event, localizer
 from ..speech.service import SpeechService
 from .messages import Message
@@ -20,24 +21,7 @@ MODEL = "asr"
 """Name of the speech recognition as a managed model."""
 
 _READY = ("模型已就绪，正在识别录音", "The model is ready; transcribing the recording")
-# The browser's tab stores the path of the recording in progress, so that a reloaded page requests its transcription
-# again. Gradio has not restored the recording at that moment.
-_BEGIN = """(recording) => {
-  window.transcribes = true;  // so that it is not asked for twice, if the page is still loading
-  sessionStorage.setItem("transcribing", recording.path);
-}"""
-_END = "() => sessionStorage.removeItem('transcribing')"
-_RESUME = """(_, prompt) => {
-  const path = window.transcribes ? null : sessionStorage.getItem("transcribing");
-  return [path && {path, meta: {_type: "gradio.FileData"}}, prompt];
-}"""
-# Does not overwrite a text that was written meanwhile; ignores recordings that were removed or replaced.
-_FILL_IN = """(heard, text, recording) => {
-  const unchanged = {__type__: "update"};
-  if (!recording || !heard?.recordings.includes(recording.path)) return [unchanged, unchanged];
-  sessionStorage.removeItem("transcribing");
-  return [text && text.trim() ? unchanged : heard.text, heard.message || unchanged];
-}"""
+_script = partial(static.calling, "recordings.js")
 
 
 class Transcription:
@@ -55,13 +39,13 @@ class Transcription:
     def register(self, comes: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
         """Connects the components of `draw`. ``comes`` are the events that add a recording."""
         self._recording, self._prompt, self._message = recording, prompt, message
-        gr.on(comes, None, recording, None, js=_BEGIN, **PRIVATE)
-        recording.clear(js=_END, **PRIVATE)
+        gr.on(comes, None, recording, None, js=_script("beginTranscription(...values)"), **PRIVATE)
+        recording.clear(js=_script("endTranscription()"), **PRIVATE)
         self._hear_on(partial(gr.on, comes))
 
     def resume(self, returned: Any) -> None:
         """Restarts the transcription after ``returned``, the event that restores the recording of a reloaded page."""
-        self._hear_on(partial(returned.then, js=_RESUME))
+        self._hear_on(partial(returned.then, js=_script("resumeTranscription(values[1])")))
 
     def _hear_on(self, event: Callable[..., Any]) -> None:
         hearing = event(
@@ -75,7 +59,7 @@ class Transcription:
         )
         # Runs in the browser when the result arrives.
         answer = [self._heard, self._prompt, self._recording]
-        hearing.success(None, answer, [self._prompt, self._message], js=_FILL_IN, **PRIVATE)
+        hearing.success(None, answer, [self._prompt, self._message], js=_script("showTranscript(...values)"), **PRIVATE)
         self._recording.clear(None, cancels=[hearing], **PRIVATE)
 
     async def hear(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
