@@ -124,7 +124,7 @@ def test_who_has_signed_in_may_press(new_page: Callable[..., Page], tmp_path: Pa
         page.locator("#gpu-warm").click()
         chip = page.locator("#gpu-status [data-model=tts]")
         sync_api.expect(chip).to_have_attribute("data-state", "gpu")
-        sync_api.expect(page.locator("#gpu-message")).to_contain_text("has come to the simulated GPU")
+        sync_api.expect(page.locator("#gpu-message")).to_contain_text("is on the simulated GPU now")
 
 
 @pytest.mark.parametrize(

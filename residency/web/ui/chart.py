@@ -46,14 +46,15 @@ def chart(history: UsageHistory, device_kind: str, localize: Localize) -> str:
     requests = sum(len(past["requests"]) for past in models.values())
     lines = "".join(f"<line x2='{_WIDTH:g}' y1='{y:g}' y2='{y:g}' />" for y in (0, _HEIGHT / 2, _HEIGHT))
     scale = "".join(f"<span>{readable_bytes(round(top_bytes * part))}</span>" for part in (1, 0.5, 0))
-    title = status_text.memory_title(device_kind, localize)
+    title = status_text.memory_title(device_kind, window_s, localize)
+    window = status_text.readable_seconds(window_s)
     peak = f"{localize('模型峰值', 'peak of the models')} {readable_bytes(peak_bytes)}"
     return (
         f"<figure class='gpu-chart' data-requests='{requests}' data-peak='{peak_bytes}' data-top='{round(top_bytes)}'>"
         f"<figcaption class='gpu-quiet'><span>{title} · {peak}</span>{_legend(list(models), bool(used), localize)}"
         f"</figcaption><div class='gpu-plot'><div><svg viewBox='0 0 {_WIDTH:g} {_HEIGHT + _STRIP + 2:g}' "
         f"preserveAspectRatio='none' role='img' aria-label='{title}'><g class='gpu-grid'>{lines}</g>{''.join(areas)}"
-        f"<g class='gpu-request'>{marks}</g></svg><div class='gpu-axis gpu-quiet'><span>-15 min</span>"
+        f"<g class='gpu-request'>{marks}</g></svg><div class='gpu-axis gpu-quiet'><span>-{window}</span>"
         f"<span>{localize('现在', 'now')}</span></div></div>"
         f"<div class='gpu-scale gpu-quiet'>{scale}</div></div></figure>"
     )

@@ -53,6 +53,28 @@ _PHASES = {
     "offloading": ("卸载", "offloading"),
     "releasing": ("释放", "releasing"),
 }
+_RELEASED = ("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
+#: What a press did, by action and whether it is done: with a GPU, and without one.
+_PRESSED = {
+    ("warm", True): (
+        ("模型已在 GPU 上。", "The model is on the GPU already."),
+        ("模型已加载。", "The model is loaded already."),
+    ),
+    ("warm", False): (
+        ("正在加载到 GPU，可以继续操作。", "On its way to the GPU; you can go on meanwhile."),
+        ("正在加载，可以继续操作。", "It is being loaded; you can go on meanwhile."),
+    ),
+    ("offload", True): (
+        ("已卸载到内存。", "Offloaded to main memory."),
+        ("本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees main memory."),
+    ),
+    ("release", True): (_RELEASED, _RELEASED),
+}
+_ARRIVED = {
+    "gpu": ("{} 已在 GPU 上。", "{} is on the GPU now."),
+    "cpu": ("{} 已在内存中。", "{} is in main memory now."),
+    "released": ("{} 已完全释放。", "{} has been released."),
+}
 
 
 def readable_seconds(seconds: float | None) -> str:
@@ -122,7 +144,7 @@ def sizes(model: ModelStatus, device_bytes: int, device_kind: str, localize: Loc
     if label := memory_label(device_kind, localize):
         facts.insert(0, (label, readable_bytes(device_bytes)))
     if rebuilt_bytes := _rebuilt_bytes(model):
-        facts.append((localize("返回时重建", "Made anew on return"), readable_bytes(rebuilt_bytes)))
+        facts.append((localize("返回时重建", "Rebuilt on return"), readable_bytes(rebuilt_bytes)))
     return facts
 
 
@@ -137,8 +159,8 @@ def why_less_in_memory(model: ModelStatus, localize: Localize) -> str:
     size, rebuilt = readable_bytes(model["size_bytes"]), readable_bytes(rebuilt_bytes)
     return localize(
         f"模型在设备上占 {size}；其中 {rebuilt} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
-        f"Of its {size} on the device, {rebuilt} are in the model's files anyway: main memory does not keep them too, "
-        f"and they are made anew from there on return.",
+        f"Of its {size} on the device, {rebuilt} are in the model's files anyway: main memory keeps no copy, and they "
+        f"are rebuilt from the files on return.",
     )
 
 
@@ -150,26 +172,12 @@ def notes(device: DeviceStatus, localize: Localize) -> list[str]:
 def pressed(action: str, name: str | None, done: bool, status: Status, localize: Localize) -> str:
     """Returns the outcome of a press on warm, offload or release of a model (None: all), or when it will happen."""
     kind = status["device"]["kind"]
-    if action == "warm":
-        if done:
-            if kind == "cpu":
-                return localize("模型已加载。", "The model is loaded already.")
-            return of_device(("模型已在 GPU 上。", "The model is on the GPU already."), kind, localize)
-        if kind == "cpu":
-            return localize("正在加载，可以继续操作。", "It is being loaded; go on meanwhile.")
-        return of_device(("正在加载到 GPU，可以继续操作。", "On its way to the GPU; go on meanwhile."), kind, localize)
-    if not done:
+    if not done and action in _PENDING:
         return localize(*(f"{phrase}{dot}" for phrase, dot in zip(_PENDING[action], "。.", strict=True)))
-    if action == "release":
-        return localize("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
-    if kind == "cpu":
-        return localize(
-            "本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees main memory."
-        )
-    models = status["models"] if name is None else {name: status["models"][name]}
-    if all(model["state"] == "released" for model in models.values()):
+    models = status["models"].values() if name is None else [status["models"][name]]
+    if action == "offload" and kind != "cpu" and all(model["state"] == "released" for model in models):
         return localize("模型已释放，无需卸载。", "Nothing to offload: the model is released.")
-    return localize("已卸载到内存。", "Offloaded to main memory.")
+    return of_device(_PRESSED[action, done][kind == "cpu"], kind, localize)
 
 
 def outcome(name: str, model: ModelStatus, device_kind: str, localize: Localize) -> str | None:
@@ -178,12 +186,7 @@ def outcome(name: str, model: ModelStatus, device_kind: str, localize: Localize)
         return None
     if model["last_error"]:
         return f"{name}{mark(':', localize)}{translated(model['last_error'], localize)}"
-    sentences = {
-        "gpu": of_device((f"{name} 已到达 GPU。", f"{name} has come to the GPU."), device_kind, localize),
-        "cpu": localize(f"{name} 已回到内存。", f"{name} has come to main memory."),
-        "released": localize(f"{name} 已完全释放。", f"{name} has been released."),
-    }
-    return sentences[model["state"]]
+    return of_device(_ARRIVED[model["state"]], device_kind, localize).replace("{}", name)
 
 
 def progress(
@@ -284,11 +287,12 @@ def memory_label(device_kind: str, localize: Localize) -> str | None:
     return None if device_kind == "cpu" else of_device(("显存", "GPU memory"), device_kind, localize)
 
 
-def memory_title(device_kind: str, localize: Localize) -> str:
+def memory_title(device_kind: str, window_s: float, localize: Localize) -> str:
     """Returns the title of the memory chart."""
+    minutes = f"{window_s / 60:g}"
     if device_kind == "cpu":
-        return localize("最近 15 分钟模型占用的内存", "Main memory of the models, last 15 minutes")
-    return of_device(("最近 15 分钟的显存", "GPU memory, last 15 minutes"), device_kind, localize)
+        return localize(f"最近 {minutes} 分钟模型占用的内存", f"Main memory of the models, last {minutes} minutes")
+    return of_device((f"最近 {minutes} 分钟的显存", f"GPU memory, last {minutes} minutes"), device_kind, localize)
 
 
 def duration(seconds: float, localize: Localize) -> str:
@@ -323,11 +327,6 @@ def as_text(status: Status, localize: Localize = both) -> str:
                  (localize("上次搬移", "Last move"), last_move(model, kind, localize))]  # fmt: skip
         values = mark(",", localize).join(f"{label} {value}" for label, value in facts)
         lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(values, localize)}"]
-        told = (
-            activity(model, localize),
-            holder(model, localize),
-            course(model, kind, localize),
-            why_less_in_memory(model, localize),
-        )
-        lines += [*filter(None, told), *remarks(model, localize)]
+        sentences = [activity(model, localize), holder(model, localize), course(model, kind, localize)]
+        lines += [*filter(None, [*sentences, why_less_in_memory(model, localize)]), *remarks(model, localize)]
     return "\n".join([*lines, *notes(device, localize), *trouble(status, localize)])

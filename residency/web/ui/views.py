@@ -17,13 +17,16 @@ from .chart import chart
 SHOWN_MOVES = 8
 
 _REST = {
-    "outside": ("账外占用", "Held outside the books"),
+    "outside": ("账外占用", "Outside the accounts"),
     "process": ("本进程其他", "This process, other"),
     "peers": ("同类进程", "Peers"),
     "others": ("其他进程", "Others"),
     "free": ("可用", "Free"),
 }
 _KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("闲置多久后释放", "Idle timeout")
+_COLUMNS = (
+    ("多久前", "Ago"), ("模型", "Model"), ("搬移", "Move"), ("大小", "Size"), ("用时", "Took"), ("速度", "Rate"),
+)  # fmt: skip
 _OUTCOMES = {"failed": ("失败", "failed"), "postponed": ("等待空间", "waits for room")}
 
 
@@ -31,26 +34,19 @@ def device_html(status: Status, localize: Localize) -> str:
     """Returns the card's name, the use of its memory, notes and problems."""
     device = status["device"]
     name = escape(status_text.device_name(device, localize))
-    parts = [
-        f"<div class='gpu-device'><b data-device='{device['kind']}'>{name}</b>"
-        f"<span class='gpu-quiet'>{status_text.usage(device, localize)}</span></div>"
-    ]
-    total_bytes = device["total_bytes"] or 1
-    if sizes := memory_parts(status):
-        bars = "".join(
-            f"<i data-part='{part}' style='width:{100 * nbytes / total_bytes:.2f}%'></i>" for part, _, nbytes in sizes
-        )
-        legend = "".join(
-            f"<span data-part='{part}'>{escape(localize(*_REST[part]) if part in _REST else name)} "
-            f"{readable_bytes(nbytes)}</span>"
-            for part, name, nbytes in sizes
-            if nbytes or part not in _REST or part == "free"
-        )
+    usage = f"<span class='gpu-quiet'>{status_text.usage(device, localize)}</span>"
+    parts = [f"<div class='gpu-device'><b data-device='{device['kind']}'>{name}</b>{usage}</div>"]
+    bars, legend = "", ""
+    for part, model, nbytes in memory_parts(status):
+        bars += f"<i data-part='{part}' style='width:{100 * nbytes / (device['total_bytes'] or 1):.2f}%'></i>"
+        if nbytes or part not in _REST or part == "free":
+            label = localize(*_REST[part]) if part in _REST else model
+            legend += f"<span data-part='{part}'>{escape(label)} {readable_bytes(nbytes)}</span>"
+    if bars:
         parts.append(f"<div class='gpu-bar gpu-parts'>{bars}</div><div class='gpu-legend gpu-quiet'>{legend}</div>")
     parts.append(f"<div class='gpu-quiet' data-gpu-host>{escape(status_text.main_memory(status, localize))}</div>")
-    parts += [f"<div class='gpu-quiet'>{escape(note)}</div>" for note in status_text.notes(device, localize)]
-    parts += [f"<div class='gpu-error'>{escape(trouble)}</div>" for trouble in status_text.trouble(status, localize)]
-    return "".join(parts)
+    parts += [_line(note) for note in status_text.notes(device, localize)]
+    return "".join([*parts, *(_line(trouble, "error") for trouble in status_text.trouble(status, localize))])
 
 
 def memory_parts(status: Status) -> list[tuple[str, str, int]]:
@@ -113,21 +109,16 @@ def model_html(name: str, status: Status, localize: Localize) -> str:
     course = status_text.course(model, kind, lambda chinese, english: escape(localize(chinese, english)), counted)
     done = status_text.share(model["progress"]) if model["progress"] else None
     bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
-    facts = "".join(
-        f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>"
-        for label, value in _facts(model, on_the_card(status)[name], kind, localize)
-    )
-    remarks = "".join(
-        f"<div class='gpu-error'>{escape(remark)}</div>" for remark in status_text.remarks(model, localize)
-    )
+    facts = _facts(model, on_the_card(status)[name], kind, localize)
     return (
         f"<div class='gpu-head'><b>{safe_name}</b>"
         f"<span class='gpu-chip' data-model='{safe_name}' data-state='{state}'>"
         f"{status_text.state_in_words(state, kind, localize)}</span>"
         f"<span class='gpu-quiet'>{status_text.activity(model, localize)}</span></div>"
-        f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>{facts}</div>"
-        f"<div class='gpu-quiet'>{escape(status_text.holder(model, localize))}</div>"
-        f"<div class='gpu-quiet'>{status_text.why_less_in_memory(model, localize)}</div>{remarks}"
+        f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>"
+        + "".join(f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>" for label, value in facts)
+        + f"</div>{_line(status_text.holder(model, localize))}{_line(status_text.why_less_in_memory(model, localize))}"
+        + "".join(_line(remark, "error") for remark in status_text.remarks(model, localize))
     )
 
 
@@ -156,17 +147,13 @@ def past_html(history: UsageHistory, device_kind: str, localize: Localize) -> st
         f"<td>{_rate_or_outcome(move, localize)}</td></tr>"
         for ago_s, name, move in moves
     )
-    heads = (
-        ("多久前", "Ago"),
-        ("模型", "Model"),
-        ("搬移", "Move"),
-        ("大小", "Size"),
-        ("用时", "Took"),
-        ("速度", "Rate"),
-    )
-    head = "".join(f"<th>{localize(*pair)}</th>" for pair in heads)
+    head = "".join(f"<th>{localize(*pair)}</th>" for pair in _COLUMNS)
     table = f"<table class='gpu-moves'><tr>{head}</tr>{rows}</table>" if rows else ""
     return chart(history, device_kind, localize) + table
+
+
+def _line(text: str, kind: str = "quiet") -> str:
+    return f"<div class='gpu-{kind}'>{escape(text, quote=False)}</div>"
 
 
 def counted(seconds: float, direction: int) -> str:
