@@ -96,11 +96,11 @@ class EditxTab:
 
     def offload_gpu(self) -> str:
         """Offloads all models to main memory; returns the outcome and the state as text."""
-        return f"{self.panel.press('offload')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
+        return f"{self.panel.press('offload')[0]}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
     def release_gpu(self) -> str:
         """Releases all models; returns the outcome and the state as text."""
-        return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
+        return f"{self.panel.press('release')[0]}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
     def watched(self) -> AbstractContextManager[Any]:
         """Returns `WaitingRequests.watched` for the engine's model."""

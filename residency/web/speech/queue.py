@@ -25,11 +25,18 @@ class QueuedRequest:
     @property
     def place(self) -> int | None:
         """0: uses the engine; 1: next in the queue; None: not yet in the queue, or ended."""
-        return self._queue.place(self)
+        with self._queue.changed:
+            requests = self._queue.requests
+            return requests.index(self) if self in requests else None
 
-    def cancel(self) -> bool:
-        """Removes the request from the queue; returns False if it uses the engine, or has ended."""
-        return self._queue.refuse(self, RequestCancelled(self.model))
+    def cancel(self, error: Exception | None = None) -> bool:
+        """Ends a waiting request with ``error``; returns False if it uses the engine, or has ended."""
+        with self._queue.changed:
+            if self not in self._queue.requests[1:]:
+                return False
+            self.refusal = self.refusal or error or RequestCancelled(self.model)
+            self._queue.changed.notify_all()
+        return True
 
 
 class SpeechQueue:
@@ -40,8 +47,8 @@ class SpeechQueue:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self._changed = threading.Condition()
-        self._queue: list[QueuedRequest] = []
+        self.changed = threading.Condition()
+        self.requests: list[QueuedRequest] = []
         self._closed = False
         self._watch = contextvars.ContextVar[Callable[[Any], object] | None]("watch_queued", default=None)
         self._mine = contextvars.ContextVar("uses_engine", default=False)
@@ -56,15 +63,15 @@ class SpeechQueue:
             yield
             return
         request = QueuedRequest(self)
-        with self._changed:
+        with self.changed:
             if self._closed:
                 raise ManagerClosed
-            self._queue.append(request)
+            self.requests.append(request)
         try:
             if watch := self._watch.get():
                 watch(request)
-            with self._changed:
-                self._changed.wait_for(lambda: request.refusal or self._queue[0] is request)
+            with self.changed:
+                self.changed.wait_for(lambda: request.refusal or self.requests[0] is request)
             if request.refusal:
                 raise request.refusal
             token = self._mine.set(True)
@@ -73,30 +80,17 @@ class SpeechQueue:
             finally:
                 self._mine.reset(token)
         finally:
-            with self._changed:
-                self._queue.remove(request)
-                self._changed.notify_all()
+            with self.changed:
+                self.requests.remove(request)
+                self.changed.notify_all()
 
     def close(self) -> None:
         """Refuses waiting and new requests."""
-        with self._changed:
+        with self.changed:
             self._closed = True
-            waiting = self._queue[1:]
+            waiting = self.requests[1:]
         for request in waiting:
-            self.refuse(request, ManagerClosed())
-
-    def place(self, request: QueuedRequest) -> int | None:
-        with self._changed:
-            return self._queue.index(request) if request in self._queue else None
-
-    def refuse(self, request: QueuedRequest, error: Exception) -> bool:
-        """Ends a waiting request with ``error``; returns False if it does not wait any more."""
-        with self._changed:
-            if request not in self._queue[1:]:
-                return False
-            request.refusal = request.refusal or error
-            self._changed.notify_all()
-        return True
+            request.cancel(ManagerClosed())
 
     @contextmanager
     def watching(self, watch: Callable[[Any], object]) -> Iterator[None]:
@@ -109,5 +103,5 @@ class SpeechQueue:
 
     def status(self) -> Any:
         """Returns the parts of a manager's status that `WaitingRequests` reads."""
-        model = {"state": _STATE, "leases": len(self._queue[:1]), "progress": None}
+        model = {"state": _STATE, "leases": len(self.requests[:1]), "progress": None}
         return {"device": {"kind": "cpu"}, "models": {self.model: model}}

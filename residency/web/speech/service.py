@@ -16,7 +16,7 @@ import soundfile
 
 from ...cancellation import checkpoint
 from ...contracts import Engine
-from ...errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
+from ...errors import Field, InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
 from ...observability.error_classification import message_of
 from ...sentences import Sentence
 from ..shared.language import en, zh
@@ -26,6 +26,13 @@ from .recordings import Recordings
 from .task_names import choices
 
 logger = logging.getLogger(__name__)
+
+_NO_PROMPT = Sentence("Prompt Text is empty: write the words of the recording", "提示文本为空：请填写录音中的内容")
+_NO_TARGET = Sentence("Target Text is empty: write what should be said", "目标文本为空：请填写要合成的内容")
+_NO_TAGS = Sentence(
+    "Target Text is empty: write the text with tags such as [Laughter]",
+    "目标文本为空：请填写带有 [Laughter] 等标签的文本",
+)
 
 
 class ShuttingDown(ResidencyError):
@@ -88,20 +95,8 @@ class SpeechService:
 
     def clone(self, recording: str, prompt_text: str | None, target_text: str | None) -> str:
         """Speaks ``target_text`` in the voice of the recording. Raises `InvalidInput`, and errors of the engine."""
-        with about("prompt_text"):
-            prompt = _given_text(
-                prompt_text,
-                self.limits,
-                "Prompt Text is empty: write what is said in the recording",
-                "提示文本为空：请填写录音中的内容",
-            )
-        with about("target_text"):
-            target = _given_text(
-                target_text,
-                self.limits,
-                "Target Text is empty: write what should be said",
-                "目标文本为空：请填写要合成的内容",
-            )
+        prompt = self._text("prompt_text", prompt_text, _NO_PROMPT)
+        target = self._text("target_text", target_text, _NO_TARGET)
         with self._engine_at_work() as engine:
             if check := getattr(engine, "check_text", None):
                 with about("target_text"):
@@ -118,18 +113,9 @@ class SpeechService:
     ) -> tuple[str, str]:
         """Edits a recording; returns the file and its new text. Raises `InvalidInput`, and errors of the engine."""
         task, info = self._task(edit_type, edit_info)
-        with about("prompt_text"):
-            said = _short_enough((audio_text or "").strip(), self.limits)
+        said = self._text("prompt_text", audio_text)
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
-        wanted = said
-        if task == "paralinguistic":
-            with about("target_text"):
-                wanted = _given_text(
-                    text,
-                    self.limits,
-                    "Target Text is empty: write the text with tags such as [Laughter]",
-                    "目标文本为空：请填写带有 [Laughter] 等标签的文本",
-                )
+        wanted = self._text("target_text", text, _NO_TAGS) if task == "paralinguistic" else said
         with self._engine_at_work() as engine:
             return self._write(task, engine.edit(recording, said, task, info, wanted)), wanted
 
@@ -162,6 +148,20 @@ class SpeechService:
                 "sub_task",
             )
         return edit_type, edit_info if offered else None
+
+    def _text(self, field: Field, text: str | None, missing: Sentence | None = None) -> str:
+        """Returns the text without spaces at its ends. Raises `InvalidInput` if it is ``missing``, or too long."""
+        text, limit = (text or "").strip(), self.limits.text
+        if missing and not text:
+            raise InvalidInput(missing.en, missing.zh, field)
+        if len(text) > limit:
+            raise InvalidInput(
+                f"The text has {len(text)} characters, more than {limit}: shorten it, or start the app with a larger "
+                f"--max-text",
+                f"文本有 {len(text)} 个字符，超过 {limit}：请缩短，或启动时调大 --max-text",
+                field,
+            )
+        return text
 
     @contextmanager
     def _engine_at_work(self) -> Iterator[Engine]:
@@ -223,19 +223,3 @@ def _names(values: Sequence[str], task: str | None = None) -> Sentence:
     """Returns the page's names of tasks, or of sub-tasks of ``task``, which include the API's values."""
     in_english, in_chinese = ([name for name, _ in choices(values, task, localize)] for localize in (en, zh))
     return Sentence(", ".join(in_english), "、".join(in_chinese))
-
-
-def _given_text(text: str | None, limits: Limits, en: str, zh: str) -> str:
-    if not text or not text.strip():
-        raise InvalidInput(en, zh)
-    return _short_enough(text.strip(), limits)
-
-
-def _short_enough(text: str, limits: Limits) -> str:
-    if len(text) > limits.text:
-        raise InvalidInput(
-            f"The text has {len(text)} characters, more than {limits.text}: shorten it, or start the app with a larger "
-            f"--max-text",
-            f"文本有 {len(text)} 个字符，超过 {limits.text}：请缩短，或启动时调大 --max-text",
-        )
-    return text
