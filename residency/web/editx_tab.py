@@ -127,7 +127,7 @@ class EditxTab:
         self._histories.begin(inputs.state, history, step)
 
     def _edit(self, inputs: Inputs, history: list[Any]) -> None:
-        source, said = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
+        source, spoken = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
         if history and not os.path.isfile(str(source)):
             raise InvalidInput(
                 "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
@@ -135,8 +135,8 @@ class EditxTab:
             )
         task, sub_task = inputs.edit_type, inputs.edit_info
         recording = self.speech.incoming.readable(source)
-        result, says = self.speech.edit(recording, said, task, sub_task, inputs.target_text)
-        self._histories.go_on(inputs.state, history, Step(task, sub_task, said, says, recording, result))
+        result, new_text = self.speech.edit(recording, spoken, task, sub_task, inputs.target_text)
+        self._histories.go_on(inputs.state, history, Step(task, sub_task, spoken, new_text, recording, result))
 
     def clear_history(self, state: SessionState) -> tuple[list[Any], SessionState, str]:
         self._histories.clear(state)
@@ -318,9 +318,9 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
-        # `RecordingCheck.receive` and `Transcription.hear` end in any order, so neither clears messages.
-        comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
-        gr.on(comes, **self.message_places.wiping("recording"))
+        # `RecordingCheck.receive` and `Transcription.transcribe` end in any order, so neither clears messages.
+        added = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
+        gr.on(added, **self.message_places.wiping("recording"))
         for button, _ in self.samples:
             button.click(**self.message_places.wiping("recording", "prompt_text"))
         filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
@@ -328,16 +328,16 @@ class EditxTab:
         for button, sample in self.samples:
             button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
-            self.transcription.register(comes, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
+            self.transcription.register(added, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
         if self.prewarm:
             samples = [button for button, _ in self.samples]
             self.prewarm.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, samples)
 
-    def register_return(self, came: Any) -> None:
-        """Restores the inputs after ``came``, the event after which a visit continues."""
+    def register_restore(self, continued: Any) -> None:
+        """Restores the inputs after ``continued``, the event after which a session continues."""
         texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
         returned = self.saved_inputs.register(
-            came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording
+            continued, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording
         )
         if self.speech.transcribes:
             self.transcription.resume(returned)

@@ -72,7 +72,7 @@ body:not(:has(#progress [data-running])) #stop {display: none}
 :is(.progress-line, .said) .wrap:has(> .error) {display: none}
 /* What was said about a recording that was taken away. */
 body:not(:has(#prompt-audio :is(audio, .waveform-container))) #hearing {display: none}
-#history .download-link ~ button, #hear-the-end, #prewarm {display: none}
+#history .download-link ~ button, #follow-request, #prewarm {display: none}
 /* The players of Gradio 6, and those of Gradio 5, whose waves are 128 pixels high. */
 #history .waveform-wrapper, #history .waveform {height: 40px; display: flex; align-items: center; overflow: hidden}
 #history .waveform-wrapper > div, #history .waveform > div {flex: 1 0 100%}
@@ -116,7 +116,7 @@ class Page:
             tab.waiting.cancel_waiting,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
             _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
-            self._page_sessions.know,
+            self._page_sessions.knows,
             tab.recordings.reserved,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": _CSS}
@@ -132,7 +132,7 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            tab.register_return(tab.page_sessions.register(self.blocks, tab.state, tab.chat_box, tab.line))
+            tab.register_restore(tab.page_sessions.register(self.blocks, tab.state, tab.chat_box, tab.line))
             endpoints.register_speech(tab.speech, tab.watched, tab.recordings)
             if manager is not None:
                 endpoints.register_gpu(manager, permissions or Permissions())

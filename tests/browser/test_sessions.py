@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.TELL_EVERY_S = 0.5\n"
+OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.HEARTBEAT_EVERY_S = 0.5\n"
 NO_GRACE = "import residency.web.server.heartbeats; residency.web.server.heartbeats.LEFT_FOR_S = 0\n"
 
 

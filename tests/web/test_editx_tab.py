@@ -266,7 +266,7 @@ class TestStopping:
             return speak(*asked)
 
         monkeypatch.setattr(engine, "_speak", step_by_step)
-        assert "cleared or begun anew" in session.clone().message
+        assert "cleared or replaced" in session.clone().message
         assert not ended, "the engine went on"
 
     def test_only_the_requests_of_its_session_are_stopped(
@@ -314,7 +314,7 @@ class TestOvertaken:
         session.clone()
         meanwhile(lambda: session.tab.clear_history(session.state), error)
         getattr(session, late)()
-        assert "cleared or begun anew" in session.message
+        assert "cleared or replaced" in session.message
         assert session.state == {**session.tab.init_state(), "message": session.message}
         assert not list(folder.iterdir())
         assert session.edit().message == ""
@@ -326,7 +326,7 @@ class TestOvertaken:
         session.clone(target="old")
         meanwhile(lambda: session.clone(target="new"))
         session.edit()
-        assert "cleared or begun anew" in session.message
+        assert "cleared or replaced" in session.message
         assert [says for _, says in session.results] == ["new"]
         assert list(folder.iterdir()) == [Path(session.results[0][0])]
 
@@ -491,7 +491,7 @@ def test_listening_to_a_recording_leaves_the_message_about_it(folder: Path, reco
 
 def last_heard(tab: EditxTab, recording: str | None, prompt: str = "") -> list[Any]:
     async def last() -> list[Any]:
-        return [shown async for shown in tab.transcription.hear(recording, prompt)][-1]
+        return [shown async for shown in tab.transcription.transcribe(recording, prompt)][-1]
 
     return asyncio.run(last())
 

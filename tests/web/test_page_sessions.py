@@ -21,6 +21,6 @@ def test_of_too_many_visits_the_one_not_heard_of_for_longest_is_forgotten(
     visits = PageSessions(PageRequests(places), Recordings(tmp_path), WaitingRequests(None), places)
     for whose in ("anna", "bert", "carl"):
         monkeypatch.setattr(module, "session", lambda whose=whose: whose)
-        visits._come(None, None, new_state())
-        assert visits.know("anna"), "its page says that it is there"
-    assert [visits.know(whose) for whose in ("anna", "bert", "carl")] == [True, False, True]
+        visits._start(None, None, new_state())
+        assert visits.knows("anna"), "its page says that it is there"
+    assert [visits.knows(whose) for whose in ("anna", "bert", "carl")] == [True, False, True]

@@ -28,7 +28,7 @@ from .task_names import choices
 logger = logging.getLogger(__name__)
 
 _NO_PROMPT = Sentence("Prompt Text is empty: write the words of the recording", "提示文本为空：请填写录音中的内容")
-_NO_TARGET = Sentence("Target Text is empty: write what should be said", "目标文本为空：请填写要合成的内容")
+_NO_TARGET = Sentence("Target Text is empty: write what should be spoken", "目标文本为空：请填写要合成的内容")
 _NO_TAGS = Sentence(
     "Target Text is empty: write the text with tags such as [Laughter]",
     "目标文本为空：请填写带有 [Laughter] 等标签的文本",
@@ -113,11 +113,11 @@ class SpeechService:
     ) -> tuple[str, str]:
         """Edits a recording; returns the file and its new text. Raises `InvalidInput`, and errors of the engine."""
         task, info = self._task(edit_type, edit_info)
-        said = self._text("prompt_text", audio_text)
+        spoken = self._text("prompt_text", audio_text)
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
-        wanted = self._text("target_text", text, _NO_TAGS) if task == "paralinguistic" else said
+        wanted = self._text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
         with self._engine_at_work() as engine:
-            return self._write(task, engine.edit(recording, said, task, info, wanted)), wanted
+            return self._write(task, engine.edit(recording, spoken, task, info, wanted)), wanted
 
     def transcribe(self, recording: str) -> str:
         """Returns the transcript of a recording. Raises `InvalidInput`, and errors of the recognizer."""

@@ -49,7 +49,8 @@ class Overtaken(InvalidInput):
 
     def __init__(self) -> None:
         super().__init__(
-            "The history was cleared or begun anew meanwhile, so this result was dropped: ask again if you want it",
+            "The history was cleared or replaced meanwhile, so this result was dropped: send the request again if you "
+            "want it",
             "期间历史已被清空或重新开始，本次结果未保留：如仍需要，请重新提交",
         )
 

@@ -64,7 +64,7 @@ class GpuPanel:
             "version": version,
             "pieces": self._pieces(status, localize),
             "moving": any(model["state"] == "moving" for model in status["models"].values()),
-            "outcomes": {name: said and _paragraph(said) for name, said in outcomes.items()},
+            "outcomes": {name: sentence and _paragraph(sentence) for name, sentence in outcomes.items()},
         }
 
     def _pieces(self, status: Status, localize: Localize) -> dict[str, str]:

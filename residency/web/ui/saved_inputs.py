@@ -1,6 +1,6 @@
 """Restores the inputs of a page after a reload: texts, recording, task and sub-task.
 
-The browser stores them in `sessionStorage`, per tab, until the tab is closed; `page_sessions` deletes them if a visit
+The browser stores them in `sessionStorage`, per tab, until the tab is closed; `page_sessions` deletes them if a session
 does not continue. The texts never leave the browser for this. The recording is restored if the server still has it;
 otherwise the page shows a message beside it.
 """
@@ -23,7 +23,7 @@ from ..speech.task_names import choices, line
 from .messages import Message
 
 _GONE = (
-    "The recording is gone from the server: upload or record it again, or press a sample voice",
+    "The server does not have this recording any more: upload or record it again, or choose a sample voice",
     "服务器上已没有该录音：请重新上传或录制，或点击示例声音",
 )
 
@@ -36,7 +36,7 @@ class SavedInputs:
 
     def register(
         self,
-        came: Any,
+        continued: Any,
         texts: Sequence[gr.Textbox],
         recording: gr.Audio,
         tasks: Sequence[gr.Dropdown],
@@ -44,7 +44,7 @@ class SavedInputs:
         history: gr.Chatbot,
         about_recording: gr.HTML,
     ) -> Any:
-        """Connects the components while the page is drawn. ``came`` is the event after which a visit continues.
+        """Connects the components while the page is drawn. ``continued`` is the event after which a session continues.
 
         Returns the event that restores the recording.
         """
@@ -52,28 +52,28 @@ class SavedInputs:
         kept = gr.Textbox(visible=False)
         inputs: list[Any] = [*texts, recording, *tasks]
         hidden: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
-        back = came.then(
-            self.bring_back, kept, [recording, about_recording, *tasks, task_line], js=script("read()"), **hidden
+        back = continued.then(
+            self.restore, kept, [recording, about_recording, *tasks, task_line], js=script("read()"), **hidden
         )
         back.then(None, list(texts), list(texts), js=script("restoreTexts(...values)"), **PRIVATE)
         kept_from = [*inputs, history]
         gr.on([each.change for each in kept_from], None, kept_from, None, js=script("keep(...values)"), **PRIVATE)
         return back
 
-    def bring_back(self, kept: str | None) -> tuple[Any, Any, Any, Any, Any]:
+    def restore(self, kept: str | None) -> tuple[Any, Any, Any, Any, Any]:
         """Returns updates of recording, its message, task, sub-task and their line, from a page's stored inputs.
 
         Ignores invalid input. Also sets the names of tasks, since Gradio 5 does not translate choices.
         """
         recording, task, sub_task = _parsed(kept)
-        mine = self._recordings.owns(session(), recording) and os.path.isfile(recording)
-        audio, localize = recording if mine else gr.skip(), localizer()
-        news = Message.of(InvalidInput(*_GONE, "recording"), localize) if recording and not mine else gr.skip()
+        is_owned = self._recordings.owns(session(), recording) and os.path.isfile(recording)
+        audio, localize = recording if is_owned else gr.skip(), localizer()
+        message = Message.of(InvalidInput(*_GONE, "recording"), localize) if recording and not is_owned else gr.skip()
         names = choices([*self._edit_types], None, localize)
         if task not in self._edit_types:
-            return audio, news, gr.update(choices=names), gr.skip(), gr.skip()
+            return audio, message, gr.update(choices=names), gr.skip(), gr.skip()
         sub_tasks = sub_tasks_update(self._edit_types, task, sub_task)
-        return audio, news, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], localize)
+        return audio, message, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], localize)
 
 
 def sub_tasks_update(edit_types: Mapping[str, Sequence[str]], task: str, sub_task: str | None = None) -> Any:

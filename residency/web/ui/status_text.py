@@ -279,7 +279,7 @@ def trouble(status: Status, localize: Localize) -> list[str]:
 
 def remarks(model: ModelStatus, localize: Localize) -> list[str]:
     """Returns a model's last error, and the memory that no move frees."""
-    return [translated(said, localize) for said in (shared.last_error(model), shared.outside(model)) if said]
+    return [translated(remark, localize) for remark in (shared.last_error(model), shared.outside(model)) if remark]
 
 
 def memory_label(device_kind: str, localize: Localize) -> str | None:

@@ -34,35 +34,35 @@ class Transcription:
     def draw(self) -> None:
         """Draws the progress line into the open Blocks."""
         self._line = gr.HTML(elem_id="hearing", elem_classes="progress-line", padding=False)
-        self._heard = gr.JSON(visible=False)
+        self._result = gr.JSON(visible=False)
 
-    def register(self, comes: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
-        """Connects the components of `draw`. ``comes`` are the events that add a recording."""
+    def register(self, added: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
+        """Connects the components of `draw`. ``added`` are the events that add a recording."""
         self._recording, self._prompt, self._message = recording, prompt, message
-        gr.on(comes, None, recording, None, js=_script("beginTranscription(...values)"), **PRIVATE)
+        gr.on(added, None, recording, None, js=_script("beginTranscription(...values)"), **PRIVATE)
         recording.clear(js=_script("endTranscription()"), **PRIVATE)
-        self._hear_on(partial(gr.on, comes))
+        self._transcribe_on(partial(gr.on, added))
 
     def resume(self, returned: Any) -> None:
         """Restarts the transcription after ``returned``, the event that restores the recording of a reloaded page."""
-        self._hear_on(partial(returned.then, js=_script("resumeTranscription(values[1])")))
+        self._transcribe_on(partial(returned.then, js=_script("resumeTranscription(values[1])")))
 
-    def _hear_on(self, event: Callable[..., Any]) -> None:
-        hearing = event(
-            self.hear,
+    def _transcribe_on(self, event: Callable[..., Any]) -> None:
+        running = event(
+            self.transcribe,
             [self._recording, self._prompt],
-            [self._heard, self._line],
+            [self._result, self._line],
             **self._event,
             trigger_mode="multiple",  # a removed recording does not delay the next one
             show_progress="hidden",
             **PRIVATE,
         )
         # Runs in the browser when the result arrives.
-        answer = [self._heard, self._prompt, self._recording]
-        hearing.success(None, answer, [self._prompt, self._message], js=_script("showTranscript(...values)"), **PRIVATE)
-        self._recording.clear(None, cancels=[hearing], **PRIVATE)
+        answer = [self._result, self._prompt, self._recording]
+        running.success(None, answer, [self._prompt, self._message], js=_script("showTranscript(...values)"), **PRIVATE)
+        self._recording.clear(None, cancels=[running], **PRIVATE)
 
-    async def hear(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
+    async def transcribe(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
         """Transcribes a recording. Yields the result and the progress line whenever one changes.
 
         Closing the generator cancels the request. The result has ``recordings``, the possible paths of the recording

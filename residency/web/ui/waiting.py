@@ -38,28 +38,28 @@ class WaitingRequests:
         if self._manager is None:
             yield lambda: None
             return
-        whose, mine = session(), list[Lease]()
+        owner, watched = session(), list[Lease]()
 
         def watch(lease: Lease) -> None:
-            mine.append(lease)
+            watched.append(lease)
             with self._lock:
-                self._leases.setdefault(whose, {})[lease] = time.monotonic()
+                self._leases.setdefault(owner, {})[lease] = time.monotonic()
             if cancellation := current():
                 cancellation.on_cancel(lease.cancel)
 
         try:
             with self._manager.watching(watch):
-                yield self._reader(self._manager, model, mine, ready)
+                yield self._reader(self._manager, model, watched, ready)
         except RequestCancelled:
             checkpoint()  # raises `RequestStopped` if the user stopped the request
             raise
         finally:
             with self._lock:
-                for who, leases in list(self._leases.items()):  # `inherit` may have moved them to another session
-                    for lease in mine:
+                for other, leases in list(self._leases.items()):  # `inherit` may have moved them to another session
+                    for lease in watched:
                         leases.pop(lease, None)
                     if not leases:
-                        del self._leases[who]
+                        del self._leases[other]
 
     def _reader(
         self, manager: Manager | SpeechQueue, model: str, leases: list[Lease], ready: tuple[str, str]
@@ -84,20 +84,20 @@ class WaitingRequests:
 
         return read
 
-    def inherit(self, before: str, whose: str) -> None:
-        """Transfers the leases of the session ``before`` to ``whose``."""
+    def inherit(self, before: str, owner: str) -> None:
+        """Transfers the leases of the session ``before`` to ``owner``."""
         with self._lock:
             if leases := self._leases.pop(before, None):
-                self._leases.setdefault(whose, {}).update(leases)
+                self._leases.setdefault(owner, {}).update(leases)
 
-    def cancel_waiting(self, whose: str, for_s: float) -> bool:
+    def cancel_waiting(self, owner: str, for_s: float) -> bool:
         """Cancels requests of a session that have waited for ``for_s`` seconds, since its stream closed.
 
-        Running requests continue. Returns True if newer requests wait, whose stream may open soon.
+        Running requests continue. Returns True if newer requests wait, owner stream may open soon.
         """
         now_s = time.monotonic()
         with self._lock:
-            leases = self._leases.get(whose, {})
+            leases = self._leases.get(owner, {})
             old = [lease for lease, since_s in leases.items() if now_s - since_s >= for_s]
             younger = len(leases) > len(old)
         for lease in old:
