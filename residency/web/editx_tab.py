@@ -124,7 +124,7 @@ class EditxTab:
         recording = self.speech.incoming.readable(inputs.prompt_audio)
         result = self.speech.clone(recording, inputs.prompt_text, inputs.target_text)
         step = Step("clone", None, inputs.prompt_text, inputs.target_text, recording, result)
-        self._histories.begin(inputs.state, history, step)
+        self._histories.append(inputs.state, history, step, anew=True)
 
     def _edit(self, inputs: Inputs, history: list[Any]) -> None:
         source, spoken = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
@@ -136,7 +136,7 @@ class EditxTab:
         task, sub_task = inputs.edit_type, inputs.edit_info
         recording = self.speech.incoming.readable(source)
         result, new_text = self.speech.edit(recording, spoken, task, sub_task, inputs.target_text)
-        self._histories.go_on(inputs.state, history, Step(task, sub_task, spoken, new_text, recording, result))
+        self._histories.append(inputs.state, history, Step(task, sub_task, spoken, new_text, recording, result))
 
     def clear_history(self, state: SessionState) -> tuple[list[Any], SessionState, str]:
         self._histories.clear(state)
@@ -321,11 +321,10 @@ class EditxTab:
         # `RecordingCheck.receive` and `Transcription.transcribe` end in any order, so neither clears messages.
         added = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
         gr.on(added, **self.message_places.wiping("recording"))
-        for button, _ in self.samples:
-            button.click(**self.message_places.wiping("recording", "prompt_text"))
         filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
         filled_in.append(self.message_places.of("target_text"))
         for button, sample in self.samples:
+            button.click(**self.message_places.wiping("recording", "prompt_text"))
             button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
             self.transcription.register(added, self.prompt_text_input, self.prompt_audio_input, self._about_recording)

@@ -10,7 +10,7 @@ from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
 from residency.web.shared.language import en, zh
 from residency.web.ui import status_text, views
-from residency.web.ui.chart import chart, scale_top
+from residency.web.ui.views import chart, scale_top
 
 GB = 1 << 30
 
