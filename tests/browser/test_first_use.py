@@ -76,7 +76,7 @@ def test_a_sample_leaves_a_target_text_alone(app: RunningApp, new_page: Callable
     [
         (
             "en-US",
-            ["The words that are spoken in the recording", "Sample: a higher voice"],
+            ["The exact words of the recording", "Sample: a higher voice"],
             ["clone", "emotion", "style", "cut pauses (vad)", "reduce noise (denoise)"],
             ["happy", "embarrassed (embarrass)", "no emotion (remove)"],
             "Says the same with this emotion: sad.",
