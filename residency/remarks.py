@@ -38,5 +38,6 @@ def outside(model: ModelStatus) -> Sentence | None:
     pids = ", ".join(f"pid {each['pid']} {each['command']}" for each in processes)
     en, zh = "Release the model to free it", "释放模型可以腾出"
     if model["state"] == "released":
-        en, zh = "The model was released and it is still held: end that process", "模型已释放，仍在占用：请结束该进程"
-    return Sentence(f"{size} held outside the books ({pids}). {en}", f"账外占用 {size}（{pids}）。{zh}")
+        en = "The model was released, but the memory is still in use: end that process"
+        zh = "模型已释放，仍在占用：请结束该进程"
+    return Sentence(f"{size} outside the accounts ({pids}). {en}", f"账外占用 {size}（{pids}）。{zh}")

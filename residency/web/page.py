@@ -68,7 +68,7 @@ class Page:
     ) -> None:
         self.speech = tab.speech
         self._largest_upload_bytes = largest_upload_bytes
-        self._recordings, self._page_sessions = tab.recordings, tab.visits
+        self._recordings, self._page_sessions = tab.recordings, tab.page_sessions
         self._ended = threading.Event()
         #: Whether the page is ready, which is later than the server's first response.
         self.serves = False
@@ -79,11 +79,11 @@ class Page:
         self.middleware = RequestMiddleware(
             tab.speech.folder,
             heartbeats,
-            tab.intent.show if tab.intent else lambda: None,
-            tab.waiting.gone,
+            tab.prewarm.show if tab.prewarm else lambda: None,
+            tab.waiting.cancel_waiting,
             math.inf if largest_upload_bytes is None else largest_upload_bytes,
             _BODY_BYTES + _BYTES_PER_CHARACTER * tab.speech.limits.text,
-            self._page_sessions.know,
+            self._page_sessions.knows,
             tab.recordings.reserved,
         )
         look: dict[str, Any] = {"theme": gr.themes.Soft(font=_FONT), "css": static.text("page.css")}
@@ -99,8 +99,8 @@ class Page:
             gr.Markdown(label("音色克隆与语音编辑", "Zero-shot voice cloning and audio editing"))
             tab.register_components()
             tab.register_events()
-            tab.register_return(tab.visits.register(self.blocks, tab.state, tab.chat_box, tab.line, tab.presses))
-            endpoints.register_speech(tab.speech, tab.told, tab.recordings)
+            tab.register_restore(tab.page_sessions.register(self.blocks, tab.state, tab.chat_box, tab.line))
+            endpoints.register_speech(tab.speech, tab.watched, tab.recordings)
             if manager is not None:
                 endpoints.register_gpu(manager, permissions or Permissions())
 

@@ -12,7 +12,7 @@ import pytest
 from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
 
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 from residency.web.ui.sample_voices import TARGET_TEXT, VOICES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -26,7 +26,7 @@ PRETENDING = """
 import sys
 sys.path.insert(0, "tests/support")
 import gated_engine
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES
 import residency.web.ui.prewarm
 residency.web.ui.prewarm.EVERY_S = 0
@@ -78,7 +78,7 @@ def test_a_sample_leaves_a_target_text_alone(app: RunningApp, new_page: Callable
     [
         (
             "en-US",
-            ["The words that are spoken in the recording", "Sample: a higher voice"],
+            ["The exact words of the recording", "Sample: a higher voice"],
             ["clone", "emotion", "style", "cut pauses (vad)", "reduce noise (denoise)"],
             ["happy", "embarrassed (embarrass)", "no emotion (remove)"],
             "Says the same with this emotion: sad.",

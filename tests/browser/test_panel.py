@@ -78,14 +78,14 @@ def test_each_button_does_what_it_says_and_tells_what_came_of_it(page: Page) -> 
     page.on("response", lambda answer: refused.append(answer.url) if answer.status >= 400 else None)
     message = sync_api.expect(page.locator("#gpu-message"))
     for button, model, state, sentence in (
-        ("gpu-warm-tts", "tts", "gpu", "tts has come to the simulated GPU."),
+        ("gpu-warm-tts", "tts", "gpu", "tts is on the simulated GPU now."),
         ("gpu-warm-tts", "tts", "gpu", "The model is on the simulated GPU already."),
         ("gpu-offload-tts", "tts", "cpu", "Offloaded to main memory"),
-        ("gpu-warm", "asr", "gpu", "tts has come to the simulated GPU.asr has come to the simulated GPU."),
+        ("gpu-warm", "asr", "gpu", "tts is on the simulated GPU now.asr is on the simulated GPU now."),
         ("gpu-offload", "asr", "cpu", "Offloaded"),
         ("gpu-release-asr", "asr", "released", "the next request loads it again"),
         ("gpu-release", "tts", "released", "the next request loads it again"),
-        ("gpu-warm-asr", "asr", "gpu", "asr has come to the simulated GPU."),
+        ("gpu-warm-asr", "asr", "gpu", "asr is on the simulated GPU now."),
     ):
         page.locator(f"#{button}").click()
         message.to_contain_text(sentence)
@@ -101,17 +101,17 @@ def test_what_was_promised_gives_way_to_what_came_of_it(page: Page, app: Running
     close_gate(gates, "load")
     page.locator("#gpu-warm-tts").click()
     app.wait_for_line("at the gate: load")
-    message.to_have_text("On its way to the simulated GPU; go on meanwhile.")
+    message.to_have_text("On its way to the simulated GPU; you can go on meanwhile.")
     sync_api.expect(page.locator("[data-gpu=model-tts]")).to_contain_text("reading · 1 GB / 4 GB · ")
     open_gate(gates, "load")
-    message.to_have_text("tts has come to the simulated GPU.")
+    message.to_have_text("tts is on the simulated GPU now.")
     app.post("/gpu/release", {})
     (gates / "broken").touch()
     page.locator("#gpu-warm-tts").click()
     message.to_have_text("tts: No weights: give a folder")
     (gates / "broken").unlink()
     page.locator("#gpu-warm-tts").click()
-    message.to_have_text("tts has come to the simulated GPU.")
+    message.to_have_text("tts is on the simulated GPU now.")
     expect_state(page, "gpu")
 
 

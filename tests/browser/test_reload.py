@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, Route
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.TELL_EVERY_S = 0.5\n"
-SELDOM = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.TELL_EVERY_S = 3600\n"
+OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.HEARTBEAT_EVERY_S = 0.5\n"
+SELDOM = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.HEARTBEAT_EVERY_S = 3600\n"
 GONE = {
     "en-US": "⚠️ Earlier recordings and results are gone from the server: upload the recording again; your texts are "
     "still here.",
@@ -42,7 +42,7 @@ ALL_TASKS = """
 import sys
 sys.path.insert(0, "tests/support")
 import gated_engine
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES
 """
 

@@ -197,7 +197,7 @@ def test_the_page_is_told_what_came_of_a_press_once_it_is_settled(
     assert outcome() is None
     gate.open()
     with manager.lease("tts"):
-        assert "tts has come to the simulated GPU." in outcome()
+        assert "tts is on the simulated GPU now." in outcome()
         manager.release("tts")
         assert outcome() is None
     workshop.gate, workshop.fail_next = None, InvalidInput("No <weights>: give a folder", "没有权重")

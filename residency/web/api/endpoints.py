@@ -8,42 +8,52 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from ...cancellation import Cancellation, cancelled_by
+from ...cancellation import cancelled_by
 from ...status_types import Status
 from ..server.permissions import Permissions
 from ..shared.gradio_compat import session
 from ..shared.protocols import Manager
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService, explain
-from ..ui.buttons import in_thread
 from ..ui.gpu_panel import check
+from ..ui.page_requests import PageRequest, in_thread, reports
 
 T = TypeVar("T")
 NOBODY = gr.Request()
 
 
 def register_speech(
-    speech: SpeechService, progress: Callable[[], AbstractContextManager[Any]], recordings: Recordings
+    speech: SpeechService,
+    watched: Callable[[], AbstractContextManager[Any]],
+    recordings: Recordings,
 ) -> None:
     """Registers ``/clone`` and ``/edit``. They raise `gr.Error` with a readable message.
 
-    ``progress`` is the context manager that reports progress. Files are deleted with the session of ``gradio_client``.
+    ``watched`` is `WaitingRequests.watched` for the engine's model. Files are deleted with the client's session.
     ``job.cancel()`` ends a request as Stop does on the page.
     """
 
     async def answer(recording: str, work: Callable[[str], str]) -> str:
-        cancellation = Cancellation()
+        request, show = PageRequest(), gr.Progress()
 
-        def in_turn() -> str:
+        def speak() -> str:
             recordings.own(session(), recording)
             readable = speech.incoming.readable(recording)
             recordings.own(session(), readable)
-            with cancelled_by(cancellation), progress():
+            with cancelled_by(request.cancellation), watched() as request.progress:
                 result = work(readable)
             recordings.own(session(), result)
             return result
 
-        return await in_thread(lambda: _or_error(in_turn), cancellation)
+        answered = in_thread(lambda: _or_error(speak))
+        try:
+            async for progress in reports(request, answered):
+                if progress:
+                    sentence, share = progress
+                    show(share, desc=sentence)
+            return answered.result()
+        finally:
+            request.cancellation.cancel()
 
     async def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
         """Say target_text in the voice of prompt_audio, in which prompt_text is said."""

@@ -35,7 +35,7 @@
     settle();
     draw();
   };
-  const say = press => {
+  const showOutcome = press => {
     pressed = press;
     settle();
     draw();
@@ -61,10 +61,10 @@
     }
     polling = false;
   };
-  window.gpuPanel = {show, say};
+  window.gpuPanel = {show, showOutcome};
   document.addEventListener("visibilitychange", poll);
   // A new request clears the line about the last press. (A Gradio event would arrive only after the request.)
-  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) say(null); });
+  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) showOutcome(null); });
   setInterval(() => { draw(); poll(); }, 1000);
   setInterval(() => { if (news.moving) poll(); }, 250);
   poll();
