@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import DeviceKind, Memory, Telemetry
+from ..contracts import Device, DeviceKind, Memory, Telemetry
 from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
 from ..locks import renewed_in_children
 from ..observability.error_classification import is_capture_under_way, is_out_of_device_memory
 from ..sentences import Sentence
 from .capture import during_captures, is_capturing
-from .probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
+from .card_probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ _ANSWERS_WITHIN_S = 5.0
 """Timeout of the health check; a device that is busy for longer counts as usable."""
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """The GPU ``cuda:index`` of torch, by default the first visible one.
 
     Creates no CUDA context before the first load. Independent of the calling thread's current card.
@@ -160,12 +160,6 @@ class CudaDevice:
     def holds_session(self, providers: Sequence[str]) -> bool:
         return "CUDAExecutionProvider" in providers or "TensorrtExecutionProvider" in providers
 
-    def charge(self, nbytes: int) -> None:
-        pass
-
-    def refund(self, nbytes: int) -> None:
-        pass
-
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         import torch
 
@@ -221,11 +215,10 @@ class CudaDevice:
         return False
 
     def unpin(self, raw: torch.Tensor) -> None:
-        nbytes = len(raw)
         with self._lock:
             with self._here() as cuda:
                 cuda.cudart().cudaHostUnregister(raw.data_ptr())
-            self._pinned_bytes -= nbytes
+            self._pinned_bytes -= len(raw)
 
     def wait(self) -> None:
         """Waits for the whole card, since torch does not record the streams used by an engine.

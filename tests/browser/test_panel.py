@@ -253,7 +253,7 @@ def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., 
 #: A loader that takes 12 GB of the card by itself.
 _HOLDS_OUTSIDE = """
 import os
-from residency.devices.simulated import SimulatedDevice
+from residency.devices import SimulatedDevice
 charge = SimulatedDevice.charge
 def charge_and_hold(self, nbytes):
     charge(self, nbytes)
