@@ -41,7 +41,7 @@ from residency.errors import (
     UnknownModel,
 )
 from residency.locks import renewed_in_children
-from residency.memory import BorrowedPart, BorrowedResident, SnapshotFolder, adopt
+from residency.memory import BorrowedPart, SnapshotFolder, adopt
 from residency.observability.events import Event
 from residency.scheduling.admission import Admission
 from residency.scheduling.dispatcher import Dispatcher
@@ -179,7 +179,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         managed.leases.max_waiting = math.inf if max_waiting is None else max_waiting
         managed.memory.size_bytes = size_bytes
         if keep is not None:
-            managed.borrowed_part = BorrowedPart(BorrowedResident(keep, self.device))
+            managed.borrowed_part = BorrowedPart(keep, self.device)
         self._registry.add(managed)
 
     def configure(

@@ -117,7 +117,7 @@ class OnnxSessions:
         self._recipes, self._alive = [], False
         return freed_bytes
 
-    def let_go(self) -> None:
+    def end_management(self) -> None:
         """Ends the management of the sessions; they stay as they are."""
         self._device.refund(self.device_bytes)
         self._recipes = []
