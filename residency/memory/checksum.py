@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from .mirror_layout import SPAN_BYTES
+from .mirror import SPAN_BYTES
 
 if TYPE_CHECKING:
     import torch

@@ -1,24 +1,108 @@
-"""The copy of an engine's weights in main memory, and the page-locking of it."""
+"""The copy of an engine's weights in main memory: its layout, its pages, and the thread that pins them.
+
+Storages have consecutive positions in the mirror. A *span* is the unit of copies, comparisons and snapshots: some
+consecutive bytes of the mirror. A *group* of spans is the unit of pinning (page-locking), which is slow, and makes
+copies fast.
+"""
 
 from __future__ import annotations
 
 import atexit
+import functools
 import mmap
 import os
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..contracts import Device
 from ..locks import renewed_in_children
-from .mirror_layout import MirrorLayout, MirrorSpan
 
 if TYPE_CHECKING:
     import torch
 
+SPAN_BYTES = 8 << 20
+"""Largest span: short to transfer, but much longer than the transfer's start; its scratch space fits in the cache."""
+
+GROUP_BYTES = 256 << 20
+"""Minimal group size. Groups start on a page boundary, so that host memory can be pinned group by group."""
+
+PAGE_BYTES = 4096
+
 _EXIT_WITHIN_S = 5.0
 
 _alive: weakref.WeakSet[HostMirror] = weakref.WeakSet()
+_running: weakref.WeakSet[BackgroundPinning] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class StorageRange:
+    """Bytes ``start`` to ``stop`` of storage number ``index``."""
+
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class MirrorSpan:
+    """Consecutive bytes of the mirror: a part of one large storage, or several whole small storages."""
+
+    start: int
+    parts: tuple[StorageRange, ...]
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        return sum([part.stop - part.start for part in self.parts])
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True)
+class MirrorLayout:
+    """The spans in order, the start of each pinnable group, and the mirror's size."""
+
+    spans: tuple[MirrorSpan, ...]
+    group_starts: tuple[int, ...]
+    nbytes: int
+
+
+def lay_out(sizes: Sequence[int], span_bytes: int = SPAN_BYTES, group_bytes: int = GROUP_BYTES) -> MirrorLayout:
+    """Places storages of these sizes (bytes; 0: not in the mirror) one after the other."""
+    spans: list[MirrorSpan] = []
+    group_starts = [0]
+    offset = 0
+    for parts in _parts_of_spans(sizes, span_bytes):
+        if offset - group_starts[-1] >= group_bytes:
+            offset = -(-offset // PAGE_BYTES) * PAGE_BYTES
+            group_starts.append(offset)
+        spans.append(MirrorSpan(offset, parts))
+        offset = spans[-1].stop
+    return MirrorLayout(tuple(spans), tuple(group_starts), offset)
+
+
+def _parts_of_spans(sizes: Sequence[int], span_bytes: int) -> Iterator[tuple[StorageRange, ...]]:
+    small: list[StorageRange] = []
+    small_bytes = 0
+    for number, size in enumerate(sizes):
+        if not size:
+            continue
+        is_large = size >= span_bytes // 8
+        if small and (is_large or small_bytes + size > span_bytes):
+            yield tuple(small)
+            small, small_bytes = [], 0
+        if is_large:
+            for start in range(0, size, span_bytes):
+                yield (StorageRange(number, start, min(start + span_bytes, size)),)
+        else:
+            small.append(StorageRange(number, 0, size))
+            small_bytes += size
+    if small:
+        yield tuple(small)
 
 
 class HostMirror:
@@ -107,7 +191,44 @@ class _Registrations:
                 device.unpin(group)
 
 
+class BackgroundPinning(threading.Thread):
+    """Pins a mirror's groups one by one until done, stopped, or refused (the rest stays pageable, only slower).
+
+    ``moving`` is locked while a group is pinned, and during moves of the mirror's bytes: a move waits for one group at
+    most, and no page is locked during a copy. Never `join` with ``moving`` held. Does not keep the mirror alive.
+    """
+
+    def __init__(self, mirror: HostMirror, device: Device, moving: threading.Lock) -> None:
+        super().__init__(name="gpu-pinning", daemon=True)
+        self._mirror = weakref.ref(mirror)
+        self._device = device
+        self._moving = moving
+        self._stop_requested = threading.Event()
+        _running.add(self)
+        self.start()
+
+    def stop(self) -> None:
+        """Stops before the next group. If the caller holds ``moving``, none is being pinned."""
+        self._stop_requested.set()
+
+    def run(self) -> None:
+        number = 0
+        while self._pin(number):
+            number += 1
+
+    def _pin(self, number: int) -> bool:
+        """Pins a group; returns False if there is no mirror or no such group, or if that is refused."""
+        with self._moving:
+            mirror = None if self._stop_requested.is_set() else self._mirror()
+            groups = [] if mirror is None else mirror.groups()
+            return mirror is not None and number < len(groups) and mirror.pin(groups[number], self._device)
+
+
 @atexit.register
 def _unpin_all() -> None:
+    for pinning in list(_running):  # a thread inside torch at the interpreter's end would end the process with an error
+        pinning.stop()
+        if pinning.ident is not None:  # otherwise it is not running yet
+            pinning.join()
     for mirror in list(_alive):
         mirror.unpin_at_exit()

@@ -22,12 +22,11 @@ from ..locks import renewed_in_children
 from ..progress import current
 from ..sentences import Sentence
 from . import absent_tensors, storage_owners
-from .copying import SpanCopier
 from .fallback_restore import FallbackCopy, end_uses, restore_on_use
 from .holders import are_held, mark_held, part_from_strangers
 from .storage_bytes import allocate, drop
 from .storages import ManagedStorage, managed_storages, show_tensors
-from .weights_mirror import WeightsMirror
+from .weights_mirror import SpanCopier, WeightsMirror
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from residency.memory import checksum, weights_mirror
 from residency.memory.discovery import discover
-from residency.memory.mirror_layout import lay_out
+from residency.memory.mirror import lay_out
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
