@@ -189,13 +189,13 @@ class KeptPart(Protocol):
 class SnapshotStore(Protocol):
     """Storage of bytes on disk between a release and the next load. Thread-safe for different names."""
 
-    def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
-        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these XXH3 hashes; raises `SnapshotUnusable`."""
+    def write(self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor) -> None:
+        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these checksums (XXH3); or `SnapshotUnusable`."""
 
     def read(
-        self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor, *, once: bool
+        self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor, *, once: bool
     ) -> None:
-        """Fills ``raw`` with the bytes of that name and these hashes; raises `SnapshotUnusable` if that is impossible.
+        """Fills ``raw`` with the bytes of that name and these checksums; raises `SnapshotUnusable` if it cannot.
 
         With ``once`` it is deleted afterwards: it will not be written in this form again.
         """

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 from ..errors import NotHandedOut
-from .part_proxy import Held, LeasedEngine, Part, find_paths, instance_attributes
+from ..memory.object_graph import attributes
+from .part_proxy import Held, LeasedEngine, Part, find_paths
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +204,7 @@ class HandOut:
         return copy
 
     def _attributes(self, thing: Any) -> dict[str, Any]:
-        return {name: self._copy(value) for name, value in instance_attributes(thing)}
+        return {name: self._copy(value) for name, value in attributes(thing, native=False)}
 
     def _is_live_reference(self, thing: Any) -> bool:
         if isinstance(thing, ReferenceType):

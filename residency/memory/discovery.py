@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..progress import current
-from .object_kinds import ObjectKind, kind_of
-from .object_paths import ByPath, PathFinder, children, gradients, has_constants
+from .object_graph import ByPath, ObjectKind, PathFinder, children, gradients, has_constants, kind_of
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,8 @@ from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedW
 from . import absent_tensors
 from .cuda_graphs import compiled_graphs
 from .discovery import Discovery, Found
-from .holders import held_elsewhere, note_arrays
+from .holders import held_elsewhere, in_held_containers, note_arrays
 from .onnx_sessions import OnnxSessions
-from .shared_containers import in_held_containers
 from .storage_owners import are_managed
 from .storages import by_storage, storage_key
 from .weights import Weights

@@ -1,25 +1,38 @@
-"""Finds references to an engine's tensors from outside it: caches of the process, and views kept from a lease."""
+"""Finds references to an engine's tensors from outside it.
+
+Such holders are caches of the process, views kept from a lease, and containers shared with other code (a module's
+dictionary, the tuple kept by an `lru_cache`), which refer to no tensor directly, but use them after the release.
+"""
 
 from __future__ import annotations
 
 import bisect
+import collections
+import contextlib
 import functools
 import gc
 import itertools
 import logging
 import sys
+import types
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from . import absent_tensors
+from .object_graph import ObjectKind, children, kind_of
 from .storages import ARRAYS, BYTE_VIEW, ManagedStorage, forget_other_tensors, is_alone, storage_key
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque, types.MappingProxyType)
+_CACHE = type(functools.lru_cache(id))
+#: Objects per batch; other threads run between batches.
+_BATCH = 2048
 
 
 def held_elsewhere(tensors: list[torch.Tensor], references: Mapping[int, int]) -> frozenset[int]:
@@ -164,3 +177,76 @@ def _find_views(storages: Iterable[ManagedStorage]) -> None:
                 continue
             if managed is not None:
                 managed.other_tensors.append(thing)
+
+
+def in_held_containers(entered: list[Any], tensors: list[Any], engine: int) -> frozenset[int]:
+    """Returns the tensors (``id``) reachable through a container with references from outside the engine.
+
+    Only paths through nothing but containers count. An instance held outside does not count: a loader may keep
+    references to modules, but that is no cache.
+
+    Args:
+        entered: all objects entered by a walk, each once, without tensors. The caller has no other reference to any of
+            them.
+        tensors: all tensors that were found.
+        engine: the engine (``id``), to which the loader's caller refers.
+    """
+    classes = {cls for cls in set(map(type, entered)) if issubclass(cls, _CONTAINERS)}
+    containers = _of_classes(entered, classes)
+    [ours] = reference_counts([object()])
+    ours += 1  # the list ``entered``
+    counts = {
+        id(container): count - ours
+        for container, count in zip(containers, reference_counts(containers), strict=True)
+        # One is the reference by which the walk reached it.
+        if count > ours + 1 and id(container) != engine
+    }
+    by_id = dict(zip(map(id, containers), containers, strict=True))
+    wanted = frozenset(map(id, tensors))
+    if not _reached_from(counts, by_id, wanted):
+        return frozenset()
+    inside = _references_inside(itertools.chain(_batches(entered), _batches(tensors)), counts.keys())
+    return _reached_from([key for key, count in counts.items() if count > inside[key]], by_id, wanted)
+
+
+def _of_classes(things: list[Any], classes: Collection[type]) -> list[Any]:
+    return list(itertools.compress(things, map(classes.__contains__, map(type, things))))
+
+
+def _reached_from(keys: Iterable[int], containers: dict[int, Any], wanted: frozenset[int]) -> frozenset[int]:
+    """Returns those of ``wanted`` (``id``) to which these containers lead, directly or through further ones."""
+    new = set(keys)
+    seen: set[int] = set()
+    while new - seen:
+        todo = [containers[key] for key in new - seen if key in containers]
+        seen |= new
+        new = set(map(id, gc.get_referents(*todo)))
+    return wanted & seen
+
+
+def _batches(things: list[Any]) -> Iterable[list[Any]]:
+    return (things[start : start + _BATCH] for start in range(0, len(things), _BATCH))
+
+
+def _references_inside(batches: Iterable[list[Any]], wanted: AbstractSet[int]) -> collections.Counter[int]:
+    """Counts the references of these objects to each of ``wanted`` (``id``)."""
+    kinds: dict[type, ObjectKind] = {}
+    inside: collections.Counter[int] = collections.Counter()
+    for batch in batches:
+        for cls in set(map(type, batch)) - kinds.keys():
+            kinds[cls] = kind_of(cls)
+        by_name = [thing for thing in batch if kinds[type(thing)] is ObjectKind.BY_NAME]
+        others = [thing for thing in batch if kinds[type(thing)] is not ObjectKind.BY_NAME] if by_name else batch
+        inside.update(_among(gc.get_referents(*others), wanted))
+        for thing in by_name:
+            named: collections.Counter[int] = collections.Counter()
+            with contextlib.suppress(Exception):  # logged by the walk
+                named.update(_among((child for _, _, child in children(thing)), wanted))
+            # The collector sees through iterators. Not for a cache, whose results do not belong to the engine.
+            seen = () if type(thing) is _CACHE else gc.get_referents(thing)
+            inside += named | collections.Counter(_among(seen, wanted))
+    return inside
+
+
+def _among(things: Iterable[Any], wanted: AbstractSet[int]) -> Iterable[int]:
+    return filter(wanted.__contains__, map(id, things))

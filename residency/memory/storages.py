@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..observability.error_classification import is_out_of_device_memory
 from . import absent_tensors
-from .object_paths import ByPath
+from .object_graph import ByPath
 
 if TYPE_CHECKING:
     import torch

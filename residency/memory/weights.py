@@ -4,7 +4,7 @@ A storage is emptied with ``resize_(0)`` and filled again with ``resize_(n)`` an
 does (``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``); every tensor over it stays the object it was.
 
 Weights of an inference engine do not change, so one copy in main memory, the mirror, is made at the first offload
-and kept. Later offloads compare fingerprints on the device, copy back what did change, and drop the rest.
+and kept. Later offloads compare checksums on the device, copy back what did change, and drop the rest.
 """
 
 from __future__ import annotations

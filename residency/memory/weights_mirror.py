@@ -12,7 +12,7 @@ from ..errors import SnapshotUnusable
 from ..observability.error_classification import is_out_of_device_memory
 from ..progress import Progress, current
 from ..sentences import Sentence
-from .checksum import fingerprints, hash_of
+from .checksum import checksums, host_checksum
 from .mirror import BackgroundPinning, HostMirror, MirrorLayout, MirrorSpan, lay_out
 from .storages import ManagedStorage
 
@@ -170,11 +170,11 @@ class WeightsMirror:
         return pinning
 
     def save(self, store: SnapshotStore, name: str) -> None:
-        """Writes the copy to a snapshot; `load` checks what it reads against the hashes kept here."""
-        hashes = [hash_of(self.memory.span(span)) for span in self.layout.spans]
-        if hashes:
-            store.write(name, self.ranges(), hashes, self.memory.raw)
-        self.saved = hashes
+        """Writes the copy to a snapshot; `load` checks what it reads against the checksums kept here."""
+        checksums = [host_checksum(self.memory.span(span)) for span in self.layout.spans]
+        if checksums:
+            store.write(name, self.ranges(), checksums, self.memory.raw)
+        self.saved = checksums
 
     def load(self, store: SnapshotStore, name: str, once: bool) -> None:
         """Reads the copy from its snapshot, into new memory. `SnapshotUnusable` if there is none or it has changed."""
@@ -206,7 +206,7 @@ def _checksums(copier: SpanCopier, spans: Sequence[MirrorSpan], progress: Progre
             progress.advance(span.nbytes)
 
     try:
-        return fingerprints(gathered(), len(spans))
+        return checksums(gathered(), len(spans))
     except RuntimeError as error:
         if not is_out_of_device_memory(error):
             raise

@@ -96,7 +96,7 @@ def small_layout(span_bytes: int, group_bytes: int, multilinear: bool = False) -
         if multilinear:
             patch.setattr(checksum, "SPAN_BYTES", span_bytes)
             on_cpu = torch.device("cpu")
-            patch.setattr(weights_mirror, "fingerprints", lambda raws, n: checksum.multilinear(raws, n, on_cpu))
+            patch.setattr(weights_mirror, "checksums", lambda raws, n: checksum.multilinear(raws, n, on_cpu))
         yield
 
 
