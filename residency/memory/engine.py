@@ -12,9 +12,8 @@ from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedW
 from . import absent_tensors
 from .cuda_graphs import compiled_graphs
 from .discovery import Discovery, Found
-from .holders import held_elsewhere, in_held_containers, note_arrays
+from .holders import are_managed, held_elsewhere, in_held_containers, note_arrays
 from .onnx_sessions import OnnxSessions
-from .storage_owners import are_managed
 from .storages import by_storage, storage_key
 from .weights import Weights
 

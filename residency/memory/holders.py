@@ -1,4 +1,4 @@
-"""Finds references to an engine's tensors from outside it.
+"""Finds references to an engine's tensors from outside it, and storages that another engine owns.
 
 Such holders are caches of the process, views kept from a lease, and containers shared with other code (a module's
 dictionary, the tuple kept by an `lru_cache`), which refer to no tensor directly, but use them after the release.
@@ -14,12 +14,15 @@ import gc
 import itertools
 import logging
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SharedWeights
+from ..locks import renewed_in_children
 from . import absent_tensors
 from .object_graph import ObjectKind, children, kind_of
 from .storages import ARRAYS, BYTE_VIEW, ManagedStorage, forget_other_tensors, is_alone, storage_key
@@ -33,6 +36,11 @@ _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque, types.Mappi
 _CACHE = type(functools.lru_cache(id))
 #: Objects per batch; other threads run between batches.
 _BATCH = 2048
+
+#: All `Weights`. Each storage belongs to the ``storages`` of one at most.
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+#: Held while an owner claims storages, so that no other claims the same.
+owners_lock = renewed_in_children(threading.Lock())
 
 
 def held_elsewhere(tensors: list[torch.Tensor], references: Mapping[int, int]) -> frozenset[int]:
@@ -250,3 +258,36 @@ def _references_inside(batches: Iterable[list[Any]], wanted: AbstractSet[int]) -
 
 def _among(things: Iterable[Any], wanted: AbstractSet[int]) -> Iterable[int]:
     return filter(wanted.__contains__, map(id, things))
+
+
+def add_owner_locked(owner: Any) -> None:
+    _owners.add(owner)
+
+
+def owned_storages() -> dict[int, ManagedStorage]:
+    """Returns every storage that has an owner, by ``_cdata``."""
+    return {managed.key: managed for owner in list(_owners) for managed in owner.storages}
+
+
+def are_managed(tensors: Iterable[torch.Tensor]) -> bool:
+    """Returns whether some of these tensors are managed, wherever their bytes are now."""
+    with owners_lock:
+        return not owned_storages().keys().isdisjoint({tensor.untyped_storage()._cdata for tensor in tensors})
+
+
+def find_common_locked(storages: list[ManagedStorage]) -> list[ManagedStorage]:
+    """Returns those of ``storages`` that have another owner and a third holder, such as a cache of constants.
+
+    They stay on the device from now on, since neither engine may take them from the other.
+
+    Raises:
+        SharedWeights: some belong to another owner and have no third holder, or they are most of the bytes.
+    """
+    others = owned_storages()
+    shared = {managed: other for managed in storages if (other := others.get(managed.key)) is not None}
+    shared_bytes, all_bytes = (sum(managed.nbytes for managed in some) for some in (shared, storages))
+    if shared and (2 * shared_bytes > all_bytes or not all(other.held_elsewhere for other in shared.values())):
+        raise SharedWeights(tuple(path for managed in shared for path in managed.tensors))
+    for other in shared.values():
+        other.stays_on_device = True
+    return list(shared)

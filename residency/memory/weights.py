@@ -21,10 +21,17 @@ from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..locks import renewed_in_children
 from ..progress import current
 from ..sentences import Sentence
-from . import absent_tensors, storage_owners
-from .fallback_restore import FallbackCopy, end_uses, restore_on_use
-from .holders import are_held, mark_held, part_from_strangers
-from .storage_bytes import allocate, drop
+from . import absent_tensors
+from .holders import (
+    add_owner_locked,
+    are_held,
+    find_common_locked,
+    mark_held,
+    owned_storages,
+    owners_lock,
+    part_from_strangers,
+)
+from .storage_bytes import FallbackCopy, allocate, drop, end_uses, restore_on_use
 from .storages import ManagedStorage, managed_storages, show_tensors
 from .weights_mirror import SpanCopier, WeightsMirror
 
@@ -65,9 +72,9 @@ class Weights:
         #: Those that are on the device while the others are away.
         self._here: set[ManagedStorage] = set()
         storages = managed_storages(tensors)
-        with storage_owners.lock:
+        with owners_lock:
             #: Of another engine, where they are counted and stay on the device.
-            self._common = storage_owners.find_common_locked(storages)
+            self._common = find_common_locked(storages)
             for managed in storages:
                 if managed in self._common:
                     continue
@@ -76,7 +83,7 @@ class Weights:
             device.charge(self._movable_bytes)
             if held is not None:
                 self._held = mark_held(self._storages, held)  # before another engine can find out that they are shared
-            storage_owners.add_locked(self)
+            add_owner_locked(self)
         self.on_device = True  # where the movable ones are
         self._allocation: Any = None
         self._moving = renewed_in_children(threading.Lock())
@@ -87,7 +94,7 @@ class Weights:
         """Every storage that is accounted for here, movable or not (``_cdata``), or with another engine."""
         common = {managed.key for managed in self._common}
         if common:
-            common &= storage_owners.taken().keys()
+            common &= owned_storages().keys()
         return frozenset([managed.key for managed in (*self._storages, *self._elsewhere)]) | common
 
     @property
