@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..contracts import Adoption, Device, Resident, SnapshotStore
 from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
 from . import absent_tensors
-from .cuda_graphs import compiled_graphs
-from .discovery import Discovery, Found
+from .discovery import Discovery, Found, compiled_graphs
 from .holders import are_managed, held_elsewhere, in_held_containers, note_arrays
 from .onnx_sessions import OnnxSessions
 from .storages import by_storage, storage_key
