@@ -179,7 +179,7 @@ class EngineResident(CompositeResident):
             return
         there = {key for key in keys.values() if key is not None}
         self._loaded.keep_only(there)
-        self._loaded.also(by_storage(now.tensors))
+        self._loaded.update_tensors(by_storage(now.tensors))
         if self._added.keep_only(there) or not there <= self.storage_keys:
             self._added.keep_only(())
             self._added = Weights({}, self._device)

@@ -64,7 +64,7 @@ def are_held(storages: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> l
     _find_views(managed for managed in storages if managed.storage.resizable() and managed.count_unknown_holders() > 0)
     held = []
     for managed in storages:
-        if not tensors.isdisjoint(map(id, managed.tensors.values())) or _have_holders(managed.other_tensors):
+        if not tensors.isdisjoint(map(id, managed.tensors.values())) or held_elsewhere(managed.other_tensors, {}):
             held.append(managed)
         managed.forget_other_tensors()
     return held
@@ -86,10 +86,6 @@ def mark_held(storages: Iterable[ManagedStorage], tensors: AbstractSet[int]) -> 
                 f"{managed.nbytes:,}",
             )
     return held
-
-
-def _have_holders(guests: list[torch.Tensor]) -> bool:
-    return bool(held_elsewhere(guests, dict.fromkeys(map(id, guests), 0)))
 
 
 def reference_counts(things: Iterable[Any]) -> list[int]:
@@ -200,7 +196,7 @@ def in_held_containers(entered: list[Any], tensors: list[Any], engine: int) -> f
         engine: the engine (``id``), to which the loader's caller refers.
     """
     classes = {cls for cls in set(map(type, entered)) if issubclass(cls, _CONTAINERS)}
-    containers = _of_classes(entered, classes)
+    containers = [thing for thing in entered if type(thing) in classes]
     [ours] = reference_counts([object()])
     ours += 1  # the list ``entered``
     counts = {
@@ -215,10 +211,6 @@ def in_held_containers(entered: list[Any], tensors: list[Any], engine: int) -> f
         return frozenset()
     inside = _references_inside(itertools.chain(_batches(entered), _batches(tensors)), counts.keys())
     return _reached_from([key for key, count in counts.items() if count > inside[key]], by_id, wanted)
-
-
-def _of_classes(things: list[Any], classes: Collection[type]) -> list[Any]:
-    return list(itertools.compress(things, map(classes.__contains__, map(type, things))))
 
 
 def _reached_from(keys: Iterable[int], containers: dict[int, Any], wanted: frozenset[int]) -> frozenset[int]:

@@ -126,9 +126,11 @@ class HostMirror:
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.raw: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=layout.nbytes or 1)
         self._moving = moving or renewed_in_children(threading.Lock())
-        self._registrations = _Registrations()
-        # Not at exit, when moves may be under way: see `_unpin_all`.
-        weakref.finalize(self, self._registrations.undo).atexit = False
+        self._can_be_pinned = True
+        self._pinned: list[tuple[Device, torch.Tensor]] = []
+        self._pid = os.getpid()
+        # Keeps the mapping alive until it is unpinned. Not at exit, when moves may be under way: see `_unpin_all`.
+        weakref.finalize(self, _unpin, self._pinned, self._pid).atexit = False
         _alive.add(self)
 
     def span(self, span: MirrorSpan) -> torch.Tensor:
@@ -147,7 +149,7 @@ class HostMirror:
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(len(group) for _, group in self._registrations.groups)
+        return sum(len(group) for _, group in self._pinned)
 
     def groups(self) -> list[torch.Tensor]:
         """Returns the parts that can be pinned one by one; each span is in one of them."""
@@ -157,14 +159,15 @@ class HostMirror:
 
     def pin(self, group: torch.Tensor, device: Device) -> bool:
         """Locks a group's pages for fast copies; False if the system or the device refuses, or after `unpin`."""
-        if self._registrations.undone or not device.pin(group):
+        if not self._can_be_pinned or not device.pin(group):
             return False
-        self._registrations.groups.append((device, group))
+        self._pinned.append((device, group))
         return True
 
     def unpin(self) -> None:
         """Unlocks all pages permanently."""
-        self._registrations.undo()
+        self._can_be_pinned = False
+        _unpin(self._pinned, self._pid)
 
     def unpin_at_exit(self) -> None:
         """Like `unpin`, unless a copy does not end in time; then the process ends with its pages locked."""
@@ -175,20 +178,11 @@ class HostMirror:
                 self._moving.release()
 
 
-class _Registrations:
-    """The pinned parts of one mapping; keeps it alive until they are unpinned."""
-
-    def __init__(self) -> None:
-        self.groups: list[tuple[Device, torch.Tensor]] = []
-        self.undone = False
-        self._pid = os.getpid()
-
-    def undo(self) -> None:
-        self.undone = True
-        while self.groups:
-            device, group = self.groups.pop()
-            if os.getpid() == self._pid:  # a forked child inherits the list, but not the registrations
-                device.unpin(group)
+def _unpin(pinned: list[tuple[Device, torch.Tensor]], pid: int) -> None:
+    while pinned:
+        device, group = pinned.pop()
+        if os.getpid() == pid:  # a forked child inherits the list, but not the registrations
+            device.unpin(group)
 
 
 class BackgroundPinning(threading.Thread):
