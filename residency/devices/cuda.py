@@ -226,18 +226,9 @@ class CudaDevice(Device):
 
         Raises `CaptureUnderWay` during the capture of a CUDA graph on the card: CUDA does not allow it.
         """
-        if not _in_use():
-            return
-        with self._here() as cuda:
-            if _is_capturing(self.index):
-                raise CaptureUnderWay(self.name)
-            try:
+        if _in_use():
+            with self._unless_capturing() as cuda:
                 cuda.synchronize()
-            except RuntimeError as error:
-                if not is_capture_under_way(error):
-                    raise
-                # The capture began just now, or is not on a stream of torch.
-                raise CaptureUnderWay(self.name) from error
 
     def settle(self) -> None:
         """Empties torch's cache, which contains the temporary memory of all engines.
@@ -247,16 +238,26 @@ class CudaDevice(Device):
         if not _in_use():
             return
         try:
-            with self._here() as cuda:
-                if _is_capturing(self.index):
-                    raise CaptureUnderWay(self.name)
+            with self._unless_capturing() as cuda:
                 if cuda.get_allocator_backend() != "native":
                     cuda.synchronize()  # cudaMallocAsync frees in the order of streams
                 cuda.empty_cache()
-        except RuntimeError as error:
-            if not is_capture_under_way(error):
-                raise
+        except CaptureUnderWay:
             logger.info("A CUDA graph is being captured: cached memory is returned to the driver at the next move.")
+
+    @contextlib.contextmanager
+    def _unless_capturing(self) -> Iterator[Any]:
+        """Like `_here`; raises `CaptureUnderWay` if the card captures a CUDA graph."""
+        with self._here() as cuda:
+            if _is_capturing(self.index):
+                raise CaptureUnderWay(self.name)
+            try:
+                yield cuda
+            except RuntimeError as error:
+                if not is_capture_under_way(error):
+                    raise
+                # The capture began just now, or is not on a stream of torch.
+                raise CaptureUnderWay(self.name) from error
 
     @contextlib.contextmanager
     def _here(self) -> Iterator[Any]:

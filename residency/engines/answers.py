@@ -13,7 +13,7 @@ from weakref import ReferenceType
 
 from ..errors import NotHandedOut
 from ..memory.object_graph import attributes
-from .part_proxy import Held, LeasedEngine, Part, find_paths
+from .part_proxy import Held, Part, find_paths
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class HandOut:
 
     def __init__(
         self,
-        keeper: LeasedEngine,
+        keeper: Any,
         engine: Any,
         holds_tensor: Callable[[torch.Tensor], bool],
         holds_memory: Callable[[Any], bool],

@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from ..errors import PartGone
 from ..memory.object_graph import steps_of, visit
@@ -46,21 +46,10 @@ class Held:
 Path = tuple["str | Item | Held", ...]
 
 
-class LeasedEngine(Protocol):
-    """Access to the engine by path. Each method takes a lease and returns copies."""
-
-    def read_part(self, path: Path) -> Any:
-        """Returns the object at ``path``: a copy, or a `Part`."""
-
-    def use_part(self, path: Path, use: Callable[[Any], Any]) -> Any:
-        """Calls ``use`` with the object at ``path``; returns the result."""
-
-    def call_part(self, path: Path, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Calls the object at ``path``; returns the result. Arguments may be `Part`s."""
-
-
 class Part:
     """Proxy of an object in the engine that holds device memory, or of a bound method. Each use takes a lease.
+
+    ``keeper``, a `GPUManagedTTS`, takes the leases and copies the results.
 
     Supports attributes, items, calls, ``len``, ``bool`` and iteration (keys of a mapping, items of a sequence).
     Arguments may be `Part`s.
@@ -73,7 +62,7 @@ class Part:
 
     __slots__ = ("_keeper", "_path")
 
-    def __init__(self, keeper: LeasedEngine, path: Path) -> None:
+    def __init__(self, keeper: Any, path: Path) -> None:
         object.__setattr__(self, "_keeper", keeper)
         object.__setattr__(self, "_path", path)
 

@@ -306,24 +306,17 @@ def compiled_graphs(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     ``torch.compile(mode="reduce-overhead")`` captures them; no engine refers to them: torch keeps them in thread-local
     variables. If this version of torch does not expose the addresses, returns one entry for all.
     """
-    graphs = _graphs()
+    module = sys.modules.get("torch._inductor.cudagraph_trees")  # not imported: no graphs
+    kind = getattr(module, "CUDAGraphNode", None)
+    nodes = [node for node in gc.get_referrers(kind) if type(node) is kind] if kind is not None else []
+    graphs = [node for node in nodes if getattr(node, "graph", None) is not None]
     if not graphs:
         return []
     try:
-        addresses = {address for graph in graphs for address in _addresses(graph)}
+        addresses = sorted({address for graph in graphs for address in _addresses(graph)})
     except AttributeError:
         return ["torch.compile"]
-    known = sorted(addresses)
-    return [f"torch.compile: {path}" for path, tensor in tensors.items() if _holds_one_of(tensor, known)]
-
-
-def _graphs() -> list[Any]:
-    """Returns all graphs of compiled code in this process, of any thread; torch keeps no list."""
-    module = sys.modules.get("torch._inductor.cudagraph_trees")  # not imported: no graphs
-    kind = getattr(module, "CUDAGraphNode", None)
-    if kind is None:
-        return []
-    return [one for one in gc.get_referrers(kind) if type(one) is kind and getattr(one, "graph", None) is not None]
+    return [f"torch.compile: {path}" for path, tensor in tensors.items() if _holds_one_of(tensor, addresses)]
 
 
 def _addresses(graph: Any) -> Iterator[int]:

@@ -6,6 +6,7 @@ Uses of tensors without bytes raise `TensorAway`, or restore the bytes if the st
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import weakref
@@ -61,17 +62,6 @@ def _part_from_numpy(managed: ManagedStorage, released: bool) -> None:
     absent_tensors.close([managed.storage], released)
 
 
-class FallbackRestore:
-    """Restores one storage while its engine is away. Keeps nothing alive."""
-
-    def __init__(self, bring_back: Callable[[ManagedStorage], bool], managed: ManagedStorage) -> None:
-        self._bring_back, self._storage = weakref.WeakMethod(bring_back), weakref.ref(managed)
-
-    def __call__(self, storage: torch.UntypedStorage) -> bool:
-        bring_back, managed = self._bring_back(), self._storage()
-        return bring_back is not None and managed is not None and bring_back(managed)
-
-
 class FallbackCopy:
     """A copy in main memory after the engine's release; freed at the first use, or with the last holder."""
 
@@ -99,9 +89,19 @@ class FallbackCopy:
 
 
 def restore_on_use(storages: Iterable[ManagedStorage], bring_back: Callable[[ManagedStorage], bool]) -> None:
-    """Makes each use of these storages call ``bring_back`` while they are away."""
+    """Makes each use of these storages call ``bring_back``, a method, while they are away. Keeps nothing alive."""
+    method = weakref.WeakMethod(bring_back)
     for managed in storages:
-        setattr(managed.storage, absent_tensors.RECALL, FallbackRestore(bring_back, managed))
+        setattr(managed.storage, absent_tensors.RECALL, functools.partial(_restore, method, weakref.ref(managed)))
+
+
+def _restore(
+    method: weakref.WeakMethod[Callable[[ManagedStorage], bool]],
+    reference: weakref.ref[ManagedStorage],
+    storage: torch.UntypedStorage,
+) -> bool:
+    bring_back, managed = method(), reference()
+    return bring_back is not None and managed is not None and bring_back(managed)
 
 
 def end_uses(leaving: list[ManagedStorage], bring_back: Callable[[ManagedStorage], bool], device: Device) -> None:
