@@ -86,24 +86,20 @@ class SimulatedDevice(CpuDevice):
         english = f"Simulated GPU ({size})"
         self.name: str = Sentence(english, f"模拟 GPU（{size}）", whole=f"{english} / 模拟 GPU")
         self.failure: str | None = None
-        self._used_bytes = 0
+        self.ledger_bytes = 0
         self._reported: dict[int, int] = {}
         # Reentrant: garbage collection may call `unpin` in a locked block.
         self._lock = renewed_in_children(threading.RLock())
 
-    @property
-    def ledger_bytes(self) -> int:
-        return self._used_bytes
-
     def memory(self) -> Memory:
         with self._lock:
-            used, reported = self._used_bytes, sum(self._reported.values())
+            used, reported = self.ledger_bytes, sum(self._reported.values())
         return Memory(self.capacity_bytes, max(0, self.capacity_bytes - used - reported), used)
 
     def held_by(self) -> Mapping[int, int] | None:
         with self._lock:
             own = os.getpid()
-            return self._reported | {own: self._used_bytes + self._reported.get(own, 0)}
+            return self._reported | {own: self.ledger_bytes + self._reported.get(own, 0)}
 
     def report_outside(self, pid: int, nbytes: int) -> None:
         """Sets the bytes of the card held by a process in addition to the models; 0: none.
@@ -128,16 +124,16 @@ class SimulatedDevice(CpuDevice):
 
     def charge(self, nbytes: int) -> None:
         with self._lock:
-            free_bytes = self.capacity_bytes - self._used_bytes
+            free_bytes = self.capacity_bytes - self.ledger_bytes
             if self._reported:
                 free_bytes = max(0, free_bytes - sum(self._reported.values()))
             if nbytes > free_bytes:
                 raise DeviceOutOfMemory(nbytes, free_bytes, self.name)
-            self._used_bytes += nbytes
+            self.ledger_bytes += nbytes
 
     def refund(self, nbytes: int) -> None:
         with self._lock:
-            self._used_bytes -= nbytes
+            self.ledger_bytes -= nbytes
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         self._fail_if_lost()

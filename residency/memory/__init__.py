@@ -6,12 +6,4 @@ from .onnx_sessions import OnnxSessions
 from .snapshot import SnapshotFolder
 from .weights import Weights
 
-__all__ = [
-    "BorrowedPart",
-    "CompositeResident",
-    "EngineResident",
-    "OnnxSessions",
-    "SnapshotFolder",
-    "Weights",
-    "adopt",
-]
+__all__ = ["BorrowedPart", "CompositeResident", "EngineResident", "OnnxSessions", "SnapshotFolder", "Weights", "adopt"]

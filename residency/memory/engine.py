@@ -113,7 +113,7 @@ class EngineResident(CompositeResident):
         self._engine_id = id(engine)
         self._discovery = Discovery(engine, skip)
         self._excluding = excluding
-        #: The storage of each tensor (``id``) in the last walk, if all of them are accounted for here.
+        #: The storage of each tensor (``id``) in the last walk, if all of them are managed here.
         self._known: dict[int, int | None] | None = None
         found = self._discovery.walk()
         self._array_bytes = found.array_bytes
@@ -128,7 +128,9 @@ class EngineResident(CompositeResident):
         self._loaded = self._weights(found, keys, held, ephemeral=False)
         self._remember(keys)
         try:
-            self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
+            claimed = excluding.sessions if excluding else frozenset()
+            sessions = {path: session for path, session in found.sessions.items() if id(session) not in claimed}
+            self._sessions = OnnxSessions(sessions, device)
         except BaseException:
             self._abandon()
             raise
@@ -208,10 +210,6 @@ class EngineResident(CompositeResident):
         # Only if all are accounted for here: the ``id`` of a freed object may be reused.
         held = self.storage_keys
         self._known = keys if held.issuperset(filter(None, keys.values())) else None
-
-    def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
-        claimed = self._excluding.sessions if self._excluding else frozenset()
-        return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
 
 
 def _keys(found: Found) -> dict[int, int | None]:

@@ -93,7 +93,7 @@ def reference_counts(things: Iterable[Any]) -> list[int]:
     return [sys.getrefcount(thing) for thing in things]
 
 
-def part_from_strangers(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
+def detach_from_foreign_code(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
     """Separates storages from users outside the engine before their bytes go; returns those that cannot be moved.
 
     Other Python tensors over a storage move with it (`ManagedStorage.other_tensors`). Native users keep the old
@@ -107,16 +107,16 @@ def part_from_strangers(storages: Collection[ManagedStorage]) -> list[ManagedSto
     # Resizable ones only: a numpy array keeps a tensor over its storage, and that tensor must keep this storage.
     _find_views(managed for managed in crowded if managed.storage.resizable())
     # Not for views held only by C++ (autograd keeps some for a backward pass): the guard of the storage covers them.
-    strangers = {managed for managed in crowded if managed.is_exported()}
+    exported = {managed for managed in crowded if managed.is_exported()}
     immovable = []
     for managed in storages:
-        if managed.stays_on_device or managed.make_resizable(apart=managed in strangers):
+        if managed.stays_on_device or managed.make_resizable(apart=managed in exported):
             continue
-        if managed in strangers:
+        if managed in exported:
             managed.stays_on_device = True
         else:
             immovable.append(managed)
-    for managed in strangers:
+    for managed in exported:
         logger.warning(
             "%s: code outside Python (DLPack?) uses its %s bytes, which are kept until that use ends",
             managed.path,

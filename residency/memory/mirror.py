@@ -61,6 +61,12 @@ class MirrorSpan:
     def stop(self) -> int:
         return self.start + self.nbytes
 
+    def split(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns the bytes of each part, as views of those of the span, uint8 [nbytes]."""
+        import torch
+
+        return torch.split(raw, [part.stop - part.start for part in self.parts])
+
 
 @dataclass(frozen=True)
 class MirrorLayout:
@@ -125,7 +131,7 @@ class HostMirror:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.raw: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=layout.nbytes or 1)
-        self._moving = moving or renewed_in_children(threading.Lock())
+        self.moving = moving or renewed_in_children(threading.Lock())
         self._can_be_pinned = True
         self._pinned: list[tuple[Device, torch.Tensor]] = []
         self._pid = os.getpid()
@@ -139,11 +145,8 @@ class HostMirror:
 
     def read(self, managed: int, target: torch.Tensor) -> None:
         """Copies all bytes of one storage, by its number in the layout, to ``target``, uint8 [its size]."""
-        import torch
-
         for span in self._layout.spans:
-            sources = torch.split(self.span(span), [part.stop - part.start for part in span.parts])
-            for part, source in zip(span.parts, sources, strict=True):
+            for part, source in zip(span.parts, span.split(self.span(span)), strict=True):
                 if part.index == managed:
                     target[part.start : part.stop].copy_(source)
 
@@ -168,14 +171,6 @@ class HostMirror:
         """Unlocks all pages permanently."""
         self._can_be_pinned = False
         _unpin(self._pinned, self._pid)
-
-    def unpin_at_exit(self) -> None:
-        """Like `unpin`, unless a copy does not end in time; then the process ends with its pages locked."""
-        if self._moving.acquire(timeout=_EXIT_WITHIN_S):
-            try:
-                self.unpin()
-            finally:
-                self._moving.release()
 
 
 def _unpin(pinned: list[tuple[Device, torch.Tensor]], pid: int) -> None:
@@ -225,4 +220,6 @@ def _unpin_all() -> None:
         if pinning.ident is not None:  # otherwise it is not running yet
             pinning.join()
     for mirror in list(_alive):
-        mirror.unpin_at_exit()
+        if mirror.moving.acquire(timeout=_EXIT_WITHIN_S):  # else a copy does not end: the pages stay locked
+            mirror.unpin()
+            mirror.moving.release()

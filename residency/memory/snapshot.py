@@ -42,6 +42,8 @@ _OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
 _NONE_OF_OURS = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EPERM, errno.EACCES}
 """Errors of opening: no file, a link, a socket, a file that `_open` rejects, another user's unreadable file."""
 _FORMAT = "gpu-managed-tts"
+_Ranges = Sequence[tuple[int, int]]
+"""Starts and ends of the parts that have a checksum each, in bytes of the data."""
 
 
 class SnapshotFolder:
@@ -67,7 +69,7 @@ class SnapshotFolder:
                 f"无法在 {folder} 中保存快照（{error.strerror}）：请指定可写的目录",
             ) from error
 
-    def write(self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor) -> None:
+    def write(self, name: str, ranges: _Ranges, checksums: Sequence[int], raw: torch.Tensor) -> None:
         """Stores ``raw``: temporary file, fsync, rename. On failure raises `SnapshotUnusable` and leaves no file."""
         path = self._path(name, ranges, checksums)
         header = _header(len(raw))
@@ -83,13 +85,7 @@ class SnapshotFolder:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
 
     def read(
-        self,
-        name: str,
-        ranges: Sequence[tuple[int, int]],
-        checksums: Sequence[int],
-        raw: torch.Tensor,
-        *,
-        once: bool = False,
+        self, name: str, ranges: _Ranges, checksums: Sequence[int], raw: torch.Tensor, *, once: bool = False
     ) -> None:
         """Fills ``raw`` from the file and checks every range; raises `SnapshotUnusable`, and removes a damaged file."""
         path = self._path(name, ranges, checksums)
@@ -115,7 +111,7 @@ class SnapshotFolder:
                 Sentence(f"{path} is damaged at byte {at}; it was removed", f"{path} 在第 {at} 字节处损坏，已删除"),
             )
 
-    def _path(self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int]) -> Path:
+    def _path(self, name: str, ranges: _Ranges, checksums: Sequence[int]) -> Path:
         content = repr((list(ranges), list(checksums)))
         digest = xxhash.xxh3_128_hexdigest(content.encode())
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{digest}.safetensors"
@@ -222,9 +218,7 @@ def _fsync(folder: Path) -> None:
         os.close(handle)
 
 
-def _read_ranges(
-    path: Path, offset: int, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], target: memoryview
-) -> int | None:
+def _read_ranges(path: Path, offset: int, ranges: _Ranges, checksums: Sequence[int], target: memoryview) -> int | None:
     """Reads all ranges with a few threads; returns the start of a damaged one, or None."""
     numbers = itertools.count()  # next() is atomic: each range is read by one thread
     damaged: list[int] = []

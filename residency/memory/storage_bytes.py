@@ -36,21 +36,21 @@ def allocate(storages: list[ManagedStorage], device: Device) -> None:
 
 
 def drop(storages: list[ManagedStorage], device: Device, released: bool = False) -> None:
-    """Closes storages and frees their bytes. Needs no room on the device; ``released`` says that they stay away."""
+    """Closes storages and frees their bytes, permanently if ``released``. Needs no room on the device."""
     hide_tensors(storages)
     absent_tensors.close((managed.storage for managed in storages), released)
-    with contextlib.suppress(Exception):  # a capture under way, or a device that is lost: the bytes go all the same
+    with contextlib.suppress(Exception):  # a capture under way, or a lost device: the bytes are freed nevertheless
         device.wait()  # for uses without a lease that began before
     filled = [managed for managed in storages if managed.storage.nbytes()]
     for managed in filled:
         if not managed.storage.resizable():
-            _part_from_numpy(managed, released)
+            _detach_from_numpy(managed, released)
     for managed, _ in zip(filled, absent_tensors.opened_one_by_one(managed.key for managed in filled), strict=True):
         device.drop(managed.storage)
 
 
-def _part_from_numpy(managed: ManagedStorage, released: bool) -> None:
-    """Gives a closed storage memory of its own: numpy has looked at it since it was last checked."""
+def _detach_from_numpy(managed: ManagedStorage, released: bool) -> None:
+    """Gives a closed storage memory of its own, since a numpy array uses its bytes since the last check."""
     import torch
 
     absent_tensors.reopen([managed.storage])

@@ -21,16 +21,7 @@ from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..locks import renewed_in_children
 from ..progress import current
 from ..sentences import Sentence
-from . import absent_tensors
-from .holders import (
-    add_owner_locked,
-    are_held,
-    find_common_locked,
-    mark_held,
-    owned_storages,
-    owners_lock,
-    part_from_strangers,
-)
+from . import absent_tensors, holders
 from .storage_bytes import FallbackCopy, allocate, drop, end_uses, restore_on_use
 from .storages import ManagedStorage, managed_storages, show_tensors
 from .weights_mirror import SpanCopier, WeightsMirror
@@ -77,9 +68,9 @@ class Weights:
         #: Those that are on the device while the others are away.
         self._here: set[ManagedStorage] = set()
         storages = managed_storages(tensors)
-        with owners_lock:
+        with holders.owners_lock:
             #: Of another engine, where they are counted and stay on the device.
-            self._common = find_common_locked(storages)
+            self._common = holders.find_common_locked(storages)
             for managed in storages:
                 if managed in self._common:
                     continue
@@ -87,8 +78,9 @@ class Weights:
                 (self.storages if movable else self._elsewhere).append(managed)
             device.charge(_total_bytes(self.storages))
             if held is not None:
-                self._held = mark_held(self.storages, held)  # before another engine can find out that they are shared
-            add_owner_locked(self)
+                # Before another engine can find out that they are shared.
+                self._held = holders.mark_held(self.storages, held)
+            holders.add_owner_locked(self)
         self.on_device = True
         self._allocation: Any = None
         self._moving = renewed_in_children(threading.Lock())
@@ -99,7 +91,7 @@ class Weights:
         """Every storage that is accounted for here, movable or not (``_cdata``), or with another engine."""
         common = {managed.key for managed in self._common}
         if common:
-            common &= owned_storages().keys()
+            common &= holders.owned_storages().keys()
         return frozenset([managed.key for managed in (*self.storages, *self._elsewhere)]) | common
 
     @property
@@ -134,7 +126,7 @@ class Weights:
                             self._device.refund(managed.nbytes - managed.storage.nbytes())
                             managed.measure()
                             self.mirror.drop()
-                    immovable = part_from_strangers(self.storages)
+                    immovable = holders.detach_from_foreign_code(self.storages)
                 if immovable:  # shared with other processes since the load, for one
                     self._end_management(immovable)
                     self._elsewhere += immovable
@@ -218,7 +210,7 @@ class Weights:
 
     def _free_storages(self) -> None:
         there = self.storages if self.on_device else list(self._here)
-        kept = set(are_held(there, frozenset())) | {
+        kept = set(holders.are_held(there, frozenset())) | {
             managed
             for managed in there
             if managed.held_elsewhere

@@ -61,28 +61,27 @@ class SpanCopier:
         if put_together:
             target.copy_(self.gathered(span))
             return
-        for on_device, on_host in self._parts(span, target):
+        for on_device, on_host in zip(self._on_device(span), span.split(target), strict=True):
             on_host.copy_(on_device)
 
     def to_device(self, span: MirrorSpan, source: torch.Tensor) -> None:
         """Copies a span to its storages, on the current stream; with scratch space only if it is available."""
         import torch
 
-        if len(span.parts) > 1 and not self._untouched:
-            parts = self._on_device(span)
+        parts = self._on_device(span)
+        if len(parts) > 1 and not self._untouched:
             try:
                 arrived = source.to(parts[0].device, non_blocking=True)
             except RuntimeError as error:
                 if not is_out_of_device_memory(error):
                     raise
             else:
-                sizes = [part.stop - part.start for part in span.parts]
-                if arrived.is_cpu:
-                    torch.split_with_sizes_copy(arrived, sizes, out=parts)  # a third of the time of the call below
+                if arrived.is_cpu:  # a third of the time of the call below
+                    torch.split_with_sizes_copy(arrived, [len(part) for part in parts], out=parts)
                 else:
-                    torch._foreach_copy_(parts, torch.split(arrived, sizes))
+                    torch._foreach_copy_(parts, span.split(arrived))
                 return
-        for part, (on_device, on_host) in zip(span.parts, self._parts(span, source), strict=True):
+        for part, on_device, on_host in zip(span.parts, parts, span.split(source), strict=True):
             if self._storages[part.index] not in self._untouched:
                 on_device.copy_(on_host, non_blocking=True)
 
@@ -94,20 +93,12 @@ class SpanCopier:
             parts.append(managed.byte_view if whole else managed.byte_view[part.start : part.stop])
         return parts
 
-    def _parts(self, span: MirrorSpan, host: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields each part of a span: its bytes on the device, and their place in ``host``, uint8 [span.nbytes]."""
-        at = 0
-        for part in span.parts:
-            nbytes = part.stop - part.start
-            yield self._storages[part.index].byte_view[part.start : part.stop], host[at : at + nbytes]
-            at += nbytes
-
 
 class WeightsMirror:
     """A copy of movable storages in main memory, which `update` makes at the first offload.
 
-    ``moving`` is the lock of the weights' moves: callers of all methods but `load` and `pin_in_background` hold it, and
-    the background pinning takes it for each group of pages.
+    ``moving`` is the lock of the weights' moves. Callers of all methods but `load` and `pin_in_background` hold it;
+    pinning in the background takes it for each group of pages.
     """
 
     def __init__(self, device: Device, moving: threading.Lock) -> None:
@@ -115,9 +106,9 @@ class WeightsMirror:
         self._moving = moving
         self.layout = MirrorLayout((), (0,), 0)
         self._mirror: HostMirror | None = None
-        #: Of each span, as last copied; None where the copy is not to be trusted.
+        #: By span, as last copied; None where the copy may be incomplete.
         self._checksums: list[int | None] = []
-        #: Hashes of the spans in the snapshot; None if nothing was saved.
+        #: Checksums of the spans in the snapshot; None if nothing was saved.
         self.saved: list[int] | None = None
         self.pinning: BackgroundPinning | None = None
 
@@ -128,7 +119,7 @@ class WeightsMirror:
 
     @property
     def memory(self) -> HostMirror:
-        """The copy itself, which exists whenever the weights are away from the device."""
+        """The copy itself; exists while the weights are away from the device."""
         assert self._mirror is not None, "weights that are away have a mirror"
         return self._mirror
 
@@ -137,7 +128,7 @@ class WeightsMirror:
         if self._mirror is None:
             self._make(storages)
         if any(managed.constant is not None and managed.find_constant() != managed.constant for managed in storages):
-            # Something was written into a storage that had one value: it needs room in the mirror now.
+            # A storage that had one value was written to, and needs room in the mirror now.
             self.drop()
             self._make(storages)
         mirror, progress = self.memory, current()
@@ -155,7 +146,7 @@ class WeightsMirror:
             progress.advance(spans[index].nbytes)
 
     def pin_in_background(self) -> None:
-        """Begins to lock the mirror's pages, once."""
+        """Starts to pin the mirror's pages, once."""
         if self.pinning is None:
             self.pinning = BackgroundPinning(self.memory, self._device, self._moving)
 
@@ -177,7 +168,7 @@ class WeightsMirror:
         self.saved = checksums
 
     def load(self, store: SnapshotStore, name: str, once: bool) -> None:
-        """Reads the copy from its snapshot, into new memory. `SnapshotUnusable` if there is none or it has changed."""
+        """Reads the copy from its snapshot into new memory; raises `SnapshotUnusable` if it is missing or damaged."""
         if self.saved is None:
             raise SnapshotUnusable(name, Sentence("nothing was saved", "没有保存任何内容"))
         mirror = HostMirror(self.layout, self._moving)
@@ -186,7 +177,7 @@ class WeightsMirror:
         self._mirror, self.saved = mirror, None
 
     def ranges(self) -> list[tuple[int, int]]:
-        """First byte and end of each span in the copy."""
+        """Returns the first byte and the end of each span in the copy."""
         return [(span.start, span.stop) for span in self.layout.spans]
 
     def _make(self, storages: Sequence[ManagedStorage]) -> None:
@@ -198,7 +189,7 @@ class WeightsMirror:
 
 
 def _checksums(copier: SpanCopier, spans: Sequence[MirrorSpan], progress: Progress) -> Sequence[int | None]:
-    """Of each span on the device; None for all of them if it has no room for computing them."""
+    """Returns the checksum of each span on the device; None for all if the device has no room to compute them."""
 
     def gathered() -> Iterator[torch.Tensor]:
         for span in spans:
