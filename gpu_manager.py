@@ -22,7 +22,7 @@ from typing import Any
 from residency.clock import SystemClock
 from residency.contracts import Adopt, Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
-from residency.devices.probes import HostProbe, remeasured, sample
+from residency.devices.host_probes import host_memory, remeasured, sample
 from residency.errors import (
     DeviceLost,
     DeviceOutOfMemory,
@@ -41,7 +41,7 @@ from residency.errors import (
     UnknownModel,
 )
 from residency.locks import renewed_in_children
-from residency.memory import BorrowedPart, BorrowedResident, SnapshotFolder, adopt
+from residency.memory import BorrowedPart, SnapshotFolder, adopt
 from residency.observability.events import Event
 from residency.scheduling.admission import Admission
 from residency.scheduling.dispatcher import Dispatcher
@@ -118,7 +118,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self._admission = Admission(dispatcher, check_locked, self.settings["wait_timeout"])
         self._manual_control = ManualControl(dispatcher, self._moves, mover, check_locked)
         remeasure = partial(remeasured, device=self.device)
-        self._overview = Overview(dispatcher, budget_bytes, HostProbe().memory, remeasure)
+        self._overview = Overview(dispatcher, budget_bytes, host_memory, remeasure)
         end_with_the_process(self._registry)
 
     def __exit__(self, *exc_info: object) -> None:
@@ -179,7 +179,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         managed.leases.max_waiting = math.inf if max_waiting is None else max_waiting
         managed.memory.size_bytes = size_bytes
         if keep is not None:
-            managed.borrowed_part = BorrowedPart(BorrowedResident(keep, self.device))
+            managed.borrowed_part = BorrowedPart(keep, self.device)
         self._registry.add(managed)
 
     def configure(

@@ -39,7 +39,10 @@ class Telemetry:
 
 
 class Device(Protocol):
-    """The device on which models compute; accounts for their memory."""
+    """The device on which models compute; accounts for their memory.
+
+    Methods that return nothing have no effect unless a device overrides them.
+    """
 
     kind: DeviceKind
     name: str
@@ -62,6 +65,7 @@ class Device(Protocol):
 
     def ensure_usable(self) -> None:
         """Checks, before a first load, that torch can compute here; raises `DeviceUnavailable` if not."""
+        return
 
     def is_usable(self) -> bool:
         """Tests the device itself for this process.
@@ -78,15 +82,19 @@ class Device(Protocol):
 
     def charge(self, nbytes: int) -> None:
         """Adds bytes that a loader placed here; raises `DeviceOutOfMemory` if they exceed the device."""
+        return
 
     def refund(self, nbytes: int) -> None:
         """Subtracts bytes that were freed without `drop` (a destroyed session, a released engine)."""
+        return
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """Reallocates ``nbytes`` for an empty storage, uninitialised; raises `DeviceOutOfMemory` if they do not fit."""
+        return
 
     def drop(self, storage: torch.UntypedStorage) -> None:
         """Frees the bytes of a storage; its tensors remain, empty."""
+        return
 
     def placing(self) -> AbstractContextManager[Any]:
         """Returns a context for calls of `allocate`.
@@ -102,12 +110,15 @@ class Device(Protocol):
 
     def unpin(self, raw: torch.Tensor) -> None:
         """Unlocks memory locked by `pin`."""
+        return
 
     def wait(self) -> None:
         """Waits for all running work of this device; afterwards nothing reads or writes an unused model."""
+        return
 
     def settle(self) -> None:
         """Returns freed memory to the driver."""
+        return
 
 
 class Resident(Protocol):
@@ -178,13 +189,13 @@ class KeptPart(Protocol):
 class SnapshotStore(Protocol):
     """Storage of bytes on disk between a release and the next load. Thread-safe for different names."""
 
-    def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
-        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these XXH3 hashes; raises `SnapshotUnusable`."""
+    def write(self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor) -> None:
+        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these checksums (XXH3); or `SnapshotUnusable`."""
 
     def read(
-        self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor, *, once: bool
+        self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor, *, once: bool
     ) -> None:
-        """Fills ``raw`` with the bytes of that name and these hashes; raises `SnapshotUnusable` if that is impossible.
+        """Fills ``raw`` with the bytes of that name and these checksums; raises `SnapshotUnusable` if it cannot.
 
         With ``once`` it is deleted afterwards: it will not be written in this form again.
         """

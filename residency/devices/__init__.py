@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..contracts import Device
-from .cpu import CpuDevice
+from .cpu import CpuDevice, SimulatedDevice
 from .cuda import CudaDevice
-from .simulated import SimulatedDevice
 
 __all__ = ["CpuDevice", "CudaDevice", "SimulatedDevice", "find_device"]
 

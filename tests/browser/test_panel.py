@@ -250,7 +250,7 @@ def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., 
 #: A loader that takes 12 GB of the card by itself.
 _HOLDS_OUTSIDE = """
 import os
-from residency.devices.simulated import SimulatedDevice
+from residency.devices import SimulatedDevice
 charge = SimulatedDevice.charge
 def charge_and_hold(self, nbytes):
     charge(self, nbytes)
@@ -269,7 +269,7 @@ def test_memory_outside_the_books_is_a_part_of_the_bar(
             sync_api.expect(page.locator("#gpu-panel i[data-part=outside]")).to_have_css("width", "0px")
         app.post("/gpu/warm", {"model": "tts"})
         for width, language, label in (
-            (1200, "en", "Held outside the books 12 GB"), (390, "en", "Held outside"), (390, "zh-CN", "账外占用 12 GB"),
+            (1200, "en", "Outside the accounts 12 GB"), (390, "en", "Outside the"), (390, "zh-CN", "账外占用 12 GB"),
         ):  # fmt: skip
             page = pages[language]
             page.bring_to_front()

@@ -30,7 +30,7 @@ from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import DeviceOutOfMemory, SharedWeights, TensorAway, WeightsGone
 from residency.memory import EngineResident, SnapshotFolder, absent_tensors
 from residency.memory.discovery import discover
-from residency.memory.shared_containers import in_held_containers
+from residency.memory.holders import in_held_containers
 from residency.memory.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.devices.probes import processes
+from residency.devices import host_probes
 from residency.observability.outside_memory import NO_SAMPLE, MemorySample, OutsideBooks, ProcessMemory
 from residency.web.api.metrics import exposition
 from residency.web.shared.language import en, zh
@@ -282,9 +282,9 @@ def test_the_totals_are_those_of_all_models(manager: GPUResourceManager) -> None
 
 def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **keywords: object) -> Any:
-        raise processes.psutil.AccessDenied
+        raise host_probes.psutil.AccessDenied
 
-    monkeypatch.setattr(processes.psutil.Process, "children", fail)
+    monkeypatch.setattr(host_probes.psutil.Process, "children", fail)
     manager.register("tts", Plain)
     with manager.lease("tts"):
         pass
