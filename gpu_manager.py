@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.clock import SystemClock
-from residency.contracts import Adopt, Clock, Device, Policy
+from residency.contracts import Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
 from residency.devices.probes import HostProbe, remeasured, sample
 from residency.errors import (
@@ -49,13 +49,12 @@ from residency.scheduling.lease import Lease, watching
 from residency.scheduling.managed_model import ManagedModel
 from residency.scheduling.manual_control import ManualControl
 from residency.scheduling.move_runner import MoveRunner
-from residency.scheduling.mover import Mover
-from residency.scheduling.overview import Overview
+from residency.scheduling.mover import Adopt, Mover
 from residency.scheduling.planner import will_not_reach
 from residency.scheduling.policies import change_policy, check_counts, comparable, policy_for, seconds
-from residency.scheduling.process_lifetime import end_with_the_process
 from residency.scheduling.random_state import RandomState
 from residency.scheduling.registry import Registry
+from residency.scheduling.status import Overview
 from residency.states import State
 from residency.status_types import Status, UsageHistory
 
@@ -113,13 +112,12 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         dispatcher = Dispatcher(self.device, clock, math.inf if budget_bytes is None else budget_bytes)
         self._dispatcher = dispatcher
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
-        self._registry = Registry(dispatcher, mover)
+        self._registry = Registry(dispatcher)
         check_locked = self._registry.check_open_locked
         self._admission = Admission(dispatcher, check_locked, self.settings["wait_timeout"])
         self._manual_control = ManualControl(dispatcher, self._moves, mover, check_locked)
         remeasure = partial(remeasured, device=self.device)
         self._overview = Overview(dispatcher, budget_bytes, HostProbe().memory, remeasure)
-        end_with_the_process(self._registry)
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 
-from .one_shot_event import set_event
+from .locks import set_event
 
 
 class SystemClock:

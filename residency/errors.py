@@ -142,7 +142,6 @@ class RequestCancelled(ResidencyError):
     zh = "对 {self.name!r} 的请求在等待时被取消。"
 
 
-@dataclass(eq=False, repr=False)
 class RequestStopped(ResidencyError):
     """A request was cancelled while it ran; see `residency.cancellation`."""
 
@@ -195,7 +194,6 @@ class LoadTimeout(ResidencyError, TimeoutError):
     )
 
 
-@dataclass(eq=False, repr=False)
 class ManagerClosed(ResidencyError):
     """The manager is closed and accepts no requests."""
 
@@ -203,7 +201,6 @@ class ManagerClosed(ResidencyError):
     zh = "GPU 管理器已关闭，请新建一个或重启应用。"
 
 
-@dataclass(eq=False, repr=False)
 class NotReady(ResidencyError):
     """The app is starting; its page does not respond yet."""
 
@@ -266,7 +263,6 @@ def about(field: Field) -> Iterator[None]:
         raise InvalidInput(error.en, error.zh, field) from error
 
 
-@dataclass(eq=False, repr=False)
 class NotAllowed(ResidencyError, PermissionError):
     """The caller has no permission for this operation."""
 

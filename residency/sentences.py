@@ -55,18 +55,17 @@ class ResidencyError(Exception):
     """Base of this project's errors; users import it from `residency.errors`. Fields survive pickling.
 
     ``en`` and ``zh`` are the message in English and Chinese with the next step, ``str`` is ``en / zh``. A subclass is a
-    dataclass whose class attributes ``en`` and ``zh`` are templates (``{self.name}``) or that overrides `sentences`, or
-    calls ``__init__`` with both and its own constructor's arguments, if these are not ``(en, zh)``.
+    class with attributes ``en`` and ``zh``, a dataclass in which these are templates (``{self.name}``) or that
+    overrides `sentences`, or calls ``__init__`` with both and its own constructor's arguments if these are others.
     """
 
     en: str
     zh: str
 
-    def __init__(self, en: str, zh: str, *arguments: object) -> None:
-        super().__init__(f"{en} / {zh}")
-        self.en = en
-        self.zh = zh
-        self._arguments = arguments or (en, zh)
+    def __init__(self, en: str = "", zh: str = "", *arguments: object) -> None:
+        self.en, self.zh = en or self.en, zh or self.zh
+        super().__init__(f"{self.en} / {self.zh}")
+        self._arguments = arguments or ((en, zh) if en else ())
 
     def __post_init__(self) -> None:
         ResidencyError.__init__(self, *self.sentences())

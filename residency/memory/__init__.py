@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..contracts import Adoption, Device, Resident
+from ..contracts import Device, Resident
 from .borrowed import BorrowedPart, BorrowedResident
 from .composite import CompositeResident
 from .engine import EngineResident
@@ -24,7 +24,10 @@ __all__ = [
 ]
 
 
-def adopt(engine: Any, device: Device, managed: Adoption) -> Resident:
-    """Returns the memory of a freshly loaded engine, without its borrowed part; see `EngineResident` for the errors."""
-    kept = managed.borrowed_part.part if isinstance(managed.borrowed_part, BorrowedPart) else None
+def adopt(engine: Any, device: Device, managed: Any) -> Resident:
+    """Returns the memory of a freshly loaded engine; see `EngineResident` for the errors.
+
+    ``managed``: the model, with paths to ``skip`` and the ``borrowed_part``, whose memory is not included.
+    """
+    kept = managed.borrowed_part.part if managed.borrowed_part else None
     return EngineResident(engine, device, managed.skip, excluding=kept if isinstance(kept, EngineResident) else None)

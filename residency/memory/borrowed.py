@@ -24,7 +24,10 @@ class BorrowedMemory(Protocol):
 
 
 class BorrowedPart:
-    """A borrowed part and its current loan. See `KeptPart` for the methods."""
+    """A part that a loader uses but does not build: it belongs to its owner and outlives releases, on the host.
+
+    ``lock`` protects each move of the part: a load that was given up may end during the next one.
+    """
 
     def __init__(self, part: BorrowedMemory) -> None:
         self.part = part
@@ -44,17 +47,19 @@ class BorrowedPart:
             return self.part.offload()
 
     def borrow_locked(self) -> BorrowedLoan:
+        """Lends the part to a load; ends the loan before."""
         self.loan = BorrowedLoan(self)
         return self.loan
 
     def hand_back(self) -> None:
+        """Restores the part to the device as it was given, and ends its management. On an error nothing has changed."""
         with self.lock:
             self.part.hand_back()
             self.loan = None
 
 
 class BorrowedLoan:
-    """See `residency.contracts.Loan`. Thread-safe: an abandoned load may end during the next one."""
+    """A borrowed part, as seen by one engine; after the next loan it is empty and moves nothing. Thread-safe."""
 
     def __init__(self, kept: BorrowedPart) -> None:
         self._kept = kept

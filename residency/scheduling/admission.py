@@ -11,8 +11,8 @@ from contextlib import suppress
 from functools import partial
 
 from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
+from ..locks import AsyncOneShotEvent, holds, new_event
 from ..observability.error_classification import device_is_lost, may_be_device_loss
-from ..one_shot_event import AsyncOneShotEvent, holds, new_event
 from ..states import State
 from .callers import call_site
 from .deadlocks import DeadlockDetector
@@ -177,7 +177,7 @@ class Admission:
             if managed.leases.holder is request:
                 managed.health.broken = managed.health.broken or discard
                 if lost:
-                    dispatcher.lost_locked()
+                    dispatcher.mark_broken_locked()
                 if not request.users:
                     times, wishes = managed.times, managed.wishes
                     times.request_ended_s = times.idle_since_s = now_s
@@ -201,7 +201,7 @@ class Admission:
         small = managed.memory.device_bytes <= SMALL_BYTES
         if leaves and not small and dispatcher.monitor.alive:
             return  # the monitor starts the move, which would delay this thread's result
-        dispatcher.act()
+        dispatcher.run_pending()
         if wait and leaves and small:
             dispatcher.watch(managed, lambda: managed.move_task is not task, SMALL_LEAVES_WITHIN_S)
 
@@ -213,7 +213,7 @@ class Admission:
             self.give_back(lease, discard, error, wait=False)
 
     def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """Defers the end of a lease to the monitor, or to the next call of `Dispatcher.act`. Callable anywhere."""
+        """Defers the end of a lease to the monitor or the next `Dispatcher.run_pending`. Callable anywhere."""
         self._dispatcher.deferred_releases.append(partial(self.give_back, lease, discard, error, wait=False))
         self._dispatcher.monitor.wake()
 
@@ -244,23 +244,18 @@ class Admission:
         request.answer(error)
         with suppress(ValueError):  # it was not queued
             request.managed.leases.requests.remove(request)
-        self._dispatcher.notifier.tell_queue(request.managed)
+        self._dispatcher.notifier.report_queue(request.managed)
 
     def _refusal_locked(self, request: LeaseRequest, timeout_s: float | None, blocks: bool) -> Exception | None:
         """Returns why a request cannot be queued, or None."""
         managed = request.managed
-        if (
-            managed.settled_state is State.DEVICE
-            and managed.move_task is None
-            and not managed.leases.in_use
-            and not managed.health.broken
-        ):
+        if managed.settled_state is State.DEVICE and managed.is_idle() and not managed.health.broken:
             return None
         if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
             return error
         if timeout_s != 0 and (managed.leases.max_waiting == math.inf or not managed.leases.in_use):
             return None
-        waiting = sum(1 for _ in managed.leases.waiting())
+        waiting = managed.leases.count_waiting()
         if timeout_s != 0 and waiting < managed.leases.max_waiting:
             return None
         return ModelBusy(managed.name, waiting, managed.state.value, managed.leases.held_by(request.asked_s))
@@ -272,7 +267,7 @@ class Admission:
         look_s, report_s, reported = asked_s + FIRST_LOOK_S, asked_s + REPORT_AFTER_S, False
         with self._dispatcher.lock:
             arrived_before_s = managed.arrived_for_s(asked_s)
-            self._dispatcher.notifier.tell_queue(managed)
+            self._dispatcher.notifier.report_queue(managed)
             managed.notify_watchers()
         while not request.answered:
             now_s = self._clock.now()
@@ -321,5 +316,5 @@ class Admission:
             elif self._share_locked(lease, holder):
                 request.answer()
                 managed.leases.requests.remove(request)
-                dispatcher.notifier.tell_queue(managed)
+                dispatcher.notifier.report_queue(managed)
                 managed.notify_watchers()

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from ..contracts import Clock
+from ..locks import new_event, set_event
 from ..observability.error_classification import in_words
-from ..one_shot_event import new_event, set_event
 from ..status_types import MonitorHealth
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class IdleMonitor:
             except RuntimeError:  # no more threads; the next call tries again
                 logger.warning("The idle monitor cannot be started now", exc_info=True)
 
-    def leave(self) -> None:
+    def reset_in_child(self) -> None:
         """In a forked child: the thread belongs to the parent."""
         self._stopping, self._thread = True, None
 

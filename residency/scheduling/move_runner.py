@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from ..contracts import Memory
-from ..locks import renewed_in_children
+from ..locks import new_event, renewed_in_children
 from ..observability.error_classification import (
     device_is_lost,
     empty_frames,
@@ -19,9 +19,8 @@ from ..observability.error_classification import (
     loss_beyond_repair,
 )
 from ..observability.outside_memory import NO_SAMPLE, MemorySample
-from ..one_shot_event import new_event
 from ..progress import reporting
-from ..states import MoveRecord, State
+from ..states import State
 from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
 from .lease import loading
 from .managed_model import ManagedModel
@@ -96,7 +95,7 @@ class MoveRunner:
             own = managed.memory.device_bytes, managed.memory.host_bytes
             builds = loads and task.engine is None  # not from a snapshot
             dispatcher.outside.began(task, before, own, self._all_bytes_locked(), builds)
-            dispatcher.notifier.tell("began", task)
+            dispatcher.notifier.report("began", task)
         while True:
             try:
                 task.context.run(self._carry_out, task)
@@ -182,13 +181,13 @@ class MoveRunner:
                 dispatcher.notifier.warn_of_budget(task, dispatcher.budget_bytes)
         with dispatcher.lock:
             dispatcher.changes += 1
-            dispatcher.card.seen(self._clock.now(), memory)
+            dispatcher.device_history.note(self._clock.now(), memory)
             wanted = managed.move_task is task
             self._settle_locked(task, sizes, after, lost, wanted)
         if not wanted:
             with contextlib.suppress(Exception):  # errors of a lost device
                 self._mover.throw_away(task)
-        dispatcher.act()
+        dispatcher.run_pending()
 
     def _settle_locked(
         self, task: MoveTask, sizes: tuple[int, int], after: MemorySample, lost: bool, wanted: bool
@@ -222,8 +221,8 @@ class MoveRunner:
         else:
             self._failed_locked(task, error, lost)
         managed.memory.outside = found
-        dispatcher.notifier.tell_outside(task)
-        dispatcher.notifier.tell("failed" if error else "done", task)
+        dispatcher.notifier.warn_of_unmanaged(task)
+        dispatcher.notifier.report("failed" if error else "done", task)
         dispatcher.note_locked(task, "postponed" if task.put_off else "failed" if error else "ok", now_s)
         managed.move_task = None
         task.end()
@@ -236,7 +235,6 @@ class MoveRunner:
     def _arrived_locked(self, task: MoveTask, now_s: float) -> None:
         managed, memory, times = task.managed, task.managed.memory, task.managed.times
         managed.settled_state = task.move.target
-        managed.last_move = MoveRecord(task.move, task.moved_bytes, now_s - task.started_s)
         managed.health.last_error = None
         managed.health.cannot_offload = False
         if managed.settled_state is State.RELEASED:
@@ -248,7 +246,7 @@ class MoveRunner:
             times.policy_paused_until_s = now_s + WARM_GRACE_S if managed.wishes.prefetch else -math.inf
             managed.wishes.prefetch = False
             if task.move.via is State.RESTORING:
-                managed.policy.brought_back(managed.last_move.seconds)
+                managed.policy.brought_back(now_s - task.started_s)
         else:
             for other in self._dispatcher.managed_models.values():
                 other.memory.shortfall_bytes = max(0, other.memory.shortfall_bytes - memory.size_bytes)
@@ -264,7 +262,7 @@ class MoveRunner:
         gone = lost or (task.move.via is State.RESTORING and not ephemeral)
         health.broken = managed.settled_state is not State.RELEASED and (health.broken or gone)
         if lost:
-            dispatcher.lost_locked()
+            dispatcher.mark_broken_locked()
         dispatcher.device_lost = dispatcher.device_lost or loss_beyond_repair(error)
         if task.arrives and not task.put_off:
             dispatcher.refuse_arrival_locked(managed, error)

@@ -20,7 +20,7 @@ from scheduler import Scheduler
 from world import SIZES, World
 
 import gpu_manager
-from residency import one_shot_event
+from residency import locks
 from residency.errors import DeviceOutOfMemory, LeaseDeadlock, OverBudget
 from residency.memory import borrowed
 from residency.observability import events
@@ -36,7 +36,7 @@ SEEDS = 150 if NIGHTLY else 6
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Scheduler, World]]:
     def build(seed: int, snapshots: bool = False, **settings: Any) -> tuple[Scheduler, World]:
         scheduler = Scheduler.varied(seed)
-        for module in (gpu_manager, dispatcher, move_runner, events, borrowed, one_shot_event, monitor, managed_model):
+        for module in (gpu_manager, dispatcher, move_runner, events, borrowed, locks, monitor, managed_model):
             monkeypatch.setattr(module, "threading", scheduler)
         folder = tmp_path if snapshots else None
         return scheduler, World(seed, scheduler.clock(), step=scheduler.step, snapshot_dir=folder, **settings)
