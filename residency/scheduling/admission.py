@@ -54,28 +54,24 @@ class Admission:
         self._numbers = itertools.count(1)
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
-        """Waits for its turn and for the model's arrival on the device; returns the request that holds the model."""
-        request = self._ask(managed, timeout_s, lease, blocks=True)
+        """Waits for its turn and for the model's arrival; returns the request that holds the model, or has an error."""
+        request = self._request(managed, timeout_s, lease, blocks=True)
         if not request.answered:
             event = request.event = new_event()
-            for pause_s in self._looks(request, timeout_s, lease, blocks=True):
+            for pause_s in self._pauses(request, timeout_s, lease, blocks=True):
                 self._clock.wait(event, pause_s)
-        if request.error is not None:
-            raise request.error
-        return lease.request or request
+        return request
 
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
         """Does the same in a coroutine, without blocking a thread."""
-        request = self._ask(managed, timeout_s, lease, blocks=False)
+        request = self._request(managed, timeout_s, lease, blocks=False)
         if not request.answered:
             event = request.event = AsyncOneShotEvent()
-            for pause_s in self._looks(request, timeout_s, lease, blocks=False):
+            for pause_s in self._pauses(request, timeout_s, lease, blocks=False):
                 await event.wait(pause_s)
-        if request.error is not None:
-            raise request.error
-        return lease.request or request
+        return request
 
-    def _ask(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
+    def _request(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
         """Returns the current request that the lease shares, or a new one. ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
         for may_be_lost in (True, False):
@@ -138,10 +134,6 @@ class Admission:
         request.streams = True
         request.site = call_site()
         request.resumed_s = self._clock.now()
-
-    def suspended(self, request: LeaseRequest) -> None:
-        """Records that the generator with the lease yields."""
-        request.site = request.site.suspended()
 
     @staticmethod
     def _share_locked(lease: Lease, request: LeaseRequest) -> bool:
@@ -218,7 +210,7 @@ class Admission:
         self._dispatcher.monitor.wake()
 
     def look_again(self) -> None:
-        """Wakes the monitor, after an interrupt, to finish the change."""
+        """Wakes the monitor to finish a change that was interrupted."""
         self._dispatcher.monitor.wake()
 
     def cancel(self, request: LeaseRequest) -> bool:
@@ -251,16 +243,15 @@ class Admission:
         managed = request.managed
         if managed.settled_state is State.DEVICE and managed.is_idle() and not managed.health.broken:
             return None
-        if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
-            return error
-        if timeout_s != 0 and (managed.leases.max_waiting == math.inf or not managed.leases.in_use):
-            return None
-        waiting = managed.leases.count_waiting()
-        if timeout_s != 0 and waiting < managed.leases.max_waiting:
-            return None
-        return ModelBusy(managed.name, waiting, managed.state.value, managed.leases.held_by(request.asked_s))
+        leases = managed.leases
+        if timeout_s != 0:
+            if (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
+                return error
+            if not leases.in_use or leases.max_waiting == math.inf or leases.count_waiting() < leases.max_waiting:
+                return None
+        return ModelBusy(managed.name, leases.count_waiting(), managed.state.value, leases.held_by(request.asked_s))
 
-    def _looks(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
+    def _pauses(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
         """Yields the seconds to sleep until the request is answered; ends it at its time-out or at a deadlock."""
         managed, asked_s = request.managed, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)

@@ -30,9 +30,8 @@ from ..observability.outside_memory import OutsideBooks
 from ..progress import Progress
 from ..states import Move, State
 from ..status_types import MoveOutcome
-from .lost_leases import LostLeases
 from .managed_model import ManagedModel
-from .monitor import IdleMonitor
+from .monitor import IdleMonitor, LostLeases
 from .mover import STUCK_AFTER_S, MoveTask
 from .notifier import Notifier
 from .planner import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
@@ -112,13 +111,9 @@ class Dispatcher:
         """Begins the next step of this model, and of those that wait for room. `run_pending` starts it."""
         self.version += 1
         now_s = self.clock.now()
-        short = []
-        for other in self.managed_models.values():
-            if other.memory.waiting_for_room and other is not managed:
-                short.append(other)
-        if short:
-            for other in by_arrival(short):
-                self._step_locked(other, now_s)
+        short = [each for each in self.managed_models.values() if each.memory.waiting_for_room and each is not managed]
+        for other in by_arrival(short) if short else ():
+            self._step_locked(other, now_s)
         self._step_locked(managed, now_s)
         if managed.settled_state is State.DEVICE and managed.move_task is None and managed.leases.holder is None:
             self._keep_budget_locked()
@@ -224,9 +219,8 @@ class Dispatcher:
             return now_s
         if self.deferred_releases:
             return now_s
-        return min(
-            (self._deadline_locked(managed, now_s) for managed in self.managed_models.values()), default=math.inf
-        )
+        deadlines_s = (self._deadline_locked(managed, now_s) for managed in self.managed_models.values())
+        return min(deadlines_s, default=math.inf)
 
     def _act_for_monitor(self) -> None:
         if self.lost_leases.suspected:

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from .managed_model import LeaseRequest, ManagedModel
 
 
-class Lessor(Protocol):
-    """The interface of `Admission`, which has the documentation. Avoids circular imports."""
+class _Admission(Protocol):
+    """The interface of `admission.Admission`, which has the documentation. Avoids circular imports."""
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
@@ -24,7 +24,6 @@ class Lessor(Protocol):
     def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None: ...
     def give_back_later(self, lease: Lease, discard: bool = False) -> None: ...
     def resumed(self, request: LeaseRequest) -> None: ...
-    def suspended(self, request: LeaseRequest) -> None: ...
     def look_again(self) -> None: ...
     def cancel(self, request: LeaseRequest) -> bool: ...
     def place(self, request: LeaseRequest) -> int | None: ...
@@ -60,9 +59,9 @@ class Lease:
     not_of_the_engine = True
 
     def __init__(
-        self, lessor: Lessor, managed: ManagedModel, timeout_s: float | None = None, reading: bool = False
+        self, admission: _Admission, managed: ManagedModel, timeout_s: float | None = None, reading: bool = False
     ) -> None:
-        self._lessor = lessor
+        self._admission = admission
         self._managed = managed
         self._timeout_s = timeout_s
         self._reading = reading
@@ -84,28 +83,28 @@ class Lease:
     def __enter__(self) -> Any:
         if not self._joins():
             try:
-                self._begins(self._lessor.acquire(self._managed, self._timeout_s, self))
+                self._begins(self._admission.acquire(self._managed, self._timeout_s, self))
             except BaseException:
-                self._leave(self._lessor.give_back)
+                self._leave(self._admission.give_back)
                 raise
         return self._managed.engine
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
-        self._leave(self._lessor.give_back, error)
+        self._leave(self._admission.give_back, error)
 
     async def __aenter__(self) -> Any:
         if not self._joins():
             try:
-                self._begins(await self._lessor.acquire_async(self._managed, self._timeout_s, self))
+                self._begins(await self._admission.acquire_async(self._managed, self._timeout_s, self))
             except BaseException:  # a cancelled task leaves the queue, or releases the model just granted
-                self._leave(self._lessor.give_back_async)
+                self._leave(self._admission.give_back_async)
                 raise
         return self._managed.engine
 
     async def __aexit__(
         self, kind: object = None, error: BaseException | None = None, traceback: object = None
     ) -> None:
-        self._leave(self._lessor.give_back_async, error)
+        self._leave(self._admission.give_back_async, error)
 
     def _joins(self) -> bool:
         """Begins the only use; returns whether it shares a current request."""
@@ -121,11 +120,14 @@ class Lease:
             watch(self)
         for outer in _held.get():
             # A stream's context is that of its last step, which other work may share in a thread pool.
-            if outer.managed is self._managed and not outer.streams and self._lessor.share(self, outer):
+            if outer.managed is self._managed and not outer.streams and self._admission.share(self, outer):
                 return True
-        return self._reading and self._lessor.join(self, self._managed)
+        return self._reading and self._admission.join(self, self._managed)
 
     def _begins(self, request: LeaseRequest) -> None:
+        if request.error is not None:
+            raise request.error
+        request = self.request or request  # another one, if it shares a lease
         _held.set((*held_requests(), request))
         if self._made_here:
             self._made.request = request
@@ -138,13 +140,13 @@ class Lease:
         made.over = True
         if self.request is not None and not ending():
             self._ended = True
-            self._lessor.give_back_later(self, self._broken)
+            self._admission.give_back_later(self, self._broken)
 
     def cancel(self) -> bool:
         """Makes a waiting lease raise `RequestCancelled`. Returns False if it holds the model or has ended."""
         self._cancelled = True
         request = self.request
-        return not self._ended if request is None else self._lessor.cancel(request)
+        return not self._ended if request is None else self._admission.cancel(request)
 
     @property
     def model(self) -> str:
@@ -158,17 +160,17 @@ class Lease:
     def place(self) -> int | None:
         """The place in the queue: 0 holds the model, 1 is next; None before it is entered and after its end."""
         request = self.request
-        return None if request is None else self._lessor.place(request)
+        return None if request is None else self._admission.place(request)
 
     def resumed(self) -> None:
         """For a generator that holds the lease: call this at the start of each step. Records the calling code."""
         if self.request is not None and self.owns:
-            self._lessor.resumed(self.request)
+            self._admission.resumed(self.request)
 
     def suspended(self) -> None:
         """For a generator that holds the lease: call this before it yields."""
         if self.request is not None and self.owns:
-            self._lessor.suspended(self.request)
+            self.request.site = self.request.site.suspended()
 
     def discard(self) -> None:
         """Marks the engine as broken: it is released when the lease ends, and the next request loads it anew.
@@ -191,7 +193,7 @@ class Lease:
             give_back(self, self._broken, error)
             _held.set(held_requests())
         except BaseException:
-            self._lessor.look_again()
+            self._admission.look_again()
             raise
 
 
