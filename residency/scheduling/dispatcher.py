@@ -26,7 +26,7 @@ from ..errors import DeviceLost, LoadTimeout, OverBudget
 from ..locks import holds, new_event, renewed_in_children
 from ..observability.error_classification import in_words
 from ..observability.history import DeviceHistory, PastMove
-from ..observability.outside_memory import OutsideBooks
+from ..observability.outside_memory import OutsideTracker
 from ..progress import Progress
 from ..states import Move, State
 from ..status_types import MoveOutcome
@@ -82,7 +82,7 @@ class Dispatcher:
         self.deferred_releases: deque[Callable[[], None]] = deque()
         self.managed_models: dict[str, ManagedModel] = {}
         self.device_history = DeviceHistory()
-        self.outside = OutsideBooks(device.kind == "cuda", device.torch_device != "cpu")
+        self.outside = OutsideTracker(device.kind == "cuda", device.torch_device != "cpu")
         self.notifier = Notifier(device, clock)
         self.monitor = IdleMonitor(self.lock, clock, self._look_locked, self._act_for_monitor)
         self.lost_leases = LostLeases(clock)
