@@ -106,7 +106,7 @@ class CallSite:
     def thread_name(self) -> str:
         """The thread's name; its ident, with "(ended)", after its end."""
         names = (one.name for one in threading.enumerate() if one.ident == self.thread)
-        return f"{self.thread} (ended)" if self._ended else next(names, str(self.thread))
+        return f"{self.thread} (ended)" if self.token() is None else next(names, str(self.thread))
 
     def executes(self) -> bool:
         """Returns whether the function that took the lease is on a stack: not returned and not suspended."""
@@ -135,15 +135,11 @@ class CallSite:
 
         ``math.inf``: without a time-out; None: it does not wait for it. Time-outs count from the start of the wait.
         """
-        if self._ended or other._ended:
-            return None  # idents may belong to other threads now
+        if self.token() is None or other.token() is None:
+            return None  # a thread has ended: its ident may belong to another one now
         tasks = {id(_local(frame, "self").future) for frame in _stack(other.thread) if frame.f_code is _WORK_ITEM}
         waits = (_time_out(frame) for frame in _stack(self.thread) if _waits_for(frame, other.thread, tasks))
         return max(waits, default=None)
-
-    @property
-    def _ended(self) -> bool:
-        return self.token() is None
 
 
 def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:

@@ -18,7 +18,7 @@ from ..observability.error_classification import (
     lacking_bytes,
     loss_beyond_repair,
 )
-from ..observability.outside_memory import NO_SAMPLE, MemorySample
+from ..observability.outside_memory import MemorySample
 from ..progress import reporting
 from ..states import State
 from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
@@ -40,12 +40,7 @@ OUT_OF_MEMORY_RETRIES = 5
 class MoveRunner:
     """Starts the moves begun by the dispatcher. ``sample(trim, look_at_children)`` measures the process."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        mover: Mover,
-        sample: Callable[[bool, bool], MemorySample] = lambda trim, look_at_children: NO_SAMPLE,
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, mover: Mover, sample: Callable[[bool, bool], MemorySample]) -> None:
         self._dispatcher = dispatcher
         self._device, self._clock = dispatcher.device, dispatcher.clock
         self._mover = mover
@@ -92,9 +87,9 @@ class MoveRunner:
             if task.claimed:
                 return
             task.spawned = task.claimed = True
-            own = managed.memory.device_bytes, managed.memory.host_bytes
+            recorded = managed.memory.device_bytes, managed.memory.host_bytes
             builds = loads and task.engine is None  # not from a snapshot
-            dispatcher.outside.began(task, before, own, self._all_bytes_locked(), builds)
+            dispatcher.outside.began(task, before, recorded, self._all_bytes_locked(), builds)
             dispatcher.notifier.report("began", task)
         while True:
             try:
@@ -105,8 +100,7 @@ class MoveRunner:
                 empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
             if is_capture_under_way(task.error) and self._await_capture(task):
                 continue
-            full = task.arrives and is_out_of_device_memory(task.error)
-            if not (full and self._try_again(task)):
+            if not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task)):
                 break
         self._commit(task)
         self._threads.pop(task, None)
@@ -182,39 +176,31 @@ class MoveRunner:
         with dispatcher.lock:
             dispatcher.changes += 1
             dispatcher.device_history.note(self._clock.now(), memory)
-            wanted = managed.move_task is task
-            self._settle_locked(task, sizes, after, lost, wanted)
+            wanted = self._settle_locked(task, sizes, after, lost)
         if not wanted:
             with contextlib.suppress(Exception):  # errors of a lost device
                 self._mover.throw_away(task)
         dispatcher.run_pending()
 
-    def _settle_locked(
-        self, task: MoveTask, sizes: tuple[int, int], after: MemorySample, lost: bool, wanted: bool
-    ) -> None:
-        """Commits the move or rolls it back; if it was given up, only records its memory."""
+    def _settle_locked(self, task: MoveTask, sizes: tuple[int, int], after: MemorySample, lost: bool) -> bool:
+        """Commits the move or rolls it back; if it was given up, only records its memory and returns False."""
         dispatcher, managed, error, now_s = self._dispatcher, task.managed, task.error, self._clock.now()
+        wanted = managed.move_task is task
         if wanted:
             managed.memory.device_bytes, managed.memory.host_bytes = sizes
             managed.times.arriving_s = managed.arrived_for_s(now_s)
+        others = dispatcher.managed_models.items()
         loaded = frozenset(
-            name
-            for name, other in dispatcher.managed_models.items()
-            if other.settled_state is not State.RELEASED or other.move_task
+            name for name, other in others if other.settled_state is not State.RELEASED or other.move_task
         )
+        array_bytes = getattr(task.resident, "array_bytes", 0)
+        arrived = (task.back_at if error else task.move.target) is State.DEVICE
+        released, totals = task.resident is None, self._all_bytes_locked()
         found = dispatcher.outside.ended(
-            task,
-            managed.name,
-            after,
-            sizes,
-            self._all_bytes_locked(),
-            loaded,
-            getattr(task.resident, "array_bytes", 0),
-            arrived=(task.back_at if error else task.move.target) is State.DEVICE,
-            released=task.resident is None,
+            task, managed.name, after, sizes, totals, loaded, array_bytes, arrived, released
         )
         if not wanted:
-            return
+            return False
         managed.engine, managed.resident = task.engine, task.resident
         if error is None:
             self._arrived_locked(task, now_s)
@@ -227,6 +213,7 @@ class MoveRunner:
         managed.move_task = None
         task.end()
         dispatcher.settled_locked(managed)
+        return True
 
     def _all_bytes_locked(self) -> tuple[int, int]:
         uses = [managed.memory for managed in self._dispatcher.managed_models.values()]
