@@ -10,7 +10,7 @@ from .locks import set_event
 
 
 class SystemClock:
-    """The clock of ``time.monotonic``; ignores changes of the wall clock."""
+    """The clock of ``time.monotonic``."""
 
     def now(self) -> float:
         return time.monotonic()

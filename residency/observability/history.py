@@ -60,18 +60,18 @@ class Histogram:
         }
 
 
+@dataclass
 class Sizes:
     """A size over the last `WINDOW_S`: each value holds until the next. Peaks and the last value are kept."""
 
-    def __init__(self, resolution_s: float = _RESOLUTION_S) -> None:
-        self._resolution_s = resolution_s
-        self._points: deque[tuple[float, int]] = deque()
+    resolution_s: float = _RESOLUTION_S
+    _points: deque[tuple[float, int]] = field(default_factory=deque)
 
     def note(self, now_s: float, nbytes: int) -> None:
         points = self._points
         if points and points[-1][1] == nbytes:
             return
-        if len(points) > 1 and now_s - points[-2][0] < self._resolution_s:
+        if len(points) > 1 and now_s - points[-2][0] < self.resolution_s:
             last = points.pop()
             points[-1] = (points[-1][0], max(points[-1][1], last[1]))
         points.append((now_s, nbytes))

@@ -30,9 +30,10 @@ class _Admission(Protocol):
 
 
 _held: contextvars.ContextVar[tuple[LeaseRequest, ...]] = contextvars.ContextVar("held_requests", default=())
-_made: contextvars.ContextVar[tuple[_Made, ...]] = contextvars.ContextVar("made_leases", default=())
+_made: contextvars.ContextVar[tuple[weakref.ref[Lease], ...]] = contextvars.ContextVar("made_leases", default=())
 _watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
-_loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_models", default=())
+#: One list for each load: the model, and nothing after its end.
+_loading: contextvars.ContextVar[tuple[list[ManagedModel], ...]] = contextvars.ContextVar("loads", default=())
 
 
 class Lease:
@@ -70,15 +71,20 @@ class Lease:
         self.request: LeaseRequest | None = None
         #: Whether the request was made for this lease; False if it shares another lease's.
         self.owns = False
-        self._made = _Made(_task())
+        #: The task of a coroutine that created it: it has a context of its own; a thread's may serve several tasks.
+        task = _task()
+        self._task = None if task is None else weakref.ref(task)
+        #: Its current request, if it was entered in the context of its creation.
+        self._request_here: LeaseRequest | None = None
         caller = sys._getframe(2)
         #: Code and line, for a lease that is entered in another thread.
         self.made_at = caller.f_code, caller.f_lineno
         #: Current requests whose leases were created in this context before, wherever they were entered.
         self.made_after: tuple[LeaseRequest, ...] = ()
-        if made := [one for one in _made.get() if not one.over]:
-            self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
-        _made.set((*made, self._made))
+        made = [lease for reference in _made.get() if (lease := reference()) is not None and not lease._ended]
+        if made:
+            self.made_after = tuple([one._request_here for one in made if one._request_here and one._task])
+        _made.set((*map(weakref.ref, made), weakref.ref(self)))
 
     def __enter__(self) -> Any:
         if not self._joins():
@@ -111,11 +117,11 @@ class Lease:
         if self._entered:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
-        if self._made not in _made.get():  # not the context of its creation, nor a copy of it
+        if weakref.ref(self) not in _made.get():  # not the context of its creation, nor a copy of it
             self.made_after = ()
             self._made_here = False
-        elif self._made.in_a_task and not self._made.is_of(_task()):
-            self._made_here = False  # a sibling of the creating task: another request
+        elif self._task is not None and (task := _task()) is not None:
+            self._made_here = self._task() is task  # else a sibling of it: another request
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
@@ -130,15 +136,11 @@ class Lease:
         request = self.request or request  # another one, if it shares a lease
         _held.set((*held_requests(), request))
         if self._made_here:
-            self._made.request = request
+            self._request_here = request
 
     # Bound now: at the interpreter's end modules are emptied. Then threads can be neither started nor joined.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        made: _Made | None = vars(self).get("_made")
-        if made is None:
-            return  # `__init__` was interrupted
-        made.over = True
-        if self.request is not None and not ending():
+        if vars(self).get("request") is not None and not ending():  # missing if `__init__` was interrupted
             self._ended = True
             self._admission.give_back_later(self, self._broken)
 
@@ -185,8 +187,8 @@ class Lease:
         error: BaseException | None = None,
         ending: Callable[[], bool] = sys.is_finalizing,
     ) -> None:
-        self._ended = self._made.over = True
-        self._made.request = None
+        self._ended = True
+        self._request_here = None
         if ending():
             return
         try:
@@ -195,6 +197,10 @@ class Lease:
         except BaseException:
             self._admission.look_again()
             raise
+
+
+def _task() -> asyncio.Task[Any] | None:
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
 def held_requests() -> tuple[LeaseRequest, ...]:
@@ -208,7 +214,7 @@ def held_models() -> tuple[ManagedModel, ...]:
     loads = _loading.get()
     return (
         *[request.managed for request in held_requests()],
-        *([load.managed for load in loads if load.under_way] if loads else ()),
+        *([managed for load in loads for managed in load] if loads else ()),
     )
 
 
@@ -225,39 +231,10 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
 @contextmanager
 def loading(managed: ManagedModel) -> Iterator[None]:
     """Marks this context as loading the model: a lease of it in there would be a deadlock."""
-    load = _Loading(managed)
+    load = [managed]
     token = _loading.set((*_loading.get(), load))
     try:
         yield
     finally:
-        load.under_way = False  # threads that the loader started with its context may continue
+        load.clear()  # threads that the loader started with its context may continue
         _loading.reset(token)
-
-
-class _Made:
-    """A lease in the context of its creation: its current request, and whether it is over.
-
-    ``in_a_task``: created in a coroutine, with a context of its own. A thread's context serves several tasks.
-    """
-
-    __slots__ = ("_task", "in_a_task", "over", "request")
-
-    def __init__(self, task: asyncio.Task[Any] | None) -> None:
-        self.in_a_task = task is not None
-        self._task = None if task is None else weakref.ref(task)
-        self.request: LeaseRequest | None = None
-        self.over = False
-
-    def is_of(self, task: asyncio.Task[Any] | None) -> bool:
-        """Returns whether the task created it; a thread (None) works for the task of its context."""
-        return task is None or (self._task is not None and self._task() is task)
-
-
-def _task() -> asyncio.Task[Any] | None:
-    return None if asyncio._get_running_loop() is None else asyncio.current_task()
-
-
-class _Loading:
-    def __init__(self, managed: ManagedModel) -> None:
-        self.managed = managed
-        self.under_way = True
