@@ -98,14 +98,9 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         check_counts(1, budget_bytes=budget_bytes)
         self.device: Device = device or find_device()
         self.settings = comparable(
-            device=self.device,
-            keep_warm=keep_warm,
-            idle_timeout=idle_timeout,
-            snapshot_dir=snapshot_dir,
-            snapshot_limit_bytes=snapshot_limit_bytes,
-            budget_bytes=budget_bytes,
-            wait_timeout=wait_timeout,
-        )
+            device=self.device, keep_warm=keep_warm, idle_timeout=idle_timeout, snapshot_dir=snapshot_dir,
+            snapshot_limit_bytes=snapshot_limit_bytes, budget_bytes=budget_bytes, wait_timeout=wait_timeout,
+        )  # fmt: skip
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
         mover = Mover(self.device, adopt, snapshots)
         clock = clock or SystemClock()
@@ -165,15 +160,14 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         Raises:
             ModelExists: the name is taken.
         """
-        chosen = policy_for(policy, keep_warm, idle_timeout, self.settings)
-        load_timeout_s = seconds(load_timeout)
+        managed = ManagedModel(name, load, policy_for(policy, keep_warm, idle_timeout, self.settings))
+        managed.load_timeout_s = seconds(load_timeout)
         check_counts(0, max_waiting=max_waiting, size_bytes=size_bytes)
         if isinstance(skip, str):
             raise InvalidInput(f"skip is several paths: give [{skip!r}]", f"skip 是多个路径：请写 [{skip!r}]")
         self._registry.check_free(name)
-        managed = ManagedModel(
-            name, load, chosen, skip=tuple(skip), random_state=RandomState(), load_timeout_s=load_timeout_s
-        )
+        managed.skip = tuple(skip)
+        managed.random_state = RandomState()
         managed.leases.max_waiting = math.inf if max_waiting is None else max_waiting
         managed.memory.size_bytes = size_bytes
         if keep is not None:
@@ -290,9 +284,11 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         """
         managed = self._registry.named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
-        self._dispatcher.watch(
-            managed, lambda: managed.state is state or will_not_reach(managed, state), timeout_s, SystemClock()
-        )
+
+        def ends() -> bool:
+            return managed.state is state or will_not_reach(managed, state)
+
+        self._dispatcher.watch(managed, ends, timeout_s, SystemClock())
         return managed.state is state
 
     def close(self, grace: float | str | None = None) -> bool:

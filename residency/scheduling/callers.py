@@ -3,9 +3,8 @@
 A context (`contextvars`) does not identify the holder of a lease: frameworks run each step of a generator with a fresh
 copy of the context, often in another thread, and thread pools do not pass contexts. Call stacks contain more:
 
-- A generator keeps its frame from step to step. A request that is made with that frame on its stack belongs to the same
-  flow of control as the lease that was taken under the frame.
-- A function whose frame is on no stack has returned or is suspended, and does not execute.
+- A generator keeps its frame from step to step: requests under that frame belong to the same flow of control.
+- A function whose frame is on no stack has returned or is suspended.
 - A thread that waits in `Thread.join` or `Future.result` has the awaited object in its frame.
 
 A frame is identified by a `FunctionCall` in its ``f_trace``: a reference to the frame would keep its local variables
@@ -181,7 +180,7 @@ _this_thread = _ThisThread()
 
 
 def is_this_thread(site: CallSite) -> bool:
-    """Returns whether the site's thread is the calling one, and not another with the same ident."""
+    """Returns whether the site's thread is the calling one, not another with the same ident."""
     return site.token is _this_thread.token
 
 

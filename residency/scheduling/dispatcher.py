@@ -123,20 +123,12 @@ class Dispatcher:
         """Begins a move of a settled model that is not leased; ``made_room``: other models have just left for it."""
         now_s = self.clock.now()
         head = managed.leases.next_request() if move.target is State.DEVICE else None
-        task = MoveTask(
-            managed,
-            move,
-            now_s,
-            managed.engine,
-            managed.resident,
-            Progress(move.via.value, managed.memory.size_bytes or None, self.clock.now),
-            head.context if head and head.context else contextvars.Context(),
-            give_up_at_s=now_s + managed.load_timeout_s if move.via is State.LOADING else math.inf,
-            made_room=made_room,
-            device_bytes_before=managed.memory.device_bytes,
-            checked_s=now_s,
-        )
-        task.progress.changed = lambda: self._progressed(task)
+        progress = Progress(move.via.value, managed.memory.size_bytes or None, self.clock.now)
+        context = head.context if head and head.context else contextvars.Context()
+        task = MoveTask(managed, move, now_s, managed.engine, managed.resident, progress, context, made_room=made_room)
+        if move.via is State.LOADING:
+            task.give_up_at_s = now_s + managed.load_timeout_s
+        progress.changed = lambda: self._progressed(task)
         managed.move_task = task
         managed.engine = managed.resident = None
         self.begun = True

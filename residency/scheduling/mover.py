@@ -54,7 +54,6 @@ class MoveTask:
     context: contextvars.Context
     give_up_at_s: float = math.inf
     made_room: bool = False
-    device_bytes_before: int = 0
     spawned: bool = False
     claimed: bool = False
     retries: int = 0
@@ -63,10 +62,14 @@ class MoveTask:
     given_up: bool = False
     reported_s: float = -math.inf
     pulse: object = None
-    checked_s: float = -math.inf
+    checked_s: float = 0.0
+    device_bytes_before: int = 0
     hangs: bool = False
     moved_bytes: int = 0
     error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.checked_s, self.device_bytes_before = self.started_s, self.managed.memory.device_bytes
 
     @property
     def arrives(self) -> bool:
