@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_the_begin_of_a_move_wakes_a_thread_that_waits_for_it(build: Callable) -
             assert world.manager.wait_for("tts", State.LOADING)
             gate.release()
 
-        run(scheduler, world, [waits, plain_client(world, random.Random(seed), 0, ["tts"])])
+        run(scheduler, world, [waits, partial(world.manager.warm, "tts")])
 
 
 def test_a_load_that_is_given_up_wakes_a_thread_that_waits_for_the_model(build: Callable) -> None:
