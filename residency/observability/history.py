@@ -136,12 +136,13 @@ class History:
         outcome = "ok" if error is None else "cancelled" if isinstance(error, RequestStopped) else "error"
         self.requests[outcome] += 1
         self.waits.add(max(0.0, began_s - asked_s))
-        if self._spans and began_s - self._spans[-1][1] < _RESOLUTION_S:
-            self._spans[-1] = (self._spans[-1][0], ended_s)
+        spans = self._spans
+        if spans and began_s - spans[-1][1] < _RESOLUTION_S:
+            spans[-1] = (spans[-1][0], ended_s)
             return
-        self._spans.append((began_s, ended_s))
-        while self._spans[0][1] < ended_s - WINDOW_S:
-            self._spans.popleft()
+        spans.append((began_s, ended_s))
+        while spans[0][1] < ended_s - WINDOW_S:
+            spans.popleft()
 
     def refused(self, error: BaseException) -> None:
         """Records a request that ended without the model."""
@@ -158,13 +159,10 @@ class History:
         """Returns the model's entry in ``GET /gpu/history``; ``running_since_s``: start of the running request."""
         begin_s = now_s - WINDOW_S
         spans = [*self._spans, *([] if running_since_s is None else [(running_since_s, now_s)])]
+        shown = [(max(began_s, begin_s), ended_s) for began_s, ended_s in spans if ended_s > begin_s]
         return {
             "device_bytes": self._sizes.as_list(now_s),
-            "requests": [
-                [_ago(max(began_s, begin_s), now_s), _ago(ended_s, now_s)]
-                for began_s, ended_s in spans
-                if ended_s > begin_s
-            ],
+            "requests": [[_ago(began_s, now_s), _ago(ended_s, now_s)] for began_s, ended_s in shown],
             "moves": [
                 {"ago_s": _ago(past.time_s, now_s), **past.as_dict(device_kind), "outcome": past.outcome}
                 for past in self.recent

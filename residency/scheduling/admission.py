@@ -23,17 +23,13 @@ from .managed_model import LeaseRequest, ManagedModel
 logger = logging.getLogger(__name__)
 
 
-FIRST_LOOK_S = 0.05
-"""Delay of a waiting request's first deadlock check after its arrival; later ones follow at growing intervals."""
-
-LONGEST_PAUSE_S = 8.0
-"""The longest of these intervals."""
+FIRST_LOOK_S, LONGEST_PAUSE_S = 0.05, 8.0
+"""Delay of a waiting request's first deadlock check, and the longest of the growing intervals between later ones."""
 
 REPORT_AFTER_S = 30.0
 """Waiting time after which a request is logged."""
 
-SMALL_BYTES = 64 << 20
-SMALL_LEAVES_WITHIN_S = 0.25
+SMALL_BYTES, SMALL_LEAVES_WITHIN_S = 64 << 20, 0.25
 """Maximum wait at the end of a lease for the offload of a model of at most ``SMALL_BYTES``."""
 
 
