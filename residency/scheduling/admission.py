@@ -237,9 +237,10 @@ class Admission:
     def _refusal_locked(self, request: LeaseRequest, timeout_s: float | None, blocks: bool) -> Exception | None:
         """Returns why a request cannot be queued, or None."""
         managed = request.managed
-        if managed.settled_state is State.DEVICE and managed.is_idle() and not managed.health.broken:
-            return None
         leases = managed.leases
+        settled = managed.settled_state is State.DEVICE and managed.move_task is None
+        if settled and not leases.in_use and not managed.health.broken:
+            return None
         if timeout_s != 0:
             if (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
                 return error

@@ -111,7 +111,10 @@ class Dispatcher:
         """Begins the next step of this model, and of those that wait for room. `run_pending` starts it."""
         self.version += 1
         now_s = self.clock.now()
-        short = [each for each in self.managed_models.values() if each.memory.waiting_for_room and each is not managed]
+        short = []
+        for other in self.managed_models.values():  # a comprehension would cost more: this is part of each lease
+            if other.memory.waiting_for_room and other is not managed:
+                short.append(other)
         for other in by_arrival(short) if short else ():
             self._step_locked(other, now_s)
         self._step_locked(managed, now_s)

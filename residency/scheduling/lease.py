@@ -84,7 +84,7 @@ class Lease:
         made = [lease for reference in _made.get() if (lease := reference()) is not None and not lease._ended]
         if made:
             self.made_after = tuple([one._request_here for one in made if one._request_here and one._task])
-        _made.set((*map(weakref.ref, made), weakref.ref(self)))
+        _made.set((*map(weakref.ref, made), weakref.ref(self)) if made else (weakref.ref(self),))
 
     def __enter__(self) -> Any:
         if not self._joins():
