@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from residency.errors import ResidencyError
-from residency.extras import needing
+from residency.errors import ResidencyError, needing
 from residency.launch.lifetime import Signals, recordings_folder
 from residency.launch.settings import Settings, parse
 

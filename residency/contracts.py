@@ -157,35 +157,6 @@ class Resident(Protocol):
         """
 
 
-class Loan(Resident, Protocol):
-    """A borrowed part, as seen by one engine. After the next `KeptPart.borrow_locked` it is empty and moves nothing."""
-
-    def joined_with(self, engine: Resident) -> Resident:
-        """Returns one resident for the engine and its borrowed part."""
-
-
-class KeptPart(Protocol):
-    """A part that a loader uses but does not build: it belongs to its owner and outlives releases, on the host."""
-
-    lock: threading.Lock
-    """Protects each move of the part: a load that was given up may end during the next one."""
-
-    @property
-    def device_bytes(self) -> int: ...
-
-    @property
-    def host_bytes(self) -> int: ...
-
-    def offload(self) -> int:
-        """Moves off the device, before the first loan."""
-
-    def borrow_locked(self) -> Loan:
-        """Lends the part to a load; ends the loan before."""
-
-    def hand_back(self) -> None:
-        """Restores the part to the device as it was given, and ends its management. On an error nothing has changed."""
-
-
 class SnapshotStore(Protocol):
     """Storage of bytes on disk between a release and the next load. Thread-safe for different names."""
 
@@ -199,24 +170,6 @@ class SnapshotStore(Protocol):
 
         With ``once`` it is deleted afterwards: it will not be written in this form again.
         """
-
-
-class Adoption(Protocol):
-    """The settings of a model that discovery needs."""
-
-    @property
-    def skip(self) -> tuple[str, ...]:
-        """Attribute paths of the engine; objects below them are not moved."""
-
-    @property
-    def borrowed_part(self) -> KeptPart | None:
-        """A part of the engine that outlives a release, and is searched separately."""
-
-
-class Adopt(Protocol):
-    """Finds the parts of a fresh engine that hold memory, except for ``borrowed_part``."""
-
-    def __call__(self, engine: Any, device: Device, managed: Adoption) -> Resident: ...
 
 
 class Engine(Protocol):
@@ -283,7 +236,7 @@ class Clock(Protocol):
     def now(self) -> float: ...
 
     def wait(self, event: threading.Lock, timeout_s: float = ...) -> None:
-        """Waits until a one-shot event (`residency.one_shot_event`) is set, or for ``timeout_s`` (may be `math.inf`).
+        """Waits until a one-shot event (`residency.locks`) is set, or for ``timeout_s`` (may be `math.inf`).
 
         May return early: the caller checks its condition again, and waits with a new event.
         """

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base_error import ResidencyError
-from .sentences import Sentence
+from .sentences import ResidencyError, Sentence
 
 
 @dataclass(eq=False, repr=False)

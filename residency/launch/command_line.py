@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .. import remarks
 from ..errors import UnknownModel
-from ..sentences import in_locale
+from ..sentences import holder_of, in_locale, remarks
 from ..units import readable_bytes
 from .settings import checked, sendable
 
@@ -114,7 +113,7 @@ def _reason(error: Exception, url: str) -> str:
 
 
 def table(status: Status) -> str:
-    """Formats the device's name, a line for each model, and the remarks of `residency.remarks`."""
+    """Formats the device's name, a line for each model, and remarks below them."""
     rows = [("MODEL", "STATE", "GPU", "MAIN MEMORY", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
@@ -125,7 +124,7 @@ def table(status: Status) -> str:
     below = [
         f"{name}: {sentence}"
         for name, model in status["models"].items()
-        for sentence in (remarks.holder(model), remarks.last_error(model), remarks.outside(model))
+        for sentence in (holder_of(model), *remarks(model))
         if sentence
     ]
     return "\n".join([status["device"]["name"], *lines, *below])

@@ -16,9 +16,6 @@ from ..sentences import language
 class LaunchError(ResidencyError):
     """Error of the launcher, exit code 1."""
 
-    def __init__(self, en: str, zh: str) -> None:
-        super().__init__(en, zh, en, zh)
-
 
 def choose(en: str, zh: str) -> str:
     """Returns the text in the terminal's language."""

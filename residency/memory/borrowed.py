@@ -13,9 +13,10 @@ from .engine import CompositeResident, EngineResident
 
 
 class BorrowedPart(EngineResident):
-    """The memory of a borrowed part, and its current loan. The part belongs to its owner before and after.
+    """The memory of a part that a loader uses but does not build, and its current loan.
 
-    See `residency.contracts.KeptPart`.
+    It belongs to its owner before and after, and outlives releases, on the host. ``lock`` protects each move of the
+    part: a load that was given up may end during the next one.
     """
 
     def __init__(self, part: Any, device: Device) -> None:
@@ -35,10 +36,12 @@ class BorrowedPart(EngineResident):
         return super().sessions | self._returned[1]
 
     def borrow_locked(self) -> BorrowedLoan:
+        """Lends the part to a load; ends the loan before."""
         self.loan = BorrowedLoan(self)
         return self.loan
 
     def hand_back(self) -> None:
+        """Restores the part to the device as it was given, and ends its management. On an error nothing has changed."""
         with self.lock:
             self.restore()
             self._returned = self.storage_keys, self.sessions
@@ -53,7 +56,7 @@ class BorrowedPart(EngineResident):
 
 
 class BorrowedLoan:
-    """See `residency.contracts.Loan`. Thread-safe: an abandoned load may end during the next one."""
+    """A borrowed part, as seen by one engine; after the next loan it is empty and moves nothing. Thread-safe."""
 
     def __init__(self, part: BorrowedPart) -> None:
         self._part = part

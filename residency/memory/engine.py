@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import Adoption, Device, Resident, SnapshotStore
+from ..contracts import Device, Resident, SnapshotStore
 from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
 from . import absent_tensors
 from .discovery import Discovery, Found, compiled_graphs
@@ -232,7 +232,7 @@ def _is_emptied(tensor: torch.Tensor) -> bool:
         return False
 
 
-def adopt(engine: Any, device: Device, managed: Adoption) -> EngineResident:
+def adopt(engine: Any, device: Device, managed: Any) -> EngineResident:
     """Returns the memory of a freshly loaded engine, without its borrowed part; see `EngineResident` for the errors."""
     borrowed = managed.borrowed_part
     return EngineResident(engine, device, managed.skip, borrowed if isinstance(borrowed, EngineResident) else None)

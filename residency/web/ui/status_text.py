@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ... import remarks as shared
+from ... import sentences as shared
 from ...states import State
 from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, MoveProgress, Status
 from ...units import readable_bytes, readable_rate
@@ -239,7 +239,7 @@ def activity(model: ModelStatus, localize: Localize) -> str:
 
 def holder(model: ModelStatus, localize: Localize) -> str:
     """Returns the code that uses the model, and for how long; empty if it is not in use."""
-    sentence = shared.holder(model)
+    sentence = shared.holder_of(model)
     return localize(sentence.zh, sentence.en[:1].upper() + sentence.en[1:]) if sentence else ""
 
 
@@ -279,7 +279,7 @@ def trouble(status: Status, localize: Localize) -> list[str]:
 
 def remarks(model: ModelStatus, localize: Localize) -> list[str]:
     """Returns a model's last error, and the memory that no move frees."""
-    return [translated(remark, localize) for remark in (shared.last_error(model), shared.outside(model)) if remark]
+    return [translated(sentence, localize) for sentence in shared.remarks(model)]
 
 
 def memory_label(device_kind: str, localize: Localize) -> str | None:
