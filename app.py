@@ -17,17 +17,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from residency.errors import ResidencyError
-from residency.extras import needing
-from residency.launch.recordings_folder import recordings_folder
+from residency.errors import ResidencyError, needing
+from residency.launch.lifetime import Signals, recordings_folder
 from residency.launch.settings import Settings, parse
-from residency.launch.signals import Signals
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
     from residency.contracts import Engine
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
+
+    CheckText = Callable[[str], object]
 
 __all__ = ["EditxTab", "main"]
 
@@ -72,14 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, signals: Signals) -> None:
-    from residency.launch.port import check_port
-    from residency.launch.proxies import reach_directly
+    from residency.launch.listening import check_port, reach_directly
     from residency.web.server.connections import raise_descriptor_limit
 
     raise_descriptor_limit()
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
-    build = _engine_builder(settings)
+    build, edit_types, check_text = _engine(settings)
     from residency.addresses import serving
     from residency.web.api.control import build as build_api
     from residency.web.editx_tab import EditxTab
@@ -88,37 +87,30 @@ def _serve(settings: Settings, signals: Signals) -> None:
     from residency.web.server.permissions import Permissions
 
     manager = _manager(settings) if settings.enable_gpu_management else None
-    engine = _managed(settings, manager, build) if manager else build(_torch_device())
+    engine = _managed(settings, manager, build, check_text) if manager else build(_torch_device(None))
     # Behind a tunnel, or a proxy that sends no client address, remote requests seem local.
     passed_on = settings.share or "://" in settings.root_path
     permissions = Permissions(settings.control_token, trust_local=not passed_on)
-    tab = EditxTab(
-        settings,
-        tts_engine=engine,
-        edit_types=_edit_types(settings),
-        recognize=_recognizer(settings, manager),
-        permissions=permissions,
-    )
+    recognize = _recognizer(settings, manager)
+    tab = EditxTab(settings, None, engine, edit_types=edit_types, recognize=recognize, permissions=permissions)
     page = Page(tab, manager, permissions, settings.max_upload)
-    signals.at_once(page.close_tunnels)
+    api = None
+    if manager and tab.panel:
+        signed_in = page.signed_in if settings.auth else None
+        api = build_api(manager, permissions, tab.panel.news, signed_in, lambda: page.serves)
+    names = (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or "")
+    signals.before_quit(page.close_tunnels)
     try:
         public_link = page.serve(
             settings.server_name,
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
-            hosts=Hosts(
-                (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or ""),
-                permissions.knows_token,
-            ),
+            hosts=Hosts(names, permissions.knows_token),
             root_path=settings.root_path,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
-            api=build_api(
-                manager, permissions, tab.panel.news, page.signed_in if settings.auth else None, lambda: page.serves
-            )
-            if manager and tab.panel
-            else None,
+            api=api,
         )
         scheme = "https" if settings.ssl_certfile else "http"
         logger.info("%s", serving(settings.server_name, settings.server_port, scheme))
@@ -128,25 +120,26 @@ def _serve(settings: Settings, signals: Signals) -> None:
             logger.info("Public link / 公开链接：%s", public_link or "could not be made / 创建失败")
         signals.wait()
     finally:
-        signals.interrupt_no_more()
+        signals.disable_interrupt()
         _end(page, manager, settings.shutdown_grace)
 
 
-def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
-    """Returns a function that builds the engine for a torch device. Checks for missing parts immediately."""
+def _engine(settings: Settings) -> tuple[Callable[[str], Engine], dict[str, list[str]] | None, CheckText | None]:
+    """Returns how to build the engine for a torch device, and of the built-in one the tasks and the check of texts.
+
+    The check rejects texts that the engine cannot speak, without loading it. Missing packages and files of the engine
+    are reported immediately.
+    """
     if settings.engine == "builtin":
+        with needing("builtin"):
+            from residency.engines.builtin import BuiltinEngine, supported_edit_types
+            from residency.engines.text import speakable
 
-        def builtin(torch_device: str) -> Engine:
-            with needing("builtin"):
-                from residency.engines.builtin import BuiltinEngine
-
-                return BuiltinEngine(device=torch_device)
-
-        return builtin
-
+        return lambda torch_device: BuiltinEngine(device=torch_device), supported_edit_types(), speakable
     with needing("step-audio"):
         from residency.engines import step_audio
 
+    model_path = str(settings.model_path)
     where: dict[str, Any] = {
         "root": settings.step_audio_root,
         "model_source": settings.model_source,
@@ -154,39 +147,16 @@ def _engine_builder(settings: Settings) -> Callable[[str], Engine]:
         "tts_model_id": settings.tts_model_id,
         "quantization": settings.quantization,
     }
-    for shortcoming in step_audio.shortcomings(str(settings.model_path), **where):
+    for shortcoming in step_audio.shortcomings(model_path, **where):
         logger.warning("%s", shortcoming)
-
-    def real(torch_device: str) -> Engine:
-        return step_audio.build(
-            str(settings.model_path), **where, torch_dtype=settings.torch_dtype, device_map=settings.device_map
-        )
-
-    return real
+    options: dict[str, Any] = {**where, "torch_dtype": settings.torch_dtype, "device_map": settings.device_map}
+    return lambda torch_device: step_audio.build(model_path, **options), None, None
 
 
-def _edit_types(settings: Settings) -> dict[str, list[str]] | None:
-    if settings.engine != "builtin":
-        return None
-    with needing("builtin"):
-        from residency.engines.builtin import supported_edit_types
-
-    return supported_edit_types()
-
-
-def _check_text(settings: Settings) -> Callable[[str], object] | None:
-    """Returns a function that rejects texts which the engine cannot speak, without loading the engine, or None."""
-    if settings.engine != "builtin":
-        return None
-    from residency.engines.text import speakable
-
-    return speakable
-
-
-def _torch_device() -> str:
+def _torch_device(manager: GPUResourceManager | None) -> str:
     from residency.devices import find_device
 
-    return find_device().torch_device
+    return (manager.device if manager else find_device()).torch_device
 
 
 def _manager(settings: Settings) -> GPUResourceManager:
@@ -206,7 +176,9 @@ def _manager(settings: Settings) -> GPUResourceManager:
     return manager
 
 
-def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[str], Engine]) -> Engine:
+def _managed(
+    settings: Settings, manager: GPUResourceManager, build: Callable[[str], Engine], check_text: CheckText | None
+) -> Engine:
     from tts_gpu_managed import GPUManagedTTS
 
     return GPUManagedTTS(
@@ -217,7 +189,7 @@ def _managed(settings: Settings, manager: GPUResourceManager, build: Callable[[s
         manager=manager,
         load=lambda: build(manager.device.torch_device),
         name="tts",
-        check_text=_check_text(settings),
+        check_text=check_text,
     )
 
 
@@ -234,9 +206,7 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
         with needing("asr"):
             from residency.engines.asr import DEFAULT_MODEL, Recognizer
 
-        return Recognizer.load(
-            settings.asr_model or DEFAULT_MODEL, manager.device.torch_device if manager else _torch_device()
-        )
+        return Recognizer.load(settings.asr_model or DEFAULT_MODEL, _torch_device(manager))
 
     if manager is None:
         return load()
@@ -258,18 +228,16 @@ def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None
         allowed = "" if grace_s == math.inf else f" ({grace_s:g} s)"
         logger.info(
             "Shutting down; a running request may finish%s, a second signal quits at once. / "
-            "正在关闭；正在运行的请求可以完成%s，再次发送信号则立即退出。",
-            allowed,
-            allowed,
-        )
+            "正在关闭；正在运行的请求可以完成%s，再次发送信号则立即退出。", allowed, allowed,
+        )  # fmt: skip
     ended = manager is None or _closed(manager, grace_s)
     idle = page.speech.wait_until_idle(left_s())
     # Refusals need time for delivery too, even if a running request is abandoned.
-    page.traffic.wait_until_quiet(DELIVERED_WITHIN_S if idle else REFUSED_WITHIN_S)
+    page.middleware.wait_until_quiet(DELIVERED_WITHIN_S if idle else REFUSED_WITHIN_S)
     if page.speech.running:
-        logger.warning("A request is still running; leaving without it. / 仍有请求在运行，不再等待，直接退出。")
+        logger.warning("A request is still running; exiting without waiting. / 仍有请求在运行，不再等待，直接退出。")
     elif not ended:
-        logger.warning("A model is still on its way; leaving without it. / 模型仍在搬移，不再等待，直接退出。")
+        logger.warning("A model is still being moved; exiting without waiting. / 模型仍在搬移，不再等待，直接退出。")
     if page.speech.running or not ended:
         _abandoned.set()
     # Hide the server's errors about requests that this intended shutdown interrupts.

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from residency.clock import SystemClock
-from residency.contracts import Adopt, Clock, Device, Policy
+from residency.contracts import Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
-from residency.devices.probes import HostProbe, remeasured, sample
+from residency.devices.host_probes import host_memory, remeasured, sample
 from residency.errors import (
     DeviceLost,
     DeviceOutOfMemory,
@@ -41,7 +41,7 @@ from residency.errors import (
     UnknownModel,
 )
 from residency.locks import renewed_in_children
-from residency.memory import BorrowedPart, BorrowedResident, SnapshotFolder, adopt
+from residency.memory import BorrowedPart, SnapshotFolder, adopt
 from residency.observability.events import Event
 from residency.scheduling.admission import Admission
 from residency.scheduling.dispatcher import Dispatcher
@@ -49,13 +49,12 @@ from residency.scheduling.lease import Lease, watching
 from residency.scheduling.managed_model import ManagedModel
 from residency.scheduling.manual_control import ManualControl
 from residency.scheduling.move_runner import MoveRunner
-from residency.scheduling.mover import Mover
-from residency.scheduling.overview import Overview
+from residency.scheduling.mover import Adopt, Mover
 from residency.scheduling.planner import will_not_reach
 from residency.scheduling.policies import change_policy, check_counts, comparable, policy_for, seconds
-from residency.scheduling.process_lifetime import end_with_the_process
 from residency.scheduling.random_state import RandomState
 from residency.scheduling.registry import Registry
+from residency.scheduling.status import Overview
 from residency.states import State
 from residency.status_types import Status, UsageHistory
 
@@ -99,27 +98,21 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         check_counts(1, budget_bytes=budget_bytes)
         self.device: Device = device or find_device()
         self.settings = comparable(
-            device=self.device,
-            keep_warm=keep_warm,
-            idle_timeout=idle_timeout,
-            snapshot_dir=snapshot_dir,
-            snapshot_limit_bytes=snapshot_limit_bytes,
-            budget_bytes=budget_bytes,
-            wait_timeout=wait_timeout,
-        )
+            device=self.device, keep_warm=keep_warm, idle_timeout=idle_timeout, snapshot_dir=snapshot_dir,
+            snapshot_limit_bytes=snapshot_limit_bytes, budget_bytes=budget_bytes, wait_timeout=wait_timeout,
+        )  # fmt: skip
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
         mover = Mover(self.device, adopt, snapshots)
         clock = clock or SystemClock()
         dispatcher = Dispatcher(self.device, clock, math.inf if budget_bytes is None else budget_bytes)
         self._dispatcher = dispatcher
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
-        self._registry = Registry(dispatcher, mover)
+        self._registry = Registry(dispatcher)
         check_locked = self._registry.check_open_locked
         self._admission = Admission(dispatcher, check_locked, self.settings["wait_timeout"])
         self._manual_control = ManualControl(dispatcher, self._moves, mover, check_locked)
         remeasure = partial(remeasured, device=self.device)
-        self._overview = Overview(dispatcher, budget_bytes, HostProbe().memory, remeasure)
-        end_with_the_process(self._registry)
+        self._overview = Overview(dispatcher, budget_bytes, host_memory, remeasure)
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -167,19 +160,18 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         Raises:
             ModelExists: the name is taken.
         """
-        chosen = policy_for(policy, keep_warm, idle_timeout, self.settings)
-        load_timeout_s = seconds(load_timeout)
+        managed = ManagedModel(name, load, policy_for(policy, keep_warm, idle_timeout, self.settings))
+        managed.load_timeout_s = seconds(load_timeout)
         check_counts(0, max_waiting=max_waiting, size_bytes=size_bytes)
         if isinstance(skip, str):
             raise InvalidInput(f"skip is several paths: give [{skip!r}]", f"skip 是多个路径：请写 [{skip!r}]")
         self._registry.check_free(name)
-        managed = ManagedModel(
-            name, load, chosen, skip=tuple(skip), random_state=RandomState(), load_timeout_s=load_timeout_s
-        )
+        managed.skip = tuple(skip)
+        managed.random_state = RandomState()
         managed.leases.max_waiting = math.inf if max_waiting is None else max_waiting
         managed.memory.size_bytes = size_bytes
         if keep is not None:
-            managed.borrowed_part = BorrowedPart(BorrowedResident(keep, self.device))
+            managed.borrowed_part = BorrowedPart(keep, self.device)
         self._registry.add(managed)
 
     def configure(
@@ -292,9 +284,11 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         """
         managed = self._registry.named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
-        self._dispatcher.watch(
-            managed, lambda: managed.state is state or will_not_reach(managed, state), timeout_s, SystemClock()
-        )
+
+        def ends() -> bool:
+            return managed.state is state or will_not_reach(managed, state)
+
+        self._dispatcher.watch(managed, ends, timeout_s, SystemClock())
         return managed.state is state
 
     def close(self, grace: float | str | None = None) -> bool:

@@ -106,33 +106,21 @@ class GPUManagedTTS:
         """
         self.manager = manager or get_gpu_manager()
         given = {
-            "model_source": model_source,
-            "tts_model_id": tts_model_id,
-            "quantization_config": quantization_config,
-            "torch_dtype": torch_dtype,
-            "device_map": device_map,
-            **known_arguments(engine_arguments),
-        }
+            "model_source": model_source, "tts_model_id": tts_model_id, "quantization_config": quantization_config,
+            "torch_dtype": torch_dtype, "device_map": device_map, **known_arguments(engine_arguments),
+        }  # fmt: skip
         arguments = {name: value for name, value in given.items() if value is not Default.ENGINES_OWN}
         # A ready tokenizer belongs to the caller, and must outlive a release of the engine.
         keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
-        if check_text is None and load is None and not model_path:
-            check_text = speakable
-        self._check_text = check_text
+        self._check_text = check_text or (speakable if load is None and not model_path else None)
         if check_audio is None and load is None and model_path:
             from residency.engines.step_audio import audio_check
 
             check_audio = audio_check(max_model_len=engine_arguments.get("max_model_len"))
         self._check_audio = check_audio
         load = load or self._loader(model_path, audio_tokenizer, arguments)
-        self.name = self._register(
-            name,
-            load,
-            keep_warm=gpu_keep_warm,
-            idle_timeout=gpu_idle_timeout,
-            load_timeout=gpu_load_timeout,
-            keep=keep,
-        )
+        durations = {"keep_warm": gpu_keep_warm, "idle_timeout": gpu_idle_timeout, "load_timeout": gpu_load_timeout}
+        self.name = self._register(name, load, keep=keep, **durations)
 
     def check_text(self, target_text: str) -> None:
         """Raises `InvalidInput` for a text that the engine is known not to support. Does not load the engine."""
@@ -151,10 +139,7 @@ class GPUManagedTTS:
         """
         self.check_text(target_text)
         self.check_audio(prompt_wav_path)
-        answer: tuple[torch.Tensor, int] = self._speak(
-            lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text)
-        )
-        return answer
+        return self._speak(lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text))
 
     @with_names_of_both
     def edit(
@@ -171,10 +156,7 @@ class GPUManagedTTS:
         Raises `InvalidInput`, before the engine is loaded, if `check_audio` refuses the recording.
         """
         self.check_audio(input_audio_path)
-        answer: tuple[torch.Tensor, int] = self._speak(
-            lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text)
-        )
-        return answer
+        return self._speak(lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text))
 
     def get_gpu_status(self) -> Status:
         """Returns the answer of ``GET /gpu/status``. Does not count as use."""
@@ -206,16 +188,17 @@ class GPUManagedTTS:
         """Releases the engine after its running requests, and unregisters its name."""
         self.manager.unregister(self.name)
 
-    def _speak(self, call: Callable[[Engine], Any]) -> Any:
-        def answer(engine: Engine) -> Any:
+    def _speak(self, call: Callable[[Engine], T]) -> T:
+        def answer(engine: Engine) -> T:
             with self._own_errors(engine):
                 return self._own(call(engine), engine)
 
         return ask(self.manager, self.name, answer)
 
-    def _own(self, answer: Any, engine: Engine) -> Any:
+    def _own(self, answer: T, engine: Engine) -> T:
         """Returns the answer with copies of what an offload would free."""
-        return HandOut(self, engine, self.manager.device.holds_tensor, _holds_memory)(answer)
+        copy: T = HandOut(self, engine, self.manager.device.holds_tensor, _holds_memory)(answer)
+        return copy
 
     @contextmanager
     def _own_errors(self, engine: Engine) -> Iterator[None]:
@@ -264,9 +247,8 @@ class GPUManagedTTS:
                 return answer
             return self._stream(lease, held.pop_all(), answer)
 
-    def _stream(
-        self, lease: Lease, held: AbstractContextManager[Any], stream: Generator[Any, Any, Any]
-    ) -> Iterator[Any]:
+    @staticmethod
+    def _stream(lease: Lease, held: AbstractContextManager[Any], stream: Generator[Any, Any, Any]) -> Iterator[Any]:
         """Yields a generator's items; keeps its lease until it ends, is closed or is collected."""
         with held, closing(stream):
             lease.resumed()
@@ -296,22 +278,19 @@ class GPUManagedTTS:
 
         for shortcoming in tts_shortcomings(model_path, **arguments):
             logger.warning("%s", shortcoming)
-
-        def step_audio() -> Engine:
-            make_tokenizer = audio_tokenizer if _is_factory(audio_tokenizer) else lambda: audio_tokenizer
-            return build_tts(model_path, make_tokenizer, **arguments)
-
-        return step_audio
+        make_tokenizer = audio_tokenizer if _is_factory(audio_tokenizer) else lambda: audio_tokenizer
+        return lambda: build_tts(model_path, make_tokenizer, **arguments)
 
     def _register(self, name: str | None, load: Callable[[], Engine], **settings: Any) -> str:
-        for candidate in [name] if name else _free_names():
+        names = (f"tts-{number}" if number > 1 else "tts" for number in itertools.count(1))
+        while True:
+            candidate = name or next(names)
             try:
                 self.manager.register(candidate, load, **settings)
                 return candidate
             except ModelExists:
                 if name:
                     raise
-        raise AssertionError("there is always a free name")
 
 
 def ask(manager: GPUResourceManager, name: str, call: Callable[[Any], T]) -> T:
@@ -345,9 +324,3 @@ def _holds_memory(value: Any) -> bool:
 def _is_factory(audio_tokenizer: Any) -> bool:
     # A StepAudioTokenizer is callable too; its method identifies it.
     return callable(audio_tokenizer) and not hasattr(audio_tokenizer, "wav2token")
-
-
-def _free_names() -> Iterator[str]:
-    yield "tts"
-    for number in itertools.count(2):
-        yield f"tts-{number}"

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from residency.memory.checksum import memoryview_of
 from residency.memory.engine import EngineResident
-from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import MirrorLayout
+from residency.memory.mirror import HostMirror, MirrorLayout
 from residency.memory.snapshot import SnapshotFolder
 from residency.memory.weights import Weights
 

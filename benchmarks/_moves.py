@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import MirrorLayout
+from residency.memory.mirror import HostMirror, MirrorLayout
 from residency.memory.weights import Weights
 from residency.sentences import Sentence
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from residency.engines import world
 from residency.engines.audio import SAMPLE_RATE, read_audio
 from residency.engines.builtin import BuiltinEngine
-from residency.engines.speech_detector import cut, speech_segments
+from residency.engines.cleaning import cut, speech_segments
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and nobody in the village was surprised at all.",
@@ -52,7 +52,7 @@ def main() -> None:
         speech = cut(recording, speech_segments(recording, engine.vad_model, engine.device))
         voice = embedding(encoder, speech)
         halves = [embedding(encoder, half) for half in np.array_split(speech, 2)]
-        plain = [embedding(encoder, engine.speaker(text, seed=1)) for text in SENTENCES]
+        plain = [embedding(encoder, engine.hibari(text, seed=1)) for text in SENTENCES]
         start = time.perf_counter()
         clones = [engine.clone(str(path), "-", text)[0][0].numpy() for text in SENTENCES]
         seconds = (time.perf_counter() - start) / len(SENTENCES)

@@ -6,11 +6,11 @@ import math
 import threading
 import time
 
-from .one_shot_event import set_event
+from .locks import set_event
 
 
 class SystemClock:
-    """The clock of ``time.monotonic``; ignores changes of the wall clock."""
+    """The clock of ``time.monotonic``."""
 
     def now(self) -> float:
         return time.monotonic()

@@ -39,7 +39,10 @@ class Telemetry:
 
 
 class Device(Protocol):
-    """The device on which models compute; accounts for their memory."""
+    """The device on which models compute; accounts for their memory.
+
+    Methods that return nothing have no effect unless a device overrides them.
+    """
 
     kind: DeviceKind
     name: str
@@ -68,6 +71,7 @@ class Device(Protocol):
 
     def ensure_usable(self) -> None:
         """Checks, before a first load, that torch can compute here; raises `DeviceUnavailable` if not."""
+        return
 
     def is_usable(self) -> bool:
         """Tests the device itself for this process.
@@ -84,15 +88,19 @@ class Device(Protocol):
 
     def charge(self, nbytes: int) -> None:
         """Adds bytes that a loader placed here; raises `DeviceOutOfMemory` if they exceed the device."""
+        return
 
     def refund(self, nbytes: int) -> None:
         """Subtracts bytes that were freed without `drop` (a destroyed session, a released engine)."""
+        return
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """Reallocates ``nbytes`` for an empty storage, uninitialised; raises `DeviceOutOfMemory` if they do not fit."""
+        return
 
     def drop(self, storage: torch.UntypedStorage) -> None:
         """Frees the bytes of a storage; its tensors remain, empty."""
+        return
 
     def placing(self) -> AbstractContextManager[Any]:
         """Returns a context for calls of `allocate`.
@@ -108,12 +116,15 @@ class Device(Protocol):
 
     def unpin(self, raw: torch.Tensor) -> None:
         """Unlocks memory locked by `pin`."""
+        return
 
     def wait(self) -> None:
         """Waits for all running work of this device; afterwards nothing reads or writes an unused model."""
+        return
 
     def settle(self) -> None:
         """Returns freed memory to the driver."""
+        return
 
 
 class Resident(Protocol):
@@ -152,66 +163,19 @@ class Resident(Protocol):
         """
 
 
-class Loan(Resident, Protocol):
-    """A borrowed part, as seen by one engine. After the next `KeptPart.borrow_locked` it is empty and moves nothing."""
-
-    def joined_with(self, engine: Resident) -> Resident:
-        """Returns one resident for the engine and its borrowed part."""
-
-
-class KeptPart(Protocol):
-    """A part that a loader uses but does not build: it belongs to its owner and outlives releases, on the host."""
-
-    lock: threading.Lock
-    """Protects each move of the part: a load that was given up may end during the next one."""
-
-    @property
-    def device_bytes(self) -> int: ...
-
-    @property
-    def host_bytes(self) -> int: ...
-
-    def offload(self) -> int:
-        """Moves off the device, before the first loan."""
-
-    def borrow_locked(self) -> Loan:
-        """Lends the part to a load; ends the loan before."""
-
-    def hand_back(self) -> None:
-        """Restores the part to the device as it was given, and ends its management. On an error nothing has changed."""
-
-
 class SnapshotStore(Protocol):
     """Storage of bytes on disk between a release and the next load. Thread-safe for different names."""
 
-    def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
-        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these XXH3 hashes; raises `SnapshotUnusable`."""
+    def write(self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor) -> None:
+        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these checksums (XXH3); or `SnapshotUnusable`."""
 
     def read(
-        self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor, *, once: bool
+        self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor, *, once: bool
     ) -> None:
-        """Fills ``raw`` with the bytes of that name and these hashes; raises `SnapshotUnusable` if that is impossible.
+        """Fills ``raw`` with the bytes of that name and these checksums; raises `SnapshotUnusable` if it cannot.
 
         With ``once`` it is deleted afterwards: it will not be written in this form again.
         """
-
-
-class Adoption(Protocol):
-    """The settings of a model that discovery needs."""
-
-    @property
-    def skip(self) -> tuple[str, ...]:
-        """Attribute paths of the engine; objects below them are not moved."""
-
-    @property
-    def borrowed_part(self) -> KeptPart | None:
-        """A part of the engine that outlives a release, and is searched separately."""
-
-
-class Adopt(Protocol):
-    """Finds the parts of a fresh engine that hold memory, except for ``borrowed_part``."""
-
-    def __call__(self, engine: Any, device: Device, managed: Adoption) -> Resident: ...
 
 
 class Engine(Protocol):
@@ -278,7 +242,7 @@ class Clock(Protocol):
     def now(self) -> float: ...
 
     def wait(self, event: threading.Lock, timeout_s: float = ...) -> None:
-        """Waits until a one-shot event (`residency.one_shot_event`) is set, or for ``timeout_s`` (may be `math.inf`).
+        """Waits until a one-shot event (`residency.locks`) is set, or for ``timeout_s`` (may be `math.inf`).
 
         May return early: the caller checks its condition again, and waits with a new event.
         """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from .base_error import ResidencyError
 from .memory_errors import (
     CapturedGraphs,
     CaptureUnderWay,
@@ -26,14 +26,15 @@ from .memory_errors import (
     WeightsGone,
     WorkerEnded,
 )
+from .sentences import Holder, ResidencyError
 
 __all__ = ["CaptureUnderWay", "CapturedGraphs", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable",
-           "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder", "InvalidInput", "LeaseDeadlock",
-           "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed", "NotHandedOut", "NotReady",
-           "OnAnotherDevice", "OverBudget", "PartGone", "RequestCancelled", "RequestStopped", "RequestTimeout",
-           "ResidencyError", "SelfMoveFailed", "SelfMoveFreedNothing", "SettingsConflict", "SharedWeights",
-           "SnapshotUnusable", "TensorAway", "TooManyListeners", "UnknownModel", "WeightsGone", "WorkerEnded",
-           "about"]  # fmt: skip
+           "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder", "InvalidInput",
+           "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed", "NotHandedOut",
+           "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RequestCancelled", "RequestStopped",
+           "RequestTimeout", "ResidencyError", "SelfMoveFailed", "SelfMoveFreedNothing", "SettingsConflict",
+           "SharedWeights", "SnapshotUnusable", "TensorAway", "TooManyListeners", "UnknownModel", "WeightsGone",
+           "WorkerEnded", "about", "needing", "require"]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False)
@@ -58,54 +59,25 @@ class ModelExists(ResidencyError):
     """A model of that name is registered already."""
 
     name: str
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"A model called {self.name!r} is registered already; choose another name or unregister({self.name!r}) "
-            f"first.",
-            f"已注册名为 {self.name!r} 的模型；请换一个名称，或先调用 unregister({self.name!r})。",
-        )
+    en = "A model called {self.name!r} is registered already; choose another name or unregister({self.name!r}) first."
+    zh = "已注册名为 {self.name!r} 的模型；请换一个名称，或先调用 unregister({self.name!r})。"
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The request that uses a model: the code that took the lease, its thread, and for how many seconds.
-
-    ``waits_for``: thread of a request for the same model for which this code waits, with a time-out.
-    """
-
-    where: str
-    thread: str
-    held_s: float
-    waits_for: str | None = None
-
-    @property
-    def en(self) -> str:
-        waits = f", which waits for thread {self.waits_for}, which waits for the model" if self.waits_for else ""
-        return f"held for {self.held_s:.3g} s by {self.where} (thread {self.thread}){waits}"
-
-    @property
-    def zh(self) -> str:
-        waits = f"，且正在等待线程 {self.waits_for}，而该线程在等待此模型" if self.waits_for else ""
-        return f"{self.where}（线程 {self.thread}）已占用 {self.held_s:.3g} 秒{waits}"
-
-
-def _after(holder: Holder | None) -> tuple[str, str]:
-    return (f"; {holder.en}", f"；{holder.zh}") if holder else ("", "")
-
-
-def _in_brackets(holder: Holder | None) -> tuple[str, str]:
-    return (f" ({holder.en})", f"（{holder.zh}）") if holder else ("", "")
-
-
-_DOING_ZH = {
+_STATES_ZH = {
     "released": "未加载", "loading": "加载中", "device": "使用中", "offloading": "正在离开设备",
     "host": "在内存中", "restoring": "正在返回设备", "releasing": "释放中",
 }  # fmt: skip
 
 
-def _doing(state: str) -> tuple[str, str]:
-    return "in use" if state == "device" else state, _DOING_ZH.get(state, state)
+def _activity(state: str, holder: Holder | None, more_en: str, more_zh: str) -> tuple[str, str]:
+    """Returns what a model does at the moment: its state, ``more``, and the code that uses it."""
+    held_en, held_zh = (f"; {holder.en}", f"；{holder.zh}") if holder else ("", "")
+    state_en = "in use" if state == "device" else state
+    return f"({state_en}; {more_en}{held_en})", f"（{_STATES_ZH.get(state, state)}；{more_zh}{held_zh}）"
+
+
+def _in_brackets(holder: Holder | None) -> tuple[str, str]:
+    return (f" ({holder.en})", f"（{holder.zh}）") if holder else ("", "")
 
 
 @dataclass(eq=False, repr=False)
@@ -122,12 +94,13 @@ class RequestTimeout(ResidencyError, TimeoutError):
     holder: Holder | None = None
 
     def sentences(self) -> tuple[str, str]:
-        (held_en, held_zh), (doing_en, doing_zh) = _after(self.holder), _doing(self.doing)
+        place = f"place {self.place} in the queue", f"排队第 {self.place} 位"
+        en, zh = _activity(self.doing, self.holder, *place)
         return (
-            f"{self.name!r} did not become free within {self.waited_s:.3g} s ({doing_en}; place {self.place} in the "
-            f"queue{held_en}). Try again, or allow more time (--gpu-wait-timeout, or timeout).",
-            f"{self.waited_s:.3g} 秒内未能使用 {self.name!r}（{doing_zh}；排队第 {self.place} 位{held_zh}）。请重试，"
-            f"或延长等待时间（--gpu-wait-timeout 或 timeout）。",
+            f"{self.name!r} did not become free within {self.waited_s:.3g} s {en}. Try again, or allow more time "
+            f"(--gpu-wait-timeout, or timeout).",
+            f"{self.waited_s:.3g} 秒内未能使用 {self.name!r}{zh}。"
+            f"请重试，或延长等待时间（--gpu-wait-timeout 或 timeout）。",
         )
 
 
@@ -159,11 +132,9 @@ class ModelBusy(ResidencyError):
     holder: Holder | None = None
 
     def sentences(self) -> tuple[str, str]:
-        (held_en, held_zh), (doing_en, doing_zh) = _after(self.holder), _doing(self.doing)
-        return (
-            f"{self.name!r} is busy ({doing_en}; {self.waiting} waiting{held_en}). Try again later.",
-            f"{self.name!r} 正忙（{doing_zh}；{self.waiting} 个请求等待中{held_zh}），请稍后重试。",
-        )
+        waiting = f"{self.waiting} waiting", f"{self.waiting} 个请求等待中"
+        en, zh = _activity(self.doing, self.holder, *waiting)
+        return f"{self.name!r} is busy {en}. Try again later.", f"{self.name!r} 正忙{zh}，请稍后重试。"
 
 
 @dataclass(eq=False, repr=False)
@@ -171,22 +142,15 @@ class RequestCancelled(ResidencyError):
     """A request was cancelled while it waited."""
 
     name: str
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"The request for {self.name!r} was cancelled while it waited.",
-            f"对 {self.name!r} 的请求在等待时被取消。",
-        )
+    en = "The request for {self.name!r} was cancelled while it waited."
+    zh = "对 {self.name!r} 的请求在等待时被取消。"
 
 
 class RequestStopped(ResidencyError):
     """A request was cancelled while it ran; see `residency.cancellation`."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "The request was stopped, and nothing of it is kept; ask again if you want it.",
-            "请求已停止，未保留任何结果；如仍需要，请重新提交。",
-        )
+    en = "The request was stopped, and nothing of it is kept; ask again if you want it."
+    zh = "请求已停止，未保留任何结果；如仍需要，请重新提交。"
 
 
 @dataclass(eq=False, repr=False)
@@ -224,31 +188,28 @@ class LoadTimeout(ResidencyError, TimeoutError):
 
     name: str
     allowed_s: float
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"{self.name!r} was not loaded within {self.allowed_s:g} s. Look what its loader waits for (a download, a "
-            f"disk, a lock), or allow more (--gpu-load-timeout, or load_timeout).",
-            f"{self.name!r} 未能在 {self.allowed_s:g} 秒内加载完成。"
-            f"请检查加载在等待什么（下载、磁盘、锁），或延长时限（--gpu-load-timeout 或 load_timeout）。",
-        )
+    en = (
+        "{self.name!r} was not loaded within {self.allowed_s:g} s. Look what its loader waits for (a download, a "
+        "disk, a lock), or allow more (--gpu-load-timeout, or load_timeout)."
+    )
+    zh = (
+        "{self.name!r} 未能在 {self.allowed_s:g} 秒内加载完成。请检查加载在等待什么（下载、磁盘、锁），"
+        "或延长时限（--gpu-load-timeout 或 load_timeout）。"
+    )
 
 
 class ManagerClosed(ResidencyError):
     """The manager is closed and accepts no requests."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "The GPU manager is closed; make a new one or restart the app.",
-            "GPU 管理器已关闭，请新建一个或重启应用。",
-        )
+    en = "The GPU manager is closed; make a new one or restart the app."
+    zh = "GPU 管理器已关闭，请新建一个或重启应用。"
 
 
 class NotReady(ResidencyError):
     """The app is starting; its page does not respond yet."""
 
-    def __init__(self) -> None:
-        super().__init__("The app is still starting; try again in a moment.", "应用正在启动，请稍后重试。")
+    en = "The app is still starting; try again in a moment."
+    zh = "应用正在启动，请稍后重试。"
 
 
 @dataclass(eq=False, repr=False)
@@ -256,13 +217,11 @@ class TooManyListeners(ResidencyError):
     """``/gpu/events`` has reached its maximum of listeners."""
 
     most: int
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"{self.most} listeners are connected already, which is the limit: close some and try again, or poll "
-            f"/gpu/status.",
-            f"监听者已达 {self.most} 个：请关闭不需要的连接后重试，或改为轮询 /gpu/status。",
-        )
+    en = (
+        "{self.most} listeners are connected already, which is the limit: close some and try again, or poll "
+        "/gpu/status."
+    )
+    zh = "监听者已达 {self.most} 个：请关闭不需要的连接后重试，或改为轮询 /gpu/status。"
 
 
 @dataclass(eq=False, repr=False)
@@ -272,14 +231,14 @@ class SettingsConflict(ResidencyError):
     setting: str
     present: object
     asked: object
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"The manager of this process already runs with {self.setting}={self.present!r}, not {self.asked!r}. Call "
-            f"get_gpu_manager() without settings to share it, or close() it first.",
-            f"本进程的管理器已以 {self.setting}={self.present!r} 运行，而不是 {self.asked!r}。"
-            f"请不带参数调用 get_gpu_manager() 以共用它，或先调用 close()。",
-        )
+    en = (
+        "The manager of this process already runs with {self.setting}={self.present!r}, not {self.asked!r}. Call "
+        "get_gpu_manager() without settings to share it, or close() it first."
+    )
+    zh = (
+        "本进程的管理器已以 {self.setting}={self.present!r} 运行，而不是 {self.asked!r}。"
+        "请不带参数调用 get_gpu_manager() 以共用它，或先调用 close()。"
+    )
 
 
 Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task"]
@@ -311,34 +270,50 @@ def about(field: Field) -> Iterator[None]:
 class NotAllowed(ResidencyError, PermissionError):
     """The caller has no permission for this operation."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "Only people on this machine, signed-in users (--auth user:password) and holders of the token "
-            "(--control-token, sent as 'Authorization: Bearer TOKEN') may do this.",
-            "只有本机用户、已登录用户（--auth user:password）或持有令牌者（--control-token，"
-            "以请求头 'Authorization: Bearer TOKEN' 发送）可以执行此操作。",
-        )
+    en = (
+        "Only people on this machine, signed-in users (--auth user:password) and holders of the token "
+        "(--control-token, sent as 'Authorization: Bearer TOKEN') may do this."
+    )
+    zh = (
+        "只有本机用户、已登录用户（--auth user:password）或持有令牌者（--control-token，"
+        "以请求头 'Authorization: Bearer TOKEN' 发送）可以执行此操作。"
+    )
 
 
 @dataclass(eq=False, repr=False)
 class ExtraMissing(ResidencyError, ImportError):
-    """A module of an optional extra is not installed."""
+    """A module of an optional extra, which a plain ``pip install`` omits, is not installed."""
 
     extra: str
     module: str
+    en = (
+        "The Python module {self.module!r} is missing, which comes with the extra {self.extra!r}: pip install "
+        "'gpu-managed-tts[{self.extra}]', or pip install '.[{self.extra}]' in this project's folder"
+    )
+    zh = (
+        "缺少 Python 模块 {self.module!r}，它由附加依赖 {self.extra!r} 提供：请执行 pip install "
+        "'gpu-managed-tts[{self.extra}]'，或在本项目目录中执行 pip install '.[{self.extra}]'"
+    )
 
-    def sentences(self) -> tuple[str, str]:
-        command = f"pip install 'gpu-managed-tts[{self.extra}]'"
-        return (
-            f"The Python module {self.module!r} is missing, which comes with the extra {self.extra!r}: {command}, or "
-            f"pip install '.[{self.extra}]' in this project's folder",
-            f"缺少 Python 模块 {self.module!r}，它由附加依赖 {self.extra!r} 提供：请执行 {command}，"
-            f"或在本项目目录中执行 pip install '.[{self.extra}]'",
-        )
+
+def require(extra: str, *modules: str) -> None:
+    """Raises `ExtraMissing` unless all these top-level modules of an extra can be imported."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ExtraMissing(extra, module)
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Raises `ExtraMissing` for a module that is not installed, in a block that imports modules of an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "app", "gpu_manager", "residency", "tts_gpu_managed"):
+            raise
+        raise ExtraMissing(extra, module) from error
 
 
 class EngineUnavailable(ResidencyError):
     """The requested speech engine is not installed or was not found."""
-
-    def __init__(self, en: str, zh: str) -> None:
-        super().__init__(en, zh, en, zh)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base_error import ResidencyError
-from .sentences import Sentence
+from .sentences import ResidencyError, Sentence
 
 
 @dataclass(eq=False, repr=False)
@@ -86,28 +85,31 @@ class CaptureUnderWay(ResidencyError, RuntimeError):
     """A move waited too long for another thread's CUDA graph capture on the GPU. Nothing was moved."""
 
     device: str
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"A CUDA graph is being captured on {self.device}; moves wait until it is done, and this one has waited "
-            f"too long. Try again; if it is never done, restart the app.",
-            f"{self.device} 上正在捕获 CUDA graph，搬移须等待其完成，本次已等待过久。"
-            f"请重试；若始终不结束，请重启应用。",
-        )
+    en = (
+        "A CUDA graph is being captured on {self.device}; moves wait until it is done, and this one has waited "
+        "too long. Try again; if it is never done, restart the app."
+    )
+    zh = "{self.device} 上正在捕获 CUDA graph，搬移须等待其完成，本次已等待过久。请重试；若始终不结束，请重启应用。"
 
 
 @dataclass(eq=False, repr=False)
-class SharedWeights(ResidencyError):
-    """A model shares bytes with another managed model; a move of one would move bytes of the other."""
+class _OfTensors(ResidencyError):
+    """An error of some tensors, by their paths in the engine."""
 
     paths: tuple[str, ...]
 
     def sentences(self) -> tuple[str, str]:
-        return (
-            f"These tensors are part of another model under management as well: {', '.join(self.paths)}. Register both "
-            f"as one model, or keep them out with skip.",
-            f"这些张量也属于另一个受管理的模型：{'、'.join(self.paths)}。请将两者注册为一个模型，或用 skip 排除它们。",
-        )
+        return self.en.format(paths=", ".join(self.paths)), self.zh.format(paths="、".join(self.paths))
+
+
+class SharedWeights(_OfTensors):
+    """A model shares bytes with another managed model; a move of one would move bytes of the other."""
+
+    en = (
+        "These tensors are part of another model under management as well: {paths}. Register both as one model, or "
+        "keep them out with skip."
+    )
+    zh = "这些张量也属于另一个受管理的模型：{paths}。请将两者注册为一个模型，或用 skip 排除它们。"
 
 
 @dataclass(eq=False, repr=False)
@@ -116,29 +118,24 @@ class OnAnotherDevice(ResidencyError):
 
     where: str
     managed: str
+    en = (
+        "The engine has a part on {self.where}, and only {self.managed} is managed: place it on one GPU "
+        "(--device-map cuda, not auto), or let the process see one (CUDA_VISIBLE_DEVICES=0)."
+    )
+    zh = (
+        "引擎有一部分位于 {self.where}，而这里只管理 {self.managed}：请放在一块 GPU 上"
+        "（--device-map cuda，而非 auto），或让进程只看到一块（CUDA_VISIBLE_DEVICES=0）。"
+    )
 
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"The engine has a part on {self.where}, and only {self.managed} is managed: place it on one GPU "
-            f"(--device-map cuda, not auto), or let the process see one (CUDA_VISIBLE_DEVICES=0).",
-            f"引擎有一部分位于 {self.where}，而这里只管理 {self.managed}：请放在一块 GPU 上"
-            f"（--device-map cuda，而非 auto），或让进程只看到一块（CUDA_VISIBLE_DEVICES=0）。",
-        )
 
-
-@dataclass(eq=False, repr=False)
-class WeightsGone(ResidencyError):
+class WeightsGone(_OfTensors):
     """A loader returned an engine that was released before; its tensors are empty."""
 
-    paths: tuple[str, ...]
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"The loader returned an engine whose weights were released: {', '.join(self.paths)}. Let it build a new "
-            f"one, or register what outlives a release as keep.",
-            f"加载函数返回了权重已被释放的引擎：{'、'.join(self.paths)}。请让它每次新建引擎，"
-            f"或用 keep 注册需要在释放后保留的部分。",
-        )
+    en = (
+        "The loader returned an engine whose weights were released: {paths}. Let it build a new one, or register what "
+        "outlives a release as keep."
+    )
+    zh = "加载函数返回了权重已被释放的引擎：{paths}。请让它每次新建引擎，或用 keep 注册需要在释放后保留的部分。"
 
 
 @dataclass(eq=False, repr=False)
@@ -146,14 +143,11 @@ class NotHandedOut(ResidencyError, TypeError):
     """An answer contains an object that cannot be copied and would read the engine's memory after the lease."""
 
     kind: str
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"The engine's answer contains a {self.kind}, which cannot be copied and would read memory that leaves the "
-            f"device. Use it until the engine leaves: with tts.lease() as engine.",
-            f"引擎的返回值含有 {self.kind}，它无法复制，且会读取将离开设备的内存。"
-            f"请在 with tts.lease() as engine 中使用。",
-        )
+    en = (
+        "The engine's answer contains a {self.kind}, which cannot be copied and would read memory that leaves the "
+        "device. Use it until the engine leaves: with tts.lease() as engine."
+    )
+    zh = "引擎的返回值含有 {self.kind}，它无法复制，且会读取将离开设备的内存。请在 with tts.lease() as engine 中使用。"
 
 
 @dataclass(eq=False, repr=False)
@@ -161,12 +155,8 @@ class PartGone(ResidencyError, ReferenceError):
     """An object that the engine created but did not keep was used after the engine's release."""
 
     kind: str
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"This {self.kind} was made by an engine that has been released since. Ask the engine for a new one.",
-            f"此 {self.kind} 由已释放的引擎创建，已失效。请重新向引擎获取。",
-        )
+    en = "This {self.kind} was made by an engine that has been released since. Ask the engine for a new one."
+    zh = "此 {self.kind} 由已释放的引擎创建，已失效。请重新向引擎获取。"
 
 
 @dataclass(eq=False, repr=False)
@@ -196,19 +186,17 @@ class TensorAway(ResidencyError, RuntimeError):
         )
 
 
-@dataclass(eq=False, repr=False)
-class CapturedGraphs(ResidencyError):
+class CapturedGraphs(_OfTensors):
     """An engine has captured CUDA graphs, which contain device addresses: it can be released, not offloaded."""
 
-    paths: tuple[str, ...]
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"The engine has captured CUDA graphs ({', '.join(self.paths)}), which contain the addresses of its "
-            f"weights: it cannot be offloaded, only released. Build it without them (enable_cuda_graph=False).",
-            f"引擎已捕获 CUDA graph（{'、'.join(self.paths)}），其中记录了权重的显存地址：只能释放，不能卸载到内存。"
-            f"请在构建引擎时关闭它（enable_cuda_graph=False）。",
-        )
+    en = (
+        "The engine has captured CUDA graphs ({paths}), which contain the addresses of its weights: it cannot be "
+        "offloaded, only released. Build it without them (enable_cuda_graph=False)."
+    )
+    zh = (
+        "引擎已捕获 CUDA graph（{paths}），其中记录了权重的显存地址：只能释放，不能卸载到内存。"
+        "请在构建引擎时关闭它（enable_cuda_graph=False）。"
+    )
 
 
 @dataclass(eq=False, repr=False)
@@ -253,12 +241,12 @@ class SelfMoveFreedNothing(ResidencyError):
     remedy: tuple[str, str] | None = None
 
     def sentences(self) -> tuple[str, str]:
-        en, zh = (f": {self.remedy[0]}", f"：{self.remedy[1]}") if self.remedy else ("", "")
+        en, zh = self.remedy or ("", "")
         return (
-            f"{self.path} was told to leave the GPU and still holds {self.held_bytes:,} bytes there. Until its release "
-            f"after the idle timeout it stays{en}.",
-            f"已要求 {self.path} 离开 GPU，但它仍占用 {self.held_bytes:,} 字节。在空闲超时后释放之前，"
-            f"它会一直留在 GPU 上{zh}。",
+            f"{self.path} did not free its GPU memory: {self.held_bytes:,} bytes. It stays on the GPU until the "
+            f"release after the idle timeout." + (f" To free it after each request, {en}." if en else ""),
+            f"{self.path} 没有释放显存：{self.held_bytes:,} 字节。它会一直留在 GPU 上，直到空闲超时后被释放。"
+            + (f"若要在每次请求后腾出显存，{zh}。" if zh else ""),
         )
 
 

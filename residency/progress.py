@@ -30,52 +30,45 @@ class Progress:
     """
 
     def __init__(self, phase: str, total_bytes: int | None = None, now: Callable[[], float] = time.monotonic) -> None:
-        self._facts = (phase, 0, total_bytes)
+        #: A consistent (phase, bytes done in it, total bytes or None).
+        self.facts: tuple[str, int, int | None] = (phase, 0, total_bytes)
         self._now = now
         self._phase_began_s = now()
-        self.beats = 0
-        """A counter of steps without bytes."""
+        self.beats = 0  # steps without bytes
         self.changed: Callable[[], None] | None = None
         self._lock = renewed_in_children(threading.Lock())
 
     @property
-    def facts(self) -> tuple[str, int, int | None]:
-        """A consistent (phase, bytes done in it, total bytes or None)."""
-        return self._facts
-
-    @property
     def pulse(self) -> object:
         """A value that differs after each progress of the move, in bytes or otherwise."""
-        return self._facts, self.beats
+        return self.facts, self.beats
 
     @property
     def bytes_per_s(self) -> float | None:
         """Rate since the phase began; None if unknown."""
         with self._lock:
-            elapsed_s, done_bytes = self._now() - self._phase_began_s, self._facts[1]
+            elapsed_s, done_bytes = self._now() - self._phase_began_s, self.facts[1]
         return done_bytes / elapsed_s if done_bytes and elapsed_s > 0 else None
 
     def enter(self, phase: str, total_bytes: int | None = None) -> None:
         """Begins a phase of ``total_bytes`` (None: unknown)."""
         with self._lock:
-            self._facts = (phase, 0, total_bytes)
+            self.facts = (phase, 0, total_bytes)
             self._phase_began_s = self._now()
-        self._tell()
+        if self.changed is not None:
+            self.changed()
 
     def advance(self, nbytes: int) -> None:
         """Adds bytes done in this phase."""
         with self._lock:
-            phase, done_bytes, total_bytes = self._facts
-            self._facts = (phase, done_bytes + nbytes, total_bytes)
-        self._tell()
+            phase, done_bytes, total_bytes = self.facts
+            self.facts = (phase, done_bytes + nbytes, total_bytes)
+        if self.changed is not None:
+            self.changed()
 
     def beat(self) -> None:
         """Reports progress without bytes. Cheap; calls no listener."""
         self.beats += 1
-
-    def _tell(self) -> None:
-        if self.changed is not None:
-            self.changed()
 
 
 _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("current_progress", default=None)

@@ -76,12 +76,3 @@ class Move:
     def via(self) -> State:
         """The moving state; raises KeyError if there is no such move."""
         return TRANSITIONS[self.source, self.target]
-
-
-@dataclass(frozen=True)
-class MoveRecord:
-    """A completed move: the bytes moved, and its duration in seconds."""
-
-    move: Move
-    moved_bytes: int
-    seconds: float

@@ -90,11 +90,8 @@ class MoveProgress(TypedDict):
 
 
 # "from" is a keyword of Python, so it needs the call syntax.
-_From = TypedDict("_From", {"from": Annotated[Place, Doc("Where the model was.")]})
-
-
-class _Route(_From):
-    to: Annotated[Place, Doc("Where the move led.")]
+_Route = TypedDict("_Route", {"from": Annotated[Place, Doc("Where the model was.")],
+                              "to": Annotated[Place, Doc("Where the move led.")]})  # fmt: skip
 
 
 class LastMove(_Route):

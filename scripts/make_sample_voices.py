@@ -17,7 +17,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from residency.engines import voice, world
+from residency.engines import world
 from residency.engines.audio import SAMPLE_RATE, Samples, at_level
 from residency.engines.builtin import BuiltinEngine
 from residency.web.ui.sample_voices import FOLDER, VOICES, SampleVoice
@@ -27,12 +27,12 @@ _RMS = 0.08
 
 def speak(engine: BuiltinEngine, sample: SampleVoice) -> Samples:
     """Synthesizes the text of a sample in the engine's voice with its pitch, from which the vocal tract follows."""
-    plain = engine.speaker(sample.says, seed=1)
+    plain = engine.hibari(sample.says, seed=1)
     frames = world.analyse(plain)
-    own = voice.measure(plain, frames)
+    own = world.measure(plain, frames)
     assert own is not None, "the words are voiced speech"
     target = dataclasses.replace(own, pitch=own.pitch + math.log(sample.pitch))
-    spoken = world.synthesise(voice.convert(frames, own, target))[: len(plain)]
+    spoken = world.synthesise(world.convert(frames, own, target))[: len(plain)]
     return at_level(np.asarray(spoken), _RMS)
 
 

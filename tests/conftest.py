@@ -3,14 +3,18 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves a file in the temporary folder otherwise
+# Threads of torch that wait for each other keep their cores busy, and other tests need these: without this, tests of an
+# engine take four times the CPU time. Programs that tests start get it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fakes import Workshop
-from markers import marks_of
+from markers import is_slow, marks_of
 
 import gpu_manager
 from gpu_manager import GPUResourceManager, SimulatedDevice
@@ -23,6 +27,11 @@ settings.register_profile("nightly", max_examples=10_000, deadline=None)
 settings.register_profile("mutation", derandomize=True, database=None, deadline=None, phases=[Phase.generate])
 if profile := os.environ.get("HYPOTHESIS_PROFILE"):
     settings.load_profile(profile)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave slow files out before they are imported, where ``scripts/test --quick`` leaves their tests out."""
+    return True if config.option.markexpr == "not slow" and is_slow(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fakes import Worker
 
 from residency.clock import ManualClock
-from residency.one_shot_event import new_event
+from residency.locks import new_event
 
 
 def test_an_advance_between_now_and_wait_is_not_missed() -> None:

@@ -402,6 +402,13 @@ def test_the_guides_are_short() -> None:
         assert len((ROOT / guide).read_text(encoding="utf-8").splitlines()) <= 300
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tests_that_a_document_names_exist(document: str) -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text(encoding="utf-8")))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not {name for name in named if f"def {name}(" not in tests and not (ROOT / f"{name}.py").exists()}
+
+
 def test_generated_tables_are_up_to_date() -> None:
     code, output = forked(PROGRAM, "scripts/generate_docs.py", "--check")
     assert code == 0, f"run python scripts/generate_docs.py:\n{output}"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from ..contracts import Device
-from .cpu import CpuDevice
+from .cpu import CpuDevice, SimulatedDevice
 from .cuda import CudaDevice
-from .simulated import SimulatedDevice
 
 __all__ = ["CpuDevice", "CudaDevice", "SimulatedDevice", "find_device"]
 
 
 def find_device(pinned_limit_bytes: int | None = None) -> Device:
-    """Returns torch's default ``cuda`` GPU, or the CPU if torch can use no GPU.
+    """Returns the first visible GPU (torch's ``cuda:0``), or the CPU if torch can use no GPU.
 
     ``pinned_limit_bytes`` limits pinned main memory; None: no limit. Uses NVML and the version of the installed torch;
     imports no torch and creates no CUDA context.

@@ -5,6 +5,9 @@ Tested with a fake CUDA runtime only, not yet on a GPU: see docs/en/verification
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import glob
 import importlib.metadata
 import logging
@@ -13,16 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import DeviceKind, Memory, Telemetry
+from ..contracts import Device, DeviceKind, Memory, Telemetry
 from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
 from ..locks import renewed_in_children
 from ..observability.error_classification import is_capture_under_way, is_out_of_device_memory
 from ..sentences import Sentence
-from .capture import during_captures, is_capturing
-from .probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
+from .card_probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ _ANSWERS_WITHIN_S = 5.0
 """Timeout of the health check; a device that is busy for longer counts as usable."""
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """The GPU ``cuda:index`` of torch, by default the first visible one.
 
     Creates no CUDA context before the first load. Independent of the calling thread's current card.
@@ -166,12 +167,6 @@ class CudaDevice:
     def holds_session(self, providers: Sequence[str]) -> bool:
         return "CUDAExecutionProvider" in providers or "TensorrtExecutionProvider" in providers
 
-    def charge(self, nbytes: int) -> None:
-        pass
-
-    def refund(self, nbytes: int) -> None:
-        pass
-
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         import torch
 
@@ -187,7 +182,7 @@ class CudaDevice:
 
         torch.UntypedStorage.resize_(storage, 0)
 
-    @contextmanager
+    @contextlib.contextmanager
     def placing(self) -> Iterator[Any]:
         """Allocates from a separate pool, so that freed memory leaves no segments."""
         with self._here() as cuda:
@@ -199,7 +194,7 @@ class CudaDevice:
                 yield None
                 cuda.current_stream().synchronize()
 
-    @contextmanager
+    @contextlib.contextmanager
     def transfer(self) -> Iterator[Any]:
         """Uses a separate stream, so that other models do not wait; high priority, since captures use the default."""
         with self._here() as cuda:
@@ -227,29 +222,19 @@ class CudaDevice:
         return False
 
     def unpin(self, raw: torch.Tensor) -> None:
-        nbytes = len(raw)
         with self._lock:
             with self._here() as cuda:
                 cuda.cudart().cudaHostUnregister(raw.data_ptr())
-            self._pinned_bytes -= nbytes
+            self._pinned_bytes -= len(raw)
 
     def wait(self) -> None:
         """Waits for the whole card, since torch does not record the streams used by an engine.
 
         Raises `CaptureUnderWay` during the capture of a CUDA graph on the card: CUDA does not allow it.
         """
-        if not _in_use():
-            return
-        with self._here() as cuda:
-            if is_capturing(self.index):
-                raise CaptureUnderWay(self.name)
-            try:
+        if _in_use():
+            with self._unless_capturing() as cuda:
                 cuda.synchronize()
-            except RuntimeError as error:
-                if not is_capture_under_way(error):
-                    raise
-                # The capture began just now, or is not on a stream of torch.
-                raise CaptureUnderWay(self.name) from error
 
     def settle(self) -> None:
         """Empties torch's cache, which contains the temporary memory of all engines.
@@ -259,23 +244,33 @@ class CudaDevice:
         if not _in_use():
             return
         try:
-            with self._here() as cuda:
-                if is_capturing(self.index):
-                    raise CaptureUnderWay(self.name)
+            with self._unless_capturing() as cuda:
                 if cuda.get_allocator_backend() != "native":
                     cuda.synchronize()  # cudaMallocAsync frees in the order of streams
                 cuda.empty_cache()
-        except RuntimeError as error:
-            if not is_capture_under_way(error):
-                raise
+        except CaptureUnderWay:
             logger.info("A CUDA graph is being captured: cached memory is returned to the driver at the next move.")
 
-    @contextmanager
+    @contextlib.contextmanager
+    def _unless_capturing(self) -> Iterator[Any]:
+        """Like `_here`; raises `CaptureUnderWay` if the card captures a CUDA graph."""
+        with self._here() as cuda:
+            if _is_capturing(self.index):
+                raise CaptureUnderWay(self.name)
+            try:
+                yield cuda
+            except RuntimeError as error:
+                if not is_capture_under_way(error):
+                    raise
+                # The capture began just now, or is not on a stream of torch.
+                raise CaptureUnderWay(self.name) from error
+
+    @contextlib.contextmanager
     def _here(self) -> Iterator[Any]:
         """Yields ``torch.cuda`` with the managed card as current device, also during captures by other threads."""
         import torch
 
-        with torch.cuda.device(self.index), during_captures():
+        with torch.cuda.device(self.index), _during_captures():
             yield torch.cuda
 
 
@@ -295,3 +290,58 @@ def _torch_has_cuda() -> bool:
         return not importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def _during_captures() -> Iterator[None]:
+    """Allows this thread to allocate, free and register memory during a capture by another thread.
+
+    By default such a call fails in both threads. Device-wide synchronization still fails. Has no effect if torch's
+    runtime library cannot be loaded.
+    """
+    cudart = _cudart()
+    if cudart is None:
+        yield
+        return
+    mode = ctypes.c_int(2)  # cudaStreamCaptureModeRelaxed: all calls that are possible during captures of others
+    cudart.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        cudart.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+def _is_capturing(index: int) -> bool:
+    """Returns whether any thread captures a stream of torch on that card.
+
+    Device-wide synchronization would then fail, and end the capture.
+    """
+    import torch
+
+    for stream in _streams(index):
+        with torch.cuda.stream(stream):
+            if torch.cuda.is_current_stream_capturing():
+                return True
+    return False
+
+
+@functools.cache
+def _streams(index: int) -> frozenset[torch.cuda.Stream]:
+    """Returns all streams in torch's pools of that card: 32 of each priority, issued round-robin."""
+    import torch
+
+    stream: Any = torch.cuda.Stream
+    return frozenset(stream(index, priority=priority) for priority in (0, -1) for _ in range(64))
+
+
+@functools.cache
+def _cudart() -> ctypes.CDLL | None:
+    """Returns the CUDA runtime loaded by torch; any other has separate capture modes."""
+    import torch
+
+    major = (torch.version.cuda or "").partition(".")[0]
+    with contextlib.suppress(OSError, AttributeError):  # linked statically, or not on this system
+        library = ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        if library.cudaThreadExchangeStreamCaptureMode:
+            return library
+    return None

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 from ..errors import NotHandedOut
-from .part_proxy import Held, LeasedEngine, Part, find_paths, instance_attributes
+from ..memory.object_graph import attributes
+from .part_proxy import Held, Part, find_paths
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ class HandOut:
 
     def __init__(
         self,
-        keeper: LeasedEngine,
+        keeper: Any,
         engine: Any,
         holds_tensor: Callable[[torch.Tensor], bool],
         holds_memory: Callable[[Any], bool],
@@ -195,7 +196,7 @@ class HandOut:
         return self._with_attributes(copy, record)
 
     def _with_attributes(self, copy: Any, thing: Any) -> Any:
-        for name, value in instance_attributes(thing):
+        for name, value in attributes(thing, native=False):
             object.__setattr__(copy, name, self._copy(value))  # bypasses frozen classes and __setattr__
         return copy
 

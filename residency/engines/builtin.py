@@ -14,10 +14,9 @@ import numpy as np
 
 from ..cancellation import checkpoint
 from ..errors import InvalidInput, RequestStopped, about
-from . import voice, world
+from . import world
 from .audio import SAMPLE_RATE, Samples, at_level, read_audio, without_clipping
-from .denoise import denoise
-from .speech_detector import cut, load_vad, speech_segments
+from .cleaning import cut, denoise, load_vad, speech_segments
 from .text import required, speakable
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class BuiltinEngine:
         _ = self.hibari.g2p.oov  # otherwise created on first use
         self.vad_model = load_vad(device)
         reference = self.hibari(_REFERENCE_TEXT, seed=0)
-        own_voice = voice.measure(reference, world.analyse(reference))
+        own_voice = world.measure(reference, world.analyse(reference))
         assert own_voice is not None, "the reference text is voiced speech"
         self._own_voice = own_voice
 
@@ -152,32 +151,32 @@ class BuiltinEngine:
         segments = speech_segments(samples, self.vad_model, self.device)
         if not segments:
             raise InvalidInput(
-                "No speech was found in the recording: give one in which somebody speaks",
-                "录音中没有检测到语音：请提供有人说话的录音",
+                "No speech was found in the recording: give one with speech",
+                "录音中没有检测到语音：请提供含有语音的录音",
             )
         return cut(samples, segments)
 
-    def _voice_of(self, samples: Samples) -> voice.Voice:
+    def _voice_of(self, samples: Samples) -> world.Voice:
         """Measures the voice of a recording; raises `InvalidInput` if there is too little speech."""
         checkpoint()
         # Otherwise noise would be measured as part of the voice.
         speech = denoise(self._speech_in(samples)[: _PROMPT_S * SAMPLE_RATE])
         checkpoint()
-        measured = voice.measure(speech, world.analyse(speech))
+        measured = world.measure(speech, world.analyse(speech))
         if measured is None:
             raise InvalidInput(
-                f"The recording has less than {voice.MIN_VOICED_S} s of voiced speech: give a few seconds of ordinary "
+                f"The recording has less than {world.MIN_VOICED_S} s of voiced speech: give a few seconds of ordinary "
                 f"speech, not a whisper",
-                f"录音中的有声语音不足 {voice.MIN_VOICED_S} 秒：请提供几秒钟的正常说话录音，不要用耳语",
+                f"录音中的有声语音不足 {world.MIN_VOICED_S} 秒：请提供几秒钟的正常说话录音，不要用耳语",
             )
         return measured
 
-    def _synthesize(self, chunks: list[str], target: voice.Voice, rng: np.random.Generator) -> Samples:
+    def _synthesize(self, chunks: list[str], target: world.Voice, rng: np.random.Generator) -> Samples:
         spoken = []
         for chunk in chunks:
             checkpoint()
             plain = self.hibari.from_ids(self.hibari.ids(chunk), rng=rng)
-            converted = world.synthesise(voice.convert(world.analyse(plain), self._own_voice, target))
+            converted = world.synthesise(world.convert(world.analyse(plain), self._own_voice, target))
             spoken.append(converted[: len(plain)])
         return np.concatenate(spoken)
 

@@ -43,25 +43,20 @@ def find_checkout(root: str | None = None) -> Path:
     Nearby: the current folder, the folder of this project, and ``Step-Audio-EditX`` beside either. Raises
     `EngineUnavailable` if there is none, or ``root`` or ``STEP_AUDIO_ROOT`` names a folder that is no checkout.
     """
-    origin = _origin(sys.modules.get("tts"))
-    used = origin.parent if origin and _is_checkout(origin.parent) else None
-    if named := root or ("" if used else os.environ.get("STEP_AUDIO_ROOT")):
-        folder = Path(named).expanduser()
-        if not _is_checkout(folder):
-            raise EngineUnavailable(
-                f"{named} is no Step-Audio-EditX checkout (tts.py or stepvocoder/ is missing): git clone {REPOSITORY}",
-                f"{named} 不是 Step-Audio-EditX 代码目录（缺少 tts.py 或 stepvocoder/）：请 git clone {REPOSITORY}",
-            )
-        return folder.resolve()
-    places = (Path.cwd(), _PROJECT)
-    nearby = [*places, *(place.parent / "Step-Audio-EditX" for place in places)]
-    if checkout := used or next((place.resolve() for place in nearby if _is_checkout(place)), None):
-        return checkout
+    imported = _origin(sys.modules.get("tts"))
+    used = imported.parent if imported and _is_checkout(imported.parent) else None
+    named = root or (None if used else os.environ.get("STEP_AUDIO_ROOT"))
+    here = Path.cwd()
+    nearby = [here, _PROJECT, *(place.parent / "Step-Audio-EditX" for place in (here, _PROJECT))]
+    for place in [Path(named).expanduser()] if named else [used] if used else nearby:
+        if _is_checkout(place):
+            return place.resolve()
+    en, zh = (f" in {named}", f"{named} 中") if named else ("", "")
     raise EngineUnavailable(
-        f"No Step-Audio-EditX checkout found: git clone {REPOSITORY} and give its folder as --step-audio-root or "
-        f"STEP_AUDIO_ROOT",
-        f"未找到 Step-Audio-EditX 代码：请 git clone {REPOSITORY}，并用 --step-audio-root 或 STEP_AUDIO_ROOT "
-        f"指定其目录",
+        f"No Step-Audio-EditX checkout (with {' and '.join(LANDMARKS)}) found{en}: git clone {REPOSITORY} and give its "
+        f"folder as --step-audio-root or STEP_AUDIO_ROOT",
+        f"{zh}未找到 Step-Audio-EditX 代码（含 {' 和 '.join(LANDMARKS)}）：请 git clone {REPOSITORY}，"
+        f"并用 --step-audio-root 或 STEP_AUDIO_ROOT 指定其目录",
     )
 
 

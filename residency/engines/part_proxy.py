@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from ..errors import PartGone
-
-_LEAVES = (str, bytes, int, float, complex, type(None), type, types.ModuleType, types.FunctionType, logging.Logger)
-_SIZED = (dict, OrderedDict, list, tuple, set)
+from ..memory.object_graph import steps_of, visit
 
 
 @dataclass(frozen=True)
@@ -50,21 +46,10 @@ class Held:
 Path = tuple["str | Item | Held", ...]
 
 
-class LeasedEngine(Protocol):
-    """Access to the engine by path. Each method takes a lease and returns copies."""
-
-    def read_part(self, path: Path) -> Any:
-        """Returns the object at ``path``: a copy, or a `Part`."""
-
-    def use_part(self, path: Path, use: Callable[[Any], Any]) -> Any:
-        """Calls ``use`` with the object at ``path``; returns the result."""
-
-    def call_part(self, path: Path, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Calls the object at ``path``; returns the result. Arguments may be `Part`s."""
-
-
 class Part:
     """Proxy of an object in the engine that holds device memory, or of a bound method. Each use takes a lease.
+
+    ``keeper``, a `GPUManagedTTS`, takes the leases and copies the results.
 
     Supports attributes, items, calls, ``len``, ``bool`` and iteration (keys of a mapping, items of a sequence).
     Arguments may be `Part`s.
@@ -77,7 +62,7 @@ class Part:
 
     __slots__ = ("_keeper", "_path")
 
-    def __init__(self, keeper: LeasedEngine, path: Path) -> None:
+    def __init__(self, keeper: Any, path: Path) -> None:
         object.__setattr__(self, "_keeper", keeper)
         object.__setattr__(self, "_path", path)
 
@@ -120,71 +105,35 @@ def follow(path: Path, engine: Any) -> Any:
     return thing
 
 
-def find_paths(engine: Any, wanted: Mapping[int, Any]) -> dict[int, Path]:
-    """Finds the shortest path to each wanted object, by id, breadth first. Leaves out unreachable objects."""
+def find_paths(engine: Any, wanted: Collection[int]) -> dict[int, Path]:
+    """Finds the shortest path to each wanted object (``id``). Leaves out unreachable objects."""
     found: dict[int, Path] = {}
-    seen = {id(engine): engine}  # references the objects, so that no id is reused
-    slots: dict[type, list[tuple[str, Any]] | None] = {}  # by type; None: a leaf, not searched
-    todo: deque[tuple[Any, _Trail]] = deque([(engine, None)])
-    while todo and len(found) < len(wanted):
-        thing, trail = todo.popleft()
-        if id(thing) in wanted and _leads_to(path := _path(trail), engine, thing):
+    for thing, trail, _ in visit(engine, usable=_can_be_followed):
+        if id(thing) in wanted and _leads_to(path := _path(steps_of(trail)), engine, thing):
             found[id(thing)] = path
-        for step, child in _steps(thing, slots.get(type(thing)) or ()):
-            kind = type(child)
-            if kind not in slots:
-                slots[kind] = None if _is_leaf(kind) else _slots(kind)
-            if slots[kind] is not None and id(child) not in seen:
-                seen[id(child)] = child
-                todo.append((child, (trail, step)))
+            if len(found) == len(wanted):
+                break
     return found
 
 
-def instance_attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the attributes in ``__dict__`` and slots; calls no property or ``__getattr__``."""
-    yield from _attributes(thing, _slots(type(thing)))
+def _can_be_followed(thing: Any, how: str, step: Any) -> bool:
+    """Returns false for closures of functions, members of sets, and keys of dictionaries."""
+    if how == ".":
+        return not isinstance(thing, types.FunctionType)
+    return isinstance(thing, (list, tuple, deque)) or (isinstance(thing, dict) and step in thing)
 
 
-_Trail = tuple[Any, "str | Item"] | None
-
-
-def _path(trail: _Trail) -> Path:
-    steps: list[str | Item] = []
-    while trail is not None:
-        trail, step = trail
-        steps.append(step)
-    return tuple(reversed(steps))
-
-
-def _steps(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str | Item, Any]]:
-    if isinstance(thing, dict):
-        yield from ((Item(key), value) for key, value in list(dict.items(thing)))
-    elif isinstance(thing, (list, tuple, deque)):
-        yield from ((Item(index), value) for index, value in enumerate(list(thing)))
-    for name, value in _attributes(thing, slots):
-        if name == "_modules" and isinstance(value, dict):  # attributes of the module, too
-            yield from list(value.items())
-        elif type(value) not in _SIZED or value:  # a module has a dozen empty ones
-            yield name, value
-
-
-def _attributes(thing: Any, slots: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    with contextlib.suppress(AttributeError):
-        yield from list(object.__getattribute__(thing, "__dict__").items())
-    for name, slot in slots:
-        with contextlib.suppress(AttributeError):
-            yield name, slot.__get__(thing)
-
-
-def _slots(kind: type) -> list[tuple[str, Any]]:
-    classes = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]  # not members of C types
-    members = [member for names in classes for member in names.items()]
-    return [(name, slot) for name, slot in members if isinstance(slot, types.MemberDescriptorType)]
-
-
-def _is_leaf(kind: type) -> bool:
-    """Returns true for values, references out of the engine, and classes marked ``not_of_the_engine`` (managers)."""
-    return issubclass(kind, _LEAVES) or getattr(kind, "not_of_the_engine", False) is True
+def _path(steps: Sequence[tuple[str, Any]]) -> Path:
+    """Returns a path for `follow`, where a module in a module (``_modules``) is an attribute."""
+    path: list[str | Item] = []
+    for how, step in steps:
+        if how == ".":
+            path.append(step)
+        elif path and path[-1] == "_modules":
+            path[-1] = step
+        else:
+            path.append(Item(step))
+    return tuple(path)
 
 
 def _leads_to(path: Path, engine: Any, thing: Any) -> bool:

@@ -26,16 +26,21 @@ def required(text: str | None, en: str, zh: str) -> str:
     return stripped
 
 
+def speakable(target_text: str | None) -> str:
+    """Returns the text for the built-in engine; raises `InvalidInput`. Needs no model."""
+    return english(required(target_text, "Target Text", "目标文本"))
+
+
 def english(text: str) -> str:
     """Converts punctuation to half width; raises `InvalidInput` if a word has letters other than Latin ones.
 
     The engine would silently omit such a word. Single Greek letters (α, π) are allowed.
     """
     text = unicodedata.normalize("NFC", text.translate(_HALF_WIDTH))
-    if foreign := foreign_words(text):
-        quoted = foreign[0] if len(foreign[0]) <= 20 else foreign[0][:20] + "…"
+    if foreign := next(filter(_is_foreign, _WORD.findall(text)), None):
+        quoted = foreign if len(foreign) <= 20 else foreign[:20] + "…"
         raise InvalidInput(
-            f"Write the text in English: the built-in engine speaks English only and cannot say “{quoted}” "
+            f"Write the text in English: the built-in engine speaks English only and cannot pronounce “{quoted}” "
             f"(Step-Audio-EditX, started with --model-path, also speaks Chinese, Japanese and Korean)",
             f"请用英文填写：内置引擎只会说英语，无法朗读“{quoted}”"
             f"（以 --model-path 启动的 Step-Audio-EditX 还支持中文、日语和韩语）",
@@ -43,21 +48,10 @@ def english(text: str) -> str:
     return text
 
 
-def speakable(target_text: str | None) -> str:
-    """Returns the text for the built-in engine; raises `InvalidInput`. Needs no model."""
-    return english(required(target_text, "Target Text", "目标文本"))
-
-
-def foreign_words(text: str) -> list[str]:
-    """Returns the words with letters other than Latin ones, except single Greek letters."""
-    return [word for word in _WORD.findall(text) if not all(map(_is_latin, word)) and not _is_greek_symbol(word)]
-
-
-def _is_latin(character: str) -> bool:
-    """Returns true also for non-letters (²), letters without a script (º) and compatibility forms (𝐇, Ｈ)."""
-    name = unicodedata.name(unicodedata.normalize("NFKC", character)[0], "")
-    return not character.isalpha() or "LATIN" in name or name.startswith("MODIFIER LETTER")
-
-
-def _is_greek_symbol(word: str) -> bool:
-    return len(word) == 1 and unicodedata.name(unicodedata.normalize("NFKC", word), "").startswith("GREEK")
+def _is_foreign(word: str) -> bool:
+    """Ignores non-letters (²), letters without a script (º) and compatibility forms (𝐇, Ｈ)."""
+    letters = [letter for letter in word if letter.isalpha()]
+    names = [unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "") for letter in letters]
+    if len(word) == 1 and names and names[0].startswith("GREEK"):
+        return False
+    return not all("LATIN" in name or name.startswith("MODIFIER LETTER") for name in names)

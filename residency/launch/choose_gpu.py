@@ -35,68 +35,55 @@ class Gpu:
 
 def choose_gpu(settings: LaunchSettings) -> Gpu:
     """Chooses GPU_ID, else CUDA_VISIBLE_DEVICES, else the one with the most free memory; prints the choice."""
-    cpu = Gpu(variables={"CUDA_VISIBLE_DEVICES": ""})
-    if settings.gpu_id == "none":
-        say("GPU: none, as asked for; the CPU is used", "GPU：按要求不使用，使用 CPU")
+    cpu, gpu_id, named = Gpu(variables={"CUDA_VISIBLE_DEVICES": ""}), settings.gpu_id, settings.named("GPU_ID")
+    if gpu_id == "none":
+        say("GPU: none, as in GPU_ID; the CPU is used", "GPU：按 GPU_ID 的设置不使用，使用 CPU")
         return cpu
-    said, trouble = _ask_nvidia_smi()
+    output, en, zh = _ask_nvidia_smi()
     # Index, free memory, driver, name. A broken GPU adds lines of other forms.
-    rows = [re.split(" *, *", row.strip(), maxsplit=3) for row in said.splitlines() if re.match(r" *\d+,", row)]
+    rows = [re.split(" *, *", row.strip(), maxsplit=3) for row in output.splitlines() if re.match(r" *\d+,", row)]
     driver = rows[0][2] if rows else ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not settings.gpu_id and visible is not None:
-        say(f"GPU: as CUDA_VISIBLE_DEVICES='{visible}' says", f"GPU：按 CUDA_VISIBLE_DEVICES='{visible}'")
+    if not gpu_id and visible is not None:
+        say(f"GPU: from CUDA_VISIBLE_DEVICES='{visible}'", f"GPU：按 CUDA_VISIBLE_DEVICES='{visible}'")
         return Gpu("" if visible.startswith("-") else visible, driver)  # -1: no GPU
     if not rows:
-        en, zh = trouble or _no_rows(said)
-        if settings.gpu_id:
-            named = settings.named("GPU_ID")
+        if gpu_id:
             fail(f"{named} cannot be used: {en}. Give GPU_ID=none to use the CPU",
                  f"无法使用 {named}：{zh}。使用 CPU 请设 GPU_ID=none")  # fmt: skip
         say(f"GPU: none ({en}); the CPU is used", f"GPU：无（{zh}），使用 CPU")
         # PyTorch would fail alike, or hang. Some containers have a GPU without nvidia-smi.
         return cpu if shutil.which("nvidia-smi") else Gpu()
-    return _choose_row(settings, rows, driver)
-
-
-def _choose_row(settings: LaunchSettings, rows: list[list[str]], driver: str) -> Gpu:
     known = " ".join(row[0] for row in rows)
-    rows = [row for row in rows if settings.gpu_id in ("", row[0])]
-    if not rows:
-        named = settings.named("GPU_ID")
-        fail(f"There is no {named}; nvidia-smi lists: {known}", f"没有 {named}；nvidia-smi 列出：{known}")
     # "[N/A]" if GPU and host share one memory.
-    sized = [(int(re.sub(r"\D", "", free) or 0), index, name) for index, free, _, name in rows]
+    sized = [(int(re.sub(r"\D", "", free) or 0), index, name) for index, free, _, name in rows if gpu_id in ("", index)]
+    if not sized:
+        fail(f"There is no {named}; nvidia-smi lists: {known}", f"没有 {named}；nvidia-smi 列出：{known}")
     free_mb, index, name = max(sized, key=itemgetter(0))
-    if settings.gpu_id:
-        say(f"GPU: {index} ({name}), as asked for; {free_mb} MiB free",
-            f"GPU：按指定使用 {index}（{name}），空闲 {free_mb} MiB")  # fmt: skip
-    else:
-        say(f"GPU: {index} ({name}) has the most free memory, {free_mb} MiB, of: {known}",
-            f"GPU：{index}（{name}）空闲显存最多，{free_mb} MiB；共有：{known}")  # fmt: skip
+    en, zh = (
+        ("as in GPU_ID", "按 GPU_ID 的设置") if gpu_id else (f"most free memory of: {known}", f"空闲显存最多：{known}")
+    )
+    say(f"GPU: {index} ({name}), {free_mb} MiB free; {en}", f"GPU：{index}（{name}），空闲 {free_mb} MiB；{zh}")
     # Numbers in the order of nvidia-smi.
     return Gpu(index, driver, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index})
 
 
-def _ask_nvidia_smi() -> tuple[str, tuple[str, str] | None]:
-    """Returns the output, or the reason of a failure in English and Chinese."""
+def _ask_nvidia_smi() -> tuple[str, str, str]:
+    """Returns the output, and why it may list no GPU, in English and Chinese."""
     query = ["nvidia-smi", "--query-gpu=index,memory.free,driver_version,name", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
     except OSError:
-        return "", ("nvidia-smi is not here", "找不到 nvidia-smi")
+        return "", "nvidia-smi is not installed", "找不到 nvidia-smi"
     try:
-        return process.communicate(timeout=NVIDIA_SMI_S)[0], None
+        output = process.communicate(timeout=NVIDIA_SMI_S)[0]
     except subprocess.TimeoutExpired:
         process.kill()  # without waiting for its end
-        return "", (f"nvidia-smi does not answer within {NVIDIA_SMI_S} s", f"nvidia-smi 在 {NVIDIA_SMI_S} 秒内没有响应")
-
-
-def _no_rows(said: str) -> tuple[str, str]:
-    if not said.strip():
-        return "nvidia-smi lists none", "nvidia-smi 没有列出 GPU"
-    line = said.strip().splitlines()[0]
-    return f"nvidia-smi fails: {line}", f"nvidia-smi 执行失败：{line}"
+        return "", f"nvidia-smi does not respond within {NVIDIA_SMI_S} s", f"nvidia-smi 在 {NVIDIA_SMI_S} 秒内没有响应"
+    if not output.strip():
+        return "", "nvidia-smi lists none", "nvidia-smi 没有列出 GPU"
+    line = output.strip().splitlines()[0]
+    return output, f"nvidia-smi fails: {line}", f"nvidia-smi 执行失败：{line}"
 
 
 def check_driver(gpu: Gpu, version_py: str, place: str) -> None:
@@ -106,27 +93,24 @@ def check_driver(gpu: Gpu, version_py: str, place: str) -> None:
     """
     if not gpu.index or not gpu.driver[:1].isdigit() or not version_py:
         return
-    build = ("set TORCH_INDEX_URL", "设置 TORCH_INDEX_URL")
-    with_cuda = ("start without TORCH_INDEX_URL", "在不设 TORCH_INDEX_URL 的情况下重新启动")
     state = environment_state(Path(place), [])
+    en, zh = "set or unset TORCH_INDEX_URL", "设置或取消 TORCH_INDEX_URL"
     if state == "foreign":
-        build = (f"install it into {place}", f"将其装入 {place}")
-        with_cuda = ("install another torch into it", "在其中安装其他 torch")
+        en, zh = f"install another torch into {place}", f"在 {place} 中安装其他 torch"
     elif state == "ready":
-        build = (f"remove {place} and {build[0]}", f"删除 {place} 并{build[1]}")
-        with_cuda = (f"remove {place} and {with_cuda[0]}", f"删除 {place}，并{with_cuda[1]}")
+        en, zh = f"remove {place} and {en}", f"删除 {place} 并{zh}"
     found = re.search(r"^cuda[^=]*= *'(\d+)", version_py, re.MULTILINE)
     if not found:
-        say(f"⚠️  The torch in {place} is built without CUDA, so the GPU is not used. For one with it, {with_cuda[0]}",
-            f"⚠️  {place} 中的 torch 不含 CUDA，不会使用 GPU。如需 GPU，请{with_cuda[1]}")  # fmt: skip
+        say(f"⚠️  The torch in {place} is built without CUDA, so the GPU is not used. To use it, {en}",
+            f"⚠️  {place} 中的 torch 不含 CUDA，不会使用 GPU。如需 GPU，请{zh}")  # fmt: skip
         return
     cuda, oldest = found[1], OLDEST_DRIVER.get(int(found[1]), 0)
     if int(gpu.driver.partition(".")[0]) < oldest:
         fail(
             f"Driver {gpu.driver} is too old for torch with CUDA {cuda}, which needs {oldest} or newer. Update the "
-            f"driver, take another build of torch ({build[0]}; see pytorch.org), or give GPU_ID=none",
+            f"driver, use another build of torch ({en}; see pytorch.org), or give GPU_ID=none",
             f"驱动 {gpu.driver} 过旧：CUDA {cuda} 的 torch 需要 {oldest} 或更高版本。请更新驱动，"
-            f"或换用其他 torch（{build[1]}，参见 pytorch.org），或设 GPU_ID=none",
+            f"或换用其他 torch（{zh}，参见 pytorch.org），或设 GPU_ID=none",
         )
 
 

@@ -11,11 +11,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .. import remarks
 from ..errors import UnknownModel
-from ..sentences import in_locale
+from ..sentences import holder_of, in_locale, remarks
 from ..units import readable_bytes
 from .settings import checked, sendable
 
@@ -41,27 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.url = f"http://{arguments.url}"
     try:
         done, status = _call(arguments)
-    except urllib.error.HTTPError as error:
-        return _failed(_reason(error))
-    except UnknownModel as error:
-        return _failed(str(error))
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return _failed(_unreachable(arguments.url, error))
+    except (UnknownModel, OSError, ValueError, http.client.HTTPException) as error:
+        print(in_locale(_reason(error, arguments.url)), file=sys.stderr)
+        return 1
     print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else in_locale(table(status)))
     if not done:
-        print(in_locale("It will follow / 稍后完成"), file=sys.stderr)
+        print(in_locale("The action will follow the running request / 稍后完成"), file=sys.stderr)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpu_manager", description="Steer a running app.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("python -m gpu_manager", description="Control a running app.", allow_abbrev=False)
     parser.add_argument("command", choices=["status", "offload", "release", "warm", "configure"])
     parser.add_argument("model", nargs="?", help="the model's name, such as tts (default: all)")
     parser.add_argument("--url", default=DEFAULT_URL, help="the app's address (default: %(default)s)")
-    parser.add_argument("--token", type=checked(sendable), default=os.environ.get("GPU_CONTROL_TOKEN"),
-                        help="or GPU_CONTROL_TOKEN")  # fmt: skip
+    token = os.environ.get("GPU_CONTROL_TOKEN")
+    parser.add_argument("--token", type=checked(sendable), default=token, help="or GPU_CONTROL_TOKEN")
     parser.add_argument("--keep-warm", metavar="S", help="for configure: 30s, 5m, auto, -1 (for ever)")
     parser.add_argument("--idle-timeout", metavar="S", help="for configure: 600, 15m, -1 (never)")
     parser.add_argument("--json", action="store_true", help="print the whole status as JSON")
@@ -83,7 +78,7 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, Status]:
     with opener.open(request, timeout=600) as answer:
         status: Status = json.load(answer)
         if not isinstance(status, dict) or not {"device", "models"} <= status.keys():
-            raise ValueError("it answers something else")
+            raise ValueError("another program answers")
     if arguments.command == "status" and (name := arguments.model) is not None:
         if name not in status["models"]:
             raise UnknownModel(name, tuple(status["models"]))
@@ -91,7 +86,19 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, Status]:
     return answer.status == 200, status
 
 
-def _unreachable(url: str, error: Exception) -> str:
+def _reason(error: Exception, url: str) -> str:
+    """Describes a failed call, in English and Chinese."""
+    if isinstance(error, UnknownModel):
+        return str(error)
+    if isinstance(error, urllib.error.HTTPError):
+        with suppress(ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+            return str(json.load(error)["error"])
+        if error.code not in (404, 405):
+            return f"{error.url}: {error.code} {error.reason}"
+        return (
+            f"There is no GPU management at {error.url}: start the app with --enable-gpu-management, or give --url / "
+            f"{error.url} 没有 GPU 管理：请在启动应用时加上 --enable-gpu-management，或用 --url 指定地址"
+        )
     reason = getattr(error, "reason", None)
     if getattr(reason, "verify_code", 0):
         return (
@@ -105,25 +112,8 @@ def _unreachable(url: str, error: Exception) -> str:
     )
 
 
-def _failed(sentence: str) -> int:
-    print(in_locale(sentence), file=sys.stderr)
-    return 1
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"])
-    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
-        if error.code not in (404, 405):
-            return f"{error.url}: {error.code} {error.reason}"
-        return (
-            f"There is no GPU management at {error.url}: start the app with --enable-gpu-management, or give --url / "
-            f"{error.url} 没有 GPU 管理：请在启动应用时加上 --enable-gpu-management，或用 --url 指定地址"
-        )
-
-
 def table(status: Status) -> str:
-    """Formats the device's name, a line for each model, and the remarks of `residency.remarks`."""
+    """Formats the device's name, a line for each model, and remarks below them."""
     rows = [("MODEL", "STATE", "GPU", "MAIN MEMORY", "IDLE S", "WAITING", "NEXT")]
     for name, model in status["models"].items():
         idle = "-" if model["idle_s"] is None else f"{model['idle_s']:.0f}"
@@ -134,7 +124,7 @@ def table(status: Status) -> str:
     below = [
         f"{name}: {sentence}"
         for name, model in status["models"].items()
-        for sentence in (remarks.holder(model), remarks.last_error(model), remarks.outside(model))
+        for sentence in (holder_of(model), *remarks(model))
         if sentence
     ]
     return "\n".join([status["device"]["name"], *lines, *below])

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from ..errors import ResidencyError
 from .terminal import choose, fail, output_of, report, say
@@ -29,11 +29,10 @@ State = Literal["absent", "broken", "outdated", "ready", "foreign", "taken"]
 
 MARK = ".gpu-managed-tts"
 """Folder in an environment made here: a copy of each completely installed requirements file, and the lock."""
-TELL_EVERY_S = 10.0
+REPORT_EVERY_S = 10.0
 """Interval between progress lines in a log."""
 REWRITE_EVERY_S = 1.0
 """The same in a terminal, which rewrites one line."""
-_PIP = ("-m", "pip", "install", "--no-input", "--disable-pip-version-check")
 
 
 def python_of(venv: Path) -> str:
@@ -57,7 +56,7 @@ def _is_installed(venv: Path, file: Path) -> bool:
     return copy.exists() and filecmp.cmp(file, copy, shallow=False)
 
 
-def _maker() -> str:
+def _base_python() -> str:
     """Returns a Python that can make an environment: this one, outside of any. Raises `LaunchError` without venv."""
     if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
         return os.path.realpath(sys.executable)
@@ -71,18 +70,41 @@ def plan_environment(venv: Path, files: Sequence[Path]) -> State:
     if state == "taken":
         fail(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
              f"{venv} 已存在但不是 Python 环境。请用 VENV_DIR 指定其他目录")  # fmt: skip
-    python = _maker() if state in ("absent", "broken") else ""
+    python = _base_python() if state in ("absent", "broken") else ""
     en, zh = {
         "ready": ("is ready", "已就绪"),
         "outdated": ("needs an install", "需要安装依赖"),
-        "absent": (f"is made with {python}, then filled", f"用 {python} 创建并安装依赖"),
-        "broken": (f"is incomplete; it is made again with {python}", f"不完整，用 {python} 重建"),
-        "foreign": ("was not made by this project; it is used as it is", "不是本项目创建的，按原样使用"),
+        "absent": (f"will be created with {python} and filled", f"用 {python} 创建并安装依赖"),
+        "broken": (f"is incomplete; it will be created again with {python}", f"不完整，用 {python} 重建"),
+        "foreign": ("was not created by this project; it is used unchanged", "不是本项目创建的，按原样使用"),
     }[state]
     say(f"Environment: {venv} {en}", f"环境：{venv} {zh}")
     if state == "foreign":
         _check_foreign(venv, files)
     return state
+
+
+def _check_foreign(venv: Path, files: Sequence[Path]) -> None:
+    """Reports packages missing from a foreign environment; raises `LaunchError` if the app could not start."""
+    paths = output_of(python_of(venv), "-Ic", r"import sys; print(*sys.path, sep='\n')")
+    if paths is None:
+        fail(f"{venv}/bin/python does not run", f"{venv}/bin/python 无法运行")
+    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+    names = dict.fromkeys(match[0] for match in map(re.compile(r"[A-Za-z0-9][\w.-]*").match, lines) if match)
+
+    def lacks(name: str) -> bool:
+        return not any(metadata.distributions(name=name, path=paths.splitlines()))
+
+    # onnxruntime-gpu contains the modules of onnxruntime.
+    missing = " ".join(name for name in names if lacks(name) and lacks(f"{name}-gpu"))
+    if {"torch", "gradio"} & set(missing.split()):
+        fail(f"{venv} lacks {missing}. Install them there, or leave VENV_DIR out to have an environment created",
+             f"{venv} 缺少 {missing}。请在其中安装，或不设置 VENV_DIR 以自动创建环境")  # fmt: skip
+    if missing:
+        say(
+            f"⚠️  {venv} lacks {missing}; features that need them will not work",
+            f"⚠️  {venv} 缺少 {missing}，相关功能不可用",
+        )
 
 
 def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
@@ -94,7 +116,7 @@ def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
         (venv / MARK).mkdir(parents=True, exist_ok=True)
         lock = open(venv / MARK / "lock", "w")  # noqa: SIM115
     except OSError as error:
-        fail(f"{venv} cannot be made ({error.strerror}): give a folder that can be written with VENV_DIR",
+        fail(f"{venv} cannot be created ({error.strerror}): give a folder that can be written with VENV_DIR",
              f"无法创建 {venv}（{error.strerror}）：请用 VENV_DIR 指定可写的目录")  # fmt: skip
     with lock:
         try:
@@ -102,50 +124,45 @@ def prepare_environment(venv: Path, files: Sequence[Path]) -> None:
         except BlockingIOError:
             say(f"Another start is setting up {venv}; waiting for it", f"另一个启动进程正在准备 {venv}，等待其完成")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        _complete(venv, files)
+        # Again under the lock, since another start may have completed it.
+        if environment_state(venv, files) == "broken":
+            _recreate(venv)
+        for file in files:
+            if not _is_installed(venv, file):
+                (venv / MARK / file.name).unlink(missing_ok=True)
+                _install(venv, file)
+                shutil.copy(file, venv / MARK)
 
 
-def _complete(venv: Path, files: Sequence[Path]) -> None:
-    """Checks the state again under the lock, since another start may have completed it, and installs."""
-    if environment_state(venv, files) == "broken":
-        for path in venv.iterdir():
-            if path.name != MARK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for path in (venv / MARK).glob("*.txt"):
-            path.unlink()
-        python = _maker()
-        if subprocess.run([python, "-m", "venv", venv]).returncode:
-            fail(f"{python} could not make {venv} (see above)", f"{python} 无法创建 {venv}（见上）")
-    for file in files:
-        if not _is_installed(venv, file):
-            (venv / MARK / file.name).unlink(missing_ok=True)
-            install_requirements(venv, file)
-            shutil.copy(file, venv / MARK)
+def _recreate(venv: Path) -> None:
+    for path in (*(path for path in venv.iterdir() if path.name != MARK), *(venv / MARK).glob("*.txt")):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    python = _base_python()
+    if subprocess.run([python, "-m", "venv", venv]).returncode:
+        fail(f"{python} could not create {venv} (see above)", f"{python} 无法创建 {venv}（见上）")
 
 
-def install_requirements(venv: Path, file: Path) -> None:
+def _install(venv: Path, file: Path) -> None:
     """Installs PyTorch first and alone, so that its index (TORCH_INDEX_URL) is used for no other package."""
     say(f"Installing {file}", f"正在安装 {file}")
+    installs = [(str(file), ["-r", str(file)])]
     if torch := re.search(r"^torch==[^ ;\n]*", file.read_text(encoding="utf-8"), re.MULTILINE):
         index = os.environ.get("TORCH_INDEX_URL")
-        pip_install(venv, torch[0], [*(["--index-url", index] if index else []), torch[0]])
-    pip_install(venv, str(file), ["-r", str(file)])
-
-
-def pip_install(venv: Path, what: str, arguments: Sequence[str]) -> None:
-    """Runs pip; raises `LaunchError` if it fails."""
-    if watched(what, venv, [python_of(venv), *_PIP, *arguments]):
-        fail(
-            f"{what} could not be installed (pip says why above). Check the network and the disk space, or name a "
-            f"mirror with PIP_INDEX_URL (PyTorch's with TORCH_INDEX_URL); then run this again, it goes on from here",
-            f"{what} 安装失败（原因见上方 pip 输出）。请检查网络与磁盘空间，或用 PIP_INDEX_URL 指定镜像"
-            f"（PyTorch 用 TORCH_INDEX_URL），然后重新运行，会从中断处继续",
-        )
+        installs.insert(0, (torch[0], [*(["--index-url", index] if index else []), torch[0]]))
+    for what, arguments in installs:
+        pip = [python_of(venv), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+        if watched(what, venv, [*pip, *arguments]):
+            fail(
+                f"{what} could not be installed (see pip's reason above). Check the network and the disk space, or set "
+                f"a mirror with PIP_INDEX_URL (PyTorch's with TORCH_INDEX_URL); then run this again to continue",
+                f"{what} 安装失败（原因见上方 pip 输出）。请检查网络与磁盘空间，或用 PIP_INDEX_URL 指定镜像"
+                f"（PyTorch 用 TORCH_INDEX_URL），然后重新运行，会从中断处继续",
+            )
 
 
 def watched(what: str, venv: Path, command: Sequence[str]) -> int:
     """Runs an install; reports time and disk use (environment and downloads) while it is silent. Returns its status."""
-    every_s, before, after = TELL_EVERY_S, "", "\n"
+    every_s, before, after = REPORT_EVERY_S, "", "\n"
     if sys.stdout.isatty():
         every_s, before, after = REWRITE_EVERY_S, "\r\x1b[K", ""
     began = time.monotonic()
@@ -169,31 +186,10 @@ def watched(what: str, venv: Path, command: Sequence[str]) -> int:
                 return process.wait()
 
 
-def _read_lines(output: object, lines: queue.SimpleQueue[str | None]) -> None:
-    for line in output:  # type: ignore[attr-defined]
+def _read_lines(output: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in output:
         lines.put(line)
     lines.put(None)
-
-
-def _check_foreign(venv: Path, files: Sequence[Path]) -> None:
-    """Reports packages missing from a foreign environment; raises `LaunchError` if the app could not start."""
-    paths = output_of(python_of(venv), "-Ic", r"import sys; print(*sys.path, sep='\n')")
-    if paths is None:
-        fail(f"{venv}/bin/python does not run", f"{venv}/bin/python 无法运行")
-    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
-    names = dict.fromkeys(match[0] for match in map(re.compile(r"[A-Za-z0-9][\w.-]*").match, lines) if match)
-
-    def lacks(name: str) -> bool:
-        return not any(metadata.distributions(name=name, path=paths.splitlines()))
-
-    # onnxruntime-gpu contains the modules of onnxruntime.
-    missing = [name for name in names if lacks(name) and lacks(f"{name}-gpu")]
-    said = " ".join(missing)
-    if {"torch", "gradio"} & set(missing):
-        fail(f"{venv} lacks {said}. Install them there, or leave VENV_DIR out and an environment is made for you",
-             f"{venv} 缺少 {said}。请在其中安装，或不设置 VENV_DIR 以自动创建环境")  # fmt: skip
-    if missing:
-        say(f"⚠️  {venv} lacks {said}; what needs them will not work", f"⚠️  {venv} 缺少 {said}，相关功能不可用")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from ..addresses import is_address, without_mapping
 from ..errors import InvalidInput
 from ..scheduling.policies import keep_warm_seconds, seconds
 from ..units import UNITS_BYTES
-from .certificates import check_certificate
+from .listening import check_certificate
 
 T = TypeVar("T")
 
@@ -29,215 +29,6 @@ _ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:(?P<port>\d+))?)?(?P<
 #: Invalid as root paths: ambiguous behind a proxy that removes the root path.
 _OWN_PATHS = {"assets", "config", "docs", "gpu", "gradio_api", "healthz", "login", "logout", "metrics", "openapi.json",
               "readyz", "static", "svelte", "theme.css"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Flags of ``app.py``; times in seconds (`math.inf`: never), sizes in bytes."""
-
-    model_path: str | None = None
-    server_name: str = "0.0.0.0"
-    server_port: int = 7860
-    tmp_dir: str = "/tmp/gradio"
-    share: bool = False
-    model_source: str = "auto"
-    tokenizer_model_id: str = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
-    tts_model_id: str | None = None
-    quantization: str | None = None
-    torch_dtype: str = "bfloat16"
-    device_map: str = "cuda"
-    enable_auto_transcribe: bool = False
-    asr_model: str | None = None
-    enable_gpu_management: bool = False
-    gpu_idle_timeout: float = 600.0
-    gpu_keep_warm: float | Literal["auto"] = 0.0
-    gpu_budget: int | None = None
-    gpu_load_timeout: float = math.inf
-    gpu_wait_timeout: float = 600.0
-    engine: Literal["builtin", "step-audio"] = "builtin"
-    step_audio_root: str | None = None
-    gpu_snapshot_dir: str | None = None
-    gpu_snapshot_limit: int | None = None
-    gpu_host_memory_limit: int | None = None
-    simulate_gpu: int | None = None
-    control_token: str | None = field(default=None, repr=False)
-    auth: tuple[str, str] | None = field(default=None, repr=False)
-    allowed_hosts: tuple[str, ...] = ()
-    root_path: str = ""
-    ssl_certfile: str | None = None
-    ssl_keyfile: str | None = None
-    max_upload: int = 100 << 20
-    max_disk: int = 5 << 30
-    max_audio: float = 600.0
-    max_text: int = 5000
-    shutdown_grace: float = 10.0
-
-
-def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
-    """Parses flags, which override the environment. Exits with code 2 and a message if a value is invalid."""
-    parser = _parser(environ)
-    values = vars(parser.parse_args(argv))
-    if values.pop("gpu_isolation") != "none":
-        parser.error("--gpu-isolation process is not available yet; leave it out. / --gpu-isolation 尚未提供，请去掉。")
-    if values["simulate_gpu"] is not None and not values["enable_gpu_management"]:
-        parser.error(
-            "--simulate-gpu needs --enable-gpu-management; add it or leave --simulate-gpu out. / "
-            "--simulate-gpu 需要与 --enable-gpu-management 一起使用。"
-        )
-    if (model := values["asr_model"]) is not None:
-        if not values["enable_auto_transcribe"]:
-            parser.error(
-                "--asr-model needs --enable-auto-transcribe; add it or leave --asr-model out. / "
-                "--asr-model 需要与 --enable-auto-transcribe 一起使用。"
-            )
-        if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
-            parser.error(
-                f"--asr-model {model} is no folder: give one with a model, or the id of one on a hub "
-                f"(openai/whisper-small). / --asr-model {model} 不是目录：请指定模型目录或模型仓库 ID。"
-            )
-    try:
-        allowed = values.pop("allowed_host") or [_names(environ.get("GPU_TTS_ALLOWED_HOSTS", ""))]
-    except InvalidInput as error:
-        parser.error(f"GPU_TTS_ALLOWED_HOSTS: {error}")
-    values["allowed_hosts"] = tuple(name for names in allowed for name in names)
-    if values["engine"] == "auto":
-        values["engine"] = "step-audio" if values["model_path"] else "builtin"
-    try:
-        check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
-        if values["engine"] == "step-audio":
-            _check_model_path(values["model_path"], values["model_source"])
-    except InvalidInput as error:
-        parser.error(str(error))
-    return Settings(**values)
-
-
-def _check_model_path(model_path: str | None, source: str) -> None:
-    """Raises `InvalidInput` if local weights are missing; accepts a possible hub id unless the source is local."""
-    if model_path is None:
-        raise InvalidInput(
-            "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX; "
-            "leave --engine out to use the built-in engine",
-            "--engine step-audio 需要 --model-path（包含 Step-Audio-Tokenizer 和 Step-Audio-EditX 的目录）；"
-            "不写 --engine 则使用内置引擎",
-        )
-    if source in ("huggingface", "modelscope") and Path(model_path).is_absolute():
-        raise InvalidInput(
-            f"--model-path {model_path} is a folder, and --model-source {source} takes the id of a hub: leave "
-            f"--model-source out, or give an id (stepfun-ai)",
-            f"--model-path {model_path} 是目录，而 --model-source {source} 需要模型仓库 ID：请去掉 --model-source，"
-            f"或给出 ID（stepfun-ai）",
-        )
-    may_be_an_id = source == "auto" and re.fullmatch(_HUB_OWNER, model_path)
-    if source in ("auto", "local") and not may_be_an_id and not Path(model_path).exists():
-        raise InvalidInput(
-            f"--model-path {model_path} does not exist. Download stepfun-ai/Step-Audio-Tokenizer and "
-            f"stepfun-ai/Step-Audio-EditX into it (hf download), give --model-source huggingface or "
-            f"modelscope if it is the id of a hub, or leave --model-path out to use the built-in engine",
-            f"--model-path {model_path} 不存在。请把 stepfun-ai/Step-Audio-Tokenizer 和 stepfun-ai/Step-Audio-EditX "
-            f"下载到其中；如果它是模型仓库的 ID，请加上 --model-source huggingface 或 modelscope；"
-            f"不写 --model-path 则使用内置引擎",
-        )
-
-
-def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    defaults = Settings()
-    parser = argparse.ArgumentParser(
-        description="Step-Audio-EditX in the browser; its model is off the GPU while nobody speaks.",
-        allow_abbrev=False,
-    )
-    _add_page_flags(parser, defaults, environ)
-    _add_management_flags(parser, defaults, environ)
-    return parser
-
-
-def _add_page_flags(parser: argparse.ArgumentParser, defaults: Settings, environ: Mapping[str, str]) -> None:
-    add = parser.add_argument_group("as in the Step-Audio-EditX app").add_argument
-    add("--model-path", metavar="DIR", type=os.path.expanduser,
-        help="where the weights are; without it the built-in engine serves")  # fmt: skip
-    add("--server-name", type=checked(_address), default=defaults.server_name,
-        help="address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 every address of IPv4, :: of IPv4 and IPv6 "
-        "(default: %(default)s)")  # fmt: skip
-    add("--server-port", type=checked(_port), default=defaults.server_port, help="default: %(default)s")
-    add("--tmp-dir", type=os.path.expanduser, default=defaults.tmp_dir,
-        help="recordings live here while the app runs (default: %(default)s)")  # fmt: skip
-    add("--share", action="store_true", help="make a public gradio.live link")
-    add("--model-source", choices=["auto", "local", "modelscope", "huggingface"], default=defaults.model_source)
-    add("--tokenizer-model-id", metavar="ID", type=os.path.expanduser, default=defaults.tokenizer_model_id)
-    add("--tts-model-id", metavar="ID", type=os.path.expanduser, help="if it differs from the model path")
-    add("--quantization", choices=["int4", "int8", "awq-4bit"])
-    add("--torch-dtype", choices=["float16", "bfloat16", "float32"], default=defaults.torch_dtype)
-    add("--device-map", default=defaults.device_map, help="default: %(default)s")
-    add("--enable-auto-transcribe", action="store_true",
-        help="what is said in an uploaded recording is written into the prompt text, if that is empty")  # fmt: skip
-
-    add = parser.add_argument_group("the page").add_argument
-    add("--auth", metavar="USER:PASSWORD", type=checked(_auth), default=environ.get("GRADIO_AUTH") or None,
-        help="ask for these before showing the page; who has signed in may press its buttons (environment: "
-        "GRADIO_AUTH)")  # fmt: skip
-    add("--allowed-host", metavar="NAME", action="append", type=checked(_names),
-        help="a name under which a proxy on this machine passes on what comes from elsewhere (speech.example.org); may "
-        "be given several times, or separated by commas (environment: GPU_TTS_ALLOWED_HOSTS)")  # fmt: skip
-    add("--root-path", metavar="PATH", type=checked(_root_path),
-        default=environ.get("GPU_TTS_ROOT_PATH") or environ.get("GRADIO_ROOT_PATH") or defaults.root_path,
-        help="the path under which a reverse proxy serves the page (/tts), whether or not the proxy removes it; or the "
-        "whole address (https://example.com/tts) if the proxy does not pass it on (environment: GPU_TTS_ROOT_PATH, "
-        "GRADIO_ROOT_PATH)")  # fmt: skip
-    add("--ssl-certfile", metavar="FILE", type=os.path.expanduser,
-        help="serve https with this certificate (PEM); browsers give pages from elsewhere the microphone only over "
-        "https")  # fmt: skip
-    add("--ssl-keyfile", metavar="FILE", type=os.path.expanduser,
-        help="the private key of the certificate (PEM, without a password)")  # fmt: skip
-    add("--max-upload", metavar="SIZE", type=checked(size_bytes), default=defaults.max_upload,
-        help="largest recording that may be uploaded (default: 100MB)")  # fmt: skip
-    add("--max-disk", metavar="SIZE", type=checked(size_bytes), default=defaults.max_disk,
-        help="disk space that recordings and results in --tmp-dir may take together "
-        "(default: 5GB)")  # fmt: skip
-    add("--max-audio", metavar="S", type=checked(seconds), default=defaults.max_audio,
-        help="longest recording that is worked on (600, 90s, 15m; -1: any; default: 600)")  # fmt: skip
-    add("--max-text", metavar="N", type=checked(_count), default=defaults.max_text,
-        help="most characters of a text (default: %(default)s)")  # fmt: skip
-
-
-def _add_management_flags(parser: argparse.ArgumentParser, defaults: Settings, environ: Mapping[str, str]) -> None:
-    add = parser.add_argument_group("the end").add_argument
-    add("--shutdown-grace", metavar="S", type=checked(seconds), default=defaults.shutdown_grace,
-        help="after Ctrl-C or SIGTERM a running request may finish for this long (10, 90s, 15m; 0: not at all; "
-        "-1: as long as it takes); a second signal quits at once (default: 10)")  # fmt: skip
-
-    add = parser.add_argument_group("GPU management").add_argument
-    add("--enable-gpu-management", action="store_true", help="keep the model off the GPU while it is idle")
-    add("--gpu-idle-timeout", metavar="S", type=checked(seconds), default=defaults.gpu_idle_timeout,
-        help="idle this long (600, 90s, 15m, 1h): released from host memory too; -1 never (default: 600)")  # fmt: skip
-    add("--gpu-keep-warm", metavar="S", type=checked(keep_warm_seconds), default=defaults.gpu_keep_warm,
-        help="stay on the GPU this long after a request; auto learns it from the arrivals (default: 0)")  # fmt: skip
-    add("--gpu-budget", metavar="SIZE", type=checked(size_bytes),
-        help="GPU memory that the models take together at most (24GB; default: what the GPU has)")  # fmt: skip
-    add("--gpu-load-timeout", metavar="S", type=checked(seconds), default=defaults.gpu_load_timeout,
-        help="give up a load that takes longer, and load anew on the next request (default: -1, never)")  # fmt: skip
-    add("--gpu-wait-timeout", metavar="S", type=checked(seconds), default=defaults.gpu_wait_timeout,
-        help="refuse a request that has waited longer for its turn, or for memory that others hold (10m, 90s; -1: "
-        "never; default: 10m); a load is not counted")  # fmt: skip
-    add("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
-    add("--gpu-snapshot-dir", metavar="DIR", type=checked(_folder),
-        help="keep released weights on disk here and read them back from it")  # fmt: skip
-    add("--gpu-snapshot-limit", metavar="SIZE", type=checked(size_bytes),
-        help="remove the snapshots unused for longest beyond this size (100GB; default: no limit)")  # fmt: skip
-    add("--gpu-host-memory-limit", metavar="SIZE", type=checked(size_bytes),
-        help="pin at most this much main memory for fast copies (16GB; default: no limit)")  # fmt: skip
-    add("--simulate-gpu", metavar="SIZE", type=checked(size_bytes),
-        help="a simulated card of this size (48GB), to try everything without a GPU")  # fmt: skip
-    add("--control-token", metavar="TOKEN", type=checked(sendable), default=environ.get("GPU_CONTROL_TOKEN") or None,
-        help="asked of changing calls under /gpu from other machines, and of looking too if there is --auth "
-        "(environment: GPU_CONTROL_TOKEN)")  # fmt: skip
-
-    add = parser.add_argument_group("engine").add_argument
-    add("--engine", choices=["auto", "builtin", "step-audio"], default="auto",
-        help="auto: step-audio if --model-path is given, else builtin (default: auto)")  # fmt: skip
-    add("--asr-model", metavar="MODEL", type=os.path.expanduser,
-        help="speech recognition for --enable-auto-transcribe: a folder or a hub's id (default: the checkout's own, or "
-        "openai/whisper-large-v3)")  # fmt: skip
-    add("--step-audio-root", metavar="DIR", type=os.path.expanduser, default=environ.get("STEP_AUDIO_ROOT") or None,
-        help="checkout of Step-Audio-EditX (environment: STEP_AUDIO_ROOT)")  # fmt: skip
 
 
 def size_bytes(text: str) -> int:
@@ -346,3 +137,208 @@ def checked(read: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
+
+
+_METAVARS: dict[object, str] = {seconds: "S", keep_warm_seconds: "S", size_bytes: "SIZE"}
+
+
+def _flag(default: Any, help: str | None = None, read: Callable[[str], object] | None = None, **argument: Any) -> Any:
+    """Returns a field that is a flag of `Settings`; ``argument`` goes to argparse.
+
+    ``read`` converts the text and may raise `InvalidInput`. ``variables`` are read in order if the flag is not given; a
+    flag with ``group`` begins a group of flags.
+    """
+    if read in _METAVARS:
+        argument["metavar"] = _METAVARS[read]
+    secret = argument.pop("secret", False)
+    return field(default=default, repr=not secret, metadata={"help": help, "read": read, **argument})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of ``app.py``; times in seconds (`math.inf`: never), sizes in bytes."""
+
+    # fmt: off
+    model_path: str | None = _flag(
+        None, "folder with the weights; without it, the built-in engine is used", os.path.expanduser, metavar="DIR",
+        group="as in the Step-Audio-EditX app")
+    server_name: str = _flag(
+        "0.0.0.0", "address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 every address of IPv4, :: of IPv4 "
+        "and IPv6 (default: %(default)s)", _address)
+    server_port: int = _flag(7860, "default: %(default)s", _port)
+    tmp_dir: str = _flag(
+        "/tmp/gradio", "folder for recordings while the app runs (default: %(default)s)", os.path.expanduser)
+    share: bool = _flag(False, "make a public gradio.live link")
+    model_source: str = _flag("auto", choices=["auto", "local", "modelscope", "huggingface"])
+    tokenizer_model_id: str = _flag(
+        "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online", None, os.path.expanduser,
+        metavar="ID")
+    tts_model_id: str | None = _flag(None, "if it differs from the model path", os.path.expanduser, metavar="ID")
+    quantization: str | None = _flag(None, choices=["int4", "int8", "awq-4bit"])
+    torch_dtype: str = _flag("bfloat16", choices=["float16", "bfloat16", "float32"])
+    device_map: str = _flag("cuda", "default: %(default)s")
+    enable_auto_transcribe: bool = _flag(
+        False, "write the words of an uploaded recording into the prompt text, if that is empty")
+
+    auth: tuple[str, str] | None = _flag(
+        None, "login that the page requires; users who have logged in may use its buttons (environment: GRADIO_AUTH)",
+        _auth, metavar="USER:PASSWORD", variables=("GRADIO_AUTH",), secret=True, group="the page")
+    allowed_hosts: tuple[str, ...] = _flag(
+        (), "host name under which a proxy on this machine forwards requests from elsewhere (speech.example.org); may "
+        "be given several times, or separated by commas (environment: GPU_TTS_ALLOWED_HOSTS)",
+        _names, metavar="NAME", action="append", flag="--allowed-host", unset=None)
+    root_path: str = _flag(
+        "", "path under which a reverse proxy serves the page (/tts), whether or not the proxy removes it; or the "
+        "whole address (https://example.com/tts) if the proxy does not forward it (environment: GPU_TTS_ROOT_PATH, "
+        "GRADIO_ROOT_PATH)", _root_path, metavar="PATH", variables=("GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH"))
+    ssl_certfile: str | None = _flag(
+        None, "serve https with this certificate (PEM); browsers allow pages from other machines to use the microphone "
+        "only over https", os.path.expanduser, metavar="FILE")
+    ssl_keyfile: str | None = _flag(
+        None, "private key of the certificate (PEM, without a password)", os.path.expanduser, metavar="FILE")
+    max_upload: int = _flag(100 << 20, "largest recording that may be uploaded (default: 100MB)", size_bytes)
+    max_disk: int = _flag(
+        5 << 30, "disk space for all recordings and results in --tmp-dir (default: 5GB)", size_bytes)
+    max_audio: float = _flag(600.0, "longest recording (600, 90s, 15m; -1: no limit; default: 600)", seconds)
+    max_text: int = _flag(5000, "largest number of characters in a text (default: %(default)s)", _count, metavar="N")
+
+    shutdown_grace: float = _flag(
+        10.0, "time for running requests to finish after Ctrl-C or SIGTERM (10, 90s, 15m; 0: none; -1: no limit); a "
+        "second signal ends the app at once (default: 10)", seconds, group="shutdown")
+
+    enable_gpu_management: bool = _flag(False, "keep the model off the GPU while it is idle", group="GPU management")
+    gpu_idle_timeout: float = _flag(
+        600.0, "idle time (600, 90s, 15m, 1h) after which the model is released from host memory, too; -1: never "
+        "(default: 600)", seconds)
+    gpu_keep_warm: float | Literal["auto"] = _flag(
+        0.0, "keep the model on the GPU this long after a request; auto learns the time from the arrivals of requests "
+        "(default: 0)", keep_warm_seconds)
+    gpu_budget: int | None = _flag(
+        None, "limit of the GPU memory of all models together (24GB; default: the memory of the GPU)", size_bytes)
+    gpu_load_timeout: float = _flag(
+        math.inf, "cancel a load that takes longer; the next request loads again (default: -1, never)", seconds)
+    gpu_wait_timeout: float = _flag(
+        600.0, "refuse a request that has waited longer for its turn, or for memory in use by others (10m, 90s; -1: "
+        "never; default: 10m); loading is not counted", seconds)
+    gpu_snapshot_dir: str | None = _flag(
+        None, "folder for snapshots of released weights, from which they are loaded again", _folder, metavar="DIR")
+    gpu_snapshot_limit: int | None = _flag(
+        None, "size of all snapshots beyond which the least recently used are deleted (100GB; default: no limit)",
+        size_bytes)
+    gpu_host_memory_limit: int | None = _flag(
+        None, "limit of pinned main memory for fast copies (16GB; default: no limit)", size_bytes)
+    simulate_gpu: int | None = _flag(
+        None, "simulated GPU of this size (48GB), to try everything without a GPU", size_bytes)
+    control_token: str | None = _flag(
+        None, "token that other machines need for changing calls under /gpu, and with --auth also for reading calls "
+        "(environment: GPU_CONTROL_TOKEN)",
+        sendable, metavar="TOKEN", variables=("GPU_CONTROL_TOKEN",), secret=True)
+
+    engine: Literal["builtin", "step-audio"] = _flag(
+        "builtin", "auto: step-audio if --model-path is given, else builtin (default: auto)",
+        choices=["auto", "builtin", "step-audio"], unset="auto", group="engine")
+    asr_model: str | None = _flag(
+        None, "speech recognition for --enable-auto-transcribe: a folder, or the id of a model on a hub (default: the "
+        "checkout's own, or openai/whisper-large-v3)", os.path.expanduser, metavar="MODEL")
+    step_audio_root: str | None = _flag(
+        None, "checkout of Step-Audio-EditX (environment: STEP_AUDIO_ROOT)",
+        os.path.expanduser, metavar="DIR", variables=("STEP_AUDIO_ROOT",))
+    # fmt: on
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Parses flags, which override the environment. Exits with code 2 and a message if a value is invalid."""
+    parser = _parser(environ)
+    values = vars(parser.parse_args(argv))
+    try:
+        return _checked_settings(values, environ)
+    except InvalidInput as error:
+        parser.error(str(error))
+
+
+def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Checks flags against each other; raises `InvalidInput`."""
+    if values.pop("gpu_isolation") != "none":
+        raise InvalidInput(
+            "--gpu-isolation process is not available yet; leave it out", "--gpu-isolation 尚未提供，请去掉"
+        )
+    for flag, needed in (("simulate_gpu", "enable_gpu_management"), ("asr_model", "enable_auto_transcribe")):
+        if values[flag] is not None and not values[needed]:
+            en, zh = "{0} needs {1}; add it or leave {0} out", "{0} 需要与 {1} 一起使用"
+            flags = ["--" + name.replace("_", "-") for name in (flag, needed)]
+            raise InvalidInput(en.format(*flags), zh.format(*flags))
+    model = values["asr_model"] or ""
+    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise InvalidInput(
+            f"--asr-model {model} is no folder: give one with a model, or the id of a model on a hub "
+            f"(openai/whisper-small)",
+            f"--asr-model {model} 不是目录：请指定模型目录或模型仓库 ID（openai/whisper-small）",
+        )
+    try:
+        allowed = values["allowed_hosts"] or [_names(environ.get("GPU_TTS_ALLOWED_HOSTS", ""))]
+    except InvalidInput as error:
+        raise InvalidInput(f"GPU_TTS_ALLOWED_HOSTS: {error.en}", f"GPU_TTS_ALLOWED_HOSTS：{error.zh}") from None
+    values["allowed_hosts"] = tuple(name for names in allowed for name in names)
+    if values["engine"] == "auto":
+        values["engine"] = "step-audio" if values["model_path"] else "builtin"
+    check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
+    if values["engine"] == "step-audio":
+        _check_model_path(values["model_path"], values["model_source"])
+    return Settings(**values)
+
+
+def _check_model_path(model_path: str | None, source: str) -> None:
+    """Raises `InvalidInput` if local weights are missing; accepts a possible hub id unless the source is local."""
+    if model_path is None:
+        raise InvalidInput(
+            "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX; "
+            "leave --engine out to use the built-in engine",
+            "--engine step-audio 需要 --model-path（包含 Step-Audio-Tokenizer 和 Step-Audio-EditX 的目录）；"
+            "不写 --engine 则使用内置引擎",
+        )
+    if source in ("huggingface", "modelscope") and Path(model_path).is_absolute():
+        raise InvalidInput(
+            f"--model-path {model_path} is a folder, and --model-source {source} takes the id of a hub: leave "
+            f"--model-source out, or give an id (stepfun-ai)",
+            f"--model-path {model_path} 是目录，而 --model-source {source} 需要模型仓库 ID：请去掉 --model-source，"
+            f"或给出 ID（stepfun-ai）",
+        )
+    if source in ("auto", "local") and not may_be_hub_id(model_path, source) and not _is_readable(model_path):
+        raise InvalidInput(
+            f"--model-path {model_path} is no folder that can be read. Download stepfun-ai/Step-Audio-Tokenizer and "
+            f"stepfun-ai/Step-Audio-EditX into it (hf download), give --model-source huggingface or "
+            f"modelscope if it is the id of a hub, or leave --model-path out to use the built-in engine",
+            f"--model-path {model_path} 不是可读的目录。请把 stepfun-ai/Step-Audio-Tokenizer 和 "
+            f"stepfun-ai/Step-Audio-EditX 下载到其中；如果它是模型仓库的 ID，请加上 --model-source huggingface 或 "
+            f"modelscope；不写 --model-path 则使用内置引擎",
+        )
+
+
+def may_be_hub_id(model_path: str, source: str) -> bool:
+    """Returns whether a model path that is no folder may be the id of a hub."""
+    return source == "auto" and not os.path.exists(model_path) and bool(re.fullmatch(_HUB_OWNER, model_path))
+
+
+def _is_readable(folder: str) -> bool:
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)
+
+
+def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Step-Audio-EditX in the browser; its model leaves the GPU while it is idle.", allow_abbrev=False
+    )
+    parser.add_argument("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
+    group: argparse._ActionsContainer = parser
+    for each in fields(Settings):
+        argument = dict(each.metadata)
+        if title := argument.pop("group", None):
+            group = parser.add_argument_group(title)
+        variables, flag = argument.pop("variables", ()), argument.pop("flag", "--" + each.name.replace("_", "-"))
+        default = next(filter(None, map(environ.get, variables)), argument.pop("unset", each.default))
+        if each.default is False:
+            group.add_argument(flag, dest=each.name, action="store_true", help=argument["help"])
+            continue
+        if read := argument.pop("read"):
+            argument["type"] = checked(read)
+        group.add_argument(flag, dest=each.name, default=default, **argument)
+    return parser

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NoReturn
 
 from ..errors import ResidencyError
@@ -17,9 +15,6 @@ from ..sentences import language
 
 class LaunchError(ResidencyError):
     """Error of the launcher, exit code 1."""
-
-    def __init__(self, en: str, zh: str) -> None:
-        super().__init__(en, zh, en, zh)
 
 
 def choose(en: str, zh: str) -> str:
@@ -45,13 +40,6 @@ def report(error: ResidencyError) -> None:
     warn(f"❌ {error.en}", f"❌ {error.zh}")
 
 
-def quoted(words: Sequence[str]) -> str:
-    """Quotes a command for a shell, in any locale."""
-    return " ".join(
-        shlex.quote(word) if not word or "\n" in word else re.sub(r"[^\w@%+=:,./-]", r"\\\g<0>", word) for word in words
-    )
-
-
 def output_of(*command: str) -> str | None:
     """Runs a program, without its stderr; returns its stripped output, or None if it is missing or fails."""
     try:
@@ -61,8 +49,8 @@ def output_of(*command: str) -> str | None:
     return None if done.returncode else done.stdout.rstrip("\n")
 
 
-def become(command: list[str]) -> NoReturn:
+def become(command: list[str], environ: Mapping[str, str] = os.environ) -> NoReturn:
     """Replaces this process by a program, which keeps pid, terminal and signals."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored by Python; the program would inherit that
     sys.stdout.flush()
-    os.execvp(command[0], command)
+    os.execvpe(command[0], command, environ)

@@ -109,9 +109,10 @@ def reopen(storages: Collection[torch.UntypedStorage]) -> None:
     """Undoes `close`. Call once the storages are filled."""
     import torch
 
+    barrier = _barrier()
     for storage in storages:
         storage.__class__ = torch.UntypedStorage
-    _barrier().open([storage._cdata for storage in storages])
+        barrier.open(storage._cdata)
 
 
 def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
@@ -119,7 +120,13 @@ def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
 
     The storage objects stay closed; only `torch.UntypedStorage.resize_` and ``nbytes`` can be called on them.
     """
-    return _barrier().one_by_one(addresses)
+    barrier = _barrier()
+    for address in addresses:
+        barrier.open(address)
+        try:
+            yield
+        finally:
+            barrier.close(address)
 
 
 @contextmanager
@@ -129,7 +136,9 @@ def opened(storages: Collection[torch.UntypedStorage]) -> Iterator[None]:
     try:
         yield
     finally:
-        _barrier().close([storage._cdata for storage in storages])
+        barrier = _barrier()
+        for storage in storages:
+            barrier.close(storage._cdata)
         close(storages)
 
 
@@ -158,11 +167,11 @@ def _answer(cls: type, function: Any, types: Any, arguments: tuple[Any, ...] = (
     from torch.utils._pytree import tree_leaves
 
     options = options or {}
-    tells, describes = _harmless()
-    if function in tells or (function is torch.Tensor.type and len(arguments) == 1 and not options):
+    allowed, describing = _harmless()
+    if function in allowed or (function is torch.Tensor.type and len(arguments) == 1 and not options):
         with torch._C.DisableTorchFunctionSubclass():
             return function(*arguments, **options)
-    if function in describes:
+    if function in describing:
         return _description(arguments[0])
     for tensor in tree_leaves((arguments, options)):
         for _ in range(_TRIES):  # its engine may be offloaded again at once
@@ -197,10 +206,10 @@ def _harmless() -> tuple[frozenset[Any], frozenset[Any]]:
     kind: Any = torch.Tensor
     flags = [name for name in dir(kind) if name.startswith("is_") and not callable(getattr(kind, name))]
     attributes = [getattr(kind, name) for name in (*_ATTRIBUTES, *flags) if hasattr(kind, name)]
-    tells = {attribute.__get__ for attribute in attributes}
-    tells |= {kind.requires_grad.__set__, kind.grad.__set__}
-    tells |= {getattr(where, name) for name in _METHODS for where in (kind, torch) if hasattr(where, name)}
-    return frozenset(tells), frozenset({kind.__repr__, kind.__format__})
+    allowed = {attribute.__get__ for attribute in attributes}
+    allowed |= {kind.requires_grad.__set__, kind.grad.__set__}
+    allowed |= {getattr(where, name) for name in _METHODS for where in (kind, torch) if hasattr(where, name)}
+    return frozenset(allowed), frozenset({kind.__repr__, kind.__format__})
 
 
 @functools.cache
@@ -218,27 +227,21 @@ def _storage_classes() -> tuple[type, type]:
     def describe(self: Any) -> str:
         return f"UntypedStorage(<away>, path={_path(self)!r}, device='{self.device}')"
 
-    guarded = {
+    guarded: dict[str, Any] = {
         name: through(name)
         for name in dir(torch.UntypedStorage)
         if name not in _STORAGE and callable(getattr(torch.UntypedStorage, name))
     }
-    Away = type(
-        "Away", (torch.UntypedStorage,), {**guarded, "__slots__": (), "__repr__": describe, "__str__": describe}
-    )
-    released = type("Released", (Away,), {"__slots__": ()})
-    for kind in (Away, released):
-        kind.__name__ = kind.__qualname__ = "UntypedStorage"
-    return Away, released
+    guarded |= {"__slots__": (), "__repr__": describe, "__str__": describe}
+    away = type("UntypedStorage", (torch.UntypedStorage,), guarded)
+    return away, type("UntypedStorage", (away,), {"__slots__": ()})
 
 
 class _Barrier(NamedTuple):
-    """Functions that set and clear, on storages (``_cdata``), the flag that makes each access to the address raise."""
+    """Functions that set and clear, on a storage (``_cdata``), the flag that makes each access to the address raise."""
 
-    close: Callable[[Iterable[int]], None]
-    open: Callable[[Iterable[int]], None]
-    #: Clears the flag of one storage at a time, until the next step.
-    one_by_one: Callable[[Iterable[int]], Iterator[None]]
+    close: Callable[[int], object]
+    open: Callable[[int], object]
 
 
 @functools.cache
@@ -251,24 +254,7 @@ def _barrier() -> _Barrier:
         clear_error: Any = torch._C._clear_storage_data_ptr_access_error_msg
     except AttributeError:
         return _flags()
-
-    def close(addresses: Iterable[int]) -> None:
-        for address in addresses:
-            set_error(address, text)
-
-    def open_(addresses: Iterable[int]) -> None:
-        for address in addresses:
-            clear_error(address)
-
-    def one_by_one(addresses: Iterable[int]) -> Iterator[None]:
-        for address in addresses:
-            clear_error(address)
-            try:
-                yield
-            finally:
-                set_error(address, text)
-
-    return _Barrier(close, open_, one_by_one)
+    return _Barrier(lambda address: set_error(address, text), clear_error)
 
 
 def _flags() -> _Barrier:
@@ -276,7 +262,7 @@ def _flags() -> _Barrier:
     import torch
 
     probe, other = torch.ones(4), torch.ones(4)
-    storage = probe.untyped_storage()
+    storage, other_address = probe.untyped_storage(), other.untyped_storage()._cdata
     before = ctypes.string_at(storage._cdata, 96)
     torch._C._set_throw_on_mutable_data_ptr(probe)
     torch._C._set_warn_deprecated_on_mutable_data_ptr(probe)
@@ -286,35 +272,19 @@ def _flags() -> _Barrier:
     # warn_deprecated_on_mutable_data_ptr_. The first and the third are set.
     first, closed = changed[0] if changed else 0, int.from_bytes(b"\1\0\1\0", sys.byteorder)
     # An array over the whole address space: an assignment takes a tenth of the time of a ctypes call.
-    memory = (ctypes.c_uint32 * (1 << 60)).from_address(first)
-
-    def close(addresses: Iterable[int]) -> None:
-        for address in addresses:
-            memory[address >> 2] = closed
-
-    def open_(addresses: Iterable[int]) -> None:
-        for address in addresses:
-            memory[address >> 2] = 0
-
-    def one_by_one(addresses: Iterable[int]) -> Iterator[None]:
-        for address in addresses:
-            memory[address >> 2] = 0
-            try:
-                yield
-            finally:
-                memory[address >> 2] = closed
-
+    write = (ctypes.c_uint32 * (1 << 60)).from_address(first).__setitem__
+    barrier = _Barrier(lambda address: write(address >> 2, closed), lambda address: write(address >> 2, 0))
     if changed == [first, first + 1, first + 3] and before[first : first + 4] == b"\0\0\0\0":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            close([other.untyped_storage()._cdata])
+            barrier.close(other_address)
             try:
                 other.sum()
                 proven = False
             except RuntimeError:
                 proven = True
-            open_([other.untyped_storage()._cdata])
+            barrier.open(other_address)
         if proven and other.sum() == 4:
-            return _Barrier(close, open_, one_by_one)
+            return barrier
     logger.debug("This torch cannot guard storages: views kept from a lease are not guarded")
-    return _Barrier(lambda addresses: None, lambda addresses: None, lambda addresses: iter([None for _ in addresses]))
+    return _Barrier(lambda address: None, lambda address: None)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from .mirror_layout import SPAN_BYTES
+from .mirror import SPAN_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _WORD_BYTES = 4
 
 
-def fingerprints(raws: Iterable[torch.Tensor], count: int) -> list[int]:
+def checksums(raws: Iterable[torch.Tensor], count: int) -> list[int]:
     """Returns a 64-bit checksum for each of ``count`` tensors (uint8 [n], 0 < n <= `SPAN_BYTES`) on one device.
 
     Comparable only within this process and device. Consumes the tensors one at a time; needs scratch space of 4 spans
@@ -37,11 +37,11 @@ def fingerprints(raws: Iterable[torch.Tensor], count: int) -> list[int]:
         return []
     raws = itertools.chain([first], raws)
     if first.device.type == "cpu":
-        return [hash_of(raw) for raw in raws]
+        return [host_checksum(raw) for raw in raws]
     return multilinear(raws, count, first.device)
 
 
-def hash_of(raw: torch.Tensor) -> int:
+def host_checksum(raw: torch.Tensor) -> int:
     """Returns the XXH3 of a contiguous uint8 tensor in main memory; the same in every process."""
     # Not through numpy: torch does not resize a storage after ``tensor.numpy()``.
     return xxhash.xxh3_64_intdigest(memoryview_of(raw))

@@ -10,19 +10,19 @@ what the engine has dropped. Parts without memory are skipped in large batches.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import gc
 import itertools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..progress import current
-from .object_kinds import ObjectKind, kind_of
-from .object_paths import ByPath, PathFinder, children, gradients, has_constants
+from .object_graph import ByPath, ObjectKind, PathFinder, children, gradients, has_constants, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ class Discovery:
         self._engine = engine
         self._skip = frozenset(skip)
         self._names = PathFinder(engine)
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._scripts: weakref.WeakSet[torch.jit.ScriptModule] = weakref.WeakSet()
 
     def walk(self) -> Found:
@@ -94,7 +94,7 @@ class Discovery:
         def names(things: Iterable[Any]) -> Mapping[int, str]:
             return self._names.of(things, closed)
 
-        self._tell(walk, names)
+        self._log_immovable(walk, names)
         arrays = _without_views(walk.arrays)
         return Found(
             ByPath(walk.tensors, names),
@@ -107,7 +107,7 @@ class Discovery:
             [array for array in arrays if array.base is not None],
         )
 
-    def _tell(self, walk: _Walk, names: Callable[[Iterable[Any]], Mapping[int, str]]) -> None:
+    def _log_immovable(self, walk: _Walk, names: Callable[[Iterable[Any]], Mapping[int, str]]) -> None:
         """Logs, once each, what was found but is not moved."""
         constant = []
         for module in walk.scripts:
@@ -122,8 +122,8 @@ class Discovery:
             paths = names(things) if things else {}
             for thing in things:
                 path = paths.get(id(thing)) or "The engine"
-                if path not in self._told:
-                    self._told.add(path)
+                if path not in self._logged:
+                    self._logged.add(path)
                     logger.warning(message, path, _looks_like(thing))
 
 
@@ -187,23 +187,20 @@ class _Walk:
             return
         for kind in kinds:
             things = batch if len(kinds) == 1 else [thing for thing in batch if self._kinds[type(thing)] is kind]
-            self._sort(kind, self._fresh(things))
+            self._take(kind, self._fresh(things))
 
-    def _sort(self, kind: ObjectKind, things: list[Any]) -> None:
-        if kind is ObjectKind.OPEN:
-            self._enter(things)
-        elif kind is ObjectKind.TENSOR:
-            self._enter_tensors(things)
-        elif kind is ObjectKind.SESSION:
-            self.sessions += things
-        elif kind is ObjectKind.GRAPH:
-            self.graphs += things
-        elif kind is ObjectKind.SELF_MOVING:
-            self.self_moving += things
-        elif kind is ObjectKind.ARRAY:
-            self.arrays += things
-        elif kind is ObjectKind.BY_NAME:
-            self._enter_by_name(things)
+    def _take(self, kind: ObjectKind, things: list[Any]) -> None:
+        takers: dict[ObjectKind, Callable[[list[Any]], object]] = {
+            ObjectKind.OPEN: self._enter,
+            ObjectKind.TENSOR: self._enter_tensors,
+            ObjectKind.SESSION: self.sessions.extend,
+            ObjectKind.GRAPH: self.graphs.extend,
+            ObjectKind.ARRAY: self.arrays.extend,
+            ObjectKind.SELF_MOVING: self.self_moving.extend,
+            ObjectKind.BY_NAME: self._enter_by_name,
+        }  # not an attribute: a cycle would keep the engine alive
+        if kind in takers:
+            takers[kind](things)
 
     def _classes(self, things: list[Any]) -> set[type]:
         classes = set(map(type, things))
@@ -305,3 +302,38 @@ def _looks_like(thing: Any) -> str:
         return type(thing).__name__
     base: Any = torch._C.TensorBase
     return f"{type(thing).__name__}, {base.layout.__get__(thing)}, {list(base.size(thing))}"
+
+
+def compiled_graphs(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Returns the paths of those tensors whose addresses are in CUDA graphs of compiled code.
+
+    ``torch.compile(mode="reduce-overhead")`` captures them; no engine refers to them: torch keeps them in thread-local
+    variables. If this version of torch does not expose the addresses, returns one entry for all.
+    """
+    module = sys.modules.get("torch._inductor.cudagraph_trees")  # not imported: no graphs
+    kind = getattr(module, "CUDAGraphNode", None)
+    nodes = [node for node in gc.get_referrers(kind) if type(node) is kind] if kind is not None else []
+    graphs = [node for node in nodes if getattr(node, "graph", None) is not None]
+    if not graphs:
+        return []
+    try:
+        addresses = sorted({address for graph in graphs for address in _addresses(graph)})
+    except AttributeError:
+        return ["torch.compile"]
+    return [f"torch.compile: {path}" for path, tensor in tensors.items() if _holds_one_of(tensor, addresses)]
+
+
+def _addresses(graph: Any) -> Iterator[int]:
+    """Yields the addresses of parameters, buffers and constants at the capture."""
+    yield from (address for address in graph.static_input_data_ptrs if address)
+    yield from (constant.data_ptr() for constant in graph.wrapped_function.constants if constant.is_cuda)
+
+
+def _holds_one_of(tensor: torch.Tensor, addresses: list[int]) -> bool:
+    try:
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()
+    except Exception:  # no storage
+        return False
+    at = bisect.bisect_left(addresses, start)
+    return at < len(addresses) and addresses[at] < start + storage.nbytes()

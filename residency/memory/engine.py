@@ -1,29 +1,20 @@
-"""An engine as one resident: its memory at the load, and memory added since."""
+"""Residents that move as one: any parts, and an engine with its memory at the load and the memory added since."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import Device, SnapshotStore
-from ..errors import (
-    CapturedGraphs,
-    DeviceOutOfMemory,
-    OnAnotherDevice,
-    SharedWeights,
-    WeightsGone,
-)
+from ..contracts import Device, Resident, SnapshotStore
+from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
 from . import absent_tensors
-from .composite import CompositeResident
-from .cuda_graphs import compiled_graphs
-from .discovery import Discovery, Found
-from .holders import held_elsewhere, note_arrays
+from .discovery import Discovery, Found, compiled_graphs
+from .holders import are_managed, held_elsewhere, in_held_containers, note_arrays
 from .onnx_sessions import OnnxSessions
 from .self_moving import moves_of
 from .self_moving.part import SelfMovingPart
-from .shared_containers import in_held_containers
-from .storage_owners import are_managed
 from .storages import by_storage, storage_key
 from .weights import Weights
 
@@ -33,7 +24,76 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class EngineResident:
+class CompositeResident:
+    """Residents that are restored in order and offloaded in reverse; if one fails, the moved ones are moved back."""
+
+    def __init__(self, *parts: Resident) -> None:
+        self._parts = parts
+
+    @property
+    def parts(self) -> tuple[Resident, ...]:
+        return self._parts
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(part.device_bytes for part in self.parts)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(part.host_bytes for part in self.parts)
+
+    @property
+    def array_bytes(self) -> int:
+        """The sum over the parts that report it; see `EngineResident.array_bytes`."""
+        return sum(getattr(part, "array_bytes", 0) for part in self.parts)
+
+    @property
+    def usable(self) -> bool:
+        """False if a part has failed so that only a new engine can serve requests; see `SelfMovingPart.usable`."""
+        return all(getattr(part, "usable", True) for part in self.parts)
+
+    def restore(self) -> int:
+        return _all_or_nothing(self.parts, _RESTORE, _OFFLOAD, undo_failed=True)
+
+    def offload(self) -> int:
+        return _all_or_nothing(self.parts[::-1], _OFFLOAD, _RESTORE, undo_failed=True)
+
+    def release(self) -> int:
+        return sum(part.release() for part in self.parts)
+
+    def save(self, store: SnapshotStore, name: str) -> int:
+        return _all_or_nothing(self.parts, methodcaller("save", store, name), methodcaller("load", store, name))
+
+    def load(self, store: SnapshotStore, name: str) -> int:
+        try:
+            return sum(part.load(store, name) for part in self.parts)
+        except BaseException:
+            self.release()
+            raise
+
+
+_Move = Callable[[Resident], int]
+_RESTORE: _Move = methodcaller("restore")
+_OFFLOAD: _Move = methodcaller("offload")
+
+
+def _all_or_nothing(parts: tuple[Resident, ...], move: _Move, undo: _Move, undo_failed: bool = False) -> int:
+    """Undoes all moves if one fails.
+
+    ``undo_failed``: also that of the failed part, which may have moved; only for an ``undo`` without effect otherwise.
+    """
+    moved_bytes = 0
+    for index, part in enumerate(parts):
+        try:
+            moved_bytes += move(part)
+        except BaseException:
+            for moved in reversed(parts[: index + undo_failed]):
+                undo(moved)
+            raise
+    return moved_bytes
+
+
+class EngineResident(CompositeResident):
     """All memory of an engine, found by a walk at the load and again before each offload.
 
     Engines create tensors as they work (caches, weights computed anew in each pass). Those still reachable from the
@@ -60,7 +120,7 @@ class EngineResident:
         self._engine_id = id(engine)
         self._discovery = Discovery(engine, skip)
         self._excluding = excluding
-        #: The storage of each tensor (``id``) in the last walk, if all of them are accounted for here.
+        #: The storage of each tensor (``id``) in the last walk, if all of them are managed here.
         self._known: dict[int, int | None] | None = None
         found = self._discovery.walk()
         self._array_bytes = found.array_bytes
@@ -71,12 +131,14 @@ class EngineResident:
         emptied = found.tensors.only([tensor for tensor in without if _is_emptied(tensor)])
         if emptied:
             raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
-        self._loaded = self._late = Weights({}, device)
+        self._loaded = self._added = Weights({}, device)
         self._loaded = self._weights(found, keys, held, ephemeral=False)
         self._remember(keys)
         self._self_moving: list[SelfMovingPart] = []
         try:
-            self._sessions = OnnxSessions(self._unclaimed_sessions(found), device)
+            claimed = excluding.sessions if excluding else frozenset()
+            sessions = {path: session for path, session in found.sessions.items() if id(session) not in claimed}
+            self._sessions = OnnxSessions(sessions, device)
         except BaseException:
             self._abandon()
             raise
@@ -90,7 +152,7 @@ class EngineResident:
     @property
     def storage_keys(self) -> frozenset[int]:
         excluding = self._excluding.storage_keys if self._excluding else frozenset()
-        return self._loaded.storage_keys | self._late.storage_keys | excluding
+        return self._loaded.storage_keys | self._added.storage_keys | excluding
 
     @property
     def sessions(self) -> frozenset[int]:
@@ -98,49 +160,27 @@ class EngineResident:
         return self._sessions.sessions
 
     @property
-    def usable(self) -> bool:
-        """Whether the worker processes of its parts are alive."""
-        return all(part.usable for part in self._self_moving)
-
-    @property
-    def device_bytes(self) -> int:
-        return self._all.device_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        return self._all.host_bytes
+    def parts(self) -> tuple[Resident, ...]:
+        return self._loaded, self._added, self._sessions, *self._self_moving
 
     def offload(self) -> int:
-        self._find_latecomers()
-        return self._all.offload()
-
-    def restore(self) -> int:
-        return self._all.restore()
-
-    def release(self) -> int:
-        return self._all.release()
+        self._find_added()
+        return super().offload()
 
     def save(self, store: SnapshotStore, name: str) -> int:
         for part in self._self_moving:
             part.save(store, name)  # refuses before anything is written
-        self._find_latecomers()
-        return self._all.save(store, name)
-
-    def load(self, store: SnapshotStore, name: str) -> int:
-        return self._all.load(store, name)
-
-    @property
-    def _all(self) -> CompositeResident:
-        return CompositeResident(self._loaded, self._late, self._sessions, *self._self_moving)
+        self._find_added()
+        return super().save(store, name)
 
     def _abandon(self) -> None:
         self._loaded.release()
 
-    def _find_latecomers(self) -> None:
+    def _find_added(self) -> None:
         if not self._loaded.on_device:
             return
         if self._excluding:
-            self._excluding._find_latecomers()  # its new tensors outlive this engine too
+            self._excluding._find_added()  # its new tensors outlive this engine too
         now = self._discovery.walk()
         self._array_bytes = now.array_bytes
         note_arrays(now.tensors.values(), now.borrowing)
@@ -149,16 +189,16 @@ class EngineResident:
         if graphs:
             raise CapturedGraphs(graphs)
         keys = _keys(now)
-        if keys == self._known and not (self._loaded.has_common or self._late.has_common):
+        if keys == self._known and not (self._loaded.has_common or self._added.has_common):
             return
         there = {key for key in keys.values() if key is not None}
         self._loaded.keep_only(there)
-        self._loaded.also(by_storage(now.tensors))
-        if self._late.keep_only(there) or not there <= self.storage_keys:
-            self._late.keep_only(())
-            self._late = Weights({}, self._device)
+        self._loaded.update_tensors(by_storage(now.tensors))
+        if self._added.keep_only(there) or not there <= self.storage_keys:
+            self._added.keep_only(())
+            self._added = Weights({}, self._device)
             try:
-                self._late = self._weights(now, keys, self._held(now), ephemeral=True)
+                self._added = self._weights(now, keys, self._held(now), ephemeral=True)
             except (DeviceOutOfMemory, OnAnotherDevice, SharedWeights) as error:
                 logger.warning("Tensors created since the load stay on the device: %s", error)
         self._remember(keys)
@@ -170,7 +210,7 @@ class EngineResident:
             known.update((id(part.thing), part) for part in self._excluding._self_moving)
         there = {id(thing) for thing in found.self_moving.values()}
         for part in [part for part in self._self_moving if id(part.thing) not in there]:
-            part.let_go()
+            part.end_management()
             self._self_moving.remove(part)
         if there <= known.keys():
             return
@@ -198,10 +238,6 @@ class EngineResident:
         held = self.storage_keys
         self._known = keys if held.issuperset(filter(None, keys.values())) else None
 
-    def _unclaimed_sessions(self, found: Found) -> dict[str, Any]:
-        claimed = self._excluding.sessions if self._excluding else frozenset()
-        return {path: session for path, session in found.sessions.items() if id(session) not in claimed}
-
 
 def _keys(found: Found) -> dict[int, int | None]:
     return {id(tensor): storage_key(tensor) for tensor in found.tensors.values()}
@@ -221,3 +257,9 @@ def _is_emptied(tensor: torch.Tensor) -> bool:
         return not tensor.untyped_storage().nbytes() and tensor.numel() > 0 and tensor.device.type != "meta"
     except Exception:  # no storage
         return False
+
+
+def adopt(engine: Any, device: Device, managed: Any) -> EngineResident:
+    """Returns the memory of a freshly loaded engine, without its borrowed part; see `EngineResident` for the errors."""
+    borrowed = managed.borrowed_part
+    return EngineResident(engine, device, managed.skip, borrowed if isinstance(borrowed, EngineResident) else None)

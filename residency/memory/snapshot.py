@@ -42,6 +42,8 @@ _OURS = re.compile(r".+-[0-9a-f]{32}\.safetensors")
 _NONE_OF_OURS = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EPERM, errno.EACCES}
 """Errors of opening: no file, a link, a socket, a file that `_open` rejects, another user's unreadable file."""
 _FORMAT = "gpu-managed-tts"
+_Ranges = Sequence[tuple[int, int]]
+"""Starts and ends of the parts that have a checksum each, in bytes of the data."""
 
 
 class SnapshotFolder:
@@ -67,9 +69,9 @@ class SnapshotFolder:
                 f"无法在 {folder} 中保存快照（{error.strerror}）：请指定可写的目录",
             ) from error
 
-    def write(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], raw: torch.Tensor) -> None:
+    def write(self, name: str, ranges: _Ranges, checksums: Sequence[int], raw: torch.Tensor) -> None:
         """Stores ``raw``: temporary file, fsync, rename. On failure raises `SnapshotUnusable` and leaves no file."""
-        path = self._path(name, ranges, hashes)
+        path = self._path(name, ranges, checksums)
         header = _header(len(raw))
         try:
             if not _is_whole(path, header, len(raw)):
@@ -83,16 +85,10 @@ class SnapshotFolder:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
 
     def read(
-        self,
-        name: str,
-        ranges: Sequence[tuple[int, int]],
-        hashes: Sequence[int],
-        raw: torch.Tensor,
-        *,
-        once: bool = False,
+        self, name: str, ranges: _Ranges, checksums: Sequence[int], raw: torch.Tensor, *, once: bool = False
     ) -> None:
         """Fills ``raw`` from the file and checks every range; raises `SnapshotUnusable`, and removes a damaged file."""
-        path = self._path(name, ranges, hashes)
+        path = self._path(name, ranges, checksums)
         header = _header(len(raw))
         try:
             if not _is_whole(path, header, len(raw)):
@@ -102,7 +98,7 @@ class SnapshotFolder:
                 )
             with contextlib.suppress(OSError):  # a read-only folder works too
                 os.utime(path, follow_symlinks=False)
-            damaged = _read_ranges(path, len(header), ranges, hashes, memoryview_of(raw))
+            damaged = _read_ranges(path, len(header), ranges, checksums, memoryview_of(raw))
         except OSError as error:
             raise SnapshotUnusable(name, f"{path}: {error.strerror or error}") from error
         if damaged is not None or once:
@@ -115,8 +111,8 @@ class SnapshotFolder:
                 Sentence(f"{path} is damaged at byte {at}; it was removed", f"{path} 在第 {at} 字节处损坏，已删除"),
             )
 
-    def _path(self, name: str, ranges: Sequence[tuple[int, int]], hashes: Sequence[int]) -> Path:
-        content = repr((list(ranges), list(hashes)))
+    def _path(self, name: str, ranges: _Ranges, checksums: Sequence[int]) -> Path:
+        content = repr((list(ranges), list(checksums)))
         digest = xxhash.xxh3_128_hexdigest(content.encode())
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{digest}.safetensors"
 
@@ -222,9 +218,7 @@ def _fsync(folder: Path) -> None:
         os.close(handle)
 
 
-def _read_ranges(
-    path: Path, offset: int, ranges: Sequence[tuple[int, int]], hashes: Sequence[int], target: memoryview
-) -> int | None:
+def _read_ranges(path: Path, offset: int, ranges: _Ranges, checksums: Sequence[int], target: memoryview) -> int | None:
     """Reads all ranges with a few threads; returns the start of a damaged one, or None."""
     numbers = itertools.count()  # next() is atomic: each range is read by one thread
     damaged: list[int] = []
@@ -236,7 +230,7 @@ def _read_ranges(
         while not damaged and not errors and (number := next(numbers)) < len(ranges):
             start, stop = ranges[number]
             try:
-                if _read_range(file.fileno(), offset, target[start:stop], start) != hashes[number]:
+                if _read_range(file.fileno(), offset, target[start:stop], start) != checksums[number]:
                     damaged.append(start)
                 progress.advance(stop - start)
             except BaseException as error:

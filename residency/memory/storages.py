@@ -7,11 +7,12 @@ import logging
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from ..observability.error_classification import is_out_of_device_memory
 from . import absent_tensors
-from .object_paths import ByPath
+from .object_graph import ByPath
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class ManagedStorage:
     _in_cpp: dict[int, int] = field(default_factory=dict)
     #: Exported tensors, each with its earlier `_in_cpp`, and with a finalizer that keeps its old storage: DLPack keeps
     #: the tensor, and uses the address.
-    _exports: list[tuple[torch.Tensor, int, weakref.finalize[..., torch.Tensor]]] = field(default_factory=list)
+    _exports: list[tuple[torch.Tensor, int, weakref.finalize[..., Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._live_in(self.storage)
@@ -82,16 +83,13 @@ class ManagedStorage:
 
     def count_unknown_holders(self) -> int:
         """Returns the number of holders besides the engine and `other_tensors`: views, DLPack, C++."""
-        holders = _use_count(self.storage) - _own_references()
+        import torch
+
+        holders = torch._C._storage_Use_Count(self.key) - _own_references()
         if holders == len(self.tensors) and all(map(is_alone, self.tensors.values())):
             return 0
         known = self._known()
         return holders - len(known) + len(self._exported(known))
-
-    @property
-    def has_exports(self) -> bool:
-        """Whether an old storage is kept for a user outside Python."""
-        return bool(self._exports)
 
     def is_exported(self) -> bool:
         """Returns whether the address of the bytes may be in use outside Python, such as by DLPack."""
@@ -130,10 +128,6 @@ class ManagedStorage:
                 self._in_cpp[id(tensor)] = min(before, self._in_cpp[id(tensor)])
                 keeping.detach()
 
-    @property
-    def itemsize(self) -> int:
-        return next(iter(self.tensors.values())).element_size()
-
     def make_resizable(self, apart: bool = False) -> bool:
         """Moves the tensors to a storage that can be emptied and filled, if theirs cannot; returns False on failure.
 
@@ -141,6 +135,8 @@ class ManagedStorage:
         resized: they are copied to a new storage of torch. ``apart`` and arrays (`ARRAYS`) force the copy for any
         storage: outside users keep the old one whole as long as they need it.
         """
+        import torch
+
         if self.byte_view.is_cpu and self.storage.is_shared():
             logger.warning("%s is shared with other processes and is not moved", ", ".join(self.tensors))
             return False
@@ -150,7 +146,7 @@ class ManagedStorage:
             return True
         exported = self._exported(self._known())
         try:
-            home = _new_storage(self.nbytes, self.storage.device)
+            home = torch.UntypedStorage(self.nbytes, device=self.storage.device)  # type: ignore[no-untyped-call]
             home.copy_(self.storage)
             self._move_tensors_to(home)
         except RuntimeError as error:
@@ -158,12 +154,10 @@ class ManagedStorage:
             logger.warning("%s cannot be moved: %s", ", ".join(self.tensors), error)
             return False
         for array in arrays:
-            weakref.finalize(array, _let_go, self.storage).atexit = False
+            _keep_for(array, self.storage)
             logger.warning("%s: an array of numpy uses its %s bytes and keeps them", self.path, f"{self.nbytes:,}")
         for tensor in exported:
-            keeping = weakref.finalize(tensor, _let_go, self.storage)
-            keeping.atexit = False
-            self._exports.append((tensor, self._in_cpp.get(id(tensor), 0), keeping))
+            self._exports.append((tensor, self._in_cpp.get(id(tensor), 0), _keep_for(tensor, self.storage)))
         self._in_cpp.update(_references_in_cpp({id(tensor): tensor for tensor in exported}))
         self._live_in(home)
         return True
@@ -174,12 +168,11 @@ class ManagedStorage:
         Skips small storages, which offer no gain. If the device has no room for the comparison, compares copies of the
         blocks in main memory.
         """
-        import torch
-
         if self.nbytes < _FILL_CHECK_FROM_BYTES:
             return None
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(self.itemsize)
-        if width is None or self.nbytes % self.itemsize:
+        itemsize = next(iter(self.tensors.values())).element_size()
+        width = _integers().get(itemsize)
+        if width is None or self.nbytes % itemsize:
             return None
         elements = self.byte_view.view(width)
         first = elements[:1]
@@ -189,15 +182,15 @@ class ManagedStorage:
             if not _repeats(elements[start : start + step], first):
                 return None
             start += step
-            step = _FILL_CHECK_BYTES // self.itemsize
-        return bytes(first.cpu().view(torch.uint8).tolist())
+            step = _FILL_CHECK_BYTES // itemsize
+        return bytes(first.cpu().view(self.byte_view.dtype).tolist())
 
     def write_constant(self, target: torch.Tensor) -> None:
         """Fills ``target``, uint8 [nbytes], with `constant`."""
         import torch
 
         assert self.constant is not None
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[len(self.constant)]
+        width = _integers()[len(self.constant)]
         element = torch.frombuffer(bytearray(self.constant), dtype=width)
         target.view(width).fill_(element.item())
 
@@ -269,31 +262,34 @@ def as_bytes(storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
 
 
-def _new_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
+def _keep_for(user: Any, storage: torch.UntypedStorage) -> weakref.finalize[..., Any]:
+    """Keeps a storage alive, as an argument of a finalizer without effect, until ``user`` is freed."""
+    keeping = weakref.finalize(user, lambda kept: None, storage)
+    keeping.atexit = False
+    return keeping
+
+
+def _integers() -> dict[int, torch.dtype]:
+    """Returns integer types by their size in bytes, to compare elements bit for bit."""
     import torch
 
-    return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
-
-
-def _let_go(storage: torch.UntypedStorage) -> None:
-    """Does nothing: as a finalizer's argument, the storage is kept alive."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def hide_tensors(storages: Collection[ManagedStorage]) -> None:
     """Makes each use of the tensors raise; call before their bytes are dropped."""
-    absent_tensors.hide_tensors(tensor for managed in storages for tensor in managed.tensors.values())
     absent_tensors.hide_tensors(
-        guest for managed in storages if managed.other_tensors for guest in managed.other_tensors
+        tensor for managed in storages for tensor in chain(managed.tensors.values(), managed.other_tensors)
     )
 
 
 def show_tensors(storages: Collection[ManagedStorage]) -> None:
     """Undoes `hide_tensors`; call once the bytes are restored."""
-    absent_tensors.show_tensors(tensor for managed in storages for tensor in managed.tensors.values())
+    absent_tensors.show_tensors(
+        tensor for managed in storages for tensor in chain(managed.tensors.values(), managed.other_tensors)
+    )
     for managed in storages:
-        if managed.other_tensors:
-            absent_tensors.show_tensors(managed.other_tensors)
-            managed.other_tensors.clear()
+        managed.other_tensors.clear()
 
 
 def forget_other_tensors(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
@@ -301,7 +297,7 @@ def forget_other_tensors(storages: Collection[ManagedStorage]) -> list[ManagedSt
     import torch
 
     for managed in storages:
-        if managed.other_tensors or managed.has_exports:
+        if managed.other_tensors or managed._exports:
             managed.forget_other_tensors()
     use_count, ours = torch._C._storage_Use_Count, _own_references()
 
@@ -329,12 +325,6 @@ def _references_in_cpp(tensors: Mapping[int, torch.Tensor]) -> dict[int, int]:
     return counts
 
 
-def _use_count(storage: torch.UntypedStorage) -> int:
-    import torch
-
-    return torch._C._storage_Use_Count(storage._cdata)
-
-
 @functools.cache
 def _own_references() -> int:
     """Returns the number of references of a `ManagedStorage` itself to its storage."""
@@ -342,4 +332,4 @@ def _own_references() -> int:
 
     tensor = torch.empty(1)
     managed = ManagedStorage(tensor.untyped_storage(), {"": tensor}, 4)
-    return _use_count(managed.storage) - len(managed.tensors)
+    return torch._C._storage_Use_Count(managed.key) - len(managed.tensors)

@@ -4,7 +4,7 @@ A storage is emptied with ``resize_(0)`` and filled again with ``resize_(n)`` an
 does (``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``); every tensor over it stays the object it was.
 
 Weights of an inference engine do not change, so one copy in main memory, the mirror, is made at the first offload
-and kept. Later offloads compare fingerprints on the device, copy back what did change, and drop the rest.
+and kept. Later offloads compare checksums on the device, copy back what did change, and drop the rest.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..locks import renewed_in_children
 from ..progress import current
 from ..sentences import Sentence
-from . import absent_tensors, storage_owners
-from .copying import SpanCopier
-from .fallback_restore import FallbackCopy, end_uses, restore_on_use
-from .holders import are_held, mark_held, part_from_strangers
-from .storage_bytes import allocate, drop
+from . import absent_tensors, holders
+from .storage_bytes import FallbackCopy, allocate, drop, end_uses, restore_on_use
 from .storages import ManagedStorage, managed_storages, show_tensors
-from .weights_mirror import WeightsMirror
+from .weights_mirror import SpanCopier, WeightsMirror
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SKELETON_BYTES = 64 << 20
-"""What may stay in main memory of an engine whose weights are in a snapshot: tensors that compute there."""
+"""Most bytes that stay in main memory while the weights are in a snapshot: tensors that compute there."""
 
 
 class Weights:
@@ -43,6 +40,11 @@ class Weights:
 
     Each move is all or nothing. Storages that repeat one value are remembered as that value and refilled. While the
     bytes are away, each use of the tensors raises `TensorAway`; see `residency.memory.absent_tensors`.
+
+    Attributes:
+        storages: the movable ones.
+        on_device: whether these are on the device.
+        mirror: their copy in main memory.
     """
 
     def __init__(
@@ -52,33 +54,34 @@ class Weights:
         ephemeral: bool = False,
         held: AbstractSet[int] | None = None,
     ) -> None:
-        """Take stock of ``tensors`` (by path, for messages) and charge the device; `DeviceOutOfMemory` if too many.
+        """Manages ``tensors`` (by path, for messages) and charges the device; `DeviceOutOfMemory` if too many.
 
         ``ephemeral`` ones will be others the next time, so that a snapshot of them is of use once. ``held`` are those
         (``id``) that others than the engine hold, see `mark_held`; None if that does not matter.
         """
         self._device = device
         self._ephemeral = ephemeral
-        self._storages: list[ManagedStorage] = []
+        self.storages: list[ManagedStorage] = []
         self._elsewhere: list[ManagedStorage] = []
         #: Those that others than the engine hold too; see `mark_held`.
         self._held: list[ManagedStorage] = []
         #: Those that are on the device while the others are away.
         self._here: set[ManagedStorage] = set()
         storages = managed_storages(tensors)
-        with storage_owners.lock:
+        with holders.owners_lock:
             #: Of another engine, where they are counted and stay on the device.
-            self._common = storage_owners.find_common_locked(storages)
+            self._common = holders.find_common_locked(storages)
             for managed in storages:
                 if managed in self._common:
                     continue
                 movable = all(map(device.holds_tensor, managed.tensors.values())) and managed.make_resizable()
-                (self._storages if movable else self._elsewhere).append(managed)
-            device.charge(self._movable_bytes)
+                (self.storages if movable else self._elsewhere).append(managed)
+            device.charge(_total_bytes(self.storages))
             if held is not None:
-                self._held = mark_held(self._storages, held)  # before another engine can find out that they are shared
-            storage_owners.add_locked(self)
-        self.on_device = True  # where the movable ones are
+                # Before another engine can find out that they are shared.
+                self._held = holders.mark_held(self.storages, held)
+            holders.add_owner_locked(self)
+        self.on_device = True
         self._allocation: Any = None
         self._moving = renewed_in_children(threading.Lock())
         self.mirror = WeightsMirror(device, self._moving)
@@ -88,8 +91,8 @@ class Weights:
         """Every storage that is accounted for here, movable or not (``_cdata``), or with another engine."""
         common = {managed.key for managed in self._common}
         if common:
-            common &= storage_owners.taken().keys()
-        return frozenset([managed.key for managed in (*self._storages, *self._elsewhere)]) | common
+            common &= holders.owned_storages().keys()
+        return frozenset([managed.key for managed in (*self.storages, *self._elsewhere)]) | common
 
     @property
     def has_common(self) -> bool:
@@ -97,33 +100,14 @@ class Weights:
         return bool(self._common)
 
     @property
-    def storages(self) -> Iterable[ManagedStorage]:
-        """The movable ones."""
-        return self._storages
-
-    @property
-    def _movable_bytes(self) -> int:
-        return sum([managed.nbytes for managed in self._storages])
-
-    @property
-    def _elsewhere_bytes(self) -> int:
-        return sum(managed.nbytes for managed in self._elsewhere)
-
-    @property
     def device_bytes(self) -> int:
-        """While away: of what stays, and of what others hold and have brought back."""
-        return self._movable_bytes if self.on_device else self._here_bytes
-
-    @property
-    def _here_bytes(self) -> int:
-        return sum(managed.nbytes for managed in self._here)
+        """While away: of the storages that stay, and of those that others hold and have brought back."""
+        return _total_bytes(self.storages if self.on_device else self._here)
 
     @property
     def host_bytes(self) -> int:
-        spare_bytes = sum(managed.nbytes for managed in self._held if managed.fallback_copy is not None)
-        return self._elsewhere_bytes + spare_bytes + self.mirror.nbytes
-
-    # -- moves --------------------------------------------------------------------------------------------------
+        spare = [managed for managed in self._held if managed.fallback_copy is not None]
+        return _total_bytes(self._elsewhere) + _total_bytes(spare) + self.mirror.nbytes
 
     def offload(self) -> int:
         if not self.on_device:
@@ -132,37 +116,43 @@ class Weights:
 
         with self._moving, torch.inference_mode():
             self._device.wait()
+            leaving = [managed for managed in self._held if not managed.stays_on_device]
             try:
-                end_uses(
-                    [managed for managed in self._held if not managed.stays_on_device], self.bring_back, self._device
-                )
+                end_uses(leaving, self.bring_back, self._device)
                 with torch._C.DisableTorchFunctionSubclass():
-                    for managed in self._storages:
-                        if managed.storage.nbytes() != managed.nbytes:
-                            self._follow(managed)
-                    self._leave_behind(part_from_strangers(self._storages))
+                    for managed in self.storages:
+                        if managed.storage.nbytes() != managed.nbytes:  # the engine has resized it
+                            # Not charged: the bytes are there already.
+                            self._device.refund(managed.nbytes - managed.storage.nbytes())
+                            managed.measure()
+                            self.mirror.drop()
+                    immovable = holders.detach_from_foreign_code(self.storages)
+                if immovable:  # shared with other processes since the load, for one
+                    self._end_management(immovable)
+                    self._elsewhere += immovable
                 with self._device.transfer():
-                    self.mirror.update(self._storages)
+                    self.mirror.update(self.storages)
             except BaseException:
                 show_tensors(self._held)
                 raise
-            self._here = {managed for managed in self._storages if managed.stays_on_device}
+            self._here = {managed for managed in self.storages if managed.stays_on_device}
             restore_on_use(self._held, self.bring_back)  # once more: some may have a new storage
             self.on_device = False
-            self._empty([managed for managed in self._storages if not managed.stays_on_device])
+            self._empty([managed for managed in self.storages if not managed.stays_on_device])
             self.mirror.pin_in_background()
-        return self._movable_bytes - self._here_bytes
+        return self._away_bytes
 
-    def _leave_behind(self, storages: list[ManagedStorage]) -> None:
-        """Take these for storages that stay where they are: shared with other processes since the load, for one."""
-        if not storages:
-            return
+    @property
+    def _away_bytes(self) -> int:
+        return _total_bytes(self.storages) - _total_bytes(self._here)
+
+    def _end_management(self, leaving: Collection[ManagedStorage]) -> None:
+        """Leaves these storages where they are, filled, for as long as somebody has them."""
         self.mirror.drop()
-        self._device.refund(sum(managed.nbytes for managed in storages))
-        self._elsewhere += storages
-        staying = set(storages)
-        self._storages = [managed for managed in self._storages if managed not in staying]
-        self._held = [managed for managed in self._held if managed not in staying]
+        self._device.refund(_total_bytes(leaving))
+        gone = set(leaving)
+        self.storages = [managed for managed in self.storages if managed not in gone]
+        self._held = [managed for managed in self._held if managed not in gone]
 
     def restore(self) -> int:
         if self.on_device:
@@ -170,11 +160,11 @@ class Weights:
         import torch
 
         mirror, layout, progress = self.mirror.memory, self.mirror.layout, current()
-        copier = SpanCopier(self._storages, layout, self._here)
+        copier = SpanCopier(self.storages, layout, self._here)
         if layout.nbytes:
             progress.enter("copying", layout.nbytes)
         with self._moving, torch.inference_mode():
-            away = [managed for managed in self._storages if managed not in self._here]
+            away = [managed for managed in self.storages if managed not in self._here]
             try:
                 with self._device.placing() as self._allocation:
                     allocate(away, self._device)
@@ -190,18 +180,21 @@ class Weights:
             except BaseException as error:
                 self._empty(away)
                 if isinstance(error, DeviceOutOfMemory):
-                    free_bytes = self._device.memory().free_bytes
-                    raise DeviceOutOfMemory(self._movable_bytes, free_bytes, error.device, error.holders) from error
+                    needed_bytes, free_bytes = _total_bytes(self.storages), self._device.memory().free_bytes
+                    raise DeviceOutOfMemory(needed_bytes, free_bytes, error.device, error.holders) from error
                 raise
             absent_tensors.reopen([managed.storage for managed in away])
-            show_tensors(self._storages)
-            moved_bytes = self._movable_bytes - self._here_bytes
+            show_tensors(self.storages)
+            moved_bytes = self._away_bytes
             self.on_device = True
             self._here.clear()
         return moved_bytes
 
     def release(self) -> int:
-        """Frees everything; what others than the engine hold survives, on the device if it is there."""
+        """Frees everything; needs no room on the device.
+
+        Storages that others than the engine hold survive, on the device if they are there.
+        """
         import torch
 
         freed_bytes = self.device_bytes + self.host_bytes
@@ -209,38 +202,47 @@ class Weights:
             if self.on_device:
                 with contextlib.suppress(Exception):  # of a device that is gone: nothing is under way there
                     self._device.wait()
-            self._bury()
+            self._free_storages()
             pinning = self.mirror.drop()
         if pinning is not None:
             pinning.join()
         return freed_bytes
 
-    def also(self, groups: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        """Take note of the tensors that are over the storages accounted for here now (`by_storage`)."""
-        for managed in self._storages:
-            group = groups.get(managed.key)
-            if group is not None:
-                managed.tensors = group
+    def _free_storages(self) -> None:
+        there = self.storages if self.on_device else list(self._here)
+        kept = set(holders.are_held(there, frozenset())) | {
+            managed
+            for managed in there
+            if managed.held_elsewhere
+            or managed.stays_on_device
+            or not managed.storage.resizable()
+            or (managed.count_unknown_holders() > 0 and managed.is_exported())
+        }
+        self._device.refund(_total_bytes(kept))
+        away = [] if self.on_device else [managed for managed in self.storages if managed not in self._here]
+        for managed in away:
+            if managed.held_elsewhere:
+                setattr(managed.storage, absent_tensors.RECALL, FallbackCopy(managed, self._copy_of(managed)))
+        absent_tensors.close((managed.storage for managed in away if not managed.held_elsewhere), released=True)
+        self._empty([managed for managed in there if managed not in kept], released=True)
+        self.on_device = False
+        self.storages, self._elsewhere, self._held, self._here, self._common = [], [], [], set(), []
+
+    def update_tensors(self, groups: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Replaces the known tensors over each storage by those of a new walk (`by_storage`)."""
+        for managed in self.storages:
+            managed.tensors = groups.get(managed.key, managed.tensors)
 
     def keep_only(self, kept_keys: Collection[int]) -> bool:
-        """Take no further care of storages that are not among these.
-
-        They stay on the device, filled, as long as somebody has them. Returns whether there were any.
-        """
-        gone = [managed for managed in self._storages if managed.key not in kept_keys]
-        if not gone:
-            return False
-        with self._moving:
-            self.mirror.drop()
-        self._device.refund(sum(managed.nbytes for managed in gone))
-        self._storages = [managed for managed in self._storages if managed.key in kept_keys]
-        self._held = [managed for managed in self._held if managed.key in kept_keys]
-        return True
-
-    # -- what others hold ---------------------------------------------------------------------------------------
+        """Ends the management of all other storages, which stay on the device; returns whether there were any."""
+        gone = [managed for managed in self.storages if managed.key not in kept_keys]
+        if gone:
+            with self._moving:
+                self._end_management(gone)
+        return bool(gone)
 
     def bring_back(self, managed: ManagedStorage) -> bool:
-        """Put one storage that others hold on the device while the rest is away; False if it is not here any more.
+        """Restores one storage that others hold while the rest is away; returns False if it is not here any more.
 
         Thread-safe; waits for a move to end. `DeviceOutOfMemory` if there is no room for it.
         """
@@ -263,13 +265,13 @@ class Weights:
         return True
 
     def _copy_to(self, managed: ManagedStorage, target: torch.Tensor) -> None:
-        """Write what main memory has of one storage to ``target``, uint8 [storage.nbytes]."""
+        """Copies the bytes of one storage from main memory to ``target``, uint8 [storage.nbytes]."""
         if managed.fallback_copy is not None:
             target.copy_(managed.fallback_copy)
         elif managed.constant is not None:
             managed.write_constant(target)
         else:
-            self.mirror.memory.read(self._storages.index(managed), target)
+            self.mirror.memory.read(self.storages.index(managed), target)
 
     def _copy_of(self, managed: ManagedStorage) -> torch.Tensor:
         import torch
@@ -278,36 +280,14 @@ class Weights:
         self._copy_to(managed, copy)
         return copy
 
-    def _bury(self) -> None:
-        """Let go of everything. Needs no room on the device."""
-        there = self._storages if self.on_device else list(self._here)
-        kept = set(are_held(there, frozenset())) | {
-            managed
-            for managed in there
-            if managed.held_elsewhere
-            or managed.stays_on_device
-            or not managed.storage.resizable()
-            or (managed.count_unknown_holders() > 0 and managed.is_exported())
-        }
-        self._device.refund(sum(managed.nbytes for managed in kept))
-        away = [] if self.on_device else [managed for managed in self._storages if managed not in self._here]
-        for managed in away:
-            if managed.held_elsewhere:
-                setattr(managed.storage, absent_tensors.RECALL, FallbackCopy(managed, self._copy_of(managed)))
-        absent_tensors.close((managed.storage for managed in away if not managed.held_elsewhere), released=True)
-        self._empty([managed for managed in there if managed not in kept], released=True)
-        self.on_device = False
-        self._storages, self._elsewhere, self._held, self._here, self._common = [], [], [], set(), []
-
-    # -- snapshots ----------------------------------------------------------------------------------------------
-
     def save(self, store: SnapshotStore, name: str) -> int:
-        if self._elsewhere_bytes > _SKELETON_BYTES:
+        left_bytes = _total_bytes(self._elsewhere)
+        if left_bytes > _SKELETON_BYTES:
             raise SnapshotUnusable(
                 name,
                 Sentence(
-                    f"{self._elsewhere_bytes:,} bytes of it live in main memory and would stay there",
-                    f"其中 {self._elsewhere_bytes:,} 字节位于内存并会留在那里",
+                    f"{left_bytes:,} bytes of it live in main memory and would stay there",
+                    f"其中 {left_bytes:,} 字节位于内存并会留在那里",
                 ),
             )
         self.offload()
@@ -326,13 +306,6 @@ class Weights:
             managed.fallback_copy = None
         return self.mirror.layout.nbytes
 
-    def _follow(self, managed: ManagedStorage) -> None:
-        """Take note of a storage that the engine itself has made longer or shorter."""
-        # Not charged: the bytes are there already, whatever the books would allow.
-        self._device.refund(managed.nbytes - managed.storage.nbytes())
-        managed.measure()
-        self.mirror.drop()
-
     def _empty(self, storages: list[ManagedStorage], released: bool = False) -> None:
         drop(storages, self._device, released)
         self._allocation = None
@@ -340,4 +313,8 @@ class Weights:
             self._device.settle()
         except Exception:
             # The bytes are freed already; a device in trouble raises again at the next restore.
-            logger.exception("The device did not settle")
+            logger.exception("The device did not return freed memory to its driver")
+
+
+def _total_bytes(storages: Iterable[ManagedStorage]) -> int:
+    return sum([managed.nbytes for managed in storages])

@@ -15,6 +15,7 @@ from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, ResidencyEr
 from ..sentences import Sentence
 
 _NO_HANDLE = r"CU(BLAS|DNN)_STATUS_NOT_INITIALIZED"
+"""Raised by cuBLAS and cuDNN if there is no room for their handles, or if the device is lost."""
 
 
 def in_words(error: BaseException) -> Sentence:
@@ -77,9 +78,7 @@ def empty_frames(error: BaseException | None) -> None:
 def says_full(error: BaseException) -> bool:
     """Returns whether this error itself, not its causes, means a full device."""
     # cudaErrorMemoryAllocation (2) is not sticky: the next call may succeed.
-    signs = r"CUDA out of memory|CUDA (driver )?error: out of memory|CUDA failure 2\b|ALLOC_FAILED"
-    # Raised by cuBLAS and cuDNN if there is no room for their handles, or if the device is lost.
-    signs += f"|{_NO_HANDLE}"
+    signs = rf"CUDA out of memory|CUDA (driver )?error: out of memory|CUDA failure 2\b|ALLOC_FAILED|{_NO_HANDLE}"
     named = isinstance(error, DeviceOutOfMemory) or type(error).__name__ == "OutOfMemoryError"
     return named or re.search(signs, in_words(error)) is not None
 

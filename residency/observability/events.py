@@ -10,14 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..locks import renewed_in_children
-from ..one_shot_event import new_event, set_event
+from ..locks import new_event, renewed_in_children, set_event
 from ..states import ShownState
 from ..status_types import Doc
 
 logger = logging.getLogger(__name__)
 
-TOLD_WITHIN_S = 5.0
+DELIVERY_WITHIN_S = 5.0
 """Maximum wait of `close` for the delivery of remaining events."""
 
 _BACKLOG, _BACKLOG_AT_MOST = 1000, 100_000
@@ -81,21 +80,21 @@ class Subscribers:
     def __bool__(self) -> bool:
         return bool(self._listeners)
 
-    def tell(self, event: Event) -> None:
+    def publish(self, event: Event) -> None:
         """Adds an event and returns at once. May be called under any lock."""
         if self._listeners and not (event.what == "progress" and len(self._events) > _BACKLOG):
             self._events.append(event)
             set_event(self._wake_up)
 
     def close(self) -> None:
-        """Ends the thread after the delivery of all events, or after `TOLD_WITHIN_S` if a listener does not return."""
+        """Ends the thread after the delivery of all events, but waits at most `DELIVERY_WITHIN_S` for a listener."""
         self._closed = True
         set_event(self._wake_up)
         thread = self._thread
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            thread.join(TOLD_WITHIN_S)
+            thread.join(DELIVERY_WITHIN_S)
 
-    def leave(self) -> None:
+    def reset_in_child(self) -> None:
         """In a forked child: the listeners belong to the parent."""
         self._listeners, self._thread = (), None
         self._events.clear()

@@ -1,7 +1,7 @@
 """The history of one model: counts for dashboards, and the last quarter of an hour for the page. Pure.
 
-Recorded at each event and read on demand, without a sampling thread. Other processes' use of the card causes no events,
-so the card's use is also recorded at each status call. Times are seconds of the manager's clock.
+Recorded at each event and read on demand, without a sampling thread. Other processes' use of the device causes no
+events, so it is also recorded at each status call. Times are seconds of the manager's clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import ManagerClosed, ModelBusy, RequestCancelled, RequestStopped,
 if TYPE_CHECKING:
     from ..contracts import Memory
     from ..states import Move, State
-    from ..status_types import DeviceUsage, HistogramCounts, ModelUsage, MoveOutcome
+    from ..status_types import DeviceUsage, HistogramCounts, LastMove, ModelUsage, MoveOutcome
 
 WINDOW_S = 900.0
 """The period of `History.as_dict`."""
@@ -26,11 +26,11 @@ RECENT_MOVES = 20
 
 BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
-_TOGETHER_S = 1.0
-"""Resolution of the history; bounds its size for busy models."""
+_RESOLUTION_S = 1.0
+"""Of a model's history; bounds its size for busy models."""
 
-_CARD_TOGETHER_S = 5.0
-"""Resolution of the card's use, which each status call records."""
+_DEVICE_RESOLUTION_S = 5.0
+"""Of the device's use, which each status call records."""
 
 _OUTCOMES = {
     RequestTimeout: "timeout",
@@ -60,18 +60,18 @@ class Histogram:
         }
 
 
+@dataclass
 class Sizes:
     """A size over the last `WINDOW_S`: each value holds until the next. Peaks and the last value are kept."""
 
-    def __init__(self, together_s: float = _TOGETHER_S) -> None:
-        self._together_s = together_s
-        self._points: deque[tuple[float, int]] = deque()
+    resolution_s: float = _RESOLUTION_S
+    _points: deque[tuple[float, int]] = field(default_factory=deque)
 
     def note(self, now_s: float, nbytes: int) -> None:
         points = self._points
         if points and points[-1][1] == nbytes:
             return
-        if len(points) > 1 and now_s - points[-2][0] < self._together_s:
+        if len(points) > 1 and now_s - points[-2][0] < self.resolution_s:
             last = points.pop()
             points[-1] = (points[-1][0], max(points[-1][1], last[1]))
         points.append((now_s, nbytes))
@@ -83,14 +83,14 @@ class Sizes:
         return [[_ago(max(time_s, now_s - WINDOW_S), now_s), nbytes] for time_s, nbytes in self._points]
 
 
-class CardHistory:
+class DeviceHistory:
     """The used memory of the device, by all processes. Used under the manager's lock."""
 
     def __init__(self) -> None:
-        self._used = Sizes(_CARD_TOGETHER_S)
+        self._used = Sizes(_DEVICE_RESOLUTION_S)
         self._total_bytes: int | None = None
 
-    def seen(self, now_s: float, memory: Memory) -> None:
+    def note(self, now_s: float, memory: Memory) -> None:
         if memory.total_bytes is not None and memory.free_bytes is not None:
             self._total_bytes = memory.total_bytes
             self._used.note(now_s, memory.total_bytes - memory.free_bytes)
@@ -108,6 +108,14 @@ class PastMove:
     moved_bytes: int
     seconds: float
     outcome: MoveOutcome
+
+    def as_dict(self, device_kind: str) -> LastMove:
+        return {
+            "from": self.move.source.place(device_kind),
+            "to": self.move.target.place(device_kind),
+            "bytes": self.moved_bytes,
+            "seconds": round(self.seconds, 6),
+        }
 
 
 @dataclass
@@ -128,12 +136,13 @@ class History:
         outcome = "ok" if error is None else "cancelled" if isinstance(error, RequestStopped) else "error"
         self.requests[outcome] += 1
         self.waits.add(max(0.0, began_s - asked_s))
-        if self._spans and began_s - self._spans[-1][1] < _TOGETHER_S:
-            self._spans[-1] = (self._spans[-1][0], ended_s)
+        spans = self._spans
+        if spans and began_s - spans[-1][1] < _RESOLUTION_S:
+            spans[-1] = (spans[-1][0], ended_s)
             return
-        self._spans.append((began_s, ended_s))
-        while self._spans[0][1] < ended_s - WINDOW_S:
-            self._spans.popleft()
+        spans.append((began_s, ended_s))
+        while spans[0][1] < ended_s - WINDOW_S:
+            spans.popleft()
 
     def refused(self, error: BaseException) -> None:
         """Records a request that ended without the model."""
@@ -150,22 +159,12 @@ class History:
         """Returns the model's entry in ``GET /gpu/history``; ``running_since_s``: start of the running request."""
         begin_s = now_s - WINDOW_S
         spans = [*self._spans, *([] if running_since_s is None else [(running_since_s, now_s)])]
+        shown = [(max(began_s, begin_s), ended_s) for began_s, ended_s in spans if ended_s > begin_s]
         return {
             "device_bytes": self._sizes.as_list(now_s),
-            "requests": [
-                [_ago(max(began_s, begin_s), now_s), _ago(ended_s, now_s)]
-                for began_s, ended_s in spans
-                if ended_s > begin_s
-            ],
+            "requests": [[_ago(began_s, now_s), _ago(ended_s, now_s)] for began_s, ended_s in shown],
             "moves": [
-                {
-                    "ago_s": _ago(past.time_s, now_s),
-                    "from": past.move.source.place(device_kind),
-                    "to": past.move.target.place(device_kind),
-                    "bytes": past.moved_bytes,
-                    "seconds": round(past.seconds, 6),
-                    "outcome": past.outcome,
-                }
+                {"ago_s": _ago(past.time_s, now_s), **past.as_dict(device_kind), "outcome": past.outcome}
                 for past in self.recent
             ],
             "totals": {

@@ -1,24 +1,21 @@
 """Attributes unmanaged memory, of this process or its children, to models: bytes beyond their recorded sizes. Pure.
 
-The recorded size of a model ("books") is that of its tensors and sessions. It excludes worker processes, CTranslate2,
-TensorRT and numpy arrays, so the processes' memory is compared with the recorded sizes at the end of each move. A child
-process belongs to the model whose move ends when the child is first seen, or to the only loaded model. The growth of
-this process's device memory during a move of one model, beyond its recorded size, belongs to that model; growth during
-overlapping moves belongs to no model. Device memory that appears during a model's requests is attributed to that model
-if no other model was loaded in that time, even if the program itself allocated it: the two cannot be distinguished.
+The recorded size of a model is that of its tensors and sessions, without worker processes, CTranslate2, TensorRT and
+numpy arrays. So the processes' memory is compared with the recorded sizes at the end of each move. A child process
+belongs to the model whose move ends when the child is first seen, or to the only loaded model. Growth of this process's
+device memory during a move of one model alone, beyond its recorded size, belongs to that model. So does device memory
+that appears during its requests if no other model was loaded in that time, even if the program itself allocated it: the
+two cannot be distinguished.
 
-Main memory of this process is less conclusive, since libraries and allocators keep freed memory. Counted are the numpy
-arrays found in the engine, and the process's growth during the load of this model alone, if large. Later allocations
-of native code in requests are not counted: the system has one counter for the process, which lists, results and
-caches of the program increase in the same way, as does freed memory in the heap unless it is trimmed at each move,
-which takes milliseconds. A program that collects its results would be reported as an engine that leaks, and its engine
-would be released without a snapshot.
+Of this process's main memory, only the numpy arrays found in the engine count, and growth during the load of this model
+alone, if large: libraries and allocators keep freed memory, and a program that collects its results would be reported
+as an engine that leaks, and its engine would be released without a snapshot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,12 +45,8 @@ class ProcessMemory:
     device_bytes: int | None = None
 
     def as_dict(self) -> OutsideProcess:
-        return {
-            "pid": self.pid,
-            "command": self.command,
-            "device_bytes": self.device_bytes,
-            "host_bytes": self.host_bytes,
-        }
+        return {"pid": self.pid, "command": self.command,
+                "device_bytes": self.device_bytes, "host_bytes": self.host_bytes}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,14 +70,14 @@ class OutsideMemory:
     known: bool = False
 
     @property
-    def total_bytes(self) -> int | None:
-        """As `held_bytes`; None where unknown."""
-        return self.held_bytes if self.known else None
-
-    @property
     def held_bytes(self) -> int:
         """The total, without unknown sizes."""
         return sum(map(_size, self.holders))
+
+    @property
+    def total_bytes(self) -> int | None:
+        """The total; None where unknown."""
+        return self.held_bytes if self.known else None
 
 
 def totals(found: Iterable[OutsideMemory | None]) -> tuple[int | None, int | None]:
@@ -99,16 +92,17 @@ def totals(found: Iterable[OutsideMemory | None]) -> tuple[int | None, int | Non
 @dataclass(eq=False)
 class _Window:
     before: MemorySample
-    books: tuple[int, int]
+    recorded: tuple[int, int]
     loads: bool
     alone: bool
 
 
 @dataclass
-class OutsideBooks:
+class OutsideTracker:
     """Measures unmanaged memory at the begin and end of moves. The caller holds the manager's lock.
 
-    ``cuda``: the device has a context of its own; ``separate_memory``: its memory is not main memory.
+    Recorded sizes are (device, host) bytes. ``cuda``: the device has a context of its own. ``separate_memory``: its
+    memory is not main memory.
     """
 
     cuda: bool
@@ -125,20 +119,17 @@ class OutsideBooks:
         self,
         move: object,
         before: MemorySample,
-        books: tuple[int, int],
-        all_books: tuple[int, int],
+        recorded: tuple[int, int],
+        all_recorded: tuple[int, int],
         loads: bool = False,
     ) -> None:
-        """Records the begin of a move; ``books``: the model's (device, host) bytes, ``all_books``: those of all models.
-
-        ``loads``: it builds an engine.
-        """
+        """Records the begin of a move of one model; ``all_recorded``: of all models. ``loads``: it builds an engine."""
         if self._base is None:
-            self._base = before, self._in_main(all_books)
+            self._base = before, self._in_main(all_recorded)
             self._owners.update({(child.pid, child.started_s): None for child in before.children or ()})
         for window in self._windows.values():
             window.alone = False
-        self._windows[move] = _Window(before, books, loads, alone=not self._windows)
+        self._windows[move] = _Window(before, recorded, loads, alone=not self._windows)
 
     def given_up(self, move: object) -> None:
         """Records a move that was given up; its growth belongs to no model."""
@@ -152,8 +143,8 @@ class OutsideBooks:
         move: object,
         model: str,
         after: MemorySample,
-        books: tuple[int, int],
-        all_books: tuple[int, int],
+        recorded: tuple[int, int],
+        all_recorded: tuple[int, int],
         loaded: frozenset[str],
         array_bytes: int = 0,
         arrived: bool = False,
@@ -167,65 +158,57 @@ class OutsideBooks:
         window = self._windows.pop(move, None)
         if window is None:  # given up
             return OutsideMemory()
+        before, own = window.before.own, after.own
         owner = next(iter(loaded)) if len(loaded) == 1 and not window.loads else model
         for child in after.children or ():
             self._owners.setdefault((child.pid, child.started_s), owner)
         # Memory that a released engine did not free is not attributed to the new one.
         device, host = (0, 0) if window.loads else self._balance.get(model, (0, 0))
-        known = after.own.host_bytes is not None and window.before.own.host_bytes is not None
+        known = own.host_bytes is not None and before.host_bytes is not None
         if window.alone and window.loads and known:
-            grown = _difference(after.own.host_bytes, window.before.own.host_bytes)
-            host += grown - (self._in_main(books) - self._in_main(window.books))
+            host += _grown(own, before) - (self._in_main(recorded) - self._in_main(window.recorded))
             host -= MODULE_BYTES * max(0, after.modules - window.before.modules)
-        if window.alone and after.own.device_bytes is not None:
-            begun = window.before.own.device_bytes or 0, window.books[0]
+        if window.alone and own.device_bytes is not None:
+            begun = before.device_bytes or 0, window.recorded[0]
             if self._arrival is not None and self._arrival[0] == model:
                 begun = self._arrival[1:]
-            device += after.own.device_bytes - begun[0] - (books[0] - begun[1])
+            device += own.device_bytes - begun[0] - (recorded[0] - begun[1])
         self._arrival = None
-        if arrived and window.alone and loaded <= {model} and after.own.device_bytes is not None:
-            self._arrival = model, after.own.device_bytes, books[0]
+        if arrived and window.alone and loaded <= {model} and own.device_bytes is not None:
+            self._arrival = model, own.device_bytes, recorded[0]
         self._balance[model] = device, host
-        noise = max(NOISE_BYTES, sum(max(books, window.books)) // 20)
-        host = _audible(min(host, self._own_host(after, all_books)), max(GROWTH_BYTES, noise)) if known else 0
-        host = max(host, _audible(array_bytes, NOISE_BYTES))
-        device = _audible(min(device, self._own_device(after, all_books)), noise)
+        noise = max(NOISE_BYTES, sum(max(recorded, window.recorded)) // 20)
+        host = _above(max(GROWTH_BYTES, noise), min(host, self._own_host(after, all_recorded))) if known else 0
+        host = max(host, _above(NOISE_BYTES, array_bytes))
+        own_device = (own.device_bytes or 0) - all_recorded[0] - CONTEXT_BYTES * self.cuda
+        device = _above(noise, min(device, own_device))
         if released:  # memory that this process keeps belongs to no engine
             host = device = 0
-        own = ProcessMemory(after.own.pid, after.own.started_s, after.own.command, host if known else None, device)
-        return self._sum(after, model, [own] if known else None)
-
-    def _sum(self, after: MemorySample, model: str, own: list[ProcessMemory] | None) -> OutsideMemory:
-        if own is None or after.children is None:
+        if not known or after.children is None:
             return OutsideMemory()
         children = [child for child in after.children if self._owners.get((child.pid, child.started_s)) == model]
         if sum(map(_size, children)) < NOISE_BYTES:
             children = []
-        holders = tuple(holder for holder in [*own, *children] if _size(holder))
-        unknown = after.own.device_bytes is None and self.separate_memory
-        return OutsideMemory(holders, known=not unknown)
+        holders = [replace(own, host_bytes=host, device_bytes=device), *children]
+        unknown = own.device_bytes is None and self.separate_memory
+        return OutsideMemory(tuple(filter(_size, holders)), known=not unknown)
 
-    def _own_host(self, after: MemorySample, all_books: tuple[int, int]) -> int:
+    def _own_host(self, after: MemorySample, all_recorded: tuple[int, int]) -> int:
         assert self._base is not None, "a move that has ended had begun"
-        before, books = self._base
-        grown = _difference(after.own.host_bytes, before.own.host_bytes)
+        before, recorded_bytes = self._base
         libraries = MODULE_BYTES * max(0, after.modules - before.modules) + CONTEXT_BYTES * self.cuda
-        return grown - (self._in_main(all_books) - books) - libraries
+        return _grown(after.own, before.own) - (self._in_main(all_recorded) - recorded_bytes) - libraries
 
-    def _own_device(self, after: MemorySample, all_books: tuple[int, int]) -> int:
-        return (after.own.device_bytes or 0) - all_books[0] - CONTEXT_BYTES * self.cuda
-
-    def _in_main(self, books: tuple[int, int]) -> int:
+    def _in_main(self, recorded: tuple[int, int]) -> int:
         """Returns the recorded bytes in main memory, including the device's if it has no memory of its own."""
-        device_bytes, host_bytes = books
-        return host_bytes if self.separate_memory else host_bytes + device_bytes
+        return recorded[1] if self.separate_memory else sum(recorded)
 
 
-def _difference(after: int | None, before: int | None) -> int:
-    return (after or 0) - (before or 0)
+def _grown(after: ProcessMemory, before: ProcessMemory) -> int:
+    return (after.host_bytes or 0) - (before.host_bytes or 0)
 
 
-def _audible(nbytes: int, noise_bytes: int) -> int:
+def _above(noise_bytes: int, nbytes: int) -> int:
     return nbytes if nbytes >= noise_bytes else 0
 
 

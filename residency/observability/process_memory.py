@@ -1,4 +1,4 @@
-"""Main memory of this process and of its children, as the system reports it; None where unknown. Never raises."""
+"""Main memory of processes, as the system reports it; None where unknown. Never raises."""
 
 from __future__ import annotations
 
@@ -24,39 +24,25 @@ def private_bytes(process: psutil.Process) -> int | None:
     return _kilobytes(Path(f"/proc/{process.pid}/smaps_rollup"), ("Private_Dirty",))
 
 
-def children() -> tuple[tuple[int, float, str, int | None], ...] | None:
-    """Returns (pid, start in seconds, command line, private bytes) of each live descendant; None if unknown.
-
-    Leaves out workers that a resident accounts for (`claim`).
-    """
-    try:
-        found = psutil.Process().children(recursive=True)
-    except (psutil.Error, OSError):
-        return None
-    return tuple(child for process in found if (child := child_of(process)) is not None)
-
-
-def child_of(process: psutil.Process) -> tuple[int, float, str, int | None] | None:
-    """Returns the entry of one process in `children`; None if it has ended or is accounted for."""
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE or (process.pid, process.create_time()) in _claimed:
-            return None
-        command = " ".join(process.cmdline())[:80] or process.name()
-        return process.pid, process.create_time(), command, private_bytes(process)
-    except (psutil.Error, OSError):
-        return None
-
-
 def claim(processes: Collection[psutil.Process]) -> None:
-    """Excludes worker processes from `children`: a resident accounts for their memory."""
+    """Declares that a resident accounts for the memory of these worker processes."""
     with _claims_lock:
-        _claimed.update((process.pid, process.create_time()) for process in processes)
+        _claimed.update(map(_identity, processes))
 
 
 def unclaim(processes: Collection[psutil.Process]) -> None:
     """Ends `claim`."""
     with _claims_lock:
-        _claimed.difference_update((process.pid, process.create_time()) for process in processes)
+        _claimed.difference_update(map(_identity, processes))
+
+
+def is_claimed(process: psutil.Process) -> bool:
+    """Returns whether a resident accounts for the memory of a process."""
+    return _identity(process) in _claimed
+
+
+def _identity(process: psutil.Process) -> tuple[int, float]:
+    return process.pid, process.create_time()
 
 
 def _kilobytes(path: Path, names: tuple[str, ...]) -> int | None:

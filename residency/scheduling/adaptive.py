@@ -49,15 +49,12 @@ class AdaptivePolicy:
     name = "auto"
 
     def __init__(self, idle_timeout_s: float = 600.0, *, wait_weight: float = 60.0) -> None:
-        if not idle_timeout_s >= 0:
+        if not (idle_timeout_s >= 0 and 0 < wait_weight < math.inf):
             raise InvalidInput(
-                f"An idle timeout of {idle_timeout_s!r} s cannot be; give 0 or more, math.inf for never",
-                f"空闲超时不能是 {idle_timeout_s!r} 秒；请给出 0 或更大的值，math.inf 表示永不",
-            )
-        if not 0 < wait_weight < math.inf:
-            raise InvalidInput(
-                f"A wait weight of {wait_weight!r} cannot be; give a number above 0",
-                f"等待权重不能是 {wait_weight!r}；请给出大于 0 的数",
+                f"The idle timeout must be 0 or more (math.inf: never) and the wait weight a finite number above 0, "
+                f"not {idle_timeout_s!r} and {wait_weight!r}",
+                f"空闲超时应为 0 或更大的值（math.inf 表示永不），等待权重应为大于 0 的有限数，"
+                f"而不是 {idle_timeout_s!r} 和 {wait_weight!r}",
             )
         self.idle_timeout_s = idle_timeout_s
         self.wait_weight = wait_weight

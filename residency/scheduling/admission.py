@@ -11,8 +11,8 @@ from contextlib import suppress
 from functools import partial
 
 from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
+from ..locks import AsyncOneShotEvent, holds, new_event
 from ..observability.error_classification import device_is_lost, may_be_device_loss
-from ..one_shot_event import AsyncOneShotEvent, holds, new_event
 from ..states import State
 from .callers import call_site
 from .deadlocks import DeadlockDetector
@@ -23,17 +23,13 @@ from .managed_model import LeaseRequest, ManagedModel
 logger = logging.getLogger(__name__)
 
 
-FIRST_LOOK_S = 0.05
-"""Delay of a waiting request's first deadlock check after its arrival; later ones follow at growing intervals."""
-
-LONGEST_PAUSE_S = 8.0
-"""The longest of these intervals."""
+FIRST_LOOK_S, LONGEST_PAUSE_S = 0.05, 8.0
+"""Delay of a waiting request's first deadlock check, and the longest of the growing intervals between later ones."""
 
 REPORT_AFTER_S = 30.0
 """Waiting time after which a request is logged."""
 
-SMALL_BYTES = 64 << 20
-SMALL_LEAVES_WITHIN_S = 0.25
+SMALL_BYTES, SMALL_LEAVES_WITHIN_S = 64 << 20, 0.25
 """Maximum wait at the end of a lease for the offload of a model of at most ``SMALL_BYTES``."""
 
 
@@ -54,28 +50,24 @@ class Admission:
         self._numbers = itertools.count(1)
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
-        """Waits for its turn and for the model's arrival on the device; returns the request that holds the model."""
-        request = self._ask(managed, timeout_s, lease, blocks=True)
+        """Waits for its turn and for the model's arrival; returns the request that holds the model, or has an error."""
+        request = self._request(managed, timeout_s, lease, blocks=True)
         if not request.answered:
             event = request.event = new_event()
-            for pause_s in self._looks(request, timeout_s, lease, blocks=True):
+            for pause_s in self._pauses(request, timeout_s, lease, blocks=True):
                 self._clock.wait(event, pause_s)
-        if request.error is not None:
-            raise request.error
-        return lease.request or request
+        return request
 
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
         """Does the same in a coroutine, without blocking a thread."""
-        request = self._ask(managed, timeout_s, lease, blocks=False)
+        request = self._request(managed, timeout_s, lease, blocks=False)
         if not request.answered:
             event = request.event = AsyncOneShotEvent()
-            for pause_s in self._looks(request, timeout_s, lease, blocks=False):
+            for pause_s in self._pauses(request, timeout_s, lease, blocks=False):
                 await event.wait(pause_s)
-        if request.error is not None:
-            raise request.error
-        return lease.request or request
+        return request
 
-    def _ask(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
+    def _request(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
         """Returns the current request that the lease shares, or a new one. ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
         for may_be_lost in (True, False):
@@ -139,10 +131,6 @@ class Admission:
         request.site = call_site()
         request.resumed_s = self._clock.now()
 
-    def suspended(self, request: LeaseRequest) -> None:
-        """Records that the generator with the lease yields."""
-        request.site = request.site.suspended()
-
     @staticmethod
     def _share_locked(lease: Lease, request: LeaseRequest) -> bool:
         if not request.users:
@@ -178,7 +166,7 @@ class Admission:
             if managed.leases.holder is request:
                 managed.health.broken = managed.health.broken or discard
                 if lost:
-                    dispatcher.lost_locked()
+                    dispatcher.mark_broken_locked()
                 if not request.users:
                     times, wishes = managed.times, managed.wishes
                     times.request_ended_s = times.idle_since_s = now_s
@@ -202,7 +190,7 @@ class Admission:
         small = managed.memory.device_bytes <= SMALL_BYTES
         if leaves and not small and dispatcher.monitor.alive:
             return  # the monitor starts the move, which would delay this thread's result
-        dispatcher.act()
+        dispatcher.run_pending()
         if wait and leaves and small:
             dispatcher.watch(managed, lambda: managed.move_task is not task, SMALL_LEAVES_WITHIN_S)
 
@@ -214,12 +202,12 @@ class Admission:
             self.give_back(lease, discard, error, wait=False)
 
     def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
-        """Defers the end of a lease to the monitor, or to the next call of `Dispatcher.act`. Callable anywhere."""
+        """Defers the end of a lease to the monitor or the next `Dispatcher.run_pending`. Callable anywhere."""
         self._dispatcher.deferred_releases.append(partial(self.give_back, lease, discard, error, wait=False))
         self._dispatcher.monitor.wake()
 
     def look_again(self) -> None:
-        """Wakes the monitor, after an interrupt, to finish the change."""
+        """Wakes the monitor to finish a change that was interrupted."""
         self._dispatcher.monitor.wake()
 
     def cancel(self, request: LeaseRequest) -> bool:
@@ -245,35 +233,30 @@ class Admission:
         request.answer(error)
         with suppress(ValueError):  # it was not queued
             request.managed.leases.requests.remove(request)
-        self._dispatcher.notifier.tell_queue(request.managed)
+        self._dispatcher.notifier.report_queue(request.managed)
 
     def _refusal_locked(self, request: LeaseRequest, timeout_s: float | None, blocks: bool) -> Exception | None:
         """Returns why a request cannot be queued, or None."""
         managed = request.managed
-        if (
-            managed.settled_state is State.DEVICE
-            and managed.move_task is None
-            and not managed.leases.in_use
-            and not managed.health.broken
-        ):
+        leases = managed.leases
+        settled = managed.settled_state is State.DEVICE and managed.move_task is None
+        if settled and not leases.in_use and not managed.health.broken:
             return None
-        if timeout_s != 0 and (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
-            return error
-        if timeout_s != 0 and (managed.leases.max_waiting == math.inf or not managed.leases.in_use):
-            return None
-        waiting = sum(1 for _ in managed.leases.waiting())
-        if timeout_s != 0 and waiting < managed.leases.max_waiting:
-            return None
-        return ModelBusy(managed.name, waiting, managed.state.value, managed.leases.held_by(request.asked_s))
+        if timeout_s != 0:
+            if (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
+                return error
+            if not leases.in_use or leases.max_waiting == math.inf or leases.count_waiting() < leases.max_waiting:
+                return None
+        return ModelBusy(managed.name, leases.count_waiting(), managed.state.value, leases.held_by(request.asked_s))
 
-    def _looks(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
+    def _pauses(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
         """Yields the seconds to sleep until the request is answered; ends it at its time-out or at a deadlock."""
         managed, asked_s = request.managed, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
         look_s, report_s, reported = asked_s + FIRST_LOOK_S, asked_s + REPORT_AFTER_S, False
         with self._dispatcher.lock:
             arrived_before_s = managed.arrived_for_s(asked_s)
-            self._dispatcher.notifier.tell_queue(managed)
+            self._dispatcher.notifier.report_queue(managed)
             managed.notify_watchers()
         while not request.answered:
             now_s = self._clock.now()
@@ -322,7 +305,7 @@ class Admission:
             elif self._share_locked(lease, holder):
                 request.answer()
                 managed.leases.requests.remove(request)
-                dispatcher.notifier.tell_queue(managed)
+                dispatcher.notifier.report_queue(managed)
                 managed.notify_watchers()
 
 

@@ -3,9 +3,8 @@
 A context (`contextvars`) does not identify the holder of a lease: frameworks run each step of a generator with a fresh
 copy of the context, often in another thread, and thread pools do not pass contexts. Call stacks contain more:
 
-- A generator keeps its frame from step to step. A request that is made with that frame on its stack belongs to the same
-  flow of control as the lease that was taken under the frame.
-- A function whose frame is on no stack has returned or is suspended, and does not execute.
+- A generator keeps its frame from step to step: requests under that frame belong to the same flow of control.
+- A function whose frame is on no stack has returned or is suspended.
 - A thread that waits in `Thread.join` or `Future.result` has the awaited object in its frame.
 
 A frame is identified by a `FunctionCall` in its ``f_trace``: a reference to the frame would keep its local variables
@@ -106,7 +105,7 @@ class CallSite:
     def thread_name(self) -> str:
         """The thread's name; its ident, with "(ended)", after its end."""
         names = (one.name for one in threading.enumerate() if one.ident == self.thread)
-        return f"{self.thread} (ended)" if self._ended else next(names, str(self.thread))
+        return f"{self.thread} (ended)" if self.token() is None else next(names, str(self.thread))
 
     def executes(self) -> bool:
         """Returns whether the function that took the lease is on a stack: not returned and not suspended."""
@@ -135,15 +134,11 @@ class CallSite:
 
         ``math.inf``: without a time-out; None: it does not wait for it. Time-outs count from the start of the wait.
         """
-        if self._ended or other._ended:
-            return None  # idents may belong to other threads now
+        if self.token() is None or other.token() is None:
+            return None  # a thread has ended: its ident may belong to another one now
         tasks = {id(_local(frame, "self").future) for frame in _stack(other.thread) if frame.f_code is _WORK_ITEM}
         waits = (_time_out(frame) for frame in _stack(self.thread) if _waits_for(frame, other.thread, tasks))
         return max(waits, default=None)
-
-    @property
-    def _ended(self) -> bool:
-        return self.token() is None
 
 
 def call_site(made_at: tuple[CodeType, int] | None = None) -> CallSite:
@@ -185,7 +180,7 @@ _this_thread = _ThisThread()
 
 
 def is_this_thread(site: CallSite) -> bool:
-    """Returns whether the site's thread is the calling one, and not another with the same ident."""
+    """Returns whether the site's thread is the calling one, not another with the same ident."""
     return site.token is _this_thread.token
 
 

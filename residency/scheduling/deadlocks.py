@@ -25,15 +25,14 @@ class DeadlockDetector:
 
     def kept_busy_locked(self, site: CallSite, made_after: Iterable[LeaseRequest] = ()) -> tuple[ManagedModel, ...]:
         """Returns the models that this code holds according to the call stack, in addition to those in its context."""
-        holders = [
-            managed.leases.holder
-            for managed in self._dispatcher.managed_models.values()
-            if managed.leases.holder is not None
-        ]
+        models = self._dispatcher.managed_models.values()
+        holders = [holder for managed in models if (holder := managed.leases.holder) is not None and holder.users]
         return tuple(
-            holder.managed
-            for holder in holders
-            if holder.users and (holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes()))
+            [
+                holder.managed
+                for holder in holders
+                if holder.site.resumed_by(site) or (holder in made_after and not holder.site.executes())
+            ]
         )
 
     @staticmethod
@@ -94,9 +93,8 @@ class DeadlockDetector:
     def error(self, request: LeaseRequest) -> LeaseDeadlock:
         """Returns the error for a refused request."""
         holding = tuple(dict.fromkeys(managed.name for managed in request.holding))
-        return LeaseDeadlock(
-            request.managed.name, holding, request.managed.leases.held_by(self._dispatcher.clock.now())
-        )
+        holder = request.managed.leases.held_by(self._dispatcher.clock.now())
+        return LeaseDeadlock(request.managed.name, holding, holder)
 
 
 def _in_event_loop() -> bool:

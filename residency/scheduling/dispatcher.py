@@ -23,17 +23,15 @@ from collections.abc import Callable
 
 from ..contracts import Clock, Device
 from ..errors import DeviceLost, LoadTimeout, OverBudget
-from ..locks import renewed_in_children
+from ..locks import holds, new_event, renewed_in_children
 from ..observability.error_classification import in_words
-from ..observability.history import CardHistory, PastMove
-from ..observability.outside_memory import OutsideBooks
-from ..one_shot_event import holds, new_event
+from ..observability.history import DeviceHistory, PastMove
+from ..observability.outside_memory import OutsideTracker
 from ..progress import Progress
 from ..states import Move, State
 from ..status_types import MoveOutcome
-from .lost_leases import LostLeases
 from .managed_model import ManagedModel
-from .monitor import IdleMonitor
+from .monitor import IdleMonitor, LostLeases
 from .mover import STUCK_AFTER_S, MoveTask
 from .notifier import Notifier
 from .planner import Serve, by_arrival, next_deadline, next_step, over_budget, room_for
@@ -64,7 +62,7 @@ class _Replanning:
         with dispatcher.lock:
             if dispatcher.managed_models.get(managed.name) is managed:  # not in a forked child
                 dispatcher.plan_locked(managed)
-        dispatcher.act()
+        dispatcher.run_pending()
 
 
 class Dispatcher:
@@ -83,11 +81,11 @@ class Dispatcher:
         #: Releases of leases that ended where waiting is forbidden, such as in a finalizer.
         self.deferred_releases: deque[Callable[[], None]] = deque()
         self.managed_models: dict[str, ManagedModel] = {}
-        self.card = CardHistory()
-        self.outside = OutsideBooks(device.kind == "cuda", device.torch_device != "cpu")
+        self.device_history = DeviceHistory()
+        self.outside = OutsideTracker(device.kind == "cuda", device.torch_device != "cpu")
         self.notifier = Notifier(device, clock)
         self.monitor = IdleMonitor(self.lock, clock, self._look_locked, self._act_for_monitor)
-        self.lost = LostLeases(clock)
+        self.lost_leases = LostLeases(clock)
         #: Whether begun moves have no thread yet; ``start_moves`` starts them (see `MoveRunner`).
         self.begun = False
         self.start_moves: Callable[[], None] = lambda: None
@@ -101,7 +99,7 @@ class Dispatcher:
         """
         return _Replanning(self, managed)
 
-    def act(self) -> None:
+    def run_pending(self) -> None:
         """Runs deferred releases of leases and starts begun moves. Not under the lock."""
         while self.deferred_releases and not holds(self.lock):
             with contextlib.suppress(IndexError):  # another thread was first
@@ -110,16 +108,15 @@ class Dispatcher:
             self.start_moves()
 
     def plan_locked(self, managed: ManagedModel) -> None:
-        """Begins the next step of this model, and of those that wait for room. `act` starts it."""
+        """Begins the next step of this model, and of those that wait for room. `run_pending` starts it."""
         self.version += 1
         now_s = self.clock.now()
         short = []
-        for other in self.managed_models.values():
+        for other in self.managed_models.values():  # a comprehension would cost more: this is part of each lease
             if other.memory.waiting_for_room and other is not managed:
                 short.append(other)
-        if short:
-            for other in by_arrival(short):
-                self._step_locked(other, now_s)
+        for other in by_arrival(short) if short else ():
+            self._step_locked(other, now_s)
         self._step_locked(managed, now_s)
         if managed.settled_state is State.DEVICE and managed.move_task is None and managed.leases.holder is None:
             self._keep_budget_locked()
@@ -129,20 +126,12 @@ class Dispatcher:
         """Begins a move of a settled model that is not leased; ``made_room``: other models have just left for it."""
         now_s = self.clock.now()
         head = managed.leases.next_request() if move.target is State.DEVICE else None
-        task = MoveTask(
-            managed,
-            move,
-            now_s,
-            managed.engine,
-            managed.resident,
-            Progress(move.via.value, managed.memory.size_bytes or None, self.clock.now),
-            head.context if head and head.context else contextvars.Context(),
-            give_up_at_s=now_s + managed.load_timeout_s if move.via is State.LOADING else math.inf,
-            made_room=made_room,
-            device_bytes_before=managed.memory.device_bytes,
-            seen_s=now_s,
-        )
-        task.progress.changed = lambda: self._progressed(task)
+        progress = Progress(move.via.value, managed.memory.size_bytes or None, self.clock.now)
+        context = head.context if head and head.context else contextvars.Context()
+        task = MoveTask(managed, move, now_s, managed.engine, managed.resident, progress, context, made_room=made_room)
+        if move.via is State.LOADING:
+            task.give_up_at_s = now_s + managed.load_timeout_s
+        progress.changed = lambda: self._progressed(task)
         managed.move_task = task
         managed.engine = managed.resident = None
         self.begun = True
@@ -156,13 +145,13 @@ class Dispatcher:
 
     def _progressed(self, task: MoveTask) -> None:
         self.version += 1
-        self.notifier.tell_progress(task)
+        self.notifier.report_progress(task)
 
-    def leave(self) -> dict[str, ManagedModel]:
+    def reset_in_child(self) -> dict[str, ManagedModel]:
         """In a forked child: removes all models without touching them; returns them, to be kept from collection."""
         self.deferred_releases.clear()
-        self.monitor.leave()
-        self.notifier.listeners.leave()
+        self.monitor.reset_in_child()
+        self.notifier.listeners.reset_in_child()
         managed_models, self.managed_models = self.managed_models, {}
         return managed_models
 
@@ -170,12 +159,12 @@ class Dispatcher:
 
     def await_task(self, task: MoveTask) -> None:
         """Waits until a move has ended, with or without an error."""
-        self.act()
+        self.run_pending()
         self.watch(task.managed, lambda: task.managed.move_task is not task)
 
     def await_task_while_it_progresses(self, task: MoveTask) -> bool:
         """Waits until a move has ended; returns False if it makes no progress for `STUCK_AFTER_S`."""
-        self.act()
+        self.run_pending()
         while True:
             before = task.progress.pulse
             if self.watch(task.managed, lambda: task.managed.move_task is not task, STUCK_AFTER_S):
@@ -216,28 +205,27 @@ class Dispatcher:
             if managed.move_task is not None and now_s >= managed.move_task.give_up_at_s:
                 self._give_up_locked(managed)
             self._step_locked(managed, now_s)
-            self.lost.look_locked(managed, now_s)
+            self.lost_leases.look_locked(managed, now_s)
             if managed.move_task is not None and managed.move_task.begins_to_hang(now_s):
                 logger.error("%s: hangs on its way off the device; its last request is answered", managed.name)
         tasks = [managed.move_task for managed in self.managed_models.values() if managed.move_task]
-        if self.lost.suspected or any(not task.spawned for task in tasks):
+        if self.lost_leases.suspected or any(not task.spawned for task in tasks):
             self.begun = True
             return now_s
         if self.deferred_releases:
             return now_s
-        return min(
-            (self._deadline_locked(managed, now_s) for managed in self.managed_models.values()), default=math.inf
-        )
+        deadlines_s = (self._deadline_locked(managed, now_s) for managed in self.managed_models.values())
+        return min(deadlines_s, default=math.inf)
 
     def _act_for_monitor(self) -> None:
-        if self.lost.suspected:
-            self.lost.collect()
-        self.act()
+        if self.lost_leases.suspected:
+            self.lost_leases.collect()
+        self.run_pending()
 
     def release_lost_leases(self) -> None:
         """Releases leases that are reachable only from themselves."""
-        self.lost.collect()
-        self.act()
+        self.lost_leases.collect()
+        self.run_pending()
 
     def _deadline_locked(self, managed: ManagedModel, now_s: float) -> float:
         if managed.leases.holder is not None:
@@ -251,7 +239,7 @@ class Dispatcher:
         now_s, task, error = self.clock.now(), managed.move_task, LoadTimeout(managed.name, managed.load_timeout_s)
         task.given_up = True
         self.outside.given_up(task)
-        self.notifier.tell("failed", task, error)
+        self.notifier.report("failed", task, error)
         managed.times.arriving_s = managed.arrived_for_s(now_s)
         managed.move_task = None
         self.note_locked(task, "failed", now_s)
@@ -282,7 +270,7 @@ class Dispatcher:
         managed.leases.holder = request
         request.answer()
         if request.event is not None:  # it has waited
-            self.notifier.tell_queue(managed)
+            self.notifier.report_queue(managed)
 
     def _has_room_locked(self, managed: ManagedModel) -> bool:
         """Returns whether the model may move to the device now. Begins evictions; refuses hopeless requests."""
@@ -333,16 +321,18 @@ class Dispatcher:
         managed.wishes.prefetch = managed.wishes.prewarmed = managed.memory.waiting_for_room = False
         managed.memory.shortfall_bytes = managed.memory.needed_bytes = 0
         managed.leases.refuse_all(error)
-        self.notifier.tell_queue(managed)
+        self.notifier.report_queue(managed)
         managed.notify_watchers()
 
     def note_locked(self, task: MoveTask, outcome: MoveOutcome, now_s: float) -> None:
         """Adds a move that has ended to the history."""
         past = PastMove(now_s, task.move, task.moved_bytes, now_s - task.started_s, outcome)
-        memory = task.managed.memory
-        task.managed.history.moved(past, memory.device_bytes if self.device.separate else memory.host_bytes)
+        managed, memory = task.managed, task.managed.memory
+        managed.history.moved(past, memory.device_bytes if self.device.separate else memory.host_bytes)
+        if outcome == "ok":
+            managed.last_move = past
 
-    def lost_locked(self) -> None:
+    def mark_broken_locked(self) -> None:
         """Marks engines on the device as broken after its failure, so that they are rebuilt."""
         for managed in self.managed_models.values():
             managed.health.broken = managed.health.broken or managed.settled_state is State.DEVICE

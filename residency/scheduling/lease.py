@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from .managed_model import LeaseRequest, ManagedModel
 
 
-class Lessor(Protocol):
-    """The interface of `Admission`, which has the documentation. Avoids circular imports."""
+class _Admission(Protocol):
+    """The interface of `admission.Admission`, which has the documentation. Avoids circular imports."""
 
     def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
     async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
@@ -24,16 +24,16 @@ class Lessor(Protocol):
     def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None: ...
     def give_back_later(self, lease: Lease, discard: bool = False) -> None: ...
     def resumed(self, request: LeaseRequest) -> None: ...
-    def suspended(self, request: LeaseRequest) -> None: ...
     def look_again(self) -> None: ...
     def cancel(self, request: LeaseRequest) -> bool: ...
     def place(self, request: LeaseRequest) -> int | None: ...
 
 
 _held: contextvars.ContextVar[tuple[LeaseRequest, ...]] = contextvars.ContextVar("held_requests", default=())
-_made: contextvars.ContextVar[tuple[_Made, ...]] = contextvars.ContextVar("made_leases", default=())
+_made: contextvars.ContextVar[tuple[weakref.ref[Lease], ...]] = contextvars.ContextVar("made_leases", default=())
 _watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
-_loading: contextvars.ContextVar[tuple[_Loading, ...]] = contextvars.ContextVar("loading_models", default=())
+#: One list for each load: the model, and nothing after its end.
+_loading: contextvars.ContextVar[tuple[list[ManagedModel], ...]] = contextvars.ContextVar("loads", default=())
 
 
 class Lease:
@@ -60,9 +60,9 @@ class Lease:
     not_of_the_engine = True
 
     def __init__(
-        self, lessor: Lessor, managed: ManagedModel, timeout_s: float | None = None, reading: bool = False
+        self, admission: _Admission, managed: ManagedModel, timeout_s: float | None = None, reading: bool = False
     ) -> None:
-        self._lessor = lessor
+        self._admission = admission
         self._managed = managed
         self._timeout_s = timeout_s
         self._reading = reading
@@ -71,80 +71,84 @@ class Lease:
         self.request: LeaseRequest | None = None
         #: Whether the request was made for this lease; False if it shares another lease's.
         self.owns = False
-        self._made = _Made(_task())
+        #: The task of a coroutine that created it: it has a context of its own; a thread's may serve several tasks.
+        task = _task()
+        self._task = None if task is None else weakref.ref(task)
+        #: Its current request, if it was entered in the context of its creation.
+        self._request_here: LeaseRequest | None = None
         caller = sys._getframe(2)
         #: Code and line, for a lease that is entered in another thread.
         self.made_at = caller.f_code, caller.f_lineno
         #: Current requests whose leases were created in this context before, wherever they were entered.
         self.made_after: tuple[LeaseRequest, ...] = ()
-        if made := [one for one in _made.get() if not one.over]:
-            self.made_after = tuple([one.request for one in made if one.request is not None and one.in_a_task])
-        _made.set((*made, self._made))
+        made = [lease for reference in _made.get() if (lease := reference()) is not None and not lease._ended]
+        if made:
+            self.made_after = tuple([one._request_here for one in made if one._request_here and one._task])
+        _made.set((*map(weakref.ref, made), weakref.ref(self)) if made else (weakref.ref(self),))
 
     def __enter__(self) -> Any:
         if not self._joins():
             try:
-                self._begins(self._lessor.acquire(self._managed, self._timeout_s, self))
+                self._begins(self._admission.acquire(self._managed, self._timeout_s, self))
             except BaseException:
-                self._leave(self._lessor.give_back)
+                self._leave(self._admission.give_back)
                 raise
         return self._managed.engine
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
-        self._leave(self._lessor.give_back, error)
+        self._leave(self._admission.give_back, error)
 
     async def __aenter__(self) -> Any:
         if not self._joins():
             try:
-                self._begins(await self._lessor.acquire_async(self._managed, self._timeout_s, self))
+                self._begins(await self._admission.acquire_async(self._managed, self._timeout_s, self))
             except BaseException:  # a cancelled task leaves the queue, or releases the model just granted
-                self._leave(self._lessor.give_back_async)
+                self._leave(self._admission.give_back_async)
                 raise
         return self._managed.engine
 
     async def __aexit__(
         self, kind: object = None, error: BaseException | None = None, traceback: object = None
     ) -> None:
-        self._leave(self._lessor.give_back_async, error)
+        self._leave(self._admission.give_back_async, error)
 
     def _joins(self) -> bool:
         """Begins the only use; returns whether it shares a current request."""
         if self._entered:
             raise RuntimeError("A lease can be used once; call lease() again.")
         self._entered = True
-        if self._made not in _made.get():  # not the context of its creation, nor a copy of it
+        if weakref.ref(self) not in _made.get():  # not the context of its creation, nor a copy of it
             self.made_after = ()
             self._made_here = False
-        elif self._made.in_a_task and not self._made.is_of(_task()):
-            self._made_here = False  # a sibling of the creating task: another request
+        elif self._task is not None and (task := _task()) is not None:
+            self._made_here = self._task() is task  # else a sibling of it: another request
         if watch := _watch.get():
             watch(self)
         for outer in _held.get():
             # A stream's context is that of its last step, which other work may share in a thread pool.
-            if outer.managed is self._managed and not outer.streams and self._lessor.share(self, outer):
+            if outer.managed is self._managed and not outer.streams and self._admission.share(self, outer):
                 return True
-        return self._reading and self._lessor.join(self, self._managed)
+        return self._reading and self._admission.join(self, self._managed)
 
     def _begins(self, request: LeaseRequest) -> None:
+        if request.error is not None:
+            raise request.error
+        request = self.request or request  # another one, if it shares a lease
         _held.set((*held_requests(), request))
         if self._made_here:
-            self._made.request = request
+            self._request_here = request
 
     # Bound now: at the interpreter's end modules are emptied. Then threads can be neither started nor joined.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        made: _Made | None = vars(self).get("_made")
-        if made is None:
-            return  # `__init__` was interrupted
-        made.over = True
-        if self.request is not None and not ending():
+        if vars(self).get("request") is not None and not ending():  # missing if `__init__` was interrupted
             self._ended = True
-            self._lessor.give_back_later(self, self._broken)
+            self._admission.give_back_later(self, self._broken)
 
     def cancel(self) -> bool:
         """Makes a waiting lease raise `RequestCancelled`. Returns False if it holds the model or has ended."""
         self._cancelled = True
         request = self.request
-        return not self._ended if request is None else self._lessor.cancel(request)
+        return not self._ended if request is None else self._admission.cancel(request)
 
     @property
     def model(self) -> str:
@@ -158,17 +162,17 @@ class Lease:
     def place(self) -> int | None:
         """The place in the queue: 0 holds the model, 1 is next; None before it is entered and after its end."""
         request = self.request
-        return None if request is None else self._lessor.place(request)
+        return None if request is None else self._admission.place(request)
 
     def resumed(self) -> None:
         """For a generator that holds the lease: call this at the start of each step. Records the calling code."""
         if self.request is not None and self.owns:
-            self._lessor.resumed(self.request)
+            self._admission.resumed(self.request)
 
     def suspended(self) -> None:
         """For a generator that holds the lease: call this before it yields."""
         if self.request is not None and self.owns:
-            self._lessor.suspended(self.request)
+            self.request.site = self.request.site.suspended()
 
     def discard(self) -> None:
         """Marks the engine as broken: it is released when the lease ends, and the next request loads it anew.
@@ -183,16 +187,20 @@ class Lease:
         error: BaseException | None = None,
         ending: Callable[[], bool] = sys.is_finalizing,
     ) -> None:
-        self._ended = self._made.over = True
-        self._made.request = None
+        self._ended = True
+        self._request_here = None
         if ending():
             return
         try:
             give_back(self, self._broken, error)
             _held.set(held_requests())
         except BaseException:
-            self._lessor.look_again()
+            self._admission.look_again()
             raise
+
+
+def _task() -> asyncio.Task[Any] | None:
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
 def held_requests() -> tuple[LeaseRequest, ...]:
@@ -206,7 +214,7 @@ def held_models() -> tuple[ManagedModel, ...]:
     loads = _loading.get()
     return (
         *[request.managed for request in held_requests()],
-        *([load.managed for load in loads if load.under_way] if loads else ()),
+        *([managed for load in loads for managed in load] if loads else ()),
     )
 
 
@@ -223,39 +231,10 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
 @contextmanager
 def loading(managed: ManagedModel) -> Iterator[None]:
     """Marks this context as loading the model: a lease of it in there would be a deadlock."""
-    load = _Loading(managed)
+    load = [managed]
     token = _loading.set((*_loading.get(), load))
     try:
         yield
     finally:
-        load.under_way = False  # threads that the loader started with its context may continue
+        load.clear()  # threads that the loader started with its context may continue
         _loading.reset(token)
-
-
-class _Made:
-    """A lease in the context of its creation: its current request, and whether it is over.
-
-    ``in_a_task``: created in a coroutine, with a context of its own. A thread's context serves several tasks.
-    """
-
-    __slots__ = ("_task", "in_a_task", "over", "request")
-
-    def __init__(self, task: asyncio.Task[Any] | None) -> None:
-        self.in_a_task = task is not None
-        self._task = None if task is None else weakref.ref(task)
-        self.request: LeaseRequest | None = None
-        self.over = False
-
-    def is_of(self, task: asyncio.Task[Any] | None) -> bool:
-        """Returns whether the task created it; a thread (None) works for the task of its context."""
-        return task is None or (self._task is not None and self._task() is task)
-
-
-def _task() -> asyncio.Task[Any] | None:
-    return None if asyncio._get_running_loop() is None else asyncio.current_task()
-
-
-class _Loading:
-    def __init__(self, managed: ManagedModel) -> None:
-        self.managed = managed
-        self.under_way = True

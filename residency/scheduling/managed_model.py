@@ -1,4 +1,4 @@
-"""A managed model: its state, requests and memory. Pure data: no locks, clock or torch."""
+"""A managed model: its state, requests and memory. Data, without locks, clock or torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Holder, RequestCancelled
-from ..observability.history import History
+from ..locks import AsyncOneShotEvent, OneShotEvent, set_event
+from ..observability.history import History, PastMove
 from ..observability.outside_memory import OutsideMemory
-from ..one_shot_event import AsyncOneShotEvent, OneShotEvent, set_event
-from ..states import MoveRecord, State
+from ..states import State
 
 if TYPE_CHECKING:
-    from ..contracts import KeptPart, Policy, Resident
+    from ..contracts import Policy, Resident
+    from ..memory import BorrowedPart
     from .callers import CallSite
     from .random_state import RandomState
 
@@ -25,6 +26,7 @@ SEARCH_AFTER_S = 2.0
 """How long the code with a lease may pause until the manager checks whether it still exists."""
 
 
+@dataclass(eq=False, slots=True)
 class LeaseRequest:
     """One request for a model, from its arrival to its end. Changed under the dispatcher's lock.
 
@@ -32,37 +34,32 @@ class LeaseRequest:
         number: its place in the order of arrival over all models.
         site: the code that takes the lease, or that last resumed the generator with the lease.
         holding: the models that this code has leased or is loading.
-        answered: it holds the model (since ``served_s``), or has an ``error``.
         searched_s: time of the last check whether its lease is lost.
-        users: number of nested leases that share it.
+        answered: it holds the model (since ``served_s``), or has an ``error``.
         ended: its own lease has ended.
         streams: a generator holds it, and reports the code of its steps.
         awaited: the holder was last seen waiting, with a time-out, for the thread of this request.
+        users: number of nested leases that share it.
         event: the one-shot event on which it waits, if any.
         context: the context of a load for it.
     """
 
-    __slots__ = ("answered", "asked_s", "awaited", "context", "ended", "error", "event", "holding", "managed", "number",
-                 "resumed_s", "searched_s", "served_s", "site", "streams", "users")  # fmt: skip
-
-    def __init__(
-        self,
-        managed: ManagedModel,
-        number: int,
-        site: CallSite,
-        holding: tuple[ManagedModel, ...] = (),
-        asked_s: float = 0.0,
-    ) -> None:
-        self.managed = managed
-        self.number = number
-        self.site = site
-        self.holding = holding
-        self.asked_s = self.served_s = self.resumed_s = self.searched_s = asked_s
-        self.answered = self.ended = self.streams = self.awaited = False
-        self.error: BaseException | None = None
-        self.users = 1
-        self.event: OneShotEvent | None = None
-        self.context: contextvars.Context | None = None
+    managed: ManagedModel
+    number: int
+    site: CallSite
+    holding: tuple[ManagedModel, ...] = ()
+    asked_s: float = 0.0
+    served_s: float = 0.0
+    resumed_s: float = 0.0
+    searched_s: float = 0.0
+    answered: bool = False
+    ended: bool = False
+    streams: bool = False
+    awaited: bool = False
+    users: int = 1
+    error: BaseException | None = None
+    event: OneShotEvent | None = None
+    context: contextvars.Context | None = None
 
     def facts(self, now_s: float) -> Holder:
         """Returns the code that holds the model, its thread, and for how many seconds; for errors and the status."""
@@ -116,6 +113,9 @@ class LeaseQueue:
     def waiting(self) -> Iterator[LeaseRequest]:
         """Returns the waiting requests, in order of arrival."""
         return (request for request in self.requests if not request.answered)
+
+    def count_waiting(self) -> int:
+        return sum(1 for _ in self.waiting())
 
     def refuse_all(self, error: BaseException) -> None:
         for request in list(self.waiting()):
@@ -199,7 +199,7 @@ class ManagedModel:
     """The state of one model. Read and written under the dispatcher's lock.
 
     During a move ``engine`` and ``resident`` belong to ``move_task``. ``skip``: paths to objects that are not moved.
-    ``borrowed_part``: a part that the loader uses and that outlives a release. Each load begins with ``random_state``.
+    Each load begins with ``random_state``. ``last_move``: the last one that succeeded.
     """
 
     name: str
@@ -211,9 +211,9 @@ class ManagedModel:
     move_task: Any = None
     skip: tuple[str, ...] = ()
     random_state: RandomState | None = None
-    borrowed_part: KeptPart | None = None
+    borrowed_part: BorrowedPart | None = None
     load_timeout_s: float = math.inf
-    last_move: MoveRecord | None = None
+    last_move: PastMove | None = None
     leases: LeaseQueue = field(default_factory=LeaseQueue)
     memory: MemoryUse = field(default_factory=MemoryUse)
     wishes: Wishes = field(default_factory=Wishes)
@@ -241,6 +241,14 @@ class ManagedModel:
     def stays(self) -> bool:
         """Whether it must stay on the device (keep-warm -1), and so is never evicted."""
         return self.policy.keep_warm_s == math.inf
+
+    def is_settled(self) -> bool:
+        """Returns whether no move is running."""
+        return self.move_task is None
+
+    def is_idle(self) -> bool:
+        """Returns whether no move is running, and no request holds the model or waits for it."""
+        return self.move_task is None and not self.leases.in_use
 
     def arrived_for_s(self, now_s: float) -> float:
         """Returns the total duration of its moves to the device until now."""

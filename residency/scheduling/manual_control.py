@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from ..errors import ResidencyError
 from ..observability.error_classification import is_out_of_device_memory
@@ -84,13 +83,8 @@ class ManualControl:
         dispatcher = self._dispatcher
         for managed in managed_models:
             with dispatcher.lock:
-                idle = (
-                    managed.settled_state is State.DEVICE
-                    and managed.move_task is None
-                    and not managed.leases.in_use
-                    and not managed.stays
-                )
-                move = move_towards(managed, State.HOST, self._separate) if idle else None
+                on_device = managed.settled_state is State.DEVICE and managed.is_idle() and not managed.stays
+                move = move_towards(managed, State.HOST, self._separate) if on_device else None
                 task = dispatcher.begin_locked(managed, move) if move else None
             if task is not None:
                 dispatcher.await_task(task)
@@ -109,13 +103,12 @@ class ManualControl:
         for managed in managed_models:
             with dispatcher.replanning(managed), dispatcher.lock:
                 managed.leases.refuse_all(reason)
-                dispatcher.notifier.tell_queue(managed)
+                dispatcher.notifier.report_queue(managed)
                 managed.notify_watchers()
         gone = []
         for managed in managed_models:
             left_s = until_s - dispatcher.clock.now()
-            released = dispatcher.watch(managed, partial(_has_nothing_to_do, managed), left_s) or self._leaves(managed)
-            if released:
+            if dispatcher.watch(managed, managed.is_idle, left_s) or self._leaves(managed):
                 try:
                     self._mover.forget(managed)  # the snapshot's skeleton
                 except Exception:
@@ -131,31 +124,26 @@ class ManualControl:
         while managed.leases.holder is None and (task := managed.move_task) is not None and not task.arrives:
             if not self._dispatcher.await_task_while_it_progresses(task):
                 return False
-        return _has_nothing_to_do(managed)
+        return managed.is_idle()
 
     def _hand_back(self, managed: ManagedModel) -> None:
         """Restores the borrowed part to the device for its owner; offloads idle models if there is no room."""
-        dispatcher = self._dispatcher
+        dispatcher, part = self._dispatcher, managed.borrowed_part
+        if part is None:
+            return
         try:
             try:
-                self._mover.hand_back(managed)
+                part.hand_back()
             except Exception as error:
                 if not is_out_of_device_memory(error):
                     raise
                 with dispatcher.lock:
                     others = [other for other in dispatcher.managed_models.values() if other is not managed]
                 self.move_aside(others)
-                self._mover.hand_back(managed)
+                part.hand_back()
         except Exception as error:
             logger.error(
                 "%s: the object that was passed to its loader cannot be restored to the device (%s): create a new one "
                 "before you use it. / %s：传给加载函数的对象无法回到设备（%s）：使用前请重新创建。",
-                managed.name,
-                error,
-                managed.name,
-                error,
-            )
-
-
-def _has_nothing_to_do(managed: ManagedModel) -> bool:
-    return managed.move_task is None and not managed.leases.in_use
+                managed.name, error, managed.name, error,
+            )  # fmt: skip

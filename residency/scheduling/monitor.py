@@ -1,7 +1,11 @@
-"""The idle monitor: a thread that sleeps until the next deadline. Decisions and moves are made elsewhere."""
+"""The idle monitor: a thread that sleeps until the next deadline; and the search for lost leases.
+
+Decisions and moves are made elsewhere.
+"""
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import threading
@@ -9,13 +13,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from ..contracts import Clock
+from ..locks import new_event, set_event
 from ..observability.error_classification import in_words
-from ..one_shot_event import new_event, set_event
 from ..status_types import MonitorHealth
+from .managed_model import ManagedModel
 
 logger = logging.getLogger(__name__)
 
 PAUSE_AFTER_ERROR_S = 1.0
+
+_REST = 20.0
+"""Pause after a garbage collection, as a multiple of its duration, which may be long in a large program."""
 
 
 class IdleMonitor:
@@ -26,11 +34,7 @@ class IdleMonitor:
     """
 
     def __init__(
-        self,
-        lock: AbstractContextManager[object],
-        clock: Clock,
-        look: Callable[[], float],
-        act: Callable[[], None],
+        self, lock: AbstractContextManager[object], clock: Clock, look: Callable[[], float], act: Callable[[], None]
     ) -> None:
         self._lock = lock
         self._wake_up: threading.Lock | None = None
@@ -65,7 +69,7 @@ class IdleMonitor:
             except RuntimeError:  # no more threads; the next call tries again
                 logger.warning("The idle monitor cannot be started now", exc_info=True)
 
-    def leave(self) -> None:
+    def reset_in_child(self) -> None:
         """In a forked child: the thread belongs to the parent."""
         self._stopping, self._thread = True, None
 
@@ -106,3 +110,31 @@ class IdleMonitor:
         self._wake_up = wake_up = new_event()
         self._sleeps_until_s = deadline_s = decide()
         return wake_up, 0.0 if self._stopping else deadline_s - self._clock.now()
+
+
+class LostLeases:
+    """Leases that are reachable only from themselves: triggers garbage collections, which end them.
+
+    Python would do so by itself, possibly hours later. Methods that end in ``_locked`` need the dispatcher's lock.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._next_collection_s = -math.inf
+        self.suspected = False
+
+    def look_locked(self, managed: ManagedModel, now_s: float) -> None:
+        """Checks at intervals whether the code that took a lease still executes; sets ``suspected`` if not."""
+        holder = managed.leases.holder
+        if holder is None or now_s < holder.search_s:
+            return
+        holder.searched_s = now_s
+        if now_s >= self._next_collection_s and not holder.site.executes():
+            self.suspected = True
+
+    def collect(self) -> None:
+        """Collects garbage; the leases found end at once or with the next `Dispatcher.run_pending`."""
+        self.suspected = False
+        began_s = self._clock.now()
+        gc.collect()
+        self._next_collection_s = self._clock.now() + _REST * (self._clock.now() - began_s)

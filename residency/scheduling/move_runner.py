@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ..contracts import Memory
 from ..errors import WorkerEnded
-from ..locks import renewed_in_children
+from ..locks import new_event, renewed_in_children
 from ..observability.error_classification import (
     device_is_lost,
     empty_frames,
@@ -19,10 +19,9 @@ from ..observability.error_classification import (
     lacking_bytes,
     loss_beyond_repair,
 )
-from ..observability.outside_memory import NO_SAMPLE, MemorySample
-from ..one_shot_event import new_event
+from ..observability.outside_memory import MemorySample
 from ..progress import reporting
-from ..states import MoveRecord, State
+from ..states import State
 from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
 from .lease import loading
 from .managed_model import ManagedModel
@@ -42,12 +41,7 @@ OUT_OF_MEMORY_RETRIES = 5
 class MoveRunner:
     """Starts the moves begun by the dispatcher. ``sample(trim, look_at_children)`` measures the process."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        mover: Mover,
-        sample: Callable[[bool, bool], MemorySample] = lambda trim, look_at_children: NO_SAMPLE,
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, mover: Mover, sample: Callable[[bool, bool], MemorySample]) -> None:
         self._dispatcher = dispatcher
         self._device, self._clock = dispatcher.device, dispatcher.clock
         self._mover = mover
@@ -94,10 +88,10 @@ class MoveRunner:
             if task.claimed:
                 return
             task.spawned = task.claimed = True
-            own = managed.memory.device_bytes, managed.memory.host_bytes
+            recorded = managed.memory.device_bytes, managed.memory.host_bytes
             builds = loads and task.engine is None  # not from a snapshot
-            dispatcher.outside.began(task, before, own, self._all_bytes_locked(), builds)
-            dispatcher.notifier.tell("began", task)
+            dispatcher.outside.began(task, before, recorded, self._all_bytes_locked(), builds)
+            dispatcher.notifier.report("began", task)
         while True:
             try:
                 task.context.run(self._carry_out, task)
@@ -107,8 +101,7 @@ class MoveRunner:
                 empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
             if is_capture_under_way(task.error) and self._await_capture(task):
                 continue
-            full = task.arrives and is_out_of_device_memory(task.error)
-            if not (full and self._try_again(task)):
+            if not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task)):
                 break
         self._commit(task)
         self._threads.pop(task, None)
@@ -183,52 +176,45 @@ class MoveRunner:
                 dispatcher.notifier.warn_of_budget(task, dispatcher.budget_bytes)
         with dispatcher.lock:
             dispatcher.changes += 1
-            dispatcher.card.seen(self._clock.now(), memory)
-            wanted = managed.move_task is task
-            self._settle_locked(task, sizes, after, lost, wanted)
+            dispatcher.device_history.note(self._clock.now(), memory)
+            wanted = self._settle_locked(task, sizes, after, lost)
         if not wanted:
             with contextlib.suppress(Exception):  # errors of a lost device
                 self._mover.throw_away(task)
-        dispatcher.act()
+        dispatcher.run_pending()
 
-    def _settle_locked(
-        self, task: MoveTask, sizes: tuple[int, int], after: MemorySample, lost: bool, wanted: bool
-    ) -> None:
-        """Commits the move or rolls it back; if it was given up, only records its memory."""
+    def _settle_locked(self, task: MoveTask, sizes: tuple[int, int], after: MemorySample, lost: bool) -> bool:
+        """Commits the move or rolls it back; if it was given up, only records its memory and returns False."""
         dispatcher, managed, error, now_s = self._dispatcher, task.managed, task.error, self._clock.now()
+        wanted = managed.move_task is task
         if wanted:
             managed.memory.device_bytes, managed.memory.host_bytes = sizes
             managed.times.arriving_s = managed.arrived_for_s(now_s)
+        others = dispatcher.managed_models.items()
         loaded = frozenset(
-            name
-            for name, other in dispatcher.managed_models.items()
-            if other.settled_state is not State.RELEASED or other.move_task
+            name for name, other in others if other.settled_state is not State.RELEASED or other.move_task
         )
+        array_bytes = getattr(task.resident, "array_bytes", 0)
+        arrived = (task.back_at if error else task.move.target) is State.DEVICE
+        released, totals = task.resident is None, self._all_bytes_locked()
         found = dispatcher.outside.ended(
-            task,
-            managed.name,
-            after,
-            sizes,
-            self._all_bytes_locked(),
-            loaded,
-            getattr(task.resident, "array_bytes", 0),
-            arrived=(task.back_at if error else task.move.target) is State.DEVICE,
-            released=task.resident is None,
+            task, managed.name, after, sizes, totals, loaded, array_bytes, arrived, released
         )
         if not wanted:
-            return
+            return False
         managed.engine, managed.resident = task.engine, task.resident
         if error is None:
             self._arrived_locked(task, now_s)
         else:
             self._failed_locked(task, error, lost)
         managed.memory.outside = found
-        dispatcher.notifier.tell_outside(task)
-        dispatcher.notifier.tell("failed" if error else "done", task)
+        dispatcher.notifier.warn_of_unmanaged(task)
+        dispatcher.notifier.report("failed" if error else "done", task)
         dispatcher.note_locked(task, "postponed" if task.put_off else "failed" if error else "ok", now_s)
         managed.move_task = None
         task.end()
         dispatcher.settled_locked(managed)
+        return True
 
     def _all_bytes_locked(self) -> tuple[int, int]:
         uses = [managed.memory for managed in self._dispatcher.managed_models.values()]
@@ -237,7 +223,6 @@ class MoveRunner:
     def _arrived_locked(self, task: MoveTask, now_s: float) -> None:
         managed, memory, times = task.managed, task.managed.memory, task.managed.times
         managed.settled_state = task.move.target
-        managed.last_move = MoveRecord(task.move, task.moved_bytes, now_s - task.started_s)
         managed.health.last_error = None
         managed.health.cannot_offload = False
         if managed.settled_state is State.RELEASED:
@@ -249,7 +234,7 @@ class MoveRunner:
             times.policy_paused_until_s = now_s + WARM_GRACE_S if managed.wishes.prefetch else -math.inf
             managed.wishes.prefetch = False
             if task.move.via is State.RESTORING:
-                managed.policy.brought_back(managed.last_move.seconds)
+                managed.policy.brought_back(now_s - task.started_s)
         else:
             for other in self._dispatcher.managed_models.values():
                 other.memory.shortfall_bytes = max(0, other.memory.shortfall_bytes - memory.size_bytes)
@@ -265,7 +250,7 @@ class MoveRunner:
         gone = lost or isinstance(error, WorkerEnded) or (task.move.via is State.RESTORING and not ephemeral)
         health.broken = managed.settled_state is not State.RELEASED and (health.broken or gone)
         if lost:
-            dispatcher.lost_locked()
+            dispatcher.mark_broken_locked()
         dispatcher.device_lost = dispatcher.device_lost or loss_beyond_repair(error)
         if task.arrives and not task.put_off:
             dispatcher.refuse_arrival_locked(managed, error)

@@ -12,13 +12,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Adopt, Device, Resident, SnapshotStore
+from ..contracts import Device, Resident, SnapshotStore
 from ..progress import Progress
 from ..states import Move, State
 from .managed_model import ManagedModel
 from .random_state import preserved_random_state
 
 logger = logging.getLogger(__name__)
+
+Adopt = Callable[[Any, Device, ManagedModel], Resident]
+"""Finds the parts of a fresh engine that hold memory, except for the borrowed part; see `residency.memory.adopt`."""
 
 SKELETON_BYTES = 64 << 20
 """Maximum of unmanaged memory of an engine that stays as a skeleton while its weights are in a snapshot."""
@@ -32,8 +35,14 @@ STUCK_AFTER_S = 30.0
 class MoveTask:
     """A running move: one thread carries it out, and owns the model's engine and resident until it ends.
 
-    ``claimed``: that thread has begun. ``made_room``: other models left for it. ``give_up_at_s``: time limit of its
-    loader. ``context``: the context in which it runs.
+    Attributes:
+        context: the context in which it runs.
+        give_up_at_s: time limit of its loader.
+        made_room: other models left for it.
+        spawned, claimed: its thread was started; has begun.
+        put_off: it failed, and will be tried again once there is room.
+        reported_s: time of the last progress report to listeners.
+        pulse: its progress at the last `begins_to_hang`, at ``checked_s``.
     """
 
     managed: ManagedModel
@@ -45,20 +54,22 @@ class MoveTask:
     context: contextvars.Context
     give_up_at_s: float = math.inf
     made_room: bool = False
-    device_bytes_before: int = 0
     spawned: bool = False
     claimed: bool = False
     retries: int = 0
     changes_seen: int = 0
     put_off: bool = False
     given_up: bool = False
-    told_s: float = -math.inf
-    #: Its progress at the last `begins_to_hang`, and the time of that call.
-    seen: object = None
-    seen_s: float = -math.inf
+    reported_s: float = -math.inf
+    pulse: object = None
+    checked_s: float = 0.0
+    device_bytes_before: int = 0
     hangs: bool = False
     moved_bytes: int = 0
     error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.checked_s, self.device_bytes_before = self.started_s, self.managed.memory.device_bytes
 
     @property
     def arrives(self) -> bool:
@@ -67,14 +78,14 @@ class MoveTask:
     @property
     def check_at_s(self) -> float:
         """When to call `begins_to_hang`; only models that leave are checked, since they occupy memory."""
-        return math.inf if self.arrives or self.hangs else self.seen_s + STUCK_AFTER_S
+        return math.inf if self.arrives or self.hangs else self.checked_s + STUCK_AFTER_S
 
     def begins_to_hang(self, now_s: float) -> bool:
         """Returns True once: at the first check that finds no progress for `STUCK_AFTER_S`."""
         if now_s < self.check_at_s:
             return False
-        before, self.seen, self.seen_s = self.seen, self.progress.pulse, now_s
-        self.hangs = self.seen == before
+        before, self.pulse, self.checked_s = self.pulse, self.progress.pulse, now_s
+        self.hangs = self.pulse == before
         return self.hangs
 
     def end(self) -> None:
@@ -91,7 +102,7 @@ class MoveTask:
 
 
 class Mover:
-    """Carries out moves on one device. ``adopt`` finds the parts of a fresh engine that hold memory.
+    """Carries out moves on one device.
 
     With ``snapshots``, a release keeps the engine as a skeleton and its weights on disk, and the next load reads them;
     if that fails, the engine is rebuilt.
@@ -134,11 +145,6 @@ class Mover:
         del resident
         self.tidy()
 
-    def hand_back(self, managed: ManagedModel) -> None:
-        """Restores the borrowed part to its original device, after the model's release."""
-        if managed.borrowed_part is not None:
-            managed.borrowed_part.hand_back()
-
     def tidy(self) -> None:
         """Collects garbage and empties the allocator's caches."""
         gc.collect()
@@ -169,26 +175,19 @@ class Mover:
 
     def _sleep(self, task: MoveTask) -> int:
         """Releases into a snapshot; returns 0 if there is none."""
-        if (
-            self._snapshots is None
-            or task.resident is None
-            or task.managed.health.closing
-            or task.managed.health.broken
-        ):
+        name, health, outside = task.managed.name, task.managed.health, task.managed.memory.outside
+        if self._snapshots is None or task.resident is None or health.closing or health.broken:
             return 0
-        if task.managed.memory.outside is not None and task.managed.memory.outside.held_bytes > SKELETON_BYTES:
-            logger.info(
-                "%s: released without a snapshot, because its engine holds %s bytes that no move frees",
-                task.managed.name,
-                f"{task.managed.memory.outside.held_bytes:,}",
-            )
+        if outside is not None and outside.held_bytes > SKELETON_BYTES:
+            held = f"{outside.held_bytes:,}"
+            logger.info("%s: released without a snapshot: its engine holds %s bytes that no move frees", name, held)
             return 0
         try:
-            freed_bytes = task.resident.save(self._snapshots, task.managed.name)
+            freed_bytes = task.resident.save(self._snapshots, name)
             self._device.settle()
         except BaseException as error:
             # After any error: the memory is needed.
-            logger.warning("%s: released without a snapshot. %s", task.managed.name, error)
+            logger.warning("%s: released without a snapshot. %s", name, error)
             return 0
         return freed_bytes
 

@@ -49,9 +49,8 @@ def next_step(managed: ManagedModel, now_s: float, separate: bool) -> Move | Ser
         return None
     if managed.health.closing:
         return move_towards(managed, State.RELEASED, separate)
-    if managed.wishes.pending_move is not None and (
-        move := move_towards(managed, managed.wishes.pending_move, separate)
-    ):
+    wanted = managed.wishes.pending_move
+    if wanted is not None and (move := move_towards(managed, wanted, separate)):
         return move
     waits = managed.leases.next_request() is not None
     called_for = waits or managed.wishes.prefetch
@@ -82,23 +81,18 @@ def next_deadline(managed: ManagedModel, now_s: float, separate: bool) -> float:
 
 
 def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | None:
-    if (
-        managed.settled_state is State.RELEASED
-        or managed.times.idle_since_s is None
-        or now_s < managed.times.policy_paused_until_s
-    ):
+    since_s = managed.times.idle_since_s
+    if managed.settled_state is State.RELEASED or since_s is None or now_s < managed.times.policy_paused_until_s:
         return None
     windows = managed.policy.windows()
     # Keep-warm takes precedence over a shorter idle timeout.
-    if now_s >= managed.times.idle_since_s + max(managed.policy.idle_timeout_s, windows[-1][1]):
+    if now_s >= since_s + max(managed.policy.idle_timeout_s, windows[-1][1]):
         return move_towards(managed, State.RELEASED, separate)
-    begun = any(
-        managed.times.idle_since_s + start <= now_s < managed.times.idle_since_s + stop for start, stop in windows[1:]
-    )
+    begun = any(since_s + start_s <= now_s < since_s + stop_s for start_s, stop_s in windows[1:])
     if managed.settled_state is State.HOST:
         # The first window restores no model; later ones do, unless it was moved away by hand.
         return Move(managed.name, State.HOST, State.DEVICE) if begun and not managed.wishes.moved_away_by_hand else None
-    warm = begun or now_s < managed.times.idle_since_s + windows[0][1]
+    warm = begun or now_s < since_s + windows[0][1]
     return None if warm else move_towards(managed, State.HOST, separate)
 
 
@@ -147,16 +141,12 @@ def room_for(managed: ManagedModel, managed_models: Collection[ManagedModel], bu
 
 def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -> list[Move]:
     """Returns the moves of idle models that must leave after a model turned out to be larger than expected."""
-    excess_bytes = (
-        sum([managed.memory.size_bytes for managed in managed_models if managed.on_device and not _leaving(managed)])
-        - budget_bytes
-    )
+    staying = [managed for managed in managed_models if managed.on_device and not _leaving(managed)]
+    excess_bytes = sum([managed.memory.size_bytes for managed in staying]) - budget_bytes
     if excess_bytes <= 0:
         return []
-    leave = _least_recently_used(
-        [managed for managed in managed_models if _may_be_evicted(managed, None)], excess_bytes
-    )
-    return [_eviction(managed) for managed in leave]
+    idle = [managed for managed in staying if _may_be_evicted(managed, None)]
+    return [_eviction(managed) for managed in _least_recently_used(idle, excess_bytes)]
 
 
 def _eviction(managed: ManagedModel) -> Move:
@@ -177,9 +167,7 @@ def _in_the_way_of(managed: ManagedModel, managed_models: Collection[ManagedMode
         found = todo.pop()
         if found not in seen:
             seen.add(found)
-            todo += [
-                other for other in managed_models for request in other.leases.waiting() if found in request.holding
-            ]
+            todo += [each for each in managed_models for request in each.leases.waiting() if found in request.holding]
     return seen
 
 
@@ -193,12 +181,8 @@ def _is_short_and_older(managed: ManagedModel, head: LeaseRequest) -> bool:
 
 
 def _may_be_evicted(managed: ManagedModel, head: LeaseRequest | None) -> bool:
-    if (
-        managed.settled_state is not State.DEVICE
-        or managed.move_task is not None
-        or managed.leases.holder is not None
-        or managed.stays
-    ):
+    settled_there = managed.settled_state is State.DEVICE and managed.move_task is None
+    if not settled_there or managed.leases.holder is not None or managed.stays:
         return False
     mine = managed.leases.next_request()
     return mine is None or (head is not None and head.number < mine.number and not mine.holding)
@@ -214,10 +198,12 @@ def _will_be_free(managed: ManagedModel, head: LeaseRequest, managed_models: Col
 
 def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> list[ManagedModel]:
     """Returns the least recently used models that hold ``short_bytes`` together, or all of them."""
+
+    def idle_since_s(managed: ManagedModel) -> float:
+        return -math.inf if managed.times.idle_since_s is None else managed.times.idle_since_s
+
     leave: list[ManagedModel] = []
-    for managed in sorted(
-        idle, key=lambda managed: -math.inf if managed.times.idle_since_s is None else managed.times.idle_since_s
-    ):
+    for managed in sorted(idle, key=idle_since_s):
         if short_bytes > 0 and managed.memory.size_bytes > 0:
             leave.append(managed)
             short_bytes -= managed.memory.size_bytes
@@ -226,6 +212,8 @@ def _least_recently_used(idle: Collection[ManagedModel], short_bytes: float) -> 
 
 def by_arrival(managed_models: Iterable[ManagedModel]) -> list[ManagedModel]:
     """Returns the models in order of arrival of their next requests; those without one last."""
-    return sorted(
-        managed_models, key=lambda managed: head.number if (head := managed.leases.next_request()) else math.inf
-    )
+
+    def arrival(managed: ManagedModel) -> float:
+        return head.number if (head := managed.leases.next_request()) else math.inf
+
+    return sorted(managed_models, key=arrival)

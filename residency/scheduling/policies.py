@@ -32,17 +32,14 @@ def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) 
     ``endless``: the meaning of -1 in the error message, in English and Chinese. Raises `InvalidInput` for other values,
     including other negative numbers and NaN.
     """
-    if isinstance(value, int | float) and 0 <= value <= _LONGEST_S:
-        return float(value)
-    text = str(value).strip().lower()
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([smh]?)", text)
-    if text in ("inf", "-1", "-1.0"):
-        return NEVER
-    large = isinstance(value, int | float) and value > _LONGEST_S
-    if large or (match and not match[1].startswith("-")):
-        given_s = float(match[1]) * _UNITS_S[match[2]] if match else NEVER
-        if given_s <= _LONGEST_S:
-            return given_s
+    given_s = value if isinstance(value, int | float) else math.nan
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)|-1(?:\.0)?|inf", str(value).strip().lower()):
+        if not match[1]:
+            return NEVER
+        given_s = float(match[1]) * _UNITS_S[match[2]]
+    if 0 <= given_s <= _LONGEST_S:
+        return float(given_s)
+    if given_s > _LONGEST_S:
         raise InvalidInput(
             f"{value!r} is too long: give at most 100000h, or -1 for {endless[0]}",
             f"{value!r} 太长：最长为 100000h；-1 表示{endless[1]}",
@@ -144,10 +141,7 @@ def make_policy(keep_warm: float | str, idle_timeout: float | str) -> Policy:
 
 
 def policy_for(
-    policy: Policy | None,
-    keep_warm: float | str | None,
-    idle_timeout: float | str | None,
-    defaults: Mapping[str, Any],
+    policy: Policy | None, keep_warm: float | str | None, idle_timeout: float | str | None, defaults: Mapping[str, Any]
 ) -> Policy:
     """Returns the policy of a new model: its own, or one of two durations. Raises `InvalidInput` if both are given."""
     if policy is None:
@@ -157,8 +151,7 @@ def policy_for(
         )
     if not isinstance(policy, Policy):
         raise InvalidInput(
-            f"policy={policy!r} does not have all that residency.contracts.Policy has; for durations and 'auto' there "
-            f"is keep_warm",
+            f"policy={policy!r} lacks members of residency.contracts.Policy; for durations and 'auto' use keep_warm",
             f"policy={policy!r} 未实现 residency.contracts.Policy 的全部成员；时长与 'auto' 请用 keep_warm",
         )
     if keep_warm is not None or idle_timeout is not None:
@@ -171,14 +164,11 @@ def policy_for(
 
 def comparable(**settings: Any) -> dict[str, Any]:
     """Normalises a manager's settings: ``"5m"`` is 300.0."""
-    for name, value in settings.items():
-        if name == "keep_warm":
-            settings[name] = keep_warm_seconds(value)
-        elif name in ("idle_timeout", "wait_timeout"):
-            settings[name] = seconds(value)
-        elif name == "snapshot_dir" and value is not None:
-            settings[name] = Path(value)
-    return settings
+    parse: dict[str, Callable[[Any], Any]] = {
+        "keep_warm": keep_warm_seconds, "idle_timeout": seconds, "wait_timeout": seconds, "snapshot_dir": Path
+    }  # fmt: skip
+    return {name: parse[name](value) if name in parse and value is not None else value
+            for name, value in settings.items()}  # fmt: skip
 
 
 def change_policy(present: Policy, keep_warm: float | str | None, idle_timeout: float | str | None) -> Policy:

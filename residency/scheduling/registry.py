@@ -1,32 +1,29 @@
-"""The registered models by name, and whether new requests are accepted."""
+"""The registered models by name; refuses requests once closed, in a forked child and at the interpreter's end."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import weakref
 from collections.abc import Callable
-from functools import partial
 
 from ..clock import SystemClock
 from ..errors import ManagerClosed, ModelExists, UnknownModel
 from .dispatcher import Dispatcher
 from .managed_model import ManagedModel
-from .mover import Mover
+
+EXIT_WITHIN_S = 5.0
+"""Maximum wait for moves at the interpreter's end, when no thread of this package may be inside native code."""
 
 
 class Registry:
     """The registered models. ``closed``: refuses requests and models. Methods that end in ``_locked`` need the lock."""
 
-    def __init__(self, dispatcher: Dispatcher, mover: Mover) -> None:
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._mover = mover
         self._parents_models: dict[str, ManagedModel] = {}
         self.closed = False
-
-    def check_free(self, name: str) -> None:
-        """Raises `ModelExists` if the name is taken, `ManagerClosed` if closed."""
-        if self.closed:
-            raise ManagerClosed
-        if name in self._dispatcher.managed_models:
-            raise ModelExists(name)
+        _registries.add(self)
 
     def check_open_locked(self, managed: ManagedModel) -> None:
         """Raises `UnknownModel` if the model is being unregistered, `ManagerClosed` if closed."""
@@ -35,17 +32,26 @@ class Registry:
         if managed.health.closing:
             raise UnknownModel(managed.name, tuple(self._dispatcher.managed_models))
 
+    def check_free(self, name: str) -> None:
+        """Raises `ModelExists` if the name is taken, `ManagerClosed` if closed."""
+        if self.closed:
+            raise ManagerClosed
+        if name in self._dispatcher.managed_models:
+            raise ModelExists(name)
+
     def add(self, managed: ManagedModel) -> None:
         """Registers a model; offloads its borrowed part."""
+        part = managed.borrowed_part
         try:
-            if managed.borrowed_part is not None:
-                managed.borrowed_part.offload()
-                managed.memory.host_bytes = managed.borrowed_part.host_bytes
+            if part is not None:
+                part.offload()
+                managed.memory.host_bytes = part.host_bytes
             with self._dispatcher.lock:
                 self.check_free(managed.name)
                 self._dispatcher.managed_models[managed.name] = managed
         except BaseException:
-            self._mover.hand_back(managed)
+            if part is not None:
+                part.hand_back()
             raise
 
     def remove(self, managed: ManagedModel) -> None:
@@ -60,9 +66,7 @@ class Registry:
             if name is None:
                 return list(managed_models.values())
             if name not in managed_models:
-                if self._parents_models:
-                    raise ManagerClosed
-                raise UnknownModel(name, tuple(managed_models))
+                raise ManagerClosed if self._parents_models else UnknownModel(name, tuple(managed_models))
             return [managed_models[name]]
 
     def for_each(self, name: str | None, act: Callable[[ManagedModel], bool]) -> bool:
@@ -77,20 +81,35 @@ class Registry:
             raise errors[0]
         return all(answers)
 
-    def leave_to_the_parent(self) -> None:
+    def reset_in_child(self) -> None:
         """In a forked child: the models belong to the parent, and are kept from collection here."""
         self.closed = True
-        self._parents_models = self._dispatcher.leave()
+        self._parents_models = self._dispatcher.reset_in_child()
 
-    def wind_up(self, within_s: float) -> None:
+    def wind_up(self, within_s: float = EXIT_WITHIN_S) -> None:
         """At the interpreter's end: refuses requests and waits for moves, which may be inside native code."""
         self.closed = True
         clock = SystemClock()
         until_s = clock.now() + within_s
         for managed in self.named(None):
-            self._dispatcher.watch(managed, partial(_rests, managed), until_s - clock.now(), clock)
+            self._dispatcher.watch(managed, managed.is_settled, until_s - clock.now(), clock)
         self._dispatcher.monitor.stop()
 
 
-def _rests(managed: ManagedModel) -> bool:
-    return managed.move_task is None
+_registries: weakref.WeakSet[Registry] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for registry in list(_registries):
+        registry.reset_in_child()
+    _registries.clear()
+
+
+@atexit.register
+def _exiting() -> None:
+    for registry in list(_registries):
+        registry.wind_up()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,5 +1,5 @@
 """The page and the HTTP API. They access the manager only through `protocols.Manager`."""
 
-from ..extras import require
+from ..errors import require
 
 require("app", "gradio", "starlette", "fastapi", "fastapi_offline", "prometheus_client", "numpy", "soundfile")

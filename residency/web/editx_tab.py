@@ -20,25 +20,21 @@ from .server.permissions import Permissions
 from .shared.gradio_compat import PRIVATE, localizer, session, supported
 from .speech import task_names
 from .speech.conversion import Limits
-from .speech.edit_types import STEP_AUDIO_EDIT_TYPES
 from .speech.queue import SpeechQueue
 from .speech.recordings import Recordings
 from .speech.service import SpeechService
-from .ui import guidance, microphone, sample_voices, status_text
-from .ui.buttons import Buttons
-from .ui.chat_history import Histories, Overtaken, State, Step, as_messages, new_state
+from .ui import guidance, sample_voices, status_text
+from .ui.chat_history import Histories, Overtaken, SessionState, Step, as_messages, new_state
 from .ui.gpu_panel import GpuPanel
 from .ui.labels import label
-from .ui.messages import BEGIN, SHOW, Message, MessagePlaces
+from .ui.messages import SCRIPT, Message, MessagePlaces
 from .ui.page_requests import PageRequest, PageRequests
 from .ui.page_sessions import PageSessions
 from .ui.prewarm import Prewarm
 from .ui.recording_check import RecordingCheck
 from .ui.saved_inputs import SavedInputs, sub_tasks_update
 from .ui.transcription import Transcription
-from .ui.waiting import WaitMessages
-
-_UPLOAD_ANYTHING = static.text("upload.js")
+from .ui.waiting import WaitingRequests
 
 
 class Inputs(NamedTuple):
@@ -49,11 +45,11 @@ class Inputs(NamedTuple):
     target_text: str | None
     edit_type: str | None
     edit_info: str | None
-    state: State
+    state: SessionState
 
 
 class EditxTab:
-    """Components and event handlers of the tab. One object serves all sessions, each with its own `State`.
+    """Components and event handlers of the tab. One object serves all sessions, each with its own `SessionState`.
 
     Handlers show errors as messages and leave the history unchanged. ``args`` is `Settings` or any namespace with
     ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel. With ``recognize``, recordings are
@@ -78,21 +74,21 @@ class EditxTab:
         limits = Limits(getattr(args, "max_audio", Limits.audio_s), getattr(args, "max_text", Limits.text))
         manager = getattr(tts_engine, "manager", None)
         self._model = getattr(tts_engine, "name", None) or "tts"
-        turns = SpeechQueue(self._model) if manager is None else None
+        queue = SpeechQueue(self._model) if manager is None else None
         self.recordings = Recordings(folder, getattr(args, "max_disk", math.inf))
-        edit_types = edit_types or STEP_AUDIO_EDIT_TYPES
-        self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, turns)
+        edit_types = edit_types or task_names.STEP_AUDIO_EDIT_TYPES
+        self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, queue)
         self._histories = Histories(self.recordings)
         self._builtin = getattr(args, "engine", None) == "builtin"
         self.panel = None if manager is None else GpuPanel(manager, permissions or Permissions())
-        self.waiting = WaitMessages(manager or turns)
-        self._requests, self.places = PageRequests(), MessagePlaces()
-        self.presses = Buttons(self._requests, self.places)
-        self.visits = PageSessions(self._requests, self.recordings, self.waiting, self.places)
-        self._inputs = SavedInputs(self.recordings, self.speech.edit_types)
-        self.reception = RecordingCheck(self.speech, self.recordings)
+        self.waiting = WaitingRequests(manager or queue)
+        self.message_places = MessagePlaces()
+        self.page_requests = PageRequests(self.message_places)
+        self.page_sessions = PageSessions(self.page_requests, self.recordings, self.waiting, self.message_places)
+        self.saved_inputs = SavedInputs(self.recordings, self.speech.edit_types)
+        self.recording_check = RecordingCheck(self.speech, self.recordings)
         self.transcription = Transcription(self.speech, self.waiting, manager is not None)
-        self.intent = Prewarm(manager, self._model) if manager is not None else None
+        self.prewarm = None if manager is None else Prewarm(manager, self._model)
 
     def get_gpu_status(self) -> str:
         """Returns the state of the models as text."""
@@ -100,38 +96,38 @@ class EditxTab:
 
     def offload_gpu(self) -> str:
         """Offloads all models to main memory; returns the outcome and the state as text."""
-        return f"{self.panel.press('offload')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
+        return f"{self.panel.press('offload')[0]}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
     def release_gpu(self) -> str:
         """Releases all models; returns the outcome and the state as text."""
-        return f"{self.panel.press('release')}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
+        return f"{self.panel.press('release')[0]}\n{self.panel.text()}" if self.panel else status_text.NOT_ENABLED
 
-    def told(self) -> AbstractContextManager[Any]:
-        """Reports the model's progress to the user of the current event within this block."""
-        return self.waiting.told(self._model)
+    def watched(self) -> AbstractContextManager[Any]:
+        """Returns `WaitingRequests.watched` for the engine's model."""
+        return self.waiting.watched(self._model)
 
-    def init_state(self) -> State:
+    def init_state(self) -> SessionState:
         return new_state()
 
-    def generate_clone(self, *inputs: Any) -> tuple[Any, State, str]:
+    def generate_clone(self, *inputs: Any) -> tuple[Any, SessionState, str]:
         """Clones the voice, whichever task is chosen. Takes the fields of `Inputs`, in their order.
 
         Returns chat messages, state and a `Message`, which is empty after success.
         """
-        return self._answer(self._clone, Inputs(*inputs), self._requests.begin(inputs[-1]))
+        return self._answer(self._clone, Inputs(*inputs), self.page_requests.begin(inputs[-1]))
 
-    def generate_edit(self, *inputs: Any) -> tuple[Any, State, str]:
+    def generate_edit(self, *inputs: Any) -> tuple[Any, SessionState, str]:
         """Edits the latest result, or the recording if there is none. Arguments and result as `generate_clone`."""
-        return self._answer(self._edit, Inputs(*inputs), self._requests.begin(inputs[-1]))
+        return self._answer(self._edit, Inputs(*inputs), self.page_requests.begin(inputs[-1]))
 
     def _clone(self, inputs: Inputs, history: list[Any]) -> None:
         recording = self.speech.incoming.readable(inputs.prompt_audio)
         result = self.speech.clone(recording, inputs.prompt_text, inputs.target_text)
         step = Step("clone", None, inputs.prompt_text, inputs.target_text, recording, result)
-        self._histories.begin(inputs.state, history, step)
+        self._histories.append(inputs.state, history, step, anew=True)
 
     def _edit(self, inputs: Inputs, history: list[Any]) -> None:
-        source, said = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
+        source, spoken = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
         if history and not os.path.isfile(str(source)):
             raise InvalidInput(
                 "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
@@ -139,12 +135,12 @@ class EditxTab:
             )
         task, sub_task = inputs.edit_type, inputs.edit_info
         recording = self.speech.incoming.readable(source)
-        result, says = self.speech.edit(recording, said, task, sub_task, inputs.target_text)
-        self._histories.go_on(inputs.state, history, Step(task, sub_task, said, says, recording, result))
+        result, new_text = self.speech.edit(recording, spoken, task, sub_task, inputs.target_text)
+        self._histories.append(inputs.state, history, Step(task, sub_task, spoken, new_text, recording, result))
 
-    def clear_history(self, state: State) -> tuple[list[Any], State, str]:
+    def clear_history(self, state: SessionState) -> tuple[list[Any], SessionState, str]:
         self._histories.clear(state)
-        self._requests.stop(state)  # its result would be dropped
+        self.page_requests.stop(state)  # its result would be dropped
         return [], state, ""
 
     def update_edit_info(self, edit_type: str) -> Any:
@@ -164,10 +160,10 @@ class EditxTab:
 
     def _answer(
         self, work: Callable[[Inputs, list[Any]], None], inputs: Inputs, request: PageRequest
-    ) -> tuple[Any, State, str]:
+    ) -> tuple[Any, SessionState, str]:
         state, history = inputs.state, inputs.state["history_audio"]
         try:
-            with cancelled_by(request.cancellation), self.waiting.told(self._model, request.tell) as request.look:
+            with cancelled_by(request.cancellation), self.watched() as request.progress:
                 checkpoint()
                 work(inputs, history)
             state["message"] = Message("")
@@ -177,19 +173,18 @@ class EditxTab:
             # Leaves the chat unchanged, so that a playing player continues.
             return gr.skip(), state, state["message"]
         finally:  # after the message is stored: a reloaded page reads it from there
-            self._requests.end(state, request)
+            self.page_requests.end(state, request)
         return as_messages(state["history_messages"], localizer()), state, state["message"]
 
     async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        def clone(request: PageRequest) -> tuple[Any, State, str]:
-            chat, state, message = self._answer(self._clone, Inputs(*inputs), request)
-            return chat if message else [], state, message
-
-        async for shown in self.presses.press(clone, inputs[-1]):
+        async for shown in self.page_requests.press(partial(self._answer, self._clone, Inputs(*inputs)), inputs[-1]):
+            if isinstance(shown[0], list):
+                # Gradio's players do not detect a changed recording: an empty chat removes them first.
+                yield [[], *[gr.skip()] * (len(shown) - 1)]
             yield shown
 
     async def _on_edit(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        async for shown in self.presses.press(partial(self._answer, self._edit, Inputs(*inputs)), inputs[-1]):
+        async for shown in self.page_requests.press(partial(self._answer, self._edit, Inputs(*inputs)), inputs[-1]):
             yield shown
 
     def register_components(self) -> None:
@@ -224,7 +219,7 @@ class EditxTab:
             else label(*guidance.PROMPT_EXAMPLE),
             elem_id="prompt-text",
         )
-        self.places.draw("prompt_text")
+        self.message_places.draw("prompt_text")
         self.prompt_audio_input = gr.Audio(
             label=label("输入音频", "Input Audio"),
             sources=["upload", "microphone"],
@@ -232,13 +227,13 @@ class EditxTab:
             elem_id="prompt-audio",
             **supported(gr.Audio, buttons=["download"]),
         )
-        self._about_recording = self.places.draw("recording")
+        self._about_recording = self.message_places.draw("recording")
         with gr.Row():
             self.samples = [
                 (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
                 for name, sample in sample_voices.VOICES.items()
             ]
-        microphone.draw_hint()
+        self.no_microphone = gr.Markdown(label(*guidance.NO_MICROPHONE), visible=False, elem_id="no-microphone")
         self.transcription.draw()
         self.generated_text = gr.Textbox(
             label=label("目标文本", "Target Text"),
@@ -246,19 +241,19 @@ class EditxTab:
             max_lines=200,
             elem_id="target-text",
         )
-        self.places.draw("target_text")
+        self.message_places.draw("target_text")
 
     def _draw_task_and_history(self) -> None:
         with gr.Row():  # on a phone one below the other, so that names have room
             with gr.Column(min_width=240):
                 tasks = list(self.speech.edit_types)  # `SavedInputs` sets their names
                 self.edit_type = gr.Dropdown(label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task")
-                self.places.draw("task")
+                self.message_places.draw("task")
             with gr.Column(min_width=240):
                 self.edit_info = gr.Dropdown(
                     label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
                 )
-                self.places.draw("sub_task")
+                self.message_places.draw("sub_task")
         self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
         self.chat_box = gr.Chatbot(
             label=label("历史", "History"),
@@ -268,7 +263,7 @@ class EditxTab:
             **supported(gr.Chatbot, type="messages", buttons=["copy"]),
         )
         # Beside the buttons, so that it is visible on a phone.
-        self.places.draw()
+        self.message_places.draw()
         self.line = gr.HTML(elem_id="progress", elem_classes="progress-line", padding=False)
 
     def register_events(self) -> None:
@@ -282,29 +277,25 @@ class EditxTab:
             self.edit_info,
             state,
         ]
-        outputs = [self.chat_box, self.line, *self.places.components]
+        outputs = [self.chat_box, self.line, *self.message_places.components]
         hidden = {"show_progress": "hidden", **PRIVATE}
         # No event waits in Gradio's queue or is dropped there: each starts immediately.
         asking: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **hidden}
         # Presses and new inputs clear earlier messages. The chat has a clear button of its own.
         clears = (self.clean_history_submit.click, self.chat_box.clear)
         for press in (self.button_tts.click, self.button_edit.click, *clears):
-            press(**self.places.wiping())
+            press(**self.message_places.wiping())
         for press in (self.button_tts.click, self.button_edit.click):
-            press(None, js=BEGIN, **PRIVATE)
-        self.prompt_text_input.change(**self.places.wiping_by_hand("prompt_text"))
-        self.generated_text.change(**self.places.wiping_by_hand("target_text"))
-        self.edit_type.input(**self.places.wiping("task", "sub_task"))
-        self.edit_info.input(**self.places.wiping("sub_task"))
-        # Gradio's players do not detect a changed recording: a new history needs new players.
+            press(None, js=static.calling(SCRIPT, "begin()"), **PRIVATE)
+        self.prompt_text_input.change(**self.message_places.wiping_by_hand("prompt_text"))
+        self.generated_text.change(**self.message_places.wiping_by_hand("target_text"))
+        self.edit_type.input(**self.message_places.wiping("task", "sub_task"))
+        self.edit_info.input(**self.message_places.wiping("sub_task"))
         cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
-        drawn = cloned.then(
-            lambda state: as_messages(state["history_messages"], localizer()), state, self.chat_box, **hidden
-        )
         edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
-        for pressed in (drawn, edited):
-            pressed.then(None, js=SHOW, **PRIVATE)
-        self.button_stop.click(self._requests.stop, state, queue=False, **hidden)
+        for pressed in (cloned, edited):
+            pressed.then(None, js=static.calling(SCRIPT, "show()"), **PRIVATE)
+        self.button_stop.click(self.page_requests.stop, state, queue=False, **hidden)
         for clear in clears:
             # Updates only the chat: the request that this stops may have shown its end already.
             clear(lambda state: self.clear_history(state)[0], state, self.chat_box, **hidden)
@@ -313,8 +304,11 @@ class EditxTab:
             self.panel.register_events()
 
     def _connect_inputs(self) -> None:
-        gr.on(None, None, js=_UPLOAD_ANYTHING, **PRIVATE)  # no triggers: when the page is opened
-        self.reception.register(self.prompt_audio_input, self._about_recording)
+        opened: Any = None  # no triggers: when the page is opened
+        gr.on(opened, None, js=static.text("upload.js"), **PRIVATE)
+        denied = "() => ({__type__: 'update', visible: !window.isSecureContext})"  # browsers that deny the microphone
+        gr.on(opened, None, outputs=self.no_microphone, js=denied, **PRIVATE)
+        self.recording_check.register(self.prompt_audio_input, self._about_recording)
         # Only on user input: `SavedInputs` restores the sub-task too.
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
         self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
@@ -324,26 +318,25 @@ class EditxTab:
             self.task_line,
             **at_once,
         )
-        # `RecordingCheck.receive` and `Transcription.hear` end in any order, so neither clears messages.
-        comes = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
-        gr.on(comes, **self.places.wiping("recording"))
-        for button, _ in self.samples:
-            button.click(**self.places.wiping("recording", "prompt_text"))
+        # `RecordingCheck.receive` and `Transcription.transcribe` end in any order, so neither clears messages.
+        added = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
+        gr.on(added, **self.message_places.wiping("recording"))
         filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
-        filled_in.append(self.places.of("target_text"))
+        filled_in.append(self.message_places.of("target_text"))
         for button, sample in self.samples:
+            button.click(**self.message_places.wiping("recording", "prompt_text"))
             button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
         if self.speech.transcribes:
-            self.transcription.register(comes, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
-        if self.intent:
+            self.transcription.register(added, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
+        if self.prewarm:
             samples = [button for button, _ in self.samples]
-            self.intent.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, samples)
+            self.prewarm.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, samples)
 
-    def register_return(self, came: Any) -> None:
-        """Restores the inputs after ``came``, the event after which a visit continues."""
+    def register_restore(self, continued: Any) -> None:
+        """Restores the inputs after ``continued``, the event after which a session continues."""
         texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
-        returned = self._inputs.register(
-            came, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording
+        returned = self.saved_inputs.register(
+            continued, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording
         )
         if self.speech.transcribes:
             self.transcription.resume(returned)

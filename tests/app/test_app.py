@@ -19,9 +19,9 @@ from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
 
 from residency.errors import InvalidInput
-from residency.launch import recordings_folder
+from residency.launch import lifetime
+from residency.launch.lifetime import Signals
 from residency.launch.settings import Settings
-from residency.launch.signals import Signals
 
 SIMULATED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 
@@ -220,7 +220,7 @@ class TestFlags:
 class TestEnd:
     @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_ends_it_well_and_nothing_is_left(self, tmp_path: Path, sign: signal.Signals) -> None:
-        with RunningApp(tmp_path, *SIMULATED) as app:
+        with ForkedApp(tmp_path, *SIMULATED) as app:
             assert list(tmp_path.iterdir())
             assert app.stop(sign) == 0
         assert "Traceback" not in app.log
@@ -289,15 +289,15 @@ def test_recordings_of_a_killed_app_are_removed_and_those_of_a_running_one_kept(
         (tmp_path / name).mkdir()
         (tmp_path / name / "voice.wav").touch()
         if name in ("editx-dead", "editx-live"):
-            (tmp_path / name / recordings_folder._MARK).touch()
+            (tmp_path / name / lifetime._MARK).touch()
     with (
-        recordings_folder._locked(tmp_path / "editx-live"),
-        recordings_folder.recordings_folder(str(tmp_path), Signals()) as ours,
+        lifetime._locked(tmp_path / "editx-live"),
+        lifetime.recordings_folder(str(tmp_path), Signals()) as ours,
     ):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             ["editx-live", "editx-of-the-user", "somebody-elses", Path(ours).name]
         )
-        assert Path(ours, recordings_folder._MARK).exists()
+        assert Path(ours, lifetime._MARK).exists()
     left = ["editx-live", "editx-of-the-user", "somebody-elses"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
@@ -307,8 +307,8 @@ def test_the_default_folder_may_be_another_users(tmp_path: Path, monkeypatch: py
     theirs.mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(Settings, "tmp_dir", str(theirs))
-    monkeypatch.setattr(recordings_folder.os, "access", lambda path, mode: str(path) != str(theirs))
-    with recordings_folder.recordings_folder(str(theirs), Signals()) as ours:
+    monkeypatch.setattr(lifetime.os, "access", lambda path, mode: str(path) != str(theirs))
+    with lifetime.recordings_folder(str(theirs), Signals()) as ours:
         assert Path(ours).parent == tmp_path / f"gradio-{os.getuid()}"
     assert not list(theirs.iterdir())
 
@@ -316,8 +316,7 @@ def test_the_default_folder_may_be_another_users(tmp_path: Path, monkeypatch: py
 def test_apps_that_start_and_end_at_the_same_time_do_not_take_each_others_folders(tmp_path: Path) -> None:
     script = """
 import sys
-from residency.launch.recordings_folder import recordings_folder
-from residency.launch.signals import Signals
+from residency.launch.lifetime import Signals, recordings_folder
 for _ in range(100):
     with recordings_folder(sys.argv[1], Signals()) as folder:
         open(folder + "/voice.wav", "w").close()
@@ -341,12 +340,12 @@ def test_a_default_folder_that_somebody_prepared_is_left_alone(
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(Settings, "tmp_dir", str(prepared))
     own = tmp_path / f"gradio-{os.getuid()}"
-    with recordings_folder.recordings_folder(str(prepared), Signals()) as ours:
+    with lifetime.recordings_folder(str(prepared), Signals()) as ours:
         assert Path(ours).parent == own
     assert not list(target.iterdir())
     own.rmdir()
     own.symlink_to(target)
-    with pytest.raises(InvalidInput, match="--tmp-dir"), recordings_folder.recordings_folder(str(prepared), Signals()):
+    with pytest.raises(InvalidInput, match="--tmp-dir"), lifetime.recordings_folder(str(prepared), Signals()):
         pass
 
 
@@ -354,10 +353,10 @@ def test_a_link_among_left_recordings_is_not_followed(tmp_path: Path, monkeypatc
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / recordings_folder._MARK).touch()
+    (elsewhere / lifetime._MARK).touch()
     (tmp_path / "recordings").mkdir()
     (tmp_path / "recordings" / "editx-link").symlink_to(elsewhere)
-    with pytest.raises(OSError, match="editx-link"), recordings_folder._locked(tmp_path / "recordings" / "editx-link"):
+    with pytest.raises(OSError, match="editx-link"), lifetime._locked(tmp_path / "recordings" / "editx-link"):
         pass
-    with recordings_folder.recordings_folder(str(tmp_path / "recordings"), Signals()):
-        assert (elsewhere / recordings_folder._MARK).exists()
+    with lifetime.recordings_folder(str(tmp_path / "recordings"), Signals()):
+        assert (elsewhere / lifetime._MARK).exists()

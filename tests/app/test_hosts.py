@@ -19,9 +19,8 @@ from starlette.testclient import TestClient
 
 from residency.addresses import serving
 from residency.errors import InvalidInput
-from residency.launch.port import check_port
-from residency.web.server import container_gateway
-from residency.web.server.hosts import Hosts
+from residency.launch.listening import check_port
+from residency.web.server.hosts import Hosts, container_gateway
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -123,27 +122,27 @@ class TestContainers:
         return tmp_path
 
     def test_the_gateway_is_the_host(self, root: Path) -> None:
-        assert container_gateway.gateway(root) == "172.17.0.1"
+        assert container_gateway(root) == "172.17.0.1"
 
     def test_podman_makes_such_containers_too(self, root: Path) -> None:
         (root / ".dockerenv").unlink()
         (root / "run").mkdir()
         (root / "run/.containerenv").touch()
-        assert container_gateway.gateway(root) == "172.17.0.1"
+        assert container_gateway(root) == "172.17.0.1"
 
     def test_a_machine_and_a_container_with_its_network_have_none(self, root: Path) -> None:
         (root / "sys/class/net/docker0").mkdir()
-        assert container_gateway.gateway(root) is None
+        assert container_gateway(root) is None
         (root / "sys/class/net/docker0").rmdir()
         (root / ".dockerenv").unlink()
-        assert container_gateway.gateway(root) is None
+        assert container_gateway(root) is None
 
     @pytest.mark.parametrize("routes", [None, "", "Iface\n", "Iface\neth0\n", "Iface\neth0 00000000 xyz\n"])
     def test_without_a_readable_route_there_is_none(self, root: Path, routes: str | None) -> None:
         (root / "proc/net/route").unlink()
         if routes is not None:
             (root / "proc/net/route").write_text(routes)
-        assert container_gateway.gateway(root) is None
+        assert container_gateway(root) is None
 
     @pytest.mark.parametrize("client", ["172.17.0.1", "::ffff:172.17.0.1"])
     @pytest.mark.parametrize(("host", "status"), [("evil.example", 403), ("localhost:7860", 200), ("192.0.2.7", 200)])

@@ -208,14 +208,14 @@ class TestCalls:
 def test_errors_of_the_server_stay_in_its_log(tmp_path: Path) -> None:
     """Also with a Gradio that shows them to everybody."""
     prelude = """
-from residency.web.server import locale
+from residency.web.server import gradio_routes
 def around(app):
     async def failing(scope, receive, send):
         if scope.get("query_string") != b"fail":
             return await app(scope, receive, send)
         raise OSError("a disk has failed")
     return failing
-locale.around = around
+gradio_routes.without = lambda also: around
 """
     with ForkedApp(tmp_path, prelude=prelude) as app:
         for path in ("/", "/gradio_api/login_check", "/no/such/page"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from app_process import RunningApp, free_port
 
-from residency.launch.proxies import reach_directly
+from residency.launch.listening import reach_directly
 
 DEAD = "127.0.0.1:9"
 

@@ -74,11 +74,11 @@ def assert_nothing_left(app: RunningApp, recordings: Path) -> None:
     assert "Traceback" not in app.log
 
 
-@both_modes
+@pytest.mark.parametrize(("start", "mode"), [(RunningApp, MANAGED), (ForkedApp, BARE)], ids=["managed", "bare"])
 def test_a_running_request_is_answered_and_others_are_refused(
-    recordings: Path, gates: Path, prompt: str, mode: tuple[str, ...]
+    recordings: Path, gates: Path, prompt: str, start: type[RunningApp], mode: tuple[str, ...]
 ) -> None:
-    with RunningApp(recordings, *mode, "--shutdown-grace", "60", gates=gates) as app:
+    with start(recordings, *mode, "--shutdown-grace", "60", gates=gates) as app:
         running, late = Visit(app, prompt), Visit(app, prompt)
         close_gate(gates, "speak")
         running.ask()
@@ -130,7 +130,7 @@ def test_when_the_grace_is_over_it_leaves_without_the_request(
         running = Visit(app, prompt).ask()
         app.wait_for_line("at the gate: speak")
         assert app.stop() == 0
-        assert app.wait_for_line("leaving without it. / 仍有请求在运行")
+        assert app.wait_for_line("exiting without waiting. / 仍有请求在运行")
         assert running.answer.exception(30)
     # Not around a thread in native code.
     assert "the interpreter ends" not in app.log

@@ -12,7 +12,7 @@ import pytest
 from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
 
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 from residency.web.ui.sample_voices import TARGET_TEXT, VOICES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -26,7 +26,7 @@ PRETENDING = """
 import sys
 sys.path.insert(0, "tests/support")
 import gated_engine
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 gated_engine.supported_edit_types = lambda: STEP_AUDIO_EDIT_TYPES
 import residency.web.ui.prewarm
 residency.web.ui.prewarm.EVERY_S = 0
@@ -44,21 +44,23 @@ def app(tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[Runni
         yield app
 
 
-@pytest.mark.parametrize("sample", VOICES)
-def test_a_sample_voice_can_be_cloned_at_once(new_page: Callable[..., Page], tmp_path: Path, sample: str) -> None:
+def test_each_sample_voice_can_be_cloned_at_once(new_page: Callable[..., Page], tmp_path: Path) -> None:
     pytest.importorskip("hibari")
     with ForkedApp(tmp_path, *ARGUMENTS) as app:
         page = new_page(viewport={"width": 1280, "height": 800})
         page.goto(app.url)
         screenshot(page, "first-use")
-        page.locator(f"#sample-{sample}").click()
-        sync_api.expect(text(page, "prompt-text")).to_have_value(VOICES[sample].says)
-        sync_api.expect(text(page, "target-text")).to_have_value(TARGET_TEXT)
-        sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
-        page.get_by_role("button", name="CLONE", exact=True).click()
-        sync_api.expect(page.locator("#history .bot-row").first).to_contain_text(TARGET_TEXT)
-        sync_api.expect(page.locator("#message")).to_have_text("")
-        screenshot(page, f"cloned-{sample}")
+        for sample, voice in VOICES.items():
+            page.locator(f"#sample-{sample}").click()
+            sync_api.expect(text(page, "prompt-text")).to_have_value(voice.says)
+            sync_api.expect(text(page, "target-text")).to_have_value(TARGET_TEXT)
+            sync_api.expect(page.locator("#prompt-audio").get_by_label("Clear")).to_be_visible()
+            page.get_by_role("button", name="CLONE", exact=True).click()
+            sync_api.expect(page.locator("#history .bot-row").first).to_contain_text(TARGET_TEXT)
+            sync_api.expect(page.locator("#message")).to_have_text("")
+            screenshot(page, f"cloned-{sample}")
+            page.get_by_role("button", name="Clear History").click()
+            sync_api.expect(page.locator("#history .bot-row")).to_have_count(0)
         assert "Traceback" not in app.log
 
 
@@ -76,7 +78,7 @@ def test_a_sample_leaves_a_target_text_alone(app: RunningApp, new_page: Callable
     [
         (
             "en-US",
-            ["The words that are spoken in the recording", "Sample: a higher voice"],
+            ["The exact words of the recording", "Sample: a higher voice"],
             ["clone", "emotion", "style", "cut pauses (vad)", "reduce noise (denoise)"],
             ["happy", "embarrassed (embarrass)", "no emotion (remove)"],
             "Says the same with this emotion: sad.",

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun."
-#: Long enough to speak that the panel, which looks once a second, sees the model at work.
-STORY = " ".join([SENTENCE] * 5)
+STORY = " ".join([SENTENCE] * 2)
 
 # Writes down every state that the panel shows, so that none is missed between two looks of the test.
 _WATCH = """

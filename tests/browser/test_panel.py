@@ -78,14 +78,14 @@ def test_each_button_does_what_it_says_and_tells_what_came_of_it(page: Page) -> 
     page.on("response", lambda answer: refused.append(answer.url) if answer.status >= 400 else None)
     message = sync_api.expect(page.locator("#gpu-message"))
     for button, model, state, sentence in (
-        ("gpu-warm-tts", "tts", "gpu", "tts has come to the simulated GPU."),
+        ("gpu-warm-tts", "tts", "gpu", "tts is on the simulated GPU now."),
         ("gpu-warm-tts", "tts", "gpu", "The model is on the simulated GPU already."),
         ("gpu-offload-tts", "tts", "cpu", "Offloaded to main memory"),
-        ("gpu-warm", "asr", "gpu", "tts has come to the simulated GPU.asr has come to the simulated GPU."),
+        ("gpu-warm", "asr", "gpu", "tts is on the simulated GPU now.asr is on the simulated GPU now."),
         ("gpu-offload", "asr", "cpu", "Offloaded"),
         ("gpu-release-asr", "asr", "released", "the next request loads it again"),
         ("gpu-release", "tts", "released", "the next request loads it again"),
-        ("gpu-warm-asr", "asr", "gpu", "asr has come to the simulated GPU."),
+        ("gpu-warm-asr", "asr", "gpu", "asr is on the simulated GPU now."),
     ):
         page.locator(f"#{button}").click()
         message.to_contain_text(sentence)
@@ -101,17 +101,17 @@ def test_what_was_promised_gives_way_to_what_came_of_it(page: Page, app: Running
     close_gate(gates, "load")
     page.locator("#gpu-warm-tts").click()
     app.wait_for_line("at the gate: load")
-    message.to_have_text("On its way to the simulated GPU; go on meanwhile.")
+    message.to_have_text("On its way to the simulated GPU; you can go on meanwhile.")
     sync_api.expect(page.locator("[data-gpu=model-tts]")).to_contain_text("reading · 1 GB / 4 GB · ")
     open_gate(gates, "load")
-    message.to_have_text("tts has come to the simulated GPU.")
+    message.to_have_text("tts is on the simulated GPU now.")
     app.post("/gpu/release", {})
     (gates / "broken").touch()
     page.locator("#gpu-warm-tts").click()
     message.to_have_text("tts: No weights: give a folder")
     (gates / "broken").unlink()
     page.locator("#gpu-warm-tts").click()
-    message.to_have_text("tts has come to the simulated GPU.")
+    message.to_have_text("tts is on the simulated GPU now.")
     expect_state(page, "gpu")
 
 
@@ -198,12 +198,8 @@ def test_how_long_models_stay_is_changed_there(page: Page, app: RunningApp) -> N
 @pytest.mark.parametrize(
     ("languages", "seen", "unseen"),
     [
-        ("zh-CN", "加载到 GPU", "Warm up"),
-        ("zh-HK", "加载到 GPU", "Warm up"),
         ("zh-Hans-CN", "加载到 GPU", "Warm up"),
-        ("en-US", "Warm up", "加载到 GPU"),
         ("fr-FR", "Warm up", "加载到 GPU"),
-        ("fr-FR,zh-CN,en", "加载到 GPU", "Warm up"),
         ("yue-HK,zh-HK,en", "加载到 GPU", "Warm up"),
         ("de-DE,en,zh-CN", "Warm up", "加载到 GPU"),
     ],
@@ -229,31 +225,32 @@ def test_it_speaks_the_language_of_the_browser(
         assert "请" in alert.inner_text()
 
 
-@pytest.mark.parametrize("width", [320, 360])
-def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., Page], width: int) -> None:
+def test_on_a_phone_nothing_sticks_out(app: RunningApp, new_page: Callable[..., Page]) -> None:
     app.post("/gpu/warm", {})
-    page = visit(new_page(viewport={"width": width, "height": 740}), app.url)
+    page = visit(new_page(viewport={"width": 360, "height": 740}), app.url)
     expect_state(page, "gpu")
     app.post("/gpu/offload", {})
     rate = page.locator("#gpu-past td", has_text="GB/s").first
-    sync_api.expect(rate).to_be_visible()
-    for part in page.locator("footer .divider").all() if page.locator("footer button:visible").count() == 0 else []:
-        sync_api.expect(part).to_be_hidden()
-    right_px = rate.evaluate("cell => cell.getBoundingClientRect().right")
-    assert right_px <= width
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for cell in page.locator("#gpu-past td").all():
-        assert cell.evaluate("cell => cell.scrollWidth <= cell.clientWidth"), cell.inner_text()
-    for button in page.locator("#gpu-panel button").all():
-        box = button.bounding_box()
-        assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= width)
-    screenshot(page, "phone")
+    for width in (360, 320):
+        page.set_viewport_size({"width": width, "height": 740})
+        sync_api.expect(rate).to_be_visible()
+        for part in page.locator("footer .divider").all() if page.locator("footer button:visible").count() == 0 else []:
+            sync_api.expect(part).to_be_hidden()
+        right_px = rate.evaluate("cell => cell.getBoundingClientRect().right")
+        assert right_px <= width
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for cell in page.locator("#gpu-past td").all():
+            assert cell.evaluate("cell => cell.scrollWidth <= cell.clientWidth"), cell.inner_text()
+        for button in page.locator("#gpu-panel button").all():
+            box = button.bounding_box()
+            assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= width)
+        screenshot(page, f"phone-{width}")
 
 
 #: A loader that takes 12 GB of the card by itself.
 _HOLDS_OUTSIDE = """
 import os
-from residency.devices.simulated import SimulatedDevice
+from residency.devices import SimulatedDevice
 charge = SimulatedDevice.charge
 def charge_and_hold(self, nbytes):
     charge(self, nbytes)
@@ -262,29 +259,32 @@ SimulatedDevice.charge = charge_and_hold
 """
 
 
-@pytest.mark.parametrize(
-    ("width", "language", "label"),
-    [(1200, "en", "Held outside the books 12 GB"), (390, "en", "Held outside"), (390, "zh-CN", "账外占用 12 GB")],
-)
 def test_memory_outside_the_books_is_a_part_of_the_bar(
-    new_page: Callable[..., Page], tmp_path: Path, gates: Path, width: int, language: str, label: str
+    new_page: Callable[..., Page], tmp_path: Path, gates: Path
 ) -> None:
     arguments = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "-1")
     with ForkedApp(tmp_path, *arguments, gates=gates, prelude=_HOLDS_OUTSIDE) as app:
-        page = visit(new_page(viewport={"width": width, "height": 740}, locale=language), app.url)
-        sync_api.expect(page.locator("#gpu-panel i[data-part=outside]")).to_have_css("width", "0px")
+        pages = {language: visit(new_page(locale=language), app.url) for language in ("en", "zh-CN")}
+        for page in pages.values():
+            sync_api.expect(page.locator("#gpu-panel i[data-part=outside]")).to_have_css("width", "0px")
         app.post("/gpu/warm", {"model": "tts"})
-        part = page.locator("#gpu-panel .gpu-parts i[data-part=outside]")
-        share = "part => part.getBoundingClientRect().width / part.parentElement.getBoundingClientRect().width"
-        sync_api.expect(page.locator("#gpu-panel .gpu-legend [data-part=outside]")).to_contain_text(label)
-        part.evaluate("part => Promise.all(part.getAnimations().map(each => each.finished))")
-        assert part.evaluate(share) == pytest.approx(0.25, abs=0.01)
-        colours = page.locator("#gpu-panel .gpu-parts i").evaluate_all(
-            "parts => parts.map(part => getComputedStyle(part).backgroundColor)"
-        )
-        assert len(set(colours)) == len(colours)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        screenshot(page, f"outside-{width}-{language}")
+        for width, language, label in (
+            (1200, "en", "Outside the accounts 12 GB"), (390, "en", "Outside the"), (390, "zh-CN", "账外占用 12 GB"),
+        ):  # fmt: skip
+            page = pages[language]
+            page.bring_to_front()
+            page.set_viewport_size({"width": width, "height": 740})
+            part = page.locator("#gpu-panel .gpu-parts i[data-part=outside]")
+            share = "part => part.getBoundingClientRect().width / part.parentElement.getBoundingClientRect().width"
+            sync_api.expect(page.locator("#gpu-panel .gpu-legend [data-part=outside]")).to_contain_text(label)
+            part.evaluate("part => Promise.all(part.getAnimations().map(each => each.finished))")
+            assert part.evaluate(share) == pytest.approx(0.25, abs=0.01)
+            colours = page.locator("#gpu-panel .gpu-parts i").evaluate_all(
+                "parts => parts.map(part => getComputedStyle(part).backgroundColor)"
+            )
+            assert len(set(colours)) == len(colours)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            screenshot(page, f"outside-{width}-{language}")
 
 
 def test_who_may_not_press_sees_why(app: RunningApp, new_page: Callable[..., Page]) -> None:
@@ -348,16 +348,18 @@ def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page],
         expect_state(page, "gpu")
 
 
-@pytest.mark.parametrize(
-    ("code", "line"), [(502, "The connection is lost"), (500, "The connection is lost"), (401, "sign in")]
-)
-def test_it_says_that_it_hears_nothing_when_another_answers(page: Page, app: RunningApp, code: int, line: str) -> None:
-    page.route("**/gpu/panel*", lambda route: route.fulfill(status=code, body="<h1>by a proxy</h1>"))
-    sync_api.expect(page.locator("#gpu-panel [data-gpu=line]")).to_contain_text(line)
-    app.post("/gpu/warm", {"model": "tts"})
-    page.unroute("**/gpu/panel*")
-    expect_state(page, "gpu")
-    sync_api.expect(page.locator("#gpu-panel [data-gpu=line]")).to_have_text("")
+def test_it_says_that_it_hears_nothing_when_another_answers(page: Page, app: RunningApp) -> None:
+    for code, line, call, state in (
+        (502, "The connection is lost", "warm", "gpu"),
+        (401, "sign in", "release", "released"),
+        (500, "The connection is lost", "warm", "gpu"),
+    ):
+        page.route("**/gpu/panel*", lambda route, _, code=code: route.fulfill(status=code, body="<h1>by a proxy</h1>"))
+        sync_api.expect(page.locator("#gpu-panel [data-gpu=line]")).to_contain_text(line)
+        app.post(f"/gpu/{call}", {"model": "tts"})
+        page.unroute("**/gpu/panel*")
+        expect_state(page, state)
+        sync_api.expect(page.locator("#gpu-panel [data-gpu=line]")).to_have_text("")
 
 
 def visit(page: Page, url: str) -> Page:

@@ -54,6 +54,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+# Programs pass all four: here each proxy and each way once.
+@pytest.mark.parametrize("site", ["nginx keeps", "caddy removes"], indirect=True)
 def test_the_page_works_there(site: str, new_page: Callable[..., Page], recording: str) -> None:
     page = new_page(ignore_https_errors=True)
     # Nothing but what browsers look for by themselves may be asked of the rest of the site.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
-OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.TELL_EVERY_S = 0.5\n"
+OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.HEARTBEAT_EVERY_S = 0.5\n"
 NO_GRACE = "import residency.web.server.heartbeats; residency.web.server.heartbeats.LEFT_FOR_S = 0\n"
 
 
@@ -124,7 +124,7 @@ def test_who_has_signed_in_may_press(new_page: Callable[..., Page], tmp_path: Pa
         page.locator("#gpu-warm").click()
         chip = page.locator("#gpu-status [data-model=tts]")
         sync_api.expect(chip).to_have_attribute("data-state", "gpu")
-        sync_api.expect(page.locator("#gpu-message")).to_contain_text("has come to the simulated GPU")
+        sync_api.expect(page.locator("#gpu-message")).to_contain_text("is on the simulated GPU now")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "-1")
+ARGUMENTS = {"managed": ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "-1"), "bare": ()}
+#: For what the page does in the same way without a manager.
+managed_only = pytest.mark.parametrize("app", ["managed"], indirect=True)
+DESKTOP, PHONE = (1280, 800), (390, 844)
 LINKS = "#history .message-buttons-left a[download], #history .bot-row a[download]"
 
 
@@ -26,9 +29,9 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gates")
 
 
-@pytest.fixture(scope="module", params=[MANAGED, ()], ids=["managed", "bare"])
+@pytest.fixture(scope="module", params=ARGUMENTS)
 def app(request: Any, tmp_path_factory: pytest.TempPathFactory, gates: Path) -> Iterator[RunningApp]:
-    with ForkedApp(tmp_path_factory.mktemp("recordings"), *request.param, gates=gates) as app:
+    with ForkedApp(tmp_path_factory.mktemp("recordings"), *ARGUMENTS[request.param], gates=gates) as app:
         yield app
 
 
@@ -114,6 +117,7 @@ def test_a_request_that_runs_is_stopped_at_the_engines_next_step(page: Page, app
     assert "Traceback" not in app.log
 
 
+@managed_only
 def test_what_is_waited_for_by_a_page_whose_history_is_cleared_is_not_computed(
     page: Page, app: RunningApp, gates: Path, new_page: Callable[..., Page], tmp_path: Path
 ) -> None:
@@ -131,6 +135,7 @@ def test_what_is_waited_for_by_a_page_whose_history_is_cleared_is_not_computed(
     assert "mine" not in app.log
 
 
+@managed_only
 def test_a_page_that_was_loaded_anew_shows_the_progress_and_may_stop_it(
     page: Page, app: RunningApp, gates: Path
 ) -> None:
@@ -149,8 +154,8 @@ def test_a_page_that_was_loaded_anew_shows_the_progress_and_may_stop_it(
     expect_results(page, 1)
 
 
-@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
-@pytest.mark.parametrize("size", [(1280, 800), (390, 844)], ids=["desktop", "phone"])
+@managed_only
+@pytest.mark.parametrize(("locale", "size"), [("zh-CN", DESKTOP), ("en-US", PHONE)])  # English is the longer one
 def test_an_error_is_shown_in_view_at_its_control_until_the_next_press(
     app: RunningApp, new_page: Callable[..., Page], tmp_path: Path, locale: str, size: tuple[int, int]
 ) -> None:
@@ -192,6 +197,7 @@ def test_an_error_is_shown_in_view_at_its_control_until_the_next_press(
     sync_api.expect(page.locator("#prompt-text :is(textarea, input)").first).not_to_have_attribute("aria-invalid", "")
 
 
+@managed_only
 def test_what_is_filled_in_anew_is_not_called_wrong_any_longer(page: Page) -> None:
     alert = page.locator(".said [role=alert]")
     press(page, "edit")
@@ -215,6 +221,7 @@ def test_what_is_filled_in_anew_is_not_called_wrong_any_longer(page: Page) -> No
     sync_api.expect(field(page, "target-text")).not_to_have_value("")
 
 
+@managed_only
 def test_clone_clones_whatever_the_task_is(page: Page) -> None:
     choose_task(page, "vad")
     press(page, "clone")
@@ -222,8 +229,11 @@ def test_clone_clones_whatever_the_task_is(page: Page) -> None:
     sync_api.expect(page.locator(".said [role=alert]")).to_have_count(0)
 
 
-@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
-@pytest.mark.parametrize("size", [(1280, 800), (390, 844)], ids=["desktop", "phone"])
+@pytest.mark.parametrize(
+    ("app", "locale", "size"),
+    [("managed", "zh-CN", DESKTOP), ("managed", "en-US", PHONE), ("bare", "en-US", PHONE)],
+    indirect=["app"],
+)
 def test_progress_is_one_readable_line_that_covers_nothing(
     app: RunningApp, gates: Path, new_page: Callable[..., Page], tmp_path: Path, locale: str, size: tuple[int, int]
 ) -> None:

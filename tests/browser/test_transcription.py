@@ -61,7 +61,7 @@ def test_how_far_it_is_stands_in_a_line_of_its_own(page: Page, app: RunningApp, 
     upload(page, tmp_path, samples=16000)
     app.wait_for_line("at the gate: hear")
     line = page.locator("#hearing")
-    sync_api.expect(line).to_contain_text("writing down what is said")
+    sync_api.expect(line).to_contain_text("transcribing the recording")
     assert page.locator("#prompt-text .progress-level, #prompt-text .eta-bar, #stop:visible").count() == 0
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/hearing.png")

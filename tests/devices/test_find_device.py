@@ -13,7 +13,7 @@ import torch
 
 from residency.contracts import Memory, Telemetry
 from residency.devices import CpuDevice, CudaDevice, cuda, find_device
-from residency.devices.probes import TorchProbe
+from residency.devices.card_probes import TorchProbe
 from residency.errors import OnAnotherDevice
 
 GIB = 1 << 30

@@ -219,7 +219,7 @@ class TestCancellation:
         self, engine: BuiltinEngine, prompt: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cancellation, said = Cancellation(), list[int]()
-        convert = builtin.voice.convert
+        convert = builtin.world.convert
 
         def cancel_in_the_second(*arguments: Any) -> Any:
             said.append(1)
@@ -227,7 +227,7 @@ class TestCancellation:
                 cancellation.cancel()
             return convert(*arguments)
 
-        monkeypatch.setattr(builtin.voice, "convert", cancel_in_the_second)
+        monkeypatch.setattr(builtin.world, "convert", cancel_in_the_second)
         with cancelled_by(cancellation), pytest.raises(RequestStopped):
             engine.clone(prompt, "a fox", " ".join([TEXT] * 4))
         assert len(said) == 2

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.signal import welch
 
-from residency.engines import audio, speech_detector, world
-from residency.engines.denoise import denoise
+from residency.engines import audio, cleaning, world
 
 
 def pitch(samples: np.ndarray) -> np.ndarray:
@@ -21,7 +20,7 @@ def snr_db(clean: np.ndarray, noisy: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def vad() -> Any:
-    return speech_detector.load_vad("cpu")
+    return cleaning.load_vad("cpu")
 
 
 @pytest.mark.parametrize("rate", [0.7, 1 / 1.2, 1.2, 1.5])
@@ -65,40 +64,40 @@ def test_denoise_raises_the_snr(speech: np.ndarray, snr: int, colour: str) -> No
     if colour == "pink":
         noise = np.fft.irfft(np.fft.rfft(noise) / np.sqrt(np.arange(len(noise) // 2 + 1) + 20), len(noise))
     noise *= np.sqrt(np.sum(speech**2) / np.sum(noise**2)) * 10 ** (-snr / 20)
-    clean = denoise((speech + noise).astype(np.float32))
+    clean = cleaning.denoise((speech + noise).astype(np.float32))
     assert snr_db(speech, clean) > snr + (0.5 if snr == 20 else 3.5)
 
 
 def test_denoise_leaves_clean_speech_alone(speech: np.ndarray) -> None:
-    clean = denoise(speech)
+    clean = cleaning.denoise(speech)
     assert clean.shape == speech.shape
     assert clean.dtype == np.float32
     assert snr_db(speech, clean) > 20
-    assert len(denoise(speech[:100])) == 100
+    assert len(cleaning.denoise(speech[:100])) == 100
 
 
 def test_long_pauses_are_cut_and_short_ones_kept(speech: np.ndarray, vad: Any) -> None:
     rng = np.random.default_rng(0)
     silence = (rng.standard_normal(3 * 24000) * 1e-4).astype(np.float32)
     recording = np.concatenate([silence, speech, silence, speech, silence])
-    segments = speech_detector.speech_segments(recording, vad, "cpu")
-    cut = speech_detector.cut(recording, segments)
+    segments = cleaning.speech_segments(recording, vad, "cpu")
+    cut = cleaning.cut(recording, segments)
     # hibari begins and ends with a little silence of its own.
     assert 2 * len(speech) - 24000 < len(cut) < 2 * len(speech) + 12000
     energy = np.sum(np.square(cut, dtype=np.float64))
     assert energy == pytest.approx(2 * np.sum(np.square(speech, dtype=np.float64)), rel=0.02)
-    again = speech_detector.cut(cut, speech_detector.speech_segments(cut, vad, "cpu"))
+    again = cleaning.cut(cut, cleaning.speech_segments(cut, vad, "cpu"))
     assert len(again) > 0.95 * len(cut)
 
 
 def test_nothing_is_found_where_nobody_speaks(vad: Any) -> None:
     noise = (np.random.default_rng(0).standard_normal(48000) * 0.05).astype(np.float32)
-    assert speech_detector.speech_segments(noise, vad, "cpu") == []
-    assert len(speech_detector.cut(noise, [])) == 0
+    assert cleaning.speech_segments(noise, vad, "cpu") == []
+    assert len(cleaning.cut(noise, [])) == 0
 
 
 def test_detection_does_not_depend_on_the_level(speech: np.ndarray, vad: Any) -> None:
-    found = [speech_detector.speech_segments(speech * gain, vad, "cpu") for gain in (1.0, 0.01)]
+    found = [cleaning.speech_segments(speech * gain, vad, "cpu") for gain in (1.0, 0.01)]
     assert found[0]
     assert found[0] == found[1]
 
@@ -109,11 +108,11 @@ def test_detector_keeps_nothing_and_changes_no_thread_count(speech: np.ndarray) 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        vad = speech_detector.load_vad("cpu")
-        first = speech_detector.speech_segments(speech, vad, "cpu")
+        vad = cleaning.load_vad("cpu")
+        first = cleaning.speech_segments(speech, vad, "cpu")
         assert vad._state.numel() == 0 or not vad._state.any()
         assert vad._context.numel() == 0
-        assert speech_detector.speech_segments(speech, vad, "cpu") == first
+        assert cleaning.speech_segments(speech, vad, "cpu") == first
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from residency.engines import voice, world
+from residency.engines import world
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +18,14 @@ def frames(speech: np.ndarray) -> world.Frames:
 def other_speaker(frames: world.Frames, pitch: float, warp: float) -> world.Frames:
     """Saying the same with another pitch, another length of the vocal tract and a darker, livelier sound."""
     tilt = np.interp(np.arange(513), [0, 20, 120, 512], [0, 0, -2, -3])
-    spectra = np.log(voice._warped(frames.envelope, warp) + 1e-12)
+    spectra = np.log(world._warped(frames.envelope, warp) + 1e-12)
     lively = np.where(frames.f0[:, None] > 0, spectra + 0.3 * (spectra - spectra[frames.f0 > 0].mean(axis=0)), spectra)
     melody = np.where(frames.f0 > 0, (np.maximum(frames.f0, 1) / 190) ** 1.4 * 190 * pitch, 0)
     return replace(frames, f0=melody, envelope=np.exp(lively + tilt))
 
 
-def measured(frames: world.Frames) -> voice.Voice:
-    found = voice.measure(world.synthesise(frames), frames)
+def measured(frames: world.Frames) -> world.Voice:
+    found = world.measure(world.synthesise(frames), frames)
     assert found is not None
     return found
 
@@ -49,8 +49,8 @@ def distance_db(one: world.Frames, other: world.Frames) -> float:
 def test_voice_becomes_the_targets(frames: world.Frames, pitch: float, warp: float) -> None:
     same_said = other_speaker(frames, pitch, warp)
     source, target = measured(frames), measured(same_said)
-    assert voice._warp(source, target) == pytest.approx(warp, abs=0.03)
-    converted = voice.convert(frames, source, target)
+    assert world._warp(source, target) == pytest.approx(warp, abs=0.03)
+    converted = world.convert(frames, source, target)
     assert measured(converted).pitch == pytest.approx(target.pitch, abs=0.03)
     assert measured(converted).spread == pytest.approx(target.spread, rel=0.2)
     assert distance_db(converted, same_said) < 0.46 * distance_db(frames, same_said)
@@ -58,7 +58,7 @@ def test_voice_becomes_the_targets(frames: world.Frames, pitch: float, warp: flo
 
 def test_own_voice_changes_nothing(frames: world.Frames) -> None:
     own = measured(frames)
-    same = voice.convert(frames, own, own)
+    same = world.convert(frames, own, own)
     assert np.allclose(same.f0, frames.f0, rtol=1e-6)
     loud = frames.envelope > frames.envelope.max() * 1e-4
     assert np.abs(np.log(same.envelope[loud] / frames.envelope[loud])).mean() < 0.15
@@ -70,7 +70,7 @@ def test_extreme_voices_stay_within_bounds(frames: world.Frames) -> None:
         strange = replace(
             own, pitch=own.pitch + sign * 3, spread=5.0, voiced=own.voiced + sign * np.linspace(-20, 20, 513)
         )
-        converted = voice.convert(frames, own, strange)
+        converted = world.convert(frames, own, strange)
         voiced = converted.f0[frames.f0 > 0]
         assert voiced.min() >= world.F0_FLOOR
         assert voiced.max() <= world.F0_CEIL
@@ -81,12 +81,12 @@ def test_extreme_voices_stay_within_bounds(frames: world.Frames) -> None:
 
 def test_too_little_voice_is_no_voice(speech: np.ndarray) -> None:
     noise = np.random.default_rng(0).standard_normal(24000).astype(np.float32) * 0.1
-    assert voice.measure(noise, world.analyse(noise)) is None
+    assert world.measure(noise, world.analyse(noise)) is None
     blip = speech[24000 : 24000 + 3600]
-    assert voice.measure(blip, world.analyse(blip)) is None
+    assert world.measure(blip, world.analyse(blip)) is None
 
 
 def test_voice_without_unvoiced_sounds(frames: world.Frames) -> None:
     own = measured(frames)
     hummed = replace(own, unvoiced=None)
-    assert np.isfinite(voice.convert(frames, own, hummed).envelope).all()
+    assert np.isfinite(world.convert(frames, own, hummed).envelope).all()

@@ -22,8 +22,7 @@ from gpu_memory import MB, Leave, Make, all_equal, random_bytes
 from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
 from residency.memory import EngineResident, OnnxSessions, SnapshotFolder
 from residency.memory.checksum import multilinear
-from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import MirrorSpan
+from residency.memory.mirror import HostMirror, MirrorSpan
 from residency.memory.weights import Weights
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +168,7 @@ def test_pages_are_unpinned_when_a_process_ends_that_closed_nothing() -> None:
 import atexit
 atexit.register(lambda: print([group.is_pinned() for group in mirror.groups()]))  # comes last
 from gpu_manager import CudaDevice
-from residency.memory.mirror_layout import lay_out
+from residency.memory.mirror import lay_out
 from residency.memory.mirror import HostMirror
 mirror, device = HostMirror(lay_out([10_000])), CudaDevice.find()
 assert all(mirror.pin(group, device) and group.is_pinned() for group in mirror.groups())

@@ -125,10 +125,9 @@ def test_the_table_tells_what_is_held_outside_the_books(manager: GPUResourceMana
         {"pid": 7, "command": "app.py", "device_bytes": 50 << 20, "host_bytes": None},
         {"pid": 8, "command": "python worker.py", "device_bytes": 50 << 20, "host_bytes": 100 << 20},
     ]
-    held = "200 MB held outside the books (pid 7 app.py, pid 8 python worker.py)"
-    assert f"tts: {held}. The model was released and it is still held: end that process / " in command_line.table(
-        status
-    )
+    held = "200 MB outside the accounts (pid 7 app.py, pid 8 python worker.py)"
+    released = "The model was released, but the memory is still in use: end that process"
+    assert f"tts: {held}. {released} / " in command_line.table(status)
     assert "账外占用 200 MB（pid 7 app.py, pid 8 python worker.py）。模型已释放，仍在占用" in command_line.table(status)
     model["state"] = "cpu"
     assert f"tts: {held}. Release the model to free it / 账外占用 200 MB" in command_line.table(status)

@@ -30,7 +30,7 @@ from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import DeviceOutOfMemory, SharedWeights, TensorAway, WeightsGone
 from residency.memory import EngineResident, SnapshotFolder, absent_tensors
 from residency.memory.discovery import discover
-from residency.memory.shared_containers import in_held_containers
+from residency.memory.holders import in_held_containers
 from residency.memory.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -455,7 +455,7 @@ def test_what_hangs_in_a_container_that_others_hold_survives_too(device: Simulat
     with GPUResourceManager(device) as manager:
         manager.register("a", load)
         manager.register("b", load)
-        for _ in range(3):
+        for _ in range(2):
             with manager.lease("a") as engine:
                 weight = engine.llm.weight
                 assert cached().sum() == 4950

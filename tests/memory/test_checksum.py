@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from residency.memory import checksum
-from residency.memory.checksum import fingerprints, hash_of, multilinear
+from residency.memory.checksum import checksums, host_checksum, multilinear
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Returns the checksums of several uint8 tensors, computed in both ways."""
     if request.param == "xxh3":
-        return lambda *raws: fingerprints(raws, len(raws))
+        return lambda *raws: checksums(raws, len(raws))
     monkeypatch.setattr(checksum, "SPAN_BYTES", 1 << 16)
     return lambda *raws: multilinear(raws, len(raws), CPU)
 
@@ -109,7 +109,7 @@ def test_random_flips_never_collide(of: Callable[..., list[int]]) -> None:
 def test_xxh3_is_that_of_the_library_and_equal_in_every_process() -> None:
     content = bytes(range(256)) * 5
     raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    assert hash_of(raw) == xxhash.xxh3_64_intdigest(content)
+    assert host_checksum(raw) == xxhash.xxh3_64_intdigest(content)
 
 
 def test_weights_of_the_sums_are_drawn_anew_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +128,8 @@ def test_weights_of_the_sums_are_drawn_anew_in_each_process(monkeypatch: pytest.
 def test_looking_never_makes_a_storage_unresizable() -> None:
     tensor = torch.randn(1000)
     raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (4000,), (1,))
-    fingerprints([raw], 1)
-    hash_of(raw)
+    checksums([raw], 1)
+    host_checksum(raw)
     multilinear([raw], 1, CPU)
     assert tensor.untyped_storage().resizable()
     tensor.untyped_storage().resize_(0)
@@ -149,5 +149,5 @@ def test_tensors_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
             yield torch.full((100,), number, dtype=torch.uint8)
 
     assert len(set(multilinear(spans(), 5, CPU))) == 5
-    assert len(set(fingerprints(spans(), 5))) == 5
-    assert fingerprints(iter([]), 0) == []
+    assert len(set(checksums(spans(), 5))) == 5
+    assert checksums(iter([]), 0) == []

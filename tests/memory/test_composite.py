@@ -31,17 +31,6 @@ def test_a_part_that_fails_brings_the_others_back(move: str, undo: str, failing:
     assert parts[1 - failing].log[-2:] == [move, undo]
 
 
-def test_a_part_that_cannot_be_made_releases_those_before_it() -> None:
-    first = FakeResident()
-
-    def fails() -> FakeResident:
-        raise MemoryError
-
-    with pytest.raises(MemoryError):
-        CompositeResident.build(lambda: first, fails)
-    assert first.place == "nowhere"
-
-
 def test_a_part_that_cannot_be_saved_brings_those_before_it_back_to_the_host() -> None:
     parts = FakeResident(), FakeResident()
     parts[1].fail_next["save"] = SnapshotUnusable("tts", "no")

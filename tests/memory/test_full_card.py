@@ -40,7 +40,7 @@ def full_card() -> Iterator[None]:
         raise torch.OutOfMemoryError(FULL)
 
     with pytest.MonkeyPatch.context() as patch, NoRoom():
-        patch.setattr(module, "fingerprints", no_room)
+        patch.setattr(module, "checksums", no_room)
         yield
 
 
@@ -111,7 +111,7 @@ def test_an_error_that_is_not_about_room_is_not_taken_for_it(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     weights, before = Weights(tensors, device), copies(tensors)
-    monkeypatch.setattr(module, "fingerprints", broken)
+    monkeypatch.setattr(module, "checksums", broken)
     with pytest.raises(RuntimeError, match="illegal"):
         weights.offload()
     assert weights.on_device

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from gpu_manager import SimulatedDevice
-from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import PAGE_BYTES, lay_out
+from residency.memory.mirror import PAGE_BYTES, HostMirror, lay_out
 from residency.memory.weights import Weights
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residency.memory.mirror_layout import GROUP_BYTES, PAGE_BYTES, SPAN_BYTES, lay_out
+from residency.memory.mirror import GROUP_BYTES, PAGE_BYTES, SPAN_BYTES, lay_out
 
 
 @settings(deadline=None)

@@ -12,9 +12,7 @@ from fakes import Gate, Worker
 
 from gpu_manager import SimulatedDevice
 from residency.memory import SnapshotFolder
-from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import lay_out
-from residency.memory.pinning import BackgroundPinning
+from residency.memory.mirror import BackgroundPinning, HostMirror, lay_out
 from residency.memory.weights import Weights
 
 
@@ -72,7 +70,7 @@ def test_no_page_is_locked_while_bytes_move_or_after_a_stop(device: PinDevice, m
     moving = threading.Lock()
     with moving:
         pinning = BackgroundPinning(mirror, device, moving)
-        pinning._thread.join(0.05)
+        pinning.join(0.05)
         assert device.pinned == []
         pinning.stop()
     pinning.join()

@@ -15,6 +15,7 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import DeviceOutOfMemory, SelfMoveFailed, SelfMoveFreedNothing, WorkerEnded
+from residency.memory import self_moving
 from residency.memory.discovery import discover
 from residency.memory.self_moving import OwnMoves, moves_of, register
 
@@ -264,21 +265,20 @@ def test_any_object_with_the_protocol_is_moved_wherever_it_is_in_the_engine(mana
     assert own.calls == ["offload", "restore", "release"]
 
 
-def test_a_class_can_be_registered_by_name(manager: GPUResourceManager) -> None:
-    class Plain:
+def test_a_class_can_be_registered_by_name(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Switch:
         on = True
 
-    assert moves_of(Plain) is None
-    register(
-        f"{Plain.__module__.partition('.')[0]}.Plain",
-        OwnMoves(lambda it: setattr(it, "on", False), lambda it: setattr(it, "on", True)),
-    )
-    plain = Plain()
-    manager.register("tts", lambda: [plain])
+    monkeypatch.setattr(self_moving, "_by_name", {})
+    assert moves_of(Switch) is None
+    moves = OwnMoves(lambda switch: setattr(switch, "on", False), lambda switch: setattr(switch, "on", True))
+    register(f"{Switch.__module__.partition('.')[0]}.Switch", moves)
+    switch = Switch()
+    manager.register("tts", lambda: [switch])
     with manager.lease("tts"):
-        assert plain.on
+        assert switch.on
     manager.offload("tts")
-    assert not plain.on
+    assert not switch.on
 
 
 def test_classes_are_recognized_by_name_alone() -> None:

@@ -133,14 +133,14 @@ def test_signals_do_not_cut_a_write_or_a_read_short(tmp_path: Path) -> None:
     script = f"""
 import signal, sys, torch
 sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
-from residency.memory.checksum import hash_of
+from residency.memory.checksum import host_checksum
 from residency.memory.snapshot import SnapshotFolder
 rings = []
 signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
 signal.siginterrupt(signal.SIGALRM, True)
 raw = torch.randint(0, 256, (32 << 20,), dtype=torch.uint8)
 ranges = [(start, start + (8 << 20)) for start in range(0, 32 << 20, 8 << 20)]
-hashes = [hash_of(raw[start:stop]) for start, stop in ranges]
+hashes = [host_checksum(raw[start:stop]) for start, stop in ranges]
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
 for turn in range(3):
     folder = SnapshotFolder({str(tmp_path)!r})

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, SimulatedDevice
 from residency.memory import SnapshotFolder
-from residency.memory.mirror import HostMirror
-from residency.memory.mirror_layout import MirrorSpan
+from residency.memory.mirror import HostMirror, MirrorSpan
 from residency.memory.weights import Weights
 
 EVERY_DTYPE = [

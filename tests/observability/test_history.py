@@ -11,7 +11,7 @@ from fakes import Client, Gate, Worker, Workshop, after
 from gpu_manager import CpuDevice, GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout, SimulatedDevice
 from residency.clock import ManualClock, SystemClock
 from residency.contracts import Memory
-from residency.observability.history import RECENT_MOVES, WINDOW_S, CardHistory, Histogram, History, PastMove
+from residency.observability.history import RECENT_MOVES, WINDOW_S, DeviceHistory, Histogram, History, PastMove
 from residency.states import Move, State
 
 UP, DOWN = Move("tts", State.HOST, State.DEVICE), Move("tts", State.DEVICE, State.HOST)
@@ -84,16 +84,16 @@ class TestCard:
         device.refund(300)
 
     def test_nobody_makes_it_long(self) -> None:
-        card = CardHistory()
+        card = DeviceHistory()
         for tick in range(20_000):
-            card.seen(tick / 10, Memory(1000, tick % 7))
+            card.note(tick / 10, Memory(1000, tick % 7))
         assert len(card.as_dict(2000)["used_bytes"]) <= 2 * WINDOW_S / 5 + 2
 
     def test_what_stays_is_one_point_and_what_is_unknown_is_none(self) -> None:
-        card = CardHistory()
+        card = DeviceHistory()
         for time_s in range(100):
-            card.seen(time_s, Memory(1000, 400))
-            card.seen(time_s, Memory())
+            card.note(time_s, Memory(1000, 400))
+            card.note(time_s, Memory())
         assert card.as_dict(100) == {"used_bytes": [[100, 600]], "total_bytes": 1000}
 
 

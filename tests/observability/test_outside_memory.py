@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.devices.probes import processes
-from residency.observability.outside_memory import NO_SAMPLE, MemorySample, OutsideBooks, ProcessMemory
+from residency.devices import host_probes
+from residency.observability.outside_memory import NO_SAMPLE, MemorySample, OutsideTracker, ProcessMemory
 from residency.web.api.metrics import exposition
 from residency.web.shared.language import en, zh
 from residency.web.ui import status_text
@@ -168,7 +168,7 @@ def sample(host: int | None, device: int | None = 0, children: tuple[ProcessMemo
 
 
 def test_what_overlapping_loads_have_grown_by_is_nobodys() -> None:
-    books = OutsideBooks(cuda=False, separate_memory=True)
+    books = OutsideTracker(cuda=False, separate_memory=True)
     books.began("a", sample(0), (0, 0), (0, 0))
     books.began("b", sample(0), (0, 0), (0, 0))
     both = frozenset({"a", "b"})
@@ -177,14 +177,14 @@ def test_what_overlapping_loads_have_grown_by_is_nobodys() -> None:
 
 
 def test_a_context_is_not_blamed_on_a_model() -> None:
-    books = OutsideBooks(cuda=True, separate_memory=True)
+    books = OutsideTracker(cuda=True, separate_memory=True)
     books.began("a", sample(0, 0), (0, 0), (0, 0))
     after = sample(400 * MB, 450 * MB + 100 * MB)
     assert books.ended("a", "a", after, (100 * MB, 0), (100 * MB, 0), frozenset({"a"})).total_bytes == 0
 
 
 def test_a_load_that_was_given_up_is_not_waited_for() -> None:
-    books = OutsideBooks(cuda=False, separate_memory=True)
+    books = OutsideTracker(cuda=False, separate_memory=True)
     books.began("hangs", sample(0), (0, 0), (0, 0), loads=True)
     books.given_up("hangs")
     books.began("b", sample(0), (0, 0), (0, 0), loads=True)
@@ -194,7 +194,7 @@ def test_a_load_that_was_given_up_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("unknown", [NO_SAMPLE, sample(0, None), sample(None), sample(0, 0, None)])
 def test_what_cannot_be_measured_is_unknown_and_not_nothing(unknown: MemorySample) -> None:
-    books = OutsideBooks(cuda=True, separate_memory=True)
+    books = OutsideTracker(cuda=True, separate_memory=True)
     books.began("a", unknown, (0, 0), (0, 0))
     assert books.ended("a", "a", unknown, (0, 0), (0, 0), frozenset({"a"})).total_bytes is None
 
@@ -243,7 +243,7 @@ def test_main_memory_that_the_program_takes_in_a_request_is_not_the_engines(mana
         assert tts(manager)["outside_bytes"] == 0
 
 
-def moved(books: OutsideBooks, model: str, before: int, after: int, held: tuple[int, int], loaded: str) -> int:
+def moved(books: OutsideTracker, model: str, before: int, after: int, held: tuple[int, int], loaded: str) -> int:
     """A move by which the model's books of the card go from ``held[0]`` to ``held[1]``; sizes in MB."""
     books.began(model, sample(0, before * MB), (held[0] * MB, 0), (held[0] * MB, 0))
     end = sample(0, after * MB)
@@ -254,7 +254,7 @@ def moved(books: OutsideBooks, model: str, before: int, after: int, held: tuple[
 
 
 def test_what_others_may_have_taken_between_two_moves_is_nobodys() -> None:
-    books = OutsideBooks(cuda=False, separate_memory=True)
+    books = OutsideTracker(cuda=False, separate_memory=True)
     assert moved(books, "a", 0, 100, (0, 100), loaded="a b") == 0
     assert moved(books, "a", 500, 400, (100, 0), loaded="a b") == 0
     assert moved(books, "a", 700, 800, (0, 100), loaded="a") == 0, "it was away meanwhile"
@@ -263,7 +263,7 @@ def test_what_others_may_have_taken_between_two_moves_is_nobodys() -> None:
 
 
 def test_what_cuda_takes_for_itself_in_a_request_is_not_blamed_on_the_model() -> None:
-    books = OutsideBooks(cuda=True, separate_memory=True)
+    books = OutsideTracker(cuda=True, separate_memory=True)
     assert moved(books, "a", 0, 400, (0, 100), loaded="a") == 0
     assert moved(books, "a", 550, 450, (100, 0), loaded="a") == 0  # libraries and workspaces of the first request
     assert moved(books, "a", 450, 550, (0, 100), loaded="a") == 0
@@ -282,9 +282,9 @@ def test_the_totals_are_those_of_all_models(manager: GPUResourceManager) -> None
 
 def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **keywords: object) -> Any:
-        raise processes.psutil.AccessDenied
+        raise host_probes.psutil.AccessDenied
 
-    monkeypatch.setattr(processes.psutil.Process, "children", fail)
+    monkeypatch.setattr(host_probes.psutil.Process, "children", fail)
     manager.register("tts", Plain)
     with manager.lease("tts"):
         pass

@@ -118,11 +118,11 @@ def write_and_read_often(folder: Path) -> None:
     import torch
 
     from residency.memory import snapshot
-    from residency.memory.checksum import hash_of
+    from residency.memory.checksum import host_checksum
     from residency.memory.snapshot import SnapshotFolder
 
     raw = torch.arange(1 << 20, dtype=torch.int32).view(torch.uint8)
-    hashes = [hash_of(raw)]
+    hashes = [host_checksum(raw)]
     store = SnapshotFolder(folder)
     # As if it were never there already, so that both really write, again and again.
     is_whole = snapshot._is_whole

@@ -222,7 +222,7 @@ def test_a_listener_that_wants_to_end_it_all_ends_nothing(manager: GPUResourceMa
 def test_a_listener_that_does_not_return_is_left_alone_at_the_end(
     manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "TOLD_WITHIN_S", 0.01)
+    monkeypatch.setattr(events, "DELIVERY_WITHIN_S", 0.01)
     leave = threading.Event()
     manager.subscribe(lambda event: leave.wait(60))
     with manager.lease("tts"):

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from scheduler import Scheduler
 from world import SIZES, World
 
 import gpu_manager
-from residency import one_shot_event
+from residency import locks
 from residency.errors import DeviceOutOfMemory, LeaseDeadlock, OverBudget
 from residency.memory import borrowed
 from residency.observability import events
 from residency.scheduling import dispatcher, managed_model, monitor, move_runner
+from residency.states import State
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -36,7 +38,7 @@ SEEDS = 150 if NIGHTLY else 6
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Scheduler, World]]:
     def build(seed: int, snapshots: bool = False, **settings: Any) -> tuple[Scheduler, World]:
         scheduler = Scheduler.varied(seed)
-        for module in (gpu_manager, dispatcher, move_runner, events, borrowed, one_shot_event, monitor, managed_model):
+        for module in (gpu_manager, dispatcher, move_runner, events, borrowed, locks, monitor, managed_model):
             monkeypatch.setattr(module, "threading", scheduler)
         folder = tmp_path if snapshots else None
         return scheduler, World(seed, scheduler.clock(), step=scheduler.step, snapshot_dir=folder, **settings)
@@ -192,3 +194,108 @@ def steering(world: World, choose: random.Random, leases: list[Any] | None = Non
                 world.steer(verb, name or "tts" if verb == "make_room" else name)
 
     return press
+
+
+# -- wake-ups that only one thread waits for ------------------------------------------------------------------------
+
+
+def gated(scheduler: Scheduler, world: World, label: str) -> Any:
+    """Stops each thread at that step of the world until the returned lock is released for the first time."""
+    gate, step = scheduler.Lock(), world.step
+    gate.acquire()
+
+    def gated_step(at: str = "") -> None:
+        if at == label:
+            with gate:
+                pass
+        step(at)
+
+    world.step = gated_step
+    return gate
+
+
+def test_a_move_runs_once_although_the_start_of_its_thread_seems_to_fail(build: Callable) -> None:
+    for seed in range(SEEDS):
+        scheduler, world = build(seed)
+
+        class Interrupted(scheduler.Thread):
+            def start(self) -> None:
+                super().start()
+                if self.name.startswith(("gpu-loading", "gpu-offloading", "gpu-restoring", "gpu-releasing")):
+                    raise RuntimeError("the thread runs already")
+
+        scheduler.Thread = Interrupted
+        run(scheduler, world, [plain_client(world, random.Random(seed), first) for first in (0, 10)])
+        assert world.outcomes == {"served": 6}
+        assert all(len(alive) <= 1 for alive in world.alive.values())
+
+
+def test_the_begin_of_a_move_wakes_a_thread_that_waits_for_it(build: Callable) -> None:
+    for seed in range(SEEDS):
+        scheduler, world = build(seed)
+        gate = gated(scheduler, world, "load begins")
+
+        def waits(world: World = world, gate: Any = gate) -> None:
+            assert world.manager.wait_for("tts", State.LOADING)
+            gate.release()
+
+        run(scheduler, world, [waits, partial(world.manager.warm, "tts")])
+
+
+def test_a_load_that_is_given_up_wakes_a_thread_that_waits_for_the_model(build: Callable) -> None:
+    for seed in range(SEEDS):
+        scheduler, world = build(seed, load_timeout=50)
+        gate = gated(scheduler, world, "load begins")
+
+        def waits(world: World = world, gate: Any = gate) -> None:
+            assert not world.manager.wait_for("tts", State.DEVICE)
+            gate.release()
+
+        run(scheduler, world, [waits, plain_client(world, random.Random(seed), 0, ["tts"])])
+        assert world.outcomes == {"LoadTimeout": 1}
+
+
+def test_a_request_that_arrives_ends_the_wait_of_an_offload_for_another_one(build: Callable) -> None:
+    for seed in range(SEEDS):
+        scheduler, world = build(seed)
+        gate = gated(scheduler, world, "offload begins")
+
+        def offloads(world: World = world, gate: Any = gate) -> None:
+            while world.manager._managed_models["tts"].state is not State.OFFLOADING:
+                world.step("looking")
+            assert not world.manager.offload("tts")
+            gate.release()
+
+        run(scheduler, world, [offloads, plain_client(world, random.Random(seed), 0, ["tts", "tts"])])
+        assert world.outcomes == {"served": 2}
+
+
+def test_no_wake_up_of_the_monitor_is_lost(build: Callable) -> None:
+    for seed in range(SEEDS * 5):
+        scheduler, _world = build(seed)
+        lock, clock, due, done = scheduler.RLock(), scheduler.clock(), [], scheduler.Lock()
+        done.acquire()
+
+        def act(due: list[int] = due, done: Any = done) -> None:
+            if due:
+                due.pop()
+                done.release()
+
+        def look(due: list[int] = due, clock: Any = clock) -> float:
+            return clock.now() if due else math.inf
+
+        idle_monitor = monitor.IdleMonitor(lock, clock, look, act)
+
+        def wakes(idle_monitor: Any = idle_monitor, due: list[int] = due, done: Any = done, lock: Any = lock) -> None:
+            try:
+                with lock:
+                    idle_monitor.expect_locked(math.inf)
+                for number in range(3):
+                    due.append(number)
+                    idle_monitor.wake()
+                    done.acquire()
+                idle_monitor.stop()
+            finally:
+                idle_monitor.reset_in_child()  # it goes on after errors, also those that end a run
+
+        scheduler.run(wakes)

@@ -376,7 +376,7 @@ def test_a_forked_child_has_a_closed_manager_and_touches_nothing(
     child._dispatcher.notifier.listeners.close()
     count, heard = len(told), []
     child._dispatcher.notifier.listeners._events.append(told[0])
-    child._registry.leave_to_the_parent()
+    child._registry.reset_in_child()
     assert child.closed
     assert child.names() == ()
     assert child.status()["monitor"]["alive"] is False

@@ -183,7 +183,7 @@ def test_auto_with_settings_of_ones_own_stays_auto() -> None:
     assert policy_for(policy, None, None, {}) is policy
 
 
-@pytest.mark.parametrize(("policy", "says"), [("auto", "there is keep_warm"), (object(), "residency.contracts.Policy")])
+@pytest.mark.parametrize(("policy", "says"), [("auto", "use keep_warm"), (object(), "residency.contracts.Policy")])
 def test_what_is_no_policy_is_refused(policy: Any, says: str) -> None:
     with pytest.raises(InvalidInput, match=rf"{says}.* / policy=.* 请用 keep_warm"):
         policy_for(policy, None, None, {})

@@ -21,7 +21,7 @@ from gpu_manager import (
 )
 from residency.clock import ManualClock
 from residency.errors import CaptureUnderWay
-from residency.one_shot_event import holds
+from residency.locks import holds
 from residency.scheduling.dispatcher import RETRY_AFTER_S, WARM_GRACE_S
 from residency.scheduling.move_runner import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES
 

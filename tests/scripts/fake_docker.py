@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 FOLDER = Path(os.environ["FAKE_DOCKER"])
 STATE = FOLDER / "state.json"
-state: dict[str, Any] = {"containers": {}, "images": {}, "down": False, "runtimes": "runc", "ends": 0, "failing": []}
+state: dict[str, Any] = {"containers": {}, "images": {}, "runtimes": "runc", "ends": 0, "failing": []}
 
 
 def save() -> None:
@@ -24,17 +24,16 @@ def save() -> None:
 
 
 def fail(words: str, code: int = 1) -> NoReturn:
-    print(f"Error response from daemon: {words}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(print(f"Error response from daemon: {words}", file=sys.stderr) or code)
 
 
-def one(kind: str, name: str) -> Any:
+def find(kind: str, name: str) -> Any:
     return state[kind].get(name) or fail(f"No such {kind}: {name}")
 
 
 def options(words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The options before the first other word, and from that on the rest."""
-    found: dict[str, list[str]] = {}
+    """Returns the options before the first other word, and the rest from that on."""
+    found: dict[str, list[str]] = {"--label": []}
     while words[0].startswith("-"):
         name, *words = words
         value, words = ("", words) if name in ("--detach", "--init", "--rm") else (words[0], words[1:])
@@ -43,7 +42,7 @@ def options(words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def labels(found: dict[str, list[str]]) -> dict[str, str]:
-    return dict(label.split("=", 1) for label in found.get("--label", []))
+    return dict(label.split("=", 1) for label in found["--label"])
 
 
 def inspect(thing: Any, template: str) -> None:
@@ -57,17 +56,10 @@ def inspect(thing: Any, template: str) -> None:
     print(re.sub(r"\{\{(.*?)\}\}", lambda match: str(facts.get(match[1], "")), template))
 
 
-def build(words: list[str]) -> None:
-    found, (folder,) = options(words)
-    if state.get("offline") or not Path(folder, "Dockerfile").exists():
-        fail("failed to build")
-    state["images"][found["--tag"][0]] = {"labels": labels(found)}
-
-
 def run(words: list[str]) -> None:
     found, (image, *command) = options(words)
     if "--entrypoint" in found:
-        print(one("images", image).get("torch", "cuda: Optional[str] = '13.0'"))
+        print(find("images", image).get("torch", "cuda: Optional[str] = '13.0'"))
         return
     name = found["--name"][0]
     if image not in state["images"] or name in state["containers"]:
@@ -81,21 +73,20 @@ def run(words: list[str]) -> None:
         save()
         fail("failed to create task for container", 125)
     if "--detach" in found:
-        bring_up(made)
-        return
-    made |= {"status": "running", "pid": os.getpid()}
-    save()
-    serve(command)
-    sys.exit()  # the call that stopped it has written the state
+        start(made)
+    else:
+        made |= {"status": "running", "pid": os.getpid()}
+        save()
+        serve(command)
 
 
-def bring_up(made: Any) -> None:
-    import subprocess
-
+def start(made: Any) -> None:
     made["status"] = "exited"
     if state["ends"]:
         state["ends"] -= 1
     elif "--break" not in made["command"]:
+        import subprocess
+
         served = subprocess.Popen(
             [sys.executable, "-S", __file__, "serve", *made["command"]],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -105,7 +96,7 @@ def bring_up(made: Any) -> None:
         made |= {"status": "running", "pid": served.pid}
 
 
-def take_down(made: Any) -> None:
+def stop(made: Any) -> None:
     if pid := made.pop("pid", None):
         os.kill(pid, signal.SIGKILL)
     made["status"] = "exited"
@@ -113,79 +104,73 @@ def take_down(made: Any) -> None:
 
 def answer(arguments: list[str]) -> None:
     containers = state["containers"]
-    if state["down"]:
-        print("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", file=sys.stderr)
-        sys.exit(1)
     if arguments[0] in state["failing"]:
         fail("no space left on device")
     match arguments:
         case ["info", *_]:
             print(FOLDER)
         case ["container" | "image" as kind, "inspect", "--format", template, name]:
-            inspect(one(f"{kind}s", name), template)
+            inspect(find(f"{kind}s", name), template)
         case ["build", *words]:
-            build(words)
+            found, (folder,) = options(words)
+            if not Path(folder, "Dockerfile").exists():
+                fail("failed to build")
+            state["images"][found["--tag"][0]] = {"labels": labels(found)}
         case ["run", *words]:
             run(words)
         case ["ps", "--filter", label, "--format", "{{.Names}}"]:
             ours = (name for name, made in containers.items() if label.removeprefix("label=") in made["labels"])
             print(*(name for name in ours if containers[name]["status"] == "running"))
         case ["start", name]:
-            bring_up(one("containers", name))
+            start(find("containers", name))
         case ["stop" | "restart" as verb, "-t", _, name]:
-            take_down(one("containers", name))
+            stop(find("containers", name))
             if verb == "restart":
-                bring_up(containers[name])
+                start(containers[name])
             elif containers[name].get("auto_remove"):
                 del containers[name]
-        case ["rm", name]:
-            if one("containers", name)["status"] == "running":
-                fail("cannot remove: container is running")
+        case ["rm", name] if find("containers", name)["status"] != "running":
             del containers[name]
-        case ["rename", old, new]:
-            if new in containers:
-                fail("the name is already in use")
-            containers[new] = one("containers", old)
+        case ["rename", old, new] if new not in containers:
+            containers[new] = find("containers", old)
             del containers[old]
         case ["update", "--restart", policy, name]:
-            made = one("containers", name)
+            made = find("containers", name)
             made["restart"], _, retries = policy.partition(":")
             made["retries"] = int(retries or 0)
         case ["logs", "--tail", _, *_, name]:
-            print("LOG of", one("containers", name)["command"])
-        case ["exec", "--env", _, name, *command] if one("containers", name)["status"] == "running":
+            print("LOG of", find("containers", name)["command"])
+        case ["exec", "--env", _, name, *command] if find("containers", name)["status"] == "running":
             print("EXEC", *command)
         case ["compose", "--profile", profile, "up" | "down", *_]:
             if f"profiles: [{profile}]" not in Path("compose.yaml").read_text(encoding="utf-8"):
                 fail("no service selected")
         case _:
-            fail(f"unknown command: {arguments}")
+            fail(f"cannot do: {arguments}")
     save()
 
 
 def serve(command: list[str]) -> None:
-    """What the app does as far as the start script sees it."""
-    import http.server
-    import threading
+    """Does what the start script sees of the app, until it is killed."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
 
-    class Answer(http.server.BaseHTTPRequestHandler):
+    class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(command[command.index("--server-port") + 1])), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = HTTPServer(("127.0.0.1", int(command[command.index("--server-port") + 1])), Answer)
     print("APP", flush=True)
-    signal.sigwait([signal.SIGTERM])
+    server.serve_forever()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2:])
-    else:
-        with open(FOLDER / "calls.jsonl", "a") as calls:
-            calls.write(json.dumps(sys.argv[1:]) + "\n")
-        if STATE.exists():
-            state |= json.loads(STATE.read_text())
-        answer(sys.argv[1:])
+    with open(FOLDER / "calls.jsonl", "a") as calls:
+        calls.write(json.dumps(sys.argv[1:]) + "\n")
+    if STATE.exists():
+        state |= json.loads(STATE.read_text())
+    if state.get("down"):
+        sys.exit("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")
+    answer(sys.argv[1:])

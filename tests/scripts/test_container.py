@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from script_project import ROOT, Caller, Project, free_port
+from reverse_proxies import make_certificate
+from script_project import ROOT, Caller, Project, free_port, write_record
 
 NAME = "step-audio-gpu-managed"
 KEPT = f"{NAME}-before-gpu-management"
@@ -114,7 +116,7 @@ def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> No
     assert value_of("--cap-drop", run) == "ALL"
     assert value_of("--security-opt", run) == "no-new-privileges"
     assert pairs("--volume", run) == [
-        f"{models}:{models}:ro", "gpu-managed-tts-hub:/hub", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
+        "gpu-managed-tts-hub:/hub", f"{models}:{models}:ro", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
     ]  # fmt: skip
     assert snapshots.is_dir()
     passed_on = {"GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS"}
@@ -167,9 +169,10 @@ def test_folders_that_root_may_use_but_not_the_user_inside(machine: Machine, tmp
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="of root alone the container is another user's")
 def test_a_private_key_that_only_root_may_read_is_said_before_the_start(machine: Machine, tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    certificate.touch(0o644)
-    key.touch(0o600)
+    certificate, key = map(Path, make_certificate(tmp_path / "made", "localhost"))
+    tmp_path.joinpath("made").chmod(0o755)
+    certificate.chmod(0o644)
+    key.chmod(0o600)
     arguments = ["--docker", "--detach", "--ssl-certfile", str(certificate), f"--ssl-keyfile={key}"]
     assert f"chown 10001 {key}" in machine.refuse(*arguments)
     os.chown(key, 10001, -1)
@@ -179,7 +182,7 @@ def test_a_private_key_that_only_root_may_read_is_said_before_the_start(machine:
 
 def test_what_would_be_made_is_said(machine: Machine, tmp_path: Path) -> None:
     said = machine.localize("--docker", "--check", GPU_SNAPSHOT_DIR=str(tmp_path / "snapshots"))
-    assert f"Would make the folder {tmp_path / 'snapshots'}" in said
+    assert f"Would create the folder {tmp_path / 'snapshots'}" in said
 
 
 def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None:
@@ -203,7 +206,7 @@ def test_the_image_is_built_when_something_has_changed(machine: Machine) -> None
 def test_without_a_network_what_is_built_already_starts(machine: Machine) -> None:
     machine.start()
     machine.localize("stop")
-    machine.set(offline=True)
+    machine.set(failing=["build"])
     machine.start()
     machine.localize("stop")
     machine.project.requirements.write_text("# changed\n")
@@ -216,7 +219,7 @@ class TestSomebodyElses:
         machine.set(containers={NAME: OLD})
 
     def test_it_is_left_alone(self, machine: Machine) -> None:
-        assert f"a container {NAME} already (running). Give --replace" in machine.refuse("--docker", "--detach")
+        assert f"already a container {NAME} (running). Give --replace" in machine.refuse("--docker", "--detach")
         assert "was not started by this script" in machine.refuse("stop", "--docker")
         assert machine.containers == {NAME: OLD}
 
@@ -226,6 +229,15 @@ class TestSomebodyElses:
         assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}, "it stays down"
         assert machine.containers[NAME]["image"] == "gpu-managed-tts"
         assert f"docker start {NAME}" in machine.localize("stop")
+        assert machine.containers == {NAME: OLD | {"status": "exited"}}
+
+    def test_it_stays_down_also_beside_ours_in_a_terminal(self, machine: Machine) -> None:
+        process = machine.project.start("--docker", "--replace", **machine.environ)
+        assert process.stdout is not None
+        assert any("Ready" in line for line in process.stdout)
+        assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}
+        machine.localize("stop", "--docker")
+        process.communicate(timeout=30)
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
     def test_it_is_back_also_after_ours_was_replaced_in_turn(self, machine: Machine) -> None:
@@ -253,7 +265,7 @@ class TestSomebodyElses:
 
     def test_a_start_that_fails_says_the_way_back(self, machine: Machine) -> None:
         code, said = machine.call("--docker", "--detach", "--replace", "--break")
-        assert (code, "Back to what was: " in said, "LOG of" in said) == (1, True, True)
+        assert (code, "To restore the previous state: " in said, "LOG of" in said) == (1, True, True)
         machine.localize("stop", "--docker")
         assert machine.containers == {NAME: OLD | {"status": "exited"}}
 
@@ -275,7 +287,7 @@ class TestSomebodyElses:
         machine.start("--replace", "--one")
         machine.set(**trouble)
         code, said = machine.call("--docker", "--detach", "--replace", "--two", PORT=str(free_port()))
-        assert (code, "is the one from before, with the settings that it had" in said) == (1, True), said
+        assert (code, "runs again with its previous settings" in said) == (1, True), said
         assert f"Ready: http://127.0.0.1:{machine.port}" in said
         assert machine.containers.keys() == {NAME, KEPT}
         assert machine.containers[KEPT] == OLD | {"status": "exited", "restart": "no", "retries": 0}
@@ -317,9 +329,7 @@ def test_what_check_says_is_what_is_done(machine: Machine) -> None:
     machine.start("--simulate-gpu", "48GB")
     for verb in ("build", "run"):
         planned = next(line for line in said.splitlines() if f": docker {verb}" in line)
-        assert planned.partition(f": docker {verb} ")[2].partition(" / ")[0].replace("\\", "").split() == [
-            word for argument in machine.calls(verb)[-1] for word in argument.split()
-        ]
+        assert shlex.split(planned.partition(f": docker {verb} ")[2]) == machine.calls(verb)[-1]
 
 
 def test_what_is_left_of_one_that_has_ended_is_no_obstacle(machine: Machine) -> None:
@@ -382,7 +392,7 @@ class TestGPU:
 def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
     machine.start()
     other = str(free_port())
-    assert f"Nothing that this script started runs on port {other}" in machine.localize("stop", "--port", other)
+    assert f"No app of this script runs on port {other}" in machine.localize("stop", "--port", other)
     assert machine.call("status", PORT=other)[0] == 3
     assert machine.containers[NAME]["status"] == "running"
     assert "Ready" in machine.localize("restart", "--port", machine.port)
@@ -390,9 +400,9 @@ def test_a_port_that_is_said_is_the_one_that_is_meant(machine: Machine) -> None:
 
 def test_one_of_another_name_is_found(machine: Machine) -> None:
     machine.start("--container-name", "mine")
-    assert "Container mine: ours running" in machine.localize("status", PORT="")
-    assert "Container mine: ours running" in machine.localize("status"), "by its port"
-    assert "Container mine: ours running" in machine.localize("status", "--docker", PORT="")
+    assert "Container mine: running" in machine.localize("status", PORT="")
+    assert "Container mine: running" in machine.localize("status"), "by its port"
+    assert "Container mine: running" in machine.localize("status", "--docker", PORT="")
     machine.localize("stop", PORT="")
     assert machine.containers == {}
 
@@ -403,7 +413,7 @@ def test_several_are_listed_with_the_way_to_name_one(machine: Machine) -> None:
     machine.start("--container-name", "another", PORT=port)
     for arguments in (["stop"], ["stop", "--docker"]):
         code, said = machine.call(*arguments, PORT="")
-        assert (code, "2 apps run. Name one:" in said) == (1, True), said
+        assert (code, "2 apps are running. Choose one:" in said) == (1, True), said
         assert f"port {machine.port}, container {NAME}, since 2026-01-02 0" in said
         assert "stop --docker --container-name another" in said
     machine.localize("stop", "--docker", "--container-name", "another", PORT="")
@@ -411,7 +421,7 @@ def test_several_are_listed_with_the_way_to_name_one(machine: Machine) -> None:
 
 
 def test_a_name_that_a_sandbox_may_have_set_is_said_with_its_source(machine: Machine) -> None:
-    assert "'sandbox-7', as the variable CONTAINER_NAME says" in machine.start(CONTAINER_NAME="sandbox-7")
+    assert "'sandbox-7', from the variable CONTAINER_NAME" in machine.start(CONTAINER_NAME="sandbox-7")
     assert machine.containers.keys() == {"sandbox-7"}
     machine.localize("stop", PORT="")
     said = machine.start(CONTAINER_NAME="sandbox-7", GPU_TTS_CONTAINER_NAME="mine")
@@ -426,7 +436,7 @@ def test_a_name_that_a_sandbox_may_have_set_is_said_with_its_source(machine: Mac
 def test_one_that_runs_is_found_behind_the_record_of_a_process_that_has_ended(machine: Machine) -> None:
     records = machine.project.folder / ".run"
     records.mkdir()
-    (records / f"{machine.port}.run").write_text("\0".join(["999999999", "12345", "", "/", "0"]) + "\0")
+    write_record(records, machine.port, 999999999)
     machine.start()
     assert "EXEC" in machine.localize("status")
     machine.localize("stop")
@@ -444,15 +454,15 @@ class TestARestartThatFails:
         machine.start()
         machine.set(ends=1)
         code, said = machine.call("restart")
-        assert (code, "started once more" in said, "serves again" in said) == (1, True, True), said
-        assert "Back to what was" not in said
+        assert (code, "is started again" in said, "runs again" in said) == (1, True, True), said
+        assert "To restore" not in said
         assert machine.containers[NAME]["status"] == "running"
 
     def test_it_is_said_that_it_is_down(self, machine: Machine) -> None:
         machine.start()
         machine.set(ends=2)
         code, said = machine.call("restart")
-        assert (code, f"nothing serves on port {machine.port} now" in said) == (1, True), said
+        assert (code, f"nothing runs on port {machine.port} now" in said) == (1, True), said
         assert machine.containers[NAME]["status"] == "exited"
         assert "Ready" in machine.localize("restart", "--docker")
 
@@ -460,7 +470,7 @@ class TestARestartThatFails:
         machine.start()
         machine.set(failing=["restart"])
         code, said = machine.call("restart")
-        assert (code, "serves as before" in said) == (1, True), said
+        assert (code, "still serves" in said) == (1, True), said
         assert machine.containers[NAME]["status"] == "running"
 
 
@@ -468,18 +478,18 @@ class TestARestartThatFails:
 def test_a_docker_that_does_not_answer(machine: Machine, action: str) -> None:
     machine.set(down=True)
     said = machine.refuse(action, "--docker")
-    assert "docker does not answer: Cannot connect to the Docker daemon" in said
+    assert "docker does not respond: Cannot connect to the Docker daemon" in said
 
 
 def test_no_docker(machine: Machine) -> None:
     (machine.project.bin / "docker").unlink()
-    assert "docker is not here" in machine.refuse("--docker")
+    assert "docker is not installed" in machine.refuse("--docker")
 
 
 def test_a_port_in_use(machine: Machine) -> None:
     machine.start()
     said = machine.refuse("--docker", "--detach", "--container-name", "another")
-    assert f"Port {machine.port} on 127.0.0.1 is in use" in said
+    assert f"port {machine.port}: it is in use" in said
 
 
 def test_the_port_that_is_suggested_is_free(machine: Machine) -> None:
@@ -495,7 +505,7 @@ CLOSED = pytest.mark.skipif(LOWEST.exists() and int(LOWEST.read_text()) < 2, rea
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--host", "300.1.1.1"], "300.1.1.1"),
+        (["--host", "192.0.2.1"], "192.0.2.1"),
         pytest.param(["--port", "1"], "no rights to a port below", marks=CLOSED),
     ],
 )

@@ -20,8 +20,8 @@ import yaml
 from reverse_proxies import make_certificate
 from script_project import OTHERS, ROOT, SETTINGS
 
-from residency.launch.container_run import IMAGE_USER, build_command
-from residency.launch.options import read, settle
+from residency.launch.docker import IMAGE_USER, build_command
+from residency.launch.options import read
 
 UNIT = ROOT / "examples" / "gpu-managed-tts.service"
 COMPOSE: Any = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def test_the_health_check_asks_the_app_whatever_proxy_the_container_was_given(tl
 
 def test_what_the_build_is_told_reaches_the_install() -> None:
     taken = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
-    words = build_command(settle(read([], {}), "launch"), "digest")
+    words = build_command(read([], "launch", {}), "digest")
     assert taken == {word.partition("=")[0] for option, word in pairwise(words) if option == "--build-arg"}
     assert taken == set(COMPOSE["services"]["cpu"]["build"]["args"])
     # Without a default, or pip would be given an index without a name.

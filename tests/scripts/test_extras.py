@@ -100,9 +100,8 @@ with gpu_manager.GPUResourceManager(gpu_manager.SimulatedDevice(1 << 30)) as man
     ("script", "extra"),
     [
         ("import residency.web.page", "app"),
-        ("app._edit_types(parse([]))", "builtin"),
-        ("app._engine_builder(parse([]))('cpu')", "builtin"),
-        ("app._engine_builder(parse(['--model-path', 'weights', '--engine', 'step-audio']))", "step-audio"),
+        ("app._engine(parse([]))[0]('cpu')", "builtin"),
+        ("app._engine(parse(['--model-path', 'weights', '--engine', 'step-audio']))", "step-audio"),
         ("app._recognizer(parse(['--enable-auto-transcribe']), None)", "asr"),
     ],
 )

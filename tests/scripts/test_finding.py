@@ -50,7 +50,7 @@ def test_several_are_listed_with_the_way_to_name_one(apps: list[Service], action
     for app in apps:
         app.start()
     code, said = apps[0].call(action, PORT="")
-    assert (code, "2 apps run. Name one:" in said) == (1, True), said
+    assert (code, "2 apps are running. Choose one:" in said) == (1, True), said
     for app in apps:
         line = next(line for line in said.splitlines() if f"port {app.port}, pid {app.pid}, since 20" in line)
         assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d: ", line)

@@ -33,7 +33,7 @@ def test_an_app_that_ends_while_it_starts_is_followed_by_the_one_before(service:
     assert code == 1
     assert "a mistake on purpose" in said
     assert "The restart has failed" in said
-    assert said.rstrip().endswith("with the settings that it had")
+    assert said.rstrip().endswith("with its previous settings")
     assert service.call("status")[0] == 0
     seen = service.seen()
     assert (seen["argv"], seen["cwd"], seen["secrets"]) == (first["argv"], first["cwd"], first["secrets"])
@@ -47,7 +47,7 @@ def test_an_app_that_does_not_get_ready_is_followed_by_the_one_before(service: S
     first = service.start()
     # As in the field, the next start's code is what is broken.
     code, said = service.call("restart", "--never-ready", READY_TIMEOUT="2")
-    assert (code, "not ready after 2 s" in said, "goes on starting" in said) == (1, True, False), said
+    assert (code, "not ready after 2 s" in said, "still starting" in said) == (1, True, False), said
     assert service.seen()["argv"] == first["argv"]
     assert service.call("status")[0] == 0
 
@@ -62,7 +62,7 @@ def test_it_is_said_when_the_one_before_does_not_start_either(service: Service) 
     finally:
         app.write_text(text)
     assert code == 1
-    assert f"nothing serves on port {service.port} now" in said
+    assert f"nothing runs on port {service.port} now" in said
     assert service.call("status")[0] == 3
     assert "Ready" in service.localize("restart"), "its settings are still known"
 
@@ -82,7 +82,7 @@ def test_a_port_that_was_taken_meanwhile_is_told(service: Service) -> None:
         said = restart.communicate(timeout=60)[0]
     assert restart.returncode == 1
     assert "is in use" in said
-    assert f"nothing serves on port {service.port} now" in said
+    assert f"nothing runs on port {service.port} now" in said
 
 
 def _takes(server: socket.socket, port: int) -> bool:
@@ -97,7 +97,7 @@ def _takes(server: socket.socket, port: int) -> bool:
 def test_an_app_that_does_not_end_leaves_no_second_one(service: Service) -> None:
     pid = service.start("--stubborn")["pid"]
     code, said = service.call("restart", STOP_TIMEOUT="1")
-    assert (code, f"{pid} still runs after 1 s" in said, "nothing serves" in said) == (1, True, True), said
+    assert (code, f"{pid} still runs after 1 s" in said, "nothing runs" in said) == (1, True, True), said
     assert runs(pid)
     service.localize("stop")
 

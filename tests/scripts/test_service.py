@@ -25,6 +25,7 @@ from script_project import (
     free_port,
     ready_project,
     runs,
+    write_record,
 )
 
 
@@ -64,8 +65,8 @@ def test_from_start_to_stop(service: Service) -> None:
     assert "stopped by SIGTERM" in service.log.read_text()
     assert sorted(file.name for file in service.run_dir.iterdir()) == [f"{service.port}.log"]
     code, output = service.call("status")
-    assert (code, "Nothing" in output) == (3, True)
-    assert "Nothing" in service.localize("stop")
+    assert (code, "No app of this script" in output) == (3, True)
+    assert "No app of this script" in service.localize("stop")
 
 
 @pytest.mark.parametrize("no_proxy", [{}, {"NO_PROXY": "a.example"}], ids=["none", "another"])
@@ -100,7 +101,7 @@ def test_it_is_not_started_twice(service: Service) -> None:
     pid = service.start()["pid"]
     code, output = service.call("--detach", "--serve")
     assert code == 1
-    assert f"runs already on port {service.port} (pid {pid})" in output
+    assert f"already runs on port {service.port} (pid {pid})" in output
     assert runs(pid)
 
 
@@ -108,7 +109,7 @@ def test_of_two_starts_at_once_one_wins_and_is_found(service: Service) -> None:
     starts = [service.project.start("--detach", "--serve", **service.environ) for _ in range(2)]
     said = [start.communicate(timeout=60)[0] for start in starts]
     assert sorted(start.returncode for start in starts) == [0, 1], said
-    assert sum("runs already" in words for words in said) == 1, said
+    assert sum("already runs" in words for words in said) == 1, said
     assert f"pid {service.pid}" in service.localize("status")
     service.localize("stop")
 
@@ -205,7 +206,7 @@ def test_a_restart_that_cannot_be_leaves_what_runs_alone(service: Service, tmp_p
 def test_after_a_stop_nothing_is_remembered(service: Service) -> None:
     service.start("--title=a b", GPU_CONTROL_TOKEN="a secret")
     service.localize("stop")
-    assert "Nothing is known of an earlier start" in service.localize("restart", "--detach", "--serve")
+    assert "No previous start is recorded" in service.localize("restart", "--detach", "--serve")
     assert service.seen()["secrets"]["GPU_CONTROL_TOKEN"] is None
 
 
@@ -242,7 +243,7 @@ def test_an_app_that_lost_its_port_while_it_started_is_not_ready(service: Servic
         threading.Thread(target=other.serve_forever, daemon=True).start()
         said = start.communicate(timeout=60)[0]
         other.shutdown()
-    assert (start.returncode, "ended while it started" in said, "Ready" in said) == (1, True, False), said
+    assert (start.returncode, "ended during its start" in said, "Ready" in said) == (1, True, False), said
 
 
 def test_an_app_that_is_not_ready_in_time_goes_on(service: Service) -> None:
@@ -250,14 +251,14 @@ def test_an_app_that_is_not_ready_in_time_goes_on(service: Service) -> None:
     assert code == 1
     assert "not ready after 1 s" in output
     assert runs(service.pid)
-    assert "Not ready yet" in service.localize("status")
+    assert "The app is not ready" in service.localize("status")
     service.localize("stop")
 
 
 def test_an_app_that_does_not_end_in_time_is_ended_by_a_second_stop(service: Service) -> None:
     pid = service.start("--stubborn")["pid"]
     code, output = service.call("stop", STOP_TIMEOUT="1")
-    assert (code, f"{pid} still runs after 1 s" in output, f"if it hangs: kill -9 {pid}" in output) == (1, True, True)
+    assert (code, f"{pid} still runs after 1 s" in output, f"If it hangs: kill -9 {pid}" in output) == (1, True, True)
     assert runs(pid)
     service.localize("stop")
     assert not runs(pid)
@@ -268,9 +269,8 @@ def test_another_process_with_the_same_number_is_left_alone(service: Service) ->
     service.localize("stop")
     innocent = subprocess.Popen(["sleep", "60"])
     try:
-        record = [str(innocent.pid), "12345", "", "/", "0"]
-        (service.run_dir / f"{service.port}.run").write_text("\0".join(record) + "\0")
-        assert "Nothing" in service.localize("stop")
+        write_record(service.run_dir, service.port, innocent.pid)
+        assert "No app of this script" in service.localize("stop")
         assert service.call("status")[0] == 3
         assert innocent.poll() is None
     finally:
@@ -360,7 +360,7 @@ def test_the_real_app_starts_answers_starts_again_and_stops(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "written", [b"", b"word", b"\0" * 9, b"1\0a\0\0/\09\0", b"1\0a\0\0/\0000\0HOST\0cut", None], ids=repr
+    "written", [b"", b"word", b"\0" * 9, b"5", b'{"pid": 1}', b'{"pid": 1, "born": "cut', None], ids=repr
 )
 def test_a_damaged_record_is_told_and_counts_as_none(service: Service, written: bytes | None) -> None:
     record = service.run_dir / f"{service.port}.run"

@@ -99,7 +99,7 @@ class TestGPU:
         project.nvidia_smi(GPUS)
         code, output = project.run()
         assert code == 0
-        assert "GPU: 1 (NVIDIA B) has the most free memory, 40123 MiB" in output
+        assert "GPU: 1 (NVIDIA B), 40123 MiB free; most free memory of: 0 1 2" in output
         assert app_line(output)["cuda"] == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
 
     def test_the_one_asked_for(self, project: Project) -> None:
@@ -138,8 +138,8 @@ class TestGPU:
         [
             ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "version mismatch"),
             ("echo", "lists none"),
-            (None, "nvidia-smi is not here"),
-            ("trap '' TERM; while :; do :; done", "does not answer within 0.3 s"),
+            (None, "nvidia-smi is not installed"),
+            ("trap '' TERM; while :; do :; done", "does not respond within 0.3 s"),
         ],
     )
     def test_none_is_no_obstacle(self, project: Project, patience: None, nvidia_smi: str | None, reason: str) -> None:
@@ -196,10 +196,10 @@ class TestDriver:
         fresh.nvidia_smi('echo "0, 1000, 470.1, NVIDIA A"')
         (torch / "version.py").write_text("cuda = '12.8'\n")
         said = fresh.refuse("--check", VENV_DIR=str(theirs))
-        assert f"install it into {theirs}" in said
+        assert f"install another torch into {theirs}" in said
         (torch / "version.py").write_text("cuda = None\n")
         said += fresh.run("--check", VENV_DIR=str(theirs))[1]
-        assert "install another torch into it" in said
+        assert f"To use it, install another torch into {theirs}" in said
         assert f"remove {theirs}" not in said
 
     def test_a_torch_that_cannot_use_it(self, project: Project, torch: Path) -> None:
@@ -239,7 +239,7 @@ class TestModels:
     def test_the_id_of_a_hub(self, project: Project) -> None:
         code, output = project.run("--model-path", "stepfun-ai")
         assert code == 0, output
-        assert "taken as the id of a hub" in output
+        assert "used as the id of a hub" in output
         assert "stepfun-ai" in app_line(output)["argv"]
         assert "is no folder" in project.refuse("--model-path", "stepfun-ai", "--model-source", "local")
 
@@ -263,7 +263,7 @@ class TestPort:
             port = server.getsockname()[1]
             said = fresh.refuse("--port", str(port))
         assert not (fresh.folder / ".venv").exists(), "it is said before the install, not after it"
-        assert f"Port {port} on 127.0.0.1 is in use" in said
+        assert f"port {port}: it is in use" in said
         assert "--port" in said
         if shutil.which("ss") or shutil.which("lsof"):
             assert f"by pid {os.getpid()}" in said
@@ -272,7 +272,7 @@ class TestPort:
         path = hide_programs({"ps", "nvidia-smi", "docker"}, tmp_path)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-            assert f"Port {port} on 127.0.0.1 is in use" in project.refuse(PORT=str(port), PATH=path)
+            assert f"port {port}: it is in use" in project.refuse(PORT=str(port), PATH=path)
 
     def test_an_address_of_another_machine(self, project: Project) -> None:
         assert "Cannot listen on HOST '192.0.2.1'" in project.refuse(HOST="192.0.2.1")
@@ -357,7 +357,7 @@ def test_no_environment_is_made_in_a_checkout(fresh: Project, tmp_path: Path) ->
     checkout.mkdir()
     said = fresh.refuse("--check", STEP_AUDIO_ROOT=str(checkout), VENV_DIR=str(checkout / ".venv"))
     assert "has no tts.py" in said
-    assert "nothing is made in a checkout" in said
+    assert "creates none in a checkout" in said
     assert not list(checkout.iterdir())
 
 
@@ -367,8 +367,8 @@ def test_check_says_the_plan_and_does_nothing(fresh: Project) -> None:
     code, output = fresh.run("--check", "--tmp-dir", "a b")
     assert code == 0
     assert "GPU: 1" in output
-    assert f"{fresh.folder}/.venv is made with" in output
-    assert "app.py --enable-gpu-management --tmp-dir a\\ b" in output
+    assert f"{fresh.folder}/.venv will be created with" in output
+    assert "app.py --enable-gpu-management --tmp-dir 'a b'" in output
     assert "APP" not in output
     assert "background" not in output
     code, output = fresh.run("--check", "--detach", PORT="7999")

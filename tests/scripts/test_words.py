@@ -20,7 +20,7 @@ WATCH = """
 import sys
 from pathlib import Path
 from residency.launch import environment
-environment.TELL_EVERY_S = environment.REWRITE_EVERY_S = 0.3
+environment.REPORT_EVERY_S = environment.REWRITE_EVERY_S = 0.3
 sys.exit(environment.watched("torch", Path(sys.argv[1]), ["bash", "-c", sys.argv[2]]))
 """
 
@@ -132,7 +132,7 @@ def test_an_install_is_watched(tmp_path: Path) -> None:
     """pip unpacks without a word, here because it is held up."""
     project = Project(tmp_path / "project", tmp_path / "bin")
     module = project.package / "launch" / "environment.py"
-    module.write_text(module.read_text().replace("TELL_EVERY_S = 10.0", "TELL_EVERY_S = 0.3"))
+    module.write_text(module.read_text().replace("REPORT_EVERY_S = 10.0", "REPORT_EVERY_S = 0.3"))
     late = tmp_path / "late"
     late.mkdir()
     (late / "sitecustomize.py").write_text(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from residency.memory import checksum, weights_mirror
 from residency.memory.discovery import discover
-from residency.memory.mirror_layout import lay_out
+from residency.memory.mirror import lay_out
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -96,7 +96,7 @@ def small_layout(span_bytes: int, group_bytes: int, multilinear: bool = False) -
         if multilinear:
             patch.setattr(checksum, "SPAN_BYTES", span_bytes)
             on_cpu = torch.device("cpu")
-            patch.setattr(weights_mirror, "fingerprints", lambda raws, n: checksum.multilinear(raws, n, on_cpu))
+            patch.setattr(weights_mirror, "checksums", lambda raws, n: checksum.multilinear(raws, n, on_cpu))
         yield
 
 

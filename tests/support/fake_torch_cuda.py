@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from residency.devices import capture
+from residency.devices import cuda
 
 
 class FakeCuda:
@@ -37,8 +37,8 @@ class FakeCuda:
         }  # fmt: skip
         for name, value in replaced.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(capture, "_cudart", lambda: self)
-        capture._streams.cache_clear()
+        monkeypatch.setattr(cuda, "_cudart", lambda: self)
+        cuda._streams.cache_clear()
 
     def log(self, call: str) -> None:
         self.calls.append((call, self.current))

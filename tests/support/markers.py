@@ -21,13 +21,17 @@ STARTERS = (
 
 #: Slow for other reasons: computing engines, other processes, many random cases.
 SLOW = (
-    "test_gpu_management.py", "tests/benchmarks", "tests/engines/test_asr.py", "tests/engines/test_builtin.py",
-    "tests/engines/test_edits.py", "tests/engines/test_voice.py", "tests/gpu", "tests/memory/test_every_use.py",
-    "tests/memory/test_snapshot_disk.py", "tests/memory/test_weights.py", "tests/scenarios", "tests/scripts",
-    "tests/app", "tests/test_documents.py", "tests/test_examples.py", "tests/scheduling/test_fault_injection.py",
-    "tests/scheduling/test_interleavings.py", "tests/scheduling/test_interrupts.py",
-    "tests/scheduling/test_state_machine.py", "tests/upstream", "tests/web/test_subpath.py",
+    "test_gpu_management.py", "tests/app", "tests/benchmarks", "tests/browser", "tests/engines/test_asr.py",
+    "tests/engines/test_builtin.py", "tests/engines/test_edits.py", "tests/engines/test_voice.py", "tests/gpu",
+    "tests/memory/test_every_use.py", "tests/memory/test_snapshot_disk.py", "tests/memory/test_weights.py",
+    "tests/scenarios", "tests/scheduling/test_fault_injection.py", "tests/scheduling/test_interleavings.py",
+    "tests/scheduling/test_interrupts.py", "tests/scheduling/test_state_machine.py", "tests/scripts",
+    "tests/test_documents.py", "tests/test_examples.py", "tests/upstream", "tests/web/test_subpath.py",
 )  # fmt: skip
+
+
+def is_slow(path: Path) -> bool:
+    return any(path.is_relative_to(ROOT / place) for place in SLOW)
 
 
 def marks_of(path: Path, module: ModuleType, fixtures: Iterable[str]) -> set[str]:
@@ -37,6 +41,6 @@ def marks_of(path: Path, module: ModuleType, fixtures: Iterable[str]) -> set[str
         marks |= {"browser", "app", "slow"}
     if any(value is starter for value in vars(module).values() for starter in STARTERS):
         marks |= {"app", "slow"}
-    if any(path.is_relative_to(ROOT / place) for place in SLOW):
+    if is_slow(path):
         marks.add("slow")
     return marks

@@ -77,9 +77,6 @@ def main(argv):
     return 0
 """
 
-# Replaces residency.launch.settings: the app below accepts any argument.
-PARSER = "def parse(argv): pass\n"
-
 
 class Project:
     """A folder with the real script, a stub app, and an environment shared by all runs."""
@@ -98,14 +95,15 @@ class Project:
                 copy = self.package / file.relative_to(ROOT / "residency")
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, copy)
-        (self.package / "launch" / "settings.py").write_text(PARSER)
+        self._parser = self.package / "launch" / "settings.py"
+        self._parser.write_text(self._parser.read_text().replace("parse_args(argv)", "parse_known_args(argv)[0]"))
         (folder / "app.py").write_text(APP)
         (self.package / "launch" / "command_line.py").write_text(SHELL_COMMAND)
         self.requirements.write_text("")
 
     def take_the_real_parser(self) -> None:
-        """Accepts only the arguments of the real app from now on."""
-        shutil.copy(ROOT / "residency" / "launch" / "settings.py", self.package / "launch")
+        """Accepts only the arguments of the real app from now on, not also those of the stub app."""
+        shutil.copy(ROOT / "residency" / "launch" / "settings.py", self._parser)
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS | OTHERS}
@@ -212,6 +210,12 @@ class Service(Caller):
     @property
     def pid(self) -> int:
         return int((self.run_dir / f"{self.port}.pid").read_text())
+
+
+def write_record(run_dir: Path, port: str, pid: int) -> None:
+    """Writes the record of an app whose pid now belongs to another process, or to none."""
+    record = {"pid": pid, "born": "12345", "log": "", "folder": "/", "arguments": [], "settings": {}}
+    (run_dir / f"{port}.run").write_text(json.dumps(record))
 
 
 def runs(pid: int) -> bool:

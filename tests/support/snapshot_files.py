@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from residency.errors import SnapshotUnusable
-from residency.memory.checksum import hash_of
+from residency.memory.checksum import host_checksum
 from residency.memory.snapshot import SnapshotFolder
 
 RANGES = [(0, 1000), (1000, 1001), (1001, 5000), (5000, 10_000)]
@@ -19,7 +19,7 @@ class Content:
 
     def __init__(self, seed: int = 0) -> None:
         self.raw = torch.randint(0, 256, (10_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-        self.hashes = [hash_of(self.raw[start:stop]) for start, stop in RANGES]
+        self.hashes = [host_checksum(self.raw[start:stop]) for start, stop in RANGES]
         self.target = torch.zeros_like(self.raw)
 
     def write(self, folder: SnapshotFolder, name: str = "tts") -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import app_process
 import pytest
-from markers import ROOT, SLOW, marks_of
+from markers import ROOT, SLOW, is_slow, marks_of
 
 
 @pytest.mark.parametrize("place", SLOW)
@@ -30,3 +30,5 @@ def test_a_test_with_the_browser_fixture_is_marked() -> None:
 
 def test_files_in_a_slow_folder_are_slow() -> None:
     assert marks("tests/scripts/test_new.py") == {"slow"}
+    assert is_slow(ROOT / "tests/scripts/test_new.py")
+    assert not is_slow(ROOT / "tests/web/test_new.py")

@@ -25,8 +25,7 @@ from gpu_manager import (
     State,
 )
 from residency.contracts import Device
-from residency.memory import BorrowedPart as Lent
-from residency.memory import CompositeResident
+from residency.memory import BorrowedPart, CompositeResident
 from residency.scheduling.managed_model import ManagedModel
 
 SIZES = {"tts": 60, "asr": 50, "vad": 10}
@@ -119,13 +118,14 @@ class Part:
         return self.nbytes
 
 
-class Kept:
+class Kept(BorrowedPart):
     """A resident that outlives a release, shared by successive engines of one model."""
 
     nbytes = 5
 
     def __init__(self, world: World) -> None:
         self.world, self.place = world, "host"
+        super().__init__({}, SimulatedDevice(1))
 
     @property
     def device_bytes(self) -> int:
@@ -153,9 +153,10 @@ class Kept:
         return self.nbytes
 
     def hand_back(self) -> None:
-        self.restore()
-        self.world.device.refund(self.device_bytes)
-        self.place = "its owner's"
+        with self.lock:
+            self.restore()
+            self.world.device.refund(self.device_bytes)
+            self.place, self.loan = "its owner's", None
 
 
 def place_of(managed: ManagedModel) -> str:
@@ -223,7 +224,7 @@ class World:
             self.manager.register(name, self.loader(name), load_timeout=load_timeout, size_bytes=size if known else 0)
         if keeps is not None:
             managed = self.manager._managed_models[keeps]
-            managed.borrowed_part, managed.memory.host_bytes = Lent(self.kept), self.kept.host_bytes
+            managed.borrowed_part, managed.memory.host_bytes = self.kept, self.kept.host_bytes
 
     def maybe_fail(self, verb: str) -> None:
         if self.random.random() < self.fault_rate:

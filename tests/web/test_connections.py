@@ -67,7 +67,7 @@ def test_for_one_too_many_the_one_that_has_waited_longest_goes(clock: Clock, unt
     served.look = lambda: None
     clock.now_s = 1
     second.look = lambda: Awaited.BODY
-    some.note(second)
+    second.note()
     admitted(some, until_done)
     assert [is_ended(each.socket) for each in (served, first, second)] == [False, True, False]
     assert len(some) == 3
@@ -88,7 +88,7 @@ def test_who_is_waited_for_too_long_is_ended(clock: Clock, until_done: ExitStack
     some = Connections(9, clock)
     one = admitted(some, until_done)
     one.look = lambda: awaited
-    some.note(one)
+    one.note()
     clock.now_s = WITHIN_S[awaited]
     some.end_overdue()
     assert not is_ended(one.socket)
@@ -115,7 +115,7 @@ def test_a_body_may_be_slow_and_may_not_trickle(
     one.look = lambda: Awaited.BODY
     for second in range(16_000):  # near to the end of which the fastest of those that trickle is found out
         clock.now_s = second
-        some.note(one, int(bytes_per_s))
+        one.note(int(bytes_per_s))
         some.end_overdue()
     assert is_ended(one.socket) is ends
 
@@ -125,7 +125,7 @@ def test_who_goes_on_after_an_answer_has_all_the_time_again(clock: Clock, until_
     one = admitted(some, until_done)
     for _ in range(10):
         clock.now_s += WITHIN_S[Awaited.HEADERS]
-        some.note(one, anew=True)
+        one.note(anew=True)
         some.end_overdue()
     assert not is_ended(one.socket)
 

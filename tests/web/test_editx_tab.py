@@ -19,8 +19,7 @@ from residency.cancellation import checkpoint
 from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.shared.language import Localize, en, zh
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
-from residency.web.speech.task_names import choices
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES, choices
 
 
 @pytest.fixture
@@ -74,6 +73,16 @@ def test_clone_answers_text_and_players_of_input_and_output(session: Session, en
     audio, sample_rate = soundfile.read(session.results[0][0])
     assert (len(audio), sample_rate) == (2400, 24000)
     assert session.message == ""
+
+
+@pytest.mark.parametrize("ask", ["clone", "edit"])
+def test_a_request_checks_its_recording_once(session: Session, monkeypatch: pytest.MonkeyPatch, ask: str) -> None:
+    incoming, checked = session.tab.speech.incoming, list[str | None]()
+    readable = incoming.readable
+    monkeypatch.setattr(incoming, "readable", lambda path: (checked.append(path), readable(path))[1])
+    getattr(session, ask)()
+    assert session.message == ""
+    assert checked == [session.recording]
 
 
 def test_edits_stack_on_the_latest_result_and_leave_no_other_files(session: Session, engine: Any, folder: Path) -> None:
@@ -235,7 +244,7 @@ class TestStopping:
         before, chat = list(session.results), session.chat
         speak = engine._speak
         monkeypatch.setattr(
-            engine, "_speak", lambda *asked: (session.tab._requests.stop(session.state), speak(*asked))[1]
+            engine, "_speak", lambda *asked: (session.tab.page_requests.stop(session.state), speak(*asked))[1]
         )
         getattr(session, ask)()
         assert "was stopped" in session.message
@@ -257,7 +266,7 @@ class TestStopping:
             return speak(*asked)
 
         monkeypatch.setattr(engine, "_speak", step_by_step)
-        assert "cleared or begun anew" in session.clone().message
+        assert "cleared or replaced" in session.clone().message
         assert not ended, "the engine went on"
 
     def test_only_the_requests_of_its_session_are_stopped(
@@ -265,7 +274,7 @@ class TestStopping:
     ) -> None:
         mine, theirs = Session(tab, recording), Session(tab, recording)
         speak = engine._speak
-        monkeypatch.setattr(engine, "_speak", lambda *asked: (tab._requests.stop(theirs.state), speak(*asked))[1])
+        monkeypatch.setattr(engine, "_speak", lambda *asked: (tab.page_requests.stop(theirs.state), speak(*asked))[1])
         assert mine.clone().message == ""
 
 
@@ -305,7 +314,7 @@ class TestOvertaken:
         session.clone()
         meanwhile(lambda: session.tab.clear_history(session.state), error)
         getattr(session, late)()
-        assert "cleared or begun anew" in session.message
+        assert "cleared or replaced" in session.message
         assert session.state == {**session.tab.init_state(), "message": session.message}
         assert not list(folder.iterdir())
         assert session.edit().message == ""
@@ -317,7 +326,7 @@ class TestOvertaken:
         session.clone(target="old")
         meanwhile(lambda: session.clone(target="new"))
         session.edit()
-        assert "cleared or begun anew" in session.message
+        assert "cleared or replaced" in session.message
         assert [says for _, says in session.results] == ["new"]
         assert list(folder.iterdir()) == [Path(session.results[0][0])]
 
@@ -353,9 +362,9 @@ def test_a_recording_of_many_channels_is_refused_however_short(
     speech = EditxTab(Namespace(tmp_dir=str(folder), max_audio=2.0, max_text=100), tts_engine=engine).speech
     if refused:
         with pytest.raises(InvalidInput, match=refused):
-            speech.clone(str(tmp_path / "many.flac"), "said", "to say")
+            speech.incoming.readable(str(tmp_path / "many.flac"))
     else:
-        assert speech.clone(str(tmp_path / "many.flac"), "said", "to say")
+        assert speech.clone(speech.incoming.readable(str(tmp_path / "many.flac")), "said", "to say")
 
 
 def test_sessions_do_not_see_each_other(tab: EditxTab, recording: str) -> None:
@@ -427,8 +436,8 @@ def intent_events(tab: EditxTab) -> tuple[set[tuple[str, str]], bool]:
     with gr.Blocks() as blocks:
         tab.register_components()
         tab.register_events()
-    assert tab.intent
-    functions = [function for function in blocks.fns.values() if function.fn == tab.intent.show]
+    assert tab.prewarm
+    functions = [function for function in blocks.fns.values() if function.fn == tab.prewarm.show]
     # Keys press a hidden button in the browser, so that not each of them is a request.
     typing = [function for function in blocks.fns.values() if "#prewarm" in str(function.js)]
     every = [target for function in functions + typing for target in function.targets]
@@ -456,19 +465,18 @@ def listening(folder: Path, recognize: Any) -> EditxTab:
 
 def test_what_is_said_is_written_only_where_no_text_is(folder: Path, recording: str) -> None:
     tab = listening(folder, lambda path: f" heard {Path(path).name} ")
-    assert tab.transcription.transcribe(recording, "") == ("heard prompt.wav", "")
-    assert tab.transcription.transcribe(recording, "  ") == ("heard prompt.wav", "")
-    assert tab.transcription.transcribe(recording, "mine") == ("", "")
-    assert tab.transcription.transcribe(None, "") == ("", "")
+    texts = [last_heard(tab, recording, prompt)[0]["text"] for prompt in ("", "  ", "mine")]
+    assert texts == ["heard prompt.wav", "heard prompt.wav", ""]
+    assert last_heard(tab, None) == [gr.skip(), gr.skip()]
 
 
 def test_a_recognizer_that_fails_becomes_a_message(folder: Path, recording: str) -> None:
     def fail(path: str) -> str:
         raise InvalidInput("no <model>", "没有模型")
 
-    text, message = listening(folder, fail).transcription.transcribe(recording, "")
-    assert text == ""
-    assert "no &lt;model&gt; / 没有模型" in message
+    heard, _ = last_heard(listening(folder, fail), recording)
+    assert heard["text"] == ""
+    assert "no &lt;model&gt; / 没有模型" in heard["message"]
 
 
 def test_listening_to_a_recording_leaves_the_message_about_it(folder: Path, recording: str) -> None:
@@ -481,9 +489,9 @@ def test_listening_to_a_recording_leaves_the_message_about_it(folder: Path, reco
     assert last_heard(tab, recording) == [heard, ""]
 
 
-def last_heard(tab: EditxTab, recording: str) -> list[Any]:
+def last_heard(tab: EditxTab, recording: str | None, prompt: str = "") -> list[Any]:
     async def last() -> list[Any]:
-        return [shown async for shown in tab.transcription.hear(recording, "")][-1]
+        return [shown async for shown in tab.transcription.transcribe(recording, prompt)][-1]
 
     return asyncio.run(last())
 
@@ -497,4 +505,4 @@ def test_without_a_recognizer_nothing_is_transcribed(tab: EditxTab, recording: s
 def test_after_the_end_has_begun_nothing_is_transcribed(folder: Path, recording: str) -> None:
     tab = listening(folder, lambda path: "heard")
     tab.speech.close()
-    assert "shutting down" in tab.transcription.transcribe(recording, "")[1]
+    assert "shutting down" in last_heard(tab, recording)[0]["message"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -38,8 +39,7 @@ def listeners(manager: GPUResourceManager) -> int:
 def test_the_status_comes_first_and_then_every_move_in_order(manager: GPUResourceManager) -> None:
     async def listen() -> list[tuple[str, Any]]:
         moves = event_stream.Moves(manager)
-        with moves.place():
-            messages = moves.listen(status)
+        with moves.listen(status) as messages:
             heard = [said(await anext(messages))]
             await asyncio.to_thread(use, manager)
             while len([kind for kind, _ in heard if kind == "done"]) < 2:
@@ -65,8 +65,7 @@ def test_one_who_is_too_slow_is_sent_away(manager: GPUResourceManager, monkeypat
 
     async def listen() -> int:
         moves = event_stream.Moves(manager)
-        with moves.place():
-            messages = moves.listen(status)
+        with moves.listen(status) as messages:
             await anext(messages)
             loop, told = asyncio.get_running_loop(), asyncio.Event()
             # Called after the other listener, for each event.
@@ -83,12 +82,11 @@ def test_one_who_is_too_slow_is_sent_away(manager: GPUResourceManager, monkeypat
 
 
 def test_somebody_who_hears_nothing_is_told_that_the_line_stands(manager: GPUResourceManager, monkeypatch: Any) -> None:
-    monkeypatch.setattr(event_stream, "STILL_HERE_S", 0)
+    monkeypatch.setattr(event_stream, "KEEP_ALIVE_S", 0)
 
     async def listen() -> str:
         moves = event_stream.Moves(manager)
-        with moves.place():
-            messages = moves.listen(status)
+        with moves.listen(status) as messages:
             await anext(messages)
             return await anext(messages)
 
@@ -98,10 +96,10 @@ def test_somebody_who_hears_nothing_is_told_that_the_line_stands(manager: GPURes
 def test_one_more_than_may_listen_is_refused_until_one_leaves(manager: GPUResourceManager) -> None:
     async def come_and_go() -> None:
         moves = event_stream.Moves(manager, most=2)
-        with moves.place():
-            with moves.place(), pytest.raises(TooManyListeners), moves.place():
+        with moves.listen(status):
+            with moves.listen(status), pytest.raises(TooManyListeners), moves.listen(status):
                 pass
-            with moves.place():
+            with moves.listen(status):
                 assert listeners(manager) == 1, "one subscription serves all"
         assert listeners(manager) == 0
 
@@ -113,8 +111,8 @@ def test_all_listeners_read_the_same_message(manager: GPUResourceManager) -> Non
 
     async def listen() -> list[str]:
         moves = event_stream.Moves(manager)
-        with moves.place():
-            everybody = [moves.listen(status) for _ in range(3)]
+        with ExitStack() as until_done:
+            everybody = [until_done.enter_context(moves.listen(status)) for _ in range(3)]
             for each in everybody:
                 await anext(each)
             await asyncio.to_thread(use, manager)
@@ -130,11 +128,10 @@ def test_progress_is_left_out_for_who_is_behind(manager: GPUResourceManager, mon
 
     async def listen() -> list[str]:
         moves = event_stream.Moves(manager)
-        with moves.place():
-            messages = moves.listen(status)
+        with moves.listen(status) as messages:
             await anext(messages)
             for what in ("began", "progress", "progress", "progress", "done"):
-                moves._tell(SimpleNamespace(what=what))
+                moves._send(SimpleNamespace(what=what))
             return [said(await anext(messages))[0] for _ in range(4)]
 
     assert asyncio.run(listen()) == ["began", "progress", "progress", "done"]

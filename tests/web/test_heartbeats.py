@@ -22,8 +22,8 @@ class Loop:
         self._waiting.append((self.now_s + delay_s, lambda: function(*arguments), cancelled))
         return Loop.Handle(cancelled, self.now_s + delay_s)
 
-    def run_in_executor(self, executor: None, function: Callable[..., object], *arguments: object) -> None:
-        function(*arguments)
+    def run_in_executor(self, executor: None, function: Callable[..., object], *arguments: object) -> Loop.Done:
+        return Loop.Done(function(*arguments))
 
     def advance(self, seconds: float) -> None:
         self.now_s += seconds
@@ -32,6 +32,21 @@ class Loop:
         for _, act, cancelled in due:
             if not cancelled:
                 act()
+
+    class Done:
+        """A future that is done."""
+
+        def __init__(self, result: object) -> None:
+            self._result = result
+
+        def add_done_callback(self, callback: Callable[[Loop.Done], object]) -> None:
+            callback(self)
+
+        def cancelled(self) -> bool:
+            return False
+
+        def result(self) -> object:
+            return self._result
 
     class Handle:
         def __init__(self, cancelled: list[bool], when_s: float) -> None:
@@ -68,7 +83,7 @@ def ended(told: list[tuple[str, str]]) -> list[str]:
 
 
 def test_who_holds_a_line_is_there_for_as_long(presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]) -> None:
-    with presence.line("anna"):
+    with presence.stream("anna"):
         loop.advance(1000)
         assert told == [("begins", "anna")]
     loop.advance(59)
@@ -80,10 +95,10 @@ def test_who_holds_a_line_is_there_for_as_long(presence: Heartbeats, loop: Loop,
 def test_who_takes_the_line_up_again_was_never_away(
     presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]
 ) -> None:
-    with presence.line("anna"):
+    with presence.stream("anna"):
         pass
     loop.advance(59)
-    with presence.line("anna"):
+    with presence.stream("anna"):
         loop.advance(1000)
     assert ended(told) == []
 
@@ -91,11 +106,11 @@ def test_who_takes_the_line_up_again_was_never_away(
 def test_a_line_that_was_cut_and_never_taken_up_again_is_no_end_while_something_is_heard(
     presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]
 ) -> None:
-    with presence.line("anna"), presence.line("bert"):
+    with presence.stream("anna"), presence.stream("bert"):
         pass
     for _ in range(10):
         loop.advance(59)
-        presence.heard_of("anna")
+        presence.beat("anna")
     assert ended(told) == ["bert"]
     loop.advance(60)
     assert ended(told) == ["bert", "anna"]
@@ -104,8 +119,8 @@ def test_a_line_that_was_cut_and_never_taken_up_again_is_no_end_while_something_
 def test_the_end_of_one_of_two_lines_is_no_end_and_is_corrected(
     presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]
 ) -> None:
-    with presence.line("anna"):
-        with presence.line("anna"):
+    with presence.stream("anna"):
+        with presence.stream("anna"):
             told.clear()
         assert told == [("begins", "anna")], "Gradio has taken it for gone"
         loop.advance(1000)
@@ -113,9 +128,9 @@ def test_the_end_of_one_of_two_lines_is_no_end_and_is_corrected(
 
 
 def test_who_comes_back_begins_again(presence: Heartbeats, loop: Loop, told: list[tuple[str, str]]) -> None:
-    presence.heard_of("anna")
+    presence.beat("anna")
     loop.advance(60)
-    presence.heard_of("anna")
+    presence.beat("anna")
     assert told == [("begins", "anna"), ("ends", "anna"), ("begins", "anna")]
     loop.advance(60)
     assert ended(told) == ["anna", "anna"]
@@ -125,9 +140,9 @@ def test_of_too_many_who_are_silent_the_one_silent_for_longest_has_ended(
     presence: Heartbeats, loop: Loop, told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence_module, "_SILENT_AT_MOST", 2)
-    with presence.line("holds a line"):
+    with presence.stream("holds a line"):
         for session in ("anna", "bert", "anna", "carl"):
-            presence.heard_of(session)
+            presence.beat(session)
         assert ended(told) == ["bert"]
         assert [session in presence for session in ("anna", "bert", "carl", "holds a line")] == [
             True,
@@ -139,12 +154,23 @@ def test_of_too_many_who_are_silent_the_one_silent_for_longest_has_ended(
         assert ended(told) == ["bert", "anna", "carl"]
 
 
+def test_a_session_of_which_requests_still_wait_is_asked_about_again(loop: Loop) -> None:
+    asked: list[float] = []
+    presence = Heartbeats(lambda session: None, lambda session: bool(asked.append(loop.now_s)) or len(asked) < 3, 20)
+    with presence.stream("anna"):
+        loop.advance(100)
+    for _ in range(5):
+        loop.advance(20)
+    assert asked == [120, 140, 160]
+    assert "anna" not in presence
+
+
 def test_silent_sessions_are_told_with_the_longest_silent_first(presence: Heartbeats, loop: Loop) -> None:
-    presence.heard_of("first")
-    presence.heard_of("second")
+    presence.beat("first")
+    presence.beat("second")
     loop.advance(10)
-    presence.heard_of("first")
-    with presence.line("connected"):
+    presence.beat("first")
+    with presence.stream("connected"):
         loop.advance(20)
         assert presence.silent(20) == ["second", "first"]
         assert presence.silent(21) == ["second"]

@@ -46,7 +46,7 @@ def begun() -> list[str]:
 def traffic(uploads: threading.Semaphore, begun: list[str], tmp_path: Path) -> RequestMiddleware:
     presence = Heartbeats(begun.append, lambda session: None)
     return RequestMiddleware(
-        str(tmp_path),
+        tmp_path,
         presence,
         uploads.release,
         largest_upload_bytes=1 << 20,
@@ -89,7 +89,7 @@ def test_answers_on_their_way_are_waited_for(
 
 
 def test_who_hangs_up_and_does_not_call_again_is_reported(
-    client: TestClient, traffic: RequestMiddleware, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, traffic: RequestMiddleware, gate: Gate
 ) -> None:
     gone, asked = Queue[str](), list[str]()
 
@@ -100,10 +100,10 @@ def test_who_hangs_up_and_does_not_call_again_is_reported(
         gone.put(session)
         return False
 
-    traffic._answers_end = still_waits
-    monkeypatch.setattr(traffic_module, "_LINE_CUT_S", 0)
+    traffic.answers_end = still_waits
+    traffic._result_streams._timeout_s = 0
     lines = [Worker(client.get, f"/gradio_api/queue/data?session_hash={name}") for name in ("anna", "anna", "bert")]
-    assert wait_until(lambda: traffic._lines == {"anna": 2, "bert": 1})
+    assert wait_until(lambda: traffic._result_streams._streams == {"anna": 2, "bert": 1})
     gate.open()
     for line in lines:
         line.result()
@@ -112,30 +112,21 @@ def test_who_hangs_up_and_does_not_call_again_is_reported(
     assert gone.empty()
     assert asked.count("bert") == 3
     assert asked.count("anna") == 1
-    assert wait_until(lambda: not traffic._lines and not traffic._silent)
+    assert wait_until(lambda: not traffic._result_streams._streams and not traffic._result_streams._silent)
 
 
 def test_a_short_cut_is_no_end_however_long_ago_the_last_answer_was(
-    client: TestClient, traffic: RequestMiddleware, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, traffic: RequestMiddleware, gate: Gate
 ) -> None:
     """The time counts from the last cut, and not from an earlier one."""
-    gone, silences = list[str](), list[threading.Event]()
-    traffic._answers_end = lambda session, for_s: bool(gone.append(session))
-    monkeypatch.setattr(traffic_module.asyncio, "sleep", lambda s: _until_told(silences))
     gate.open()
-    for number in (1, 2):
+    ends: list[float] = []
+    for _ in range(2):
         client.get("/gradio_api/queue/data?session_hash=anna")
-        assert wait_until(lambda number=number: len(silences) == number)
-    silences[0].set()
-    client.get("/gradio_api/file=/a.wav")
-    assert not gone
-    silences[1].set()
-    assert wait_until(lambda: gone == ["anna"])
-
-
-async def _until_told(silences: list[threading.Event]) -> None:
-    silences.append(threading.Event())
-    await to_thread.run_sync(silences[-1].wait)
+        assert wait_until(lambda: not traffic._result_streams._streams)
+        (end,) = traffic._result_streams._silent.values()
+        ends.append(end.when())
+    assert ends[0] < ends[1]
 
 
 def test_who_has_just_had_an_answer_may_come_for_its_recording(
@@ -197,7 +188,7 @@ class TestUploads:
             asked.append(most_bytes)
             raise DiskFull
 
-        traffic._reserved = refuse
+        traffic.reserved = refuse
         answer = client.post("/gradio_api/upload", content=b"x")
         assert answer.status_code == 507
         assert "--max-disk" in answer.text

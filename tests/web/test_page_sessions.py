@@ -10,16 +10,17 @@ from residency.web.ui.chat_history import new_state
 from residency.web.ui.messages import MessagePlaces
 from residency.web.ui.page_requests import PageRequests
 from residency.web.ui.page_sessions import PageSessions
-from residency.web.ui.waiting import WaitMessages
+from residency.web.ui.waiting import WaitingRequests
 
 
 def test_of_too_many_visits_the_one_not_heard_of_for_longest_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_AT_MOST", 2)
-    visits = PageSessions(PageRequests(), Recordings(tmp_path), WaitMessages(None), MessagePlaces())
+    places = MessagePlaces()
+    visits = PageSessions(PageRequests(places), Recordings(tmp_path), WaitingRequests(None), places)
     for whose in ("anna", "bert", "carl"):
         monkeypatch.setattr(module, "session", lambda whose=whose: whose)
-        visits._come(None, None, new_state())
-        assert visits.know("anna"), "its page says that it is there"
-    assert [visits.know(whose) for whose in ("anna", "bert", "carl")] == [True, False, True]
+        visits._start(None, None, new_state())
+        assert visits.knows("anna"), "its page says that it is there"
+    assert [visits.knows(whose) for whose in ("anna", "bert", "carl")] == [True, False, True]

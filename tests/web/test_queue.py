@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from app_process import wait_until
 from fakes import Gate, Worker
 
 from residency.cancellation import Cancellation, cancelled_by
@@ -12,58 +13,54 @@ from residency.errors import ManagerClosed, RequestCancelled, RequestStopped
 from residency.web.shared.language import en
 from residency.web.speech.queue import SpeechQueue
 from residency.web.ui import waiting as waiting_module
-from residency.web.ui.waiting import WaitMessages
+from residency.web.ui.waiting import WaitingRequests
 
 
 @pytest.fixture
-def turns() -> SpeechQueue:
+def queue() -> SpeechQueue:
     return SpeechQueue("tts")
 
 
 class Asker:
-    """Asks in a thread of its own, and remembers what it was told."""
+    """Asks in a thread of its own."""
 
-    def __init__(self, turns: SpeechQueue, waiting: WaitMessages, stopped: bool = False) -> None:
-        self.gate, self.told, self.cancellation = Gate(), list[str](), Cancellation()
+    def __init__(self, queue: SpeechQueue, waiting: WaitingRequests, stopped: bool = False) -> None:
+        self.gate, self.cancellation, self._watched = Gate(), Cancellation(), threading.Event()
         if stopped:
             self.cancellation.cancel()
-        self._news = threading.Condition()
-        self._turns, self._waiting = turns, waiting
+        self._queue, self._waiting = queue, waiting
         self.worker = Worker(self._ask)
+        assert self._watched.wait(30)
 
     def _ask(self) -> None:
-        with cancelled_by(self.cancellation), self._waiting.told("tts", self._tell), self._turns.take():
-            self.gate.pass_through()
+        with cancelled_by(self.cancellation), self._waiting.watched("tts") as self.progress:
+            self._watched.set()
+            with self._queue.reserved():
+                self.gate.pass_through()
 
-    def _tell(self, share: float, sentence: str) -> None:
-        with self._news:
-            self.told.append(sentence)
-            self._news.notify_all()
-
-    def await_told(self, words: str) -> None:
-        with self._news:
-            assert self._news.wait_for(lambda: any(words in told for told in self.told), 30), self.told
+    def reads(self, words: str) -> bool:
+        return wait_until(lambda: words in str(self.progress()))
 
 
 @pytest.fixture
-def waiting(turns: SpeechQueue, monkeypatch: pytest.MonkeyPatch) -> WaitMessages:
+def waiting(queue: SpeechQueue, monkeypatch: pytest.MonkeyPatch) -> WaitingRequests:
     monkeypatch.setattr(waiting_module, "localizer", lambda: en)
     monkeypatch.setattr(waiting_module, "session", lambda: threading.current_thread().name)
-    return WaitMessages(turns)
+    return WaitingRequests(queue)
 
 
-def test_each_waits_for_their_turn_and_hears_their_place(turns: SpeechQueue, waiting: WaitMessages) -> None:
-    first = Asker(turns, waiting)
+def test_each_waits_for_their_turn_and_hears_their_place(queue: SpeechQueue, waiting: WaitingRequests) -> None:
+    first = Asker(queue, waiting)
     first.gate.wait_for_arrival()
-    second = Asker(turns, waiting)
-    second.await_told("you are next")
-    third = Asker(turns, waiting)
-    third.await_told("place 2 in the queue")
+    second = Asker(queue, waiting)
+    assert second.reads("you are next")
+    third = Asker(queue, waiting)
+    assert third.reads("place 2 in the queue")
     assert not second.gate.arrived
     first.gate.open()
     second.gate.wait_for_arrival()
-    second.await_told("generating")
-    third.await_told("you are next")
+    assert second.reads("generating")
+    assert third.reads("you are next")
     assert not third.gate.arrived
     for asker in (second, third):
         asker.gate.open()
@@ -71,11 +68,13 @@ def test_each_waits_for_their_turn_and_hears_their_place(turns: SpeechQueue, wai
         asker.worker.result()
 
 
-def test_who_is_stopped_leaves_the_queue_and_who_runs_is_not_touched(turns: SpeechQueue, waiting: WaitMessages) -> None:
-    first = Asker(turns, waiting)
+def test_who_is_stopped_leaves_the_queue_and_who_runs_is_not_touched(
+    queue: SpeechQueue, waiting: WaitingRequests
+) -> None:
+    first = Asker(queue, waiting)
     first.gate.wait_for_arrival()
-    second = Asker(turns, waiting)
-    second.await_told("you are next")
+    second = Asker(queue, waiting)
+    assert second.reads("you are next")
     second.cancellation.cancel()
     with pytest.raises(RequestStopped):
         second.worker.result()
@@ -83,45 +82,45 @@ def test_who_is_stopped_leaves_the_queue_and_who_runs_is_not_touched(turns: Spee
     first.cancellation.cancel()  # for the engine to find
     first.gate.open()
     first.worker.result()
-    with turns.take():
+    with queue.reserved():
         pass
 
 
 def test_who_has_gone_leaves_the_queue(
-    turns: SpeechQueue, waiting: WaitMessages, monkeypatch: pytest.MonkeyPatch
+    queue: SpeechQueue, waiting: WaitingRequests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiting_module, "session", lambda: "gone")
-    with turns.take():
-        asker = Asker(turns, waiting)
-        asker.await_told("you are next")
-        waiting.gone("gone", 0)
+    with queue.reserved():
+        asker = Asker(queue, waiting)
+        assert asker.reads("you are next")
+        waiting.cancel_waiting("gone", 0)
         with pytest.raises(RequestCancelled):
             asker.worker.result()
 
 
-def test_a_request_that_was_stopped_before_it_waits_does_not_wait(turns: SpeechQueue, waiting: WaitMessages) -> None:
-    with turns.take():
-        asker = Asker(turns, waiting, stopped=True)
+def test_a_request_that_was_stopped_before_it_waits_does_not_wait(queue: SpeechQueue, waiting: WaitingRequests) -> None:
+    with queue.reserved():
+        asker = Asker(queue, waiting, stopped=True)
         with pytest.raises(RequestStopped):
             asker.worker.result()
 
 
-def test_the_end_refuses_who_waits_and_who_comes_but_not_who_runs(turns: SpeechQueue, waiting: WaitMessages) -> None:
-    first = Asker(turns, waiting)
+def test_the_end_refuses_who_waits_and_who_comes_but_not_who_runs(queue: SpeechQueue, waiting: WaitingRequests) -> None:
+    first = Asker(queue, waiting)
     first.gate.wait_for_arrival()
-    second = Asker(turns, waiting)
-    second.await_told("you are next")
-    turns.close()
+    second = Asker(queue, waiting)
+    assert second.reads("you are next")
+    queue.close()
     with pytest.raises(ManagerClosed):
         second.worker.result()
-    with pytest.raises(ManagerClosed), turns.take():
+    with pytest.raises(ManagerClosed), queue.reserved():
         pass
     first.gate.open()
     first.worker.result()
 
 
-def test_who_has_the_engine_may_ask_again_meanwhile(turns: SpeechQueue) -> None:
-    with turns.take(), turns.take():
+def test_who_has_the_engine_may_ask_again_meanwhile(queue: SpeechQueue) -> None:
+    with queue.reserved(), queue.reserved():
         pass
-    with turns.take():
+    with queue.reserved():
         pass

@@ -10,6 +10,8 @@ from gpu_manager import CpuDevice, GPUResourceManager, State
 from residency.clock import ManualClock
 from residency.errors import InvalidInput
 from residency.observability.error_classification import in_words
+from residency.states import Place
+from residency.status_types import MoveProgress
 from residency.web.shared.language import both, en, zh
 from residency.web.ui import status_text, views
 
@@ -127,10 +129,13 @@ class TestCourse:
         assert "width:25.0%" in as_html(status)
 
     def test_what_nobody_knows_of_a_move_is_left_out(self) -> None:
-        assert status_text.on_its_way("cuda", "gpu", "thinking", 0, None, 0.0, en) == "To the GPU: thinking"
-        assert status_text.on_its_way("cuda", "cpu", "offloading", 0, 1 << 30, 0.0, en).endswith("offloading · 1 GB")
-        assert status_text.share(5, None) is status_text.share(0, 10) is None
-        assert status_text.share(20, 10) == 1.0
+        def move(phase: str, done: int, total: int | None, to: Place = "gpu") -> MoveProgress:
+            return {"to": to, "phase": phase, "bytes": done, "total_bytes": total, "seconds": 1.0, "bytes_per_s": None}
+
+        assert status_text.moving(move("thinking", 0, None), "cuda", en) == "To the GPU: thinking"
+        assert status_text.moving(move("offloading", 0, 1 << 30, "cpu"), "cuda", en).endswith("offloading · 1 GB")
+        assert status_text.share(move("copying", 5, None)) is status_text.share(move("copying", 0, 10)) is None
+        assert status_text.share(move("copying", 20, 10)) == 1.0
 
     def test_what_a_moving_model_does_is_read_from_the_manager(
         self, manager: GPUResourceManager, workshop: Workshop

@@ -11,15 +11,15 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from residency.web.server.heartbeats import Heartbeats
+from residency.web.server.layers import beneath
 from residency.web.server.middleware import RequestMiddleware
-from residency.web.server.root_path import beneath
 
 
 def client(root_path: str, folder: object = "/nonexistent") -> TestClient:
     async def told(request: Request) -> JSONResponse:
         return JSONResponse([request.scope["path"], request.scope["root_path"]])
 
-    traffic = RequestMiddleware(str(folder), Heartbeats(lambda session: None, lambda session: None))
+    traffic = RequestMiddleware(folder, Heartbeats(lambda session: None, lambda session: None))
     return TestClient(
         Starlette(
             routes=[Route("/{rest:path}", told, methods=["GET", "POST"])],

@@ -6,8 +6,7 @@ import pytest
 
 from residency.engines.builtin import supported_edit_types
 from residency.web.shared.language import both, en, zh
-from residency.web.speech.edit_types import STEP_AUDIO_EDIT_TYPES
-from residency.web.speech.task_names import choices, line, sub_task_name, task_name
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES, choices, line, sub_task_name, task_name
 
 PAIRS = [(task, sub_task) for task, values in STEP_AUDIO_EDIT_TYPES.items() for sub_task in [None, *values]]
 

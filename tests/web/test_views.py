@@ -10,7 +10,7 @@ from gpu_manager import CpuDevice, GPUResourceManager
 from residency.clock import ManualClock
 from residency.web.shared.language import en, zh
 from residency.web.ui import status_text, views
-from residency.web.ui.chart import chart, scale_top
+from residency.web.ui.views import chart, scale_top
 
 GB = 1 << 30
 
@@ -67,12 +67,12 @@ def test_where_no_size_is_known_there_is_no_bar(manager: GPUResourceManager) -> 
 
 
 def test_memory_outside_the_books_has_a_part_of_the_bar(manager: GPUResourceManager) -> None:
-    assert "Held outside the books" not in views.device_html(manager.status(), en)
+    assert "Outside the accounts" not in views.device_html(manager.status(), en)
     status = manager.status()
     status["device"].update(outside_bytes=12 * GB, free_bytes=36 * GB, total_bytes=48 * GB)
     shown = views.device_html(status, en)
     assert "<i data-part='outside' style='width:25.00%'></i>" in shown
-    assert "<span data-part='outside'>Held outside the books 12 GB</span>" in shown
+    assert "<span data-part='outside'>Outside the accounts 12 GB</span>" in shown
     assert "<span data-part='outside'>账外占用 12 GB</span>" in views.device_html(status, zh)
 
 
@@ -91,7 +91,7 @@ def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) ->
     status["models"]["tts"].update(state="cpu", host_bytes=2 * GB, size_bytes=12 * GB)
     shown = views.model_html("tts", status, en)
     assert "Main memory<b>2 GB</b>" in shown
-    assert "Made anew on return<b>10 GB</b>" in shown
+    assert "Rebuilt on return<b>10 GB</b>" in shown
     assert "Of its 12 GB on the device, 10 GB are in the model's files anyway" in shown
     assert "Of its 12 GB on the device" in status_text.as_text(status, en)
     in_chinese = views.model_html("tts", status, zh)
@@ -100,7 +100,7 @@ def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) ->
     for change in ({"host_bytes": 12 * GB}, {"state": "gpu"}, {"state": "released", "host_bytes": 0}):
         status["models"]["tts"].update(state="cpu", host_bytes=2 * GB)
         status["models"]["tts"].update(change)
-        assert "anew" not in views.model_html("tts", status, en)
+        assert "ebuilt" not in views.model_html("tts", status, en)
 
 
 def test_main_memory_shows_what_the_process_takes(manager: GPUResourceManager) -> None:
@@ -183,6 +183,10 @@ class TestPast:
         assert shown.index("data-part='card' />") < shown.index("data-part='model-0' />")
         assert "Used on the card" in shown
         assert "GPU memory, last 15 minutes" in shown
+        assert "<span>-15 min</span>" in shown
+        shorter = chart({**history, "window_s": 300.0}, "cuda", en)
+        assert "GPU memory, last 5 minutes" in shorter
+        assert "<span>-5 min</span>" in shorter
 
     def test_a_simulated_card_is_called_so_in_the_past_too(
         self, manager: GPUResourceManager, clock: ManualClock

@@ -85,7 +85,7 @@ class SelfMovingPart:
             except Exception as error:
                 logger.warning("%s cannot be shut down: %s", self._path, in_words(error))
             end(self._workers)
-            self.let_go()
+            self.end_management()
         return freed_bytes
 
     def save(self, store: SnapshotStore, name: str) -> int:
@@ -94,7 +94,7 @@ class SelfMovingPart:
     def load(self, store: SnapshotStore, name: str) -> int:
         return 0
 
-    def let_go(self) -> None:
+    def end_management(self) -> None:
         """Ends the management of the object; it stays as it is."""
         unclaim(self._workers)
         self._device.worker_bytes({process.pid: 0 for process in self._workers}, awake=False)

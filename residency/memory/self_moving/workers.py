@@ -12,8 +12,7 @@ from typing import Any
 
 import psutil
 
-from ..object_kinds import VALUES, ObjectKind, kind_of
-from ..object_paths import children
+from ..object_graph import VALUES, ObjectKind, children, kind_of
 
 logger = logging.getLogger(__name__)
 

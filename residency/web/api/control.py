@@ -1,19 +1,21 @@
 """Health, status, metrics and control over plain HTTP, for scripts, orchestrators and dashboards.
 
-An application of its own, so that it can be tried without a page; its description is at ``/docs``. Answers that are no
-success are ``{"error": a sentence that says what to do}``; what is refused for who sends it or for its size, before it
-comes here, is answered with the sentence alone.
+An application of its own, so that it can be tried without a page; its description is at ``/docs``. Errors are
+``{"error": a sentence that says what to do}``; requests that are refused for their sender or size get the sentence
+alone, as plain text.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
@@ -25,22 +27,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ... import errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
-from ..server.bodies import given_up
+from ..server.bodies import client_disconnected
+from ..server.layers import http_layer
 from ..server.permissions import Permissions
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
-from . import metrics
 from .event_stream import EventStream, Moves
+from .metrics import CONTENT_TYPE, exposition
 from .schema import Configuration, Health, Refusal, Which
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_BODY_BYTES = 10_000
-_STATIC = "/docs/static"
-_PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
 _Keywords = dict[str, Any]
 _Responses = dict[int | str, _Keywords]
 """Type of FastAPI's parameter ``responses``."""
+_LARGEST_BODY_BYTES = 10_000
+_PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
 _CODES: dict[type[Exception], int] = {
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
@@ -50,6 +52,24 @@ _CODES: dict[type[Exception], int] = {
     errors.NotReady: 503,
     errors.TooManyListeners: 503,
 }
+_DESCRIPTIONS = {
+    401: "Requests from other machines need the token.",
+    403: "Requests from pages of other sites are refused.",
+    404: "No such model.",
+    413: "The request body is too large.",
+    422: "The request is invalid.",
+    500: "The move failed; nothing is half-moved.",
+    503: "The app is shutting down, its GPU has failed, or too many programs listen.",
+}
+_NOT_JSON: _Keywords = {"response_class": Response, "response_model": None}
+_CHANGES: tuple[tuple[str, type[BaseModel], str], ...] = (
+    ("offload", Which, "Bring a model, or all, to main memory; after the running request, if there is one."),
+    ("release", Which, "Free a model's memory, or that of all, everywhere; after the running request, if any."),
+    ("warm", Which, "Begin to bring a model, or all, to the GPU."),
+    ("configure", Configuration,
+     "Change how long a model, or all, stays on the GPU and in main memory, from now on."),
+)  # fmt: skip
+"""Methods of the manager that are calls under ``/gpu``, with their request bodies and descriptions."""
 
 
 def build(
@@ -68,178 +88,155 @@ def build(
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
-        static_url=_STATIC,
+        static_url="/docs/static",
         openapi_url="/openapi.json",
         title="GPU management",
         description=__doc__,
         version="1",
-        responses=_early(403),
+        responses=_refused_early(403),
         redirect_slashes=False,
         exception_handlers={
-            HTTPException: _said,
-            RequestValidationError: _garbled,
-            ClientDisconnect: given_up,
+            HTTPException: _no_such_call,
+            RequestValidationError: _invalid_query,
+            ClientDisconnect: client_disconnected,
             Exception: _failed,
+            **dict.fromkeys(_CODES, _refused),
         },
     )
 
-    # Not in the server's thread pool: reading must work while all of its threads wait for models.
-    reading, changing = CapacityLimiter(4), CapacityLimiter(16)
-
-    async def read(function: Callable[..., Any], *arguments: Any) -> Any:
-        return await to_thread.run_sync(function, *arguments, limiter=reading)
-
-    def may_read(request: Request) -> None:
-        if signed_in:
-            permissions.check(request, signed_in(request))
-
-    def may_change(request: Request) -> None:
-        permissions.check(request, signed_in(request) if signed_in else None)
-
-    async def change(act: Callable[[], bool]) -> JSONResponse:
-        done = await to_thread.run_sync(act, limiter=changing)
-        return JSONResponse(await read(manager.status), 200 if done else 202)
-
-    app.include_router(_health(manager, page_serves))
-    app.include_router(_reads(manager, read, panel), dependencies=[Depends(may_read)])
-    app.include_router(_changes(manager, may_change, change))
-    for kind in _CODES:
-        app.add_exception_handler(kind, _refused)
-    _describe(app)
+    calls = _Calls(manager, permissions, panel, signed_in, page_serves)
+    add, reading = app.add_api_route, _Keywords(tags=["looking"], dependencies=[Depends(calls.may_read)])
+    add("/healthz", calls.healthz, tags=["health"])
+    add("/readyz", calls.readyz, tags=["health"], responses=_refusals(503))
+    for endpoint in (calls.healthz, calls.readyz):
+        add(f"/{endpoint.__name__}", endpoint, methods=["HEAD"], include_in_schema=False)
+    add("/gpu/status", calls.gpu_status, response_model=Status, responses=_refusals(401), **reading)
+    add("/gpu/history", calls.gpu_history, response_model=UsageHistory, responses=_refusals(401), **reading)
+    add("/gpu/events", calls.gpu_events, responses=_text("text/event-stream", 401, 503), **_NOT_JSON, **reading)
+    if panel:
+        add("/gpu/panel", calls.gpu_panel, include_in_schema=False, **_NOT_JSON, **reading)
+    add("/metrics", calls.prometheus, responses=_text("text/plain", 401), **_NOT_JSON, **reading)
+    for call, body, description in _CHANGES:
+        calls.add_change(app, call, body, description)
+    schema = app.openapi()
+    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}  # for ``/docs``
+    schema["components"]["schemas"]["Event"] = TypeAdapter(Event).json_schema()
     return app
 
 
-def _health(manager: Manager, page_serves: Callable[[], bool]) -> APIRouter:
-    router = APIRouter(tags=["health"])
+@dataclass(eq=False)
+class _Calls:
+    """The endpoints; their docstrings are the descriptions of the OpenAPI page. Arguments as for `build`.
 
-    @router.head("/healthz", include_in_schema=False)
-    @router.get("/healthz")
-    async def healthz() -> Health:
+    They use no thread of the server's pool: reading must work while all of its threads wait for models.
+    """
+
+    manager: Manager
+    permissions: Permissions
+    panel: Callable[[Localize, int | None], Any] | None
+    signed_in: Callable[[Request], str | None] | None
+    page_serves: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.moves = Moves(self.manager)
+        self.readers, self.changers = CapacityLimiter(4), CapacityLimiter(16)
+
+    def may_read(self, request: Request) -> None:
+        if self.signed_in:
+            self.permissions.check(request, self.signed_in(request))
+
+    async def healthz(self) -> Health:
         """Whether the process serves."""
         return Health(status="ok")
 
-    @router.head("/readyz", include_in_schema=False)
-    @router.get("/readyz", responses=_refusals(503))
-    async def readyz() -> Health:
+    async def readyz(self) -> Health:
         """Whether a request would be accepted."""
-        if manager.closed:
+        if self.manager.closed:
             raise errors.ManagerClosed
-        if manager.device_lost:
-            raise manager.device_lost
-        if not page_serves():
+        if self.manager.device_lost:
+            raise self.manager.device_lost
+        if not self.page_serves():
             raise errors.NotReady
         return Health(status="ok")
 
-    return router
-
-
-def _reads(
-    manager: Manager, read: Callable[..., Awaitable[Any]], panel: Callable[[Localize, int | None], Any] | None
-) -> APIRouter:
-    """The calls that change nothing. ``read`` runs a function in a thread of its own pool."""
-    router, moves = APIRouter(tags=["looking"]), Moves(manager)
-
-    @router.get("/gpu/status", response_model=Status, responses=_refusals(401))
-    async def gpu_status() -> JSONResponse:
+    async def gpu_status(self) -> JSONResponse:
         """Where the models are, in bytes and seconds; null where unknown. Never counts as use."""
-        return JSONResponse(await read(manager.status))
+        return JSONResponse(await self._read(self.manager.status))
 
-    @router.get("/gpu/history", response_model=UsageHistory, responses=_refusals(401))
-    async def gpu_history() -> JSONResponse:
+    async def gpu_history(self) -> JSONResponse:
         """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
-        return JSONResponse(await read(manager.history))
+        return JSONResponse(await self._read(self.manager.history))
 
-    @router.get("/gpu/events", response_class=Response, responses=_EVENTS)
-    async def gpu_events() -> EventStream:
+    async def gpu_events(self) -> EventStream:
         """The status, and then every move as it begins, goes on and ends, as server-sent events.
 
         The first is called `status`, and its data is the `Status`; the others are called by their `what`, and their
         data is an `Event`.
         """
-        return EventStream(moves.listen(lambda: read(manager.status)), moves.place())
+        return EventStream(self.moves, lambda: self._read(self.manager.status))
 
-    if panel:
+    async def gpu_panel(self, request: Request, known: int | None = None) -> Response:
+        assert self.panel is not None
+        content = await self._read(self.panel, preferred(request.headers.get("accept-language")), known)
+        if content is None:
+            return Response(status_code=204)
+        return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
-        @router.get("/gpu/panel", include_in_schema=False)
-        async def gpu_panel(request: Request, known: int | None = None) -> Response:
-            content = await read(panel, preferred(request.headers.get("accept-language")), known)
-            return Response(status_code=204) if content is None else JSONResponse(content, headers=_NOT_KEPT)
-
-    @router.get("/metrics", response_class=Response, responses=_METRICS)
-    async def prometheus() -> Response:
+    async def prometheus(self) -> Response:
         """Metrics for Prometheus."""
-        text = await read(metrics.exposition, manager)
-        return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
+        return Response(await self._read(exposition, self.manager), headers={"Content-Type": CONTENT_TYPE})
 
-    return router
+    def add_change(self, app: FastAPI, call: str, body: type[BaseModel], description: str) -> None:
+        """Adds a call of `_CHANGES`. It answers with the status: 200, or 202 if the move follows later."""
+        change: Callable[..., bool | None] = getattr(self.manager, call)
+        follows: _Responses = (
+            {}
+            if call == "configure"
+            else {202: {"model": Status, "description": "The move follows the running request."}}
+        )
 
-
-def _changes(
-    manager: Manager,
-    may_change: Callable[[Request], None],
-    change: Callable[[Callable[[], bool]], Awaitable[JSONResponse]],
-) -> APIRouter:
-    """The calls that move models. ``change`` runs a function in a thread and answers with the status."""
-    router = APIRouter(tags=["changing"])
-
-    def add(path: str, body: type[BaseModel], act: Callable[[Any], bool], words: str, *also: int) -> None:
         async def endpoint(request: Request) -> JSONResponse:
-            may_change(request)  # before its body is read
+            # The permission is checked before the body is read.
+            self.permissions.check(request, self.signed_in(request) if self.signed_in else None)
             asked = await _body(request, body)
-            return await change(lambda: act(asked))
+            act = partial(change, asked.model, **asked.model_dump(exclude={"model"}))
+            done = await to_thread.run_sync(act, limiter=self.changers)
+            return JSONResponse(await self._read(self.manager.status), 202 if done is False else 200)
 
-        router.add_api_route(
-            path,
+        app.add_api_route(
+            f"/gpu/{call}",
             endpoint,
             methods=["POST"],
-            name=path.strip("/").replace("/", "_"),
-            description=words,
+            name=f"gpu_{call}",
+            tags=["changing"],
+            description=description,
             response_model=Status,
-            responses={
-                **{code: {"model": Status, "description": "It will follow."} for code in also},
-                **_refusals(401, 404, 422, 500, 503),
-                **_early(413),
-            },
+            responses={**follows, **_refusals(401, 404, 422, 500, 503), **_refused_early(413)},
             openapi_extra={
                 "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
                 "security": [{"token": []}, {}],
             },
         )
 
-    add("/gpu/offload", Which, lambda asked: manager.offload(asked.model),
-        "Bring a model, or all, to main memory; after the running request, if there is one.", 202)  # fmt: skip
-    add("/gpu/release", Which, lambda asked: manager.release(asked.model),
-        "Free a model's memory, or that of all, everywhere; after the running request, if any.", 202)  # fmt: skip
-    add("/gpu/warm", Which, lambda asked: manager.warm(asked.model),
-        "Begin to bring a model, or all, to the GPU.", 202)  # fmt: skip
-    add("/gpu/configure", Configuration, lambda asked: _configure(manager, asked),
-        "Change how long a model, or all, stays on the GPU and in main memory, from now on.")  # fmt: skip
-    return router
+    async def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await to_thread.run_sync(function, *arguments, limiter=self.readers)
 
 
-def beside(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
-    """Returns an ASGI middleware that routes the paths of ``api`` to it, all others to the wrapped app.
+def route_to(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
+    """Returns the layer that routes the paths of ``api`` to it, all others to the wrapped application.
 
     ``api`` gets paths with the root path as prefix, as in the ASGI specification: static files need that.
     """
 
-    def around(app: ASGIApp) -> ASGIApp:
-        async def either(scope: Scope, receive: Receive, send: Send) -> None:
-            path = scope.get("path", "") if scope["type"] == "http" else ""
-            ours = path in _PATHS or path.startswith(("/gpu/", "/docs/"))
-            if ours:
-                await api({**scope, "path": scope.get("root_path", "") + path}, receive, send)
-            else:
-                await app(scope, receive, send)
-
-        return either
+    @http_layer
+    async def around(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path in _PATHS or path.startswith(("/gpu/", "/docs/")):
+            await api({**scope, "path": scope.get("root_path", "") + path}, receive, send)
+        else:
+            await app(scope, receive, send)
 
     return around
-
-
-def _configure(manager: Manager, asked: Configuration) -> bool:
-    manager.configure(asked.model, keep_warm=asked.keep_warm, idle_timeout=asked.idle_timeout)
-    return True
 
 
 async def _body(request: Request, kind: type[BaseModel]) -> Any:
@@ -267,14 +264,12 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": str(error), **more}, code, headers)
 
 
-async def _said(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+async def _no_such_call(request: Request, error: Any) -> JSONResponse:
     reason = f"{request.method} {request.url.path}: {error.detail}. See /docs / 请参阅 /docs"
     return JSONResponse({"error": reason}, error.status_code, error.headers)
 
 
-async def _garbled(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+async def _invalid_query(request: Request, error: Any) -> JSONResponse:
     wrong = "; ".join(f"{wrong['loc'][-1]}: {wrong['msg']}" for wrong in error.errors())
     return JSONResponse({"error": f"{request.url.path}: {wrong}. See /docs / 请参阅 /docs"}, 422)
 
@@ -286,32 +281,14 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
 
 
 def _refusals(*codes: int) -> _Responses:
-    words = {401: "Not allowed from elsewhere without the token.", 404: "No such model.", 422: "Garbled.",
-             500: "The move failed; nothing is half-moved.",
-             503: "The app is shutting down, its GPU has failed, or too many listen."}  # fmt: skip
-    return {code: {"model": Refusal, "description": words[code]} for code in codes}
+    return {code: {"model": Refusal, "description": _DESCRIPTIONS[code]} for code in codes}
 
 
-def _early(*codes: int) -> _Responses:
-    words = {403: "A page of another site may not ask.", 413: "So much is not read."}
-    sentence = {"text/plain": {"schema": {"type": "string"}}}
-    return {code: {"content": sentence, "description": words[code]} for code in codes}
+def _text(media_type: str, *codes: int) -> _Responses:
+    """Describes a successful answer that is not JSON, and refusals."""
+    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}, **_refusals(*codes)}
 
 
-_NOT_KEPT = {"Cache-Control": "no-store"}
-_EVENTS: _Responses = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "It does not end."},
-    **_refusals(401, 503),
-}
-_METRICS: _Responses = {
-    200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-    **_refusals(401),
-}
-
-
-def _describe(app: FastAPI) -> None:
-    """Adds the token, so that ``/docs`` accepts it, and the events of streams to the OpenAPI schema."""
-    schema = app.openapi()
-    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    schema["components"]["schemas"]["Event"] = TypeAdapter(Event).json_schema()
-    app.openapi_schema = schema
+def _refused_early(code: int) -> _Responses:
+    """Describes refusals by the layers in front of this application, which are plain text."""
+    return {code: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": _DESCRIPTIONS[code]}}

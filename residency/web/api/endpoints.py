@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from ...cancellation import Cancellation, cancelled_by
+from ...cancellation import cancelled_by
 from ...status_types import Status
 from ..server.permissions import Permissions
 from ..shared.gradio_compat import session
 from ..shared.protocols import Manager
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService, explain
-from ..ui.buttons import in_thread
 from ..ui.gpu_panel import check
+from ..ui.page_requests import PageRequest, in_thread, reports
 
 T = TypeVar("T")
 NOBODY = gr.Request()
@@ -24,28 +24,36 @@ NOBODY = gr.Request()
 
 def register_speech(
     speech: SpeechService,
-    told: Callable[[], AbstractContextManager[Any]],
+    watched: Callable[[], AbstractContextManager[Any]],
     recordings: Recordings,
 ) -> None:
     """Registers ``/clone`` and ``/edit``. They raise `gr.Error` with a readable message.
 
-    ``told`` is the context manager that reports progress. Files are deleted with the session of ``gradio_client``.
+    ``watched`` is `WaitingRequests.watched` for the engine's model. Files are deleted with the client's session.
     ``job.cancel()`` ends a request as Stop does on the page.
     """
 
     async def answer(recording: str, work: Callable[[str], str]) -> str:
-        cancellation = Cancellation()
+        request, show = PageRequest(), gr.Progress()
 
-        def in_turn() -> str:
+        def speak() -> str:
             recordings.own(session(), recording)
             readable = speech.incoming.readable(recording)
             recordings.own(session(), readable)
-            with cancelled_by(cancellation), told():
+            with cancelled_by(request.cancellation), watched() as request.progress:
                 result = work(readable)
             recordings.own(session(), result)
             return result
 
-        return await in_thread(lambda: _or_error(in_turn), cancellation)
+        answered = in_thread(lambda: _or_error(speak))
+        try:
+            async for progress in reports(request, answered):
+                if progress:
+                    sentence, share = progress
+                    show(share, desc=sentence)
+            return answered.result()
+        finally:
+            request.cancellation.cancel()
 
     async def clone(prompt_audio: str, prompt_text: str, target_text: str) -> str:
         """Say target_text in the voice of prompt_audio, in which prompt_text is said."""
@@ -61,8 +69,9 @@ def register_speech(
 
     # They do not wait in Gradio's queue, which detects neither free engines nor disconnected clients.
     with gr.Row(visible=False):
-        _expose(clone, [_recording(), *(gr.Textbox() for _ in range(2))], gr.Audio(), concurrency_limit=None)
-        _expose(edit, [_recording(), *(gr.Textbox() for _ in range(4))], gr.Audio(), concurrency_limit=None)
+        for function, texts in ((clone, 2), (edit, 4)):
+            inputs = [gr.Audio(type="filepath"), *(gr.Textbox() for _ in range(texts))]
+            _expose(function, inputs, gr.Audio(), concurrency_limit=None)
 
 
 def register_gpu(manager: Manager, permissions: Permissions) -> None:
@@ -101,10 +110,6 @@ def register_gpu(manager: Manager, permissions: Permissions) -> None:
 def _expose(function: Callable[..., Any], inputs: list[Any], output: Any, **keywords: Any) -> None:
     # A hidden button, since its components handle files, unlike `gr.api`.
     gr.Button().click(function, inputs, output, api_name=function.__name__, **keywords)
-
-
-def _recording() -> gr.Audio:
-    return gr.Audio(type="filepath")
 
 
 def _or_error(work: Callable[[], T]) -> T:

@@ -11,31 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _LINGER_S = 30.0
 """Time limit for reading and dropping a body before the response, since clients read only after sending (as nginx)."""
 
-_SMALL_BYTES = 1 << 16
 
-
-def small_bodies_first(app: ASGIApp) -> ASGIApp:
-    """Buffers small bodies before it calls the app, so that aborted requests are cheap. An ASGI middleware."""
-
-    async def reading(scope: Scope, receive: Receive, send: Send) -> None:
-        length = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if not length.isdecimal() or not 0 < int(length) <= _SMALL_BYTES:
-            return await app(scope, receive, send)
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        read: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def first_what_was_read() -> Message:
-            return read.pop() if read else await receive()
-
-        await app(scope, first_what_was_read, send)
-
-    return reading
+def announced_bytes(scope: Scope) -> int | None:
+    """Returns the Content-Length of a request, None without one."""
+    length = Headers(scope=scope).get("content-length", "")
+    return int(length) if length.isdecimal() else None
 
 
 async def drop_body(receive: Receive) -> None:
@@ -51,15 +31,6 @@ async def read_at_most(
     """Calls the app with a body of up to ``limit_bytes``; sends 413 with ``refusal`` if the body is larger."""
     read_bytes, more, answered = 0, True, False
 
-    async def refuse() -> None:
-        if more:
-            await drop_body(receive)
-        await PlainTextResponse(refusal, 413)(scope, receive, send)
-
-    length = Headers(scope=scope).get("content-length", "")
-    if length.isdecimal() and int(length) > limit_bytes:
-        return await refuse()
-
     async def counted() -> Message:
         nonlocal read_bytes, more
         message = await receive()
@@ -74,15 +45,19 @@ async def read_at_most(
             answered = True
             await send(message)
 
-    try:
-        await app(scope, counted, unless_refused)
-    except ClientDisconnect:
-        if read_bytes <= limit_bytes:
-            raise
-    if read_bytes > limit_bytes and not answered:
-        await refuse()
+    is_larger = (announced_bytes(scope) or 0) > limit_bytes
+    if not is_larger:
+        try:
+            await app(scope, counted, unless_refused)
+        except ClientDisconnect:
+            if read_bytes <= limit_bytes:
+                raise
+    if is_larger or (read_bytes > limit_bytes and not answered):
+        if more:
+            await drop_body(receive)
+        await PlainTextResponse(refusal, 413)(scope, receive, send)
 
 
-async def given_up(request: Request, error: Exception) -> Response:
+async def client_disconnected(request: Request, error: Exception) -> Response:
     """Handles the disconnect of a client during its body; the response is never read."""
     return Response(status_code=400)

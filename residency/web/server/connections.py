@@ -14,8 +14,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from enum import Enum
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ _RESERVE = 128
 """Descriptors reserved for files, models and libraries; at most a third of the free ones."""
 _KERNEL_BACKLOG = 256
 """Connections that the kernel queues until they are accepted; a longer queue means longer waits."""
-_TELL_EVERY_S = 60.0
+_WARN_EVERY_S = 60.0
 _SHARE_ENDED, _BUSY_FOR_S = 50, 0.01
 _SPENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _BUSY = "The server has too many connections: try again in a minute. / 服务器连接数已满：请一分钟后重试。\n".encode()
@@ -53,29 +52,28 @@ SLOWEST_BYTES_PER_S = 500
 """Minimum rate of a body; a faster body has no time limit."""
 
 
-@dataclass(eq=False)
 class Connection:
     """An accepted socket, until it is closed. ``look`` returns what it waits for; None while it is served."""
 
-    socket: socket.socket
-    since_s: float
-    awaited: Awaited | None = Awaited.HEADERS
-    look: Callable[[], Awaited | None] | None = None
+    def __init__(self, accepted: socket.socket, now: Callable[[], float]) -> None:
+        self.socket, self._now, self.since_s = accepted, now, now()
+        self.awaited: Awaited | None = Awaited.HEADERS
+        self.look: Callable[[], Awaited | None] = lambda: self.awaited
 
     @property
     def is_open(self) -> bool:
         return self.socket.fileno() >= 0
 
-    def note(self, now_s: float, received_bytes: int = 0, *, anew: bool = False) -> None:
+    def note(self, received_bytes: int = 0, *, anew: bool = False) -> None:
         """Updates what is awaited. A change, or ``anew``, restarts the timeout; received bytes of a body extend it."""
-        awaited = self.look() if self.look else self.awaited
+        awaited, now_s = self.look(), self._now()
         if anew or awaited is not self.awaited:
             self.awaited, self.since_s = awaited, now_s
         elif awaited is Awaited.BODY:
             self.since_s = min(now_s, self.since_s + received_bytes / SLOWEST_BYTES_PER_S)
 
-    def is_overdue(self, now_s: float) -> bool:
-        return self.awaited is not None and now_s - self.since_s > WITHIN_S[self.awaited]
+    def is_overdue(self) -> bool:
+        return self.awaited is not None and self._now() - self.since_s > WITHIN_S[self.awaited]
 
     def end(self) -> None:
         """Shuts the socket down; its reader and writer then get its end and close it."""
@@ -91,7 +89,7 @@ class Connections:
         self._now = now
         self._by_descriptor: dict[int, Connection] = {}
         self._busy_until_s = -math.inf
-        self._refused, self._told_s = 0, -math.inf
+        self._refused, self._warned_s = 0, -math.inf
 
     def __len__(self) -> int:
         self._by_descriptor = {fd: each for fd, each in self._by_descriptor.items() if each.is_open}
@@ -101,40 +99,35 @@ class Connections:
         """Returns the connection of a descriptor; None if it was ended."""
         return self._by_descriptor.get(descriptor)
 
-    def note(self, connection: Connection, received_bytes: int = 0, *, anew: bool = False) -> None:
-        connection.note(self._now(), received_bytes, anew=anew)
-
     def admit(self, accepted: socket.socket) -> bool:
         """Adds a connection; returns False if the limit is reached and no other connection can be ended."""
-        now_s = self._now()
-        if len(self._by_descriptor) >= self.most and len(self) >= self.most and not self._make_room(now_s):
+        if len(self._by_descriptor) >= self.most and len(self) >= self.most and not self._make_room():
             return False
-        self._by_descriptor[accepted.fileno()] = Connection(accepted, now_s)
+        self._by_descriptor[accepted.fileno()] = Connection(accepted, self._now)
         return True
 
-    def _make_room(self, now_s: float) -> bool:
+    def _make_room(self) -> bool:
         """Ends several waiting connections at once; after a failure, not retried for `_BUSY_FOR_S` (a full scan)."""
-        if now_s < self._busy_until_s:
+        if self._now() < self._busy_until_s:
             return False
-        waiting = sorted((each for each in self._noted(now_s) if each.awaited), key=lambda each: each.since_s)
+        waiting = sorted((each for each in self._noted() if each.awaited), key=lambda each: each.since_s)
         for longest in waiting[: max(1, self.most // _SHARE_ENDED)]:
             del self._by_descriptor[longest.socket.fileno()]
             longest.end()
         if not waiting:
-            self._busy_until_s = now_s + _BUSY_FOR_S
+            self._busy_until_s = self._now() + _BUSY_FOR_S
         return bool(waiting)
 
     def end_overdue(self) -> None:
         """Ends connections that exceed their timeout; to be called about every second."""
-        now_s = self._now()
-        for each in self._noted(now_s):
-            if each.is_overdue(now_s):
+        for each in self._noted():
+            if each.is_overdue():
                 each.end()
 
-    def _noted(self, now_s: float) -> Iterable[Connection]:
+    def _noted(self) -> Iterable[Connection]:
         for each in list(self._by_descriptor.values()):
             if each.is_open:
-                each.note(now_s)
+                each.note()
                 yield each
 
     def refuse(self, accepted: socket.socket, plain: bool) -> None:
@@ -146,14 +139,14 @@ class Connections:
                     accepted.recv(1 << 16)  # unread data would make the peer lose the response
                 accepted.send(_REFUSAL)
         self._refused += 1
-        if (now_s := self._now()) - self._told_s >= _TELL_EVERY_S:
+        if (now_s := self._now()) - self._warned_s >= _WARN_EVERY_S:
             logger.warning(
                 "Connections were refused (%d), since %d are busy or no descriptors are left: raise LimitNOFILE or "
                 "ulimit -n, or limit connections in the proxy before the app. / "
                 "已拒绝 %d 个连接：请调高 LimitNOFILE 或 ulimit -n，或在前置代理中限制连接数。",
                 self._refused, len(self._by_descriptor), self._refused,
             )  # fmt: skip
-            self._refused, self._told_s = 0, now_s
+            self._refused, self._warned_s = 0, now_s
 
 
 class Listener(socket.socket):
@@ -162,9 +155,9 @@ class Listener(socket.socket):
     Reserves a spare descriptor: with none left, a connection could not be accepted for its refusal.
     """
 
-    def __init__(self, family: int, connections: Connections, plain: bool = True) -> None:
+    def __init__(self, bound: socket.socket, connections: Connections, plain: bool = True) -> None:
         # An explicit protocol, since asyncio sets TCP_NODELAY only with it.
-        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        super().__init__(bound.family, bound.type, socket.IPPROTO_TCP, bound.detach())
         self._connections, self._plain = connections, plain
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
 
@@ -204,19 +197,13 @@ class Listener(socket.socket):
 
 def listeners(host: str, port: int, connections: Connections, plain: bool = True) -> list[Listener]:
     """Returns a bound socket for each address of the host. Raises OSError if one cannot be bound."""
-    found: list[Listener] = []
     addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    try:
+    with ExitStack() as if_one_fails:
+        found = []
         for family, _, _, _, address in dict.fromkeys(addresses):
-            found.append(listener := Listener(family, connections, plain))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(address)
-    except BaseException:
-        for listener in found:
-            listener.close()
-        raise
+            bound = socket.create_server(address, family=family)
+            found.append(if_one_fails.enter_context(Listener(bound, connections, plain)))
+        if_one_fails.pop_all()
     return found
 
 

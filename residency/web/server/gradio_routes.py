@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..shared.gradio_compat import CALL
 from ..shared.language import preferred
-from .bodies import given_up
+from .bodies import client_disconnected
+from .layers import http_layer
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +39,15 @@ _GARBLED = (
 
 
 def without(also: Iterable[str] = ()) -> Callable[[ASGIApp], ASGIApp]:
-    """Returns ASGI middleware that answers 404 for unused routes and ``also``, and ends streams that Gradio aborts."""
+    """Returns the layer that answers 404 for unused routes and ``also``, and ends streams that Gradio aborts."""
     closed = re.compile(rf"({'|'.join(map(re.escape, (*_UNUSED, *also)))})(/|$)")
 
-    def around(app: ASGIApp) -> ASGIApp:
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http":
-                await app(scope, receive, send)
-            elif closed.match(scope["path"]) or _FETCHES.match(scope["path"]) or "\0" in scope["path"]:
-                await _json({"detail": "Not Found"}, 404)(scope, receive, send)
-            else:
-                await _to_its_end(app, scope, receive, send)
-
-        return answer
+    @http_layer
+    async def around(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        if closed.match(scope["path"]) or _FETCHES.match(scope["path"]) or "\0" in scope["path"]:
+            await _json({"detail": "Not Found"}, 404)(scope, receive, send)
+        else:
+            await _to_its_end(app, scope, receive, send)
 
     return around
 
@@ -101,7 +98,7 @@ def _json(content: Any, code: int) -> Response:
 _Handler = Callable[[Request, Any], Awaitable[Response]]
 HANDLERS: dict[type[Exception], _Handler] = {
     RequestValidationError: _invalid,
-    ClientDisconnect: given_up,
+    ClientDisconnect: client_disconnected,
     **dict.fromkeys((LookupError, TypeError, ValueError, AttributeError, AssertionError, FnIndexInferError), _garbled),
 }
 """Exception handlers of Gradio's application, for errors that its routes raise on invalid requests."""

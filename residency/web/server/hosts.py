@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 import socket
+import struct
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...addresses import hostname, is_address, is_loopback, without_mapping
-from . import container_gateway
+from .layers import http_layer
 
 _UNKNOWN = (
     "This server is not known as {name}: another site could use such a name to read it. If the name is yours, start "
@@ -24,6 +26,10 @@ _UNKNOWN = (
     "{scheme}://localhost:{port}. / 本服务器不叫 {name}：其他网站可能借这样的名称读取它。如果这是您的域名，请在启动时"
     "加上 --allowed-host {name}（或设置 GPU_TTS_ALLOWED_HOSTS={name}），或使用 --auth；在本机请访问 {scheme}://localhost:{port}。"
 )
+_CONTAINER_MARKS = (".dockerenv", "run/.containerenv")
+"""Files that Docker and Podman create in each container."""
+_HOST_INTERFACES = ("docker0", "podman0", "cni-podman0")
+_DEFAULT_ROUTE = "00000000"
 
 
 class Hosts:
@@ -45,25 +51,22 @@ class Hosts:
         short = machine.partition(".")[0]
         self._known = {machine, short, f"{short}.local", *(name.lower() for name in allowed)}
         self._may_pass = may_pass
-        self._gateway = gateway or container_gateway.gateway()
+        self._gateway = gateway or container_gateway()
 
     def allow(self, name: str) -> None:
         self._known.add(name.lower())
 
-    def around(self, app: ASGIApp) -> ASGIApp:
-        async def known_only(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http" and self._is_here(scope):
-                request = HTTPConnection(scope)
-                name = hostname(request.headers.get("host", ""))
-                if not (self._knows(name) or self._may_pass(request)):
-                    shown = name if re.fullmatch(r"[\w.-]{1,100}", name) else "NAME"
-                    port = (scope.get("server") or ("", 7860))[1]
-                    text = _UNKNOWN.format(name=shown, port=port, scheme=scope.get("scheme", "http"))
-                    refusal = PlainTextResponse(text, 403, {"X-Content-Type-Options": "nosniff"})
-                    return await refusal(scope, receive, send)
+    @http_layer
+    async def around(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        request = HTTPConnection(scope)
+        name = hostname(request.headers.get("host", ""))
+        if self._is_here(scope) and not (self._knows(name) or self._may_pass(request)):
+            shown = name if re.fullmatch(r"[\w.-]{1,100}", name) else "NAME"
+            port = (scope.get("server") or ("", 7860))[1]
+            text = _UNKNOWN.format(name=shown, port=port, scheme=scope.get("scheme", "http"))
+            await PlainTextResponse(text, 403, {"X-Content-Type-Options": "nosniff"})(scope, receive, send)
+        else:
             await app(scope, receive, send)
-
-        return known_only
 
     def _knows(self, name: str) -> bool:
         return not name or name in self._known or is_address(name) or is_loopback(name)
@@ -76,3 +79,22 @@ class Hosts:
         address = without_mapping(client[0])
         called = without_mapping(server[0]) if server else None
         return is_loopback(address) or address in (called, self._gateway)
+
+
+def container_gateway(root: Path = Path("/")) -> str | None:
+    """Returns the gateway of a container's own network: the IPv4 address of callers on the host (``docker run -p``).
+
+    None outside of a container, and with the host's network, where callers have their own addresses. ``root`` is the
+    root of the file system.
+    """
+    if not any((root / mark).exists() for mark in _CONTAINER_MARKS):
+        return None
+    if any((root / "sys/class/net" / name).exists() for name in _HOST_INTERFACES):
+        return None
+    try:
+        # Columns: interface, destination, gateway (hexadecimal, in the machine's byte order), and others.
+        routes = [line.split() for line in (root / "proc/net/route").read_text().splitlines()[1:]]
+        found = next(route[2] for route in routes if route[1] == _DEFAULT_ROUTE)
+        return socket.inet_ntoa(struct.pack("=L", int(found, 16)))
+    except (OSError, StopIteration, IndexError, ValueError, struct.error):
+        return None

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import math
 import secrets
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import anyio
+from gradio.utils import LRUCache
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .. import static
 from ..shared.language import preferred
-from .page_head import with_script
+from .layers import http_layer
+from .permissions import from_this_site
 
 _FAILURES, _ONE_EVERY_S = 5, 10.0
 """Limit per address or browser: a burst, then one failure per interval."""
 _ALL_FAILURES, _ONE_OF_ALL_EVERY_S = 50, 0.25
 _FAILED_AFTER_S = 0.5
 _BROWSER_AGE_S = 30 * 24 * 3600
+_BROWSERS = 10_000
 _ENOUGH = (
     "密码错误次数过多：请等待 {seconds} 秒后重试。",
     "Too many wrong passwords from here: wait {seconds} s, then try again.",
@@ -32,12 +32,9 @@ _ENOUGH = (
 _LEAVING = """<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><p>{sentence}</p><form method="post"><button>{title}</button></form>"""
 
-tells_of_the_limit = with_script(static.text("login.js"))
-"""ASGI middleware that shows the rate limit in the login form."""
-
 
 class Logins:
-    """`around` is an ASGI middleware for a page with a password. For the thread of the server's loop.
+    """`around` is the layer for a page with a password. For the thread of the server's loop.
 
     Counts wrong passwords per address (IPv6: per network) and in total. A cookie identifies browsers with an earlier
     login, which have limits of their own: guesses from other browsers, even at the same address, do not lock them out.
@@ -49,34 +46,33 @@ class Logins:
     ) -> None:
         self._sign_out = sign_out
         self._now = now
-        self._key = secrets.token_bytes(32)
+        self._known_browsers: LRUCache[str, None] = LRUCache(_BROWSERS)
         self._each = RateLimit(_FAILURES, _ONE_EVERY_S)
         self._all = RateLimit(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
 
-    def around(self, app: ASGIApp) -> ASGIApp:
-        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-            path = scope["path"].rstrip("/") if scope["type"] == "http" else ""
-            if path == "/login" and scope["method"] == "POST":
-                await self._sign_in(app, scope, receive, send)
-            elif path == "/logout":
-                await self._leave(HTTPConnection(scope), scope["method"])(scope, receive, send)
-            else:
-                await app(scope, receive, send)
-
-        return guarded
+    @http_layer
+    async def around(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].rstrip("/")
+        if path == "/login" and scope["method"] == "POST":
+            await self._sign_in(app, scope, receive, send)
+        elif path == "/logout":
+            await self._leave(HTTPConnection(scope), scope["method"])(scope, receive, send)
+        else:
+            await app(scope, receive, send)
 
     async def _sign_in(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         request = HTTPConnection(scope)
         cookie = f"known-browser-{(scope.get('server') or ('', ''))[1]}"
-        browser = self._known_browser(request.cookies.get(cookie, ""))
+        browser = request.cookies.get(cookie, "")
         now_s = self._now()
         # Known browsers do not count towards the overall limit: they are as few as the users.
-        counts = [(self._each, browser)] if browser else [(self._each, _network(request)), (self._all, "")]
+        known = browser in self._known_browsers
+        counts = [(self._each, browser)] if known else [(self._each, _network(request)), (self._all, "")]
         wait_s = max(pace.wait_s(key, now_s) for pace, key in counts)
         if wait_s > 0:
             seconds = math.ceil(wait_s)
-            said = preferred(request.headers.get("accept-language"))(*_ENOUGH).format(seconds=seconds)
-            return await PlainTextResponse(said, 429, {"Retry-After": str(seconds)})(scope, receive, send)
+            sentence = preferred(request.headers.get("accept-language"))(*_ENOUGH).format(seconds=seconds)
+            return await PlainTextResponse(sentence, 429, {"Retry-After": str(seconds)})(scope, receive, send)
         for pace, key in counts:  # before the result, since many requests may run concurrently
             pace.take(key, now_s)
 
@@ -94,21 +90,14 @@ class Logins:
         await app(scope, receive, noted)
 
     def _known_from_now_on(self, cookie: str) -> str:
-        browser = secrets.token_urlsafe(12)
-        value = f"{browser}.{self._signature(browser)}"
-        return f"{cookie}={value}; Max-Age={_BROWSER_AGE_S}; Path=/; HttpOnly; SameSite=Strict"
-
-    def _known_browser(self, value: str) -> str:
-        browser, _, signature = value.partition(".")
-        return browser if hmac.compare_digest(signature.encode(), self._signature(browser).encode()) else ""
-
-    def _signature(self, browser: str) -> str:
-        return hmac.new(self._key, browser.encode(), "sha256").hexdigest()
+        browser = secrets.token_urlsafe(32)
+        self._known_browsers[browser] = None
+        return f"{cookie}={browser}; Max-Age={_BROWSER_AGE_S}; Path=/; HttpOnly; SameSite=Strict"
 
     def _leave(self, request: HTTPConnection, method: str) -> Response:
         if method not in ("GET", "POST"):
             return PlainTextResponse("Method Not Allowed", 405)
-        if method == "GET" and not _from_here(request):
+        if method == "GET" and not from_this_site(request, "referer"):
             localize = preferred(request.headers.get("accept-language"))
             title, sentence = localize("退出登录", "Sign out"), localize("是否退出登录？", "Do you want to sign out?")
             return HTMLResponse(_LEAVING.format(title=title, sentence=sentence), 403)
@@ -153,18 +142,3 @@ def _network(request: HTTPConnection) -> str:
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
         return str(ipaddress.ip_network((int(address), 64), strict=False))
     return host
-
-
-def _from_here(request: HTTPConnection) -> bool:
-    """Whether the request comes from a link of this page or a typed address, by Sec-Fetch-Site or Referer.
-
-    False without either header, as over plain HTTP from a page that suppresses them, or from programs.
-    """
-    site = request.headers.get("sec-fetch-site")
-    if site is not None:
-        return site in ("same-origin", "none")
-    try:
-        page = urlsplit(request.headers.get("referer", "")).netloc
-    except ValueError:
-        return False
-    return page != "" and page == request.headers.get("host")

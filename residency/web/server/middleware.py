@@ -1,39 +1,43 @@
-"""Middleware for all HTTP requests: open responses, uploads, heartbeats and size limits."""
+"""The middleware for all HTTP requests: open responses, uploads, heartbeats and size limits."""
 
 from __future__ import annotations
 
 import asyncio
+import html
 import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from anyio import to_thread
 from gradio.route_utils import API_PREFIX
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, HTTPConnection
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...units import readable_bytes
 from ..shared.language import preferred
 from ..speech.recordings import UNDER_WAY, DiskFull
-from .bodies import drop_body, read_at_most
+from .bodies import announced_bytes, drop_body, read_at_most
 from .heartbeats import LOST, Heartbeats
+from .layers import http_layer
 from .permissions import from_another_site
-from .refusals import is_static, refused
-from .session_requests import CALL, DATA, HERE, session_of
+from .session_limits import CALL, DATA, HERE, session_of
 
 logger = logging.getLogger(__name__)
 
 _UPLOAD = f"{API_PREFIX}/upload"
 _ENVELOPE_BYTES = 10_000
 """Allowance for the form around an uploaded file."""
-_STRANGER = (
+_STATIC_FOLDERS = ("/assets/", "/static/", "/svelte/", "/docs/static/")
+_STATIC_FILES = {"/theme.css", f"{API_PREFIX}/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
+_OTHER_SITE = (
     "其他网站的页面不能使用本页面。如果这就是本站：请让反向代理发送请求头 Host 或 X-Forwarded-Host"
     "（nginx：proxy_set_header Host $http_host;），或在启动时用 --root-path 给出页面的完整地址。",
     "Pages of other sites may not use this one. If this is its own site: have the proxy send the header Host or "
@@ -44,14 +48,12 @@ _FULL = (
     "The server cannot keep the recording ({reason}): free space in its --tmp-dir, then try again. / "
     "服务器无法保存录音（{reason}）：请清理 --tmp-dir 所在磁盘后重试。"
 )
-_WORDY = (
+_TOO_LARGE = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
 )
-#: Routes that deliver results: Gradio's event streams, and the recordings that these name.
-_ANSWERS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
-_WATCHED_AT_MOST = 1000
-"""Maximum of sessions with a closed result stream that are watched at a time."""
+_RESULTS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
+"""Routes that deliver results: Gradio's event streams, and the recordings that these name."""
 _LINE_CUT_S = 20.0
 """Timeout after the result stream of a session with waiting requests is closed.
 
@@ -61,161 +63,122 @@ _QUIET_S = 1.0
 """Time after a response in which its client may fetch the recordings that it names."""
 _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
 """Content security policy of pages: no content of other sites, no frames of other sites around it (clickjacking)."""
+_REFUSAL_PAGE = """<!doctype html>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{code}</title>
+<body style="font: 16px/1.6 system-ui, sans-serif; max-width: 40em; margin: 3em auto; padding: 0 1em">
+<p role="alert">⚠️ {sentence}</p>
+"""
 
 
+@dataclass(eq=False)
 class RequestMiddleware:
-    """`around` is an ASGI middleware. Uploads are written to ``folder``, as ``tmp...`` until they are complete.
+    """`around` is a layer. Uploads are written to ``folder``, as ``tmp...`` until they are complete.
 
-    ``presence`` receives heartbeats and open streams. Callbacks in other threads: ``upload_begins`` at the start of a
+    ``heartbeats`` receives heartbeats and open streams. Callbacks in other threads: ``upload_begins`` at the start of a
     permitted upload; ``answers_end`` with a session and the seconds since its result stream closed, again as long as
     it returns True (requests still wait); ``reserved`` as the context manager around an upload of so many bytes.
     ``know`` returns whether the session of a heartbeat is known. Larger uploads, or other bodies, are refused.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        presence: Heartbeats,
-        upload_begins: Callable[[], object] | None = None,
-        answers_end: Callable[[str, float], bool] | None = None,
-        largest_upload_bytes: float = math.inf,
-        largest_body_bytes: float = 1 << 20,
-        know: Callable[[str], bool] = lambda session: True,
-        reserved: Callable[[float], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        self._folder = Path(folder)
-        self._presence = presence
-        self._upload_begins = upload_begins
-        self._answers_end = answers_end
-        self._largest_upload_bytes = largest_upload_bytes
-        self._largest_body_bytes = largest_body_bytes
-        self._know = know
-        self._reserved = reserved
+    folder: Path
+    heartbeats: Heartbeats
+    upload_begins: Callable[[], object] = lambda: None
+    answers_end: Callable[[str, float], bool] = lambda session, for_s: False
+    largest_upload_bytes: float = math.inf
+    largest_body_bytes: float = 1 << 20
+    know: Callable[[str], bool] = lambda session: True
+    reserved: Callable[[float], AbstractContextManager[object]] = nullcontext
+
+    def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_s = -math.inf
         self._uploads = 0
-        self._lines: Counter[str] = Counter()
-        self._silent: dict[str, asyncio.Task[None]] = {}
+        self._result_streams = Heartbeats(
+            lambda session: None, lambda session: self.answers_end(session, _LINE_CUT_S), _LINE_CUT_S
+        )
 
-    def around(self, app: ASGIApp) -> ASGIApp:
-        async def passed_by(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http":
-                return await app(scope, receive, send)
-            path, request = scope["path"], HTTPConnection(scope)
-            # Links from other sites are permitted, requests of their scripts and forms are not.
-            sent = scope["method"] not in ("GET", "HEAD") or "origin" in request.headers
-            if sent and not is_static(scope) and from_another_site(request):
-                await refused(request, 403, *_STRANGER)(scope, receive, send)
-            elif path.startswith(HERE):
-                session = path[len(HERE) :]
-                known = self._know(session)
-                if known or session in self._presence:  # unknown sessions would let clients fill the table
-                    self._presence.heard_of(session)
-                localize = preferred(request.headers.get("accept-language"))
-                lost = _say(410, localize(*LOST))
-                await (Response(status_code=204) if known else lost)(scope, receive, send)
-            elif path == _UPLOAD and scope["method"] == "POST":
-                limit_bytes = self._largest_upload_bytes
-                await read_at_most(
-                    limit_bytes + _ENVELOPE_BYTES, too_large(limit_bytes), self._upload(app), scope, receive, send
-                )
-            else:
-                refusal = _WORDY.format(size=readable_bytes(int(self._largest_body_bytes)))
-                await read_at_most(self._largest_body_bytes, refusal, self._answer(app), scope, receive, _as_page(send))
+    @http_layer
+    async def around(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        path, request = scope["path"], HTTPConnection(scope)
+        reads = scope["method"] in ("GET", "HEAD")
+        # Links from other sites are permitted, requests of their scripts and forms are not. Browsers send Origin for
+        # scripts and fonts of this site, too.
+        is_static = reads and (path in _STATIC_FILES or path.startswith(_STATIC_FOLDERS))
+        if (not reads or "origin" in request.headers) and not is_static and from_another_site(request):
+            await _refusal(request, 403, *_OTHER_SITE)(scope, receive, send)
+        elif path.startswith(HERE):
+            await self._heartbeat(request, path[len(HERE) :])(scope, receive, send)
+        elif path == _UPLOAD and scope["method"] == "POST":
+            limit_bytes = self.largest_upload_bytes
+            upload = partial(self._upload, app)
+            await read_at_most(limit_bytes + _ENVELOPE_BYTES, too_large(limit_bytes), upload, scope, receive, send)
+        else:
+            refusal = _TOO_LARGE.format(size=readable_bytes(int(self.largest_body_bytes)))
+            answer = partial(self._answer, app)
+            await read_at_most(self.largest_body_bytes, refusal, answer, scope, receive, _with_policy(send))
 
-        return passed_by
+    def _heartbeat(self, request: HTTPConnection, session: str) -> Response:
+        known = self.know(session)
+        if known or session in self.heartbeats:  # unknown sessions would let clients fill the table
+            self.heartbeats.beat(session)
+        if known:
+            return Response(status_code=204)
+        return PlainTextResponse(preferred(request.headers.get("accept-language"))(*LOST), 410)
 
-    def _answer(self, app: ASGIApp) -> ASGIApp:
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            path = scope["path"]
-            with ExitStack() as until_answered:
-                if session := session_of(scope):
-                    until_answered.enter_context(self._presence.line(session))
-                if path == DATA and session:
-                    until_answered.enter_context(self._line(session))
-                if path.startswith(_ANSWERS):
-                    until_answered.enter_context(self._counted())
-                await app(scope, receive, send)
+    async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        with ExitStack() as until_answered:
+            if session := session_of(scope):
+                until_answered.enter_context(self.heartbeats.stream(session))
+            if path == DATA and session:
+                until_answered.enter_context(self._result_streams.stream(session))
+            if path.startswith(_RESULTS):
+                until_answered.enter_context(self._counted())
+            await app(scope, receive, send)
 
-        return answer
+    async def _upload(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        begun, answered, room = False, False, ExitStack()
 
-    def _upload(self, app: ASGIApp) -> ASGIApp:
-        async def upload(scope: Scope, receive: Receive, send: Send) -> None:
-            begun, answered, room = False, False, ExitStack()
+        async def begins() -> Message:
+            nonlocal begun
+            if not begun:  # not earlier: a refused upload, for example without a login, is not read
+                begun = True
+                most_bytes = self.largest_upload_bytes if self.largest_upload_bytes < math.inf else 0
+                announced = announced_bytes(scope)
+                reserved = self.reserved(most_bytes if announced is None else announced)
+                await to_thread.run_sync(room.enter_context, reserved)
+                asyncio.get_running_loop().run_in_executor(None, self.upload_begins)
+            return await receive()
 
-            async def begins() -> Message:
-                nonlocal begun
-                if not begun:  # not earlier: a refused upload, for example without a login, is not read
-                    begun = True
-                    await to_thread.run_sync(room.enter_context, self._reserved(self._announced_bytes(scope)))
-                    if self._upload_begins:
-                        asyncio.get_running_loop().run_in_executor(None, self._upload_begins)
-                return await receive()
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
 
-            async def noted(message: Message) -> None:
-                nonlocal answered
-                answered = True
-                await send(message)
-
-            self._uploads += 1
-            try:
-                await app(scope, begins, noted)
-            except ClientDisconnect:
-                logger.debug("The client aborted an upload")
-            except DiskFull as full:
-                await drop_body(receive)
-                await _say(507, str(full))(scope, receive, send)
-            except OSError as error:
-                logger.error("Saving an upload failed: %s", error)
-                if answered:
-                    raise
-                await _say(507, _FULL.format(reason=error.strerror))(scope, receive, send)
-            finally:
-                self._uploads -= 1
-                await to_thread.run_sync(room.close)
-                if not self._uploads:  # then the remaining files are from aborted uploads
-                    await to_thread.run_sync(self._sweep)
-
-        return upload
-
-    def _announced_bytes(self, scope: Scope) -> float:
-        length = HTTPConnection(scope).headers.get("content-length", "")
-        most_bytes = self._largest_upload_bytes if self._largest_upload_bytes < math.inf else 0
-        return int(length) if length.isdecimal() else most_bytes
+        self._uploads += 1
+        try:
+            await app(scope, begins, noted)
+        except ClientDisconnect:
+            logger.debug("The client aborted an upload")
+        except DiskFull as full:
+            await drop_body(receive)
+            await PlainTextResponse(str(full), 507)(scope, receive, send)
+        except OSError as error:
+            logger.error("Saving an upload failed: %s", error)
+            if answered:
+                raise
+            await PlainTextResponse(_FULL.format(reason=error.strerror), 507)(scope, receive, send)
+        finally:
+            self._uploads -= 1
+            await to_thread.run_sync(room.close)
+            if not self._uploads:  # then the remaining files are from aborted uploads
+                await to_thread.run_sync(self._sweep)
 
     def _sweep(self) -> None:
-        for left in self._folder.glob(f"{UNDER_WAY}*"):
+        for left in self.folder.glob(f"{UNDER_WAY}*"):
             if left.is_file() and not self._uploads:
                 left.unlink(missing_ok=True)
-
-    @contextmanager
-    def _line(self, session: str) -> Iterator[None]:
-        self._lines[session] += 1
-        try:
-            yield
-        finally:
-            self._lines[session] -= 1
-            if not self._lines[session] and len(self._silent) >= _WATCHED_AT_MOST:
-                del self._lines[session]
-            elif not self._lines[session]:  # its next stream may open soon
-                self._silent[session] = asyncio.get_running_loop().create_task(self._watch_silence(session))
-
-    async def _watch_silence(self, session: str) -> None:
-        """Calls ``answers_end`` every `_LINE_CUT_S` until a stream opens, or no request waits.
-
-        A request may arrive before its stream.
-        """
-        waits = True
-        while waits:
-            await asyncio.sleep(_LINE_CUT_S)
-            if self._silent.get(session) is not asyncio.current_task() or self._lines[session]:
-                return  # a stream was opened meanwhile
-            waits = self._answers_end is not None and bool(
-                await to_thread.run_sync(self._answers_end, session, _LINE_CUT_S)
-            )
-        if self._silent.get(session) is asyncio.current_task() and not self._lines[session]:
-            del self._silent[session], self._lines[session]
 
     def wait_until_quiet(self, within_s: float) -> bool:
         """Waits until all results are delivered; returns False after ``within_s``."""
@@ -252,7 +215,15 @@ def too_large(limit_bytes: float) -> str:
     )
 
 
-def _as_page(send: Send) -> Send:
+def _refusal(request: HTTPConnection, code: int, zh: str, en: str) -> Response:
+    """Returns the sentence as an HTML page for browsers, as plain text for programs."""
+    sentence = preferred(request.headers.get("accept-language"))(zh, en)
+    if "text/html" in request.headers.get("accept", ""):
+        return HTMLResponse(_REFUSAL_PAGE.format(code=code, sentence=html.escape(sentence)), code)
+    return PlainTextResponse(sentence, code)
+
+
+def _with_policy(send: Send) -> Send:
     """Adds the `_POLICY` to pages."""
 
     async def with_policy(message: Message) -> None:
@@ -263,7 +234,3 @@ def _as_page(send: Send) -> Send:
         await send(message)
 
     return with_policy
-
-
-def _say(code: int, sentence: str) -> PlainTextResponse:
-    return PlainTextResponse(sentence, code)

@@ -30,23 +30,18 @@ class Permissions:
 
     def check(self, request: HTTPConnection, user: str | None = None) -> None:
         """Raises `NotAllowed` unless the request may make changes; ``user`` is the name of a signed-in user."""
+        if not self.allows(request, user):
+            raise NotAllowed
+
+    def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
+        """Whether `check` raises nothing."""
         if self.knows_token(request):
-            return
-        if not from_another_site(request) and (user or (self._trust_local and _is_local(request))):
-            return
-        raise NotAllowed
+            return True
+        return not from_another_site(request) and (bool(user) or (self._trust_local and _is_local(request)))
 
     def knows_token(self, request: HTTPConnection) -> bool:
         """Whether the request has the token; False if the server has none."""
         return self._token is not None and hmac.compare_digest(_token_sent(request).encode(), self._token)
-
-    def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
-        """Whether `check` raises nothing."""
-        try:
-            self.check(request, user)
-        except NotAllowed:
-            return False
-        return True
 
 
 def _token_sent(request: HTTPConnection) -> str:
@@ -72,18 +67,25 @@ def _is_local(request: HTTPConnection) -> bool:
 
 
 def from_another_site(request: HTTPConnection) -> bool:
-    """Whether a browser sends the request for a page of another site.
+    """Whether a browser sends the request for a page of another site. Its ``Origin`` is sent with changes."""
+    return from_this_site(request, "origin") is False
 
-    Browsers send ``Sec-Fetch-Site`` over https and on localhost; otherwise ``Origin`` is the site of requests that make
-    changes. Proxies send their public host in ``X-Forwarded-Host``, which no page can set for another site.
+
+def from_this_site(request: HTTPConnection, header: str) -> bool | None:
+    """Whether a browser sends the request for a page of this site, or for a typed address; None if unknown.
+
+    Browsers send ``Sec-Fetch-Site`` over https and on localhost; otherwise ``header`` has the page's address. Proxies
+    send their public host in ``X-Forwarded-Host``, which no page can set for another site.
     """
     site = request.headers.get("sec-fetch-site")
     if site is not None:
-        return site not in ("same-origin", "none")
-    origin = request.headers.get("origin")
+        return site in ("same-origin", "none")
+    address = request.headers.get(header)
+    if not address:
+        return None
     passed_on = request.headers.get("x-forwarded-host", "").partition(",")[0].strip()
     ours = (request.headers.get("host", ""), passed_on, request.scope.get(PUBLIC_HOST))
-    return origin is not None and (_split(origin).netloc or origin) not in ours
+    return (_split(address).netloc or address) in ours
 
 
 def _split(address: str) -> SplitResult:

@@ -1,4 +1,4 @@
-"""Uvicorn's HTTP server with limits on connections and on log messages about bad requests."""
+"""Uvicorn's HTTP server with limits on connections and on log messages about bad requests, as Gradio starts it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import h11
 from gradio import http_server
+from gradio.route_utils import CustomCORSMiddleware
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ...addresses import EVERY_ADDRESS, bracketed, link
 from .connections import Awaited, Connection, Connections, affordable, listeners
 
 _ACCEPTED_AT_ONCE = 2
@@ -21,15 +26,48 @@ _FAILED = 3
 _LOG_EVERY_S = 60.0
 
 
+@contextmanager
+def listening(around: Callable[[ASGIApp], ASGIApp]) -> Iterator[None]:
+    """Patches how Gradio starts servers within this block.
+
+    They are `BoundedServer`; ``around`` wraps the whole application, and its scope has the direct peers of the
+    connections. ``server_name`` may be an IPv6 address, and ``::`` includes IPv4. Cross-origin reads are not permitted
+    (no CORS headers), and errors are sent without tracebacks.
+    """
+    servers: Any = http_server
+    start_server, before, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
+
+    def start(app: Any, server_name: str, server_port: int, **keywords: Any) -> tuple[str, int, str, Any]:
+        # Gradio permits other sites to read responses unless the host is localhost.
+        app.user_middleware = [each for each in app.user_middleware if each.cls is not CustomCORSMiddleware]
+        app.debug = False
+        host = bracketed(server_name)
+        _, port, url, started = start_server(app=app, server_name=host, server_port=server_port, **keywords)
+        if server_name in EVERY_ADDRESS:
+            url = f"{link(server_name, port, url.partition(':')[0])}/"
+        return server_name, port, url, started
+
+    # Gradio checks for a free port over IPv4, at an address that may be configured for other apps.
+    servers.start_server, servers.Server, servers.LOCALHOST_NAME = start, partial(BoundedServer, around), "127.0.0.1"
+    try:
+        yield
+    finally:
+        servers.start_server, servers.Server, servers.LOCALHOST_NAME = start_server, before, name
+
+
 class BoundedServer(http_server.Server):
     """Gradio's server with `Connections`. Always uses h11 and asyncio, even if others are installed."""
 
-    def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, around: Callable[[ASGIApp], ASGIApp], config: Any, *arguments: Any, **keywords: Any) -> None:
         self._connections = Connections(affordable())
         config.http, config.ws, config.loop = partial(_Protocol, self._connections), "none", "asyncio"
         config.backlog = _ACCEPTED_AT_ONCE
+        if config.host == "::":
+            config.host = ""  # one socket per address family, since a socket for :: is IPv6 only
         super().__init__(config, *arguments, **keywords)
-        logging.getLogger("uvicorn.error").addFilter(_Seldom())
+        config.load()
+        config.loaded_app = around(config.loaded_app)
+        logging.getLogger("uvicorn.error").addFilter(_OncePerMinute())
 
     def run(self, sockets: Any = None) -> None:
         config = self.config
@@ -51,12 +89,12 @@ class _Protocol(H11Protocol):
 
     def __init__(self, connections: Connections, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self._bounds = connections
+        self._all = connections
         self._connection: Connection | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._connection = self._bounds.of(transport.get_extra_info("socket").fileno())
+        self._connection = self._all.of(transport.get_extra_info("socket").fileno())
         if self._connection is None:
             transport.abort()
         else:
@@ -77,7 +115,7 @@ class _Protocol(H11Protocol):
 
     def _note(self, received_bytes: int = 0, *, anew: bool = False) -> None:
         if self._connection:
-            self._bounds.note(self._connection, received_bytes, anew=anew)
+            self._connection.note(received_bytes, anew=anew)
 
     def _awaited(self) -> Awaited | None:
         if self.flow.write_paused:
@@ -92,7 +130,7 @@ class _Protocol(H11Protocol):
         """Suppresses the warning: a WebSocket request gets an HTTP response."""
 
 
-class _Seldom(logging.Filter):
+class _OncePerMinute(logging.Filter):
     """Log filter that passes each warning once a minute, since any client can cause them."""
 
     def __init__(self) -> None:

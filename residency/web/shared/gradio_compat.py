@@ -6,21 +6,18 @@ import functools
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import gradio as gr
-from gradio import http_server, route_utils, routes
+from gradio import route_utils, routes
 from gradio.context import LocalContext
 from gradio.exceptions import InvalidPathError
 from gradio_client import utils as client_utils
 from jinja2 import FunctionLoader
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp
 
-from ...addresses import EVERY_ADDRESS, bracketed, link
 from .language import Localize, both, preferred
 
 _REASON_CHARACTERS = 200
@@ -89,32 +86,11 @@ def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
     return file
 
 
-def engine_event(managed: bool, model: str = "engine", at_once: int = 20) -> dict[str, Any]:
-    """Returns concurrency keywords for events that use a model.
-
-    A manager keeps a model only for requests in its own queue, so up to ``at_once`` of them pass Gradio's queue. The
-    limit leaves some of Gradio's 40 threads for other events.
-    """
-    return {"concurrency_id": model, "concurrency_limit": at_once if managed else 1}
-
-
 def keep_uploads_in(folder: str) -> None:
     """Makes Gradio 5 write incomplete uploads to ``folder`` instead of the system's temporary folder."""
     if "upload_dir" not in inspect.signature(route_utils.GradioMultiPartParser.__init__).parameters:
         elsewhere = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
         route_utils.NamedTemporaryFile = elsewhere  # type: ignore[attr-defined, assignment]
-
-
-def take_no_empty_session(blocks: gr.Blocks) -> None:
-    """Replaces empty session names by None in Gradio's queue, which fails on empty names."""
-    queue: Any = blocks._queue
-    push = queue.push
-
-    async def push_named(body: Any, **keywords: Any) -> Any:
-        body.session_hash = body.session_hash or None
-        return await push(body=body, **keywords)
-
-    queue.push = push_named
 
 
 def set_closed(blocks: gr.Blocks, session: str, closed: bool) -> None:
@@ -145,58 +121,21 @@ def _cookies(app: Any) -> list[str]:
     return [f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}"]
 
 
-@contextmanager
-def listening(around: Callable[[ASGIApp], ASGIApp], server: type[http_server.Server]) -> Iterator[None]:
-    """Patches how Gradio starts servers within this block.
-
-    Servers are of the class ``server``. ``around`` wraps the whole application, and its scope has the direct peers of
-    the connections. ``server_name`` may be an IPv6 address, and ``::`` includes IPv4. Cross-origin reads are not
-    permitted (no CORS headers), and errors are sent without tracebacks.
-    """
-    servers: Any = http_server
-    start_server, before, name = servers.start_server, servers.Server, servers.LOCALHOST_NAME
-
-    class Server(server):  # type: ignore[misc, valid-type]
-        def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
-            if config.host == "::":
-                config.host = ""  # one socket per address family, since a socket for :: is IPv6 only
-            super().__init__(config, *arguments, **keywords)
-            config.load()
-            config.loaded_app = around(config.loaded_app)
-
-    def start(app: Any, server_name: str, server_port: int, **keywords: Any) -> tuple[str, int, str, Any]:
-        _answer_no_other_sites(app)
-        app.debug = False
-        host = bracketed(server_name)
-        _, port, url, started = start_server(app=app, server_name=host, server_port=server_port, **keywords)
-        if server_name in EVERY_ADDRESS:
-            url = f"{link(server_name, port, url.partition(':')[0])}/"
-        return server_name, port, url, started
-
-    # Gradio checks for a free port over IPv4, at an address that may be configured for other apps.
-    servers.start_server, servers.Server, servers.LOCALHOST_NAME = start, Server, "127.0.0.1"
-    try:
-        yield
-    finally:
-        servers.start_server, servers.Server, servers.LOCALHOST_NAME = start_server, before, name
-
-
-def _answer_no_other_sites(app: Any) -> None:
-    """Removes Gradio's CORS middleware, which permits other sites to read responses unless the host is localhost."""
-    app.user_middleware = [each for each in app.user_middleware if each.cls is not route_utils.CustomCORSMiddleware]
-
-
 @functools.cache
-def leave_out_the_internet() -> None:
-    """Removes links to external scripts and fonts from Gradio 5's page templates."""
+def adapt_page_templates(head: str) -> None:
+    """Inserts HTML (a Jinja template) before all other in the head of Gradio's pages.
+
+    Removes links to external scripts and fonts, which Gradio 5 has.
+    """
     environment: Any = routes.templates.env
     pages = environment.loader
 
-    def without_links(name: str) -> str | None:
+    def adapted(name: str) -> str:
         source = pages.get_source(environment, name)[0]
-        return re.sub(r"<link\s+rel=\"preconnect\"[^>]*>|<script\s+src=\"https:[^>]*></script>", "", source)
+        source = re.sub(r"<link\s+rel=\"preconnect\"[^>]*>|<script\s+src=\"https:[^>]*></script>", "", source)
+        return str(source).replace("<head>", f"<head>{head}", 1)
 
-    environment.loader = FunctionLoader(without_links)
+    environment.loader = FunctionLoader(adapted)
 
 
 def session() -> str | None:

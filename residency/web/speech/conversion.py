@@ -23,9 +23,9 @@ from typing import Any
 import soundfile
 
 from ...errors import InvalidInput, about
+from ...sentences import Sentence
 from . import decode
 from .recordings import CONVERTING, DiskFull, Recordings
-from .unreadable import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,22 @@ _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 _LONGEST_S = 3600.0
 """Upper bound of a decoder's timeout."""
+
+_CODEC = "sound as "
+_DAMAGED = Sentence("it is not a recording, or it is damaged", "它不是录音，或已损坏")
+#: Why a recording cannot be read, by message of ffmpeg or `decode`.
+_REASONS = {
+    "Invalid data found when processing input": _DAMAGED,
+    "Invalid argument": _DAMAGED,
+    "End of file": Sentence("it is cut off", "文件不完整"),
+    "Input/output error": Sentence("it is cut off, or reading it failed", "文件不完整，或读取失败"),
+    "Decoder not found": Sentence("its audio codec is not supported", "不支持其音频编码"),
+    "Demuxer not found": Sentence("its file format is not supported", "不支持其文件格式"),
+    "no sound in it": Sentence("it contains no sound", "其中没有声音"),
+    "it needs too much memory": Sentence("reading it needs too much memory", "读取它需要过多内存"),
+    "it takes too long to decode": Sentence("reading it takes too long", "读取它耗时过长"),
+    "the decoder gave up on it": Sentence("the decoder failed on it", "读取它时解码器出错"),
+}
 
 
 @dataclass(frozen=True)
@@ -187,11 +203,15 @@ class Conversion:
         )
 
 
-def _unreadable(reason: str) -> InvalidInput:
-    said = in_words(reason)
+def _unreadable(message: str) -> InvalidInput:
+    """Returns the error for a message of the decoder, which is shown as it is if it is unknown."""
+    reason = _REASONS.get(message) or Sentence.of(message)
+    if message.startswith(_CODEC):
+        codec = message.removeprefix(_CODEC)
+        reason = Sentence(f"its audio codec {codec} is not supported", f"不支持其音频编码 {codec}")
     return InvalidInput(
-        f"The recording cannot be read ({said.en}): record it again, or convert it to WAV, FLAC, MP3, OGG or M4A",
-        f"无法读取该录音（{said.zh}）：请重新录制，或转换为 WAV、FLAC、MP3、OGG 或 M4A",
+        f"The recording cannot be read ({reason.en}): record it again, or convert it to WAV, FLAC, MP3, OGG or M4A",
+        f"无法读取该录音（{reason.zh}）：请重新录制，或转换为 WAV、FLAC、MP3、OGG 或 M4A",
     )
 
 

@@ -42,7 +42,7 @@ class DiskFull(ResidencyError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The server holds as many recordings as it may: try again later, delete results that are not needed (Clear "
+            "The server's limit for recordings is reached: try again later, delete results that are not needed (Clear "
             "History), or start the app with a larger --max-disk.",
             "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（清空历史），或启动时调大 --max-disk。",
         )
@@ -101,7 +101,7 @@ class Recordings:
     def inherit(self, before: str, session: str) -> None:
         """Transfers the current and future files of the session ``before`` to ``session``."""
         with self._lock:
-            self._heirs = {who: session if heir == before else heir for who, heir in self._heirs.items()}
+            self._heirs = {old: session if heir == before else heir for old, heir in self._heirs.items()}
             self._heirs[before] = session
             if len(self._heirs) > _REMEMBERED:
                 del self._heirs[next(iter(self._heirs))]
@@ -119,7 +119,7 @@ class Recordings:
         """Ends the session; deletes its files."""
         with self._lock:
             self._present.discard(session)
-            self._heirs = {who: heir for who, heir in self._heirs.items() if heir != session}
+            self._heirs = {old: heir for old, heir in self._heirs.items() if heir != session}
             self._ended.append(session)
             self._delete_locked(self._files.pop(session, set()))
 

@@ -16,7 +16,7 @@ import soundfile
 
 from ...cancellation import checkpoint
 from ...contracts import Engine
-from ...errors import InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
+from ...errors import Field, InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
 from ...observability.error_classification import message_of
 from ...sentences import Sentence
 from ..shared.language import en, zh
@@ -26,6 +26,13 @@ from .recordings import Recordings
 from .task_names import choices
 
 logger = logging.getLogger(__name__)
+
+_NO_PROMPT = Sentence("Prompt Text is empty: write the words of the recording", "提示文本为空：请填写录音中的内容")
+_NO_TARGET = Sentence("Target Text is empty: write what should be spoken", "目标文本为空：请填写要合成的内容")
+_NO_TAGS = Sentence(
+    "Target Text is empty: write the text with tags such as [Laughter]",
+    "目标文本为空：请填写带有 [Laughter] 等标签的文本",
+)
 
 
 class ShuttingDown(ResidencyError):
@@ -39,7 +46,10 @@ class ShuttingDown(ResidencyError):
 
 
 class SpeechService:
-    """Speech requests to an engine; results are paths of 16-bit WAV files. Thread-safe if the engine is."""
+    """Speech requests to an engine; results are paths of 16-bit WAV files. Thread-safe if the engine is.
+
+    Recordings are paths that `Conversion.readable` (of ``incoming``) returned, which checks them.
+    """
 
     def __init__(
         self,
@@ -48,16 +58,16 @@ class SpeechService:
         recordings: Recordings,
         recognize: Callable[[str], str] | None = None,
         limits: Limits | None = None,
-        turns: SpeechQueue | None = None,
+        queue: SpeechQueue | None = None,
     ) -> None:
-        """``recognize`` transcribes a recording. ``turns`` is the queue of an engine without a manager."""
+        """``recognize`` transcribes a recording. ``queue`` is that of an engine without a manager."""
         self._engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
         self.folder = Path(recordings.folder)
         self._recordings = recordings
         self.limits = limits or Limits()
-        self._turns = turns
+        self._queue = queue
         self.incoming = Conversion(recordings, self.limits)
         self._changed = threading.Condition()
         self._closed = False
@@ -75,73 +85,49 @@ class SpeechService:
     def close(self) -> None:
         """Refuses new requests (`ShuttingDown`); running ones may finish."""
         self._closed = True
-        if self._turns:
-            self._turns.close()
+        if self._queue:
+            self._queue.close()
 
     def wait_until_idle(self, within_s: float) -> bool:
         """Waits for running requests; returns False after ``within_s``."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, min(within_s, threading.TIMEOUT_MAX))
 
-    def clone(self, prompt_audio: str | None, prompt_text: str | None, target_text: str | None) -> str:
+    def clone(self, recording: str, prompt_text: str | None, target_text: str | None) -> str:
         """Speaks ``target_text`` in the voice of the recording. Raises `InvalidInput`, and errors of the engine."""
-        audio = self.incoming.readable(prompt_audio)
-        with about("prompt_text"):
-            prompt = _given_text(
-                prompt_text,
-                self.limits,
-                "Prompt Text is empty: write what is said in the recording",
-                "提示文本为空：请填写录音中的内容",
-            )
-        with about("target_text"):
-            target = _given_text(
-                target_text,
-                self.limits,
-                "Target Text is empty: write what should be said",
-                "目标文本为空：请填写要合成的内容",
-            )
+        prompt = self._text("prompt_text", prompt_text, _NO_PROMPT)
+        target = self._text("target_text", target_text, _NO_TARGET)
         with self._engine_at_work() as engine:
             if check := getattr(engine, "check_text", None):
                 with about("target_text"):
                     check(target)
-            return self._write("clone", engine.clone(audio, prompt, target))
+            return self._write("clone", engine.clone(recording, prompt, target))
 
     def edit(
         self,
-        input_audio: str | None,
+        recording: str,
         audio_text: str | None,
         edit_type: str | None,
         edit_info: str | None,
         text: str | None,
     ) -> tuple[str, str]:
         """Edits a recording; returns the file and its new text. Raises `InvalidInput`, and errors of the engine."""
-        audio = self.incoming.readable(input_audio)
         task, info = self._task(edit_type, edit_info)
-        with about("prompt_text"):
-            said = _short_enough((audio_text or "").strip(), self.limits)
+        spoken = self._text("prompt_text", audio_text)
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
-        wanted = said
-        if task == "paralinguistic":
-            with about("target_text"):
-                wanted = _given_text(
-                    text,
-                    self.limits,
-                    "Target Text is empty: write the text with tags such as [Laughter]",
-                    "目标文本为空：请填写带有 [Laughter] 等标签的文本",
-                )
+        wanted = self._text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
         with self._engine_at_work() as engine:
-            return self._write(task, engine.edit(audio, said, task, info, wanted)), wanted
+            return self._write(task, engine.edit(recording, spoken, task, info, wanted)), wanted
 
-    def transcribe(self, recording: str | None) -> str:
+    def transcribe(self, recording: str) -> str:
         """Returns the transcript of a recording. Raises `InvalidInput`, and errors of the recognizer."""
-        audio = self.incoming.readable(recording)
         if self._recognize is None:
             raise InvalidInput(
                 "Recordings are not transcribed: start the app with --enable-auto-transcribe",
                 "未启用自动转写：启动时请加上 --enable-auto-transcribe",
             )
         with self._at_work():
-            return self._recognize(audio).strip()
+            return self._recognize(recording).strip()
 
     def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
         if not edit_type or edit_type == "clone":
@@ -163,11 +149,25 @@ class SpeechService:
             )
         return edit_type, edit_info if offered else None
 
+    def _text(self, field: Field, text: str | None, missing: Sentence | None = None) -> str:
+        """Returns the text without spaces at its ends. Raises `InvalidInput` if it is ``missing``, or too long."""
+        text, limit = (text or "").strip(), self.limits.text
+        if missing and not text:
+            raise InvalidInput(missing.en, missing.zh, field)
+        if len(text) > limit:
+            raise InvalidInput(
+                f"The text has {len(text)} characters, more than {limit}: shorten it, or start the app with a larger "
+                f"--max-text",
+                f"文本有 {len(text)} 个字符，超过 {limit}：请缩短，或启动时调大 --max-text",
+                field,
+            )
+        return text
+
     @contextmanager
     def _engine_at_work(self) -> Iterator[Engine]:
         if self._engine is None:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
-        with self._at_work(), self._recordings.reserved(0), self._turns.take() if self._turns else nullcontext():
+        with self._at_work(), self._recordings.reserved(0), self._queue.reserved() if self._queue else nullcontext():
             yield self._engine
 
     @contextmanager
@@ -223,19 +223,3 @@ def _names(values: Sequence[str], task: str | None = None) -> Sentence:
     """Returns the page's names of tasks, or of sub-tasks of ``task``, which include the API's values."""
     in_english, in_chinese = ([name for name, _ in choices(values, task, localize)] for localize in (en, zh))
     return Sentence(", ".join(in_english), "、".join(in_chinese))
-
-
-def _given_text(text: str | None, limits: Limits, en: str, zh: str) -> str:
-    if not text or not text.strip():
-        raise InvalidInput(en, zh)
-    return _short_enough(text.strip(), limits)
-
-
-def _short_enough(text: str, limits: Limits) -> str:
-    if len(text) > limits.text:
-        raise InvalidInput(
-            f"The text has {len(text)} characters, more than {limits.text}: shorten it, or start the app with a larger "
-            f"--max-text",
-            f"文本有 {len(text)} 个字符，超过 {limits.text}：请缩短，或启动时调大 --max-text",
-        )
-    return text

@@ -1,4 +1,4 @@
-"""Display names and descriptions of tasks and sub-tasks. Pure.
+"""Tasks and sub-tasks of Step-Audio-EditX: values, display names and descriptions. Pure.
 
 Engines get the values, such as ``vad``. A value that is not listed here is its own name, without a description.
 """
@@ -52,6 +52,9 @@ _SUB_TASKS: dict[str, dict[str, tuple[str, ...]]] = {
         "more slower": ("慢很多", "much slower"),
     },
 }  # fmt: skip
+STEP_AUDIO_EDIT_TYPES: dict[str, list[str]] = {task: list(_SUB_TASKS.get(task, {})) for task in _TASKS}
+"""Values of sub-tasks by task, for engines that do not list their own."""
+
 #: Descriptions of sub-tasks by task, which replace the task's; ``{}`` is the sub-task's name.
 _SUB_TASK_LINES = {
     "emotion": ("内容不变，情绪变为：{}。", "Says the same with this emotion: {}."),

@@ -5,7 +5,7 @@
   if (window.gpuPanel) return;
   const FRESH_MS = 10000;  // maximum age of values that do not change the version (free memory, power)
   const ANSWERED_MS = 8000;  // request timeout
-  let news = {pieces: {}, version: null, moving: false, outcomes: {}}, since = 0, asking = false;
+  let news = {pieces: {}, version: null, moving: false, outcomes: {}}, since = 0, polling = false;
   let pressed = null;  // the line about the last press, and the models whose outcome is pending
 
   const seconds = s =>
@@ -35,14 +35,14 @@
     settle();
     draw();
   };
-  const say = press => {
+  const showOutcome = press => {
     pressed = press;
     settle();
     draw();
   };
-  const ask = async () => {
-    if (document.hidden || asking) return;
-    asking = true;
+  const poll = async () => {
+    if (document.hidden || polling) return;
+    polling = true;
     try {
       const known = news.version !== null && Date.now() - since < FRESH_MS ? `?known=${news.version}` : "";
       const answer = await fetch(`gpu/panel${known}`, {signal: AbortSignal.timeout(ANSWERED_MS)});
@@ -59,13 +59,13 @@
       const line = problem.status === 401 ? news.pieces.strange : news.pieces.lost;
       show({...news, version: null, pieces: {...news.pieces, line}});
     }
-    asking = false;
+    polling = false;
   };
-  window.gpuPanel = {show, say};
-  document.addEventListener("visibilitychange", ask);
+  window.gpuPanel = {show, showOutcome};
+  document.addEventListener("visibilitychange", poll);
   // A new request clears the line about the last press. (A Gradio event would arrive only after the request.)
-  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) say(null); });
-  setInterval(() => { draw(); ask(); }, 1000);
-  setInterval(() => { if (news.moving) ask(); }, 250);
-  ask();
+  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) showOutcome(null); });
+  setInterval(() => { draw(); poll(); }, 1000);
+  setInterval(() => { if (news.moving) poll(); }, 250);
+  poll();
 }

@@ -6,7 +6,6 @@ import html
 import re
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ class Step:
     result_audio: str
 
 
-State = dict[str, Any]
+SessionState = dict[str, Any]
 """State of a session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is the
 `messages.Message` of the latest error, empty after success.
 
@@ -40,7 +39,7 @@ request detects that its history was replaced.
 """
 
 
-def new_state() -> State:
+def new_state() -> SessionState:
     return {"history_audio": [], "history_messages": [], "message": ""}
 
 
@@ -49,54 +48,42 @@ class Overtaken(InvalidInput):
 
     def __init__(self) -> None:
         super().__init__(
-            "The history was cleared or begun anew meanwhile, so this result was dropped: ask again if you want it",
+            "The history was cleared or replaced meanwhile, so this result was dropped: send the request again if you "
+            "want it",
             "期间历史已被清空或重新开始，本次结果未保留：如仍需要，请重新提交",
         )
 
 
 class Histories:
-    """Updates of the `State` of sessions and of the owners in `Recordings`. Thread-safe.
-
-    ``history`` is the ``history_audio`` at the start of the request; raises `Overtaken` if it was replaced.
-    """
+    """Updates of the `SessionState` of sessions and of the owners in `Recordings`. Thread-safe."""
 
     def __init__(self, recordings: Recordings) -> None:
         self._recordings = recordings
         self._lock = threading.Lock()
 
-    def go_on(self, state: State, history: list[Any], step: Step) -> None:
-        """Appends a result to its history."""
-        with self._of_the_present(state, history, step):
-            _append(state, step)
+    def append(self, state: SessionState, history: list[Any], step: Step, *, anew: bool = False) -> None:
+        """Appends a result to its history, or starts a new one with it.
 
-    def begin(self, state: State, history: list[Any], step: Step) -> None:
-        """Starts a new history with a result."""
-        with self._of_the_present(state, history, step):
-            self._begin_anew(state)
-            _append(state, step)
-
-    def clear(self, state: State) -> None:
-        with self._lock:
-            self._begin_anew(state)
-
-    def _begin_anew(self, state: State) -> None:
-        self._recordings.remove(session(), *(path for path, _ in state["history_audio"]))
-        state.update(new_state())
-
-    @contextmanager
-    def _of_the_present(self, state: State, history: list[Any], step: Step) -> Iterator[None]:
+        ``history`` is the ``history_audio`` at the start of the request; raises `Overtaken` if it was replaced.
+        """
         self._recordings.own(session(), step.result_audio)
         with self._lock:
             if state["history_audio"] is history:
-                yield
+                if anew:
+                    self._clear(state)
+                state["history_audio"].append((step.result_audio, step.target_text))
+                state["history_messages"].append(step)
                 return
         self._recordings.remove(session(), step.result_audio)
         raise Overtaken
 
+    def clear(self, state: SessionState) -> None:
+        with self._lock:
+            self._clear(state)
 
-def _append(state: State, step: Step) -> None:
-    state["history_audio"].append((step.result_audio, step.target_text))
-    state["history_messages"].append(step)
+    def _clear(self, state: SessionState) -> None:
+        self._recordings.remove(session(), *(path for path, _ in state["history_audio"]))
+        state.update(new_state())
 
 
 def as_messages(steps: Iterable[Step], localize: Localize = both) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ class GpuPanel:
             "version": version,
             "pieces": self._pieces(status, localize),
             "moving": any(model["state"] == "moving" for model in status["models"].values()),
-            "outcomes": {name: said and _paragraph(said) for name, said in outcomes.items()},
+            "outcomes": {name: sentence and _paragraph(sentence) for name, sentence in outcomes.items()},
         }
 
     def _pieces(self, status: Status, localize: Localize) -> dict[str, str]:
@@ -77,23 +77,21 @@ class GpuPanel:
             "strange": localize("登录已失效：请刷新页面重新登录。", "You are signed out: reload the page and sign in."),
         }
 
-    def press(self, action: str, name: str | None = None, localize: Localize = both) -> str:
-        """Warms, offloads or releases a model (None: all); returns the outcome, or when it will happen, as text."""
-        return self._press(action, name, localize)[0]
+    def press(self, action: str, name: str | None = None, localize: Localize = both) -> tuple[str, list[str]]:
+        """Warms, offloads or releases a model (None: all).
 
-    def _press(self, action: str, name: str | None, localize: Localize) -> tuple[str, list[str]]:
-        """Returns the text, and the models whose outcome is pending."""
+        Returns the outcome as text, or when it will happen, and the models whose outcome is pending.
+        """
         try:
             done = getattr(self._manager, action)(name)
         except ResidencyError as error:
             return translated(error, localize), []
         except Exception as error:
             logger.exception("Manual %s failed", action)
-            return f"{localize('操作失败', 'It failed')}{mark(':', localize)}{error}", []
+            return f"{localize('操作失败', 'The action failed')}{mark(':', localize)}{error}", []
         status = self._manager.status()
-        return status_text.pressed(action, name, done, status, localize), [] if done else [name] if name else [
-            *status["models"]
-        ]
+        pending = [] if done else [name] if name else list(status["models"])
+        return status_text.pressed(action, name, done, status, localize), pending
 
     def configure(
         self, name: str | None, keep_warm: str | None, idle_timeout: str | None, localize: Localize = both
@@ -104,7 +102,7 @@ class GpuPanel:
         if not times:
             return localize(
                 "未填写时长：请先填写，如 30s、5m 或 -1（永不）。",
-                "No time is given: write one first, such as 30s, 5m or -1.",
+                "No time is given: enter one, such as 30s, 5m or -1.",
             )
         try:
             self._manager.configure(name, **times)
@@ -170,7 +168,7 @@ class GpuPanel:
         changing = [*(button for button, _, _ in self._presses), self._apply]
         opened(self._permitting(len(changing)), outputs=[*changing, self._refusal], **looking)
         for button, action, name in self._presses:
-            self._on_press(button, lambda localize, action=action, name=name: self._press(action, name, localize))
+            self._on_press(button, lambda localize, action=action, name=name: self.press(action, name, localize))
         times = [self._which, self._keep_warm, self._idle_timeout]
         self._on_press(
             self._apply,
@@ -193,7 +191,7 @@ class GpuPanel:
             return json.dumps({"line": _paragraph(line), "awaits": awaits, "version": self._manager.version})
 
         button.click(handler, list(inputs), self._pressed, show_progress="hidden", **PRIVATE).then(
-            None, self._pressed, js="press => { window.gpuPanel?.say(JSON.parse(press)) }", **PRIVATE
+            None, self._pressed, js="press => { window.gpuPanel?.showOutcome(JSON.parse(press)) }", **PRIVATE
         )
 
     def _permitting(self, buttons: int) -> Callable[..., list[Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import Field, RequestStopped
+from .. import static
 from ..shared.gradio_compat import PRIVATE
 from ..shared.language import Localize, translated
 from ..speech.service import explain
@@ -21,37 +22,7 @@ CONTROLS: dict[Field, str] = {
 }
 """The page element of each field."""
 
-# Links each error to its control for assistive technology.
-_TIE = f"""for (const id of {list(CONTROLS.values())}) {{
-    const said = document.querySelector(`#about-${{id}} [role=alert]`);
-    for (const control of document.querySelectorAll(`#${{id}} :is(textarea, input:not([type=file]))`)) {{
-      control.toggleAttribute("aria-invalid", !!said);
-      if (said) control.setAttribute("aria-describedby", `about-${{id}}`);
-      else control.removeAttribute("aria-describedby");
-    }}
-  }}"""
-_TYPES = 'document.activeElement?.matches("textarea, input")'
-BEGIN = f"""() => {{
-  const look = times => {{
-    const line = document.querySelector("#progress:has([data-running])");
-    if ({_TYPES}) return;
-    if (line) line.scrollIntoView({{block: "nearest"}});
-    else if (times) setTimeout(look, 100, times - 1);
-  }};
-  setTimeout(look, 100, 50);
-}}"""
-"""JavaScript for a press of CLONE or EDIT: scrolls the progress line into view."""
-
-# Scrolls an error into view. In a single column also the newest result, since the history grows above the buttons;
-# not while the user types.
-SHOW = f"""() => setTimeout(() => {{
-  {_TIE}
-  document.querySelector(".said [role=alert]")?.scrollIntoView({{block: "nearest"}});
-  if (document.querySelector(".said [role]") || !matchMedia("(max-width: 640px)").matches) return;
-  if ({_TYPES} || document.querySelector("#progress [data-running]")) return;
-  [...document.querySelectorAll("#history .bot-row")].at(-1)?.scrollIntoView({{block: "nearest"}});
-}}, 100)"""
-"""JavaScript for the end of a press, after the history is drawn."""
+SCRIPT = "messages.js"
 
 
 class Message(str):
@@ -95,8 +66,7 @@ class MessagePlaces:
     def wiping(self, *fields: Field) -> dict[str, Any]:
         """Returns arguments of an event that clears the places of these fields (default: all) in the browser."""
         places = [self._places[field] for field in fields] or self.components
-        nothing = "''" if len(places) == 1 else f"Array({len(places)}).fill('')"
-        js = f"() => {{setTimeout(() => {{{_TIE}}}, 100); return {nothing}}}"
+        js = static.calling(SCRIPT, f"wipe({len(places)})")
         return {"fn": None, "inputs": None, "outputs": places, "js": js, "show_progress": "hidden", **PRIVATE}
 
     def wiping_by_hand(self, field: Field) -> dict[str, Any]:
@@ -104,10 +74,7 @@ class MessagePlaces:
 
         Gradio's event `input` misses pasted text and input methods.
         """
-        written = f"document.activeElement?.closest('#{CONTROLS[field]}')"
-        # No change, instead of the place's content, which may be replaced by the next message meanwhile.
-        js = f"() => {{setTimeout(() => {{{_TIE}}}, 100); return {written} ? '' : {{__type__: 'update'}}}}"
-        return {**self.wiping(field), "js": js}
+        return {**self.wiping(field), "js": static.calling(SCRIPT, f"wipeByHand('{CONTROLS[field]}')")}
 
     def values(self, message: str) -> list[str]:
         """Returns the message at its place and empty texts elsewhere, in the order of `components`."""

@@ -12,96 +12,84 @@ from .. import static
 from ..server.heartbeats import LOST
 from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
-from .buttons import Buttons
-from .chat_history import State, as_messages
+from .chat_history import SessionState, as_messages
 from .messages import MessagePlaces
 from .page_requests import PageRequests
-from .waiting import WaitMessages
+from .waiting import WaitingRequests
 
-TELL_EVERY_S = 5.0
+HEARTBEAT_EVERY_S = 5.0
 """Interval of the heartbeat of an open page."""
 
 _AT_MOST = 1000
-_GOES_ON = ".goes-on"
-# A reloaded page continues its visit. A page opened from the browser's history continues a visit only if the page of
-# that visit was left: a duplicated tab opens in the same way, with a copy of the storage of a tab that is still open;
-# it then deletes the copied inputs. A page may be reloaded before the server has responded to, or received, its
-# secret: so the browser generates the secret, and keeps earlier ones until there is a response.
-_SECRETS = """(_, lost, state) => {
-  const way = document.wasDiscarded ? "reload" : performance.getEntriesByType("navigation")[0]?.type;
-  const earlier = sessionStorage.getItem({reload: "visit", back_forward: "left"}[way]);
-  const bytes = [...crypto.getRandomValues(new Uint8Array(16))];
-  const secret = bytes.map(byte => byte.toString(16).padStart(2, "0")).join("");
-  const secrets = [secret, ...(earlier ?? "").split(" ").slice(0, 3)].join(" ").trim();
-  sessionStorage.setItem("visit", secrets);
-  sessionStorage.removeItem("left");
-  if (earlier === null) sessionStorage.removeItem("inputs");
-  const {recording, steps} = JSON.parse(sessionStorage.getItem("inputs") ?? "{}");
-  return [secrets, recording || steps ? "something" : "", state];
-}"""
+_RUNNING = ".running"
 
 
 class PageSessions:
     """Sessions by a secret, which the page stores and sends after a reload. Thread-safe."""
 
     def __init__(
-        self, requests: PageRequests, recordings: Recordings, waiting: WaitMessages, places: MessagePlaces
+        self, requests: PageRequests, recordings: Recordings, waiting: WaitingRequests, places: MessagePlaces
     ) -> None:
         self._requests, self._recordings, self._waiting, self._places = requests, recordings, waiting, places
         self._lock = threading.Lock()
-        self._visits: dict[str, tuple[str, State]] = {}  # ordered by the latest heartbeat
+        self._sessions: dict[str, tuple[str, SessionState]] = {}  # ordered by the latest heartbeat
 
-    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML, presses: Buttons) -> Any:
+    def register(self, page: gr.Blocks, state: gr.State, chat: gr.Chatbot, line: gr.HTML) -> Any:
         """Connects the components while the page is drawn. The server must serve the path of ``heartbeat.js``.
 
-        Returns the event after which a visit continues.
+        Returns the event after which the session of a reloaded page continues.
         """
-        visit, to_lose = gr.Textbox(visible=False), gr.Textbox(visible=False)
-        script = static.text("heartbeat.js")
+        identity, losable = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        heartbeat = static.text("heartbeat.js").replace("EVERY_MS", str(HEARTBEAT_EVERY_S * 1000))
+        stored = static.calling("saved_inputs.js", "[...secrets(), values[2]]")
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
         # Clicked by heartbeat.js. Hidden by CSS, since Gradio does not draw invisible components.
-        hear_the_end = gr.Button(elem_id="hear-the-end")
+        follow = gr.Button(elem_id="follow-request")
         messages = self._places.components
-        inputs, outputs = [visit, to_lose, state], [visit, state, chat, *messages]
-        came = page.load(self._come, inputs, outputs, js=_SECRETS, queue=False, **hidden)
-        came.then(None, visit, js=script.replace("EVERY_MS", str(TELL_EVERY_S * 1000)), **PRIVATE)
-        hear_the_end.click(presses.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
-        return came
+        inputs, outputs = [identity, losable, state], [identity, state, chat, *messages]
+        continued = page.load(self._start, inputs, outputs, js=stored, queue=False, **hidden)
+        continued.then(None, identity, js=heartbeat, **PRIVATE)
+        follow.click(self._requests.follow, state, [chat, line, *messages], concurrency_limit=None, **hidden)
+        return continued
 
-    def know(self, session: str) -> bool:
+    def knows(self, session: str) -> bool:
         """Whether this process has drawn a page of this session, and the session has not ended."""
         with self._lock:
-            visit = next((visit for visit, (whose, _) in self._visits.items() if whose == session), None)
-            if visit is not None:
-                self._visits[visit] = self._visits.pop(visit)
-            return visit is not None
+            secret = next((secret for secret, (name, _) in self._sessions.items() if name == session), None)
+            if secret is not None:
+                self._sessions[secret] = self._sessions.pop(secret)
+            return secret is not None
 
-    def end(self, whose: str) -> None:
-        """Deletes the visit of an ended session."""
+    def end(self, session: str) -> None:
         with self._lock:
-            self._visits = {visit: who for visit, who in self._visits.items() if who[0] != whose}
+            self._sessions = {secret: each for secret, each in self._sessions.items() if each[0] != session}
 
-    def _come(self, known: str | None, to_lose: str | None, state: State) -> list[Any]:
-        """Starts a visit. ``known`` has the secrets of the new visit and of earlier ones, the newest first."""
-        whose = session() or ""
-        secret, *earlier = (known or "")[:200].split() or [secrets.token_hex(16)]
-        visit = f"{whose}.{secret}"
+    def _start(self, stored: str | None, losable: str | None, state: SessionState) -> list[Any]:
+        """Starts a session, or continues one whose secret is known.
+
+        ``stored`` has the secrets of this page and of earlier ones, the newest first; ``losable`` is empty if the page
+        has nothing on the server to lose.
+        """
+        name = session() or ""
+        secret, *earlier = (stored or "")[:200].split() or [secrets.token_hex(16)]
+        identity = f"{name}.{secret}"
         with self._lock:
-            before, state = next((self._visits.pop(each) for each in earlier if each in self._visits), (None, state))
-            self._visits[secret] = (whose, state)
-            if len(self._visits) > _AT_MOST:
-                del self._visits[next(iter(self._visits))]
+            known = (self._sessions.pop(each) for each in earlier if each in self._sessions)
+            before, state = next(known, (None, state))
+            self._sessions[secret] = (name, state)
+            if len(self._sessions) > _AT_MOST:
+                del self._sessions[next(iter(self._sessions))]
         if before is None:
-            news = _status(f"⚠️ {localizer()(*LOST)}") if earlier and to_lose else ""
-            return [visit, state, gr.skip(), *self._places.values(news)]
-        self._recordings.inherit(before, whose)
-        self._waiting.inherit(before, whose)
-        goes_on, localize = self._requests.latest(state) is not None, localizer()
-        shown, news = as_messages(state["history_messages"], localize), state["message"]
-        if goes_on:
-            visit += _GOES_ON
-            news = _status(localize("先前的请求仍在进行…", "What you asked for before goes on…"))
-        return [visit, state, shown, *self._places.values(news)]
+            message = _status(f"⚠️ {localizer()(*LOST)}") if earlier and losable else ""
+            return [identity, state, gr.skip(), *self._places.values(message)]
+        self._recordings.inherit(before, name)
+        self._waiting.inherit(before, name)
+        localize = localizer()
+        chat, message = as_messages(state["history_messages"], localize), state["message"]
+        if self._requests.latest(state) is not None:
+            identity += _RUNNING
+            message = _status(localize("先前的请求仍在进行…", "Your earlier request is still running…"))
+        return [identity, state, chat, *self._places.values(message)]
 
 
 def _status(sentence: str) -> str:

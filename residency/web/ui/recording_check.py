@@ -6,21 +6,11 @@ from typing import Any
 
 import gradio as gr
 
+from .. import static
 from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from .messages import Message
-
-# Conversion takes seconds, in which the recording may be removed or replaced.
-_SHOW = """(received, recording) => {
-  const unchanged = {__type__: "update"};
-  if (!recording || recording.path !== received?.given) return [unchanged, unchanged];
-  if (received.message) return [null, received.message];
-  if (!received.playable) return [unchanged, unchanged];
-  const path = received.playable, route = recording.url.slice(0, recording.url.indexOf("file=") + 5);
-  const url = route + path.split("/").map(encodeURIComponent).join("/");
-  return [{path, url, orig_name: path.split("/").pop(), meta: {_type: "gradio.FileData"}}, unchanged];
-}"""
 
 
 class RecordingCheck:
@@ -32,6 +22,7 @@ class RecordingCheck:
     def register(self, recording: gr.Audio, message: gr.HTML) -> None:
         """Connects the recording's component and the place of its errors while the page is drawn."""
         received = gr.JSON(visible=False)
+        show = static.calling("recordings.js", "showChecked(...values)")
         # Conversions run concurrently.
         changed = recording.change(
             self.receive,
@@ -43,7 +34,7 @@ class RecordingCheck:
             show_progress_on=recording,
             **PRIVATE,
         )
-        changed.success(None, [received, recording], [recording, message], js=_SHOW, **PRIVATE)
+        changed.success(None, [received, recording], [recording, message], js=show, **PRIVATE)
 
     def receive(self, path: str | None) -> dict[str, Any] | None:
         """Checks and converts a recording; returns None without one.

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ... import remarks as shared
+from ... import sentences as shared
 from ...states import State
-from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, Status
+from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, MoveProgress, Status
 from ...units import readable_bytes, readable_rate
 from ..shared.language import Localize, both, bracketed, mark, translated
 
@@ -52,6 +52,28 @@ _PHASES = {
     "restoring": ("恢复", "restoring"),
     "offloading": ("卸载", "offloading"),
     "releasing": ("释放", "releasing"),
+}
+_RELEASED = ("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
+#: What a press did, by action and whether it is done: with a GPU, and without one.
+_PRESSED = {
+    ("warm", True): (
+        ("模型已在 GPU 上。", "The model is on the GPU already."),
+        ("模型已加载。", "The model is loaded already."),
+    ),
+    ("warm", False): (
+        ("正在加载到 GPU，可以继续操作。", "On its way to the GPU; you can go on meanwhile."),
+        ("正在加载，可以继续操作。", "It is being loaded; you can go on meanwhile."),
+    ),
+    ("offload", True): (
+        ("已卸载到内存。", "Offloaded to main memory."),
+        ("本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees main memory."),
+    ),
+    ("release", True): (_RELEASED, _RELEASED),
+}
+_ARRIVED = {
+    "gpu": ("{} 已在 GPU 上。", "{} is on the GPU now."),
+    "cpu": ("{} 已在内存中。", "{} is in main memory now."),
+    "released": ("{} 已完全释放。", "{} has been released."),
 }
 
 
@@ -122,7 +144,7 @@ def sizes(model: ModelStatus, device_bytes: int, device_kind: str, localize: Loc
     if label := memory_label(device_kind, localize):
         facts.insert(0, (label, readable_bytes(device_bytes)))
     if rebuilt_bytes := _rebuilt_bytes(model):
-        facts.append((localize("返回时重建", "Made anew on return"), readable_bytes(rebuilt_bytes)))
+        facts.append((localize("返回时重建", "Rebuilt on return"), readable_bytes(rebuilt_bytes)))
     return facts
 
 
@@ -137,8 +159,8 @@ def why_less_in_memory(model: ModelStatus, localize: Localize) -> str:
     size, rebuilt = readable_bytes(model["size_bytes"]), readable_bytes(rebuilt_bytes)
     return localize(
         f"模型在设备上占 {size}；其中 {rebuilt} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
-        f"Of its {size} on the device, {rebuilt} are in the model's files anyway: main memory does not keep them too, "
-        f"and they are made anew from there on return.",
+        f"Of its {size} on the device, {rebuilt} are in the model's files anyway: main memory keeps no copy, and they "
+        f"are rebuilt from the files on return.",
     )
 
 
@@ -150,26 +172,12 @@ def notes(device: DeviceStatus, localize: Localize) -> list[str]:
 def pressed(action: str, name: str | None, done: bool, status: Status, localize: Localize) -> str:
     """Returns the outcome of a press on warm, offload or release of a model (None: all), or when it will happen."""
     kind = status["device"]["kind"]
-    if action == "warm":
-        if done:
-            if kind == "cpu":
-                return localize("模型已加载。", "The model is loaded already.")
-            return of_device(("模型已在 GPU 上。", "The model is on the GPU already."), kind, localize)
-        if kind == "cpu":
-            return localize("正在加载，可以继续操作。", "It is being loaded; go on meanwhile.")
-        return of_device(("正在加载到 GPU，可以继续操作。", "On its way to the GPU; go on meanwhile."), kind, localize)
-    if not done:
+    if not done and action in _PENDING:
         return localize(*(f"{phrase}{dot}" for phrase, dot in zip(_PENDING[action], "。.", strict=True)))
-    if action == "release":
-        return localize("已完全释放，下次请求时重新加载。", "Released; the next request loads it again.")
-    if kind == "cpu":
-        return localize(
-            "本机没有 GPU，无需卸载；释放可腾出内存。", "No GPU here, nothing to offload; release frees main memory."
-        )
-    models = status["models"] if name is None else {name: status["models"][name]}
-    if all(model["state"] == "released" for model in models.values()):
+    models = status["models"].values() if name is None else [status["models"][name]]
+    if action == "offload" and kind != "cpu" and all(model["state"] == "released" for model in models):
         return localize("模型已释放，无需卸载。", "Nothing to offload: the model is released.")
-    return localize("已卸载到内存。", "Offloaded to main memory.")
+    return of_device(_PRESSED[action, done][kind == "cpu"], kind, localize)
 
 
 def outcome(name: str, model: ModelStatus, device_kind: str, localize: Localize) -> str | None:
@@ -178,53 +186,45 @@ def outcome(name: str, model: ModelStatus, device_kind: str, localize: Localize)
         return None
     if model["last_error"]:
         return f"{name}{mark(':', localize)}{translated(model['last_error'], localize)}"
-    sentences = {
-        "gpu": of_device((f"{name} 已到达 GPU。", f"{name} has come to the GPU."), device_kind, localize),
-        "cpu": localize(f"{name} 已回到内存。", f"{name} has come to main memory."),
-        "released": localize(f"{name} 已完全释放。", f"{name} has been released."),
-    }
-    return sentences[model["state"]]
+    return of_device(_ARRIVED[model["state"]], device_kind, localize).replace("{}", name)
 
 
-def in_use(localize: Localize) -> str:
-    return localize("模型使用中，下一个轮到您", "The model is in use; you are next")
+def progress(
+    status: Status, model: str, place: int | None, localize: Localize, ready: tuple[str, str]
+) -> tuple[str, float] | None:
+    """Returns queue position or progress of the model for a request, and the share that is done (0: unknown).
+
+    ``place`` is that of its lease, None before that. Returns ``ready`` if the model is on the device, and None if the
+    request waits for something else.
+    """
+    kind, present = status["device"]["kind"], status["models"].get(model)
+    if present is None:  # not managed
+        return None
+    if place and place > 1:
+        return localize(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue"), 0.0
+    if move := present["progress"]:
+        return moving(move, kind, localize), share(move) or 0.0
+    if present["leases"]:
+        return localize("模型使用中，下一个轮到您", "The model is in use; you are next"), 0.0
+    return (localize(*ready), 0.0) if present["state"] == State.DEVICE.shown(kind) else None
 
 
-def queued(place: int, localize: Localize) -> str:
-    return localize(f"排队中，第 {place} 位", f"Waiting; place {place} in the queue")
+def share(move: MoveProgress) -> float | None:
+    """Returns the share of a move that is done, from 0 to 1; None if unknown."""
+    return min(1.0, move["bytes"] / move["total_bytes"]) if move["total_bytes"] and move["bytes"] else None
 
 
-def arrived(device_kind: str, target: str, localize: Localize, ready: tuple[str, str] = READY) -> str | None:
-    """Returns the message after a move to the device or the host; None for a release."""
-    if target == State.DEVICE.shown(device_kind):
-        return localize(*ready)
-    return localize("模型已回到内存", "The model is back in main memory") if target == "cpu" else None
-
-
-def share(done_bytes: int, total_bytes: int | None) -> float | None:
-    """Returns the share that is done, from 0 to 1; None if unknown."""
-    return min(1.0, done_bytes / total_bytes) if total_bytes and done_bytes else None
-
-
-def on_its_way(
-    device_kind: str,
-    target: str,
-    phase: str,
-    done_bytes: int,
-    total_bytes: int | None,
-    bytes_per_s: float | None,
-    localize: Localize,
-) -> str:
+def moving(move: MoveProgress, device_kind: str, localize: Localize) -> str:
     """Returns the target and progress of a move: phase, bytes of total, rate."""
-    facts = [localize(*_PHASES[phase]) if phase in _PHASES else phase]
-    if done_bytes:
-        of = "" if total_bytes is None else f" / {readable_bytes(total_bytes)}"
-        facts.append(f"{readable_bytes(done_bytes)}{of}")
-        if bytes_per_s:
-            facts.append(readable_rate(bytes_per_s))
-    elif total_bytes:
-        facts.append(readable_bytes(total_bytes))
-    return f"{of_device(_TO[target], device_kind, localize)}{mark(':', localize)}{' · '.join(facts)}"
+    facts = [localize(*_PHASES[move["phase"]]) if move["phase"] in _PHASES else move["phase"]]
+    total = None if move["total_bytes"] is None else readable_bytes(move["total_bytes"])
+    if move["bytes"]:
+        facts.append(" / ".join(filter(None, (readable_bytes(move["bytes"]), total))))
+        if move["bytes_per_s"]:
+            facts.append(readable_rate(move["bytes_per_s"]))
+    elif move["total_bytes"]:
+        facts.append(str(total))
+    return f"{of_device(_TO[move['to']], device_kind, localize)}{mark(':', localize)}{' · '.join(facts)}"
 
 
 def activity(model: ModelStatus, localize: Localize) -> str:
@@ -239,7 +239,7 @@ def activity(model: ModelStatus, localize: Localize) -> str:
 
 def holder(model: ModelStatus, localize: Localize) -> str:
     """Returns the code that uses the model, and for how long; empty if it is not in use."""
-    sentence = shared.holder(model)
+    sentence = shared.holder_of(model)
     return localize(sentence.zh, sentence.en[:1].upper() + sentence.en[1:]) if sentence else ""
 
 
@@ -251,11 +251,8 @@ def course(
     ``counted`` formats seconds that the page counts up (1) or down (-1).
     """
     counted = counted or (lambda seconds, direction: readable_seconds(seconds))
-    if way := model["progress"]:
-        sentence = on_its_way(
-            device_kind, way["to"], way["phase"], way["bytes"], way["total_bytes"], way["bytes_per_s"], localize
-        )
-        return f"{sentence} · {counted(way['seconds'], 1)}"
+    if move := model["progress"]:
+        return f"{moving(move, device_kind, localize)} · {counted(move['seconds'], 1)}"
     if step := model["next"]:
         what = of_device(_NEXT[step["to"]], device_kind, localize).replace("{}", counted(step["in_s"], -1))
         return f"{localize('若无新请求', 'If no request comes')}{mark(':', localize)}{what}"
@@ -282,7 +279,7 @@ def trouble(status: Status, localize: Localize) -> list[str]:
 
 def remarks(model: ModelStatus, localize: Localize) -> list[str]:
     """Returns a model's last error, and the memory that no move frees."""
-    return [translated(said, localize) for said in (shared.last_error(model), shared.outside(model)) if said]
+    return [translated(sentence, localize) for sentence in shared.remarks(model)]
 
 
 def memory_label(device_kind: str, localize: Localize) -> str | None:
@@ -290,11 +287,12 @@ def memory_label(device_kind: str, localize: Localize) -> str | None:
     return None if device_kind == "cpu" else of_device(("显存", "GPU memory"), device_kind, localize)
 
 
-def memory_title(device_kind: str, localize: Localize) -> str:
+def memory_title(device_kind: str, window_s: float, localize: Localize) -> str:
     """Returns the title of the memory chart."""
+    minutes = f"{window_s / 60:g}"
     if device_kind == "cpu":
-        return localize("最近 15 分钟模型占用的内存", "Main memory of the models, last 15 minutes")
-    return of_device(("最近 15 分钟的显存", "GPU memory, last 15 minutes"), device_kind, localize)
+        return localize(f"最近 {minutes} 分钟模型占用的内存", f"Main memory of the models, last {minutes} minutes")
+    return of_device((f"最近 {minutes} 分钟的显存", f"GPU memory, last {minutes} minutes"), device_kind, localize)
 
 
 def duration(seconds: float, localize: Localize) -> str:
@@ -329,11 +327,6 @@ def as_text(status: Status, localize: Localize = both) -> str:
                  (localize("上次搬移", "Last move"), last_move(model, kind, localize))]  # fmt: skip
         values = mark(",", localize).join(f"{label} {value}" for label, value in facts)
         lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(values, localize)}"]
-        told = (
-            activity(model, localize),
-            holder(model, localize),
-            course(model, kind, localize),
-            why_less_in_memory(model, localize),
-        )
-        lines += [*filter(None, told), *remarks(model, localize)]
+        sentences = [activity(model, localize), holder(model, localize), course(model, kind, localize)]
+        lines += [*filter(None, [*sentences, why_less_in_memory(model, localize)]), *remarks(model, localize)]
     return "\n".join([*lines, *notes(device, localize), *trouble(status, localize)])

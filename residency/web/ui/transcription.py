@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,76 +10,60 @@ import gradio as gr
 
 from ...cancellation import cancelled_by
 from ...errors import ResidencyError
-from ..shared.gradio_compat import PRIVATE, engine_event, localizer
+from .. import static
+from ..shared.gradio_compat import PRIVATE, localizer
 from ..speech.service import SpeechService
-from .buttons import LOOK_EVERY_S, in_thread, lines
 from .messages import Message
-from .page_requests import PageRequest
-from .waiting import WaitMessages
+from .page_requests import PageRequest, in_thread, reports
+from .waiting import WaitingRequests
 
 MODEL = "asr"
 """Name of the speech recognition as a managed model."""
 
-_READY = ("模型已就绪，正在识别录音", "The model is ready; writing down what is said in the recording")
-# The browser's tab stores the path of the recording in progress, so that a reloaded page requests its transcription
-# again. Gradio has not restored the recording at that moment.
-_BEGIN = """(recording) => {
-  window.transcribes = true;  // so that it is not asked for twice, if the page is still loading
-  sessionStorage.setItem("transcribing", recording.path);
-}"""
-_END = "() => sessionStorage.removeItem('transcribing')"
-_RESUME = """(_, prompt) => {
-  const path = window.transcribes ? null : sessionStorage.getItem("transcribing");
-  return [path && {path, meta: {_type: "gradio.FileData"}}, prompt];
-}"""
-# Does not overwrite a text that was written meanwhile; ignores recordings that were removed or replaced.
-_FILL_IN = """(heard, text, recording) => {
-  const unchanged = {__type__: "update"};
-  if (!recording || !heard?.recordings.includes(recording.path)) return [unchanged, unchanged];
-  sessionStorage.removeItem("transcribing");
-  return [text && text.trim() ? unchanged : heard.text, heard.message || unchanged];
-}"""
+_READY = ("模型已就绪，正在识别录音", "The model is ready; transcribing the recording")
+_script = partial(static.calling, "recordings.js")
 
 
 class Transcription:
     """Handlers and components of the transcription. One object serves all sessions."""
 
-    def __init__(self, speech: SpeechService, waiting: WaitMessages, managed: bool) -> None:
+    def __init__(self, speech: SpeechService, waiting: WaitingRequests, managed: bool) -> None:
         self._speech, self._waiting = speech, waiting
-        self._event = engine_event(managed, "recognizer", 8)
+        # A manager has a queue of its own; the limit leaves some of Gradio's 40 threads for other events.
+        self._event: dict[str, Any] = {"concurrency_id": "recognizer", "concurrency_limit": 8 if managed else 1}
 
     def draw(self) -> None:
         """Draws the progress line into the open Blocks."""
         self._line = gr.HTML(elem_id="hearing", elem_classes="progress-line", padding=False)
-        self._heard = gr.JSON(visible=False)
+        self._result = gr.JSON(visible=False)
 
-    def register(self, comes: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
-        """Connects the components of `draw`. ``comes`` are the events that add a recording."""
+    def register(self, added: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:
+        """Connects the components of `draw`. ``added`` are the events that add a recording."""
         self._recording, self._prompt, self._message = recording, prompt, message
-        gr.on(comes, None, recording, None, js=_BEGIN, **PRIVATE)
-        recording.clear(js=_END, **PRIVATE)
-        self._hear_on(partial(gr.on, comes))
+        gr.on(added, None, recording, None, js=_script("beginTranscription(...values)"), **PRIVATE)
+        recording.clear(js=_script("endTranscription()"), **PRIVATE)
+        self._transcribe_on(partial(gr.on, added))
 
     def resume(self, returned: Any) -> None:
         """Restarts the transcription after ``returned``, the event that restores the recording of a reloaded page."""
-        self._hear_on(partial(returned.then, js=_RESUME))
+        self._transcribe_on(partial(returned.then, js=_script("resumeTranscription(values[1])")))
 
-    def _hear_on(self, event: Callable[..., Any]) -> None:
-        hearing = event(
-            self.hear,
+    def _transcribe_on(self, event: Callable[..., Any]) -> None:
+        running = event(
+            self.transcribe,
             [self._recording, self._prompt],
-            [self._heard, self._line],
+            [self._result, self._line],
             **self._event,
             trigger_mode="multiple",  # a removed recording does not delay the next one
             show_progress="hidden",
             **PRIVATE,
         )
         # Runs in the browser when the result arrives.
-        answer = [self._heard, self._prompt, self._recording]
-        hearing.success(None, answer, [self._prompt, self._message], js=_FILL_IN, **PRIVATE)
-        self._recording.clear(None, cancels=[hearing], **PRIVATE)
+        answer = [self._result, self._prompt, self._recording]
+        running.success(None, answer, [self._prompt, self._message], js=_script("showTranscript(...values)"), **PRIVATE)
+        self._recording.clear(None, cancels=[running], **PRIVATE)
 
-    async def hear(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
+    async def transcribe(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
         """Transcribes a recording. Yields the result and the progress line whenever one changes.
 
         Closing the generator cancels the request. The result has ``recordings``, the possible paths of the recording
@@ -90,34 +73,26 @@ class Transcription:
             yield [gr.skip(), gr.skip()]
             return
         request = PageRequest()
-        work = asyncio.ensure_future(in_thread(lambda: self._in_turn(request, recording, prompt)))
+        work = in_thread(lambda: self._answer(request, recording, prompt))
         try:
-            async for line in lines(
-                lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=LOOK_EVERY_S)
-            ):
-                yield [gr.skip(), line]
+            async for progress in reports(request, work):
+                yield [gr.skip(), request.line(progress, localizer())]
             yield [work.result(), ""]
         finally:
             request.cancellation.cancel()
 
-    def _in_turn(self, request: PageRequest, recording: str | None, prompt: str | None) -> dict[str, Any]:
+    def _answer(self, request: PageRequest, recording: str, prompt: str | None) -> dict[str, Any]:
+        result: dict[str, Any] = {"recordings": [], "text": "", "message": ""}
         try:
             readable = self._speech.incoming.readable(recording)
         except ResidencyError:  # `RecordingCheck` shows the error
-            return {"recordings": [], "text": "", "message": ""}
-        with cancelled_by(request.cancellation):
-            text, message = self.transcribe(readable, prompt, request)
-        return {"recordings": [recording, readable], "text": text, "message": message}
-
-    def transcribe(
-        self, recording: str | None, prompt: str | None, request: PageRequest | None = None
-    ) -> tuple[str, str]:
-        """Returns the transcript, empty if there is a text already, and an error message."""
-        if not recording or (prompt and prompt.strip()):
-            return "", ""
-        request = request or PageRequest()
+            return result
+        result["recordings"] = [recording, readable]
+        if prompt and prompt.strip():
+            return result
         try:
-            with self._waiting.told(MODEL, request.tell, _READY) as request.look:
-                return self._speech.transcribe(recording), ""
+            with cancelled_by(request.cancellation), self._waiting.watched(MODEL, _READY) as request.progress:
+                result["text"] = self._speech.transcribe(readable)
         except Exception as error:
-            return "", Message.of(error, localizer(), "recording")
+            result["message"] = Message.of(error, localizer(), "recording")
+        return result

@@ -1,8 +1,9 @@
-"""GPU memory through NVML, which, unlike ``torch.cuda.mem_get_info``, needs no CUDA context."""
+"""Measures one card, through NVML or torch: None where unknown. Never raises, creates no CUDA context."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import psutil
 import pynvml
 
-from ...contracts import Memory, Telemetry
+from ..contracts import Memory, Telemetry
 
 _OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed")
 _NO_SUCH_CARD = (pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_NOT_FOUND)
@@ -54,16 +55,11 @@ class NvmlProbe:
             memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
         except pynvml.NVMLError:
             return Memory()
-        return Memory(memory.total, memory.free, self._process_bytes())
-
-    def _process_bytes(self) -> int | None:
-        try:
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except pynvml.NVMLError:  # WSL2 and virtual GPUs list no processes
-            return None
-        own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+        processes = self._processes()
+        own = [nbytes for pid, nbytes in processes or () if pid == os.getpid()]
         # In containers the driver lists the host's pids, or none: then this process's use is unknown.
-        return None if own and own[0] is None else sum(own) if own or not processes else None
+        unknown = processes is None or None in own or (processes and not own)
+        return Memory(memory.total, memory.free, None if unknown else sum(filter(None, own)))
 
     def telemetry(self) -> Telemetry:
         try:
@@ -75,11 +71,39 @@ class NvmlProbe:
 
     def holders(self) -> tuple[tuple[int, int | None], ...]:
         """Returns the processes that hold memory of this GPU: (pid, bytes or None if unknown)."""
+        return self._processes() or ()
+
+    def _processes(self) -> tuple[tuple[int, int | None], ...] | None:
         try:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except pynvml.NVMLError:
-            return ()
+        except pynvml.NVMLError:  # WSL2 and virtual GPUs list no processes
+            return None
         return tuple((process.pid, process.usedGpuMemory) for process in processes)
+
+
+class TorchProbe:
+    """Sizes of ``cuda:0`` from torch, once it has a CUDA context: the fallback without NVML."""
+
+    name = "CUDA GPU 0"
+
+    def memory(self) -> Memory:
+        torch = sys.modules.get("torch")
+        try:
+            if torch is None or not torch.cuda.is_initialized() or not torch._C._cuda_hasPrimaryContext(0):
+                return Memory()
+            free_bytes, total_bytes = torch.cuda.mem_get_info(0)
+        except RuntimeError:  # the device is gone
+            return Memory()
+        return Memory(total_bytes, free_bytes)
+
+    def telemetry(self) -> Telemetry:
+        return Telemetry()
+
+    def holders(self) -> tuple[tuple[int, int | None], ...]:
+        return ()
+
+
+CardProbe = NvmlProbe | TorchProbe
 
 
 def _by_index(index: int) -> Any:

@@ -1,17 +1,24 @@
-"""Computes paths from an engine to its objects (``.vad._model.weight``), when a message needs them."""
+"""The object graph of an engine: kinds of objects, what each refers to, and paths to them (``.vad._model.weight``).
+
+Paths are computed when a message or a proxy needs them; `discovery` walks faster, without paths.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import enum
 import functools
 import itertools
+import logging
+import sys
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .object_kinds import VALUES, ObjectKind, kind_of
+from .self_moving import moves_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +27,77 @@ T = TypeVar("T")
 #: How an object was reached: parent's trail, kind of step, step. Formatted for requested objects only.
 _Trail = tuple[Any, str, Any]
 _ROOT: _Trail = (None, "", "")
+
+
+class ObjectKind(enum.Enum):
+    """The treatment of a class's instances in a walk.
+
+    Attributes:
+        CLOSED: not entered: refers to nothing of the engine, or leads out into the rest of the process.
+        OPEN: `gc.get_referents` returns exactly its contents, and its class.
+        TENSOR, SESSION, GRAPH, ARRAY: objects to find; arrays are numpy's.
+        SELF_MOVING: objects to find that free their GPU memory themselves; not entered.
+        BY_NAME: entered by `children`, since the garbage collector shows too much or too little.
+    """
+
+    CLOSED = enum.auto()
+    OPEN = enum.auto()
+    TENSOR = enum.auto()
+    SESSION = enum.auto()
+    GRAPH = enum.auto()
+    ARRAY = enum.auto()
+    SELF_MOVING = enum.auto()
+    BY_NAME = enum.auto()
+
+
+#: Classes whose instances refer only to their own contents, or to nothing.
+_TRANSPARENT = {
+    object, int, float, complex, str, bytes, bytearray, list, dict, tuple, set, frozenset, BaseException,
+    collections.deque, collections.OrderedDict, collections.defaultdict, functools.partial, types.SimpleNamespace,
+    types.MethodType, types.BuiltinMethodType, types.CellType, types.MappingProxyType,
+}  # fmt: skip
+if sys.version_info >= (3, 11):  # before, they refer to a frame, which leads to all running code
+    _TRANSPARENT |= {types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType}
+#: Classes of plain values. Exact classes only, since subclasses may have attributes.
+VALUES = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType})
+#: Classes that lead out of the engine into the rest of the process.
+_EXITS = (type, types.ModuleType, logging.Logger, types.FrameType, types.TracebackType, types.CodeType)
+_POINTER_BYTES = 8
+
+
+def kind_of(cls: type) -> ObjectKind:
+    """Returns the kind of a class's instances. Takes some microseconds: cache the result during a walk."""
+    import torch
+
+    # The attribute marks managers, whose other models do not belong to this engine.
+    if cls in VALUES or issubclass(cls, _EXITS) or getattr(cls, "not_of_the_engine", False) is True:
+        return ObjectKind.CLOSED
+    if issubclass(cls, torch.Tensor):
+        return ObjectKind.TENSOR
+    if moves_of(cls) is not None:
+        return ObjectKind.SELF_MOVING
+    # By name, since onnxruntime need not be installed.
+    if any(base.__name__ == "InferenceSession" and base.__module__.startswith("onnxruntime") for base in cls.__mro__):
+        return ObjectKind.SESSION
+    if issubclass(cls, torch.cuda.CUDAGraph):
+        return ObjectKind.GRAPH
+    if any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in cls.__mro__):
+        return ObjectKind.ARRAY
+    if issubclass(cls, torch.jit.ScriptModule) or not _is_transparent(cls):
+        return ObjectKind.BY_NAME
+    return ObjectKind.OPEN
+
+
+def _is_transparent(cls: type) -> bool:
+    """Returns whether instances have attributes, slots and the contents of a transparent class, but no C state."""
+    while cls not in _TRANSPARENT:
+        base: Any = cls.__base__
+        names = sum(isinstance(value, types.MemberDescriptorType) for value in vars(cls).values())
+        names += ("__dict__" in vars(cls)) + ("__weakref__" in vars(cls))
+        if base is None or cls.__basicsize__ - base.__basicsize__ > names * _POINTER_BYTES:
+            return False
+        cls = base
+    return True
 
 
 class ByPath(Mapping[str, T]):
@@ -79,26 +157,12 @@ class PathFinder:
 
     def _look_for(self, wanted: set[int], closed: Collection[int]) -> dict[int, str]:
         paths: dict[int, str] = {}
-        seen: dict[int, Any] = {}
-        kinds: dict[type, ObjectKind] = {}
-        todo: deque[tuple[Any, _Trail]] = deque([(self._engine, _ROOT)])
         self._tensors.clear()
-        while todo:
-            thing, trail = todo.popleft()
-            kind = kinds.get(type(thing)) or kinds.setdefault(type(thing), kind_of(type(thing)))
-            if kind is ObjectKind.CLOSED or id(thing) in seen or id(thing) in closed:
-                continue
-            seen[id(thing)] = thing  # kept alive, so that its id is not reused
+        for thing, trail, kind in visit(self._engine, closed):
             if kind is ObjectKind.TENSOR:
                 self._tensors[id(thing)] = weakref.ref(thing), _path(trail)
             if id(thing) in wanted:
                 paths[id(thing)] = _path(trail)
-            with contextlib.suppress(Exception):  # logged by the walk
-                todo.extend(
-                    (child, (trail, how, step))
-                    for how, step, child in children(thing)
-                    if type(child) not in VALUES and id(child) not in seen
-                )
         return paths
 
     def at(self, path: str) -> list[Any]:
@@ -114,6 +178,31 @@ class PathFinder:
                     steps = ((here + _step(how, step), child) for how, step, child in children(thing))
                     todo.extend((child, there) for there, child in steps if path.startswith(there))
         return reached
+
+
+def visit(
+    engine: Any, closed: Collection[int] = (), usable: Callable[[Any, str, Any], bool] = lambda *step: True
+) -> Iterator[tuple[Any, _Trail, ObjectKind]]:
+    """Yields every object of an engine once, with its trail, breadth first: slower than the walk of `discovery`.
+
+    Objects in ``closed`` (``id``) are left out, and steps (object, how, step) that are not ``usable``.
+    """
+    seen: dict[int, Any] = {}
+    kinds: dict[type, ObjectKind] = {}
+    todo: deque[tuple[Any, _Trail]] = deque([(engine, _ROOT)])
+    while todo:
+        thing, trail = todo.popleft()
+        kind = kinds.get(type(thing)) or kinds.setdefault(type(thing), kind_of(type(thing)))
+        if kind is ObjectKind.CLOSED or id(thing) in seen or id(thing) in closed:
+            continue
+        seen[id(thing)] = thing  # kept alive, so that its id is not reused
+        yield thing, trail, kind
+        with contextlib.suppress(Exception):  # logged by the walk
+            todo.extend(
+                (child, (trail, how, step))
+                for how, step, child in children(thing)
+                if type(child) not in VALUES and id(child) not in seen and usable(thing, how, step)
+            )
 
 
 def children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -150,7 +239,7 @@ def children(thing: Any) -> Iterator[tuple[str, Any, Any]]:
         for index, cell in enumerate(thing.__closure__ or ()):
             yield ".", f"__closure__[{index}]", cell
         return
-    yield from _attributes(thing)
+    yield from ((".", name, value) for name, value in attributes(thing))
 
 
 def gradients(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -185,14 +274,17 @@ def _script_tensors(module: Any) -> Iterator[tuple[str, Any, Any]]:
                 yield ".", f"{name}.{attribute}" if name else attribute, getattr(submodule, attribute)
 
 
-def _attributes(thing: Any) -> Iterator[tuple[str, Any, Any]]:
-    # By object.__getattribute__ and slot descriptors, so that no property or __getattr__ of the engine runs.
+def attributes(thing: Any, native: bool = True) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes in ``__dict__`` and slots; runs no property or ``__getattr__``.
+
+    ``native``: also the members of types that are written in C.
+    """
     with contextlib.suppress(AttributeError):
-        yield from ((".", name, value) for name, value in list(object.__getattribute__(thing, "__dict__").items()))
+        yield from list(object.__getattribute__(thing, "__dict__").items())
     for base in type(thing).__mro__:
-        for name, descriptor in _slots(base):
+        for name, descriptor in _slots(base) if native or "__slots__" in vars(base) else ():
             with contextlib.suppress(AttributeError):
-                yield ".", name, descriptor.__get__(thing)
+                yield name, descriptor.__get__(thing)
 
 
 @functools.lru_cache(1024)
@@ -200,12 +292,17 @@ def _slots(cls: type) -> list[tuple[str, types.MemberDescriptorType]]:
     return [(name, value) for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
 
 
-def _path(trail: _Trail) -> str:
+def steps_of(trail: _Trail) -> list[tuple[str, Any]]:
+    """Returns (how, step) for each step of a trail, from the engine on; see `children`."""
     steps = []
     while trail is not _ROOT:
         trail, how, step = trail
-        steps.append(_step(how, step))
-    return "".join(reversed(steps))
+        steps.append((how, step))
+    return steps[::-1]
+
+
+def _path(trail: _Trail) -> str:
+    return "".join(itertools.starmap(_step, steps_of(trail)))
 
 
 def _step(how: str, step: Any) -> str:
