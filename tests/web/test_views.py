@@ -19,7 +19,7 @@ def card(
     *, free: int | None, process: int | None, peers: int | None, model: int, here: int = 0, child: int = 0,
     size: int = 0, to: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A status; ``here`` and ``child`` are what this process and a child hold outside the books.
+    """A status; ``here`` and ``child`` are what this process and a child hold outside the accounts.
 
     A model of ``size`` is on its way ``to`` somewhere.
     """
