@@ -10,7 +10,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from ..sentences import in_locale
-from .options import HERE, OF_FLAG, LaunchSettings, absolute
+from .options import OF_FLAG, THIS_PROJECT, LaunchSettings, absolute
 from .settings import may_be_hub_id, parse
 from .terminal import fail, output_of, say
 
@@ -33,7 +33,7 @@ def check_settings(settings: LaunchSettings) -> None:
     if checkout and not os.path.isfile(f"{checkout}/tts.py"):
         say(f"⚠️  {what} has no tts.py: it is no checkout of Step-Audio-EditX",
             f"⚠️  {what} 中没有 tts.py，不是 Step-Audio-EditX 的代码目录")  # fmt: skip
-    if project == Path(HERE):  # another version may have other arguments
+    if project == Path(THIS_PROJECT):  # another version may have other arguments
         _check_arguments(settings)
     path, what = settings.model_path, settings.named("MODEL_PATH")
     parts = ("Step-Audio-Tokenizer", "Step-Audio-EditX")

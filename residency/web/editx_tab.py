@@ -214,7 +214,7 @@ class EditxTab:
         self.prompt_text_input = gr.Textbox(
             label=label("提示文本", "Prompt Text"),
             info=label(*guidance.PROMPT_TEXT_HELP),
-            placeholder=label(*guidance.PROMPT_IS_HEARD)
+            placeholder=label(*guidance.PROMPT_IS_TRANSCRIBED)
             if self.speech.transcribes
             else label(*guidance.PROMPT_EXAMPLE),
             elem_id="prompt-text",

@@ -24,7 +24,7 @@ PROMPT_TEXT_HELP = (
     "The exact words of the recording; the model matches them with its sound.",
 )
 PROMPT_EXAMPLE = ("例如：Good morning, nice to meet you.", "For example: Good morning, nice to meet you.")
-PROMPT_IS_HEARD = ("上传录音后自动填写", "Filled in from the recording")
+PROMPT_IS_TRANSCRIBED = ("上传录音后自动填写", "Filled in from the recording")
 TARGET = ("要用这个声音说的话", "The words to speak in this voice")
 TARGET_IN_ENGLISH = ("要用这个声音说的话（内置引擎只会说英语）", "The words to speak in this voice, in English")
 NO_MICROPHONE = (
