@@ -68,7 +68,7 @@ def plan_environment(venv: Path, files: Sequence[Path]) -> EnvironmentState:
     """Prints what `prepare_environment` would do; raises `LaunchError` if that is impossible."""
     state = environment_state(venv, files)
     if state == "taken":
-        fail(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
+        fail(f"{venv} exists and is not a Python environment. Give another folder with VENV_DIR",
              f"{venv} 已存在但不是 Python 环境。请用 VENV_DIR 指定其他目录")  # fmt: skip
     python = _base_python() if state in ("absent", "broken") else ""
     en, zh = {

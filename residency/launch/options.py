@@ -221,9 +221,13 @@ def _converted(name: str, text: str, source: str, default: object) -> object:
     if isinstance(default, bool):
         pattern, en, zh = "[01]", "is neither 1 nor 0", "应为 1 或 0"
     elif name == "PORT":
-        pattern, en, zh = "[1-9][0-9]{0,4}", "is no port: give 1 to 65535", "不是有效端口：请写 1 到 65535"
+        pattern, en, zh = "[1-9][0-9]{0,4}", "is not a valid port: give 1 to 65535", "不是有效端口：请写 1 到 65535"
     elif isinstance(default, int):
-        pattern, en, zh = "[1-9][0-9]{0,6}", "is no number of seconds: give 1 or more", "不是秒数：请写 1 或更大的整数"
+        pattern, en, zh = (
+            "[1-9][0-9]{0,6}",
+            "is not a valid number of seconds: give 1 or more",
+            "不是有效的秒数：请写 1 或更大的整数",
+        )
     elif name in _FOLDERS and (name != "MODEL_PATH" or text.startswith("~/") or os.path.isdir(text)):
         return absolute(text)  # another MODEL_PATH may be a hub id
     else:

@@ -130,7 +130,7 @@ class EditxTab:
         source, spoken = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
         if history and not os.path.isfile(str(source)):
             raise InvalidInput(
-                "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
+                "The latest result is no longer on the server: press Clear History, then EDIT changes the recording",
                 "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
             )
         task, sub_task = inputs.edit_type, inputs.edit_info

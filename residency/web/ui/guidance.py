@@ -30,7 +30,7 @@ TARGET_IN_ENGLISH = ("要用这个声音说的话（内置引擎只会说英语�
 NO_MICROPHONE = (
     "🎤 浏览器只允许 https 页面使用麦克风，而本页面通过 http 打开：请上传录音，或用 https 打开（启动时加上 "
     "--ssl-certfile 与 --ssl-keyfile，或使用反向代理）。",
-    "🎤 Browsers give only https pages the microphone, and this page was opened over http: upload a recording, or open "
+    "🎤 Browsers allow the microphone only on https pages; this page was opened over http: upload a recording, or open "
     "it over https (start the app with --ssl-certfile and --ssl-keyfile, or behind a reverse proxy).",
 )
 VERIFIED = (

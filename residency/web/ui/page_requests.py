@@ -34,9 +34,9 @@ class Occupied(InvalidInput):
 
     def __init__(self) -> None:
         super().__init__(
-            "Your request before this one still waits or runs, so this one was not sent: wait for its result, or press "
-            "Stop",
-            "您的上一个请求仍在排队或运行，本次未提交：请等待其结果，或点击“停止”",
+            "Your previous request is still waiting or running, so this one was not sent. Wait for its result, or "
+            "press Stop.",
+            "您的上一个请求仍在排队或运行，本次未提交。请等待其结果，或点击“停止”。",
         )
 
 
@@ -128,7 +128,7 @@ class PageRequests:
 def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
     """Starts ``work`` in a thread with the caller's context. It continues if the caller is cancelled."""
     future = asyncio.ensure_future(to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads))
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs what nobody awaits
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future
 
 

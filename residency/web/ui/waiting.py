@@ -93,7 +93,7 @@ class WaitingRequests:
     def cancel_waiting(self, owner: str, for_s: float) -> bool:
         """Cancels requests of a session that have waited for ``for_s`` seconds, since its stream closed.
 
-        Running requests continue. Returns True if newer requests wait, owner stream may open soon.
+        Running requests continue. Returns True if newer requests wait, whose stream may open soon.
         """
         now_s = time.monotonic()
         with self._lock:
