@@ -73,7 +73,7 @@ def test_each_use_of_what_is_away_names_it_and_says_what_to_do(
     resident = EngineResident(engine, device)
     before = engine.module.weight.tolist()
     resident.offload()
-    with pytest.raises(TensorAway, match=r"weight'\] is away.*with manager\.lease\(name\).*租约"):
+    with pytest.raises(TensorAway, match=r"weight'\] is not on the device.*with manager\.lease\(name\).*租约"):
         USES[use](engine.module.weight)
     resident.restore()
     assert engine.module.weight.tolist() == before
