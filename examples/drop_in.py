@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def engine(models: str | None) -> StepAudioTTS:
 
 
 def tell(tts: StepAudioTTS, when: str, *more: str) -> None:
-    model = tts.get_gpu_status()["models"][tts.name]
+    while (model := tts.get_gpu_status()["models"][tts.name])["state"] == "moving":
+        time.sleep(0.01)  # a move goes on after its request
     held = f"{when:<9} {model['state']:<9} device {model['device_bytes']:,} B, host {model['host_bytes']:,} B"
     move = model["last_move"]
     print("; ".join([held, *([f"{move['from']} -> {move['to']} {move['bytes']:,} B"] if move else []), *more]))

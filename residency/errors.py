@@ -64,13 +64,13 @@ class ModelExists(ResidencyError):
 
 
 _STATES_ZH = {
-    "released": "未加载", "loading": "加载中", "device": "使用中", "offloading": "正在离开设备",
-    "host": "在内存中", "restoring": "正在返回设备", "releasing": "释放中",
+    "released": "未加载", "loading": "加载中", "device": "使用中", "offloading": "卸载中",
+    "host": "在内存中", "restoring": "恢复中", "releasing": "释放中",
 }  # fmt: skip
 
 
 def _activity(state: str, holder: Holder | None, more_en: str, more_zh: str) -> tuple[str, str]:
-    """Returns what a model does at the moment: its state, ``more``, and the code that uses it."""
+    """Returns, in brackets and both languages, a model's state, ``more``, and the code that uses it."""
     held_en, held_zh = (f"; {holder.en}", f"；{holder.zh}") if holder else ("", "")
     state_en = "in use" if state == "device" else state
     return f"({state_en}; {more_en}{held_en})", f"（{_STATES_ZH.get(state, state)}；{more_zh}{held_zh}）"
@@ -97,10 +97,10 @@ class RequestTimeout(ResidencyError, TimeoutError):
         place = f"place {self.place} in the queue", f"排队第 {self.place} 位"
         en, zh = _activity(self.doing, self.holder, *place)
         return (
-            f"{self.name!r} did not become free within {self.waited_s:.3g} s {en}. Try again, or allow more time "
+            f"Timed out after {self.waited_s:.3g} s waiting for {self.name!r} {en}. Try again, or raise the limit "
             f"(--gpu-wait-timeout, or timeout).",
-            f"{self.waited_s:.3g} 秒内未能使用 {self.name!r}{zh}。"
-            f"请重试，或延长等待时间（--gpu-wait-timeout 或 timeout）。",
+            f"等待 {self.name!r} 超过 {self.waited_s:.3g} 秒{zh}。"
+            f"请重试，或调大上限（--gpu-wait-timeout 或 timeout）。",
         )
 
 
@@ -115,10 +115,10 @@ class EventLoopBlocked(ResidencyError, RuntimeError):
     def sentences(self) -> tuple[str, str]:
         held_en, held_zh = _in_brackets(self.holder)
         return (
-            f"{self.call} would block this event loop, in which another task holds {self.name!r}{held_en}, for ever: "
-            f"write async with for leases, and call this in a worker thread (asyncio.to_thread).",
-            f"{self.call} 会永久阻塞当前事件循环，而持有 {self.name!r} 的另一个任务正运行于其中{held_zh}：请用 async "
-            f"with 获取租约，或在工作线程中调用（asyncio.to_thread）。",
+            f"{self.call} would deadlock: another task of this event loop holds {self.name!r}{held_en}. Use `async "
+            f"with` for leases, and call this in a worker thread (asyncio.to_thread).",
+            f"{self.call} 会造成死锁：当前事件循环中的另一个任务正占用 {self.name!r}{held_zh}。请用 async "
+            f"with 获取租约，并在工作线程中进行此调用（asyncio.to_thread）。",
         )
 
 
@@ -149,8 +149,8 @@ class RequestCancelled(ResidencyError):
 class RequestStopped(ResidencyError):
     """A request was cancelled while it ran; see `residency.cancellation`."""
 
-    en = "The request was stopped, and nothing of it is kept; ask again if you want it."
-    zh = "请求已停止，未保留任何结果；如仍需要，请重新提交。"
+    en = "The request was stopped and its result discarded. Submit it again if you still need it."
+    zh = "请求已停止，结果已丢弃。如仍需要，请重新提交。"
 
 
 @dataclass(eq=False, repr=False)
@@ -168,17 +168,18 @@ class LeaseDeadlock(ResidencyError, RuntimeError):
         held_en, held_zh = _in_brackets(self.holder)
         if self.holding:
             return (
-                f"Waiting for {self.name!r} while holding {', '.join(self.holding)} would never end{held_en}: the "
-                f"request that has it waits for those, or a loader asks for its own model. Take the leases in the same "
-                f"order everywhere.",
-                f"持有 {'、'.join(self.holding)} 时等待 {self.name!r}{held_zh} 会死锁：请在各处以相同顺序获取租约。",
+                f"Deadlock: this code holds {', '.join(self.holding)} and waits for {self.name!r}{held_en}, whose "
+                f"holder waits for one of those (or a loader requests its own model). Take leases in the same order "
+                f"everywhere.",
+                f"死锁：此代码占用 {'、'.join(self.holding)}，同时等待 {self.name!r}{held_zh}，而后者的占用者正在等待"
+                f"前者（或加载函数请求了自己的模型）。请在各处以相同顺序获取租约。",
             )
         return (
-            f"Waiting for {self.name!r}{held_en} would never end: the code that has it waits for this request, or is "
-            f"continued by it. Leave that lease first, or make this request in its context "
-            f"(contextvars.copy_context().run) to share it.",
-            f"等待 {self.name!r}{held_zh} 会造成死锁：占用它的代码正在等待本请求，或需由本请求的代码继续执行。"
-            f"请先退出该租约，或在其上下文中（contextvars.copy_context().run）发出请求以共享它。",
+            f"Deadlock: the holder of {self.name!r}{held_en} waits for this request, or can continue only from this "
+            f"code. End that lease first, or make this request in its context (contextvars.copy_context().run) to "
+            f"share it.",
+            f"死锁：{self.name!r} 的占用者{held_zh}正在等待本请求，或只能由此代码继续执行。"
+            f"请先结束该租约，或在其上下文中（contextvars.copy_context().run）发出请求以共享它。",
         )
 
 
@@ -189,12 +190,12 @@ class LoadTimeout(ResidencyError, TimeoutError):
     name: str
     allowed_s: float
     en = (
-        "{self.name!r} was not loaded within {self.allowed_s:g} s. Look what its loader waits for (a download, a "
-        "disk, a lock), or allow more (--gpu-load-timeout, or load_timeout)."
+        "{self.name!r} was not loaded within {self.allowed_s:g} s. Check what its loader is waiting for (a download, "
+        "a disk, a lock), or raise the limit (--gpu-load-timeout, or load_timeout)."
     )
     zh = (
-        "{self.name!r} 未能在 {self.allowed_s:g} 秒内加载完成。请检查加载在等待什么（下载、磁盘、锁），"
-        "或延长时限（--gpu-load-timeout 或 load_timeout）。"
+        "{self.name!r} 未能在 {self.allowed_s:g} 秒内加载完成。请检查加载函数在等待什么（下载、磁盘、锁），"
+        "或调大上限（--gpu-load-timeout 或 load_timeout）。"
     )
 
 
@@ -271,12 +272,12 @@ class NotAllowed(ResidencyError, PermissionError):
     """The caller has no permission for this operation."""
 
     en = (
-        "Only people on this machine, signed-in users (--auth user:password) and holders of the token "
-        "(--control-token, sent as 'Authorization: Bearer TOKEN') may do this."
+        "This is allowed only from this machine, for signed-in users (--auth user:password), or with the token "
+        "(--control-token, sent as 'Authorization: Bearer TOKEN')."
     )
     zh = (
-        "只有本机用户、已登录用户（--auth user:password）或持有令牌者（--control-token，"
-        "以请求头 'Authorization: Bearer TOKEN' 发送）可以执行此操作。"
+        "此操作只允许从本机执行、由已登录用户（--auth user:password）执行，或凭令牌执行（--control-token，"
+        "以请求头 'Authorization: Bearer TOKEN' 发送）。"
     )
 
 

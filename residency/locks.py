@@ -36,7 +36,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
-def holds(lock: Any) -> bool:
+def owned_by_this_thread(lock: Any) -> bool:
     """Returns whether this thread owns a `threading.RLock`, with the method that `threading.Condition` uses."""
     return bool(lock._is_owned())
 

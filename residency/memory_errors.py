@@ -25,7 +25,7 @@ class DeviceOutOfMemory(ResidencyError, MemoryError):
         held_en = f" (held by {'; '.join(f'pid {pid}: {nbytes}' for pid, nbytes in held)})" if held else ""
         held_zh = f"（{'；'.join(f'进程 {pid}：{nbytes}' for pid, nbytes in held)}）" if held else ""
         return (
-            f"{name.en} is short of memory: {self.needed_bytes:,} bytes needed, "
+            f"{name.en} is out of memory: {self.needed_bytes:,} bytes needed, "
             f"{'unknown' if free is None else f'{free:,}'} free{held_en}. Release another model or "
             f"stop another program on it, then try again.",
             f"{name.zh} 显存不足：需要 {self.needed_bytes:,} 字节，"
@@ -42,10 +42,10 @@ class OverBudget(DeviceOutOfMemory):
         ResidencyError.__init__(
             self,
             f"The budget of {name.en} is {budget_bytes:,} bytes, of which {free_bytes:,} are available, and "
-            f"{needed_bytes:,} are needed. Raise it (--gpu-budget, or budget_bytes), or let other models leave "
-            f"(keep-warm -1 keeps them).",
+            f"{needed_bytes:,} are needed. Raise it (--gpu-budget, or budget_bytes), or let other models be "
+            f"offloaded (models with keep-warm -1 stay).",
             f"{name.zh} 的显存预算为 {budget_bytes:,} 字节，可用 {free_bytes:,}，需要 {needed_bytes:,}。"
-            f"请调大预算（--gpu-budget 或 budget_bytes），或让其他模型离开（keep-warm 为 -1 的模型不会离开）。",
+            f"请调大预算（--gpu-budget 或 budget_bytes），或让其他模型可以被卸载（keep-warm 为 -1 的模型不会被卸载）。",
             needed_bytes,
             free_bytes,
             budget_bytes,
@@ -106,8 +106,8 @@ class SharedWeights(_OfTensors):
     """A model shares bytes with another managed model; a move of one would move bytes of the other."""
 
     en = (
-        "These tensors are part of another model under management as well: {paths}. Register both as one model, or "
-        "keep them out with skip."
+        "These tensors also belong to another managed model: {paths}. Register both as one model, or exclude the "
+        "tensors with skip."
     )
     zh = "这些张量也属于另一个受管理的模型：{paths}。请将两者注册为一个模型，或用 skip 排除它们。"
 
@@ -132,10 +132,10 @@ class WeightsGone(_OfTensors):
     """A loader returned an engine that was released before; its tensors are empty."""
 
     en = (
-        "The loader returned an engine whose weights were released: {paths}. Let it build a new one, or register what "
-        "outlives a release as keep."
+        "The loader returned an engine whose weights were released: {paths}. Make the loader build a new engine, "
+        "or pass parts that must survive a release as keep."
     )
-    zh = "加载函数返回了权重已被释放的引擎：{paths}。请让它每次新建引擎，或用 keep 注册需要在释放后保留的部分。"
+    zh = "加载函数返回了权重已被释放的引擎：{paths}。请让它每次新建引擎，或用 keep 传入需要在释放后保留的部分。"
 
 
 @dataclass(eq=False, repr=False)
@@ -155,8 +155,8 @@ class PartGone(ResidencyError, ReferenceError):
     """An object that the engine created but did not keep was used after the engine's release."""
 
     kind: str
-    en = "This {self.kind} was made by an engine that has been released since. Ask the engine for a new one."
-    zh = "此 {self.kind} 由已释放的引擎创建，已失效。请重新向引擎获取。"
+    en = "This {self.kind} belongs to an engine that was released. Get a new one from the engine."
+    zh = "此 {self.kind} 属于已释放的引擎。请从引擎重新获取。"
 
 
 @dataclass(eq=False, repr=False)
@@ -179,10 +179,9 @@ class TensorAway(ResidencyError, RuntimeError):
                 f"并使用由此得到的引擎。",
             )
         return (
-            f"{named.en} is away: its bytes are not on the device while nobody uses the model. Take a lease and "
-            f"use it there: with manager.lease(name) as engine.",
-            f"{named.zh} 的数据当前不在设备上：模型未被使用。请先获取租约，再在租约内使用："
-            f"with manager.lease(name) as engine。",
+            f"{named.en} is not on the device, because no request is using the model. Access it inside a lease: "
+            f"with manager.lease(name) as engine.",
+            f"{named.zh} 不在设备上，因为没有请求在使用该模型。请在租约内访问：with manager.lease(name) as engine。",
         )
 
 

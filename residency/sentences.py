@@ -124,7 +124,7 @@ def remarks(model: ModelStatus) -> list[Sentence]:
         if model["state"] == "released":
             en = "The model was released, but the memory is still in use: end that process"
             zh = "模型已释放，仍在占用：请结束该进程"
-        found.append(Sentence(f"{size} outside the accounts ({pids}). {en}", f"账外占用 {size}（{pids}）。{zh}"))
+        found.append(Sentence(f"{size} of unmanaged memory ({pids}). {en}", f"未受管理的内存 {size}（{pids}）。{zh}"))
     return found
 
 

@@ -1,7 +1,7 @@
 """Writes the tables of flags, HTTP calls and fields into the pages in docs/, in both languages.
 
     python scripts/generate_docs.py            # write
-    python scripts/generate_docs.py --check    # exit with 1 if a page is stale or a sentence has no translation
+    python scripts/generate_docs.py --check    # exit with 1 if a page is stale or a translation is missing or unused
 
 A table replaces the lines between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Sentences come from the command
 line parsers and from the OpenAPI description; docs/zh/translations.json has them in Chinese.
@@ -159,11 +159,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the generated tables into the pages in docs/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is stale")
     check = parser.parse_args().check
-    chinese = json.loads(TRANSLATIONS.read_text(encoding="utf-8")) | {"": ""}
+    translations = json.loads(TRANSLATIONS.read_text(encoding="utf-8"))
+    chinese = translations | {"": ""}
     chinese |= {setting.metadata["en"]: setting.metadata["zh"] for setting in options.SETTINGS.values()}
-    found, missing, stale = tables(), set[str](), False
+    found, missing, unused, stale = tables(), set[str](), set(translations), False
 
     def in_chinese(sentence: str) -> str:
+        unused.discard(sentence)
         if sentence not in chinese:
             missing.add(sentence)
         return chinese.get(sentence, sentence)
@@ -180,7 +182,9 @@ def main() -> int:
                     path.write_text(new, encoding="utf-8")
     for sentence in sorted(missing):
         print(f"no translation in {TRANSLATIONS.relative_to(ROOT)}: {sentence}")
-    return 1 if missing or (check and stale) else 0
+    for sentence in sorted(unused):
+        print(f"not used in {TRANSLATIONS.relative_to(ROOT)}: {sentence}")
+    return 1 if missing or (check and (stale or unused)) else 0
 
 
 if __name__ == "__main__":

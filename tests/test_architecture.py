@@ -102,6 +102,24 @@ def test_no_module_takes_a_name_of_the_checkout() -> None:
     assert not {path.name for path in ROOT.iterdir() if path.is_dir()} & FOREIGN
 
 
+def test_files_and_functions_are_short() -> None:
+    """As CONTRIBUTING says: at most 350 lines in a file, and 60 in a function."""
+    programs = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.name.startswith(".")]
+    sources = [path for path in (ROOT / "residency").rglob("*") if path.suffix in {".py", ".js", ".css"}]
+    long = {}
+    for path in [*sources, *programs, *ROOT.glob("*.py"), *ROOT.glob("*.sh")]:
+        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+        if (lines := text.count("\n")) > 350:
+            long[name] = lines
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    assert node.end_lineno is not None
+                    if (lines := node.end_lineno - node.lineno + 1) > 60:
+                        long[f"{name}: {node.name}"] = lines
+    assert not long, "split these"
+
+
 def test_importing_the_library_brings_no_torch_no_gpu_and_no_logging_setup() -> None:
     script = (
         "import logging, sys, importlib, pkgutil, residency\n"

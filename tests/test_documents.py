@@ -427,6 +427,7 @@ def test_a_stale_table_and_a_missing_translation_are_found(tmp_path: Path) -> No
     assert code == 1
     assert "stale: docs/zh/http-api.md" in output
     assert "no translation in docs/zh/translations.json: Flag" in output
+    assert "not used in docs/zh/translations.json: Flags" in output
 
 
 def test_the_metrics_page_lists_what_the_app_exposes() -> None:

@@ -48,7 +48,7 @@ def from_a_hub(model_path: str, model_source: str) -> Sentence | None:
     if model_source != "auto" or _is_local(model_path, model_source):
         return None
     return Sentence(
-        f"{model_path} is no folder here ({Path.cwd()}): the weights come from Hugging Face, {model_path}/..., with "
+        f"{model_path} is not a folder here ({Path.cwd()}): the weights come from Hugging Face, {model_path}/..., with "
         f"the first request",
         f"此处（{Path.cwd()}）没有目录 {model_path}：首次请求时将从 Hugging Face 下载权重 {model_path}/...",
     )

@@ -142,7 +142,8 @@ def _report_ignored(settings: LaunchSettings) -> None:
     """Reports whether HOST and CONTAINER_NAME from the environment, also set by other programs, are used."""
     host = os.environ.get("HOST", "")
     if host and not settings.given("HOST"):
-        say(f"The variable HOST ('{host}') is ignored: it is no address. To set the address: --host or GPU_TTS_HOST",
+        say(f"The variable HOST ('{host}') is ignored: it is not an address. To set the address: --host or "
+            "GPU_TTS_HOST",
             f"未采用环境变量 HOST（'{host}'）：它不是地址。如需在该处监听，请用 --host 或 GPU_TTS_HOST")  # fmt: skip
     if settings.sources.get("CONTAINER_NAME") == "CONTAINER_NAME":
         name = settings.container_name

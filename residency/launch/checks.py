@@ -10,7 +10,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from ..sentences import in_locale
-from .options import HERE, OF_FLAG, LaunchSettings, absolute
+from .options import OF_FLAG, THIS_PROJECT, LaunchSettings, absolute
 from .settings import may_be_hub_id, parse
 from .terminal import fail, output_of, say
 
@@ -28,12 +28,12 @@ def check_settings(settings: LaunchSettings) -> None:
              f"{what} 中没有 app.py 和 requirements.txt：请指向本项目目录")  # fmt: skip
     what = settings.named("STEP_AUDIO_ROOT")
     if checkout and not os.path.isdir(checkout):
-        fail(f"{what} is no folder: give a checkout of Step-Audio-EditX",
+        fail(f"{what} is not a folder: give a checkout of Step-Audio-EditX",
              f"{what} 不是目录：请指向 Step-Audio-EditX 的代码目录")  # fmt: skip
     if checkout and not os.path.isfile(f"{checkout}/tts.py"):
-        say(f"⚠️  {what} has no tts.py: it is no checkout of Step-Audio-EditX",
+        say(f"⚠️  {what} has no tts.py: it is not a checkout of Step-Audio-EditX",
             f"⚠️  {what} 中没有 tts.py，不是 Step-Audio-EditX 的代码目录")  # fmt: skip
-    if project == Path(HERE):  # another version may have other arguments
+    if project == Path(THIS_PROJECT):  # another version may have other arguments
         _check_arguments(settings)
     path, what = settings.model_path, settings.named("MODEL_PATH")
     parts = ("Step-Audio-Tokenizer", "Step-Audio-EditX")
@@ -41,7 +41,9 @@ def check_settings(settings: LaunchSettings) -> None:
         say(f"⚠️  {what} has no {' '.join(missing)}: the first request will explain how to get it",
             f"⚠️  {what} 中没有 {' '.join(missing)}：收到请求时会提示如何获取")  # fmt: skip
     elif path and may_be_hub_id(path, settings.app_argument("--model-source") or "auto"):
-        say(f"{what} is no folder here, so it is used as the id of a hub", f"此处没有目录 {what}，按模型仓库 ID 处理")
+        say(
+            f"{what} is not a folder here, so it is used as the id of a hub", f"此处没有目录 {what}，按模型仓库 ID 处理"
+        )
     if settings.gpu_snapshot_dir:
         check_writable(settings.gpu_snapshot_dir, settings.named("GPU_SNAPSHOT_DIR"))
     if tmp_dir := settings.app_argument("--tmp-dir"):
@@ -106,5 +108,6 @@ def check_disk(path: str, en: str, zh: str) -> None:
     needed = DISK_CPU_MB if "/cpu" in os.environ.get("TORCH_INDEX_URL", "") else DISK_CUDA_MB
     free_mb = (output_of("df", "-Pm", str(_existing(path))) or f"? ? ? {needed}").splitlines()[-1].split()[3]
     if int(free_mb) < needed:
-        fail(f"{en} needs about {needed} MB in {path}, and there are {free_mb} MB. Free space, or choose another disk",
-             f"{zh} 需要在 {path} 中占用约 {needed} MB，现有 {free_mb} MB。请清理空间或换一个磁盘")  # fmt: skip
+        fail(f"{en} needs about {needed} MB in {path}, but only {free_mb} MB are free. Free space, or choose another "
+             "disk",
+             f"{zh} 需要在 {path} 中占用约 {needed} MB，仅剩 {free_mb} MB。请清理空间或换一个磁盘")  # fmt: skip

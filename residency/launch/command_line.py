@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else in_locale(table(status)))
     if not done:
-        print(in_locale("The action will follow the running request / 稍后完成"), file=sys.stderr)
+        print(in_locale("The action will follow the running request / 将在当前请求结束后执行"), file=sys.stderr)
     return 0
 
 

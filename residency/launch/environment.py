@@ -25,7 +25,7 @@ from typing import IO, Literal
 from ..errors import ResidencyError
 from .terminal import choose, fail, output_of, report, say
 
-State = Literal["absent", "broken", "outdated", "ready", "foreign", "taken"]
+EnvironmentState = Literal["absent", "broken", "outdated", "ready", "foreign", "taken"]
 
 MARK = ".gpu-managed-tts"
 """Folder in an environment made here: a copy of each completely installed requirements file, and the lock."""
@@ -39,7 +39,7 @@ def python_of(venv: Path) -> str:
     return str(venv / "bin" / "python")
 
 
-def environment_state(venv: Path, files: Sequence[Path]) -> State:
+def environment_state(venv: Path, files: Sequence[Path]) -> EnvironmentState:
     """Returns the state; ``foreign``: not made here; ``taken``: a folder that is no environment."""
     if not (venv / MARK).exists():
         if os.access(python_of(venv), os.X_OK):
@@ -64,11 +64,11 @@ def _base_python() -> str:
          f"{sys.executable} 缺少 venv 模块。Debian / Ubuntu 请执行：sudo apt-get install python3-venv")  # fmt: skip
 
 
-def plan_environment(venv: Path, files: Sequence[Path]) -> State:
+def plan_environment(venv: Path, files: Sequence[Path]) -> EnvironmentState:
     """Prints what `prepare_environment` would do; raises `LaunchError` if that is impossible."""
     state = environment_state(venv, files)
     if state == "taken":
-        fail(f"{venv} exists and is no Python environment. Give another folder with VENV_DIR",
+        fail(f"{venv} exists and is not a Python environment. Give another folder with VENV_DIR",
              f"{venv} 已存在但不是 Python 环境。请用 VENV_DIR 指定其他目录")  # fmt: skip
     python = _base_python() if state in ("absent", "broken") else ""
     en, zh = {

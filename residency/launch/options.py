@@ -14,7 +14,7 @@ from typing import Any
 from ..addresses import link
 from .terminal import choose, fail
 
-HERE = str(Path(__file__).absolute().parents[2])
+THIS_PROJECT = str(Path(__file__).absolute().parents[2])
 """Folder of this program."""
 ACTIONS = ("start", "stop", "restart", "status", "logs")
 OF_APP = ("GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS")
@@ -115,7 +115,7 @@ class LaunchSettings:
             words = [self.script, action, "--docker", "--container-name", self.container_name]
         elif self.run_dir != f"{self.project_dir}/.run":
             words += ["--run-dir", self.run_dir]
-        return shlex.join([*words, *([] if self.project_dir == HERE else ["--project-dir", self.project_dir])])
+        return shlex.join([*words, *([] if self.project_dir == THIS_PROJECT else ["--project-dir", self.project_dir])])
 
     def remembered(self) -> dict[str, str]:
         """Returns the settings and variables that `restart` reuses, before automatic choices."""
@@ -158,7 +158,7 @@ def read(
         values[each.name] = _converted(name, text, source, each.default) if text else each.default
         if text:
             sources[name] = source
-    project = values["project_dir"] = values["project_dir"] or HERE
+    project = values["project_dir"] = values["project_dir"] or THIS_PROJECT
     values["run_dir"] = values["run_dir"] or f"{project}/.run"
     values["venv_dir"] = values["venv_dir"] or f"{project}/.venv"
     return LaunchSettings(action, check, (*arguments, *others), script, sources, **values)
@@ -221,9 +221,13 @@ def _converted(name: str, text: str, source: str, default: object) -> object:
     if isinstance(default, bool):
         pattern, en, zh = "[01]", "is neither 1 nor 0", "应为 1 或 0"
     elif name == "PORT":
-        pattern, en, zh = "[1-9][0-9]{0,4}", "is no port: give 1 to 65535", "不是有效端口：请写 1 到 65535"
+        pattern, en, zh = "[1-9][0-9]{0,4}", "is not a valid port: give 1 to 65535", "不是有效端口：请写 1 到 65535"
     elif isinstance(default, int):
-        pattern, en, zh = "[1-9][0-9]{0,6}", "is no number of seconds: give 1 or more", "不是秒数：请写 1 或更大的整数"
+        pattern, en, zh = (
+            "[1-9][0-9]{0,6}",
+            "is not a valid number of seconds: give 1 or more",
+            "不是有效的秒数：请写 1 或更大的整数",
+        )
     elif name in _FOLDERS and (name != "MODEL_PATH" or text.startswith("~/") or os.path.isdir(text)):
         return absolute(text)  # another MODEL_PATH may be a hub id
     else:

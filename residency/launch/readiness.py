@@ -17,7 +17,7 @@ from .options import LaunchSettings
 from .records import born
 from .terminal import become, fail, say
 
-REPORT_EVERY_S = 10
+READINESS_REPORT_EVERY_S = 10
 
 
 def is_ready(url: str) -> bool:
@@ -42,7 +42,7 @@ def await_ready(
         waited_s = int(time.monotonic() - began)
         if waited_s >= timeout_s:
             return "late"
-        if waited_s >= reported_s + REPORT_EVERY_S:
+        if waited_s >= reported_s + READINESS_REPORT_EVERY_S:
             reported_s = waited_s
             say(f"Still starting, {waited_s} s", f"仍在启动，已 {waited_s} 秒")
         time.sleep(0.1)

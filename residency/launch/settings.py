@@ -36,7 +36,9 @@ def size_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])I?B?", text.strip().upper())
     nbytes = float(match[1]) * UNITS_BYTES[match[2] + "B"] if match else 0
     if not 1 <= nbytes <= _LARGEST_BYTES:
-        raise InvalidInput(f"{text!r} is no size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB")
+        raise InvalidInput(
+            f"{text!r} is not a valid size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB"
+        )
     return int(nbytes)
 
 
@@ -68,7 +70,7 @@ def _names(text: str) -> tuple[str, ...]:
             name = ""
         if not re.fullmatch(r"[\w.-]+", name):
             raise InvalidInput(
-                f"{given!r} is no name of a host: write one as in the browser's address line, speech.example.org",
+                f"{given!r} is not a valid host name: write one as in the browser's address line, speech.example.org",
                 f"{given!r} 不是有效的主机名：请写浏览器地址栏中的名称，如 speech.example.org",
             )
         names.append(name.removesuffix("."))
@@ -81,8 +83,8 @@ def _address(text: str) -> str:
     # IPv6 addresses may have a scope (fe80::1%eth0). Excludes 0, 127.1 and 0x7f000001, which are addresses, too.
     if not is_address(address) and not re.fullmatch(r"(?=.*[A-Za-z])(?!0x)[A-Za-z0-9_.-]+", address):
         raise InvalidInput(
-            f"{text!r} is no address of this machine: give 0.0.0.0 for all, :: for all with IPv6, 127.0.0.1 for this "
-            "machine only, or one of its addresses or names",
+            f"{text!r} is not an address of this machine: give 0.0.0.0 for all, :: for all with IPv6, 127.0.0.1 for "
+            "this machine only, or one of its addresses or names",
             f"{text!r} 不是本机的地址：请写 0.0.0.0（所有地址）、::（包括 IPv6）、127.0.0.1（仅本机），"
             "或本机的某个地址或名称",
         )
@@ -96,8 +98,8 @@ def _root_path(text: str) -> str:
     segments = parts["path"].split("/")[1:] if parts else ["."]
     if {".", ".."} & set(segments) or (parts and parts["port"] and not 1 <= int(parts["port"]) <= 65535):
         raise InvalidInput(
-            f"{text!r} is no path of a site: write /tts, or https://example.com/tts (--root-path, GPU_TTS_ROOT_PATH, "
-            f"GRADIO_ROOT_PATH)",
+            f"{text!r} is not a valid path of a site: write /tts, or https://example.com/tts (--root-path, "
+            f"GPU_TTS_ROOT_PATH, GRADIO_ROOT_PATH)",
             f"{text!r} 不是有效的站点路径：请写 /tts 或 https://example.com/tts（--root-path、GPU_TTS_ROOT_PATH、"
             f"GRADIO_ROOT_PATH）",
         )
@@ -111,7 +113,9 @@ def _root_path(text: str) -> str:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise InvalidInput(f"{text!r} is no number: give 1 or more", f"{text!r} 不是有效的数量：请写 1 或更大的数")
+        raise InvalidInput(
+            f"{text!r} is not a valid number: give 1 or more", f"{text!r} 不是有效的数量：请写 1 或更大的数"
+        )
     return int(text)
 
 
@@ -123,7 +127,7 @@ def _folder(text: str) -> str:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise InvalidInput(f"{text!r} is no port: give 1 to 65535", f"{text!r} 不是有效的端口：请写 1 到 65535")
+        raise InvalidInput(f"{text!r} is not a valid port: give 1 to 65535", f"{text!r} 不是有效端口：请写 1 到 65535")
     return int(text)
 
 
@@ -270,7 +274,7 @@ def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Set
     model = values["asr_model"] or ""
     if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
         raise InvalidInput(
-            f"--asr-model {model} is no folder: give one with a model, or the id of a model on a hub "
+            f"--asr-model {model} is not a folder: give one with a model, or the id of a model on a hub "
             f"(openai/whisper-small)",
             f"--asr-model {model} 不是目录：请指定模型目录或模型仓库 ID（openai/whisper-small）",
         )
@@ -305,7 +309,7 @@ def _check_model_path(model_path: str | None, source: str) -> None:
         )
     if source in ("auto", "local") and not may_be_hub_id(model_path, source) and not _is_readable(model_path):
         raise InvalidInput(
-            f"--model-path {model_path} is no folder that can be read. Download stepfun-ai/Step-Audio-Tokenizer and "
+            f"--model-path {model_path} is not a readable folder. Download stepfun-ai/Step-Audio-Tokenizer and "
             f"stepfun-ai/Step-Audio-EditX into it (hf download), give --model-source huggingface or "
             f"modelscope if it is the id of a hub, or leave --model-path out to use the built-in engine",
             f"--model-path {model_path} 不是可读的目录。请把 stepfun-ai/Step-Audio-Tokenizer 和 "

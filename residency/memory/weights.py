@@ -147,7 +147,7 @@ class Weights:
         return _total_bytes(self.storages) - _total_bytes(self._here)
 
     def _end_management(self, leaving: Collection[ManagedStorage]) -> None:
-        """Leaves these storages where they are, filled, for as long as somebody has them."""
+        """Leaves these storages in place, filled, while they are referenced."""
         self.mirror.drop()
         self._device.refund(_total_bytes(leaving))
         gone = set(leaving)

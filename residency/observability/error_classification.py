@@ -61,7 +61,7 @@ def loss_beyond_repair(error: BaseException | None) -> DeviceLost | None:
     return next((found for found in all_of(error) if isinstance(found, DeviceLost)), None)
 
 
-def lacking_bytes(error: BaseException | None) -> int:
+def shortfall_bytes(error: BaseException | None) -> int:
     """Returns the shortfall in bytes of an out-of-memory error; at least 1, since free memory may be fragmented."""
     found = next((found for found in all_of(error) if isinstance(found, DeviceOutOfMemory)), None)
     if found is None or found.free_bytes is None:

@@ -58,8 +58,8 @@ class AdaptivePolicy:
             )
         self.idle_timeout_s = idle_timeout_s
         self.wait_weight = wait_weight
-        self._all = _Histogram()
-        self._by_class: dict[int, _Histogram] = {}
+        self._all = _GapHistogram()
+        self._by_class: dict[int, _GapHistogram] = {}
         self._unplanned = 0
         self._level: float | None = None
         self._restore_s: float | None = None
@@ -83,7 +83,7 @@ class AdaptivePolicy:
 
     def idle_ended(self, idle_s: float) -> None:
         if self._level is not None:
-            self._by_class.setdefault(self._class(self._level), _Histogram()).add(idle_s)
+            self._by_class.setdefault(self._class(self._level), _GapHistogram()).add(idle_s)
         self._all.add(idle_s)
         log_gap = math.log(min(max(idle_s, 1.0), _EDGES_S[-1]))
         self._level = log_gap if self._level is None else self._level + _LEVEL_STEP * (log_gap - self._level)
@@ -114,7 +114,7 @@ class AdaptivePolicy:
         return _plan(counts[:end], sum(counts[end:]), self._restore_s, self.wait_weight)
 
 
-class _Histogram:
+class _GapHistogram:
     """Gap counts by bin, with decay: increases the weight of new gaps, which changes one bin instead of all."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..errors import ModelBusy, RequestCancelled, RequestTimeout, ResidencyError
-from ..locks import AsyncOneShotEvent, holds, new_event
+from ..locks import AsyncOneShotEvent, new_event, owned_by_this_thread
 from ..observability.error_classification import device_is_lost, may_be_device_loss
 from ..states import State
 from .callers import call_site
@@ -150,7 +150,7 @@ class Admission:
         Does not wait for the model's offload, unless the model is small.
         """
         dispatcher = self._dispatcher
-        if holds(dispatcher.lock):  # a generator with a lease was collected under the lock
+        if owned_by_this_thread(dispatcher.lock):  # a generator with a lease was collected under the lock
             self.give_back_later(lease, discard)
             return
         lost = device_is_lost(error, dispatcher.device)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from ..contracts import Clock, Device
 from ..errors import DeviceLost, LoadTimeout, OverBudget
-from ..locks import holds, new_event, renewed_in_children
+from ..locks import new_event, owned_by_this_thread, renewed_in_children
 from ..observability.error_classification import in_words
 from ..observability.history import DeviceHistory, PastMove
 from ..observability.outside_memory import OutsideTracker
@@ -101,7 +101,7 @@ class Dispatcher:
 
     def run_pending(self) -> None:
         """Runs deferred releases of leases and starts begun moves. Not under the lock."""
-        while self.deferred_releases and not holds(self.lock):
+        while self.deferred_releases and not owned_by_this_thread(self.lock):
             with contextlib.suppress(IndexError):  # another thread was first
                 self.deferred_releases.popleft()()
         if self.begun:
@@ -111,11 +111,11 @@ class Dispatcher:
         """Begins the next step of this model, and of those that wait for room. `run_pending` starts it."""
         self.version += 1
         now_s = self.clock.now()
-        short = []
+        waiting_for_room = []
         for other in self.managed_models.values():  # a comprehension would cost more: this is part of each lease
             if other.memory.waiting_for_room and other is not managed:
-                short.append(other)
-        for other in by_arrival(short) if short else ():
+                waiting_for_room.append(other)
+        for other in by_arrival(waiting_for_room) if waiting_for_room else ():
             self._step_locked(other, now_s)
         self._step_locked(managed, now_s)
         if managed.settled_state is State.DEVICE and managed.move_task is None and managed.leases.holder is None:

@@ -16,8 +16,8 @@ from ..observability.error_classification import (
     in_words,
     is_capture_under_way,
     is_out_of_device_memory,
-    lacking_bytes,
     loss_beyond_repair,
+    shortfall_bytes,
 )
 from ..observability.outside_memory import MemorySample
 from ..progress import reporting
@@ -138,7 +138,7 @@ class MoveRunner:
         with dispatcher.lock:
             if managed.move_task is not task:
                 return False  # given up
-            managed.memory.shortfall_bytes = lacking_bytes(task.error)
+            managed.memory.shortfall_bytes = shortfall_bytes(task.error)
             room = room_for(managed, dispatcher.managed_models.values(), dispatcher.budget_bytes)
             task.put_off = not room.hopeless
             if not task.put_off:

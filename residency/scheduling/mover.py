@@ -138,7 +138,7 @@ class Mover:
 
     def throw_away(self, task: MoveTask) -> None:
         """Releases the engine of a load that was given up; another engine may have its borrowed part by now."""
-        logger.warning("%s: came after it had been given up, and is thrown away", task.managed.name)
+        logger.warning("%s: loaded after its time limit; the engine is discarded", task.managed.name)
         resident, task.engine, task.resident = task.resident, None, None
         if resident is not None:
             resident.release()

@@ -69,9 +69,9 @@ class Notifier:
             size = readable_bytes(memory.outside.held_bytes)
             pids = ", ".join(str(holder.pid) for holder in memory.outside.holders)
             logger.warning(
-                "%s holds %s outside the books (pid %s), in memory that is neither a tensor nor an ONNX session: "
-                "offload does not move it; a release frees it, except in child processes that go on running. / "
-                "%s 有 %s 账外占用（进程 %s），既不是张量也不是 ONNX 会话：卸载不会移动它；释放模型可以腾出，"
+                "%s has %s of unmanaged memory (pid %s), which is neither a tensor nor an ONNX session: offload does "
+                "not move it; a release frees it, except in child processes that go on running. / "
+                "%s 有 %s 未受管理的内存（进程 %s），既不是张量也不是 ONNX 会话：卸载不会移动它；释放模型可以腾出，"
                 "仍在运行的子进程除外。",
                 name, size, pids, name, size, pids,
             )  # fmt: skip

@@ -45,7 +45,7 @@ def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) 
             f"{value!r} 太长：最长为 100000h；-1 表示{endless[1]}",
         )
     raise InvalidInput(
-        f"{value!r} is no duration: give seconds or 90s, 15m, 1h; -1 means {endless[0]}",
+        f"{value!r} is not a valid duration: give seconds or 90s, 15m, 1h; -1 means {endless[0]}",
         f"{value!r} 不是有效的时长：请写秒数，或 90s、15m、1h；-1 表示{endless[1]}",
     )
 
@@ -113,7 +113,7 @@ class GuardedPolicy:
 
 def _duration(value: float) -> float:
     if not value >= 0:
-        raise ValueError(f"{value!r} is no duration")
+        raise ValueError(f"{value!r} is not a valid duration")
     return float(value)
 
 
@@ -186,6 +186,6 @@ def check_counts(least: int, **counts: object) -> None:
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise InvalidInput(
-                f"{name}={value!r} is no whole number from {least} on: give one, or None",
+                f"{name}={value!r} is not a whole number of at least {least}: give one, or None",
                 f"{name}={value!r} 不是 {least} 以上的整数：请给出整数或 None",
             )

@@ -130,7 +130,7 @@ class EditxTab:
         source, spoken = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
         if history and not os.path.isfile(str(source)):
             raise InvalidInput(
-                "The latest result is gone from the server: press Clear History, then EDIT changes the recording",
+                "The latest result is no longer on the server: press Clear History, then EDIT changes the recording",
                 "服务器上已没有最近的结果：请点击“清空历史”，之后 EDIT 将修改录音",
             )
         task, sub_task = inputs.edit_type, inputs.edit_info
@@ -214,7 +214,7 @@ class EditxTab:
         self.prompt_text_input = gr.Textbox(
             label=label("提示文本", "Prompt Text"),
             info=label(*guidance.PROMPT_TEXT_HELP),
-            placeholder=label(*guidance.PROMPT_IS_HEARD)
+            placeholder=label(*guidance.PROMPT_IS_TRANSCRIBED)
             if self.speech.transcribes
             else label(*guidance.PROMPT_EXAMPLE),
             elem_id="prompt-text",

@@ -161,7 +161,9 @@ def test_a_program_that_waits_reads_what_the_model_does(tmp_path: Path, recordin
         client = Client(app.url, verbose=False)
         job = client.submit(handle_file(recording), "Good morning.", "Hello.", api_name="/clone")
         assert wait_until(lambda: bool(job.status().progress_data))
-        assert re.match("前往模拟显存 / To the simulated GPU: .*(building|reading)", job.status().progress_data[0].desc)
+        assert re.match(
+            "正在移至模拟显存 / To the simulated GPU: .*(building|reading)", job.status().progress_data[0].desc
+        )
         open_gate(tmp_path / "gates", "load")
         assert Path(job.result(30)).is_file()
 

@@ -113,8 +113,8 @@ class TestDisk:
         self, app: RunningApp, path: str, data: list[Any]
     ) -> None:
         message = refusal(app, path, data)
-        assert "无法读取收到的内容" in message
-        assert "What was sent cannot be read" in message
+        assert "输入无效" in message
+        assert "The input is invalid" in message
 
     @pytest.mark.parametrize("path", WAYS)
     @pytest.mark.parametrize("more", [{}, {"url": "http://127.0.0.1/gradio_api/file=a.wav"}, {"is_stream": True}])

@@ -101,7 +101,7 @@ def test_what_was_promised_gives_way_to_what_came_of_it(page: Page, app: Running
     close_gate(gates, "load")
     page.locator("#gpu-warm-tts").click()
     app.wait_for_line("at the gate: load")
-    message.to_have_text("On its way to the simulated GPU; you can go on meanwhile.")
+    message.to_have_text("Loading to the simulated GPU; you can continue working.")
     sync_api.expect(page.locator("[data-gpu=model-tts]")).to_contain_text("reading · 1 GB / 4 GB · ")
     open_gate(gates, "load")
     message.to_have_text("tts is on the simulated GPU now.")
@@ -121,10 +121,10 @@ def test_a_line_that_is_dead_is_noticed(app: RunningApp, new_page: Callable[...,
     visit(page, app.url)
     page.route("**/gpu/panel*", lambda route: None)  # nothing comes back, and nobody says so
     app.post("/gpu/warm", {"model": "tts"})
-    sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
+    sync_api.expect(page.locator("#gpu-panel")).to_contain_text("Connection lost; reconnecting")
     page.unroute("**/gpu/panel*")
     expect_state(page, "gpu")
-    sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("The connection is lost")
+    sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("Connection lost; reconnecting")
 
 
 def test_who_waits_reads_why(
@@ -183,7 +183,7 @@ def test_how_long_models_stay_is_changed_there(page: Page, app: RunningApp) -> N
     sync_api.expect(page.locator("#gpu-message")).to_contain_text("No time is given")
     page.locator("#gpu-keep-warm input, #gpu-keep-warm textarea").fill("soon")
     page.locator("#gpu-apply").click()
-    sync_api.expect(page.locator("#gpu-message")).to_contain_text("'soon' is no duration")
+    sync_api.expect(page.locator("#gpu-message")).to_contain_text("'soon' is not a valid duration")
     page.locator("#gpu-keep-warm input, #gpu-keep-warm textarea").fill("90s")
     page.locator("#gpu-idle-timeout input, #gpu-idle-timeout textarea").fill("15m")
     page.locator("#gpu-apply").click()
@@ -269,7 +269,7 @@ def test_memory_outside_the_books_is_a_part_of_the_bar(
             sync_api.expect(page.locator("#gpu-panel i[data-part=outside]")).to_have_css("width", "0px")
         app.post("/gpu/warm", {"model": "tts"})
         for width, language, label in (
-            (1200, "en", "Outside the accounts 12 GB"), (390, "en", "Outside the"), (390, "zh-CN", "账外占用 12 GB"),
+            (1200, "en", "Unmanaged memory 12 GB"), (390, "en", "Unmanaged"), (390, "zh-CN", "未受管理的显存 12 GB"),
         ):  # fmt: skip
             page = pages[language]
             page.bring_to_front()
@@ -339,10 +339,10 @@ def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page],
         expect_state(page, "gpu")
         page.evaluate("window.ofTheFirst = true")
         assert first.stop() == 0
-    sync_api.expect(page.locator("#gpu-panel")).to_contain_text("The connection is lost")
+    sync_api.expect(page.locator("#gpu-panel")).to_contain_text("Connection lost; reconnecting")
     with ForkedApp(tmp_path, *ARGUMENTS, gates=gates, port=first.port):
         expect_state(page, "released")
-        sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("The connection is lost")
+        sync_api.expect(page.locator("#gpu-panel")).not_to_contain_text("Connection lost; reconnecting")
         page.wait_for_function("!window.ofTheFirst")  # loaded anew, since the second server does not know it
         page.locator("#gpu-warm-tts").click()
         expect_state(page, "gpu")
@@ -350,9 +350,9 @@ def test_it_finds_a_server_that_was_started_again(new_page: Callable[..., Page],
 
 def test_it_says_that_it_hears_nothing_when_another_answers(page: Page, app: RunningApp) -> None:
     for code, line, call, state in (
-        (502, "The connection is lost", "warm", "gpu"),
+        (502, "Connection lost; reconnecting", "warm", "gpu"),
         (401, "sign in", "release", "released"),
-        (500, "The connection is lost", "warm", "gpu"),
+        (500, "Connection lost; reconnecting", "warm", "gpu"),
     ):
         page.route("**/gpu/panel*", lambda route, _, code=code: route.fulfill(status=code, body="<h1>by a proxy</h1>"))
         sync_api.expect(page.locator("#gpu-panel [data-gpu=line]")).to_contain_text(line)

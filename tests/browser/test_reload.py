@@ -20,7 +20,7 @@ ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.HEARTBEAT_EVERY_S = 0.5\n"
 SELDOM = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.HEARTBEAT_EVERY_S = 3600\n"
 GONE = {
-    "en-US": "⚠️ Earlier recordings and results are gone from the server: upload the recording again; your texts are "
+    "en-US": "⚠️ Earlier recordings and results are no longer on the server: upload the recording again; your texts are "
     "still here.",
     "zh-CN": "⚠️ 服务器上已没有此前的录音和结果：请重新上传录音，填写的文字仍在。",
 }

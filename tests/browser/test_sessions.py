@@ -108,7 +108,7 @@ def test_a_request_that_was_cancelled_while_its_page_was_away_is_told(
         network.cut()
         assert wait_until(lambda: app.model()["waiting"] == 0)
         network.mend()
-        sync_api.expect(page.locator("#message [role=alert]")).to_contain_text("ask again")
+        sync_api.expect(page.locator("#message [role=alert]")).to_contain_text("Submit it again")
         open_gate(gates, "speak")
         expect_results(first, 1)
 

@@ -231,7 +231,7 @@ def test_what_the_engine_has_made_and_does_not_keep_is_held_until_it_is_released
     assert made(torch.ones(1, 2)).tolist() == [[2, 2]]
     assert made[0].weight.sum() == 4
     tts.force_release()
-    with pytest.raises(PartGone, match="Sequential was made by an engine that has been released"):
+    with pytest.raises(PartGone, match="Sequential belongs to an engine that was released"):
         made(torch.ones(1, 2))
 
 

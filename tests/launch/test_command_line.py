@@ -118,19 +118,20 @@ def test_the_table_tells_who_uses_a_model_and_since_when(
 
 
 def test_the_table_tells_what_is_held_outside_the_books(manager: GPUResourceManager) -> None:
-    assert "outside" not in command_line.table(manager.status())
+    assert "unmanaged" not in command_line.table(manager.status())
     status = manager.status()
     model = status["models"]["tts"]
     model["outside_processes"] = [
         {"pid": 7, "command": "app.py", "device_bytes": 50 << 20, "host_bytes": None},
         {"pid": 8, "command": "python worker.py", "device_bytes": 50 << 20, "host_bytes": 100 << 20},
     ]
-    held = "200 MB outside the accounts (pid 7 app.py, pid 8 python worker.py)"
+    held = "200 MB of unmanaged memory (pid 7 app.py, pid 8 python worker.py)"
     released = "The model was released, but the memory is still in use: end that process"
     assert f"tts: {held}. {released} / " in command_line.table(status)
-    assert "账外占用 200 MB（pid 7 app.py, pid 8 python worker.py）。模型已释放，仍在占用" in command_line.table(status)
+    held_zh = "未受管理的内存 200 MB（pid 7 app.py, pid 8 python worker.py）"
+    assert f"{held_zh}。模型已释放，仍在占用" in command_line.table(status)
     model["state"] = "cpu"
-    assert f"tts: {held}. Release the model to free it / 账外占用 200 MB" in command_line.table(status)
+    assert f"tts: {held}. Release the model to free it / 未受管理的内存 200 MB" in command_line.table(status)
 
 
 def test_the_status_of_an_older_app_is_shown_too(manager: GPUResourceManager) -> None:

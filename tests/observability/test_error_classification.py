@@ -11,9 +11,9 @@ from residency.observability.error_classification import (
     empty_frames,
     is_capture_under_way,
     is_out_of_device_memory,
-    lacking_bytes,
     loss_beyond_repair,
     may_be_device_loss,
+    shortfall_bytes,
 )
 
 
@@ -129,9 +129,9 @@ def test_what_was_put_aside_counts_no_more() -> None:
 
 
 def test_what_is_lacking_is_found_wherever_it_is_said() -> None:
-    assert lacking_bytes(raised(DeviceOutOfMemory(10, 4, "card"), "while handling")) == 6
-    assert lacking_bytes(RuntimeError("CUDA out of memory")) == 1
-    assert lacking_bytes(DeviceOutOfMemory(10, None, "card")) == 1
+    assert shortfall_bytes(raised(DeviceOutOfMemory(10, 4, "card"), "while handling")) == 6
+    assert shortfall_bytes(RuntimeError("CUDA out of memory")) == 1
+    assert shortfall_bytes(DeviceOutOfMemory(10, None, "card")) == 1
 
 
 @pytest.mark.parametrize("how", ["from", "from None", "while handling"])

@@ -64,9 +64,9 @@ def test_a_child_process_is_shown_until_it_ends(manager: GPUResourceManager, cap
         assert model["outside_bytes"] >= 120 * MB
         assert begun[0].pid in [holder["pid"] for holder in model["outside_processes"]]
         assert f"pid {begun[0].pid}" in status_text.as_text(manager.status(), en)
-        assert "账外占用" in status_text.as_text(manager.status(), zh)
+        assert "未受管理的内存" in status_text.as_text(manager.status(), zh)
         assert b'gpu_manager_outside_bytes{model="tts"} 1' in exposition(manager)
-        assert len([r for r in caplog.records if "outside the books" in r.getMessage()]) == 1
+        assert len([r for r in caplog.records if "of unmanaged memory" in r.getMessage()]) == 1
     finally:
         for child in begun:
             child.communicate("\n", timeout=60)

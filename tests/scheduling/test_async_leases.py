@@ -243,7 +243,7 @@ def test_coroutines_in_opposite_order_are_told_of_their_deadlock(manager: GPURes
 def test_a_coroutine_that_would_block_the_loop_in_which_the_holder_runs_is_told(manager: GPUResourceManager) -> None:
     async def main() -> None:
         async with manager.lease("tts"):
-            with pytest.raises(EventLoopBlocked, match=r"in main .*write async with.*请用 async with"):
+            with pytest.raises(EventLoopBlocked, match=r"in main .*Use `async with`.*请用 async with"):
                 await contextvars.Context().run(asyncio.create_task, blocking())
 
     async def blocking() -> None:

@@ -61,7 +61,7 @@ def test_who_would_close_a_circle_is_refused_and_the_others_are_served(names: st
         manager.register(name, Workshop().load)
     with manager.lease(names[-1]):
         workers = [chain(manager, has, wants) for has, wants in reversed(list(pairwise(names)))]
-        with pytest.raises(LeaseDeadlock, match=f"{names[0]!r} while holding {names[-1]}") as caught:
+        with pytest.raises(LeaseDeadlock, match=f"holds {names[-1]} and waits for {names[0]!r}") as caught:
             use(manager, names[0])
         assert (caught.value.name, caught.value.holding) == (names[0], (names[-1],))
     for worker in workers:

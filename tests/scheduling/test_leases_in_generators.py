@@ -162,7 +162,7 @@ def test_two_generators_in_opposite_order_are_told_of_their_deadlock(pair: GPURe
     waiting = Worker(contextvars.copy_context().run, next, one)
     managed = pair._managed_models["b"]
     assert await_that(pair, managed, lambda: managed.leases.next_request() is not None)
-    with pytest.raises(LeaseDeadlock, match="'a' while holding b") as caught:
+    with pytest.raises(LeaseDeadlock, match="holds b and waits for 'a'") as caught:
         step(other)
     assert caught.value.holder is not None
     assert "test_leases_in_generators.py" in caught.value.holder.where

@@ -205,7 +205,7 @@ def test_what_is_no_count_is_said_in_both_languages(value: object) -> None:
     with pytest.raises(InvalidInput) as raised:
         check_counts(1, size_bytes=value)
     assert str(raised.value) == (
-        f"size_bytes={value!r} is no whole number from 1 on: give one, or None / "
+        f"size_bytes={value!r} is not a whole number of at least 1: give one, or None / "
         f"size_bytes={value!r} 不是 1 以上的整数：请给出整数或 None"
     )
 

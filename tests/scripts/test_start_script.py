@@ -234,14 +234,14 @@ class TestDisk:
 class TestModels:
     def test_a_file_is_none(self, project: Project, tmp_path: Path) -> None:
         (tmp_path / "weights").touch()
-        assert "is no folder that can be read" in project.refuse(MODEL_PATH=str(tmp_path / "weights"))
+        assert "is not a readable folder" in project.refuse(MODEL_PATH=str(tmp_path / "weights"))
 
     def test_the_id_of_a_hub(self, project: Project) -> None:
         code, output = project.run("--model-path", "stepfun-ai")
         assert code == 0, output
         assert "used as the id of a hub" in output
         assert "stepfun-ai" in app_line(output)["argv"]
-        assert "is no folder" in project.refuse("--model-path", "stepfun-ai", "--model-source", "local")
+        assert "is not a readable folder" in project.refuse("--model-path", "stepfun-ai", "--model-source", "local")
 
     def test_one_at_home(self, project: Project, tmp_path: Path) -> None:
         (tmp_path / "weights").mkdir()
@@ -320,7 +320,7 @@ def test_an_action_that_there_is_not(project: Project) -> None:
     ("arguments", "said"),
     [
         (["--prot", "7861"], "unrecognized arguments: --prot 7861"),
-        (["--simulate-gpu", "abc"], "'abc' is no size"),
+        (["--simulate-gpu", "abc"], "'abc' is not a valid size"),
         (["--control-token"], "expected one argument"),
     ],
 )
@@ -459,7 +459,7 @@ class TestEnvironment:
         diary = tmp_path / "diary" / "today.txt"
         diary.parent.mkdir()
         diary.write_text("dear diary")
-        assert "is no Python environment" in fresh.refuse(VENV_DIR=str(diary.parent))
+        assert "is not a Python environment" in fresh.refuse(VENV_DIR=str(diary.parent))
         assert diary.read_text() == "dear diary"
 
     def test_no_usable_python(self, fresh: Project) -> None:

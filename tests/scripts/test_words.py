@@ -51,7 +51,7 @@ def test_lines_are_in_one_language(project: Project, environ: dict[str, str], ch
         assert lines
         if chinese:
             assert CHINESE.search(said)
-            assert not re.search(r"would|is no port|Nothing|address to listen", said, re.IGNORECASE), said
+            assert not re.search(r"would|is not a valid port|Nothing|address to listen", said, re.IGNORECASE), said
             assert " / " not in said
         else:
             assert not CHINESE.search(said), said
@@ -65,13 +65,13 @@ def test_a_whole_life_in_chinese(project: Project, tmp_path: Path) -> None:
     assert not re.search("Ready|Stopping|Runs|Starting", "".join(words for _, words in said))
 
 
-@pytest.mark.parametrize(("lang", "words"), [("C.UTF-8", "is no size"), ("zh_CN.UTF-8", "不是有效的大小")])
+@pytest.mark.parametrize(("lang", "words"), [("C.UTF-8", "is not a valid size"), ("zh_CN.UTF-8", "不是有效的大小")])
 def test_what_the_app_would_refuse_is_told_in_one_language(tmp_path: Path, lang: str, words: str) -> None:
     project = Project(tmp_path / "project", tmp_path / "bin")
     project.take_the_real_parser()
     said = project.refuse("--check", "--simulate-gpu", "abc", LANG=lang)
     assert words in said
-    assert ("is no size" in said) != ("不是有效的大小" in said)
+    assert ("is not a valid size" in said) != ("不是有效的大小" in said)
 
 
 @pytest.mark.parametrize("lang", ["C.UTF-8", "zh_CN.UTF-8"])

@@ -417,5 +417,5 @@ class TestPanelsTimes:
         assert manager.status()["models"]["tts"] == before
 
     def test_what_is_wrong_is_said(self, manager: GPUResourceManager) -> None:
-        assert "'soon' is no duration" in GpuPanel(manager, Permissions()).configure(None, "soon", "")
+        assert "'soon' is not a valid duration" in GpuPanel(manager, Permissions()).configure(None, "soon", "")
         assert "asr" in GpuPanel(manager, Permissions()).configure("asr", "5", "")

@@ -24,3 +24,15 @@ def test_of_too_many_visits_the_one_not_heard_of_for_longest_is_forgotten(
         visits._start(None, None, new_state())
         assert visits.knows("anna"), "its page says that it is there"
     assert [visits.knows(whose) for whose in ("anna", "bert", "carl")] == [True, False, True]
+
+
+def test_a_start_that_arrives_twice_keeps_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = MessagePlaces()
+    sessions = PageSessions(PageRequests(places), Recordings(tmp_path), WaitingRequests(None), places)
+    state = new_state()
+    monkeypatch.setattr(module, "session", lambda: "before")
+    sessions._start("a", None, state)
+    monkeypatch.setattr(module, "session", lambda: "after")
+    for _ in range(2):
+        _, continued, *_ = sessions._start("b a", "something", new_state())
+        assert continued is state

@@ -65,7 +65,7 @@ def test_chinese_has_its_own_punctuation_and_one_word_for_one_thing(manager: GPU
     html = "".join(re.findall(">([^<>]+)", views.model_html("tts", status, zh) + views.stay_html(status, zh)))
     for shown in (status_text.as_text(status, zh), html, outcome):
         assert not re.search(r"[:,(]", str(shown).replace("OSError: ", "")), shown
-        assert "空闲" not in str(shown)
+        assert "闲置" not in str(shown)
     assert "模拟 GPU（1 GB）：已用 0 B，共 1 GB" in status_text.as_text(status, zh)
 
 
@@ -94,7 +94,7 @@ def test_what_came_of_a_press_is_said_of_the_model_that_it_was_about(manager: GP
     assert status_text.pressed("offload", "tts", True, status, en) == "Offloaded to main memory."
     assert status_text.pressed("offload", None, True, status, zh) == "已卸载到内存。"
     assert status_text.pressed("release", "tts", False, status, zh).endswith("释放。")
-    assert status_text.pressed("warm", "tts", False, status, en).startswith("On its way to the simulated GPU")
+    assert status_text.pressed("warm", "tts", False, status, en).startswith("Loading to the simulated GPU")
 
 
 def test_what_comes_from_outside_is_escaped(manager: GPUResourceManager) -> None:
@@ -123,9 +123,9 @@ class TestCourse:
                 "bytes_per_s": 2 << 30,
             },
         }
-        assert "前往模拟显存 / To the simulated GPU: " in status_text.as_text(status)
+        assert "正在移至模拟显存 / To the simulated GPU: " in status_text.as_text(status)
         assert "To the simulated GPU: restoring · 3 GB / 12 GB · 2 GB/s · 1.5 s" in status_text.as_text(status, en)
-        assert "前往模拟显存：恢复 · 3 GB / 12 GB · 2 GB/s · 1.5 s" in status_text.as_text(status, zh)
+        assert "正在移至模拟显存：恢复 · 3 GB / 12 GB · 2 GB/s · 1.5 s" in status_text.as_text(status, zh)
         assert "width:25.0%" in as_html(status)
 
     def test_what_nobody_knows_of_a_move_is_left_out(self) -> None:
@@ -191,7 +191,7 @@ class TestCourse:
         assert "monitor" not in status_text.as_text(status)
         status["models"]["tts"]["next"] = {"to": "cpu", "in_s": 5.0}
         for shown in (status_text.as_text(status), as_html(status)):
-            assert "闲置监视线程未运行" in shown
+            assert "空闲监视线程未运行" in shown
             assert "The idle monitor is not running" in shown
         status["monitor"] = {"alive": True, "errors": 2, "last_error": "<OSError>"}
         assert "errors: 2×: <OSError>" in status_text.as_text(status)

@@ -19,7 +19,7 @@ def card(
     *, free: int | None, process: int | None, peers: int | None, model: int, here: int = 0, child: int = 0,
     size: int = 0, to: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A status; ``here`` and ``child`` are what this process and a child hold outside the books.
+    """A status; ``here`` and ``child`` are what this process and a child hold as unmanaged memory.
 
     A model of ``size`` is on its way ``to`` somewhere.
     """
@@ -67,13 +67,13 @@ def test_where_no_size_is_known_there_is_no_bar(manager: GPUResourceManager) -> 
 
 
 def test_memory_outside_the_books_has_a_part_of_the_bar(manager: GPUResourceManager) -> None:
-    assert "Outside the accounts" not in views.device_html(manager.status(), en)
+    assert "Unmanaged memory" not in views.device_html(manager.status(), en)
     status = manager.status()
     status["device"].update(outside_bytes=12 * GB, free_bytes=36 * GB, total_bytes=48 * GB)
     shown = views.device_html(status, en)
     assert "<i data-part='outside' style='width:25.00%'></i>" in shown
-    assert "<span data-part='outside'>Outside the accounts 12 GB</span>" in shown
-    assert "<span data-part='outside'>账外占用 12 GB</span>" in views.device_html(status, zh)
+    assert "<span data-part='outside'>Unmanaged memory 12 GB</span>" in shown
+    assert "<span data-part='outside'>未受管理的显存 12 GB</span>" in views.device_html(status, zh)
 
 
 def test_while_a_model_comes_its_numbers_are_those_of_the_bar(manager: GPUResourceManager) -> None:
@@ -132,7 +132,7 @@ def test_times_are_shown_as_they_were_set(manager: GPUResourceManager) -> None:
     assert "Idle timeout<b>15 min" in shown
     assert "<b>tts</b> Keep warm: auto (0 s) · Idle timeout: 15 min" in views.stay_html(manager.status(), en)
     manager.configure("tts", keep_warm=0)
-    assert "保持在 GPU：请求后立即离开 · 闲置多久后释放：15 min" in views.stay_html(manager.status(), zh)
+    assert "保持在 GPU：请求后立即离开 · 空闲多久后释放：15 min" in views.stay_html(manager.status(), zh)
 
 
 def test_a_model_that_was_unregistered_is_shown_no_more(manager: GPUResourceManager) -> None:

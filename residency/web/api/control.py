@@ -164,14 +164,14 @@ class _Calls:
         return JSONResponse(await self._read(self.manager.status))
 
     async def gpu_history(self) -> JSONResponse:
-        """The last moves; and of 15 minutes the models' sizes and requests, and what was used of the card."""
+        """The last moves; and for the last 15 minutes, the models' sizes and requests, and the card's used memory."""
         return JSONResponse(await self._read(self.manager.history))
 
     async def gpu_events(self) -> EventStream:
-        """The status, and then every move as it begins, goes on and ends, as server-sent events.
+        """The status, followed by the start, progress and end of each move, as server-sent events.
 
-        The first is called `status`, and its data is the `Status`; the others are called by their `what`, and their
-        data is an `Event`.
+        The first event is named `status`, and its data is the `Status`; each other event is named by its `what`, and
+        its data is an `Event`.
         """
         return EventStream(self.moves, lambda: self._read(self.manager.status))
 

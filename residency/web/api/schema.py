@@ -20,14 +20,17 @@ DurationOrAuto = Annotated[float | str, _duration("|auto")]
 
 
 class Which(BaseModel):
-    """``model`` left out or null is all models."""
+    """Without ``model``, or with null: all models."""
 
     model_config = ConfigDict(extra="forbid", title="Which")
     model: str | None = Field(None, examples=["tts"])
 
 
 class Configuration(Which):
-    """Seconds or ``90s``, ``15m``, ``1h``; -1 is never; ``keep_warm`` may be ``auto``. What is left out stays."""
+    """Seconds or ``90s``, ``15m``, ``1h``; -1 is never; ``keep_warm`` may be ``auto``.
+
+    Omitted fields are not changed.
+    """
 
     model_config = ConfigDict(extra="forbid", title="Configuration", allow_inf_nan=False)
     keep_warm: DurationOrAuto | None = Field(None, examples=["30s", "auto"])

@@ -32,8 +32,8 @@ _UNUSED = (
 _FETCHES = re.compile(rf"{API_PREFIX}/(proxy=|file=https?:)", re.IGNORECASE)
 """Routes for which Gradio sends requests to other servers."""
 _GARBLED = (
-    "无法读取该请求：请刷新页面；程序请按 /gradio_api/info 传参，录音请以带文件名的表单上传。",
-    "The request cannot be read: reload the page; programs find at /gradio_api/info what to send, and upload "
+    "请求无效：请刷新页面；API 客户端的参数见 /gradio_api/info，录音请以带文件名的表单上传。",
+    "The request is invalid: reload the page. API clients: see /gradio_api/info for the arguments, and upload "
     "recordings in a form with a file name.",
 )
 

@@ -15,7 +15,8 @@ _SILENT_AT_MOST = 1000
 """Maximum of silent sessions; beyond it, the one that was silent longest ends."""
 LOST = (
     "服务器上已没有此前的录音和结果：请重新上传录音，填写的文字仍在。",
-    "Earlier recordings and results are gone from the server: upload the recording again; your texts are still here.",
+    "Earlier recordings and results are no longer on the server: upload the recording again; your texts are still "
+    "here.",
 )
 """Message for a page with an unknown session."""
 

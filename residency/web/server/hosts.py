@@ -21,10 +21,11 @@ from ...addresses import hostname, is_address, is_loopback, without_mapping
 from .layers import http_layer
 
 _UNKNOWN = (
-    "This server is not known as {name}: another site could use such a name to read it. If the name is yours, start "
-    "the app with --allowed-host {name} (or GPU_TTS_ALLOWED_HOSTS={name}), or with --auth; on this machine itself, use "
-    "{scheme}://localhost:{port}. / 本服务器不叫 {name}：其他网站可能借这样的名称读取它。如果这是您的域名，请在启动时"
-    "加上 --allowed-host {name}（或设置 GPU_TTS_ALLOWED_HOSTS={name}），或使用 --auth；在本机请访问 {scheme}://localhost:{port}。"
+    "The host name {name} is not allowed: another site could use it to read this server (DNS rebinding). If it is "
+    "yours, start the app with --allowed-host {name} (or GPU_TTS_ALLOWED_HOSTS={name}), or with --auth; on this "
+    "machine itself, use {scheme}://localhost:{port}. / 不允许通过主机名 {name} 访问：其他网站可能借此读取本服务器"
+    "（DNS 重绑定）。如果这是您的域名，请在启动时加上 --allowed-host {name}（或设置 GPU_TTS_ALLOWED_HOSTS={name}），"
+    "或使用 --auth；在本机请访问 {scheme}://localhost:{port}。"
 )
 _CONTAINER_MARKS = (".dockerenv", "run/.containerenv")
 """Files that Docker and Podman create in each container."""

@@ -28,7 +28,7 @@ from .bodies import announced_bytes, drop_body, read_at_most
 from .heartbeats import LOST, Heartbeats
 from .layers import http_layer
 from .permissions import from_another_site
-from .session_limits import CALL, DATA, HERE, session_of
+from .session_limits import CALL, DATA, PAGE_HEARTBEAT, session_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ class RequestMiddleware:
         is_static = reads and (path in _STATIC_FILES or path.startswith(_STATIC_FOLDERS))
         if (not reads or "origin" in request.headers) and not is_static and from_another_site(request):
             await _refusal(request, 403, *_OTHER_SITE)(scope, receive, send)
-        elif path.startswith(HERE):
-            await self._heartbeat(request, path[len(HERE) :])(scope, receive, send)
+        elif path.startswith(PAGE_HEARTBEAT):
+            await self._heartbeat(request, path[len(PAGE_HEARTBEAT) :])(scope, receive, send)
         elif path == _UPLOAD and scope["method"] == "POST":
             limit_bytes = self.largest_upload_bytes
             upload = partial(self._upload, app)

@@ -22,7 +22,7 @@ from .layers import http_layer
 
 SESSIONS = 500
 """Maximum of sessions with stored state; with Gradio 6 one takes 0.16 MB."""
-HERE = f"{API_PREFIX}/here/"
+PAGE_HEARTBEAT = f"{API_PREFIX}/here/"
 """Route of the page's heartbeat, followed by the session: Gradio does not reopen its own stream after a cut."""
 HEARTBEAT = f"{API_PREFIX}/heartbeat/"
 DATA, CALL = f"{API_PREFIX}/queue/data", f"{API_PREFIX}/call/"
@@ -62,11 +62,11 @@ def session_requests(may_stay: Callable[[HTTPConnection], bool], most: int) -> C
         name, path = session_of(scope), scope["path"]
         if name is None and path.startswith(_UPLOAD):
             name = QueryParams(scope["query_string"]).get("upload_id")
-        listens = path == _EVENTS or (name is not None and not path.startswith(HERE))
+        listens = path == _EVENTS or (name is not None and not path.startswith(PAGE_HEARTBEAT))
         is_stream = listens and scope["method"] == "GET"
         if name is not None and not _NAME.fullmatch(name):
             await PlainTextResponse(_BAD_NAME, 422)(scope, receive, send)
-        elif path.startswith((HERE, HEARTBEAT)) and not may_stay(HTTPConnection(scope)):
+        elif path.startswith((PAGE_HEARTBEAT, HEARTBEAT)) and not may_stay(HTTPConnection(scope)):
             await PlainTextResponse(_SIGN_IN, 401)(scope, receive, send)
         elif is_stream and streams >= most:
             await PlainTextResponse(_TOO_MANY_STREAMS, 503, _LATER)(scope, receive, send)
@@ -88,8 +88,8 @@ def session_of(scope: Scope) -> str | None:
     path = scope["path"]
     if path == DATA:
         return QueryParams(scope["query_string"]).get("session_hash")
-    if path.startswith(HERE):
-        return str(path[len(HERE) :])
+    if path.startswith(PAGE_HEARTBEAT):
+        return str(path[len(PAGE_HEARTBEAT) :])
     if path.startswith(HEARTBEAT) or (path.startswith(CALL) and scope["method"] == "GET"):
         return str(path.rpartition("/")[2])
     return None
@@ -132,7 +132,7 @@ def limit_uploads() -> None:
     """Limits the number of uploads for which Gradio stores progress."""
     statuses: Any = routes.file_upload_statuses
     statuses._statuses = LRUCache(_REMEMBERED)
-    statuses._signals = _Signals(_REMEMBERED)
+    statuses._signals = _UploadEvents(_REMEMBERED)
 
 
 def forget_deleted_files(blocks: Any) -> None:
@@ -141,7 +141,7 @@ def forget_deleted_files(blocks: Any) -> None:
         files -= {path for path in files if not os.path.exists(path)}
 
 
-class _Signals(LRUCache[str, asyncio.Event]):
+class _UploadEvents(LRUCache[str, asyncio.Event]):
     def __missing__(self, key: str) -> asyncio.Event:
         self[key] = signal = asyncio.Event()
         return signal

@@ -59,7 +59,9 @@ class Blocks(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except (InvalidPathError, FileNotFoundError):
             raise gr.Error(
-                localizer()("录音已不在服务器上：请重新上传", "The recording is gone from the server: upload it again"),
+                localizer()(
+                    "录音已不在服务器上：请重新上传", "The recording is no longer on the server: upload it again"
+                ),
                 print_exception=False,
             ) from None
         except Exception as error:
@@ -70,9 +72,9 @@ class Blocks(gr.Blocks):
             reason = re.sub(r"/\S*/", "", " ".join(str(getattr(error, "message", error)).split()))[:_REASON_CHARACTERS]
             raise gr.Error(
                 localizer()(
-                    f"无法读取收到的内容：请刷新页面并重新上传录音；程序请按 /gradio_api/info 传参（{reason}）",
-                    f"What was sent cannot be read: reload the page and upload the recording again; "
-                    f"programs find at /gradio_api/info what to send ({reason})",
+                    f"输入无效：请刷新页面并重新上传录音；API 客户端的参数见 /gradio_api/info（{reason}）",
+                    f"The input is invalid: reload the page and upload the recording again. "
+                    f"API clients: see /gradio_api/info for the arguments ({reason})",
                 ),
                 print_exception=False,
             ) from None

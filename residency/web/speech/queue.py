@@ -15,7 +15,7 @@ _STATE = "cpu"
 
 
 class QueuedRequest:
-    """A request in the queue: a `protocols.Lease`."""
+    """A request in the queue: a `protocols.QueuedLease`."""
 
     def __init__(self, queue: SpeechQueue) -> None:
         self._queue = queue

@@ -204,8 +204,8 @@ def explain(error: Exception) -> Sentence:
         error = ShuttingDown()
     if isinstance(error, RequestCancelled):  # after a lost connection
         return Sentence(
-            "The request was cancelled in the queue, because the connection was away: ask again",
-            "连接中断，排队中的请求已被取消：请重新提交",
+            "The connection was lost, so the waiting request was cancelled. Submit it again.",
+            "连接中断，排队中的请求已被取消。请重新提交。",
         )
     if isinstance(error, ResidencyError):
         return message_of(error)
@@ -215,7 +215,8 @@ def explain(error: Exception) -> Sentence:
         return Sentence(f"The engine cannot do this: {reason}", f"引擎无法处理该请求：{reason}")
     logger.error("request failed", exc_info=error)
     return Sentence(
-        f"The engine failed: {reason}. Nothing was lost; try again.", f"引擎出错：{reason}。历史未丢失，请重试。"
+        f"The engine failed: {reason}. Your history is unchanged; try again.",
+        f"引擎出错：{reason}。历史未改变，请重试。",
     )
 
 

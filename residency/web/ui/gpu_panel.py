@@ -73,7 +73,7 @@ class GpuPanel:
             **{f"model-{name}": views.model_html(name, status, localize) for name in status["models"]},
             "stay": views.stay_html(status, localize),
             "past": views.past_html(self._manager.history(), status["device"]["kind"], localize),
-            "lost": localize("连接已断开，正在重新连接…", "The connection is lost; trying again…"),
+            "lost": localize("连接已断开，正在重新连接…", "Connection lost; reconnecting…"),
             "strange": localize("登录已失效：请刷新页面重新登录。", "You are signed out: reload the page and sign in."),
         }
 
@@ -142,7 +142,7 @@ class GpuPanel:
                         elem_id="gpu-keep-warm",
                     )
                     self._idle_timeout = gr.Textbox(
-                        label=label("闲置多久后释放", "Idle until released (idle timeout)"),
+                        label=label("空闲多久后释放", "Idle until released (idle timeout)"),
                         placeholder="600, 15m, 1h, -1",
                         elem_id="gpu-idle-timeout",
                     )

@@ -24,13 +24,13 @@ PROMPT_TEXT_HELP = (
     "The exact words of the recording; the model matches them with its sound.",
 )
 PROMPT_EXAMPLE = ("例如：Good morning, nice to meet you.", "For example: Good morning, nice to meet you.")
-PROMPT_IS_HEARD = ("上传录音后自动填写", "Filled in from the recording")
+PROMPT_IS_TRANSCRIBED = ("上传录音后自动填写", "Filled in from the recording")
 TARGET = ("要用这个声音说的话", "The words to speak in this voice")
 TARGET_IN_ENGLISH = ("要用这个声音说的话（内置引擎只会说英语）", "The words to speak in this voice, in English")
 NO_MICROPHONE = (
     "🎤 浏览器只允许 https 页面使用麦克风，而本页面通过 http 打开：请上传录音，或用 https 打开（启动时加上 "
     "--ssl-certfile 与 --ssl-keyfile，或使用反向代理）。",
-    "🎤 Browsers give only https pages the microphone, and this page was opened over http: upload a recording, or open "
+    "🎤 Browsers allow the microphone only on https pages; this page was opened over http: upload a recording, or open "
     "it over https (start the app with --ssl-certfile and --ssl-keyfile, or behind a reverse proxy).",
 )
 VERIFIED = (

@@ -17,7 +17,7 @@ from ..shared.gradio_compat import localizer
 from ..shared.language import Localize
 from .chat_history import SessionState, as_messages
 from .messages import Message, MessagePlaces
-from .waiting import Progress
+from .waiting import ProgressLine
 
 AT_ONCE = 100
 """Maximum of waiting and running requests. They use threads of their own, so that Gradio's stay free for events."""
@@ -34,9 +34,9 @@ class Occupied(InvalidInput):
 
     def __init__(self) -> None:
         super().__init__(
-            "Your request before this one still waits or runs, so this one was not sent: wait for its result, or press "
-            "Stop",
-            "您的上一个请求仍在排队或运行，本次未提交：请等待其结果，或点击“停止”",
+            "Your previous request is still waiting or running, so this one was not sent. Wait for its result, or "
+            "press Stop.",
+            "您的上一个请求仍在排队或运行，本次未提交。请等待其结果，或点击“停止”。",
         )
 
 
@@ -45,9 +45,9 @@ class PageRequest:
 
     def __init__(self) -> None:
         self.cancellation = Cancellation()
-        self.progress: Callable[[], Progress | None] = lambda: None
+        self.progress: Callable[[], ProgressLine | None] = lambda: None
 
-    def line(self, progress: Progress | None, localize: Localize) -> str:
+    def line(self, progress: ProgressLine | None, localize: Localize) -> str:
         """Returns the progress as HTML; the page shows its Stop button as long as this line exists."""
         sentence, share = progress or (localize("已提交，准备中", "Sent; in preparation"), 0.0)
         if self.cancellation.cancelled:
@@ -128,11 +128,11 @@ class PageRequests:
 def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
     """Starts ``work`` in a thread with the caller's context. It continues if the caller is cancelled."""
     future = asyncio.ensure_future(to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads))
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs what nobody awaits
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future
 
 
-async def reports(request: PageRequest, work: asyncio.Future[Any]) -> AsyncIterator[Progress | None]:
+async def reports(request: PageRequest, work: asyncio.Future[Any]) -> AsyncIterator[ProgressLine | None]:
     """Yields the progress of ``request`` whenever it changes, until ``work`` ends."""
     running, pause = lambda: None if work.done() else request, lambda: asyncio.wait({work}, timeout=READ_EVERY_S)
     async for _, progress in _changes(running, pause):
@@ -141,7 +141,7 @@ async def reports(request: PageRequest, work: asyncio.Future[Any]) -> AsyncItera
 
 async def _changes(
     running: Callable[[], PageRequest | None], pause: Callable[[], Awaitable[object]]
-) -> AsyncIterator[tuple[PageRequest, Progress | None]]:
+) -> AsyncIterator[tuple[PageRequest, ProgressLine | None]]:
     shown: object = None
     while request := running():
         progress = await to_thread.run_sync(request.progress, limiter=_readers)

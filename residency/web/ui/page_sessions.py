@@ -74,7 +74,8 @@ class PageSessions:
         secret, *earlier = (stored or "")[:200].split() or [secrets.token_hex(16)]
         identity = f"{name}.{secret}"
         with self._lock:
-            known = (self._sessions.pop(each) for each in earlier if each in self._sessions)
+            # Its own secret first: a browser may send the request twice.
+            known = (self._sessions.pop(each) for each in (secret, *earlier) if each in self._sessions)
             before, state = next(known, (None, state))
             self._sessions[secret] = (name, state)
             if len(self._sessions) > _AT_MOST:
@@ -82,8 +83,9 @@ class PageSessions:
         if before is None:
             message = _status(f"⚠️ {localizer()(*LOST)}") if earlier and losable else ""
             return [identity, state, gr.skip(), *self._places.values(message)]
-        self._recordings.inherit(before, name)
-        self._waiting.inherit(before, name)
+        if before != name:
+            self._recordings.inherit(before, name)
+            self._waiting.inherit(before, name)
         localize = localizer()
         chat, message = as_messages(state["history_messages"], localize), state["message"]
         if self._requests.latest(state) is not None:

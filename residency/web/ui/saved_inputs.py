@@ -23,7 +23,7 @@ from ..speech.task_names import choices, line
 from .messages import Message
 
 _GONE = (
-    "The recording is gone from the server: upload or record it again, or choose a sample voice",
+    "The recording is no longer on the server: upload or record it again, or choose a sample voice",
     "服务器上已没有该录音：请重新上传或录制，或点击示例声音",
 )
 

@@ -31,12 +31,12 @@ _PENDING = {
     "release": ("当前请求或加载结束后释放", "Will be released once the running request or load has ended"),
 }
 _TO = {
-    "gpu": ("前往显存", "To the GPU"),
-    "cpu": ("前往内存", "To main memory"),
+    "gpu": ("正在移至显存", "To the GPU"),
+    "cpu": ("正在移至内存", "To main memory"),
     "released": ("正在释放", "Being released"),
 }
 _NEXT = {
-    "gpu": ("{} 后回到显存", "to the GPU in {}"),
+    "gpu": ("{} 后恢复到显存", "to the GPU in {}"),
     "cpu": ("{} 后卸载到内存", "to main memory in {}"),
     "released": ("{} 后释放", "released in {}"),
 }
@@ -61,8 +61,8 @@ _PRESSED = {
         ("模型已加载。", "The model is loaded already."),
     ),
     ("warm", False): (
-        ("正在加载到 GPU，可以继续操作。", "On its way to the GPU; you can go on meanwhile."),
-        ("正在加载，可以继续操作。", "It is being loaded; you can go on meanwhile."),
+        ("正在加载到 GPU，可以继续操作。", "Loading to the GPU; you can continue working."),
+        ("正在加载，可以继续操作。", "Loading; you can continue working."),
     ),
     ("offload", True): (
         ("已卸载到内存。", "Offloaded to main memory."),
@@ -266,13 +266,13 @@ def trouble(status: Status, localize: Localize) -> list[str]:
     if not monitor["alive"] and any(model["next"] for model in status["models"].values()):
         sentences.append(
             localize(
-                "闲置监视线程未运行，模型不会自动离开；下一次请求会重新启动它。",
+                "空闲监视线程未运行，模型不会自动离开；下一次请求会重新启动它。",
                 "The idle monitor is not running, so models do not leave by themselves; the next request starts it "
                 "again.",
             )
         )
     if monitor["errors"]:
-        times = localize(f"闲置监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
+        times = localize(f"空闲监视出错 {monitor['errors']} 次", f"Idle monitor, errors: {monitor['errors']}×")
         sentences.append(f"{times}{mark(':', localize)}{translated(monitor['last_error'] or '', localize)}")
     return sentences
 
@@ -323,7 +323,7 @@ def as_text(status: Status, localize: Localize = both) -> str:
     ]
     for name, model in status["models"].items():
         facts = [*sizes(model, model["device_bytes"], kind, localize),
-                 (localize("已闲置", "Idle"), readable_seconds(model["idle_s"])),
+                 (localize("已空闲", "Idle"), readable_seconds(model["idle_s"])),
                  (localize("上次搬移", "Last move"), last_move(model, kind, localize))]  # fmt: skip
         values = mark(",", localize).join(f"{label} {value}" for label, value in facts)
         lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(values, localize)}"]

@@ -34,7 +34,7 @@ class Transcription:
 
     def draw(self) -> None:
         """Draws the progress line into the open Blocks."""
-        self._line = gr.HTML(elem_id="hearing", elem_classes="progress-line", padding=False)
+        self._line = gr.HTML(elem_id="transcribing", elem_classes="progress-line", padding=False)
         self._result = gr.JSON(visible=False)
 
     def register(self, added: Sequence[Any], prompt: gr.Textbox, recording: Any, message: gr.HTML) -> None:

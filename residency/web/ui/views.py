@@ -22,13 +22,13 @@ _CARD = ""
 _Heights = list[tuple[float, dict[str, float]]]
 
 _REST = {
-    "outside": ("账外占用", "Outside the accounts"),
+    "outside": ("未受管理的显存", "Unmanaged memory"),
     "process": ("本进程其他", "This process, other"),
     "peers": ("同类进程", "Peers"),
     "others": ("其他进程", "Others"),
     "free": ("可用", "Free"),
 }
-_KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("闲置多久后释放", "Idle timeout")
+_KEEP_WARM, _IDLE_TIMEOUT = ("保持在 GPU", "Keep warm"), ("空闲多久后释放", "Idle timeout")
 _COLUMNS = (
     ("多久前", "Ago"), ("模型", "Model"), ("搬移", "Move"), ("大小", "Size"), ("用时", "Took"), ("速度", "Rate"),
 )  # fmt: skip
@@ -177,7 +177,7 @@ def _facts(model: ModelStatus, device_bytes: int, device_kind: str, localize: Lo
     return [
         *status_text.sizes(model, device_bytes, device_kind, localize),
         (
-            localize("已闲置", "Idle"),
+            localize("已空闲", "Idle"),
             "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1),
         ),
         (localize(*_KEEP_WARM), _keep_warm(model, localize)),

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from ...cancellation import checkpoint, current
 from ...errors import RequestCancelled
 from ..shared.gradio_compat import localizer, session
-from ..shared.protocols import Lease, Manager
+from ..shared.protocols import Manager, QueuedLease
 from ..speech.queue import SpeechQueue
 from . import status_text
 
-Progress = tuple[str, float]
+ProgressLine = tuple[str, float]
 """A sentence, and the share that is done from 0 to 1 (0: unknown)."""
 
 
@@ -24,12 +24,12 @@ class WaitingRequests:
     def __init__(self, manager: Manager | SpeechQueue | None) -> None:
         self._manager = manager
         self._lock = threading.Lock()
-        self._leases: dict[str | None, dict[Lease, float]] = {}  # values: start of the wait
+        self._leases: dict[str | None, dict[QueuedLease, float]] = {}  # values: start of the wait
 
     @contextmanager
     def watched(
         self, model: str, ready: tuple[str, str] = status_text.READY
-    ) -> Iterator[Callable[[], Progress | None]]:
+    ) -> Iterator[Callable[[], ProgressLine | None]]:
         """Watches the leases that the current request enters within this block; cancelling it removes them.
 
         The block's value returns queue position or progress of the model, for any thread; None while unknown.
@@ -38,9 +38,9 @@ class WaitingRequests:
         if self._manager is None:
             yield lambda: None
             return
-        owner, watched = session(), list[Lease]()
+        owner, watched = session(), list[QueuedLease]()
 
-        def watch(lease: Lease) -> None:
+        def watch(lease: QueuedLease) -> None:
             watched.append(lease)
             with self._lock:
                 self._leases.setdefault(owner, {})[lease] = time.monotonic()
@@ -62,14 +62,14 @@ class WaitingRequests:
                         del self._leases[other]
 
     def _reader(
-        self, manager: Manager | SpeechQueue, model: str, leases: list[Lease], ready: tuple[str, str]
-    ) -> Callable[[], Progress | None]:
+        self, manager: Manager | SpeechQueue, model: str, leases: list[QueuedLease], ready: tuple[str, str]
+    ) -> Callable[[], ProgressLine | None]:
         localize = localizer()
         known: tuple[int, int | None] | None = None
-        progress: Progress | None = None
-        begun: Lease | None = None
+        progress: ProgressLine | None = None
+        begun: QueuedLease | None = None
 
-        def read() -> Progress | None:
+        def read() -> ProgressLine | None:
             nonlocal known, progress, begun
             # Not those of other models, which the loader of this one uses.
             latest = next((lease for lease in reversed(leases) if lease.model == model), None)
@@ -93,7 +93,7 @@ class WaitingRequests:
     def cancel_waiting(self, owner: str, for_s: float) -> bool:
         """Cancels requests of a session that have waited for ``for_s`` seconds, since its stream closed.
 
-        Running requests continue. Returns True if newer requests wait, owner stream may open soon.
+        Running requests continue. Returns True if newer requests wait, whose stream may open soon.
         """
         now_s = time.monotonic()
         with self._lock:
