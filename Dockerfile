@@ -2,7 +2,8 @@
 # Without a GPU, --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu saves several GB.
 #
 # For the real engine build it on the image of a Step-Audio-EditX checkout: docker build --tag step-audio-editx CHECKOUT, then
-# --build-arg BASE_IMAGE=step-audio-editx. What that has is used, and what this project needs besides lies beside it.
+# --build-arg BASE_IMAGE=step-audio-editx. Its packages are used (those of /app/.venv, if it has one), and the others that this
+# project needs are installed in /opt/venv.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
@@ -13,7 +14,7 @@ WORKDIR /app
 COPY requirements.txt pyproject.toml ./
 COPY scripts/python scripts/package_ranges scripts/install_in_image ./scripts/
 RUN scripts/install_in_image /opt/venv
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HEALTH_URL=http://127.0.0.1:7860/healthz \
+ENV PATH=/opt/venv/bin:/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 HEALTH_URL=http://127.0.0.1:7860/healthz \
     HF_HOME=/hub/huggingface MODELSCOPE_CACHE=/hub/modelscope
 
 COPY *.py ./

@@ -323,6 +323,14 @@ def test_python_in_the_readme_runs_as_printed(code: str, tmp_path: Path) -> None
     assert exit_code == 0, output
 
 
+@pytest.mark.parametrize("document", ["docs/en/engines.md", "docs/zh/engines.md"])
+def test_the_example_of_objects_that_move_themselves_runs(document: str) -> None:
+    (code,) = blocks((ROOT / document).read_text(encoding="utf-8"), "python")
+    exit_code, output = forked(code, paths=(ROOT,))
+    assert exit_code == 0, output
+    assert "['main memory', 'main memory']\nnowhere\n" in output
+
+
 def test_the_readme_gives_the_words_that_its_recording_says() -> None:
     for document in ("README.md", "README_CN.md"):
         text = (ROOT / document).read_text(encoding="utf-8")

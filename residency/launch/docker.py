@@ -20,7 +20,9 @@ from .terminal import fail, output_of
 
 LABEL = "gpu-managed-tts"
 IMAGE_USER = 10001  # in the Dockerfile
-_FOLDERS = ("--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--ssl-certfile", "--ssl-keyfile")
+_TOKENIZER = "Step-Audio-Tokenizer"  # its folder may be beside the model path
+_FOLDERS = ("--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--tokenizer-path", "--ssl-certfile",
+            "--ssl-keyfile")  # fmt: skip
 
 
 def docker_succeeds(*words: str) -> bool:
@@ -152,7 +154,10 @@ def _arguments(settings: LaunchSettings) -> Iterator[tuple[str, str, bool]]:
 def _mounts(settings: LaunchSettings) -> Iterator[tuple[str, bool]]:
     """Yields folders and files to mount, and whether they are writable. Raises `LaunchError`, see `run_command`."""
     model_path = settings.model_path if os.path.isdir(settings.model_path) else ""  # else a hub id
-    mounts = [(model_path, False), (settings.step_audio_root, False), (settings.gpu_snapshot_dir, True)]
+    tokenizer = os.path.join(os.path.dirname(os.path.abspath(model_path)), _TOKENIZER)
+    beside = tokenizer if model_path and os.path.isdir(tokenizer) else ""
+    mounts = [(model_path, False), (beside, False), (settings.step_audio_root, False)]
+    mounts += [(settings.gpu_snapshot_dir, True)]
     for path, writable in (*mounts, *((path, writable) for _, path, writable in _arguments(settings))):
         if path:
             _check_inside(path, writable)

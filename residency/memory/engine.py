@@ -52,6 +52,11 @@ class CompositeResident:
         """False if a part has failed so that only a new engine can serve requests; see `SelfMovingPart.usable`."""
         return all(getattr(part, "usable", True) for part in self.parts)
 
+    @property
+    def moves_itself(self) -> bool:
+        """Whether an offload may free memory of still unknown size; see `SelfMovingPart`."""
+        return any(getattr(part, "moves_itself", False) for part in self.parts)
+
     def restore(self) -> int:
         return _all_or_nothing(self.parts, _RESTORE, _OFFLOAD, undo_failed=True)
 

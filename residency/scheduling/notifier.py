@@ -75,7 +75,12 @@ class Notifier:
                 "仍在运行的子进程除外。",
                 name, size, pids, name, size, pids,
             )  # fmt: skip
-        elif task.move.via is State.LOADING and self._device.separate and not memory.device_bytes:
+        elif (
+            task.move.via is State.LOADING
+            and self._device.separate
+            and not memory.device_bytes
+            and not getattr(task.managed.resident, "moves_itself", False)
+        ):
             logger.warning(
                 "%s: nothing was found in its engine that can leave %s, so offload frees nothing; release does. / "
                 "%s：引擎中没有可以移动的内容，卸载不会腾出显存，请使用完全释放。",

@@ -127,6 +127,18 @@ def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> No
         assert set(pairs("--group-add", run)) == {str(group) for group in (os.getegid(), *os.getgroups())}
 
 
+def test_a_tokenizer_beside_the_model_is_mounted_too(machine: Machine, tmp_path: Path) -> None:
+    model, tokenizer = tmp_path / "models/Step-Audio-EditX", tmp_path / "models/Step-Audio-Tokenizer"
+    model.mkdir(parents=True)
+    machine.start(MODEL_PATH=str(model))
+    assert str(tokenizer) not in str(machine.calls("run")[-1])
+    tokenizer.mkdir()
+    machine.start("--replace", MODEL_PATH=f"{model}/")
+    mounted = pairs("--volume", machine.calls("run")[-1])
+    assert f"{tokenizer}:{tokenizer}:ro" in mounted
+    assert len(mounted) == 3
+
+
 def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: Machine, tmp_path: Path) -> None:
     recordings, whisper = tmp_path / "recordings", machine.project.bin / "whisper"
     whisper.mkdir()

@@ -48,6 +48,11 @@ class SelfMovingPart:
         """Whether all its worker processes are alive."""
         return all(map(is_alive, self._workers))
 
+    @property
+    def moves_itself(self) -> bool:
+        """Whether an offload calls the object."""
+        return self._moves_here
+
     def offload(self) -> int:
         if self._offloaded or not self._moves_here:
             return 0

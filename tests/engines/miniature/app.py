@@ -8,6 +8,7 @@ import torch
 from model_loader import ModelSource
 from tokenizer import StepAudioTokenizer
 from tts import StepAudioTTS
+from whisper_wrapper import WhisperWrapper
 
 
 class EditxTab:
@@ -21,6 +22,9 @@ class EditxTab:
 
     def clear_history(self, state):
         return None, {"history_audio": []}
+
+    def transcribe_audio(self, audio, text):
+        return text or whisper_asr(audio)
 
     def register_components(self):
         with gr.Tab("Editx"):
@@ -48,13 +52,19 @@ class EditxTab:
         )
 
         self.clean_history_submit.click(self.clear_history, inputs=[state], outputs=[self.chat_box, state])
+        if self.args.enable_auto_transcribe:
+            self.prompt_audio_input.change(
+                self.transcribe_audio,
+                inputs=[self.prompt_audio_input, self.prompt_text_input],
+                outputs=self.prompt_text_input,
+            )
 
 
 def launch_demo(args, editx_tab):
     with gr.Blocks() as demo:
         editx_tab.register_components()
         editx_tab.register_events()
-    demo.queue().launch(server_name=args.server_name, server_port=args.server_port)
+    demo.queue().launch(server_name=args.server_name, server_port=args.server_port, share=args.share)
 
 
 if __name__ == "__main__":
@@ -62,6 +72,8 @@ if __name__ == "__main__":
     parser.add_argument("--model-path", type=str, required=True)
     parser.add_argument("--server-name", type=str, default="0.0.0.0")
     parser.add_argument("--server-port", type=int, default=7860)
+    parser.add_argument("--share", action="store_true")
+    parser.add_argument("--enable-auto-transcribe", action="store_true")
     parser.add_argument("--device-map", type=str, default="cuda")
 
     args = parser.parse_args()
@@ -79,6 +91,8 @@ if __name__ == "__main__":
             torch_dtype=torch.bfloat16,
             device_map=args.device_map,
         )
+        if args.enable_auto_transcribe:
+            whisper_asr = WhisperWrapper()
     except Exception as e:
         print(f"Error loading models: {e}")
         exit(1)

@@ -10,6 +10,7 @@ import gradio as gr
 from model_loader import ModelSource
 from tokenizer import StepAudioTokenizer
 from tts import StepAudioTTS
+from whisper_wrapper import WhisperWrapper
 
 
 class EditxTab:
@@ -23,6 +24,9 @@ class EditxTab:
 
     def clear_history(self, state):
         return None, {"history_audio": []}
+
+    def transcribe_audio(self, audio, text):
+        return text or whisper_asr(audio)
 
     def register_components(self):
         with gr.Tab("Editx"):
@@ -50,13 +54,19 @@ class EditxTab:
         )
 
         self.clean_history_submit.click(self.clear_history, inputs=[state], outputs=[self.chat_box, state])
+        if self.args.enable_auto_transcribe:
+            self.prompt_audio_input.change(
+                self.transcribe_audio,
+                inputs=[self.prompt_audio_input, self.prompt_text_input],
+                outputs=self.prompt_text_input,
+            )
 
 
 def launch_demo(args, editx_tab):
     with gr.Blocks() as demo:
         editx_tab.register_components()
         editx_tab.register_events()
-    demo.queue().launch(server_name=args.server_name, server_port=args.server_port)
+    demo.queue().launch(server_name=args.server_name, server_port=args.server_port, share=args.share)
 
 
 if __name__ == "__main__":
@@ -64,8 +74,11 @@ if __name__ == "__main__":
     parser.add_argument("--model-path", type=str, required=True)
     parser.add_argument("--server-name", type=str, default="0.0.0.0")
     parser.add_argument("--server-port", type=int, default=7860)
+    parser.add_argument("--share", action="store_true")
+    parser.add_argument("--enable-auto-transcribe", action="store_true")
     parser.add_argument("--tokenizer-path", type=str, default=None)
     parser.add_argument("--max-model-len", type=int, default=3072)
+    parser.add_argument("--no-cosyvoice-cuda-graph", dest="cosyvoice_cuda_graph", action="store_false")
 
     args = parser.parse_args()
 
@@ -78,8 +91,12 @@ if __name__ == "__main__":
             args.model_path,
             encoder,
             model_source=ModelSource.AUTO,
+            quantization=None,
             max_model_len=args.max_model_len,
+            cosyvoice_cuda_graph=args.cosyvoice_cuda_graph,
         )
+        if args.enable_auto_transcribe:
+            whisper_asr = WhisperWrapper()
     except Exception as e:
         print(f"Error loading models: {e}")
         exit(1)
