@@ -93,6 +93,11 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
     )
 
 
+def generation(root: str | None = None) -> Generation:
+    """Returns the generation of the checkout. Raises `EngineUnavailable` without one, or for an unknown one."""
+    return generation_of(find_checkout(root))
+
+
 def audio_check(root: str | None = None, max_model_len: int | None = None) -> Callable[[str], None]:
     """Returns a function that raises `InvalidInput` for the path of a recording that is too long for the engine.
 

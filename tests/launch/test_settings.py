@@ -8,7 +8,8 @@ from cryptography.hazmat.primitives import serialization
 from reverse_proxies import make_certificate
 
 from residency.engines.step_audio_facts import ACOUSTIC_MODEL
-from residency.launch.settings import parse, size_bytes
+from residency.launch.settings import parse
+from residency.launch.values import size_bytes
 
 
 def test_without_flags_everything_is_as_in_the_public_app_and_management_is_off() -> None:
