@@ -33,6 +33,7 @@ class Generation:
         quantizations: choices of ``--quantization``.
         context_tokens: largest number of tokens of a prompt and its answer.
         requirements: file of the checkout with its requirements.
+        hub_id: example of a model path on a hub.
         clone_appends: a clone continues the history of the page, instead of starting a new one.
         tags: tags of sounds that its guide lists beside those of the older generation, without brackets.
     """
@@ -45,6 +46,7 @@ class Generation:
     requirements: str
     context_tokens: int
     folders: Callable[[str, str, Mapping[str, Any]], Folders]
+    hub_id: str
     clone_appends: bool = False
     tags: tuple[str, ...] = ()
 
@@ -73,6 +75,7 @@ TRANSFORMERS = Generation(
     requirements="requirements.txt",
     context_tokens=8192,
     folders=_folders_below,
+    hub_id=facts.HUB,
 )
 
 VLLM = Generation(
@@ -99,6 +102,7 @@ VLLM = Generation(
     requirements="pyproject.toml",
     context_tokens=8192,
     folders=_folders_beside,
+    hub_id=f"{facts.HUB}/{facts.MODEL}",
     clone_appends=True,
     tags=("sigh", "inhale", "laugh", "chuckle", "exhale", "clears throat", "snort", "giggle", "cough", "breath"),
 )  # fmt: skip

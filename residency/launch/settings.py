@@ -79,7 +79,7 @@ class Settings:
     device_map: str = _flag("cuda", "default: %(default)s", engine=True)
 
     tokenizer_path: str | None = _flag(
-        None, "folder Step-Audio-Tokenizer (default: beside the folder in --model-path, else in it)",
+        None, "the folder Step-Audio-Tokenizer (default: beside the folder in --model-path, else in it)",
         os.path.expanduser, metavar="DIR", engine=True, group="only for checkouts of 2026 (vLLM), as in their app")
     tensor_parallel_size: int = _flag(
         1, "number of GPUs for the language model (default: %(default)s)", count, metavar="N", engine=True)
@@ -183,7 +183,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
     """Parses flags, which override the environment. Exits with code 2 and a message if a value is invalid."""
     parser = _parser(environ)
     # argparse sets no default where the namespace has a value already: None remains for flags that are not given.
-    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(ENGINE_FLAGS))))
+    namespace = argparse.Namespace(**dict.fromkeys(ENGINE_FLAGS))
+    values = vars(parser.parse_args(argv, namespace))
     left_out = {name for name in ENGINE_FLAGS if values[name] is None}
     values = {name: value for name, value in values.items() if name not in left_out}
     values["given"] = frozenset(ENGINE_FLAGS) - left_out
