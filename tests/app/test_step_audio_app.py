@@ -184,8 +184,9 @@ def test_a_recording_longer_than_the_context_of_the_generation_is_refused(
         (newer, NEWER, r"a context of 3,072 tokens\): shorten it or raise --max-model-len"),
         (arguments, PRETEND, r"a context of 8,192 tokens\): shorten it /"),
     ):
-        with ForkedApp(tmp_path / "recordings", *MANAGED, *where, prelude=prelude) as app:
-            pytest.raises(Exception, spoken, app, long).match(said)
+        running = ForkedApp(tmp_path / "recordings", *MANAGED, *where, prelude=prelude)
+        with running as app, pytest.raises(Exception, match=said):
+            spoken(app, long)
 
 
 @pytest.mark.parametrize("managed", [(), MANAGED])
