@@ -6,7 +6,6 @@ Composition root: settings -> device -> engine -> manager -> page. Heavy imports
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from residency.contracts import Engine
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
-
-    CheckText = Callable[[str], object]
 
 __all__ = ["EditxTab", "main"]
 
@@ -46,6 +44,22 @@ _abandoned = threading.Event()
 """Set if a request or a move still runs at exit."""
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """The chosen engine.
+
+    Attributes:
+        build: builds it for a torch device.
+        page: arguments of `EditxTab` for it.
+        check_text, check_audio: refuse what it is known not to support, without loading it; see `GPUManagedTTS`.
+    """
+
+    build: Callable[[str], Engine]
+    page: dict[str, Any]
+    check_text: Callable[[str], object] | None = None
+    check_audio: Callable[[str], object] | None = None
+
+
 def __getattr__(name: str) -> Any:
     if name == "EditxTab":  # imported on first use, because it imports Gradio
         from residency.web.editx_tab import EditxTab
@@ -62,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         with Signals() as signals, recordings_folder(settings.tmp_dir, signals) as folder:
-            _serve(dataclasses.replace(settings, tmp_dir=folder), signals)
+            _serve(replace(settings, tmp_dir=folder), signals)
     except KeyboardInterrupt:
         return 0
     except (ResidencyError, OSError) as error:
@@ -78,7 +92,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     raise_descriptor_limit()
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
-    build, edit_types, check_text = _engine(settings)
+    chosen = _engine(settings)
     from residency.addresses import serving
     from residency.web.api.control import build as build_api
     from residency.web.editx_tab import EditxTab
@@ -87,12 +101,12 @@ def _serve(settings: Settings, signals: Signals) -> None:
     from residency.web.server.permissions import Permissions
 
     manager = _manager(settings) if settings.enable_gpu_management else None
-    engine = _managed(settings, manager, build, check_text) if manager else build(_torch_device(None))
+    engine = _managed(settings, manager, chosen) if manager else chosen.build(_torch_device(None))
     # Behind a tunnel, or a proxy that sends no client address, remote requests seem local.
     passed_on = settings.share or "://" in settings.root_path
     permissions = Permissions(settings.control_token, trust_local=not passed_on)
     recognize = _recognizer(settings, manager)
-    tab = EditxTab(settings, None, engine, edit_types=edit_types, recognize=recognize, permissions=permissions)
+    tab = EditxTab(settings, None, engine, recognize=recognize, permissions=permissions, **chosen.page)
     page = Page(tab, manager, permissions, settings.max_upload)
     api = None
     if manager and tab.panel:
@@ -124,33 +138,41 @@ def _serve(settings: Settings, signals: Signals) -> None:
         _end(page, manager, settings.shutdown_grace)
 
 
-def _engine(settings: Settings) -> tuple[Callable[[str], Engine], dict[str, list[str]] | None, CheckText | None]:
-    """Returns how to build the engine for a torch device, and of the built-in one the tasks and the check of texts.
+def _engine(settings: Settings) -> _Chosen:
+    """Returns the engine of the settings. Reports missing packages and files of it, and unsuitable flags, immediately.
 
-    The check rejects texts that the engine cannot speak, without loading it. Missing packages and files of the engine
-    are reported immediately.
+    Raises `EngineUnavailable` and `InvalidInput`, see `step_audio.shortcomings`.
     """
     if settings.engine == "builtin":
         with needing("builtin"):
             from residency.engines.builtin import BuiltinEngine, supported_edit_types
             from residency.engines.text import speakable
 
-        return lambda torch_device: BuiltinEngine(device=torch_device), supported_edit_types(), speakable
+        return _Chosen(
+            lambda torch_device: BuiltinEngine(device=torch_device),
+            {"edit_types": supported_edit_types()},
+            check_text=speakable,
+        )
     with needing("step-audio"):
         from residency.engines import step_audio
 
     model_path = str(settings.model_path)
-    where: dict[str, Any] = {
+    options: dict[str, Any] = {
         "root": settings.step_audio_root,
         "model_source": settings.model_source,
-        "tokenizer_model_id": settings.tokenizer_model_id,
         "tts_model_id": settings.tts_model_id,
-        "quantization": settings.quantization,
+        "managed": settings.enable_gpu_management,
+        **settings.engine_flags(),
     }
-    for shortcoming in step_audio.shortcomings(model_path, **where):
+    for shortcoming in step_audio.shortcomings(model_path, **options):
         logger.warning("%s", shortcoming)
-    options: dict[str, Any] = {**where, "torch_dtype": settings.torch_dtype, "device_map": settings.device_map}
-    return lambda torch_device: step_audio.build(model_path, **options), None, None
+    generation = step_audio.generation(settings.step_audio_root)
+    context_tokens = settings.max_model_len if "max_model_len" in generation.flags else None
+    return _Chosen(
+        lambda torch_device: step_audio.build(model_path, **options),
+        {"clone_appends": generation.clone_appends, "more_tags": generation.tags},
+        check_audio=step_audio.audio_check(settings.step_audio_root, context_tokens),
+    )
 
 
 def _torch_device(manager: GPUResourceManager | None) -> str:
@@ -176,9 +198,7 @@ def _manager(settings: Settings) -> GPUResourceManager:
     return manager
 
 
-def _managed(
-    settings: Settings, manager: GPUResourceManager, build: Callable[[str], Engine], check_text: CheckText | None
-) -> Engine:
+def _managed(settings: Settings, manager: GPUResourceManager, chosen: _Chosen) -> Engine:
     from tts_gpu_managed import GPUManagedTTS
 
     return GPUManagedTTS(
@@ -187,9 +207,10 @@ def _managed(
         gpu_keep_warm=settings.gpu_keep_warm,
         gpu_load_timeout=settings.gpu_load_timeout,
         manager=manager,
-        load=lambda: build(manager.device.torch_device),
+        load=lambda: chosen.build(manager.device.torch_device),
         name="tts",
-        check_text=check_text,
+        check_text=chosen.check_text,
+        check_audio=chosen.check_audio,
     )
 
 

@@ -30,7 +30,7 @@ from benchmarks._children import Job, Unavailable, in_child
 from benchmarks._goals import print_goals
 from benchmarks._material import Plan
 from benchmarks._tables import Line, lines_of, print_table
-from residency.launch.settings import size_bytes
+from residency.launch.values import size_bytes
 
 
 def main() -> None:

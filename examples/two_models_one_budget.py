@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from gpu_manager import Event, GPUResourceManager, SimulatedDevice, find_device
-from residency.launch.settings import size_bytes
+from residency.launch.values import size_bytes
 
 SIZES = {"tts": 32 << 20, "asr": 16 << 20}
 

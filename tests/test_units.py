@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpu_manager import SimulatedDevice
-from residency.launch.settings import size_bytes
+from residency.launch.values import size_bytes
 from residency.units import readable_bytes, readable_rate
 
 

@@ -33,6 +33,9 @@ class Generation:
         quantizations: choices of ``--quantization``.
         context_tokens: largest number of tokens of a prompt and its answer.
         requirements: file of the checkout with its requirements.
+        hub_id: example of a model path on a hub.
+        clone_appends: a clone continues the history of the page, instead of starting a new one.
+        tags: tags of sounds that its guide lists beside those of the older generation, without brackets.
     """
 
     name: str
@@ -43,6 +46,9 @@ class Generation:
     requirements: str
     context_tokens: int
     folders: Callable[[str, str, Mapping[str, Any]], Folders]
+    hub_id: str
+    clone_appends: bool = False
+    tags: tuple[str, ...] = ()
 
 
 def _folders_below(model_path: str, model_source: str, flags: Mapping[str, Any]) -> Folders:
@@ -69,6 +75,7 @@ TRANSFORMERS = Generation(
     requirements="requirements.txt",
     context_tokens=8192,
     folders=_folders_below,
+    hub_id=facts.HUB,
 )
 
 VLLM = Generation(
@@ -95,6 +102,9 @@ VLLM = Generation(
     requirements="pyproject.toml",
     context_tokens=8192,
     folders=_folders_beside,
+    hub_id=f"{facts.HUB}/{facts.MODEL}",
+    clone_appends=True,
+    tags=("sigh", "inhale", "laugh", "chuckle", "exhale", "clears throat", "snort", "giggle", "cough", "breath"),
 )  # fmt: skip
 
 GENERATIONS = (TRANSFORMERS, VLLM)
@@ -138,7 +148,7 @@ def check_flags(generation: Generation, given: Mapping[str, Any]) -> None:
     (other,) = (one for one in GENERATIONS if one is not generation)
     foreign = [name for name, value in given.items() if value is not None and name in other.flags]
     if foreign:
-        named = ", ".join(f"--{_FLAGS.get(name, name).replace('_', '-')}" for name in foreign)
+        named = ", ".join(f"--{'no-' * (given[name] is False)}{name.replace('_', '-')}" for name in foreign)
         raise InvalidInput(
             f"{named}: only {other.name} has this, and the checkout is {generation.name}. Leave it out",
             f"{named}：仅 {other.name} 支持，而当前代码是 {generation.name}。请去掉",
@@ -171,7 +181,6 @@ def own_arguments(generation: Generation, given: Mapping[str, Any]) -> dict[str,
 
 #: Defaults in the signature of `GPUManagedTTS`, which is that of the older generation.
 _DEFAULTS = {"quantization_config": None, "device_map": "cuda"}
-_FLAGS = {"cosyvoice_cuda_graph": "no-cosyvoice-cuda-graph"}
 
 
 def known_arguments(given: Mapping[str, Any]) -> Mapping[str, Any]:

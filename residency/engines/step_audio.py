@@ -93,6 +93,11 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
     )
 
 
+def generation(root: str | None = None) -> Generation:
+    """Returns the generation of the checkout. Raises `EngineUnavailable` without one, or for an unknown one."""
+    return generation_of(find_checkout(root))
+
+
 def audio_check(root: str | None = None, max_model_len: int | None = None) -> Callable[[str], None]:
     """Returns a function that raises `InvalidInput` for the path of a recording that is too long for the engine.
 
@@ -155,8 +160,8 @@ def shortcomings(
 ) -> list[Sentence]:
     """Checks flags, weights and requirements without loading; returns warnings, since loading may still succeed.
 
-    Raises `EngineUnavailable` without a checkout, or for one of an unknown generation; `InvalidInput` for a flag of
-    the other generation.
+    Raises `EngineUnavailable` without a checkout, or for one of an unknown generation; `InvalidInput` for a flag or a
+    model path of the other generation.
     """
     checkout = find_checkout(root)
     generation = generation_of(checkout)
@@ -168,7 +173,7 @@ def shortcomings(
             model_path, generation=generation, model_source=model_source, tts_model_id=tts_model_id, **_weights(flags)
         ),
     )
-    hub = from_a_hub(model_path, model_source)
+    hub = from_a_hub(model_path, model_source, generation)
     graphs = [_CUDA_GRAPHS] if managed and flags.get("cosyvoice_cuda_graph") else []
     return [*([hub] if hub else []), *graphs, *found]
 

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import EngineUnavailable
+from ..errors import EngineUnavailable, InvalidInput
 from ..sentences import Sentence
 from . import step_audio_facts as facts
 from .generations import TRANSFORMERS, Generation
@@ -43,9 +43,22 @@ def check_model(model: str, *, model_source: str = "auto", quantization: str | N
         _check_files(folder, wanted, _download(repository, folder))
 
 
-def from_a_hub(model_path: str, model_source: str) -> Sentence | None:
-    """Returns a notice if ``model_source="auto"`` takes a path as a hub id, because no such folder exists."""
-    if model_source != "auto" or _is_local(model_path, model_source):
+def from_a_hub(model_path: str, model_source: str, generation: Generation) -> Sentence | None:
+    """Returns a notice if ``model_source="auto"`` takes a path as a hub id, because no such folder exists.
+
+    Raises `InvalidInput` if a hub has no such ids for this generation.
+    """
+    path = Path(model_path)
+    if model_source == "local" or path.is_absolute() or (model_source == "auto" and path.exists()):
+        return None
+    if model_path.count("/") != generation.hub_id.count("/"):
+        raise InvalidInput(
+            f"--model-path {model_path} is no folder here ({Path.cwd()}), and no id like {generation.hub_id}, which "
+            f"{generation.name} takes: give one of these",
+            f"--model-path {model_path} 在此处（{Path.cwd()}）不是目录，也不是 {generation.name} 所用的 "
+            f"{generation.hub_id} 之类的 ID：请指定其中之一",
+        )
+    if model_source != "auto":
         return None
     return Sentence(
         f"{model_path} is not a folder here ({Path.cwd()}): the weights come from Hugging Face, {model_path}/..., with "

@@ -36,7 +36,9 @@ def check_settings(settings: LaunchSettings) -> None:
     if project == Path(THIS_PROJECT):  # another version may have other arguments
         _check_arguments(settings)
     path, what = settings.model_path, settings.named("MODEL_PATH")
-    parts = ("Step-Audio-Tokenizer", "Step-Audio-EditX")
+    parts: tuple[str, ...] = ("Step-Audio-Tokenizer", "Step-Audio-EditX")
+    if os.path.isfile(f"{path}/config.json"):  # the model's own folder, which checkouts of 2026 take
+        parts = ()
     if os.path.isdir(path) and (missing := [part for part in parts if not any(Path(path).glob(f"{part}*"))]):
         say(f"⚠️  {what} has no {' '.join(missing)}: the first request will explain how to get it",
             f"⚠️  {what} 中没有 {' '.join(missing)}：收到请求时会提示如何获取")  # fmt: skip

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..errors import UnknownModel
 from ..sentences import holder_of, in_locale, remarks
 from ..units import readable_bytes
-from .settings import checked, sendable
+from .values import checked, sendable
 
 if TYPE_CHECKING:
     from ..status_types import ModelStatus, Status

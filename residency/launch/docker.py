@@ -20,9 +20,10 @@ from .terminal import fail, output_of
 
 LABEL = "gpu-managed-tts"
 IMAGE_USER = 10001  # in the Dockerfile
-_TOKENIZER = "Step-Audio-Tokenizer"  # its folder may be beside the model path
-_FOLDERS = ("--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--tokenizer-path", "--ssl-certfile",
-            "--ssl-keyfile")  # fmt: skip
+_FOLDERS = (
+    "--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--tokenizer-path", "--ssl-certfile",
+    "--ssl-keyfile",
+)  # fmt: skip
 
 
 def docker_succeeds(*words: str) -> bool:
@@ -112,7 +113,7 @@ def run_command(settings: LaunchSettings, gpu: Gpu, kept_restarts: str, url: str
     ``kept_restarts`` is the restart policy of the kept container, stored as a label. Raises `LaunchError` if the user
     inside has no access to a folder.
     """
-    mounts = list(_mounts(settings))
+    mounts = list(dict.fromkeys(_mounts(settings)))
     folders = [path for path, writable in mounts if writable]
     labels = {"host": settings.host, "port": settings.port}
     labels |= {"scheme": "https"} if url.startswith("https") else {}
@@ -154,10 +155,10 @@ def _arguments(settings: LaunchSettings) -> Iterator[tuple[str, str, bool]]:
 def _mounts(settings: LaunchSettings) -> Iterator[tuple[str, bool]]:
     """Yields folders and files to mount, and whether they are writable. Raises `LaunchError`, see `run_command`."""
     model_path = settings.model_path if os.path.isdir(settings.model_path) else ""  # else a hub id
-    tokenizer = os.path.join(os.path.dirname(os.path.abspath(model_path)), _TOKENIZER)
-    beside = tokenizer if model_path and os.path.isdir(tokenizer) else ""
-    mounts = [(model_path, False), (beside, False), (settings.step_audio_root, False)]
-    mounts += [(settings.gpu_snapshot_dir, True)]
+    beside = Path(model_path).parent / "Step-Audio-Tokenizer"  # where checkouts of 2026 look for it
+    tokenizer = str(beside) if model_path and beside.is_dir() else ""
+    read_only = [(path, False) for path in (model_path, tokenizer, settings.step_audio_root)]
+    mounts = [*read_only, (settings.gpu_snapshot_dir, True)]
     for path, writable in (*mounts, *((path, writable) for _, path, writable in _arguments(settings))):
         if path:
             _check_inside(path, writable)

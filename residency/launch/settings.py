@@ -12,136 +12,26 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-from ..addresses import is_address, without_mapping
 from ..errors import InvalidInput
 from ..scheduling.policies import keep_warm_seconds, seconds
-from ..units import UNITS_BYTES
 from .listening import check_certificate
+from .values import (
+    checked,
+    count,
+    folder_path,
+    host_names,
+    listening_address,
+    login,
+    memory_share,
+    port_number,
+    sendable,
+    site_path,
+    size_bytes,
+)
 
-T = TypeVar("T")
-
-_LARGEST_BYTES = 1 << 60
-_HUB_OWNER = r"[A-Za-z0-9][\w.-]*"
-_ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:(?P<port>\d+))?)?(?P<path>(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*)"
-#: Invalid as root paths: ambiguous behind a proxy that removes the root path.
-_OWN_PATHS = {"assets", "config", "docs", "gpu", "gradio_api", "healthz", "login", "logout", "metrics", "openapi.json",
-              "readyz", "static", "svelte", "theme.css"}  # fmt: skip
-
-
-def size_bytes(text: str) -> int:
-    """Parses ``48GB``, ``48GiB`` or ``512MB``; a GB is 2**30 bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])I?B?", text.strip().upper())
-    nbytes = float(match[1]) * UNITS_BYTES[match[2] + "B"] if match else 0
-    if not 1 <= nbytes <= _LARGEST_BYTES:
-        raise InvalidInput(
-            f"{text!r} is not a valid size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB"
-        )
-    return int(nbytes)
-
-
-def sendable(token: str) -> str:
-    """Strips a token; raises `InvalidInput`, without the token, if it is not valid in an HTTP header."""
-    if not (token.strip().isascii() and token.strip().isprintable()):
-        raise InvalidInput(
-            "a token has only Latin letters, digits and signs, since others cannot be sent (--control-token, --token, "
-            "GPU_CONTROL_TOKEN)",
-            "令牌只能包含英文字母、数字和符号，其他字符无法发送（--control-token、--token、GPU_CONTROL_TOKEN）",
-        )
-    return token.strip()
-
-
-def _auth(text: str) -> tuple[str, str]:
-    user, colon, password = text.partition(":")
-    if not (user and colon and password):
-        raise InvalidInput("write USER:PASSWORD, both not empty", "请写 用户名:密码，两者都不能为空")
-    return user, password
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Converts host names to the form sent by browsers: lower case, non-Latin scripts as ``xn--...``."""
-    names = []
-    for given in filter(None, map(str.strip, text.split(","))):
-        try:
-            name = (urlsplit(given if "//" in given else f"//{given}").hostname or "").encode("idna").decode()
-        except ValueError:  # also of encoding
-            name = ""
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise InvalidInput(
-                f"{given!r} is not a valid host name: write one as in the browser's address line, speech.example.org",
-                f"{given!r} 不是有效的主机名：请写浏览器地址栏中的名称，如 speech.example.org",
-            )
-        names.append(name.removesuffix("."))
-    return tuple(names)
-
-
-def _address(text: str) -> str:
-    """Removes brackets of an IPv6 address; converts an IPv4-mapped address to IPv4."""
-    address = without_mapping(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
-    # IPv6 addresses may have a scope (fe80::1%eth0). Excludes 0, 127.1 and 0x7f000001, which are addresses, too.
-    if not is_address(address) and not re.fullmatch(r"(?=.*[A-Za-z])(?!0x)[A-Za-z0-9_.-]+", address):
-        raise InvalidInput(
-            f"{text!r} is not an address of this machine: give 0.0.0.0 for all, :: for all with IPv6, 127.0.0.1 for "
-            "this machine only, or one of its addresses or names",
-            f"{text!r} 不是本机的地址：请写 0.0.0.0（所有地址）、::（包括 IPv6）、127.0.0.1（仅本机），"
-            "或本机的某个地址或名称",
-        )
-    return address
-
-
-def _root_path(text: str) -> str:
-    """Removes a final slash of a path or a whole address; empty: the root of the site."""
-    given = text.strip().rstrip("/")
-    parts = re.fullmatch(_ADDRESS, given)
-    segments = parts["path"].split("/")[1:] if parts else ["."]
-    if {".", ".."} & set(segments) or (parts and parts["port"] and not 1 <= int(parts["port"]) <= 65535):
-        raise InvalidInput(
-            f"{text!r} is not a valid path of a site: write /tts, or https://example.com/tts (--root-path, "
-            f"GPU_TTS_ROOT_PATH, GRADIO_ROOT_PATH)",
-            f"{text!r} 不是有效的站点路径：请写 /tts 或 https://example.com/tts（--root-path、GPU_TTS_ROOT_PATH、"
-            f"GRADIO_ROOT_PATH）",
-        )
-    if len(segments) == 1 and segments[0] in _OWN_PATHS:
-        raise InvalidInput(
-            f"/{segments[0]} is a path of the app itself: choose another, such as /tts",
-            f"/{segments[0]} 是应用自身使用的路径：请换一个，例如 /tts",
-        )
-    return given
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise InvalidInput(
-            f"{text!r} is not a valid number: give 1 or more", f"{text!r} 不是有效的数量：请写 1 或更大的数"
-        )
-    return int(text)
-
-
-def _folder(text: str) -> str:
-    if not text:
-        raise InvalidInput("no folder is named: give one, or leave the flag out", "未指定目录：请指定，或去掉该参数")
-    return os.path.expanduser(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise InvalidInput(f"{text!r} is not a valid port: give 1 to 65535", f"{text!r} 不是有效端口：请写 1 到 65535")
-    return int(text)
-
-
-def checked(read: Callable[[str], T]) -> Callable[[str], T]:
-    """Returns an argparse type that shows the message of `InvalidInput`; argparse hides those of other exceptions."""
-
-    def convert(text: str) -> T:
-        try:
-            return read(text)
-        except InvalidInput as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
+_HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 
 _METAVARS: dict[object, str] = {seconds: "S", keep_warm_seconds: "S", size_bytes: "SIZE"}
 
@@ -150,7 +40,8 @@ def _flag(default: Any, help: str | None = None, read: Callable[[str], object] |
     """Returns a field that is a flag of `Settings`; ``argument`` goes to argparse.
 
     ``read`` converts the text and may raise `InvalidInput`. ``variables`` are read in order if the flag is not given; a
-    flag with ``group`` begins a group of flags.
+    flag with ``group`` begins a group of flags. ``engine``: see `Settings.engine_flags`. A flag that is on by default
+    has the help of its opposite, ``--no-...``, and ``on``, the help of the flag itself.
     """
     if read in _METAVARS:
         argument["metavar"] = _METAVARS[read]
@@ -168,33 +59,61 @@ class Settings:
         group="as in the Step-Audio-EditX app")
     server_name: str = _flag(
         "0.0.0.0", "address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 every address of IPv4, :: of IPv4 "
-        "and IPv6 (default: %(default)s)", _address)
-    server_port: int = _flag(7860, "default: %(default)s", _port)
+        "and IPv6 (default: %(default)s)", listening_address)
+    server_port: int = _flag(7860, "default: %(default)s", port_number)
     tmp_dir: str = _flag(
         "/tmp/gradio", "folder for recordings while the app runs (default: %(default)s)", os.path.expanduser)
     share: bool = _flag(False, "make a public gradio.live link")
     model_source: str = _flag("auto", choices=["auto", "local", "modelscope", "huggingface"])
-    tokenizer_model_id: str = _flag(
-        "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online", None, os.path.expanduser,
-        metavar="ID")
     tts_model_id: str | None = _flag(None, "if it differs from the model path", os.path.expanduser, metavar="ID")
-    quantization: str | None = _flag(None, choices=["int4", "int8", "awq-4bit"])
-    torch_dtype: str = _flag("bfloat16", choices=["float16", "bfloat16", "float32"])
-    device_map: str = _flag("cuda", "default: %(default)s")
+    quantization: str | None = _flag(
+        None, "int4, int8 and awq-4bit: checkouts of 2025; awq, gptq and fp8: checkouts of 2026",
+        choices=["int4", "int8", "awq-4bit", "awq", "gptq", "fp8"], engine=True)
     enable_auto_transcribe: bool = _flag(
         False, "write the words of an uploaded recording into the prompt text, if that is empty")
 
+    tokenizer_model_id: str = _flag(
+        "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online", None, os.path.expanduser,
+        metavar="ID", engine=True, group="only for checkouts of 2025 (transformers), as in their app")
+    torch_dtype: str = _flag("bfloat16", choices=["float16", "bfloat16", "float32"], engine=True)
+    device_map: str = _flag("cuda", "default: %(default)s", engine=True)
+
+    tokenizer_path: str | None = _flag(
+        None, "the folder Step-Audio-Tokenizer (default: beside the folder in --model-path, else in it)",
+        os.path.expanduser, metavar="DIR", engine=True, group="only for checkouts of 2026 (vLLM), as in their app")
+    tensor_parallel_size: int = _flag(
+        1, "number of GPUs for the language model (default: %(default)s)", count, metavar="N", engine=True)
+    gpu_memory_utilization: float = _flag(
+        0.5, "share of the GPU's memory for the language model and its KV cache, above 0, at most 1 (default: "
+        "%(default)s)", memory_share, metavar="SHARE", engine=True)
+    max_model_len: int = _flag(
+        3072, "context of the language model in tokens; it limits the length of recordings (default: %(default)s)",
+        count, metavar="N", engine=True)
+    dtype: str = _flag("bfloat16", choices=["float16", "bfloat16"], engine=True)
+    enforce_eager: bool = _flag(False, "no CUDA graphs in the language model: less memory, slower", engine=True)
+    kv_cache_dtype: str | None = _flag(
+        None, "data type of the KV cache (default: that of the model)", choices=["auto", "fp8", "fp8_e5m2", "fp8_e4m3"],
+        engine=True)
+    max_num_seqs: int | None = _flag(
+        None, "largest number of sequences at once (default: that of vLLM)", count, metavar="N", engine=True)
+    max_num_batched_tokens: int | None = _flag(
+        None, "largest number of tokens in a step (default: that of vLLM)", count, metavar="N", engine=True)
+    cosyvoice_dtype: str = _flag("float32", choices=["float32", "bfloat16", "float16"], engine=True)
+    cosyvoice_cuda_graph: bool = _flag(
+        True, "no CUDA graphs in the vocoder (the default with --enable-gpu-management)", engine=True,
+        on="CUDA graphs in the vocoder with --enable-gpu-management, too: the model is only released, never offloaded")
+
     auth: tuple[str, str] | None = _flag(
         None, "login that the page requires; users who have logged in may use its buttons (environment: GRADIO_AUTH)",
-        _auth, metavar="USER:PASSWORD", variables=("GRADIO_AUTH",), secret=True, group="the page")
+        login, metavar="USER:PASSWORD", variables=("GRADIO_AUTH",), secret=True, group="the page")
     allowed_hosts: tuple[str, ...] = _flag(
         (), "host name under which a proxy on this machine forwards requests from elsewhere (speech.example.org); may "
         "be given several times, or separated by commas (environment: GPU_TTS_ALLOWED_HOSTS)",
-        _names, metavar="NAME", action="append", flag="--allowed-host", unset=None)
+        host_names, metavar="NAME", action="append", flag="--allowed-host", unset=None)
     root_path: str = _flag(
         "", "path under which a reverse proxy serves the page (/tts), whether or not the proxy removes it; or the "
         "whole address (https://example.com/tts) if the proxy does not forward it (environment: GPU_TTS_ROOT_PATH, "
-        "GRADIO_ROOT_PATH)", _root_path, metavar="PATH", variables=("GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH"))
+        "GRADIO_ROOT_PATH)", site_path, metavar="PATH", variables=("GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH"))
     ssl_certfile: str | None = _flag(
         None, "serve https with this certificate (PEM); browsers allow pages from other machines to use the microphone "
         "only over https", os.path.expanduser, metavar="FILE")
@@ -204,7 +123,7 @@ class Settings:
     max_disk: int = _flag(
         5 << 30, "disk space for all recordings and results in --tmp-dir (default: 5GB)", size_bytes)
     max_audio: float = _flag(600.0, "longest recording (600, 90s, 15m; -1: no limit; default: 600)", seconds)
-    max_text: int = _flag(5000, "largest number of characters in a text (default: %(default)s)", _count, metavar="N")
+    max_text: int = _flag(5000, "largest number of characters in a text (default: %(default)s)", count, metavar="N")
 
     shutdown_grace: float = _flag(
         10.0, "time for running requests to finish after Ctrl-C or SIGTERM (10, 90s, 15m; 0: none; -1: no limit); a "
@@ -225,7 +144,7 @@ class Settings:
         600.0, "refuse a request that has waited longer for its turn, or for memory in use by others (10m, 90s; -1: "
         "never; default: 10m); loading is not counted", seconds)
     gpu_snapshot_dir: str | None = _flag(
-        None, "folder for snapshots of released weights, from which they are loaded again", _folder, metavar="DIR")
+        None, "folder for snapshots of released weights, from which they are loaded again", folder_path, metavar="DIR")
     gpu_snapshot_limit: int | None = _flag(
         None, "size of all snapshots beyond which the least recently used are deleted (100GB; default: no limit)",
         size_bytes)
@@ -249,11 +168,26 @@ class Settings:
         os.path.expanduser, metavar="DIR", variables=("STEP_AUDIO_ROOT",))
     # fmt: on
 
+    given: frozenset[str] = frozenset()
+    """Names of the given flags of the engine."""
+
+    def engine_flags(self) -> dict[str, Any]:
+        """Returns the given flags of the engine (``quantization``, and those of one generation only) by their names."""
+        return {name: getattr(self, name) for name in ENGINE_FLAGS if name in self.given}
+
+
+ENGINE_FLAGS = tuple(each.name for each in fields(Settings) if each.metadata.get("engine"))
+
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
     """Parses flags, which override the environment. Exits with code 2 and a message if a value is invalid."""
     parser = _parser(environ)
-    values = vars(parser.parse_args(argv))
+    # argparse sets no default where the namespace has a value already: None remains for flags that are not given.
+    namespace = argparse.Namespace(**dict.fromkeys(ENGINE_FLAGS))
+    values = vars(parser.parse_args(argv, namespace))
+    left_out = {name for name in ENGINE_FLAGS if values[name] is None}
+    values = {name: value for name, value in values.items() if name not in left_out}
+    values["given"] = frozenset(ENGINE_FLAGS) - left_out
     try:
         return _checked_settings(values, environ)
     except InvalidInput as error:
@@ -279,7 +213,7 @@ def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Set
             f"--asr-model {model} 不是目录：请指定模型目录或模型仓库 ID（openai/whisper-small）",
         )
     try:
-        allowed = values["allowed_hosts"] or [_names(environ.get("GPU_TTS_ALLOWED_HOSTS", ""))]
+        allowed = values["allowed_hosts"] or [host_names(environ.get("GPU_TTS_ALLOWED_HOSTS", ""))]
     except InvalidInput as error:
         raise InvalidInput(f"GPU_TTS_ALLOWED_HOSTS: {error.en}", f"GPU_TTS_ALLOWED_HOSTS：{error.zh}") from None
     values["allowed_hosts"] = tuple(name for names in allowed for name in names)
@@ -295,32 +229,33 @@ def _check_model_path(model_path: str | None, source: str) -> None:
     """Raises `InvalidInput` if local weights are missing; accepts a possible hub id unless the source is local."""
     if model_path is None:
         raise InvalidInput(
-            "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX; "
-            "leave --engine out to use the built-in engine",
-            "--engine step-audio 需要 --model-path（包含 Step-Audio-Tokenizer 和 Step-Audio-EditX 的目录）；"
-            "不写 --engine 则使用内置引擎",
+            "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX (for a "
+            "checkout of 2026: the folder Step-Audio-EditX itself); leave --engine out to use the built-in engine",
+            "--engine step-audio 需要 --model-path（包含 Step-Audio-Tokenizer 和 Step-Audio-EditX 的目录；"
+            "2026 版代码则为 Step-Audio-EditX 目录本身）；不写 --engine 则使用内置引擎",
         )
     if source in ("huggingface", "modelscope") and Path(model_path).is_absolute():
         raise InvalidInput(
             f"--model-path {model_path} is a folder, and --model-source {source} takes the id of a hub: leave "
-            f"--model-source out, or give an id (stepfun-ai)",
+            f"--model-source out, or give an id (stepfun-ai, or stepfun-ai/Step-Audio-EditX for a checkout of 2026)",
             f"--model-path {model_path} 是目录，而 --model-source {source} 需要模型仓库 ID：请去掉 --model-source，"
-            f"或给出 ID（stepfun-ai）",
+            f"或给出 ID（stepfun-ai；2026 版代码则为 stepfun-ai/Step-Audio-EditX）",
         )
     if source in ("auto", "local") and not may_be_hub_id(model_path, source) and not _is_readable(model_path):
         raise InvalidInput(
             f"--model-path {model_path} is not a readable folder. Download stepfun-ai/Step-Audio-Tokenizer and "
-            f"stepfun-ai/Step-Audio-EditX into it (hf download), give --model-source huggingface or "
+            f"stepfun-ai/Step-Audio-EditX into it (hf download; for a checkout of 2026, name the folder "
+            f"Step-Audio-EditX itself), give --model-source huggingface or "
             f"modelscope if it is the id of a hub, or leave --model-path out to use the built-in engine",
             f"--model-path {model_path} 不是可读的目录。请把 stepfun-ai/Step-Audio-Tokenizer 和 "
-            f"stepfun-ai/Step-Audio-EditX 下载到其中；如果它是模型仓库的 ID，请加上 --model-source huggingface 或 "
-            f"modelscope；不写 --model-path 则使用内置引擎",
+            f"stepfun-ai/Step-Audio-EditX 下载到其中（2026 版代码请指定 Step-Audio-EditX 目录本身）；"
+            f"如果它是模型仓库的 ID，请加上 --model-source huggingface 或 modelscope；不写 --model-path 则使用内置引擎",
         )
 
 
 def may_be_hub_id(model_path: str, source: str) -> bool:
-    """Returns whether a model path that is no folder may be the id of a hub."""
-    return source == "auto" and not os.path.exists(model_path) and bool(re.fullmatch(_HUB_OWNER, model_path))
+    """Returns whether a model path that is no folder may be the id of a hub: an owner, or ``owner/model``."""
+    return source == "auto" and not os.path.exists(model_path) and bool(re.fullmatch(_HUB_ID, model_path))
 
 
 def _is_readable(folder: str) -> bool:
@@ -335,12 +270,20 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     group: argparse._ActionsContainer = parser
     for each in fields(Settings):
         argument = dict(each.metadata)
+        if not argument:
+            continue
+        argument.pop("engine", None)
         if title := argument.pop("group", None):
             group = parser.add_argument_group(title)
         variables, flag = argument.pop("variables", ()), argument.pop("flag", "--" + each.name.replace("_", "-"))
         default = next(filter(None, map(environ.get, variables)), argument.pop("unset", each.default))
         if each.default is False:
             group.add_argument(flag, dest=each.name, action="store_true", help=argument["help"])
+            continue
+        if each.default is True:
+            off = "--no-" + flag.removeprefix("--")
+            group.add_argument(off, dest=each.name, action="store_false", default=None, help=argument["help"])
+            group.add_argument(flag, dest=each.name, action="store_true", default=None, help=argument["on"])
             continue
         if read := argument.pop("read"):
             argument["type"] = checked(read)

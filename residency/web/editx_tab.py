@@ -54,7 +54,8 @@ class EditxTab:
     Handlers show errors as messages and leave the history unchanged. ``args`` is `Settings` or any namespace with
     ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel. With ``recognize``, recordings are
     transcribed into an empty prompt text. ``permissions`` decide which requests may use the panel's buttons; by default
-    those from this machine and of signed-in users.
+    those from this machine and of signed-in users. With ``clone_appends``, CLONE continues the history; by default it
+    starts a new one. ``more_tags`` are listed in the help.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class EditxTab:
         edit_types: Mapping[str, Sequence[str]] | None = None,
         recognize: Callable[[str], str] | None = None,
         permissions: Permissions | None = None,
+        clone_appends: bool = False,
+        more_tags: Sequence[str] = (),
     ) -> None:
         self.args = args
         self.encoder = encoder
@@ -79,6 +82,7 @@ class EditxTab:
         edit_types = edit_types or task_names.STEP_AUDIO_EDIT_TYPES
         self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, queue)
         self._histories = Histories(self.recordings)
+        self._clone_appends, self._more_tags = clone_appends, more_tags
         self._builtin = getattr(args, "engine", None) == "builtin"
         self.panel = None if manager is None else GpuPanel(manager, permissions or Permissions())
         self.waiting = WaitingRequests(manager or queue)
@@ -124,7 +128,7 @@ class EditxTab:
         recording = self.speech.incoming.readable(inputs.prompt_audio)
         result = self.speech.clone(recording, inputs.prompt_text, inputs.target_text)
         step = Step("clone", None, inputs.prompt_text, inputs.target_text, recording, result)
-        self._histories.append(inputs.state, history, step, anew=True)
+        self._histories.append(inputs.state, history, step, anew=not self._clone_appends)
 
     def _edit(self, inputs: Inputs, history: list[Any]) -> None:
         source, spoken = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
@@ -178,7 +182,7 @@ class EditxTab:
 
     async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
         async for shown in self.page_requests.press(partial(self._answer, self._clone, Inputs(*inputs)), inputs[-1]):
-            if isinstance(shown[0], list):
+            if isinstance(shown[0], list) and not self._clone_appends:
                 # Gradio's players do not detect a changed recording: an empty chat removes them first.
                 yield [[], *[gr.skip()] * (len(shown) - 1)]
             yield shown
@@ -203,9 +207,9 @@ class EditxTab:
             if self.panel:
                 self.panel.register_components()
             with gr.Accordion(label("说明", "Help"), open=False):
-                gr.Markdown(label(*guidance.HELP))
+                gr.Markdown(label(*guidance.buttons_help(self._clone_appends)))
                 if "paralinguistic" in self.speech.edit_types:
-                    gr.Markdown(label(*guidance.PARALINGUISTIC_HELP))
+                    gr.Markdown(label(*guidance.paralinguistic_help(self._more_tags)))
                 gr.Markdown(label(*guidance.VERIFIED))
 
     def _draw_inputs(self) -> None:

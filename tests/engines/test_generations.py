@@ -97,6 +97,7 @@ def test_an_unknown_one_is_refused_with_what_differs(newer: Path, old: str, new:
     [
         (TRANSFORMERS, {"max_model_len": 3072, "dtype": "float16"}, "--max-model-len, --dtype"),
         (TRANSFORMERS, {"cosyvoice_cuda_graph": False}, "--no-cosyvoice-cuda-graph"),
+        (TRANSFORMERS, {"cosyvoice_cuda_graph": True}, "--cosyvoice-cuda-graph"),
         (TRANSFORMERS, {"quantization": "fp8"}, "--quantization fp8"),
         (VLLM, {"torch_dtype": "float16"}, "--torch-dtype"),
         (VLLM, {"quantization": "int4"}, "--quantization int4"),
@@ -216,6 +217,20 @@ def test_on_a_hub_the_tokenizer_is_beside_the_model() -> None:
             "stepfun-ai/Step-Audio-Tokenizer",
             "stepfun-ai/Step-Audio-EditX",
         )
+
+
+def test_an_id_of_a_hub_has_the_form_of_the_generation(
+    newer: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for checkout, model_path, other in (
+        (CHECKOUT, "stepfun-ai", "stepfun-ai/Step-Audio-EditX"),
+        (newer, "stepfun-ai/Step-Audio-EditX", "stepfun-ai"),
+    ):
+        assert "Hugging Face" in step_audio.shortcomings(model_path, str(checkout))[0].en
+        for source in ("auto", "huggingface"):
+            with pytest.raises(InvalidInput, match=f"no id like {model_path}"):
+                step_audio.shortcomings(other, str(checkout), model_source=source)
 
 
 # -- requirements and traps -------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from reverse_proxies import make_certificate
 
+from residency.engines.generations import GENERATIONS
 from residency.engines.step_audio_facts import ACOUSTIC_MODEL
-from residency.launch.settings import parse, size_bytes
+from residency.launch.settings import ENGINE_FLAGS, parse
+from residency.launch.values import size_bytes
 
 
 def test_without_flags_everything_is_as_in_the_public_app_and_management_is_off() -> None:
@@ -19,6 +22,34 @@ def test_without_flags_everything_is_as_in_the_public_app_and_management_is_off(
     assert settings.model_path is settings.tts_model_id is settings.quantization is None
     assert settings.share is settings.enable_auto_transcribe is settings.enable_gpu_management is False
     assert (settings.engine, settings.gpu_keep_warm, settings.gpu_idle_timeout) == ("builtin", 0, 600)
+
+
+def test_the_engines_flags_are_those_of_both_public_apps() -> None:
+    flags = {name: default for generation in GENERATIONS for name, default in generation.flags.items()}
+    settings = parse([], {})
+    assert {name: getattr(settings, name) for name in flags} == flags
+    assert set(ENGINE_FLAGS) == {*flags, "quantization"}
+    for generation in GENERATIONS:
+        for quantization in generation.quantizations:
+            assert parse(["--quantization", quantization], {}).engine_flags() == {"quantization": quantization}
+
+
+def test_only_given_flags_are_passed_to_the_engine(tmp_path: Path) -> None:
+    assert parse([], {}).engine_flags() == {}
+    assert parse(["--torch-dtype", "bfloat16"], {}).engine_flags() == {"torch_dtype": "bfloat16"}, "also a default"
+    given = (
+        "--tokenizer-path ~/t --tensor-parallel-size 2 --gpu-memory-utilization 0.25 --max-model-len 4096 "
+        "--dtype float16 --enforce-eager --kv-cache-dtype fp8_e5m2 --max-num-seqs 4 --max-num-batched-tokens 8 "
+        "--cosyvoice-dtype bfloat16 --no-cosyvoice-cuda-graph"
+    )
+    settings = parse(given.split(), {})
+    assert settings.engine_flags() == {
+        "tokenizer_path": os.path.expanduser("~/t"), "tensor_parallel_size": 2, "gpu_memory_utilization": 0.25,
+        "max_model_len": 4096, "dtype": "float16", "enforce_eager": True, "kv_cache_dtype": "fp8_e5m2",
+        "max_num_seqs": 4, "max_num_batched_tokens": 8, "cosyvoice_dtype": "bfloat16", "cosyvoice_cuda_graph": False,
+    }  # fmt: skip
+    assert settings.torch_dtype == "bfloat16"
+    assert parse(["--cosyvoice-cuda-graph"], {}).engine_flags() == {"cosyvoice_cuda_graph": True}
 
 
 def test_times_are_read_with_units_and_minus_one_is_never() -> None:
@@ -55,7 +86,8 @@ def test_an_engine_follows_the_model_path(tmp_path: Path) -> None:
     assert parse(["--model-path", str(tmp_path)], {}).engine == "step-audio"
     assert parse(["--model-path", str(tmp_path), "--engine", "builtin"], {}).engine == "builtin"
     assert parse(["--model-path", "stepfun-ai", "--model-source", "huggingface"], {}).engine == "step-audio"
-    assert parse(["--model-path", "stepfun-ai"], {}).model_path == "stepfun-ai", "auto looks for it on a hub"
+    for model_path in ("stepfun-ai", "stepfun-ai/Step-Audio-EditX"):
+        assert parse(["--model-path", model_path], {}).model_path == model_path, "auto looks for it on a hub"
 
 
 def test_a_home_folder_that_the_shell_has_left_as_it_is_is_meant_all_the_same(
@@ -64,7 +96,7 @@ def test_a_home_folder_that_the_shell_has_left_as_it_is_is_meant_all_the_same(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "m").mkdir()
     paths = ["model_path", "asr_model", "step_audio_root", "tts_model_id", "tokenizer_model_id", "tmp_dir",
-             "gpu_snapshot_dir"]  # fmt: skip
+             "tokenizer_path", "gpu_snapshot_dir"]  # fmt: skip
     flags = [f"--{name.replace('_', '-')}=~/m" for name in paths]
     settings = parse(["--enable-auto-transcribe", *flags], {})
     assert {getattr(settings, name) for name in paths} == {str(tmp_path / "m")}
@@ -159,6 +191,19 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
         (["--allowed-host", "http://[::1"], "speech.example.org"),
         (["--allowed-host", "*"], "speech.example.org"),
         (["--quantization", "int2"], "int4"),
+        (["--quantization", "int2"], "fp8"),
+        (["--gpu-memory-utilization", "0"], "such as 0.5"),
+        (["--gpu-memory-utilization", "1.01"], "such as 0.5"),
+        (["--gpu-memory-utilization", "nan"], "such as 0.5"),
+        (["--gpu-memory-utilization", "half"], "such as 0.5"),
+        (["--tensor-parallel-size", "0"], "1 or more"),
+        (["--max-model-len", "-1"], "1 or more"),
+        (["--max-num-seqs", "1.5"], "1 or more"),
+        (["--max-num-batched-tokens", "0"], "1 or more"),
+        (["--dtype", "float32"], "bfloat16"),
+        (["--kv-cache-dtype", "int8"], "fp8_e4m3"),
+        (["--cosyvoice-dtype", "int8"], "float16"),
+        (["--model-path", "/no/such/place"], "of 2026"),
     ],
 )
 def test_what_is_wrong_is_refused_with_what_to_do_next(

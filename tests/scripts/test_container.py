@@ -154,6 +154,16 @@ def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: 
     ]
 
 
+def test_the_tokenizer_of_the_newer_engine_is_beside_the_model_or_named(machine: Machine, tmp_path: Path) -> None:
+    model, tokenizer, mine = (tmp_path / name for name in ("Step-Audio-EditX", "Step-Audio-Tokenizer", "mine"))
+    for folder in (model, tokenizer, mine):
+        folder.mkdir()
+    machine.start("--tokenizer-path", str(mine), MODEL_PATH=str(model))
+    assert pairs("--volume", machine.calls("run")[-1])[1:] == [f"{each}:{each}:ro" for each in (model, tokenizer, mine)]
+    machine.start("--replace", "--tokenizer-path", str(tokenizer), MODEL_PATH=str(model))
+    assert pairs("--volume", machine.calls("run")[-1])[1:] == [f"{each}:{each}:ro" for each in (model, tokenizer)]
+
+
 def test_a_folder_that_cannot_be_is_met_before_a_container_is_replaced(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     machine.set(containers={NAME: OLD})

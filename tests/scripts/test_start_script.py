@@ -252,6 +252,10 @@ class TestModels:
         _, output = project.run(MODEL_PATH=str(tmp_path))
         assert "has no Step-Audio-EditX:" in output
         assert app_line(output), "it may come later"
+        (tmp_path / "config.json").write_text("{}")
+        _, output = project.run(MODEL_PATH=str(tmp_path))
+        assert "has no" not in output, "the folder of the model itself"
+        (tmp_path / "config.json").unlink()
         (tmp_path / "Step-Audio-EditX-AWQ-4bit").mkdir()
         _, output = project.run(MODEL_PATH=str(tmp_path))
         assert "has no" not in output

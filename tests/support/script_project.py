@@ -96,7 +96,9 @@ class Project:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, copy)
         self._parser = self.package / "launch" / "settings.py"
-        self._parser.write_text(self._parser.read_text().replace("parse_args(argv)", "parse_known_args(argv)[0]"))
+        self._parser.write_text(
+            self._parser.read_text().replace("parse_args(argv, namespace)", "parse_known_args(argv, namespace)[0]")
+        )
         (folder / "app.py").write_text(APP)
         (self.package / "launch" / "command_line.py").write_text(SHELL_COMMAND)
         self.requirements.write_text("")

@@ -20,6 +20,7 @@ from residency.engines.text import speakable
 from residency.errors import InvalidInput, ManagerClosed, ModelBusy, RequestCancelled, RequestTimeout
 from residency.web.shared.language import Localize, en, zh
 from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES, choices
+from residency.web.ui import guidance
 
 
 @pytest.fixture
@@ -110,6 +111,64 @@ def test_a_clone_that_succeeds_begins_a_new_history(session: Session, folder: Pa
     session.clone().edit().clone()
     assert len(session.chat) == 4
     assert list(folder.iterdir()) == [Path(session.results[0][0])]
+
+
+def test_a_clone_continues_the_history_where_the_public_app_does(engine: Any, folder: Path, recording: str) -> None:
+    tab = EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine, clone_appends=True)
+    session = Session(tab, recording).clone(target="one").edit().clone(target="two").edit("denoise", None)
+    assert len(session.chat) == 16
+    assert [text for _, text in session.results] == ["one", "one", "two", "two"]
+    assert all(Path(path).is_file() for path, _ in session.results)
+    assert engine.asked[-1][1:3] == (session.results[2][0], "two"), "EDIT works on the latest result"
+
+
+@pytest.mark.parametrize("appends", [True, False])
+def test_the_chat_is_emptied_first_only_for_a_new_history(
+    engine: Any, folder: Path, recording: str, appends: bool
+) -> None:
+    tab = EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine, clone_appends=appends)
+
+    async def chats() -> list[Any]:
+        return [shown[0] async for shown in tab._on_clone("said", recording, "to say", "clone", None, tab.init_state())]
+
+    lists = [chat for chat in asyncio.run(chats()) if isinstance(chat, list)]
+    assert [len(chat) for chat in lists] == ([4] if appends else [0, 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "unsaid"),
+    [
+        ({}, ["a new history begins", "[Laughter]"], ["appended", "[laugh]"]),
+        (
+            {"clone_appends": True, "more_tags": ("laugh", "clears throat")},
+            ["appended to the history", "[Laughter]", "[laugh] [clears throat]"],
+            ["a new history begins"],
+        ),
+    ],
+)
+def test_the_help_follows_the_engine(engine: Any, folder: Path, arguments: Any, said: Any, unsaid: Any) -> None:
+    tab = EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine, **arguments)
+    with gr.Blocks() as blocks:
+        tab.register_components()
+    text = str([component["props"].get("value") for component in blocks.get_config_file()["components"]])
+    assert all(each in text for each in said)
+    assert not any(each in text for each in unsaid)
+    assert ("追加到历史" in guidance.buttons_help("clone_appends" in arguments)[0]) == ("clone_appends" in arguments)
+
+
+@pytest.mark.parametrize("ask", ["clone", "edit"])
+def test_a_recording_that_the_engine_cannot_take_is_refused_beside_it(
+    session: Session, engine: Any, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    def check(path: str) -> None:
+        assert path == session.recording
+        raise InvalidInput("the recording is too long", "录音过长")
+
+    monkeypatch.setattr(engine, "check_audio", check, raising=False)
+    getattr(session, ask)()
+    assert "too long" in session.message
+    assert session.message.field == "recording"
+    assert not engine.asked
 
 
 @pytest.mark.parametrize("mishap", ["empty prompt", "empty target", "no audio", "engine"])

@@ -98,9 +98,8 @@ class SpeechService:
         prompt = self._text("prompt_text", prompt_text, _NO_PROMPT)
         target = self._text("target_text", target_text, _NO_TARGET)
         with self._engine_at_work() as engine:
-            if check := getattr(engine, "check_text", None):
-                with about("target_text"):
-                    check(target)
+            _check(engine, "check_text", target, "target_text")
+            _check(engine, "check_audio", recording, "recording")
             return self._write("clone", engine.clone(recording, prompt, target))
 
     def edit(
@@ -117,6 +116,7 @@ class SpeechService:
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
         wanted = self._text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
         with self._engine_at_work() as engine:
+            _check(engine, "check_audio", recording, "recording")
             return self._write(task, engine.edit(recording, spoken, task, info, wanted)), wanted
 
     def transcribe(self, recording: str) -> str:
@@ -196,6 +196,13 @@ class SpeechService:
             os.unlink(path)
             raise
         return path
+
+
+def _check(engine: Engine, name: str, value: str, field: Field) -> None:
+    """Calls a check of the engine, if it has one, so that its `InvalidInput` is about ``field``."""
+    if check := getattr(engine, name, None):
+        with about(field):
+            check(value)
 
 
 def explain(error: Exception) -> Sentence:

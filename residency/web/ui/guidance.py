@@ -1,24 +1,42 @@
-"""Help texts of the page, in Chinese and English. Pure data."""
+"""Help texts of the page, in Chinese and English. Pure."""
 
 from __future__ import annotations
 
-HELP = (
-    "**CLONE** 用录音的音色朗读目标文本（无论选择了什么任务），成功后开始新的历史。\n\n"
+from collections.abc import Iterable
+
+_HELP = (
+    "**CLONE** 用录音的音色朗读目标文本（无论选择了什么任务），{}。\n\n"
     "**EDIT** 按所选任务修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。\n\n"
     "每个页面一次只处理一个请求。**停止** 取消排队中的请求，以及引擎允许中断时正在运行的请求。",
-    "**CLONE** says the target text in the voice of the recording, whatever task is chosen; once it succeeds, a new "
-    "history begins.\n\n**EDIT** does the chosen task with the recording, or with the latest result if there is one: "
+    "**CLONE** says the target text in the voice of the recording, whatever task is chosen; {}.\n\n"
+    "**EDIT** does the chosen task with the recording, or with the latest result if there is one: "
     "edits stack. Clear the history to edit a new recording.\n\nA page has one request at a time. **Stop** cancels one "
     "that waits, and one that runs where the engine can be interrupted.",
 )
-TAGS = """
-`[Breathing] [Laughter] [Surprise-oh] [Confirmation-en] [Uhm] [Surprise-ah] [Surprise-wa] [Sigh] [Question-ei]
-[Dissatisfaction-hnn]`
-"""
-PARALINGUISTIC_HELP = (
-    f"**笑声、叹息等（paralinguistic）** 在目标文本中加入标签： {TAGS}",
-    f"**laughter, sighs (paralinguistic)** puts sounds where the target text has tags: {TAGS}",
+_CLONE_APPENDS = ("成功后追加到历史中", "once it succeeds, its result is appended to the history")
+_CLONE_REPLACES = ("成功后开始新的历史", "once it succeeds, a new history begins")
+_TAGS = (
+    "Breathing", "Laughter", "Surprise-oh", "Confirmation-en", "Uhm", "Surprise-ah", "Surprise-wa", "Sigh",
+    "Question-ei", "Dissatisfaction-hnn",
+)  # fmt: skip
+_PARALINGUISTIC_HELP = (
+    "**笑声、叹息等（paralinguistic）** 在目标文本中加入标签： `{}`",
+    "**laughter, sighs (paralinguistic)** puts sounds where the target text has tags: `{}`",
 )
+
+
+def buttons_help(clone_appends: bool) -> list[str]:
+    """Returns the help about the buttons in both languages; ``clone_appends``: to the history."""
+    outcomes = _CLONE_APPENDS if clone_appends else _CLONE_REPLACES
+    return [text.format(outcome) for text, outcome in zip(_HELP, outcomes, strict=True)]
+
+
+def paralinguistic_help(more_tags: Iterable[str] = ()) -> list[str]:
+    """Returns the help about tags in both languages; ``more_tags`` are listed last."""
+    tags = " ".join(f"[{tag}]" for tag in (*_TAGS, *more_tags))
+    return [text.format(tags) for text in _PARALINGUISTIC_HELP]
+
+
 PROMPT_TEXT_HELP = (
     "录音中所说的话，一字不差：模型据此把声音和文字对应起来。",
     "The exact words of the recording; the model matches them with its sound.",
