@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -110,6 +113,31 @@ def test_a_worker_that_does_not_end_by_itself_is_killed(manager: GPUResourceMana
     del engine
     manager.release("tts")
     assert workers() == []
+
+
+def test_a_worker_that_multiprocessing_started_leaves_no_zombie(manager: GPUResourceManager) -> None:
+    """As vLLM's shutdown leaves it: told to end, and its exit code not collected."""
+
+    class Ends:
+        def __init__(self) -> None:
+            self.child = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+            self.child.start()
+
+        def offload_from_gpu(self) -> None: ...
+        def restore_to_gpu(self) -> None: ...
+
+        def release_from_gpu(self) -> None:
+            self.child.kill()
+            os.waitid(os.P_PID, self.child.pid or 0, os.WEXITED | os.WNOWAIT)
+
+    built = []
+    manager.register("tts", lambda: built.append(Ends()) or built[-1])
+    for _ in range(2):
+        with manager.lease("tts"):
+            child = built.pop().child
+        manager.release("tts")
+        assert not psutil.pid_exists(child.pid)
+        assert child.exitcode == -signal.SIGKILL, "multiprocessing knows it, too"
 
 
 def test_closing_the_manager_leaves_no_process() -> None:
@@ -294,6 +322,41 @@ def test_classes_are_recognized_by_name_alone() -> None:
         assert of(module, name) is not None
         assert of(f"my_{module}", name) is None
     assert moves_of(type("Mine", (vllm.LLM,), {})) is not None
+
+
+class Native:
+    """Like the objects of CTranslate2, which the garbage collector does not track."""
+
+    calls: list[str] = []  # noqa: RUF012
+    device = "cuda"
+
+    def unload_model(self, to_cpu: bool = False) -> None:
+        self.calls.append(f"unload_model {to_cpu}")
+
+    def load_model(self) -> None:
+        self.calls.append("load_model")
+
+
+Native.__module__ = "ctranslate2._ext"
+Native.__name__ = "Whisper"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_an_object_in_native_code_is_found_and_moved_if_it_is_on_a_gpu(
+    manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    native = Native()
+    ctypes.pythonapi.PyObject_GC_UnTrack(ctypes.py_object(native))
+    assert not gc.is_tracked(native)
+    monkeypatch.setattr(Native, "calls", [])
+    monkeypatch.setattr(Native, "device", device)
+    manager.register("tts", lambda: {"asr": native})
+    for move in (manager.offload, manager.release):
+        with manager.lease("tts"):
+            pass
+        move("tts")
+    moved = ["unload_model True", "load_model"] if device == "cuda" else []
+    assert Native.calls == [*moved, "unload_model False"]
 
 
 def test_an_object_that_moves_itself_is_not_entered() -> None:

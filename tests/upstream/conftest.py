@@ -60,7 +60,14 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # the checkout locks 4.57,
     TOKENIZER = transformers.PreTrainedTokenizerBase
     TOKENIZER.apply_chat_template = functools.partialmethod(TOKENIZER.apply_chat_template, return_dict=False)
 
+def prepare():
+    # The random weights would end some answers after one token, which the checkout takes for a number.
+    import vllm
+    if VLLM == "vLLM":
+        vllm.SamplingParams = functools.partial(vllm.SamplingParams, min_tokens=12)
+
 def bare():
+    prepare()
     sys.path.insert(0, CHECKOUT)
     import model_loader, tokenizer, tts
     source = model_loader.ModelSource.AUTO
@@ -71,6 +78,8 @@ def bare():
     )
 
 def build():
+    if "tts" not in sys.modules:
+        prepare()
     return step_audio.build(MODELS + "/Step-Audio-EditX", max_model_len=4096, enforce_eager=True)
 """
 
@@ -84,6 +93,7 @@ class Setting:
 
     def environment(self) -> dict[str, str]:
         paths = [ROOT, ROOT / "tests" / "support", HERE, *([STAND_IN] if self.vllm == "stand-in" else [])]
+        paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
         return {
             **os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "STEP_AUDIO_ROOT": str(self.checkout),
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
