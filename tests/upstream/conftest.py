@@ -60,16 +60,15 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # the checkout locks 4.57,
     TOKENIZER = transformers.PreTrainedTokenizerBase
     TOKENIZER.apply_chat_template = functools.partialmethod(TOKENIZER.apply_chat_template, return_dict=False)
 
-def prepare():
+def prepare(theirs):
     # The random weights would end some answers after one token, which the checkout takes for a number.
-    import vllm
-    if VLLM == "vLLM":
-        vllm.SamplingParams = functools.partial(vllm.SamplingParams, min_tokens=12)
+    if VLLM == "vLLM" and not isinstance(theirs.SamplingParams, functools.partial):
+        theirs.SamplingParams = functools.partial(theirs.SamplingParams, min_tokens=12)
 
 def bare():
-    prepare()
     sys.path.insert(0, CHECKOUT)
     import model_loader, tokenizer, tts
+    prepare(tts)
     source = model_loader.ModelSource.AUTO
     listener = tokenizer.StepAudioTokenizer(MODELS + "/Step-Audio-Tokenizer", model_source=source)
     return tts.StepAudioTTS(
@@ -78,8 +77,7 @@ def bare():
     )
 
 def build():
-    if "tts" not in sys.modules:
-        prepare()
+    prepare(*step_audio.import_from(step_audio.find_checkout(CHECKOUT), "tts"))
     return step_audio.build(MODELS + "/Step-Audio-EditX", max_model_len=4096, enforce_eager=True)
 """
 

@@ -83,7 +83,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 tts = managed()
 expected = tts.clone(*SAY)[0]
-chance, done, releases, moves = random.Random(1), threading.Event(), 2, []
+chance, done, releases, moves = random.Random(1), threading.Event(), 2 if SLEEPS else 1, []
 
 def disturb():
     global releases
@@ -130,7 +130,7 @@ tts.clone(*SAY)
 tts.force_release()
 base = tree()  # with what imports, and functions that remember their results, keep
 apart = []
-for _ in range(2):
+for _ in range(2 if SLEEPS else 1):
     tts.clone(*SAY)
     compared("after a request")
     offload(tts)
