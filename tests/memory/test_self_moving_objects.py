@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import queue
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +75,51 @@ def test_a_class_can_be_registered_by_name(manager: GPUResourceManager, monkeypa
         assert switch.on
     manager.offload("tts")
     assert not switch.on
+
+
+def test_a_call_that_waits_for_a_killed_worker_ends(
+    manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waits:
+        def __init__(self) -> None:
+            self.child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+            self.answers: queue.Queue[Exception] = queue.Queue()
+
+        def speak(self) -> None:
+            self.child.kill()
+            raise self.answers.get(timeout=60)
+
+    def end(thing: Any) -> None:
+        thing.child.kill()
+        thing.child.communicate()
+
+    monkeypatch.setattr(self_moving, "_by_name", {})
+    ended = OwnMoves(
+        lambda thing: None, lambda thing: None, end, worker_ended=lambda thing: thing.answers.put(KeyError("ended"))
+    )
+    register(f"{Waits.__module__.partition('.')[0]}.Waits", ended)
+    manager.register("tts", lambda: [Waits()])
+    for _ in range(2):
+        with pytest.raises(KeyError, match="ended"), manager.lease("tts") as engine:
+            engine[0].speak()
+    manager.release("tts")
+    watching = [thread for thread in threading.enumerate() if thread.name == "gpu-worker-watch"]
+    for thread in watching:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in watching)
+
+
+def test_calls_of_vllm_that_wait_for_its_process_are_ended() -> None:
+    waiting: Future[None] = Future()
+    core = SimpleNamespace(utility_results={1: waiting}, outputs_queue=queue.Queue())
+    moves = moves_of(vllm.LLM)
+    assert moves is not None
+    assert moves.worker_ended is not None
+    moves.worker_ended(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)))
+    with pytest.raises(RuntimeError, match="has ended"):
+        waiting.result(timeout=0)
+    assert "has ended" in str(core.outputs_queue.get_nowait())
+    moves.worker_ended(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=None)))  # of another version
 
 
 def test_classes_are_recognized_by_name_alone() -> None:
