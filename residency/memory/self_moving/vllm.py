@@ -13,7 +13,7 @@ from .moves import OwnMoves
 
 
 def _worker_ended(llm: Any) -> None:
-    """Ends calls that wait for the engine's process. If it is killed, vLLM (0.32) lets them wait forever."""
+    """Ends calls that wait for the engine's process. If it is killed, calls of vLLM (0.32) may never return."""
     core = llm.llm_engine.engine_core
     error = RuntimeError("A worker process of vLLM has ended")
     for future in list(getattr(core, "utility_results", {}).values()):  # sleep, wake_up
