@@ -140,7 +140,7 @@ def not_of_the_engine():
         where.update(dict.fromkeys(kept(function), f"{function.__module__}.{function.__qualname__}()"))
     return where
 
-step_audio.import_from(step_audio.require_checkout(None), "tts", "tokenizer")
+step_audio.import_from(step_audio.find_checkout(None), "tts", "tokenizer")
 before, sessions_before = alive()
 engine = build()
 spoken(engine)
