@@ -13,7 +13,7 @@ import platform
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from importlib.abc import MetaPathFinder
@@ -131,20 +131,25 @@ def unusable(checkout: Path, error: BaseException) -> EngineUnavailable | None:
 def unmet(checkout: Path) -> Unmet:
     """Compares the checkout's requirements with the installed packages; returns missing packages first.
 
-    Skips options and links. No file with requirements, no requirements.
+    No file with requirements, no requirements.
     """
     found: Unmet = {}
+    for requirement in requirements(checkout):
+        installed = _installed(requirement.name)
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            found[f"{requirement.name}{requirement.specifier}"] = installed
+    return dict(sorted(found.items(), key=lambda item: item[1] is not None))
+
+
+def requirements(checkout: Path) -> Iterator[Requirement]:
+    """Yields the checkout's requirements for this system. Skips options and links."""
     for line in _requirements(checkout):
         try:
             requirement = Requirement(line.split(" #")[0].strip())
         except InvalidRequirement:
             continue
-        if requirement.marker is not None and not requirement.marker.evaluate():
-            continue
-        installed = _installed(requirement.name)
-        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
-            found[f"{requirement.name}{requirement.specifier}"] = installed
-    return dict(sorted(found.items(), key=lambda item: item[1] is not None))
+        if requirement.marker is None or requirement.marker.evaluate():
+            yield requirement
 
 
 def unmet_advice(checkout: Path, packages: Unmet) -> Sentence | None:

@@ -25,8 +25,8 @@ from ..errors import EngineUnavailable
 from ..observability.error_classification import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..sentences import Sentence
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
-from .checkout import Unmet, find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
-from .generations import TRANSFORMERS, VLLM, Generation, check_audio, check_flags, generation_of, own_arguments
+from .checkout import Unmet, find_checkout, import_from, requirements, unimportable, unmet, unmet_advice, unusable
+from .generations import VLLM, Generation, check_audio, check_flags, generation_of, own_arguments
 from .step_audio_weights import check_model, check_weights, from_a_hub
 
 
@@ -201,7 +201,7 @@ _CUDA_GRAPHS = Sentence(
 
 def _shortcomings(checkout: Path, generation: Generation, check: Callable[[], None]) -> list[Sentence]:
     packages = unmet(checkout)
-    found = _untied(generation, packages)
+    found = _unsuitable_transformers(checkout, generation, packages)
     try:
         check()
     except EngineUnavailable as error:
@@ -284,10 +284,15 @@ def _version(package: str) -> str:
         return "0"
 
 
-def _untied(generation: Generation, packages: Unmet) -> list[Sentence]:
-    """Warns of versions of transformers with which the older code is known to hum or stay silent."""
+def _unsuitable_transformers(checkout: Path, generation: Generation, packages: Unmet) -> list[Sentence]:
+    """Warns of versions of transformers with which the code of the checkout is known to fail."""
+    if generation is VLLM:  # no upper limit in its pyproject.toml; its uv.lock has 4.57.6
+        version, (en, zh) = _version("transformers"), _TEMPLATES
+        used = any(requirement.name == "transformers" for requirement in requirements(checkout))
+        return [Sentence(en.format(version), zh.format(version))] if used and Version(version) >= Version("5") else []
+    # Only where the checkout requires another version.
     version = next((found for name, found in packages.items() if found and name.startswith("transformers")), "0")
-    if generation is not TRANSFORMERS or Version(version) < Version("4.54"):
+    if Version(version) < Version("4.54"):
         return []
     return [
         Sentence(
@@ -296,6 +301,14 @@ def _untied(generation: Generation, packages: Unmet) -> list[Sentence]:
             f"已知此版 Step-Audio-EditX 在 transformers {version} 下只输出噪声或静音。{_OLDER_TRANSFORMERS.zh}",
         )
     ]
+
+
+_TEMPLATES = (
+    "With transformers {} each request of this Step-Audio-EditX fails: from version 5 its chat template returns a "
+    "dictionary instead of tokens. Run uv pip install 'transformers>=4.57.3,<5'",
+    "此版 Step-Audio-EditX 在 transformers {} 下每个请求都会失败：从第 5 版起，其对话模板返回字典而不是 token。"
+    "请运行 uv pip install 'transformers>=4.57.3,<5'",
+)
 
 
 def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:

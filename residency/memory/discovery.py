@@ -240,11 +240,20 @@ class _Walk:
         return [thing for thing in things if type(thing) not in closed and (type(thing) not in hollow or thing)]
 
     def _exceptions_among(self, untracked: list[Any]) -> list[Any]:
-        """Returns untracked numpy arrays and named results of torch (``torch.max(t, 0)``), also from containers."""
+        """Returns untracked numpy arrays, named results of torch (``torch.max(t, 0)``) and self-moving objects.
+
+        Also those in untracked containers.
+        """
         found: list[Any] = []
         while untracked:
-            classes = set(map(type, untracked))
-            wanted = {cls for cls in classes if cls is self._array or cls.__module__ == "torch.return_types"}
+            classes = self._classes(untracked)
+            wanted = {
+                cls
+                for cls in classes
+                if cls is self._array
+                or cls.__module__ == "torch.return_types"
+                or self._kinds[cls] is ObjectKind.SELF_MOVING
+            }
             if wanted:
                 found += [thing for thing in untracked if type(thing) in wanted]
             containers = [thing for thing in untracked if type(thing) in _UNTRACKED] if classes & _UNTRACKED else []

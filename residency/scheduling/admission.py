@@ -70,6 +70,7 @@ class Admission:
     def _request(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
         """Returns the current request that the lease shares, or a new one. ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
+        failed = None if getattr(managed.resident, "usable", True) else managed.resident
         for may_be_lost in (True, False):
             with dispatcher.replanning(managed), dispatcher.lock:
                 self._check_locked(managed)
@@ -86,6 +87,9 @@ class Admission:
                 request = LeaseRequest(managed, next(self._numbers), site, holding, now_s)
                 error = self._refusal_locked(request, timeout_s, blocks)
                 if error is None:
+                    if failed is not None and failed is managed.resident and not managed.leases.in_use:
+                        # A worker process ended since the last request.
+                        managed.health.broken = managed.health.broken or managed.settled_state is State.DEVICE
                     self._queue_locked(request, lease)
                 elif isinstance(error, ModelBusy) or not may_be_lost:
                     managed.history.refused(error)

@@ -97,7 +97,12 @@ class MoveTask:
         """The model's state after a failure: the one before, unless its bytes had already left the device."""
         if self.engine is None:
             return State.RELEASED
-        has_left = self.resident is not None and self.resident.device_bytes < self.device_bytes_before
+        # The memory of a worker process that ended does not count as moved: the rest must be released.
+        has_left = (
+            self.resident is not None
+            and self.resident.device_bytes < self.device_bytes_before
+            and getattr(self.resident, "usable", True)
+        )
         return State.HOST if self.move.via is State.OFFLOADING and has_left else self.move.source
 
 

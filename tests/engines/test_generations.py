@@ -280,6 +280,25 @@ def test_a_version_of_transformers_that_hums_is_said_at_the_start(models: Path, 
     assert step_audio.shortcomings(str(models), str(checkout)) == []
 
 
+def test_a_version_of_transformers_with_other_templates_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, newer: Path, models: Path
+) -> None:
+    def said() -> list[str]:
+        found = step_audio.shortcomings(str(models / "Step-Audio-EditX"), str(newer))
+        assert all(each.en.split()[-1] == each.zh.split()[-1] for each in found)
+        return [each.en for each in found if "chat template" in each.en]
+
+    monkeypatch.setattr(step_audio, "_version", lambda package: "5.0.0")
+    assert said() == [], "it does not use transformers"
+    project = newer / "pyproject.toml"
+    project.write_text(project.read_text().replace('"numpy",', '"numpy",\n    "transformers>=4.57.3",'))
+    (warning,) = said()
+    assert "With transformers 5.0.0 each request" in warning
+    assert "uv pip install 'transformers>=4.57.3,<5'" in warning
+    monkeypatch.setattr(step_audio, "_version", lambda package: "4.57.6")
+    assert said() == []
+
+
 def test_an_untied_head_is_refused_after_the_load(models: Path, voice: Path, tmp_path: Path) -> None:
     checkout = Path(shutil.copytree(CHECKOUT, tmp_path / "checkout"))
     loader = checkout / "model_loader.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,9 +16,6 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import DeviceOutOfMemory, SelfMoveFailed, SelfMoveFreedNothing, WorkerEnded
-from residency.memory import self_moving
-from residency.memory.discovery import discover
-from residency.memory.self_moving import OwnMoves, moves_of, register
 
 sys.path.append(str(Path(__file__).parents[1] / "support" / "stand_in_vllm"))
 
@@ -50,7 +48,14 @@ def model(manager: GPUResourceManager) -> dict[str, Any]:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "worker.py" in " ".join(child.cmdline())]
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in children if "worker.py" in " ".join(child.cmdline())]
+
+
+def kill_worker() -> None:
+    (worker,) = workers()
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
 
 def private_bytes(process: psutil.Process) -> int:
@@ -112,6 +117,31 @@ def test_a_worker_that_does_not_end_by_itself_is_killed(manager: GPUResourceMana
     assert workers() == []
 
 
+def test_a_worker_that_multiprocessing_started_leaves_no_zombie(manager: GPUResourceManager) -> None:
+    """As vLLM's shutdown leaves it: told to end, and its exit code not collected."""
+
+    class Ends:
+        def __init__(self) -> None:
+            self.child = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+            self.child.start()
+
+        def offload_from_gpu(self) -> None: ...
+        def restore_to_gpu(self) -> None: ...
+
+        def release_from_gpu(self) -> None:
+            self.child.kill()
+            os.waitid(os.P_PID, self.child.pid or 0, os.WEXITED | os.WNOWAIT)
+
+    built = []
+    manager.register("tts", lambda: built.append(Ends()) or built[-1])
+    for _ in range(2):
+        with manager.lease("tts"):
+            child = built.pop().child
+        manager.release("tts")
+        assert not psutil.pid_exists(child.pid)
+        assert child.exitcode == -signal.SIGKILL, "multiprocessing knows it, too"
+
+
 def test_closing_the_manager_leaves_no_process() -> None:
     with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
         load(manager)
@@ -155,10 +185,59 @@ def test_a_worker_that_is_killed_while_its_model_is_away_is_replaced(manager: GP
     load(manager)
     said = speak(manager)
     manager.offload("tts")
-    os.kill(workers()[0].pid, signal.SIGKILL)
+    kill_worker()
     with pytest.raises(WorkerEnded):
         speak(manager)
     assert speak(manager) == said
+
+
+def test_a_worker_that_is_killed_while_its_model_is_idle_on_the_gpu_costs_no_request(
+    manager: GPUResourceManager,
+) -> None:
+    load(manager)
+    said = speak(manager)
+    kill_worker()
+    assert speak(manager) == said, "built anew first"
+    assert len(workers()) == 1
+
+
+def test_what_is_left_of_an_engine_leaves_the_gpu_when_its_worker_was_killed(manager: GPUResourceManager) -> None:
+    load(manager)
+    said = speak(manager)
+    kill_worker()
+    with pytest.raises(WorkerEnded):
+        manager.offload("tts")
+    manager.release("tts")  # waits for the release that follows by itself
+    assert manager.device.ledger_bytes == 0
+    assert model(manager)["state"] == "released"
+    assert workers() == []
+    assert speak(manager) == said
+
+
+def test_a_worker_of_a_load_that_fails_is_ended(manager: GPUResourceManager) -> None:
+    def build() -> Engine:
+        engine = Engine()
+        raise RuntimeError(f"the vocoder of {type(engine).__name__} cannot be read")
+
+    manager.register("tts", build)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="vocoder"):
+            speak(manager)
+        assert workers() == []
+
+
+def test_two_managers_account_for_their_own_workers_only(manager: GPUResourceManager) -> None:
+    with GPUResourceManager(SimulatedDevice(1 << 30), keep_warm=-1) as other:
+        load(manager)
+        load(other)
+        said, there = speak(manager), model(manager)["device_bytes"]
+        other.offload("tts")
+        assert model(manager)["device_bytes"] == pytest.approx(there, abs=MB)
+        assert (model(manager)["outside_bytes"], model(other)["outside_bytes"]) == (0, 0)
+        manager.release("tts")
+        assert len(workers()) == 1
+        assert speak(other) == said
+    assert workers() == []
 
 
 def test_an_error_in_wake_up_is_shown_and_the_engine_is_built_anew(manager: GPUResourceManager) -> None:
@@ -235,70 +314,3 @@ def test_a_worker_that_the_engine_starts_later_is_found_at_the_next_offload(mana
     assert speak(manager) == said
     manager.release("tts")
     assert workers() == []
-
-
-class Own:
-    """An object with the protocol of this project."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def offload_from_gpu(self) -> None:
-        self.calls.append("offload")
-
-    def restore_to_gpu(self) -> None:
-        self.calls.append("restore")
-
-    def release_from_gpu(self) -> None:
-        self.calls.append("release")
-
-
-def test_any_object_with_the_protocol_is_moved_wherever_it_is_in_the_engine(manager: GPUResourceManager) -> None:
-    own = Own()
-    manager.register("tts", lambda: {"deep": [(own, "beside it")]})
-    with manager.lease("tts"):
-        pass
-    manager.offload("tts")
-    with manager.lease("tts"):
-        pass
-    manager.release("tts")
-    assert own.calls == ["offload", "restore", "release"]
-
-
-def test_a_class_can_be_registered_by_name(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Switch:
-        on = True
-
-    monkeypatch.setattr(self_moving, "_by_name", {})
-    assert moves_of(Switch) is None
-    moves = OwnMoves(lambda switch: setattr(switch, "on", False), lambda switch: setattr(switch, "on", True))
-    register(f"{Switch.__module__.partition('.')[0]}.Switch", moves)
-    switch = Switch()
-    manager.register("tts", lambda: [switch])
-    with manager.lease("tts"):
-        assert switch.on
-    manager.offload("tts")
-    assert not switch.on
-
-
-def test_classes_are_recognized_by_name_alone() -> None:
-    def of(module: str, name: str) -> Any:
-        return moves_of(type(name, (), {"__module__": module}))
-
-    for module, name in [
-        ("vllm.entrypoints.llm", "LLM"),
-        ("sglang.srt.entrypoints.engine", "Engine"),
-        ("ctranslate2._ext", "Whisper"),
-        ("ctranslate2._ext", "Translator"),
-    ]:
-        assert of(module, name) is not None
-        assert of(f"my_{module}", name) is None
-    assert moves_of(type("Mine", (vllm.LLM,), {})) is not None
-
-
-def test_an_object_that_moves_itself_is_not_entered() -> None:
-    own = Own()
-    own.hidden = torch.ones(3)  # type: ignore[attr-defined]
-    found = discover([own])
-    assert list(found.self_moving.values()) == [own]
-    assert not found.tensors

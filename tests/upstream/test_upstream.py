@@ -64,7 +64,7 @@ for snapshots in (None, Path({str(tmp_path / "snapshots")!r})):
         kept_bytes = [file.stat().st_size for file in snapshots.iterdir()] if snapshots else []
         assert bool(kept_bytes) == bool(snapshots)
         move = tts.get_gpu_status()["models"]["tts"]["last_move"]
-        print({dtype!r}, {quantization!r}, f"snapshots: {{kept_bytes}}", move)
+        report({dtype!r}, {quantization!r}, f"snapshots: {{kept_bytes}}", move)
 """
     print(scenario(script, dtype, quantization))
 
@@ -140,7 +140,7 @@ def not_of_the_engine():
         where.update(dict.fromkeys(kept(function), f"{function.__module__}.{function.__qualname__}()"))
     return where
 
-step_audio.import_from(step_audio.require_checkout(None), "tts", "tokenizer")
+step_audio.import_from(step_audio.find_checkout(None), "tts", "tokenizer")
 before, sessions_before = alive()
 engine = build()
 spoken(engine)
@@ -151,20 +151,20 @@ reached = {t.untyped_storage()._cdata: t for t in found.tensors.values() if t.un
 tensors, sessions = alive()
 new = {key: t for key, t in tensors.items() if key not in before}
 missed = {key: t for key, t in new.items() if key not in reached}
-print(f"found: {len(found.tensors)} tensors in {len(reached)} storages with something in them, "
+report(f"found: {len(found.tensors)} tensors in {len(reached)} storages with something in them, "
       f"{gb(reached.values()):.3f} GB, {len(found.sessions)} sessions, in {took_s:.3f} s")
 parts = collections.defaultdict(dict)
 for path, tensor in found.tensors.items():
     steps = re.findall(r"[A-Za-z]\w*", path.replace("_modules", "").replace("_parameters", "").replace("_buffers", ""))
     parts[".".join(steps[:4] if "kwargs" in steps else steps[:3])][tensor.untyped_storage()._cdata] = tensor
 for part, of_part in sorted(parts.items()):
-    print(f"  {part:48} {len(of_part):4} storages, {gb(of_part.values()) * 1e9:14,.0f} bytes")
+    report(f"  {part:48} {len(of_part):4} storages, {gb(of_part.values()) * 1e9:14,.0f} bytes")
 for path, session in found.sessions.items():
-    print(f"  {path[1:]:48} a session on {session.get_providers()[0]}")
-print(f"alive by brute force: {len(new)} storages, {gb(new.values()):.3f} GB")
+    report(f"  {path[1:]:48} a session on {session.get_providers()[0]}")
+report(f"alive by brute force: {len(new)} storages, {gb(new.values()):.3f} GB")
 elsewhere = not_of_the_engine()
 for key, tensor in missed.items():
-    print(f"beside it: {tuple(tensor.shape)}, {tensor.untyped_storage().nbytes():,} bytes, in {elsewhere.get(key)}")
+    report(f"beside it: {tuple(tensor.shape)}, {tensor.untyped_storage().nbytes():,} bytes, in {elsewhere.get(key)}")
 # The weights are tiny: a bound in bytes alone would let whole models through.
 assert all(key in elsewhere for key in missed), "module globals and caches of functions only"
 assert gb(missed.values()) < 0.004

@@ -16,6 +16,8 @@ class OwnMoves:
         restore: restores it; raises if the GPU has no room.
         release: ends it, with its worker processes; the object is unusable afterwards.
         on_gpu: returns whether it uses a GPU; if not, it is only released.
+        worker_ended: called from another thread when a worker process of the object ends, also during a request or a
+            move: ends calls that wait for it with an error. For objects that would wait forever.
         remedy: for users, in English and Chinese: how it must be built so that ``offload`` frees memory.
     """
 
@@ -23,4 +25,5 @@ class OwnMoves:
     restore: Callable[[Any], object]
     release: Callable[[Any], object] = lambda thing: None
     on_gpu: Callable[[Any], bool] = lambda thing: True
+    worker_ended: Callable[[Any], object] | None = None
     remedy: tuple[str, str] | None = None

@@ -14,6 +14,7 @@ from ...observability.process_memory import claim, own_bytes, private_bytes, unc
 from ...progress import current
 from ...sentences import Sentence
 from .moves import OwnMoves
+from .watch import Watch
 from .workers import end, is_alive, workers_of
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class SelfMovingPart:
         self._workers = workers_of(thing)
         self._offloaded = False
         self._restored_bytes = 0
+        ended = moves.worker_ended if self._workers else None
+        self._watch = Watch(thing, self._workers, ended) if ended else None
         claim(self._workers)
         self._measure()
 
@@ -85,6 +88,7 @@ class SelfMovingPart:
     def release(self) -> int:
         freed_bytes = self.device_bytes + self.host_bytes
         if self.thing is not None:
+            self._stop_watch()
             try:
                 self._moves.release(self.thing)
             except Exception as error:
@@ -101,10 +105,16 @@ class SelfMovingPart:
 
     def end_management(self) -> None:
         """Ends the management of the object; it stays as it is."""
+        self._stop_watch()
         unclaim(self._workers)
         self._device.worker_bytes({process.pid: 0 for process in self._workers}, awake=False)
         self._moves_here, self._offloaded, self._workers, self.thing = False, False, [], None
         self.device_bytes = self.host_bytes = 0
+
+    def _stop_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
 
     def _call(self, move: Callable[[Any], object], undo: Callable[[Any], object] | None = None) -> None:
         """Calls a function of the object; its errors become those of this project."""

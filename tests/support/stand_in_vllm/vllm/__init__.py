@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class _Worker:
     def __init__(self) -> None:
         command = [sys.executable, "-S", str(Path(__file__).with_name("worker.py"))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        weakref.finalize(self, _end, self.process)  # as vLLM does
 
     def call(self, name: str, *values: int, fault: str = "") -> list[int]:
         assert self.process.stdin is not None
@@ -87,6 +89,10 @@ class _Worker:
         return [int(token) for token in answer[1:]]
 
     def shutdown(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        _end(self.process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
