@@ -135,7 +135,7 @@ def unmet(checkout: Path) -> Unmet:
     """
     found: Unmet = {}
     for requirement in requirements(checkout):
-        installed = _installed(requirement.name)
+        installed = installed_version(requirement.name)
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
             found[f"{requirement.name}{requirement.specifier}"] = installed
     return dict(sorted(found.items(), key=lambda item: item[1] is not None))
@@ -179,7 +179,8 @@ def _requirements(checkout: Path) -> list[str]:
     return []
 
 
-def _installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Returns the version of a package, or of ``python``; None if it is not installed."""
     if name == "python":
         return platform.python_version()
     try:

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +24,17 @@ from ..errors import EngineUnavailable
 from ..observability.error_classification import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..sentences import Sentence
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
-from .checkout import Unmet, find_checkout, import_from, requirements, unimportable, unmet, unmet_advice, unusable
+from .checkout import (
+    Unmet,
+    find_checkout,
+    import_from,
+    installed_version,
+    requirements,
+    unimportable,
+    unmet,
+    unmet_advice,
+    unusable,
+)
 from .generations import VLLM, Generation, check_audio, check_flags, generation_of, own_arguments
 from .step_audio_weights import check_model, check_weights, from_a_hub
 
@@ -267,9 +276,9 @@ def _check_head(engine: Any) -> None:
     words, head = llm.get_input_embeddings(), llm.get_output_embeddings()
     if head is not None and head.weight.data_ptr() != words.weight.data_ptr():
         raise EngineUnavailable(
-            f"transformers {_version('transformers')} does not tie the output layer of this language model to its "
+            f"transformers {installed_version('transformers')} does not tie the output layer of this language model to its "
             f"embeddings; it would hum or stay silent. {_OLDER_TRANSFORMERS.en}",
-            f"transformers {_version('transformers')} 没有将该语言模型的输出层与词嵌入绑定，合成结果会是噪声或静音。"
+            f"transformers {installed_version('transformers')} 没有将该语言模型的输出层与词嵌入绑定，合成结果会是噪声或静音。"
             f"{_OLDER_TRANSFORMERS.zh}",
         )
 
@@ -277,17 +286,10 @@ def _check_head(engine: Any) -> None:
 _OLDER_TRANSFORMERS = Sentence("Run pip install transformers==4.53.3", "请运行 pip install transformers==4.53.3")
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "0"
-
-
 def _unsuitable_transformers(checkout: Path, generation: Generation, packages: Unmet) -> list[Sentence]:
     """Warns of versions of transformers with which the code of the checkout is known to fail."""
     if generation is VLLM:  # no upper limit in its pyproject.toml; its uv.lock has 4.57.6
-        version, (en, zh) = _version("transformers"), _TEMPLATES
+        version, (en, zh) = installed_version("transformers") or "0", _TEMPLATES
         used = any(requirement.name == "transformers" for requirement in requirements(checkout))
         return [Sentence(en.format(version), zh.format(version))] if used and Version(version) >= Version("5") else []
     # Only where the checkout requires another version.

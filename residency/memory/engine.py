@@ -160,6 +160,11 @@ class EngineResident(CompositeResident):
         return self._loaded.storage_keys | self._added.storage_keys | excluding
 
     @property
+    def usable(self) -> bool:
+        # Read for each request.
+        return not self._self_moving or super().usable
+
+    @property
     def sessions(self) -> frozenset[int]:
         """The sessions accounted for here (``id``)."""
         return self._sessions.sessions
