@@ -16,8 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from packaging.version import Version
-
 from ..cancellation import checkpoint
 from ..contracts import Engine
 from ..errors import EngineUnavailable
@@ -25,11 +23,8 @@ from ..observability.error_classification import in_words, is_out_of_device_memo
 from ..sentences import Sentence
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
 from .checkout import (
-    Unmet,
     find_checkout,
     import_from,
-    installed_version,
-    requirements,
     unimportable,
     unmet,
     unmet_advice,
@@ -37,6 +32,7 @@ from .checkout import (
 )
 from .generations import VLLM, Generation, check_audio, check_flags, generation_of, own_arguments
 from .step_audio_weights import check_model, check_weights, from_a_hub
+from .transformers_versions import check_head, unsuitable_transformers
 
 
 def build(
@@ -210,7 +206,7 @@ _CUDA_GRAPHS = Sentence(
 
 def _shortcomings(checkout: Path, generation: Generation, check: Callable[[], None]) -> list[Sentence]:
     packages = unmet(checkout)
-    found = _unsuitable_transformers(checkout, generation, packages)
+    found = unsuitable_transformers(checkout, generation, packages)
     try:
         check()
     except EngineUnavailable as error:
@@ -261,56 +257,11 @@ def _build(
         if reason := _reason(error, checkout, check):
             raise reason from error
         raise
-    _check_head(engine)
+    check_head(engine)
     llm: Any = getattr(engine, "llm", None)
     if hasattr(llm, "register_forward_pre_hook"):
         llm.register_forward_pre_hook(lambda module, arguments: checkpoint())
     return engine
-
-
-def _check_head(engine: Any) -> None:
-    """Raises `EngineUnavailable` if the output layer of the language model lacks the weights that it should share."""
-    llm: Any = getattr(engine, "llm", None)
-    if not getattr(getattr(llm, "config", None), "tie_word_embeddings", False):
-        return
-    words, head = llm.get_input_embeddings(), llm.get_output_embeddings()
-    if head is not None and head.weight.data_ptr() != words.weight.data_ptr():
-        raise EngineUnavailable(
-            f"transformers {installed_version('transformers')} does not tie the output layer of this language model to its "
-            f"embeddings; it would hum or stay silent. {_OLDER_TRANSFORMERS.en}",
-            f"transformers {installed_version('transformers')} 没有将该语言模型的输出层与词嵌入绑定，合成结果会是噪声或静音。"
-            f"{_OLDER_TRANSFORMERS.zh}",
-        )
-
-
-_OLDER_TRANSFORMERS = Sentence("Run pip install transformers==4.53.3", "请运行 pip install transformers==4.53.3")
-
-
-def _unsuitable_transformers(checkout: Path, generation: Generation, packages: Unmet) -> list[Sentence]:
-    """Warns of versions of transformers with which the code of the checkout is known to fail."""
-    if generation is VLLM:  # no upper limit in its pyproject.toml; its uv.lock has 4.57.6
-        version, (en, zh) = installed_version("transformers") or "0", _TEMPLATES
-        used = any(requirement.name == "transformers" for requirement in requirements(checkout))
-        return [Sentence(en.format(version), zh.format(version))] if used and Version(version) >= Version("5") else []
-    # Only where the checkout requires another version.
-    version = next((found for name, found in packages.items() if found and name.startswith("transformers")), "0")
-    if Version(version) < Version("4.54"):
-        return []
-    return [
-        Sentence(
-            f"With transformers {version} this Step-Audio-EditX is known to hum or stay silent. "
-            f"{_OLDER_TRANSFORMERS.en}",
-            f"已知此版 Step-Audio-EditX 在 transformers {version} 下只输出噪声或静音。{_OLDER_TRANSFORMERS.zh}",
-        )
-    ]
-
-
-_TEMPLATES = (
-    "With transformers {} each request of this Step-Audio-EditX fails: from version 5 its chat template returns a "
-    "dictionary instead of tokens. Run uv pip install 'transformers>=4.57.3,<5'",
-    "此版 Step-Audio-EditX 在 transformers {} 下每个请求都会失败：从第 5 版起，其对话模板返回字典而不是 token。"
-    "请运行 uv pip install 'transformers>=4.57.3,<5'",
-)
 
 
 def _reason(error: Exception, checkout: Path, check: Callable[[], None]) -> EngineUnavailable | None:

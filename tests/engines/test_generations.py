@@ -14,7 +14,7 @@ from miniature_checkout import CHECKOUT, make_newer_checkout, make_recording, ma
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.engines import checkout as checkouts
-from residency.engines import step_audio
+from residency.engines import step_audio, transformers_versions
 from residency.engines.generations import TRANSFORMERS, VLLM, check_audio, check_flags, generation_of
 from residency.errors import EngineUnavailable, InvalidInput
 from tts_gpu_managed import GPUManagedTTS
@@ -288,14 +288,14 @@ def test_a_version_of_transformers_with_other_templates_is_said_at_the_start(
         assert all(each.en.split()[-1] == each.zh.split()[-1] for each in found)
         return [each.en for each in found if "chat template" in each.en]
 
-    monkeypatch.setattr(step_audio, "installed_version", lambda package: "5.0.0")
+    monkeypatch.setattr(transformers_versions, "installed_version", lambda package: "5.0.0")
     assert said() == [], "it does not use transformers"
     project = newer / "pyproject.toml"
     project.write_text(project.read_text().replace('"numpy",', '"numpy",\n    "transformers>=4.57.3",'))
     (warning,) = said()
     assert "With transformers 5.0.0 each request" in warning
     assert "uv pip install 'transformers>=4.57.3,<5'" in warning
-    monkeypatch.setattr(step_audio, "installed_version", lambda package: "4.57.6")
+    monkeypatch.setattr(transformers_versions, "installed_version", lambda package: "4.57.6")
     assert said() == []
 
 
