@@ -160,7 +160,9 @@ def test_an_open_page_outlives_a_restart_of_the_server(
         assert "Traceback" not in second.log
 
 
-@pytest.mark.parametrize(("locale", "said"), [("en-US", "The recording is gone"), ("zh-CN", "服务器上已没有该录音")])
+@pytest.mark.parametrize(
+    ("locale", "said"), [("en-US", "The recording is no longer on the server"), ("zh-CN", "服务器上已没有该录音")]
+)
 def test_a_recording_that_is_lost_by_a_restart_is_missed_where_it_was(
     new_page: Callable[..., Page], tmp_path: Path, gates: Path, locale: str, said: str
 ) -> None:

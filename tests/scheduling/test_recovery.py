@@ -21,7 +21,7 @@ from gpu_manager import (
 )
 from residency.clock import ManualClock
 from residency.errors import CaptureUnderWay
-from residency.locks import holds
+from residency.locks import owned_by_this_thread
 from residency.scheduling.dispatcher import RETRY_AFTER_S, WARM_GRACE_S
 from residency.scheduling.move_runner import CAPTURE_WITHIN_S, OUT_OF_MEMORY_RETRIES
 
@@ -323,7 +323,7 @@ def test_the_device_is_asked_outside_the_lock(
     held: list[bool] = []
 
     def is_usable() -> bool:
-        held.append(holds(manager._dispatcher.lock))
+        held.append(owned_by_this_thread(manager._dispatcher.lock))
         return True
 
     monkeypatch.setattr(device, "is_usable", is_usable)

@@ -220,7 +220,7 @@ class TestDisk:
         fresh.program("df", f'echo "Filesystem 1M-blocks Used Available"; echo "disk 99999 0 {needed - 1} 0% /"')
         said = fresh.refuse(TORCH_INDEX_URL=index, VENV_DIR=str(fresh.folder / "not" / "yet"))
         assert f"about {needed} MB" in said
-        assert f"there are {needed - 1} MB" in said
+        assert f"only {needed - 1} MB are free" in said
         assert not (fresh.folder / "not").exists()
 
     def test_what_is_installed_needs_none(self, project: Project) -> None:
