@@ -27,7 +27,7 @@ BENCHMARKS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
         {
             "lease, keep_warm=-1": 0, "lease, keep_warm=60": 0, "lease, keep_warm='auto'": 0, "lease inside a lease": 0,
             "nothing happens": 0, "16 waiting": 0, "a model loads": 0, "20,000 parameters in a list": 1,
-            "1,000,000 small Python objects": 1,
+            "200,000 small Python objects": 1,
         },
     ),
     "panel": (
