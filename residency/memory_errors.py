@@ -218,14 +218,14 @@ class WorkerEnded(ResidencyError, RuntimeError):
     """A worker process of an engine has ended by itself. The next request loads the engine anew."""
 
     path: str
-
-    def sentences(self) -> tuple[str, str]:
-        return (
-            f"A worker process of {self.path} has ended, and the engine cannot work without it. The next request loads "
-            f"the engine anew; the reason is in the log above, often that main memory was full.",
-            f"{self.path} 的工作进程已退出，引擎无法继续工作。下一个请求会重新加载引擎；原因请查看此前的日志，"
-            f"常见原因是内存不足。",
-        )
+    en = (
+        "A worker process of {self.path} has ended, and the engine cannot work without it. The next request loads "
+        "the engine anew; the reason is in the log above, often that main memory was full."
+    )
+    zh = (
+        "{self.path} 的工作进程已退出，引擎无法继续工作。下一个请求会重新加载引擎；原因请查看此前的日志，"
+        "常见原因是内存不足。"
+    )
 
 
 @dataclass(eq=False, repr=False)

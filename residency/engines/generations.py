@@ -32,7 +32,6 @@ class Generation:
         flags: those of its app that the other lacks, as names of variables, and their defaults there.
         quantizations: choices of ``--quantization``.
         context_tokens: largest number of tokens of a prompt and its answer.
-        requirements: file of the checkout with its requirements.
         hub_id: example of a model path on a hub.
         clone_appends: a clone continues the history of the page, instead of starting a new one.
         tags: tags of sounds that its guide lists beside those of the older generation, without brackets.
@@ -43,7 +42,6 @@ class Generation:
     edit: tuple[str, ...]
     flags: Mapping[str, Any]
     quantizations: tuple[str, ...]
-    requirements: str
     context_tokens: int
     folders: Callable[[str, str, Mapping[str, Any]], Folders]
     hub_id: str
@@ -72,7 +70,6 @@ TRANSFORMERS = Generation(
         {"tokenizer_model_id": facts.ACOUSTIC_MODEL, "torch_dtype": "bfloat16", "device_map": "cuda"}
     ),
     quantizations=("int4", "int8", "awq-4bit"),
-    requirements="requirements.txt",
     context_tokens=8192,
     folders=_folders_below,
     hub_id=facts.HUB,
@@ -99,7 +96,6 @@ VLLM = Generation(
         "cosyvoice_cuda_graph": True,
     }),
     quantizations=("awq", "gptq", "fp8"),
-    requirements="pyproject.toml",
     context_tokens=8192,
     folders=_folders_beside,
     hub_id=f"{facts.HUB}/{facts.MODEL}",
@@ -145,7 +141,7 @@ def generation_of(checkout: Path) -> Generation:
 
 def check_flags(generation: Generation, given: Mapping[str, Any]) -> None:
     """Raises `InvalidInput` for given flags (names and values; None: not given) of the other generation."""
-    (other,) = (one for one in GENERATIONS if one is not generation)
+    other = _other(generation)
     foreign = [name for name, value in given.items() if value is not None and name in other.flags]
     if foreign:
         named = ", ".join(f"--{'no-' * (given[name] is False)}{name.replace('_', '-')}" for name in foreign)
@@ -167,7 +163,7 @@ def own_arguments(generation: Generation, given: Mapping[str, Any]) -> dict[str,
 
     Raises `InvalidInput` for other arguments of the other generation.
     """
-    (other,) = (one for one in GENERATIONS if one is not generation)
+    other = _other(generation)
     foreign = {name: value for name, value in given.items() if name in other.arguments}
     if named := ", ".join(name for name, value in foreign.items() if _DEFAULTS.get(name, _DEFAULTS) != value):
         own = ", ".join(sorted(generation.arguments))
@@ -223,6 +219,10 @@ def check_audio(generation: Generation, max_model_len: int | None, path: str) ->
             f"录音长 {audio_s:.0f} 秒，而语言模型最多接受 {longest_s:.0f} 秒（上下文为 {context_tokens:,} 个 token）："
             f"请剪短{'，或调大 --max-model-len' if more else ''}",
         )
+
+
+def _other(generation: Generation) -> Generation:
+    return VLLM if generation is TRANSFORMERS else TRANSFORMERS
 
 
 def _signatures(source: str) -> tuple[frozenset[str], tuple[str, ...]]:

@@ -22,14 +22,7 @@ from ..errors import EngineUnavailable
 from ..observability.error_classification import in_words, is_out_of_device_memory, may_be_device_loss, message_of
 from ..sentences import Sentence
 from .asr import DEFAULT_MODEL, Recognizer, unavailable
-from .checkout import (
-    find_checkout,
-    import_from,
-    unimportable,
-    unmet,
-    unmet_advice,
-    unusable,
-)
+from .checkout import find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
 from .generations import VLLM, Generation, check_audio, check_flags, generation_of, own_arguments
 from .step_audio_weights import check_model, check_weights, from_a_hub
 from .transformers_versions import check_head, unsuitable_transformers
@@ -72,9 +65,7 @@ def build(
             **arguments,
         ),
         checkout,
-        lambda: check_weights(
-            model_path, generation=generation, model_source=model_source, tts_model_id=tts_model_id, **_weights(flags)
-        ),
+        _weights_check(model_path, generation, model_source, tts_model_id, flags),
         loader if managed else None,
     )
 
@@ -108,13 +99,15 @@ def audio_check(root: str | None = None, max_model_len: int | None = None) -> Ca
 
     ``max_model_len``: the engine's argument, if given. Without a checkout the function accepts everything.
     """
+    found: list[Generation] = []  # once: the source is read for the first request only
 
     def check(path: str) -> None:
-        try:
-            generation = generation_of(find_checkout(root))
-        except EngineUnavailable:
-            return  # the load says so
-        check_audio(generation, max_model_len, path)
+        if not found:
+            try:
+                found.append(generation(root))
+            except EngineUnavailable:
+                return  # the load raises the same error
+        check_audio(found[0], max_model_len, path)
 
     return check
 
@@ -140,8 +133,13 @@ def _arguments(generation: Generation, values: Mapping[str, Any]) -> tuple[dict[
     }
 
 
-def _weights(flags: Mapping[str, Any]) -> dict[str, str | None]:
-    return {name: flags.get(name) for name in ("quantization", "tokenizer_model_id", "tokenizer_path")}
+def _weights_check(
+    model_path: str, generation: Generation, model_source: str, tts_model_id: str | None, flags: Mapping[str, Any]
+) -> Callable[[], None]:
+    of_weights = {name: flags.get(name) for name in ("quantization", "tokenizer_model_id", "tokenizer_path")}
+    return lambda: check_weights(
+        model_path, generation=generation, model_source=model_source, tts_model_id=tts_model_id, **of_weights
+    )
 
 
 def build_recognizer(root: str | None = None) -> Callable[[str], str]:
@@ -171,13 +169,8 @@ def shortcomings(
     checkout = find_checkout(root)
     generation = generation_of(checkout)
     check_flags(generation, flags)
-    found = _shortcomings(
-        checkout,
-        generation,
-        lambda: check_weights(
-            model_path, generation=generation, model_source=model_source, tts_model_id=tts_model_id, **_weights(flags)
-        ),
-    )
+    check = _weights_check(model_path, generation, model_source, tts_model_id, flags)
+    found = _shortcomings(checkout, generation, check)
     hub = from_a_hub(model_path, model_source, generation)
     graphs = [_CUDA_GRAPHS] if managed and flags.get("cosyvoice_cuda_graph") else []
     return [*([hub] if hub else []), *graphs, *found]

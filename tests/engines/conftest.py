@@ -7,12 +7,24 @@ import numpy as np
 import pytest
 import soundfile
 from hibari import Hibari
+from miniature_checkout import make_recording, make_weights
 
 from residency.engines.builtin import BuiltinEngine
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody in the village was surprised at all."
 
 Write = Callable[..., str]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """Weights for a miniature checkout."""
+    return make_weights(tmp_path / "models")
+
+
+@pytest.fixture
+def voice(tmp_path: Path) -> Path:
+    return make_recording(tmp_path / "voice.wav")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from miniature_checkout import CHECKOUT, make_newer_checkout, make_recording, make_weights, run
+from miniature_checkout import CHECKOUT, make_newer_checkout, run
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.engines import checkout as checkouts
@@ -35,16 +35,6 @@ def managed(**settings):
 @pytest.fixture
 def newer(tmp_path: Path) -> Path:
     return make_newer_checkout(tmp_path / "newer")
-
-
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    return make_weights(tmp_path / "models")
-
-
-@pytest.fixture
-def voice(tmp_path: Path) -> Path:
-    return make_recording(tmp_path / "voice.wav")
 
 
 def play(script: str, models: Path, voice: Path, checkout: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature_checkout import CHECKOUT, make_recording, make_weights, run, safetensors_of
+from miniature_checkout import CHECKOUT, run, safetensors_of
 
 from residency.engines import checkout as checkouts
 from residency.engines import step_audio
@@ -23,16 +23,6 @@ VOCODER = "Step-Audio-EditX/CosyVoice-300M-25Hz"
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     return Path(shutil.copytree(CHECKOUT, tmp_path / "Step-Audio-EditX", ignore=shutil.ignore_patterns("__pycache__")))
-
-
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    return make_weights(tmp_path / "models")
-
-
-@pytest.fixture
-def voice(tmp_path: Path) -> Path:
-    return make_recording(tmp_path / "voice.wav")
 
 
 def refused(script: str, models: Path, voice: Path, checkout: Path) -> str:
