@@ -6,6 +6,7 @@ import pytest
 
 from residency import errors
 from residency.launch.terminal import LaunchError
+from residency.sentences import Sentence
 
 EXAMPLES = [
     errors.UnknownModel("llm", ("tts", "asr")),
@@ -36,6 +37,8 @@ EXAMPLES = [
     errors.TensorAway(".llm.weight", True),
     errors.CapturedGraphs((".flow.graph",)),
     errors.WorkerEnded(".llm"),
+    errors.WorkerDied("tts", Sentence("it crashed in native code (SIGSEGV)", "它在原生代码中崩溃（SIGSEGV）")),
+    errors.RemoteError("EngineError", "no such voice"),
     errors.SelfMoveFreedNothing(".llm", 5),
     errors.SelfMoveFreedNothing(".llm", 5, ("build it anew", "请重新构建")),
     errors.SelfMoveFailed(".llm", "it is busy"),
