@@ -162,8 +162,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
             keep: a part of the engine that ``load`` uses and that outlives a release; not with process isolation. It is
                 offloaded now, and restored to the device by `unregister` or `close`. Only the engine may use it.
 
-        Raises:
-            ModelExists: the name is taken.
+        Raises `ModelExists` if the name is taken.
         """
         check_counts(0, max_waiting=max_waiting, size_bytes=size_bytes)
         if isinstance(skip, str):
