@@ -163,6 +163,33 @@ class Resident(Protocol):
         """
 
 
+class ProcessCheckpoints(Protocol):
+    """Checkpoints of worker processes by the driver: moves what a process holds on the device to main memory, and back.
+
+    Thread-safe for different processes.
+    """
+
+    def unavailable(self) -> str | None:
+        """Returns why there are no checkpoints, and what to do (a `Sentence`); None if they are available."""
+
+    def checkpoint(self, pid: int, timeout_s: float) -> None:
+        """Removes all memory of a process from the device.
+
+        Raises `CheckpointFailed`: then the process runs as before, or its `state` is another one and it must be ended.
+        """
+
+    def restore(self, pid: int, timeout_s: float) -> None:
+        """Restores the memory of a checkpointed process, which runs as before.
+
+        Raises `CheckpointFailed`: then it is still checkpointed (the device may be full), or must be ended.
+        """
+
+    def state(self, pid: int) -> Literal["running", "locked", "checkpointed", "failed", "gone"]:
+        """Returns the state of a process; ``gone`` once it has ended."""
+
+    def close(self) -> None: ...
+
+
 class SnapshotStore(Protocol):
     """Storage of bytes on disk between a release and the next load. Thread-safe for different names."""
 

@@ -38,6 +38,7 @@ EXAMPLES = [
     errors.CapturedGraphs((".flow.graph",)),
     errors.WorkerEnded(".llm"),
     errors.WorkerDied("tts", Sentence("it crashed in native code (SIGSEGV)", "它在原生代码中崩溃（SIGSEGV）")),
+    errors.CheckpointFailed(4711, "lock", Sentence("no answer within 10 s", "10 秒内没有响应")),
     errors.RemoteError("EngineError", "no such voice"),
     errors.SelfMoveFreedNothing(".llm", 5),
     errors.SelfMoveFreedNothing(".llm", 5, ("build it anew", "请重新构建")),

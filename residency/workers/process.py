@@ -96,7 +96,7 @@ class WorkerProcess:
                 self._channel.send(Kind.CALL, number, ask, _save_part)
             except OSError:
                 raise self.died() from None
-            if (current := cancellation.current()) is not None:
+            if ask.draws and (current := cancellation.current()) is not None:  # moves go on
                 current.on_cancel(lambda: frames.put(_CANCELLED))
             try:
                 answer = self._wait(number, frames, isinstance(ask, Move))

@@ -1,11 +1,15 @@
-"""The memory of a model in a worker process."""
+"""The memory of a model in a worker process, and what is left of the process after an offload."""
 
 from __future__ import annotations
 
 import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
 
-from ..contracts import SnapshotStore
-from ..errors import SnapshotUnusable
+from ..contracts import ProcessCheckpoints, SnapshotStore
+from ..errors import CapturedGraphs, CheckpointFailed, SelfMoveFailed, SelfMoveFreedNothing, SnapshotUnusable
+from ..progress import current
 from ..sentences import Sentence
 from .calls import Move, Sizes
 from .process import WorkerProcess
@@ -15,12 +19,37 @@ logger = logging.getLogger(__name__)
 ENDS_WITHIN_S = 30.0
 """Longest wait for a worker to end by itself after a release."""
 
+CHECKPOINT_WITHIN_S = 120.0
+"""Time limit of each step of a checkpoint and of its restore."""
+
+Way = Literal["weights", "weights+checkpoint", "checkpoint"]
+
+_IMMOVABLE = (CapturedGraphs, SelfMoveFailed, SelfMoveFreedNothing)
+"""Errors of engines that cannot be offloaded part by part; nothing has moved."""
+
+
+@dataclass(frozen=True)
+class LastOffload:
+    """How a model left the device: its weights alone, with a checkpoint of the rest, or a checkpoint of everything."""
+
+    way: Way
+    bytes: int
+    seconds: float
+
 
 class WorkerResident:
-    """Moves the memory of the engine in a worker. A release ends the process."""
+    """Moves the memory of the engine in a worker. A release ends the process.
 
-    def __init__(self, worker: WorkerProcess) -> None:
+    With ``checkpoints``, an offload also removes what the process holds beyond the weights: its CUDA context and
+    workspaces. An engine that cannot be moved part by part is checkpointed as a whole, which takes longer.
+    """
+
+    def __init__(self, worker: WorkerProcess, checkpoints: ProcessCheckpoints | None = None) -> None:
         self.worker = worker
+        self.last_offload: LastOffload | None = None
+        self._checkpoints = checkpoints
+        #: The way of the current offload; None while the model is on the device.
+        self._way: Way | None = None
 
     @property
     def _sizes(self) -> Sizes:
@@ -28,11 +57,12 @@ class WorkerResident:
 
     @property
     def device_bytes(self) -> int:
-        return self._sizes.device_bytes
+        return 0 if self._way == "checkpoint" else self._sizes.device_bytes
 
     @property
     def host_bytes(self) -> int:
-        return self._sizes.host_bytes
+        sizes = self._sizes
+        return sizes.host_bytes + (sizes.device_bytes if self._way == "checkpoint" else 0)
 
     @property
     def array_bytes(self) -> int:
@@ -48,14 +78,48 @@ class WorkerResident:
         return self._sizes.moves_itself
 
     def offload(self) -> int:
-        return int(self.worker.ask(Move("offload")))
+        if self._way is not None:
+            return 0
+        began_s, on_device_bytes = time.monotonic(), self.device_bytes
+        way: Way = "weights"
+        try:
+            moved_bytes = int(self.worker.ask(Move("offload")))
+        except _IMMOVABLE as error:
+            if self._checkpoints is None:
+                raise
+            logger.info("%s: checkpointed as a whole. %s", self.worker.name, error)
+            self._checkpoint()
+            way, moved_bytes = "checkpoint", on_device_bytes
+        else:
+            way = "weights+checkpoint" if self._checkpoint_rest() else "weights"
+        self._way = way
+        self.last_offload = LastOffload(way, moved_bytes, time.monotonic() - began_s)
+        return moved_bytes
 
     def restore(self) -> int:
-        return int(self.worker.ask(Move("restore")))
+        if self._way is None:
+            return 0
+        if self.worker.checkpointed:
+            assert self._checkpoints is not None
+            current().enter("resuming")
+            self._checkpoints.restore(self.worker.pid, CHECKPOINT_WITHIN_S)
+            self.worker.checkpointed = False
+        if self._way == "checkpoint":
+            self._way = None
+            return self.device_bytes
+        try:
+            moved_bytes = int(self.worker.ask(Move("restore")))
+        except Exception:
+            self._checkpoint_rest()
+            raise
+        self._way = None
+        return moved_bytes
 
     def release(self) -> int:
         freed_bytes = self.device_bytes + self.host_bytes
-        if not self.worker.ended:
+        if self.worker.checkpointed:
+            self.worker.kill(Sentence("it was released", "它已被释放"))
+        elif not self.worker.ended:
             try:
                 self.worker.ask(Move("release"))  # parts with processes of their own end them
             except Exception as error:
@@ -69,3 +133,30 @@ class WorkerResident:
 
     def load(self, store: SnapshotStore, name: str) -> int:
         raise SnapshotUnusable(name, Sentence("its worker process has ended", "其工作进程已结束"))
+
+    def _checkpoint_rest(self) -> bool:
+        """Checkpoints what the weights have left behind; returns False, with a warning, if it stays there."""
+        if self._checkpoints is None or self.worker.ended:
+            return False
+        try:
+            self._checkpoint()
+        except CheckpointFailed as error:
+            if self.worker.ended:
+                raise self.worker.died() from error
+            logger.warning("%s: its CUDA context stays on the device. %s", self.worker.name, error)
+            return False
+        return True
+
+    def _checkpoint(self) -> None:
+        """Raises `CheckpointFailed`; then the process runs as before, or has been ended."""
+        checkpoints, worker = self._checkpoints, self.worker
+        assert checkpoints is not None
+        current().enter("checkpointing")
+        worker.checkpointed = True
+        try:
+            checkpoints.checkpoint(worker.pid, CHECKPOINT_WITHIN_S)
+        except BaseException:
+            if checkpoints.state(worker.pid) != "running":
+                worker.kill(Sentence("its checkpoint has failed", "为它创建检查点失败"))
+            worker.checkpointed = False
+            raise
