@@ -184,9 +184,9 @@ def _torch_device(manager: GPUResourceManager | None) -> str:
 def _manager(settings: Settings) -> GPUResourceManager:
     from gpu_manager import SimulatedDevice, find_device, get_gpu_manager
 
-    limit = settings.gpu_host_memory_limit
+    card, limit = settings.simulate_gpu, settings.gpu_host_memory_limit
     manager = get_gpu_manager(
-        SimulatedDevice(settings.simulate_gpu, limit) if settings.simulate_gpu else find_device(limit),
+        SimulatedDevice(card[0], limit, context_bytes=card[1]) if card else find_device(limit),
         keep_warm=settings.gpu_keep_warm,
         idle_timeout=settings.gpu_idle_timeout,
         snapshot_dir=settings.gpu_snapshot_dir,

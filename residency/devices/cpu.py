@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, DeviceKind, Memory, Telemetry
 from ..errors import DeviceLost, DeviceOutOfMemory
-from ..locks import renewed_in_children
 from ..sentences import Sentence
 from ..units import readable_bytes
+from .ledger import Ledger
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +62,11 @@ class CpuDevice(Device):
 
 
 class SimulatedDevice(CpuDevice):
-    """Simulated GPU of ``capacity_bytes``. Thread-safe. ``ledger_bytes``: memory held by models now.
+    """Simulated GPU of ``capacity_bytes``. Thread-safe.
+
+    A process that unpickles it uses the same card, with books of its own bytes; `memory`, `held_by` and
+    ``ledger_bytes`` are those of all processes. Each takes ``context_bytes`` at its first use of the card, until it
+    ends or is checkpointed. While it is checkpointed, its calls wait, as those of CUDA do.
 
     Bytes are actually freed and copied, in main memory, so that ties, views, leaks and out-of-memory behave as on a
     card. Not simulated: bandwidth, pinning, streams and the CUDA allocator.
@@ -79,51 +82,59 @@ class SimulatedDevice(CpuDevice):
         "zh": "模拟 GPU：搬移是真实的，但发生在内存中，不占用也不节省真正的显存。",
     }
 
-    def __init__(self, capacity_bytes: int, pinned_limit_bytes: int | None = None) -> None:
+    def __init__(self, capacity_bytes: int, pinned_limit_bytes: int | None = None, context_bytes: int = 0) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
+        if not 0 <= context_bytes < capacity_bytes:
+            raise ValueError(f"context_bytes must be from 0 to less than the capacity, not {context_bytes}")
         self.capacity_bytes = capacity_bytes
+        self.context_bytes = context_bytes
         self.pinned_limit_bytes = pinned_limit_bytes
         self.pinned_bytes = 0
         size = readable_bytes(capacity_bytes)
         english = f"Simulated GPU ({size})"
         self.name: str = Sentence(english, f"模拟 GPU（{size}）", whole=f"{english} / 模拟 GPU")
         self.failure: str | None = None
-        self.ledger_bytes = 0
-        self._reported: dict[int, int] = {}
-        # Reentrant: garbage collection may call `unpin` in a locked block.
-        self._lock = renewed_in_children(threading.RLock())
+        self.ledger = Ledger()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pinned_bytes": 0}
+
+    @property
+    def ledger_bytes(self) -> int:
+        """Bytes on the card that models hold now."""
+        return self.ledger.locked(Ledger.sizes)[1]
 
     def memory(self) -> Memory:
-        with self._lock:
-            used, reported = self.ledger_bytes, sum(self._reported.values())
-        return Memory(self.capacity_bytes, max(0, self.capacity_bytes - used - reported), used)
+        held_bytes, charged_bytes, context_bytes = self.ledger.locked(Ledger.sizes)
+        free_bytes = max(0, self.capacity_bytes - held_bytes)
+        return Memory(self.capacity_bytes, free_bytes, charged_bytes + context_bytes)
 
     def held_by(self) -> Mapping[int, int] | None:
-        with self._lock:
-            own = os.getpid()
-            return self._reported | {own: self.ledger_bytes + self._reported.get(own, 0)}
+        return {os.getpid(): 0} | self.ledger.locked(Ledger.by_process)
+
+    def ended(self, pid: int) -> None:
+        """Takes the bytes of a process that has ended off the card."""
+        self.ledger.locked(Ledger.drop, pid)
 
     def report_outside(self, pid: int, nbytes: int) -> None:
         """Sets the bytes of the card held by a process in addition to the models; 0: none.
 
         For tests, and for engines with worker processes.
         """
-        with self._lock:
-            self._reported[pid] = nbytes
+        self.ledger.locked(Ledger.report, pid, nbytes)
 
     def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
         """Counts the main memory of workers as memory of the card while they are awake, or if they free none of it."""
-        with self._lock:
-            total_bytes = sum(host_bytes.values())
-            if not awake:
-                awake = total_bytes > 0.95 * sum(self._reported.get(pid, 0) for pid in host_bytes) > 0
-            self._reported.update({pid: nbytes if awake else 0 for pid, nbytes in host_bytes.items()})
+        total_bytes = sum(host_bytes.values())
+        awake = self.ledger.locked(Ledger.report_workers, host_bytes, awake)
         return (total_bytes, 0) if awake else (0, total_bytes)
 
     def ensure_usable(self) -> None:
+        """Takes the context of this process."""
         if self.failure is not None:
             raise DeviceLost(self.failure)
+        self._take(0)
 
     def is_usable(self) -> bool:
         return self.failure is None
@@ -135,17 +146,29 @@ class SimulatedDevice(CpuDevice):
         return True
 
     def charge(self, nbytes: int) -> None:
-        with self._lock:
-            free_bytes = self.capacity_bytes - self.ledger_bytes
-            if self._reported:
-                free_bytes = max(0, free_bytes - sum(self._reported.values()))
-            if nbytes > free_bytes:
-                raise DeviceOutOfMemory(nbytes, free_bytes, self.name)
-            self.ledger_bytes += nbytes
+        ledger = self.ledger
+        with ledger.lock:
+            if ledger.alone and ledger.context[0] == self.context_bytes:  # quicker, for many small tensors
+                free_bytes = self.capacity_bytes - ledger.charged[0] - ledger.reported[0] - self.context_bytes
+                if nbytes <= free_bytes:
+                    ledger.charged[0] += nbytes
+                    return
+        self._take(nbytes)
 
     def refund(self, nbytes: int) -> None:
-        with self._lock:
-            self.ledger_bytes -= nbytes
+        ledger = self.ledger
+        with ledger.lock:
+            if ledger.alone:
+                ledger.charged[0] -= nbytes
+                return
+        ledger.used(Ledger.give, nbytes)
+
+    def _take(self, nbytes: int) -> None:
+        """Charges bytes and, at the first use by this process, its context."""
+        short = self.ledger.used(Ledger.take, nbytes, self.context_bytes, self.capacity_bytes)
+        if short is not None:
+            held = self.ledger.locked(Ledger.by_process)
+            raise DeviceOutOfMemory(*short, self.name, tuple(held.items()) if held.keys() - {os.getpid()} else ())
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         self._fail_if_lost()
@@ -164,21 +187,22 @@ class SimulatedDevice(CpuDevice):
     def pin(self, raw: torch.Tensor) -> bool:
         """Counts the bytes; returns false beyond ``pinned_limit_bytes``."""
         nbytes = len(raw)
-        with self._lock:
+        with self.ledger.lock:
             if self.pinned_limit_bytes is not None and self.pinned_bytes + nbytes > self.pinned_limit_bytes:
                 return False
             self.pinned_bytes += nbytes
             return True
 
     def unpin(self, raw: torch.Tensor) -> None:
-        with self._lock:
+        with self.ledger.lock:
             self.pinned_bytes -= len(raw)
 
     def wait(self) -> None:
         self._fail_if_lost()
+        self.ledger.used(lambda *_: None)
 
     def settle(self) -> None:
-        self._fail_if_lost()
+        self.wait()
 
     def _fail_if_lost(self) -> None:
         if self.failure is not None:

@@ -27,13 +27,14 @@ from .values import (
     memory_share,
     port_number,
     sendable,
+    simulated_card,
     site_path,
     size_bytes,
 )
 
 _HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 
-_METAVARS: dict[object, str] = {seconds: "S", keep_warm_seconds: "S", size_bytes: "SIZE"}
+_METAVARS: dict[object, str] = {seconds: "S", keep_warm_seconds: "S", size_bytes: "SIZE", simulated_card: "SIZE"}
 
 
 def _flag(default: Any, help: str | None = None, read: Callable[[str], object] | None = None, **argument: Any) -> Any:
@@ -150,8 +151,9 @@ class Settings:
         size_bytes)
     gpu_host_memory_limit: int | None = _flag(
         None, "limit of pinned main memory for fast copies (16GB; default: no limit)", size_bytes)
-    simulate_gpu: int | None = _flag(
-        None, "simulated GPU of this size (48GB), to try everything without a GPU", size_bytes)
+    simulate_gpu: tuple[int, int] | None = _flag(
+        None, "simulated GPU of this size (48GB), to try everything without a GPU; 48GB,context=400MB: one on which "
+        "each process that uses it takes 400 MB for its CUDA context", simulated_card)
     control_token: str | None = _flag(
         None, "token that other machines need for changing calls under /gpu, and with --auth also for reading calls "
         "(environment: GPU_CONTROL_TOKEN)",

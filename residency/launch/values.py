@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from ..addresses import is_address, without_mapping
 from ..errors import InvalidInput
-from ..units import UNITS_BYTES
+from ..units import UNITS_BYTES, readable_bytes
 
 T = TypeVar("T")
 
@@ -31,6 +31,27 @@ def size_bytes(text: str) -> int:
             f"{text!r} is not a valid size: write 48GB or 512MB", f"{text!r} 不是有效的大小：请写 48GB 或 512MB"
         )
     return int(nbytes)
+
+
+def simulated_card(text: str) -> tuple[int, int]:
+    """Parses ``48GB`` or ``48GB,context=400MB``; returns the bytes of the GPU and of the context of a process."""
+    size, comma, option = text.partition(",")
+    name, _, context = option.partition("=")
+    if comma and name.strip() != "context":
+        raise InvalidInput(
+            f"{text!r} is not a valid simulated GPU: write its size (48GB), and after a comma, if wanted, the size of "
+            f"a CUDA context (48GB,context=400MB)",
+            f"{text!r} 不是有效的模拟 GPU：请写显存容量（48GB），需要时在逗号后写 CUDA 上下文的大小"
+            f"（48GB,context=400MB）",
+        )
+    capacity_bytes, context_bytes = size_bytes(size), size_bytes(context) if comma else 0
+    if context_bytes >= capacity_bytes:
+        size, context = readable_bytes(capacity_bytes), readable_bytes(context_bytes)
+        raise InvalidInput(
+            f"a CUDA context of {context} does not fit on a simulated GPU of {size}: write 48GB,context=400MB",
+            f"{context} 的 CUDA 上下文放不进 {size} 的模拟 GPU：请写 48GB,context=400MB",
+        )
+    return capacity_bytes, context_bytes
 
 
 def sendable(token: str) -> str:

@@ -102,11 +102,12 @@ class OutsideTracker:
     """Measures unmanaged memory at the begin and end of moves. The caller holds the manager's lock.
 
     Recorded sizes are (device, host) bytes. ``cuda``: the device has a context of its own. ``separate_memory``: its
-    memory is not main memory.
+    memory is not main memory. ``context_bytes``: size of a context that is not in main memory, on a simulated card.
     """
 
     cuda: bool
     separate_memory: bool
+    context_bytes: int = 0
     _windows: dict[object, _Window] = field(default_factory=dict)
     _balance: dict[str, tuple[int, int]] = field(default_factory=dict)
     _owners: dict[tuple[int, float], str | None] = field(default_factory=dict)
@@ -180,7 +181,7 @@ class OutsideTracker:
         noise = max(NOISE_BYTES, sum(max(recorded, window.recorded)) // 20)
         host = _above(max(GROWTH_BYTES, noise), min(host, self._own_host(after, all_recorded))) if known else 0
         host = max(host, _above(NOISE_BYTES, array_bytes))
-        own_device = (own.device_bytes or 0) - all_recorded[0] - CONTEXT_BYTES * self.cuda
+        own_device = (own.device_bytes or 0) - all_recorded[0] - CONTEXT_BYTES * self.cuda - self.context_bytes
         device = _above(noise, min(device, own_device))
         if released:  # memory that this process keeps belongs to no engine
             host = device = 0

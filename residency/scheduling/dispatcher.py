@@ -82,7 +82,8 @@ class Dispatcher:
         self.deferred_releases: deque[Callable[[], None]] = deque()
         self.managed_models: dict[str, ManagedModel] = {}
         self.device_history = DeviceHistory()
-        self.outside = OutsideTracker(device.kind == "cuda", device.torch_device != "cpu")
+        context_bytes: int = getattr(device, "context_bytes", 0)  # of a simulated card
+        self.outside = OutsideTracker(device.kind == "cuda", device.torch_device != "cpu", context_bytes)
         self.notifier = Notifier(device, clock)
         self.monitor = IdleMonitor(self.lock, clock, self._look_locked, self._act_for_monitor)
         self.lost_leases = LostLeases(clock)

@@ -82,6 +82,14 @@ def test_sizes(text: str, nbytes: int) -> None:
     assert size_bytes(text) == nbytes
 
 
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("48GB", (48 << 30, 0)), ("48GB,context=400MB", (48 << 30, 400 << 20)), ("1g, context = 1m", (1 << 30, 1 << 20))],
+)
+def test_a_simulated_gpu_has_a_size_and_that_of_its_contexts(text: str, sizes: tuple[int, int]) -> None:
+    assert parse(["--enable-gpu-management", "--simulate-gpu", text], {}).simulate_gpu == sizes
+
+
 def test_an_engine_follows_the_model_path(tmp_path: Path) -> None:
     assert parse(["--model-path", str(tmp_path)], {}).engine == "step-audio"
     assert parse(["--model-path", str(tmp_path), "--engine", "builtin"], {}).engine == "builtin"
@@ -179,6 +187,12 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
         (["--simulate-gpu", "48GB"], "--enable-gpu-management"),
         (["--enable-gpu-management", "--simulate-gpu", "plenty"], "48GB"),
         (["--enable-gpu-management", "--simulate-gpu", "0GB"], "48GB"),
+        (["--enable-gpu-management", "--simulate-gpu", "48GB,400MB"], "48GB,context=400MB"),
+        (["--enable-gpu-management", "--simulate-gpu", "48GB,"], "48GB,context=400MB"),
+        (["--enable-gpu-management", "--simulate-gpu", "48GB,contexts=400MB"], "48GB,context=400MB"),
+        (["--enable-gpu-management", "--simulate-gpu", "48GB,context="], "'' is not a valid size"),
+        (["--enable-gpu-management", "--simulate-gpu", "48GB,context=much"], "'much' is not a valid size"),
+        (["--enable-gpu-management", "--simulate-gpu", "1GB,context=1GB"], "does not fit on a simulated GPU of 1 GB"),
         (["--gpu-idle-timeout", "soon"], "15m"),
         (["--gpu-keep-warm", "automatic"], "90s"),
         (["--gpu-keep-warm", "-5"], "-1"),

@@ -1,0 +1,271 @@
+"""The books of a simulated card: a row for each process. Pickled, they are shared with the process that unpickles them.
+
+Shared books are in an anonymous file (memfd, Linux), which the other process opens through ``/proc``. Each number in a
+row is one aligned word, so that a process killed at any moment leaves whole rows.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+from ..locks import renewed_in_children
+
+T = TypeVar("T")
+
+RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
+"""States of a process, by its checkpoint; the bytes of a checkpointed one are not on the card."""
+
+_POLL_S = 0.001
+_ROWS = 256
+_BYTES = 8 * (1 + 6 * _ROWS)
+
+_attaching = renewed_in_children(threading.Lock())
+#: The shared books of this process, by file: closing a second descriptor of a file would end the lock of the first.
+_attached: weakref.WeakValueDictionary[tuple[int, int], Ledger] = weakref.WeakValueDictionary()
+
+
+class Ledger:
+    """Columns with a word for each row, after the number of rows used so far; to be used in calls of `locked`.
+
+    A row is free if its ``pids`` is 0. ``started`` is 0 where unknown: then the row never ends by itself. A forked
+    child gets a copy of its own, in which its parent's row is its row, unless the books are pickled to it.
+    """
+
+    def __init__(self) -> None:
+        #: Of this process. Reentrant: garbage collection may call `SimulatedDevice.unpin` in a locked block.
+        self.lock = threading.RLock()
+        self._guard: AbstractContextManager[Any] = self.lock
+        self._pid = os.getpid()
+        #: Whether row 0 is that of this process, which runs, and there is no other.
+        self.alone = True
+        self._own = 0
+        self._file: tuple[int, int, int] | None = None  # descriptor, device, inode
+        self._close: weakref.finalize[..., Any] | None = None
+        self._use(memoryview(bytearray(_BYTES)))
+        self._words[0], self.pids[0] = 1, self._pid
+        renewed_in_children(self)
+
+    def _use(self, raw: memoryview) -> None:
+        self._words = words = raw.cast("q")
+        columns = [words[first : first + _ROWS] for first in range(1, len(words), _ROWS)]
+        self.pids, self.started, self.charged, self.reported, self.context, self.states = columns
+
+    def locked(self, act: Callable[..., T], *arguments: Any) -> T:
+        """Calls ``act`` with these books and the arguments while no other thread or process uses them."""
+        while True:
+            with (guard := self._guard):
+                if guard is self._guard:  # not shared in the meantime
+                    return act(self, *arguments)
+
+    def used(self, act: Callable[..., T], *arguments: Any) -> T:
+        """Like `locked`, also with the row of this process; waits while a checkpoint keeps it from the card."""
+        while True:
+            with (guard := self._guard):
+                if self.pids[self._own] != self._pid:
+                    self._own = self.row_of(self._pid)
+                if guard is self._guard and self.states[self._own] == RUNNING:
+                    return act(self, self._own, *arguments)
+            time.sleep(_POLL_S)
+
+    def take(self, row: int, nbytes: int, context_bytes: int, capacity_bytes: int) -> tuple[int, int] | None:
+        """Adds bytes to a row, and a context if it has none; returns (needed, free) bytes if there is no room."""
+        missing_bytes = context_bytes - self.context[row]
+        if (free_bytes := self.free_bytes(nbytes + missing_bytes, capacity_bytes)) < nbytes + missing_bytes:
+            return nbytes + missing_bytes, free_bytes
+        if missing_bytes:
+            self.context[row] = context_bytes
+        self.charged[row] += nbytes
+        return None
+
+    def give(self, row: int, nbytes: int) -> None:
+        self.charged[row] -= nbytes
+
+    def free_bytes(self, needed_bytes: int, capacity_bytes: int) -> int:
+        """Looks for ended processes only if more is needed."""
+        free_bytes = capacity_bytes - self.held_bytes()
+        if needed_bytes > free_bytes:
+            self.drop_ended()
+            free_bytes = capacity_bytes - self.held_bytes()
+        return max(0, free_bytes)
+
+    def held_bytes(self) -> int:
+        held_bytes = 0
+        for row in range(self._words[0]):
+            if self.pids[row] and self.states[row] != CHECKPOINTED:
+                held_bytes += self.charged[row] + self.reported[row] + self.context[row]
+        return held_bytes
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Returns all bytes on the card, those of models, and those of contexts."""
+        if self.alone:
+            return self._bytes_of(0), self.charged[0], self.context[0]
+        self.drop_ended()
+        rows = self._rows_on_card()
+        return self.held_bytes(), sum([self.charged[row] for row in rows]), sum([self.context[row] for row in rows])
+
+    def by_process(self) -> dict[int, int]:
+        """Returns the bytes of each process that has any."""
+        self.drop_ended()
+        held = {self.pids[row]: self._bytes_of(row) for row in self._rows_on_card()}
+        return {pid: nbytes for pid, nbytes in held.items() if nbytes}
+
+    def report(self, pid: int, nbytes: int) -> None:
+        """Sets the bytes that a process holds besides those charged."""
+        row = self.row_of(pid) if nbytes else self.find(pid)
+        if row is not None:
+            self.reported[row] = nbytes
+            if pid != self._pid and self.states[row] == RUNNING and not self._bytes_of(row):
+                self.pids[row] = 0
+
+    def report_workers(self, host_bytes: Mapping[int, int], awake: bool) -> bool:
+        """Reports bytes of processes that are awake, or that have freed none of them; returns whether they are."""
+        reported = [self.reported[row] for row in self._rows() if self.pids[row] in host_bytes]
+        awake = awake or sum(host_bytes.values()) > 0.95 * sum(reported) > 0
+        for pid, nbytes in host_bytes.items():
+            self.report(pid, nbytes if awake else 0)
+        return awake
+
+    def row_of(self, pid: int) -> int:
+        """Returns the row of a process; adds it if there is none."""
+        row, started = self.find(pid), started_at(pid)
+        if row is not None:
+            if self.started[row] == started or (row == self._own and pid == self._pid):
+                return row
+            self.pids[row] = 0  # of an earlier process of that number
+        self.alone = False
+        row = self._free_row()
+        for column in (self.charged, self.reported, self.context, self.states):
+            column[row] = 0
+        self.started[row] = started
+        self.pids[row] = pid  # last: from now on the row counts
+        return row
+
+    def _free_row(self) -> int:
+        if all(self.pids):
+            self.drop_ended()
+        for row, pid in enumerate(self.pids):
+            if not pid:
+                self._words[0] = max(self._words[0], row + 1)
+                return row
+        raise RuntimeError(f"more than {_ROWS} processes use this simulated card")
+
+    def find(self, pid: int) -> int | None:
+        return next((row for row in self._rows() if self.pids[row] == pid), None)
+
+    def _rows(self) -> list[int]:
+        return [row for row in range(self._words[0]) if self.pids[row]]
+
+    def _rows_on_card(self) -> list[int]:
+        return [row for row in self._rows() if self.states[row] != CHECKPOINTED]
+
+    def _bytes_of(self, row: int) -> int:
+        return self.charged[row] + self.reported[row] + self.context[row]
+
+    def drop(self, pid: int) -> None:
+        """Removes the row of a process."""
+        if (row := self.find(pid)) is not None:
+            self.pids[row] = 0
+
+    def drop_ended(self) -> None:
+        """Removes the rows of other processes that have ended, also if nobody has waited for them."""
+        for row in self._rows():
+            pid, started = self.pids[row], self.started[row]
+            if pid != self._pid and started and started_at(pid) != started:
+                self.pids[row] = 0
+
+    # -- other processes --------------------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Callable[..., Ledger], tuple[int, int, int, int]]:
+        with _attaching, self.lock:
+            if self._file is None:
+                self._share()
+            assert self._file is not None
+            return _attach, (os.getpid(), *self._file)
+
+    def _share(self) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise pickle.PicklingError("a simulated card can be shared between processes on Linux only")
+        fd = os.memfd_create("simulated-card")
+        os.ftruncate(fd, _BYTES)
+        self.started[self._own] = started_at(self._pid)
+        os.pwrite(fd, self._words, 0)
+        self._attach(fd)
+
+    def _attach(self, fd: int) -> None:
+        self._close = weakref.finalize(self, os.close, fd)
+        self._close.atexit = False
+        about = os.fstat(fd)
+        self._file = fd, about.st_dev, about.st_ino
+        self._use(memoryview(mmap.mmap(fd, _BYTES)))
+        self.alone = False
+        self._guard = _Guard(self.lock, fd)
+        _attached[self._file[1:]] = self
+
+    def _at_fork_reinit(self) -> None:
+        """Called in each forked child; see `renewed_in_children`."""
+        self.lock._at_fork_reinit()  # type: ignore[attr-defined]
+        parent, self._pid = self._pid, os.getpid()
+        if self._file is not None:
+            _attached.pop(self._file[1:], None)
+            self._guard, self._file = self.lock, None
+            self._use(memoryview(bytearray(self._words)))
+            assert self._close is not None
+            self._close()
+        if self.pids[self._own] == parent:
+            self.pids[self._own], self.started[self._own] = self._pid, 0
+
+
+def _attach(pid: int, fd: int, device: int, inode: int) -> Ledger:
+    """Opens the books that a process has pickled; raises FileNotFoundError if that process has ended."""
+    with _attaching:
+        ledger = _attached.get((device, inode))
+        if ledger is None:
+            path = f"/proc/{pid}/fd/{fd}"
+            ledger, here = Ledger(), os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            about = os.fstat(here)
+            if (about.st_dev, about.st_ino) != (device, inode):
+                os.close(here)
+                raise FileNotFoundError(f"{path} is no longer the simulated card")
+            ledger._attach(here)
+            ledger.locked(Ledger.drop, os.getpid())  # of an ended process of this number
+        return ledger
+
+
+class _Guard:
+    """The lock of a process, and one between processes, which ends with its holder."""
+
+    def __init__(self, lock: threading.RLock, fd: int) -> None:
+        self._lock, self._fd = lock, fd
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._lock.release()
+
+
+def started_at(pid: int) -> int:
+    """Returns when a process started, in ticks since the start of the system; 0 if it has ended, or where unknown."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *values = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state in b"ZX" else int(values[18])
