@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from .sentences import Sentence
+
 if TYPE_CHECKING:
     import torch
 
@@ -161,6 +163,21 @@ class Resident(Protocol):
 
         Raises `SnapshotUnusable` if it is missing or damaged; then only `release` is possible.
         """
+
+
+class ProcessCheckpoints(Protocol):
+    """Checkpoints of worker processes by the driver: moves what a process holds on the device to main memory, and back.
+
+    After an error of `checkpoint` the process runs as before, or its `state` is not ``running`` and the caller ends it.
+    After an error of `restore` it is still checkpointed (a full device: the caller may try again; such an error is
+    recognized by `is_out_of_device_memory`), or the caller ends it. Both raise `CheckpointFailed`.
+    """
+
+    def unavailable(self) -> Sentence | None: ...  # why not, for users; None: available
+    def checkpoint(self, pid: int, timeout_s: float) -> None: ...  # afterwards the process holds nothing on the device
+    def restore(self, pid: int, timeout_s: float) -> None: ...  # afterwards it runs as before
+    def state(self, pid: int) -> Literal["running", "locked", "checkpointed", "failed", "gone"]: ...
+    def close(self) -> None: ...
 
 
 class SnapshotStore(Protocol):

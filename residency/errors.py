@@ -11,6 +11,7 @@ from typing import Literal
 from .memory_errors import (
     CapturedGraphs,
     CaptureUnderWay,
+    CheckpointFailed,
     DeviceLost,
     DeviceOutOfMemory,
     DeviceUnavailable,
@@ -28,13 +29,13 @@ from .memory_errors import (
 )
 from .sentences import Holder, ResidencyError
 
-__all__ = ["CaptureUnderWay", "CapturedGraphs", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable",
-           "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder", "InvalidInput",
-           "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed", "NotHandedOut",
-           "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RequestCancelled", "RequestStopped",
-           "RequestTimeout", "ResidencyError", "SelfMoveFailed", "SelfMoveFreedNothing", "SettingsConflict",
-           "SharedWeights", "SnapshotUnusable", "TensorAway", "TooManyListeners", "UnknownModel", "WeightsGone",
-           "WorkerEnded", "about", "needing", "require"]  # fmt: skip
+__all__ = ["CaptureUnderWay", "CapturedGraphs", "CheckpointFailed", "DeviceLost", "DeviceOutOfMemory",
+           "DeviceUnavailable", "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder",
+           "InvalidInput", "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed",
+           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RequestCancelled",
+           "RequestStopped", "RequestTimeout", "ResidencyError", "SelfMoveFailed", "SelfMoveFreedNothing",
+           "SettingsConflict", "SharedWeights", "SnapshotUnusable", "TensorAway", "TooManyListeners", "UnknownModel",
+           "WeightsGone", "WorkerEnded", "about", "needing", "require"]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False)

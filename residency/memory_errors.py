@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .sentences import ResidencyError, Sentence
 
@@ -259,3 +260,23 @@ class SelfMoveFailed(ResidencyError):
     def sentences(self) -> tuple[str, str]:
         reason = Sentence.of(self.reason)
         return (f"{self.path} cannot be moved: {reason.en}.", f"{self.path} 无法移动：{reason.zh}。")
+
+
+@dataclass(eq=False, repr=False)
+class CheckpointFailed(ResidencyError):
+    """The driver could not checkpoint or restore a worker process.
+
+    ``step``: the call that failed; ``start``: the helper process could not be started. ``reason`` includes the state of
+    the worker and what to do next.
+    """
+
+    pid: int
+    step: Literal["start", "lock", "checkpoint", "restore", "unlock"]
+    reason: str
+
+    def sentences(self) -> tuple[str, str]:
+        reason = Sentence.of(self.reason)
+        return (
+            f"The driver's checkpoint of worker process {self.pid} failed ({self.step}): {reason.en}.",
+            f"驱动对工作进程 {self.pid} 的检查点操作失败（{self.step}）：{reason.zh}。",
+        )

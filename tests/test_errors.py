@@ -6,6 +6,7 @@ import pytest
 
 from residency import errors
 from residency.launch.terminal import LaunchError
+from residency.sentences import Sentence
 
 EXAMPLES = [
     errors.UnknownModel("llm", ("tts", "asr")),
@@ -36,6 +37,7 @@ EXAMPLES = [
     errors.TensorAway(".llm.weight", True),
     errors.CapturedGraphs((".flow.graph",)),
     errors.WorkerEnded(".llm"),
+    errors.CheckpointFailed(1234, "lock", Sentence("it computes; it runs as before", "它仍在计算；进程照常运行")),
     errors.SelfMoveFreedNothing(".llm", 5),
     errors.SelfMoveFreedNothing(".llm", 5, ("build it anew", "请重新构建")),
     errors.SelfMoveFailed(".llm", "it is busy"),
