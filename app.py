@@ -201,13 +201,14 @@ def _manager(settings: Settings) -> GPUResourceManager:
 def _managed(settings: Settings, manager: GPUResourceManager, chosen: _Chosen) -> Engine:
     from tts_gpu_managed import GPUManagedTTS
 
+    build, torch_device = chosen.build, manager.device.torch_device
     return GPUManagedTTS(
         settings.model_path,
         gpu_idle_timeout=settings.gpu_idle_timeout,
         gpu_keep_warm=settings.gpu_keep_warm,
         gpu_load_timeout=settings.gpu_load_timeout,
         manager=manager,
-        load=lambda: chosen.build(manager.device.torch_device),
+        load=lambda: build(torch_device),
         name="tts",
         check_text=chosen.check_text,
         check_audio=chosen.check_audio,
@@ -218,6 +219,7 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
     """Returns the speech recognition if enabled, as the managed model ``asr`` if there is a manager."""
     if not settings.enable_auto_transcribe:
         return None
+    torch_device = _torch_device(manager)
 
     def load() -> Callable[[str], str]:
         if settings.engine == "step-audio" and settings.asr_model is None:
@@ -227,7 +229,7 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
         with needing("asr"):
             from residency.engines.asr import DEFAULT_MODEL, Recognizer
 
-        return Recognizer.load(settings.asr_model or DEFAULT_MODEL, _torch_device(manager))
+        return Recognizer.load(settings.asr_model or DEFAULT_MODEL, torch_device)
 
     if manager is None:
         return load()

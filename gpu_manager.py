@@ -43,6 +43,7 @@ from residency.errors import (
 from residency.locks import renewed_in_children
 from residency.memory import BorrowedPart, SnapshotFolder, adopt
 from residency.observability.events import Event
+from residency.random_state import RandomState
 from residency.scheduling.admission import Admission
 from residency.scheduling.dispatcher import Dispatcher
 from residency.scheduling.lease import Lease, watching
@@ -52,11 +53,11 @@ from residency.scheduling.move_runner import MoveRunner
 from residency.scheduling.mover import Adopt, Mover
 from residency.scheduling.planner import will_not_reach
 from residency.scheduling.policies import change_policy, check_counts, comparable, policy_for, seconds
-from residency.scheduling.random_state import RandomState
 from residency.scheduling.registry import Registry
 from residency.scheduling.status import Overview
 from residency.states import State
 from residency.status_types import Status, UsageHistory
+from residency.workers.isolation import IsolationMode, isolation_for
 
 __all__ = ["CpuDevice", "CudaDevice", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable", "Event",
            "EventLoopBlocked", "GPUResourceManager", "Lease", "LeaseDeadlock", "LoadTimeout", "ManagerClosed",
@@ -74,6 +75,8 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         budget_bytes: limit of device memory for all models together.
         wait_timeout: default limit of a request's wait for its turn and for room, without the time of its load or
             restore. -1: no limit.
+        isolation: ``"process"`` builds each engine in a worker process that a release ends, so that nothing is left on
+            the device; leases return a `residency.workers.remote_engine.RemoteEngine`. Linux only.
 
     Thread-safe. Moves run outside the lock, so `status` returns at once even during a load. In a forked child the
     manager is closed; the models belong to the parent.
@@ -92,27 +95,29 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         snapshot_limit_bytes: int | None = None,
         budget_bytes: int | None = None,
         wait_timeout: float | str = -1,
+        isolation: IsolationMode = "none",
         clock: Clock | None = None,
         adopt: Adopt = adopt,
     ) -> None:
         check_counts(1, budget_bytes=budget_bytes)
-        self.device: Device = device or find_device()
+        device = device or find_device()
         self.settings = comparable(
-            device=self.device, keep_warm=keep_warm, idle_timeout=idle_timeout, snapshot_dir=snapshot_dir,
+            device=device, keep_warm=keep_warm, idle_timeout=idle_timeout, snapshot_dir=snapshot_dir,
             snapshot_limit_bytes=snapshot_limit_bytes, budget_bytes=budget_bytes, wait_timeout=wait_timeout,
+            isolation=isolation,
         )  # fmt: skip
+        self._isolation = isolation_for(isolation, device, snapshot_dir)
+        self.device: Device = self._isolation.observed if self._isolation else device
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
-        mover = Mover(self.device, adopt, snapshots)
-        clock = clock or SystemClock()
-        dispatcher = Dispatcher(self.device, clock, math.inf if budget_bytes is None else budget_bytes)
+        mover = Mover(self.device, self._isolation.adopt if self._isolation else adopt, snapshots)
+        dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
         self._dispatcher = dispatcher
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
         self._registry = Registry(dispatcher)
         check_locked = self._registry.check_open_locked
         self._admission = Admission(dispatcher, check_locked, self.settings["wait_timeout"])
         self._manual_control = ManualControl(dispatcher, self._moves, mover, check_locked)
-        remeasure = partial(remeasured, device=self.device)
-        self._overview = Overview(dispatcher, budget_bytes, host_memory, remeasure)
+        self._overview = Overview(dispatcher, budget_bytes, host_memory, partial(remeasured, device=self.device))
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -154,20 +159,20 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
             max_waiting: maximum of waiting requests; further ones get `ModelBusy`. None: no limit.
             size_bytes: size on the device, for the budget of the first load; later loads use the measured size.
             skip: attribute paths of the engine (``.tokenizer``); objects below them are not moved.
-            keep: a part of the engine that ``load`` uses and that outlives a release. It is offloaded now, and restored
-                to the device by `unregister` or `close`. Only the engine may use it.
+            keep: a part of the engine that ``load`` uses and that outlives a release; not with process isolation. It is
+                offloaded now, and restored to the device by `unregister` or `close`. Only the engine may use it.
 
-        Raises:
-            ModelExists: the name is taken.
+        Raises `ModelExists` if the name is taken.
         """
-        managed = ManagedModel(name, load, policy_for(policy, keep_warm, idle_timeout, self.settings))
-        managed.load_timeout_s = seconds(load_timeout)
         check_counts(0, max_waiting=max_waiting, size_bytes=size_bytes)
         if isinstance(skip, str):
             raise InvalidInput(f"skip is several paths: give [{skip!r}]", f"skip 是多个路径：请写 [{skip!r}]")
         self._registry.check_free(name)
-        managed.skip = tuple(skip)
-        managed.random_state = RandomState()
+        limit_s = seconds(load_timeout)
+        if self._isolation:
+            load = self._isolation.loader(name, load, tuple(skip), limit_s, keep)
+        managed = ManagedModel(name, load, policy_for(policy, keep_warm, idle_timeout, self.settings))
+        managed.load_timeout_s, managed.skip, managed.random_state = limit_s, tuple(skip), RandomState()
         managed.leases.max_waiting = math.inf if max_waiting is None else max_waiting
         managed.memory.size_bytes = size_bytes
         if keep is not None:
@@ -303,6 +308,8 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         all_released = self._manual_control.retire(self._registry.named(None), ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
         self._dispatcher.notifier.listeners.close()
+        if self._isolation and all_released:
+            self._isolation.close()
         return all_released
 
 
@@ -319,6 +326,7 @@ def get_gpu_manager(
     snapshot_limit_bytes: int | None = None,
     budget_bytes: int | None = None,
     wait_timeout: float | str | None = None,
+    isolation: IsolationMode | None = None,
 ) -> GPUResourceManager:
     """Returns the manager of this process; creates it on the first call and after `close`.
 

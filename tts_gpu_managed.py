@@ -17,22 +17,20 @@ from __future__ import annotations
 import enum
 import itertools
 import logging
-import sys
-import traceback
 import types
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import AbstractContextManager, ExitStack, closing
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from gpu_manager import GPUResourceManager, Lease, ModelExists, get_gpu_manager
 from residency.contracts import Engine
-from residency.engines.answers import HandOut, is_bound, is_stream
+from residency.engines.engine_calls import EngineCalls
 from residency.engines.generations import known_arguments, with_names_of_both
-from residency.engines.part_proxy import Part, Path, asked_by_tools, follow, not_settable, unwrapped
+from residency.engines.part_proxy import Part, Path, asked_by_tools, not_settable
 from residency.engines.text import speakable
-from residency.memory.discovery import discover
-from residency.observability.error_classification import all_of, is_out_of_device_memory
+from residency.observability.error_classification import is_out_of_device_memory
 from residency.status_types import Status
+from residency.workers.remote_engine import RemoteCalls, RemoteEngine
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +137,7 @@ class GPUManagedTTS:
         """
         self.check_text(target_text)
         self.check_audio(prompt_wav_path)
-        return self._speak(lambda engine: engine.clone(prompt_wav_path, prompt_text, target_text))
+        return self._speak("clone", prompt_wav_path, prompt_text, target_text)
 
     @with_names_of_both
     def edit(
@@ -156,7 +154,7 @@ class GPUManagedTTS:
         Raises `InvalidInput`, before the engine is loaded, if `check_audio` refuses the recording.
         """
         self.check_audio(input_audio_path)
-        return self._speak(lambda engine: engine.edit(input_audio_path, audio_text, edit_type, edit_info, text))
+        return self._speak("edit", input_audio_path, audio_text, edit_type, edit_info, text)
 
     def get_gpu_status(self) -> Status:
         """Returns the answer of ``GET /gpu/status``. Does not count as use."""
@@ -188,61 +186,37 @@ class GPUManagedTTS:
         """Releases the engine after its running requests, and unregisters its name."""
         self.manager.unregister(self.name)
 
-    def _speak(self, call: Callable[[Engine], T]) -> T:
-        def answer(engine: Engine) -> T:
-            with self._own_errors(engine):
-                return self._own(call(engine), engine)
+    def _speak(self, method: str, *arguments: Any) -> tuple[torch.Tensor, int]:
+        def call(engine: Any) -> Any:
+            return self._calls(engine).call((method,), arguments, {}, streams=False)
 
-        return ask(self.manager, self.name, answer)
+        answer: tuple[torch.Tensor, int] = ask(self.manager, self.name, call)
+        return answer
 
-    def _own(self, answer: T, engine: Engine) -> T:
-        """Returns the answer with copies of what an offload would free."""
-        copy: T = HandOut(self, engine, self.manager.device.holds_tensor, _holds_memory)(answer)
-        return copy
-
-    @contextmanager
-    def _own_errors(self, engine: Engine) -> Iterator[None]:
-        """Replaces the attributes of errors by copies, in place, and clears the locals of their frames."""
-        callers = list(all_of(sys.exc_info()[1], hidden=True))
-        try:
-            yield
-        except Exception as error:
-            for found in all_of(error, hidden=True):
-                if any(found is other for other in callers):
-                    continue
-                traceback.clear_frames(found.__traceback__)
-                if isinstance(found, AttributeError):
-                    found.obj = None
-                if _holds_memory((found.args, vars(found))):
-                    found.args, attributes = self._own((found.args, vars(found)), engine)
-                    vars(found).update(attributes)
-            raise
+    def _calls(self, engine: Any) -> EngineCalls | RemoteCalls:
+        if isinstance(engine, RemoteEngine):
+            return engine.calls_for(self)
+        return EngineCalls(engine, self, self.manager.device.holds_tensor)
 
     def read_part(self, path: Path) -> Any:
         """Returns the engine's value at ``path``: the object itself, a tensor's copy, or a `Part`.
 
         Shares the model with the current request, if any.
         """
-        with self.manager.lease(self.name, reading=True) as engine, self._own_errors(engine):
-            value = follow(path, engine)
-            if not _is_tensor(value) and (is_bound(value) or _holds_memory(value)):
-                return Part(self, path)
-            return self._own(value, engine)
+        with self.manager.lease(self.name, reading=True) as engine:
+            return self._calls(engine).read(path)
 
     def use_part(self, path: Path, use: Callable[[Any], Any]) -> Any:
-        return self._speak(lambda engine: use(follow(path, engine)))
+        return ask(self.manager, self.name, lambda engine: self._calls(engine).use(path, use))
+
+    def set_part(self, path: Path, name: str, value: Any) -> NoReturn:
+        raise not_settable(repr(Part(self, path)), name)
 
     def call_part(self, path: Path, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        def call(engine: Engine) -> Any:
-            there = {name: unwrapped(value, engine) for name, value in keywords.items()}
-            with self._own_errors(engine):
-                answer = follow(path, engine)(*(unwrapped(value, engine) for value in arguments), **there)
-                return self._items(answer, engine) if is_stream(answer) else self._own(answer, engine)
-
         with ExitStack() as held:
             lease = self.lease()
             held.enter_context(lease)
-            answer = ask(self.manager, self.name, call)
+            answer = ask(self.manager, self.name, lambda engine: self._calls(engine).call(path, arguments, keywords))
             if not isinstance(answer, types.GeneratorType):
                 return answer
             return self._stream(lease, held.pop_all(), answer)
@@ -257,20 +231,14 @@ class GPUManagedTTS:
                 yield item
                 lease.resumed()
 
-    def _items(self, stream: Iterator[Any], engine: Engine) -> Generator[Any, None, None]:
-        """Yields copies of the items. `_stream` holds the lease."""
-        generator = closing(stream) if isinstance(stream, Generator) else nullcontext()
-        with self._own_errors(engine), generator:
-            for item in stream:
-                yield self._own(item, engine)
-
     def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
         if not model_path:
+            torch_device = self.manager.device.torch_device
 
             def builtin() -> Engine:  # imports torch
                 from residency.engines.builtin import BuiltinEngine
 
-                return BuiltinEngine(device=self.manager.device.torch_device)
+                return BuiltinEngine(device=torch_device)
 
             return builtin
 
@@ -308,17 +276,6 @@ def ask(manager: GPUResourceManager, name: str, call: Callable[[Any], T]) -> T:
         # Outside the except block: its traceback keeps the memory of the first attempt.
         manager.make_room(name)
         return call(engine)
-
-
-def _is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
-
-
-def _holds_memory(value: Any) -> bool:
-    found = discover(value)
-    return bool(found.tensors or found.sessions or found.self_moving)
 
 
 def _is_factory(audio_tokenizer: Any) -> bool:

@@ -12,8 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from .sentences import Sentence
-
 if TYPE_CHECKING:
     import torch
 
@@ -168,15 +166,27 @@ class Resident(Protocol):
 class ProcessCheckpoints(Protocol):
     """Checkpoints of worker processes by the driver: moves what a process holds on the device to main memory, and back.
 
-    After an error of `checkpoint` the process runs as before, or its `state` is not ``running`` and the caller ends it.
-    After an error of `restore` it is still checkpointed (a full device: the caller may try again; such an error is
-    recognized by `is_out_of_device_memory`), or the caller ends it. Both raise `CheckpointFailed`.
+    Thread-safe for different processes.
     """
 
-    def unavailable(self) -> Sentence | None: ...  # why not, for users; None: available
-    def checkpoint(self, pid: int, timeout_s: float) -> None: ...  # afterwards the process holds nothing on the device
-    def restore(self, pid: int, timeout_s: float) -> None: ...  # afterwards it runs as before
-    def state(self, pid: int) -> Literal["running", "locked", "checkpointed", "failed", "gone"]: ...
+    def unavailable(self) -> str | None:
+        """Returns why there are no checkpoints, and what to do (a `Sentence`); None if they are available."""
+
+    def checkpoint(self, pid: int, timeout_s: float) -> None:
+        """Removes all memory of a process from the device.
+
+        Raises `CheckpointFailed`: then the process runs as before, or its `state` is another one and it must be ended.
+        """
+
+    def restore(self, pid: int, timeout_s: float) -> None:
+        """Restores the memory of a checkpointed process, which runs as before.
+
+        Raises `CheckpointFailed`: then it is still checkpointed (the device may be full), or must be ended.
+        """
+
+    def state(self, pid: int) -> Literal["running", "locked", "checkpointed", "failed", "gone"]:
+        """Returns the state of a process; ``gone`` once it has ended."""
+
     def close(self) -> None: ...
 
 

@@ -25,6 +25,7 @@ from .memory_errors import (
     SnapshotUnusable,
     TensorAway,
     WeightsGone,
+    WorkerDied,
     WorkerEnded,
 )
 from .sentences import Holder, ResidencyError
@@ -32,10 +33,11 @@ from .sentences import Holder, ResidencyError
 __all__ = ["CaptureUnderWay", "CapturedGraphs", "CheckpointFailed", "DeviceLost", "DeviceOutOfMemory",
            "DeviceUnavailable", "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder",
            "InvalidInput", "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed",
-           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RequestCancelled",
-           "RequestStopped", "RequestTimeout", "ResidencyError", "SelfMoveFailed", "SelfMoveFreedNothing",
-           "SettingsConflict", "SharedWeights", "SnapshotUnusable", "TensorAway", "TooManyListeners", "UnknownModel",
-           "WeightsGone", "WorkerEnded", "about", "needing", "require"]  # fmt: skip
+           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RemoteError", "RemoteFrames",
+           "RequestCancelled", "RequestStopped", "RequestTimeout", "ResidencyError", "SelfMoveFailed",
+           "SelfMoveFreedNothing", "SettingsConflict", "SharedWeights", "SnapshotUnusable", "TensorAway",
+           "TooManyListeners", "UnknownModel", "WeightsGone", "WorkerDied", "WorkerEnded", "about", "needing",
+           "require"]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False)
@@ -319,3 +321,23 @@ def needing(extra: str) -> Iterator[None]:
 
 class EngineUnavailable(ResidencyError):
     """The requested speech engine is not installed or was not found."""
+
+
+@dataclass(eq=False, repr=False)
+class RemoteError(ResidencyError):
+    """An error of an engine in a worker process whose class cannot be imported here; its fields are attributes."""
+
+    kind: str
+    text: str
+    en = "{self.kind}: {self.text}"
+    zh = "{self.kind}：{self.text}"
+
+
+class RemoteFrames(Exception):
+    """The innermost cause of an error from a worker process: its traceback there. Not an error itself."""
+
+    def __init__(self, frames: str) -> None:
+        super().__init__(frames)
+
+    def __str__(self) -> str:
+        return f"\nTraceback in the worker process:\n{self.args[0]}"

@@ -230,6 +230,22 @@ class WorkerEnded(ResidencyError, RuntimeError):
 
 
 @dataclass(eq=False, repr=False)
+class WorkerDied(WorkerEnded):
+    """The worker process of a model has ended or was ended, and with it its engine. The next request loads it anew.
+
+    ``path``: name of the model. ``reason``: what is known of the cause, in both languages.
+    """
+
+    reason: Sentence
+
+    def sentences(self) -> tuple[str, str]:
+        return (
+            f"The worker process of {self.path!r} has ended: {self.reason.en}. The next request starts a new one.",
+            f"{self.path!r} 的工作进程已结束：{self.reason.zh}。下一个请求会启动新的进程。",
+        )
+
+
+@dataclass(eq=False, repr=False)
 class SelfMoveFreedNothing(ResidencyError):
     """An object that moves itself has kept its GPU memory. It is back on the device, and can be released.
 

@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import PartGone
 from ..memory.object_graph import steps_of, visit
@@ -43,7 +43,18 @@ class Held:
         return f".(a {type(self._thing).__name__})"
 
 
-Path = tuple["str | Item | Held", ...]
+@dataclass(frozen=True)
+class Token:
+    """Stands for a `Held` of a worker process in the manager's process, by number."""
+
+    number: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Path = tuple["str | Item | Held | Token", ...]
 
 
 class Part:
@@ -71,8 +82,8 @@ class Part:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return self._keeper.read_part((*self._path, name))
 
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise not_settable(f"{self!r}", name)
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._keeper.set_part(self._path, name, value)
 
     def __getitem__(self, key: Any) -> Any:
         return self._keeper.read_part((*self._path, Item(key)))
@@ -101,7 +112,7 @@ def follow(path: Path, engine: Any) -> Any:
         if isinstance(step, Held):
             thing = step.of(engine)
         else:
-            thing = thing[step.key] if isinstance(step, Item) else getattr(thing, step)
+            thing = thing[step.key] if isinstance(step, Item) else getattr(thing, str(step))
     return thing
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 
 from ..contracts import Device
-from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, ResidencyError
+from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, RemoteFrames, ResidencyError
 from ..sentences import Sentence
 
 _NO_HANDLE = r"CU(BLAS|DNN)_STATUS_NOT_INITIALIZED"
@@ -93,11 +93,14 @@ def _comes_from_cuda(error: BaseException) -> bool:
 
 
 def all_of(error: BaseException | None, hidden: bool = False) -> Iterator[BaseException]:
-    """Yields an error and its causes; ``hidden``: also those suppressed by ``raise ... from None``."""
+    """Yields an error and its causes; ``hidden``: also those suppressed by ``raise ... from None``.
+
+    Without `RemoteFrames`, whose text quotes source lines.
+    """
     todo, seen = [error], set[int]()
     while todo:
         found = todo.pop()
-        if found is None or id(found) in seen:
+        if found is None or id(found) in seen or isinstance(found, RemoteFrames):
             continue
         seen.add(id(found))
         yield found

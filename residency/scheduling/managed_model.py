@@ -19,8 +19,8 @@ from ..states import State
 if TYPE_CHECKING:
     from ..contracts import Policy, Resident
     from ..memory import BorrowedPart
+    from ..random_state import RandomState
     from .callers import CallSite
-    from .random_state import RandomState
 
 SEARCH_AFTER_S = 2.0
 """How long the code with a lease may pause until the manager checks whether it still exists."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from ..contracts import Device, Resident, SnapshotStore
 from ..progress import Progress
+from ..random_state import preserved_random_state
 from ..states import Move, State
 from .managed_model import ManagedModel
-from .random_state import preserved_random_state
 
 logger = logging.getLogger(__name__)
 

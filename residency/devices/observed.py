@@ -1,0 +1,57 @@
+"""A device that only worker processes use: the manager's process observes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from ..contracts import Device, Memory, Telemetry
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ObservedDevice(Device):
+    """Sizes and names of ``device``, without anything that computes there or creates a CUDA context."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.kind, self.name, self.note = device.kind, device.name, device.note
+        self.torch_device, self.separate = device.torch_device, device.separate
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_device":
+            raise AttributeError(name)
+        return getattr(self._device, name)
+
+    def memory(self) -> Memory:
+        return self._device.memory()
+
+    def held_by(self) -> Mapping[int, int] | None:
+        return self._device.held_by()
+
+    def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
+        return self._device.worker_bytes(host_bytes, awake)
+
+    def telemetry(self) -> Telemetry:
+        return self._device.telemetry()
+
+    def is_usable(self) -> bool:
+        """Returns True: a worker that cannot use the device is replaced."""
+        return True
+
+    def holds_tensor(self, tensor: torch.Tensor) -> bool:
+        return False
+
+    def holds_session(self, providers: Sequence[str]) -> bool:
+        return False
+
+    def placing(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def transfer(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def pin(self, raw: torch.Tensor) -> bool:
+        return False

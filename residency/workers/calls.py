@@ -1,0 +1,134 @@
+"""What a manager asks a worker, and the answers. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..contracts import Device
+from ..engines.part_proxy import Path
+from ..random_state import RandomState
+
+
+@dataclass
+class Ask:
+    """A call. ``random``: the manager's random states, if others than the worker knows."""
+
+    random: RandomState | None = field(default=None, kw_only=True)
+    #: Whether the engine computes, so that random states may change.
+    draws = False
+    #: Whether progress is reported.
+    moves = False
+
+
+@dataclass
+class Setup(Ask):
+    """The process state that an engine may depend on."""
+
+    environ: dict[str, str]
+    folder: str
+    path: list[str]
+    argv: list[str]
+    log_level: int
+
+
+@dataclass
+class Load(Ask):
+    """Builds the engine; see `GPUResourceManager.register`."""
+
+    name: str
+    load: Callable[[], Any]
+    device: Device
+    skip: tuple[str, ...]
+    random_state: RandomState | None
+    moves = True
+
+
+@dataclass
+class Move(Ask):
+    """Calls ``offload``, ``restore`` or ``release`` of the resident."""
+
+    name: str
+    moves = True
+
+
+@dataclass
+class Read(Ask):
+    """Reads the value at a path."""
+
+    path: Path
+    draws = True
+
+
+@dataclass
+class Use(Ask):
+    """Calls a function with the object at a path."""
+
+    path: Path
+    use: Callable[[Any], Any]
+    draws = True
+
+
+@dataclass
+class Call(Ask):
+    """Calls the object at a path."""
+
+    path: Path
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    streams: bool
+    draws = True
+
+
+@dataclass
+class NextItem(Ask):
+    """Gets the next item of a stream, or closes it. Answered by the item or `END`."""
+
+    stream: int
+    close: bool = False
+    draws = True
+
+
+@dataclass
+class SetValue(Ask):
+    """Sets an attribute of the object at a path."""
+
+    path: Path
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The answer of a call that has returned a generator: its number, for `NextItem`."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class End:
+    """The answer of `NextItem` after the last item."""
+
+
+END = End()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Properties of the resident in the worker; see `EngineResident`."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+    array_bytes: int = 0
+    usable: bool = True
+    moves_itself: bool = False
+
+
+@dataclass
+class Answer:
+    """The answer of a call. ``random``: random states after it, if it has drawn numbers."""
+
+    value: Any
+    sizes: Sizes
+    random: RandomState | None = None

@@ -1,0 +1,117 @@
+"""Loads engines in worker processes: what a manager with process isolation uses in place of a plain load."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Literal, get_args
+
+from ..contracts import Device, Resident
+from ..devices.observed import ObservedDevice
+from ..errors import InvalidInput
+from ..random_state import RandomState
+from ..sentences import Sentence
+from .calls import Load
+from .messages import pickled
+from .process import HANGS_AFTER_S, WorkerProcess
+from .remote_engine import RemoteEngine
+from .resident import WorkerResident
+from .spawner import Spawner, check_system
+
+logger = logging.getLogger(__name__)
+
+
+IsolationMode = Literal["none", "process"]
+
+
+def isolation_for(mode: IsolationMode, device: Device, snapshot_dir: object) -> Isolation | None:
+    """Returns the isolation of a manager; None for ``none``. Raises `InvalidInput`."""
+    if mode not in get_args(IsolationMode):
+        raise InvalidInput(
+            f"isolation is none or process, not {mode!r}", f"isolation 只能是 none 或 process，而不是 {mode!r}"
+        )
+    if mode == "none":
+        return None
+    if snapshot_dir is not None:
+        raise InvalidInput(
+            "With process isolation a release ends the engine's process, so that no snapshot can be loaded into it: "
+            "leave out --gpu-snapshot-dir (snapshot_dir), or use --gpu-isolation none",
+            "使用进程隔离时，释放会结束引擎的进程，快照无法再加载到其中："
+            "请去掉 --gpu-snapshot-dir（snapshot_dir），或使用 --gpu-isolation none",
+        )
+    return Isolation(device)
+
+
+class Isolation:
+    """Starts a worker process for each load.
+
+    Only the workers use ``device``; ``observed`` is the manager's view of it.
+    """
+
+    def __init__(self, device: Device, hangs_after_s: float = HANGS_AFTER_S) -> None:
+        check_system()
+        self._device = device
+        self.observed = ObservedDevice(device)
+        self._hangs_after_s = hangs_after_s
+        self._spawner = Spawner()
+        self._spawner.start()
+        threading.Thread(target=_import_torch, name="gpu-import-torch", daemon=True).start()
+
+    def loader(
+        self, name: str, load: Callable[[], Any], skip: tuple[str, ...], timeout_s: float, keep: Any
+    ) -> Callable[[], RemoteEngine]:
+        """Returns a loader that builds the engine of ``load`` in a worker; see `GPUResourceManager.register`."""
+        if keep is not None:
+            raise InvalidInput(
+                "A model in a worker process cannot use an object of this process (keep, or a ready audio_tokenizer): "
+                'pass a function that builds it, or use isolation="none"',
+                "工作进程中的模型无法使用本进程中的对象（keep，或已创建的 audio_tokenizer）："
+                '请传入创建它的函数，或使用 isolation="none"',
+            )
+        try:
+            pickled(load)
+        except Exception as error:
+            raise InvalidInput(
+                f"The loader of {name!r} cannot be sent to a worker process ({error}): let it refer to nothing that "
+                f'belongs to this process (locks, files, models), or use isolation="none"',
+                f"{name!r} 的加载函数无法发送到工作进程（{error}）：请不要让它引用属于本进程的对象（锁、文件、模型），"
+                f'或使用 isolation="none"',
+            ) from error
+        random_state = RandomState()
+        return lambda: self._start(Load(name, load, self._device, skip, random_state), timeout_s)
+
+    def _start(self, ask: Load, timeout_s: float) -> RemoteEngine:
+        """Starts a worker and loads an engine there. After an error, the worker has ended."""
+        worker = WorkerProcess(ask.name, self._spawner, self._hangs_after_s)
+        timer = None
+        if timeout_s < threading.TIMEOUT_MAX:
+            timer = threading.Timer(timeout_s, worker.kill, [Sentence("its load took too long", "加载时间过长")])
+            timer.daemon = True
+            timer.start()
+        try:
+            worker.ask(ask)
+        except BaseException:
+            worker.kill(Sentence("its load failed", "加载失败"))
+            worker.finish(0)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return RemoteEngine(worker)
+
+    @staticmethod
+    def adopt(engine: RemoteEngine, device: Device, managed: Any) -> Resident:
+        """Returns the memory of an engine of a worker; see `residency.memory.adopt`."""
+        return WorkerResident(engine._worker)
+
+    def close(self) -> None:
+        """Ends the fork server, and with it all workers. Idempotent."""
+        self._spawner.close()
+
+
+def _import_torch() -> None:
+    """Results contain tensors; the import takes seconds, which the first request need not wait for."""
+    with suppress(ImportError):
+        import torch  # noqa: F401

@@ -1,0 +1,248 @@
+"""Frames over a Unix socket between a manager and a worker: a pickle, and its large buffers in shared memory.
+
+Buffers of tensors and arrays are pickled out of band (protocol 5) into one anonymous file (memfd) for each frame, whose
+descriptor is sent along. The receiver maps it, so that they are copied once.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import functools
+import importlib.util
+import io
+import mmap
+import os
+import pickle
+import socket
+import struct
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle  # type: ignore[import-untyped]
+
+from ..engines.part_proxy import Part
+from ..errors import NotHandedOut
+
+if TYPE_CHECKING:
+    import torch
+
+SHARED_FROM_BYTES = 32 << 10
+"""Buffers of at least this size are sent in shared memory."""
+
+_HEADER = struct.Struct("!BQQI")
+_SLOT = struct.Struct("!QQ")
+
+
+class Kind(IntEnum):
+    """The kinds of frames. The first are requests of the manager, the others come from the worker."""
+
+    CALL = 1
+    CANCEL = 2
+    PING = 3
+    FORGET = 4
+    ANSWER = 16
+    ERROR = 17
+    PROGRESS = 18
+    LOG = 19
+    PONG = 20
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame. ``call`` is the number of the call to which it belongs; `unpickled` returns its content."""
+
+    kind: Kind
+    call: int
+    data: bytes
+    buffers: Sequence[memoryview] = ()
+
+    def unpickled(self, load_part: Callable[[Any], Any], installed_only: bool = False) -> Any:
+        """``installed_only``: raises `NotHandedOut` for classes of modules that are neither imported nor installed."""
+        return _Unpickler(self.data, self.buffers, load_part, installed_only).load()
+
+
+class Channel:
+    """One end of the connection. Any thread may send; one thread receives."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._sending = threading.Lock()
+
+    def send(self, kind: Kind, call: int, content: Any = None, save_part: Callable[[Part], Any] | None = None) -> None:
+        """Sends a frame. Raises OSError if the other end has closed, and what pickling raises; then nothing is sent."""
+        buffers: list[memoryview] = []
+        data = pickled(content, buffers, save_part)
+        fd = _in_shared_memory(buffers) if buffers else None
+        try:
+            slots = b"".join(_SLOT.pack(*slot) for slot in _slots(buffers))
+            head = _HEADER.pack(kind, call, len(data), len(buffers)) + slots
+            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            with self._sending:
+                sent = self._socket.sendmsg([head], rights)
+                self._socket.sendall(head[sent:] + data)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def receive(self) -> Frame:
+        """Waits for the next frame; raises EOFError if the other end has closed, or has died."""
+        try:
+            head, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, 1)
+            head += self._read(_HEADER.size - len(head)) if head else b""
+            if not head:
+                raise EOFError
+            kind, call, length, count = _HEADER.unpack(head)
+            try:
+                slots = [_SLOT.unpack(self._read(_SLOT.size)) for _ in range(count)]
+                data = self._read(length)
+                return Frame(Kind(kind), call, data, _mapped(fds[0], slots) if fds else ())
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        except OSError as error:
+            raise EOFError from error
+
+    def close(self) -> None:
+        """Closes this end, and ends a `receive` of another thread."""
+        with contextlib.suppress(OSError):  # the other end was first
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read(self, length: int) -> bytes:
+        parts = []
+        while length:
+            part = self._socket.recv(min(length, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+
+def pickled(
+    content: Any, buffers: list[memoryview] | None = None, save_part: Callable[[Part], Any] | None = None
+) -> bytes:
+    """Pickles; functions and classes that cannot be imported are pickled by value (cloudpickle).
+
+    Large buffers are appended to ``buffers``. ``save_part`` replaces each `Part` by a value from which ``load_part``
+    of the other side makes its own.
+    """
+    file = io.BytesIO()
+    _Pickler(file, buffers, save_part).dump(content)
+    return file.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(
+        self, file: io.BytesIO, buffers: list[memoryview] | None, save_part: Callable[[Part], Any] | None
+    ) -> None:
+        super().__init__(file, 5, buffer_callback=self._in_band)
+        self._buffers = buffers
+        self._save_part = save_part
+
+    def persistent_id(self, thing: Any) -> Any:
+        return self._save_part(thing) if self._save_part is not None and type(thing) is Part else None
+
+    def reducer_override(self, thing: Any) -> Any:
+        kind = type(thing)
+        if kind.__name__ == "Tensor" and kind.__module__ == "torch":
+            return _reduced(thing)
+        return super().reducer_override(thing)
+
+    def _in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if self._buffers is None or raw.nbytes < SHARED_FROM_BYTES:
+            return True
+        self._buffers.append(raw)
+        return False
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(
+        self, data: bytes, buffers: Sequence[memoryview], load_part: Callable[[Any], Any], installed_only: bool
+    ) -> None:
+        super().__init__(io.BytesIO(data), buffers=buffers)
+        self._load_part = load_part
+        self._installed_only = installed_only
+
+    def persistent_load(self, saved: Any) -> Any:
+        return self._load_part(saved)
+
+    def find_class(self, module: str, name: str) -> Any:
+        # An engine's own modules must not be imported by the manager: they may load models, or use the GPU.
+        if self._installed_only and module not in sys.modules and not _is_installed(module.partition(".")[0]):
+            raise NotHandedOut(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """Returns whether a package is part of Python or installed, or this one."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return False
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    origin = spec.origin or ""
+    return (
+        package == __name__.partition(".")[0] or origin in ("built-in", "frozen") or origin.startswith(tuple(folders))
+    )
+
+
+def _reduced(tensor: torch.Tensor) -> Any:
+    """Reduces a tensor to its bytes; one on a GPU to a copy in main memory, since the receiver may not use the GPU."""
+    import torch
+
+    if tensor.is_cuda:
+        tensor = tensor.detach().cpu()
+    simple = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.requires_grad
+    if not simple or tensor.is_quantized or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return tensor.__reduce_ex__(5)  # type: ignore[no-untyped-call]
+    flat = tensor.detach().reshape(-1)
+    raw: Any = flat.view(torch.uint8).numpy() if flat.numel() else bytearray()
+    return _tensor, (pickle.PickleBuffer(raw), tensor.dtype, tuple(tensor.shape))
+
+
+def _tensor(raw: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    if not len(raw):
+        return torch.empty(shape, dtype=dtype)
+    if memoryview(raw).readonly:  # small ones are part of the pickle
+        raw = bytearray(raw)
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+_ALIGNED = 64
+
+
+def _slots(buffers: Sequence[memoryview]) -> list[tuple[int, int]]:
+    """Returns offset and length of each buffer in the shared memory."""
+    slots, offset = [], 0
+    for buffer in buffers:
+        slots.append((offset, buffer.nbytes))
+        offset += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
+    return slots
+
+
+def _in_shared_memory(buffers: Sequence[memoryview]) -> int:
+    fd = os.memfd_create("gpu-worker", os.MFD_CLOEXEC)
+    try:
+        for (offset, _), buffer in zip(_slots(buffers), buffers, strict=True):
+            written = 0
+            while written < buffer.nbytes:  # one call writes 2 GB at most
+                written += os.pwrite(fd, buffer[written:], offset + written)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _mapped(fd: int, slots: Sequence[tuple[int, int]]) -> list[memoryview]:
+    shared = memoryview(mmap.mmap(fd, 0))
+    return [shared[offset : offset + length] for offset, length in slots]
