@@ -119,9 +119,14 @@ class DriverCheckpoints:
         try:
             self._ask(call, {"call": call, "pid": pid, **limit}, timeout_s + self._grace_s)
         except _Failure as failure:
-            if failure.code == _NOT_PERMITTED:
-                self._refused = _NO_PERMISSION
+            if (call, failure.code) == ("lock", _NOT_PERMITTED):
+                self._refused = Sentence(
+                    f"The driver permits no checkpoints here ({_NOT_PERMITTED}). Release idle models "
+                    f"(--gpu-idle-timeout)",
+                    f"驱动在此不允许检查点操作（{_NOT_PERMITTED}）。请释放空闲的模型（--gpu-idle-timeout）",
+                )
             raise
+        self._refused = None
 
     def _state(self, pid: int, otherwise: State, ask: bool = True) -> State:
         """Asks the driver for the state of a process. ``otherwise``: what to assume without an answer."""
@@ -160,7 +165,7 @@ class DriverCheckpoints:
         if "error" in answer:
             found = re.match(r"CUDA_ERROR_\w+", answer["error"])
             code = found[0] if found else ""
-            words = _WORDS.get((step, code)) or _WORDS.get(("", code)) or Sentence.of(answer["error"].rstrip("."))
+            words = _WORDS.get((step, code)) or Sentence.of(answer["error"].rstrip("."))
             raise _Failure(step, words, code)
         return answer["result"]
 
@@ -172,13 +177,12 @@ class DriverCheckpoints:
             if self._closed:  # meanwhile
                 self._helper.end()
             answer = self._helper.ask(None, self._start_timeout_s)
-            words = Sentence.of(answer["error"]) if "error" in answer else None
+            words = Sentence.of(answer["error"].rstrip(".")) if "error" in answer else None
         except TimeoutError:
             limit = f"{self._start_timeout_s:g}"
             words = Sentence(f"it was not ready within {limit} s", f"{limit} 秒内未就绪")
         except (OSError, ValueError) as error:
             words = self._helper.end() if self._helper else Sentence.of(str(error))
-        self._refused = None
         if words is not None:
             if self._helper:
                 self._helper.end()
@@ -287,10 +291,6 @@ def _is_installed(module: str) -> bool:
     return places is not None and PathFinder.find_spec(module, places) is not None
 
 
-_NO_PERMISSION = Sentence(
-    f"The driver permits no checkpoints here ({_NOT_PERMITTED}): release idle models (--gpu-idle-timeout)",
-    f"驱动在此不允许检查点操作（{_NOT_PERMITTED}）：请释放空闲的模型（--gpu-idle-timeout）",
-)
 _WORDS = {
     ("lock", "CUDA_ERROR_NOT_READY"): Sentence(
         "the GPU was still computing for it when the time was up", "超时后 GPU 仍在为其计算"
@@ -298,6 +298,8 @@ _WORDS = {
     ("checkpoint", _FULL): Sentence(
         f"main memory has no room for what it holds on the GPU ({_FULL})", f"内存不足以存放其显存内容（{_FULL}）"
     ),
-    ("", _NOT_PERMITTED): _NO_PERMISSION,
+    ("lock", _NOT_PERMITTED): Sentence(
+        f"the driver does not permit it ({_NOT_PERMITTED})", f"驱动不允许此操作（{_NOT_PERMITTED}）"
+    ),
 }
-"""The driver's errors for users, by call; empty: any. Others are shown as they are."""
+"""The driver's errors for users, by call. Others are shown as they are."""
