@@ -321,6 +321,23 @@ def test_threads_take_turns_at_one_helper(checkpoints: DriverCheckpoints, driver
     assert len(driver.helpers()) == 1
 
 
+def test_an_interrupted_call_leaves_no_answer_behind(checkpoints: DriverCheckpoints, driver: Driver) -> None:
+    def interrupt() -> None:
+        driver.wait_until_it_hangs()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoints.checkpoint(driver.pid, TIMEOUT_S)
+    checkpoints.restore(driver.pid, TIMEOUT_S)
+    driver.order("lock", work=True, hang=True)
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.checkpoint(driver.pid, TIMEOUT_S)
+    watcher.join()
+    assert checkpoints.state(driver.pid) == "locked"
+    assert len(driver.helpers()) == 2
+
+
 def test_closing_ends_a_call_that_hangs(checkpoints: DriverCheckpoints, driver: Driver) -> None:
     driver.order("lock", hang=True)
     failed: list[CheckpointFailed] = []
