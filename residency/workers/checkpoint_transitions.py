@@ -22,8 +22,8 @@ class Remedy(Enum):
         "the process runs as before, and what it holds on the GPU stays there", "进程照常运行，其显存仍留在 GPU 上"
     )
     RETRY = Sentence(
-        "the process is still checkpointed: restore it when the GPU has room, or end it",
-        "进程仍处于检查点状态：请在显存足够时再恢复，或结束该进程",
+        "the process is still checkpointed: restore it again, or end it",
+        "进程仍处于检查点状态：可再次恢复，或结束该进程",
     )
     END = Sentence(
         "the process cannot go on: it is ended, and the next request loads the model anew",

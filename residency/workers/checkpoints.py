@@ -59,7 +59,7 @@ class DriverCheckpoints:
         self._start_timeout_s, self._grace_s = start_timeout_s, grace_s
         self._lock = threading.Lock()
         self._helper: _Helper | None = None
-        self._closed = False
+        self._was_ready = self._closed = False
         self._refused: Sentence | None = None
         self._known: dict[int, State] = {}
         """Last known states other than running: for when the driver does not report one."""
@@ -79,8 +79,7 @@ class DriverCheckpoints:
     def state(self, pid: int) -> State:
         """Returns the state of a process; ``failed`` also if the driver does not report it after a call was lost."""
         with self._lock:
-            untouched = self._helper is None and pid not in self._known
-            found = self._state(pid, self._known.get(pid, "running"), ask=not untouched)
+            found = self._state(pid, self._known.get(pid, "running"), ask=self._was_ready)
             self._remember(pid, found)
             return found
 
@@ -119,9 +118,14 @@ class DriverCheckpoints:
         try:
             self._ask(call, {"call": call, "pid": pid, **limit}, timeout_s + self._grace_s)
         except _Failure as failure:
-            if failure.code == _NOT_PERMITTED:
-                self._refused = _NO_PERMISSION
+            if (call, failure.code) == ("lock", _NOT_PERMITTED):
+                self._refused = Sentence(
+                    f"The driver permits no checkpoints here ({_NOT_PERMITTED}). Release idle models "
+                    f"(--gpu-idle-timeout)",
+                    f"驱动在此不允许检查点操作（{_NOT_PERMITTED}）。请释放空闲的模型（--gpu-idle-timeout）",
+                )
             raise
+        self._refused = None
 
     def _state(self, pid: int, otherwise: State, ask: bool = True) -> State:
         """Asks the driver for the state of a process. ``otherwise``: what to assume without an answer."""
@@ -139,16 +143,16 @@ class DriverCheckpoints:
     def _ask(self, step: Call | Literal["state"], request: dict[str, Any], timeout_s: float) -> Any:
         """Makes a call in the helper, which is started if there is none; raises `_Failure`."""
         if self._helper and self._helper.has_ended():  # while it was idle
-            self._helper.end()
-            self._helper = None
+            self._drop_helper()
         if self._helper is None:
             self._start()
         assert self._helper
         try:
             answer = self._helper.ask(request, timeout_s)
-        except (OSError, ValueError) as error:
-            words = self._helper.end()
-            self._helper = None
+        except BaseException as error:  # Ctrl-C too: the next call would read the answer of this one
+            words = self._drop_helper()
+            if not isinstance(error, OSError | ValueError):
+                raise
             if isinstance(error, TimeoutError):
                 words = Sentence(
                     f"the driver has not answered within {timeout_s:g} s", f"驱动在 {timeout_s:g} 秒内没有应答"
@@ -160,7 +164,7 @@ class DriverCheckpoints:
         if "error" in answer:
             found = re.match(r"CUDA_ERROR_\w+", answer["error"])
             code = found[0] if found else ""
-            words = _WORDS.get((step, code)) or _WORDS.get(("", code)) or Sentence.of(answer["error"].rstrip("."))
+            words = _WORDS.get((step, code)) or Sentence.of(answer["error"].rstrip("."))
             raise _Failure(step, words, code)
         return answer["result"]
 
@@ -172,22 +176,27 @@ class DriverCheckpoints:
             if self._closed:  # meanwhile
                 self._helper.end()
             answer = self._helper.ask(None, self._start_timeout_s)
-            words = Sentence.of(answer["error"]) if "error" in answer else None
-        except TimeoutError:
-            limit = f"{self._start_timeout_s:g}"
-            words = Sentence(f"it was not ready within {limit} s", f"{limit} 秒内未就绪")
-        except (OSError, ValueError) as error:
-            words = self._helper.end() if self._helper else Sentence.of(str(error))
-        self._refused = None
+            words = Sentence.of(answer["error"].rstrip(".")) if "error" in answer else None
+        except BaseException as error:
+            words = self._drop_helper() or Sentence.of(str(error))
+            if not isinstance(error, OSError | ValueError):
+                raise
+            if isinstance(error, TimeoutError):
+                limit = f"{self._start_timeout_s:g}"
+                words = Sentence(f"it was not ready within {limit} s", f"{limit} 秒内未就绪")
         if words is not None:
-            if self._helper:
-                self._helper.end()
-                self._helper = None
+            self._drop_helper()
             self._refused = Sentence(
                 f"The helper process for checkpoints cannot start ({words.en}). Check the NVIDIA driver and cuda-core",
                 f"检查点辅助进程无法启动（{words.zh}）。请检查 NVIDIA 驱动和 cuda-core",
             )
             raise _Failure("start", words)
+        self._was_ready = True
+
+    def _drop_helper(self) -> Sentence:
+        """Ends the helper, if there is one, and returns its end in words."""
+        helper, self._helper = self._helper, None
+        return helper.end() if helper else Sentence.of("")
 
     @cached_property
     def _obstacle(self) -> Sentence | None:
@@ -287,10 +296,6 @@ def _is_installed(module: str) -> bool:
     return places is not None and PathFinder.find_spec(module, places) is not None
 
 
-_NO_PERMISSION = Sentence(
-    f"The driver permits no checkpoints here ({_NOT_PERMITTED}): release idle models (--gpu-idle-timeout)",
-    f"驱动在此不允许检查点操作（{_NOT_PERMITTED}）：请释放空闲的模型（--gpu-idle-timeout）",
-)
 _WORDS = {
     ("lock", "CUDA_ERROR_NOT_READY"): Sentence(
         "the GPU was still computing for it when the time was up", "超时后 GPU 仍在为其计算"
@@ -298,6 +303,8 @@ _WORDS = {
     ("checkpoint", _FULL): Sentence(
         f"main memory has no room for what it holds on the GPU ({_FULL})", f"内存不足以存放其显存内容（{_FULL}）"
     ),
-    ("", _NOT_PERMITTED): _NO_PERMISSION,
+    ("lock", _NOT_PERMITTED): Sentence(
+        f"the driver does not permit it ({_NOT_PERMITTED})", f"驱动不允许此操作（{_NOT_PERMITTED}）"
+    ),
 }
-"""The driver's errors for users, by call; empty: any. Others are shown as they are."""
+"""The driver's errors for users, by call. Others are shown as they are."""
