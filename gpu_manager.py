@@ -57,7 +57,7 @@ from residency.scheduling.registry import Registry
 from residency.scheduling.status import Overview
 from residency.states import State
 from residency.status_types import Status, UsageHistory
-from residency.workers.isolation import IsolationMode, isolation_for
+from residency.workers.isolation import IsolationMode, Residue, isolation_for
 
 __all__ = ["CpuDevice", "CudaDevice", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable", "Event",
            "EventLoopBlocked", "GPUResourceManager", "Lease", "LeaseDeadlock", "LoadTimeout", "ManagerClosed",
@@ -73,10 +73,10 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         keep_warm, idle_timeout: defaults for `register`.
         snapshot_dir: folder for the weights of released models, for reloads; at most ``snapshot_limit_bytes``.
         budget_bytes: limit of device memory for all models together.
-        wait_timeout: default limit of a request's wait for its turn and for room, without the time of its load or
-            restore. -1: no limit.
-        isolation: ``"process"`` builds each engine in a worker process that a release ends, so that nothing is left on
-            the device; leases return a `residency.workers.remote_engine.RemoteEngine`. Linux only.
+        wait_timeout: default limit of the wait for a turn and for room, without load or restore; -1: no limit.
+        isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
+        residue: what an offload leaves of a worker on the device: ``"keep"`` it there, ``"checkpoint"`` it by the
+            driver, or ``"auto"``: checkpoint it where that is possible.
 
     Thread-safe. Moves run outside the lock, so `status` returns at once even during a load. In a forked child the
     manager is closed; the models belong to the parent.
@@ -96,6 +96,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         budget_bytes: int | None = None,
         wait_timeout: float | str = -1,
         isolation: IsolationMode = "none",
+        residue: Residue = "auto",
         clock: Clock | None = None,
         adopt: Adopt = adopt,
     ) -> None:
@@ -104,9 +105,9 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self.settings = comparable(
             device=device, keep_warm=keep_warm, idle_timeout=idle_timeout, snapshot_dir=snapshot_dir,
             snapshot_limit_bytes=snapshot_limit_bytes, budget_bytes=budget_bytes, wait_timeout=wait_timeout,
-            isolation=isolation,
+            isolation=isolation, residue=residue,
         )  # fmt: skip
-        self._isolation = isolation_for(isolation, device, snapshot_dir)
+        self._isolation = isolation_for(isolation, device, snapshot_dir, residue)
         self.device: Device = self._isolation.observed if self._isolation else device
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
         mover = Mover(self.device, self._isolation.adopt if self._isolation else adopt, snapshots)
@@ -327,6 +328,7 @@ def get_gpu_manager(
     budget_bytes: int | None = None,
     wait_timeout: float | str | None = None,
     isolation: IsolationMode | None = None,
+    residue: Residue | None = None,
 ) -> GPUResourceManager:
     """Returns the manager of this process; creates it on the first call and after `close`.
 
@@ -338,8 +340,7 @@ def get_gpu_manager(
         if _singleton is None or _singleton.closed:
             _singleton = GPUResourceManager(**asked)
         for setting, value in comparable(**asked).items():
-            present = _singleton.settings[setting]
-            if value != present:
+            if value != (present := _singleton.settings[setting]):
                 raise SettingsConflict(setting, str(present), str(value))
         return _singleton
 

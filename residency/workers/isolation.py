@@ -24,14 +24,20 @@ logger = logging.getLogger(__name__)
 
 
 IsolationMode = Literal["none", "process"]
+Residue = Literal["keep", "checkpoint", "auto"]
 
 
-def isolation_for(mode: IsolationMode, device: Device, snapshot_dir: object) -> Isolation | None:
+def isolation_for(
+    mode: IsolationMode, device: Device, snapshot_dir: object, residue: Residue = "auto"
+) -> Isolation | None:
     """Returns the isolation of a manager; None for ``none``. Raises `InvalidInput`."""
-    if mode not in get_args(IsolationMode):
-        raise InvalidInput(
-            f"isolation is none or process, not {mode!r}", f"isolation 只能是 none 或 process，而不是 {mode!r}"
-        )
+    for name, value, known in (("isolation", mode, IsolationMode), ("residue", residue, Residue)):
+        if value not in get_args(known):
+            *first, last = get_args(known)
+            raise InvalidInput(
+                f"{name} is {', '.join(first)} or {last}, not {value!r}",
+                f"{name} 只能是 {'、'.join(first)} 或 {last}，而不是 {value!r}",
+            )
     if mode == "none":
         return None
     if snapshot_dir is not None:
@@ -41,7 +47,7 @@ def isolation_for(mode: IsolationMode, device: Device, snapshot_dir: object) -> 
             "使用进程隔离时，释放会结束引擎的进程，快照无法再加载到其中："
             "请去掉 --gpu-snapshot-dir（snapshot_dir），或使用 --gpu-isolation none",
         )
-    return Isolation(device)
+    return Isolation(device, residue)
 
 
 class Isolation:
@@ -50,10 +56,11 @@ class Isolation:
     Only the workers use ``device``; ``observed`` is the manager's view of it.
     """
 
-    def __init__(self, device: Device, hangs_after_s: float = HANGS_AFTER_S) -> None:
+    def __init__(self, device: Device, residue: Residue = "auto", hangs_after_s: float = HANGS_AFTER_S) -> None:
         check_system()
         self._device = device
         self.observed = ObservedDevice(device)
+        self.residue = residue
         self._hangs_after_s = hangs_after_s
         self._spawner = Spawner()
         self._spawner.start()
