@@ -193,6 +193,8 @@ def _manager(settings: Settings) -> GPUResourceManager:
         snapshot_limit_bytes=settings.gpu_snapshot_limit,
         budget_bytes=settings.gpu_budget,
         wait_timeout=settings.gpu_wait_timeout,
+        isolation=settings.gpu_isolation,
+        residue=settings.gpu_residue,
     )
     logger.info("🚀 GPU 管理已启用 / GPU management is on: %s", manager.device.name)
     return manager

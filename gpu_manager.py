@@ -73,7 +73,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         keep_warm, idle_timeout: defaults for `register`.
         snapshot_dir: folder for the weights of released models, for reloads; at most ``snapshot_limit_bytes``.
         budget_bytes: limit of device memory for all models together.
-        wait_timeout: default limit of a request's wait for its turn and for room, without its load or restore; -1: none.
+        wait_timeout: default limit of the wait for a turn and for room, without load or restore; -1: no limit.
         isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
         residue: what an offload leaves of a worker on the device: ``"keep"`` it there, ``"checkpoint"`` it by the
             driver, or ``"auto"``: checkpoint it where that is possible.

@@ -24,12 +24,13 @@ PUBLIC = (*OF_APP, "CUDA_VISIBLE_DEVICES", "TORCH_INDEX_URL")
 LAST_START = "last start"
 _ALIASES = {"SERVER_NAME": "HOST", "SERVER_PORT": "PORT"}  # names in app.py
 _FOLDERS = {"GPU_SNAPSHOT_DIR", "STEP_AUDIO_ROOT", "VENV_DIR", "MODEL_PATH", "PROJECT_DIR", "RUN_DIR"}
-_REMEMBERED = {"HOST", "GPU_ID", "GPU_IDLE_TIMEOUT", "GPU_KEEP_WARM", "GPU_SNAPSHOT_DIR", "MODEL_PATH",
-               "STEP_AUDIO_ROOT", "PROJECT_DIR", "VENV_DIR", "DETACH"}  # fmt: skip
+_REMEMBERED = {"HOST", "GPU_ID", "GPU_IDLE_TIMEOUT", "GPU_KEEP_WARM", "GPU_SNAPSHOT_DIR", "GPU_ISOLATION",
+               "MODEL_PATH", "STEP_AUDIO_ROOT", "PROJECT_DIR", "VENV_DIR", "DETACH"}  # fmt: skip
 _TO_APP = {"host": "--server-name", "port": "--server-port"} | {
     name: "--" + name.replace("_", "-")
-    for name in ("gpu_idle_timeout", "gpu_keep_warm", "gpu_snapshot_dir", "model_path", "step_audio_root")
-}
+    for name in ("gpu_idle_timeout", "gpu_keep_warm", "gpu_snapshot_dir", "gpu_isolation",
+                 "model_path", "step_audio_root")
+}  # fmt: skip
 _ADDRESS = r"localhost|[0-9.]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]?"
 
 
@@ -62,6 +63,10 @@ class LaunchSettings:
     gpu_snapshot_dir: str = _setting(
         "", "folder for snapshots of released weights (none)", "已释放权重的保存目录（无）"
     )
+    gpu_isolation: str = _setting(
+        "", "process: each model in a process of its own, of which a release leaves nothing on the GPU (none)",
+        "process：每个模型在独立的进程中运行，释放后 GPU 上不留任何内容（none）",
+    )  # fmt: skip
     model_path: str = _setting("", "weights of Step-Audio-EditX (none: built-in engine)",
                                "Step-Audio-EditX 的权重目录（不设则用内置引擎）")  # fmt: skip
     step_audio_root: str = _setting("", "checkout of Step-Audio-EditX", "Step-Audio-EditX 的代码目录")

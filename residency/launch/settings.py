@@ -151,6 +151,13 @@ class Settings:
         size_bytes)
     gpu_host_memory_limit: int | None = _flag(
         None, "limit of pinned main memory for fast copies (16GB; default: no limit)", size_bytes)
+    gpu_isolation: Literal["none", "process"] = _flag(
+        "none", "process: each model in a worker process of its own, which a release ends, so that nothing of it is "
+        "left on the GPU; Linux only (default: %(default)s)", choices=["none", "process"])
+    gpu_residue: Literal["keep", "checkpoint", "auto"] = _flag(
+        "auto", "with --gpu-isolation process: what an offload leaves of the worker on the GPU (CUDA context, "
+        "workspaces) stays there (keep) or is moved to main memory by the driver (checkpoint); auto: where the driver "
+        "can do that (default: %(default)s)", choices=["keep", "checkpoint", "auto"])
     simulate_gpu: tuple[int, int] | None = _flag(
         None, "simulated GPU of this size (48GB), to try everything without a GPU; 48GB,context=400MB: one on which "
         "each process that uses it takes 400 MB for its CUDA context", simulated_card)
@@ -198,12 +205,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
 
 def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Settings:
     """Checks flags against each other; raises `InvalidInput`."""
-    if values.pop("gpu_isolation") != "none":
-        raise InvalidInput(
-            "--gpu-isolation process is not available yet; leave it out", "--gpu-isolation 尚未提供，请去掉"
-        )
-    for flag, needed in (("simulate_gpu", "enable_gpu_management"), ("asr_model", "enable_auto_transcribe")):
-        if values[flag] is not None and not values[needed]:
+    for flag, needed in (
+        ("simulate_gpu", "enable_gpu_management"),
+        ("gpu_isolation", "enable_gpu_management"),
+        ("asr_model", "enable_auto_transcribe"),
+    ):
+        if values[flag] not in (None, "none") and not values[needed]:
             en, zh = "{0} needs {1}; add it or leave {0} out", "{0} 需要与 {1} 一起使用"
             flags = ["--" + name.replace("_", "-") for name in (flag, needed)]
             raise InvalidInput(en.format(*flags), zh.format(*flags))
@@ -268,7 +275,6 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Step-Audio-EditX in the browser; its model leaves the GPU while it is idle.", allow_abbrev=False
     )
-    parser.add_argument("--gpu-isolation", choices=["none", "process"], default="none", help=argparse.SUPPRESS)
     group: argparse._ActionsContainer = parser
     for each in fields(Settings):
         argument = dict(each.metadata)

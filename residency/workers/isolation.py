@@ -28,21 +28,19 @@ logger = logging.getLogger(__name__)
 
 IsolationMode = Literal["none", "process"]
 
-Residue = Literal["auto", "keep", "checkpoint"]
+Residue = Literal["keep", "checkpoint", "auto"]
 """What becomes of the memory that an offloaded worker holds beyond its weights; ``auto``: checkpointed if possible."""
 
 
 def isolation_for(mode: IsolationMode, device: Device, snapshot_dir: object, residue: Residue) -> Isolation | None:
     """Returns the isolation of a manager; None for ``none``. Raises `InvalidInput`."""
-    if residue not in get_args(Residue):
-        raise InvalidInput(
-            f"residue is auto, keep or checkpoint, not {residue!r}",
-            f"residue 只能是 auto、keep 或 checkpoint，而不是 {residue!r}",
-        )
-    if mode not in get_args(IsolationMode):
-        raise InvalidInput(
-            f"isolation is none or process, not {mode!r}", f"isolation 只能是 none 或 process，而不是 {mode!r}"
-        )
+    for name, value, known in (("isolation", mode, IsolationMode), ("residue", residue, Residue)):
+        if value not in get_args(known):
+            *first, last = get_args(known)
+            raise InvalidInput(
+                f"{name} is {', '.join(first)} or {last}, not {value!r}",
+                f"{name} 只能是 {'、'.join(first)} 或 {last}，而不是 {value!r}",
+            )
     if mode == "none":
         return None
     if snapshot_dir is not None:

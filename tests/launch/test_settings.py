@@ -3,13 +3,17 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from reverse_proxies import make_certificate
 
+import app
+from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.engines.generations import GENERATIONS
 from residency.engines.step_audio_facts import ACOUSTIC_MODEL
+from residency.errors import InvalidInput
 from residency.launch.settings import ENGINE_FLAGS, parse
 from residency.launch.values import size_bytes
 
@@ -69,6 +73,36 @@ def test_a_request_waits_ten_minutes_at_most_unless_told_otherwise() -> None:
     assert parse([], {}).gpu_wait_timeout == 600
     assert parse(["--gpu-wait-timeout", "90s"], {}).gpu_wait_timeout == 90
     assert parse(["--gpu-wait-timeout", "-1"], {}).gpu_wait_timeout == math.inf
+
+
+def test_models_share_the_process_of_the_app_unless_told_otherwise() -> None:
+    settings = parse([], {})
+    assert (settings.gpu_isolation, settings.gpu_residue) == ("none", "auto")
+    settings = parse(["--enable-gpu-management", "--gpu-isolation", "process", "--gpu-residue", "keep"], {})
+    assert (settings.gpu_isolation, settings.gpu_residue) == ("process", "keep")
+
+
+def test_the_app_builds_its_manager_with_the_isolation_of_the_flags(tmp_path: Path) -> None:
+    flags = ["--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-isolation", "process", "--gpu-residue", "keep"]
+    with app._manager(parse(flags, {})) as manager:
+        assert (manager.settings["isolation"], manager.settings["residue"]) == ("process", "keep")
+    with pytest.raises(InvalidInput, match="leave out --gpu-snapshot-dir"):
+        app._manager(parse([*flags, "--gpu-snapshot-dir", str(tmp_path)], {}))
+
+
+def test_a_system_without_fork_servers_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(InvalidInput, match="use --gpu-isolation none"):
+        GPUResourceManager(SimulatedDevice(1000), isolation="process")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"isolation": "thread"}, {"residue": "drop"}, {"isolation": "process", "residue": ""}]
+)
+def test_the_library_says_what_isolation_and_residue_can_be(wrong: dict[str, Any]) -> None:
+    name = list(wrong)[-1]
+    with pytest.raises(InvalidInput, match=f"{name} is (none or process|keep, checkpoint or auto), not"):
+        GPUResourceManager(SimulatedDevice(1000), **wrong)
 
 
 def test_keep_warm_may_be_left_to_learn() -> None:
@@ -199,7 +233,9 @@ def test_the_token_is_not_shown_with_the_settings() -> None:
         (["--gpu-budget", "half"], "48GB"),
         (["--gpu-load-timeout", "soon"], "15m"),
         (["--shutdown-grace", "-2"], "-1"),
-        (["--gpu-isolation", "process"], "not available yet"),
+        (["--gpu-isolation", "process"], "--enable-gpu-management"),
+        (["--enable-gpu-management", "--gpu-isolation", "container"], "process"),
+        (["--enable-gpu-management", "--gpu-residue", "drop"], "checkpoint"),
         (["--server-port", "70000"], "65535"),
         (["--allowed-host", "speech example"], "speech.example.org"),
         (["--allowed-host", "http://[::1"], "speech.example.org"),
