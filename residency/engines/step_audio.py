@@ -56,7 +56,7 @@ def build(
     source = getattr(loader.ModelSource, model_source.upper())
     tokenizer_folder, model_folder = generation.folders(model_path, model_source, flags)
     tokenizer_arguments, arguments = _arguments(generation, values)
-    return _build(
+    engine = _build(
         lambda: tts.StepAudioTTS(
             model_folder,
             tokenizers.StepAudioTokenizer(tokenizer_folder, model_source=source, **tokenizer_arguments),
@@ -68,6 +68,9 @@ def build(
         _weights_check(model_path, generation, model_source, tts_model_id, flags),
         loader if managed else None,
     )
+    if not managed:  # otherwise `GPUManagedTTS` has it
+        engine.check_audio = functools.partial(check_audio, generation, values.get("max_model_len"))  # type: ignore[attr-defined]
+    return engine
 
 
 def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
@@ -180,12 +183,12 @@ def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
     """Does the same for the arguments of `build_tts`; a missing checkout is a warning here."""
     try:
         checkout = find_checkout(None)
-        generation = generation_of(checkout)
-        arguments = own_arguments(generation, arguments)
-        graphs = [_CUDA_GRAPHS] if arguments.get("cosyvoice_cuda_graph") else []
-        return [*graphs, *_shortcomings(checkout, generation, lambda: _check_tts(model_path, arguments))]
     except EngineUnavailable as error:
         return [message_of(error)]
+    generation = generation_of(checkout)
+    arguments = own_arguments(generation, arguments)
+    graphs = [_CUDA_GRAPHS] if arguments.get("cosyvoice_cuda_graph") else []
+    return [*graphs, *_shortcomings(checkout, generation, lambda: _check_tts(model_path, arguments))]
 
 
 _CUDA_GRAPHS = Sentence(
