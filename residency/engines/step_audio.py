@@ -73,12 +73,12 @@ def build(
     return engine
 
 
-def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
+def build_tts(model_path: str, make_tokenizer: Callable[[], Any], root: str | None = None, **arguments: Any) -> Engine:
     """Builds StepAudioTTS, managed, with the arguments of its constructor in either generation.
 
     Calls ``make_tokenizer`` once the checkout's modules can be imported. Errors as for `build`.
     """
-    checkout = find_checkout(None)
+    checkout = find_checkout(root)
     generation = generation_of(checkout)
     arguments = own_arguments(generation, arguments)
     tts, loader = _import(checkout, generation, "tts", "model_loader")
@@ -90,6 +90,14 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
         lambda: _check_tts(model_path, arguments),
         loader,
     )
+
+
+def checkout_now() -> str | None:
+    """Returns the folder of the checkout that a load would use now; None without one."""
+    try:
+        return str(find_checkout())
+    except EngineUnavailable:
+        return None
 
 
 def generation(root: str | None = None) -> Generation:
@@ -179,10 +187,10 @@ def shortcomings(
     return [*([hub] if hub else []), *graphs, *found]
 
 
-def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
+def tts_shortcomings(model_path: str, root: str | None = None, **arguments: Any) -> list[Sentence]:
     """Does the same for the arguments of `build_tts`; a missing checkout is a warning here."""
     try:
-        checkout = find_checkout(None)
+        checkout = find_checkout(root)
     except EngineUnavailable as error:
         return [message_of(error)]
     generation = generation_of(checkout)

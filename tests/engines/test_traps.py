@@ -145,9 +145,8 @@ for ask in (lambda path: speech.clone(path, "a", "b"), lambda path: speech.edit(
     except InvalidInput as refused:
         print(refused)
 """
-    build = "def build(**flags):\n    return step_audio.build(MODELS, **flags)\n"
     old = generation is TRANSFORMERS
-    said = run(build + script, models, voice) if old else run_newer(script, models, voice, newer)
+    said = run(script, models, voice) if old else run_newer(script, models, voice, newer)
     assert said.count(f"takes {192 if old else 69} s at most") == 2
 
 

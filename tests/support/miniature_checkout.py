@@ -32,8 +32,8 @@ from tts_gpu_managed import GPUManagedTTS, Part
 MODELS, VOICE = sys.argv[1:3]
 SAY = VOICE, "what is said", "what to say"
 
-def build():
-    return step_audio.build(MODELS)
+def build(**flags):
+    return step_audio.build(MODELS, **flags)
 
 def managed(**settings):
     manager = GPUResourceManager(SimulatedDevice(48 << 30), **settings)
