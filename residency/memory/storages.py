@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -278,18 +278,21 @@ def _integers() -> dict[int, torch.dtype]:
 
 def hide_tensors(storages: Collection[ManagedStorage]) -> None:
     """Makes each use of the tensors raise; call before their bytes are dropped."""
-    absent_tensors.hide_tensors(
-        tensor for managed in storages for tensor in chain(managed.tensors.values(), managed.other_tensors)
-    )
+    absent_tensors.hide_tensors(_tensors_over(storages))
 
 
 def show_tensors(storages: Collection[ManagedStorage]) -> None:
     """Undoes `hide_tensors`; call once the bytes are restored."""
-    absent_tensors.show_tensors(
-        tensor for managed in storages for tensor in chain(managed.tensors.values(), managed.other_tensors)
-    )
+    absent_tensors.show_tensors(_tensors_over(storages))
     for managed in storages:
         managed.other_tensors.clear()
+
+
+def _tensors_over(storages: Collection[ManagedStorage]) -> Iterator[torch.Tensor]:
+    return chain(
+        (tensor for managed in storages for tensor in managed.tensors.values()),
+        (tensor for managed in storages for tensor in managed.other_tensors),
+    )
 
 
 def forget_other_tensors(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:
