@@ -135,8 +135,6 @@ class ManagedStorage:
         resized: they are copied to a new storage of torch. ``apart`` and arrays (`ARRAYS`) force the copy for any
         storage: outside users keep the old one whole as long as they need it.
         """
-        import torch
-
         if self.byte_view.is_cpu and self.storage.is_shared():
             logger.warning("%s is shared with other processes and is not moved", ", ".join(self.tensors))
             return False
@@ -144,6 +142,8 @@ class ManagedStorage:
         arrays = [array for one in known if (array := one()) is not None] if known else []
         if self.storage.resizable() and not apart and not arrays:
             return True
+        import torch  # not for each of many storages
+
         exported = self._exported(self._known())
         try:
             home = torch.UntypedStorage(self.nbytes, device=self.storage.device)  # type: ignore[no-untyped-call]
@@ -285,13 +285,14 @@ def show_tensors(storages: Collection[ManagedStorage]) -> None:
     """Undoes `hide_tensors`; call once the bytes are restored."""
     absent_tensors.show_tensors(_tensors_over(storages))
     for managed in storages:
-        managed.other_tensors.clear()
+        if managed.other_tensors:
+            managed.other_tensors.clear()
 
 
 def _tensors_over(storages: Collection[ManagedStorage]) -> Iterator[torch.Tensor]:
     return chain(
         (tensor for managed in storages for tensor in managed.tensors.values()),
-        (tensor for managed in storages for tensor in managed.other_tensors),
+        (tensor for managed in storages if managed.other_tensors for tensor in managed.other_tensors),
     )
 
 
