@@ -22,7 +22,6 @@ from .memory_errors import (
     OverBudget,
     PartGone,
     RemoteError,
-    RemoteFrames,
     SelfMoveFailed,
     SelfMoveFreedNothing,
     SharedWeights,
