@@ -36,7 +36,7 @@ from .sentences import Holder, ResidencyError
 __all__ = ["CaptureUnderWay", "CapturedGraphs", "CheckpointFailed", "DeviceLost", "DeviceOutOfMemory",
            "DeviceUnavailable", "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder",
            "InvalidInput", "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed",
-           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RemoteError", "RemoteFrames",
+           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RemoteError",
            "RequestCancelled", "RequestStopped", "RequestTimeout", "ResidencyError", "SelfMoveFailed",
            "SelfMoveFreedNothing", "SettingsConflict", "SharedWeights", "SnapshotUnusable", "TensorAway",
            "TooManyListeners", "UnknownModel", "WeightsGone", "WorkerDied", "WorkerEnded", "about", "needing",
