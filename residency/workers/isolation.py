@@ -61,6 +61,8 @@ class Isolation:
         self._device = device
         self.observed = ObservedDevice(device)
         self.residue = residue
+        #: The workers in which models are being loaded, by name.
+        self.loading: dict[str, WorkerProcess] = {}
         self._hangs_after_s = hangs_after_s
         self._spawner = Spawner()
         self._spawner.start()
@@ -97,6 +99,7 @@ class Isolation:
             timer = threading.Timer(timeout_s, worker.kill, [Sentence("its load took too long", "加载时间过长")])
             timer.daemon = True
             timer.start()
+        self.loading[ask.name] = worker
         try:
             worker.ask(ask)
         except BaseException:
@@ -104,6 +107,8 @@ class Isolation:
             worker.finish(0)
             raise
         finally:
+            if self.loading.get(ask.name) is worker:
+                del self.loading[ask.name]
             if timer is not None:
                 timer.cancel()
         return RemoteEngine(worker)
