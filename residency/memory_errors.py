@@ -107,10 +107,10 @@ class SharedWeights(_OfTensors):
     """A model shares bytes with another managed model; a move of one would move bytes of the other."""
 
     en = (
-        "These tensors also belong to another managed model: {paths}. Register both as one model, or exclude the "
-        "tensors with skip."
+        "These parts also belong to another managed model: {paths}. Register both as one model, or exclude them with "
+        "skip."
     )
-    zh = "这些张量也属于另一个受管理的模型：{paths}。请将两者注册为一个模型，或用 skip 排除它们。"
+    zh = "以下部分也属于另一个受管理的模型：{paths}。请将两者注册为一个模型，或用 skip 排除它们。"
 
 
 @dataclass(eq=False, repr=False)

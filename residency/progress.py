@@ -9,7 +9,8 @@ A move runs in its own context (`contextvars`), so loaders and residents need no
 The first phase has the name of the move's state (``loading``, ``restoring``, ...). Others: ``building`` (the loader
 runs), ``looking`` (searches the engine for memory), ``checking`` (compares weights with their mirror), ``copying``
 (copies bytes between device and host; on a GPU: queues the copies), ``sessions`` (builds ONNX Runtime sessions),
-``reading`` or ``writing`` (a snapshot). A model with several parts repeats them.
+``reading`` or ``writing`` (a snapshot), ``checkpointing`` or ``resuming`` (a worker process, by the driver). A model
+with several parts repeats them.
 """
 
 from __future__ import annotations

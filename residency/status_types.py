@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
-from .contracts import DeviceKind
 from .states import Place, ShownState
 
 MoveOutcome = Literal["ok", "failed", "postponed"]
@@ -47,7 +46,7 @@ class DeviceStatus(MemorySizes):
     """The device on which the models compute."""
 
     name: Annotated[str, Doc("Its name.")]
-    kind: Annotated[DeviceKind, Doc("Its kind.")]
+    kind: Annotated[Literal["cuda", "cpu", "simulated"], Doc("Its kind.")]
     peers_bytes: Annotated[int | None, Doc("Bytes that other processes of this project use; null if unknown.")]
     power_w: Annotated[float | None, Doc("Power draw in watts; null if unknown.")]
     budget_bytes: Annotated[int | None, Doc("Bytes that all models together may use; null if not limited.")]

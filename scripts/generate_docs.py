@@ -26,6 +26,7 @@ from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
 from residency.launch import command_line, options, settings  # noqa: E402
 from residency.web.api.control import build  # noqa: E402
 from residency.web.server.permissions import Permissions  # noqa: E402
+from residency.workers.checkpoint_transitions import ROWS, Operation, Remedy, Row  # noqa: E402
 
 TRANSLATIONS = ROOT / "docs" / "zh" / "translations.json"
 MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -115,6 +116,26 @@ def _resolve(field: dict[str, Any], schemas: dict[str, Any]) -> tuple[dict[str, 
     return None, str(field.get("type", "any"))
 
 
+def transitions(operation: Operation) -> Rows:
+    return [
+        (
+            f"`{row.before}`",
+            f"`{row.call}`",
+            "`done`" if row.outcome == "done" else "`error`",
+            f"`{row.after}`",
+            [_then(row)],
+        )
+        for row in ROWS
+        if row.operation == operation
+    ]
+
+
+def _then(row: Row) -> str:
+    if isinstance(row.then, Remedy):
+        return f"Raises an error: {row.then.value.en}."
+    return f"Calls `{row.then}`." if row.then else "Returns."
+
+
 def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
     """Returns the head of each table, and the title and the rows of its groups."""
     with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
@@ -125,6 +146,7 @@ def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
         for name, setting in options.SETTINGS.items()
         if setting.metadata["en"]
     ]
+    checkpoints = [("checkpoint", transitions("checkpoint")), ("restore", transitions("restore"))]
     flag, field = ["Flag", "Default", "Meaning"], ["Field", "Type", "Meaning"]
     return {
         "app-flags": (flag, flags(settings._parser({}))),
@@ -133,6 +155,7 @@ def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
         "calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(paths))]),
         "status-codes": (["Status code", "Meaning"], [("", status_codes(paths))]),
         "status-fields": (field, [("", list(_rows(schemas["Status"], schemas, "")))]),
+        "checkpoint-transitions": (["State", "Call", "Outcome", "State after", "What follows"], checkpoints),
         "event-fields": (field, [("", list(_rows(schemas["Event"], schemas, "")))]),
     }
 
@@ -162,6 +185,7 @@ def main() -> int:
     translations = json.loads(TRANSLATIONS.read_text(encoding="utf-8"))
     chinese = translations | {"": ""}
     chinese |= {setting.metadata["en"]: setting.metadata["zh"] for setting in options.SETTINGS.values()}
+    chinese |= {f"Raises an error: {each.value.en}.": f"报错：{each.value.zh}。" for each in Remedy}
     found, missing, unused, stale = tables(), set[str](), set(translations), False
 
     def in_chinese(sentence: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ..contracts import Device
 from .cpu import CpuDevice, SimulatedDevice
 from .cuda import CudaDevice
+from .simulated_checkpoints import SimulatedCheckpoints
 
-__all__ = ["CpuDevice", "CudaDevice", "SimulatedDevice", "find_device"]
+__all__ = ["CpuDevice", "CudaDevice", "SimulatedCheckpoints", "SimulatedDevice", "find_device"]
 
 
 def find_device(pinned_limit_bytes: int | None = None) -> Device:

@@ -106,6 +106,15 @@ class TorchProbe:
 CardProbe = NvmlProbe | TorchProbe
 
 
+def driver_version() -> tuple[int, ...] | None:
+    """Returns the version of the NVIDIA driver, such as (570, 86, 10); None if NVML finds none."""
+    try:
+        pynvml.nvmlInit()
+        return tuple(map(int, _text(pynvml.nvmlSystemGetDriverVersion()).split(".")))
+    except (pynvml.NVMLError, ValueError):
+        return None
+
+
 def _by_index(index: int) -> Any:
     try:
         return pynvml.nvmlDeviceGetHandleByIndex(index)

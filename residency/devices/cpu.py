@@ -171,8 +171,13 @@ class SimulatedDevice(CpuDevice):
         """Charges bytes and, at the first use by this process, its context."""
         short = self.ledger.used(Ledger.take, nbytes, self.context_bytes, self.capacity_bytes)
         if short is not None:
-            held = self.ledger.locked(Ledger.by_process)
-            raise DeviceOutOfMemory(*short, self.name, tuple(held.items()) if held.keys() - {os.getpid()} else ())
+            raise self.full(*short)
+
+    def full(self, needed_bytes: int, free_bytes: int) -> DeviceOutOfMemory:
+        """Returns the error of a full card, with the processes that hold it if others than this one do."""
+        held = self.ledger.locked(Ledger.by_process)
+        holders = tuple(held.items()) if held.keys() - {os.getpid()} else ()
+        return DeviceOutOfMemory(needed_bytes, free_bytes, self.name, holders)
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         self._fail_if_lost()

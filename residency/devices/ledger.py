@@ -1,7 +1,8 @@
 """The books of a simulated card: a row for each process. Pickled, they are shared with the process that unpickles them.
 
-Shared books are in an anonymous file (memfd, Linux), which the other process opens through ``/proc``. Each number in a
-row is one aligned word, so that a process killed at any moment leaves whole rows.
+Shared books are in an anonymous file (memfd, Linux), which the other process opens through ``/proc``; until then the
+process that pickled them keeps them. Each number in a row is one aligned word, so that a process killed at any moment
+leaves whole rows.
 """
 
 from __future__ import annotations
@@ -182,6 +183,38 @@ class Ledger:
             if pid != self._pid and started and started_at(pid) != started:
                 self.pids[row] = 0
 
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_of(self, pid: int) -> int | None:
+        """Returns the state of a process; None if it has ended."""
+        self.drop_ended()
+        if not started_at(pid):
+            return None
+        row = self.find(pid)
+        return RUNNING if row is None else self.states[row]
+
+    def bytes_in(self, pid: int) -> int:
+        """Returns the bytes of a process that are on the card, or have left it with a checkpoint."""
+        row = self.find(pid)
+        return 0 if row is None else self._bytes_of(row)
+
+    def set_state(self, pid: int, state: int) -> None:
+        self.alone = False
+        self.states[self.row_of(pid)] = state
+
+    def change(
+        self, pid: int, before: int, after: int, capacity_bytes: int
+    ) -> tuple[int | None, tuple[int, int] | None]:
+        """Sets the state of a process that is ``before``; returns its state, and what `take` returns."""
+        found = self.state_of(pid)
+        if found == before == CHECKPOINTED and (needed_bytes := self.bytes_in(pid)) > (
+            free_bytes := self.free_bytes(needed_bytes, capacity_bytes)
+        ):
+            return found, (needed_bytes, free_bytes)
+        if found == before:
+            self.set_state(pid, after)
+        return found, None
+
     # -- other processes --------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Callable[..., Ledger], tuple[int, int, int, int]]:
@@ -236,7 +269,8 @@ def _attach(pid: int, fd: int, device: int, inode: int) -> Ledger:
                 os.close(here)
                 raise FileNotFoundError(f"{path} is no longer the simulated card")
             ledger._attach(here)
-            ledger.locked(Ledger.drop, os.getpid())  # of an ended process of this number
+            ledger._own = -1
+            ledger._own = ledger.locked(Ledger.row_of, os.getpid())
         return ledger
 
 

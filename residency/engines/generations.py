@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from ..errors import EngineUnavailable, InvalidInput
+from ..observability.error_classification import message_of
 from . import step_audio_facts as facts
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -119,11 +120,12 @@ def generation_of(checkout: Path) -> Generation:
     """
     file = checkout / "tts.py"
     try:
-        arguments, edit = _signatures(file.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
+        arguments, edit = _signatures(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = message_of(error)
         raise EngineUnavailable(
-            f"{file} cannot be read ({error}): clone the checkout again",
-            f"无法读取 {file}（{error}）：请重新克隆代码",
+            f"{file} cannot be read ({reason.en}): clone the checkout again",
+            f"无法读取 {file}（{reason.zh}）：请重新克隆代码",
         ) from error
     for generation in GENERATIONS:
         if generation.arguments <= arguments and edit[: len(generation.edit)] == generation.edit:
@@ -225,7 +227,7 @@ def _other(generation: Generation) -> Generation:
     return VLLM if generation is TRANSFORMERS else TRANSFORMERS
 
 
-def _signatures(source: str) -> tuple[frozenset[str], tuple[str, ...]]:
+def _signatures(source: bytes) -> tuple[frozenset[str], tuple[str, ...]]:
     """Returns the arguments of ``StepAudioTTS`` and of its ``edit``, without ``self``."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "StepAudioTTS":

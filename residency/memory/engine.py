@@ -14,7 +14,7 @@ from .discovery import Discovery, Found, compiled_graphs
 from .holders import are_managed, held_elsewhere, in_held_containers, note_arrays
 from .onnx_sessions import OnnxSessions
 from .self_moving import moves_of
-from .self_moving.part import SelfMovingPart
+from .self_moving.part import SelfMovingPart, is_managed
 from .storages import by_storage, storage_key
 from .weights import Weights
 
@@ -134,6 +134,10 @@ class EngineResident(CompositeResident):
         note_arrays(found.tensors.values(), found.borrowing)
         without = [tensor for tensor in found.tensors.values() if keys[id(tensor)] is None]
         emptied = found.tensors.only([tensor for tensor in without if _is_emptied(tensor)])
+        borrowed = {id(part.thing) for part in excluding._self_moving} if excluding else set()
+        others = {path: thing for path, thing in found.self_moving.items() if id(thing) not in borrowed}
+        if shared := tuple(path for path, thing in others.items() if is_managed(thing)):
+            raise SharedWeights(shared)
         if emptied:
             raise SharedWeights(tuple(emptied)) if are_managed(emptied.values()) else WeightsGone(tuple(emptied))
         self._loaded = self._added = Weights({}, device)
@@ -225,7 +229,7 @@ class EngineResident(CompositeResident):
         if there <= known.keys():
             return
         for path, thing in found.self_moving.items():
-            if id(thing) not in known and (moves := moves_of(type(thing))) is not None:
+            if id(thing) not in known and not is_managed(thing) and (moves := moves_of(type(thing))) is not None:
                 self._self_moving.append(SelfMovingPart(path, thing, moves, self._device))
 
     def _weights(self, found: Found, keys: Mapping[int, int | None], held: frozenset[int], ephemeral: bool) -> Weights:

@@ -31,8 +31,13 @@ def in_words(error: BaseException) -> Sentence:
 
 
 def message_of(error: BaseException) -> Sentence:
-    """Returns an error's message without its type; the same in both languages for errors of other libraries."""
-    return Sentence(error.en, error.zh) if isinstance(error, ResidencyError) else Sentence.of(str(error))
+    """Returns an error's message without its type; for errors without a message, such as MemoryError(), the type.
+
+    The same in both languages for errors of other libraries.
+    """
+    if isinstance(error, ResidencyError):
+        return Sentence(error.en, error.zh)
+    return Sentence.of(str(error) or type(error).__name__)
 
 
 def is_out_of_device_memory(error: BaseException | None) -> bool:

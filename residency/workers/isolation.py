@@ -8,12 +8,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, get_args
 
-from ..contracts import Device, Resident
+from ..contracts import Device, ProcessCheckpoints, Resident
+from ..devices import SimulatedDevice
 from ..devices.observed import ObservedDevice
+from ..devices.simulated_checkpoints import SimulatedCheckpoints
 from ..errors import InvalidInput
 from ..random_state import RandomState
 from ..sentences import Sentence
 from .calls import Load
+from .checkpoints import DriverCheckpoints
 from .messages import pickled
 from .process import HANGS_AFTER_S, WorkerProcess
 from .remote_engine import RemoteEngine
@@ -24,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 IsolationMode = Literal["none", "process"]
+
 Residue = Literal["keep", "checkpoint", "auto"]
+"""What becomes of the memory that an offloaded worker holds beyond its weights; ``auto``: checkpointed if possible."""
 
 
-def isolation_for(
-    mode: IsolationMode, device: Device, snapshot_dir: object, residue: Residue = "auto"
-) -> Isolation | None:
+def isolation_for(mode: IsolationMode, device: Device, snapshot_dir: object, residue: Residue) -> Isolation | None:
     """Returns the isolation of a manager; None for ``none``. Raises `InvalidInput`."""
     for name, value, known in (("isolation", mode, IsolationMode), ("residue", residue, Residue)):
         if value not in get_args(known):
@@ -47,7 +50,32 @@ def isolation_for(
             "使用进程隔离时，释放会结束引擎的进程，快照无法再加载到其中："
             "请去掉 --gpu-snapshot-dir（snapshot_dir），或使用 --gpu-isolation none",
         )
-    return Isolation(device, residue)
+    return Isolation(device, _checkpoints(residue, device))
+
+
+def _checkpoints(residue: Residue, device: Device) -> ProcessCheckpoints | None:
+    """Returns the checkpoints of processes on a device; None without. Raises `InvalidInput` if they are required."""
+    if residue == "keep":
+        return None
+    checkpoints: ProcessCheckpoints | None = None
+    if isinstance(device, SimulatedDevice):
+        checkpoints = SimulatedCheckpoints(device)
+    elif device.kind == "cuda":
+        checkpoints = DriverCheckpoints()
+    missing = _NO_CARD if checkpoints is None else checkpoints.unavailable()
+    if missing is None:
+        return checkpoints
+    if residue == "checkpoint":
+        reason = Sentence.of(missing)
+        raise InvalidInput(
+            f"Worker processes cannot be checkpointed: {reason.en}. Or use --gpu-residue auto",
+            f"无法为工作进程创建检查点：{reason.zh}。或使用 --gpu-residue auto",
+        )
+    logger.info("The CUDA context of an offloaded worker process stays on the device: %s", missing)
+    return None
+
+
+_NO_CARD = Sentence("the models run on the CPU", "模型在 CPU 上运行")
 
 
 class Isolation:
@@ -56,11 +84,13 @@ class Isolation:
     Only the workers use ``device``; ``observed`` is the manager's view of it.
     """
 
-    def __init__(self, device: Device, residue: Residue = "auto", hangs_after_s: float = HANGS_AFTER_S) -> None:
+    def __init__(
+        self, device: Device, checkpoints: ProcessCheckpoints | None = None, hangs_after_s: float = HANGS_AFTER_S
+    ) -> None:
         check_system()
         self._device = device
+        self._checkpoints = checkpoints
         self.observed = ObservedDevice(device)
-        self.residue = residue
         #: The workers in which models are being loaded, by name.
         self.loading: dict[str, WorkerProcess] = {}
         self._hangs_after_s = hangs_after_s
@@ -113,13 +143,14 @@ class Isolation:
                 timer.cancel()
         return RemoteEngine(worker)
 
-    @staticmethod
-    def adopt(engine: RemoteEngine, device: Device, managed: Any) -> Resident:
+    def adopt(self, engine: RemoteEngine, device: Device, managed: Any) -> Resident:
         """Returns the memory of an engine of a worker; see `residency.memory.adopt`."""
-        return WorkerResident(engine._worker)
+        return WorkerResident(engine._worker, self._checkpoints)
 
     def close(self) -> None:
         """Ends the fork server, and with it all workers. Idempotent."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         self._spawner.close()
 
 

@@ -150,7 +150,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return self._save_part(thing) if self._save_part is not None and type(thing) is Part else None
 
     def reducer_override(self, thing: Any) -> Any:
-        return _reduced(thing) if _is_simple(thing) else super().reducer_override(thing)
+        kind = type(thing)
+        if kind.__name__ == "Tensor" and kind.__module__ == "torch":
+            return _reduced(thing)
+        return super().reducer_override(thing)
 
     def _in_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -191,22 +194,15 @@ def _is_installed(package: str) -> bool:
     )
 
 
-def _is_simple(thing: Any) -> bool:
-    """Returns whether a thing is a plain tensor in main memory without a gradient."""
-    kind = type(thing)
-    if kind.__module__ != "torch" or kind.__name__ != "Tensor":
-        return False
-    import torch
-
-    return (
-        thing.device.type == "cpu" and thing.layout is torch.strided and not thing.requires_grad
-        and not thing.is_quantized and thing.is_contiguous() and not thing.is_conj() and not thing.is_neg()
-    )  # fmt: skip
-
-
 def _reduced(tensor: torch.Tensor) -> Any:
+    """Reduces a tensor to its bytes; one on a GPU to a copy in main memory, since the receiver may not use the GPU."""
     import torch
 
+    if tensor.is_cuda:
+        tensor = tensor.detach().cpu()
+    simple = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.requires_grad
+    if not simple or tensor.is_quantized or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return tensor.__reduce_ex__(5)  # type: ignore[no-untyped-call]
     flat = tensor.detach().reshape(-1)
     raw: Any = flat.view(torch.uint8).numpy() if flat.numel() else bytearray()
     return _tensor, (pickle.PickleBuffer(raw), tensor.dtype, tuple(tensor.shape))

@@ -100,10 +100,7 @@ class WorkerResident:
         if self._way is None:
             return 0
         if self.worker.checkpointed:
-            assert self._checkpoints is not None
-            current().enter("resuming")
-            self._checkpoints.restore(self.worker.pid, CHECKPOINT_WITHIN_S)
-            self.worker.checkpointed = False
+            self._resume()
         if self._way == "checkpoint":
             self._way = None
             return self.device_bytes
@@ -146,6 +143,21 @@ class WorkerResident:
             logger.warning("%s: its CUDA context stays on the device. %s", self.worker.name, error)
             return False
         return True
+
+    def _resume(self) -> None:
+        """Raises `CheckpointFailed` if the process is still checkpointed (the device is full), else `WorkerDied`."""
+        checkpoints, worker = self._checkpoints, self.worker
+        assert checkpoints is not None
+        current().enter("resuming")
+        try:
+            checkpoints.restore(worker.pid, CHECKPOINT_WITHIN_S)
+        except CheckpointFailed as error:
+            if checkpoints.state(worker.pid) == "checkpointed":
+                raise
+            logger.error("%s: its worker process is ended. %s", worker.name, error)
+            worker.kill(Sentence("it could not be restored from its checkpoint", "无法从检查点恢复"))
+            raise worker.died() from None
+        worker.checkpointed = False
 
     def _checkpoint(self) -> None:
         """Raises `CheckpointFailed`; then the process runs as before, or has been ended."""

@@ -181,7 +181,7 @@ class _Worker:
         if self._engine is None:
             raise TypeError(f"The loader of {ask.name!r} returned None; let it return the engine.")
         self._resident = EngineResident(self._engine, self._device, ask.skip)
-        self._calls = EngineCalls(self._engine, _KEEPER, self._device.holds_tensor)
+        self._calls = EngineCalls(self._engine, _KEEPER, lambda tensor: False)  # sending an answer copies it
 
     def _move(self, ask: Move) -> int:
         assert self._resident is not None, "a model that is moved is loaded"

@@ -130,11 +130,11 @@ def test_a_later_process_of_the_same_number_does_not_inherit(card: SimulatedDevi
     row = card.ledger.find(child.pid)
     card.ledger.started[row] -= 1
     assert card.ledger_bytes == 0
-    with CardProcess(card) as other:
-        other.ask("device.report_outside(1, 5)")
-        row = card.ledger.find(1)
-        card.ledger.pids[row], card.ledger.started[row] = other.pid, 0
-        other.ask("device.charge(7)")
+    with CardProcess(SimulatedDevice(1)) as other:
+        card.report_outside(other.pid, 5)
+        card.ledger.started[card.ledger.find(other.pid)] -= 1
+        other.ask(f"device.__dict__.update(card=__import__('pickle').loads({pickle.dumps(card)!r}))")
+        other.ask("device.card.charge(7)")
         assert card.held_by() == {os.getpid(): 0, other.pid: 7}
 
 

@@ -79,6 +79,23 @@ def test_an_unknown_one_is_refused_with_what_differs(newer: Path, old: str, new:
     assert all(each in refused.value.en for each in said)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "encoding"), [("", "utf-8-sig"), ("# -*- coding: gbk -*-\n# 编辑\n", "gbk")], ids=["bom", "gbk"]
+)
+def test_a_file_in_any_encoding_that_python_reads_is_recognized(newer: Path, prefix: str, encoding: str) -> None:
+    file = newer / "tts.py"
+    file.write_text(prefix + file.read_text(), encoding=encoding)
+    assert generation_of(newer) is VLLM
+
+
+@pytest.mark.parametrize("line", ["x = " + "-" * 50_000 + "1", "x = a" + ".b" * 50_000], ids=["unary", "attributes"])
+def test_a_file_that_is_too_deep_for_the_parser_is_refused(newer: Path, line: str) -> None:
+    with (newer / "tts.py").open("a") as file:
+        file.write(line)
+    with pytest.raises(EngineUnavailable, match="cannot be read"):
+        generation_of(newer)
+
+
 # -- flags and arguments ----------------------------------------------------------------------------------------
 
 

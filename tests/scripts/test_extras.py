@@ -28,7 +28,7 @@ import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in EXTRAS else find_spec(name, package)
 """
-EXTRAS = {"app", "builtin", "asr", "step-audio", "all"}
+EXTRAS = {"app", "builtin", "checkpoint", "asr", "step-audio", "all"}
 MODULES = {
     "numpy", "gradio", "starlette", "fastapi", "fastapi_offline", "prometheus_client", "soundfile", "av", "soxr",
     "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers", "packaging",
@@ -73,6 +73,8 @@ def test_a_bare_install_needs_few_packages_and_the_extras_bring_the_rest(wheel: 
     base = {"torch", "psutil", "nvidia-ml-py", "typing-extensions", "xxhash"}
     assert needs(wheel) == base
     assert {"gradio", "fastapi", "av"} <= needs(wheel, "app") - base
+    assert needs(wheel, "checkpoint") - base == {"cuda-core", "cuda-bindings"}
+    assert not {"cuda-core", "cuda-bindings"} & needs(wheel, "all")
     assert {"hibari-tts", "silero-vad", "onnxruntime"} <= needs(wheel, "builtin") - base
     assert "gradio" not in needs(wheel, "builtin") | needs(wheel, "asr") | needs(wheel, "step-audio")
     assert {path.name for path in (wheel / "residency" / "web" / "static").glob("*.js")} >= {

@@ -20,9 +20,13 @@ def _lines(name: str) -> list[Requirement]:
 
 
 def _ranges() -> dict[str, Requirement]:
-    """Of the package and of all its extras, but for those that name other extras of its own."""
+    """Of the package and of the extras that the app installs, but for those that name other extras of its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    extras = project["optional-dependencies"]
+    assert not {Requirement(line).name for line in extras.pop("checkpoint")} & {
+        pin.name for pin in _lines("requirements.txt")
+    }
+    lines = [*project["dependencies"], *itertools.chain(*extras.values())]
     ranges: dict[str, Requirement] = {}
     for requirement in map(Requirement, lines):
         if requirement.name != project["name"]:

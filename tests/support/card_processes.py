@@ -20,6 +20,7 @@ class CardProcess:
     def __init__(self, device: SimulatedDevice, start: str = "fork") -> None:
         context = multiprocessing.get_context(start)
         self._pipe, theirs = context.Pipe()
+        self._device = device  # kept until the process has unpickled it
         self._process = context.Process(target=_serve, args=(pickle.dumps(device), theirs), daemon=True)
         self._process.start()
         theirs.close()

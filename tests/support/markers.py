@@ -26,7 +26,7 @@ SLOW = (
     "tests/memory/test_every_use.py", "tests/memory/test_snapshot_disk.py", "tests/memory/test_weights.py",
     "tests/scenarios", "tests/scheduling/test_fault_injection.py", "tests/scheduling/test_interleavings.py",
     "tests/scheduling/test_interrupts.py", "tests/scheduling/test_state_machine.py", "tests/scripts",
-    "tests/test_documents.py", "tests/test_examples.py", "tests/upstream", "tests/web/test_subpath.py",
+    "tests/test_documents.py", "tests/test_examples.py", "tests/upstream", "tests/web/test_subpath.py", "tests/workers",
 )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from typing import Any
 class OwnMoves:
     """Functions that move one object; each takes the object. One call at a time, never during a request.
 
+    After an error of ``offload`` or ``restore``, the other one is called to undo it.
+
     Attributes:
         offload: frees its GPU memory; the object can be restored afterwards.
         restore: restores it; raises if the GPU has no room.

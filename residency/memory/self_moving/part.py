@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from ...contracts import Device, SnapshotStore
-from ...errors import DeviceOutOfMemory, SelfMoveFailed, SelfMoveFreedNothing, SnapshotUnusable, WorkerEnded
+from ...errors import (
+    DeviceOutOfMemory,
+    ResidencyError,
+    SelfMoveFailed,
+    SelfMoveFreedNothing,
+    SnapshotUnusable,
+    WorkerEnded,
+)
 from ...observability.error_classification import in_words, message_of, says_full
 from ...observability.process_memory import claim, own_bytes, private_bytes, unclaim
 from ...progress import current
 from ...sentences import Sentence
 from .moves import OwnMoves
+from .orphans import end_with_this_process
 from .watch import Watch
 from .workers import end, is_alive, workers_of
 
@@ -21,6 +31,15 @@ logger = logging.getLogger(__name__)
 
 _NOISE_BYTES = 64 << 20
 """For smaller objects an offload that frees nothing is not detected."""
+
+_parts: weakref.WeakValueDictionary[int, SelfMovingPart] = weakref.WeakValueDictionary()
+"""By the ``id`` of their objects."""
+
+
+def is_managed(thing: Any) -> bool:
+    """Returns whether a `SelfMovingPart` moves this object."""
+    part = _parts.get(id(thing))
+    return part is not None and part.thing is thing
 
 
 class SelfMovingPart:
@@ -40,15 +59,21 @@ class SelfMovingPart:
         self._moves_here = device.separate and moves.on_gpu(thing)
         self._workers = workers_of(thing)
         self._offloaded = False
+        self._half_moved = False
         self._restored_bytes = 0
         ended = moves.worker_ended if self._workers else None
         self._watch = Watch(thing, self._workers, ended) if ended else None
         claim(self._workers)
+        end_with_this_process(self._workers)
+        _parts[id(thing)] = self
         self._measure()
 
     @property
     def usable(self) -> bool:
-        """Whether all its worker processes are alive."""
+        """Whether all its worker processes are alive, and no failed move has left it between GPU and main memory."""
+        return self._is_alive() and not self._half_moved
+
+    def _is_alive(self) -> bool:
         return all(map(is_alive, self._workers))
 
     @property
@@ -61,7 +86,7 @@ class SelfMovingPart:
             return 0
         self._measure()
         known_bytes, before = self.device_bytes, self._used()
-        self._call(self._moves.offload)
+        self._call(self._moves.offload, undo=self._moves.restore)
         self._offloaded = True
         after = self._used()
         gpu_bytes, host_bytes = max(0, before[0] - after[0]), max(0, after[1] - before[1])
@@ -93,8 +118,9 @@ class SelfMovingPart:
                 self._moves.release(self.thing)
             except Exception as error:
                 logger.warning("%s cannot be shut down: %s", self._path, in_words(error))
-            end(self._workers)
-            self.end_management()
+            finally:
+                end(self._workers)
+                self.end_management()
         return freed_bytes
 
     def save(self, store: SnapshotStore, name: str) -> int:
@@ -116,27 +142,29 @@ class SelfMovingPart:
             self._watch.stop()
             self._watch = None
 
-    def _call(self, move: Callable[[Any], object], undo: Callable[[Any], object] | None = None) -> None:
+    def _call(self, move: Callable[[Any], object], undo: Callable[[Any], object]) -> None:
         """Calls a function of the object; its errors become those of this project."""
         try:
-            if self.usable:
-                move(self.thing)
-        except Exception as error:
-            if not self.usable:
+            if self._is_alive():
+                _check_done(move(self.thing))
+        except BaseException as error:  # also SystemExit of a library
+            if not self._is_alive():
                 raise WorkerEnded(self._path) from error
-            if undo is not None:
-                self._undo(undo)
-            if says_full(error):
+            self._undo(undo)
+            if not isinstance(error, Exception):
+                raise
+            if self._offloaded and says_full(error):
                 memory = self._device.memory()
                 raise DeviceOutOfMemory(self._restored_bytes, memory.free_bytes, self._device.name) from error
             raise SelfMoveFailed(self._path, message_of(error)) from error
-        if not self.usable:
+        if not self._is_alive():
             raise WorkerEnded(self._path)
 
     def _undo(self, undo: Callable[[Any], object]) -> None:
         try:
             undo(self.thing)
         except Exception as error:
+            self._half_moved = True
             logger.warning("%s cannot be moved back: %s", self._path, in_words(error))
 
     def _measure(self) -> bool:
@@ -160,3 +188,13 @@ class SelfMovingPart:
 
     def _private(self) -> dict[int, int]:
         return {process.pid: private_bytes(process) or 0 for process in self._workers}
+
+
+def _check_done(answer: object) -> None:
+    """Raises `ResidencyError` for a coroutine, which has not done anything yet."""
+    if inspect.iscoroutine(answer):
+        answer.close()
+        raise ResidencyError(
+            "its function is asynchronous: register one that waits for the end of the move",
+            "其函数是异步的：请注册一个会等待移动完成的函数",
+        )

@@ -47,6 +47,8 @@ _PHASES = {
     "checking": ("核对", "checking"),
     "copying": ("复制", "copying"),
     "sessions": ("创建会话", "building sessions"),
+    "checkpointing": ("创建检查点", "checkpointing the process"),
+    "resuming": ("恢复进程", "resuming the process"),
     "reading": ("读取", "reading"),
     "writing": ("写入", "writing"),
     "restoring": ("恢复", "restoring"),
