@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, DeviceKind, Memory, Telemetry
@@ -106,11 +106,14 @@ class CudaDevice(Device):
             held[own] -= torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
         return held
 
+    def bytes_of(self, pids: Collection[int]) -> int | None:
+        held = [nbytes for pid, nbytes in self._probe.holders() if pid in pids]
+        # In containers the driver may list the host's pids, or none.
+        return sum(filter(None, held)) if held and None not in held else None
+
     def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
-        held = {pid: nbytes for pid, nbytes in self._probe.holders() if nbytes is not None}
-        if held.keys().isdisjoint(host_bytes):
-            return None  # in a container the driver may list the host's pids, or none
-        return sum(held.get(pid, 0) for pid in host_bytes), sum(host_bytes.values())
+        device_bytes = self.bytes_of(host_bytes)
+        return None if device_bytes is None else (device_bytes, sum(host_bytes.values()))
 
     def telemetry(self) -> Telemetry:
         return self._probe.telemetry()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ class ObservedDevice(Device):
 
     def held_by(self) -> Mapping[int, int] | None:
         return self._device.held_by()
+
+    def bytes_of(self, pids: Collection[int]) -> int | None:
+        return self._device.bytes_of(pids)
 
     def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
         return self._device.worker_bytes(host_bytes, awake)

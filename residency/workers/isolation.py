@@ -91,6 +91,8 @@ class Isolation:
         self._device = device
         self._checkpoints = checkpoints
         self.observed = ObservedDevice(device)
+        #: The workers in which models are being loaded, by name.
+        self.loading: dict[str, WorkerProcess] = {}
         self._hangs_after_s = hangs_after_s
         self._spawner = Spawner()
         self._spawner.start()
@@ -127,6 +129,7 @@ class Isolation:
             timer = threading.Timer(timeout_s, worker.kill, [Sentence("its load took too long", "加载时间过长")])
             timer.daemon = True
             timer.start()
+        self.loading[ask.name] = worker
         try:
             worker.ask(ask)
         except BaseException:
@@ -134,6 +137,8 @@ class Isolation:
             worker.finish(0)
             raise
         finally:
+            if self.loading.get(ask.name) is worker:
+                del self.loading[ask.name]
             if timer is not None:
                 timer.cancel()
         return RemoteEngine(worker)

@@ -17,7 +17,7 @@ import psutil
 
 from ..errors import InvalidInput
 from ..locks import renewed_in_children
-from ..observability.process_memory import claim
+from ..observability.process_memory import claim_tree
 from .fork_server import ANSWER
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Spawner:
                 start_new_session=True,
             )  # fmt: skip
         with contextlib.suppress(psutil.Error):
-            claim([psutil.Process(server.pid)])
+            claim_tree(psutil.Process(server.pid))
         self._server, self._control = server, control
         threading.Thread(target=self._read, args=(control, server), name="gpu-worker-server", daemon=True).start()
         return control
@@ -119,8 +119,7 @@ class Spawner:
         try:
             # The server collects its exit code only after this answer.
             pidfd = os.pidfd_open(pid)
-            claim([psutil.Process(pid)])
-        except (OSError, psutil.Error) as error:
+        except OSError as error:
             answer.set_exception(error)
             return
         self._ended[pid] = ended
