@@ -288,12 +288,14 @@ class ExtraMissing(ResidencyError, ImportError):
     extra: str
     module: str
     en = (
-        "The Python module {self.module!r} is missing, which comes with the extra {self.extra!r}: pip install "
-        "'gpu-managed-tts[{self.extra}]', or pip install '.[{self.extra}]' in this project's folder"
+        "The Python module {self.module!r} is missing, which comes with the extra {self.extra!r}: "
+        "pip install '.[{self.extra}]' in the folder of gpu-managed-tts, or, if that is installed already, "
+        "pip install 'gpu-managed-tts[{self.extra}]'"
     )
     zh = (
-        "缺少 Python 模块 {self.module!r}，它由附加依赖 {self.extra!r} 提供：请执行 pip install "
-        "'gpu-managed-tts[{self.extra}]'，或在本项目目录中执行 pip install '.[{self.extra}]'"
+        "缺少 Python 模块 {self.module!r}，它由附加依赖 {self.extra!r} 提供：请在 gpu-managed-tts "
+        "的目录中执行 pip install '.[{self.extra}]'；如已安装 gpu-managed-tts，也可执行 "
+        "pip install 'gpu-managed-tts[{self.extra}]'"
     )
 
 

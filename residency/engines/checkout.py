@@ -156,10 +156,10 @@ def unmet_advice(checkout: Path, packages: Unmet) -> Sentence | None:
     """Returns unmet requirements, such as ``torch==2.1 (2.0)``, and the command that installs them; None if empty."""
     en = "; ".join(f"{name} ({installed or 'missing'})" for name, installed in packages.items())
     zh = "；".join(f"{name}（{installed or '未安装'}）" for name, installed in packages.items())
-    install = _install_command(checkout)
+    install, pip = _install_command(checkout), pip_install()
     if any(name.startswith("openai-whisper") for name, installed in packages.items() if installed is None):
         # Its setup.py imports pkg_resources, which setuptools no longer has.
-        install = f'pip install "setuptools<81" wheel && pip install --no-build-isolation openai-whisper && {install}'
+        install = f'{pip} "setuptools<81" wheel && {pip} --no-build-isolation openai-whisper && {install}'
     return Sentence(f"Unmet requirements: {en}. Run {install}", f"未满足的依赖：{zh}。请运行 {install}") if en else None
 
 
@@ -190,12 +190,19 @@ def installed_version(name: str) -> str | None:
 
 
 def _install_command(checkout: Path) -> str:
-    """Returns the command that installs the requirements: by uv for pyproject.toml, and where there is no pip."""
-    file = checkout / "requirements.txt"
-    if file.is_file() and importlib.util.find_spec("pip") is not None:
-        return f"pip install -r {shlex.quote(str(file))}"
-    file = file if file.is_file() else checkout / "pyproject.toml"
-    return f"uv pip install --python {shlex.quote(sys.executable)} -r {shlex.quote(str(file))}"
+    """Returns the command that installs the requirements; pip reads no pyproject.toml."""
+    if (file := checkout / "requirements.txt").is_file():
+        return f"{pip_install()} -r {shlex.quote(str(file))}"
+    return f"{_uv_pip_install()} -r {shlex.quote(str(checkout / 'pyproject.toml'))}"
+
+
+def pip_install() -> str:
+    """Returns the command that installs packages here: uv's where there is no pip."""
+    return "pip install" if importlib.util.find_spec("pip") is not None else _uv_pip_install()
+
+
+def _uv_pip_install() -> str:
+    return f"uv pip install --python {shlex.quote(sys.executable)}"
 
 
 class _Finder(MetaPathFinder):

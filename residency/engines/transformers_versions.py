@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from ..errors import EngineUnavailable
 from ..sentences import Sentence
-from .checkout import Unmet, installed_version, requirements
+from .checkout import Unmet, installed_version, pip_install, requirements
 from .generations import VLLM, Generation
 
 
@@ -23,13 +23,16 @@ def check_head(engine: Any) -> None:
         version = installed_version("transformers")
         raise EngineUnavailable(
             f"transformers {version} does not tie the output layer of this language model to its "
-            f"embeddings; it would hum or stay silent. {_OLDER_TRANSFORMERS.en}",
-            f"transformers {version} 没有将该语言模型的输出层与词嵌入绑定，合成结果会是噪声或静音。"
-            f"{_OLDER_TRANSFORMERS.zh}",
+            f"embeddings; it would hum or stay silent. {_run(_OLDER).en}",
+            f"transformers {version} 没有将该语言模型的输出层与词嵌入绑定，合成结果会是噪声或静音。{_run(_OLDER).zh}",
         )
 
 
-_OLDER_TRANSFORMERS = Sentence("Run pip install transformers==4.53.3", "请运行 pip install transformers==4.53.3")
+_OLDER = "transformers==4.53.3"
+
+
+def _run(requirement: str) -> Sentence:
+    return Sentence(f"Run {pip_install()} {requirement}", f"请运行 {pip_install()} {requirement}")
 
 
 def unsuitable_transformers(checkout: Path, generation: Generation, packages: Unmet) -> list[Sentence]:
@@ -37,23 +40,24 @@ def unsuitable_transformers(checkout: Path, generation: Generation, packages: Un
     if generation is VLLM:  # no upper limit in its pyproject.toml; its uv.lock has 4.57.6
         version, (en, zh) = installed_version("transformers") or "0", _TEMPLATES
         used = any(requirement.name == "transformers" for requirement in requirements(checkout))
-        return [Sentence(en.format(version), zh.format(version))] if used and Version(version) >= Version("5") else []
+        if not used or Version(version) < Version("5"):
+            return []
+        run = _run("'transformers>=4.57.3,<5'")
+        return [Sentence(f"{en.format(version)} {run.en}", f"{zh.format(version)}{run.zh}")]
     # Only where the checkout requires another version.
     version = next((found for name, found in packages.items() if found and name.startswith("transformers")), "0")
     if Version(version) < Version("4.54"):
         return []
     return [
         Sentence(
-            f"With transformers {version} this Step-Audio-EditX is known to hum or stay silent. "
-            f"{_OLDER_TRANSFORMERS.en}",
-            f"已知此版 Step-Audio-EditX 在 transformers {version} 下只输出噪声或静音。{_OLDER_TRANSFORMERS.zh}",
+            f"With transformers {version} this Step-Audio-EditX is known to hum or stay silent. {_run(_OLDER).en}",
+            f"已知此版 Step-Audio-EditX 在 transformers {version} 下只输出噪声或静音。{_run(_OLDER).zh}",
         )
     ]
 
 
 _TEMPLATES = (
     "With transformers {} each request of this Step-Audio-EditX fails: from version 5 its chat template returns a "
-    "dictionary instead of tokens. Run uv pip install 'transformers>=4.57.3,<5'",
-    "此版 Step-Audio-EditX 在 transformers {} 下每个请求都会失败：从第 5 版起，其对话模板返回字典而不是 token。"
-    "请运行 uv pip install 'transformers>=4.57.3,<5'",
+    "dictionary instead of tokens.",
+    "此版 Step-Audio-EditX 在 transformers {} 下每个请求都会失败：从第 5 版起，其对话模板返回字典而不是 token。",
 )

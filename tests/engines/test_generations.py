@@ -99,6 +99,7 @@ def test_a_flag_of_the_other_generation_is_refused_by_name(generation: Any, flag
         check_flags(generation, flags)
     assert named in refused.value.en
     assert named in refused.value.zh
+    assert " of 20" not in refused.value.zh, "an English name"
     check_flags(generation, dict.fromkeys(flags))
 
 
@@ -250,7 +251,14 @@ def test_an_environment_of_uv_without_pip_is_given_a_command_of_uv(
     monkeypatch.setattr(checkouts.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     advice = checkouts.unmet_advice(tmp_path, checkouts.unmet(tmp_path))
     assert advice is not None
-    assert "uv pip install --python" in advice.en
+    uv = f"uv pip install --python {sys.executable} "
+    assert f"Run {uv}-r" in advice.en
+    whisper = checkouts.unmet_advice(tmp_path, {"openai-whisper": None})
+    assert whisper is not None
+    assert whisper.en.count(uv) == whisper.en.count("pip install") == 3
+    packages = {"transformers==4.53.3": "4.57.6"}
+    (warning,) = transformers_versions.unsuitable_transformers(tmp_path, TRANSFORMERS, packages)
+    assert warning.en.endswith(f"Run {uv}transformers==4.53.3")
 
 
 def test_whisper_that_does_not_build_with_the_newest_setuptools_is_given_an_older_one(tmp_path: Path) -> None:
@@ -284,7 +292,7 @@ def test_a_version_of_transformers_with_other_templates_is_said_at_the_start(
     project.write_text(project.read_text().replace('"numpy",', '"numpy",\n    "transformers>=4.57.3",'))
     (warning,) = said()
     assert "With transformers 5.0.0 each request" in warning
-    assert "uv pip install 'transformers>=4.57.3,<5'" in warning
+    assert "Run pip install 'transformers>=4.57.3,<5'" in warning
     monkeypatch.setattr(transformers_versions, "installed_version", lambda package: "4.57.6")
     assert said() == []
 

@@ -95,7 +95,7 @@ def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) ->
     assert "Of its 12 GB on the device, 10 GB are in the model's files anyway" in shown
     assert "Of its 12 GB on the device" in status_text.as_text(status, en)
     in_chinese = views.model_html("tts", status, zh)
-    assert "返回时重建<b>10 GB</b>" in in_chinese
+    assert "恢复时重建<b>10 GB</b>" in in_chinese
     assert "模型在设备上占 12 GB；其中 10 GB 在模型文件中已有" in in_chinese
     for change in ({"host_bytes": 12 * GB}, {"state": "gpu"}, {"state": "released", "host_bytes": 0}):
         status["models"]["tts"].update(state="cpu", host_bytes=2 * GB)
