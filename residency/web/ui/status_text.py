@@ -237,9 +237,9 @@ def activity(model: ModelStatus, localize: Localize) -> str:
     return " · ".join(parts)
 
 
-def holder(model: ModelStatus, localize: Localize) -> str:
+def holder(model: ModelStatus, localize: Localize, held: str | None = None) -> str:
     """Returns the code that uses the model, and for how long; empty if it is not in use."""
-    sentence = shared.holder_of(model)
+    sentence = shared.holder_of(model, held)
     return localize(sentence.zh, sentence.en[:1].upper() + sentence.en[1:]) if sentence else ""
 
 
