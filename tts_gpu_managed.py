@@ -111,10 +111,6 @@ class GPUManagedTTS:
         # A ready tokenizer belongs to the caller, and must outlive a release of the engine.
         keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
         self._check_text = check_text or (speakable if load is None and not model_path else None)
-        if check_audio is None and load is None and model_path:
-            from residency.engines.step_audio import audio_check
-
-            check_audio = audio_check(max_model_len=engine_arguments.get("max_model_len"))
         self._check_audio = check_audio
         load = load or self._loader(model_path, audio_tokenizer, arguments)
         durations = {"keep_warm": gpu_keep_warm, "idle_timeout": gpu_idle_timeout, "load_timeout": gpu_load_timeout}
@@ -242,12 +238,14 @@ class GPUManagedTTS:
 
             return builtin
 
-        from residency.engines.step_audio import build_tts, tts_shortcomings
+        from residency.engines.step_audio import audio_check, build_tts, checkout_now, tts_shortcomings
 
-        for shortcoming in tts_shortcomings(model_path, **arguments):
+        root = checkout_now()  # folder and variables may be others at the first request
+        for shortcoming in tts_shortcomings(model_path, root, **arguments):
             logger.warning("%s", shortcoming)
+        self._check_audio = self._check_audio or audio_check(root, arguments.get("max_model_len"))
         make_tokenizer = audio_tokenizer if _is_factory(audio_tokenizer) else lambda: audio_tokenizer
-        return lambda: build_tts(model_path, make_tokenizer, **arguments)
+        return lambda: build_tts(model_path, make_tokenizer, root, **arguments)
 
     def _register(self, name: str | None, load: Callable[[], Engine], **settings: Any) -> str:
         names = (f"tts-{number}" if number > 1 else "tts" for number in itertools.count(1))

@@ -254,9 +254,7 @@ class Soak:
             for name, shown in self._shown().items():
                 if shown["state"] != "released" or shown["leases"] or shown["waiting"]:
                     self.books.fault(f"while nobody asks for anything, {name!r} is {shown}")
-            until_s = time.monotonic() + 2 * HANG_S  # results of abandoned loads are discarded
-            while self.card.ledger_bytes and time.monotonic() < until_s:
-                time.sleep(0.01)
+            self._within("a load that was given up", _join_loads)  # it discards its engine, however late
             if self.card.ledger_bytes:
                 self.books.fault(f"all models are released, and {self.card.ledger_bytes} bytes are on the card")
             with self.looking:  # excludes memory of status()
@@ -292,7 +290,8 @@ class Soak:
     def _judge(self, threads_before: set[threading.Thread]) -> None:
         books = self.books
         del books.ended[self.handed_out :]
-        until_s = time.monotonic() + 2 * HANG_S + 5  # hanging loaders, and ending threads
+        self._within("a load that was given up", _join_loads)
+        until_s = time.monotonic() + 5  # ending threads
         while time.monotonic() < until_s and (set(threading.enumerate()) - threads_before or self.card.ledger_bytes):
             time.sleep(0.01)
         found = books.problems()
@@ -483,6 +482,13 @@ class Soak:
             nbytes, objects, span = self.growth
             print(f"{f'growth over the last {span:,}':38}{nbytes / MB:+10.1f}{objects:+12,.0f}")
         print(f"{'most on the card':38}{self.card.peak_bytes / MB:10.1f}\n", flush=True)
+
+
+def _join_loads() -> None:
+    """Waits for the threads of loads. Those of given-up loads may hold bytes while all models are released."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("gpu-loading-"):
+            thread.join()
 
 
 def rows(head: str, counts: dict[str, int]) -> None:

@@ -237,8 +237,9 @@ class SnapshotStore(Protocol):
 class Engine(Protocol):
     """A speech engine with the two methods of StepAudioTTS.
 
-    Optional third method: ``check_text(target_text)`` raises `InvalidInput` for a text that the engine cannot speak. It
-    is called from any thread, before the model is loaded, and must return at once and load nothing.
+    Optional: ``check_text(target_text)`` and ``check_audio(path)`` raise `InvalidInput` for a text that the engine
+    cannot speak, and for a recording that it cannot take. They are called from any thread, before the model is loaded,
+    and must return at once and load nothing.
 
     Both methods return ``(audio, sample_rate)``: float32 of shape [1, samples] on the CPU, and Hz.
     """

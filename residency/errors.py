@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from .memory_errors import (
     OnAnotherDevice,
     OverBudget,
     PartGone,
+    RemoteError,
     SelfMoveFailed,
     SelfMoveFreedNothing,
     SharedWeights,
@@ -33,11 +36,11 @@ from .sentences import Holder, ResidencyError
 __all__ = ["CaptureUnderWay", "CapturedGraphs", "CheckpointFailed", "DeviceLost", "DeviceOutOfMemory",
            "DeviceUnavailable", "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder",
            "InvalidInput", "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed",
-           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RemoteError", "RemoteFrames",
+           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RemoteError",
            "RequestCancelled", "RequestStopped", "RequestTimeout", "ResidencyError", "SelfMoveFailed",
            "SelfMoveFreedNothing", "SettingsConflict", "SharedWeights", "SnapshotUnusable", "TensorAway",
            "TooManyListeners", "UnknownModel", "WeightsGone", "WorkerDied", "WorkerEnded", "about", "needing",
-           "require"]  # fmt: skip
+           "pip_install", "require"]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False)
@@ -291,13 +294,24 @@ class ExtraMissing(ResidencyError, ImportError):
     extra: str
     module: str
     en = (
-        "The Python module {self.module!r} is missing, which comes with the extra {self.extra!r}: pip install "
-        "'gpu-managed-tts[{self.extra}]', or pip install '.[{self.extra}]' in this project's folder"
+        "The Python module {self.module!r} is missing, which comes with the extra {self.extra!r}: {self.install} "
+        "'gpu-managed-tts[{self.extra}]', or {self.install} '.[{self.extra}]' in this project's folder"
     )
     zh = (
-        "缺少 Python 模块 {self.module!r}，它由附加依赖 {self.extra!r} 提供：请执行 pip install "
-        "'gpu-managed-tts[{self.extra}]'，或在本项目目录中执行 pip install '.[{self.extra}]'"
+        "缺少 Python 模块 {self.module!r}，它由附加依赖 {self.extra!r} 提供：请执行 {self.install} "
+        "'gpu-managed-tts[{self.extra}]'，或在本项目目录中执行 {self.install} '.[{self.extra}]'"
     )
+
+    @property
+    def install(self) -> str:
+        return pip_install()
+
+
+def pip_install() -> str:
+    """Returns the command that installs packages in this environment: by uv, if it has no pip."""
+    if importlib.util.find_spec("pip") is not None:
+        return "pip install"
+    return f"uv pip install --python {shlex.quote(sys.executable)}"
 
 
 def require(extra: str, *modules: str) -> None:
@@ -321,23 +335,3 @@ def needing(extra: str) -> Iterator[None]:
 
 class EngineUnavailable(ResidencyError):
     """The requested speech engine is not installed or was not found."""
-
-
-@dataclass(eq=False, repr=False)
-class RemoteError(ResidencyError):
-    """An error of an engine in a worker process whose class cannot be imported here; its fields are attributes."""
-
-    kind: str
-    text: str
-    en = "{self.kind}: {self.text}"
-    zh = "{self.kind}：{self.text}"
-
-
-class RemoteFrames(Exception):
-    """The innermost cause of an error from a worker process: its traceback there. Not an error itself."""
-
-    def __init__(self, frames: str) -> None:
-        super().__init__(frames)
-
-    def __str__(self) -> str:
-        return f"\nTraceback in the worker process:\n{self.args[0]}"

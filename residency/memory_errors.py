@@ -1,4 +1,4 @@
-"""Errors of devices, weights and snapshots. Users import them from `residency.errors`."""
+"""Errors of devices, weights, snapshots and worker processes. Users import them from `residency.errors`."""
 
 from __future__ import annotations
 
@@ -296,3 +296,23 @@ class CheckpointFailed(ResidencyError):
             f"The driver's checkpoint of worker process {self.pid} failed ({self.step}): {reason.en}.",
             f"驱动对工作进程 {self.pid} 的检查点操作失败（{self.step}）：{reason.zh}。",
         )
+
+
+@dataclass(eq=False, repr=False)
+class RemoteError(ResidencyError):
+    """An error of an engine in a worker process whose class cannot be imported here; its fields are attributes."""
+
+    kind: str
+    text: str
+    en = "{self.kind}: {self.text}"
+    zh = "{self.kind}：{self.text}"
+
+
+class RemoteFrames(Exception):
+    """The innermost cause of an error from a worker process: its traceback there. Not an error itself."""
+
+    def __init__(self, frames: str) -> None:
+        super().__init__(frames)
+
+    def __str__(self) -> str:
+        return f"\nTraceback in the worker process:\n{self.args[0]}"

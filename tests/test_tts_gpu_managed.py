@@ -290,7 +290,7 @@ def test_arguments_reach_the_engine_as_they_were_given_also_none(
 ) -> None:
     given: list[dict[str, object]] = []
     monkeypatch.setattr(step_audio, "tts_shortcomings", lambda *_, **__: [])
-    monkeypatch.setattr(step_audio, "build_tts", lambda path, make, **arguments: given.append(arguments) or Rich())
+    monkeypatch.setattr(step_audio, "build_tts", lambda path, make, root, **more: given.append(more) or Rich())
     for arguments in ({}, {"torch_dtype": None, "device_map": None, "model_source": None}):
         GPUManagedTTS("models", lambda: None, manager=simulated, **arguments).clone("a.wav", "said", "to say")
     plain = {"tts_model_id": None, "quantization_config": None, "device_map": "cuda"}

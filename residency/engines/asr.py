@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..errors import EngineUnavailable
+from ..errors import EngineUnavailable, pip_install
 from .audio import SAMPLE_RATE, read_audio
 
 DEFAULT_MODEL = "openai/whisper-large-v3"
@@ -63,6 +63,6 @@ def _imported(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise EngineUnavailable(
-            f"Speech recognition needs the Python module {module!r} ({error}): pip install 'gpu-managed-tts[asr]'",
-            f"语音识别需要 Python 模块 {module!r}（{error}）：请执行 pip install 'gpu-managed-tts[asr]'",
+            f"Speech recognition needs the Python module {module!r} ({error}): {pip_install()} 'gpu-managed-tts[asr]'",
+            f"语音识别需要 Python 模块 {module!r}（{error}）：请执行 {pip_install()} 'gpu-managed-tts[asr]'",
         ) from error

@@ -7,7 +7,6 @@ resolves exactly these to the checkout. The checkout is last on ``sys.path``, so
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import platform
 import shlex
@@ -23,7 +22,7 @@ from types import ModuleType
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from ..errors import EngineUnavailable, ResidencyError
+from ..errors import EngineUnavailable, ResidencyError, pip_install
 from ..locks import renewed_in_children
 from ..observability.error_classification import in_words
 from ..sentences import Sentence
@@ -66,6 +65,13 @@ def import_from(checkout: Path, *names: str) -> list[ModuleType]:
         for name in MODULES:
             origin = _origin(sys.modules.get(name))
             if sys.modules.get(name) and not (origin and origin.is_relative_to(checkout)):
+                if other := next(filter(_is_checkout, origin.parents if origin else ()), None):
+                    raise EngineUnavailable(
+                        f"This process has loaded the Step-Audio-EditX in {other}, and that in {checkout} has modules "
+                        f"of the same names: start it in another process",
+                        f"本进程已加载 {other} 中的 Step-Audio-EditX，而 {checkout} 中的模块与其同名："
+                        f"请在另一个进程中启动后者",
+                    )
                 raise EngineUnavailable(
                     f"Step-Audio-EditX has a module {name!r}, and this program has imported another one of that name "
                     f"({origin or 'unknown file'}): rename that one, or start the engine in a program without it",
@@ -96,7 +102,7 @@ def unimportable(checkout: Path, error: BaseException) -> EngineUnavailable:
             f"Step-Audio-EditX 缺少 Python 模块 {missing!r}：请运行 {install}",
         )
     # Reinstall one package only: all of them would replace a torch that matches this machine's driver.
-    again = "pip install --force-reinstall --no-deps"
+    again = f"{pip_install()} --force-reinstall --no-deps"
     advice = unmet_advice(checkout, unmet(checkout)) or Sentence(
         f"Run {again} with the package that raised it", f"请对出错的软件包运行 {again}"
     )
@@ -157,9 +163,10 @@ def unmet_advice(checkout: Path, packages: Unmet) -> Sentence | None:
     en = "; ".join(f"{name} ({installed or 'missing'})" for name, installed in packages.items())
     zh = "；".join(f"{name}（{installed or '未安装'}）" for name, installed in packages.items())
     install = _install_command(checkout)
-    if any(name.startswith("openai-whisper") for name, installed in packages.items() if installed is None):
+    if whisper := next((name for name in packages if name.startswith("openai-whisper")), None):
         # Its setup.py imports pkg_resources, which setuptools no longer has.
-        install = f'pip install "setuptools<81" wheel && pip install --no-build-isolation openai-whisper && {install}'
+        pip = pip_install()
+        install = f'{pip} "setuptools<81" wheel && {pip} --no-build-isolation "{whisper}" && {install}'
     return Sentence(f"Unmet requirements: {en}. Run {install}", f"未满足的依赖：{zh}。请运行 {install}") if en else None
 
 
@@ -192,10 +199,9 @@ def installed_version(name: str) -> str | None:
 def _install_command(checkout: Path) -> str:
     """Returns the command that installs the requirements: by uv for pyproject.toml, and where there is no pip."""
     file = checkout / "requirements.txt"
-    if file.is_file() and importlib.util.find_spec("pip") is not None:
-        return f"pip install -r {shlex.quote(str(file))}"
-    file = file if file.is_file() else checkout / "pyproject.toml"
-    return f"uv pip install --python {shlex.quote(sys.executable)} -r {shlex.quote(str(file))}"
+    if file.is_file():
+        return f"{pip_install()} -r {shlex.quote(str(file))}"
+    return f"uv pip install --python {shlex.quote(sys.executable)} -r {shlex.quote(str(checkout / 'pyproject.toml'))}"
 
 
 class _Finder(MetaPathFinder):

@@ -56,7 +56,7 @@ def build(
     source = getattr(loader.ModelSource, model_source.upper())
     tokenizer_folder, model_folder = generation.folders(model_path, model_source, flags)
     tokenizer_arguments, arguments = _arguments(generation, values)
-    return _build(
+    engine = _build(
         lambda: tts.StepAudioTTS(
             model_folder,
             tokenizers.StepAudioTokenizer(tokenizer_folder, model_source=source, **tokenizer_arguments),
@@ -68,14 +68,17 @@ def build(
         _weights_check(model_path, generation, model_source, tts_model_id, flags),
         loader if managed else None,
     )
+    if not managed:  # otherwise `GPUManagedTTS` has it
+        engine.check_audio = functools.partial(check_audio, generation, values.get("max_model_len"))  # type: ignore[attr-defined]
+    return engine
 
 
-def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: Any) -> Engine:
+def build_tts(model_path: str, make_tokenizer: Callable[[], Any], root: str | None = None, **arguments: Any) -> Engine:
     """Builds StepAudioTTS, managed, with the arguments of its constructor in either generation.
 
     Calls ``make_tokenizer`` once the checkout's modules can be imported. Errors as for `build`.
     """
-    checkout = find_checkout(None)
+    checkout = find_checkout(root)
     generation = generation_of(checkout)
     arguments = own_arguments(generation, arguments)
     tts, loader = _import(checkout, generation, "tts", "model_loader")
@@ -87,6 +90,14 @@ def build_tts(model_path: str, make_tokenizer: Callable[[], Any], **arguments: A
         lambda: _check_tts(model_path, arguments),
         loader,
     )
+
+
+def checkout_now() -> str | None:
+    """Returns the folder of the checkout that a load would use now; None without one."""
+    try:
+        return str(find_checkout())
+    except EngineUnavailable:
+        return None
 
 
 def generation(root: str | None = None) -> Generation:
@@ -176,16 +187,16 @@ def shortcomings(
     return [*([hub] if hub else []), *graphs, *found]
 
 
-def tts_shortcomings(model_path: str, **arguments: Any) -> list[Sentence]:
+def tts_shortcomings(model_path: str, root: str | None = None, **arguments: Any) -> list[Sentence]:
     """Does the same for the arguments of `build_tts`; a missing checkout is a warning here."""
     try:
-        checkout = find_checkout(None)
-        generation = generation_of(checkout)
-        arguments = own_arguments(generation, arguments)
-        graphs = [_CUDA_GRAPHS] if arguments.get("cosyvoice_cuda_graph") else []
-        return [*graphs, *_shortcomings(checkout, generation, lambda: _check_tts(model_path, arguments))]
+        checkout = find_checkout(root)
     except EngineUnavailable as error:
         return [message_of(error)]
+    generation = generation_of(checkout)
+    arguments = own_arguments(generation, arguments)
+    graphs = [_CUDA_GRAPHS] if arguments.get("cosyvoice_cuda_graph") else []
+    return [*graphs, *_shortcomings(checkout, generation, lambda: _check_tts(model_path, arguments))]
 
 
 _CUDA_GRAPHS = Sentence(

@@ -7,7 +7,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from ..errors import EngineUnavailable
+from ..errors import EngineUnavailable, pip_install
 from ..sentences import Sentence
 from .checkout import Unmet, installed_version, requirements
 from .generations import VLLM, Generation
@@ -23,13 +23,14 @@ def check_head(engine: Any) -> None:
         version = installed_version("transformers")
         raise EngineUnavailable(
             f"transformers {version} does not tie the output layer of this language model to its "
-            f"embeddings; it would hum or stay silent. {_OLDER_TRANSFORMERS.en}",
+            f"embeddings; it would hum or stay silent. Run {_older_transformers()}",
             f"transformers {version} 没有将该语言模型的输出层与词嵌入绑定，合成结果会是噪声或静音。"
-            f"{_OLDER_TRANSFORMERS.zh}",
+            f"请运行 {_older_transformers()}",
         )
 
 
-_OLDER_TRANSFORMERS = Sentence("Run pip install transformers==4.53.3", "请运行 pip install transformers==4.53.3")
+def _older_transformers() -> str:
+    return f"{pip_install()} transformers==4.53.3"
 
 
 def unsuitable_transformers(checkout: Path, generation: Generation, packages: Unmet) -> list[Sentence]:
@@ -45,8 +46,8 @@ def unsuitable_transformers(checkout: Path, generation: Generation, packages: Un
     return [
         Sentence(
             f"With transformers {version} this Step-Audio-EditX is known to hum or stay silent. "
-            f"{_OLDER_TRANSFORMERS.en}",
-            f"已知此版 Step-Audio-EditX 在 transformers {version} 下只输出噪声或静音。{_OLDER_TRANSFORMERS.zh}",
+            f"Run {_older_transformers()}",
+            f"已知此版 Step-Audio-EditX 在 transformers {version} 下只输出噪声或静音。请运行 {_older_transformers()}",
         )
     ]
 

@@ -30,8 +30,11 @@ import functools
 import logging
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
+from operator import attrgetter, rshift
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TensorAway
@@ -68,6 +71,10 @@ _NAMELESS = Sentence("A tensor", "某个张量")
 
 _TRIES = 10
 """Maximal number of restores for one use of a tensor, if its engine is offloaded again after each."""
+
+_address = attrgetter("_cdata")
+#: Consumes an iterator.
+_exhaust = deque[object](maxlen=0).extend
 
 #: Guarded class by original class (None: cannot be guarded), and the reverse.
 _absent: dict[type, type | None] = {}
@@ -109,10 +116,9 @@ def reopen(storages: Collection[torch.UntypedStorage]) -> None:
     """Undoes `close`. Call once the storages are filled."""
     import torch
 
-    barrier = _barrier()
     for storage in storages:
         storage.__class__ = torch.UntypedStorage
-        barrier.open(storage._cdata)
+    _exhaust(_barrier().open(map(_address, storages)))
 
 
 def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
@@ -120,13 +126,13 @@ def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
 
     The storage objects stay closed; only `torch.UntypedStorage.resize_` and ``nbytes`` can be called on them.
     """
-    barrier = _barrier()
-    for address in addresses:
-        barrier.open(address)
+    addresses, barrier = list(addresses), _barrier()
+    closed = barrier.close(addresses)
+    for _ in barrier.open(addresses):
         try:
             yield
         finally:
-            barrier.close(address)
+            next(closed)
 
 
 @contextmanager
@@ -136,9 +142,7 @@ def opened(storages: Collection[torch.UntypedStorage]) -> Iterator[None]:
     try:
         yield
     finally:
-        barrier = _barrier()
-        for storage in storages:
-            barrier.close(storage._cdata)
+        _exhaust(_barrier().close(map(_address, storages)))
         close(storages)
 
 
@@ -238,10 +242,13 @@ def _storage_classes() -> tuple[type, type]:
 
 
 class _Barrier(NamedTuple):
-    """Functions that set and clear, on a storage (``_cdata``), the flag that makes each access to the address raise."""
+    """Functions that set and clear, on storages (``_cdata``), the flag that makes each access to the address raise.
 
-    close: Callable[[int], object]
-    open: Callable[[int], object]
+    Their results are lazy: each step of the iterator treats one storage, without a Python call.
+    """
+
+    close: Callable[[Iterable[int]], Iterator[object]]
+    open: Callable[[Iterable[int]], Iterator[object]]
 
 
 @functools.cache
@@ -254,7 +261,9 @@ def _barrier() -> _Barrier:
         clear_error: Any = torch._C._clear_storage_data_ptr_access_error_msg
     except AttributeError:
         return _flags()
-    return _Barrier(lambda address: set_error(address, text), clear_error)
+    return _Barrier(
+        lambda addresses: map(set_error, addresses, repeat(text)), lambda addresses: map(clear_error, addresses)
+    )
 
 
 def _flags() -> _Barrier:
@@ -273,18 +282,22 @@ def _flags() -> _Barrier:
     first, closed = changed[0] if changed else 0, int.from_bytes(b"\1\0\1\0", sys.byteorder)
     # An array over the whole address space: an assignment takes a tenth of the time of a ctypes call.
     write = (ctypes.c_uint32 * (1 << 60)).from_address(first).__setitem__
-    barrier = _Barrier(lambda address: write(address >> 2, closed), lambda address: write(address >> 2, 0))
+
+    def written(flags: int) -> Callable[[Iterable[int]], Iterator[object]]:
+        return lambda addresses: map(write, map(rshift, addresses, repeat(2)), repeat(flags))
+
+    barrier = _Barrier(written(closed), written(0))
     if changed == [first, first + 1, first + 3] and before[first : first + 4] == b"\0\0\0\0":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            barrier.close(other_address)
+            _exhaust(barrier.close([other_address]))
             try:
                 other.sum()
                 proven = False
             except RuntimeError:
                 proven = True
-            barrier.open(other_address)
+            _exhaust(barrier.open([other_address]))
         if proven and other.sum() == 4:
             return barrier
     logger.debug("This torch cannot guard storages: views kept from a lease are not guarded")
-    return _Barrier(lambda address: None, lambda address: None)
+    return _Barrier(iter, iter)

@@ -54,8 +54,13 @@ class MirrorSpan:
     parts: tuple[StorageRange, ...]
 
     @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each part."""
+        return [part.stop - part.start for part in self.parts]
+
+    @functools.cached_property
     def nbytes(self) -> int:
-        return sum([part.stop - part.start for part in self.parts])
+        return sum(self.sizes)
 
     @property
     def stop(self) -> int:
@@ -65,7 +70,7 @@ class MirrorSpan:
         """Returns the bytes of each part, as views of those of the span, uint8 [nbytes]."""
         import torch
 
-        return torch.split(raw, [part.stop - part.start for part in self.parts])
+        return torch.split(raw, self.sizes)
 
 
 @dataclass(frozen=True)

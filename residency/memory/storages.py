@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -135,8 +135,6 @@ class ManagedStorage:
         resized: they are copied to a new storage of torch. ``apart`` and arrays (`ARRAYS`) force the copy for any
         storage: outside users keep the old one whole as long as they need it.
         """
-        import torch
-
         if self.byte_view.is_cpu and self.storage.is_shared():
             logger.warning("%s is shared with other processes and is not moved", ", ".join(self.tensors))
             return False
@@ -144,6 +142,8 @@ class ManagedStorage:
         arrays = [array for one in known if (array := one()) is not None] if known else []
         if self.storage.resizable() and not apart and not arrays:
             return True
+        import torch  # not for each of many storages
+
         exported = self._exported(self._known())
         try:
             home = torch.UntypedStorage(self.nbytes, device=self.storage.device)  # type: ignore[no-untyped-call]
@@ -278,18 +278,22 @@ def _integers() -> dict[int, torch.dtype]:
 
 def hide_tensors(storages: Collection[ManagedStorage]) -> None:
     """Makes each use of the tensors raise; call before their bytes are dropped."""
-    absent_tensors.hide_tensors(
-        tensor for managed in storages for tensor in chain(managed.tensors.values(), managed.other_tensors)
-    )
+    absent_tensors.hide_tensors(_tensors_over(storages))
 
 
 def show_tensors(storages: Collection[ManagedStorage]) -> None:
     """Undoes `hide_tensors`; call once the bytes are restored."""
-    absent_tensors.show_tensors(
-        tensor for managed in storages for tensor in chain(managed.tensors.values(), managed.other_tensors)
-    )
+    absent_tensors.show_tensors(_tensors_over(storages))
     for managed in storages:
-        managed.other_tensors.clear()
+        if managed.other_tensors:
+            managed.other_tensors.clear()
+
+
+def _tensors_over(storages: Collection[ManagedStorage]) -> Iterator[torch.Tensor]:
+    return chain(
+        (tensor for managed in storages for tensor in managed.tensors.values()),
+        (tensor for managed in storages if managed.other_tensors for tensor in managed.other_tensors),
+    )
 
 
 def forget_other_tensors(storages: Collection[ManagedStorage]) -> list[ManagedStorage]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import RemoteError, RemoteFrames
+from ..errors import RemoteError
+from ..memory_errors import RemoteFrames
 
 _DEEPEST = 10
 """Causes beyond this number are left out."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from benchmarks._soak_books import Books, Plan, slope
-from benchmarks._soak_models import EngineBroke, LoaderBroke
+from benchmarks._soak_models import EngineBroke, FaultyCard, LoaderBroke
+from benchmarks.soak import Soak
 from gpu_manager import DeviceOutOfMemory, ManagerClosed, RequestCancelled, RequestTimeout
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -53,6 +56,34 @@ def test_a_deadlock_is_reported_with_all_stacks_and_does_not_hang() -> None:
     assert "a deadlock" in done.stdout
     assert "holder" in done.stdout
     assert "in speak" in done.stderr
+
+
+class GivenUpLoad(threading.Thread):
+    """Load that discards its engine once something waits for the end of the thread."""
+
+    def __init__(self, card: FaultyCard) -> None:
+        super().__init__(name="gpu-loading-tts", daemon=True)
+        self.card, self.awaited = card, threading.Event()
+
+    def run(self) -> None:
+        self.awaited.wait()
+        self.card.refund(1000)
+
+    def join(self, timeout: float | None = None) -> None:
+        self.awaited.set()
+        super().join(timeout)
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_bytes_of_a_released_model_are_a_leak_only_once_no_load_runs(tmp_path: Path, given_up: bool) -> None:
+    soak = Soak(argparse.Namespace(requests=1, threads=1, seed=0, faults=0.0, watchdog=30.0), tmp_path)
+    with soak.manager:
+        soak.card.charge(1000)
+        if given_up:
+            GivenUpLoad(soak.card).start()
+        soak._rest()
+    leak = "all models are released, and 1000 bytes are on the card"
+    assert soak.books.wrong == ([] if given_up else [leak])
 
 
 def test_lost_doubled_and_crossed_requests_are_noticed() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 from hibari import Hibari
-from miniature_checkout import make_recording, make_weights
+from miniature_checkout import make_newer_checkout, make_recording, make_weights
 
 from residency.engines.builtin import BuiltinEngine
 
@@ -25,6 +25,12 @@ def models(tmp_path: Path) -> Path:
 @pytest.fixture
 def voice(tmp_path: Path) -> Path:
     return make_recording(tmp_path / "voice.wav")
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Path:
+    """A miniature checkout of the newer generation."""
+    return make_newer_checkout(tmp_path / "newer")
 
 
 @pytest.fixture(scope="session")

@@ -7,39 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
-from miniature_checkout import CHECKOUT, make_newer_checkout, run
+from miniature_checkout import CHECKOUT
+from miniature_checkout import run_newer as play
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.engines import checkout as checkouts
-from residency.engines import step_audio, transformers_versions
-from residency.engines.generations import TRANSFORMERS, VLLM, check_audio, check_flags, generation_of
+from residency.engines import step_audio
+from residency.engines.generations import TRANSFORMERS, VLLM, check_flags, generation_of
 from residency.errors import EngineUnavailable, InvalidInput
 from tts_gpu_managed import GPUManagedTTS
-
-NEWER = """
-import os
-import vllm
-
-def build(**flags):
-    return step_audio.build(f"{MODELS}/Step-Audio-EditX", **flags)
-
-def managed(**settings):
-    manager = GPUResourceManager(SimulatedDevice(4 << 30), **settings)
-    return GPUManagedTTS(MODELS, load=build, manager=manager, name="tts")
-"""
-
-
-@pytest.fixture
-def newer(tmp_path: Path) -> Path:
-    return make_newer_checkout(tmp_path / "newer")
-
-
-def play(script: str, models: Path, voice: Path, checkout: Path) -> str:
-    return run(NEWER + script, models, voice, checkout)
-
 
 # -- recognized by what it is -----------------------------------------------------------------------------------
 
@@ -94,6 +70,16 @@ def test_a_file_that_is_too_deep_for_the_parser_is_refused(newer: Path, line: st
         file.write(line)
     with pytest.raises(EngineUnavailable, match="cannot be read"):
         generation_of(newer)
+
+
+def test_the_drop_in_refuses_an_unknown_one_at_the_start(newer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = newer / "tts.py"
+    file.write_text(file.read_text().replace("max_model_len=8192", "context=8192"))
+    monkeypatch.setenv("STEP_AUDIO_ROOT", str(newer))
+    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
+        with pytest.raises(EngineUnavailable, match="has max_model_len, this one has context"):
+            GPUManagedTTS("models", manager=manager)
+        assert manager.status()["models"] == {}
 
 
 # -- flags and arguments ----------------------------------------------------------------------------------------
@@ -238,206 +224,3 @@ def test_an_id_of_a_hub_has_the_form_of_the_generation(
         for source in ("auto", "huggingface"):
             with pytest.raises(InvalidInput, match=f"no id like {model_path}"):
                 step_audio.shortcomings(other, str(checkout), model_source=source)
-
-
-# -- requirements and traps -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
-def test_requirements_in_a_pyproject_are_compared_and_installed_by_uv(newer: Path) -> None:
-    (newer / "pyproject.toml").write_text(
-        '[project]\nrequires-python = ">=3.99"\n'
-        'dependencies = ["not-here>=2", "numpy", "torch>=99 ; python_version > \'3\'"]\n'
-    )
-    unmet = checkouts.unmet(newer)
-    assert next(iter(unmet)) == "not-here>=2"
-    assert unmet.keys() == {"not-here>=2", "python>=3.99", "torch>=99"}
-    advice = checkouts.unmet_advice(newer, unmet)
-    assert advice is not None
-    assert f"uv pip install --python {sys.executable} -r {newer}/pyproject.toml" in advice.en
-    (newer / "pyproject.toml").write_text("not toml [")
-    assert checkouts.unmet(newer) == {}
-
-
-def test_an_environment_of_uv_without_pip_is_given_a_command_of_uv(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "requirements.txt").write_text("not-here\n")
-    find = checkouts.importlib.util.find_spec
-    monkeypatch.setattr(checkouts.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
-    advice = checkouts.unmet_advice(tmp_path, checkouts.unmet(tmp_path))
-    assert advice is not None
-    assert "uv pip install --python" in advice.en
-
-
-def test_whisper_that_does_not_build_with_the_newest_setuptools_is_given_an_older_one(tmp_path: Path) -> None:
-    (tmp_path / "requirements.txt").write_text("openai-whisper==20240930\n")
-    advice = checkouts.unmet_advice(tmp_path, {"openai-whisper==20240930": None})
-    assert advice is not None
-    assert '"setuptools<81"' in advice.en
-    assert "--no-build-isolation" in advice.zh
-
-
-def test_a_version_of_transformers_that_hums_is_said_at_the_start(models: Path, tmp_path: Path) -> None:
-    checkout = Path(shutil.copytree(CHECKOUT, tmp_path / "checkout"))
-    (checkout / "requirements.txt").write_text("transformers==4.53.3\n")
-    said = [each.en for each in step_audio.shortcomings(str(models), str(checkout))]
-    assert any("hum or stay silent" in each and "transformers==4.53.3" in each for each in said)
-    (checkout / "requirements.txt").write_text("transformers\n")
-    assert step_audio.shortcomings(str(models), str(checkout)) == []
-
-
-def test_a_version_of_transformers_with_other_templates_is_said_at_the_start(
-    monkeypatch: pytest.MonkeyPatch, newer: Path, models: Path
-) -> None:
-    def said() -> list[str]:
-        found = step_audio.shortcomings(str(models / "Step-Audio-EditX"), str(newer))
-        assert all(each.en.split()[-1] == each.zh.split()[-1] for each in found)
-        return [each.en for each in found if "chat template" in each.en]
-
-    monkeypatch.setattr(transformers_versions, "installed_version", lambda package: "5.0.0")
-    assert said() == [], "it does not use transformers"
-    project = newer / "pyproject.toml"
-    project.write_text(project.read_text().replace('"numpy",', '"numpy",\n    "transformers>=4.57.3",'))
-    (warning,) = said()
-    assert "With transformers 5.0.0 each request" in warning
-    assert "uv pip install 'transformers>=4.57.3,<5'" in warning
-    monkeypatch.setattr(transformers_versions, "installed_version", lambda package: "4.57.6")
-    assert said() == []
-
-
-def test_an_untied_head_is_refused_after_the_load(models: Path, voice: Path, tmp_path: Path) -> None:
-    checkout = Path(shutil.copytree(CHECKOUT, tmp_path / "checkout"))
-    loader = checkout / "model_loader.py"
-    text = loader.read_text().replace(
-        "        self.lm_head.weight = self.embed_tokens.weight\n",
-        "        self.config = type('Config', (), {'tie_word_embeddings': True})\n"
-        "        self.get_input_embeddings = lambda: self.embed_tokens\n"
-        "        self.get_output_embeddings = lambda: self.lm_head\n",
-    )
-    loader.write_text(text)
-    script = """
-from residency.errors import EngineUnavailable
-try:
-    build()
-except EngineUnavailable as error:
-    print(error)
-"""
-    assert "does not tie" in run(script, models, voice, checkout)
-
-
-@pytest.mark.parametrize(
-    ("generation", "max_model_len", "longest_s"), [(TRANSFORMERS, None, 192), (VLLM, 3072, 69), (VLLM, None, 192)]
-)
-def test_a_recording_beyond_the_context_is_refused_before_a_load(
-    tmp_path: Path, generation: Any, max_model_len: int | None, longest_s: int
-) -> None:
-    def recording(seconds: float) -> str:
-        soundfile.write(tmp_path / "long.wav", np.zeros(int(seconds * 1000), np.float32), 1000)
-        return str(tmp_path / "long.wav")
-
-    check_audio(generation, max_model_len, recording(longest_s - 1))
-    with pytest.raises(InvalidInput, match=f"takes {longest_s} s at most") as refused:
-        check_audio(generation, max_model_len, recording(longest_s + 1))
-    assert ("--max-model-len" in refused.value.en) == (max_model_len == 3072)
-    check_audio(generation, max_model_len, "no file")
-
-
-def test_the_drop_in_refuses_a_long_recording_and_loads_nothing(
-    monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("STEP_AUDIO_ROOT", str(CHECKOUT))
-    soundfile.write(tmp_path / "long.wav", np.zeros(200_000, np.float32), 1000)
-    with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
-        tts = GPUManagedTTS(str(models / "Step-Audio-EditX"), lambda: None, manager=manager)
-        for speak in (lambda path: tts.clone(path, "a", "b"), lambda path: tts.edit(path, "a", "speed")):
-            with pytest.raises(InvalidInput, match="shorten it"):
-                speak(str(tmp_path / "long.wav"))
-        assert tts.get_gpu_status()["models"]["tts"]["last_move"] is None
-
-
-# -- the engine is managed whole --------------------------------------------------------------------------------
-
-
-def test_speech_is_the_same_across_offload_release_and_keep_warm(newer: Path, models: Path, voice: Path) -> None:
-    script = """
-bare = build(managed=False)
-expected = spoken(bare)
-bare.llm.llm_engine.engine_core.shutdown()
-with closing(managed()) as tts:
-    configure = tts.manager.configure
-    for change in (lambda: None, tts.force_offload, tts.force_release, lambda: configure("tts", keep_warm=60),
-                   tts.force_offload, lambda: configure("tts", keep_warm=0), tts.force_release):
-        change()
-        assert all(map(torch.equal, spoken(tts), expected))
-    assert tts.llm.generate is not None
-tts.manager.close()
-import psutil
-assert psutil.Process().children() == []
-"""
-    play(script, models, voice, newer)
-
-
-def test_the_memory_of_the_process_tree_is_that_of_the_status(newer: Path, models: Path, voice: Path) -> None:
-    script = """
-import psutil
-
-def tree():
-    def private(pid):
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Private_Dirty"))
-    return sum(private(child.pid) for child in psutil.Process().children(recursive=True))
-
-tts = managed(keep_warm=-1)
-tts.clone(*SAY)
-there = tts.get_gpu_status()["models"]["tts"]
-assert tree() > 100 << 20
-assert there["device_bytes"] > tree()
-tts.force_offload()
-away = tts.get_gpu_status()["models"]["tts"]
-assert away["state"] == "cpu" and away["device_bytes"] == 0 and away["outside_bytes"] == 0, away
-assert 90 << 20 < tree() <= away["host_bytes"] < tree() + (50 << 20), (tree(), away)
-tts.force_release()
-gone = tts.get_gpu_status()["models"]["tts"]
-assert tree() == 0 and gone["host_bytes"] == gone["device_bytes"] == 0, gone
-"""
-    play(script, models, voice, newer)
-
-
-def test_sixteen_requests_from_eight_threads_under_random_moves_lose_nothing(
-    newer: Path, models: Path, voice: Path
-) -> None:
-    script = """
-import random
-from concurrent.futures import ThreadPoolExecutor
-tts = managed()
-expected = tts.clone(*SAY)[0]
-done = threading.Event()
-
-def disturb():
-    chance = random.Random(1)
-    while not done.is_set():
-        chance.choice([tts.manager.offload, tts.manager.release, tts.manager.warm])("tts")
-
-other = threading.Thread(target=disturb)
-other.start()
-with ThreadPoolExecutor(8) as pool:
-    answers = list(pool.map(lambda _: tts.clone(*SAY)[0], range(16)))
-done.set()
-other.join()
-assert all(torch.equal(answer, expected) for answer in answers)
-tts.manager.close()
-"""
-    play(script, models, voice, newer)
-
-
-def test_two_generations_in_one_process_are_refused(newer: Path, models: Path, voice: Path) -> None:
-    script = f"""
-from residency.errors import EngineUnavailable
-build().llm.llm_engine.engine_core.shutdown()
-try:
-    step_audio.build(MODELS, root={str(CHECKOUT)!r})
-except EngineUnavailable as error:
-    print(error)
-"""
-    assert "has imported another one of that name" in play(script, models, voice, newer)

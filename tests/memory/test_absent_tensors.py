@@ -573,3 +573,48 @@ def test_a_cache_is_used_by_threads_while_its_engine_leaves_and_returns() -> Non
     done = subprocess.run(command, cwd=root, env={**environ, "PYTHONPATH": str(root)}, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
+
+
+@pytest.fixture
+def flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, str | None]]:
+    """The flags of storages by address, as set by the functions of a CUDA build."""
+    flags: dict[int, str | None] = {}
+    monkeypatch.setattr(torch._C, "_set_storage_data_ptr_access_error_msg", flags.__setitem__, raising=False)
+    monkeypatch.setattr(
+        torch._C,
+        "_clear_storage_data_ptr_access_error_msg",
+        lambda address: flags.update({address: None}),
+        raising=False,
+    )
+    absent_tensors._barrier.cache_clear()
+    yield flags
+    absent_tensors._barrier.cache_clear()
+
+
+def test_flags_are_cleared_for_one_storage_at_a_time(flags: dict[int, str | None]) -> None:
+    steps = absent_tensors.opened_one_by_one([1, 2, 3])
+    assert flags == {}
+    next(steps)
+    assert flags == {1: None}
+    next(steps)
+    assert list(map(bool, flags.values())) == [True, False]
+    del steps  # an error in the loop: the third is not reached
+    assert list(map(bool, flags.values())) == [True, True]
+
+
+def test_flags_are_set_again_after_an_error_while_storages_are_filled(flags: dict[int, str | None]) -> None:
+    storages = [torch.zeros(4).untyped_storage() for _ in range(3)]
+    keys = [storage._cdata for storage in storages]
+    seen: dict[int, str | None] = {}
+
+    def fill() -> None:
+        with absent_tensors.opened(storages):
+            seen.update(flags)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fill()
+    assert seen == dict.fromkeys(keys)
+    assert all(flags[key] for key in keys)
+    absent_tensors.reopen(storages)
+    assert flags == dict.fromkeys(keys)

@@ -359,8 +359,17 @@ def test_the_real_app_starts_answers_starts_again_and_stops(tmp_path: Path) -> N
     assert wait_until(lambda: not list((tmp_path / "run").glob("*.pid")))
 
 
+OTHER_TYPES = b'{"pid": 1, "born": "1", "log": null, "folder": "/", "arguments": null, "settings": %s}'
+
+
 @pytest.mark.parametrize(
-    "written", [b"", b"word", b"\0" * 9, b"5", b'{"pid": 1}', b'{"pid": 1, "born": "cut', None], ids=repr
+    "written",
+    [
+        *(b"", b"word", b"\0" * 9, b"5", b'{"pid": 1}', b'{"pid": 1, "born": "cut', b"[" * 100_000),
+        *(OTHER_TYPES % settings for settings in (b"{}", b'["PORT"]')),
+        None,
+    ],
+    ids=lambda written: repr(written)[:40],
 )
 def test_a_damaged_record_is_told_and_counts_as_none(service: Service, written: bytes | None) -> None:
     record = service.run_dir / f"{service.port}.run"

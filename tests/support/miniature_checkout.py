@@ -32,8 +32,8 @@ from tts_gpu_managed import GPUManagedTTS, Part
 MODELS, VOICE = sys.argv[1:3]
 SAY = VOICE, "what is said", "what to say"
 
-def build():
-    return step_audio.build(MODELS)
+def build(**flags):
+    return step_audio.build(MODELS, **flags)
 
 def managed(**settings):
     manager = GPUResourceManager(SimulatedDevice(48 << 30), **settings)
@@ -47,6 +47,14 @@ def spoken(engine):
     return [engine.clone(*SAY)[0], engine.edit(VOICE, "what is said", "speed", "faster")[0]]
 """
 
+
+NEWER_PRELUDE = """
+import os
+import vllm
+
+def build(**flags):
+    return step_audio.build(f"{MODELS}/Step-Audio-EditX", **flags)
+"""
 
 NEWER = ROOT / "tests" / "engines" / "miniature_vllm"
 STAND_IN = ROOT / "tests" / "support" / "stand_in_vllm"
@@ -90,6 +98,11 @@ def make_recording(file: Path, sample_rate: int = 16000) -> Path:
     noise = np.random.default_rng(1).normal(size=sample_rate)
     soundfile.write(file, 0.3 * np.sin(2 * np.pi * 220 * time_s) + 0.01 * noise, sample_rate)
     return file
+
+
+def run_newer(script: str, models: Path, voice: Path, checkout: Path) -> str:
+    """Returns the output of a scenario with a checkout of `make_newer_checkout`."""
+    return run(NEWER_PRELUDE + script, models, voice, checkout)
 
 
 def run(

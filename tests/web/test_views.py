@@ -170,6 +170,15 @@ def test_while_a_model_comes_its_numbers_are_those_of_the_bar(manager: GPUResour
     assert "Simulated GPU memory<b>7 GB</b>" in views.model_html("tts", status, en)
 
 
+def test_the_page_counts_how_long_a_request_holds_a_model(manager: GPUResourceManager, clock: ManualClock) -> None:
+    with manager.lease("tts"):
+        clock.advance(3)
+        time = "<time data-s='3.0' data-way='1'>3 s</time>"
+        assert f"Held for {time} by " in views.model_html("tts", manager.status(), en)
+        assert f"已占用 {time}" in views.model_html("tts", manager.status(), zh)
+    assert "Held for" not in views.model_html("tts", manager.status(), en)
+
+
 def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) -> None:
     status = manager.status()
     status["models"]["tts"].update(state="cpu", host_bytes=2 * GB, size_bytes=12 * GB)
@@ -179,7 +188,7 @@ def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) ->
     assert "Of its 12 GB on the device, 10 GB are in the model's files anyway" in shown
     assert "Of its 12 GB on the device" in status_text.as_text(status, en)
     in_chinese = views.model_html("tts", status, zh)
-    assert "返回时重建<b>10 GB</b>" in in_chinese
+    assert "恢复时重建<b>10 GB</b>" in in_chinese
     assert "模型在设备上占 12 GB；其中 10 GB 在模型文件中已有" in in_chinese
     for change in ({"host_bytes": 12 * GB}, {"state": "gpu"}, {"state": "released", "host_bytes": 0}):
         status["models"]["tts"].update(state="cpu", host_bytes=2 * GB)

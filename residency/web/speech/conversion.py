@@ -22,7 +22,7 @@ from typing import Any
 
 import soundfile
 
-from ...errors import InvalidInput, about
+from ...errors import InvalidInput, about, pip_install
 from ...sentences import Sentence
 from . import decode
 from .recordings import CONVERTING, DiskFull, Recordings
@@ -122,9 +122,9 @@ class Conversion:
     def _converted(self, path: str) -> str:
         if not _has_decoder():
             raise InvalidInput(
-                "The server cannot read recordings of this format without the package av: install it with pip install "
-                "'gpu-managed-tts[app]', or upload WAV, FLAC, MP3 or OGG",
-                "服务器缺少软件包 av，无法读取该格式的录音：请执行 pip install 'gpu-managed-tts[app]'，"
+                f"The server cannot read recordings of this format without the package av: install it with "
+                f"{pip_install()} 'gpu-managed-tts[app]', or upload WAV, FLAC, MP3 or OGG",
+                f"服务器缺少软件包 av，无法读取该格式的录音：请执行 {pip_install()} 'gpu-managed-tts[app]'，"
                 "或上传 WAV、FLAC、MP3、OGG",
             )
         given = os.stat(path)

@@ -137,7 +137,7 @@ def sizes(model: ModelStatus, device_bytes: int, device_kind: str, localize: Loc
     if label := memory_label(device_kind, localize):
         facts.insert(0, (label, readable_bytes(device_bytes)))
     if rebuilt_bytes := _rebuilt_bytes(model):
-        facts.append((localize("返回时重建", "Rebuilt on return"), readable_bytes(rebuilt_bytes)))
+        facts.append((localize("恢复时重建", "Rebuilt on return"), readable_bytes(rebuilt_bytes)))
     return facts
 
 
@@ -151,7 +151,7 @@ def why_less_in_memory(model: ModelStatus, localize: Localize) -> str:
         return ""
     size, rebuilt = readable_bytes(model["size_bytes"]), readable_bytes(rebuilt_bytes)
     return localize(
-        f"模型在设备上占 {size}；其中 {rebuilt} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
+        f"模型在设备上占 {size}；其中 {rebuilt} 在模型文件中已有，内存里不再保留，恢复时由文件重建。",
         f"Of its {size} on the device, {rebuilt} are in the model's files anyway: main memory keeps no copy, and they "
         f"are rebuilt from the files on return.",
     )
@@ -230,9 +230,9 @@ def activity(model: ModelStatus, localize: Localize) -> str:
     return " · ".join(parts)
 
 
-def holder(model: ModelStatus, localize: Localize) -> str:
+def holder(model: ModelStatus, localize: Localize, held: str | None = None) -> str:
     """Returns the code that uses the model, and for how long; empty if it is not in use."""
-    sentence = shared.holder_of(model)
+    sentence = shared.holder_of(model, held)
     return localize(sentence.zh, sentence.en[:1].upper() + sentence.en[1:]) if sentence else ""
 
 

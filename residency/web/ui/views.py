@@ -144,7 +144,7 @@ def model_html(name: str, status: Status, localize: Localize) -> str:
         f"<span class='gpu-quiet'>{status_text.activity(model, localize)}</span></div>"
         f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>"
         + "".join(f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>" for label, value in facts)
-        + f"</div>{_line(status_text.holder(model, localize))}{left}"
+        + f"</div>{_holder(model, localize)}{left}"
         + "".join(_line(remark, "error") for remark in status_text.remarks(model, localize))
     )
 
@@ -177,6 +177,11 @@ def past_html(history: UsageHistory, device_kind: str, localize: Localize) -> st
     head = "".join(f"<th>{localize(*pair)}</th>" for pair in _COLUMNS)
     table = f"<table class='gpu-moves'><tr>{head}</tr>{rows}</table>" if rows else ""
     return chart(history, device_kind, localize) + table
+
+
+def _holder(model: ModelStatus, localize: Localize) -> str:
+    time = counted(model["holder"]["held_s"], 1) if model["holder"] else ""
+    return _line(status_text.holder(model, localize, held="\0")).replace("\0", time)
 
 
 def _line(text: str, kind: str = "quiet") -> str:
