@@ -7,16 +7,17 @@ torch's generator: for weights that are then overwritten, and for buffers that a
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from .imports import imported
 
 
 class RandomState:
     """The global random states of Python, numpy and torch (with CUDA) at its creation."""
 
     def __init__(self, cuda: bool = True) -> None:
-        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        numpy, torch = imported("numpy"), imported("torch")
         self._python = random.getstate()
         self._numpy = numpy.random.get_state() if numpy else None
         self._torch = torch.random.get_rng_state() if torch else None
@@ -30,7 +31,7 @@ class RandomState:
         If torch was imported later, it gets its default seed; numpy, which has none, is left unchanged. If CUDA was
         initialised later, it gets torch's seed.
         """
-        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        numpy, torch = imported("numpy"), imported("torch")
         random.setstate(self._python)
         if numpy and self._numpy is not None:
             numpy.random.set_state(self._numpy)
@@ -52,7 +53,7 @@ class RandomState:
 
         ``cuda``: seeds CUDA's generators too, if the other process has seeded torch since.
         """
-        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        numpy, torch = imported("numpy"), imported("torch")
         random.setstate(self._python)
         if numpy and self._numpy is not None:
             numpy.random.set_state(self._numpy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,6 +11,7 @@ import psutil
 import pynvml
 
 from ..contracts import Memory, Telemetry
+from ..imports import imported
 
 _OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed", "residency.workers")
 _NO_SUCH_CARD = (pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_NOT_FOUND)
@@ -87,7 +87,7 @@ class TorchProbe:
     name = "CUDA GPU 0"
 
     def memory(self) -> Memory:
-        torch = sys.modules.get("torch")
+        torch = imported("torch")
         try:
             if torch is None or not torch.cuda.is_initialized() or not torch._C._cuda_hasPrimaryContext(0):
                 return Memory()

@@ -12,7 +12,6 @@ import glob
 import importlib.metadata
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, DeviceKind, Memory, Telemetry
 from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
+from ..imports import imported
 from ..locks import renewed_in_children
 from ..observability.error_classification import is_capture_under_way, is_out_of_device_memory
 from ..sentences import Sentence
@@ -98,7 +98,7 @@ class CudaDevice(Device):
 
     def held_by(self) -> Mapping[int, int] | None:
         """Returns None unless the driver lists this process: in a container it may list the host's pids, or none."""
-        torch, own = sys.modules.get("torch"), os.getpid()
+        torch, own = imported("torch"), os.getpid()
         held = {pid: nbytes for pid, nbytes in self._probe.holders() if nbytes is not None}
         if own not in held:
             return None
@@ -279,7 +279,7 @@ class CudaDevice(Device):
 
 def _in_use() -> bool:
     """Returns whether torch has initialized CUDA in this process."""
-    torch = sys.modules.get("torch")
+    torch = imported("torch")
     return torch is not None and torch.cuda.is_initialized()
 
 
