@@ -40,7 +40,7 @@ class Engine:
 @pytest.fixture(scope="module")
 def isolated() -> Iterator[GPUResourceManager]:
     device = SimulatedDevice(1 << 30, context_bytes=100 * MB)
-    with GPUResourceManager(device, isolation="process", clock=ManualClock()) as manager:
+    with GPUResourceManager(device, isolation="process", residue="keep", clock=ManualClock()) as manager:
         yield manager
 
 
@@ -79,6 +79,27 @@ def test_a_worker_is_in_the_status_from_its_load_to_its_release(isolated: GPURes
     status = isolated.status()
     assert status["models"][model]["worker"] is None
     assert status["device"]["free_bytes"] == status["device"]["total_bytes"]
+
+
+def test_a_checkpointed_worker_holds_nothing_on_the_device() -> None:
+    device = SimulatedDevice(1 << 30, context_bytes=100 * MB)
+    with GPUResourceManager(device, isolation="process", residue="checkpoint") as manager:
+        manager.register("tts", Engine)
+        with manager.lease("tts"):
+            assert worker(manager, "tts")["context_bytes"] == 100 * MB
+        manager.offload("tts")
+        seen = worker(manager, "tts")
+        assert (seen["checkpointed"], seen["device_bytes"], seen["context_bytes"]) == (True, 0, 0)
+        last = seen["last_offload"]
+        assert last is not None
+        assert last["way"] == "weights+checkpoint"
+        status = manager.status()
+        assert status["models"]["tts"]["outside_bytes"] == 0
+        assert status["device"]["free_bytes"] == status["device"]["total_bytes"]
+        with manager.lease("tts") as engine:
+            assert engine.total() == 8 * MB
+            seen = worker(manager, "tts")
+            assert (seen["checkpointed"], seen["context_bytes"]) == (False, 100 * MB)
 
 
 def test_a_measurement_counts_for_a_second(
