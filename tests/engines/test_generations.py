@@ -441,3 +441,19 @@ except EngineUnavailable as error:
     print(error)
 """
     assert "has imported another one of that name" in play(script, models, voice, newer)
+
+
+def test_a_checkout_that_changes_its_generation_after_its_import_needs_a_restart(
+    newer: Path, models: Path, voice: Path
+) -> None:
+    script = f"""
+import shutil
+from residency.errors import EngineUnavailable
+build().llm.llm_engine.engine_core.shutdown()
+shutil.copy({str(CHECKOUT / "tts.py")!r}, {str(newer / "tts.py")!r})
+try:
+    step_audio.build(MODELS)
+except EngineUnavailable as error:
+    print(error)
+"""
+    assert "restart the program" in play(script, models, voice, newer)
