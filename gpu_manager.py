@@ -75,11 +75,9 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         budget_bytes: limit of device memory for all models together.
         wait_timeout: default limit of the wait for a turn and for room, without load or restore; -1: no limit.
         isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
-        residue: what an offload leaves of a worker on the device: ``"keep"`` it there, ``"checkpoint"`` it by the
-            driver, or ``"auto"``: checkpoint it where that is possible.
+        residue: ``"keep"`` what an offloaded worker leaves on the GPU, ``"checkpoint"`` it, or ``"auto"``: if possible
 
-    Thread-safe. Moves run outside the lock, so `status` returns at once even during a load. In a forked child the
-    manager is closed; the models belong to the parent.
+    Thread-safe; `status` returns at once, even during a load. In a forked child the manager is closed.
     """
 
     #: Excludes the manager from discovery: an engine may refer to it, but its other models are not part of the engine.
@@ -110,9 +108,10 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self._isolation = isolation_for(isolation, device, snapshot_dir, residue)
         self.device: Device = self._isolation.observed if self._isolation else device
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
-        mover = Mover(self.device, self._isolation.adopt if self._isolation else adopt, snapshots)
-        dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
-        self._dispatcher = dispatcher
+        self._dispatcher = dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
+        if self._isolation:
+            adopt = partial(self._isolation.adopt, ended=dispatcher.engine_ended)
+        mover = Mover(self.device, adopt, snapshots)
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
         self._registry = Registry(dispatcher)
         check_locked = self._registry.check_open_locked
