@@ -67,6 +67,7 @@ class _Worker:
         self._streams: dict[int, GeneratorType[Any, Any, Any]] = {}
         self._numbers = itertools.count(1)
         self._random: RandomState | None = None
+        self._modules = len(sys.modules)
 
     def take(self, frame: Frame) -> None:
         if frame.kind is Kind.CALL:
@@ -137,7 +138,7 @@ class _Worker:
         if resident is None:
             return Sizes()
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself)  # fmt: skip
+                     resident.moves_itself, len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
