@@ -206,6 +206,10 @@ class WorkerState(Protocol):
     @property
     def checkpointed(self) -> bool: ...
 
+    @property
+    def modules(self) -> int:
+        """Modules imported by it alone, whose memory is not unmanaged memory."""
+
 
 @runtime_checkable
 class InWorker(Protocol):

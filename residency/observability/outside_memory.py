@@ -198,12 +198,16 @@ class OutsideTracker:
         unknown = own.device_bytes is None and self.separate_memory
         return OutsideMemory(tuple(filter(_size, holders)), known=not unknown)
 
-    def of_worker(self, worker: ProcessMemory, recorded: tuple[int, int]) -> OutsideMemory:
-        """Returns the unmanaged main memory of a worker process with its descendants, beyond the recorded sizes."""
+    def of_worker(self, worker: ProcessMemory, recorded: tuple[int, int], modules: int) -> OutsideMemory:
+        """Returns the unmanaged main memory of a worker process with its descendants.
+
+        That is memory beyond the recorded sizes and the modules that it has imported.
+        """
         if worker.host_bytes is None:
             return OutsideMemory()
         noise = max(GROWTH_BYTES, sum(recorded) // 20)
-        extra_bytes = worker.host_bytes - self._in_main(recorded) - CONTEXT_BYTES * self.cuda
+        libraries_bytes = MODULE_BYTES * modules + CONTEXT_BYTES * self.cuda
+        extra_bytes = worker.host_bytes - self._in_main(recorded) - libraries_bytes
         held = replace(worker, host_bytes=_above(noise, extra_bytes), device_bytes=0)
         return OutsideMemory((held,) if held.host_bytes else (), known=True)
 

@@ -99,7 +99,8 @@ class Workers:
         self._seen[managed] = _Seen(key, now_s, memory, context_bytes)
         outside = use.outside
         if managed.move_task is None and not worker.checkpointed:  # a checkpoint is in main memory, too
-            use.outside = self._dispatcher.outside.of_worker(memory, (use.device_bytes, use.host_bytes))
+            sizes = use.device_bytes, use.host_bytes
+            use.outside = self._dispatcher.outside.of_worker(memory, sizes, worker.modules)
         if use.outside != outside or before is None or before.memory.device_bytes != memory.device_bytes:
             self._dispatcher.version += 1
 

@@ -127,6 +127,8 @@ class Sizes:
     array_bytes: int = 0
     usable: bool = True
     moves_itself: bool = False
+    #: Modules that the worker has imported since its fork.
+    modules: int = 0
 
 
 @dataclass

@@ -70,6 +70,7 @@ class _Worker:
         #: Others than those of earlier workers, whose objects the manager may still have.
         self._numbers = itertools.count(time.monotonic_ns())
         self._random: RandomState | None = None
+        self._modules = len(sys.modules)
 
     def take(self, frame: Frame) -> None:
         if frame.kind is Kind.CALL:
@@ -153,7 +154,7 @@ class _Worker:
         if resident is None:
             return Sizes()
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself)  # fmt: skip
+                     resident.moves_itself, len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

@@ -216,3 +216,17 @@ def test_a_driver_that_does_not_list_this_process_tells_nothing(
 ) -> None:
     monkeypatch.setattr(Probe, "holders", lambda self: processes)
     assert device.held_by() is None
+
+
+@pytest.mark.parametrize(
+    ("processes", "nbytes"),
+    [(((77, 100), (78, 30), (9, 5)), 130), (((78, 30),), 30), ((), None), (((77, None),), None)],
+)
+def test_the_bytes_of_worker_processes_are_known_if_the_driver_lists_them(
+    processes: tuple[tuple[int, int | None], ...],
+    nbytes: int | None,
+    device: CudaDevice,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Probe, "holders", lambda self: processes)
+    assert device.bytes_of([77, 78]) == nbytes, "none of this process is listed, as with process isolation"

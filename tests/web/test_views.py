@@ -117,14 +117,14 @@ def test_a_worker_process_is_named_with_what_it_leaves_on_the_card(manager: GPUR
     assert "this process 1 GB, worker processes 13 GB (models 0 B of it)" in views.device_html(status, en)
     assert "本进程 1 GB，工作进程 13 GB（其中模型 0 B）" in views.device_html(status, zh)
     shown = views.model_html("tts", status, en)
-    assert "Worker process<b>4711</b>" in shown
+    assert "Worker process<b>pid 4711</b>" in shown
     assert "Context and workspaces<b>1 GB</b>" in shown
     kept = "Its worker process keeps 1 GB on the simulated GPU (CUDA context and workspaces) until a release."
     assert kept in shown
     assert kept in status_text.as_text(status, en)
-    assert "Worker process 4711" in status_text.as_text(status, en)
+    assert "Worker process pid 4711" in status_text.as_text(status, en)
     in_chinese = views.model_html("tts", status, zh)
-    assert "工作进程<b>4711</b>" in in_chinese
+    assert "工作进程<b>pid 4711</b>" in in_chinese
     assert "它的工作进程在模拟 GPU 上仍占 1 GB（上下文与工作区），释放后归零。" in in_chinese
     assert kept not in views.model_html("tts", isolated(manager, state="gpu"), en)
     assert "Context and workspaces" not in views.model_html("tts", isolated(manager, context_bytes=None), en)

@@ -23,7 +23,7 @@ def facts(model: ModelStatus, localize: Localize) -> list[tuple[str, str]]:
     worker = model["worker"]
     if worker is None:
         return []
-    found = [(localize("工作进程", "Worker process"), str(worker["pid"]))]
+    found = [(localize("工作进程", "Worker process"), f"pid {worker['pid']}")]
     if worker["context_bytes"] is not None:
         found.append((localize(*CONTEXT), readable_bytes(worker["context_bytes"])))
     return found
