@@ -195,7 +195,7 @@ def test_a_second_signal_quits_at_once(
 def test_a_second_signal_quits_an_app_whose_main_thread_is_in_native_code(recordings: Path, gates: Path) -> None:
     (gates / "native").touch()
     # A child as of a library that loads; unmanaged: the app loads before it serves.
-    child = "import subprocess; print('child', subprocess.Popen(['sleep', 'infinity']).pid, flush=True)\n"
+    child = "import subprocess as s; print('child', s.Popen(['sleep', '1000'], stdout=-3, stderr=-3).pid, flush=True)\n"
     app = RunningApp(recordings, gates=gates, prelude=child)
     try:
         app.wait_for_line("in native code", 120)
