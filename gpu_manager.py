@@ -78,8 +78,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
         residue: what an offload leaves of a worker there: ``"keep"``, ``"checkpoint"`` (by the driver) or ``"auto"``.
 
-    Thread-safe. Moves run outside the lock, so `status` returns at once even during a load. In a forked child the
-    manager is closed; the models belong to the parent.
+    Thread-safe; `status` returns at once, even during a load. In a forked child the manager is closed.
     """
 
     #: Excludes the manager from discovery: an engine may refer to it, but its other models are not part of the engine.
@@ -110,8 +109,10 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self._isolation = isolated = isolation_for(isolation, device, snapshot_dir, residue)
         self.device: Device = isolated.observed if isolated else device
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
-        mover = Mover(self.device, isolated.adopt if isolated else adopt, snapshots)
         dispatcher = self._dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
+        if isolated:
+            adopt = partial(isolated.adopt, ended=dispatcher.engine_ended)
+        mover = Mover(self.device, adopt, snapshots)
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
         self._registry = Registry(dispatcher)
         self._admission = Admission(dispatcher, self._registry.check_open_locked, self.settings["wait_timeout"])

@@ -311,9 +311,19 @@ class Dispatcher:
             and not (managed.health.broken or managed.health.closing)
         ):
             self.serve_locked(managed, self.clock.now())
+        self._release_if_ended_locked(managed)
         self._keep_budget_locked()
         self.plan_locked(managed)
         managed.notify_watchers()
+
+    def engine_ended(self, managed: ManagedModel) -> None:
+        """Releases a model whose engine has ended with its process, after its current request; callable anywhere."""
+        with self.replanning(managed), self.lock:
+            self._release_if_ended_locked(managed)
+
+    def _release_if_ended_locked(self, managed: ManagedModel) -> None:
+        if not getattr(managed.resident, "usable", True) and managed.leases.holder is None:
+            managed.health.broken, managed.wishes.pending_move = True, State.RELEASED
 
     def refuse_arrival_locked(self, managed: ManagedModel, error: BaseException) -> None:
         """Refuses all requests that wait for a model's arrival; the next request tries again."""

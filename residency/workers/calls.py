@@ -13,9 +13,13 @@ from ..random_state import RandomState
 
 @dataclass
 class Ask:
-    """A call. ``random``: the manager's random states, if others than the worker knows."""
+    """A call. ``random``: the manager's random states, if others than the worker knows.
+
+    ``forgotten``: numbers of objects and streams of the worker that the manager has dropped.
+    """
 
     random: RandomState | None = field(default=None, kw_only=True)
+    forgotten: list[int] = field(default_factory=list, kw_only=True)
     #: Whether the engine computes, so that random states may change.
     draws = False
     #: Whether progress is reported.
@@ -30,7 +34,7 @@ class Setup(Ask):
     folder: str
     path: list[str]
     argv: list[str]
-    log_level: int
+    log_levels: dict[str, int]
 
 
 @dataclass
@@ -108,7 +112,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class End:
-    """The answer of `NextItem` after the last item."""
+    """The answer of `NextItem` after the last item, and after a close."""
 
 
 END = End()
@@ -129,8 +133,13 @@ class Sizes:
 
 @dataclass
 class Answer:
-    """The answer of a call. ``random``: random states after it, if it has drawn numbers."""
+    """What the frames `ANSWER` and `ERROR` contain.
 
-    value: Any
+    ``content``: the pickle of the value, or of an `ErrorRecord`. ``random``: random states after the call, if it has
+    drawn numbers. ``lost``: the process cannot use the device any more.
+    """
+
+    content: bytes
     sizes: Sizes
     random: RandomState | None = None
+    lost: bool = False

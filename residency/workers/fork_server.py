@@ -17,8 +17,10 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 import warnings
+from collections.abc import Iterable
 
 import psutil
 
@@ -26,8 +28,18 @@ PRELOADED = ("torch", "numpy", "residency.memory.engine", "residency.workers.wor
 """Imported before the first fork. Those that are not installed are left out."""
 
 ANSWER = struct.Struct("!cqq")
-"""``b"+"`` (a worker was forked) or ``b"-"`` (it has ended), its process ID, and its exit status as of `os.waitpid`."""
+"""``b"+"`` (a worker was forked), ``b"-"`` (it has ended) or ``b"!"`` (a fork has failed); then its process ID, and its
+status as of `os.waitpid`, or the error number."""
 
+MARK = "RESIDENCY_FORK_SERVER"
+"""Environment variable of workers and of what they start, so that it can be found after the end of the server."""
+
+CLEAN_UP_WITHIN_S = 2.0
+"""Time for trackers of an ended worker (`multiprocessing`, torch) to remove its shared memory."""
+
+_TRACKERS = ("multiprocessing.resource_tracker", "torch_shm_manager")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -36,7 +48,7 @@ def main(control_fd: int, manager_pid: int) -> None:
 
     A request is one byte, with the worker's end of its connection as a descriptor.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the manager decides when its workers end
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # adopts the child processes of ended workers, to end them too
     control = socket.socket(fileno=control_fd)
@@ -45,7 +57,10 @@ def main(control_fd: int, manager_pid: int) -> None:
     wake.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    manager_fd = os.pidfd_open(manager_pid)
+    try:
+        manager_fd = os.pidfd_open(manager_pid)
+    except ProcessLookupError:
+        return
     _preload()
     _Server(control, woken, wake, manager_fd).serve()
 
@@ -64,6 +79,8 @@ class _Server:
     def __init__(self, control: socket.socket, woken: socket.socket, wake: socket.socket, manager_fd: int) -> None:
         self._control, self._woken, self._wake, self._manager_fd = control, woken, wake, manager_fd
         self._workers: set[int] = set()
+        #: Status and time of the end of workers whose end is not reported yet.
+        self._ended: dict[int, tuple[int, float]] = {}
 
     def serve(self) -> None:
         poller = select.poll()
@@ -71,7 +88,7 @@ class _Server:
             poller.register(each, select.POLLIN)
         try:
             while True:
-                ready = {fd for fd, _ in poller.poll()}
+                ready = {fd for fd, _ in poller.poll(50 if self._ended else None)}
                 if self._manager_fd in ready or (self._control.fileno() in ready and not self._answer()):
                     return
                 with contextlib.suppress(BlockingIOError):
@@ -93,10 +110,16 @@ class _Server:
         server_pid = os.getpid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which numpy's library starts and restarts
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:
+                pid, code = -1, error.errno or 0
         if pid == 0:
             self._become_worker(fds[0], server_pid)
         os.close(fds[0])
+        if pid < 0:
+            self._control.sendall(ANSWER.pack(b"!", 0, code))
+            return True
         self._workers.add(pid)
         self._control.sendall(ANSWER.pack(b"+", pid, 0))
         return True
@@ -105,15 +128,18 @@ class _Server:
         code = 1
         try:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what it starts stays below it, as daemons do not otherwise
             if os.getppid() != server_pid:
                 return
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             for each in (self._control, self._woken, self._wake):
                 each.close()
             os.close(self._manager_fd)
             os.setsid()
+            for number in _SIGNALS:
+                signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that it starts would inherit
+            os.register_at_fork(after_in_child=_default_signals)
             from .worker import serve
 
             serve(socket.socket(fileno=fd))
@@ -127,33 +153,47 @@ class _Server:
             os._exit(code)
 
     def _reap(self) -> None:
-        """Collects ended workers, and ends child processes that they have left behind."""
-        ended = {}
+        """Collects ended workers, ends what they have left behind, and then reports their end."""
         with contextlib.suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG)) != (0, 0):
-                ended[found[0]] = found[1]
-        if not ended:
+                if found[0] in self._workers:
+                    self._workers.remove(found[0])
+                    self._ended[found[0]] = found[1], time.monotonic()
+        if not self._ended:
             return
-        for child in psutil.Process().children():
-            if child.pid not in self._workers:
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
-        for pid in self._workers & ended.keys():
-            self._control.sendall(ANSWER.pack(b"-", pid, ended[pid]))
-        self._workers -= ended.keys()
+        late_s = time.monotonic() - CLEAN_UP_WITHIN_S
+        late = any(ended_s < late_s for _, ended_s in self._ended.values())
+        left = [child for child in psutil.Process().children() if child.pid not in self._workers]
+        _kill(left, late)
+        if left and not late:
+            return
+        for pid, (status, _) in self._ended.items():
+            self._control.sendall(ANSWER.pack(b"-", pid, status))
+        self._ended.clear()
 
-    def _end_all(self) -> None:
-        """Kills the workers and everything that they started, and waits for their end."""
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
+    @staticmethod
+    def _end_all() -> None:
+        """Kills the workers and everything that they have started, and waits for their end."""
+        late_s = time.monotonic() + CLEAN_UP_WITHIN_S
         with contextlib.suppress(ChildProcessError):
             while True:
-                os.waitpid(-1, 0)
-                for child in psutil.Process().children():
-                    with contextlib.suppress(psutil.Error):
-                        child.kill()
+                _kill(psutil.Process().children(recursive=True), time.monotonic() > late_s)
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass
+                time.sleep(0.01)
+
+
+def _kill(processes: Iterable[psutil.Process], trackers: bool) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if trackers or not any(name in " ".join(process.cmdline()) for name in _TRACKERS):
+                process.kill()
+
+
+def _default_signals() -> None:
+    """Signal handlers of the forked child processes of workers."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, get_args
 
 from ..contracts import Device, ProcessCheckpoints, Resident
 from ..devices import SimulatedDevice
 from ..devices.observed import ObservedDevice
 from ..devices.simulated_checkpoints import SimulatedCheckpoints
-from ..errors import InvalidInput
+from ..errors import InvalidInput, LoadTimeout, WorkerDied
 from ..random_state import RandomState
 from ..sentences import Sentence
-from .calls import Load
+from .calls import Load, Setup
 from .checkpoints import DriverCheckpoints
+from .logs import levels
 from .messages import pickled
-from .process import HANGS_AFTER_S, WorkerProcess
+from .process import HANGS_AFTER_S, KILLED_WITHIN_S, WorkerProcess
 from .remote_engine import RemoteEngine
 from .resident import WorkerResident
 from .spawner import Spawner, check_system
@@ -124,27 +128,34 @@ class Isolation:
     def _start(self, ask: Load, timeout_s: float) -> RemoteEngine:
         """Starts a worker and loads an engine there. After an error, the worker has ended."""
         worker = WorkerProcess(ask.name, self._spawner, self._hangs_after_s)
-        timer = None
-        if timeout_s < threading.TIMEOUT_MAX:
-            timer = threading.Timer(timeout_s, worker.kill, [Sentence("its load took too long", "加载时间过长")])
-            timer.daemon = True
-            timer.start()
+        too_long = Sentence("its load took too long", "加载时间过长")
+        timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), worker.kill, [too_long])
+        timer.daemon = True
         self.loading[ask.name] = worker
         try:
+            timer.start()
+            worker.ask(Setup(dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels()))
             worker.ask(ask)
-        except BaseException:
+        except BaseException as error:
             worker.kill(Sentence("its load failed", "加载失败"))
-            worker.finish(0)
+            worker.finish(KILLED_WITHIN_S)
+            if isinstance(error, WorkerDied) and error.reason == too_long:
+                raise LoadTimeout(ask.name, timeout_s) from None
             raise
         finally:
+            timer.cancel()
             if self.loading.get(ask.name) is worker:
                 del self.loading[ask.name]
-            if timer is not None:
-                timer.cancel()
         return RemoteEngine(worker)
 
-    def adopt(self, engine: RemoteEngine, device: Device, managed: Any) -> Resident:
-        """Returns the memory of an engine of a worker; see `residency.memory.adopt`."""
+    def adopt(
+        self, engine: RemoteEngine, device: Device, managed: Any, ended: Callable[[Any], object] = id
+    ) -> Resident:
+        """Returns the memory of an engine of a worker; see `residency.memory.adopt`.
+
+        ``ended`` is called with ``managed``, in another thread, if the worker ends.
+        """
+        engine._worker.on_end = partial(ended, managed)
         return WorkerResident(engine._worker, self._checkpoints)
 
     def close(self) -> None:

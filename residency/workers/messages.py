@@ -22,12 +22,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cloudpickle  # type: ignore[import-untyped]
 
 from ..engines.part_proxy import Part
 from ..errors import NotHandedOut
+from ..locks import owned_by_this_thread
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,6 @@ class Kind(IntEnum):
     CALL = 1
     CANCEL = 2
     PING = 3
-    FORGET = 4
     ANSWER = 16
     ERROR = 17
     PROGRESS = 18
@@ -64,7 +64,14 @@ class Frame:
 
     def unpickled(self, load_part: Callable[[Any], Any], installed_only: bool = False) -> Any:
         """``installed_only``: raises `NotHandedOut` for classes of modules that are neither imported nor installed."""
-        return _Unpickler(self.data, self.buffers, load_part, installed_only).load()
+        return unpickled(self.data, self.buffers, load_part, installed_only)
+
+
+class Packed(NamedTuple):
+    """A pickle, and its large buffers."""
+
+    data: bytes
+    buffers: list[memoryview]
 
 
 class Channel:
@@ -72,23 +79,31 @@ class Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._sending = threading.Lock()
+        self._sending = threading.RLock()
 
-    def send(self, kind: Kind, call: int, content: Any = None, save_part: Callable[[Part], Any] | None = None) -> None:
-        """Sends a frame. Raises OSError if the other end has closed, and what pickling raises; then nothing is sent."""
-        buffers: list[memoryview] = []
-        data = pickled(content, buffers, save_part)
+    def send(self, kind: Kind, call: int, content: Packed | None = None) -> None:
+        """Sends a frame. Raises OSError if the other end has closed; MemoryError without room for the buffers."""
+        data, buffers = content or (b"", [])
         fd = _in_shared_memory(buffers) if buffers else None
         try:
             slots = b"".join(_SLOT.pack(*slot) for slot in _slots(buffers))
             head = _HEADER.pack(kind, call, len(data), len(buffers)) + slots
             rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
             with self._sending:
-                sent = self._socket.sendmsg([head], rights)
-                self._socket.sendall(head[sent:] + data)
+                try:
+                    sent = self._socket.sendmsg([head], rights)
+                    self._socket.sendall(head[sent:] + data)
+                except BaseException:  # an interrupt: the rest of the frame is missing
+                    self.close()
+                    raise
         finally:
             if fd is not None:
                 os.close(fd)
+
+    @property
+    def sends_here(self) -> bool:
+        """Whether this thread is within `send`: a finalizer that runs in there cannot send."""
+        return owned_by_this_thread(self._sending)
 
     def receive(self) -> Frame:
         """Waits for the next frame; raises EOFError if the other end has closed, or has died."""
@@ -125,6 +140,12 @@ class Channel:
         return b"".join(parts)
 
 
+def packed(content: Any, save_part: Callable[[Part], Any] | None = None) -> Packed:
+    """Pickles with large buffers apart; see `pickled`."""
+    buffers: list[memoryview] = []
+    return Packed(pickled(content, buffers, save_part), buffers)
+
+
 def pickled(
     content: Any, buffers: list[memoryview] | None = None, save_part: Callable[[Part], Any] | None = None
 ) -> bytes:
@@ -147,7 +168,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._save_part = save_part
 
     def persistent_id(self, thing: Any) -> Any:
-        return self._save_part(thing) if self._save_part is not None and type(thing) is Part else None
+        return self._save_part(thing) if self._save_part is not None and isinstance(thing, Part) else None
 
     def reducer_override(self, thing: Any) -> Any:
         kind = type(thing)
@@ -161,6 +182,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return True
         self._buffers.append(raw)
         return False
+
+
+def unpickled(
+    data: bytes, buffers: Sequence[memoryview], load_part: Callable[[Any], Any], installed_only: bool = False
+) -> Any:
+    """Loads what `pickled` has saved; see `Frame.unpickled`."""
+    return _Unpickler(data, buffers, load_part, installed_only).load()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -231,14 +259,20 @@ def _slots(buffers: Sequence[memoryview]) -> list[tuple[int, int]]:
 
 
 def _in_shared_memory(buffers: Sequence[memoryview]) -> int:
-    fd = os.memfd_create("gpu-worker", os.MFD_CLOEXEC)
+    fd = -1
     try:
+        fd = os.memfd_create("gpu-worker", os.MFD_CLOEXEC)
         for (offset, _), buffer in zip(_slots(buffers), buffers, strict=True):
             written = 0
             while written < buffer.nbytes:  # one call writes 2 GB at most
                 written += os.pwrite(fd, buffer[written:], offset + written)
-    except BaseException:
-        os.close(fd)
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise MemoryError(
+                f"no shared memory for {sum(each.nbytes for each in buffers):,} bytes: {error}"
+            ) from error
         raise
     return fd
 

@@ -10,19 +10,21 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
+import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from .. import cancellation, progress
-from ..engines.part_proxy import Part, Path
-from ..errors import RequestStopped, WorkerDied
-from ..locks import renewed_in_children
+from ..engines.part_proxy import Part, Path, Token
+from ..errors import ManagerClosed, RequestStopped, TensorAway, WorkerDied
 from ..random_state import RandomState
 from ..sentences import Sentence
-from .calls import Answer, Ask, Move, Setup, Sizes
-from .messages import Channel, Frame, Kind, _Unpickler
+from .calls import Answer, Ask, Move, Sizes
+from .logs import log
+from .messages import Channel, Frame, Kind, packed, unpickled
 from .remote_errors import rebuilt
 from .spawner import Spawner
 
@@ -37,6 +39,9 @@ PING_EVERY_S = 5.0
 HANGS_AFTER_S = 120.0
 """Time without a reaction, or without progress of a move off the device, after which a worker is ended."""
 
+KILLED_WITHIN_S = 10.0
+"""Longest wait for the end of a worker that was killed; the system may still free its memory."""
+
 _REPORTED_WITHIN_S = 2.0
 
 _CANCELLED = object()
@@ -47,35 +52,40 @@ class WorkerProcess:
     """One worker. Any thread may call it; the calls run at the same time."""
 
     def __init__(self, name: str, spawner: Spawner, hangs_after_s: float = HANGS_AFTER_S) -> None:
-        """Forks the worker and prepares its process state. ``name``: that of the model, for messages."""
+        """Forks the worker. ``name``: that of the model, for messages. Raises `WorkerDied`."""
         self.name = name
         self.sizes = Sizes()
         self.checkpointed = False
+        #: Called once after its end, in another thread.
+        self.on_end: Callable[[], object] = lambda: None
         self._hangs_after_s = hangs_after_s
         self._numbers = itertools.count(1)
         self._waiting: dict[int, queue.SimpleQueue[_Received]] = {}
         self._random: RandomState | None = None
-        self._status: int | None = None
-        self._has_ended = threading.Event()
+        self._forgotten: deque[int] = deque()
         self._reason: Sentence | None = None
-        self._heard_s = time.monotonic()
-        self._pidfd_lock = renewed_in_children(threading.Lock())
+        self._heard = 0  # number of frames
+        self._owner_pid = os.getpid()
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
         try:
             with theirs:
-                self.pid, self._pidfd = spawner.spawn(theirs, self._on_end)
-        except BaseException:
-            self._channel.close()
+                self._child = spawner.spawn(theirs, self._ended)
+            threading.Thread(target=self._receive, name=f"gpu-worker-{name}", daemon=True).start()
+        except BaseException as error:
+            self._channel.close()  # then it ends
+            if isinstance(error, OSError):
+                raise WorkerDied(name, Sentence(f"it did not start ({error})", f"它未能启动（{error}）")) from error
             raise
-        threading.Thread(target=self._receive, name=f"gpu-worker-{name}", daemon=True).start()
-        log_level = logging.getLogger().getEffectiveLevel()
-        self.ask(Setup(dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), log_level))
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
 
     @property
     def ended(self) -> bool:
         """Whether the process has ended, or is being ended."""
-        return self._reason is not None or self._has_ended.is_set()
+        return self._reason is not None or self._child.has_ended.is_set()
 
     @property
     def modules(self) -> int:
@@ -87,71 +97,85 @@ class WorkerProcess:
         Raises the worker's error; `WorkerDied` if the process ends; `RequestStopped` if the request in this context
         was cancelled and the engine did not stop.
         """
+        if os.getpid() != self._owner_pid:
+            raise ManagerClosed  # a forked child: the connection belongs to the parent
+        if self.checkpointed:
+            raise TensorAway(Sentence(f"The engine of {self.name!r}", f"{self.name!r} 的引擎"), False)
         if ask.draws:
             here = RandomState(cuda=False)
             if here.differs_from(self._random):
                 ask.random = self._random = here
+        while self._forgotten:
+            with contextlib.suppress(IndexError):  # another thread was first
+                ask.forgotten.append(self._forgotten.popleft())
+        content = packed(ask, _save_part)
         number, frames = next(self._numbers), queue.SimpleQueue[_Received]()
         self._waiting[number] = frames
         try:
             if self.ended:
                 raise self.died()
-            try:
-                self._channel.send(Kind.CALL, number, ask, _save_part)
-            except OSError:
-                raise self.died() from None
+            self._channel.send(Kind.CALL, number, content)
             if ask.draws and (current := cancellation.current()) is not None:  # moves go on
                 current.on_cancel(lambda: frames.put(_CANCELLED))
-            try:
-                answer = self._wait(number, frames, isinstance(ask, Move))
-            except (KeyboardInterrupt, SystemExit):
-                self._stop_call(number, frames)
-                raise
+            frame = self._wait(number, frames, isinstance(ask, Move) and ask.name != "restore")
+        except OSError:
+            raise self.died() from None
+        except (WorkerDied, RequestStopped):
+            raise
+        except BaseException:  # an interrupt, at any moment
+            self._stop_call(number, frames)
+            raise
         finally:
             del self._waiting[number]
-        return self._value(answer, keeper)
+        return self._value(frame, keeper)
 
-    def forget(self, token: int) -> None:
-        """Drops an object of the worker that only a part of the manager's process has kept."""
-        with contextlib.suppress(OSError):
-            self._channel.send(Kind.FORGET, token)
+    def forget(self, number: int) -> None:
+        """Drops an object or a stream of the worker, with the next call. Callable in a finalizer."""
+        self._forgotten.append(number)
+
+    @property
+    def sends_here(self) -> bool:
+        """Whether this thread cannot call: a finalizer runs while it sends another call."""
+        return self._channel.sends_here
 
     def kill(self, reason: Sentence) -> None:
         """Ends the process at once, also while it is stopped or hangs. ``reason``: for `WorkerDied`."""
         self._reason = self._reason or reason
-        self._kill()
-
-    def _kill(self) -> None:
-        with self._pidfd_lock, contextlib.suppress(OSError):
-            if not self._has_ended.is_set():
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._child.kill()
+        self._channel.close()
 
     def finish(self, within_s: float) -> None:
         """Closes the connection, so that the process ends; kills it if it has not ended in time. Waits for its end."""
         self._reason = self._reason or Sentence("it was released", "它已被释放")
         self._channel.close()
-        if not self._has_ended.wait(within_s):
-            self._kill()
-            self._has_ended.wait(within_s)
+        if not self._child.has_ended.wait(within_s):
+            self._child.kill()
+            self._child.has_ended.wait(KILLED_WITHIN_S)
 
     def died(self) -> WorkerDied:
         """Returns the error about the end of the process."""
         if self._reason is None:
-            self._has_ended.wait(_REPORTED_WITHIN_S)
-        return WorkerDied(self.name, self._reason or _cause(self._status))
+            self._child.has_ended.wait(_REPORTED_WITHIN_S)
+        return WorkerDied(self.name, self._reason or _cause(self._child.status))
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
-    def _wait(self, number: int, frames: queue.SimpleQueue[_Received], moves: bool) -> Frame:
-        stop_at_s, shown, advanced_s = math.inf, ("", 0), time.monotonic()
+    def _wait(self, number: int, frames: queue.SimpleQueue[_Received], leaves: bool) -> Frame:
+        """``leaves``: the call moves the engine off the device, and must make progress."""
+        stop_at_s, shown, steps = math.inf, ("", 0), 0
+        silent_s, heard = 0.0, (self._heard, 0)
         while True:
+            pause_s = max(0.0, min(PING_EVERY_S, stop_at_s - time.monotonic()))
             try:
-                frame = frames.get(timeout=max(0.0, min(PING_EVERY_S, stop_at_s - time.monotonic())))
+                frame = frames.get(timeout=pause_s)
             except queue.Empty:
                 if time.monotonic() >= stop_at_s:
                     self.kill(Sentence("it did not stop after a cancellation", "取消后它没有停止"))
                     raise RequestStopped from None
-                self._check_reaction(advanced_s if moves else math.inf)
+                # Sums of pauses: a clock would go on while this process is stopped.
+                before, heard = heard, (0 if leaves else self._heard, steps)
+                silent_s = silent_s + pause_s if before == heard else 0.0
+                self._check_reaction(silent_s)
                 continue
             if frame is None:
                 if stop_at_s < math.inf:
@@ -165,12 +189,10 @@ class WorkerProcess:
             assert isinstance(frame, Frame)
             if frame.kind is not Kind.PROGRESS:
                 return frame
-            shown, advanced_s = _show(frame.unpickled(_no_part), shown), time.monotonic()
+            shown, steps = _show(frame.unpickled(_no_part), shown), steps + 1
 
-    def _check_reaction(self, advanced_s: float) -> None:
-        """Ends a worker that is silent, or whose move has not advanced since ``advanced_s``, for too long."""
-        silent_s = time.monotonic() - min(self._heard_s, advanced_s)
-        if silent_s > self._hangs_after_s:
+    def _check_reaction(self, silent_s: float) -> None:
+        if silent_s >= self._hangs_after_s:
             self.kill(Sentence(f"it did not react for {silent_s:.0f} s", f"它在 {silent_s:.0f} 秒内没有响应"))
             return
         with contextlib.suppress(OSError):
@@ -178,10 +200,10 @@ class WorkerProcess:
 
     def _stop_call(self, number: int, frames: queue.SimpleQueue[_Received]) -> None:
         """After Ctrl-C: waits until the call has ended, or ends the worker; a lease must not end before its call."""
-        with contextlib.suppress(OSError):
-            self._channel.send(Kind.CANCEL, number)
         until_s = time.monotonic() + STOPS_WITHIN_S
         try:
+            with contextlib.suppress(OSError):
+                self._channel.send(Kind.CANCEL, number)
             while (frame := frames.get(timeout=max(0.0, until_s - time.monotonic()))) is not None:
                 if isinstance(frame, Frame) and frame.kind is not Kind.PROGRESS:
                     return
@@ -190,51 +212,54 @@ class WorkerProcess:
 
     def _value(self, frame: Frame, keeper: Any) -> Any:
         def load_part(path: Path) -> Part:
+            if path and isinstance(path[0], Token):  # without a path in the engine: freed with its last part here
+                weakref.finalize(path[0], self.forget, path[0].number).atexit = False
             return Part(keeper, path)
 
-        content = frame.unpickled(load_part, installed_only=True)
-        if isinstance(content, Answer):
-            self.sizes = content.sizes
-            if content.random is not None:
-                content.random.continue_here(self._random, cuda=False)
-                self._random = content.random
-            return content.value
-        record, self.sizes, lost = content
-        error = rebuilt(record, lambda data: _Unpickler(data, (), load_part, installed_only=True).load())
-        if lost:
+        def load(data: bytes) -> Any:
+            return unpickled(data, frame.buffers, load_part, installed_only=True)
+
+        answer: Answer = frame.unpickled(_no_part)
+        self.sizes = answer.sizes
+        if answer.random is not None:
+            answer.random.continue_here(self._random, cuda=False)
+            self._random = answer.random
+        if frame.kind is Kind.ANSWER:
+            return load(answer.content)
+        error = rebuilt(load(answer.content), load)
+        try:
+            if not answer.lost:
+                raise error
             logger.error("%s: its worker process cannot use the device any more", self.name, exc_info=error)
             words = str(error).partition("\n")[0]
-            self.kill(Sentence(f"the device failed for it ({words})", f"设备对它失效（{words}）"))
-            raise self.died()
-        try:
-            raise error
         finally:
             del error  # a cycle: its traceback has this frame
+        self.kill(Sentence(f"the device failed for it ({words})", f"设备对它失效（{words}）"))
+        raise self.died()
 
     # -- other threads --------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        with contextlib.suppress(EOFError):
+        try:
             while True:
                 frame = self._channel.receive()
-                self._heard_s = time.monotonic()
+                self._heard += 1
                 if frame.kind is Kind.LOG:
-                    _log(frame)
+                    log(frame)
                 elif frames := self._waiting.get(frame.call):
                     frames.put(frame)
-        self._end_calls()
+        except EOFError:
+            pass
+        finally:
+            if not self._child.has_ended.wait(_REPORTED_WITHIN_S):
+                self._child.kill()  # it cannot be heard any more
+            self._channel.close()
+            for frames in list(self._waiting.values()):
+                frames.put(None)
 
-    def _on_end(self, status: int) -> None:
-        self._status = status
-        with self._pidfd_lock:
-            self._has_ended.set()
-            os.close(self._pidfd)
-        # Child processes may have copies of its end of the connection.
-        self._channel.close()
-
-    def _end_calls(self) -> None:
-        for frames in list(self._waiting.values()):
-            frames.put(None)
+    def _ended(self) -> None:
+        self._channel.close()  # child processes of the worker may have copies of its end
+        self.on_end()
 
 
 def _save_part(part: Part) -> Path:
@@ -260,16 +285,12 @@ def _show(facts: tuple[str, int, int | None], shown: tuple[str, int]) -> tuple[s
     return phase, done_bytes
 
 
-def _log(frame: Frame) -> None:
-    with contextlib.suppress(Exception):  # a record with an object of the engine's own modules
-        record = logging.makeLogRecord(frame.unpickled(_no_part, installed_only=True))
-        logging.getLogger(record.name).handle(record)
-
-
 def _cause(status: int | None) -> Sentence:
-    """Returns what a status of `os.waitpid` tells; None or -1: unknown."""
-    if status is None or status == -1:
-        return Sentence("its cause is unknown", "原因未知")
+    """Returns what a status of `os.waitpid` tells; None: its parent has ended."""
+    if status is None:
+        return Sentence(
+            "its cause is unknown, or the server of worker processes has ended", "原因未知，或工作进程的服务进程已结束"
+        )
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
         if name == "SIGKILL":

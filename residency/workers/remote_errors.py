@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,18 @@ _DEEPEST = 10
 
 @dataclass
 class ErrorRecord:
-    """One error, ready to be sent: the pickles of its class and fields, and its text where they cannot be loaded."""
+    """One error, ready to be sent: the pickles of its class and fields, and its text where they cannot be loaded.
+
+    ``frames``: the traceback of the whole, where it was raised.
+    """
 
     kind: str
     text: str
     pickled_class: bytes | None
     fields: list[tuple[str, bytes]] = field(default_factory=list)
     arguments: list[bytes] = field(default_factory=list)
+    #: Arguments of the base class that is built into Python: an OSError's are more than its ``args``.
+    base_arguments: list[bytes] = field(default_factory=list)
     frames: str = ""
     suppresses_context: bool = False
     cause: ErrorRecord | None = None
@@ -30,17 +36,18 @@ class ErrorRecord:
 
 
 def recorded(error: BaseException, pickle: Callable[[Any], bytes], depth: int = 0) -> ErrorRecord:
-    """Returns the record of an error. Fields that cannot be pickled become their text."""
-    try:
-        text = str(error)
-    except Exception:
-        text = ""
-    record = ErrorRecord(type(error).__qualname__, text, _pickled(type(error), pickle))
-    record.arguments = [_pickled(value, pickle) or pickle(repr(value)) for value in error.args]
-    for name, value in vars(error).items():
-        if (data := _pickled(value, pickle)) is not None:
-            record.fields.append((name, data))
-    record.frames = "".join(traceback.format_tb(error.__traceback__))
+    """Returns the record of an error. Fields that cannot be pickled become their text. Never raises."""
+
+    def saved(value: Any) -> bytes:
+        return _pickled(value, pickle) or pickle(_text(value, repr))
+
+    record = ErrorRecord(type(error).__qualname__, _text(error, str), _pickled(type(error), pickle))
+    record.arguments = list(map(saved, error.args))
+    record.base_arguments = list(map(saved, _builtin_base(type(error)).__reduce__(error)[1]))
+    record.fields = [(name, saved(value)) for name, value in vars(error).items()]
+    if not depth:
+        with suppress(Exception):
+            record.frames = "".join(traceback.format_exception(error))
     record.suppresses_context = error.__suppress_context__
     if depth < _DEEPEST:
         record.cause = recorded(error.__cause__, pickle, depth + 1) if error.__cause__ else None
@@ -51,27 +58,46 @@ def recorded(error: BaseException, pickle: Callable[[Any], bytes], depth: int = 
 
 def rebuilt(record: ErrorRecord, unpickle: Callable[[bytes], Any]) -> BaseException:
     """Returns the error of a record, with its causes; a `RemoteError` if its class is not available here."""
+    error = _rebuilt(record, unpickle)
+    innermost, seen = error, {id(error)}
+    while (deeper := innermost.__cause__ or innermost.__context__) and id(deeper) not in seen:
+        if innermost.__cause__ is None and innermost.__suppress_context__:
+            break
+        innermost = deeper
+        seen.add(id(deeper))
+    innermost.__cause__ = RemoteFrames(record.frames)
+    return error
+
+
+def _rebuilt(record: ErrorRecord, unpickle: Callable[[bytes], Any]) -> BaseException:
     try:
         kind: Any = None if record.pickled_class is None else unpickle(record.pickled_class)
-        # Without __init__, whose parameters may be others.
-        error: BaseException = kind.__new__(kind, *map(unpickle, record.arguments))
-        error.args = tuple(map(unpickle, record.arguments))
+        arguments = tuple(map(unpickle, record.arguments))
+        base_arguments = tuple(map(unpickle, record.base_arguments))
+        # Without its own __init__, whose parameters may be others.
+        error: BaseException = kind.__new__(kind, *base_arguments)
+        _builtin_base(kind).__init__(error, *base_arguments)
+        error.args = arguments
     except Exception:
         error = RemoteError(record.kind, record.text)
     for name, data in record.fields:
-        try:
-            value = unpickle(data)
-        except Exception:  # of a class that is not available here
-            continue
-        vars(error)[name] = value
-    error.__cause__ = rebuilt(record.cause, unpickle) if record.cause else None
-    error.__context__ = rebuilt(record.context, unpickle) if record.context else None
+        with suppress(Exception):  # of a class that is not available here
+            vars(error)[name] = unpickle(data)
+    error.__cause__ = _rebuilt(record.cause, unpickle) if record.cause else None
+    error.__context__ = _rebuilt(record.context, unpickle) if record.context else None
     error.__suppress_context__ = record.suppresses_context
-    innermost = error
-    while deeper := innermost.__cause__ or (None if innermost.__suppress_context__ else innermost.__context__):
-        innermost = deeper
-    innermost.__cause__ = RemoteFrames(record.frames)
     return error
+
+
+def _builtin_base(kind: type[BaseException]) -> Any:
+    return next(base for base in kind.__mro__ if base.__module__ == "builtins")
+
+
+def _text(value: Any, words: Callable[[Any], str]) -> str:
+    try:
+        return words(value)
+    except Exception:
+        return f"<{type(value).__qualname__}>"
 
 
 def _pickled(value: Any, pickle: Callable[[Any], bytes]) -> bytes | None:

@@ -6,26 +6,53 @@ import array
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoResult
 
 import psutil
 
 from ..errors import InvalidInput
 from ..locks import renewed_in_children
 from ..observability.process_memory import claim_tree
-from .fork_server import ANSWER
+from .fork_server import ANSWER, MARK
 
 logger = logging.getLogger(__name__)
 
 FORKS_WITHIN_S = 120.0
 """Longest wait for a worker, including the first imports of the fork server."""
 
-Ended = Callable[[int], object]
+
+class Child:
+    """A forked worker. ``status`` is that of `os.waitpid` once it ``has_ended``; None if the server ended first."""
+
+    def __init__(self, pid: int, on_end: Callable[[], object]) -> None:
+        self.pid = pid
+        self.status: int | None = None
+        self.has_ended = threading.Event()
+        self._on_end = on_end
+        self._lock = renewed_in_children(threading.Lock())
+        self._owner_pid = os.getpid()
+        self._pidfd = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """Ends it at once, also while it is stopped or hangs."""
+        with self._lock, contextlib.suppress(OSError):
+            if not self.has_ended.is_set() and os.getpid() == self._owner_pid:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _end(self, status: int | None) -> None:
+        with self._lock:
+            self.status = status
+            self.has_ended.set()
+            os.close(self._pidfd)
+        self._on_end()
 
 
 class Spawner:
@@ -33,102 +60,134 @@ class Spawner:
 
     def __init__(self) -> None:
         self._lock = renewed_in_children(threading.Lock())
-        self._server: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._forks: tuple[Future[tuple[int, int]], Ended] | None = None
-        self._ended: dict[int, Ended] = {}
+        self._server: _Server | None = None
+        self._closed = False
         self._owner_pid = os.getpid()
 
-    def start(self) -> None:
-        """Starts the server, which imports torch meanwhile; returns at once."""
+    def start(self) -> _Server:
+        """Starts the server, which imports torch meanwhile, unless it runs; returns at once."""
         with self._lock:
-            self._start_locked()
+            if self._closed:
+                raise ChildProcessError("The server of worker processes is closed.")
+            if self._server is None or self._server.ended:
+                self._server = _Server()
+            return self._server
 
-    def spawn(self, connection: socket.socket, ended: Ended) -> tuple[int, int]:
-        """Forks a worker that serves ``connection``; returns its process ID and a descriptor of the process (pidfd).
+    def spawn(self, connection: socket.socket, on_end: Callable[[], object]) -> Child:
+        """Forks a worker that serves ``connection``. Calls ``on_end`` once after its end, in another thread.
 
-        Calls ``ended`` once, in another thread, with its status (`os.waitpid`), or -1 if the server ended first.
+        Raises OSError if that is not possible; `ChildProcessError` if the server has ended, twice.
         """
-        with self._lock:
-            control = self._start_locked()
-            answer: Future[tuple[int, int]] = Future()
-            self._forks = answer, ended
-            rights = array.array("i", [connection.fileno()])
-            try:
-                control.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-                return answer.result(FORKS_WITHIN_S)
-            finally:
-                self._forks = None
+        try:
+            return self.start().fork(connection, on_end)
+        except ChildProcessError:  # perhaps long ago
+            return self.start().fork(connection, on_end)
 
     def close(self) -> None:
-        """Ends the server, and with it all workers and what they have started."""
+        """Ends the server, and with it all workers and what they have started. Idempotent."""
         if os.getpid() != self._owner_pid:
             return
         with self._lock:
-            server, control, self._server, self._control = self._server, self._control, None, None
-        if control is not None:
-            with contextlib.suppress(OSError):  # it has ended
-                control.shutdown(socket.SHUT_RDWR)
+            self._closed, server, self._server = True, self._server, None
         if server is not None:
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            server.close()
 
-    def _start_locked(self) -> socket.socket:
-        if self._control is not None:
-            return self._control
-        control, theirs = socket.socketpair()
+
+class _Server:
+    """One fork server, and its workers."""
+
+    def __init__(self) -> None:
+        self.ended = self._closing = False
+        self._forking = renewed_in_children(threading.Lock())
+        self._fork: tuple[Future[Child], Callable[[], object]] | None = None
+        self._children: dict[int, Child] = {}
+        self._mark = uuid.uuid4().hex
+        self._control, theirs = socket.socketpair()
+        path = [entry for entry in sys.path if isinstance(entry, str)]
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"import sys; sys.path[:] = {path!r}\n"
             f"from residency.workers.fork_server import main; main({theirs.fileno()}, {os.getpid()})"
         )
         with theirs:
             # A session of its own: Ctrl-C in a terminal reaches the manager only.
-            server = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-c", program], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                start_new_session=True, env={**os.environ, MARK: self._mark},
             )  # fmt: skip
         with contextlib.suppress(psutil.Error):
-            claim_tree(psutil.Process(server.pid))
-        self._server, self._control = server, control
-        threading.Thread(target=self._read, args=(control, server), name="gpu-worker-server", daemon=True).start()
-        return control
+            claim_tree(psutil.Process(self._process.pid))
+        threading.Thread(target=self._read, name="gpu-worker-server", daemon=True).start()
 
-    def _read(self, control: socket.socket, server: subprocess.Popen[bytes]) -> None:
+    def fork(self, connection: socket.socket, on_end: Callable[[], object]) -> Child:
+        """Forks a worker. Raises `ChildProcessError` if the server has ended, OSError if it cannot fork."""
+        with self._forking:
+            answer: Future[Child] = Future()
+            self._fork = answer, on_end
+            rights = array.array("i", [connection.fileno()])
+            try:
+                if self.ended:
+                    raise ChildProcessError
+                self._control.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                return answer.result(FORKS_WITHIN_S)
+            except NoResult:
+                self._process.kill()
+                raise ChildProcessError("The server of worker processes does not answer.") from None
+            except OSError as error:
+                if answer.done():
+                    raise
+                raise ChildProcessError("The server of worker processes has ended.") from error
+            finally:
+                self._fork = None
+
+    def close(self) -> None:
+        self._closing = True
+        with contextlib.suppress(OSError):  # it has ended
+            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self) -> None:
         with contextlib.suppress(OSError):
-            while len(data := control.recv(ANSWER.size, socket.MSG_WAITALL)) == ANSWER.size:
+            while len(data := self._control.recv(ANSWER.size, socket.MSG_WAITALL)) == ANSWER.size:
                 kind, pid, status = ANSWER.unpack(data)
-                if kind == b"+" and self._forks is not None:
-                    self._forked(pid, *self._forks)
-                elif kind == b"-":
-                    self._report(pid, status)
-        # The server has ended, and its workers with it.
-        if self._control is control:
+                if kind == b"-" and (child := self._children.pop(pid, None)) is not None:
+                    child._end(status)
+                elif kind != b"-" and (fork := self._fork) is not None:
+                    self._answer(kind, pid, status, *fork)
+        self.ended = True
+        self._process.wait()
+        if not self._closing:
             logger.warning("The server of worker processes has ended; the next load starts another one.")
-            self._control = self._server = None
-            server.wait()
-        control.close()
-        if (forks := self._forks) is not None and not forks[0].done():
-            forks[0].set_exception(ChildProcessError("The server of worker processes has ended."))
-        for pid in list(self._ended):
-            self._report(pid, -1)
+            _end_left_behind(self._mark, self._children.keys())
+        self._control.close()
+        if (fork := self._fork) is not None and not fork[0].done():
+            fork[0].set_exception(ChildProcessError("The server of worker processes has ended."))
+        for child in self._children.values():
+            child._end(None)
+        self._children.clear()
 
-    def _forked(self, pid: int, answer: Future[tuple[int, int]], ended: Ended) -> None:
+    def _answer(self, kind: bytes, pid: int, status: int, answer: Future[Child], on_end: Callable[[], object]) -> None:
+        if kind == b"!":
+            answer.set_exception(OSError(status, os.strerror(status)))
+            return
         try:
             # The server collects its exit code only after this answer.
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            answer.set_exception(error)
+            child = self._children[pid] = Child(pid, on_end)
+        except (OSError, psutil.Error) as error:
+            answer.set_exception(OSError(str(error)))
             return
-        self._ended[pid] = ended
-        answer.set_result((pid, pidfd))
+        answer.set_result(child)
 
-    def _report(self, pid: int, status: int) -> None:
-        ended = self._ended.pop(pid, None)
-        if ended is not None:
-            ended(status)
+
+def _end_left_behind(mark: str, workers: Collection[int]) -> None:
+    """Ends what the workers of an ended server have started: processes with its mark, or in a worker's session."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) in workers or process.environ().get(MARK) == mark:
+                process.kill()
 
 
 def check_system() -> None:

@@ -7,12 +7,11 @@ resident and the device belong to this process.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
 import itertools
 import logging
-import logging.handlers
 import os
-import queue
 import socket
 import sys
 import time
@@ -25,12 +24,15 @@ from ..cancellation import Cancellation, cancelled_by
 from ..contracts import Device
 from ..engines.engine_calls import EngineCalls
 from ..engines.part_proxy import Held, Part, Path, Token, follow, unwrapped
+from ..errors import PartGone
 from ..memory.engine import EngineResident
-from ..observability.error_classification import device_is_lost, is_out_of_device_memory
+from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
 from ..random_state import RandomState
-from .calls import END, Answer, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
-from .messages import Channel, Frame, Kind, pickled
+from .calls import END, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
+from .fork_server import MARK
+from .logs import SentLog
+from .messages import Channel, Frame, Kind, Packed, packed, pickled
 from .remote_errors import recorded
 
 PROGRESS_EVERY_S = 0.05
@@ -41,7 +43,7 @@ def serve(connection: socket.socket) -> None:
     """Serves one manager until it closes the connection."""
     channel = Channel(connection)
     worker = _Worker(channel)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, OSError):
         while True:
             worker.take(channel.receive())
 
@@ -64,8 +66,9 @@ class _Worker:
         self._calls: EngineCalls | None = None
         #: Objects without a path in the engine, by token; see `Held`.
         self._held: dict[int, Held] = {}
-        self._streams: dict[int, GeneratorType[Any, Any, Any]] = {}
-        self._numbers = itertools.count(1)
+        self._streams: dict[int, tuple[GeneratorType[Any, Any, Any], ThreadPoolExecutor]] = {}
+        #: Others than those of earlier workers, whose objects the manager may still have.
+        self._numbers = itertools.count(time.monotonic_ns())
         self._random: RandomState | None = None
         self._modules = len(sys.modules)
 
@@ -76,57 +79,70 @@ class _Worker:
         elif frame.kind is Kind.CANCEL:
             if cancelled := self._cancellations.get(frame.call):
                 cancelled.cancel()
+            else:  # answered already, or not received: the manager does not wait for its end
+                self._channel.send(Kind.ERROR, frame.call)
         elif frame.kind is Kind.PING:
             self._channel.send(Kind.PONG, frame.call)
-        elif frame.kind is Kind.FORGET:
-            self._held.pop(frame.call, None)
 
     def _run(self, frame: Frame, cancellation: Cancellation) -> None:
+        before: RandomState | None = None
+        lost = False
         try:
-            with cancelled_by(cancellation):
-                try:
-                    self._send(frame.call, self._answer(frame))
-                except BaseException as error:
-                    self._fail(frame.call, error)
-                    error.__traceback__ = None
-        except OSError:
-            os._exit(1)  # the manager has gone
+            ask = frame.unpickled(self._load_part)
+            self._forget(ask.forgotten)
+            before = self._continue_random(ask)
+            with cancelled_by(cancellation), self._progress(frame.call) if ask.moves else contextlib.nullcontext():
+                kind, content = Kind.ANSWER, self._packed(_ANSWERS[type(ask)](self, ask))
+        except BaseException as error:
+            kind, content, lost = Kind.ERROR, self._failure(error), self._is_lost(error)
+            self._make_room(error)
+            error.__traceback__ = None
+        answer = Answer(content.data, self._sizes(), self._drawn(before), lost)
+        try:
+            self._channel.send(kind, frame.call, Packed(pickled(answer), content.buffers))
+        except MemoryError as error:
+            answer.content = self._failure(error).data
+            self._channel.send(Kind.ERROR, frame.call, packed(answer))
         finally:
             self._cancellations.pop(frame.call, None)
 
-    def _send(self, call: int, answer: Answer) -> None:
+    def _packed(self, value: Any) -> Packed:
         try:
-            self._channel.send(Kind.ANSWER, call, answer, self._save_part)
-        except OSError:
+            return packed(value, self._save_part)
+        except MemoryError:
             raise
         except Exception:  # cannot be pickled: the manager gets a proxy
-            answer.value = Part(_KEEPER, (Held(answer.value, self._engine),))
-            self._channel.send(Kind.ANSWER, call, answer, self._save_part)
+            return packed(Part(_KEEPER, (Held(value, self._engine),)), self._save_part)
 
-    def _fail(self, call: int, error: BaseException) -> None:
-        lost = self._device is not None and device_is_lost(error, self._device)
-        record = recorded(error, lambda value: pickled(value, None, self._save_part))
-        if is_out_of_device_memory(error) and self._device is not None:
-            error.__traceback__ = None
+    def _failure(self, error: BaseException) -> Packed:
+        return packed(recorded(error, lambda value: pickled(value, None, self._save_part)))
+
+    def _is_lost(self, error: BaseException) -> bool:
+        return self._device is not None and device_is_lost(error, self._device)
+
+    def _make_room(self, error: BaseException) -> None:
+        """After an error of a full device: frees what the failed call has left behind."""
+        if self._device is not None and is_out_of_device_memory(error):
+            empty_frames(error)
             gc.collect()
             with contextlib.suppress(Exception):
                 self._device.settle()
-        self._channel.send(Kind.ERROR, call, (record, self._sizes(), lost))
 
-    def _answer(self, frame: Frame) -> Answer:
-        ask = frame.unpickled(self._load_part)
-        before = None
+    # -- random states --------------------------------------------------------------------------------------------
+
+    def _continue_random(self, ask: Ask) -> RandomState | None:
+        """Continues with the manager's states; returns the current ones if the call may change them."""
         if ask.random is not None:
             ask.random.continue_here(self._random, cuda=True)
             self._random = ask.random
-        if ask.draws:
-            before = RandomState(cuda=False)
-        with self._progress(frame.call) if ask.moves else contextlib.nullcontext():
-            value = _ANSWERS[type(ask)](self, ask)
-        drawn = None
-        if before is not None and (after := RandomState(cuda=False)).differs_from(before):
-            self._random = drawn = after
-        return Answer(value, self._sizes(), drawn)
+        return RandomState(cuda=False) if ask.draws else None
+
+    def _drawn(self, before: RandomState | None) -> RandomState | None:
+        """Returns the random states if they have changed."""
+        if before is None or not (after := RandomState(cuda=False)).differs_from(before):
+            return None
+        self._random = after
+        return after
 
     @contextlib.contextmanager
     def _progress(self, call: int) -> Iterator[None]:
@@ -154,22 +170,31 @@ class _Worker:
         return Part(_KEEPER, self._path(path))
 
     def _path(self, path: Path) -> Path:
-        if path and isinstance(path[0], Token):
-            return (self._held[path[0].number], *path[1:])
+        if path and isinstance(token := path[0], Token):
+            if token.number not in self._held:
+                raise PartGone(token.text.removeprefix(".(a ").removesuffix(")"))
+            return (self._held[token.number], *path[1:])
         return path
+
+    def _forget(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self._held.pop(number, None)
+            if number in self._streams:
+                self._next(NextItem(number, close=True))
 
     # -- answers --------------------------------------------------------------------------------------------------
 
     def _set_up(self, ask: Setup) -> None:
+        mark = {MARK: os.environ[MARK]}
         os.environ.clear()
-        os.environ.update(ask.environ)
+        os.environ.update(ask.environ | mark)
         with contextlib.suppress(OSError):
             os.chdir(ask.folder)
         sys.path[:] = ask.path
         sys.argv[:] = ask.argv
-        root = logging.getLogger()
-        root.setLevel(ask.log_level)
-        root.addHandler(_SentLog(self._channel))
+        logging.root.addHandler(SentLog(self._channel))
+        for name, level in ask.log_levels.items():
+            logging.getLogger(name).setLevel(level)
 
     def _load(self, ask: Load) -> None:
         import torch  # noqa: F401 - so that its random state is restored
@@ -203,25 +228,26 @@ class _Worker:
         answer = self._ready.call(self._path(ask.path), ask.arguments, ask.keywords, ask.streams)
         if isinstance(answer, GeneratorType):
             number = next(self._numbers)
-            self._streams[number] = answer
+            # A thread of its own: between its steps it may be within `torch.no_grad`, which is a thread's.
+            self._streams[number] = answer, ThreadPoolExecutor(1, "gpu-worker-stream")
             return Stream(number)
         return answer
 
     def _next(self, ask: NextItem) -> Any:
-        stream = self._streams.get(ask.stream)
-        if stream is None:
+        if ask.stream not in self._streams:
             return END
-        if not ask.close:
-            try:
-                return next(stream)
-            except BaseException as error:
+        stream, thread = self._streams[ask.stream]
+        context, item = contextvars.copy_context(), END
+        try:
+            if ask.close:
+                thread.submit(context.run, stream.close).result()
+            else:
+                item = thread.submit(context.run, lambda: next(stream, END)).result()
+            return item
+        finally:
+            if item is END:
                 self._streams.pop(ask.stream, None)
-                if isinstance(error, StopIteration):
-                    return END
-                raise
-        self._streams.pop(ask.stream, None)
-        stream.close()
-        return END
+                thread.shutdown(wait=False)
 
     def _set(self, ask: SetValue) -> None:
         setattr(follow(self._path(ask.path), self._engine), ask.name, unwrapped(ask.value, self._engine))
@@ -259,16 +285,4 @@ class _SentProgress(Progress):
             return
         self._sent_s, self._sent_phase = now_s, phase
         with contextlib.suppress(OSError):
-            self._channel.send(Kind.PROGRESS, self._call, (phase, done_bytes, total_bytes))
-
-
-class _SentLog(logging.handlers.QueueHandler):
-    """Sends log records to the manager's process."""
-
-    def __init__(self, channel: Channel) -> None:
-        super().__init__(queue.SimpleQueue())
-        self._channel = channel
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            self._channel.send(Kind.LOG, 0, vars(record))
+            self._channel.send(Kind.PROGRESS, self._call, packed((phase, done_bytes, total_bytes)))

@@ -1,0 +1,254 @@
+"""Calls of engines in worker processes: what goes there, and what comes back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from worker_engines import LINUX, Answer, Engine, EngineError, Gate
+
+from residency.engines.part_proxy import Part
+from residency.errors import ManagerClosed, PartGone, TensorAway
+from tts_gpu_managed import GPUManagedTTS
+
+pytestmark = LINUX
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(100_000.0), torch.ones(3, 4).t(), torch.ones(2, dtype=torch.bfloat16), torch.empty(0, 3),
+        torch.tensor(2.5), torch.ones(3, dtype=torch.complex64).conj(), torch.eye(3).to_sparse(),
+    ],
+)  # fmt: skip
+def test_tensors_come_back_as_they_are(tts: GPUManagedTTS, value: torch.Tensor) -> None:
+    answer = tts.echo(value)
+    assert answer.dtype is value.dtype
+    assert answer.shape == value.shape
+    assert torch.equal(answer.to_dense(), value.to_dense())
+
+
+def test_a_large_result_can_be_changed(tts: GPUManagedTTS) -> None:
+    audio, rate = tts.audio(100_000)
+    audio += 1
+    assert rate == 24_000
+    assert audio[0, :3].tolist() == [1, 2, 3]
+
+
+def test_arrays_dataclasses_and_errors_are_results(tts: GPUManagedTTS) -> None:
+    array = numpy.arange(50_000, dtype=numpy.int16)
+    back = tts.echo({"array": array, "names": ["a", ("b", 1.5)]})
+    assert numpy.array_equal(back["array"], array)
+    assert back["names"] == ["a", ("b", 1.5)]
+    answer = tts.answer()
+    assert isinstance(answer, Answer)
+    assert answer.words == ["one", "two"]
+    assert isinstance(tts.echo(ValueError("a result")), ValueError)
+
+
+def test_parts_are_arguments(tts: GPUManagedTTS) -> None:
+    assert tts.is_own(tts.model)
+    assert tts.is_own(tts.speaker)
+    assert tts.apply(lambda model: model.in_features, tts.model) == 4
+
+
+def test_functions_run_in_the_worker(tts: GPUManagedTTS) -> None:
+    factor = 3
+    assert tts.apply(lambda value: (value * factor, os.getpid()), 5) == (15, tts.pid())
+    assert tts.pid() != os.getpid()
+
+
+def test_streams_step_by_step(tts: GPUManagedTTS) -> None:
+    assert [item.tolist() for item in tts.stream(3)] == [[0, 0], [1, 1], [2, 2]]
+    assert tts.closed == ["stream of 3, gradients True"]
+    assert tts.gradients()  # of a step belongs to its thread
+
+
+def test_a_stream_that_is_closed_or_dropped_ends_in_the_worker(tts: GPUManagedTTS) -> None:
+    stream = tts.stream(5)
+    next(stream)
+    stream.close()
+    dropped = tts.stream(6)
+    next(dropped)
+    del dropped
+    assert tts.closed == ["stream of 5, gradients True", "stream of 6, gradients True"]
+
+
+def test_a_stream_that_fails_ends_with_its_error(tts: GPUManagedTTS) -> None:
+    stream = tts.stream(5, fails_at=1)
+    assert next(stream).tolist() == [0, 0]
+    with pytest.raises(EngineError, match="error 1"):
+        next(stream)
+    assert list(stream) == []
+    assert tts.closed == ["stream of 5, gradients True"]
+
+
+def test_what_cannot_be_pickled_is_a_proxy(tts: GPUManagedTTS) -> None:
+    speaker = tts.new_speaker()
+    assert isinstance(speaker, Part)
+    assert speaker.says("hello") == "Bob: hello"
+    number, other = tts.speakers()
+    assert (number, other.name) == (1, "Bob")
+
+
+def test_an_object_of_the_worker_is_freed_with_its_proxy(tts: GPUManagedTTS) -> None:
+    before = tts.living()
+    speaker, pair, name = tts.new_speaker(), tts.speakers(), tts.new_speaker().says
+    assert tts.living() == before + 3
+    assert name("hello") == "Bob: hello"
+    del speaker, pair, name
+    gc.collect()
+    assert tts.living() == before
+
+
+def test_an_object_within_a_list_is_freed_with_its_proxy(tts: GPUManagedTTS) -> None:
+    caches = tts.new_caches()
+    assert isinstance(caches[0], Part)
+    assert tts.new_caches_live()
+    del caches
+    gc.collect()
+    assert not tts.new_caches_live()
+
+
+def test_a_proxy_of_an_earlier_worker_is_gone(tts: GPUManagedTTS) -> None:
+    speaker = tts.new_speaker()
+    tts.force_release()
+    assert tts.new_speaker().name == "Bob"
+    with pytest.raises(PartGone, match="Speaker"):
+        speaker.name  # noqa: B018
+
+
+def test_attributes_are_set_under_a_lease(tts: GPUManagedTTS) -> None:
+    with tts.lease() as engine:
+        engine.volume = 2.0
+        engine.caches.scale = 0.5
+        engine.speaker.name = "Eve"
+        assert engine.caches.scale == 0.5
+    assert tts.audio(3)[0].tolist() == [[0, 2, 4]]
+    assert tts.speaker.says("hi") == "Eve: hi"
+    tts.force_offload()
+    assert tts.volume == 2.0
+    tts.force_release()
+    assert tts.volume == 1.0
+
+
+def test_an_engine_may_be_a_container(another: Callable[..., GPUManagedTTS]) -> None:
+    tts = another(lambda: {"llm": torch.nn.Linear(2, 2), "rate": 24_000})
+    with tts.lease() as engine:
+        assert engine["rate"] == 24_000
+        assert engine["llm"].in_features == 2
+        assert len(engine) == 2
+        assert list(engine) == ["llm", "rate"]
+        assert engine.keys().__class__.__name__ == "dict_keys"
+
+
+def test_an_engine_is_its_own_argument(tts: GPUManagedTTS) -> None:
+    with tts.lease() as engine:
+        assert engine.apply(lambda there: there.volume, engine) == 1.0
+
+
+def test_reading_overlaps_a_request(tts: GPUManagedTTS, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(tts.call, gate)
+        gate.reached()
+        assert tts.volume == 1.0
+        assert not running.done()
+        gate.open()
+        running.result()
+
+
+def test_two_models_run_at_once(another: Callable[..., GPUManagedTTS], tmp_path: Path) -> None:
+    first, second = another(), another()
+    gates = [Gate(tmp_path, "first"), Gate(tmp_path, "second")]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(tts.call, gate) for tts, gate in zip((first, second), gates, strict=True)]
+        for gate in gates:
+            gate.reached()
+        assert first.manager.status()["models"][first.name]["leases"] == 1
+        for gate in gates:
+            gate.open()
+        for call in calls:
+            call.result()
+    assert first.pid() != second.pid()
+
+
+def test_sixteen_threads_call_one_engine(tts: GPUManagedTTS) -> None:
+    with tts.lease() as engine, ThreadPoolExecutor(16) as pool:  # the engine is used without further leases
+        answers = [pool.submit(engine.echo, torch.full((20_000,), number)) for number in range(160)]
+        assert [int(answer.result()[-1]) for answer in answers] == list(range(160))
+
+
+def test_a_stale_engine_is_refused(tts: GPUManagedTTS) -> None:
+    with tts.lease() as engine:
+        pass
+    tts.force_offload()
+    with pytest.raises(TensorAway, match="not on the device"):
+        engine.audio(3)
+
+
+def test_ten_minutes_of_audio(tts: GPUManagedTTS) -> None:
+    """The target is 50 ms; ``benchmarks/isolation.py`` measures it."""
+    began_s = time.perf_counter()
+    audio, _ = tts.audio(600 * 24_000)
+    print(f"{(time.perf_counter() - began_s) * 1000:.0f} ms")
+    assert audio.shape == (1, 600 * 24_000)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_leaves_the_worker_alone(tts: GPUManagedTTS) -> None:
+    speaker = tts.new_speaker()
+    with tts.lease() as engine:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                engine.audio(3)
+            except ManagerClosed:
+                del speaker
+                gc.collect()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert engine.audio(1)[1] == 24_000
+    assert speaker.name == "Bob"
+
+
+def test_a_finalizer_within_a_send_sends_nothing(tts: GPUManagedTTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A garbage collection may run at any point, in a thread that holds the lock of the connection."""
+    stream, kept = tts.stream(3), [tts.new_speaker()]
+    next(stream)
+    channel = tts.manager._managed_models[tts.name].resident.worker._channel
+    done = threading.Event()
+
+    def collect() -> None:
+        nonlocal stream
+        with channel._sending:
+            kept.clear()
+            stream = None
+        done.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert done.wait(60)
+    assert tts.closed == ["stream of 3, gradients True"]
+
+
+def test_an_engine_that_is_loaded_in_the_worker_is_not_here(another: Callable[..., GPUManagedTTS]) -> None:
+    made: list[Any] = []
+
+    def load() -> Engine:
+        made.append(1)
+        return Engine()
+
+    assert another(load).pid() != os.getpid()
+    assert made == []
