@@ -110,8 +110,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self.device: Device = isolated.observed if isolated else device
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
         dispatcher = self._dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
-        if isolated:
-            adopt = partial(isolated.adopt, ended=dispatcher.engine_ended)
+        adopt = partial(isolated.adopt, ended=dispatcher.engine_ended) if isolated else adopt
         mover = Mover(self.device, adopt, snapshots)
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
         self._registry = Registry(dispatcher)

@@ -25,6 +25,7 @@ from .messages import pickled
 from .process import HANGS_AFTER_S, KILLED_WITHIN_S, WorkerProcess
 from .remote_engine import RemoteEngine
 from .resident import WorkerResident
+from .residue import ProcessResidue
 from .spawner import Spawner, check_system
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,8 @@ class Isolation:
         ``ended`` is called with ``managed``, in another thread, if the worker ends.
         """
         engine._worker.on_end = partial(ended, managed)
-        return WorkerResident(engine._worker, self._checkpoints)
+        worker, checkpoints = engine._worker, self._checkpoints
+        return WorkerResident(worker, ProcessResidue(worker, checkpoints, device) if checkpoints else None)
 
     def close(self) -> None:
         """Ends the fork server, and with it all workers. Idempotent."""
