@@ -21,7 +21,8 @@ import psutil
 from ..errors import InvalidInput
 from ..locks import renewed_in_children
 from ..observability.process_memory import claim_tree
-from .fork_server import ANSWER, MARK
+from .calls import MARK
+from .fork_server import ANSWER
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,7 @@ from ..memory.engine import EngineResident
 from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
 from ..random_state import RandomState
-from .calls import END, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
-from .fork_server import MARK
+from .calls import END, MARK, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
 from .logs import SentLog
 from .messages import Channel, Frame, Kind, Packed, packed, pickled
 from .remote_errors import recorded

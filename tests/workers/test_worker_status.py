@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from app_process import wait_until
 from fakes import Workshop
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
@@ -153,11 +155,9 @@ def test_workers_and_their_children_are_no_children_of_the_manager(isolated: GPU
 
 def test_a_worker_that_has_died_is_not_in_the_status(isolated: GPUResourceManager, model: str) -> None:
     with isolated.lease(model):
-        process = psutil.Process(worker(isolated, model)["pid"])
-        process.kill()
-        psutil.wait_procs([process])
+        os.kill(worker(isolated, model)["pid"], signal.SIGKILL)
         resident: Any = isolated._managed_models[model].resident
-        resident.worker._has_ended.wait(30)
+        assert wait_until(lambda: resident.worker.ended)
         assert isolated.status()["models"][model]["worker"] is None
         assert isolated.status()["device"]["free_bytes"] == 1 << 30
 

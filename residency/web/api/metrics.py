@@ -72,17 +72,17 @@ class _Collector(Collector):
                 if (value := model[field]) is not None:  # type: ignore[literal-required]
                     gauge.add_metric((name,), value)
             yield gauge
-        if self._status["isolation"] == "process":
-            yield from self._workers()
+        yield from self._workers()
         yield from self._past()
 
     def _workers(self) -> Iterator[Metric]:
+        isolated = self._status["isolation"] == "process"
         for metric, field, help_text in _OF_ONE_WORKER:
             gauge = GaugeMetricFamily(f"gpu_manager_{metric}", help_text, labels=("model",))
             for name, model in self._status["models"].items():
                 worker = model["worker"]
                 value = worker[field] if worker else 0  # type: ignore[literal-required]
-                if value is not None:
+                if isolated and value is not None:
                     gauge.add_metric((name,), value)
             yield gauge
 
