@@ -19,7 +19,6 @@ from residency.errors import (
     InvalidInput,
     NotHandedOut,
     RemoteError,
-    RemoteFrames,
     WorkerDied,
 )
 from residency.memory_errors import RemoteFrames
