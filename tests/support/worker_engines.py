@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,20 @@ import torch
 LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"), reason="worker processes need Linux"
 )
+
+
+def started(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Runs a function in a thread for which a failed test does not wait."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
 
 
 class Gate:
@@ -42,6 +57,11 @@ class Gate:
 
     def open(self) -> None:
         Path(self._opened).write_bytes(b"\0")
+
+    def free(self) -> None:
+        """Opens the gate if the engine is there, after a failed test."""
+        with suppress(OSError):
+            os.close(os.open(self._opened, os.O_WRONLY | os.O_NONBLOCK))
 
 
 @dataclass

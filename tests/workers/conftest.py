@@ -3,10 +3,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
-from worker_engines import Engine
+from worker_engines import Engine, Gate
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from tts_gpu_managed import GPUManagedTTS
@@ -19,6 +20,24 @@ def isolated() -> Iterator[GPUResourceManager]:
     """A manager of worker processes, for a module: its fork server takes a second to start."""
     with GPUResourceManager(SimulatedDevice(1 << 30), isolation="process", keep_warm=-1) as manager:
         yield manager
+
+
+@pytest.fixture
+def new_gate(tmp_path: Path) -> Iterator[Callable[[], Gate]]:
+    """Makes gates in a folder of the test."""
+    with ExitStack() as made:
+
+        def make() -> Gate:
+            gate = Gate(tmp_path, f"gate-{next(_numbers)}")
+            made.callback(gate.free)
+            return gate
+
+        yield make
+
+
+@pytest.fixture
+def gate(new_gate: Callable[[], Gate]) -> Gate:
+    return new_gate()
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from worker_engines import LINUX, Answer, Engine, EngineError, Gate
+from worker_engines import LINUX, Answer, Engine, EngineError, Gate, started
 
 from residency.engines.part_proxy import Part
 from residency.errors import ManagerClosed, PartGone, TensorAway
@@ -156,36 +155,33 @@ def test_an_engine_is_its_own_argument(tts: GPUManagedTTS) -> None:
         assert engine.apply(lambda there: there.volume, engine) == 1.0
 
 
-def test_reading_overlaps_a_request(tts: GPUManagedTTS, tmp_path: Path) -> None:
-    gate = Gate(tmp_path)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(tts.call, gate)
-        gate.reached()
-        assert tts.volume == 1.0
-        assert not running.done()
-        gate.open()
-        running.result()
+def test_reading_overlaps_a_request(tts: GPUManagedTTS, gate: Gate) -> None:
+    running = started(tts.call, gate)
+    gate.reached()
+    assert tts.volume == 1.0
+    assert not running.done()
+    gate.open()
+    running.result(60)
 
 
-def test_two_models_run_at_once(another: Callable[..., GPUManagedTTS], tmp_path: Path) -> None:
+def test_two_models_run_at_once(another: Callable[..., GPUManagedTTS], new_gate: Callable[[], Gate]) -> None:
     first, second = another(), another()
-    gates = [Gate(tmp_path, "first"), Gate(tmp_path, "second")]
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(tts.call, gate) for tts, gate in zip((first, second), gates, strict=True)]
-        for gate in gates:
-            gate.reached()
-        assert first.manager.status()["models"][first.name]["leases"] == 1
-        for gate in gates:
-            gate.open()
-        for call in calls:
-            call.result()
+    gates = [new_gate(), new_gate()]
+    calls = [started(tts.call, gate) for tts, gate in zip((first, second), gates, strict=True)]
+    for gate in gates:
+        gate.reached()
+    assert first.manager.status()["models"][first.name]["leases"] == 1
+    for gate in gates:
+        gate.open()
+    for call in calls:
+        call.result(60)
     assert first.pid() != second.pid()
 
 
 def test_sixteen_threads_call_one_engine(tts: GPUManagedTTS) -> None:
     with tts.lease() as engine, ThreadPoolExecutor(16) as pool:  # the engine is used without further leases
         answers = [pool.submit(engine.echo, torch.full((20_000,), number)) for number in range(160)]
-        assert [int(answer.result()[-1]) for answer in answers] == list(range(160))
+        assert [int(answer.result(60)[-1]) for answer in answers] == list(range(160))
 
 
 def test_a_stale_engine_is_refused(tts: GPUManagedTTS) -> None:
