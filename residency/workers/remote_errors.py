@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from inspect import ismemberdescriptor
 from typing import Any
 
 from ..errors import RemoteError
@@ -27,8 +28,6 @@ class ErrorRecord:
     pickled_class: bytes | None
     fields: list[tuple[str, bytes]] = field(default_factory=list)
     arguments: list[bytes] = field(default_factory=list)
-    #: Arguments of the base class that is built into Python: an OSError's are more than its ``args``.
-    base_arguments: list[bytes] = field(default_factory=list)
     frames: str = ""
     suppresses_context: bool = False
     cause: ErrorRecord | None = None
@@ -43,8 +42,7 @@ def recorded(error: BaseException, pickle: Callable[[Any], bytes], depth: int = 
 
     record = ErrorRecord(type(error).__qualname__, _text(error, str), _pickled(type(error), pickle))
     record.arguments = list(map(saved, error.args))
-    record.base_arguments = list(map(saved, _builtin_base(type(error)).__reduce__(error)[1]))
-    record.fields = [(name, saved(value)) for name, value in vars(error).items()]
+    record.fields = [(name, saved(value)) for name, value in _fields(error).items()]
     if not depth:
         with suppress(Exception):
             record.frames = "".join(traceback.format_exception(error))
@@ -73,24 +71,33 @@ def _rebuilt(record: ErrorRecord, unpickle: Callable[[bytes], Any]) -> BaseExcep
     try:
         kind: Any = None if record.pickled_class is None else unpickle(record.pickled_class)
         arguments = tuple(map(unpickle, record.arguments))
-        base_arguments = tuple(map(unpickle, record.base_arguments))
-        # Without its own __init__, whose parameters may be others.
-        error: BaseException = kind.__new__(kind, *base_arguments)
-        _builtin_base(kind).__init__(error, *base_arguments)
+        # Without __init__, whose parameters may be others.
+        error: BaseException = _builtin_base(kind).__new__(kind, *arguments)
         error.args = arguments
     except Exception:
         error = RemoteError(record.kind, record.text)
     for name, data in record.fields:
         with suppress(Exception):  # of a class that is not available here
-            vars(error)[name] = unpickle(data)
+            object.__setattr__(error, name, unpickle(data))
     error.__cause__ = _rebuilt(record.cause, unpickle) if record.cause else None
     error.__context__ = _rebuilt(record.context, unpickle) if record.context else None
     error.__suppress_context__ = record.suppresses_context
     return error
 
 
+def _fields(error: BaseException) -> dict[str, Any]:
+    """Returns attributes, also those of the class that is built into Python, such as an OSError's ``filename``."""
+    members = {
+        name: getattr(error, name, None) for base in _builtin_base(type(error)).__mro__
+        for name, member in vars(base).items() if ismemberdescriptor(member) and name != "obj"
+    }  # fmt: skip
+    return {name: value for name, value in members.items() if value is not None} | vars(error)
+
+
 def _builtin_base(kind: type[BaseException]) -> Any:
-    return next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    while kind.__module__ != "builtins":
+        kind = kind.__base__  # type: ignore[assignment]
+    return kind
 
 
 def _text(value: Any, words: Callable[[Any], str]) -> str:

@@ -83,8 +83,8 @@ tts.force_release()
 base = tree()  # with what imports keep
 for _ in range(2):
     tts.clone(*SAY)
-    there = model(tts)
-    assert there["device_bytes"] > 90 << 20 and tree() - base > 90 << 20
+    there = compared()
+    assert there["state"] == "gpu" and there["device_bytes"] > 90 << 20, there
     tts.force_offload()
     away = compared()
     assert (away["state"], away["device_bytes"]) == ("cpu", 0) and away["host_bytes"] > 90 << 20

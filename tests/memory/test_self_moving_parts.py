@@ -89,7 +89,8 @@ def stubborn() -> Iterator[subprocess.Popen[str]]:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         yield process
-        worker_processes.end(workers_of(process))
+        for each in workers_of(process):
+            each.kill()
 
 
 def test_a_release_ends_the_processes_of_workers_too_though_they_ignore_sigterm(

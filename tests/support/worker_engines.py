@@ -145,6 +145,10 @@ class Engine:
 
         return torch.rand(1).item(), float(numpy.random.rand()), random.random()
 
+    def draws(self, count: int) -> Iterator[tuple[float, float, float]]:
+        for _ in range(count):
+            yield self.draw()
+
     def seeded(self, seed: int) -> float:
         torch.manual_seed(seed)
         return torch.rand(1).item()
