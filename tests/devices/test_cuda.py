@@ -13,6 +13,7 @@ from fake_torch_cuda import FakeCuda
 from residency.contracts import Memory, Telemetry
 from residency.devices import CudaDevice
 from residency.devices import cuda as module
+from residency.devices.observed import ObservedDevice
 from residency.errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable
 
 
@@ -230,3 +231,10 @@ def test_the_bytes_of_worker_processes_are_known_if_the_driver_lists_them(
 ) -> None:
     monkeypatch.setattr(Probe, "holders", lambda self: processes)
     assert device.bytes_of([77, 78]) == nbytes, "none of this process is listed, as with process isolation"
+
+
+def test_a_process_that_only_observes_the_card_holds_nothing_there(device: CudaDevice) -> None:
+    observed = ObservedDevice(device)
+    assert device.memory().process_bytes is None, "the driver lists others only"
+    assert observed.memory() == Memory(1000, 5, 0)
+    assert observed.bytes_of([77, 78]) == 995

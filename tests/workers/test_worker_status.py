@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,10 +16,11 @@ import torch
 from app_process import wait_until
 from fakes import Workshop
 
-from gpu_manager import GPUResourceManager, SimulatedDevice
+from gpu_manager import GPUResourceManager, SimulatedDevice, State
 from residency.clock import ManualClock
 from residency.devices.host_probes import sample
 from residency.status_types import WorkerStatus
+from residency.web.ui import views
 
 MB = 1 << 20
 
@@ -151,6 +153,34 @@ def test_workers_and_their_children_are_no_children_of_the_manager(isolated: GPU
         assert children is not None
         assert {each.pid for each in children}.isdisjoint([child, worker(isolated, model)["pid"]])
         assert isolated.status()["models"][model]["outside_bytes"] == 0, "too little to be mentioned"
+
+
+def test_what_a_load_has_brought_so_far_is_that_of_the_model(isolated: GPUResourceManager, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
+    def load() -> Engine:
+        engine = Engine()
+        device.charge(8 * MB)
+        gate.open().read()
+        device.refund(8 * MB)
+        return engine
+
+    device = isolated.device._device  # type: ignore[attr-defined]
+    isolated.register("arriving", load)
+    isolated.warm("arriving")
+    with gate.open("w"):  # it has come to the gate
+        status = isolated.status()
+        seen = status["models"]["arriving"]["worker"]
+        assert seen is not None
+        assert (seen["device_bytes"], seen["context_bytes"]) == (108 * MB, 0), "not known before the end of the load"
+        assert views.on_the_card(status)["arriving"] == 108 * MB
+    assert isolated.wait_for("arriving", State.DEVICE, 60)
+    assert worker(isolated, "arriving")["pid"] == seen["pid"]
+    assert worker(isolated, "arriving")["context_bytes"] == 100 * MB
+    assert isolated._isolation is not None
+    assert not isolated._isolation.loading
+    isolated.unregister("arriving")
 
 
 def test_a_worker_that_has_died_is_not_in_the_status(isolated: GPUResourceManager, model: str) -> None:
