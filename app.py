@@ -155,6 +155,7 @@ def _engine(settings: Settings) -> _Chosen:
         )
     with needing("step-audio"):
         from residency.engines import step_audio
+        from residency.engines.step_audio_facts import TARGET_CHARACTERS
 
     model_path = str(settings.model_path)
     options: dict[str, Any] = {
@@ -170,7 +171,11 @@ def _engine(settings: Settings) -> _Chosen:
     context_tokens = settings.max_model_len if "max_model_len" in generation.flags else None
     return _Chosen(
         lambda torch_device: step_audio.build(model_path, **options),
-        {"clone_appends": generation.clone_appends, "more_tags": generation.tags},
+        {
+            "clone_appends": generation.clone_appends,
+            "more_tags": generation.tags,
+            "max_target_text": TARGET_CHARACTERS,
+        },
         check_audio=step_audio.audio_check(settings.step_audio_root, context_tokens),
     )
 

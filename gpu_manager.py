@@ -22,7 +22,7 @@ from typing import Any
 from residency.clock import SystemClock
 from residency.contracts import Clock, Device, Policy
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
-from residency.devices.host_probes import host_memory, remeasured, sample
+from residency.devices.host_probes import host_memory, remeasured, sample, worker_memory
 from residency.errors import (
     DeviceLost,
     DeviceOutOfMemory,
@@ -55,6 +55,7 @@ from residency.scheduling.planner import will_not_reach
 from residency.scheduling.policies import change_policy, check_counts, comparable, policy_for, seconds
 from residency.scheduling.registry import Registry
 from residency.scheduling.status import Overview
+from residency.scheduling.worker_status import Workers
 from residency.states import State
 from residency.status_types import Status, UsageHistory
 from residency.workers.isolation import IsolationMode, Residue, isolation_for
@@ -75,7 +76,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         budget_bytes: limit of device memory for all models together.
         wait_timeout: default limit of the wait for a turn and for room, without load or restore; -1: no limit.
         isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
-        residue: ``"keep"`` what an offloaded worker leaves on the GPU, ``"checkpoint"`` it, or ``"auto"``: if possible
+        residue: what an offload leaves of a worker there: ``"keep"``, ``"checkpoint"`` (by the driver) or ``"auto"``.
 
     Thread-safe; `status` returns at once, even during a load. In a forked child the manager is closed.
     """
@@ -105,19 +106,18 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
             snapshot_limit_bytes=snapshot_limit_bytes, budget_bytes=budget_bytes, wait_timeout=wait_timeout,
             isolation=isolation, residue=residue,
         )  # fmt: skip
-        self._isolation = isolation_for(isolation, device, snapshot_dir, residue)
-        self.device: Device = self._isolation.observed if self._isolation else device
+        self._isolation = isolated = isolation_for(isolation, device, snapshot_dir, residue)
+        self.device: Device = isolated.observed if isolated else device
         snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
-        self._dispatcher = dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
-        if self._isolation:
-            adopt = partial(self._isolation.adopt, ended=dispatcher.engine_ended)
+        dispatcher = self._dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
+        adopt = partial(isolated.adopt, ended=dispatcher.engine_ended) if isolated else adopt
         mover = Mover(self.device, adopt, snapshots)
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
         self._registry = Registry(dispatcher)
-        check_locked = self._registry.check_open_locked
-        self._admission = Admission(dispatcher, check_locked, self.settings["wait_timeout"])
-        self._manual_control = ManualControl(dispatcher, self._moves, mover, check_locked)
-        self._overview = Overview(dispatcher, budget_bytes, host_memory, partial(remeasured, device=self.device))
+        self._admission = Admission(dispatcher, self._registry.check_open_locked, self.settings["wait_timeout"])
+        self._manual_control = ManualControl(dispatcher, self._moves, mover, self._registry.check_open_locked)
+        workers = Workers(dispatcher, partial(worker_memory, self.device), isolated.loading.get) if isolated else None
+        self._overview = Overview(dispatcher, budget_bytes, host_memory, partial(remeasured, self.device), workers)
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

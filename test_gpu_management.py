@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from gpu_manager import CpuDevice, GPUResourceManager, SimulatedDevice, State
@@ -270,6 +271,27 @@ def test_off_by_default() -> None:
 
     assert parse([]).enable_gpu_management is False
     assert parse(["--enable-gpu-management"]).enable_gpu_management is True
+
+
+def test_worker_process() -> None:
+    """With process isolation the speech is the same, and a release leaves no byte and no process (Linux)."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    with story() as told:
+        expected = told.clone()
+    card = SimulatedDevice(capacity_bytes=CARD_BYTES, context_bytes=400 << 20)
+    with tempfile.TemporaryDirectory() as folder, GPUResourceManager(card, isolation="process") as manager:
+        prompt = Path(folder) / "prompt.wav"
+        prompt.write_bytes(recording())
+        tts = GPUManagedTTS(None, manager=manager)
+        for give_back in (tts.force_offload, tts.force_release):
+            torch.manual_seed(0)
+            audio, _ = tts.clone(str(prompt), "This is my voice.", SENTENCE)
+            assert torch.equal(audio, expected)
+            worker = psutil.Process(tts.get_gpu_status()["models"]["tts"]["worker"]["pid"])
+            give_back()
+            assert card.memory().process_bytes == 0
+        assert not worker.is_running()
 
 
 def main() -> int:

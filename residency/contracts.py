@@ -7,7 +7,7 @@ A `Device` or `Clock` may be called from any thread at any time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -59,6 +59,10 @@ class Device(Protocol):
 
     def held_by(self) -> Mapping[int, int] | None:
         """Returns the bytes of its memory by process, without torch's cache; None where unknown. Never raises."""
+
+    def bytes_of(self, pids: Collection[int]) -> int | None:
+        """Returns the bytes of its memory that other processes hold together; None where unknown. Never raises."""
+        return None
 
     def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
         """Returns (device, host) bytes of worker processes, given the private main memory of each by pid.
@@ -188,6 +192,35 @@ class ProcessCheckpoints(Protocol):
         """Returns the state of a process; ``gone`` once it has ended."""
 
     def close(self) -> None: ...
+
+
+class WorkerState(Protocol):
+    """A worker process, for the status. Any thread may read it at any time."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def ended(self) -> bool: ...
+
+    @property
+    def checkpointed(self) -> bool: ...
+
+    @property
+    def modules(self) -> int:
+        """Modules imported by it alone, whose memory is not unmanaged memory."""
+
+
+@runtime_checkable
+class InWorker(Protocol):
+    """A `Resident` of an engine in a worker process: what the status reads of it."""
+
+    @property
+    def worker(self) -> WorkerState: ...
+
+    @property
+    def last_offload(self) -> Any:
+        """Way, bytes and seconds (fields of `LastOffload` in the status); None before the first."""
 
 
 class SnapshotStore(Protocol):

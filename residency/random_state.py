@@ -6,19 +6,18 @@ torch's generator: for weights that are then overwritten, and for buffers that a
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from .modules import imported
 
 
 class RandomState:
     """The global random states of Python, numpy and torch (with CUDA) at its creation."""
 
     def __init__(self, cuda: bool = True) -> None:
-        numpy, torch = _imported("numpy"), _imported("torch")
+        numpy, torch = imported("numpy"), imported("torch")
         self._python = random.getstate()
         self._numpy = numpy.random.get_state() if numpy else None
         self._torch = torch.random.get_rng_state() if torch else None
@@ -32,7 +31,7 @@ class RandomState:
         If torch was imported later, it gets its default seed; numpy, which has none, is left unchanged. If CUDA was
         initialised later, it gets torch's seed.
         """
-        numpy, torch = _imported("numpy"), _imported("torch")
+        numpy, torch = imported("numpy"), imported("torch")
         random.setstate(self._python)
         if numpy and self._numpy is not None:
             numpy.random.set_state(self._numpy)
@@ -54,7 +53,7 @@ class RandomState:
 
         ``cuda``: seeds CUDA's generators too, if the other process has seeded torch since.
         """
-        numpy, torch = _imported("numpy"), _imported("torch")
+        numpy, torch = imported("numpy"), imported("torch")
         random.setstate(self._python)
         if numpy and self._numpy is not None:
             numpy.random.set_state(self._numpy)
@@ -71,11 +70,6 @@ class RandomState:
             array = self._numpy and (self._numpy[0], self._numpy[1].tobytes(), *self._numpy[2:])
             self._values = self._python, array, None if self._torch is None else self._torch.numpy().tobytes()
         return self._values
-
-
-def _imported(name: str) -> Any:
-    """Returns a module that was imported, or None; waits for the end of an import in another thread."""
-    return importlib.import_module(name) if name in sys.modules else None
 
 
 @contextmanager

@@ -84,30 +84,32 @@ class Holder:
     """The request that uses a model: the code that took the lease, its thread, and for how many seconds.
 
     ``waits_for``: thread of a request for the same model for which this code waits, with a time-out.
+    ``held``: text in place of the seconds.
     """
 
     where: str
     thread: str
     held_s: float
     waits_for: str | None = None
+    held: str | None = None
 
     @property
     def en(self) -> str:
         waits = f", which waits for thread {self.waits_for}, which waits for the model" if self.waits_for else ""
-        return f"held for {self.held_s:.3g} s by {self.where} (thread {self.thread}){waits}"
+        return f"held for {self.held or f'{self.held_s:.3g} s'} by {self.where} (thread {self.thread}){waits}"
 
     @property
     def zh(self) -> str:
         waits = f"，且正在等待线程 {self.waits_for}，而该线程在等待此模型" if self.waits_for else ""
-        return f"{self.where}（线程 {self.thread}）已占用 {self.held_s:.3g} 秒{waits}"
+        return f"{self.where}（线程 {self.thread}）已占用 {self.held or f'{self.held_s:.3g} 秒'}{waits}"
 
 
-def holder_of(model: ModelStatus) -> Sentence | None:
+def holder_of(model: ModelStatus, held: str | None = None) -> Sentence | None:
     """Returns which code uses the model, and for how long; None if it is not in use."""
     facts = model.get("holder")  # older apps do not send it
     if not facts:
         return None
-    holder = Holder(facts["where"], facts["thread"], facts["held_s"], facts.get("waits_for"))
+    holder = Holder(facts["where"], facts["thread"], facts["held_s"], facts.get("waits_for"), held)
     return Sentence(holder.en, holder.zh)
 
 

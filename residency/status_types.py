@@ -109,6 +109,32 @@ class OutsideProcess(TypedDict):
     host_bytes: Annotated[int | None, Doc("Bytes that it uses in main memory; null if unknown.")]
 
 
+class LastOffload(TypedDict):
+    """How the model of a worker process left the device."""
+
+    way: Annotated[
+        Literal["weights", "weights+checkpoint", "checkpoint"],
+        Doc(
+            "What left: the weights; also the rest of the process, by a checkpoint of the driver; or all by the latter."
+        ),
+    ]
+    bytes: Annotated[int, Doc("Bytes moved.")]
+    seconds: Annotated[float, Doc("How long it took, in seconds.")]
+
+
+class WorkerStatus(TypedDict):
+    """The worker process of a model, with its child processes."""
+
+    pid: Annotated[int, Doc("Its process ID.")]
+    device_bytes: Annotated[int | None, Doc("Bytes that it holds on the device, by the driver; null if unknown.")]
+    host_bytes: Annotated[int | None, Doc("Bytes of main memory that end with it; null if unknown.")]
+    context_bytes: Annotated[
+        int | None, Doc("Bytes on the device beyond the model: CUDA context and workspaces; null if unknown.")
+    ]
+    checkpointed: Annotated[bool, Doc("Whether the driver has moved what it held on the device to main memory.")]
+    last_offload: Annotated[LastOffload | None, Doc("Its last offload; null before the first.")]
+
+
 class ModelStatus(TypedDict):
     """One model."""
 
@@ -132,12 +158,16 @@ class ModelStatus(TypedDict):
     last_error: Annotated[str | None, Doc("Why its last move failed; null if it did not.")]
     outside_bytes: Annotated[int | None, Doc("Bytes that it uses and no move frees; null if unknown.")]
     outside_processes: Annotated[list[OutsideProcess], Doc("The processes that use those bytes.")]
+    worker: Annotated[WorkerStatus | None, Doc("Its worker process; null without one.")]
 
 
 class Status(TypedDict):
     """The device, main memory and the models."""
 
     enabled: Annotated[Literal[True], Doc("GPU management is on.")]
+    isolation: Annotated[
+        Literal["none", "process"], Doc("`process`: each loaded model has a worker process, which its release ends.")
+    ]
     device: Annotated[DeviceStatus, Doc("The device.")]
     host: Annotated[MemorySizes, Doc("Main memory.")]
     monitor: Annotated[MonitorHealth, Doc("Whether idle models are moved.")]

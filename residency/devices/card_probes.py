@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,8 +11,9 @@ import psutil
 import pynvml
 
 from ..contracts import Memory, Telemetry
+from ..modules import imported
 
-_OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed")
+_OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed", "residency.workers")
 _NO_SUCH_CARD = (pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_NOT_FOUND)
 
 
@@ -66,7 +66,7 @@ class NvmlProbe:
             power_w = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
         except pynvml.NVMLError:
             power_w = None
-        sizes = [nbytes for pid, nbytes in self.holders() if pid != os.getpid() and _is_ours(pid)]
+        sizes = [nbytes for pid, nbytes in self.holders() if _is_peer(pid)]
         return Telemetry(None if None in sizes else sum(filter(None, sizes)), power_w)
 
     def holders(self) -> tuple[tuple[int, int | None], ...]:
@@ -87,7 +87,7 @@ class TorchProbe:
     name = "CUDA GPU 0"
 
     def memory(self) -> Memory:
-        torch = sys.modules.get("torch")
+        torch = imported("torch")
         try:
             if torch is None or not torch.cuda.is_initialized() or not torch._C._cuda_hasPrimaryContext(0):
                 return Memory()
@@ -149,9 +149,11 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _is_ours(pid: int) -> bool:
-    """Returns whether a process runs this project, by its command line."""
+def _is_peer(pid: int) -> bool:
+    """Returns whether a process runs this project, by its command line, and is neither this one nor a descendant."""
     try:
-        return any(sign in argument for argument in psutil.Process(pid).cmdline() for sign in _OURS)
+        process = psutil.Process(pid)
+        ours = any(sign in argument for argument in process.cmdline() for sign in _OURS)
+        return ours and os.getpid() not in (pid, *(each.pid for each in process.parents()))
     except (psutil.Error, OSError):
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,10 @@ class SimulatedDevice(CpuDevice):
 
     def held_by(self) -> Mapping[int, int] | None:
         return {os.getpid(): 0} | self.ledger.locked(Ledger.by_process)
+
+    def bytes_of(self, pids: Collection[int]) -> int | None:
+        held = self.ledger.locked(Ledger.by_process)
+        return sum(held.get(pid, 0) for pid in pids)
 
     def ended(self, pid: int) -> None:
         """Takes the bytes of a process that has ended off the card."""

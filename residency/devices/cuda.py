@@ -6,23 +6,22 @@ Tested with a fake CUDA runtime only, not yet on a GPU: see docs/en/verification
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import glob
 import importlib.metadata
 import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, DeviceKind, Memory, Telemetry
 from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable, OnAnotherDevice
 from ..locks import renewed_in_children
+from ..modules import imported
 from ..observability.error_classification import is_capture_under_way, is_out_of_device_memory
 from ..sentences import Sentence
+from .captures import during_captures, is_capturing
 from .card_probes import CardProbe, NvmlProbe, NvmlUnavailable, TorchProbe
 
 if TYPE_CHECKING:
@@ -93,12 +92,16 @@ class CudaDevice(Device):
             )
         return None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process finds the same device with a probe of its own; ``pinned_limit_bytes`` holds for each."""
+        return _found_again, (self.name, self._pinned_limit_bytes, self.index)
+
     def memory(self) -> Memory:
         return self._probe.memory()
 
     def held_by(self) -> Mapping[int, int] | None:
         """Returns None unless the driver lists this process: in a container it may list the host's pids, or none."""
-        torch, own = sys.modules.get("torch"), os.getpid()
+        torch, own = imported("torch"), os.getpid()
         held = {pid: nbytes for pid, nbytes in self._probe.holders() if nbytes is not None}
         if own not in held:
             return None
@@ -106,11 +109,14 @@ class CudaDevice(Device):
             held[own] -= torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
         return held
 
+    def bytes_of(self, pids: Collection[int]) -> int | None:
+        held = [nbytes for pid, nbytes in self._probe.holders() if pid in pids]
+        # In containers the driver may list the host's pids, or none.
+        return sum(filter(None, held)) if held and None not in held else None
+
     def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
-        held = {pid: nbytes for pid, nbytes in self._probe.holders() if nbytes is not None}
-        if held.keys().isdisjoint(host_bytes):
-            return None  # in a container the driver may list the host's pids, or none
-        return sum(held.get(pid, 0) for pid in host_bytes), sum(host_bytes.values())
+        device_bytes = self.bytes_of(host_bytes)
+        return None if device_bytes is None else (device_bytes, sum(host_bytes.values()))
 
     def telemetry(self) -> Telemetry:
         return self._probe.telemetry()
@@ -255,7 +261,7 @@ class CudaDevice(Device):
     def _unless_capturing(self) -> Iterator[Any]:
         """Like `_here`; raises `CaptureUnderWay` if the card captures a CUDA graph."""
         with self._here() as cuda:
-            if _is_capturing(self.index):
+            if is_capturing(self.index):
                 raise CaptureUnderWay(self.name)
             try:
                 yield cuda
@@ -270,13 +276,13 @@ class CudaDevice(Device):
         """Yields ``torch.cuda`` with the managed card as current device, also during captures by other threads."""
         import torch
 
-        with torch.cuda.device(self.index), _during_captures():
+        with torch.cuda.device(self.index), during_captures():
             yield torch.cuda
 
 
 def _in_use() -> bool:
     """Returns whether torch has initialized CUDA in this process."""
-    torch = sys.modules.get("torch")
+    torch = imported("torch")
     return torch is not None and torch.cuda.is_initialized()
 
 
@@ -292,56 +298,8 @@ def _torch_has_cuda() -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _during_captures() -> Iterator[None]:
-    """Allows this thread to allocate, free and register memory during a capture by another thread.
-
-    By default such a call fails in both threads. Device-wide synchronization still fails. Has no effect if torch's
-    runtime library cannot be loaded.
-    """
-    cudart = _cudart()
-    if cudart is None:
-        yield
-        return
-    mode = ctypes.c_int(2)  # cudaStreamCaptureModeRelaxed: all calls that are possible during captures of others
-    cudart.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        cudart.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-
-
-def _is_capturing(index: int) -> bool:
-    """Returns whether any thread captures a stream of torch on that card.
-
-    Device-wide synchronization would then fail, and end the capture.
-    """
-    import torch
-
-    for stream in _streams(index):
-        with torch.cuda.stream(stream):
-            if torch.cuda.is_current_stream_capturing():
-                return True
-    return False
-
-
-@functools.cache
-def _streams(index: int) -> frozenset[torch.cuda.Stream]:
-    """Returns all streams in torch's pools of that card: 32 of each priority, issued round-robin."""
-    import torch
-
-    stream: Any = torch.cuda.Stream
-    return frozenset(stream(index, priority=priority) for priority in (0, -1) for _ in range(64))
-
-
-@functools.cache
-def _cudart() -> ctypes.CDLL | None:
-    """Returns the CUDA runtime loaded by torch; any other has separate capture modes."""
-    import torch
-
-    major = (torch.version.cuda or "").partition(".")[0]
-    with contextlib.suppress(OSError, AttributeError):  # linked statically, or not on this system
-        library = ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        if library.cudaThreadExchangeStreamCaptureMode:
-            return library
-    return None
+def _found_again(name: str, pinned_limit_bytes: int | None, index: int) -> CudaDevice:
+    found = CudaDevice.find(pinned_limit_bytes)
+    if found is None:
+        raise DeviceUnavailable(Sentence(f"the worker process does not see {name}", f"工作进程未发现 {name}"))
+    return CudaDevice(name, found._probe, pinned_limit_bytes, index)

@@ -15,7 +15,7 @@ import psutil
 
 from ..contracts import Device, Memory
 from ..observability.outside_memory import MemorySample, OutsideMemory, ProcessMemory
-from ..observability.process_memory import is_claimed, own_bytes, private_bytes
+from ..observability.process_memory import heads_claimed_tree, is_claimed, own_bytes, private_bytes
 
 
 def host_memory() -> Memory:
@@ -41,7 +41,20 @@ def sample(device: Device, trim: bool = True, look_at_children: bool = True) -> 
     return MemorySample(own, _children(device, held) if look_at_children else None, len(sys.modules))
 
 
-def remeasured(outside: OutsideMemory, device: Device) -> OutsideMemory:
+def worker_memory(device: Device, pid: int) -> ProcessMemory | None:
+    """Measures a worker process and its descendants together; returns None if it has ended."""
+    try:
+        worker = psutil.Process(pid)
+        tree = [worker, *worker.children(recursive=True)]
+        started_s = worker.create_time()
+    except (psutil.Error, OSError):
+        return None
+    sizes = [nbytes for process in tree if (nbytes := private_bytes(process)) is not None]
+    device_bytes = device.bytes_of([process.pid for process in tree])
+    return ProcessMemory(pid, started_s, "worker process", sum(sizes) if sizes else None, device_bytes)
+
+
+def remeasured(device: Device, outside: OutsideMemory) -> OutsideMemory:
     """Measures the same processes again, without ended children."""
     held = _held_by(device)
     holders = []
@@ -73,12 +86,19 @@ def _share(held: Mapping[int, int] | None, pid: int) -> int | None:
 
 
 def _children(device: Device, held: Mapping[int, int] | None) -> tuple[ProcessMemory, ...] | None:
-    """Returns each live descendant of this process; None if unknown."""
+    """Returns each live descendant of this process, without claimed trees; None if unknown."""
     try:
         found = psutil.Process().children(recursive=True)
     except (psutil.Error, OSError):
         return None
-    return tuple(child for process in found if (child := _child(process, device, held)) is not None)
+    children, claimed = [], set()
+    for process in found:  # each after its parent
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.ppid() in claimed or heads_claimed_tree(process):
+                claimed.add(process.pid)
+            elif (child := _child(process, device, held)) is not None:
+                children.append(child)
+    return tuple(children)
 
 
 def _child(process: psutil.Process, device: Device, held: Mapping[int, int] | None) -> ProcessMemory | None:

@@ -15,7 +15,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from ..locks import renewed_in_children
@@ -44,7 +43,6 @@ class Ledger:
     def __init__(self) -> None:
         #: Of this process. Reentrant: garbage collection may call `SimulatedDevice.unpin` in a locked block.
         self.lock = threading.RLock()
-        self._guard: AbstractContextManager[Any] = self.lock
         self._pid = os.getpid()
         #: Whether row 0 is that of this process, which runs, and there is no other.
         self.alone = True
@@ -62,20 +60,26 @@ class Ledger:
 
     def locked(self, act: Callable[..., T], *arguments: Any) -> T:
         """Calls ``act`` with these books and the arguments while no other thread or process uses them."""
-        while True:
-            with (guard := self._guard):
-                if guard is self._guard:  # not shared in the meantime
-                    return act(self, *arguments)
+        with self.lock:
+            if self._file is None:
+                return act(self, *arguments)
+            fcntl.lockf(self._file[0], fcntl.LOCK_EX)  # ends with its process
+            try:
+                return act(self, *arguments)
+            finally:
+                fcntl.lockf(self._file[0], fcntl.LOCK_UN)
 
     def used(self, act: Callable[..., T], *arguments: Any) -> T:
         """Like `locked`, also with the row of this process; waits while a checkpoint keeps it from the card."""
-        while True:
-            with (guard := self._guard):
-                if self.pids[self._own] != self._pid:
-                    self._own = self.row_of(self._pid)
-                if guard is self._guard and self.states[self._own] == RUNNING:
-                    return act(self, self._own, *arguments)
+        found: tuple[T] | None
+        while (found := self.locked(Ledger._if_running, act, arguments)) is None:
             time.sleep(_POLL_S)
+        return found[0]
+
+    def _if_running(self, act: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T] | None:
+        if self.pids[self._own] != self._pid:
+            self._own = self.row_of(self._pid)
+        return (act(self, self._own, *arguments),) if self.states[self._own] == RUNNING else None
 
     def take(self, row: int, nbytes: int, context_bytes: int, capacity_bytes: int) -> tuple[int, int] | None:
         """Adds bytes to a row, and a context if it has none; returns (needed, free) bytes if there is no room."""
@@ -240,7 +244,6 @@ class Ledger:
         self._file = fd, about.st_dev, about.st_ino
         self._use(memoryview(mmap.mmap(fd, _BYTES)))
         self.alone = False
-        self._guard = _Guard(self.lock, fd)
         _attached[self._file[1:]] = self
 
     def _at_fork_reinit(self) -> None:
@@ -249,7 +252,7 @@ class Ledger:
         parent, self._pid = self._pid, os.getpid()
         if self._file is not None:
             _attached.pop(self._file[1:], None)
-            self._guard, self._file = self.lock, None
+            self._file = None
             self._use(memoryview(bytearray(self._words)))
             assert self._close is not None
             self._close()
@@ -272,27 +275,6 @@ def _attach(pid: int, fd: int, device: int, inode: int) -> Ledger:
             ledger._own = -1
             ledger._own = ledger.locked(Ledger.row_of, os.getpid())
         return ledger
-
-
-class _Guard:
-    """The lock of a process, and one between processes, which ends with its holder."""
-
-    def __init__(self, lock: threading.RLock, fd: int) -> None:
-        self._lock, self._fd = lock, fd
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX)
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
-        finally:
-            self._lock.release()
 
 
 def started_at(pid: int) -> int:

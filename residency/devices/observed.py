@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, Memory, Telemetry
@@ -26,10 +27,15 @@ class ObservedDevice(Device):
         return getattr(self._device, name)
 
     def memory(self) -> Memory:
-        return self._device.memory()
+        """A process without a CUDA context is not among those that the driver lists, and has 0 bytes there."""
+        memory = self._device.memory()
+        return replace(memory, process_bytes=0) if self.kind == "cuda" else memory
 
     def held_by(self) -> Mapping[int, int] | None:
         return self._device.held_by()
+
+    def bytes_of(self, pids: Collection[int]) -> int | None:
+        return self._device.bytes_of(pids)
 
     def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
         return self._device.worker_bytes(host_bytes, awake)

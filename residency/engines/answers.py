@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, ItemsView, Iterator, KeysView, ValuesView
@@ -13,6 +12,7 @@ from weakref import ReferenceType
 
 from ..errors import NotHandedOut
 from ..memory.object_graph import attributes
+from ..modules import imported
 from .part_proxy import Held, Part, find_paths
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class HandOut:
             return self._copy(dict.fromkeys(thing)).keys()
         if kind is memoryview:
             return _copied_view(thing)
-        if (numpy := sys.modules.get("numpy")) and isinstance(thing, numpy.ndarray):
+        if (numpy := imported("numpy")) and isinstance(thing, numpy.ndarray):
             return self._array(thing)
         if isinstance(thing, Coroutine):
             thing.close()

@@ -27,7 +27,7 @@ class Generation:
     """One generation of Step-Audio-EditX.
 
     Attributes:
-        name: for messages.
+        name, name_zh: for messages.
         arguments: those of ``StepAudioTTS`` that the other generation lacks.
         edit: names of the five arguments of its ``edit``.
         flags: those of its app that the other lacks, as names of variables, and their defaults there.
@@ -39,6 +39,7 @@ class Generation:
     """
 
     name: str
+    name_zh: str
     arguments: frozenset[str]
     edit: tuple[str, ...]
     flags: Mapping[str, Any]
@@ -65,6 +66,7 @@ def _folders_beside(model_path: str, model_source: str, flags: Mapping[str, Any]
 
 TRANSFORMERS = Generation(
     name="Step-Audio-EditX of 2025 (transformers)",
+    name_zh="2025 年版 Step-Audio-EditX（transformers）",
     arguments=frozenset({"quantization_config", "torch_dtype", "device_map"}),
     edit=("input_audio_path", "audio_text", "edit_type", "edit_info", "text"),
     flags=MappingProxyType(
@@ -78,6 +80,7 @@ TRANSFORMERS = Generation(
 
 VLLM = Generation(
     name="Step-Audio-EditX of 2026 (vLLM)",
+    name_zh="2026 年版 Step-Audio-EditX（vLLM）",
     arguments=frozenset({
         "quantization", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len", "enforce_eager", "dtype",
         "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "cosyvoice_dtype", "cosyvoice_cuda_graph",
@@ -136,8 +139,8 @@ def generation_of(checkout: Path) -> Generation:
     raise EngineUnavailable(
         f"{checkout} is of no known generation of Step-Audio-EditX. The nearest is {nearest.name}; its StepAudioTTS "
         f"has {missing}, this one has {other}. Check out the public version: git clone {facts.REPOSITORY}",
-        f"{checkout} 不属于任何已知的 Step-Audio-EditX 版本。最接近的是 {nearest.name}：其 StepAudioTTS 有 {missing}，"
-        f"而此处为 {other}。请使用公开版本：git clone {facts.REPOSITORY}",
+        f"{checkout} 不属于任何已知的 Step-Audio-EditX 版本。最接近的是 {nearest.name_zh}：其 StepAudioTTS "
+        f"有 {missing}，而此处为 {other}。请使用公开版本：git clone {facts.REPOSITORY}",
     )
 
 
@@ -149,14 +152,14 @@ def check_flags(generation: Generation, given: Mapping[str, Any]) -> None:
         named = ", ".join(f"--{'no-' * (given[name] is False)}{name.replace('_', '-')}" for name in foreign)
         raise InvalidInput(
             f"{named}: only {other.name} has this, and the checkout is {generation.name}. Leave it out",
-            f"{named}：仅 {other.name} 支持，而当前代码是 {generation.name}。请去掉",
+            f"{named}：仅 {other.name_zh}支持，而当前代码是 {generation.name_zh}。请去掉",
         )
     quantization = given.get("quantization")
     if quantization is not None and quantization not in generation.quantizations:
         choices = ", ".join(generation.quantizations)
         raise InvalidInput(
             f"--quantization {quantization}: {generation.name} has {choices}",
-            f"--quantization {quantization}：{generation.name} 仅支持 {choices}",
+            f"--quantization {quantization}：{generation.name_zh}仅支持 {choices}",
         )
 
 
@@ -172,7 +175,7 @@ def own_arguments(generation: Generation, given: Mapping[str, Any]) -> dict[str,
         raise InvalidInput(
             f"{named}: only StepAudioTTS of {other.name} takes this, and the checkout is {generation.name}, which "
             f"takes {own}",
-            f"{named}：仅 {other.name} 的 StepAudioTTS 支持，而当前代码是 {generation.name}，其参数为 {own}",
+            f"{named}：仅 {other.name_zh}的 StepAudioTTS 支持，而当前代码是 {generation.name_zh}，其参数为 {own}",
         )
     return {name: value for name, value in given.items() if name not in foreign}
 

@@ -8,6 +8,7 @@ Not yet run with its real weights by this project: see docs/en/verification.md.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -124,9 +125,17 @@ def audio_check(root: str | None = None, max_model_len: int | None = None) -> Ca
 
 
 def _import(checkout: Path, generation: Generation, *names: str) -> list[ModuleType]:
+    """Imports modules of the checkout; the first is ``tts``."""
     if generation is VLLM:
         os.environ["VLLM_ATTENTION_BACKEND"] = "TRITON_ATTN"  # as in the public app, before its imports
-    return import_from(checkout, *names)
+    modules = import_from(checkout, *names)
+    if not generation.arguments <= inspect.signature(modules[0].StepAudioTTS).parameters.keys():
+        raise EngineUnavailable(
+            f"The checkout {checkout} was changed to {generation.name} after this program had imported it: restart the "
+            f"program",
+            f"代码目录 {checkout} 在本程序导入之后被换成了 {generation.name}：请重启程序",
+        )
+    return modules
 
 
 def _arguments(generation: Generation, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,6 +10,8 @@ REPOSITORY = "https://github.com/stepfun-ai/Step-Audio-EditX"
 HUB = "stepfun-ai"
 #: Arguments of ``StepAudioTTS`` in both generations.
 COMMON_ARGUMENTS = ("model_path", "audio_tokenizer", "model_source", "tts_model_id")
+#: Limit of a target text in the public app of both generations.
+TARGET_CHARACTERS = 1000
 #: A folder with all of these is a checkout.
 LANDMARKS = ("tts.py", "stepvocoder")
 #: Top-level modules and packages, without its app and scripts.

@@ -55,7 +55,7 @@ def from_a_hub(model_path: str, model_source: str, generation: Generation) -> Se
         raise InvalidInput(
             f"--model-path {model_path} is no folder here ({Path.cwd()}), and no id like {generation.hub_id}, which "
             f"{generation.name} takes: give one of these",
-            f"--model-path {model_path} 在此处（{Path.cwd()}）不是目录，也不是 {generation.name} 所用的 "
+            f"--model-path {model_path} 在此处（{Path.cwd()}）不是目录，也不是 {generation.name_zh}所用的 "
             f"{generation.hub_id} 之类的 ID：请指定其中之一",
         )
     if model_source != "auto":

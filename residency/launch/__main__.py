@@ -21,7 +21,7 @@ from .docker import LABEL, DockerContainer, check_docker
 from .options import PUBLIC, LaunchSettings, read, usage
 from .process import Process
 from .records import RecordFile
-from .terminal import fail, output_of, report, say
+from .terminal import LaunchError, fail, output_of, report, say
 
 
 def main(script: str, argv: list[str]) -> int:
@@ -40,6 +40,10 @@ def main(script: str, argv: list[str]) -> int:
         return 128 + signal.SIGPIPE
     except ResidencyError as error:
         report(error)
+        return 1
+    except OSError as error:  # a full disk, no rights
+        why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        report(LaunchError(f"{why}. Check the disk space and the rights", f"{why}。请检查磁盘空间与权限"))
         return 1
     except KeyboardInterrupt:
         return 130

@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else in_locale(table(status)))
     if not done:
-        print(in_locale("The action will follow the running request / 将在当前请求结束后执行"), file=sys.stderr)
+        begun, follows = (
+            "The move to the GPU has begun / 已开始加载到 GPU",
+            "The operation follows the running request or load / 将在当前请求或加载结束后执行",
+        )
+        print(in_locale(begun if arguments.command == "warm" else follows), file=sys.stderr)
     return 0
 
 
@@ -133,7 +137,7 @@ def table(status: Status) -> str:
 def _next(model: ModelStatus) -> str:
     """Describes the next move: requested, in progress, or planned by the policy."""
     if model["pending"]:
-        return f"{model['pending']} after the request"
+        return f"{model['pending']} after the {'request' if model['leases'] or model['waiting'] else 'load'}"
     if way := model["progress"]:
         return f"to {way['to']}: {way['phase']}"
     return f"{model['next']['to']} in {model['next']['in_s']:.0f} s" if model["next"] else "-"

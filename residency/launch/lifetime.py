@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from ..errors import InvalidInput
 from .settings import Settings
 
@@ -36,7 +38,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self._callbacks: list[Callable[[], object]] = []
+        self._callbacks: list[Callable[[], object]] = [_kill_children]
         self._interrupts = True
         self._came = threading.Event()
         self._reading, self._writing = socket.socketpair()
@@ -85,6 +87,14 @@ class Signals:
                     callback()
         finally:
             os._exit(128 + number)
+
+
+def _kill_children() -> None:
+    """Kills the child processes: those of vLLM, also during its load, would run on and keep their GPU memory."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if not any("resource_tracker" in part for part in child.cmdline()):  # ends by itself, and deletes files
+                child.kill()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import socket
-import ssl
 from collections.abc import MutableMapping
 
 from ..addresses import EVERY_ADDRESS
@@ -86,6 +85,8 @@ def check_certificate(certfile: str | None, keyfile: str | None) -> None:
             "--ssl-certfile and --ssl-keyfile go together: give both for https, or neither",
             "--ssl-certfile 与 --ssl-keyfile 必须一起使用：启用 https 请两者都给出，否则都去掉",
         )
+    import ssl  # a tenth of the time of app.py --help
+
     try:
         for path in (certfile, keyfile):
             open(path, "rb").close()

@@ -52,6 +52,16 @@ class Record:
         return bool(self.born) and born(self.pid) == self.born
 
 
+def _checked(record: Record) -> Record:
+    """Raises TypeError for fields of other types than written: the file was edited, or is of another version."""
+    if not (isinstance(record.pid, int) and isinstance(record.arguments, list) and isinstance(record.settings, dict)):
+        raise TypeError(record)
+    texts = [record.born, record.log, record.folder, *record.arguments, *record.settings.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(record)
+    return record
+
+
 class RecordFile:
     def __init__(self, run_dir: str, port: int) -> None:
         self.port = port
@@ -64,8 +74,8 @@ class RecordFile:
     def read(self) -> Record | None:
         """Reads the record; returns None if it is missing, damaged or another user's."""
         try:
-            return Record(**json.loads(self.path.read_bytes())) if self.is_ours else None
-        except (OSError, ValueError, TypeError):
+            return _checked(Record(**json.loads(self.path.read_bytes()))) if self.is_ours else None
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def check_owner(self) -> None:

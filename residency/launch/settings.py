@@ -124,7 +124,9 @@ class Settings:
     max_disk: int = _flag(
         5 << 30, "disk space for all recordings and results in --tmp-dir (default: 5GB)", size_bytes)
     max_audio: float = _flag(600.0, "longest recording (600, 90s, 15m; -1: no limit; default: 600)", seconds)
-    max_text: int = _flag(5000, "largest number of characters in a text (default: %(default)s)", count, metavar="N")
+    max_text: int | None = _flag(
+        None, "largest number of characters in a text (default: 5000; a target text of Step-Audio-EditX: 1000, as in "
+        "its app)", count, metavar="N")
 
     shutdown_grace: float = _flag(
         10.0, "time for running requests to finish after Ctrl-C or SIGTERM (10, 90s, 15m; 0: none; -1: no limit); a "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from typing import NoReturn
@@ -42,6 +41,8 @@ def report(error: ResidencyError) -> None:
 
 def output_of(*command: str) -> str | None:
     """Runs a program, without its stderr; returns its stripped output, or None if it is missing or fails."""
+    import subprocess
+
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, errors="replace")
     except OSError:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..modules import imported
 from ..progress import current
 from .object_graph import ByPath, ObjectKind, PathFinder, children, gradients, has_constants, kind_of
 
@@ -149,7 +150,7 @@ class _Walk:
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.self_moving: list[Any] = []
         self.arrays: list[Any] = []
-        numpy = sys.modules.get("numpy")  # imported, if the engine has an array
+        numpy = imported("numpy")  # imported, if the engine has an array
         self._array: type | None = numpy.ndarray if numpy else None
         self.odd: list[torch.Tensor] = []
         self.scripts: list[Any] = []

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Iterator
 
 from ..contracts import Device
-from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, RemoteFrames, ResidencyError
+from ..errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, ResidencyError
+from ..memory_errors import RemoteFrames
 from ..sentences import Sentence
 
 _NO_HANDLE = r"CU(BLAS|DNN)_STATUS_NOT_INITIALIZED"

@@ -108,6 +108,8 @@ class OutsideTracker:
     cuda: bool
     separate_memory: bool
     context_bytes: int = 0
+    #: Whether each engine is in a worker process, so that no memory of this process or its children belongs to one.
+    isolated: bool = False
     _windows: dict[object, _Window] = field(default_factory=dict)
     _balance: dict[str, tuple[int, int]] = field(default_factory=dict)
     _owners: dict[tuple[int, float], str | None] = field(default_factory=dict)
@@ -159,6 +161,8 @@ class OutsideTracker:
         window = self._windows.pop(move, None)
         if window is None:  # given up
             return OutsideMemory()
+        if self.isolated:  # see `of_worker`
+            return OutsideMemory(known=True)
         before, own = window.before.own, after.own
         owner = next(iter(loaded)) if len(loaded) == 1 and not window.loads else model
         for child in after.children or ():
@@ -193,6 +197,19 @@ class OutsideTracker:
         holders = [replace(own, host_bytes=host, device_bytes=device), *children]
         unknown = own.device_bytes is None and self.separate_memory
         return OutsideMemory(tuple(filter(_size, holders)), known=not unknown)
+
+    def of_worker(self, worker: ProcessMemory, recorded: tuple[int, int], modules: int) -> OutsideMemory:
+        """Returns the unmanaged main memory of a worker process with its descendants.
+
+        That is memory beyond the recorded sizes and the modules that it has imported.
+        """
+        if worker.host_bytes is None:
+            return OutsideMemory()
+        noise = max(GROWTH_BYTES, sum(recorded) // 20)
+        libraries_bytes = MODULE_BYTES * modules + CONTEXT_BYTES * self.cuda
+        extra_bytes = worker.host_bytes - self._in_main(recorded) - libraries_bytes
+        held = replace(worker, host_bytes=_above(noise, extra_bytes), device_bytes=0)
+        return OutsideMemory((held,) if held.host_bytes else (), known=True)
 
     def _own_host(self, after: MemorySample, all_recorded: tuple[int, int]) -> int:
         assert self._base is not None, "a move that has ended had begun"

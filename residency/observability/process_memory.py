@@ -12,6 +12,7 @@ from ..locks import renewed_in_children
 
 _claims_lock = renewed_in_children(threading.Lock())
 _claimed: set[tuple[int, float]] = set()
+_claimed_trees: set[tuple[int, float]] = set()
 
 
 def own_bytes() -> int | None:
@@ -34,6 +35,16 @@ def unclaim(processes: Collection[psutil.Process]) -> None:
     """Ends `claim`."""
     with _claims_lock:
         _claimed.difference_update(map(_identity, processes))
+
+
+def claim_tree(process: psutil.Process) -> None:
+    """Declares that residents account for the memory of a process and of all its descendants, also later ones."""
+    with _claims_lock:
+        _claimed_trees.add(_identity(process))
+
+
+def heads_claimed_tree(process: psutil.Process) -> bool:
+    return _identity(process) in _claimed_trees
 
 
 def is_claimed(process: psutil.Process) -> bool:

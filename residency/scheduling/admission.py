@@ -89,7 +89,7 @@ class Admission:
                 if error is None:
                     if failed is not None and failed is managed.resident and not managed.leases.in_use:
                         # A worker process ended since the last request.
-                        managed.health.broken = managed.health.broken or managed.settled_state is State.DEVICE
+                        managed.health.broken = managed.health.broken or managed.settled_state is not State.RELEASED
                     self._queue_locked(request, lease)
                 elif isinstance(error, ModelBusy) or not may_be_lost:
                     managed.history.refused(error)

@@ -14,6 +14,7 @@ from ..status_types import DeviceStatus, MemorySizes, ModelStatus, MoveProgress,
 from .dispatcher import Dispatcher
 from .managed_model import ManagedModel
 from .planner import next_deadline, next_step
+from .worker_status import Workers
 
 REMEASURE_EVERY_S = 1.0
 
@@ -21,7 +22,10 @@ _PENDING: dict[State, Literal["offload", "release"]] = {State.HOST: "offload", S
 
 
 class Overview:
-    """Builds `status` and `history`. ``host_memory`` measures main memory, ``remeasure`` a model's child processes."""
+    """Builds `status` and `history`. ``host_memory`` measures main memory, ``remeasure`` a model's child processes.
+
+    ``workers``: the worker processes of the models, with process isolation.
+    """
 
     def __init__(
         self,
@@ -29,18 +33,23 @@ class Overview:
         budget_bytes: int | None,
         host_memory: Callable[[], Memory],
         remeasure: Callable[[OutsideMemory], OutsideMemory],
+        workers: Workers | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._budget_bytes = budget_bytes
         self._host_memory = host_memory
         self._remeasure = remeasure
+        self._workers = workers
         self._remeasured_s = -math.inf
 
     def status(self) -> Status:
         """Returns device, host and models in bytes and seconds, None where unknown."""
         dispatcher = self._dispatcher
         memory, host = dispatcher.device.memory(), self._host_memory()
-        self._measure_children()
+        if self._workers is not None:
+            self._workers.measure()
+        else:
+            self._measure_children()
         with dispatcher.lock:
             now_s = dispatcher.clock.now()
             dispatcher.device_history.note(now_s, memory)
@@ -48,6 +57,7 @@ class Overview:
             models = {name: self._model(managed, now_s) for name, managed in dispatcher.managed_models.items()}
         return {
             "enabled": True,
+            "isolation": "none" if self._workers is None else "process",
             "device": self._device(_sizes(memory, device_bytes)),
             "host": _sizes(host, host_bytes),
             "monitor": dispatcher.monitor.health(),
@@ -130,6 +140,7 @@ class Overview:
             "last_error": managed.health.last_error,
             "outside_bytes": outside.total_bytes if outside else 0,
             "outside_processes": [process.as_dict() for process in outside.holders] if outside else [],
+            "worker": None if self._workers is None else self._workers.status_locked(managed),
         }
 
     def _next(self, managed: ManagedModel, now_s: float) -> NextMove | None:

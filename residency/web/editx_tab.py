@@ -55,7 +55,7 @@ class EditxTab:
     ``tmp_dir``. If ``tts_engine`` has a ``manager``, the tab has the GPU panel. With ``recognize``, recordings are
     transcribed into an empty prompt text. ``permissions`` decide which requests may use the panel's buttons; by default
     those from this machine and of signed-in users. With ``clone_appends``, CLONE continues the history; by default it
-    starts a new one. ``more_tags`` are listed in the help.
+    starts a new one. ``more_tags`` are listed in the help. ``max_target_text``: without ``args.max_text``.
     """
 
     def __init__(
@@ -69,12 +69,16 @@ class EditxTab:
         permissions: Permissions | None = None,
         clone_appends: bool = False,
         more_tags: Sequence[str] = (),
+        max_target_text: int = Limits.target_text,
     ) -> None:
         self.args = args
         self.encoder = encoder
         self.tts_engine = tts_engine
         folder = getattr(args, "tmp_dir", None) or os.path.join(tempfile.gettempdir(), "gradio")
-        limits = Limits(getattr(args, "max_audio", Limits.audio_s), getattr(args, "max_text", Limits.text))
+        max_text = getattr(args, "max_text", None)
+        limits = Limits(
+            getattr(args, "max_audio", Limits.audio_s), max_text or Limits.text, max_text or max_target_text
+        )
         manager = getattr(tts_engine, "manager", None)
         self._model = getattr(tts_engine, "name", None) or "tts"
         queue = SpeechQueue(self._model) if manager is None else None

@@ -10,6 +10,9 @@ from ..contracts import Device
 from ..engines.part_proxy import Path
 from ..random_state import RandomState
 
+MARK = "RESIDENCY_FORK_SERVER"
+"""Environment variable of workers and of what they start, so that it can be found after the end of the server."""
+
 
 @dataclass
 class Ask:
@@ -127,6 +130,8 @@ class Sizes:
     array_bytes: int = 0
     usable: bool = True
     moves_itself: bool = False
+    #: Modules that the worker has imported since its fork.
+    modules: int = 0
 
 
 @dataclass

@@ -31,9 +31,6 @@ ANSWER = struct.Struct("!cqq")
 """``b"+"`` (a worker was forked), ``b"-"`` (it has ended) or ``b"!"`` (a fork has failed); then its process ID, and its
 status as of `os.waitpid`, or the error number."""
 
-MARK = "RESIDENCY_FORK_SERVER"
-"""Environment variable of workers and of what they start, so that it can be found after the end of the server."""
-
 CLEAN_UP_WITHIN_S = 2.0
 """Time for trackers of an ended worker (`multiprocessing`, torch) to remove its shared memory."""
 

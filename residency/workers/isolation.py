@@ -25,6 +25,7 @@ from .messages import pickled
 from .process import HANGS_AFTER_S, KILLED_WITHIN_S, WorkerProcess
 from .remote_engine import RemoteEngine
 from .resident import WorkerResident
+from .residue import ProcessResidue
 from .spawner import Spawner, check_system
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ class Isolation:
         self._device = device
         self._checkpoints = checkpoints
         self.observed = ObservedDevice(device)
+        #: The workers in which models are being loaded, by name.
+        self.loading: dict[str, WorkerProcess] = {}
         self._hangs_after_s = hangs_after_s
         self._spawner = Spawner()
         self._spawner.start()
@@ -129,6 +132,7 @@ class Isolation:
         too_long = Sentence("its load took too long", "加载时间过长")
         timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), worker.kill, [too_long])
         timer.daemon = True
+        self.loading[ask.name] = worker
         try:
             timer.start()
             worker.ask(Setup(dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels()))
@@ -141,6 +145,8 @@ class Isolation:
             raise
         finally:
             timer.cancel()
+            if self.loading.get(ask.name) is worker:
+                del self.loading[ask.name]
         return RemoteEngine(worker)
 
     def adopt(
@@ -151,7 +157,8 @@ class Isolation:
         ``ended`` is called with ``managed``, in another thread, if the worker ends.
         """
         engine._worker.on_end = partial(ended, managed)
-        return WorkerResident(engine._worker, self._checkpoints)
+        worker, checkpoints = engine._worker, self._checkpoints
+        return WorkerResident(worker, ProcessResidue(worker, checkpoints, device) if checkpoints else None)
 
     def close(self) -> None:
         """Ends the fork server, and with it all workers. Idempotent."""

@@ -87,6 +87,10 @@ class WorkerProcess:
         """Whether the process has ended, or is being ended."""
         return self._reason is not None or self._child.has_ended.is_set()
 
+    @property
+    def modules(self) -> int:
+        return self.sizes.modules
+
     def ask(self, ask: Ask, keeper: Any = None) -> Any:
         """Sends a call and waits for its answer. Parts in it are those of ``keeper``.
 

@@ -7,20 +7,17 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ..contracts import ProcessCheckpoints, SnapshotStore
+from ..contracts import SnapshotStore
 from ..errors import CapturedGraphs, CheckpointFailed, SelfMoveFailed, SelfMoveFreedNothing, SnapshotUnusable
-from ..progress import current
 from ..sentences import Sentence
 from .calls import Move, Sizes
 from .process import WorkerProcess
+from .residue import ProcessResidue
 
 logger = logging.getLogger(__name__)
 
 ENDS_WITHIN_S = 30.0
 """Longest wait for a worker to end by itself after a release."""
-
-CHECKPOINT_WITHIN_S = 120.0
-"""Time limit of each step of a checkpoint and of its restore."""
 
 Way = Literal["weights", "weights+checkpoint", "checkpoint"]
 
@@ -40,14 +37,14 @@ class LastOffload:
 class WorkerResident:
     """Moves the memory of the engine in a worker. A release ends the process.
 
-    With ``checkpoints``, an offload also removes what the process holds beyond the weights: its CUDA context and
+    With a ``residue``, an offload also removes what the process holds beyond the weights: its CUDA context and
     workspaces. An engine that cannot be moved part by part is checkpointed as a whole, which takes longer.
     """
 
-    def __init__(self, worker: WorkerProcess, checkpoints: ProcessCheckpoints | None = None) -> None:
+    def __init__(self, worker: WorkerProcess, residue: ProcessResidue | None = None) -> None:
         self.worker = worker
         self.last_offload: LastOffload | None = None
-        self._checkpoints = checkpoints
+        self._residue = residue
         #: The way of the current offload; None while the model is on the device.
         self._way: Way | None = None
 
@@ -85,10 +82,10 @@ class WorkerResident:
         try:
             moved_bytes = int(self.worker.ask(Move("offload")))
         except _IMMOVABLE as error:
-            if self._checkpoints is None:
+            if self._residue is None:
                 raise
             logger.info("%s: checkpointed as a whole. %s", self.worker.name, error)
-            self._checkpoint()
+            self._residue.remove()
             way, moved_bytes = "checkpoint", on_device_bytes
         else:
             way = "weights+checkpoint" if self._checkpoint_rest() else "weights"
@@ -99,8 +96,8 @@ class WorkerResident:
     def restore(self) -> int:
         if self._way is None:
             return 0
-        if self.worker.checkpointed:
-            self._resume()
+        if self.worker.checkpointed and self._residue is not None:
+            self._residue.put_back()
         if self._way == "checkpoint":
             self._way = None
             return self.device_bytes
@@ -133,42 +130,13 @@ class WorkerResident:
 
     def _checkpoint_rest(self) -> bool:
         """Checkpoints what the weights have left behind; returns False, with a warning, if it stays there."""
-        if self._checkpoints is None or self.worker.ended:
+        if self._residue is None or self.worker.ended:
             return False
         try:
-            self._checkpoint()
+            self._residue.remove()
         except CheckpointFailed as error:
             if self.worker.ended:
                 raise self.worker.died() from error
             logger.warning("%s: its CUDA context stays on the device. %s", self.worker.name, error)
             return False
         return True
-
-    def _resume(self) -> None:
-        """Raises `CheckpointFailed` if the process is still checkpointed (the device is full), else `WorkerDied`."""
-        checkpoints, worker = self._checkpoints, self.worker
-        assert checkpoints is not None
-        current().enter("resuming")
-        try:
-            checkpoints.restore(worker.pid, CHECKPOINT_WITHIN_S)
-        except CheckpointFailed as error:
-            if checkpoints.state(worker.pid) == "checkpointed":
-                raise
-            logger.error("%s: its worker process is ended. %s", worker.name, error)
-            worker.kill(Sentence("it could not be restored from its checkpoint", "无法从检查点恢复"))
-            raise worker.died() from None
-        worker.checkpointed = False
-
-    def _checkpoint(self) -> None:
-        """Raises `CheckpointFailed`; then the process runs as before, or has been ended."""
-        checkpoints, worker = self._checkpoints, self.worker
-        assert checkpoints is not None
-        current().enter("checkpointing")
-        worker.checkpointed = True
-        try:
-            checkpoints.checkpoint(worker.pid, CHECKPOINT_WITHIN_S)
-        except BaseException:
-            if checkpoints.state(worker.pid) != "running":
-                worker.kill(Sentence("its checkpoint has failed", "为它创建检查点失败"))
-            worker.checkpointed = False
-            raise

@@ -20,8 +20,9 @@ import psutil
 
 from ..errors import InvalidInput
 from ..locks import renewed_in_children
-from ..observability.process_memory import claim, unclaim
-from .fork_server import ANSWER, MARK
+from ..observability.process_memory import claim_tree
+from .calls import MARK
+from .fork_server import ANSWER
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ class Child:
         self._lock = renewed_in_children(threading.Lock())
         self._owner_pid = os.getpid()
         self._pidfd = os.pidfd_open(pid)
-        self._process = psutil.Process(pid)
-        claim([self._process])
 
     def kill(self) -> None:
         """Ends it at once, also while it is stopped or hangs."""
@@ -54,7 +53,6 @@ class Child:
             self.status = status
             self.has_ended.set()
             os.close(self._pidfd)
-        unclaim([self._process])
         self._on_end()
 
 
@@ -117,8 +115,8 @@ class _Server:
                 [sys.executable, "-c", program], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 start_new_session=True, env={**os.environ, MARK: self._mark},
             )  # fmt: skip
-        self._claimed = psutil.Process(self._process.pid)
-        claim([self._claimed])
+        with contextlib.suppress(psutil.Error):
+            claim_tree(psutil.Process(self._process.pid))
         threading.Thread(target=self._read, name="gpu-worker-server", daemon=True).start()
 
     def fork(self, connection: socket.socket, on_end: Callable[[], object]) -> Child:
@@ -162,7 +160,6 @@ class _Server:
                     self._answer(kind, pid, status, *fork)
         self.ended = True
         self._process.wait()
-        unclaim([self._claimed])
         if not self._closing:
             logger.warning("The server of worker processes has ended; the next load starts another one.")
             _end_left_behind(self._mark, self._children.keys())

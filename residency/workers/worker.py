@@ -29,8 +29,7 @@ from ..memory.engine import EngineResident
 from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
 from ..random_state import RandomState
-from .calls import END, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
-from .fork_server import MARK
+from .calls import END, MARK, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
 from .logs import SentLog
 from .messages import Channel, Frame, Kind, Packed, packed, pickled
 from .remote_errors import recorded
@@ -70,6 +69,7 @@ class _Worker:
         #: Others than those of earlier workers, whose objects the manager may still have.
         self._numbers = itertools.count(time.monotonic_ns())
         self._random: RandomState | None = None
+        self._modules = len(sys.modules)
 
     def take(self, frame: Frame) -> None:
         if frame.kind is Kind.CALL:
@@ -153,7 +153,7 @@ class _Worker:
         if resident is None:
             return Sizes()
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself)  # fmt: skip
+                     resident.moves_itself, len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

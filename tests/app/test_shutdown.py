@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import soundfile
 from app_process import ForkedApp, RunningApp, wait_until
@@ -15,6 +16,8 @@ from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
 from gradio_client.client import Job
 from recordings import write_tone
+
+from residency.memory.self_moving.workers import is_alive
 
 MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 BARE = ()
@@ -191,13 +194,17 @@ def test_a_second_signal_quits_at_once(
 
 def test_a_second_signal_quits_an_app_whose_main_thread_is_in_native_code(recordings: Path, gates: Path) -> None:
     (gates / "native").touch()
-    app = RunningApp(recordings, gates=gates)  # unmanaged: loads before it serves
+    # A child as of a library that loads; unmanaged: the app loads before it serves.
+    child = "import subprocess as s; print('child', s.Popen(['sleep', '1000'], stdout=-3, stderr=-3).pid, flush=True)\n"
+    app = RunningApp(recordings, gates=gates, prelude=child)
     try:
         app.wait_for_line("in native code", 120)
+        loading = psutil.Process(int(app.wait_for_line("child").split()[1]))
         app.process.send_signal(signal.SIGTERM)
         app.process.send_signal(signal.SIGINT)
         # Whichever the system delivers first, the other is the second.
         assert app.process.wait(5) in (130, 143)
+        assert wait_until(lambda: not is_alive(loading))
     finally:
         app.__exit__()
     assert_nothing_left(app, recordings)

@@ -13,6 +13,7 @@ from fake_torch_cuda import FakeCuda
 from residency.contracts import Memory, Telemetry
 from residency.devices import CudaDevice
 from residency.devices import cuda as module
+from residency.devices.observed import ObservedDevice
 from residency.errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, DeviceUnavailable
 
 
@@ -216,3 +217,24 @@ def test_a_driver_that_does_not_list_this_process_tells_nothing(
 ) -> None:
     monkeypatch.setattr(Probe, "holders", lambda self: processes)
     assert device.held_by() is None
+
+
+@pytest.mark.parametrize(
+    ("processes", "nbytes"),
+    [(((77, 100), (78, 30), (9, 5)), 130), (((78, 30),), 30), ((), None), (((77, None),), None)],
+)
+def test_the_bytes_of_worker_processes_are_known_if_the_driver_lists_them(
+    processes: tuple[tuple[int, int | None], ...],
+    nbytes: int | None,
+    device: CudaDevice,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Probe, "holders", lambda self: processes)
+    assert device.bytes_of([77, 78]) == nbytes, "none of this process is listed, as with process isolation"
+
+
+def test_a_process_that_only_observes_the_card_holds_nothing_there(device: CudaDevice) -> None:
+    observed = ObservedDevice(device)
+    assert device.memory().process_bytes is None, "the driver lists others only"
+    assert observed.memory() == Memory(1000, 5, 0)
+    assert observed.bytes_of([77, 78]) == 995

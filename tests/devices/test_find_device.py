@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shlex
+import signal
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -248,3 +253,21 @@ def test_tensors_on_another_gpu_than_the_managed_one_are_refused(torch_version, 
     assert [device.holds_tensor(tensor(where)) for where in ("cpu", "cuda:0")] == [False, True]
     with pytest.raises(OnAnotherDevice, match=r"cuda:1.*CUDA_VISIBLE_DEVICES=0"):
         device.holds_tensor(tensor("cuda:1"))
+
+
+@pytest.mark.parametrize("sign", ["gpu_manager", "from residency.workers.fork_server import main"])
+def test_another_app_is_a_peer_and_a_worker_process_of_this_one_is_not(
+    sign: str, system, torch_version, monkeypatch
+) -> None:
+    command = [sys.executable, "-c", "import signal; signal.pause()", sign]
+    child = subprocess.Popen(command)
+    orphan = int(subprocess.check_output(["sh", "-c", f"{shlex.join(command)} >&2 & echo $!"]))
+    try:
+        FakeNvml(monkeypatch, [Process(os.getpid(), 1), Process(child.pid, 20), Process(orphan, 300)])
+        torch_version("2.13.0+cu130")
+        system([], None)
+        assert find_device().telemetry().peers_bytes == 300
+    finally:
+        child.kill()
+        child.wait()
+        os.kill(orphan, signal.SIGKILL)

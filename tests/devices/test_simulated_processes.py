@@ -157,7 +157,7 @@ def test_rows_of_ended_processes_are_used_again(card: SimulatedDevice, child: Ca
 def test_a_process_that_is_killed_with_the_lock_keeps_no_other_waiting(
     card: SimulatedDevice, child: CardProcess
 ) -> None:
-    child.ask("device.ledger._guard.__enter__()")
+    assert child.ask("hold(device, pipe)") == "held"
     charging = Worker(card.charge, 10)
     charging.join(0.05)
     assert charging.is_alive()

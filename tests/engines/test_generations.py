@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from miniature_checkout import CHECKOUT
 from miniature_checkout import run_newer as play
 
+import app
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.engines import step_audio
 from residency.engines.generations import TRANSFORMERS, VLLM, check_flags, generation_of
 from residency.errors import EngineUnavailable, InvalidInput
+from residency.launch.settings import parse
+from residency.web.editx_tab import EditxTab
 from tts_gpu_managed import GPUManagedTTS
 
 # -- recognized by what it is -----------------------------------------------------------------------------------
@@ -189,6 +196,21 @@ def make():
     assert "torch_dtype: only StepAudioTTS of Step-Audio-EditX of 2025" in said
     assert "unexpected keyword argument max_modl_len" in said
     assert "by two names" in said
+
+
+@pytest.mark.parametrize("generation", [TRANSFORMERS, VLLM])
+def test_the_page_of_the_app_follows_the_generation(newer: Path, models: Path, tmp_path: Path, generation: Any) -> None:
+    checkout, folder = (newer, models / "Step-Audio-EditX") if generation is VLLM else (CHECKOUT, models)
+    settings = parse(["--model-path", str(folder), "--step-audio-root", str(checkout), "--tmp-dir", str(tmp_path)], {})
+    chosen = app._engine(settings)
+    assert ("laugh" in chosen.page["more_tags"]) == chosen.page["clone_appends"] == (generation is VLLM)
+    soundfile.write(tmp_path / "long.wav", np.zeros(80_000, np.float32), 1000)
+    assert chosen.check_audio is not None
+    with pytest.raises(InvalidInput, match="3,072") if generation is VLLM else nullcontext():
+        chosen.check_audio(str(tmp_path / "long.wav"))
+    for text, given in ((1000, settings), (7, replace(settings, max_text=7))):
+        limits = EditxTab(given, tts_engine=None, **chosen.page).speech.limits
+        assert (limits.target_text, limits.text) == (text, 5000 if text == 1000 else 7), "as in both public apps"
 
 
 @pytest.mark.parametrize("where", ["beside", "inside", "named"])

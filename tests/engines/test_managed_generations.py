@@ -83,8 +83,8 @@ tts.force_release()
 base = tree()  # with what imports keep
 for _ in range(2):
     tts.clone(*SAY)
-    there = model(tts)
-    assert there["device_bytes"] > 90 << 20 and tree() - base > 90 << 20
+    there = compared()
+    assert there["state"] == "gpu" and there["device_bytes"] > 90 << 20, there
     tts.force_offload()
     away = compared()
     assert (away["state"], away["device_bytes"]) == ("cpu", 0) and away["host_bytes"] > 90 << 20
@@ -181,3 +181,19 @@ manager.close()
 """
     told = run(script, models, voice, older)
     assert told.count(f"This process has loaded the Step-Audio-EditX in {roots[first]}, and that in {second} has") == 2
+
+
+def test_a_checkout_that_changes_its_generation_after_its_import_needs_a_restart(
+    newer: Path, models: Path, voice: Path
+) -> None:
+    script = f"""
+import shutil
+from residency.errors import EngineUnavailable
+build().llm.llm_engine.engine_core.shutdown()
+shutil.copy({str(CHECKOUT / "tts.py")!r}, {str(newer / "tts.py")!r})
+try:
+    step_audio.build(MODELS)
+except EngineUnavailable as error:
+    print(error)
+"""
+    assert "restart the program" in run_newer(script, models, voice, newer)

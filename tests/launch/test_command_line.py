@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from fakes import Gate, Workshop
 
 from gpu_manager import GPUResourceManager
 from residency.launch import command_line
@@ -91,6 +92,18 @@ def test_the_table_tells_what_comes_next(
     assert "cpu in 90 s" in capsys.readouterr().out
 
 
+def test_a_release_during_a_load_without_a_request_follows_the_load(
+    app: HTTPServer, manager: GPUResourceManager, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workshop.gate = gate = Gate()
+    manager.warm("tts")
+    gate.wait_for_arrival()
+    assert manager.release("tts") is False
+    run(app, "status")
+    assert "release after the load" in capsys.readouterr().out
+    gate.open()
+
+
 @pytest.mark.parametrize(
     ("locale", "held"),
     [
@@ -158,7 +171,9 @@ def test_commands_name_their_model_and_send_the_token(app: HTTPServer, capsys: p
     assert app.seen == [("/gpu/release", {"model": "tts"}, "Bearer secret"), ("/gpu/offload", {}, None)]
     app.next_answer = (202, app.next_answer[1])
     assert run(app, "warm") == 0
-    assert "will follow" in capsys.readouterr().err
+    assert capsys.readouterr().err == "The move to the GPU has begun\n"
+    assert run(app, "offload") == 0
+    assert capsys.readouterr().err == "The operation follows the running request or load\n"
 
 
 def test_how_long_models_stay_is_changed(app: HTTPServer) -> None:

@@ -180,21 +180,14 @@ def test_a_worker_that_dies_in_a_request_is_replaced_for_the_next_one(manager: G
     assert len(workers()) == 1
 
 
-def test_a_worker_that_is_killed_while_its_model_is_away_is_replaced(manager: GPUResourceManager) -> None:
-    load(manager)
-    said = speak(manager)
-    manager.offload("tts")
-    kill_worker()
-    with pytest.raises(WorkerEnded):
-        speak(manager)
-    assert speak(manager) == said
-
-
-def test_a_worker_that_is_killed_while_its_model_is_idle_on_the_gpu_costs_no_request(
-    manager: GPUResourceManager,
+@pytest.mark.parametrize("away", [False, True])
+def test_a_worker_that_is_killed_while_its_model_is_idle_costs_no_request(
+    manager: GPUResourceManager, away: bool
 ) -> None:
     load(manager)
     said = speak(manager)
+    if away:
+        manager.offload("tts")
     kill_worker()
     assert speak(manager) == said, "built anew first"
     assert len(workers()) == 1

@@ -292,3 +292,28 @@ def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, m
     assert status["models"]["tts"]["outside_bytes"] is None
     assert (status["device"]["outside_bytes"], status["host"]["outside_bytes"]) == (None, None)
     assert b"outside_bytes" not in exposition(manager).replace(b"gpu_manager_outside_bytes", b"")
+
+
+def outside_of_worker(books: OutsideTracker, held: int | None, device: int, host: int, modules: int = 0) -> int | None:
+    """The unmanaged memory, in MB, of a worker process with that much main memory."""
+    worker = ProcessMemory(7, 0.0, "worker process", None if held is None else held * MB, 900 * MB)
+    found = books.of_worker(worker, (device * MB, host * MB), modules)
+    assert {each.pid for each in found.holders} <= {7}
+    assert all(each.device_bytes == 0 for each in found.holders)
+    return None if found.total_bytes is None else found.total_bytes // MB
+
+
+def test_a_worker_process_has_its_mirror_its_modules_and_the_libraries_of_cuda() -> None:
+    books = OutsideTracker(cuda=True, separate_memory=True)
+    assert outside_of_worker(books, 12_000 + 512 + 160, 0, 12_000, modules=1024) == 0
+    assert outside_of_worker(books, 1512, 12_000, 0) == 1000, "what is on the device is not in main memory"
+    assert outside_of_worker(books, 12_000 + 512 + 500, 0, 12_000) == 0, "less than 5 %"
+    assert outside_of_worker(books, None, 0, 0) is None
+    simulated = OutsideTracker(cuda=False, separate_memory=False)
+    assert outside_of_worker(simulated, 1300, 1000, 0) == 300
+    assert outside_of_worker(simulated, 1255, 1000, 0) == 0
+
+
+def test_where_each_engine_has_a_process_the_managers_own_memory_belongs_to_none() -> None:
+    books = OutsideTracker(cuda=False, separate_memory=True, isolated=True)
+    assert moved(books, "a", 0, 900, (0, 100), loaded="a") == 0

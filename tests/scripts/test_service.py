@@ -118,6 +118,7 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
     first = service.start(
         *("--gpu-idle-timeout", "15m", "--title=a b"),
         GPU_KEEP_WARM="30s",
+        GPU_TTS_GPU_ISOLATION="process",
         GPU_CONTROL_TOKEN="a secret",
         GRADIO_AUTH="me:x",
     )
@@ -128,7 +129,8 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
     assert seen["cwd"] == first["cwd"]
     assert seen["secrets"] == {"GPU_CONTROL_TOKEN": "a secret", "GRADIO_AUTH": "me:x"}
     assert seen["argv"][2:5] == ["--serve", "--title=a b", "--more"]
-    assert seen["argv"][-4:] == ["--gpu-idle-timeout", "1h", "--gpu-keep-warm", "30s"]
+    kept = ["--gpu-idle-timeout", "1h", "--gpu-keep-warm", "30s", "--gpu-isolation", "process"]
+    assert seen["argv"][-6:] == kept
     service.localize("restart", GPU_CONTROL_TOKEN="another")
     assert service.seen()["secrets"]["GPU_CONTROL_TOKEN"] == "another"
     assert service.seen()["argv"] == seen["argv"]
@@ -359,8 +361,17 @@ def test_the_real_app_starts_answers_starts_again_and_stops(tmp_path: Path) -> N
     assert wait_until(lambda: not list((tmp_path / "run").glob("*.pid")))
 
 
+OTHER_TYPES = b'{"pid": 1, "born": "1", "log": null, "folder": "/", "arguments": null, "settings": %s}'
+
+
 @pytest.mark.parametrize(
-    "written", [b"", b"word", b"\0" * 9, b"5", b'{"pid": 1}', b'{"pid": 1, "born": "cut', None], ids=repr
+    "written",
+    [
+        *(b"", b"word", b"\0" * 9, b"5", b'{"pid": 1}', b'{"pid": 1, "born": "cut', b"[" * 100_000),
+        *(OTHER_TYPES % settings for settings in (b"{}", b'["PORT"]')),
+        None,
+    ],
+    ids=lambda written: repr(written)[:40],
 )
 def test_a_damaged_record_is_told_and_counts_as_none(service: Service, written: bytes | None) -> None:
     record = service.run_dir / f"{service.port}.run"

@@ -356,6 +356,20 @@ def test_a_file_in_the_place_of_a_folder(project: Project, tmp_path: Path) -> No
     assert f"RUN_DIR '{wrong}' (variable RUN_DIR) cannot be written" in project.refuse("--detach", RUN_DIR=wrong)
 
 
+def test_a_disk_that_fills_up_during_an_install_is_reported(fresh: Project) -> None:
+    fresh.serve()
+    fresh.requirements.write_text("# nothing more\n")
+    script = fresh.folder / "start_with_gpu_management.sh"
+    full = ["bash", "-c", 'ulimit -f 0; exec "$0"', script]
+    environ = os.environ | {"PORT": str(free_port()), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(full, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("❌ ")
+    assert "Check the disk space" in done.stderr
+    assert "Traceback" not in done.stderr
+    fresh.serve()
+
+
 def test_no_environment_is_made_in_a_checkout(fresh: Project, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()

@@ -60,10 +60,11 @@ class CardProcess:
 
 def _serve(pickled: bytes, pipe: Connection) -> None:
     device = pickle.loads(pickled)
+    names = {"device": device, "charge_and_refund": charge_and_refund, "hold": hold, "pipe": pipe}
     while True:
         expression = pipe.recv()
         try:
-            pipe.send(eval(expression, {"device": device, "charge_and_refund": charge_and_refund}))
+            pipe.send(eval(expression, names))
         except Exception as error:
             pipe.send(error)
 
@@ -80,3 +81,13 @@ def charge_and_refund(device: SimulatedDevice, times: int) -> tuple[int, int]:
         exceeded += device.ledger_bytes > device.capacity_bytes
         device.refund(device.capacity_bytes)
     return taken, exceeded
+
+
+def hold(device: SimulatedDevice, pipe: Connection) -> None:
+    """Keeps the lock of the card from all others, until this process is killed."""
+
+    def wait(_: object) -> None:
+        pipe.send("held")
+        signal.pause()
+
+    device.ledger.locked(wait)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from residency.devices import cuda
+from residency.devices import captures
 
 
 class FakeCuda:
@@ -37,8 +37,8 @@ class FakeCuda:
         }  # fmt: skip
         for name, value in replaced.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(cuda, "_cudart", lambda: self)
-        cuda._streams.cache_clear()
+        monkeypatch.setattr(captures, "_cudart", lambda: self)
+        captures._streams.cache_clear()
 
     def log(self, call: str) -> None:
         self.calls.append((call, self.current))

@@ -190,8 +190,3 @@ def play(models_of: Callable[[Setting], Path], voice: Path, tmp_path: Path) -> I
 def scenario(older: Setting, play: Play) -> Play:
     """Runs a script with the older generation."""
     return lambda *arguments: play(older, *arguments)
-
-
-@pytest.fixture
-def checkout(older: Setting) -> Path:
-    return older.checkout

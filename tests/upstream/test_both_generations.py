@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guide_edits import edited
 
 _HELPERS = """
 import psutil
@@ -142,3 +143,7 @@ tts.manager.close()
 assert max(apart) < 50e6, apart
 """
     print(f"\n{setting.vllm or 'transformers'}:", play(setting, _HELPERS + script))
+
+
+def test_the_edits_of_the_guide_fit_its_app(setting: Any) -> None:
+    compile(edited((setting.checkout / "app.py").read_text(encoding="utf-8")), "app.py", "exec")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guide_edits import edited
 
 
 @pytest.mark.timeout(600)
@@ -175,7 +174,3 @@ assert not any(t.untyped_storage()._cdata in missed for part in (engine.llm, eng
                engine.audio_tokenizer.funasr_model.model) for t in [*part.parameters(), *part.buffers()])
 """
     print(scenario(script))
-
-
-def test_the_edits_of_the_guide_fit_its_app(checkout: Path) -> None:
-    compile(edited((checkout / "app.py").read_text(encoding="utf-8")), "app.py", "exec")

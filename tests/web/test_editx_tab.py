@@ -413,6 +413,14 @@ def test_texts_are_shown_as_they_are(session: Session, text: str) -> None:
     assert "R&D" not in text or "R&D" in shown, "what is no markup can be copied"
 
 
+def test_a_target_text_may_have_a_limit_of_its_own(engine: Any, folder: Path, recording: str) -> None:
+    session = Session(EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine, max_target_text=9), recording)
+    session.clone(target="0123456789")
+    assert "10 characters, more than 9" in session.message
+    assert session.message.field == "target_text"
+    assert not session.clone(prompt="0123456789", target="123456789").message
+
+
 @pytest.mark.parametrize(("channels", "refused"), [(1, None), (2, None), (3, "convert it to mono at 48 kHz")])
 def test_a_recording_of_many_channels_is_refused_however_short(
     engine: Any, folder: Path, tmp_path: Path, channels: int, refused: str | None

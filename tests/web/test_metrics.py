@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from fakes import Workshop
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -59,3 +60,20 @@ def test_what_nobody_knows_is_left_out() -> None:
             "gpu_manager_gpu_free_bytes",
             "gpu_manager_gpu_power_watts",
         }
+
+
+def test_workers_have_sizes_of_their_own(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [name for name, _ in samples(manager) if "worker" in name], "not without isolation"
+    status = manager.status()
+    status["isolation"] = "process"
+    status["models"]["tts"]["worker"] = {
+        "pid": 7, "device_bytes": 900, "host_bytes": 5, "context_bytes": 400, "checkpointed": False,
+        "last_offload": None,
+    }  # fmt: skip
+    monkeypatch.setattr(manager, "status", lambda: status)
+    assert samples(manager)[key("worker_device_bytes")] == 900
+    assert samples(manager)[key("worker_context_bytes")] == 400
+    status["models"]["tts"]["worker"].update(device_bytes=None, context_bytes=None)
+    assert not [name for name, _ in samples(manager) if "worker" in name], "unknown"
+    status["models"]["tts"]["worker"] = None
+    assert samples(manager)[key("worker_device_bytes")] == samples(manager)[key("worker_context_bytes")] == 0

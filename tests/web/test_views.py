@@ -26,8 +26,9 @@ def card(
     device = {"total_bytes": 48 * GB, "free_bytes": free, "process_bytes": process, "peers_bytes": peers,
               "outside_bytes": here + child}  # fmt: skip
     holders = [{"pid": os.getpid(), "device_bytes": here}, {"pid": 1, "device_bytes": child}]
-    entry = {"device_bytes": model, "outside_processes": holders, "size_bytes": size, "progress": to and {"to": to}}
-    return {"device": device, "models": {"tts": entry}}
+    entry = {"device_bytes": model, "outside_processes": holders, "size_bytes": size, "progress": to and {"to": to},
+             "worker": None}  # fmt: skip
+    return {"isolation": "none", "device": device, "models": {"tts": entry}}
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,92 @@ def card(
 )
 def test_every_byte_of_the_card_is_somebodys(status: dict[str, Any], sizes: tuple[int, ...]) -> None:
     parts = views.memory_parts(status)
-    assert [part for part, _, _ in parts] == ["model-0", "outside", "process", "peers", "others", "free"]
-    assert tuple(nbytes // GB for _, _, nbytes in parts) == sizes
+    assert [part for part, _, _ in parts] == ["model-0", "context", "outside", "process", "peers", "others", "free"]
+    assert parts[1] == ("context", "", 0)
+    assert tuple(nbytes // GB for part, _, nbytes in parts if part != "context") == sizes
     assert sum(nbytes for _, _, nbytes in parts) == 48 * GB
+
+
+@pytest.mark.parametrize(
+    ("change", "sizes"),
+    [
+        ({"model": 12, "worker": 14, "context": 2}, (12, 2, 1, 5, 28)),
+        ({"model": 0, "worker": 2, "context": 2}, (0, 2, 1, 17, 28)),
+        # On its way: what has come is the model's, up to its size.
+        ({"model": 0, "worker": 9, "context": 2, "size": 12, "to": "gpu"}, (7, 2, 1, 10, 28)),
+        ({"model": 0, "worker": 14, "context": 0, "size": 12, "to": "gpu"}, (12, 2, 1, 5, 28)),
+        ({"model": 0, "worker": 9, "context": 0, "to": "gpu"}, (9, 0, 1, 10, 28)),
+        ({"model": 12, "worker": 9, "context": 2, "size": 12, "to": "cpu"}, (7, 2, 1, 10, 28)),
+        # Unknown in a container.
+        ({"model": 12, "worker": None, "context": None}, (12, 0, 1, 7, 28)),
+    ],
+)
+@pytest.mark.parametrize("summed", [True, False], ids=["simulated", "cuda"])
+def test_the_context_of_worker_processes_has_a_part_of_the_bar(
+    change: dict[str, Any], sizes: tuple[int, ...], summed: bool
+) -> None:
+    """``summed``: the memory of this process includes that of workers, as on a simulated card."""
+    held, context = change["worker"], change["context"]
+    status = card(
+        free=28 * GB, process=(held or 0) * GB if summed else 0, peers=GB, model=change["model"] * GB,
+        size=change.get("size", 0) * GB, to=change.get("to"),
+    )  # fmt: skip
+    status["isolation"] = "process"
+    status["models"]["tts"]["worker"] = {
+        "device_bytes": held and held * GB, "context_bytes": None if context is None else context * GB,
+    }  # fmt: skip
+    parts = {part: nbytes // GB for part, _, nbytes in views.memory_parts(status)}
+    assert (parts["process"], parts["outside"]) == (0, 0)
+    assert tuple(parts[part] for part in ("model-0", "context", "peers", "others", "free")) == sizes
+
+
+def isolated(manager: GPUResourceManager, **change: Any) -> dict[str, Any]:
+    """A status with a worker process, and its ``change``; of a model that has none if it is released."""
+    status: dict[str, Any] = manager.status()
+    worker = {"pid": 4711, "device_bytes": GB, "host_bytes": 13 * GB, "context_bytes": GB, "checkpointed": False,
+              "last_offload": None}  # fmt: skip
+    state = change.pop("state", "cpu")
+    status["isolation"] = "process"
+    status["device"].update(total_bytes=4 * GB, free_bytes=3 * GB, process_bytes=GB)
+    status["models"]["tts"].update(state=state, worker=None if state == "released" else worker | change)
+    return status
+
+
+def test_a_worker_process_is_named_with_what_it_leaves_on_the_card(manager: GPUResourceManager) -> None:
+    status = isolated(manager)
+    shown = views.device_html(status, en)
+    assert "<i data-part='context' style='width:25.00%'></i>" in shown
+    assert "<span data-part='context'>Context and workspaces 1 GB</span>" in shown
+    assert "This process, other" not in shown
+    assert "<span data-part='context'>上下文与工作区 1 GB</span>" in views.device_html(status, zh)
+    status["host"]["process_bytes"] = GB
+    assert "this process 1 GB, worker processes 13 GB (models 0 B of it)" in views.device_html(status, en)
+    assert "本进程 1 GB，工作进程 13 GB（其中模型 0 B）" in views.device_html(status, zh)
+    shown = views.model_html("tts", status, en)
+    assert "Worker process<b>pid 4711</b>" in shown
+    assert "Context and workspaces<b>1 GB</b>" in shown
+    kept = "Its worker process keeps 1 GB on the simulated GPU (CUDA context and workspaces) until a release."
+    assert kept in shown
+    assert kept in status_text.as_text(status, en)
+    assert "Worker process pid 4711" in status_text.as_text(status, en)
+    in_chinese = views.model_html("tts", status, zh)
+    assert "工作进程<b>pid 4711</b>" in in_chinese
+    assert "它的工作进程在模拟 GPU 上仍占 1 GB（上下文与工作区），释放后归零。" in in_chinese
+    assert kept not in views.model_html("tts", isolated(manager, state="gpu"), en)
+    assert "Context and workspaces" not in views.model_html("tts", isolated(manager, context_bytes=None), en)
+
+
+def test_after_a_release_or_a_checkpoint_nothing_is_left(manager: GPUResourceManager) -> None:
+    assert "worker process" not in views.model_html("tts", manager.status(), en), "not without isolation"
+    assert "worker process" not in views.device_html(manager.status(), en)
+    status = isolated(manager, state="released")
+    assert "It has no worker process: nothing of it is on the simulated GPU." in views.model_html("tts", status, en)
+    assert "没有工作进程：模拟 GPU 上没有它的任何内容。" in views.model_html("tts", status, zh)
+    status["device"]["kind"] = "cpu"
+    assert "nothing of it" not in views.model_html("tts", status, en)
+    status = isolated(manager, checkpointed=True, device_bytes=0, context_bytes=0)
+    assert "to main memory: nothing of it is on the simulated GPU." in views.model_html("tts", status, en)
+    assert "内容移到内存：模拟 GPU 上没有它的任何内容。" in views.model_html("tts", status, zh)
 
 
 def test_where_no_size_is_known_there_is_no_bar(manager: GPUResourceManager) -> None:
@@ -86,6 +170,15 @@ def test_while_a_model_comes_its_numbers_are_those_of_the_bar(manager: GPUResour
     assert "Simulated GPU memory<b>7 GB</b>" in views.model_html("tts", status, en)
 
 
+def test_the_page_counts_how_long_a_request_holds_a_model(manager: GPUResourceManager, clock: ManualClock) -> None:
+    with manager.lease("tts"):
+        clock.advance(3)
+        time = "<time data-s='3.0' data-way='1'>3 s</time>"
+        assert f"Held for {time} by " in views.model_html("tts", manager.status(), en)
+        assert f"已占用 {time}" in views.model_html("tts", manager.status(), zh)
+    assert "Held for" not in views.model_html("tts", manager.status(), en)
+
+
 def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) -> None:
     status = manager.status()
     status["models"]["tts"].update(state="cpu", host_bytes=2 * GB, size_bytes=12 * GB)
@@ -95,7 +188,7 @@ def test_what_is_not_kept_in_main_memory_is_told(manager: GPUResourceManager) ->
     assert "Of its 12 GB on the device, 10 GB are in the model's files anyway" in shown
     assert "Of its 12 GB on the device" in status_text.as_text(status, en)
     in_chinese = views.model_html("tts", status, zh)
-    assert "返回时重建<b>10 GB</b>" in in_chinese
+    assert "恢复时重建<b>10 GB</b>" in in_chinese
     assert "模型在设备上占 12 GB；其中 10 GB 在模型文件中已有" in in_chinese
     for change in ({"host_bytes": 12 * GB}, {"state": "gpu"}, {"state": "released", "host_bytes": 0}):
         status["models"]["tts"].update(state="cpu", host_bytes=2 * GB)

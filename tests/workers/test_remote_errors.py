@@ -19,9 +19,9 @@ from residency.errors import (
     InvalidInput,
     NotHandedOut,
     RemoteError,
-    RemoteFrames,
     WorkerDied,
 )
+from residency.memory_errors import RemoteFrames
 from residency.workers.messages import pickled, unpickled
 from residency.workers.remote_errors import rebuilt, recorded
 from tts_gpu_managed import GPUManagedTTS

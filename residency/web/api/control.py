@@ -192,7 +192,7 @@ class _Calls:
         follows: _Responses = (
             {}
             if call == "configure"
-            else {202: {"model": Status, "description": "The move follows the running request."}}
+            else {202: {"model": Status, "description": "The move has begun, or follows the running request or load."}}
         )
 
         async def endpoint(request: Request) -> JSONResponse:

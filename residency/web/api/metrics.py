@@ -26,6 +26,11 @@ _OF_ONE_MODEL = (
     ("outside_bytes", "outside_bytes", "Memory that the model uses and no move frees."),
 )
 """Metric, field of `ModelStatus`, and description."""
+_OF_ONE_WORKER = (
+    ("worker_device_bytes", "device_bytes", "GPU memory of the model's worker process; 0 without one."),
+    ("worker_context_bytes", "context_bytes", "GPU memory of the worker process beyond the model."),
+)
+"""The same for `WorkerStatus`."""
 _HISTOGRAMS = (
     ("move_seconds", "Duration of moves."),
     ("request_wait_seconds", "Time from a request until it had the model."),
@@ -67,7 +72,19 @@ class _Collector(Collector):
                 if (value := model[field]) is not None:  # type: ignore[literal-required]
                     gauge.add_metric((name,), value)
             yield gauge
+        yield from self._workers()
         yield from self._past()
+
+    def _workers(self) -> Iterator[Metric]:
+        isolated = self._status["isolation"] == "process"
+        for metric, field, help_text in _OF_ONE_WORKER:
+            gauge = GaugeMetricFamily(f"gpu_manager_{metric}", help_text, labels=("model",))
+            for name, model in self._status["models"].items():
+                worker = model["worker"]
+                value = worker[field] if worker else 0  # type: ignore[literal-required]
+                if isolated and value is not None:
+                    gauge.add_metric((name,), value)
+            yield gauge
 
     def _past(self) -> Iterator[Metric]:
         moves = CounterMetricFamily("gpu_manager_moves", "Ended moves.", labels=("model", "from", "to", "outcome"))

@@ -60,3 +60,13 @@ def translated(said: str | ResidencyError, localize: Localize) -> str:
     """Returns the message of an error, or a `Sentence`, in one language; other strings unchanged."""
     sentence = message_of(said) if isinstance(said, ResidencyError) else Sentence.of(said)
     return str(sentence) if localize is both else localize(sentence.zh, sentence.en)
+
+
+def of_device(pair: tuple[str, str], device_kind: str, localize: Localize) -> str:
+    """Returns a phrase in one language; for a simulated card, adds "simulated" to each mention of the GPU."""
+    chinese, english = pair
+    if device_kind == "simulated":
+        chinese = re.sub(" ?GPU", "模拟 GPU", chinese.replace("显存", "模拟显存"))
+        english = english.replace("GPU", "simulated GPU")
+        english = english[:1].upper() + english[1:] if pair[1].startswith("GPU ") else english
+    return localize(chinese, english)

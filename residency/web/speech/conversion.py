@@ -66,10 +66,11 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of inputs: seconds of a recording, characters of a text."""
+    """Limits of inputs: seconds of a recording, characters of a text, and of a target text."""
 
     audio_s: float = 600.0
     text: int = 5000
+    target_text: int = 5000
 
     @property
     def samples(self) -> float:

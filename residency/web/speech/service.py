@@ -151,7 +151,8 @@ class SpeechService:
 
     def _text(self, field: Field, text: str | None, missing: Sentence | None = None) -> str:
         """Returns the text without spaces at its ends. Raises `InvalidInput` if it is ``missing``, or too long."""
-        text, limit = (text or "").strip(), self.limits.text
+        text = (text or "").strip()
+        limit = self.limits.target_text if field == "target_text" else self.limits.text
         if missing and not text:
             raise InvalidInput(missing.en, missing.zh, field)
         if len(text) > limit:

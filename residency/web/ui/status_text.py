@@ -5,14 +5,14 @@ Functions take ``localize``, which selects the language.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from ... import sentences as shared
 from ...states import State
 from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, MoveProgress, Status
 from ...units import readable_bytes, readable_rate
-from ..shared.language import Localize, both, bracketed, mark, translated
+from ..shared.language import Localize, both, bracketed, mark, of_device, translated
+from . import worker_text
 
 NOT_ENABLED = both(
     "GPU 管理未启用；启动时加上 --enable-gpu-management 即可使用。",
@@ -94,16 +94,6 @@ def readable_seconds(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
-def of_device(pair: tuple[str, str], device_kind: str, localize: Localize) -> str:
-    """Returns a phrase in one language; for a simulated card, adds "simulated" to each mention of the GPU."""
-    chinese, english = pair
-    if device_kind == "simulated":
-        chinese = re.sub(" ?GPU", "模拟 GPU", chinese.replace("显存", "模拟显存"))
-        english = english.replace("GPU", "simulated GPU")
-        english = english[:1].upper() + english[1:] if pair[1].startswith("GPU ") else english
-    return localize(chinese, english)
-
-
 def state_in_words(state: str, device_kind: str, localize: Localize) -> str:
     return of_device(STATES[state], device_kind, localize)
 
@@ -130,9 +120,10 @@ def main_memory(status: Status, localize: Localize) -> str:
     host = status["host"]
     process, free, total = map(readable_bytes, (host["process_bytes"], host["free_bytes"], host["total_bytes"]))
     models = readable_bytes(sum(model["host_bytes"] for model in status["models"].values()))
+    workers_zh, workers_en = worker_text.main_memory(status)
     return localize(
-        f"内存：本进程 {process}（其中模型 {models}），可用 {free}，共 {total}",
-        f"Main memory: this process {process} (models {models} of it), {free} of {total} free",
+        f"内存：本进程 {process}{workers_zh}（其中模型 {models}），可用 {free}，共 {total}",
+        f"Main memory: this process {process}{workers_en} (models {models} of it), {free} of {total} free",
     )
 
 
@@ -146,7 +137,7 @@ def sizes(model: ModelStatus, device_bytes: int, device_kind: str, localize: Loc
     if label := memory_label(device_kind, localize):
         facts.insert(0, (label, readable_bytes(device_bytes)))
     if rebuilt_bytes := _rebuilt_bytes(model):
-        facts.append((localize("返回时重建", "Rebuilt on return"), readable_bytes(rebuilt_bytes)))
+        facts.append((localize("恢复时重建", "Rebuilt on return"), readable_bytes(rebuilt_bytes)))
     return facts
 
 
@@ -160,7 +151,7 @@ def why_less_in_memory(model: ModelStatus, localize: Localize) -> str:
         return ""
     size, rebuilt = readable_bytes(model["size_bytes"]), readable_bytes(rebuilt_bytes)
     return localize(
-        f"模型在设备上占 {size}；其中 {rebuilt} 在模型文件中已有，内存里不再保留，返回时由文件重建。",
+        f"模型在设备上占 {size}；其中 {rebuilt} 在模型文件中已有，内存里不再保留，恢复时由文件重建。",
         f"Of its {size} on the device, {rebuilt} are in the model's files anyway: main memory keeps no copy, and they "
         f"are rebuilt from the files on return.",
     )
@@ -239,9 +230,9 @@ def activity(model: ModelStatus, localize: Localize) -> str:
     return " · ".join(parts)
 
 
-def holder(model: ModelStatus, localize: Localize) -> str:
+def holder(model: ModelStatus, localize: Localize, held: str | None = None) -> str:
     """Returns the code that uses the model, and for how long; empty if it is not in use."""
-    sentence = shared.holder_of(model)
+    sentence = shared.holder_of(model, held)
     return localize(sentence.zh, sentence.en[:1].upper() + sentence.en[1:]) if sentence else ""
 
 
@@ -324,11 +315,12 @@ def as_text(status: Status, localize: Localize = both) -> str:
         main_memory(status, localize),
     ]
     for name, model in status["models"].items():
-        facts = [*sizes(model, model["device_bytes"], kind, localize),
+        facts = [*sizes(model, model["device_bytes"], kind, localize), *worker_text.facts(model, localize),
                  (localize("已空闲", "Idle"), readable_seconds(model["idle_s"])),
                  (localize("上次搬移", "Last move"), last_move(model, kind, localize))]  # fmt: skip
         values = mark(",", localize).join(f"{label} {value}" for label, value in facts)
         lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(values, localize)}"]
         sentences = [activity(model, localize), holder(model, localize), course(model, kind, localize)]
-        lines += [*filter(None, [*sentences, why_less_in_memory(model, localize)]), *remarks(model, localize)]
+        sentences += [why_less_in_memory(model, localize), worker_text.what_is_left(model, status, localize)]
+        lines += [*filter(None, sentences), *remarks(model, localize)]
     return "\n".join([*lines, *notes(device, localize), *trouble(status, localize)])

@@ -12,7 +12,7 @@ from html import escape
 from ...status_types import ListedMove, ModelStatus, Status, UsageHistory
 from ...units import readable_bytes, readable_rate
 from ..shared.language import Localize, bracketed, mark
-from . import status_text
+from . import status_text, worker_text
 
 SHOWN_MOVES = 8
 _WIDTH, _HEIGHT, _STRIP = 600.0, 100.0, 8.0
@@ -22,6 +22,7 @@ _CARD = ""
 _Heights = list[tuple[float, dict[str, float]]]
 
 _REST = {
+    "context": worker_text.CONTEXT,
     "outside": ("未受管理的显存", "Unmanaged memory"),
     "process": ("本进程其他", "This process, other"),
     "peers": ("同类进程", "Peers"),
@@ -57,17 +58,19 @@ def device_html(status: Status, localize: Localize) -> str:
 def memory_parts(status: Status) -> list[tuple[str, str, int]]:
     """Returns the parts of the card's memory as (part, name, bytes); empty if its size is unknown.
 
-    The models by name, then ``outside`` (of models, beyond recorded sizes), ``process``, ``peers``, ``others`` and
-    ``free``. Memory of unknown owners counts as ``others``.
+    The models by name, then ``context`` (of their worker processes), ``outside`` (of models, beyond recorded sizes),
+    ``process``, ``peers``, ``others`` and ``free``. Memory of unknown owners counts as ``others``.
     """
     device = status["device"]
     if not device["total_bytes"] or device["free_bytes"] is None:
         return []
     left = device["total_bytes"] - device["free_bytes"]
     held = on_the_card(status)
+    context_bytes = sum(_context(model, held[name]) for name, model in status["models"].items())
     rest = {
+        "context": context_bytes,
         "outside": device["outside_bytes"] or 0,
-        "process": (device["process_bytes"] or 0) - _outside_here(status),
+        "process": (device["process_bytes"] or 0) - _outside_here(status) - context_bytes,
         "peers": device["peers_bytes"] or 0,
         "others": left,
     }
@@ -86,10 +89,12 @@ def on_the_card(status: Status) -> dict[str, int]:
     """Returns bytes on the device by model, including the arrived bytes of current moves.
 
     Recorded sizes include a move only after its end. Until then, estimates its bytes from the memory of this process
-    beyond recorded sizes, up to the last known size of the model on the device.
+    (or of its worker process) beyond recorded sizes, up to the last known size of the model on the device.
     """
     models = status["models"]
     held = {name: model["device_bytes"] for name, model in models.items()}
+    if status["isolation"] == "process":
+        return {name: _in_worker(model) for name, model in models.items()}
     arrived = (status["device"]["process_bytes"] or 0) - _outside_here(status) - sum(held.values())
     for name, model in models.items():
         if model["progress"] and model["progress"]["to"] == "gpu" and arrived > 0:
@@ -97,6 +102,21 @@ def on_the_card(status: Status) -> dict[str, int]:
             came = max(0, min(arrived, lacks))
             held[name], arrived = held[name] + came, arrived - came
     return held
+
+
+def _in_worker(model: ModelStatus) -> int:
+    """Returns the bytes on the card that belong to a model in a worker process."""
+    worker, move = model["worker"], model["progress"]
+    if not (worker and move and worker["device_bytes"] is not None):
+        return model["device_bytes"]
+    here = worker["device_bytes"] - (worker["context_bytes"] or 0)
+    return max(0, min(here, model["size_bytes"] or here))
+
+
+def _context(model: ModelStatus, held_bytes: int) -> int:
+    """Returns the bytes on the card that a model's worker process holds beyond the model."""
+    worker = model["worker"]
+    return max(0, (worker["device_bytes"] or 0) - held_bytes) if worker else 0
 
 
 def _outside_here(status: Status) -> int:
@@ -115,6 +135,8 @@ def model_html(name: str, status: Status, localize: Localize) -> str:
     done = status_text.share(model["progress"]) if model["progress"] else None
     bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
     facts = _facts(model, on_the_card(status)[name], kind, localize)
+    left = _line(status_text.why_less_in_memory(model, localize))
+    left += _line(worker_text.what_is_left(model, status, localize))
     return (
         f"<div class='gpu-head'><b>{safe_name}</b>"
         f"<span class='gpu-chip' data-model='{safe_name}' data-state='{state}'>"
@@ -122,7 +144,7 @@ def model_html(name: str, status: Status, localize: Localize) -> str:
         f"<span class='gpu-quiet'>{status_text.activity(model, localize)}</span></div>"
         f"<div class='gpu-quiet gpu-course'>{course}</div>{bar}<div class='gpu-facts'>"
         + "".join(f"<div class='gpu-quiet'>{escape(label)}<b>{value}</b></div>" for label, value in facts)
-        + f"</div>{_line(status_text.holder(model, localize))}{_line(status_text.why_less_in_memory(model, localize))}"
+        + f"</div>{_holder(model, localize)}{left}"
         + "".join(_line(remark, "error") for remark in status_text.remarks(model, localize))
     )
 
@@ -157,6 +179,11 @@ def past_html(history: UsageHistory, device_kind: str, localize: Localize) -> st
     return chart(history, device_kind, localize) + table
 
 
+def _holder(model: ModelStatus, localize: Localize) -> str:
+    time = counted(model["holder"]["held_s"], 1) if model["holder"] else ""
+    return _line(status_text.holder(model, localize, held="\0")).replace("\0", time)
+
+
 def _line(text: str, kind: str = "quiet") -> str:
     return f"<div class='gpu-{kind}'>{escape(text, quote=False)}</div>"
 
@@ -176,6 +203,7 @@ def _rate_or_outcome(move: ListedMove, localize: Localize) -> str:
 def _facts(model: ModelStatus, device_bytes: int, device_kind: str, localize: Localize) -> list[tuple[str, str]]:
     return [
         *status_text.sizes(model, device_bytes, device_kind, localize),
+        *worker_text.facts(model, localize),
         (
             localize("已空闲", "Idle"),
             "—" if model["idle_s"] is None or model["leases"] else counted(model["idle_s"], 1),

@@ -57,7 +57,7 @@ class LLM:
         ]
 
     def sleep(self, level: int = 1) -> None:
-        self._call("sleep" if self._sleeps else "ignore")
+        self._call("sleep" if self._sleeps else "ignore", level)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         self._call("wake_up" if self._sleeps else "ignore")

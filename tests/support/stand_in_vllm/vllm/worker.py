@@ -35,6 +35,8 @@ for line in sys.stdin:
         weights, cache = written(int(values[0])), written(int(values[1]))
     elif name == "sleep":
         cache = bytearray()
+        if values[0] == "2":
+            weights = bytearray()
     elif name == "wake_up":
         cache = written(48 << 20)
     elif name == "generate":
