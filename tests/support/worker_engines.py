@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import gc
+import multiprocessing
 import os
 import random
+import signal
+import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -235,6 +239,28 @@ class Mover:
         self._passes("release")
 
 
+class Family(Engine):
+    """Has child processes of all kinds, and shared memory."""
+
+    def start(self) -> dict[str, int]:
+        """Returns their process IDs."""
+        forked = multiprocessing.get_context("fork").Process(target=signal.pause)
+        spawned = multiprocessing.get_context("spawn").Process(target=signal.pause)
+        self.processes = [forked, spawned, subprocess.Popen(["sleep", "infinity"], start_new_session=True)]
+        forked.start()
+        spawned.start()
+        daemon = subprocess.run(
+            ["sh", "-c", "setsid sleep infinity >/dev/null & echo $!"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        pids = [process.pid for process in self.processes]
+        return dict(zip(("forked", "spawned", "session"), pids, strict=True)) | {"daemon": int(daemon.stdout)}
+
+    def share(self) -> str:
+        """Returns the name of a new file in ``/dev/shm``."""
+        self.shared = shared_memory.SharedMemory(create=True, size=4096)
+        return self.shared.name
+
+
 def build(nbytes: int = 4096) -> Engine:
     return Engine(nbytes)
 
@@ -259,8 +285,8 @@ def _is_open(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
-def await_threads(prefix: str = "gpu-worker-") -> None:
-    """Waits for the end of threads of ended workers."""
+def await_threads(known: Collection[threading.Thread]) -> None:
+    """Waits for the end of threads of ended workers and servers, beside those that are known."""
     for thread in threading.enumerate():
-        if thread.name.startswith(prefix):
+        if thread.name.startswith("gpu-worker-") and thread not in known:
             thread.join(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -29,13 +30,13 @@ WAYS = {"killed": "SIGKILL", "crashed": "SIGSEGV", "exited": "code 3", "hanging"
 def manager() -> Iterator[GPUResourceManager]:
     device = SimulatedDevice(1 << 30)
     pickle.dumps(device)  # its books are shared from now on
-    before = held()
+    before, known = held(), threading.enumerate()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "PING_EVERY_S", 0.1)
         with GPUResourceManager(device, isolation="process", keep_warm=-1) as manager:
             manager._isolation._hangs_after_s = 3.0
             yield manager
-    await_threads()
+    await_threads(known)
     assert held() == before
 
 
@@ -106,6 +107,7 @@ def await_ended(pid: int) -> None:
 
 def test_nothing_is_left_of_many_ends(manager: GPUResourceManager, new_gate: Callable[[], Gate]) -> None:
     before: dict[str, Any] = {}
+    known = threading.enumerate()
     for number in range(6):
         gate = new_gate()
         tts = GPUManagedTTS(None, manager=manager, load=lambda gate=gate: Staged("call", gate), name="tts")
@@ -115,7 +117,7 @@ def test_nothing_is_left_of_many_ends(manager: GPUResourceManager, new_gate: Cal
             running.result(60)
         assert tts.speak() == "spoken"
         tts.close()
-        await_threads("gpu-worker-tts")
+        await_threads(known)
         if number == 1:
             before = held()
     assert held() == before
