@@ -200,6 +200,13 @@ class Engine:
         os._exit(code)
 
 
+class Listed:
+    """Moved by functions that a test registers."""
+
+    def __init__(self) -> None:
+        self.says: list[str] = []
+
+
 class Staged(Engine):
     """Stops at a gate in one of its phases."""
 
