@@ -16,6 +16,7 @@ from ..devices import SimulatedDevice
 from ..devices.observed import ObservedDevice
 from ..devices.simulated_checkpoints import SimulatedCheckpoints
 from ..errors import InvalidInput, LoadTimeout, WorkerDied
+from ..memory.self_moving import registered
 from ..random_state import RandomState
 from ..sentences import Sentence
 from .calls import Load, Setup
@@ -27,6 +28,7 @@ from .remote_engine import RemoteEngine
 from .resident import WorkerResident
 from .residue import ProcessResidue
 from .spawner import Spawner, check_system
+from .torch_settings import torch_settings
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ class Isolation:
         self.loading[ask.name] = worker
         try:
             timer.start()
-            worker.ask(Setup(dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels()))
+            worker.ask(_setup())
             worker.ask(ask)
         except BaseException as error:
             worker.kill(Sentence("its load failed", "加载失败"))
@@ -165,6 +167,12 @@ class Isolation:
         if self._checkpoints is not None:
             self._checkpoints.close()
         self._spawner.close()
+
+
+def _setup() -> Setup:
+    return Setup(
+        dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels(), dict(registered), torch_settings()
+    )
 
 
 def _import_torch() -> None:
