@@ -144,11 +144,23 @@ class NotHandedOut(ResidencyError, TypeError):
     """An answer contains an object that cannot be copied and would read the engine's memory after the lease."""
 
     kind: str
-    en = (
-        "The engine's answer contains a {self.kind}, which cannot be copied and would read memory that leaves the "
-        "device. Use it until the engine leaves: with tts.lease() as engine."
-    )
-    zh = "引擎的返回值含有 {self.kind}，它无法复制，且会读取将离开设备的内存。请在 with tts.lease() as engine 中使用。"
+    #: The module of its class, if that is known to the engine's worker process only.
+    module: str | None = None
+
+    def sentences(self) -> tuple[str, str]:
+        if self.module is not None:
+            return (
+                f"The engine's answer contains a {self.kind}, a class of the module {self.module}, which only its "
+                f"worker process has imported. Import this module here too, or return plain values.",
+                f"引擎的返回值含有 {self.kind}，其类所在的模块 {self.module} 只在工作进程中导入过。"
+                f"请在本进程中也导入该模块，或返回普通的值。",
+            )
+        return (
+            f"The engine's answer contains a {self.kind}, which cannot be copied and would read memory that leaves "
+            f"the device. Use it until the engine leaves: with tts.lease() as engine.",
+            f"引擎的返回值含有 {self.kind}，它无法复制，且会读取将离开设备的内存。"
+            f"请在 with tts.lease() as engine 中使用。",
+        )
 
 
 @dataclass(eq=False, repr=False)

@@ -32,6 +32,7 @@ EXAMPLES = [
     errors.SharedWeights((".llm.weight",)),
     errors.WeightsGone((".llm.weight",)),
     errors.NotHandedOut("generator"),
+    errors.NotHandedOut("Words", "an_engine"),
     errors.PartGone("Sequential"),
     errors.TensorAway(".llm.weight", False),
     errors.TensorAway(".llm.weight", True),

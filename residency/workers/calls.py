@@ -8,6 +8,7 @@ from typing import Any
 
 from ..contracts import Device
 from ..engines.part_proxy import Path
+from ..memory.self_moving import OwnMoves
 from ..random_state import RandomState
 
 MARK = "RESIDENCY_FORK_SERVER"
@@ -38,6 +39,8 @@ class Setup(Ask):
     path: list[str]
     argv: list[str]
     log_levels: dict[str, int]
+    own_moves: dict[str, OwnMoves]
+    torch: tuple[Any, ...] | None
 
 
 @dataclass

@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -136,7 +137,7 @@ class _Server:
             os.setsid()
             for number in _SIGNALS:
                 signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that it starts would inherit
-            os.register_at_fork(after_in_child=_default_signals)
+            os.register_at_fork(before=_hold_signals, after_in_parent=_take_signals, after_in_child=_default_signals)
             from .worker import serve
 
             serve(socket.socket(fileno=fd))
@@ -187,10 +188,22 @@ def _kill(processes: Iterable[psutil.Process], trackers: bool) -> None:
                 process.kill()
 
 
+_masks = threading.local()
+
+
+def _hold_signals() -> None:
+    """Before a worker forks: a signal to the new child process waits until it has its own handlers."""
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _take_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
 def _default_signals() -> None:
-    """Signal handlers of the forked child processes of workers."""
     for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _take_signals()
 
 
 def _prctl(option: int, value: int) -> None:

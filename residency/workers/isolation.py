@@ -16,6 +16,7 @@ from ..devices import SimulatedDevice
 from ..devices.observed import ObservedDevice
 from ..devices.simulated_checkpoints import SimulatedCheckpoints
 from ..errors import InvalidInput, LoadTimeout, WorkerDied
+from ..memory.self_moving import registered
 from ..random_state import RandomState
 from ..sentences import Sentence
 from .calls import Load, Setup
@@ -27,6 +28,7 @@ from .remote_engine import RemoteEngine
 from .resident import WorkerResident
 from .residue import ProcessResidue
 from .spawner import Spawner, check_system
+from .torch_settings import torch_settings
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ class Isolation:
         self.loading[ask.name] = worker
         try:
             timer.start()
-            worker.ask(Setup(dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels()))
+            worker.ask(_setup())
             worker.ask(ask)
         except BaseException as error:
             worker.kill(Sentence("its load failed", "加载失败"))
@@ -176,6 +178,12 @@ def _check_loader(name: str, load: Callable[[], Any]) -> None:
             f"{name!r} 的加载函数无法发送到工作进程（{error}）：请不要让它引用属于本进程的对象（锁、文件、模型），"
             f'或使用 isolation="none"',
         ) from error
+
+
+def _setup() -> Setup:
+    return Setup(
+        dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels(), dict(registered), torch_settings()
+    )
 
 
 def _import_torch() -> None:

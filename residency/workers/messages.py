@@ -205,7 +205,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         # An engine's own modules must not be imported by the manager: they may load models, or use the GPU.
         if self._installed_only and module not in sys.modules and not _is_installed(module.partition(".")[0]):
-            raise NotHandedOut(f"{module}.{name}")
+            raise NotHandedOut(name, module)
         return super().find_class(module, name)
 
 

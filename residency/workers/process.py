@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import cancellation, progress
 from ..engines.part_proxy import Part, Path, Token
-from ..errors import ManagerClosed, RequestStopped, TensorAway, WorkerDied
+from ..errors import InvalidInput, ManagerClosed, RequestStopped, TensorAway, WorkerDied
 from ..random_state import RandomState
 from ..sentences import Sentence
 from .calls import Answer, Ask, Move, Sizes
@@ -108,7 +108,14 @@ class WorkerProcess:
         while self._forgotten:
             with contextlib.suppress(IndexError):  # another thread was first
                 ask.forgotten.append(self._forgotten.popleft())
-        content = packed(ask, _save_part)
+        try:
+            content = packed(ask, _save_part)
+        except Exception as error:
+            raise InvalidInput(
+                f"This cannot be sent to the worker process of {self.name!r} ({error}): let it refer to nothing that "
+                f"belongs to this process (locks, files, models)",
+                f"无法发送到 {self.name!r} 的工作进程（{error}）：请不要让它引用属于本进程的对象（锁、文件、模型）",
+            ) from error
         number, frames = next(self._numbers), queue.SimpleQueue[_Received]()
         self._waiting[number] = frames
         try:

@@ -26,9 +26,11 @@ from ..engines.engine_calls import EngineCalls
 from ..engines.part_proxy import Held, Part, Path, Token, follow, unwrapped
 from ..errors import PartGone
 from ..memory.engine import EngineResident
+from ..memory.self_moving import register
 from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
 from ..random_state import RandomState
+from . import torch_settings
 from .calls import END, MARK, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
 from .logs import SentLog
 from .messages import Channel, Frame, Kind, Packed, packed, pickled
@@ -194,6 +196,9 @@ class _Worker:
         logging.root.addHandler(SentLog(self._channel))
         for name, level in ask.log_levels.items():
             logging.getLogger(name).setLevel(level)
+        for name, moves in ask.own_moves.items():
+            register(name, moves)
+        torch_settings.use(ask.torch)
 
     def _load(self, ask: Load) -> None:
         import torch  # noqa: F401 - so that its random state is restored

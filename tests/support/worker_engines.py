@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import gc
+import multiprocessing
 import os
 import random
+import signal
+import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 
@@ -47,16 +52,20 @@ class Gate:
             os.mkfifo(path)
 
     def __call__(self, *_: Any) -> None:
-        """Waits in the kernel until the gate is opened."""
-        Path(self._reached).write_bytes(b"\0")
-        Path(self._opened).read_bytes()
+        """Waits in the kernel until the gate is opened. The gate stands for one passage."""
+        if os.path.exists(self._reached):
+            Path(self._reached).write_text(str(os.getpid()))
+            if Path(self._opened).read_bytes() == b"exit":
+                os._exit(3)
 
-    def reached(self) -> None:
-        """Waits until the engine is here."""
-        Path(self._reached).read_bytes()
+    def reached(self) -> int:
+        """Waits until the engine is here; returns the process ID."""
+        pid = int(Path(self._reached).read_text())
+        Path(self._reached).unlink()
+        return pid
 
-    def open(self) -> None:
-        Path(self._opened).write_bytes(b"\0")
+    def open(self, order: bytes = b"go") -> None:
+        Path(self._opened).write_bytes(order)
 
     def free(self) -> None:
         """Opens the gate if the engine is there, after a failed test."""
@@ -191,6 +200,74 @@ class Engine:
         os._exit(code)
 
 
+class Listed:
+    """Moved by functions that a test registers."""
+
+    def __init__(self) -> None:
+        self.says: list[str] = []
+
+
+class Staged(Engine):
+    """Stops at a gate in one of its phases."""
+
+    def __init__(self, phase: str, gate: Gate) -> None:
+        super().__init__()
+        self.phase, self.gate = phase, gate
+        self.passes("load")
+        self.mover = Mover(self.passes)
+
+    def passes(self, phase: str) -> None:
+        if phase == self.phase:
+            self.gate()
+
+    def speak(self) -> str:
+        self.passes("call")
+        return "spoken"
+
+    def steps(self) -> Iterator[int]:
+        yield 1
+        self.passes("stream")
+        yield 2
+
+
+class Mover:
+    """Moves itself, without memory."""
+
+    def __init__(self, passes: Callable[[str], None]) -> None:
+        self._passes = passes
+
+    def offload_from_gpu(self) -> None:
+        self._passes("offload")
+
+    def restore_to_gpu(self) -> None:
+        self._passes("restore")
+
+    def release_from_gpu(self) -> None:
+        self._passes("release")
+
+
+class Family(Engine):
+    """Has child processes of all kinds, and shared memory."""
+
+    def start(self) -> dict[str, int]:
+        """Returns their process IDs."""
+        forked = multiprocessing.get_context("fork").Process(target=signal.pause)
+        spawned = multiprocessing.get_context("spawn").Process(target=signal.pause)
+        self.processes = [forked, spawned, subprocess.Popen(["sleep", "infinity"], start_new_session=True)]
+        forked.start()
+        spawned.start()
+        daemon = subprocess.run(
+            ["sh", "-c", "setsid sleep infinity >/dev/null & echo $!"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        pids = [process.pid for process in self.processes]
+        return dict(zip(("forked", "spawned", "session"), pids, strict=True)) | {"daemon": int(daemon.stdout)}
+
+    def share(self) -> str:
+        """Returns the name of a new file in ``/dev/shm``."""
+        self.shared = shared_memory.SharedMemory(create=True, size=4096)
+        return self.shared.name
+
+
 def build(nbytes: int = 4096) -> Engine:
     return Engine(nbytes)
 
@@ -199,6 +276,24 @@ def of(nbytes: int) -> Callable[[], Engine]:
     return functools.partial(build, nbytes)
 
 
-def kill_quietly(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
+def held() -> dict[str, Any]:
+    """Returns what this process holds of the system, beside its main memory."""
+    gc.collect()
+    fds = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)]
+    return {
+        "processes": sorted(process.pid for process in psutil.Process().children(recursive=True)),
+        "descriptors": sorted(name.partition(":")[0] for name in fds),
+        "threads": sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("gpu-")),
+        "shared memory": sorted(os.listdir("/dev/shm")),
+    }
+
+
+def _is_open(fd: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def await_threads(known: Collection[threading.Thread]) -> None:
+    """Waits for the end of threads of ended workers and servers, beside those that are known."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("gpu-worker-") and thread not in known:
+            thread.join(30)

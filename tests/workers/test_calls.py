@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from worker_engines import LINUX, Answer, Engine, EngineError, Gate, started
+from worker_engines import LINUX, Answer, Engine, EngineError, Gate, Listed, started
 
 from residency.engines.part_proxy import Part
 from residency.errors import ManagerClosed, PartGone, TensorAway
+from residency.memory import self_moving
 from tts_gpu_managed import GPUManagedTTS
 
 pytestmark = LINUX
@@ -237,6 +240,43 @@ def test_a_finalizer_within_a_send_sends_nothing(tts: GPUManagedTTS, monkeypatch
     threading.Thread(target=collect, daemon=True).start()
     assert done.wait(60)
     assert tts.closed == ["stream of 3, gradients True"]
+
+
+def test_an_engine_is_built_with_this_processs_settings(
+    another: Callable[..., GPUManagedTTS], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AN_ENGINES_SETTING", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(3)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        tts = another()
+        made = tts.apply(
+            lambda _: (os.environ["AN_ENGINES_SETTING"], os.getcwd(), sys.path[0], torch.get_num_threads(),
+                       torch.ones(1).dtype, torch.get_float32_matmul_precision()), None,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision(precision)
+    assert made == ("1", str(tmp_path), str(tmp_path), 3, torch.float64, "medium")
+
+
+def test_moves_that_were_registered_here_are_used_there(
+    another: Callable[..., GPUManagedTTS], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = self_moving.OwnMoves(lambda thing: thing.says.append("offload"), lambda thing: thing.says.append("restore"))
+    self_moving.register("worker_engines.Listed", moved)
+    try:
+        tts = another(Listed)
+        assert tts.says == []
+        tts.force_offload()
+        assert tts.says == ["offload", "restore"]
+    finally:
+        del self_moving.registered["worker_engines.Listed"], self_moving._by_name["worker_engines.Listed"]
 
 
 def test_an_engine_that_is_loaded_in_the_worker_is_not_here(another: Callable[..., GPUManagedTTS]) -> None:

@@ -153,7 +153,7 @@ def test_an_engines_own_modules_are_not_imported_here(
     assert caught.value.number == 5
     sys.path.insert(0, private_module)
     try:
-        with pytest.raises(NotHandedOut, match="engine_of_its_own"):
+        with pytest.raises(NotHandedOut, match="Words, a class of the module engine_of_its_own"):
             tts.words()
     finally:
         sys.path.remove(private_module)
@@ -241,8 +241,9 @@ def test_a_device_that_is_lost_in_a_load_costs_the_worker_only(
 
 
 def test_arguments_that_cannot_be_pickled_are_refused(tts: GPUManagedTTS) -> None:
-    with pytest.raises(TypeError, match="pickle"):
+    with pytest.raises(InvalidInput, match="pickle") as caught:
         tts.echo(threading.Lock())
+    assert "工作进程" in caught.value.zh
     assert tts.echo(1) == 1
 
 

@@ -176,7 +176,7 @@ def test_an_interrupt_stops_an_engine_with_checkpoints(tts: GPUManagedTTS, gate:
     pid = tts.pid()
 
     def speak(engine: Engine) -> None:
-        Path(gate._reached).write_bytes(b"\0")
+        Path(gate._reached).write_text("1")
         while True:
             checkpoint()
 

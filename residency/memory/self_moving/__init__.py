@@ -11,9 +11,11 @@ from typing import Any
 from . import ctranslate2, sglang, vllm
 from .moves import OwnMoves
 
-__all__ = ["OwnMoves", "moves_of", "register"]
+__all__ = ["OwnMoves", "moves_of", "register", "registered"]
 
 _by_name: dict[str, OwnMoves] = {**ctranslate2.MOVES, **sglang.MOVES, **vllm.MOVES}
+registered: dict[str, OwnMoves] = {}
+"""Entries of `register`."""
 
 
 def register(name: str, moves: OwnMoves) -> None:
@@ -21,7 +23,7 @@ def register(name: str, moves: OwnMoves) -> None:
 
     Call it before the engine is loaded. Subclasses are recognized too. Replaces an earlier entry of that name.
     """
-    _by_name[name] = moves
+    _by_name[name] = registered[name] = moves
 
 
 def moves_of(cls: type) -> OwnMoves | None:
