@@ -6,6 +6,7 @@ import array
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -44,6 +45,16 @@ class Child:
         self._lock = renewed_in_children(threading.Lock())
         self._owner_pid = os.getpid()
         self._pidfd = os.pidfd_open(pid)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended, even if the server has not told yet."""
+        with self._lock:
+            if self.has_ended.is_set():
+                return True
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            return bool(poller.poll(0))
 
     def kill(self) -> None:
         """Ends it at once, also while it is stopped or hangs."""
