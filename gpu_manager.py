@@ -76,7 +76,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         budget_bytes: limit of device memory for all models together.
         wait_timeout: default limit of the wait for a turn and for room, without load or restore; -1: no limit.
         isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
-        residue: what an offload leaves of a worker there: ``"keep"``, ``"checkpoint"`` (by the driver) or ``"auto"``.
+        residue: what becomes of a worker's other device memory at an offload: ``"keep"``, ``"checkpoint"``, ``"auto"``.
 
     Thread-safe; `status` returns at once, even during a load. In a forked child the manager is closed.
     """

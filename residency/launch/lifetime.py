@@ -17,8 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from ..errors import InvalidInput
 from .settings import Settings
 
@@ -91,6 +89,8 @@ class Signals:
 
 def _kill_children() -> None:
     """Kills the child processes: those of vLLM, also during its load, would run on and keep their GPU memory."""
+    import psutil  # imports what ``--help`` does not need
+
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if not any("resource_tracker" in part for part in child.cmdline()):  # ends by itself, and deletes files

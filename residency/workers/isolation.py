@@ -78,7 +78,8 @@ def _checkpoints(residue: Residue, device: Device) -> ProcessCheckpoints | None:
             f"Worker processes cannot be checkpointed: {reason.en}. Or use --gpu-residue auto",
             f"无法为工作进程创建检查点：{reason.zh}。或使用 --gpu-residue auto",
         )
-    logger.info("The CUDA context of an offloaded worker process stays on the device: %s", missing)
+    if checkpoints is not None:
+        logger.info("The CUDA context of an offloaded worker process stays on the device: %s", missing)
     return None
 
 

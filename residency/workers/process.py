@@ -295,9 +295,7 @@ def _show(facts: tuple[str, int, int | None], shown: tuple[str, int]) -> tuple[s
 def _cause(status: int | None) -> Sentence:
     """Returns what a status of `os.waitpid` tells; None: its parent has ended."""
     if status is None:
-        return Sentence(
-            "its cause is unknown, or the server of worker processes has ended", "原因未知，或工作进程的服务进程已结束"
-        )
+        return Sentence("its cause is unknown, or the fork server has ended", "原因未知，或 fork 服务进程已结束")
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
         if name == "SIGKILL":

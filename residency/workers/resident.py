@@ -82,7 +82,7 @@ class WorkerResident:
         try:
             moved_bytes = int(self.worker.ask(Move("offload")))
         except _IMMOVABLE as error:
-            if self._residue is None:
+            if self._residue is None or not self._residue.removable:
                 raise
             logger.info("%s: checkpointed as a whole. %s", self.worker.name, error)
             self._residue.remove()
@@ -130,7 +130,7 @@ class WorkerResident:
 
     def _checkpoint_rest(self) -> bool:
         """Checkpoints what the weights have left behind; returns False, with a warning, if it stays there."""
-        if self._residue is None or self.worker.ended:
+        if self._residue is None or self.worker.ended or not self._residue.removable:
             return False
         try:
             self._residue.remove()

@@ -28,6 +28,11 @@ class ProcessResidue:
         self._device = device
         self._pids: list[int] = []
 
+    @property
+    def removable(self) -> bool:
+        """False once the driver has refused, or the helper process could not start: it is not asked again."""
+        return self._checkpoints.unavailable() is None
+
     def remove(self) -> None:
         """Raises `CheckpointFailed`; then the processes run as before, or the worker has been ended."""
         current().enter("checkpointing")

@@ -86,7 +86,7 @@ class Spawner:
         """Starts the server, which imports torch meanwhile, unless it runs; returns at once."""
         with self._lock:
             if self._closed:
-                raise ChildProcessError("The server of worker processes is closed.")
+                raise ChildProcessError("The fork server of the worker processes is closed.")
             if self._server is None or self._server.ended:
                 self._server = _Server()
             return self._server
@@ -150,12 +150,12 @@ class _Server:
             except NoResult:
                 self.ended = True
                 self._process.kill()
-                raise ChildProcessError("The server of worker processes does not answer.") from None
+                raise ChildProcessError("The fork server of the worker processes does not answer.") from None
             except OSError as error:
                 if answer.done():
                     raise
                 self.ended = True
-                raise ChildProcessError("The server of worker processes has ended.") from error
+                raise ChildProcessError("The fork server of the worker processes has ended.") from error
             finally:
                 self._fork = None
 
@@ -181,10 +181,10 @@ class _Server:
         if self._process.wait():  # killed: it has ended nothing
             _end_left_behind(self._mark, self._children.keys())
         if not self._closing:
-            logger.warning("The server of worker processes has ended; the next load starts another one.")
+            logger.warning("The fork server of the worker processes has ended; the next load starts another one.")
         self._control.close()
         if (fork := self._fork) is not None and not fork[0].done():
-            fork[0].set_exception(ChildProcessError("The server of worker processes has ended."))
+            fork[0].set_exception(ChildProcessError("The fork server of the worker processes has ended."))
         for child in self._children.values():
             child._end(None)
         self._children.clear()

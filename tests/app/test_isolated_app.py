@@ -24,7 +24,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
 
 
 def workers(app: RunningApp) -> list[int]:
-    """The processes below the server of worker processes, the app's only child."""
+    """The processes below the fork server, the app's only child."""
     return [each.pid for server in psutil.Process(app.process.pid).children() for each in server.children()]
 
 

@@ -16,7 +16,8 @@ from worker_engines import LINUX
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
 from residency.devices.simulated_checkpoints import SimulatedCheckpoints
-from residency.errors import CheckpointFailed, InvalidInput, WorkerDied
+from residency.errors import CheckpointFailed, InvalidInput, SelfMoveFailed, WorkerDied
+from residency.sentences import Sentence
 
 pytestmark = LINUX
 
@@ -192,6 +193,26 @@ def test_a_checkpoint_that_fails_leaves_the_context_and_the_worker(
     manager.offload("tts")
     assert card.memory().process_bytes == 0
     assert worker(manager)["pid"] == pid
+
+
+def test_a_driver_that_refuses_checkpoints_is_not_asked_again(
+    manager: GPUResourceManager, card: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_of(manager)
+    asked: list[int] = []
+    monkeypatch.setattr(checkpoints, "unavailable", lambda: Sentence("not permitted", "不允许"))
+    monkeypatch.setattr(checkpoints, "checkpoint", lambda pid, timeout_s: asked.append(pid))
+    manager.register("tts", Engine)
+    speak(manager)
+    assert manager.offload("tts")
+    assert worker(manager)["last_offload"]["way"] == "weights"
+    manager.register("immovable", Immovable)
+    with manager.lease("immovable") as engine:
+        assert engine() == (1 << 18) - 1
+    with pytest.raises(SelfMoveFailed):
+        manager.offload("immovable")
+    assert card.memory().process_bytes == 2 * CONTEXT_BYTES + MB
+    assert not asked
 
 
 @pytest.mark.parametrize("left", ["failed", "gone"])
