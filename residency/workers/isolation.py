@@ -117,17 +117,14 @@ class Isolation:
                 "工作进程中的模型无法使用本进程中的对象（keep，或已创建的 audio_tokenizer）："
                 '请传入创建它的函数，或使用 isolation="none"',
             )
-        try:
-            pickled(load)
-        except Exception as error:
-            raise InvalidInput(
-                f"The loader of {name!r} cannot be sent to a worker process ({error}): let it refer to nothing that "
-                f'belongs to this process (locks, files, models), or use isolation="none"',
-                f"{name!r} 的加载函数无法发送到工作进程（{error}）：请不要让它引用属于本进程的对象（锁、文件、模型），"
-                f'或使用 isolation="none"',
-            ) from error
+        _check_loader(name, load)
         random_state = RandomState()
-        return lambda: self._start(Load(name, load, self._device, skip, random_state), timeout_s)
+
+        def start() -> RemoteEngine:
+            _check_loader(name, load)  # by now it may refer to more
+            return self._start(Load(name, load, self._device, skip, random_state), timeout_s)
+
+        return start
 
     def _start(self, ask: Load, timeout_s: float) -> RemoteEngine:
         """Starts a worker and loads an engine there. After an error, the worker has ended."""
@@ -168,6 +165,19 @@ class Isolation:
         if self._checkpoints is not None:
             self._checkpoints.close()
         self._spawner.close()
+
+
+def _check_loader(name: str, load: Callable[[], Any]) -> None:
+    """Raises `InvalidInput` for a loader that cannot be sent to a worker."""
+    try:
+        pickled(load)
+    except Exception as error:
+        raise InvalidInput(
+            f"The loader of {name!r} cannot be sent to a worker process ({error}): let it refer to nothing that "
+            f'belongs to this process (locks, files, models), or use isolation="none"',
+            f"{name!r} 的加载函数无法发送到工作进程（{error}）：请不要让它引用属于本进程的对象（锁、文件、模型），"
+            f'或使用 isolation="none"',
+        ) from error
 
 
 def _setup() -> Setup:

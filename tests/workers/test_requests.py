@@ -263,6 +263,15 @@ def test_a_worker_that_is_stopped_in_an_offload_is_ended(impatient: GPUManagedTT
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
+def test_a_loader_that_refers_to_more_at_the_load_is_refused_then(isolated: GPUResourceManager) -> None:
+    found: list[Any] = []
+    isolated.register("later", lambda: found[0])
+    found.append(threading.Lock())
+    with pytest.raises(InvalidInput, match="cannot be sent to a worker process"), isolated.lease("later"):
+        pass
+    isolated.unregister("later")
+
+
 def test_what_cannot_be_isolated_is_refused(isolated: GPUResourceManager, tmp_path: Path) -> None:
     lock = threading.Lock()
     with pytest.raises(InvalidInput, match="cannot be sent to a worker process"):
