@@ -85,7 +85,7 @@ class WorkerProcess:
     @property
     def ended(self) -> bool:
         """Whether the process has ended, or is being ended."""
-        return self._reason is not None or self._child.has_ended.is_set()
+        return self._reason is not None or self._child.is_gone
 
     @property
     def modules(self) -> int:

@@ -6,6 +6,7 @@ import array
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 FORKS_WITHIN_S = 120.0
 """Longest wait for a worker, including the first imports of the fork server."""
 
+CLOSES_WITHIN_S = 10.0
+"""Time for the fork server to end its workers; then it is killed."""
+
 
 class Child:
     """A forked worker. ``status`` is that of `os.waitpid` once it ``has_ended``; None if the server ended first."""
@@ -42,6 +46,16 @@ class Child:
         self._owner_pid = os.getpid()
         self._pidfd = os.pidfd_open(pid)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended, even if the server has not told yet."""
+        with self._lock:
+            if self.has_ended.is_set():
+                return True
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            return bool(poller.poll(0))
+
     def kill(self) -> None:
         """Ends it at once, also while it is stopped or hangs."""
         with self._lock, contextlib.suppress(OSError):
@@ -53,7 +67,10 @@ class Child:
             self.status = status
             self.has_ended.set()
             os.close(self._pidfd)
-        self._on_end()
+        try:
+            self._on_end()
+        except Exception:
+            logger.exception("The end of the worker process %d was not handled", self.pid)
 
 
 class Spawner:
@@ -131,11 +148,13 @@ class _Server:
                 self._control.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
                 return answer.result(FORKS_WITHIN_S)
             except NoResult:
+                self.ended = True
                 self._process.kill()
                 raise ChildProcessError("The fork server of the worker processes does not answer.") from None
             except OSError as error:
                 if answer.done():
                     raise
+                self.ended = True
                 raise ChildProcessError("The fork server of the worker processes has ended.") from error
             finally:
                 self._fork = None
@@ -145,7 +164,7 @@ class _Server:
         with contextlib.suppress(OSError):  # it has ended
             self._control.shutdown(socket.SHUT_RDWR)
         try:
-            self._process.wait(10)
+            self._process.wait(CLOSES_WITHIN_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -159,10 +178,10 @@ class _Server:
                 elif kind != b"-" and (fork := self._fork) is not None:
                     self._answer(kind, pid, status, *fork)
         self.ended = True
-        self._process.wait()
+        if self._process.wait():  # killed: it has ended nothing
+            _end_left_behind(self._mark, self._children.keys())
         if not self._closing:
             logger.warning("The fork server of the worker processes has ended; the next load starts another one.")
-            _end_left_behind(self._mark, self._children.keys())
         self._control.close()
         if (fork := self._fork) is not None and not fork[0].done():
             fork[0].set_exception(ChildProcessError("The fork server of the worker processes has ended."))

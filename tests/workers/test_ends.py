@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -98,6 +99,23 @@ def test_an_end_in_each_phase(
     assert (model["state"], model["device_bytes"], model["host_bytes"]) == ("released", 0, 0)
     assert manager.device_lost is None
     assert tts.speak() == "spoken"
+
+
+def test_a_request_right_after_an_end_gets_a_new_worker(
+    manager: GPUResourceManager, gate: Gate, request: pytest.FixtureRequest
+) -> None:
+    tts = GPUManagedTTS(None, manager=manager, load=lambda: Staged("never", gate), name="tts")
+    request.addfinalizer(tts.close)
+    pid, server = tts.pid(), server_of(manager)
+    os.kill(server, signal.SIGSTOP)  # cannot tell of the end
+    os.kill(pid, signal.SIGKILL)
+    poller = select.poll()
+    poller.register(fd := os.pidfd_open(pid), select.POLLIN)
+    poller.poll(60_000)
+    os.close(fd)
+    assert not manager._managed_models["tts"].resident.usable
+    os.kill(server, signal.SIGCONT)
+    assert tts.pid() != pid
 
 
 def await_ended(pid: int) -> None:

@@ -20,7 +20,7 @@ from worker_engines import LINUX, Family, Gate, await_threads, held, started
 
 from gpu_manager import GPUResourceManager, SimulatedDevice, State
 from residency.errors import ManagerClosed
-from residency.workers import fork_server
+from residency.workers import fork_server, spawner
 from tts_gpu_managed import GPUManagedTTS
 
 pytestmark = LINUX
@@ -191,6 +191,18 @@ def test_a_server_that_is_killed_before_the_first_load_is_replaced() -> None:
         manager.register("tts", Family)
         with manager.lease("tts") as engine:
             assert engine.volume == 1.0
+
+
+def test_a_close_ends_a_server_that_does_not_react(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawner, "CLOSES_WITHIN_S", 0.1)
+    manager = GPUResourceManager(SimulatedDevice(1 << 30), isolation="process", keep_warm=-1)
+    manager.register("tts", Family)
+    with manager.lease("tts") as engine:
+        pids = [server_of(manager), engine.pid(), *engine.start().values()]
+        os.kill(pids[0], signal.SIGSTOP)
+        manager._isolation.close()
+    assert all_end(pids)
+    manager.close()
 
 
 def test_a_fork_that_fails_costs_one_load_only(monkeypatch: pytest.MonkeyPatch) -> None:
