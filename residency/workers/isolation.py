@@ -48,6 +48,13 @@ def isolation_for(mode: IsolationMode, device: Device, snapshot_dir: object, res
                 f"{name} is {', '.join(first)} or {last}, not {value!r}",
                 f"{name} 只能是 {'、'.join(first)} 或 {last}，而不是 {value!r}",
             )
+    if mode == "none" and residue == "checkpoint":
+        raise InvalidInput(
+            '--gpu-residue checkpoint (residue="checkpoint") needs --gpu-isolation process (isolation="process"): '
+            "add it, or use auto",
+            '--gpu-residue checkpoint（residue="checkpoint"）需要 --gpu-isolation process（isolation="process"）：'
+            "请加上它，或使用 auto",
+        )
     if mode == "none":
         return None
     if snapshot_dir is not None:

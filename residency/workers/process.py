@@ -75,7 +75,10 @@ class WorkerProcess:
         except BaseException as error:
             self._channel.close()  # then it ends
             if isinstance(error, OSError):
-                raise WorkerDied(name, Sentence(f"it did not start ({error})", f"它未能启动（{error}）")) from error
+                said = [each for each in error.args if isinstance(each, Sentence)]
+                why = said[0] if said else Sentence.of(str(error))
+                reason = Sentence(f"it did not start ({why.en})", f"它未能启动（{why.zh}）")
+                raise WorkerDied(name, reason) from error
             raise
 
     @property

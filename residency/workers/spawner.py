@@ -22,6 +22,7 @@ import psutil
 from ..errors import InvalidInput
 from ..locks import renewed_in_children
 from ..observability.process_memory import claim_tree
+from ..sentences import Sentence
 from .calls import MARK
 from .fork_server import ANSWER
 
@@ -32,6 +33,11 @@ FORKS_WITHIN_S = 120.0
 
 CLOSES_WITHIN_S = 10.0
 """Time for the fork server to end its workers; then it is killed."""
+
+
+_CLOSED = Sentence("the fork server of the worker processes is closed", "工作进程的 fork 服务进程已关闭")
+_SILENT = Sentence("the fork server of the worker processes does not answer", "工作进程的 fork 服务进程没有响应")
+_ENDED = Sentence("the fork server of the worker processes has ended", "工作进程的 fork 服务进程已结束")
 
 
 class Child:
@@ -86,7 +92,7 @@ class Spawner:
         """Starts the server, which imports torch meanwhile, unless it runs; returns at once."""
         with self._lock:
             if self._closed:
-                raise ChildProcessError("The fork server of the worker processes is closed.")
+                raise ChildProcessError(_CLOSED)
             if self._server is None or self._server.ended:
                 self._server = _Server()
             return self._server
@@ -150,12 +156,12 @@ class _Server:
             except NoResult:
                 self.ended = True
                 self._process.kill()
-                raise ChildProcessError("The fork server of the worker processes does not answer.") from None
+                raise ChildProcessError(_SILENT) from None
             except OSError as error:
                 if answer.done():
                     raise
                 self.ended = True
-                raise ChildProcessError("The fork server of the worker processes has ended.") from error
+                raise ChildProcessError(_ENDED) from error
             finally:
                 self._fork = None
 
@@ -184,7 +190,7 @@ class _Server:
             logger.warning("The fork server of the worker processes has ended; the next load starts another one.")
         self._control.close()
         if (fork := self._fork) is not None and not fork[0].done():
-            fork[0].set_exception(ChildProcessError("The fork server of the worker processes has ended."))
+            fork[0].set_exception(ChildProcessError(_ENDED))
         for child in self._children.values():
             child._end(None)
         self._children.clear()

@@ -275,6 +275,11 @@ def test_a_worker_that_is_killed_while_it_is_checkpointed_is_replaced(
     assert speak(manager) == (1 << 18) - 1
 
 
+def test_checkpoints_need_worker_processes() -> None:
+    with pytest.raises(InvalidInput, match="needs --gpu-isolation process"):
+        GPUResourceManager(SimulatedDevice(1 << 30), residue="checkpoint")
+
+
 def test_checkpoints_can_be_required() -> None:
     with pytest.raises(InvalidInput, match="cannot be checkpointed"):
         GPUResourceManager(CpuDevice(), isolation="process", residue="checkpoint")
