@@ -26,6 +26,7 @@ from gpu_manager import CpuDevice, GPUResourceManager, SimulatedDevice, State
 from residency.clock import ManualClock
 from residency.engines.builtin import BuiltinEngine
 from residency.errors import InvalidInput
+from residency.workers.spawner import can_fork_workers
 from tts_gpu_managed import GPUManagedTTS
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime leaves a file behind otherwise
@@ -275,7 +276,7 @@ def test_off_by_default() -> None:
 
 def test_worker_process() -> None:
     """With process isolation the speech is the same, and a release leaves no byte and no process (Linux)."""
-    if not hasattr(os, "pidfd_open"):
+    if not can_fork_workers():
         return
     with story() as told:
         expected = told.clone()

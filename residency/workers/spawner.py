@@ -216,10 +216,24 @@ def _end_left_behind(mark: str, workers: Collection[int]) -> None:
                 process.kill()
 
 
+def can_fork_workers() -> bool:
+    """Returns whether the system has what workers need, and permits it: Linux, process descriptors, memory files."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        for fd in (os.pidfd_open(os.getpid()), os.memfd_create("gpu-worker-check")):
+            os.close(fd)
+    except (AttributeError, OSError):  # an old kernel, or a sandbox
+        return False
+    return True
+
+
 def check_system() -> None:
     """Raises `InvalidInput` where workers cannot be forked."""
-    if not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"):
+    if not can_fork_workers():
         raise InvalidInput(
-            'Process isolation needs Linux: use --gpu-isolation none (isolation="none")',
-            '进程隔离需要 Linux：请使用 --gpu-isolation none（isolation="none"）',
+            "Process isolation needs Linux 5.3 or newer, and permission for pidfd_open and memfd_create: use "
+            '--gpu-isolation none (isolation="none")',
+            "进程隔离需要 Linux 5.3 或更新版本，并允许 pidfd_open 和 memfd_create："
+            '请使用 --gpu-isolation none（isolation="none"）',
         )

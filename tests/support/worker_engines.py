@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -24,9 +23,9 @@ import psutil
 import pytest
 import torch
 
-LINUX = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"), reason="worker processes need Linux"
-)
+from residency.workers.spawner import can_fork_workers
+
+LINUX = pytest.mark.skipif(not can_fork_workers(), reason="worker processes need Linux")
 
 
 def started(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
