@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..contracts import Device, Memory, Telemetry
-
-if TYPE_CHECKING:
-    import torch
+from .cpu import CpuDevice
 
 
-class ObservedDevice(Device):
-    """Sizes and names of ``device``, without anything that computes there or creates a CUDA context."""
+class ObservedDevice(CpuDevice):
+    """Sizes and names of ``device``, without anything that computes there or creates a CUDA context.
+
+    Always usable, and holds no tensors of this process: a worker that cannot use the device is replaced.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -42,22 +42,3 @@ class ObservedDevice(Device):
 
     def telemetry(self) -> Telemetry:
         return self._device.telemetry()
-
-    def is_usable(self) -> bool:
-        """Returns True: a worker that cannot use the device is replaced."""
-        return True
-
-    def holds_tensor(self, tensor: torch.Tensor) -> bool:
-        return False
-
-    def holds_session(self, providers: Sequence[str]) -> bool:
-        return False
-
-    def placing(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def transfer(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def pin(self, raw: torch.Tensor) -> bool:
-        return False

@@ -46,7 +46,10 @@ class ProcessResidue:
             if self._checkpoints.state(failed) != "running":
                 self._worker.kill(Sentence("its checkpoint has failed", "为它创建检查点失败"))
             else:
-                self.put_back()
+                try:
+                    self.put_back()
+                except CheckpointFailed:  # another program has taken the room: half of the processes could not go on
+                    self._worker.kill(Sentence("its checkpoint has failed", "为它创建检查点失败"))
             self._worker.checkpointed = False
             raise
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
-from worker_engines import LINUX
+from worker_engines import LINUX, speak
 
 from gpu_manager import CudaDevice, GPUResourceManager
 from residency.errors import WorkerDied
@@ -32,12 +32,6 @@ def manager() -> Iterator[GPUResourceManager]:
     with GPUResourceManager(device, isolation="process") as manager:
         manager.register("tts", Engine)
         yield manager
-
-
-def speak(manager: GPUResourceManager) -> float:
-    with manager.lease("tts") as engine:
-        answer: float = engine()
-    return answer
 
 
 def pid(manager: GPUResourceManager) -> int:

@@ -23,6 +23,7 @@ import psutil
 import pytest
 import torch
 
+from gpu_manager import GPUResourceManager
 from residency.workers.spawner import can_fork_workers
 
 LINUX = pytest.mark.skipif(not can_fork_workers(), reason="worker processes need Linux")
@@ -296,3 +297,10 @@ def await_threads(known: Collection[threading.Thread]) -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("gpu-worker-") and thread not in known:
             thread.join(30)
+
+
+def speak(manager: GPUResourceManager) -> float:
+    """Calls the model ``tts``."""
+    with manager.lease("tts") as engine:
+        answer: float = engine()
+    return answer

@@ -7,17 +7,19 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from worker_engines import LINUX
+from worker_engines import LINUX, speak
 
 from gpu_manager import CpuDevice, DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
 from residency.devices.simulated_checkpoints import SimulatedCheckpoints
 from residency.errors import CheckpointFailed, InvalidInput, SelfMoveFailed, WorkerDied
 from residency.sentences import Sentence
+from residency.workers.residue import ProcessResidue
 
 pytestmark = LINUX
 
@@ -103,12 +105,6 @@ def checkpoints_of(manager: GPUResourceManager) -> SimulatedCheckpoints:
     checkpoints = manager._isolation._checkpoints
     assert isinstance(checkpoints, SimulatedCheckpoints)
     return checkpoints
-
-
-def speak(manager: GPUResourceManager) -> float:
-    with manager.lease("tts") as engine:
-        answer: float = engine()
-    return answer
 
 
 def worker(manager: GPUResourceManager) -> Any:
@@ -273,6 +269,32 @@ def test_a_worker_that_is_killed_while_it_is_checkpointed_is_replaced(
     with contextlib.suppress(WorkerDied):  # the request that notices it
         speak(manager)
     assert speak(manager) == (1 << 18) - 1
+
+
+class Halves:
+    """Checkpoints one process, fails at the next, and finds no room to restore the first."""
+
+    def checkpoint(self, pid: int, timeout_s: float) -> None:
+        if pid == 2:
+            raise CheckpointFailed(pid, "lock", "busy")
+
+    def restore(self, pid: int, timeout_s: float) -> None:
+        raise CheckpointFailed(pid, "restore", "full")
+
+    def state(self, pid: int) -> str:
+        return "checkpointed" if pid == 1 else "running"
+
+
+def test_a_worker_of_which_half_stays_checkpointed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    worker: Any = SimpleNamespace(pid=1, checkpointed=False, kill=ended.append)
+    halves: Any = Halves()
+    residue = ProcessResidue(worker, halves, SimulatedDevice(1 << 30))
+    monkeypatch.setattr(residue, "_holders", lambda: [1, 2])
+    with pytest.raises(CheckpointFailed, match="busy"):
+        residue.remove()
+    assert len(ended) == 1
+    assert not worker.checkpointed
 
 
 def test_checkpoints_need_worker_processes() -> None:
