@@ -30,11 +30,20 @@ gated_engine.FOLDER = pathlib.Path({folder!r})
 sys.modules["residency.engines.builtin"] = sys.modules["residency.engines.asr"] = gated_engine
 """
 
-# Runs app.py; SIGUSR1 prints the names of its threads, SIGUSR2 those of its modules.
+# Runs app.py; SIGUSR1 prints the names of its threads, SIGUSR2 those of its modules. A thread waits for the signals: a
+# handler runs in the main thread, late if the signal arrives just before that thread starts to wait.
 _WITH_ROLL_CALL = """
 import runpy, signal, sys, threading
-signal.signal(signal.SIGUSR1, lambda *_: print("threads:", *sorted(t.name for t in threading.enumerate()), flush=True))
-signal.signal(signal.SIGUSR2, lambda *_: print("modules:", *sorted(sys.modules), flush=True))
+answers = {
+    signal.SIGUSR1: lambda: print("threads:", *sorted(t.name for t in threading.enumerate()), flush=True),
+    signal.SIGUSR2: lambda: print("modules:", *sorted(sys.modules), flush=True),
+    signal.SIGALRM: lambda: print(on_alarm(), flush=True),
+}
+signal.pthread_sigmask(signal.SIG_BLOCK, answers)
+def answer():
+    while True:
+        answers[signal.sigwait(answers)]()
+threading.Thread(target=answer, name="signals-of-the-test", daemon=True).start()
 sys.argv[0] = "app.py"
 runpy.run_path("app.py", run_name="__main__")
 """
@@ -69,7 +78,8 @@ def run_app(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str
 class RunningApp:
     """A served app, until the block ends. ``log`` is its output so far.
 
-    With ``gates``, an empty folder, the engine is a `gated_engine`. ``prelude`` runs before the app.
+    With ``gates``, an empty folder, the engine is a `gated_engine`. ``prelude`` runs before the app. If it defines
+    ``on_alarm``, each SIGALRM prints what that function returns.
     """
 
     def __init__(
