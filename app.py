@@ -95,10 +95,13 @@ def _serve(settings: Settings, signals: Signals) -> None:
     chosen = _engine(settings)
     from residency.addresses import serving
     from residency.web.api.control import build as build_api
+    from residency.web.api.speech_calls import Slots, SpeechCalls
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
+    from residency.web.server.api_keys import ApiKeys
     from residency.web.server.hosts import Hosts
     from residency.web.server.permissions import Permissions
+    from residency.web.speech.speaking import Speaker
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, chosen) if manager else chosen.build(_torch_device(None))
@@ -108,10 +111,15 @@ def _serve(settings: Settings, signals: Signals) -> None:
     recognize = _recognizer(settings, manager)
     tab = EditxTab(settings, None, engine, recognize=recognize, permissions=permissions, **chosen.page)
     page = Page(tab, manager, permissions, settings.max_upload)
-    api = None
-    if manager and tab.panel:
-        signed_in = page.signed_in if settings.auth else None
-        api = build_api(manager, permissions, tab.panel.news, signed_in, lambda: page.serves)
+    signed_in = page.signed_in if settings.auth else None
+    keys = ApiKeys(settings.api_keys, permissions, signed_in)
+    watching = manager.watching if manager else tab.watching
+    speaker = Speaker(tab.speech, tab.voices)
+    name = "builtin" if settings.engine == "builtin" else "step-audio-editx"
+    slots = Slots(settings.max_requests)
+    speech = SpeechCalls(tab.speech, speaker, tab.recordings, keys, name, slots, watching, manager is not None)
+    news = tab.panel.news if tab.panel else None
+    api = build_api(manager, permissions, news, signed_in, lambda: page.serves, speech)
     names = (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or "")
     signals.before_quit(page.close_tunnels)
     try:
@@ -120,11 +128,12 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
-            hosts=Hosts(names, permissions.knows_token),
+            hosts=Hosts(names, lambda request: permissions.knows_token(request) or keys.knows(request)),
             root_path=settings.root_path,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
             api=api,
+            origins=settings.cors_origins,
         )
         scheme = "https" if settings.ssl_certfile else "http"
         logger.info("%s", serving(settings.server_name, settings.server_port, scheme))

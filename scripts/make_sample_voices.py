@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the sample voices of the page with the built-in engine: ``python scripts/make_sample_voices.py``.
 
-Writes one FLAC file (mono, 16 bits, 24 kHz) for each entry of `residency.web.ui.sample_voices.VOICES`; reproducible
+Writes one FLAC file (mono, 16 bits, 24 kHz) for each entry of `residency.web.speech.sample_voices.VOICES`; reproducible
 with the same package versions. The speech is by hibari (Apache-2.0), without recordings of persons.
 """
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from residency.engines import world
 from residency.engines.audio import SAMPLE_RATE, Samples, at_level
 from residency.engines.builtin import BuiltinEngine
-from residency.web.ui.sample_voices import FOLDER, VOICES, SampleVoice
+from residency.web.speech.sample_voices import FOLDER, VOICES, SampleVoice
 
 _RMS = 0.08
 

@@ -18,6 +18,7 @@ from ..errors import InvalidInput
 from ..scheduling.policies import keep_warm_seconds, seconds
 from .listening import check_certificate
 from .values import (
+    api_keys,
     checked,
     count,
     folder_path,
@@ -28,6 +29,7 @@ from .values import (
     port_number,
     sendable,
     simulated_card,
+    site_origins,
     site_path,
     size_bytes,
 )
@@ -128,6 +130,21 @@ class Settings:
         None, "largest number of characters in a text (default: 5000; a target text of Step-Audio-EditX: 1000, as in "
         "its app)", count, metavar="N")
 
+    voices_dir: str = _flag(
+        "", "folder of the stored voices, which outlive the app (default: gpu-managed-tts/voices in $XDG_DATA_HOME, or in "
+        "~/.local/share; environment: GPU_TTS_VOICES_DIR)", folder_path, metavar="DIR",
+        variables=("GPU_TTS_VOICES_DIR",), unset=None, group="voices and the speech API under /v1")
+    api_keys: tuple[str, ...] = _flag(
+        (), "key that all calls under /v1 need; may be given several times, or separated by commas (environment: "
+        "GPU_TTS_API_KEYS)", api_keys, metavar="KEY", action="append", flag="--api-key", unset=None, secret=True)
+    cors_origins: tuple[str, ...] = _flag(
+        (), "site whose pages may call /v1 from browsers (https://example.org); may be given several times, or "
+        "separated by commas (environment: GPU_TTS_CORS_ORIGINS)",
+        site_origins, metavar="ORIGIN", action="append", flag="--cors-origin", unset=None)
+    max_requests: int = _flag(
+        100, "largest number of requests under /v1 that wait or run at the same time (default: %(default)s)",
+        count, metavar="N")
+
     shutdown_grace: float = _flag(
         10.0, "time for running requests to finish after Ctrl-C or SIGTERM (10, 90s, 15m; 0: none; -1: no limit); a "
         "second signal ends the app at once (default: 10)", seconds, group="shutdown")
@@ -223,17 +240,29 @@ def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Set
             f"(openai/whisper-small)",
             f"--asr-model {model} 不是目录：请指定模型目录或模型仓库 ID（openai/whisper-small）",
         )
-    try:
-        allowed = values["allowed_hosts"] or [host_names(environ.get("GPU_TTS_ALLOWED_HOSTS", ""))]
-    except InvalidInput as error:
-        raise InvalidInput(f"GPU_TTS_ALLOWED_HOSTS: {error.en}", f"GPU_TTS_ALLOWED_HOSTS：{error.zh}") from None
-    values["allowed_hosts"] = tuple(name for names in allowed for name in names)
+    for name, variable, read in (
+        ("allowed_hosts", "GPU_TTS_ALLOWED_HOSTS", host_names),
+        ("api_keys", "GPU_TTS_API_KEYS", api_keys),
+        ("cors_origins", "GPU_TTS_CORS_ORIGINS", site_origins),
+    ):
+        try:
+            given = values[name] or [read(environ.get(variable, ""))]
+        except InvalidInput as error:
+            raise InvalidInput(f"{variable}: {error.en}", f"{variable}：{error.zh}") from None
+        values[name] = tuple(value for several in given for value in several)
+    values["voices_dir"] = values["voices_dir"] or default_voices_dir(environ)
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
     check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
     if values["engine"] == "step-audio":
         _check_model_path(values["model_path"], values["model_source"])
     return Settings(**values)
+
+
+def default_voices_dir(environ: Mapping[str, str]) -> str:
+    """Returns the folder of the stored voices, by the XDG Base Directory Specification."""
+    data = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return os.path.join(data, "gpu-managed-tts", "voices")
 
 
 def _check_model_path(model_path: str | None, source: str) -> None:

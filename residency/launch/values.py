@@ -89,6 +89,36 @@ def host_names(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def api_keys(text: str) -> tuple[str, ...]:
+    """Splits API keys at commas; raises `InvalidInput`, without the key, if one is not valid in an HTTP header."""
+    keys = tuple(filter(None, map(str.strip, text.split(","))))
+    if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise InvalidInput(
+            "an API key has only Latin letters, digits and signs, since others cannot be sent (--api-key)",
+            "API 密钥只能包含英文字母、数字和符号，其他字符无法发送（--api-key）",
+        )
+    return keys
+
+
+def site_origins(text: str) -> tuple[str, ...]:
+    """Converts sites to the form of the header Origin: ``https://example.org``, with the port if it is unusual."""
+    origins = []
+    for given in filter(None, map(str.strip, text.split(","))):
+        try:
+            site = urlsplit(given)
+            host, port = site.hostname or "", site.port
+        except ValueError:
+            site, host, port = urlsplit(""), "", None
+        if site.scheme not in ("http", "https") or not host or site.path not in ("", "/"):
+            raise InvalidInput(
+                f"{given!r} is not a site: write one as https://example.org, without a path",
+                f"{given!r} 不是有效的网站：请写成 https://example.org，不带路径",
+            )
+        usual = port in (None, {"http": 80, "https": 443}[site.scheme])
+        origins.append(f"{site.scheme}://{host}" + ("" if usual else f":{port}"))
+    return tuple(origins)
+
+
 def listening_address(text: str) -> str:
     """Removes brackets of an IPv6 address; converts an IPv4-mapped address to IPv4."""
     address = without_mapping(text[1:-1] if text.startswith("[") and text.endswith("]") else text)

@@ -18,12 +18,13 @@ from ..errors import InvalidInput
 from . import static
 from .server.permissions import Permissions
 from .shared.gradio_compat import PRIVATE, localizer, session, supported
-from .speech import task_names
+from .speech import sample_voices, task_names
 from .speech.conversion import Limits
 from .speech.queue import SpeechQueue
 from .speech.recordings import Recordings
 from .speech.service import SpeechService
-from .ui import guidance, sample_voices, status_text
+from .speech.voices import VoiceStore
+from .ui import guidance, status_text
 from .ui.chat_history import Histories, Overtaken, SessionState, Step, as_messages, new_state
 from .ui.gpu_panel import GpuPanel
 from .ui.labels import label
@@ -82,9 +83,12 @@ class EditxTab:
         manager = getattr(tts_engine, "manager", None)
         self._model = getattr(tts_engine, "name", None) or "tts"
         queue = SpeechQueue(self._model) if manager is None else None
+        self.watching = (manager or queue).watching
         self.recordings = Recordings(folder, getattr(args, "max_disk", math.inf))
         edit_types = edit_types or task_names.STEP_AUDIO_EDIT_TYPES
         self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, queue)
+        voices_dir = getattr(args, "voices_dir", None) or os.path.join(folder, "voices")
+        self.voices = VoiceStore(voices_dir, getattr(tts_engine, "check_audio", lambda path: None))
         self._histories = Histories(self.recordings)
         self._clone_appends, self._more_tags = clone_appends, more_tags
         self._builtin = getattr(args, "engine", None) == "builtin"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from fastapi import FastAPI
 from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
@@ -19,6 +20,7 @@ from .api import control, endpoints
 from .editx_tab import EditxTab
 from .server import gradio_routes, session_limits
 from .server.connections import affordable
+from .server.cross_origin import cross_origin
 from .server.heartbeats import Heartbeats
 from .server.hosts import Hosts
 from .server.layers import beneath
@@ -109,7 +111,8 @@ class Page:
         host: str,
         port: int,
         *,
-        api: ASGIApp | None = None,
+        api: FastAPI | None = None,
+        origins: Sequence[str] = (),
         auth: tuple[str, str] | None = None,
         hosts: Hosts | None = None,
         root_path: str = "",
@@ -117,7 +120,7 @@ class Page:
     ) -> str | None:
         """Starts serving in the background; returns the public link if ``share`` is set and a tunnel could be opened.
 
-        ``api`` serves the paths of `control`; ``auth`` is the name and password of the page, which protects all reads,
+        ``api`` serves its own paths, to pages of the sites ``origins`` too where it is ``/v1``; ``auth`` is the name and password of the page, which protects all reads,
         so that ``hosts`` is not applied. ``root_path`` is the path or URL under which a proxy serves the page; further
         arguments are those of `gr.Blocks.launch`. Raises OSError if the port is in use.
         """
@@ -137,7 +140,7 @@ class Page:
                 state_session_capacity=session_limits.SESSIONS,
                 ssr_mode=False,
                 app_kwargs={
-                    "middleware": [Middleware(around) for around in self._layers(root_path, api, auth is not None)],
+                    "middleware": [Middleware(around) for around in self._layers(root_path, api, origins, auth is not None)],
                     "exception_handlers": gradio_routes.HANDLERS,
                     "redirect_slashes": False,
                 },
@@ -156,13 +159,16 @@ class Page:
         self.blocks._queue.progress_update_sleep_when_free = _TELL_EVERY_S
         return public_link or None
 
-    def _layers(self, root_path: str, api: ASGIApp | None, auth: bool) -> list[Callable[[ASGIApp], ASGIApp]]:
+    def _layers(
+        self, root_path: str, api: FastAPI | None, origins: Sequence[str], auth: bool
+    ) -> list[Callable[[ASGIApp], ASGIApp]]:
         """Returns the layers around Gradio's application, the outermost first."""
         logins = Logins(lambda request: sign_out(self.blocks.app, request))
         may_stay = (lambda request: self.signed_in(request) is not None) if auth else (lambda request: True)
         return [
             beneath(root_path),
             session_limits.session_requests(may_stay, affordable() // 2),  # the other half is for short requests
+            cross_origin(origins),
             self.middleware.around,
             *([logins.around] if auth else []),
             gradio_routes.without(() if auth else ("/login", "/logout")),

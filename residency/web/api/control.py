@@ -32,9 +32,11 @@ from ..server.layers import http_layer
 from ..server.permissions import Permissions
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
+from . import openai_errors
 from .event_stream import EventStream, Moves
 from .metrics import CONTENT_TYPE, exposition
 from .schema import Configuration, Health, Refusal, Which
+from .speech_calls import SpeechCalls
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ _Keywords = dict[str, Any]
 _Responses = dict[int | str, _Keywords]
 """Type of FastAPI's parameter ``responses``."""
 _LARGEST_BODY_BYTES = 10_000
-_PATHS = {"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"}
+_FOLDERS = ("/gpu/", "/docs/", "/v1/")
 _CODES: dict[type[Exception], int] = {
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
@@ -73,24 +75,25 @@ _CHANGES: tuple[tuple[str, type[BaseModel], str], ...] = (
 
 
 def build(
-    manager: Manager,
+    manager: Manager | None,
     permissions: Permissions,
     panel: Callable[[Localize, int | None], Any] | None = None,
     signed_in: Callable[[Request], str | None] | None = None,
     page_serves: Callable[[], bool] = lambda: True,
+    speech: SpeechCalls | None = None,
 ) -> FastAPI:
-    """Returns the application: ``/healthz``, ``/readyz``, ``/metrics``, ``/gpu/...`` and ``/docs``.
+    """Returns the application: ``/docs``, ``/v1/...`` with ``speech``, and with a manager the calls about the GPU.
 
-    ``panel`` returns the content of the page's panel, None if the page has that version. With ``signed_in`` (returns
-    the name of a request's signed-in user, or None) reading needs the same permission as changes. ``page_serves``
-    returns whether the page is ready.
+    These are ``/healthz``, ``/readyz``, ``/metrics`` and ``/gpu/...``. ``panel`` returns the content of the page's
+    panel, None if the page has that version. With ``signed_in`` (returns the name of a request's signed-in user, or
+    None) reading needs the same permission as changes. ``page_serves`` returns whether the page is ready.
     """
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
         static_url="/docs/static",
         openapi_url="/openapi.json",
-        title="GPU management",
+        title="GPU-managed speech",
         description=__doc__,
         version="1",
         responses=_refused_early(403),
@@ -103,24 +106,14 @@ def build(
             **dict.fromkeys(_CODES, _refused),
         },
     )
-
-    calls = _Calls(manager, permissions, panel, signed_in, page_serves)
-    add, reading = app.add_api_route, _Keywords(tags=["looking"], dependencies=[Depends(calls.may_read)])
-    add("/healthz", calls.healthz, tags=["health"])
-    add("/readyz", calls.readyz, tags=["health"], responses=_refusals(503))
-    for endpoint in (calls.healthz, calls.readyz):
-        add(f"/{endpoint.__name__}", endpoint, methods=["HEAD"], include_in_schema=False)
-    add("/gpu/status", calls.gpu_status, response_model=Status, responses=_refusals(401), **reading)
-    add("/gpu/history", calls.gpu_history, response_model=UsageHistory, responses=_refusals(401), **reading)
-    add("/gpu/events", calls.gpu_events, responses=_text("text/event-stream", 401, 503), **_NOT_JSON, **reading)
-    if panel:
-        add("/gpu/panel", calls.gpu_panel, include_in_schema=False, **_NOT_JSON, **reading)
-    add("/metrics", calls.prometheus, responses=_text("text/plain", 401), **_NOT_JSON, **reading)
-    for call, body, description in _CHANGES:
-        calls.add_change(app, call, body, description)
+    if speech:
+        speech.add_to(app)
+    if manager:
+        _Calls(manager, permissions, panel, signed_in, page_serves).add_to(app)
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}  # for ``/docs``
-    schema["components"]["schemas"]["Event"] = TypeAdapter(Event).json_schema()
+    if manager:
+        schema["components"]["schemas"]["Event"] = TypeAdapter(Event).json_schema()
     return app
 
 
@@ -140,6 +133,22 @@ class _Calls:
     def __post_init__(self) -> None:
         self.moves = Moves(self.manager)
         self.readers, self.changers = CapacityLimiter(4), CapacityLimiter(16)
+
+    def add_to(self, app: FastAPI) -> None:
+        """Adds the calls to an application."""
+        add, reading = app.add_api_route, _Keywords(tags=["looking"], dependencies=[Depends(self.may_read)])
+        add("/healthz", self.healthz, tags=["health"])
+        add("/readyz", self.readyz, tags=["health"], responses=_refusals(503))
+        for endpoint in (self.healthz, self.readyz):
+            add(f"/{endpoint.__name__}", endpoint, methods=["HEAD"], include_in_schema=False)
+        add("/gpu/status", self.gpu_status, response_model=Status, responses=_refusals(401), **reading)
+        add("/gpu/history", self.gpu_history, response_model=UsageHistory, responses=_refusals(401), **reading)
+        add("/gpu/events", self.gpu_events, responses=_text("text/event-stream", 401, 503), **_NOT_JSON, **reading)
+        if self.panel:
+            add("/gpu/panel", self.gpu_panel, include_in_schema=False, **_NOT_JSON, **reading)
+        add("/metrics", self.prometheus, responses=_text("text/plain", 401), **_NOT_JSON, **reading)
+        for call, body, description in _CHANGES:
+            self.add_change(app, call, body, description)
 
     def may_read(self, request: Request) -> None:
         if self.signed_in:
@@ -222,16 +231,19 @@ class _Calls:
         return await to_thread.run_sync(function, *arguments, limiter=self.readers)
 
 
-def route_to(api: ASGIApp) -> Callable[[ASGIApp], ASGIApp]:
+def route_to(api: FastAPI) -> Callable[[ASGIApp], ASGIApp]:
     """Returns the layer that routes the paths of ``api`` to it, all others to the wrapped application.
 
     ``api`` gets paths with the root path as prefix, as in the ASGI specification: static files need that.
     """
 
+    paths = {path for route in api.routes if (path := getattr(route, "path", None))}
+    folders = tuple(folder for folder in _FOLDERS if any(path.startswith(folder) for path in paths))
+
     @http_layer
     async def around(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if path in _PATHS or path.startswith(("/gpu/", "/docs/")):
+        if path in paths or path.startswith(folders):
             await api({**scope, "path": scope.get("root_path", "") + path}, receive, send)
         else:
             await app(scope, receive, send)
@@ -266,6 +278,8 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 
 async def _no_such_call(request: Request, error: Any) -> JSONResponse:
     reason = f"{request.method} {request.url.path}: {error.detail}. See /docs / 请参阅 /docs"
+    if request.url.path.startswith("/v1/"):
+        return JSONResponse(openai_errors.body(reason, "invalid_request_error"), error.status_code, error.headers)
     return JSONResponse({"error": reason}, error.status_code, error.headers)
 
 

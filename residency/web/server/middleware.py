@@ -28,6 +28,7 @@ from .bodies import announced_bytes, drop_body, read_at_most
 from .heartbeats import LOST, Heartbeats
 from .layers import http_layer
 from .permissions import from_another_site
+from .cross_origin import NAMED_ORIGIN
 from .session_limits import CALL, DATA, PAGE_HEARTBEAT, session_of
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,10 @@ _TOO_LARGE = (
     "The request is larger than {size}: upload recordings as files, and shorten the texts. / "
     "请求超过 {size}：录音请以文件上传，并缩短文本。"
 )
-_RESULTS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=")
-"""Routes that deliver results: Gradio's event streams, and the recordings that these name."""
+_RESULTS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=", "/v1/audio/")
+"""Routes that deliver results: Gradio's event streams, the recordings that these name, and the speech API."""
+UPLOADS = ("/v1/audio/voices", "/v1/audio/edits", "/v1/audio/transcriptions")
+"""Paths of the speech API that receive recordings."""
 _LINE_CUT_S = 20.0
 """Timeout after the result stream of a session with waiting requests is closed.
 
@@ -105,7 +108,8 @@ class RequestMiddleware:
         # Links from other sites are permitted, requests of their scripts and forms are not. Browsers send Origin for
         # scripts and fonts of this site, too.
         is_static = reads and (path in _STATIC_FILES or path.startswith(_STATIC_FOLDERS))
-        if (not reads or "origin" in request.headers) and not is_static and from_another_site(request):
+        named = scope.get(NAMED_ORIGIN, False)
+        if (not reads or "origin" in request.headers) and not (is_static or named) and from_another_site(request):
             await _refusal(request, 403, *_OTHER_SITE)(scope, receive, send)
         elif path.startswith(PAGE_HEARTBEAT):
             await self._heartbeat(request, path[len(PAGE_HEARTBEAT) :])(scope, receive, send)
@@ -113,6 +117,11 @@ class RequestMiddleware:
             limit_bytes = self.largest_upload_bytes
             upload = partial(self._upload, app)
             await read_at_most(limit_bytes + _ENVELOPE_BYTES, too_large(limit_bytes), upload, scope, receive, send)
+        elif path.startswith(UPLOADS) and scope["method"] == "POST":
+            # Base64 takes a third more.
+            limit_bytes = self.largest_upload_bytes
+            answer = partial(self._answer, app)
+            await read_at_most(limit_bytes * 4 / 3 + _ENVELOPE_BYTES, too_large(limit_bytes), answer, scope, receive, send)
         else:
             refusal = _TOO_LARGE.format(size=readable_bytes(int(self.largest_body_bytes)))
             answer = partial(self._answer, app)

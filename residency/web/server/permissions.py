@@ -41,10 +41,11 @@ class Permissions:
 
     def knows_token(self, request: HTTPConnection) -> bool:
         """Whether the request has the token; False if the server has none."""
-        return self._token is not None and hmac.compare_digest(_token_sent(request).encode(), self._token)
+        return self._token is not None and hmac.compare_digest(token_sent(request).encode(), self._token)
 
 
-def _token_sent(request: HTTPConnection) -> str:
+def token_sent(request: HTTPConnection) -> str:
+    """Returns the token of the request's headers; empty without one."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     return credentials.strip() if scheme.lower() == "bearer" else request.headers.get("x-control-token", "")
 

@@ -28,7 +28,7 @@ from .task_names import choices
 logger = logging.getLogger(__name__)
 
 _NO_PROMPT = Sentence("Prompt Text is empty: write the words of the recording", "提示文本为空：请填写录音中的内容")
-_NO_TARGET = Sentence("Target Text is empty: write what should be spoken", "目标文本为空：请填写要合成的内容")
+NO_TARGET = Sentence("Target Text is empty: write what should be spoken", "目标文本为空：请填写要合成的内容")
 _NO_TAGS = Sentence(
     "Target Text is empty: write the text with tags such as [Laughter]",
     "目标文本为空：请填写带有 [Laughter] 等标签的文本",
@@ -61,7 +61,7 @@ class SpeechService:
         queue: SpeechQueue | None = None,
     ) -> None:
         """``recognize`` transcribes a recording. ``queue`` is that of an engine without a manager."""
-        self._engine = engine
+        self.engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
         self.folder = Path(recordings.folder)
@@ -95,11 +95,11 @@ class SpeechService:
 
     def clone(self, recording: str, prompt_text: str | None, target_text: str | None) -> str:
         """Speaks ``target_text`` in the voice of the recording. Raises `InvalidInput`, and errors of the engine."""
-        prompt = self._text("prompt_text", prompt_text, _NO_PROMPT)
-        target = self._text("target_text", target_text, _NO_TARGET)
-        with self._engine_at_work() as engine:
-            _check(engine, "check_text", target, "target_text")
-            _check(engine, "check_audio", recording, "recording")
+        prompt = self.checked_text("prompt_text", prompt_text, _NO_PROMPT)
+        target = self.checked_text("target_text", target_text, NO_TARGET)
+        with self.engine_at_work() as engine:
+            check(engine, "check_text", target, "target_text")
+            check(engine, "check_audio", recording, "recording")
             return self._write("clone", engine.clone(recording, prompt, target))
 
     def edit(
@@ -111,25 +111,31 @@ class SpeechService:
         text: str | None,
     ) -> tuple[str, str]:
         """Edits a recording; returns the file and its new text. Raises `InvalidInput`, and errors of the engine."""
-        task, info = self._task(edit_type, edit_info)
-        spoken = self._text("prompt_text", audio_text)
+        task, info = self.checked_task(edit_type, edit_info)
+        spoken = self.checked_text("prompt_text", audio_text)
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
-        wanted = self._text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
-        with self._engine_at_work() as engine:
-            _check(engine, "check_audio", recording, "recording")
+        wanted = self.checked_text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
+        with self.engine_at_work() as engine:
+            check(engine, "check_audio", recording, "recording")
             return self._write(task, engine.edit(recording, spoken, task, info, wanted)), wanted
 
     def transcribe(self, recording: str) -> str:
         """Returns the transcript of a recording. Raises `InvalidInput`, and errors of the recognizer."""
+        recognize = self.recognizer()
+        with self._at_work():
+            return recognize(recording).strip()
+
+    def recognizer(self) -> Callable[[str], str]:
+        """Returns the recognizer; raises `InvalidInput` without one."""
         if self._recognize is None:
             raise InvalidInput(
                 "Recordings are not transcribed: start the app with --enable-auto-transcribe",
                 "未启用自动转写：启动时请加上 --enable-auto-transcribe",
             )
-        with self._at_work():
-            return self._recognize(recording).strip()
+        return self._recognize
 
-    def _task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
+    def checked_task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
+        """Returns the task, and its sub-task if it has any; raises `InvalidInput`."""
         if not edit_type or edit_type == "clone":
             tasks = _names([name for name in self.edit_types if name != "clone"])
             raise InvalidInput(
@@ -149,10 +155,12 @@ class SpeechService:
             )
         return edit_type, edit_info if offered else None
 
-    def _text(self, field: Field, text: str | None, missing: Sentence | None = None) -> str:
+    def checked_text(
+        self, field: Field, text: str | None, missing: Sentence | None = None, limit: int | None = None
+    ) -> str:
         """Returns the text without spaces at its ends. Raises `InvalidInput` if it is ``missing``, or too long."""
         text = (text or "").strip()
-        limit = self.limits.target_text if field == "target_text" else self.limits.text
+        limit = limit or (self.limits.target_text if field == "target_text" else self.limits.text)
         if missing and not text:
             raise InvalidInput(missing.en, missing.zh, field)
         if len(text) > limit:
@@ -165,11 +173,15 @@ class SpeechService:
         return text
 
     @contextmanager
-    def _engine_at_work(self) -> Iterator[Engine]:
-        if self._engine is None:
+    def engine_at_work(self) -> Iterator[Engine]:
+        """Counts a request within this block, and reserves an engine without a manager for it; yields the engine.
+
+        Raises `ShuttingDown`, `DiskFull`, `RequestCancelled`, and `InvalidInput` without an engine.
+        """
+        if self.engine is None:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
         with self._at_work(), self._recordings.reserved(0), self._queue.reserved() if self._queue else nullcontext():
-            yield self._engine
+            yield self.engine
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -199,7 +211,7 @@ class SpeechService:
         return path
 
 
-def _check(engine: Engine, name: str, value: str, field: Field) -> None:
+def check(engine: Engine | None, name: str, value: str, field: Field) -> None:
     """Calls a check of the engine, if it has one, so that its `InvalidInput` is about ``field``."""
     if check := getattr(engine, name, None):
         with about(field):

@@ -5,7 +5,8 @@ Engines get the values, such as ``vad``. A value that is not listed here is its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..shared.language import Localize, bracketed, en, zh
 
@@ -96,6 +97,27 @@ def choices(values: Sequence[str], task: str | None, localize: Localize) -> list
         (task_name(value, localize) if task is None else sub_task_name(task, value, localize), value)
         for value in values
     ]
+
+
+def named_in(instructions: str, offered: Mapping[str, Sequence[str]]) -> tuple[str, str] | None:
+    """Returns the task and sub-task that instructions name (``happy``, ``a whisper``, ``开心``), None if not exactly one.
+
+    A name counts as whole words, in either language, with or without its task; of ``much faster`` and ``faster`` the
+    longer counts.
+    """
+    text = f" {' '.join(re.findall(r'[^\W_]+', instructions.casefold()))} "
+    found: dict[tuple[str, str], str] = {}
+    for task, sub_tasks in offered.items():
+        for sub_task in sub_tasks:
+            chinese, english = _sub_task_names(task, sub_task)
+            names = [f" {name.replace('_', ' ').casefold()} " for name in (sub_task, english)]
+            names = [name for name in names if name in text] + [chinese] * (chinese in instructions)
+            if sub_task != "remove" and names:
+                found[task, sub_task] = max(names, key=len)
+    longest = [
+        each for each, name in found.items() if not any(name != other and name in other for other in found.values())
+    ]
+    return longest[0] if len(longest) == 1 else None
 
 
 def _sub_task_names(task: str, sub_task: str) -> tuple[str, str]:

@@ -1,0 +1,146 @@
+"""Reads the bodies of calls under ``/v1``: JSON, and forms with a recording."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any, TypeVar
+
+from anyio import to_thread
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from ...units import readable_bytes
+from ..speech.recordings import UNDER_WAY, Recordings
+from ..speech.service import SpeechService
+from .openai_errors import BadRequest, BodyTooLarge
+
+Body = TypeVar("Body", bound=BaseModel)
+
+MOST_JSON_BYTES = 20 << 20
+"""Limit of JSON bodies, which are held in main memory."""
+_FILES = ("file", "audio", "audio_sample", "input_audio", "recording")
+"""Names of the field with the recording, in forms of different programs."""
+_MOST_FIELDS = 30
+_MOST_FIELD_BYTES = 1 << 20
+
+
+async def read_json(request: Request, kind: type[Body], most_bytes: int = MOST_JSON_BYTES) -> Body:
+    """Parses the body as JSON, whatever its Content-Type. Raises `BadRequest` and `BodyTooLarge`."""
+    pieces, size = [], 0
+    async for piece in request.stream():
+        pieces.append(piece)
+        size += len(piece)
+        if size > most_bytes:
+            raise BodyTooLarge(readable_bytes(most_bytes))
+    try:
+        values = json.loads(b"".join(pieces))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise BadRequest(None, "Send a JSON object; /docs lists its fields", "请发送 JSON 对象；字段见 /docs")
+    return checked(kind, values)
+
+
+def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
+    """Returns the model of a body; raises `BadRequest` for the first field that is missing or wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        if first["type"] == "missing":
+            raise BadRequest(name, f"{name} is missing: send it", f"缺少 {name}：请发送") from None
+        raise BadRequest(
+            name, f"{name} is not valid ({first['msg']}): see /docs", f"{name} 无效（{first['msg']}）：参见 /docs"
+        ) from None
+
+
+class Upload:
+    """A request's fields, and its recording: a form's file, or base64 in JSON."""
+
+    def __init__(self, values: Mapping[str, Any], file: IO[bytes] | None, data: bytes, close: Callable[[], Any]) -> None:
+        self.values = values
+        self._file, self._data, self.close = file, data, close
+
+    @contextmanager
+    def stored(self, service: SpeechService, recordings: Recordings) -> Iterator[str]:
+        """Yields the path of the recording in a form that engines read; deletes it at the end.
+
+        Reads and writes files: not for the event loop. Raises `InvalidInput` and `DiskFull`.
+        """
+        os.makedirs(service.folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{UNDER_WAY}-upload-", dir=service.folder, ignore_cleanup_errors=True
+        ) as workshop:
+            path = os.path.join(workshop, "recording")
+            with recordings.reserved(self._size()), open(path, "wb") as target:
+                if self._file is None:
+                    target.write(self._data)
+                else:
+                    shutil.copyfileobj(self._file, target)
+            readable = service.incoming.readable(path)
+            try:
+                yield readable
+            finally:
+                if readable != path:
+                    recordings.remove(None, readable)
+
+    def _size(self) -> int:
+        if self._file is None:
+            return len(self._data)
+        self._file.seek(0, os.SEEK_END)
+        size = self._file.tell()
+        self._file.seek(0)
+        return size
+
+
+async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]:
+    """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        body = await read_json(request, kind)
+        data = await to_thread.run_sync(_decoded, str(getattr(body, "audio", "")))
+        return body, Upload(body.model_dump(), None, data, lambda: None)
+    try:
+        form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
+    except HTTPException as error:
+        raise BadRequest(
+            None, f"The form cannot be read ({error.detail}): send it as multipart/form-data",
+            f"无法读取表单（{error.detail}）：请以 multipart/form-data 发送",
+        ) from None  # fmt: skip
+    values: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+    file = next((form[name] for name in _FILES if isinstance(form.get(name), UploadFile)), None)
+    try:
+        if not isinstance(file, UploadFile):
+            raise BadRequest(
+                _FILES[0],
+                f"The form has no recording: send it as the file {_FILES[0]!r}",
+                f"表单中没有录音：请以文件字段 {_FILES[0]!r} 发送",
+            )
+        body = checked(kind, {"audio": "", **values})
+    except BaseException:
+        await form.close()
+        raise
+    return body, Upload(values, file.file, b"", file.file.close)
+
+
+def _decoded(text: str) -> bytes:
+    """Decodes base64, also of a data URL; raises `BadRequest`."""
+    data = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        decoded = base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        decoded = b""
+    if not decoded:
+        raise BadRequest(
+            "audio", "audio is empty, or no base64: encode the file's bytes", "audio 为空或不是 base64：请对文件内容进行编码"
+        )
+    return decoded

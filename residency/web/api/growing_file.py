@@ -1,0 +1,84 @@
+"""A file that a thread writes while a coroutine sends it, so that a slow client delays no model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+_PIECE_BYTES = 1 << 16
+
+
+class GrowingFile:
+    """Bytes from one thread for one coroutine of ``loop``, in a file without a name: nothing is left if the app dies.
+
+    `write` and `end` are called by the thread, all else by the coroutine.
+    """
+
+    def __init__(self, folder: str | Path, loop: asyncio.AbstractEventLoop) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._loop = loop
+        self._news = asyncio.Event()
+        self._size = self._read = 0
+        self._ended = False
+        self._error: Exception | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of bytes written so far."""
+        return self._size
+
+    @property
+    def complete(self) -> bool:
+        """Whether `end` was called without an error."""
+        return self._ended and self._error is None
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes; raises OSError if the disk is full."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._size += len(data)
+        self._notify()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Ends the file; the coroutine gets ``error`` after the bytes before it."""
+        self._error = error
+        self._ended = True
+        self._notify()
+
+    async def begun(self) -> None:
+        """Waits for the first byte, or the end; raises its error if there are no bytes before it."""
+        while not self._size and not self._ended:
+            self._news.clear()
+            await self._news.wait()
+        if not self._size and self._error:
+            raise self._error
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yields the bytes as they come; raises the error of `end`."""
+        while True:
+            self._news.clear()
+            ended = self._ended
+            while self._read < self._size:
+                piece = os.pread(self._file.fileno(), min(_PIECE_BYTES, self._size - self._read), self._read)
+                self._read += len(piece)
+                yield piece
+            if ended:
+                break
+            await self._news.wait()
+        if self._error:
+            raise self._error
+
+    def close(self) -> None:
+        """Deletes the file. After this, `write` raises ValueError."""
+        self._file.close()
+
+    def _notify(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._news.set)
+        except RuntimeError:  # the loop has been closed
+            return

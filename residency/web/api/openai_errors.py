@@ -1,0 +1,130 @@
+"""Errors of the calls under ``/v1``, in the shape of OpenAI's: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from ... import errors
+from ...observability.error_classification import is_out_of_device_memory
+from ..speech.recordings import DiskFull
+from ..speech.service import ShuttingDown, explain
+from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored
+
+PARAMETERS: Mapping[str, str] = {
+    "recording": "file", "prompt_text": "text", "target_text": "input", "task": "task", "sub_task": "sub_task",
+}  # fmt: skip
+"""Parameter of a call by `errors.Field`."""
+
+
+class BadRequest(errors.InvalidInput):
+    """A request whose parameter ``param`` is missing or has a wrong value."""
+
+    def __init__(self, param: str | None, en: str, zh: str) -> None:
+        super().__init__(en, zh)
+        self._arguments = (param, en, zh)
+        self.param = param
+
+
+class UnknownSpeechModel(BadRequest):
+    """The server has no model of this name."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(
+            "model",
+            f"There is no model {name!r}: give one of {', '.join(known)}, or leave it out",
+            f"没有模型 {name!r}：可用 {'、'.join(known)}，也可以不填",
+        )
+        self._arguments = (name, known)
+
+
+class WrongKey(errors.ResidencyError):
+    """The request has no API key, or a wrong one."""
+
+    en = "Send one of the server's API keys (--api-key) as 'Authorization: Bearer KEY'."
+    zh = "请以请求头 'Authorization: Bearer KEY' 发送服务器的一个 API 密钥（--api-key）。"
+
+
+class TooManyRequests(errors.ResidencyError):
+    """The server has too many requests of this kind; ``retry_s``: seconds after which one may have ended."""
+
+    def __init__(self, most: int, retry_s: int) -> None:
+        super().__init__(
+            f"{most} requests wait or run already: try again in {retry_s} s, or start the app with a larger "
+            f"--max-requests.",
+            f"已有 {most} 个请求在等待或运行：请 {retry_s} 秒后重试，或启动时调大 --max-requests。",
+        )
+        self._arguments = (most, retry_s)
+        self.retry_s = retry_s
+
+
+class BodyTooLarge(errors.ResidencyError):
+    """A JSON body is larger than ``most_bytes``."""
+
+    def __init__(self, most: str) -> None:
+        super().__init__(
+            f"The JSON body is larger than {most}: send recordings as multipart/form-data.",
+            f"JSON 请求体超过 {most}：录音请以 multipart/form-data 发送。",
+        )
+        self._arguments = (most,)
+
+
+_RETRY_S = 5
+_CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
+    (WrongKey, 401, "authentication_error", "invalid_api_key"),
+    (errors.NotAllowed, 401, "authentication_error", "not_allowed"),
+    (UnknownSpeechModel, 404, "invalid_request_error", "model_not_found"),
+    (UnknownVoice, 400, "invalid_request_error", "voice_not_found"),
+    (VoiceExists, 409, "invalid_request_error", "voice_exists"),
+    (BodyTooLarge, 413, "invalid_request_error", None),
+    (errors.InvalidInput, 400, "invalid_request_error", None),
+    (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
+    (VoiceNotStored, 507, "server_error", "disk_full"),
+    (DiskFull, 507, "server_error", "disk_full"),
+    (errors.RequestTimeout, 503, "server_error", "model_busy"),
+    (errors.ManagerClosed, 503, "server_error", "shutting_down"),
+    (ShuttingDown, 503, "server_error", "shutting_down"),
+    (errors.DeviceLost, 503, "server_error", "device_lost"),
+    (errors.RequestCancelled, 503, "server_error", "cancelled"),
+    (errors.RequestStopped, 503, "server_error", "cancelled"),
+)
+"""Status, type and code by the first class that matches."""
+
+
+def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Returns status, body and headers for an error. Logs it if the caller did not cause it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = DiskFull()
+    found = next((row for row in _CODES if isinstance(error, row[0])), None)
+    if found:
+        _, status, kind, code = found
+        message = str(error)
+    else:
+        status, kind, code = 500, "server_error", None
+        if is_out_of_device_memory(error):
+            status, code = 503, "device_full"
+        elif 400 <= getattr(error, "status_code", 500) < 500:  # StepAudioTTS's own exception
+            status, kind = 400, "invalid_request_error"
+        message = str(explain(error))
+    param = getattr(error, "param", None) or PARAMETERS.get(getattr(error, "field", None) or "")
+    headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status in (429, 503):
+        headers["Retry-After"] = str(getattr(error, "retry_s", _RETRY_S))
+    return status, body(message, kind, param, code), headers
+
+
+def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Returns the body of a refusal."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal(error: Exception) -> JSONResponse:
+    """Returns the response for an error."""
+    status, content, headers = described(error)
+    return JSONResponse(content, status, headers)

@@ -1,0 +1,358 @@
+"""Speech, transcription, edits and voices over HTTP, as clients of OpenAI's speech API call them: ``/v1``."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import soundfile
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from ...cancellation import current
+from ...errors import NotAllowed
+from ..server.api_keys import ApiKeys
+from ..speech.encoding import MEDIA_TYPES, Encoder
+from ..speech.recordings import Recordings
+from ..speech.service import SpeechService
+from ..speech.speaking import Speaker
+from ..speech.voices import UnknownVoice, Voice, checked_name
+from .bodies import Upload, read_json, read_upload
+from .openai_errors import BadRequest, TooManyRequests, UnknownSpeechModel, WrongKey, refusal
+from .openai_schema import (
+    DeletedVoice,
+    Edit,
+    OpenAiError,
+    Speech,
+    SpeechModels,
+    Transcript,
+    Transcription,
+    VoiceFacts,
+    VoiceSample,
+    Voices,
+)
+from .streamed import Streamed, Work, Write
+
+OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+"""Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
+OF_OPENAI_TRANSCRIBE = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
+_BLOCK_FRAMES = 1 << 16
+_SPEECH_JSON_BYTES = 1 << 20
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    code: {"model": OpenAiError, "description": description}
+    for code, description in {
+        400: "The request is invalid.",
+        401: "An API key is needed, or permission for changes.",
+        429: "Too many requests wait; `Retry-After` has the seconds until the next attempt.",
+        500: "The engine failed.",
+        503: "The model is not available in time, or the app is shutting down.",
+        507: "The server has no disk space left.",
+    }.items()
+}
+
+
+class _Route(APIRoute):
+    """A call whose errors have OpenAI's shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:
+                return refusal(error)
+
+        return handled
+
+
+class Slots:
+    """At most ``most`` requests at a time. Thread-safe."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._mean_s = 1.0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Counts a request within this block; raises `TooManyRequests` if there are too many."""
+        with self._lock:
+            if self._taken >= self.most:
+                raise TooManyRequests(self.most, min(60, max(1, math.ceil(self._mean_s))))
+            self._taken += 1
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken -= 1
+                self._mean_s += (time.monotonic() - began_s - self._mean_s) / 8
+
+
+@dataclass(eq=False)
+class SpeechCalls:
+    """The calls; their docstrings are the descriptions of the OpenAPI page.
+
+    Attributes:
+        model: name of the engine in ``GET /v1/models``.
+        slots: limit of requests that wait or run.
+        watching: the manager's, or that of the queue of an engine without one.
+        may_keep: whether ``keep_alive`` has an effect, which needs a manager.
+    """
+
+    service: SpeechService
+    speaker: Speaker
+    recordings: Recordings
+    keys: ApiKeys
+    model: str
+    slots: Slots
+    watching: Callable[[Callable[[Any], object]], AbstractContextManager[None]]
+    may_keep: bool = False
+    readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
+
+    def __post_init__(self) -> None:
+        self.threads = CapacityLimiter(self.slots.most)
+
+    def add_to(self, app: FastAPI) -> None:
+        """Adds the calls to an application."""
+        add = app.router.add_api_route
+        shared: dict[str, Any] = {"route_class_override": _Route, "responses": _REFUSALS}
+        add("/v1/models", self.models, response_model=SpeechModels, tags=["speech"], **shared)
+        audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
+        spoken: dict[str, Any] = {
+            "response_class": Response, "response_model": None, "tags": ["speech"], "methods": ["POST"],
+            "route_class_override": _Route, "responses": {200: {"content": audio}, **_REFUSALS},
+        }  # fmt: skip
+        add("/v1/audio/speech", self.speech, openapi_extra=_json(Speech), **spoken)
+        add("/v1/audio/edits", self.edits, openapi_extra=_form_or_json(Edit), **spoken)
+        posting: dict[str, Any] = {"methods": ["POST"], **shared}
+        add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, tags=["speech"],
+            openapi_extra=_form(Transcription), **posting)  # fmt: skip
+        add("/v1/audio/voices", self.voices, response_model=Voices, tags=["voices"], **shared)
+        add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, tags=["voices"], status_code=201,
+            openapi_extra=_form_or_json(VoiceSample), **posting)  # fmt: skip
+        add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, tags=["voices"],
+            methods=["DELETE"], **shared)  # fmt: skip
+
+    async def models(self, request: Request) -> JSONResponse:
+        """The engine, and the recognizer where there is one. OpenAI's names of such models are accepted too."""
+        self._check_key(request)
+        names = [self.model, *(OF_OPENAI_TRANSCRIBE[:1] if self.service.transcribes else ())]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "gpu-managed-tts"} for name in names]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def speech(self, request: Request) -> Response:
+        """Speak a text with a voice. The audio is sent while it is spoken; closing the connection cancels the rest.
+
+        The header `Server-Timing` says how long the request waited for the model, and why.
+        """
+        self._check_key(request)
+        body = await read_json(request, Speech, _SPEECH_JSON_BYTES)
+        self._check_model(body.model, (self.model, *OF_OPENAI))
+        keep_warm_s = self._keep_warm(request, body.keep_alive)
+        voice = body.voice if isinstance(body.voice, str) else body.voice.id
+        asked = await to_thread.run_sync(
+            self.speaker.checked, body.input, voice, body.response_format, body.speed, body.instructions, keep_warm_s,
+            limiter=self.readers,
+        )  # fmt: skip
+        headers = {"x-edit": "/".join(map(str, asked.edit)) if asked.edit else "none"} if body.instructions else {}
+        return self._streamed(
+            partial(self.speaker.speak, asked), MEDIA_TYPES[asked.format], ExitStack(), asked.most_bytes,
+            headers=headers, sse=body.stream_format == "sse",
+        )  # fmt: skip
+
+    async def edits(self, request: Request) -> Response:
+        """Change a recording: its emotion, style, speed, pauses or noise, or sounds such as laughter at tags.
+
+        A call of this server, which OpenAI's API does not have. A form has the recording as the file `file`.
+        """
+        self._check_key(request)
+        body, upload = await read_upload(request, Edit)
+        with ExitStack() as held:
+            held.callback(upload.close)
+            if body.task not in self.service.edit_types:
+                self.service.checked_task(None, None)
+            self.service.checked_task(body.task, body.sub_task)
+            work = partial(self._edit, body, upload)
+            return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all())
+
+    def _edit(self, body: Edit, upload: Upload, write: Write) -> None:
+        with upload.stored(self.service, self.recordings) as recording:
+            text = body.text or (self.service.transcribe(recording) if self.service.transcribes else "")
+            edited, _ = self.service.edit(recording, text, body.task, body.sub_task, body.tagged_text)
+        try:
+            with soundfile.SoundFile(edited) as sound:
+                with Encoder(body.response_format, sound.samplerate, 1.0, whole=sound.frames) as encoder:
+                    for block in sound.blocks(_BLOCK_FRAMES, dtype="float32"):
+                        write(encoder.encode(block))
+                    write(encoder.finish())
+        finally:
+            self.recordings.remove(None, edited)
+
+    async def transcriptions(self, request: Request) -> Response:
+        """Write the words of a recording, sent as a form with the file `file`. Needs --enable-auto-transcribe."""
+        self._check_key(request)
+        body, upload = await read_upload(request, Transcription)
+        with ExitStack() as held:
+            held.callback(upload.close)
+            self._check_model(body.model, OF_OPENAI_TRANSCRIBE)
+            if body.response_format not in ("json", "text"):
+                raise BadRequest(
+                    "response_format",
+                    "Transcripts have no times: response_format is json or text",
+                    "转写结果不含时间信息：response_format 只能是 json 或 text",
+                )
+            self.service.recognizer()
+            media_type = "application/json" if body.response_format == "json" else "text/plain; charset=utf-8"
+            work = partial(self._transcribe, body.response_format == "json", upload)
+            return self._streamed(work, media_type, held.pop_all())
+
+    def _transcribe(self, as_json: bool, upload: Upload, write: Write) -> None:
+        with upload.stored(self.service, self.recordings) as recording:
+            text = self.service.transcribe(recording)
+        write((json.dumps({"text": text}, ensure_ascii=False) if as_json else text + "\n").encode())
+
+    async def voices(self, request: Request) -> JSONResponse:
+        """The voices that `voice` may name."""
+        self._check_key(request)
+        voices = await to_thread.run_sync(self.speaker.voices.all, limiter=self.readers)
+        return JSONResponse({"voices": [_facts(voice).model_dump() for voice in voices]})
+
+    async def add_voice(self, request: Request) -> JSONResponse:
+        """Store a voice: a recording (the file `file`, or `audio` in base64), its name, and the words said in it.
+
+        Without `text`, the recognizer writes the words, where there is one. Needs an API key, or the permission for
+        changes.
+        """
+        self._check_change(request)
+        body, upload = await read_upload(request, VoiceSample)
+        with ExitStack() as held:
+            held.callback(upload.close)
+            name = checked_name(body.name)
+            text = self.service.checked_text("prompt_text", body.text)
+            if not text and not self.service.transcribes:
+                raise BadRequest(
+                    "text", "text is missing: send the words that are said in the recording",
+                    "缺少 text：请发送录音中所说的内容",
+                )  # fmt: skip
+            with self.slots.taken():
+                voice = await to_thread.run_sync(self._store, name, text, upload, limiter=self.threads)
+        return JSONResponse(_facts(voice).model_dump(), 201)
+
+    def _store(self, name: str, text: str, upload: Upload) -> Voice:
+        with upload.stored(self.service, self.recordings) as recording:
+            return self.speaker.voices.add(name, text or self.service.transcribe(recording), recording)
+
+    async def remove_voice(self, name: str, request: Request) -> JSONResponse:
+        """Delete a stored voice. Needs an API key, or the permission for changes."""
+        self._check_change(request)
+        try:
+            voice = await to_thread.run_sync(self.speaker.voices.remove, name, limiter=self.readers)
+        except UnknownVoice as error:
+            unknown = refusal(error)
+            unknown.status_code = 404
+            return unknown
+        return JSONResponse(DeletedVoice(id=voice.name).model_dump())
+
+    def _streamed(
+        self, work: Work, media_type: str, held: ExitStack, most_bytes: int = 0,
+        *, headers: dict[str, str] | None = None, sse: bool = False,
+    ) -> Streamed:  # fmt: skip
+        """Returns the response of ``work``, with disk space for its result. Closes ``held``, now or at its end."""
+        leases: list[Any] = []
+
+        def watched(write: Write) -> None:
+            def watch(lease: Any) -> None:
+                leases.append(lease)
+                if cancellation := current():
+                    cancellation.on_cancel(lease.cancel)
+
+            with self.watching(watch), self.recordings.reserved(most_bytes):
+                work(write)
+
+        with held:
+            held.enter_context(self.slots.taken())
+            return Streamed(
+                watched, media_type, self.service.folder, held.pop_all(), self.threads, headers=headers, sse=sse,
+                server_timing=lambda: _server_timing(leases),
+            )  # fmt: skip
+
+    def _check_key(self, request: Request) -> None:
+        if not self.keys.may_speak(request):
+            raise WrongKey
+
+    def _check_change(self, request: Request) -> None:
+        self._check_key(request)
+        if not self.keys.may_change(request):
+            raise NotAllowed
+
+    def _check_model(self, name: str | None, known: tuple[str, ...]) -> None:
+        if name is not None and name not in known:
+            raise UnknownSpeechModel(name, known)
+
+    def _keep_warm(self, request: Request, keep_alive: float | str | None) -> float | None:
+        """Returns the seconds of a ``keep_alive``, None without one; raises `InvalidInput` and `NotAllowed`."""
+        if keep_alive is None:
+            return None
+        keep_warm_s = keep_alive_seconds(keep_alive)
+        if not self.keys.may_change(request):
+            raise NotAllowed
+        return keep_warm_s if self.may_keep else None
+
+
+def _server_timing(leases: list[Any]) -> str:
+    """Returns the header for the wait of the first lease (https://www.w3.org/TR/server-timing/), in milliseconds."""
+    receipt = next((found for lease in leases if (found := getattr(lease, "receipt", None))), None)
+    if receipt is None:
+        return ""
+    parts = {"wait": receipt.waited_s, "queue": receipt.queue_s}
+    if receipt.move:
+        parts[receipt.move] = receipt.move_s
+    return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items())
+
+
+def _facts(voice: Voice) -> VoiceFacts:
+    return VoiceFacts(id=voice.name, name=voice.name, text=voice.text, stored=voice.stored, created=voice.created)
+
+
+def _json(kind: type[BaseModel]) -> dict[str, Any]:
+    """Describes a JSON body."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(kind)}}}}
+
+
+def _form(kind: type[BaseModel]) -> dict[str, Any]:
+    """Describes a form with a file."""
+    schema = _schema(kind)
+    properties = {name: value for name, value in schema["properties"].items() if name != "audio"}
+    required = [name for name in schema.get("required", ()) if name != "audio"]
+    file = {"type": "string", "format": "binary", "description": "The recording, in any common format."}
+    schema = {**schema, "properties": {"file": file, **properties}, "required": ["file", *required]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def _form_or_json(kind: type[BaseModel]) -> dict[str, Any]:
+    content = {**_form(kind)["requestBody"]["content"], **_json(kind)["requestBody"]["content"]}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _schema(kind: type[BaseModel]) -> dict[str, Any]:
+    schema = kind.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    text = json.dumps(schema)
+    for name, definition in definitions.items():
+        text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(definition))
+    inlined: dict[str, Any] = json.loads(text)
+    return inlined

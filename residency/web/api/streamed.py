@@ -1,0 +1,130 @@
+"""A response whose bytes a thread makes while they are sent; a closed connection cancels the thread's work."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ...cancellation import Cancellation, cancelled_by
+from .growing_file import GrowingFile
+from .openai_errors import described, refusal
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[bytes], object]
+Work = Callable[[Write], None]
+"""Calls its argument with each part of the response."""
+
+
+class BrokenOff(Exception):
+    """The work failed after the response had begun."""
+
+
+class Streamed(Response):
+    """Runs ``work`` in a thread and streams what it writes; an error before the first byte becomes a `refusal`.
+
+    The thread never waits for the client. ``held`` is closed once the thread has ended. With ``sse`` the bytes are
+    sent as OpenAI's events. ``server_timing`` returns the header of that name, at the first byte.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        media_type: str,
+        folder: Path,
+        held: ExitStack,
+        threads: CapacityLimiter,
+        *,
+        headers: dict[str, str] | None = None,
+        sse: bool = False,
+        server_timing: Callable[[], str] = str,
+    ) -> None:
+        super().__init__()
+        self._work, self._folder, self._held, self._threads = work, folder, held, threads
+        self._sse, self._server_timing = sse, server_timing
+        self._headers = {"content-type": "text/event-stream" if sse else media_type, "cache-control": "no-store",
+                         "x-accel-buffering": "no", **(headers or {})}  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cancellation = Cancellation()
+        output = GrowingFile(self._folder, asyncio.get_running_loop())
+        thread = asyncio.ensure_future(
+            to_thread.run_sync(self._run, output, cancellation, abandon_on_cancel=True, limiter=self._threads)
+        )
+        watch = asyncio.ensure_future(_cancel_on_disconnect(receive, cancellation))
+        try:
+            await self._send(output, cancellation, scope, receive, send)
+        finally:
+            watch.cancel()
+            cancellation.cancel()
+            thread.add_done_callback(lambda done: (done.cancelled() or done.exception(), output.close()))
+
+    def _run(self, output: GrowingFile, cancellation: Cancellation) -> None:
+        """Works, in a thread of its own."""
+        error: Exception | None = None
+        try:
+            with self._held, cancelled_by(cancellation):
+                self._work(output.write)
+        except Exception as raised:
+            error = raised
+        except BaseException as raised:  # an engine that calls sys.exit()
+            error = RuntimeError(f"{type(raised).__name__}: {raised}")
+        output.end(error)
+
+    async def _send(
+        self, output: GrowingFile, cancellation: Cancellation, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            await output.begun()
+        except Exception as error:
+            if not cancellation.cancelled:  # else the client has left
+                await refusal(error)(scope, receive, send)
+            return
+        if timing := self._server_timing():
+            self._headers["server-timing"] = timing
+        if output.complete and not self._sse:
+            self._headers["content-length"] = str(output.size)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for piece in _events(output.pieces()) if self._sse else output.pieces():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except Exception as error:
+            if cancellation.cancelled:
+                return
+            # The server closes the connection without an end of the body, which shows clients that it is incomplete.
+            raise BrokenOff from error
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _cancel_on_disconnect(receive: Receive, cancellation: Cancellation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    # Callbacks take the manager's lock.
+    await to_thread.run_sync(cancellation.cancel)
+
+
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yields audio as OpenAI's events; an error is the last of them."""
+    try:
+        async for piece in pieces:
+            yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()})
+    except Exception as error:
+        yield _event({"type": "error", **described(error)[1]})
+        return
+    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    yield _event({"type": "speech.audio.done", "usage": usage})
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: %s\n\n" % json.dumps(data).encode()

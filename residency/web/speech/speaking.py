@@ -1,0 +1,141 @@
+"""Speech of long texts: split into sentences, spoken under one lease, joined and encoded while it is spoken."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from ...cancellation import checkpoint
+from ...contracts import Engine
+from ...errors import InvalidInput
+from . import task_names
+from .encoding import MEDIA_TYPES, Encoder, Joiner
+from .recordings import UNDER_WAY
+from .segments import sentences
+from .service import NO_TARGET, SpeechService, check
+from .voices import Voice, VoiceStore
+
+SLOWEST, FASTEST = 0.25, 4.0
+_BYTES_PER_CHARACTER = 10_000
+"""Upper estimate of the speech for a character: 0.2 s of 16-bit samples at 24 kHz."""
+_INSTRUCTED = ("emotion", "style", "speed")
+"""Tasks that instructions may name."""
+
+
+@dataclass(frozen=True)
+class SpeechRequest:
+    """A checked request.
+
+    Attributes:
+        sentences: the text, in the order of speaking.
+        format: a key of `MEDIA_TYPES`.
+        speed: multiple of the engine's tempo, 0.25 to 4.
+        edit: task and sub-task that change each sentence after it was spoken; None: none.
+        keep_warm_s: seconds that the model stays on the device afterwards; None: as configured.
+    """
+
+    voice: Voice
+    sentences: tuple[str, ...]
+    format: str = "wav"
+    speed: float = 1.0
+    edit: tuple[str, str | None] | None = None
+    keep_warm_s: float | None = None
+
+    @property
+    def most_bytes(self) -> int:
+        """Upper estimate of the size of its speech."""
+        return round(sum(map(len, self.sentences)) * _BYTES_PER_CHARACTER / self.speed)
+
+
+class Speaker:
+    """Speaks `SpeechRequest` objects with the engine of a `SpeechService`. Thread-safe, as far as the engine is."""
+
+    def __init__(self, service: SpeechService, voices: VoiceStore) -> None:
+        self._service = service
+        self.voices = voices
+
+    def checked(
+        self,
+        text: str | None,
+        voice: str,
+        format: str = "wav",
+        speed: float = 1.0,
+        instructions: str | None = None,
+        keep_warm_s: float | None = None,
+    ) -> SpeechRequest:
+        """Returns a request. Loads no model; reads files. Raises `InvalidInput` with the first thing that is wrong."""
+        text = self._service.checked_text("target_text", text, NO_TARGET, self._service.limits.text)
+        if format not in MEDIA_TYPES:
+            raise InvalidInput(
+                f"There is no audio format {format!r}: choose one of {', '.join(MEDIA_TYPES)}",
+                f"没有音频格式 {format!r}：可用 {'、'.join(MEDIA_TYPES)}",
+            )
+        if not SLOWEST <= speed <= FASTEST:
+            raise InvalidInput(
+                f"The speed {speed:g} is not from {SLOWEST:g} to {FASTEST:g}",
+                f"语速 {speed:g} 超出范围：应为 {SLOWEST:g} 到 {FASTEST:g}",
+            )
+        found = self.voices.get(voice)
+        engine = self._service.engine
+        check(engine, "check_text", text, "target_text")
+        check(engine, "check_audio", found.recording, "recording")
+        edit = task_names.named_in(instructions or "", self._offered())
+        return SpeechRequest(found, tuple(sentences(text)), format, speed, edit, keep_warm_s)
+
+    def _offered(self) -> dict[str, list[str]]:
+        types = self._service.edit_types
+        return {task: list(types[task]) for task in _INSTRUCTED if task in types}
+
+    def speak(self, request: SpeechRequest, write: Callable[[bytes], object]) -> None:
+        """Calls ``write`` with each part of the encoded speech; it must return at once, since the model is held.
+
+        Raises `RequestStopped` after a cancellation (see `residency.cancellation`), and errors of engine and manager.
+        """
+        with ExitStack() as stack:
+            recording = stack.enter_context(self.voices.copied(request.voice, self._service.folder))
+            joiner: Joiner | None = None
+            with self._held_engine(request.keep_warm_s) as engine:
+                for sentence in request.sentences:
+                    checkpoint()
+                    samples, sample_rate = self._say(engine, request, recording, sentence)
+                    if joiner is None:
+                        whole = len(samples) if len(request.sentences) == 1 else None
+                        joiner = Joiner(sample_rate)
+                        encoder = stack.enter_context(Encoder(request.format, sample_rate, request.speed, whole=whole))
+                    write(encoder.encode(joiner.add(samples)))
+            assert joiner is not None, "a checked request has a sentence"
+            write(encoder.encode(joiner.finish()))
+            write(encoder.finish())
+
+    @contextmanager
+    def _held_engine(self, keep_warm_s: float | None) -> Iterator[Engine]:
+        """Yields the engine, with one lease for all sentences if it has a manager."""
+        with self._service.engine_at_work() as engine:
+            lease = engine.lease(keep_warm=keep_warm_s) if hasattr(type(engine), "lease") else nullcontext()
+            with lease:
+                yield engine
+
+    def _say(self, engine: Engine, request: SpeechRequest, recording: str, sentence: str) -> tuple[Any, int]:
+        """Returns a sentence as float32 [samples], and Hz."""
+        audio, sample_rate = engine.clone(recording, request.voice.text, sentence)
+        if request.edit is not None:
+            checkpoint()
+            with _as_file(audio, sample_rate, self._service.folder) as spoken:
+                audio, sample_rate = engine.edit(spoken, sentence, *request.edit, sentence)
+        return np.asarray(audio, dtype=np.float32).reshape(-1), sample_rate
+
+
+@contextmanager
+def _as_file(audio: Any, sample_rate: int, folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yields the path of a WAV file with the audio; deletes it at the end."""
+    with tempfile.TemporaryDirectory(prefix=f"{UNDER_WAY}-step-", dir=folder, ignore_cleanup_errors=True) as workshop:
+        path = os.path.join(workshop, "speech.wav")
+        soundfile.write(path, np.asarray(audio, dtype=np.float32).reshape(-1), sample_rate, subtype="FLOAT")
+        yield path

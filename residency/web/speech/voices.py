@@ -1,0 +1,247 @@
+"""Stored voices: recordings with their transcripts, by name, in a folder that outlives the app."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import unicodedata
+import wave
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from ...errors import InvalidInput, ResidencyError, about
+from .recordings import UNDER_WAY
+from .sample_voices import FOLDER, VOICES
+
+_RECORDING, _FACTS = "recording.wav", "voice.json"
+_HIDDEN = "."
+"""First character of the names of folders that are being written or deleted."""
+_MOST_VOICES = 1000
+_LONGEST_NAME, _LONGEST_NAME_BYTES = 64, 200
+_PUNCTUATION = frozenset(" -_.'")
+_BLOCK_FRAMES = 1 << 16
+
+
+class UnknownVoice(InvalidInput):
+    """No voice has this name."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(
+            f"No voice is called {name!r}: choose one of {', '.join(known)}, or store it with POST /v1/audio/voices",
+            f"没有名为 {name!r} 的声音：可用 {'、'.join(known)}，或通过 POST /v1/audio/voices 保存",
+        )
+        self._arguments = (name, known)
+        self.param = "voice"
+
+
+class VoiceExists(InvalidInput):
+    """A voice of this name is stored already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"A voice called {name!r} exists already: choose another name, or delete that voice first",
+            f"已有名为 {name!r} 的声音：请换一个名称，或先删除该声音",
+        )
+        self._arguments = (name,)
+
+
+class VoiceNotStored(ResidencyError):
+    """The folder of the voices cannot be written."""
+
+    def __init__(self, folder: str, reason: str) -> None:
+        super().__init__(
+            f"The voice was not stored in {folder} ({reason}): free space there, or start the app with another "
+            f"--voices-dir. Nothing was changed.",
+            f"声音未能保存到 {folder}（{reason}）：请清理该处空间，或在启动时用 --voices-dir 指定其他目录。未作任何更改。",
+            folder,
+            reason,
+        )
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A voice for speech.
+
+    Attributes:
+        name: identifies it, without regard to case.
+        text: the words that are said in the recording.
+        recording: path of an audio file that engines read.
+        stored: False for the voices that ship with the app, which cannot be deleted.
+        created: seconds since 1970; 0 for those that ship.
+    """
+
+    name: str
+    text: str
+    recording: str
+    stored: bool
+    created: int
+
+
+class VoiceStore:
+    """The voices of a folder and those that ship with the app. Thread-safe, also for several apps with one folder.
+
+    Each voice is a folder of its name with a WAV file (16 bit, mono) and its facts as JSON. It appears and disappears
+    as a whole, by renaming. ``check_audio`` raises `InvalidInput` for a recording that the engine cannot take.
+    """
+
+    def __init__(self, folder: str | Path, check_audio: Callable[[str], object] = lambda path: None) -> None:
+        self._folder = Path(folder)
+        self._check_audio = check_audio
+        self._lock = threading.Lock()
+
+    def all(self) -> list[Voice]:
+        """Returns all voices: those that ship, then the stored ones by name."""
+        samples = [
+            Voice(name, sample.says, str(FOLDER / sample.file), False, 0) for name, sample in VOICES.items()
+        ]
+        return samples + sorted(self._stored(), key=lambda voice: voice.name.casefold())
+
+    def get(self, name: str) -> Voice:
+        """Returns a voice; raises `UnknownVoice`."""
+        voices = self.all()
+        wanted = _key(name)
+        for voice in voices:
+            if _key(voice.name) == wanted:
+                return voice
+        raise UnknownVoice(name[:_LONGEST_NAME], tuple(voice.name for voice in voices))
+
+    def add(self, name: str, text: str, recording: str) -> Voice:
+        """Stores a copy of a recording that `Conversion.readable` returned, with its transcript.
+
+        Raises `InvalidInput` for an unsuitable name or recording, `VoiceExists`, and `VoiceNotStored`; then nothing is
+        left of it.
+        """
+        name = checked_name(name)
+        with about("recording"):
+            self._check_audio(recording)
+        created = int(time.time())
+        with self._lock:
+            voices = self.all()
+            if any(_key(voice.name) == _key(name) for voice in voices):
+                raise VoiceExists(name)
+            if len(voices) >= _MOST_VOICES:
+                raise VoiceNotStored(str(self._folder), f"it has {_MOST_VOICES} voices")
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                unfinished = tempfile.mkdtemp(prefix=f"{_HIDDEN}new-", dir=self._folder)
+                try:
+                    _write_wav(recording, os.path.join(unfinished, _RECORDING))
+                    facts = {"name": name, "text": text, "created": created}
+                    Path(unfinished, _FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+                    os.rename(unfinished, self._folder / name)
+                except BaseException:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another app stored it meanwhile
+                    raise VoiceExists(name) from None
+                raise VoiceNotStored(str(self._folder), error.strerror or str(error)) from error
+        return Voice(name, text, str(self._folder / name / _RECORDING), True, created)
+
+    def remove(self, name: str) -> Voice:
+        """Deletes a stored voice and returns it; raises `UnknownVoice`, and `InvalidInput` for one that ships."""
+        with self._lock:
+            voice = self.get(name)
+            if not voice.stored:
+                raise InvalidInput(
+                    f"The voice {voice.name!r} ships with the app and cannot be deleted",
+                    f"声音 {voice.name!r} 随应用提供，无法删除",
+                )
+            folder = Path(voice.recording).parent
+            try:
+                doomed = tempfile.mkdtemp(prefix=f"{_HIDDEN}gone-", dir=self._folder)
+                os.rename(folder, doomed)
+                shutil.rmtree(doomed)
+            except FileNotFoundError:  # another app deleted it meanwhile
+                raise UnknownVoice(name, tuple(each.name for each in self.all())) from None
+            except OSError as error:
+                raise VoiceNotStored(str(self._folder), error.strerror or str(error)) from error
+        return voice
+
+    @contextmanager
+    def copied(self, voice: Voice, folder: str | Path) -> Iterator[str]:
+        """Yields the path of a copy of a stored recording, which outlives the voice; deletes it at the end."""
+        if not voice.stored:
+            yield voice.recording
+            return
+        with tempfile.TemporaryDirectory(prefix=f"{UNDER_WAY}-voice-", dir=folder, ignore_cleanup_errors=True) as workshop:
+            try:
+                copy = shutil.copy(voice.recording, workshop)
+            except FileNotFoundError:
+                raise UnknownVoice(voice.name, tuple(each.name for each in self.all())) from None
+            yield copy
+
+    def sweep(self) -> None:
+        """Deletes what apps that were killed left unfinished. For the start of the app."""
+        for left in self._folder.glob(f"{_HIDDEN}*-*"):
+            if left.name.startswith((f"{_HIDDEN}new-", f"{_HIDDEN}gone-")) and _age_s(left) > 3600:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _stored(self) -> Iterator[Voice]:
+        with suppress(OSError):  # no folder: no voices
+            for entry in os.scandir(self._folder):
+                if entry.name.startswith(_HIDDEN):
+                    continue
+                recording = os.path.join(entry.path, _RECORDING)
+                with suppress(OSError, ValueError, KeyError, TypeError):  # not a voice, or being deleted
+                    facts = json.loads(Path(entry.path, _FACTS).read_text(encoding="utf-8"))
+                    if os.path.isfile(recording):
+                        yield Voice(entry.name, str(facts["text"]), recording, True, int(facts["created"]))
+
+
+def checked_name(name: str | None) -> str:
+    """Returns a voice's name in its normal form; raises `InvalidInput` for one that is no safe file name."""
+    name = unicodedata.normalize("NFC", " ".join((name or "").split()))
+    safe = bool(name) and all(character in _PUNCTUATION or _is_letter(character) for character in name)
+    if not safe or not _is_letter(name[0]) or name[-1] in ". " or len(name) > _LONGEST_NAME:
+        raise _bad_name()
+    if len(name.encode()) > _LONGEST_NAME_BYTES:
+        raise _bad_name()
+    return name
+
+
+def _bad_name() -> InvalidInput:
+    return InvalidInput(
+        f"Give the voice a name of 1 to {_LONGEST_NAME} letters, digits, spaces, - _ . and ', that begins with a "
+        f"letter or digit",
+        f"声音名称需为 1 到 {_LONGEST_NAME} 个字符，可用文字、数字、空格和 - _ . '，并以文字或数字开头",
+    )
+
+
+def _is_letter(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LMN"
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(name.split())).casefold()
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _write_wav(source: str, target: str) -> None:
+    """Writes a recording as 16-bit mono; raises `InvalidInput` if it has no samples, or cannot be read."""
+    frames = 0
+    # By `wave`, whose errors are those of the disk.
+    with soundfile.SoundFile(source) as recording, wave.open(target, "wb") as sound:
+        sound.setparams((1, 2, recording.samplerate, 0, "NONE", "not compressed"))
+        for block in recording.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True):
+            mono = np.clip(np.nan_to_num(np.mean(block, axis=1)), -1, 1)
+            sound.writeframes((mono * 32767).astype("<i2").tobytes())
+            frames += len(block)
+    if not frames:
+        raise InvalidInput("The recording has no sound: record it again", "录音中没有声音：请重新录制", "recording")
