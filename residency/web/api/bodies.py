@@ -65,10 +65,9 @@ def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
 
 
 class Upload:
-    """A request's fields, and its recording: a form's file, or base64 in JSON."""
+    """The recording of a request: a form's file, or the bytes of base64 in JSON. `close` deletes the form's file."""
 
-    def __init__(self, values: Mapping[str, Any], file: IO[bytes] | None, data: bytes, close: Callable[[], Any]) -> None:
-        self.values = values
+    def __init__(self, file: IO[bytes] | None, data: bytes = b"", close: Callable[[], Any] = lambda: None) -> None:
         self._file, self._data, self.close = file, data, close
 
     @contextmanager
@@ -108,7 +107,7 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         body = await read_json(request, kind)
         data = await to_thread.run_sync(_decoded, str(getattr(body, "audio", "")))
-        return body, Upload(body.model_dump(), None, data, lambda: None)
+        return body, Upload(None, data)
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
     except HTTPException as error:
@@ -129,7 +128,7 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
     except BaseException:
         await form.close()
         raise
-    return body, Upload(values, file.file, b"", file.file.close)
+    return body, Upload(file.file, close=file.file.close)
 
 
 def _decoded(text: str) -> bytes:
@@ -141,6 +140,8 @@ def _decoded(text: str) -> bytes:
         decoded = b""
     if not decoded:
         raise BadRequest(
-            "audio", "audio is empty, or no base64: encode the file's bytes", "audio 为空或不是 base64：请对文件内容进行编码"
+            "audio",
+            "audio is empty, or no base64: encode the file's bytes",
+            "audio 为空或不是 base64：请对文件内容进行编码",
         )
     return decoded

@@ -65,9 +65,7 @@ class Edit(BaseModel):
     text: str | None = Field(None, description="The words said in it; the recognizer writes them if there is one.")
     task: str = Field(description="`emotion`, `style`, `speed`, `vad`, `denoise` or `paralinguistic`.")
     sub_task: str | None = Field(None, description="For example `happy`, for the task `emotion`.")
-    tagged_text: str | None = Field(
-        None, description="For `paralinguistic`: the text with tags such as `[Laughter]`."
-    )
+    tagged_text: str | None = Field(None, description="For `paralinguistic`: the text with tags such as `[Laughter]`.")
     response_format: AudioFormat = Field("wav", description="Format of the response.")
 
 

@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from ...cancellation import current
 from ...errors import NotAllowed
+from ...scheduling.policies import keep_alive_seconds
 from ..server.api_keys import ApiKeys
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
@@ -39,8 +40,8 @@ from .openai_schema import (
     Transcript,
     Transcription,
     VoiceFacts,
-    VoiceSample,
     Voices,
+    VoiceSample,
 )
 from .streamed import Streamed, Work, Write
 
@@ -194,11 +195,13 @@ class SpeechCalls:
             text = body.text or (self.service.transcribe(recording) if self.service.transcribes else "")
             edited, _ = self.service.edit(recording, text, body.task, body.sub_task, body.tagged_text)
         try:
-            with soundfile.SoundFile(edited) as sound:
-                with Encoder(body.response_format, sound.samplerate, 1.0, whole=sound.frames) as encoder:
-                    for block in sound.blocks(_BLOCK_FRAMES, dtype="float32"):
-                        write(encoder.encode(block))
-                    write(encoder.finish())
+            with (
+                soundfile.SoundFile(edited) as sound,
+                Encoder(body.response_format, sound.samplerate, whole=sound.frames) as encoder,
+            ):
+                for block in sound.blocks(_BLOCK_FRAMES, dtype="float32"):
+                    write(encoder.encode(block))
+                write(encoder.finish())
         finally:
             self.recordings.remove(None, edited)
 

@@ -118,8 +118,8 @@ class Speaker:
     def _held_engine(self, keep_warm_s: float | None) -> Iterator[Engine]:
         """Yields the engine, with one lease for all sentences if it has a manager."""
         with self._service.engine_at_work() as engine:
-            lease = engine.lease(keep_warm=keep_warm_s) if hasattr(type(engine), "lease") else nullcontext()
-            with lease:
+            managed: Any = engine if hasattr(type(engine), "lease") else None
+            with managed.lease(keep_warm=keep_warm_s) if managed else nullcontext():
                 yield engine
 
     def _say(self, engine: Engine, request: SpeechRequest, recording: str, sentence: str) -> tuple[Any, int]:
