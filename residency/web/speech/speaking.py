@@ -87,7 +87,10 @@ class Speaker:
         check(engine, "check_text", text, "target_text")
         check(engine, "check_audio", found.recording, "recording")
         edit = task_names.named_in(instructions or "", self._offered())
-        return SpeechRequest(found, tuple(sentences(text)), format, speed, edit, keep_warm_s)
+        divided = tuple(sentences(text))
+        if not divided:
+            raise InvalidInput(NO_TARGET.en, NO_TARGET.zh, "target_text")
+        return SpeechRequest(found, divided, format, speed, edit, keep_warm_s)
 
     def _offered(self) -> dict[str, list[str]]:
         types = self._service.edit_types
