@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
 AudioFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
@@ -17,7 +17,7 @@ class VoiceId(BaseModel):
 
 
 KeepAlive = Annotated[
-    float | str, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?[0-9].*$"}]})
+    StrictInt | StrictFloat | StrictStr, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?[0-9].*$"}]})
 ]
 Base64 = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from ...cancellation import current
-from ...errors import NotAllowed
+from ...errors import InvalidInput, NotAllowed
 from ...scheduling.policies import keep_alive_seconds
 from ..server.api_keys import ApiKeys
 from ..speech.encoding import MEDIA_TYPES, Encoder
@@ -310,7 +310,10 @@ class SpeechCalls:
         """Returns the seconds of a ``keep_alive``, None without one; raises `InvalidInput` and `NotAllowed`."""
         if keep_alive is None:
             return None
-        keep_warm_s = keep_alive_seconds(keep_alive)
+        try:
+            keep_warm_s = keep_alive_seconds(keep_alive)
+        except InvalidInput as error:
+            raise BadRequest("keep_alive", error.en, error.zh) from None
         if not self.keys.may_change(request):
             raise NotAllowed
         return keep_warm_s if self.may_keep else None

@@ -72,6 +72,8 @@ class Speaker:
     ) -> SpeechRequest:
         """Returns a request. Loads no model; reads files. Raises `InvalidInput` with the first thing that is wrong."""
         text = self._service.checked_text("target_text", text, NO_TARGET, self._service.limits.text)
+        if not any(map(str.isalnum, text)):
+            raise InvalidInput("The text has no words: write some", "文本中没有文字：请填写内容", "target_text")
         if format not in MEDIA_TYPES:
             raise InvalidInput(
                 f"There is no audio format {format!r}: choose one of {', '.join(MEDIA_TYPES)}",
@@ -87,10 +89,7 @@ class Speaker:
         check(engine, "check_text", text, "target_text")
         check(engine, "check_audio", found.recording, "recording")
         edit = task_names.named_in(instructions or "", self._offered())
-        divided = tuple(sentences(text))
-        if not divided:
-            raise InvalidInput(NO_TARGET.en, NO_TARGET.zh, "target_text")
-        return SpeechRequest(found, divided, format, speed, edit, keep_warm_s)
+        return SpeechRequest(found, tuple(sentences(text)), format, speed, edit, keep_warm_s)
 
     def _offered(self) -> dict[str, list[str]]:
         types = self._service.edit_types
