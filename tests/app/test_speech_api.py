@@ -184,4 +184,4 @@ class TestLeaving:
             body = json.dumps({"input": "Hi there.", "voice": "high"}).encode()
             assert ask(app.port, "/v1/audio/speech", method="POST", body=body).status == 200
             assert wait_until(lambda: left(app) == [])
-            assert "Good morning" not in app.log, "none of the others was spoken to its end"
+            assert app.log.count("Good morning") <= 1, "those that waited were never spoken"

@@ -184,6 +184,13 @@ class TestSpeech:
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == 0
 
 
+    def test_with_a_recording_of_its_own(self, served: Served, recording: str) -> None:
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        assert speech(served, voice=None, ref_audio=audio, ref_text="my words").status_code == 200
+        assert served.tones.asked[0][:2] == ("clone", "my words")
+        assert served.left() == []
+
+
 class TestBadSpeech:
     @pytest.mark.parametrize(
         ("fields", "status", "param", "says"),
@@ -201,6 +208,9 @@ class TestBadSpeech:
             ({"voice": "../../etc/passwd"}, 400, "voice", "choose one of high, low"),
             ({"voice": ["high"]}, 400, "voice", ""),
             ({"voice": {"id": 5}}, 400, "voice", ""),
+            ({"voice": None, "ref_audio": "%%%", "ref_text": "x"}, 400, "ref_audio", "base64"),
+            ({"voice": None, "ref_audio": "aGVsbG8="}, 400, "ref_text", "missing"),
+            ({"voice": None, "ref_audio": "aGVsbG8=", "ref_text": "x"}, 400, "file", "cannot be read"),
             ({"model": "gpt-5"}, 404, "model", "give one of tones"),
             ({"response_format": "ogg"}, 400, "response_format", "mp3"),
             ({"stream_format": "chunks"}, 400, "stream_format", "sse"),
@@ -228,7 +238,7 @@ class TestBadSpeech:
         error(refused)
 
     def test_an_endless_body(self, served: Served) -> None:
-        refused = served.client().post("/v1/audio/speech", content=b'{"input": "' + b"x" * (2 << 20))
+        refused = served.client().post("/v1/audio/speech", content=b'{"input": "' + b"x" * (21 << 20))
         assert refused.status_code == 413
         error(refused)
 

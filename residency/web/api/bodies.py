@@ -106,8 +106,7 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
     """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         body = await read_json(request, kind)
-        data = await to_thread.run_sync(_decoded, str(getattr(body, "audio", "")))
-        return body, Upload(None, data)
+        return body, await decoded(str(getattr(body, "audio", "")), "audio")
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
     except HTTPException as error:
@@ -131,17 +130,22 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
     return body, Upload(file.file, close=file.file.close)
 
 
+async def decoded(text: str, param: str) -> Upload:
+    """Returns the recording in base64, also of a data URL; raises `BadRequest` about ``param``."""
+    data = await to_thread.run_sync(_decoded, text)
+    if not data:
+        raise BadRequest(
+            param,
+            f"{param} is empty, or no base64: encode the file's bytes",
+            f"{param} 为空或不是 base64：请对文件内容进行编码",
+        )
+    return Upload(None, data)
+
+
 def _decoded(text: str) -> bytes:
-    """Decodes base64, also of a data URL; raises `BadRequest`."""
+    """Decodes base64; returns nothing if it is broken."""
     data = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        decoded = base64.b64decode("".join(data.split()), validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError):
-        decoded = b""
-    if not decoded:
-        raise BadRequest(
-            "audio",
-            "audio is empty, or no base64: encode the file's bytes",
-            "audio 为空或不是 base64：请对文件内容进行编码",
-        )
-    return decoded
+        return b""

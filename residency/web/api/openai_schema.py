@@ -17,7 +17,8 @@ class VoiceId(BaseModel):
 
 
 KeepAlive = Annotated[
-    StrictInt | StrictFloat | StrictStr, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?[0-9].*$"}]})
+    StrictInt | StrictFloat | StrictStr,
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?[0-9].*$"}]}),
 ]
 Base64 = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
 
@@ -27,7 +28,15 @@ class Speech(BaseModel):
 
     model_config = ConfigDict(title="Speech", allow_inf_nan=False)
     input: str = Field(description="The text. Long texts are spoken sentence by sentence.", examples=["Hello!"])
-    voice: str | VoiceId = Field(description="Name of a voice, see `GET /v1/audio/voices`.", examples=["high"])
+    voice: str | VoiceId | None = Field(
+        None, description="Name of a voice, see `GET /v1/audio/voices`. Needed without `ref_audio`.", examples=["high"]
+    )
+    ref_audio: Base64 | None = Field(
+        None, description="Instead of a stored voice: a recording in base64, in any common format (as in vLLM-Omni)."
+    )
+    ref_text: str | None = Field(
+        None, description="The words said in `ref_audio`; without them, the recognizer writes them."
+    )
     model: str | None = Field(None, description="A model of `GET /v1/models`, or OpenAI's name of one.")
     response_format: AudioFormat = Field(
         "mp3", description="`pcm`: 16-bit samples at 24 kHz, mono, little-endian, without a header."

@@ -55,7 +55,7 @@ _TOO_LARGE = (
 )
 _RESULTS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=", "/v1/audio/")
 """Routes that deliver results: Gradio's event streams, the recordings that these name, and the speech API."""
-UPLOADS = ("/v1/audio/voices", "/v1/audio/edits", "/v1/audio/transcriptions")
+UPLOADS = "/v1/audio/"
 """Paths of the speech API that receive recordings."""
 _LINE_CUT_S = 20.0
 """Timeout after the result stream of a session with waiting requests is closed.
