@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.clock import SystemClock
-from residency.contracts import Clock, Device, Policy
+from residency.contracts import Clock, Device, Policy, Time
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
 from residency.devices.host_probes import host_memory, remeasured, sample, worker_memory
 from residency.errors import (
@@ -179,17 +179,17 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
             managed.borrowed_part = BorrowedPart(keep, self.device)
         self._registry.add(managed)
 
-    def configure(
-        self, name: str | None = None, *, keep_warm: float | str | None = None, idle_timeout: float | str | None = None
-    ) -> None:
+    def configure(self, name: str | None = None, *, keep_warm: Time = None, idle_timeout: Time = None) -> None:
         """Changes how long a model (None: all) stays; also applies to the current idle time.
 
-        ``keep_warm`` replaces a policy given to `register`; ``idle_timeout`` alone is passed on to that policy.
+        ``keep_warm`` replaces a policy given to `register`, and that of the last request; ``idle_timeout`` alone is
+        passed on to that policy.
         """
         for managed in self._registry.named(name):
             with self._dispatcher.replanning(managed), self._dispatcher.lock:
                 self._registry.check_open_locked(managed)
                 managed.policy = change_policy(managed.policy, keep_warm, idle_timeout)
+                managed.asked_warm_s = managed.asked_warm_s if keep_warm is None else None
 
     def unregister(self, name: str) -> None:
         """Releases a model after its running requests and removes it; waiting requests get `UnknownModel`.
@@ -206,7 +206,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         """Returns the names of the models, in order of registration."""
         return tuple(managed.name for managed in self._registry.named(None))
 
-    def lease(self, name: str, timeout: float | str | None = None, *, reading: bool = False) -> Lease:
+    def lease(self, name: str, timeout: Time = None, *, reading: bool = False, keep_warm: Time = None) -> Lease:
         """Returns a context manager for one use of a model: its value is the engine, on the device until the end.
 
         ``with`` blocks its thread, including an event loop that runs in it; coroutines use ``async with``.
@@ -216,20 +216,20 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         several requests takes no lease for them: each task takes its own, and starts outside of other leases or with
         ``contextvars.Context().run``.
 
-        At the end of a plain ``with`` a model of at most 64 MB has left the device, if that takes less than a quarter
-        of a second. Larger models leave afterwards: `status` shows ``moving``, and `offload` waits for the move.
-
         Args:
             timeout: seconds (or ``"30s"``) until the model must be available. 0: do not wait; -1: no limit; None: the
                 manager's ``wait_timeout``, which excludes the load.
             reading: shares the model with the current request, if any. Only for reading values.
+            keep_warm: how long the model stays on the device after this request, instead of what its policy says, until
+                the next request: seconds, or ``"5m"`` as in Ollama's ``keep_alive``; -1: no limit. It leaves earlier
+                for other models that need room, also with -1, and by `offload`, `release` and `configure`. Of leases
+                that share a request, the longest counts; None, and a shared reading lease, have no effect.
 
         Raises, on entering: the loader's error (for all requests that waited for the load; the next request tries
         again), `DeviceOutOfMemory`, `ManagerClosed`, `RequestTimeout`, `ModelBusy` (a timeout of 0, or too many
         waiting), `RequestCancelled`, `LoadTimeout`, `LeaseDeadlock`, or `EventLoopBlocked`.
         """
-        managed = self._registry.named(name)[0]
-        return Lease(self._admission, managed, None if timeout is None else seconds(timeout), reading)
+        return Lease(self._admission, self._registry.named(name)[0], timeout, reading, keep_warm)
 
     def offload(self, name: str | None = None) -> bool:
         """Moves a model (None: all) to host memory. False: pending until its requests or its arrival end."""

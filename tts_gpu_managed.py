@@ -164,9 +164,12 @@ class GPUManagedTTS:
         """Frees GPU and host memory. True: done; False: pending until the running request ends."""
         return self.manager.release(self.name)
 
-    def lease(self, timeout: float | str | None = None) -> Lease:
-        """Returns a lease: ``with tts.lease() as engine`` is the engine itself, on the device until the block ends."""
-        return self.manager.lease(self.name, timeout)
+    def lease(self, timeout: float | str | None = None, keep_warm: float | str | None = None) -> Lease:
+        """Returns a lease: ``with tts.lease() as engine`` is the engine itself, on the device until the block ends.
+
+        See `GPUResourceManager.lease`; ``keep_warm``: how long it stays on the device after this request.
+        """
+        return self.manager.lease(self.name, timeout, keep_warm=keep_warm)
 
     def __getattr__(self, name: str) -> Any:
         if asked_by_tools(name) or name in _OWN:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 DeviceKind = Literal["cuda", "cpu", "simulated"]
+Time = float | str | None
+"""A duration: seconds or ``"15m"``; -1: no limit; None: the default. See `residency.scheduling.policies.seconds`."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class Telemetry:
     """Data from the card's driver; None where unknown.
 
     ``peers_bytes``: memory used by other processes of this project. ``power_w``: current power draw in watts.
+    ``energy_wh``: watt-hours that the card has drawn since this process found it.
     """
 
     peers_bytes: int | None = None
     power_w: float | None = None
+    energy_wh: float | None = None
 
 
 class Device(Protocol):

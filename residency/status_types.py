@@ -49,6 +49,7 @@ class DeviceStatus(MemorySizes):
     kind: Annotated[Literal["cuda", "cpu", "simulated"], Doc("Its kind.")]
     peers_bytes: Annotated[int | None, Doc("Bytes that other processes of this project use; null if unknown.")]
     power_w: Annotated[float | None, Doc("Power draw in watts; null if unknown.")]
+    energy_wh: Annotated[float | None, Doc("Watt-hours drawn since the app found it; null if unknown.")]
     budget_bytes: Annotated[int | None, Doc("Bytes that all models together may use; null if not limited.")]
     note: Annotated[Note | None, Doc("What users should know about it; null if nothing.")]
 
@@ -135,6 +136,15 @@ class WorkerStatus(TypedDict):
     last_offload: Annotated[LastOffload | None, Doc("Its last offload; null before the first.")]
 
 
+class LastWait(TypedDict):
+    """How long a request waited for the model, and why."""
+
+    waited_s: Annotated[float, Doc("Seconds from its arrival until it had the model.")]
+    queue_s: Annotated[float, Doc("Of these: for requests before it, room on the device, and offloads.")]
+    move: Annotated[Literal["load", "restore"] | None, Doc("How the model came; null if it was there.")]
+    move_s: Annotated[float, Doc("Seconds of the wait in which it was loaded or restored.")]
+
+
 class ModelStatus(TypedDict):
     """One model."""
 
@@ -147,6 +157,9 @@ class ModelStatus(TypedDict):
     holder: Annotated[HolderStatus | None, Doc("The code that uses it; null if none.")]
     waiting: Annotated[int, Doc("Requests that wait for it.")]
     keep_warm_s: Annotated[float, Doc("Seconds on the device after a request; -1: always.")]
+    keep_warm_by: Annotated[
+        Literal["policy", "request"], Doc("`request`: the last request said so, for the time until the next one.")
+    ]
     idle_timeout_s: Annotated[float, Doc("Seconds idle until it is released; -1: never.")]
     policy: Annotated[str, Doc("`fixed`, `auto`, or the name of a policy given to `register`.")]
     pending: Annotated[
@@ -155,6 +168,7 @@ class ModelStatus(TypedDict):
     next: Annotated[NextMove | None, Doc("The move that follows if no request comes; null if none.")]
     progress: Annotated[MoveProgress | None, Doc("The move that runs; null if none.")]
     last_move: Annotated[LastMove | None, Doc("The last move that succeeded; null before the first.")]
+    last_wait: Annotated[LastWait | None, Doc("How long the last request waited; null before the first.")]
     last_error: Annotated[str | None, Doc("Why its last move failed; null if it did not.")]
     outside_bytes: Annotated[int | None, Doc("Bytes that it uses and no move frees; null if unknown.")]
     outside_processes: Annotated[list[OutsideProcess], Doc("The processes that use those bytes.")]
@@ -202,6 +216,10 @@ class Totals(TypedDict):
     request_wait_seconds: Annotated[HistogramCounts, Doc("How long requests waited for the model.")]
     moves: Annotated[list[MoveCount], Doc("Moves that have ended.")]
     move_seconds: Annotated[HistogramCounts, Doc("How long moves took.")]
+    given_back_byte_hours: Annotated[
+        float | None,
+        Doc("Since its first load: the model's size minus its bytes on the device, times hours; null for the CPU."),
+    ]
 
 
 class ModelUsage(TypedDict):

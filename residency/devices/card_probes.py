@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +13,7 @@ import psutil
 import pynvml
 
 from ..contracts import Memory, Telemetry
+from ..locks import renewed_in_children
 from ..modules import imported
 
 _OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed", "residency.workers")
@@ -21,12 +24,34 @@ class NvmlUnavailable(Exception):
     """NVML is not usable: no library or driver, or no permission. A GPU may still exist."""
 
 
+class EnergyMeter:
+    """Adds up the energy that a card draws: by its counter or, without one, by its power at each reading."""
+
+    def __init__(self) -> None:
+        self._drawn_j = 0.0
+        self._counter_j: float | None = None
+        self._power: tuple[float, float] | None = None  # time in seconds, watts
+
+    def read(self, now_s: float, counter_j: float | None, power_w: float | None) -> float | None:
+        """Takes a reading (None where unknown); returns the watt-hours since the first one, None if all is unknown."""
+        if counter_j is not None and self._counter_j is not None:
+            self._drawn_j += max(0.0, counter_j - self._counter_j)  # a driver that is reloaded begins at 0
+        elif power_w is not None and self._power is not None and self._counter_j is None:
+            self._drawn_j += (power_w + self._power[1]) / 2 * (now_s - self._power[0])
+        self._counter_j = self._counter_j if counter_j is None else counter_j
+        self._power = None if power_w is None else (now_s, power_w)
+        return None if self._counter_j is None and power_w is None else self._drawn_j / 3600
+
+
 class NvmlProbe:
     """One GPU, or one MIG instance; created by `find`. Thread-safe, like NVML."""
 
     def __init__(self, handle: Any, name: str) -> None:
         self._handle = handle
         self.name = name
+        self._meter = EnergyMeter()
+        self._reading = renewed_in_children(threading.Lock())  # readings of the meter come in order
+        self._power_and_energy()
 
     @classmethod
     def find(cls, visible: str | None = None) -> NvmlProbe | None:
@@ -62,12 +87,21 @@ class NvmlProbe:
         return Memory(memory.total, memory.free, None if unknown else sum(filter(None, own)))
 
     def telemetry(self) -> Telemetry:
-        try:
-            power_w = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
-        except pynvml.NVMLError:
-            power_w = None
         sizes = [nbytes for pid, nbytes in self.holders() if _is_peer(pid)]
-        return Telemetry(None if None in sizes else sum(filter(None, sizes)), power_w)
+        return Telemetry(None if None in sizes else sum(filter(None, sizes)), *self._power_and_energy())
+
+    def _power_and_energy(self) -> tuple[float | None, float | None]:
+        """Returns the power draw in watts, and the watt-hours since the first call; None where unknown."""
+        with self._reading:
+            power_w = self._thousandths(pynvml.nvmlDeviceGetPowerUsage)
+            counter_j = self._thousandths(pynvml.nvmlDeviceGetTotalEnergyConsumption)
+            return power_w, self._meter.read(time.monotonic(), counter_j, power_w)
+
+    def _thousandths(self, ask: Callable[[Any], int]) -> float | None:
+        try:
+            return ask(self._handle) / 1000
+        except pynvml.NVMLError:
+            return None
 
     def holders(self) -> tuple[tuple[int, int | None], ...]:
         """Returns the processes that hold memory of this GPU: (pid, bytes or None if unknown)."""

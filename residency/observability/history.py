@@ -83,6 +83,26 @@ class Sizes:
         return [[_ago(max(time_s, now_s - WINDOW_S), now_s), nbytes] for time_s, nbytes in self._points]
 
 
+@dataclass
+class GivenBack:
+    """The integral over time of the bytes that a model does not use on the device; they change at moves only."""
+
+    _byte_s: float = 0.0
+    _nbytes: int = 0
+    _since_s: float = 0.0
+
+    def note(self, now_s: float, nbytes: int) -> None:
+        """Records that it is ``nbytes`` from now on."""
+        self._byte_s = self._until(now_s)
+        self._nbytes, self._since_s = max(0, nbytes), now_s
+
+    def byte_hours(self, now_s: float) -> float:
+        return self._until(now_s) / 3600
+
+    def _until(self, now_s: float) -> float:
+        return self._byte_s + self._nbytes * (now_s - self._since_s)
+
+
 class DeviceHistory:
     """The used memory of the device, by all processes. Used under the manager's lock."""
 
@@ -128,6 +148,7 @@ class History:
     moves: Counter[tuple[State, State, MoveOutcome]] = field(default_factory=Counter)
     move_seconds: Histogram = field(default_factory=Histogram)
     recent: deque[PastMove] = field(default_factory=lambda: deque(maxlen=RECENT_MOVES))
+    given_back: GivenBack = field(default_factory=GivenBack)
     _sizes: Sizes = field(default_factory=Sizes)
     _spans: deque[tuple[float, float]] = field(default_factory=deque)
 
@@ -175,6 +196,7 @@ class History:
                     for (source, target, outcome), n in self.moves.items()
                 ],
                 "move_seconds": self.move_seconds.as_dict(),
+                "given_back_byte_hours": None if device_kind == "cpu" else self.given_back.byte_hours(now_s),
             },
         }
 

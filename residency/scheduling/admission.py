@@ -84,7 +84,9 @@ class Admission:
                 ):
                     return holder
                 holding = (*held_models(), *self.deadlocks.kept_busy_locked(site, lease.made_after))
-                request = LeaseRequest(managed, next(self._numbers), site, holding, now_s)
+                request = LeaseRequest(
+                    managed, next(self._numbers), site, holding, now_s, keep_warm_s=lease.keep_warm_s
+                )
                 error = self._refusal_locked(request, timeout_s, blocks)
                 if error is None:
                     if failed is not None and failed is managed.resident and not managed.leases.in_use:
@@ -135,14 +137,16 @@ class Admission:
         request.site = call_site()
         request.resumed_s = self._clock.now()
 
-    @staticmethod
-    def _share_locked(lease: Lease, request: LeaseRequest) -> bool:
+    def _share_locked(self, lease: Lease, request: LeaseRequest) -> bool:
         if not request.users:
             return False
         if lease.cancelled:
             raise RequestCancelled(request.managed.name)
         request.users += 1
-        lease.request = request
+        if lease.keep_warm_s is not None and not lease.reading:
+            request.managed.asked_warm_s = max(lease.keep_warm_s, request.managed.asked_warm_s or 0.0)
+            self._dispatcher.version += 1
+        lease.request, lease.receipt = request, request.receipt
         lease.owns = False
         return True
 

@@ -138,7 +138,9 @@ class Dispatcher:
         self.begun = True
         self.changes += 1
         managed.wishes.moved_away_by_hand = managed.wishes.pending_move is not None
-        if not task.arrives:
+        if task.arrives:
+            managed.history.given_back.note(now_s, 0)
+        else:
             managed.wishes.pending_move = None
         self.monitor.expect_locked(now_s)  # starts the move if an interrupt stops this thread before
         managed.notify_watchers()
@@ -265,11 +267,7 @@ class Dispatcher:
 
     def serve_locked(self, managed: ManagedModel, now_s: float) -> None:
         """Grants the model to its next request."""
-        request = managed.leases.next_request()
-        assert request is not None
-        request.served_s = request.resumed_s = request.searched_s = now_s
-        managed.leases.holder = request
-        request.answer()
+        request = managed.grant(now_s)
         if request.event is not None:  # it has waited
             self.notifier.report_queue(managed)
 
@@ -342,6 +340,7 @@ class Dispatcher:
         managed.history.moved(past, memory.device_bytes if self.device.separate else memory.host_bytes)
         if outcome == "ok":
             managed.last_move = past
+        managed.history.given_back.note(now_s, memory.size_bytes - memory.device_bytes if managed.last_move else 0)
 
     def mark_broken_locked(self) -> None:
         """Marks engines on the device as broken after its failure, so that they are rebuilt."""

@@ -8,12 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import Holder, RequestCancelled
 from ..locks import AsyncOneShotEvent, OneShotEvent, set_event
 from ..observability.history import History, PastMove
 from ..observability.outside_memory import OutsideMemory
+from ..receipts import Receipt
 from ..states import State
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class LeaseRequest:
         users: number of nested leases that share it.
         event: the one-shot event on which it waits, if any.
         context: the context of a load for it.
+        keep_warm_s: how long the model stays on the device after it; None: as the policy says.
+        arrival, arrival_s: the move that brought the model while it waited, and its seconds within the wait.
+        receipt: how long it waited; None until it holds the model.
     """
 
     managed: ManagedModel
@@ -60,6 +64,10 @@ class LeaseRequest:
     error: BaseException | None = None
     event: OneShotEvent | None = None
     context: contextvars.Context | None = None
+    keep_warm_s: float | None = None
+    arrival: Literal["load", "restore"] | None = None
+    arrival_s: float = 0.0
+    receipt: Receipt | None = None
 
     def facts(self, now_s: float) -> Holder:
         """Returns the code that holds the model, its thread, and for how many seconds; for errors and the status."""
@@ -186,12 +194,14 @@ class Times:
 
     ``request_ended_s``: end of the last request, until the policy has learned the gap after it. ``idle_since_s``: the
     same, or the end of a restore that no request used. ``arriving_s``: total duration of ended moves to the device.
+    ``left_after_s``: idle seconds after which it left the device earlier than its last request asked; 0: it did not.
     """
 
     request_ended_s: float | None = None
     idle_since_s: float | None = None
     policy_paused_until_s: float = -math.inf
     arriving_s: float = 0.0
+    left_after_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -199,7 +209,8 @@ class ManagedModel:
     """The state of one model. Read and written under the dispatcher's lock.
 
     During a move ``engine`` and ``resident`` belong to ``move_task``. ``skip``: paths to objects that are not moved.
-    Each load begins with ``random_state``. ``last_move``: the last one that succeeded.
+    Each load begins with ``random_state``. ``last_move``: the last one that succeeded. ``last_wait``: of the last
+    request that got the model. ``asked_warm_s``: keep-warm of that request in place of the policy's, until the next.
     """
 
     name: str
@@ -214,6 +225,8 @@ class ManagedModel:
     borrowed_part: BorrowedPart | None = None
     load_timeout_s: float = math.inf
     last_move: PastMove | None = None
+    last_wait: Receipt | None = None
+    asked_warm_s: float | None = None
     leases: LeaseQueue = field(default_factory=LeaseQueue)
     memory: MemoryUse = field(default_factory=MemoryUse)
     wishes: Wishes = field(default_factory=Wishes)
@@ -238,9 +251,37 @@ class ManagedModel:
         return self.move_task is not None and self.move_task.move.target is State.DEVICE
 
     @property
+    def keep_warm_s(self) -> float:
+        """The time on the device after a request, as the last request or else the policy says."""
+        return self.policy.keep_warm_s if self.asked_warm_s is None else self.asked_warm_s
+
+    @property
     def stays(self) -> bool:
-        """Whether it must stay on the device (keep-warm -1), and so is never evicted."""
-        return self.policy.keep_warm_s == math.inf
+        """Whether it must stay on the device (the policy's keep-warm is -1), and so is never evicted."""
+        return self.policy.keep_warm_s == self.keep_warm_s == math.inf
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        """Returns the policy's windows, or one with the keep-warm of the last request.
+
+        If the model left earlier, for others or by hand, its idle timeout begins then.
+        """
+        if self.asked_warm_s is None:
+            return self.policy.windows()
+        if self.settled_state is State.DEVICE:
+            return ((0.0, self.asked_warm_s),)
+        return ((0.0, self.times.left_after_s + self.policy.idle_timeout_s),)
+
+    def grant(self, now_s: float) -> LeaseRequest:
+        """Gives the model to its next request, and returns it."""
+        request = self.leases.next_request()
+        assert request is not None
+        request.served_s = request.resumed_s = request.searched_s = now_s
+        waited_s, move_s = max(0.0, now_s - request.asked_s), request.arrival_s
+        request.receipt = self.last_wait = Receipt(waited_s, max(0.0, waited_s - move_s), request.arrival, move_s)
+        self.asked_warm_s = request.keep_warm_s
+        self.leases.holder = request
+        request.answer()
+        return request
 
     def is_settled(self) -> bool:
         """Returns whether no move is running."""

@@ -229,6 +229,10 @@ class MoveRunner:
             managed.health.broken = False
         if task.arrives:
             memory.size_bytes, memory.shortfall_bytes = memory.device_bytes, 0
+            managed.asked_warm_s = None
+            for request in managed.leases.waiting():
+                request.arrival = "load" if task.move.via is State.LOADING else "restore"
+                request.arrival_s += now_s - max(task.started_s, request.asked_s)
             if managed.wishes.prefetch or times.idle_since_s is None or task.move.via is State.LOADING:
                 times.idle_since_s = now_s
             times.policy_paused_until_s = now_s + WARM_GRACE_S if managed.wishes.prefetch else -math.inf
@@ -236,6 +240,8 @@ class MoveRunner:
             if task.move.via is State.RESTORING:
                 managed.policy.brought_back(now_s - task.started_s)
         else:
+            idle_s = 0.0 if times.idle_since_s is None else now_s - times.idle_since_s
+            times.left_after_s = idle_s if idle_s < (managed.asked_warm_s or 0.0) else 0.0
             for other in self._dispatcher.managed_models.values():
                 other.memory.shortfall_bytes = max(0, other.memory.shortfall_bytes - memory.size_bytes)
 

@@ -72,7 +72,7 @@ def next_deadline(managed: ManagedModel, now_s: float, separate: bool) -> float:
     if managed.leases.in_use or managed.times.idle_since_s is None or managed.settled_state is State.RELEASED:
         return math.inf
     earliest_s, deadline_s = max(now_s, managed.times.policy_paused_until_s), math.inf
-    for edges in (*managed.policy.windows(), (managed.policy.idle_timeout_s,)):
+    for edges in (*managed.windows(), (managed.policy.idle_timeout_s,)):
         for edge_s in edges:
             time_s = max(managed.times.idle_since_s + edge_s, earliest_s)
             if time_s < deadline_s and _due_move(managed, time_s, separate):
@@ -84,7 +84,7 @@ def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | Non
     since_s = managed.times.idle_since_s
     if managed.settled_state is State.RELEASED or since_s is None or now_s < managed.times.policy_paused_until_s:
         return None
-    windows = managed.policy.windows()
+    windows = managed.windows()
     # Keep-warm takes precedence over a shorter idle timeout.
     if now_s >= since_s + max(managed.policy.idle_timeout_s, windows[-1][1]):
         return move_towards(managed, State.RELEASED, separate)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 NEVER = math.inf
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_KEEP_ALIVE_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SPAN = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
 _LONGEST_S = 100_000 * 3600.0
 """Eleven years: a longer duration is a mistake."""
 
@@ -40,13 +42,44 @@ def seconds(value: float | str, endless: tuple[str, str] = ("never", "永不")) 
     if 0 <= given_s <= _LONGEST_S:
         return float(given_s)
     if given_s > _LONGEST_S:
-        raise InvalidInput(
-            f"{value!r} is too long: give at most 100000h, or -1 for {endless[0]}",
-            f"{value!r} 太长：最长为 100000h；-1 表示{endless[1]}",
-        )
+        raise _too_long(value, endless)
     raise InvalidInput(
         f"{value!r} is not a valid duration: give seconds or 90s, 15m, 1h; -1 means {endless[0]}",
         f"{value!r} 不是有效的时长：请写秒数，或 90s、15m、1h；-1 表示{endless[1]}",
+    )
+
+
+def keep_alive_seconds(value: float | str) -> float:
+    """Parses Ollama's ``keep_alive``: how long a model stays on the device after one request.
+
+    Seconds (``300``, ``"300"``), or spans as in Go: ``"300ms"``, ``"5m"``, ``"1h30m"``. Negative values are `math.inf`:
+    until another request or a person says otherwise. Raises `InvalidInput` for other values, including NaN and bools.
+    """
+    given_s = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if isinstance(value, str):
+        text = value.strip().lower()
+        text = f"{text}s" if re.fullmatch(r"[+-]?[0-9.]+", text) else text
+        if re.fullmatch(f"[+-]?({_SPAN})+", text):
+            given_s = sum(float(count) * _KEEP_ALIVE_UNITS_S[unit] for count, unit in re.findall(_SPAN, text))
+            given_s = -given_s if text[0] == "-" else given_s
+    if given_s < 0 or value == NEVER:
+        return NEVER
+    if given_s <= _LONGEST_S:
+        return abs(float(given_s))
+    if given_s > _LONGEST_S:
+        raise _too_long(value, ("no limit", "无限期"))
+    raise InvalidInput(
+        f"{value!r:.40} is not a valid keep_alive: give seconds, or 300ms, 90s, 5m, 1h30m; 0: leave at once; "
+        f"-1: until the next request or offload",
+        f"{value!r:.40} 不是有效的 keep_alive：请写秒数，或 300ms、90s、5m、1h30m；0 表示立即离开，"
+        f"-1 表示直到下一次请求或卸载",
+    )
+
+
+def _too_long(value: float | str, endless: tuple[str, str]) -> InvalidInput:
+    return InvalidInput(
+        f"{value!r:.40} is too long: give at most 100000h, or -1 for {endless[0]}",
+        f"{value!r:.40} 太长：最长为 100000h；-1 表示{endless[1]}",
     )
 
 

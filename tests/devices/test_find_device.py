@@ -18,7 +18,7 @@ import torch
 
 from residency.contracts import Memory, Telemetry
 from residency.devices import CpuDevice, CudaDevice, cuda, find_device
-from residency.devices.card_probes import TorchProbe
+from residency.devices.card_probes import EnergyMeter, TorchProbe
 from residency.errors import OnAnotherDevice
 
 GIB = 1 << 30
@@ -253,6 +253,43 @@ def test_tensors_on_another_gpu_than_the_managed_one_are_refused(torch_version, 
     assert [device.holds_tensor(tensor(where)) for where in ("cpu", "cuda:0")] == [False, True]
     with pytest.raises(OnAnotherDevice, match=r"cuda:1.*CUDA_VISIBLE_DEVICES=0"):
         device.holds_tensor(tensor("cuda:1"))
+
+
+class TestEnergy:
+    """What the card has drawn since it was found."""
+
+    def test_the_cards_counter_is_read_and_a_reloaded_driver_begins_again(self, torch_version, monkeypatch) -> None:
+        FakeNvml(monkeypatch, [])
+        torch_version("2.13.0+cu130")
+        drawn_mj = [5_000_000]
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: drawn_mj[0])
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: 60_000)
+        device = CudaDevice.find()
+        assert device is not None
+        assert device.telemetry() == Telemetry(0, 60.0, 0.0)
+        drawn_mj[0] += 7_200_000  # 2 Wh
+        assert device.telemetry().energy_wh == 2
+        drawn_mj[0] = 1_000
+        assert device.telemetry().energy_wh == 2
+        drawn_mj[0] += 3_600_000
+        assert device.telemetry().energy_wh == 3
+
+    def test_without_a_counter_the_power_at_each_reading_is_added_up(self) -> None:
+        meter = EnergyMeter()
+        assert meter.read(0, None, 100) == 0
+        assert meter.read(1800, None, 300) == 100
+        assert meter.read(3600, None, None) is None
+        assert meter.read(7200, None, 300) == 100, "nobody knows what was drawn in between"
+        assert meter.read(10_800, None, 300) == 400
+
+    def test_a_counter_that_fails_for_a_moment_loses_nothing(self) -> None:
+        meter = EnergyMeter()
+        assert meter.read(0, 3600, 1000) == 0
+        assert meter.read(3600, None, 1000) == 0
+        assert meter.read(7200, 2 * 3600, 1000) == 1
+
+    def test_a_card_that_tells_neither_has_drawn_an_unknown_amount(self) -> None:
+        assert EnergyMeter().read(0, None, None) is None
 
 
 @pytest.mark.parametrize("sign", ["gpu_manager", "from residency.workers.fork_server import main"])

@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import Client, Gate, Worker, Workshop, after
+from fakes import Client, FakeResident, Gate, Worker, Workshop, after
 
 from gpu_manager import CpuDevice, GPUResourceManager, LoadTimeout, ModelBusy, RequestTimeout, SimulatedDevice
 from residency.clock import ManualClock, SystemClock
 from residency.contracts import Memory
-from residency.observability.history import RECENT_MOVES, WINDOW_S, DeviceHistory, Histogram, History, PastMove
+from residency.observability.history import (
+    RECENT_MOVES,
+    WINDOW_S,
+    DeviceHistory,
+    GivenBack,
+    Histogram,
+    History,
+    PastMove,
+)
 from residency.states import Move, State
 
 UP, DOWN = Move("tts", State.HOST, State.DEVICE), Move("tts", State.DEVICE, State.HOST)
@@ -65,6 +73,80 @@ class TestWindow:
         shown = [nbytes for _, nbytes in history.as_dict(20, "cuda")["device_bytes"]]
         assert max(shown) == 900
         assert shown[-1] == (900 if steps == 1 else 7)
+
+
+class TestGivenBack:
+    """Bytes times hours that a model did not use on the device."""
+
+    def test_each_size_counts_until_the_next(self) -> None:
+        given_back = GivenBack()
+        assert given_back.byte_hours(1e9) == 0
+        given_back.note(3600, 100)
+        given_back.note(3600 + 1800, 30)
+        given_back.note(7200, -5)
+        assert given_back.byte_hours(7200) == given_back.byte_hours(1e9) == 65
+
+    def test_a_manager_counts_from_the_first_load_while_the_model_is_elsewhere(
+        self, clock: ManualClock, workshop: Workshop
+    ) -> None:
+        with GPUResourceManager(SimulatedDevice(1 << 30), clock=clock, adopt=workshop.adopt) as manager:
+            manager.register("tts", workshop.load, keep_warm=1800, size_bytes=100)
+
+            def hours() -> float | None:
+                return manager.history()["models"]["tts"]["totals"]["given_back_byte_hours"]
+
+            clock.advance(3600)
+            workshop.fail_next = OSError("no weights")
+            with suppress(OSError), manager.lease("tts"):
+                pass
+            clock.advance(3600)
+            assert hours() == 0, "it has never been there"
+            with manager.lease("tts"):
+                clock.advance(3600)
+            clock.advance(900)
+            assert hours() == 0, "it is there"
+            manager.offload("tts")
+            clock.advance(360)
+            assert hours() == 10
+            workshop.resident.gates["restore"] = gate = Gate()
+            manager.warm("tts")
+            gate.wait_for_arrival()
+            clock.advance(3600)
+            assert hours() == 10, "what arrives takes its memory already"
+            gate.open()
+            assert manager.wait_for("tts", State.DEVICE)
+            manager.release("tts")
+            clock.advance(360)
+            assert hours() == 20
+            workshop.fail_next = OSError("no weights")
+            with suppress(OSError), manager.lease("tts"):
+                pass
+            clock.advance(360)
+            assert hours() == 30
+
+    def test_what_an_offload_leaves_there_is_not_given_back(self, clock: ManualClock, workshop: Workshop) -> None:
+        class Partly(FakeResident):
+            @property
+            def device_bytes(self) -> int:
+                return 100 if self.place == "device" else 25
+
+        with GPUResourceManager(
+            SimulatedDevice(1 << 30), clock=clock, adopt=lambda engine, device, managed: Partly()
+        ) as manager:
+            manager.register("tts", workshop.load)
+            with manager.lease("tts"):
+                pass
+            clock.advance(3600)
+            assert manager.history()["models"]["tts"]["totals"]["given_back_byte_hours"] == 75
+
+    def test_a_cpu_gets_nothing_back(self, clock: ManualClock, workshop: Workshop) -> None:
+        with GPUResourceManager(CpuDevice(), clock=clock, adopt=workshop.adopt) as manager:
+            manager.register("tts", workshop.load)
+            with manager.lease("tts"):
+                pass
+            manager.release("tts")
+            clock.advance(3600)
+            assert manager.history()["models"]["tts"]["totals"]["given_back_byte_hours"] is None
 
 
 class TestCard:

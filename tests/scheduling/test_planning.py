@@ -243,6 +243,32 @@ def test_the_idle_timeout_waits_for_the_last_window() -> None:
     assert next_step(late, 120, separate=True) == Move("m", State.DEVICE, State.RELEASED)
 
 
+def test_a_request_that_asked_for_its_own_time_comes_before_the_policy() -> None:
+    policy = Windows(((0.0, 5.0), (40.0, 60.0)), keep_warm_s=5.0)
+    on, off = (managed(state, policy=policy, asked_warm_s=20.0) for state in (State.DEVICE, State.HOST))
+    assert (on.keep_warm_s, on.windows(), next_deadline(on, 0, separate=True)) == (20, ((0.0, 20.0),), 20)
+    assert next_step(on, 20, separate=True) == Move("m", State.DEVICE, State.HOST)
+    assert next_step(off, 50, separate=True) is None
+    assert next_deadline(off, 0, separate=True) == 100
+    off.times.left_after_s = 15.0  # before its 20 seconds had passed
+    assert next_deadline(off, 0, separate=True) == 115
+
+
+@pytest.mark.parametrize(
+    ("keep_warm_s", "asked_warm_s", "stays"),
+    [(math.inf, None, True), (math.inf, math.inf, True), (math.inf, 300.0, False), (10.0, math.inf, False)],
+)
+def test_only_the_policy_keeps_a_model_from_those_that_need_room(
+    keep_warm_s: float, asked_warm_s: float | None, stays: bool
+) -> None:
+    new, model = managed(State.HOST, name="new", size_bytes=60), managed(State.DEVICE, keep_warm_s, size_bytes=60)
+    model.asked_warm_s = asked_warm_s
+    ask(new)
+    assert model.stays == stays
+    assert room_for(new, [new, model], 100).hopeless == stays
+    assert over_budget([model], 50) == ([] if stays else [Move("m", State.DEVICE, State.HOST)])
+
+
 WINDOWS = st.lists(st.integers(0, 200), min_size=1, max_size=6, unique=True).map(
     lambda edges: ((0.0, float(min(edges))), *zip(*[iter(map(float, sorted(edges)[1:]))] * 2, strict=False))
 )
@@ -251,6 +277,7 @@ WINDOWS = st.lists(st.integers(0, 200), min_size=1, max_size=6, unique=True).map
 @given(
     st.sampled_from(SETTLED), WINDOWS, st.sampled_from([0.0, 7.5, 100.0, math.inf]),
     st.sampled_from([-math.inf, 50.0, 500.0]), st.booleans(), st.floats(0, 300), st.booleans(),
+    st.sampled_from([None, 0.0, 30.0, 200.0, math.inf]), st.sampled_from([0.0, 20.0, 150.0]),
 )  # fmt: skip
 def test_a_deadline_is_exactly_when_a_step_becomes_due(
     state: State,
@@ -260,10 +287,12 @@ def test_a_deadline_is_exactly_when_a_step_becomes_due(
     separate: bool,
     now_s: float,
     moved_away_by_hand: bool,
+    asked_warm_s: float | None,
+    left_after_s: float,
 ) -> None:
     model = managed(
         state, policy=Windows(windows, idle_timeout_s), policy_paused_until_s=paused_until_s,
-        moved_away_by_hand=moved_away_by_hand, idle_since_s=0.1,
+        moved_away_by_hand=moved_away_by_hand, idle_since_s=0.1, asked_warm_s=asked_warm_s, left_after_s=left_after_s,
     )  # fmt: skip
     deadline = next_deadline(model, now_s, separate)
     assert deadline >= now_s

@@ -10,7 +10,15 @@ import pytest
 from residency.contracts import Policy
 from residency.errors import InvalidInput
 from residency.scheduling.adaptive import AdaptivePolicy
-from residency.scheduling.policies import FixedPolicy, change_policy, check_counts, make_policy, policy_for, seconds
+from residency.scheduling.policies import (
+    FixedPolicy,
+    change_policy,
+    check_counts,
+    keep_alive_seconds,
+    make_policy,
+    policy_for,
+    seconds,
+)
 
 
 @dataclass
@@ -69,6 +77,38 @@ def test_what_is_too_long_says_what_is_not(value: object) -> None:
     with pytest.raises(InvalidInput, match="at most 100000h, or -1 for never"):
         seconds(value)  # type: ignore[arg-type]
     assert seconds("100000h") == 3.6e8
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("5m", 300), ("24h", 86400), ("1h30m", 5400), ("1h30m5.5s", 5405.5), ("300ms", 0.3), ("10us", 1e-5),
+     ("10µs", 1e-5), ("10μs", 1e-5), ("10ns", 1e-8), (" 2H ", 7200), (".5s", 0.5), ("1.s", 1), ("+5m", 300),
+     (0, 0), ("0", 0), ("-0", 0), (90, 90), (2.5, 2.5), ("90", 90), ("2.5", 2.5), (-1, math.inf), (-0.5, math.inf),
+     ("-1", math.inf), ("-1m", math.inf), ("-1.5h2s", math.inf), (-(10**400), math.inf), (math.inf, math.inf),
+     ("100000h", 3.6e8)],
+)  # fmt: skip
+def test_what_ollama_takes_as_keep_alive(value: float | str, expected: float) -> None:
+    parsed = keep_alive_seconds(value)
+    assert parsed == pytest.approx(expected)
+    assert math.copysign(1, parsed) == 1
+    assert keep_alive_seconds(parsed) == parsed
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", " ", "s", "-", ".", "soon", "1d", "5 m", "1m30", "1h-5m", "--1", "1e3", "inf", "nan", "٣s", math.nan, True,
+     False, None, [], "1s" * 50_000 + "x"],
+)  # fmt: skip
+def test_what_is_no_keep_alive_says_what_would_be(value: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"1h30m; 0: leave at once; -1: until") as caught:
+        keep_alive_seconds(value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["100001h", 1e12, 10**400, "9" * 5000, "99999h9999h"])
+def test_a_keep_alive_of_centuries_is_a_mistake(value: Any) -> None:
+    with pytest.raises(InvalidInput, match="at most 100000h, or -1 for no limit"):
+        keep_alive_seconds(value)
 
 
 def test_a_fixed_policy_has_one_window_and_learns_nothing() -> None:

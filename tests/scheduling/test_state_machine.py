@@ -27,13 +27,16 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 NAMES = st.sampled_from(["tts", "asr"])
 TIMES = st.sampled_from([0.0, 5.0, 30.0, 90.0, 400.0, 700.0])
+OWN_TIMES = st.sampled_from([None, None, None, 0.0, 60.0, 1000.0, math.inf])
 
 
 class Client:
     """A request in a thread of its own, which stays until it is told to leave."""
 
-    def __init__(self, manager: GPUResourceManager, name: str, timeout: float | None) -> None:
-        self.lease = manager.lease(name, timeout)
+    def __init__(
+        self, manager: GPUResourceManager, name: str, timeout: float | None, keep_warm: float | None = None
+    ) -> None:
+        self.lease, self.keep_warm_s = manager.lease(name, timeout, keep_warm=keep_warm), keep_warm
         self.gives_up_s = math.inf if timeout is None else manager._dispatcher.clock.now() + timeout
         self.inside = Gate()
         self.discards = False
@@ -49,10 +52,15 @@ class Client:
 
 @dataclass
 class Reference:
-    """What a model should be like. ``line`` are its requests; the first one holds it."""
+    """What a model should be like. ``line`` are its requests; the first one holds it.
+
+    ``own_s``: how long the last one that held it wanted it to stay; ``left_after_s``: when it left before that.
+    """
 
     place: str = "released"
     keep_warm_s: float = 0.0
+    own_s: float | None = None
+    left_after_s: float = 0.0
     idle_timeout_s: float = 600.0
     idle_since_s: float | None = None
     paused_until_s: float = -math.inf
@@ -91,13 +99,14 @@ class Reference:
             return wrong
         if came_from == "released":
             self.idle_since_s = now_s
-        self.paused_until_s = -math.inf
+        self.paused_until_s, self.own_s = -math.inf, None
         return None
 
     def go_down(self, place: str, now_s: float) -> str | None:
         if self.place == "released" or self.place == place:
             return None
-        wrong = self.move(place)
+        wrong, idle_s = self.move(place), now_s - (now_s if self.idle_since_s is None else self.idle_since_s)
+        self.left_after_s = idle_s if not wrong and idle_s < (self.own_s or 0) else 0.0
         if wrong:
             self.paused_until_s = now_s + RETRY_AFTER_S
         return wrong
@@ -113,9 +122,12 @@ class Reference:
             self.move("released")
         if self.idle_since_s is None or now_s < self.paused_until_s:
             return
-        if now_s >= self.idle_since_s + max(self.idle_timeout_s, self.keep_warm_s):
+        warm_s = self.keep_warm_s if self.own_s is None else self.own_s
+        early = self.own_s is not None and self.place == "host"
+        until_s = self.left_after_s + self.idle_timeout_s if early else warm_s
+        if now_s >= self.idle_since_s + max(self.idle_timeout_s, until_s):
             self.go_down("released", now_s)
-        elif self.place == "device" and now_s >= self.idle_since_s + self.keep_warm_s:
+        elif self.place == "device" and now_s >= self.idle_since_s + warm_s:
             self.go_down("host", now_s)
 
 
@@ -131,10 +143,10 @@ class Lives(RuleBasedStateMachine):
 
     # -- rules --------------------------------------------------------------------------------------------------
 
-    @rule(name=NAMES, timeout=st.sampled_from([None, None, 20.0, 100.0]))
-    def request(self, name: str, timeout: float | None) -> None:
+    @rule(name=NAMES, timeout=st.sampled_from([None, None, 20.0, 100.0]), keep_warm=OWN_TIMES)
+    def request(self, name: str, timeout: float | None, keep_warm: float | None) -> None:
         reference, managed = self.references[name], self.manager._managed_models[name]
-        client = Client(self.manager, name, timeout)
+        client = Client(self.manager, name, timeout, keep_warm)
         if reference.line:
             reference.line.append(client)
             assert await_that(
@@ -145,6 +157,7 @@ class Lives(RuleBasedStateMachine):
                 client.worker.result()
         else:
             reference.line.append(client)
+            reference.own_s = keep_warm
             client.inside.wait_for_arrival()
         self.come_to_rest()
 
@@ -165,6 +178,7 @@ class Lives(RuleBasedStateMachine):
                 reference.go_down(asked, now_s)
             wrong = reference.arrive(now_s)
             if not wrong:
+                reference.own_s = reference.line[0].keep_warm_s
                 reference.line[0].inside.wait_for_arrival()
             for refused in reference.line if wrong else []:
                 with pytest.raises(OSError, match=wrong):
@@ -237,7 +251,7 @@ class Lives(RuleBasedStateMachine):
     def configure(self, name: str, keep_warm: float, idle_timeout: float) -> None:
         reference = self.references[name]
         self.manager.configure(name, keep_warm=keep_warm, idle_timeout=idle_timeout)
-        reference.keep_warm_s, reference.idle_timeout_s = keep_warm, idle_timeout
+        reference.keep_warm_s, reference.idle_timeout_s, reference.own_s = keep_warm, idle_timeout, None
         self.come_to_rest()
 
     @rule(name=NAMES)
@@ -278,6 +292,8 @@ class Lives(RuleBasedStateMachine):
             shown = {"gpu": "device", "cpu": "host", "released": "released"}[status["state"]]
             assert (name, shown) == (name, reference.place)
             assert len(self.shops[name].engines) == reference.loads
+            warm_s = reference.keep_warm_s if reference.own_s is None else reference.own_s
+            assert status["keep_warm_s"] == (-1 if warm_s == math.inf else warm_s)
             assert status["leases"] + status["waiting"] == len(reference.line)
             assert status["pending"] == {None: None, "host": "offload", "released": "release"}[reference.asked]
             assert managed.health.broken is reference.broken

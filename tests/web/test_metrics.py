@@ -5,6 +5,8 @@ from fakes import Workshop
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_manager import CpuDevice, GPUResourceManager
+from residency.clock import ManualClock
+from residency.contracts import Telemetry
 from residency.web.api.metrics import exposition
 
 
@@ -60,6 +62,25 @@ def test_what_nobody_knows_is_left_out() -> None:
             "gpu_manager_gpu_free_bytes",
             "gpu_manager_gpu_power_watts",
         }
+
+
+def test_what_was_given_back_is_a_counter(manager: GPUResourceManager, workshop: Workshop, clock: ManualClock) -> None:
+    assert samples(manager)[key("given_back_byte_hours_total")] == 0
+    with manager.lease("tts"):
+        pass
+    clock.advance(1800)
+    assert samples(manager)[key("given_back_byte_hours_total")] == workshop.nbytes / 2
+    with GPUResourceManager(CpuDevice(), adopt=workshop.adopt) as on_cpu:
+        on_cpu.register("tts", workshop.load)
+        assert key("given_back_byte_hours_total") not in samples(on_cpu)
+
+
+def test_the_energy_of_the_card_is_a_counter_if_it_is_known(
+    manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not [name for name, _ in samples(manager) if "watt" in name]
+    monkeypatch.setattr(manager.device, "telemetry", lambda: Telemetry(None, 60.0, 12.5))
+    assert samples(manager)["gpu_manager_gpu_watt_hours_total", frozenset()] == 12.5
 
 
 def test_workers_have_sizes_of_their_own(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,11 +228,43 @@ def test_times_are_shown_as_they_were_set(manager: GPUResourceManager) -> None:
     assert "保持在 GPU：请求后立即离开 · 空闲多久后释放：15 min" in views.stay_html(manager.status(), zh)
 
 
+def test_a_time_that_a_request_asked_for_is_shown_as_such(manager: GPUResourceManager) -> None:
+    manager.configure("tts", keep_warm="auto")
+    for keep_warm, english, chinese in (
+        (300, "5 min (as the last request asked)", "5 min（按上次请求）"),
+        (-1, "always (as the last request asked)", "一直（按上次请求）"),
+        (0, "leaves right after a request (as the last request asked)", "请求后立即离开（按上次请求）"),
+    ):
+        with manager.lease("tts", keep_warm=keep_warm):
+            pass
+        assert f"Keep warm<b>{english}" in views.model_html("tts", manager.status(), en)
+        assert chinese in views.stay_html(manager.status(), zh)
+
+
+def test_the_wait_of_the_last_request_is_shown_from_the_first_on(manager: GPUResourceManager) -> None:
+    assert "Last request" not in views.model_html("tts", manager.status(), en)
+    status = manager.status()
+    status["models"]["tts"]["last_wait"] = {"waited_s": 2.1, "queue_s": 0.5, "move": "restore", "move_s": 1.6}
+    shown = views.model_html("tts", status, en)
+    assert "Last request: waited 2.1 s: 1.6 s for the model's return to the simulated GPU, 0.5 s for other" in shown
+    assert "上次请求：等待 2.1 秒：模型恢复到模拟显存 1.6 秒，其他请求或搬移 0.5 秒" in views.model_html(
+        "tts", status, zh
+    )
+
+
 def test_a_model_that_was_unregistered_is_shown_no_more(manager: GPUResourceManager) -> None:
     assert views.model_html("asr", manager.status(), en) == ""
 
 
 class TestPast:
+    def test_what_was_given_back_is_one_line(self, manager: GPUResourceManager) -> None:
+        history = manager.history()
+        history["models"]["tts"]["totals"]["given_back_byte_hours"] = 12.4 * GB
+        assert "Simulated GPU memory given back so far: 12.4 GB·h" in views.past_html(history, "simulated", en)
+        assert "迄今归还的显存：12.4 GB·h" in views.past_html(history, "cuda", zh)
+        history["models"]["tts"]["totals"]["given_back_byte_hours"] = None
+        assert "given back" not in views.past_html(history, "cpu", en)
+
     def used(self, manager: GPUResourceManager, clock: ManualClock) -> dict[str, Any]:
         with manager.lease("tts"):
             clock.advance(30)

@@ -66,6 +66,8 @@ class _Collector(Collector):
             for state in STATES:
                 states.add_metric((name, state), model["state"] == state)
         yield states
+        if (energy_wh := device["energy_wh"]) is not None:
+            yield CounterMetricFamily("gpu_manager_gpu_watt_hours", "Energy that the GPU has drawn.", energy_wh)
         for metric, field, help_text in _OF_ONE_MODEL:
             gauge = GaugeMetricFamily(f"gpu_manager_{metric}", help_text, labels=("model",))
             for name, model in models.items():
@@ -89,6 +91,9 @@ class _Collector(Collector):
     def _past(self) -> Iterator[Metric]:
         moves = CounterMetricFamily("gpu_manager_moves", "Ended moves.", labels=("model", "from", "to", "outcome"))
         requests = CounterMetricFamily("gpu_manager_requests", "Ended requests.", labels=("model", "outcome"))
+        given_back = CounterMetricFamily(
+            "gpu_manager_given_back_byte_hours", "Size of the model minus its GPU memory, by time.", labels=("model",)
+        )
         histograms = {
             name: HistogramMetricFamily(f"gpu_manager_{name}", help_text, labels=("model",))
             for name, help_text in _HISTOGRAMS
@@ -103,8 +108,10 @@ class _Collector(Collector):
                 moves.add_metric((name, *labels), count)
             for outcome, count in (dict.fromkeys(OUTCOMES, 0) | totals["requests"]).items():
                 requests.add_metric((name, outcome), count)
+            if (byte_hours := totals["given_back_byte_hours"]) is not None:
+                given_back.add_metric((name,), byte_hours)
             for metric, histogram in histograms.items():
                 measured = totals[metric]  # type: ignore[literal-required]
                 buckets = [(str(bound), float(count)) for bound, count in measured["buckets"]]
                 histogram.add_metric((name,), buckets, measured["sum"])
-        yield from (*histograms.values(), moves, requests)
+        yield from (*histograms.values(), moves, requests, given_back)

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from ...contracts import Time
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
-
-Time = float | str | None
 
 
 class QueuedLease(Protocol):

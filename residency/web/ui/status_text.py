@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ... import sentences as shared
+from ...receipts import Receipt
 from ...states import State
-from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, MoveProgress, Status
-from ...units import readable_bytes, readable_rate
+from ...status_types import DeviceStatus, LastMove, ListedMove, ModelStatus, MoveProgress, Status, UsageHistory
+from ...units import UNITS_BYTES, readable_bytes, readable_rate
 from ..shared.language import Localize, both, bracketed, mark, of_device, translated
 from . import worker_text
 
@@ -306,6 +307,26 @@ def last_move(model: ModelStatus, device_kind: str, localize: Localize) -> str:
     return mark(",", localize).join(facts)
 
 
+def last_wait(model: ModelStatus, device_kind: str, localize: Localize) -> str:
+    """Returns how long the last request waited for the model, and why; empty before the first."""
+    if model["last_wait"] is None:
+        return ""
+    sentence = Receipt(**model["last_wait"]).sentence()
+    words = of_device((sentence.zh, sentence.en), device_kind, localize)
+    return f"{localize('上次请求', 'Last request')}{mark(':', localize)}{words}"
+
+
+def given_back(history: UsageHistory, device_kind: str, localize: Localize) -> str:
+    """Returns the memory that all models have given back, in GB x hours; empty for the CPU."""
+    totals = [past["totals"]["given_back_byte_hours"] for past in history["models"].values()]
+    if not totals or None in totals:
+        return ""
+    gb_hours = f"{sum(filter(None, totals)) / UNITS_BYTES['GB']:.3g} GB·h"
+    return of_device(
+        (f"迄今归还的显存：{gb_hours}", f"GPU memory given back so far: {gb_hours}"), device_kind, localize
+    )
+
+
 def as_text(status: Status, localize: Localize = both) -> str:
     """Returns the status as a few lines of plain text."""
     device = status["device"]
@@ -321,6 +342,7 @@ def as_text(status: Status, localize: Localize = both) -> str:
         values = mark(",", localize).join(f"{label} {value}" for label, value in facts)
         lines += [f"{name}{colon}{state_in_words(model['state'], kind, localize)}{bracketed(values, localize)}"]
         sentences = [activity(model, localize), holder(model, localize), course(model, kind, localize)]
+        sentences += [last_wait(model, kind, localize)]
         sentences += [why_less_in_memory(model, localize), worker_text.what_is_left(model, status, localize)]
         lines += [*filter(None, sentences), *remarks(model, localize)]
     return "\n".join([*lines, *notes(device, localize), *trouble(status, localize)])

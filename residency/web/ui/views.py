@@ -135,7 +135,8 @@ def model_html(name: str, status: Status, localize: Localize) -> str:
     done = status_text.share(model["progress"]) if model["progress"] else None
     bar = "" if done is None else f"<div class='gpu-bar'><i style='width:{100 * done:.1f}%'></i></div>"
     facts = _facts(model, on_the_card(status)[name], kind, localize)
-    left = _line(status_text.why_less_in_memory(model, localize))
+    left = _line(status_text.last_wait(model, kind, localize))
+    left += _line(status_text.why_less_in_memory(model, localize))
     left += _line(worker_text.what_is_left(model, status, localize))
     return (
         f"<div class='gpu-head'><b>{safe_name}</b>"
@@ -161,7 +162,7 @@ def stay_html(status: Status, localize: Localize) -> str:
 
 
 def past_html(history: UsageHistory, device_kind: str, localize: Localize) -> str:
-    """Returns the chart of the last 15 minutes, and a table of the last moves."""
+    """Returns the chart of the last 15 minutes, the memory given back, and a table of the last moves."""
     models = history["models"]
     moves = sorted(
         ((move["ago_s"], name, move) for name, past in models.items() for move in past["moves"]),
@@ -176,7 +177,7 @@ def past_html(history: UsageHistory, device_kind: str, localize: Localize) -> st
     )
     head = "".join(f"<th>{localize(*pair)}</th>" for pair in _COLUMNS)
     table = f"<table class='gpu-moves'><tr>{head}</tr>{rows}</table>" if rows else ""
-    return chart(history, device_kind, localize) + table
+    return chart(history, device_kind, localize) + _line(status_text.given_back(history, device_kind, localize)) + table
 
 
 def _holder(model: ModelStatus, localize: Localize) -> str:
@@ -215,11 +216,13 @@ def _facts(model: ModelStatus, device_bytes: int, device_kind: str, localize: Lo
 
 
 def _keep_warm(model: ModelStatus, localize: Localize) -> str:
-    seconds, automatic = model["keep_warm_s"], model["policy"] == "auto"
-    if seconds == 0 and not automatic:
-        return localize("请求后立即离开", "leaves right after a request")
+    seconds, asked = model["keep_warm_s"], model["keep_warm_by"] == "request"
     stays = localize("一直", "always") if seconds == -1 else status_text.readable_seconds(seconds)
-    return localize("自动", "auto") + bracketed(stays, localize) if automatic else stays
+    if model["policy"] == "auto" and not asked:
+        return localize("自动", "auto") + bracketed(stays, localize)
+    if seconds == 0:
+        stays = localize("请求后立即离开", "leaves right after a request")
+    return stays + bracketed(localize("按上次请求", "as the last request asked"), localize) if asked else stays
 
 
 def chart(history: UsageHistory, device_kind: str, localize: Localize) -> str:
