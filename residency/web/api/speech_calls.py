@@ -343,10 +343,11 @@ def _server_timing(leases: list[Any]) -> str:
     receipt = next((found for lease in leases if (found := getattr(lease, "receipt", None))), None)
     if receipt is None:
         return ""
-    parts = {"wait": receipt.waited_s, "queue": receipt.queue_s}
+    parts = [f'wait;dur={1000 * receipt.waited_s:.1f};desc="{receipt.sentence().en}"']
+    parts += [f"queue;dur={1000 * receipt.queue_s:.1f}"]
     if receipt.move:
-        parts[receipt.move] = receipt.move_s
-    return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items())
+        parts += [f"{receipt.move};dur={1000 * receipt.move_s:.1f}"]
+    return ", ".join(parts)
 
 
 def _facts(voice: Voice) -> VoiceFacts:
