@@ -24,8 +24,10 @@ from residency.launch.settings import Settings, parse
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
     from residency.contracts import Engine
+    from residency.web.api.speech_calls import SpeechCalls
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
+    from residency.web.server.api_keys import ApiKeys
 
 __all__ = ["EditxTab", "main"]
 
@@ -95,13 +97,11 @@ def _serve(settings: Settings, signals: Signals) -> None:
     chosen = _engine(settings)
     from residency.addresses import serving
     from residency.web.api.control import build as build_api
-    from residency.web.api.speech_calls import Slots, SpeechCalls
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
     from residency.web.server.api_keys import ApiKeys
     from residency.web.server.hosts import Hosts
     from residency.web.server.permissions import Permissions
-    from residency.web.speech.speaking import Speaker
 
     manager = _manager(settings) if settings.enable_gpu_management else None
     engine = _managed(settings, manager, chosen) if manager else chosen.build(_torch_device(None))
@@ -113,12 +113,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     page = Page(tab, manager, permissions, settings.max_upload)
     signed_in = page.signed_in if settings.auth else None
     keys = ApiKeys(settings.api_keys, permissions, signed_in)
-    watching = manager.watching if manager else tab.watching
-    tab.voices.sweep()
-    speaker = Speaker(tab.speech, tab.voices)
-    name = "builtin" if settings.engine == "builtin" else "step-audio-editx"
-    slots = Slots(settings.max_requests)
-    speech = SpeechCalls(tab.speech, speaker, tab.recordings, keys, name, slots, watching, manager is not None)
+    speech = _speech_calls(settings, tab, keys)
     news = tab.panel.news if tab.panel else None
     api = build_api(manager, permissions, news, signed_in, lambda: page.serves, speech)
     names = (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or "")
@@ -146,6 +141,25 @@ def _serve(settings: Settings, signals: Signals) -> None:
     finally:
         signals.disable_interrupt()
         _end(page, manager, settings.shutdown_grace)
+
+
+def _speech_calls(settings: Settings, tab: EditxTab, keys: ApiKeys) -> SpeechCalls:
+    from residency.scheduling.policies import keep_alive_seconds
+    from residency.web.api.slots import Slots
+    from residency.web.api.speech_calls import SpeechCalls
+    from residency.web.speech.speaking import Speaker
+
+    tab.voices.sweep()
+    return SpeechCalls(
+        service=tab.speech,
+        speaker=Speaker(tab.speech, tab.voices),
+        recordings=tab.recordings,
+        keys=keys,
+        model="builtin" if settings.engine == "builtin" else "step-audio-editx",
+        slots=Slots(settings.max_requests),
+        watching=tab.watching,
+        keep_alive=keep_alive_seconds,
+    )
 
 
 def _engine(settings: Settings) -> _Chosen:

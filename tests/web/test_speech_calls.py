@@ -17,8 +17,10 @@ from starlette.testclient import TestClient
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.errors import InvalidInput
+from residency.scheduling.policies import keep_alive_seconds
 from residency.web.api.control import build
-from residency.web.api.speech_calls import Slots, SpeechCalls
+from residency.web.api.slots import Slots
+from residency.web.api.speech_calls import SpeechCalls
 from residency.web.server.api_keys import ApiKeys
 from residency.web.server.permissions import Permissions
 from residency.web.speech.conversion import Limits
@@ -60,8 +62,9 @@ class Tones:
 class Served:
     """The calls and their parts."""
 
-    def __init__(self, folder: Path, *, managed: bool = True, recognize: Any = None, keys: Any = (), most: int = 8,
-                 limits: Limits | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, folder: Path, *, recognize: Any = None, keys: Any = (), most: int = 8, limits: Limits | None = None
+    ) -> None:
         self.tones = Tones()
         self.manager = GPUResourceManager(SimulatedDevice(1 << 30))
         engine: Any = GPUManagedTTS(None, manager=self.manager, load=lambda: self.tones, check_text=self._check)
@@ -71,7 +74,7 @@ class Served:
         permissions = Permissions("t0ken")
         calls = SpeechCalls(
             self.service, Speaker(self.service, self.voices), self.recordings, ApiKeys(keys, permissions), "tones",
-            Slots(most), self.manager.watching, managed,
+            Slots(most), self.manager.watching, keep_alive_seconds,
         )  # fmt: skip
         self.app = build(self.manager, permissions, speech=calls)
 
@@ -182,7 +185,6 @@ class TestSpeech:
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == stays
         speech(served)
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == 0
-
 
     def test_with_a_recording_of_its_own(self, served: Served, recording: str) -> None:
         audio = base64.b64encode(Path(recording).read_bytes()).decode()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,13 +13,10 @@ import soundfile
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from starlette.responses import Response
 
 from ...cancellation import current
 from ...errors import InvalidInput, NotAllowed
-from ...scheduling.policies import keep_alive_seconds
 from ..server.api_keys import ApiKeys
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
@@ -30,11 +24,11 @@ from ..speech.service import SpeechService
 from ..speech.speaking import Speaker
 from ..speech.voices import UnknownVoice, Voice, checked_name
 from .bodies import Upload, decoded, read_json, read_upload
-from .openai_errors import BadRequest, TooManyRequests, UnknownSpeechModel, WrongKey, refusal
+from .openai_errors import BadRequest, UnknownSpeechModel, WrongKey, refusal
+from .openai_route import REFUSALS, OpenAiRoute, form_body, form_or_json_body, json_body
 from .openai_schema import (
     DeletedVoice,
     Edit,
-    OpenAiError,
     Speech,
     SpeechModels,
     Transcript,
@@ -43,63 +37,13 @@ from .openai_schema import (
     Voices,
     VoiceSample,
 )
+from .slots import Slots
 from .streamed import Streamed, Work, Write
 
 OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
 OF_OPENAI_TRANSCRIBE = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
 _BLOCK_FRAMES = 1 << 16
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    code: {"model": OpenAiError, "description": description}
-    for code, description in {
-        400: "The request is invalid.",
-        401: "An API key is needed, or permission for changes.",
-        429: "Too many requests wait; `Retry-After` has the seconds until the next attempt.",
-        500: "The engine failed.",
-        503: "The model is not available in time, or the app is shutting down.",
-        507: "The server has no disk space left.",
-    }.items()
-}
-
-
-class _Route(APIRoute):
-    """A call whose errors have OpenAI's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        handle = super().get_route_handler()
-
-        async def handled(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except Exception as error:
-                return refusal(error)
-
-        return handled
-
-
-class Slots:
-    """At most ``most`` requests at a time. Thread-safe."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._lock = threading.Lock()
-        self._taken = 0
-        self._mean_s = 1.0
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Counts a request within this block; raises `TooManyRequests` if there are too many."""
-        with self._lock:
-            if self._taken >= self.most:
-                raise TooManyRequests(self.most, min(60, max(1, math.ceil(self._mean_s))))
-            self._taken += 1
-        began_s = time.monotonic()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._taken -= 1
-                self._mean_s += (time.monotonic() - began_s - self._mean_s) / 8
 
 
 @dataclass(eq=False)
@@ -110,7 +54,7 @@ class SpeechCalls:
         model: name of the engine in ``GET /v1/models``.
         slots: limit of requests that wait or run.
         watching: the manager's, or that of the queue of an engine without one.
-        may_keep: whether ``keep_alive`` has an effect, which needs a manager.
+        keep_alive: returns the seconds of a ``keep_alive``, which has an effect only with a manager.
     """
 
     service: SpeechService
@@ -120,7 +64,7 @@ class SpeechCalls:
     model: str
     slots: Slots
     watching: Callable[[Callable[[Any], object]], AbstractContextManager[None]]
-    may_keep: bool = False
+    keep_alive: Callable[[float | str], float]
     readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
 
     def __post_init__(self) -> None:
@@ -129,21 +73,21 @@ class SpeechCalls:
     def add_to(self, app: FastAPI) -> None:
         """Adds the calls to an application."""
         add = app.router.add_api_route
-        shared: dict[str, Any] = {"route_class_override": _Route, "responses": _REFUSALS}
+        shared: dict[str, Any] = {"route_class_override": OpenAiRoute, "responses": REFUSALS}
         add("/v1/models", self.models, response_model=SpeechModels, tags=["speech"], **shared)
         audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
         spoken: dict[str, Any] = {
             "response_class": Response, "response_model": None, "tags": ["speech"], "methods": ["POST"],
-            "route_class_override": _Route, "responses": {200: {"content": audio}, **_REFUSALS},
+            "route_class_override": OpenAiRoute, "responses": {200: {"content": audio}, **REFUSALS},
         }  # fmt: skip
-        add("/v1/audio/speech", self.speech, openapi_extra=_json(Speech), **spoken)
-        add("/v1/audio/edits", self.edits, openapi_extra=_form_or_json(Edit), **spoken)
+        add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech), **spoken)
+        add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit), **spoken)
         posting: dict[str, Any] = {"methods": ["POST"], **shared}
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, tags=["speech"],
-            openapi_extra=_form(Transcription), **posting)  # fmt: skip
+            openapi_extra=form_body(Transcription), **posting)  # fmt: skip
         add("/v1/audio/voices", self.voices, response_model=Voices, tags=["voices"], **shared)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, tags=["voices"], status_code=201,
-            openapi_extra=_form_or_json(VoiceSample), **posting)  # fmt: skip
+            openapi_extra=form_or_json_body(VoiceSample), **posting)  # fmt: skip
         add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, tags=["voices"],
             methods=["DELETE"], **shared)  # fmt: skip
 
@@ -330,12 +274,12 @@ class SpeechCalls:
         if keep_alive is None:
             return None
         try:
-            keep_warm_s = keep_alive_seconds(keep_alive)
+            keep_warm_s = self.keep_alive(keep_alive)
         except InvalidInput as error:
             raise BadRequest("keep_alive", error.en, error.zh) from None
         if not self.keys.may_change(request):
             raise NotAllowed
-        return keep_warm_s if self.may_keep else None
+        return keep_warm_s
 
 
 def _server_timing(leases: list[Any]) -> str:
@@ -352,33 +296,3 @@ def _server_timing(leases: list[Any]) -> str:
 
 def _facts(voice: Voice) -> VoiceFacts:
     return VoiceFacts(id=voice.name, name=voice.name, text=voice.text, stored=voice.stored, created=voice.created)
-
-
-def _json(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describes a JSON body."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(kind)}}}}
-
-
-def _form(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describes a form with a file."""
-    schema = _schema(kind)
-    properties = {name: value for name, value in schema["properties"].items() if name != "audio"}
-    required = [name for name in schema.get("required", ()) if name != "audio"]
-    file = {"type": "string", "format": "binary", "description": "The recording, in any common format."}
-    schema = {**schema, "properties": {"file": file, **properties}, "required": ["file", *required]}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
-
-def _form_or_json(kind: type[BaseModel]) -> dict[str, Any]:
-    content = {**_form(kind)["requestBody"]["content"], **_json(kind)["requestBody"]["content"]}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _schema(kind: type[BaseModel]) -> dict[str, Any]:
-    schema = kind.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    text = json.dumps(schema)
-    for name, definition in definitions.items():
-        text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(definition))
-    inlined: dict[str, Any] = json.loads(text)
-    return inlined
