@@ -24,8 +24,17 @@ os.environ.pop("GPU_CONTROL_TOKEN", None)  # the default of --token would be wri
 
 from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
 from residency.launch import command_line, options, settings  # noqa: E402
+from residency.web.api import openai_schema  # noqa: E402
 from residency.web.api.control import build  # noqa: E402
+from residency.web.api.slots import Slots  # noqa: E402
+from residency.web.api.speech_calls import SpeechCalls  # noqa: E402
+from residency.web.server.api_keys import ApiKeys  # noqa: E402
 from residency.web.server.permissions import Permissions  # noqa: E402
+from residency.web.speech.queue import SpeechQueue  # noqa: E402
+from residency.web.speech.recordings import Recordings  # noqa: E402
+from residency.web.speech.service import SpeechService  # noqa: E402
+from residency.web.speech.speaking import Speaker  # noqa: E402
+from residency.web.speech.voices import VoiceStore  # noqa: E402
 from residency.workers.checkpoint_transitions import ROWS, Operation, Remedy, Row  # noqa: E402
 
 TRANSLATIONS = ROOT / "docs" / "zh" / "translations.json"
@@ -70,11 +79,15 @@ def calls(paths: dict[str, Any]) -> Rows:
 
 
 def _body(call: dict[str, Any]) -> str:
-    """Returns an example of the request's JSON body."""
+    """Returns an example of the request's body: JSON, or the fields of a form."""
     if "requestBody" not in call:
         return ""
-    properties = call["requestBody"]["content"]["application/json"]["schema"]["properties"]
-    return f"`{json.dumps({name: schema['examples'][0] for name, schema in properties.items()})}`"
+    (kind, content), *_ = call["requestBody"]["content"].items()
+    properties = content["schema"]["properties"]
+    if kind == "multipart/form-data":
+        return " ".join(f"`{name}`" for name in properties)
+    examples = {name: schema["examples"][0] for name, schema in properties.items() if "examples" in schema}
+    return f"`{json.dumps(examples)}`"
 
 
 def _text(described: dict[str, Any]) -> str:
@@ -139,8 +152,11 @@ def _then(row: Row) -> str:
 def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
     """Returns the head of each table, and the title and the rows of its groups."""
     with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
-        api = build(manager, Permissions(None)).openapi()
-    paths, schemas = api["paths"], api["components"]["schemas"]
+        api = build(manager, Permissions(None), speech=speech_calls()).openapi()
+    schemas = api["components"]["schemas"]
+    speech = {path: calls for path, calls in api["paths"].items() if path.startswith("/v1/")}
+    paths = {path: calls for path, calls in api["paths"].items() if path not in speech}
+    fields = openai_schema.Speech.model_json_schema()
     launch = [
         (f"`--{name.lower().replace('_', '-')}`", f"`GPU_TTS_{name}`", [setting.metadata["en"]])
         for name, setting in options.SETTINGS.items()
@@ -153,11 +169,23 @@ def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
         "launch-settings": (["Flag", "Variable", "Meaning"], [("", launch)]),
         "shell-flags": (flag, flags(command_line._parser())),
         "calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(paths))]),
+        "speech-calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(speech))]),
+        "speech-fields": (field, [("", list(_rows(fields, fields["$defs"], "")))]),
+        "speech-status-codes": (["Status code", "Meaning"], [("", status_codes(speech))]),
         "status-codes": (["Status code", "Meaning"], [("", status_codes(paths))]),
         "status-fields": (field, [("", list(_rows(schemas["Status"], schemas, "")))]),
         "checkpoint-transitions": (["State", "Call", "Outcome", "State after", "What follows"], checkpoints),
         "event-fields": (field, [("", list(_rows(schemas["Event"], schemas, "")))]),
     }
+
+
+def speech_calls() -> SpeechCalls:
+    """Returns the calls under ``/v1`` without an engine, for their descriptions."""
+    recordings = Recordings(ROOT)
+    service = SpeechService(None, {}, recordings)
+    keys = ApiKeys((), Permissions(None))
+    speaker = Speaker(service, VoiceStore(ROOT))
+    return SpeechCalls(service, speaker, recordings, keys, "builtin", Slots(1), SpeechQueue("tts").watching, float)
 
 
 def formatted(head: list[str], groups: list[tuple[str, Rows]], translate: Callable[[str], str]) -> str:

@@ -19,6 +19,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     for code, description in {
         400: "The request is invalid.",
         401: "An API key is needed, or permission for changes.",
+        404: "There is no such model, or no such voice.",
+        409: "A voice of this name exists.",
+        413: "The request body is too large.",
         429: "Too many requests wait; `Retry-After` has the seconds until the next attempt.",
         500: "The engine failed.",
         503: "The model is not available in time, or the app is shutting down.",

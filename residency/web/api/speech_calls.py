@@ -87,9 +87,11 @@ class SpeechCalls:
             openapi_extra=form_body(Transcription), **posting)  # fmt: skip
         add("/v1/audio/voices", self.voices, response_model=Voices, tags=["voices"], **shared)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, tags=["voices"], status_code=201,
+            response_description="The voice was stored.",
             openapi_extra=form_or_json_body(VoiceSample), **posting)  # fmt: skip
+        name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, tags=["voices"],
-            methods=["DELETE"], **shared)  # fmt: skip
+            methods=["DELETE"], openapi_extra={"parameters": [name]}, **shared)  # fmt: skip
 
     async def models(self, request: Request) -> JSONResponse:
         """The engine, and the recognizer where there is one. OpenAI's names of such models are accepted too."""
@@ -222,11 +224,11 @@ class SpeechCalls:
         with upload.stored(self.service, self.recordings) as recording:
             return self.speaker.voices.add(name, text or self.service.transcribe(recording), recording)
 
-    async def remove_voice(self, name: str, request: Request) -> JSONResponse:
+    async def remove_voice(self, request: Request) -> JSONResponse:
         """Delete a stored voice. Needs an API key, or the permission for changes."""
         self._check_change(request)
         try:
-            voice = await to_thread.run_sync(self.speaker.voices.remove, name, limiter=self.readers)
+            voice = await to_thread.run_sync(self.speaker.voices.remove, request.path_params["name"], limiter=self.readers)
         except UnknownVoice as error:
             unknown = refusal(error)
             unknown.status_code = 404
