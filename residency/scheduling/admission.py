@@ -89,7 +89,7 @@ class Admission:
                 if error is None:
                     if failed is not None and failed is managed.resident and not managed.leases.in_use:
                         # A worker process ended since the last request.
-                        managed.health.broken = managed.health.broken or managed.settled_state is not State.RELEASED
+                        managed.faults.broken = managed.faults.broken or managed.settled_state is not State.RELEASED
                     self._queue_locked(request, lease)
                 elif isinstance(error, ModelBusy) or not may_be_lost:
                     managed.history.refused(error)
@@ -168,7 +168,7 @@ class Admission:
             request.users -= 1
             request.ended = request.ended or lease.owns
             if managed.leases.holder is request:
-                managed.health.broken = managed.health.broken or discard
+                managed.faults.broken = managed.faults.broken or discard
                 if lost:
                     dispatcher.mark_broken_locked()
                 if not request.users:
@@ -176,9 +176,9 @@ class Admission:
                     times.request_ended_s = times.idle_since_s = now_s
                     times.policy_paused_until_s = -math.inf
                     if wishes.prewarmed and managed.leases.next_request() is None:
-                        wishes.prewarmed, wishes.prefetch = False, managed.health.broken
+                        wishes.prewarmed, wishes.prefetch = False, managed.faults.broken
                         times.policy_paused_until_s = now_s + WARM_GRACE_S
-                    managed.health.cannot_offload = False
+                    managed.faults.cannot_offload = False
                     managed.leases.holder = None
             if request.users or dispatcher.managed_models.get(managed.name) is not managed:
                 return
@@ -244,7 +244,7 @@ class Admission:
         managed = request.managed
         leases = managed.leases
         settled = managed.settled_state is State.DEVICE and managed.move_task is None
-        if settled and not leases.in_use and not managed.health.broken:
+        if settled and not leases.in_use and not managed.faults.broken:
             return None
         if timeout_s != 0:
             if (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:

@@ -180,8 +180,8 @@ class Mover:
 
     def _sleep(self, task: MoveTask) -> int:
         """Releases into a snapshot; returns 0 if there is none."""
-        name, health, outside = task.managed.name, task.managed.health, task.managed.memory.outside
-        if self._snapshots is None or task.resident is None or health.closing or health.broken:
+        managed, name, outside = task.managed, task.managed.name, task.managed.memory.outside
+        if self._snapshots is None or task.resident is None or managed.wishes.retiring or managed.faults.broken:
             return 0
         if outside is not None and outside.held_bytes > SKELETON_BYTES:
             held = f"{outside.held_bytes:,}"

@@ -280,7 +280,7 @@ class Lives(RuleBasedStateMachine):
             assert len(self.shops[name].engines) == reference.loads
             assert status["leases"] + status["waiting"] == len(reference.line)
             assert status["pending"] == {None: None, "host": "offload", "released": "release"}[reference.asked]
-            assert managed.health.broken is reference.broken
+            assert managed.faults.broken is reference.broken
             if reference.loads:
                 place = {"released": "nowhere"}.get(reference.place, reference.place)
                 assert self.shops[name].resident.place == place
