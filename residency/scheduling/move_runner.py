@@ -23,7 +23,7 @@ from ..observability.outside_memory import MemorySample
 from ..progress import reporting
 from ..states import State
 from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
-from .lease import loading
+from .held import loading
 from .managed_model import ManagedModel
 from .mover import Mover, MoveTask
 from .planner import room_for
