@@ -17,8 +17,8 @@ from ..observability.outside_memory import OutsideMemory
 from ..states import State
 
 if TYPE_CHECKING:
-    from ..contracts import Policy, Resident
-    from ..memory import BorrowedPart
+    from ..contracts import Policy
+    from ..memory import BorrowedPart, Resident
     from ..random_state import RandomState
     from .callers import CallSite
 

@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Device, Resident, SnapshotStore
+from ..contracts import Device
+from ..memory import Resident, SnapshotFolder
 from ..progress import Progress
 from ..random_state import preserved_random_state
 from ..states import Move, State
@@ -115,7 +116,7 @@ class Mover:
     Moves set engine and resident of their task; they only read the managed model.
     """
 
-    def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotStore | None = None) -> None:
+    def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotFolder | None = None) -> None:
         self._device = device
         self._adopt = adopt
         # If device and host share their memory, a skeleton would keep everything in it.
