@@ -97,7 +97,7 @@ class SimulatedDevice(CpuDevice):
         self.failure: str | None = None
         self.ledger = Ledger()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "pinned_bytes": 0}
 
     @property

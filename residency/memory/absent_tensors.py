@@ -231,7 +231,7 @@ def _storage_classes() -> tuple[type, type]:
     def describe(self: Any) -> str:
         return f"UntypedStorage(<away>, path={_path(self)!r}, device='{self.device}')"
 
-    guarded: dict[str, Any] = {
+    guarded: dict[str, object] = {
         name: through(name)
         for name in dir(torch.UntypedStorage)
         if name not in _STORAGE and callable(getattr(torch.UntypedStorage, name))
