@@ -307,9 +307,9 @@ class ExtraMissing(ResidencyError, ImportError):
         return pip_install()
 
 
-def pip_install() -> str:
-    """Returns the command that installs packages in this environment: by uv, if it has no pip."""
-    if importlib.util.find_spec("pip") is not None:
+def pip_install(by_uv: bool = False) -> str:
+    """Returns the command that installs packages in this environment: by uv, if it has no pip or ``by_uv``."""
+    if not by_uv and importlib.util.find_spec("pip") is not None:
         return "pip install"
     return f"uv pip install --python {shlex.quote(sys.executable)}"
 

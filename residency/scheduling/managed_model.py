@@ -18,8 +18,8 @@ from ..receipts import Receipt
 from ..states import State
 
 if TYPE_CHECKING:
-    from ..contracts import Policy, Resident
-    from ..memory import BorrowedPart
+    from ..contracts import Policy
+    from ..memory import BorrowedPart, Resident
     from ..random_state import RandomState
     from .callers import CallSite
 
@@ -167,24 +167,25 @@ class Wishes:
         prefetch: a move to the device that no request waits for.
         prewarmed: warmed while in use; the model stays on the device for a while after the last request.
         moved_away_by_hand: offloaded on demand; the policy does not restore it.
+        retiring: unregistered, or its manager is being closed; takes no more requests.
     """
 
     pending_move: State | None = None
     prefetch: bool = False
     prewarmed: bool = False
     moved_away_by_hand: bool = False
+    retiring: bool = False
 
 
 @dataclass(slots=True)
-class Health:
+class Faults:
     """``broken``: the next request loads the engine anew. ``cannot_offload``: eviction releases it.
 
-    ``closing``: it is being unregistered. ``last_error``: text of the last move's error.
+    ``last_error``: text of the last move's error.
     """
 
     broken: bool = False
     cannot_offload: bool = False
-    closing: bool = False
     last_error: str | None = None
 
 
@@ -230,7 +231,7 @@ class ManagedModel:
     leases: LeaseQueue = field(default_factory=LeaseQueue)
     memory: MemoryUse = field(default_factory=MemoryUse)
     wishes: Wishes = field(default_factory=Wishes)
-    health: Health = field(default_factory=Health)
+    faults: Faults = field(default_factory=Faults)
     times: Times = field(default_factory=Times)
     history: History = field(default_factory=History)
     watchers: list[threading.Lock] = field(default_factory=list)

@@ -140,7 +140,7 @@ class Overview:
             "progress": self._progress(managed, now_s),
             "last_move": managed.last_move.as_dict(kind) if managed.last_move else None,
             "last_wait": managed.last_wait.as_dict() if managed.last_wait else None,
-            "last_error": managed.health.last_error,
+            "last_error": managed.faults.last_error,
             "outside_bytes": outside.total_bytes if outside else 0,
             "outside_processes": [process.as_dict() for process in outside.holders] if outside else [],
             "worker": None if self._workers is None else self._workers.status_locked(managed),

@@ -30,6 +30,7 @@ from ..errors import CheckpointFailed, ExtraMissing
 from ..memory.self_moving.workers import is_alive
 from ..sentences import Sentence
 from . import checkpoint_helper
+from .checkpoint_helper import Answer, Request
 from .checkpoint_transitions import FIRST, TRANSITIONS, Call, Operation, Remedy, State
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,11 @@ class DriverCheckpoints:
     def _call(self, call: Call, pid: int, timeout_s: float) -> None:
         if not _exists(pid):
             raise _Failure(call, Sentence("the process has ended", "进程已结束"))
-        # The driver takes 0 as no limit.
-        limit = {"timeout_ms": max(1, int(timeout_s * 1000))} if call == "lock" else {}
+        request: Request = {"call": call, "pid": pid}
+        if call == "lock":
+            request["timeout_ms"] = max(1, int(timeout_s * 1000))  # the driver takes 0 as no limit
         try:
-            self._ask(call, {"call": call, "pid": pid, **limit}, timeout_s + self._grace_s)
+            self._ask(call, request, timeout_s + self._grace_s)
         except _Failure as failure:
             if (call, failure.code) == ("lock", _NOT_PERMITTED):
                 self._refused = Sentence(
@@ -140,7 +142,7 @@ class DriverCheckpoints:
         else:
             self._known[pid] = state
 
-    def _ask(self, step: Call | Literal["state"], request: dict[str, Any], timeout_s: float) -> Any:
+    def _ask(self, step: Call | Literal["state"], request: Request, timeout_s: float) -> Any:
         """Makes a call in the helper, which is started if there is none; raises `_Failure`."""
         if self._helper and self._helper.has_ended():  # while it was idle
             self._drop_helper()
@@ -240,7 +242,7 @@ class _Helper:
             )  # fmt: skip
         self._unread = b""
 
-    def ask(self, request: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+    def ask(self, request: Request | None, timeout_s: float) -> Answer:
         """Sends a request, if any, and returns the answer; raises OSError (also TimeoutError) or ValueError."""
         until_s = time.monotonic() + timeout_s
         self._socket.settimeout(timeout_s)
@@ -253,7 +255,7 @@ class _Helper:
                 raise ConnectionResetError
             self._unread += received
         line, _, self._unread = self._unread.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
+        answer: Answer = json.loads(line)
         return answer
 
     def has_ended(self) -> bool:

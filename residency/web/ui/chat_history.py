@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import gradio as gr
 
@@ -30,13 +30,23 @@ class Step:
     result_audio: str
 
 
-SessionState = dict[str, Any]
-"""State of a session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is the
-`messages.Message` of the latest error, empty after success.
+class SessionState(TypedDict):
+    """State of a session: ``history_audio`` is [(file, text)], ``message`` the `Message` of the latest error or empty.
 
-Changed in place, since several requests of a session may run. A new history has new lists, by whose identity a late
-request detects that its history was replaced.
-"""
+    Changed in place, since several requests of a session may run. A new history has new lists, by whose identity a late
+    request detects that its history was replaced.
+    """
+
+    history_audio: list[tuple[str, str | None]]
+    history_messages: list[Step]
+    message: str
+
+
+class ChatMessage(TypedDict):
+    """A message for `gr.Chatbot`; ``content`` is a text or a component."""
+
+    role: Literal["user", "assistant"]
+    content: str | gr.Audio
 
 
 def new_state() -> SessionState:
@@ -86,9 +96,9 @@ class Histories:
         state.update(new_state())
 
 
-def as_messages(steps: Iterable[Step], localize: Localize = both) -> list[dict[str, Any]]:
-    """Returns messages for `gr.Chatbot`: for each step, text and player of the input, then of the output."""
-    shown: list[dict[str, Any]] = []
+def as_messages(steps: Iterable[Step], localize: Localize = both) -> list[ChatMessage]:
+    """Returns, for each step, text and player of the input, then of the output."""
+    shown: list[ChatMessage] = []
     colon = mark(":", localize)
     for step in steps:
         task = " · ".join(_names(step, localize))
