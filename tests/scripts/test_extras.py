@@ -31,7 +31,7 @@ importlib.util.find_spec = lambda name, package=None: None if name in EXTRAS els
 EXTRAS = {"app", "builtin", "checkpoint", "asr", "step-audio", "all"}
 MODULES = {
     "numpy", "gradio", "starlette", "fastapi", "fastapi_offline", "prometheus_client", "soundfile", "av", "soxr",
-    "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers", "packaging",
+    "sentencex", "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers", "packaging",
 }  # fmt: skip
 
 
