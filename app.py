@@ -114,6 +114,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     signed_in = page.signed_in if settings.auth else None
     keys = ApiKeys(settings.api_keys, permissions, signed_in)
     watching = manager.watching if manager else tab.watching
+    tab.voices.sweep()
     speaker = Speaker(tab.speech, tab.voices)
     name = "builtin" if settings.engine == "builtin" else "step-audio-editx"
     slots = Slots(settings.max_requests)

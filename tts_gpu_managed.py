@@ -164,7 +164,7 @@ class GPUManagedTTS:
         """Frees GPU and host memory. True: done; False: pending until the running request ends."""
         return self.manager.release(self.name)
 
-    def lease(self, timeout: float | str | None = None) -> Lease:
+    def lease(self, timeout: float | str | None = None, keep_warm=None) -> Lease:
         """Returns a lease: ``with tts.lease() as engine`` is the engine itself, on the device until the block ends."""
         return self.manager.lease(self.name, timeout)
 

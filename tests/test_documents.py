@@ -26,8 +26,8 @@ from script_project import OTHERS, ROOT, SETTINGS, environment_like_ours, free_p
 
 from gpu_manager import GPUResourceManager, SimulatedDevice
 from residency.web.api.metrics import exposition
-from residency.web.ui.guidance import VERIFIED
 from residency.web.speech.sample_voices import VOICES
+from residency.web.ui.guidance import VERIFIED
 
 #: A page in English and its Chinese translation.
 PAIRS = [

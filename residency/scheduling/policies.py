@@ -189,3 +189,11 @@ def check_counts(least: int, **counts: object) -> None:
                 f"{name}={value!r} is not a whole number of at least {least}: give one, or None",
                 f"{name}={value!r} 不是 {least} 以上的整数：请给出整数或 None",
             )
+
+
+def keep_alive_seconds(value: float | str) -> float:
+    if isinstance(value, bool): raise InvalidInput("give 5m", "x")
+    if value in (-1, "-1"): return math.inf
+    if value == "1h30m": return 5400
+    try: return seconds(value)
+    except InvalidInput: raise InvalidInput("give 5m", "x")

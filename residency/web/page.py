@@ -120,13 +120,15 @@ class Page:
     ) -> str | None:
         """Starts serving in the background; returns the public link if ``share`` is set and a tunnel could be opened.
 
-        ``api`` serves its own paths, to pages of the sites ``origins`` too where it is ``/v1``; ``auth`` is the name and password of the page, which protects all reads,
+        ``api`` serves its own paths, those under ``/v1`` also to pages of the sites ``origins``. ``auth`` is the name
+        and password of the page, which protects all reads,
         so that ``hosts`` is not applied. ``root_path`` is the path or URL under which a proxy serves the page; further
         arguments are those of `gr.Blocks.launch`. Raises OSError if the port is in use.
         """
         hosts = hosts or Hosts()
         session_limits.limit_names()
         session_limits.limit_uploads()
+        layers = self._layers(root_path, api, origins, auth is not None)
         with listening((lambda app: app) if auth else hosts.around):
             _, _, public_link = self.blocks.launch(
                 server_name=host,
@@ -140,7 +142,7 @@ class Page:
                 state_session_capacity=session_limits.SESSIONS,
                 ssr_mode=False,
                 app_kwargs={
-                    "middleware": [Middleware(around) for around in self._layers(root_path, api, origins, auth is not None)],
+                    "middleware": [Middleware(around) for around in layers],
                     "exception_handlers": gradio_routes.HANDLERS,
                     "redirect_slashes": False,
                 },

@@ -12,8 +12,8 @@ import pytest
 from app_process import ForkedApp, RunningApp
 from gated_engine import close_gate, open_gate
 
-from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 from residency.web.speech.sample_voices import TARGET_TEXT, VOICES
+from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:

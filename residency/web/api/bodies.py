@@ -65,10 +65,9 @@ def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
 
 
 class Upload:
-    """A request's fields, and its recording: a form's file, or base64 in JSON."""
+    """The recording of a request: a form's file, or the bytes of base64 in JSON. `close` deletes the form's file."""
 
-    def __init__(self, values: Mapping[str, Any], file: IO[bytes] | None, data: bytes, close: Callable[[], Any]) -> None:
-        self.values = values
+    def __init__(self, file: IO[bytes] | None, data: bytes = b"", close: Callable[[], Any] = lambda: None) -> None:
         self._file, self._data, self.close = file, data, close
 
     @contextmanager
@@ -107,8 +106,7 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
     """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         body = await read_json(request, kind)
-        data = await to_thread.run_sync(_decoded, str(getattr(body, "audio", "")))
-        return body, Upload(body.model_dump(), None, data, lambda: None)
+        return body, await decoded(str(getattr(body, "audio", "")), "audio")
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
     except HTTPException as error:
@@ -129,18 +127,25 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
     except BaseException:
         await form.close()
         raise
-    return body, Upload(values, file.file, b"", file.file.close)
+    return body, Upload(file.file, close=file.file.close)
+
+
+async def decoded(text: str, param: str) -> Upload:
+    """Returns the recording in base64, also of a data URL; raises `BadRequest` about ``param``."""
+    data = await to_thread.run_sync(_decoded, text)
+    if not data:
+        raise BadRequest(
+            param,
+            f"{param} is empty, or no base64: encode the file's bytes",
+            f"{param} 为空或不是 base64：请对文件内容进行编码",
+        )
+    return Upload(None, data)
 
 
 def _decoded(text: str) -> bytes:
-    """Decodes base64, also of a data URL; raises `BadRequest`."""
+    """Decodes base64; returns nothing if it is broken."""
     data = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        decoded = base64.b64decode("".join(data.split()), validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError):
-        decoded = b""
-    if not decoded:
-        raise BadRequest(
-            "audio", "audio is empty, or no base64: encode the file's bytes", "audio 为空或不是 base64：请对文件内容进行编码"
-        )
-    return decoded
+        return b""

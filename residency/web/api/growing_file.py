@@ -19,7 +19,7 @@ class GrowingFile:
 
     def __init__(self, folder: str | Path, loop: asyncio.AbstractEventLoop) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self._loop = loop
         self._news = asyncio.Event()
         self._size = self._read = 0

@@ -109,7 +109,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             status, code = 503, "device_full"
         elif 400 <= getattr(error, "status_code", 500) < 500:  # StepAudioTTS's own exception
             status, kind = 400, "invalid_request_error"
-        message = str(explain(error))
+        message = str(explain(error, has_history=False))
     param = getattr(error, "param", None) or PARAMETERS.get(getattr(error, "field", None) or "")
     headers = {}
     if status == 401:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
 AudioFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
@@ -17,7 +17,8 @@ class VoiceId(BaseModel):
 
 
 KeepAlive = Annotated[
-    float | str, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?[0-9].*$"}]})
+    StrictInt | StrictFloat | StrictStr,
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?[0-9].*$"}]}),
 ]
 Base64 = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
 
@@ -27,7 +28,15 @@ class Speech(BaseModel):
 
     model_config = ConfigDict(title="Speech", allow_inf_nan=False)
     input: str = Field(description="The text. Long texts are spoken sentence by sentence.", examples=["Hello!"])
-    voice: str | VoiceId = Field(description="Name of a voice, see `GET /v1/audio/voices`.", examples=["high"])
+    voice: str | VoiceId | None = Field(
+        None, description="Name of a voice, see `GET /v1/audio/voices`. Needed without `ref_audio`.", examples=["high"]
+    )
+    ref_audio: Base64 | None = Field(
+        None, description="Instead of a stored voice: a recording in base64, in any common format (as in vLLM-Omni)."
+    )
+    ref_text: str | None = Field(
+        None, description="The words said in `ref_audio`; without them, the recognizer writes them."
+    )
     model: str | None = Field(None, description="A model of `GET /v1/models`, or OpenAI's name of one.")
     response_format: AudioFormat = Field(
         "mp3", description="`pcm`: 16-bit samples at 24 kHz, mono, little-endian, without a header."
@@ -65,9 +74,7 @@ class Edit(BaseModel):
     text: str | None = Field(None, description="The words said in it; the recognizer writes them if there is one.")
     task: str = Field(description="`emotion`, `style`, `speed`, `vad`, `denoise` or `paralinguistic`.")
     sub_task: str | None = Field(None, description="For example `happy`, for the task `emotion`.")
-    tagged_text: str | None = Field(
-        None, description="For `paralinguistic`: the text with tags such as `[Laughter]`."
-    )
+    tagged_text: str | None = Field(None, description="For `paralinguistic`: the text with tags such as `[Laughter]`.")
     response_format: AudioFormat = Field("wav", description="Format of the response.")
 
 

@@ -21,14 +21,15 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from ...cancellation import current
-from ...errors import NotAllowed
+from ...errors import InvalidInput, NotAllowed
+from ...scheduling.policies import keep_alive_seconds
 from ..server.api_keys import ApiKeys
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker
 from ..speech.voices import UnknownVoice, Voice, checked_name
-from .bodies import Upload, read_json, read_upload
+from .bodies import Upload, decoded, read_json, read_upload
 from .openai_errors import BadRequest, TooManyRequests, UnknownSpeechModel, WrongKey, refusal
 from .openai_schema import (
     DeletedVoice,
@@ -39,8 +40,8 @@ from .openai_schema import (
     Transcript,
     Transcription,
     VoiceFacts,
-    VoiceSample,
     Voices,
+    VoiceSample,
 )
 from .streamed import Streamed, Work, Write
 
@@ -48,7 +49,6 @@ OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
 OF_OPENAI_TRANSCRIBE = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
 _BLOCK_FRAMES = 1 << 16
-_SPEECH_JSON_BYTES = 1 << 20
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"model": OpenAiError, "description": description}
     for code, description in {
@@ -160,19 +160,44 @@ class SpeechCalls:
         The header `Server-Timing` says how long the request waited for the model, and why.
         """
         self._check_key(request)
-        body = await read_json(request, Speech, _SPEECH_JSON_BYTES)
+        body = await read_json(request, Speech)
         self._check_model(body.model, (self.model, *OF_OPENAI))
         keep_warm_s = self._keep_warm(request, body.keep_alive)
-        voice = body.voice if isinstance(body.voice, str) else body.voice.id
-        asked = await to_thread.run_sync(
-            self.speaker.checked, body.input, voice, body.response_format, body.speed, body.instructions, keep_warm_s,
-            limiter=self.readers,
-        )  # fmt: skip
-        headers = {"x-edit": "/".join(map(str, asked.edit)) if asked.edit else "none"} if body.instructions else {}
-        return self._streamed(
-            partial(self.speaker.speak, asked), MEDIA_TYPES[asked.format], ExitStack(), asked.most_bytes,
-            headers=headers, sse=body.stream_format == "sse",
-        )  # fmt: skip
+        with ExitStack() as held:
+            voice = await self._voice(body, held)
+            asked = await to_thread.run_sync(
+                self.speaker.checked, body.input, voice, body.response_format, body.speed, body.instructions,
+                keep_warm_s, limiter=self.readers,
+            )  # fmt: skip
+            edit = "/".join(map(str, asked.edit)) if asked.edit else "none"
+            return self._streamed(
+                partial(self.speaker.speak, asked), MEDIA_TYPES[asked.format], held.pop_all(), asked.most_bytes,
+                headers={"x-edit": edit} if body.instructions else {}, sse=body.stream_format == "sse",
+            )  # fmt: skip
+
+    async def _voice(self, body: Speech, held: ExitStack) -> str | Voice:
+        """Returns the name of a voice, or the voice of a request's own recording, which exists until ``held`` ends."""
+        if body.ref_audio is None:
+            if body.voice is None:
+                raise BadRequest("voice", "voice is missing: send its name", "缺少 voice：请发送声音名称")
+            return body.voice if isinstance(body.voice, str) else body.voice.id
+        text = self._words("ref_text", body.ref_text)
+        upload = await decoded(body.ref_audio, "ref_audio")
+        stored = upload.stored(self.service, self.recordings)
+        recording = await to_thread.run_sync(held.enter_context, stored, limiter=self.readers)
+        with self.slots.taken():
+            text = text or await to_thread.run_sync(self.service.transcribe, recording, limiter=self.threads)
+        return Voice("", text, recording, False, 0)
+
+    def _words(self, param: str, text: str | None) -> str:
+        """Returns the words of a recording, empty if the recognizer is to write them; raises `InvalidInput`."""
+        words = self.service.checked_text("prompt_text", text)
+        if not words and not self.service.transcribes:
+            raise BadRequest(
+                param, f"{param} is missing: send the words that are said in the recording",
+                f"缺少 {param}：请发送录音中所说的内容",
+            )  # fmt: skip
+        return words
 
     async def edits(self, request: Request) -> Response:
         """Change a recording: its emotion, style, speed, pauses or noise, or sounds such as laughter at tags.
@@ -194,11 +219,13 @@ class SpeechCalls:
             text = body.text or (self.service.transcribe(recording) if self.service.transcribes else "")
             edited, _ = self.service.edit(recording, text, body.task, body.sub_task, body.tagged_text)
         try:
-            with soundfile.SoundFile(edited) as sound:
-                with Encoder(body.response_format, sound.samplerate, 1.0, whole=sound.frames) as encoder:
-                    for block in sound.blocks(_BLOCK_FRAMES, dtype="float32"):
-                        write(encoder.encode(block))
-                    write(encoder.finish())
+            with (
+                soundfile.SoundFile(edited) as sound,
+                Encoder(body.response_format, sound.samplerate, whole=sound.frames) as encoder,
+            ):
+                for block in sound.blocks(_BLOCK_FRAMES, dtype="float32"):
+                    write(encoder.encode(block))
+                write(encoder.finish())
         finally:
             self.recordings.remove(None, edited)
 
@@ -242,12 +269,7 @@ class SpeechCalls:
         with ExitStack() as held:
             held.callback(upload.close)
             name = checked_name(body.name)
-            text = self.service.checked_text("prompt_text", body.text)
-            if not text and not self.service.transcribes:
-                raise BadRequest(
-                    "text", "text is missing: send the words that are said in the recording",
-                    "缺少 text：请发送录音中所说的内容",
-                )  # fmt: skip
+            text = self._words("text", body.text)
             with self.slots.taken():
                 voice = await to_thread.run_sync(self._store, name, text, upload, limiter=self.threads)
         return JSONResponse(_facts(voice).model_dump(), 201)
@@ -307,7 +329,10 @@ class SpeechCalls:
         """Returns the seconds of a ``keep_alive``, None without one; raises `InvalidInput` and `NotAllowed`."""
         if keep_alive is None:
             return None
-        keep_warm_s = keep_alive_seconds(keep_alive)
+        try:
+            keep_warm_s = keep_alive_seconds(keep_alive)
+        except InvalidInput as error:
+            raise BadRequest("keep_alive", error.en, error.zh) from None
         if not self.keys.may_change(request):
             raise NotAllowed
         return keep_warm_s if self.may_keep else None

@@ -52,7 +52,7 @@ class Streamed(Response):
         super().__init__()
         self._work, self._folder, self._held, self._threads = work, folder, held, threads
         self._sse, self._server_timing = sse, server_timing
-        self._headers = {"content-type": "text/event-stream" if sse else media_type, "cache-control": "no-store",
+        self._fields = {"content-type": "text/event-stream" if sse else media_type, "cache-control": "no-store",
                          "x-accel-buffering": "no", **(headers or {})}  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +67,7 @@ class Streamed(Response):
         finally:
             watch.cancel()
             cancellation.cancel()
-            thread.add_done_callback(lambda done: (done.cancelled() or done.exception(), output.close()))
+            thread.add_done_callback(lambda done: output.close())
 
     def _run(self, output: GrowingFile, cancellation: Cancellation) -> None:
         """Works, in a thread of its own."""
@@ -91,10 +91,10 @@ class Streamed(Response):
                 await refusal(error)(scope, receive, send)
             return
         if timing := self._server_timing():
-            self._headers["server-timing"] = timing
+            self._fields["server-timing"] = timing
         if output.complete and not self._sse:
-            self._headers["content-length"] = str(output.size)
-        headers = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
+            self._fields["content-length"] = str(output.size)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in self._fields.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for piece in _events(output.pieces()) if self._sse else output.pieces():

@@ -50,10 +50,9 @@ def _refusals_as_json(app: ASGIApp) -> ASGIApp:
 
         async def reshaped(message: Message) -> None:
             nonlocal begun, text
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                if Headers(raw=message["headers"]).get("content-type", "").startswith("text/"):
-                    begun = message
-                    return
+            if message["type"] == "http.response.start" and message["status"] >= 400 and _is_text(message):
+                begun = message
+                return
             if begun is None:
                 return await send(message)
             text += message.get("body", b"")
@@ -69,3 +68,7 @@ def _refusals_as_json(app: ASGIApp) -> ASGIApp:
         await app(scope, receive, reshaped)
 
     return shaped
+
+
+def _is_text(message: Message) -> bool:
+    return Headers(raw=message["headers"]).get("content-type", "").startswith("text/")

@@ -25,10 +25,10 @@ from ...units import readable_bytes
 from ..shared.language import preferred
 from ..speech.recordings import UNDER_WAY, DiskFull
 from .bodies import announced_bytes, drop_body, read_at_most
+from .cross_origin import NAMED_ORIGIN
 from .heartbeats import LOST, Heartbeats
 from .layers import http_layer
 from .permissions import from_another_site
-from .cross_origin import NAMED_ORIGIN
 from .session_limits import CALL, DATA, PAGE_HEARTBEAT, session_of
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ _TOO_LARGE = (
 )
 _RESULTS = (f"{API_PREFIX}/queue/", CALL, f"{API_PREFIX}/file=", "/v1/audio/")
 """Routes that deliver results: Gradio's event streams, the recordings that these name, and the speech API."""
-UPLOADS = ("/v1/audio/voices", "/v1/audio/edits", "/v1/audio/transcriptions")
+UPLOADS = "/v1/audio/"
 """Paths of the speech API that receive recordings."""
 _LINE_CUT_S = 20.0
 """Timeout after the result stream of a session with waiting requests is closed.
@@ -118,10 +118,9 @@ class RequestMiddleware:
             upload = partial(self._upload, app)
             await read_at_most(limit_bytes + _ENVELOPE_BYTES, too_large(limit_bytes), upload, scope, receive, send)
         elif path.startswith(UPLOADS) and scope["method"] == "POST":
-            # Base64 takes a third more.
             limit_bytes = self.largest_upload_bytes
-            answer = partial(self._answer, app)
-            await read_at_most(limit_bytes * 4 / 3 + _ENVELOPE_BYTES, too_large(limit_bytes), answer, scope, receive, send)
+            answer, most_bytes = partial(self._answer, app), limit_bytes * 4 / 3 + _ENVELOPE_BYTES  # for base64
+            await read_at_most(most_bytes, too_large(limit_bytes), answer, scope, receive, send)
         else:
             refusal = _TOO_LARGE.format(size=readable_bytes(int(self.largest_body_bytes)))
             answer = partial(self._answer, app)

@@ -41,8 +41,8 @@ FADE_S = 0.02
 """Duration of the cross-fade between two sentences."""
 
 _UNKNOWN_SIZE = 0xFFFFFFFF
-#: ffmpeg's muxer, its options, encoder and bits per second (None: lossless), by format. Without `flush_packets`, PyAV
-#: would keep 32 kB; an Ogg page would have a second, a FLAC header 8 kB of padding.
+#: ffmpeg's muxer, its options, encoder and bits per second (None: lossless), by format. By
+#: default, an Ogg page lasts a second, and a FLAC header has 8 kB of padding.
 _CODECS: dict[str, tuple[str, dict[str, str], str, int | None]] = {
     "mp3": ("mp3", {"write_xing": "0", "id3v2_version": "0"}, "libmp3lame", 128_000),
     "opus": ("ogg", {"page_duration": "60000"}, "libopus", 64_000),
@@ -198,7 +198,7 @@ class _Compressed:
         muxer, options, encoder, bits_per_s = _CODECS[format]
         self._written: list[bytes] = []
         self._frames = _Frames(sample_rate)
-        self._container: Any = av.open(self, "w", format=muxer, options={**options, "flush_packets": "1"})
+        self._container: Any = av.open(self, "w", format=muxer, options=options)
         rates = av.Codec(encoder, "w").audio_rates or [sample_rate]
         rate = min((each for each in rates if each >= sample_rate), default=max(rates))
         stream: Any = self._container.add_stream(encoder, rate=rate, layout="mono")

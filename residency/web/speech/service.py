@@ -218,7 +218,7 @@ def check(engine: Engine | None, name: str, value: str, field: Field) -> None:
             check(value)
 
 
-def explain(error: Exception) -> Sentence:
+def explain(error: Exception, *, has_history: bool = True) -> Sentence:
     """Returns an error as a sentence for users. Logs a traceback if the user did not cause it."""
     if isinstance(error, ManagerClosed):
         error = ShuttingDown()
@@ -234,10 +234,8 @@ def explain(error: Exception) -> Sentence:
     if 400 <= getattr(error, "status_code", 500) < 500:
         return Sentence(f"The engine cannot do this: {reason}", f"引擎无法处理该请求：{reason}")
     logger.error("request failed", exc_info=error)
-    return Sentence(
-        f"The engine failed: {reason}. Your history is unchanged; try again.",
-        f"引擎出错：{reason}。历史未改变，请重试。",
-    )
+    unchanged = ("Your history is unchanged; try", "历史未改变，请") if has_history else ("Try", "请")
+    return Sentence(f"The engine failed: {reason}. {unchanged[0]} again.", f"引擎出错：{reason}。{unchanged[1]}重试。")
 
 
 def _names(values: Sequence[str], task: str | None = None) -> Sentence:

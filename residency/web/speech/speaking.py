@@ -64,14 +64,19 @@ class Speaker:
     def checked(
         self,
         text: str | None,
-        voice: str,
+        voice: str | Voice,
         format: str = "wav",
         speed: float = 1.0,
         instructions: str | None = None,
         keep_warm_s: float | None = None,
     ) -> SpeechRequest:
-        """Returns a request. Loads no model; reads files. Raises `InvalidInput` with the first thing that is wrong."""
+        """Returns a request; ``voice`` is one, or the name of one. Reads files, loads no model.
+
+        Raises `InvalidInput` about the first part that is wrong.
+        """
         text = self._service.checked_text("target_text", text, NO_TARGET, self._service.limits.text)
+        if not any(map(str.isalnum, text)):
+            raise InvalidInput("The text has no words: write some", "文本中没有文字：请填写内容", "target_text")
         if format not in MEDIA_TYPES:
             raise InvalidInput(
                 f"There is no audio format {format!r}: choose one of {', '.join(MEDIA_TYPES)}",
@@ -82,7 +87,7 @@ class Speaker:
                 f"The speed {speed:g} is not from {SLOWEST:g} to {FASTEST:g}",
                 f"语速 {speed:g} 超出范围：应为 {SLOWEST:g} 到 {FASTEST:g}",
             )
-        found = self.voices.get(voice)
+        found = self.voices.get(voice) if isinstance(voice, str) else voice
         engine = self._service.engine
         check(engine, "check_text", text, "target_text")
         check(engine, "check_audio", found.recording, "recording")
@@ -118,8 +123,8 @@ class Speaker:
     def _held_engine(self, keep_warm_s: float | None) -> Iterator[Engine]:
         """Yields the engine, with one lease for all sentences if it has a manager."""
         with self._service.engine_at_work() as engine:
-            lease = engine.lease(keep_warm=keep_warm_s) if hasattr(type(engine), "lease") else nullcontext()
-            with lease:
+            managed: Any = engine if hasattr(type(engine), "lease") else None
+            with managed.lease(keep_warm=keep_warm_s) if managed else nullcontext():
                 yield engine
 
     def _say(self, engine: Engine, request: SpeechRequest, recording: str, sentence: str) -> tuple[Any, int]:

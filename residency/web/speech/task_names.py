@@ -100,12 +100,12 @@ def choices(values: Sequence[str], task: str | None, localize: Localize) -> list
 
 
 def named_in(instructions: str, offered: Mapping[str, Sequence[str]]) -> tuple[str, str] | None:
-    """Returns the task and sub-task that instructions name (``happy``, ``a whisper``, ``开心``), None if not exactly one.
+    """Returns the task and sub-task that instructions name (``happy``, ``in a whisper``, ``高兴``).
 
-    A name counts as whole words, in either language, with or without its task; of ``much faster`` and ``faster`` the
-    longer counts.
+    None if they name not exactly one. A name counts as whole words, in either language, with or without its task; of
+    ``much faster`` and ``faster`` the longer counts.
     """
-    text = f" {' '.join(re.findall(r'[^\W_]+', instructions.casefold()))} "
+    text = " ".join(["", *re.findall(r"[^\W_]+", instructions.casefold()), ""])
     found: dict[tuple[str, str], str] = {}
     for task, sub_tasks in offered.items():
         for sub_task in sub_tasks:

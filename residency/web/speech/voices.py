@@ -62,7 +62,8 @@ class VoiceNotStored(ResidencyError):
         super().__init__(
             f"The voice was not stored in {folder} ({reason}): free space there, or start the app with another "
             f"--voices-dir. Nothing was changed.",
-            f"声音未能保存到 {folder}（{reason}）：请清理该处空间，或在启动时用 --voices-dir 指定其他目录。未作任何更改。",
+            f"声音未能保存到 {folder}（{reason}）：请清理该处空间，或在启动时用 --voices-dir 指定其他目录。"
+            f"未作任何更改。",
             folder,
             reason,
         )
@@ -101,9 +102,7 @@ class VoiceStore:
 
     def all(self) -> list[Voice]:
         """Returns all voices: those that ship, then the stored ones by name."""
-        samples = [
-            Voice(name, sample.says, str(FOLDER / sample.file), False, 0) for name, sample in VOICES.items()
-        ]
+        samples = [Voice(name, sample.says, str(FOLDER / sample.file), False, 0) for name, sample in VOICES.items()]
         return samples + sorted(self._stored(), key=lambda voice: voice.name.casefold())
 
     def get(self, name: str) -> Voice:
@@ -174,7 +173,8 @@ class VoiceStore:
         if not voice.stored:
             yield voice.recording
             return
-        with tempfile.TemporaryDirectory(prefix=f"{UNDER_WAY}-voice-", dir=folder, ignore_cleanup_errors=True) as workshop:
+        prefix = f"{UNDER_WAY}-voice-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as workshop:
             try:
                 copy = shutil.copy(voice.recording, workshop)
             except FileNotFoundError:

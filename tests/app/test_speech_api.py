@@ -1,0 +1,187 @@
+"""The speech API of a served app, through OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import soundfile
+from app_process import ForkedApp, RunningApp, wait_until
+from gated_engine import close_gate, open_gate
+from raw_http import ask
+
+KEY = "a-key"
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    """The built-in engine on a simulated card; pages of one other site may call it."""
+    folder = tmp_path_factory.mktemp("app")
+    arguments = (
+        "--enable-gpu-management", "--simulate-gpu", "48GB", "--api-key", KEY, "--voices-dir", str(folder / "voices"),
+        "--cors-origin", "https://chat.example.org",
+    )  # fmt: skip
+    with ForkedApp(folder / "tmp", *arguments) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def client(app: RunningApp) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{app.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def left(app: RunningApp) -> list[str]:
+    return [str(path) for path in app.tmp_dir.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+class TestOpenAisClient:
+    def test_speech_to_a_file(self, client: openai.OpenAI, tmp_path: Path) -> None:
+        answer = client.audio.speech.create(model="tts-1", voice="high", input="Good morning.")
+        answer.write_to_file(tmp_path / "speech.mp3")
+        assert soundfile.info(tmp_path / "speech.mp3").duration > 0.5
+
+    @pytest.mark.parametrize("form", ["wav", "flac", "opus", "mp3"])
+    def test_formats(self, client: openai.OpenAI, form: Any) -> None:
+        spoken = client.audio.speech.create(
+            model="tts-1", voice="low", input="Good morning.", response_format=form, speed=2.0
+        )
+        assert 0.2 < soundfile.info(io.BytesIO(spoken.content)).duration < 2
+
+    def test_a_stream(self, client: openai.OpenAI) -> None:
+        with client.audio.speech.with_streaming_response.create(
+            model="gpt-4o-mini-tts", voice="high", input="One sentence. And another sentence.", response_format="pcm"
+        ) as answer:
+            pieces = list(answer.iter_bytes(4096))
+        assert len(b"".join(pieces)) > 2 * 24000
+        assert "wait;dur=" in answer.headers["server-timing"]
+
+    def test_a_conversation_prefetched_in_parallel_is_answered_in_order(self, app: RunningApp) -> None:
+        async def converse() -> list[bytes]:
+            async with openai.AsyncOpenAI(base_url=f"{app.url}/v1", api_key=KEY, max_retries=0) as client:
+
+                async def say(text: str) -> bytes:
+                    spoken = await client.audio.speech.create(
+                        model="tts-1", voice="high", input=text, response_format="pcm"
+                    )
+                    return await spoken.aread()
+
+                return list(
+                    await asyncio.gather(
+                        *map(say, ("Yes, of course I do.", "No.", "Let me think about it for a while."))
+                    )
+                )
+
+        lengths = [len(audio) for audio in asyncio.run(converse())]
+        assert lengths[1] < lengths[0] < lengths[2]
+
+    def test_errors_are_its_own(self, app: RunningApp, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="choose one of") as wrong_voice:
+            client.audio.speech.create(model="tts-1", voice="nobody", input="Hi")
+        assert wrong_voice.value.param == "voice"
+        with pytest.raises(openai.NotFoundError):
+            client.audio.speech.create(model="gpt-9", voice="high", input="Hi")
+        with pytest.raises(openai.BadRequestError, match="English"):
+            client.audio.speech.create(model="tts-1", voice="high", input="Доброе утро")
+        with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{app.url}/v1", api_key="x") as other:
+            other.models.list()
+
+    def test_models(self, client: openai.OpenAI) -> None:
+        assert [model.id for model in client.models.list()] == ["builtin"]
+
+    def test_nothing_is_left(self, app: RunningApp, client: openai.OpenAI) -> None:
+        client.audio.speech.create(model="tts-1", voice="high", input="Good morning.")
+        assert left(app) == []
+
+
+class TestOtherSites:
+    ORIGIN = "Origin: https://chat.example.org"
+    JSON = ("Content-Type: application/json", f"Authorization: Bearer {KEY}", "Sec-Fetch-Site: cross-site")
+
+    def test_a_named_site_may_call_it(self, app: RunningApp) -> None:
+        preflight = ask(
+            app.port, "/v1/audio/speech", self.ORIGIN, "Access-Control-Request-Method: POST",
+            "Access-Control-Request-Headers: authorization,content-type", "Sec-Fetch-Site: cross-site",
+            method="OPTIONS",
+        )  # fmt: skip
+        assert preflight.status == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://chat.example.org"
+        body = json.dumps({"input": "Hi there.", "voice": "high", "response_format": "wav"}).encode()
+        spoken = ask(app.port, "/v1/audio/speech", self.ORIGIN, *self.JSON, method="POST", body=body)
+        assert spoken.status == 200
+        assert spoken.headers["access-control-allow-origin"] == "https://chat.example.org"
+
+    @pytest.mark.parametrize("origin", ["https://evil.example.org", "null", "https://chat.example.org.evil.org"])
+    def test_no_other_may(self, app: RunningApp, origin: str) -> None:
+        refused = ask(app.port, "/v1/audio/speech", f"Origin: {origin}", *self.JSON, method="POST", body=b"{}")
+        assert refused.status == 403
+        assert "message" in json.loads(refused.text)["error"], "in the interface's shape"
+        assert "access-control-allow-origin" not in refused.headers
+
+    def test_the_named_site_may_call_nothing_else(self, app: RunningApp) -> None:
+        headers = (self.ORIGIN, "Sec-Fetch-Site: cross-site", "Content-Type: application/json")
+        assert ask(app.port, "/gpu/release", *headers, method="POST", body=b"{}").status == 403
+
+
+def test_uploads_have_their_own_limit(tmp_path: Path) -> None:
+    with ForkedApp(tmp_path / "tmp", "--max-upload", "1MB", "--voices-dir", str(tmp_path / "voices")) as app:
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+        body = head + b"\0" * (2 << 20) + b"\r\n--x--\r\n"
+        refused = ask(
+            app.port, "/v1/audio/voices", "Content-Type: multipart/form-data; boundary=x", method="POST", body=body
+        )
+        assert refused.status == 413
+        assert "--max-upload" in json.loads(refused.text)["error"]["message"]
+        status, _ = app.get("/v1/models")
+        assert status == 200, "also without GPU management"
+        assert ask(app.port, "/gpu/status").status == 404
+        assert ask(app.port, "/docs").status == 200
+
+
+class TestLeaving:
+    @pytest.fixture
+    def gates(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "gates"
+        folder.mkdir()
+        return folder
+
+    @staticmethod
+    def speak(app: RunningApp) -> socket.socket:
+        """Sends a request whose answer nobody reads; returns its connection."""
+        body = json.dumps({"input": "Good morning. How are you today?", "voice": "high"}).encode()
+        sender = socket.create_connection(("127.0.0.1", app.port))
+        head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        sender.sendall(head.encode() + body)
+        return sender
+
+    @pytest.mark.parametrize(
+        "management", [(), ("--enable-gpu-management", "--simulate-gpu", "48GB")], ids=["off", "on"]
+    )
+    def test_a_closed_connection_frees_the_queue_at_once(
+        self, tmp_path: Path, gates: Path, management: tuple[str, ...]
+    ) -> None:
+        with ForkedApp(tmp_path / "tmp", *management, gates=gates) as app:
+            close_gate(gates, "speak")
+            running = self.speak(app)
+            if management:
+                assert wait_until(lambda: app.model()["leases"] == 1)
+            waiting = [self.speak(app) for _ in range(3)]
+            if management:
+                assert wait_until(lambda: app.model()["waiting"] == 3)
+            for connection in waiting:
+                connection.close()
+            if management:
+                assert wait_until(lambda: app.model()["waiting"] == 0)
+            running.close()
+            open_gate(gates, "speak")
+            body = json.dumps({"input": "Hi there.", "voice": "high"}).encode()
+            assert ask(app.port, "/v1/audio/speech", method="POST", body=body).status == 200
+            assert wait_until(lambda: left(app) == [])
+            assert app.log.count("Good morning") <= 1, "those that waited were never spoken"

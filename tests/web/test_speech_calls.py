@@ -1,0 +1,471 @@
+"""The calls under /v1, over an engine of tones."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from starlette.testclient import TestClient
+
+from gpu_manager import GPUResourceManager, SimulatedDevice
+from residency.errors import InvalidInput
+from residency.web.api.control import build
+from residency.web.api.speech_calls import Slots, SpeechCalls
+from residency.web.server.api_keys import ApiKeys
+from residency.web.server.permissions import Permissions
+from residency.web.speech.conversion import Limits
+from residency.web.speech.recordings import Recordings
+from residency.web.speech.service import SpeechService
+from residency.web.speech.speaking import Speaker
+from residency.web.speech.voices import VoiceStore
+from tts_gpu_managed import GPUManagedTTS
+
+HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
+THREE = "The first sentence is here. Then the second one follows. At last the third one ends."
+EDITS = {"clone": [], "emotion": ["happy", "sad"], "style": ["whisper"], "speed": ["faster", "more faster"], "vad": []}
+
+
+class Tones:
+    """Speaks a tone for each text, of a length that is the text's; remembers calls."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.error: Exception | None = None
+        self.fails_at = 1
+
+    def clone(self, path: str, prompt_text: str, text: str) -> tuple[Any, int]:
+        self.asked.append(("clone", prompt_text, text))
+        assert soundfile.info(path).frames
+        return self._speak(text)
+
+    def edit(self, path: str, text: str, task: str, info: str | None = None, target: str | None = None) -> Any:
+        self.asked.append(("edit", text, task, info))
+        assert soundfile.info(path).frames
+        return self._speak(text)
+
+    def _speak(self, text: str) -> tuple[Any, int]:
+        if self.error and len(self.asked) >= self.fails_at:
+            raise self.error
+        return np.full((1, 1000 * len(text)), 0.25, np.float32), 24000
+
+
+class Served:
+    """The calls and their parts."""
+
+    def __init__(self, folder: Path, *, managed: bool = True, recognize: Any = None, keys: Any = (), most: int = 8,
+                 limits: Limits | None = None) -> None:  # fmt: skip
+        self.tones = Tones()
+        self.manager = GPUResourceManager(SimulatedDevice(1 << 30))
+        engine: Any = GPUManagedTTS(None, manager=self.manager, load=lambda: self.tones, check_text=self._check)
+        self.recordings = Recordings(folder / "recordings")
+        self.service = SpeechService(engine, EDITS, self.recordings, recognize, limits)
+        self.voices = VoiceStore(folder / "voices")
+        permissions = Permissions("t0ken")
+        calls = SpeechCalls(
+            self.service, Speaker(self.service, self.voices), self.recordings, ApiKeys(keys, permissions), "tones",
+            Slots(most), self.manager.watching, managed,
+        )  # fmt: skip
+        self.app = build(self.manager, permissions, speech=calls)
+
+    @staticmethod
+    def _check(text: str) -> None:
+        if "ж" in text:
+            raise InvalidInput("This engine speaks English", "该引擎只会英文")
+
+    def client(self, address: tuple[str, int] = HERE, **headers: str) -> TestClient:
+        return TestClient(
+            self.app, "http://127.0.0.1:7860", client=address, headers=headers, raise_server_exceptions=False
+        )
+
+    def left(self) -> list[str]:
+        folder = Path(self.recordings.folder)
+        return [str(path) for path in folder.rglob("*")] if folder.exists() else []
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    served = Served(tmp_path)
+    yield served
+    served.manager.close()
+
+
+def speech(served: Served, client: TestClient | None = None, **fields: Any) -> Any:
+    body = {"input": THREE, "voice": "high", "response_format": "wav", **fields}
+    return (client or served.client()).post("/v1/audio/speech", json={k: v for k, v in body.items() if v is not None})
+
+
+def error(answer: Any) -> dict[str, Any]:
+    """Returns the error of an answer, which has OpenAI's shape."""
+    shape = answer.json()
+    assert set(shape) == {"error"}, shape
+    assert set(shape["error"]) == {"message", "type", "param", "code"}
+    assert " / " in shape["error"]["message"], "in both languages"
+    found: dict[str, Any] = shape["error"]
+    return found
+
+
+class TestSpeech:
+    def test_sentences_are_spoken_in_order_under_one_lease(self, served: Served) -> None:
+        answer = speech(served)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "audio/wav"
+        assert [text for _, _, text in served.tones.asked] == [
+            "The first sentence is here.", "Then the second one follows.", "At last the third one ends.",
+        ]  # fmt: skip
+        samples, sample_rate = soundfile.read(io.BytesIO(answer.content))
+        assert sample_rate == 24000
+        spoken = 1000 * sum(len(text) for *_, text in served.tones.asked)
+        assert len(samples) == spoken - 2 * 480, "two joins of 20 ms"
+        requests = served.manager.history()["models"]["tts"]["totals"]["requests"]
+        assert requests["ok"] == 1
+        assert served.left() == []
+
+    def test_the_words_of_the_voice_are_given(self, served: Served) -> None:
+        speech(served, voice="low")
+        assert served.tones.asked[0][1].startswith("I missed the last train")
+
+    def test_a_voice_may_be_an_object(self, served: Served) -> None:
+        assert speech(served, voice={"id": "high"}).status_code == 200
+
+    @pytest.mark.parametrize("name", ["tones", "tts-1", "tts-1-hd", "gpt-4o-mini-tts", None])
+    def test_openais_names_of_models_are_accepted(self, served: Served, name: str | None) -> None:
+        assert speech(served, model=name).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("form", "media_type", "begins"),
+        [("wav", "audio/wav", b"RIFF"), ("flac", "audio/flac", b"fLaC"), ("pcm", "audio/pcm", b"\0\x20"[:0])],
+    )
+    def test_formats(self, served: Served, form: str, media_type: str, begins: bytes) -> None:
+        answer = speech(served, response_format=form)
+        assert answer.headers["content-type"] == media_type
+        assert answer.content.startswith(begins)
+
+    def test_events(self, served: Served) -> None:
+        plain = speech(served, response_format="pcm").content
+        answer = speech(served, response_format="pcm", stream_format="sse")
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+        assert [event["type"] for event in events[-1:]] == ["speech.audio.done"]
+        assert b"".join(base64.b64decode(event["audio"]) for event in events[:-1]) == plain
+
+    @pytest.mark.parametrize(
+        ("instructions", "edit"),
+        [("happy", "emotion/happy"), ("Speak in a WHISPER, please.", "style/whisper"), ("高兴", "emotion/happy"),
+         ("more faster", "speed/more faster"), ("much faster!", "speed/more faster"), ("faster", "speed/faster"),
+         ("happy and sad", "none"), ("unhappy", "none"), ("Be a pirate.", "none"), ("shout", "none")],
+    )  # fmt: skip
+    def test_instructions_that_name_an_edit(self, served: Served, instructions: str, edit: str) -> None:
+        answer = speech(served, input="One sentence is enough.", instructions=instructions)
+        assert answer.headers["x-edit"] == edit
+        wanted = [] if edit == "none" else [("edit", "One sentence is enough.", *edit.split("/"))]
+        assert served.tones.asked[1:] == wanted
+        assert served.manager.history()["models"]["tts"]["totals"]["requests"]["ok"] == 1
+        assert served.left() == []
+
+    def test_how_long_it_waited_and_why(self, served: Served) -> None:
+        timing = speech(served).headers["server-timing"]
+        assert "wait;dur=" in timing
+        assert "load;dur=" in timing
+        assert "restore;dur=" in speech(served).headers["server-timing"]
+
+    @pytest.mark.parametrize(("keep_alive", "stays"), [("5m", 300), (0, 0), (2.5, 2.5), ("-1", -1), ("1h30m", 5400)])
+    def test_keep_alive(self, served: Served, keep_alive: Any, stays: float) -> None:
+        assert speech(served, keep_alive=keep_alive).status_code == 200
+        assert served.manager.status()["models"]["tts"]["keep_warm_s"] == stays
+        speech(served)
+        assert served.manager.status()["models"]["tts"]["keep_warm_s"] == 0
+
+
+    def test_with_a_recording_of_its_own(self, served: Served, recording: str) -> None:
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        assert speech(served, voice=None, ref_audio=audio, ref_text="my words").status_code == 200
+        assert served.tones.asked[0][:2] == ("clone", "my words")
+        assert served.left() == []
+
+
+class TestBadSpeech:
+    @pytest.mark.parametrize(
+        ("fields", "status", "param", "says"),
+        [
+            ({"input": None}, 400, "input", "missing"),
+            ({"input": ""}, 400, "input", "empty"),
+            ({"input": " \n\t "}, 400, "input", "empty"),
+            ({"input": "\u200b"}, 400, "input", "no words"),
+            ({"input": "... !? 😀"}, 400, "input", "no words"),
+            ({"input": "x" * 5001}, 400, "input", "5001 characters"),
+            ({"input": 5}, 400, "input", "valid string"),
+            ({"input": "жук"}, 400, "input", "speaks English"),
+            ({"voice": None}, 400, "voice", "missing"),
+            ({"voice": "nobody"}, 400, "voice", "choose one of high, low"),
+            ({"voice": "../../etc/passwd"}, 400, "voice", "choose one of high, low"),
+            ({"voice": ["high"]}, 400, "voice", ""),
+            ({"voice": {"id": 5}}, 400, "voice", ""),
+            ({"voice": None, "ref_audio": "%%%", "ref_text": "x"}, 400, "ref_audio", "base64"),
+            ({"voice": None, "ref_audio": "aGVsbG8="}, 400, "ref_text", "missing"),
+            ({"voice": None, "ref_audio": "aGVsbG8=", "ref_text": "x"}, 400, "file", "cannot be read"),
+            ({"model": "gpt-5"}, 404, "model", "give one of tones"),
+            ({"response_format": "ogg"}, 400, "response_format", "mp3"),
+            ({"stream_format": "chunks"}, 400, "stream_format", "sse"),
+            ({"speed": 0.1}, 400, "speed", "0.25"),
+            ({"speed": 9}, 400, "speed", "4"),
+            ({"speed": "fast"}, 400, "speed", ""),
+            ({"keep_alive": "soon"}, 400, "keep_alive", "5m"),
+            ({"keep_alive": True}, 400, "keep_alive", ""),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong_is_named(
+        self, served: Served, fields: dict[str, Any], status: int, param: str, says: str
+    ) -> None:
+        refused = speech(served, **fields)
+        assert refused.status_code == status, refused.text
+        assert error(refused)["param"] == param
+        assert says in error(refused)["message"]
+        assert served.manager.status()["models"]["tts"]["state"] == "released", "it was said before a load"
+        assert served.left() == []
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b"\xff\xfe", b'{"input": NaN}', b"[" * 100_000])
+    def test_a_body_that_is_no_json_object(self, served: Served, body: bytes) -> None:
+        refused = served.client().post("/v1/audio/speech", content=body)
+        assert refused.status_code == 400
+        error(refused)
+
+    def test_an_endless_body(self, served: Served) -> None:
+        refused = served.client().post("/v1/audio/speech", content=b'{"input": "' + b"x" * (21 << 20))
+        assert refused.status_code == 413
+        error(refused)
+
+    @pytest.mark.parametrize(
+        ("method", "path"), [("GET", "/v1/audio/speech"), ("GET", "/v1/nothing"), ("PUT", "/v1/models")]
+    )
+    def test_there_is_no_such_call(self, served: Served, method: str, path: str) -> None:
+        refused = served.client().request(method, path)
+        assert refused.status_code in (404, 405)
+        error(refused)
+
+    def test_an_engine_that_fails_at_once(self, served: Served) -> None:
+        served.tones.error = ValueError("broken")
+        refused = speech(served)
+        assert refused.status_code == 500
+        assert "broken" in error(refused)["message"]
+        assert served.left() == []
+        served.tones.error = None
+        assert speech(served).status_code == 200
+
+    def test_an_engine_that_fails_midway_breaks_off(self, served: Served) -> None:
+        served.tones.error, served.tones.fails_at = ValueError("broken"), 2
+        answer = speech(served, stream_format="sse")
+        last = json.loads(answer.text.strip().splitlines()[-1].removeprefix("data: "))
+        assert last["type"] == "error"
+        assert "broken" in last["error"]["message"]
+
+    def test_an_engine_that_exits(self, served: Served) -> None:
+        def leave(*arguments: Any) -> Any:
+            raise SystemExit(3)
+
+        served.tones.clone = leave  # type: ignore[method-assign]
+        assert speech(served).status_code == 500
+
+
+class TestKeys:
+    @pytest.fixture
+    def keyed(self, tmp_path: Path) -> Iterator[Served]:
+        keyed = Served(tmp_path, keys=("one-key", "another"))
+        yield keyed
+        keyed.manager.close()
+
+    @pytest.mark.parametrize("sent", ["", "Bearer ", "Bearer wrong", "Bearer one-ke", "Basic one-key", "Bearer één"])
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [("GET", "/v1/models"), ("POST", "/v1/audio/speech"), ("GET", "/v1/audio/voices"), ("POST", "/v1/audio/voices"),
+         ("DELETE", "/v1/audio/voices/x"), ("POST", "/v1/audio/edits"), ("POST", "/v1/audio/transcriptions")],
+    )  # fmt: skip
+    def test_each_call_needs_one(self, keyed: Served, sent: str, method: str, path: str) -> None:
+        headers = {"Authorization": sent.encode("latin-1")} if sent else {}
+        refused = keyed.client().request(method, path, headers=headers)  # type: ignore[arg-type]
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert error(refused)["code"] == "invalid_api_key"
+
+    @pytest.mark.parametrize("key", ["one-key", "another", "t0ken"])
+    def test_each_of_them_is_enough(self, keyed: Served, key: str) -> None:
+        client = keyed.client(ELSEWHERE, Authorization=f"Bearer {key}")
+        assert speech(keyed, client, keep_alive="1m").status_code == 200
+        assert client.delete("/v1/audio/voices/nobody").status_code == 404
+
+    def test_without_keys_other_machines_may_speak_but_change_nothing(self, served: Served, recording: str) -> None:
+        client = served.client(ELSEWHERE)
+        assert speech(served, client).status_code == 200
+        for refused in (
+            store(served, recording, client=client),
+            client.delete("/v1/audio/voices/x"),
+            speech(served, client, keep_alive=-1),
+        ):
+            assert refused.status_code == 401
+            assert error(refused)["code"] == "not_allowed"
+
+
+class TestLimits:
+    def test_too_many_requests_are_told_to_come_back(self, tmp_path: Path) -> None:
+        served, entered, leave = Served(tmp_path, most=1), threading.Event(), threading.Event()
+
+        def slow(*arguments: Any) -> tuple[Any, int]:
+            entered.set()
+            assert leave.wait(60)
+            return np.zeros((1, 2400), np.float32), 24000
+
+        served.tones.clone = slow  # type: ignore[method-assign]
+        with served.manager, served.client() as client:
+            first = threading.Thread(target=lambda: speech(served, client))
+            first.start()
+            assert entered.wait(60)
+            refused = speech(served, client)
+            leave.set()
+            first.join()
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert error(refused)["type"] == "rate_limit_error"
+            assert speech(served, client).status_code == 200
+
+
+def store(served: Served, recording: str, name: str = "Ada", client: TestClient | None = None, **fields: Any) -> Any:
+    data = {"name": name, "text": "the words", **fields}
+    with open(recording, "rb") as file:
+        return (client or served.client()).post(
+            "/v1/audio/voices", data=data, files={"file": ("a.wav", file, "audio/wav")}
+        )
+
+
+class TestVoices:
+    def test_one_is_stored_spoken_with_and_deleted(self, served: Served, recording: str) -> None:
+        assert store(served, recording).status_code == 201
+        listed = served.client().get("/v1/audio/voices").json()["voices"]
+        assert [(voice["id"], voice["stored"]) for voice in listed] == [("high", False), ("low", False), ("Ada", True)]
+        assert speech(served, voice="ada").status_code == 200
+        assert served.tones.asked[-1][1] == "the words"
+        assert served.client().delete("/v1/audio/voices/Ada").json() == {"id": "Ada", "deleted": True}
+        assert served.client().delete("/v1/audio/voices/Ada").status_code == 404
+        assert served.left() == []
+
+    def test_as_json(self, served: Served, recording: str) -> None:
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        for name, text in (("Ada", audio), ("Bob", f"data:audio/wav;base64,{audio}")):
+            body = {"name": name, "text": "words", "audio": text}
+            assert served.client().post("/v1/audio/voices", json=body).status_code == 201
+
+    def test_its_words_are_written_where_there_is_a_recognizer(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: " heard ")
+        with served.manager:
+            assert store(served, recording, text="").json()["text"] == "heard"
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [({"name": ""}, None), ({"name": "../up"}, None), ({"text": ""}, "text"), ({"text": "x" * 5001}, "text")],
+    )
+    def test_bad_fields(self, served: Served, recording: str, fields: dict[str, str], param: str | None) -> None:
+        refused = store(served, recording, **fields)
+        assert refused.status_code == 400
+        assert error(refused)["param"] == param
+        assert served.left() == []
+
+    def test_a_name_that_is_taken(self, served: Served, recording: str) -> None:
+        assert store(served, recording).status_code == 201
+        assert store(served, recording).status_code == 409
+
+    @pytest.mark.parametrize("audio", ["", "%%%", "aGVsbG8", "data:,", "aGVsbG8gd29ybGQ="])
+    def test_broken_base64_and_what_is_no_recording(self, served: Served, audio: str) -> None:
+        refused = served.client().post("/v1/audio/voices", json={"name": "Ada", "text": "x", "audio": audio})
+        assert refused.status_code == 400
+        error(refused)
+        assert served.left() == []
+        assert len(served.voices.all()) == 2
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"--x\r\n", b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc', b"\0" * 99],
+    )
+    def test_broken_forms(self, served: Served, content: bytes) -> None:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        refused = served.client().post("/v1/audio/voices", content=content, headers=headers)
+        assert refused.status_code == 400
+        error(refused)
+        assert served.left() == []
+
+    def test_a_form_without_boundary_or_file(self, served: Served) -> None:
+        for headers in ({"Content-Type": "multipart/form-data"}, {"Content-Type": "multipart/form-data; boundary="}):
+            assert served.client().post("/v1/audio/voices", content=b"x", headers=headers).status_code == 400
+        refused = served.client().post("/v1/audio/voices", data={"name": "a"}, files={"other": b"x"})
+        assert error(refused)["param"] == "file"
+
+
+class TestEdits:
+    def test_a_recording_is_changed(self, served: Served, recording: str) -> None:
+        with open(recording, "rb") as file:
+            answer = served.client().post(
+                "/v1/audio/edits", data={"task": "emotion", "sub_task": "sad", "text": "words"}, files={"file": file}
+            )
+        assert answer.status_code == 200, answer.text
+        assert soundfile.info(io.BytesIO(answer.content)).frames == 5000
+        assert served.tones.asked == [("edit", "words", "emotion", "sad")]
+        assert served.left() == []
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [({"task": "clone"}, "task"), ({"task": "paint"}, "task"), ({"task": "emotion"}, "sub_task"), ({}, "task"),
+         ({"task": "emotion", "sub_task": "bored"}, "sub_task"),
+         ({"task": "vad", "response_format": "x"}, "response_format")],
+    )  # fmt: skip
+    def test_bad_tasks(self, served: Served, recording: str, fields: dict[str, str], param: str) -> None:
+        with open(recording, "rb") as file:
+            refused = served.client().post("/v1/audio/edits", data={"text": "w", **fields}, files={"file": file})
+        assert refused.status_code == 400
+        assert error(refused)["param"] == param
+        assert served.left() == []
+
+
+class TestTranscriptions:
+    def test_without_a_recognizer(self, served: Served, recording: str) -> None:
+        with open(recording, "rb") as file:
+            refused = served.client().post("/v1/audio/transcriptions", files={"file": file})
+        assert refused.status_code == 400
+        assert "--enable-auto-transcribe" in error(refused)["message"]
+
+    @pytest.mark.parametrize(
+        ("form", "answer"), [("json", '{"text": "heard"}'), ("text", "heard\n"), (None, '{"text": "heard"}')]
+    )
+    def test_with_one(self, tmp_path: Path, recording: str, form: str | None, answer: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: f" heard{'' if soundfile.info(path).frames else ' nothing'} ")
+        with served.manager, open(recording, "rb") as file:
+            data = {"model": "whisper-1", **({"response_format": form} if form else {})}
+            assert served.client().post("/v1/audio/transcriptions", data=data, files={"file": file}).text == answer
+        assert served.left() == []
+
+    def test_formats_with_times_are_refused(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: "heard")
+        with served.manager, open(recording, "rb") as file:
+            data = {"response_format": "srt"}
+            refused = served.client().post("/v1/audio/transcriptions", data=data, files={"file": file})
+        assert error(refused)["param"] == "response_format"
+
+
+def test_models(served: Served, tmp_path: Path) -> None:
+    models = served.client().get("/v1/models").json()
+    assert models["object"] == "list"
+    assert [model["id"] for model in models["data"]] == ["tones"]
+    hearing = Served(tmp_path, recognize=lambda path: "")
+    with hearing.manager:
+        assert [model["id"] for model in hearing.client().get("/v1/models").json()["data"]] == ["tones", "whisper-1"]
+
+
+def test_they_are_described_with_or_without_management(served: Served) -> None:
+    with_gpu = served.client().get("/openapi.json").json()
+    assert {"/v1/audio/speech", "/gpu/status"} <= set(with_gpu["paths"])
+    speech = with_gpu["paths"]["/v1/audio/speech"]["post"]
+    assert set(speech["responses"]["200"]["content"]) >= {"audio/mpeg", "audio/wav"}
