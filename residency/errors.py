@@ -248,8 +248,8 @@ class SettingsConflict(ResidencyError):
     )
 
 
-Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task"]
-"""The parts of a speech request; each has a control on the page."""
+Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task", "voice", "voice_name"]
+"""The parts of a speech request, and of a voice that is stored; each has a control on the page."""
 
 
 class InvalidInput(ResidencyError, ValueError):

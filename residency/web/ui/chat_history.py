@@ -71,20 +71,21 @@ class Histories:
         self._recordings = recordings
         self._lock = threading.Lock()
 
-    def append(self, state: SessionState, history: list[Any], step: Step, *, anew: bool = False) -> None:
-        """Appends a result to its history, or starts a new one with it.
+    def append(self, state: SessionState, history: list[Any], *steps: Step, anew: bool = False) -> None:
+        """Appends results to their history, or starts a new one with them.
 
         ``history`` is the ``history_audio`` at the start of the request; raises `Overtaken` if it was replaced.
         """
-        self._recordings.own(session(), step.result_audio)
+        results = [step.result_audio for step in steps]
+        self._recordings.own(session(), *results)
         with self._lock:
             if state["history_audio"] is history:
                 if anew:
                     self._clear(state)
-                state["history_audio"].append((step.result_audio, step.target_text))
-                state["history_messages"].append(step)
+                state["history_audio"] += [(step.result_audio, step.target_text) for step in steps]
+                state["history_messages"] += steps
                 return
-        self._recordings.remove(session(), step.result_audio)
+        self._recordings.remove(session(), *results)
         raise Overtaken
 
     def clear(self, state: SessionState) -> None:
