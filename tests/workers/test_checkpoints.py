@@ -19,10 +19,10 @@ import pynvml
 import pytest
 
 from residency.contracts import ProcessCheckpoints
+from residency.devices import checkpoint_transitions as transitions
+from residency.devices.checkpoint_transitions import ROWS, Remedy, Row
 from residency.errors import CheckpointFailed
 from residency.observability.error_classification import is_out_of_device_memory, may_be_device_loss
-from residency.workers import checkpoint_transitions as transitions
-from residency.workers.checkpoint_transitions import ROWS, Remedy, Row
 from residency.workers.checkpoints import DriverCheckpoints
 
 ROOT = Path(__file__).resolve().parents[2]
