@@ -179,10 +179,12 @@ class DriverCheckpoints:
                 words = Sentence(f"it was not ready within {limit} s", f"{limit} 秒内未就绪")
         if words is not None:
             self._drop_helper()
-            self._refused = Sentence(
-                f"The helper process for checkpoints cannot start ({words.en}). Check the NVIDIA driver and cuda-core",
-                f"检查点辅助进程无法启动（{words.zh}）。请检查 NVIDIA 驱动和 cuda-core",
-            )
+            if not self._was_ready:
+                self._refused = Sentence(
+                    f"The helper process for checkpoints cannot start ({words.en}). Check the NVIDIA driver and "
+                    f"cuda-core",
+                    f"检查点辅助进程无法启动（{words.zh}）。请检查 NVIDIA 驱动和 cuda-core",
+                )
             raise _Failure("start", words)
         self._was_ready = True
 

@@ -375,6 +375,18 @@ def test_a_helper_that_cannot_start_is_said(driver: Driver, order: dict[str, obj
     checkpoints.close()
 
 
+def test_a_helper_that_has_started_before_is_tried_again(checkpoints: DriverCheckpoints, driver: Driver) -> None:
+    checkpoints.checkpoint(driver.pid, TIMEOUT_S)
+    checkpoints.restore(driver.pid, TIMEOUT_S)
+    (helper,) = driver.helpers()
+    os.kill(helper, signal.SIGKILL)
+    os.waitid(os.P_PID, helper, os.WEXITED | os.WNOWAIT)
+    driver.order("cuInit", die=True)
+    assert fails(checkpoints, "checkpoint", driver.pid).step == "start"
+    assert checkpoints.unavailable() is None
+    checkpoints.checkpoint(driver.pid, TIMEOUT_S)
+
+
 PARENT = """
 import os, signal, sys
 from residency.workers.checkpoints import DriverCheckpoints
