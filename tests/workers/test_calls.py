@@ -266,6 +266,23 @@ def test_an_engine_is_built_with_this_processs_settings(
     assert made == ("1", str(tmp_path), str(tmp_path), 3, torch.float64, "medium")
 
 
+def test_changes_in_place_change_a_copy_and_assignments_the_engine(tts: GPUManagedTTS) -> None:
+    with tts.lease() as engine:
+        engine.closed.append("lost")
+        assert engine.closed == []
+        engine.closed += ["kept"]
+        engine.volume += 1
+        engine.caches.scale = 3.0
+        engine.options = {"speed": 1}
+        engine.options["speed"] = 2
+        assert (engine.closed, engine.volume, engine.caches.scale) == (["kept"], 2.0, 3.0)
+        assert engine.options == {"speed": 1}
+        engine.options |= {"speed": 2}
+        assert engine.options == {"speed": 2}
+        with pytest.raises(TypeError, match="item assignment"):
+            engine.caches["scale"] = 1.0
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "no_grad": torch.no_grad,
