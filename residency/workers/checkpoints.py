@@ -1,7 +1,7 @@
 """Checkpoints of worker processes by the NVIDIA driver, through a helper process: no CUDA in this process.
 
 The driver needs a process that keeps it initialised, and its calls may hang: so they run in `checkpoint_helper`. What
-follows each outcome is in `checkpoint_transitions`. Not verified on a GPU.
+follows each outcome is in `devices.checkpoint_transitions`. Not verified on a GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any, Literal
 import psutil
 
 from ..devices.card_probes import driver_version
+from ..devices.checkpoint_transitions import AFTER, FIRST, Call, Operation, Remedy, State, follow
 from ..errors import CheckpointFailed, ExtraMissing
 from ..memory.self_moving.workers import is_alive
 from ..sentences import Sentence
 from . import checkpoint_helper
 from .checkpoint_helper import Answer, Request
-from .checkpoint_transitions import FIRST, TRANSITIONS, Call, Operation, Remedy, State
 
 logger = logging.getLogger(__name__)
 
@@ -91,25 +91,17 @@ class DriverCheckpoints:
             helper.end()
 
     def _run(self, operation: Operation, pid: int, timeout_s: float) -> None:
-        """Follows the table of transitions from the first call of an operation to its end."""
-        first_failure: _Failure | None = None
-        then: Call | Remedy | None
+        def state_after(failure: _Failure) -> State:
+            otherwise = "failed" if failure.lost else self._known.get(pid, "running")
+            found = self._state(pid, otherwise, ask=failure.step != "start")
+            self._remember(pid, found)
+            return found
+
         with self._lock:
-            before, then = FIRST[operation]
-            self._remember(pid, before)
-            while then is not None and not isinstance(then, Remedy):
-                try:
-                    self._call(then, pid, timeout_s)
-                    row = TRANSITIONS[operation, then, "done"]
-                except _Failure as failure:
-                    first_failure = first_failure or failure
-                    otherwise = "failed" if failure.lost else self._known.get(pid, "running")
-                    found = self._state(pid, otherwise, ask=failure.step != "start")
-                    row = TRANSITIONS[operation, then, found]
-                self._remember(pid, row.after)
-                then = row.then
-        if then is not None and first_failure is not None:
-            raise _error(pid, first_failure, then) from None
+            self._remember(pid, FIRST[operation][0])
+            failed = follow(operation, lambda call: self._call(call, pid, timeout_s), _Failure, state_after)
+        if failed is not None:
+            raise _error(pid, *failed) from None
 
     def _call(self, call: Call, pid: int, timeout_s: float) -> None:
         if not _exists(pid):
@@ -128,6 +120,7 @@ class DriverCheckpoints:
                 )
             raise
         self._refused = None
+        self._remember(pid, AFTER[call])
 
     def _state(self, pid: int, otherwise: State, ask: bool = True) -> State:
         """Asks the driver for the state of a process. ``otherwise``: what to assume without an answer."""
@@ -188,10 +181,12 @@ class DriverCheckpoints:
                 words = Sentence(f"it was not ready within {limit} s", f"{limit} 秒内未就绪")
         if words is not None:
             self._drop_helper()
-            self._refused = Sentence(
-                f"The helper process for checkpoints cannot start ({words.en}). Check the NVIDIA driver and cuda-core",
-                f"检查点辅助进程无法启动（{words.zh}）。请检查 NVIDIA 驱动和 cuda-core",
-            )
+            if not self._was_ready:
+                self._refused = Sentence(
+                    f"The helper process for checkpoints cannot start ({words.en}). Check the NVIDIA driver and "
+                    f"cuda-core",
+                    f"检查点辅助进程无法启动（{words.zh}）。请检查 NVIDIA 驱动和 cuda-core",
+                )
             raise _Failure("start", words)
         self._was_ready = True
 
