@@ -1,4 +1,4 @@
-"""The mode of a test run: with ``--isolation process``, managers to which a test gives no mode have worker processes."""
+"""The mode of a test run: ``--isolation process`` gives worker processes to managers for which a test sets no mode."""
 
 from __future__ import annotations
 
