@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from shared_spawner import SharedSpawner
 
 from gpu_manager import GPUResourceManager
+from residency.workers import isolation as isolation_module
 from residency.workers.spawner import can_fork_workers
 
 VARIABLE = "GPU_TTS_GPU_ISOLATION"
@@ -32,11 +34,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
     @functools.wraps(plain)
     def init(self: GPUResourceManager, device: Any = None, **settings: Any) -> None:
-        if "adopt" not in settings:  # residents of the test: there is no memory to move
-            settings.setdefault("isolation", _mode)
-        plain(self, device, **settings)
+        if "isolation" in settings or "adopt" in settings:  # adopt: residents of the test, without memory
+            return plain(self, device, **settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(isolation_module, "Spawner", SharedSpawner)
+            plain(self, device, isolation=_mode, **settings)
 
     GPUResourceManager.__init__ = init  # type: ignore[method-assign]
+
+
+def pytest_unconfigure() -> None:
+    SharedSpawner.end()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
