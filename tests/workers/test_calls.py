@@ -40,6 +40,20 @@ def test_tensors_come_back_as_they_are(tts: GPUManagedTTS, value: torch.Tensor) 
     assert torch.equal(answer.to_dense(), value.to_dense())
 
 
+@pytest.mark.parametrize("size", [4, 100_000])
+def test_views_and_storages_come_back_as_they_are(tts: GPUManagedTTS, size: int) -> None:
+    weight = torch.arange(2.0 * size).reshape(2, size)
+    view, storage = tts.echo([memoryview(weight.numpy()), weight.untyped_storage()])
+    assert (view.format, view.shape) == ("f", (2, size))
+    assert numpy.array_equal(view, weight.numpy())
+    assert storage.nbytes() == 8 * size
+    assert torch.equal(torch.empty(0).set_(storage), weight.flatten())
+    bytes_view = tts.echo(memoryview(b"ab"))
+    assert bytes_view == b"ab"
+    first, second, other = tts.echo([weight.view(-1), weight.view(-1), weight[0]])
+    assert first.data_ptr() == second.data_ptr() != other.data_ptr()
+
+
 def test_a_large_result_can_be_changed(tts: GPUManagedTTS) -> None:
     audio, rate = tts.audio(100_000)
     audio += 1
