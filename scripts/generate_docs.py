@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("GPU_CONTROL_TOKEN", None)  # the default of --token would be written into the page
 
 from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
-from residency.launch import command_line, options, settings  # noqa: E402
+from residency.launch import command_line, options, settings, speak  # noqa: E402
 from residency.web.api.control import build  # noqa: E402
 from residency.web.server.permissions import Permissions  # noqa: E402
 from residency.workers.checkpoint_transitions import ROWS, Operation, Remedy, Row  # noqa: E402
@@ -152,6 +152,7 @@ def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
         "app-flags": (flag, flags(settings._parser({}))),
         "launch-settings": (["Flag", "Variable", "Meaning"], [("", launch)]),
         "shell-flags": (flag, flags(command_line._parser())),
+        "speak-flags": (flag, flags(speak._parser())),
         "calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(paths))]),
         "status-codes": (["Status code", "Meaning"], [("", status_codes(paths))]),
         "status-fields": (field, [("", list(_rows(schemas["Status"], schemas, "")))]),
