@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ..contracts import Time
-from ..receipts import Receipt
+from ..receipts import Receipt, Waited
 from .managed_model import LeaseRequest, ManagedModel
 from .policies import keep_alive_seconds, seconds
 
@@ -79,8 +79,7 @@ class Lease:
         self.reading = reading
         #: How long the model stays on the device after its request; None: as its policy says.
         self.keep_warm_s = None if keep_warm is None else keep_alive_seconds(keep_warm)
-        #: How long it waited for the model (of a shared request: that one); None before it is entered.
-        self.receipt: Receipt | None = None
+        self.waited: Waited | None = None
         self._entered = self._ended = self._cancelled = self._broken = False
         self._made_here = True
         self.request: LeaseRequest | None = None
@@ -149,7 +148,7 @@ class Lease:
         if request.error is not None:
             raise request.error
         request = self.request or request  # another one, if it shares a lease
-        self.receipt = request.receipt
+        self.waited = request.waited
         _held.set((*held_requests(), request))
         if self._made_here:
             self._request_here = request
@@ -179,6 +178,11 @@ class Lease:
         """The place in the queue: 0 holds the model, 1 is next; None before it is entered and after its end."""
         request = self.request
         return None if request is None else self._admission.place(request)
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """How long its request, of a shared one that one, waited for the model; None before it is entered."""
+        return None if self.waited is None else Receipt.of(self.waited)
 
     def resumed(self) -> None:
         """For a generator that holds the lease: call this at the start of each step. Records the calling code."""
