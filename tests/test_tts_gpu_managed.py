@@ -108,6 +108,15 @@ def test_force_offload_and_release(tts: GPUManagedTTS) -> None:
     assert state(tts) == "released"
 
 
+def test_a_lease_says_how_long_it_stays_and_the_calls_under_it_do_not_change_that(tts: GPUManagedTTS) -> None:
+    with tts.lease(timeout="30s", keep_warm="5m"):
+        tts.clone("a.wav", "said", "to say")
+    model = tts.get_gpu_status()["models"]["tts"]
+    assert (model["state"], model["keep_warm_s"], model["keep_warm_by"]) == ("gpu", 300, "request")
+    tts.clone("a.wav", "said", "to say")
+    assert tts.get_gpu_status()["models"]["tts"]["keep_warm_s"] == 0
+
+
 def test_two_in_one_process_have_names_of_their_own(simulated: GPUResourceManager) -> None:
     first, second = (GPUManagedTTS(None, None, manager=simulated, load=RecordingEngine) for _ in range(2))
     assert (first.name, second.name) == ("tts", "tts-2")

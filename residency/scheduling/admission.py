@@ -147,7 +147,7 @@ class Admission:
         if lease.keep_warm_s is not None and not lease.reading:
             request.managed.asked_warm_s = max(lease.keep_warm_s, request.managed.asked_warm_s or 0.0)
             self._dispatcher.version += 1
-        lease.request, lease.receipt = request, request.receipt
+        lease.request, lease.waited = request, request.waited
         lease.owns = False
         return True
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType
 
-from ..receipts import Receipt
+from ..receipts import Waited
 from .managed_model import LeaseRequest, ManagedModel
 
 #: The requests of the leases entered in this context; some may have ended: see `held_requests`.
@@ -25,7 +25,7 @@ class LeaseData:
         cancelled: `Lease.cancel` was called.
         reading: whether it only reads values; then it may share any current request.
         keep_warm_s: how long the model stays on the device after its request; None: as its policy says.
-        receipt: how long it waited for the model (of a shared request: that one); None before it is entered.
+        waited: its wait for the model (of a shared request: that one's); None before it is entered.
         made_at: code and line, for a lease that is entered in another thread.
         made_after: current requests whose leases were created in this context before, wherever they were entered.
     """
@@ -35,7 +35,7 @@ class LeaseData:
     cancelled = False
     reading = False
     keep_warm_s: float | None = None
-    receipt: Receipt | None = None
+    waited: Waited | None = None
     made_at: tuple[CodeType, int]
     made_after: tuple[LeaseRequest, ...] = ()
 

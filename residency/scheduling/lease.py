@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..contracts import Time
+from ..receipts import Receipt
 from .admission import Admission
 from .held import LeaseData, held, held_requests
 from .managed_model import LeaseRequest, ManagedModel
@@ -121,7 +122,7 @@ class Lease(LeaseData):
         if request.error is not None:
             raise request.error
         request = self.request or request  # another one, if it shares a lease
-        self.receipt = request.receipt
+        self.waited = request.waited
         held.set((*held_requests(), request))
         if self._made_here:
             self._request_here = request
@@ -147,6 +148,11 @@ class Lease(LeaseData):
         """The place in the queue: 0 holds the model, 1 is next; None before it is entered and after its end."""
         request = self.request
         return None if request is None else self._admission.place(request)
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """How long its request, of a shared one that one, waited for the model; None before it is entered."""
+        return None if self.waited is None else Receipt.of(self.waited)
 
     def resumed(self) -> None:
         """For a generator that holds the lease: call this at the start of each step. Records the calling code."""
