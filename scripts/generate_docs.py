@@ -20,7 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.pop("GPU_CONTROL_TOKEN", None)  # the default of --token would be written into the page
+for secret in ("GPU_CONTROL_TOKEN", "GPU_TTS_API_KEY"):  # the default of a flag would be written into the page
+    os.environ.pop(secret, None)
 
 from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
 from residency.devices.checkpoint_transitions import ROWS, Operation, Remedy, Row  # noqa: E402

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fakes import Gate, Worker
 
 from residency.devices.card_probes import TorchProbe
@@ -17,7 +18,7 @@ def test_a_module_counts_once_its_import_is_complete(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "torch.py").write_text("import gate_of_test\ngate_of_test.pass_through()\n", encoding="utf-8")
     monkeypatch.setitem(sys.modules, "gate_of_test", gate)
-    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.delitem(sys.modules, torch.__name__)
     importing = Worker(__import__, "torch")
     gate.wait_for_arrival()
     try:

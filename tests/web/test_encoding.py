@@ -7,6 +7,7 @@ import importlib.util
 import io
 import wave
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -196,6 +197,19 @@ def test_encoders_leave_no_memory_behind() -> None:
         assert process.num_fds() == descriptors
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("format", MEDIA_TYPES)
+def test_encoders_in_several_threads_are_independent(format: str) -> None:
+    sounds = [tone(0.3, 200 + 50 * index) for index in range(8)]
+    expected = [encoded(format, *np.array_split(each, 20), speed=1.5) for each in sounds]
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda each: encoded(format, *np.array_split(each, 20), speed=1.5), sounds * 3)
+    for one, other in zip(found, expected * 3, strict=True):
+        if format == "opus":  # whose streams have random numbers
+            assert np.array_equal(decoded(format, one)[0], decoded(format, other)[0])
+        else:
+            assert one == other
 
 
 def joined(sounds: list[NDArray[np.float32]], rate: int = RATE) -> Iterator[NDArray[np.float32]]:
