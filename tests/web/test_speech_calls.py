@@ -369,7 +369,7 @@ class TestVoices:
 
     @pytest.mark.parametrize(
         ("fields", "param"),
-        [({"name": ""}, None), ({"name": "../up"}, None), ({"text": ""}, "text"), ({"text": "x" * 5001}, "text")],
+        [({"name": ""}, "name"), ({"name": "../up"}, "name"), ({"text": ""}, "text"), ({"text": "x" * 5001}, "text")],
     )
     def test_bad_fields(self, served: Served, recording: str, fields: dict[str, str], param: str | None) -> None:
         refused = store(served, recording, **fields)

@@ -51,6 +51,28 @@ _CODECS: dict[str, tuple[str, dict[str, str], str, int | None]] = {
 }
 
 
+def check_form(format: str, speed: float = 1.0) -> None:
+    """Raises `InvalidInput` if there is no such format or speed, or it needs PyAV, which is not installed."""
+    if format not in MEDIA_TYPES:
+        known = ", ".join(MEDIA_TYPES)
+        raise InvalidInput(
+            f"The format {format!r} is not supported: use one of {known}",
+            f"不支持格式 {format!r}：请使用 {known} 之一",
+        )
+    if not SPEEDS[0] <= speed <= SPEEDS[1]:
+        raise InvalidInput(
+            f"The speed is not from {SPEEDS[0]:g} to {SPEEDS[1]:g}: 1 is the speed of the voice",
+            f"语速不在 {SPEEDS[0]:g} 到 {SPEEDS[1]:g} 之间：1 为原语速",
+        )
+    if (format in _CODECS or speed != 1) and importlib.util.find_spec("av") is None:
+        raise InvalidInput(
+            f"The server can send only wav and pcm, at the speed 1, without the package av: use one of these, or "
+            f"install it with {pip_install()} 'gpu-managed-tts[app]'",
+            f"服务器缺少软件包 av，只能以语速 1 输出 wav 和 pcm：请改用二者之一，或执行 "
+            f"{pip_install()} 'gpu-managed-tts[app]'",
+        )
+
+
 class Joiner:
     """Joins sentences with a cross-fade of 20 ms. Not thread-safe.
 
@@ -110,24 +132,7 @@ class Encoder:
         Raises:
             InvalidInput: the format or speed does not exist, or needs PyAV, which is not installed.
         """
-        if format not in MEDIA_TYPES:
-            known = ", ".join(MEDIA_TYPES)
-            raise InvalidInput(
-                f"The format {format!r} is not supported: use one of {known}",
-                f"不支持格式 {format!r}：请使用 {known} 之一",
-            )
-        if not SPEEDS[0] <= speed <= SPEEDS[1]:
-            raise InvalidInput(
-                f"The speed is not from {SPEEDS[0]:g} to {SPEEDS[1]:g}: 1 is the speed of the voice",
-                f"语速不在 {SPEEDS[0]:g} 到 {SPEEDS[1]:g} 之间：1 为原语速",
-            )
-        if (format in _CODECS or speed != 1) and importlib.util.find_spec("av") is None:
-            raise InvalidInput(
-                f"The server can send only wav and pcm, at the speed 1, without the package av: use one of these, or "
-                f"install it with {pip_install()} 'gpu-managed-tts[app]'",
-                f"服务器缺少软件包 av，只能以语速 1 输出 wav 和 pcm：请改用二者之一，或执行 "
-                f"{pip_install()} 'gpu-managed-tts[app]'",
-            )
+        check_form(format, speed)
         self._tempo = None if speed == 1 else _Tempo(sample_rate, speed)
         make = _Compressed if format in _CODECS else _Uncompressed
         self._sink = make(format, sample_rate, whole if speed == 1 else None)

@@ -16,13 +16,12 @@ from ...cancellation import checkpoint
 from ...contracts import Engine
 from ...errors import InvalidInput
 from . import task_names
-from .encoding import MEDIA_TYPES, Encoder, Joiner
+from .encoding import Encoder, Joiner, check_form
 from .recordings import UNDER_WAY
 from .segments import sentences
 from .service import NO_TARGET, SpeechService, check
 from .voices import Voice, VoiceStore
 
-SLOWEST, FASTEST = 0.25, 4.0
 _BYTES_PER_CHARACTER = 10_000
 """Upper estimate of the speech for a character: 0.2 s of 16-bit samples at 24 kHz."""
 _INSTRUCTED = ("emotion", "style", "speed")
@@ -35,7 +34,7 @@ class SpeechRequest:
 
     Attributes:
         sentences: the text, in the order of speaking.
-        format: a key of `MEDIA_TYPES`.
+        format: a key of `encoding.MEDIA_TYPES`.
         speed: multiple of the engine's tempo, 0.25 to 4.
         edit: task and sub-task that change each sentence after it was spoken; None: none.
         keep_warm_s: seconds that the model stays on the device afterwards; None: as configured.
@@ -77,16 +76,7 @@ class Speaker:
         text = self._service.checked_text("target_text", text, NO_TARGET, self._service.limits.text)
         if not any(map(str.isalnum, text)):
             raise InvalidInput("The text has no words: write some", "文本中没有文字：请填写内容", "target_text")
-        if format not in MEDIA_TYPES:
-            raise InvalidInput(
-                f"There is no audio format {format!r}: choose one of {', '.join(MEDIA_TYPES)}",
-                f"没有音频格式 {format!r}：可用 {'、'.join(MEDIA_TYPES)}",
-            )
-        if not SLOWEST <= speed <= FASTEST:
-            raise InvalidInput(
-                f"The speed {speed:g} is not from {SLOWEST:g} to {FASTEST:g}",
-                f"语速 {speed:g} 超出范围：应为 {SLOWEST:g} 到 {FASTEST:g}",
-            )
+        check_form(format, speed)
         found = self.voices.get(voice) if isinstance(voice, str) else voice
         engine = self._service.engine
         check(engine, "check_text", text, "target_text")
