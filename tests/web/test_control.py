@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import pytest
 from fakes import Gate, Worker, Workshop
+from fastapi import FastAPI
 from pydantic import TypeAdapter
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -24,9 +26,16 @@ from residency.web.ui.gpu_panel import GpuPanel
 HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
 
 
+@lru_cache(1)
+def built(manager: GPUResourceManager, **keywords: Any) -> FastAPI:
+    """Takes a tenth of a second, and some tests have several clients."""
+    return build(manager, Permissions(**keywords))
+
+
 def client(manager: GPUResourceManager, address: tuple[str, int] = HERE, **keywords: Any) -> TestClient:
-    app = build(manager, Permissions(**keywords))
-    return TestClient(app, "http://127.0.0.1:7860", client=address, raise_server_exceptions=False)
+    return TestClient(
+        built(manager, **keywords), "http://127.0.0.1:7860", client=address, raise_server_exceptions=False
+    )
 
 
 @pytest.fixture
