@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import pytest
 from fakes import Gate, Worker, Workshop
+from fastapi import FastAPI
 from pydantic import TypeAdapter
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager, State
 from residency.errors import InvalidInput
 from residency.status_types import DeviceStatus, MemorySizes, ModelStatus, Status, UsageHistory
-from residency.web.api.control import build
+from residency.web.api.control import build, route_to
+from residency.web.server.layers import beneath
 from residency.web.server.permissions import Permissions
 from residency.web.shared.language import en
 from residency.web.ui.gpu_panel import GpuPanel
@@ -19,9 +26,16 @@ from residency.web.ui.gpu_panel import GpuPanel
 HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
 
 
+@lru_cache(1)
+def built(manager: GPUResourceManager, **keywords: Any) -> FastAPI:
+    """Takes a tenth of a second, and some tests have several clients."""
+    return build(manager, Permissions(**keywords))
+
+
 def client(manager: GPUResourceManager, address: tuple[str, int] = HERE, **keywords: Any) -> TestClient:
-    app = build(manager, Permissions(**keywords))
-    return TestClient(app, "http://127.0.0.1:7860", client=address, raise_server_exceptions=False)
+    return TestClient(
+        built(manager, **keywords), "http://127.0.0.1:7860", client=address, raise_server_exceptions=False
+    )
 
 
 @pytest.fixture
@@ -47,6 +61,19 @@ def test_it_is_ready_once_the_page_beside_it_answers(manager: GPUResourceManager
     assert web.get("/healthz").status_code == 200
     serves = True
     assert web.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("prefix", ["", "/tts"])
+def test_its_paths_are_those_of_the_page_with_and_without_a_root_path(manager: GPUResourceManager, prefix: str) -> None:
+    """Starlette looks for static files under the root path, which `beneath` has removed."""
+    layers = [Middleware(beneath("/tts")), Middleware(route_to(build(manager, Permissions())))]
+    page = Route("/{rest:path}", lambda request: PlainTextResponse("the page"))
+    web = TestClient(Starlette(routes=[page], middleware=layers), "http://127.0.0.1:7860", client=HERE)
+    for path in ("/healthz", "/gpu/status", "/metrics", "/docs", "/docs/static/swagger-ui.css"):
+        answer = web.get(prefix + path)
+        assert (answer.status_code, answer.text == "the page") == (200, False), path
+    for path in ("/", "/gpu", "/docsx", "/config"):
+        assert web.get(prefix + path).text == "the page"
 
 
 def test_status_is_the_managers(used: GPUResourceManager) -> None:

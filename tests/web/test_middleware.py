@@ -4,9 +4,9 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
-from typing import Any
 
 import pytest
 from anyio import to_thread
@@ -184,9 +184,11 @@ class TestUploads:
     ) -> None:
         asked: list[float] = []
 
-        def refuse(most_bytes: float) -> Any:
+        @contextmanager
+        def refuse(most_bytes: float) -> Iterator[None]:
             asked.append(most_bytes)
             raise DiskFull
+            yield
 
         traffic.reserved = refuse
         answer = client.post("/gradio_api/upload", content=b"x")

@@ -13,13 +13,12 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from gradio.route_utils import API_PREFIX, FnIndexInferError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..shared.gradio_compat import CALL
 from ..shared.language import preferred
-from .bodies import client_disconnected
 from .layers import http_layer
 
 logger = logging.getLogger(__name__)
@@ -98,7 +97,6 @@ def _json(content: Any, code: int) -> Response:
 _Handler = Callable[[Request, Any], Awaitable[Response]]
 HANDLERS: dict[type[Exception], _Handler] = {
     RequestValidationError: _invalid,
-    ClientDisconnect: client_disconnected,
     **dict.fromkeys((LookupError, TypeError, ValueError, AttributeError, AssertionError, FnIndexInferError), _garbled),
 }
 """Exception handlers of Gradio's application, for errors that its routes raise on invalid requests."""
