@@ -2,8 +2,18 @@
 
 from .borrowed import BorrowedPart
 from .engine import CompositeResident, EngineResident, adopt
+from .kept import kept_weights
 from .onnx_sessions import OnnxSessions
 from .snapshot import SnapshotFolder
 from .weights import Weights
 
-__all__ = ["BorrowedPart", "CompositeResident", "EngineResident", "OnnxSessions", "SnapshotFolder", "Weights", "adopt"]
+__all__ = [
+    "BorrowedPart",
+    "CompositeResident",
+    "EngineResident",
+    "OnnxSessions",
+    "SnapshotFolder",
+    "Weights",
+    "adopt",
+    "kept_weights",
+]
