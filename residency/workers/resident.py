@@ -132,23 +132,26 @@ class WorkerResident:
     def restore(self) -> int:
         if self._way is None:
             return 0
-        moved_bytes: int
         try:
-            if self.worker.ended:
-                raise self.worker.died()
-            if self.worker.checkpointed and self._residue is not None:
-                self._residue.put_back()
-            if self._way == "checkpoint":
-                self._way = None
-                return self.device_bytes
-            moved_bytes, _ = self.worker.ask(Move("restore"))
+            moved_bytes = self._bring_back()
         except WorkerDied:
             moved_bytes = self._start_again()
+        self._way = None
+        self.forget_kept()
+        return moved_bytes
+
+    def _bring_back(self) -> int:
+        if self.worker.ended:
+            raise self.worker.died()
+        if self.worker.checkpointed and self._residue is not None:
+            self._residue.put_back()
+        if self._way == "checkpoint":
+            return self._sizes.device_bytes
+        try:
+            moved_bytes: int = self.worker.ask(Move("restore"))[0]
         except Exception:
             self._checkpoint_rest()
             raise
-        self._way = None
-        self.forget_kept()
         return moved_bytes
 
     def _start_again(self) -> int:
