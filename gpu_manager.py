@@ -41,7 +41,7 @@ from residency.errors import (
     UnknownModel,
 )
 from residency.locks import renewed_in_children
-from residency.memory import BorrowedPart, SnapshotFolder, adopt
+from residency.memory import BorrowedPart, SnapshotFolder, adopt, kept_weights
 from residency.observability.events import Event
 from residency.random_state import RandomState
 from residency.scheduling.admission import Admission
@@ -63,7 +63,7 @@ from residency.workers.isolation import IsolationMode, Residue, isolation_for
 __all__ = ["CpuDevice", "CudaDevice", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable", "Event",
            "EventLoopBlocked", "GPUResourceManager", "Lease", "LeaseDeadlock", "LoadTimeout", "ManagerClosed",
            "ModelBusy", "ModelExists", "RequestCancelled", "RequestTimeout", "ResidencyError", "SettingsConflict",
-           "SimulatedDevice", "State", "UnknownModel", "find_device", "get_gpu_manager"]  # fmt: skip
+           "SimulatedDevice", "State", "UnknownModel", "find_device", "get_gpu_manager", "kept_weights"]  # fmt: skip
 
 
 class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):

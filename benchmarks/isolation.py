@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
 import os
 import pickle
@@ -35,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 import torch
+from safetensors.torch import load_file, save_file
 
-from gpu_manager import GPUResourceManager, SimulatedDevice, State
+from gpu_manager import GPUResourceManager, SimulatedDevice, State, kept_weights
 from residency.errors import ResidencyError
 from residency.workers.checkpoints import DriverCheckpoints
 from tts_gpu_managed import GPUManagedTTS
@@ -140,6 +142,64 @@ def first_answers(rounds: int) -> dict[str, float]:
                 if number:
                     times[mode].append(seconds)
     return {mode: statistics.median(values) for mode, values in times.items()}
+
+
+class LoadedEngine(torch.nn.Module):
+    """Engine of ``nbytes`` with weights from a file, or from main memory if they have outlived a worker."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.empty(1 << 20) for _ in range(nbytes >> 22))
+
+    def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
+        return self.weights[0][:SAMPLE_RATE].detach()[None], SAMPLE_RATE
+
+
+def load_engine(nbytes: int, file: str, asks: bool) -> LoadedEngine:
+    with torch.device("meta"):
+        engine = LoadedEngine(nbytes)
+    weights = kept_weights("") if asks else None
+    engine.load_state_dict(load_file(file) if weights is None else weights, assign=True)
+    return engine
+
+
+def deaths(nbytes: int, rounds: int) -> dict[str, float]:
+    """Returns the median seconds from the first request after a worker has died while its model was offloaded."""
+    times: dict[str, list[float]] = {"kept weights": [], "file in the page cache": [], "file on the disk": []}
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+        file = str(Path(folder) / "weights.safetensors")
+        save_file({f"weights.{number}": torch.randn(1 << 20) for number in range(nbytes >> 22)}, file)
+        with GPUResourceManager(SimulatedDevice(8 << 30), isolation="process") as manager:
+            engines = {}
+            for source in times:
+                load = functools.partial(load_engine, nbytes, file, source == "kept weights")
+                engines[source] = GPUManagedTTS(None, manager=manager, load=load, name=source)
+            for _ in range(rounds):
+                for source, tts in engines.items():
+                    tts.clone("", "", "")
+                    manager.offload(source)
+                    kill_worker(manager, source)
+                    if source == "file on the disk":
+                        drop_from_page_cache(file)
+                    times[source].append(timed(lambda tts=tts: tts.clone("", "", "")))
+                    manager.release(source)
+    return {source: statistics.median(seconds) for source, seconds in times.items()}
+
+
+def kill_worker(manager: GPUResourceManager, name: str) -> None:
+    """Kills the worker of an offloaded model, and waits until the manager has noticed it."""
+    worker = psutil.Process(manager.status()["models"][name]["worker"]["pid"])
+    worker.kill()
+    psutil.wait_procs([worker])
+    while manager.status()["models"][name]["worker"] is not None:
+        time.sleep(0.01)
+    manager.wait_for(name, State.RELEASED, 1.0)  # not with kept weights
+
+
+def drop_from_page_cache(file: str) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def holdings() -> dict[str, int]:
@@ -264,6 +324,7 @@ def main() -> None:
         flush=True,
     )
     missed = measured(options)
+    compare_deaths(options)
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         missed = survived(options) or missed
@@ -291,6 +352,15 @@ def measured(options: argparse.Namespace) -> bool:
         verdict = "yes" if value <= most else "no"
         print(f"{name:44}{here * 1000:12.2f}{there * 1000:12.2f}{shown:>12}{wanted:>12}  {verdict}", flush=True)
     return missed
+
+
+def compare_deaths(options: argparse.Namespace) -> None:
+    """Prints the time to the first answer after a worker has died while its model was offloaded."""
+    found = deaths(options.mb << 20, options.rounds)
+    kept_s = found["kept weights"]
+    print(f"\ndied while offloaded, to the first answer, {options.mb} MB; median, ms")
+    for source, seconds in found.items():
+        print(f"{source:44}{seconds * 1000:12.2f}{'':12}{f'x {seconds / kept_s:.2f}':>12}", flush=True)
 
 
 def survived(options: argparse.Namespace) -> bool:

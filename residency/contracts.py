@@ -189,6 +189,13 @@ class InWorker(Protocol):
     def last_offload(self) -> Any:
         """Way, bytes and seconds (fields of `LastOffload` in the status); None before the first."""
 
+    @property
+    def kept_bytes(self) -> int | None:
+        """Bytes of weights in main memory that outlive the worker; None if its loader does not take them."""
+
+    def leave_device(self) -> None:
+        """Ends the worker of an offloaded model if its weights outlive it, for room on the device. Any thread."""
+
 
 class Engine(Protocol):
     """A speech engine with the two methods of StepAudioTTS.

@@ -173,6 +173,10 @@ class ModelStatus(TypedDict):
     outside_bytes: Annotated[int | None, Doc("Bytes that it uses and no move frees; null if unknown.")]
     outside_processes: Annotated[list[OutsideProcess], Doc("The processes that use those bytes.")]
     worker: Annotated[WorkerStatus | None, Doc("Its worker process; null without one.")]
+    kept_bytes: Annotated[
+        int | None,
+        Doc("Bytes of its offloaded weights that outlive its worker process; null if its loader does not take them."),
+    ]
 
 
 class Status(TypedDict):

@@ -49,7 +49,7 @@ class CudaDevice(Device):
         self.index = index
         self.torch_device = f"cuda:{index}" if index else "cuda"
         self._probe = probe
-        self._pinned_limit_bytes = pinned_limit_bytes
+        self.pinned_limit_bytes = pinned_limit_bytes
         self._pinned_bytes = 0
         # Reentrant: garbage collection may call `unpin` during `pin`.
         self._lock = renewed_in_children(threading.RLock())
@@ -94,7 +94,7 @@ class CudaDevice(Device):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process finds the same device with a probe of its own; ``pinned_limit_bytes`` holds for each."""
-        return _found_again, (self.name, self._pinned_limit_bytes, self.index)
+        return _found_again, (self.name, self.pinned_limit_bytes, self.index)
 
     def memory(self) -> Memory:
         return self._probe.memory()
@@ -215,8 +215,8 @@ class CudaDevice(Device):
         """Registers the pages in place (``cudaHostRegister``); returns false, with a warning, beyond the limit."""
         nbytes = len(raw)
         with self._lock:
-            if self._pinned_limit_bytes is not None and self._pinned_bytes + nbytes > self._pinned_limit_bytes:
-                refused = f"the limit of {self._pinned_limit_bytes:,} bytes is reached"
+            if self.pinned_limit_bytes is not None and self._pinned_bytes + nbytes > self.pinned_limit_bytes:
+                refused = f"the limit of {self.pinned_limit_bytes:,} bytes is reached"
             else:
                 with self._here() as cuda:
                     code = int(cuda.cudart().cudaHostRegister(raw.data_ptr(), nbytes, 0))

@@ -169,7 +169,8 @@ class Settings:
         None, "size of all snapshots beyond which the least recently used are deleted (100GB; default: no limit)",
         size_bytes)
     gpu_host_memory_limit: int | None = _flag(
-        None, "limit of pinned main memory for fast copies (16GB; default: no limit)", size_bytes)
+        None, "limit of pinned main memory for fast copies, and of weights that ended worker processes have left "
+        "(16GB; default: no limit)", size_bytes)
     gpu_isolation: Literal["none", "process"] = _flag(
         "none", "process: each model in a worker process of its own, which a release ends, so that nothing of it is "
         "left on the GPU; Linux only (default: %(default)s)", choices=["none", "process"])

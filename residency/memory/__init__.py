@@ -2,6 +2,7 @@
 
 from .borrowed import BorrowedPart
 from .engine import CompositeResident, EngineResident, adopt
+from .kept import kept_weights
 from .onnx_sessions import OnnxSessions
 from .resident import Resident
 from .snapshot import SnapshotFolder
@@ -16,4 +17,5 @@ __all__ = [
     "SnapshotFolder",
     "Weights",
     "adopt",
+    "kept_weights",
 ]

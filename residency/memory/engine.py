@@ -189,6 +189,11 @@ class EngineResident(CompositeResident):
         self._find_added()
         return super().save(store, name)
 
+    @property
+    def loaded(self) -> Weights:
+        """The tensors that the engine had at its load."""
+        return self._loaded
+
     def _abandon(self) -> None:
         self._loaded.release()
 

@@ -8,6 +8,7 @@ copies fast.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import mmap
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..contracts import Device
 from ..locks import renewed_in_children
+from ..shared_file import SharedFile
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +121,7 @@ def _parts_of_spans(sizes: Sequence[int], span_bytes: int) -> Iterator[tuple[Sto
 class HostMirror:
     """Main memory with a given layout, in one mapping: freed, all of it returns to the system.
 
+    With ``shared`` it is a ``file`` that other processes may get, or ordinary memory if the system has no room for one.
     ``raw`` is uint8 [layout.nbytes]. `pin` locks it group by group; unpinned memory works too, only slower. Pinned
     pages are unpinned before they are unmapped, also by garbage collection and at the interpreter's exit: otherwise the
     driver would refuse to pin them for their next owner.
@@ -127,12 +130,19 @@ class HostMirror:
     most.
     """
 
-    def __init__(self, layout: MirrorLayout, moving: threading.Lock | None = None) -> None:
+    def __init__(self, layout: MirrorLayout, moving: threading.Lock | None = None, shared: bool = False) -> None:
         import torch
 
         self._layout = layout
         # A separate mapping: page-aligned, and unlike malloc's memory not cached after its release.
-        self._mapping = mmap.mmap(-1, max(layout.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        nbytes = max(layout.nbytes, 1)
+        self.file: SharedFile | None = None
+        if shared:
+            with contextlib.suppress(OSError):
+                self.file = SharedFile.create(nbytes)
+        self._mapping = (
+            self.file.mapped(shared=True) if self.file else mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        )
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.raw: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=layout.nbytes or 1)

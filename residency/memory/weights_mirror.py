@@ -111,6 +111,10 @@ class WeightsMirror:
         self._checksums: list[int | None] = []
         #: Checksums of the spans in the snapshot; None if nothing was saved.
         self.saved: list[int] | None = None
+        #: Whether the copy is to be in shared memory; see `residency.memory.kept`.
+        self.shared = False
+        #: XXH3 of each span in the copy; None until `host_checksums`.
+        self._host_checksums: list[int | None] = []
         self.pinning: BackgroundPinning | None = None
 
     @property
@@ -141,7 +145,7 @@ class WeightsMirror:
         if changed:
             progress.enter("copying", sum(spans[index].nbytes for index in changed))
         for index in changed:
-            known[index] = None  # until the copy is whole
+            known[index] = self._host_checksums[index] = None  # until the copy is whole
             copier.to_host(spans[index], mirror.span(spans[index]), put_together=now[index] is not None)
             known[index] = now[index]
             progress.advance(spans[index].nbytes)
@@ -160,6 +164,14 @@ class WeightsMirror:
             self._mirror.unpin()
             self._mirror = None
         return pinning
+
+    def host_checksums(self) -> Iterator[int]:
+        """Returns the XXH3 of each span in the copy; computes those that have changed since the last call."""
+        for index, span in enumerate(self.layout.spans):
+            known = self._host_checksums[index]
+            if known is None:
+                known = self._host_checksums[index] = host_checksum(self.memory.span(span))
+            yield known
 
     def save(self, store: SnapshotFolder, name: str) -> None:
         """Writes the copy to a snapshot; `load` checks what it reads against the checksums kept here."""
@@ -185,8 +197,9 @@ class WeightsMirror:
         for managed in storages:
             managed.constant = managed.find_constant()
         self.layout = lay_out([0 if managed.constant is not None else managed.nbytes for managed in storages])
-        self._mirror = HostMirror(self.layout, self._moving)
+        self._mirror = HostMirror(self.layout, self._moving, self.shared)
         self._checksums = [None] * len(self.layout.spans)
+        self._host_checksums = list(self._checksums)
 
 
 def _checksums(copier: SpanCopier, spans: Sequence[MirrorSpan], progress: Progress) -> Sequence[int | None]:

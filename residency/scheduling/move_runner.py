@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable
 
-from ..contracts import Memory
+from ..contracts import InWorker, Memory
 from ..errors import WorkerEnded
 from ..locks import new_event, renewed_in_children
 from ..observability.error_classification import (
@@ -146,7 +146,14 @@ class MoveRunner:
                 if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == dispatcher.changes):
                     return False
                 task.changes_seen = dispatcher.changes
+            offloaded = [] if task.put_off else [
+                other.resident for other in dispatcher.managed_models.values()
+                if other.settled_state is State.HOST and other.is_idle()
+            ]  # fmt: skip
         try:
+            for resident in offloaded:
+                if isinstance(resident, InWorker):
+                    resident.leave_device()
             self._mover.tidy()
         except Exception as error:
             task.error, task.put_off = error, False

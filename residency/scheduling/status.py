@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from ..contracts import Memory
+from ..contracts import InWorker, Memory
 from ..observability.history import WINDOW_S
 from ..observability.outside_memory import OutsideMemory, totals
 from ..receipts import Receipt
@@ -145,6 +145,7 @@ class Overview:
             "outside_bytes": outside.total_bytes if outside else 0,
             "outside_processes": [process.as_dict() for process in outside.holders] if outside else [],
             "worker": None if self._workers is None else self._workers.status_locked(managed),
+            "kept_bytes": managed.resident.kept_bytes if isinstance(managed.resident, InWorker) else None,
         }
 
     def _next(self, managed: ManagedModel, now_s: float) -> NextMove | None:

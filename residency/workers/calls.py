@@ -8,6 +8,7 @@ from typing import Any
 
 from ..contracts import Device
 from ..engines.part_proxy import Path
+from ..memory.kept import KeptWeights
 from ..memory.self_moving import OwnMoves
 from ..random_state import RandomState
 from .torch_settings import CallSettings
@@ -47,19 +48,20 @@ class Setup(Ask):
 
 @dataclass
 class Load(Ask):
-    """Builds the engine; see `GPUResourceManager.register`."""
+    """Builds the engine; see `GPUResourceManager.register`. ``kept``: of an ended worker, for the loader."""
 
     name: str
     load: Callable[[], Any]
     device: Device
     skip: tuple[str, ...]
     random_state: RandomState | None
+    kept: KeptWeights | None = None
     moves = True
 
 
 @dataclass
 class Move(Ask):
-    """Calls ``offload``, ``restore`` or ``release`` of the resident."""
+    """Calls ``offload``, ``restore`` or ``release`` of the resident. Answered by the bytes moved, and `KeptWeights`."""
 
     name: str
     moves = True
@@ -135,6 +137,8 @@ class Sizes:
     array_bytes: int = 0
     usable: bool = True
     moves_itself: bool = False
+    #: Whether the loader takes weights that have outlived an earlier worker.
+    takes_kept: bool = False
     #: Modules that the worker has imported since its fork.
     modules: int = 0
 

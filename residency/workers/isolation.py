@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -13,10 +14,12 @@ from typing import Any, Literal, get_args
 
 from ..contracts import Device, ProcessCheckpoints
 from ..devices import SimulatedDevice
+from ..devices.host_probes import host_memory
 from ..devices.observed import ObservedDevice
 from ..devices.simulated_checkpoints import SimulatedCheckpoints
 from ..errors import InvalidInput, LoadTimeout, WorkerDied
 from ..memory import Resident
+from ..memory.kept import KeptWeights
 from ..memory.self_moving import registered
 from ..random_state import RandomState
 from ..sentences import Sentence
@@ -109,6 +112,7 @@ class Isolation:
         self.observed = ObservedDevice(device)
         #: The workers in which models are being loaded, by name.
         self.loading: dict[str, WorkerProcess] = {}
+        self._residents: weakref.WeakSet[WorkerResident] = weakref.WeakSet()
         self._hangs_after_s = hangs_after_s
         self._spawner = Spawner()
         self._spawner.start()
@@ -126,15 +130,15 @@ class Isolation:
                 '请传入创建它的函数，或使用 isolation="none"',
             )
         _check_loader(name, load)
-        random_state = RandomState()
+        ask = partial(Load, name, load, self._device, skip, RandomState())
 
         def start() -> RemoteEngine:
             _check_loader(name, load)  # by now it may refer to more
-            return self._start(Load(name, load, self._device, skip, random_state), timeout_s)
+            return RemoteEngine(self._start(ask(), timeout_s), lambda kept: self._start(ask(kept=kept), timeout_s))
 
         return start
 
-    def _start(self, ask: Load, timeout_s: float) -> RemoteEngine:
+    def _start(self, ask: Load, timeout_s: float) -> WorkerProcess:
         """Starts a worker and loads an engine there. After an error, the worker has ended."""
         worker = WorkerProcess(ask.name, self._spawner, self._hangs_after_s)
         too_long = Sentence("its load took too long", "加载时间过长")
@@ -155,7 +159,7 @@ class Isolation:
             timer.cancel()
             if self.loading.get(ask.name) is worker:
                 del self.loading[ask.name]
-        return RemoteEngine(worker)
+        return worker
 
     def adopt(
         self, engine: RemoteEngine, device: Device, managed: Any, ended: Callable[[Any], object] = id
@@ -164,9 +168,38 @@ class Isolation:
 
         ``ended`` is called with ``managed``, in another thread, if the worker ends.
         """
-        engine._worker.on_end = partial(ended, managed)
-        worker, checkpoints = engine._worker, self._checkpoints
-        return WorkerResident(worker, ProcessResidue(worker, checkpoints, device) if checkpoints else None)
+
+        def residue(worker: WorkerProcess) -> ProcessResidue | None:
+            return ProcessResidue(worker, self._checkpoints, device) if self._checkpoints else None
+
+        def renew(kept: KeptWeights) -> tuple[WorkerProcess, ProcessResidue | None]:
+            worker = engine._start_again(kept)
+            worker.on_end = on_end
+            return worker, residue(worker)
+
+        def on_end() -> None:
+            self._keep_or_forget(resident)
+            ended(managed)
+
+        resident = WorkerResident(engine._worker, residue(engine._worker), renew)
+        self._residents.add(resident)
+        engine._worker.on_end = on_end
+        return resident
+
+    def _keep_or_forget(self, ended: WorkerResident) -> None:
+        """Frees the weights that an ended worker has left if main memory has no room for them."""
+        limit_bytes, free_bytes = getattr(self._device, "pinned_limit_bytes", None), host_memory().free_bytes
+        held_bytes = sum(resident.outlived_bytes for resident in list(self._residents))
+        over_limit = limit_bytes is not None and held_bytes > limit_bytes
+        # Full main memory may have been the cause of the end, and the next load needs some, too.
+        if over_limit or (free_bytes is not None and free_bytes < ended.outlived_bytes):
+            freed = f"{ended.forget_kept():,}"
+            logger.warning(
+                "%s: main memory has no room for the %s bytes that its worker left", ended.worker.name, freed
+            )
+        elif ended.outlived_bytes:
+            name, reason = ended.worker.name, ended.worker.died().reason.en
+            logger.info("%s: its worker process has ended (%s), and its weights stay in main memory", name, reason)
 
     def close(self) -> None:
         """Ends the fork server, and with it all workers. Idempotent."""

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import mmap
 import os
 import pickle
 import socket
@@ -30,12 +29,15 @@ from ..engines.answers import view_of
 from ..engines.part_proxy import Part
 from ..errors import NotHandedOut
 from ..locks import owned_by_this_thread
+from ..shared_file import SharedFile
 
 if TYPE_CHECKING:
     import torch
 
 SHARED_FROM_BYTES = 32 << 10
 """Buffers of at least this size are sent in shared memory."""
+
+_FILES = 1  # at most in a frame, beside that of its buffers
 
 _HEADER = struct.Struct("!BQQI")
 _SLOT = struct.Struct("!QQ")
@@ -62,17 +64,19 @@ class Frame:
     call: int
     data: bytes
     buffers: Sequence[memoryview] = ()
+    files: Sequence[SharedFile] = ()
 
     def unpickled(self, load_part: Callable[[Any], Any], installed_only: bool = False) -> Any:
         """``installed_only``: raises `NotHandedOut` for classes of modules that are neither imported nor installed."""
-        return unpickled(self.data, self.buffers, load_part, installed_only)
+        return unpickled(self.data, self.buffers, load_part, installed_only, self.files)
 
 
 class Packed(NamedTuple):
-    """A pickle, and its large buffers."""
+    """A pickle, its large buffers, and the shared memory to which it refers."""
 
     data: bytes
     buffers: list[memoryview]
+    files: list[SharedFile]
 
 
 class Channel:
@@ -84,12 +88,13 @@ class Channel:
 
     def send(self, kind: Kind, call: int, content: Packed | None = None) -> None:
         """Sends a frame. Raises OSError if the other end has closed; MemoryError without room for the buffers."""
-        data, buffers = content or (b"", [])
+        data, buffers, files = content or (b"", [], [])
         fd = _in_shared_memory(buffers) if buffers else None
         try:
             slots = b"".join(_SLOT.pack(*slot) for slot in _slots(buffers))
             head = _HEADER.pack(kind, call, len(data), len(buffers)) + slots
-            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            fds = array.array("i", [*([] if fd is None else [fd]), *(file.fd for file in files)])
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
             with self._sending:
                 try:
                     sent = self._socket.sendmsg([head], rights)
@@ -109,18 +114,16 @@ class Channel:
     def receive(self) -> Frame:
         """Waits for the next frame; raises EOFError if the other end has closed, or has died."""
         try:
-            head, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, 1)
+            head, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, 1 + _FILES, socket.MSG_CMSG_CLOEXEC)
+            files = [SharedFile(fd) for fd in fds]
             head += self._read(_HEADER.size - len(head)) if head else b""
             if not head:
                 raise EOFError
             kind, call, length, count = _HEADER.unpack(head)
-            try:
-                slots = [_SLOT.unpack(self._read(_SLOT.size)) for _ in range(count)]
-                data = self._read(length)
-                return Frame(Kind(kind), call, data, _mapped(fds[0], slots) if fds else ())
-            finally:
-                for fd in fds:
-                    os.close(fd)
+            slots = [_SLOT.unpack(self._read(_SLOT.size)) for _ in range(count)]
+            data = self._read(length)
+            buffers = _mapped(files.pop(0), slots) if slots else ()
+            return Frame(Kind(kind), call, data, buffers, files)
         except OSError as error:
             raise EOFError from error
 
@@ -143,33 +146,32 @@ class Channel:
 
 def packed(content: Any, save_part: Callable[[Part], Any] | None = None) -> Packed:
     """Pickles with large buffers apart; see `pickled`."""
-    buffers: list[memoryview] = []
-    return Packed(pickled(content, buffers, save_part), buffers)
+    packed = Packed(b"", [], [])
+    return packed._replace(data=pickled(content, packed, save_part))
 
 
-def pickled(
-    content: Any, buffers: list[memoryview] | None = None, save_part: Callable[[Part], Any] | None = None
-) -> bytes:
+def pickled(content: Any, apart: Packed | None = None, save_part: Callable[[Part], Any] | None = None) -> bytes:
     """Pickles; functions and classes that cannot be imported are pickled by value (cloudpickle).
 
-    Large buffers are appended to ``buffers``. ``save_part`` replaces each `Part` by a value from which ``load_part``
-    of the other side makes its own.
+    Large buffers and shared memory are appended to those of ``apart``. ``save_part`` replaces each `Part` by a value
+    from which ``load_part`` of the other side makes its own.
     """
     file = io.BytesIO()
-    _Pickler(file, buffers, save_part).dump(content)
+    _Pickler(file, apart, save_part).dump(content)
     return file.getvalue()
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(
-        self, file: io.BytesIO, buffers: list[memoryview] | None, save_part: Callable[[Part], Any] | None
-    ) -> None:
+    def __init__(self, file: io.BytesIO, apart: Packed | None, save_part: Callable[[Part], Any] | None) -> None:
         super().__init__(file, 5, buffer_callback=self._in_band)
-        self._buffers = buffers
+        self._apart = apart
         self._save_part = save_part
         self._views: dict[Hashable, torch.Tensor] = {}
 
     def persistent_id(self, thing: Any) -> Any:
+        if self._apart is not None and isinstance(thing, SharedFile):
+            self._apart.files.append(thing)
+            return len(self._apart.files) - 1
         return self._save_part(thing) if self._save_part is not None and isinstance(thing, Part) else None
 
     def reducer_override(self, thing: Any) -> Any:
@@ -193,33 +195,36 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _in_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
-        if self._buffers is None or raw.nbytes < SHARED_FROM_BYTES:
+        if self._apart is None or raw.nbytes < SHARED_FROM_BYTES:
             return True
-        self._buffers.append(raw)
+        self._apart.buffers.append(raw)
         return False
 
 
 def unpickled(
-    data: bytes, buffers: Sequence[memoryview], load_part: Callable[[Any], Any], installed_only: bool = False
+    data: bytes,
+    buffers: Sequence[memoryview],
+    load_part: Callable[[Any], Any],
+    installed_only: bool = False,
+    files: Sequence[SharedFile] = (),
 ) -> Any:
     """Loads what `pickled` has saved; see `Frame.unpickled`."""
-    return _Unpickler(data, buffers, load_part, installed_only).load()
+    load = _Unpickler(io.BytesIO(data), buffers=buffers)
+    load.load_part, load.installed_only, load.files = load_part, installed_only, files
+    return load.load()
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(
-        self, data: bytes, buffers: Sequence[memoryview], load_part: Callable[[Any], Any], installed_only: bool
-    ) -> None:
-        super().__init__(io.BytesIO(data), buffers=buffers)
-        self._load_part = load_part
-        self._installed_only = installed_only
+    load_part: Callable[[Any], Any]
+    installed_only: bool
+    files: Sequence[SharedFile]
 
     def persistent_load(self, saved: Any) -> Any:
-        return self._load_part(saved)
+        return self.files[saved] if isinstance(saved, int) else self.load_part(saved)
 
     def find_class(self, module: str, name: str) -> Any:
         # An engine's own modules must not be imported by the manager: they may load models, or use the GPU.
-        if self._installed_only and module not in sys.modules and not _is_installed(module.partition(".")[0]):
+        if self.installed_only and module not in sys.modules and not _is_installed(module.partition(".")[0]):
             raise NotHandedOut(name, module)
         return super().find_class(module, name)
 
@@ -311,6 +316,6 @@ def _in_shared_memory(buffers: Sequence[memoryview]) -> int:
     return fd
 
 
-def _mapped(fd: int, slots: Sequence[tuple[int, int]]) -> list[memoryview]:
-    shared = memoryview(mmap.mmap(fd, 0))
+def _mapped(file: SharedFile, slots: Sequence[tuple[int, int]]) -> list[memoryview]:
+    shared = memoryview(file.mapped(shared=True))
     return [shared[offset : offset + length] for offset, length in slots]

@@ -229,7 +229,7 @@ class WorkerProcess:
             return Part(keeper, path)
 
         def load(data: bytes) -> Any:
-            return unpickled(data, frame.buffers, load_part, installed_only=True)
+            return unpickled(data, frame.buffers, load_part, True, frame.files)
 
         answer: Answer = frame.unpickled(_no_part)
         self.sizes = answer.sizes

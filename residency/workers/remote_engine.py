@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engines.part_proxy import Part, Path
 from ..errors import RequestStopped, WorkerDied
+from ..memory.kept import KeptWeights
 from .calls import Call, End, NextItem, Read, SetValue, Stream, Use
 from .process import WorkerProcess
 
@@ -67,11 +68,20 @@ class RemoteEngine(Part):
     refer to.
     """
 
-    __slots__ = ("__weakref__", "_worker")
+    __slots__ = ("__weakref__", "_renew", "_worker")
 
-    def __init__(self, worker: WorkerProcess) -> None:
+    def __init__(self, worker: WorkerProcess, renew: Callable[[KeptWeights], WorkerProcess]) -> None:
+        """``renew`` loads the engine in a new worker, which takes the weights of the ended one."""
         super().__init__(RemoteCalls(worker), ())
         object.__setattr__(self, "_worker", worker)
+        object.__setattr__(self, "_renew", renew)
+
+    def _start_again(self, kept: KeptWeights) -> WorkerProcess:
+        """Replaces the ended worker by a new one that is loaded with its weights; returns that."""
+        worker: WorkerProcess = self._renew(kept)
+        object.__setattr__(self, "_keeper", RemoteCalls(worker))
+        object.__setattr__(self, "_worker", worker)
+        return worker
 
     def calls_for(self, keeper: Any) -> RemoteCalls:
         """Returns calls whose parts belong to ``keeper``."""

@@ -26,6 +26,7 @@ from ..engines.engine_calls import EngineCalls
 from ..engines.part_proxy import Held, Part, Path, Token, follow, unwrapped
 from ..errors import PartGone
 from ..memory.engine import EngineResident
+from ..memory.kept import KeptWeights, index_of, named_tensors, offered
 from ..memory.self_moving import register
 from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
@@ -35,6 +36,8 @@ from .calls import END, MARK, Answer, Ask, Call, Load, Move, NextItem, Read, Set
 from .logs import SentLog
 from .messages import Channel, Frame, Kind, Packed, packed, pickled
 from .remote_errors import recorded
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 0.05
 """Shortest interval of progress reports within a phase."""
@@ -64,6 +67,8 @@ class _Worker:
         self._device: Device | None = None
         self._engine: Any = None
         self._resident: EngineResident | None = None
+        #: The parts of the engine whose weights the loader takes if they outlive a worker.
+        self._parts: list[str] = []
         self._calls: EngineCalls | None = None
         #: Objects without a path in the engine, by token; see `Held`.
         self._held: dict[int, Held] = {}
@@ -105,7 +110,7 @@ class _Worker:
             error.__traceback__ = None
         answer = Answer(content.data, self._sizes(), self._drawn(before), lost)
         try:
-            self._channel.send(kind, frame.call, Packed(pickled(answer), content.buffers))
+            self._channel.send(kind, frame.call, content._replace(data=pickled(answer)))
         except MemoryError as error:
             answer.content = self._failure(error).data
             self._channel.send(Kind.ERROR, frame.call, packed(answer))
@@ -160,7 +165,7 @@ class _Worker:
         if resident is None:
             return Sizes()
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself, len(sys.modules) - self._modules)  # fmt: skip
+                     resident.moves_itself, bool(self._parts), len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -212,20 +217,34 @@ class _Worker:
         self._device.ensure_usable()
         if ask.random_state is not None:
             ask.random_state.put_back()
-        self._engine = ask.load()
+        with offered(ask.kept) as self._parts:
+            self._engine = ask.load()
+        ask.kept = None
         if self._engine is None:
             raise TypeError(f"The loader of {ask.name!r} returned None; let it return the engine.")
         self._resident = EngineResident(self._engine, self._device, ask.skip)
+        self._resident.loaded.mirror.shared = bool(self._parts)
         self._calls = EngineCalls(self._engine, _KEEPER, lambda tensor: False)  # sending an answer copies it
 
-    def _move(self, ask: Move) -> int:
+    def _move(self, ask: Move) -> tuple[int, KeptWeights | None]:
         assert self._resident is not None, "a model that is moved is loaded"
+        keeps = ask.name == "offload" and self._parts
+        named = self._tried(named_tensors, self._engine, self._parts) if keeps else None
         moved: int = getattr(self._resident, ask.name)()
+        kept = self._tried(index_of, self._resident.loaded, named) if named else None
         if ask.name == "release":
             self._resident = self._calls = self._engine = None
             self._held.clear()
             self._streams.clear()
-        return moved
+        return moved, kept
+
+    def _tried(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns the result; None after an error, which must not make an offload fail."""
+        try:
+            return work(*arguments)
+        except Exception as error:
+            logger.warning("The weights of %r will not outlive this process: %s", self._parts, error)
+            return None
 
     def _read(self, ask: Read) -> Any:
         return self._ready.read(self._path(ask.path))

@@ -22,6 +22,7 @@ from gpu_memory import MB, Leave, Make, all_equal, random_bytes
 from gpu_manager import CudaDevice, DeviceOutOfMemory, GPUResourceManager
 from residency.memory import EngineResident, OnnxSessions, SnapshotFolder
 from residency.memory.checksum import multilinear
+from residency.memory.kept import index_of, kept_weights, named_tensors, offered
 from residency.memory.mirror import HostMirror, MirrorSpan
 from residency.memory.weights import Weights
 
@@ -423,3 +424,21 @@ def test_a_move_waits_for_the_end_of_a_capture_and_both_succeed(device: CudaDevi
         assert int(x.sum()) == 2 * MB
         with manager.lease("m") as engine:
             assert torch.equal(engine[0].cpu(), before)
+
+
+def test_a_shared_mirror_is_pinned_and_its_weights_can_be_taken(device: CudaDevice) -> None:
+    engine = torch.nn.Linear(1000, 600, device="cuda")
+    before, named = engine.weight.cpu(), named_tensors(engine, [""])
+    weights = Weights(dict(named[""]), device)
+    weights.mirror.shared = True
+    weights.offload()
+    assert weights.mirror.pinning is not None
+    weights.mirror.pinning.join()
+    assert weights.mirror.memory.pinned_bytes == weights.mirror.nbytes
+    with offered(index_of(weights, named)):
+        kept = kept_weights("")
+    assert kept is not None
+    assert torch.equal(kept["weight"], before)
+    weights.restore()
+    assert torch.equal(engine.weight.cpu(), before)
+    weights.release()
