@@ -12,9 +12,6 @@ from ..memory.self_moving import OwnMoves
 from ..random_state import RandomState
 from .torch_settings import CallSettings
 
-MARK = "RESIDENCY_FORK_SERVER"
-"""Environment variable of workers and of what they start, so that it can be found after the end of the server."""
-
 
 @dataclass
 class Ask:

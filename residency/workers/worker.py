@@ -27,13 +27,15 @@ from ..engines.part_proxy import Held, Part, Path, Token, follow, unwrapped
 from ..errors import PartGone
 from ..memory.engine import EngineResident
 from ..memory.self_moving import register
+from ..memory.self_moving.orphans import MARK
 from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
 from ..random_state import RandomState
 from . import torch_settings
-from .calls import END, MARK, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
+from .calls import END, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
 from .logs import SentLog
 from .messages import Channel, Frame, Kind, Packed, packed, pickled
+from .process_name import name_process
 from .remote_errors import recorded
 
 PROGRESS_EVERY_S = 0.05
@@ -208,6 +210,7 @@ class _Worker:
     def _load(self, ask: Load) -> None:
         import torch  # noqa: F401 - so that its random state is restored
 
+        name_process(f"gpu-worker:{ask.name}")
         self._device = ask.device
         self._device.ensure_usable()
         if ask.random_state is not None:

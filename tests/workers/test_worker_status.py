@@ -85,6 +85,17 @@ def test_a_worker_is_in_the_status_from_its_load_to_its_release(isolated: GPURes
     assert status["device"]["free_bytes"] == status["device"]["total_bytes"]
 
 
+def test_ps_shows_which_process_is_the_worker_of_which_model(isolated: GPUResourceManager) -> None:
+    isolated.register("asr", Engine)
+    with isolated.lease("asr"):
+        process = psutil.Process(worker(isolated, "asr")["pid"])
+        server = process.parent()
+        assert Path(f"/proc/{process.pid}/comm").read_text() == "gpu-worker:asr\n"
+        assert server is not None
+        assert server.name() == "gpu-fork-server"
+    isolated.unregister("asr")
+
+
 def test_a_checkpointed_worker_holds_nothing_on_the_device() -> None:
     device = SimulatedDevice(1 << 30, context_bytes=100 * MB)
     with GPUResourceManager(device, isolation="process", residue="checkpoint") as manager:
