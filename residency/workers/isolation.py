@@ -22,7 +22,7 @@ from ..sentences import Sentence
 from .calls import Load, Setup
 from .checkpoints import DriverCheckpoints
 from .logs import levels
-from .messages import pickled
+from .messages import Packed, packed
 from .process import HANGS_AFTER_S, KILLED_WITHIN_S, WorkerProcess
 from .remote_engine import RemoteEngine
 from .resident import WorkerResident
@@ -124,16 +124,16 @@ class Isolation:
                 "工作进程中的模型无法使用本进程中的对象（keep，或已创建的 audio_tokenizer）："
                 '请传入创建它的函数，或使用 isolation="none"',
             )
-        _check_loader(name, load)
+        _packed_load(name, load)
         random_state = RandomState()
 
         def start() -> RemoteEngine:
-            _check_loader(name, load)  # by now it may refer to more
-            return self._start(Load(name, load, self._device, skip, random_state), timeout_s)
+            ask = Load(name, load, self._device, skip, random_state)
+            return self._start(ask, _packed_load(name, ask), timeout_s)  # by now it may refer to more
 
         return start
 
-    def _start(self, ask: Load, timeout_s: float) -> RemoteEngine:
+    def _start(self, ask: Load, content: Packed, timeout_s: float) -> RemoteEngine:
         """Starts a worker and loads an engine there. After an error, the worker has ended."""
         worker = WorkerProcess(ask.name, self._spawner, self._hangs_after_s)
         too_long = Sentence("its load took too long", "加载时间过长")
@@ -143,7 +143,7 @@ class Isolation:
         try:
             timer.start()
             worker.ask(_setup())
-            worker.ask(ask)
+            worker.ask(ask, content=content)
         except BaseException as error:
             worker.kill(Sentence("its load failed", "加载失败"))
             worker.finish(KILLED_WITHIN_S)
@@ -174,10 +174,10 @@ class Isolation:
         self._spawner.close()
 
 
-def _check_loader(name: str, load: Callable[[], Any]) -> None:
-    """Raises `InvalidInput` for a loader that cannot be sent to a worker."""
+def _packed_load(name: str, load: Any) -> Packed:
+    """Pickles a loader, or the call with it. Raises `InvalidInput` for one that cannot be sent to a worker."""
     try:
-        pickled(load)
+        return packed(load)
     except Exception as error:
         raise InvalidInput(
             f"The loader of {name!r} cannot be sent to a worker process ({error}): let it refer to nothing that "
