@@ -39,6 +39,7 @@ class Setup(Ask):
     argv: list[str]
     log_levels: dict[str, int]
     own_moves: dict[str, OwnMoves]
+    device: Device
     torch: tuple[Any, ...] | None
 
 
@@ -48,7 +49,6 @@ class Load(Ask):
 
     name: str
     load: Callable[[], Any]
-    device: Device
     skip: tuple[str, ...]
     random_state: RandomState | None
     moves = True
@@ -132,6 +132,8 @@ class Sizes:
     array_bytes: int = 0
     usable: bool = True
     moves_itself: bool = False
+    #: Bytes that the worker held on the device before its load; 0 if unknown.
+    context_bytes: int = 0
     #: Modules that the worker has imported since its fork.
     modules: int = 0
 

@@ -128,7 +128,7 @@ class Isolation:
         random_state = RandomState()
 
         def start() -> RemoteEngine:
-            ask = Load(name, load, self._device, skip, random_state)
+            ask = Load(name, load, skip, random_state)
             return self._start(ask, _packed_load(name, ask), timeout_s)  # by now it may refer to more
 
         return start
@@ -142,7 +142,7 @@ class Isolation:
         self.loading[ask.name] = worker
         try:
             timer.start()
-            worker.ask(_setup())
+            worker.ask(_setup(self._device))
             worker.ask(ask, content=content)
         except BaseException as error:
             worker.kill(Sentence("its load failed", "加载失败"))
@@ -187,10 +187,9 @@ def _packed_load(name: str, load: Any) -> Packed:
         ) from error
 
 
-def _setup() -> Setup:
-    return Setup(
-        dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels(), dict(registered), torch_settings()
-    )
+def _setup(device: Device) -> Setup:
+    environ, path, argv = dict(os.environ), list(sys.path), list(sys.argv)
+    return Setup(environ, os.getcwd(), path, argv, levels(), dict(registered), device, torch_settings())
 
 
 def _import_torch() -> None:

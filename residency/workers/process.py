@@ -95,6 +95,10 @@ class WorkerProcess:
     def modules(self) -> int:
         return self.sizes.modules
 
+    @property
+    def context_bytes(self) -> int:
+        return self.sizes.context_bytes
+
     def ask(self, ask: Ask, keeper: Any = None, content: Packed | None = None) -> Any:
         """Sends a call and waits for its answer. Parts in it are those of ``keeper``. ``content``: its pickle, if made.
 

@@ -64,6 +64,7 @@ class _Worker:
         self._threads = ThreadPoolExecutor(16, "gpu-worker-call")
         self._cancellations: dict[int, Cancellation] = {}
         self._device: Device | None = None
+        self._context_bytes = 0
         self._engine: Any = None
         self._resident: EngineResident | None = None
         self._calls: EngineCalls | None = None
@@ -160,9 +161,9 @@ class _Worker:
     def _sizes(self) -> Sizes:
         resident = self._resident
         if resident is None:
-            return Sizes()
+            return Sizes(context_bytes=self._context_bytes)
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself, len(sys.modules) - self._modules)  # fmt: skip
+                     resident.moves_itself, self._context_bytes, len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -206,13 +207,15 @@ class _Worker:
         for name, moves in ask.own_moves.items():
             register(name, moves)
         torch_settings.use(ask.torch)
-
-    def _load(self, ask: Load) -> None:
         import torch  # noqa: F401 - so that its random state is restored
 
-        name_process(f"gpu-worker:{ask.name}")
         self._device = ask.device
         self._device.ensure_usable()
+        self._context_bytes = self._device.bytes_of([os.getpid()]) or 0
+
+    def _load(self, ask: Load) -> None:
+        assert self._device is not None, "a worker is set up before its load"
+        name_process(f"gpu-worker:{ask.name}")
         if ask.random_state is not None:
             ask.random_state.put_back()
         self._engine = ask.load()
