@@ -225,7 +225,8 @@ def _exists(name: str) -> bool:
 def kind_of(process: psutil.Process) -> str:
     if any("checkpoint_helper" in argument for argument in process.cmdline()):
         return "helper"
-    return "fork server" if process.ppid() == os.getpid() else "worker"
+    name = process.name()
+    return name.removeprefix("gpu-").partition(":")[0] if name.startswith("gpu-") else "other"
 
 
 def one_cycle(tts: GPUManagedTTS, draw: random.Random, kill_share: float, killed: Counter[str]) -> str:

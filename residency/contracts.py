@@ -177,6 +177,10 @@ class WorkerState(Protocol):
     def modules(self) -> int:
         """Modules imported by it alone, whose memory is not unmanaged memory."""
 
+    @property
+    def context_bytes(self) -> int:
+        """Bytes that it held on the device before its load; 0 if unknown."""
+
 
 @runtime_checkable
 class InWorker(Protocol):
@@ -187,7 +191,7 @@ class InWorker(Protocol):
 
     @property
     def last_offload(self) -> Any:
-        """Way, bytes and seconds (fields of `LastOffload` in the status); None before the first."""
+        """Way, bytes, checkpointed bytes and seconds (fields of `LastOffload` in the status); None before the first."""
 
     @property
     def kept_bytes(self) -> int | None:

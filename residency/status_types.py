@@ -119,7 +119,10 @@ class LastOffload(TypedDict):
             "What left: the weights; also the rest of the process, by a checkpoint of the driver; or all by the latter."
         ),
     ]
-    bytes: Annotated[int, Doc("Bytes moved.")]
+    bytes: Annotated[int, Doc("Bytes of the model that left.")]
+    checkpoint_bytes: Annotated[
+        int | None, Doc("Bytes that the checkpoint took off the device; 0 without one; null if unknown.")
+    ]
     seconds: Annotated[float, Doc("How long it took, in seconds.")]
 
 

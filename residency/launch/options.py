@@ -25,11 +25,11 @@ LAST_START = "last start"
 _ALIASES = {"SERVER_NAME": "HOST", "SERVER_PORT": "PORT"}  # names in app.py
 _FOLDERS = {"GPU_SNAPSHOT_DIR", "STEP_AUDIO_ROOT", "VENV_DIR", "MODEL_PATH", "PROJECT_DIR", "RUN_DIR"}
 _REMEMBERED = {"HOST", "GPU_ID", "GPU_IDLE_TIMEOUT", "GPU_KEEP_WARM", "GPU_SNAPSHOT_DIR", "GPU_ISOLATION",
-               "MODEL_PATH", "STEP_AUDIO_ROOT", "PROJECT_DIR", "VENV_DIR", "DETACH"}  # fmt: skip
+               "GPU_RESIDUE", "MODEL_PATH", "STEP_AUDIO_ROOT", "PROJECT_DIR", "VENV_DIR", "DETACH"}  # fmt: skip
 _TO_APP = {"host": "--server-name", "port": "--server-port"} | {
     name: "--" + name.replace("_", "-")
     for name in ("gpu_idle_timeout", "gpu_keep_warm", "gpu_snapshot_dir", "gpu_isolation",
-                 "model_path", "step_audio_root")
+                 "gpu_residue", "model_path", "step_audio_root")
 }  # fmt: skip
 _ADDRESS = r"localhost|[0-9.]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]?"
 
@@ -66,6 +66,10 @@ class LaunchSettings:
     gpu_isolation: str = _setting(
         "", "process: each model in a process of its own, of which a release leaves nothing on the GPU (none)",
         "process：每个模型在独立的进程中运行，释放后 GPU 上不留任何内容（none）",
+    )  # fmt: skip
+    gpu_residue: str = _setting(
+        "", "with process: keep, checkpoint or auto, what becomes of the rest on the GPU after an offload (auto)",
+        "用于 process：keep、checkpoint 或 auto，卸载后 GPU 上的剩余内容如何处理（auto）",
     )  # fmt: skip
     model_path: str = _setting("", "weights of Step-Audio-EditX (none: built-in engine)",
                                "Step-Audio-EditX 的权重目录（不设则用内置引擎）")  # fmt: skip

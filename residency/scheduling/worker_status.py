@@ -74,7 +74,13 @@ class Workers:
             "host_bytes": seen.memory.host_bytes if seen else None,
             "context_bytes": seen.context_bytes if seen else None,
             "checkpointed": worker.checkpointed,
-            "last_offload": last and {"way": last.way, "bytes": last.bytes, "seconds": round(last.seconds, 3)},
+            "last_offload": last
+            and {
+                "way": last.way,
+                "bytes": last.bytes,
+                "checkpoint_bytes": last.checkpoint_bytes,
+                "seconds": round(last.seconds, 3),
+            },
         }
 
     def _worker_locked(self, managed: ManagedModel) -> WorkerState | None:
@@ -94,7 +100,9 @@ class Workers:
         if context_bytes is not None and managed.move_task is None:
             context_bytes = max(0, context_bytes - use.device_bytes)
         elif context_bytes is not None:  # the sizes are those before the move
-            known_bytes = before.context_bytes or 0 if before and before.memory.pid == memory.pid else 0
+            known_bytes = (
+                before.context_bytes or 0 if before and before.memory.pid == memory.pid else worker.context_bytes
+            )
             context_bytes = min(context_bytes, known_bytes)
         self._seen[managed] = _Seen(key, now_s, memory, context_bytes)
         outside = use.outside

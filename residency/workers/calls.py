@@ -13,9 +13,6 @@ from ..memory.self_moving import OwnMoves
 from ..random_state import RandomState
 from .torch_settings import CallSettings
 
-MARK = "RESIDENCY_FORK_SERVER"
-"""Environment variable of workers and of what they start, so that it can be found after the end of the server."""
-
 
 @dataclass
 class Ask:
@@ -43,6 +40,7 @@ class Setup(Ask):
     argv: list[str]
     log_levels: dict[str, int]
     own_moves: dict[str, OwnMoves]
+    device: Device
     torch: tuple[Any, ...] | None
 
 
@@ -52,7 +50,6 @@ class Load(Ask):
 
     name: str
     load: Callable[[], Any]
-    device: Device
     skip: tuple[str, ...]
     random_state: RandomState | None
     kept: KeptWeights | None = None
@@ -139,6 +136,8 @@ class Sizes:
     moves_itself: bool = False
     #: Whether the loader takes weights that have outlived an earlier worker.
     takes_kept: bool = False
+    #: Bytes that the worker held on the device before its load; 0 if unknown.
+    context_bytes: int = 0
     #: Modules that the worker has imported since its fork.
     modules: int = 0
 

@@ -2,7 +2,8 @@
 
 A fork takes milliseconds where a new process needs seconds for its imports. The server is single-threaded. It ends with
 the manager's process, also after ``kill -9``, and ends its workers and their child processes then; the workers end with
-the server (``PR_SET_PDEATHSIG``). Linux only.
+the server (``PR_SET_PDEATHSIG``). If both are killed at the same moment, a guard ends what the workers have started.
+Linux only.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import psutil
+
+from ..memory.self_moving.orphans import MARK
+from .process_name import name_process
 
 PRELOADED = ("torch", "numpy", "residency.memory.engine", "residency.workers.worker")
 """Imported before the first fork. Those that are not installed are left out."""
@@ -48,6 +52,8 @@ def main(control_fd: int, manager_pid: int) -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the manager decides when its workers end
+    name_process("gpu-fork-server")
+    guard_pid = _fork_guard(control_fd)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # adopts the child processes of ended workers, to end them too
     control = socket.socket(fileno=control_fd)
     woken, wake = socket.socketpair()
@@ -58,9 +64,37 @@ def main(control_fd: int, manager_pid: int) -> None:
     try:
         manager_fd = os.pidfd_open(manager_pid)
     except ProcessLookupError:
+        os.kill(guard_pid, signal.SIGKILL)
         return
     _preload()
-    _Server(control, woken, wake, manager_fd).serve()
+    _Server(control, woken, wake, manager_fd, guard_pid).serve()
+
+
+def _fork_guard(control_fd: int) -> int:
+    """Forks a process that waits for the end of this one, and then ends what the workers have left behind."""
+    server_pid = os.getpid()
+    if guard_pid := os.fork():
+        return guard_pid
+    try:
+        os.close(control_fd)
+        os.setsid()
+        name_process("gpu-guard")
+        server_fd = os.pidfd_open(server_pid)
+        if os.getppid() == server_pid:
+            select.select([server_fd], [], [])
+        end_left_behind(os.environ[MARK])
+    finally:
+        os._exit(0)
+
+
+def end_left_behind(mark: str, workers: Collection[int] = ()) -> None:
+    """Ends what the workers of an ended server have started: processes with its mark, or in a worker's session."""
+    for _ in range(3):  # a process may fork meanwhile
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                ours = os.getsid(process.pid) in workers or process.environ().get(MARK) == mark
+                if ours and process.pid != os.getpid():
+                    process.kill()
 
 
 def _preload() -> None:
@@ -74,8 +108,11 @@ def _preload() -> None:
 
 
 class _Server:
-    def __init__(self, control: socket.socket, woken: socket.socket, wake: socket.socket, manager_fd: int) -> None:
+    def __init__(
+        self, control: socket.socket, woken: socket.socket, wake: socket.socket, manager_fd: int, guard_pid: int
+    ) -> None:
         self._control, self._woken, self._wake, self._manager_fd = control, woken, wake, manager_fd
+        self._guard_pid = guard_pid
         self._workers: set[int] = set()
         #: Status and time of the end of workers whose end is not reported yet.
         self._ended: dict[int, tuple[int, float]] = {}
@@ -135,6 +172,7 @@ class _Server:
                 each.close()
             os.close(self._manager_fd)
             os.setsid()
+            name_process("gpu-worker")
             for number in _SIGNALS:
                 signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that it starts would inherit
             os.register_at_fork(before=_hold_signals, after_in_parent=_take_signals, after_in_child=_default_signals)
@@ -157,11 +195,14 @@ class _Server:
                 if found[0] in self._workers:
                     self._workers.remove(found[0])
                     self._ended[found[0]] = found[1], time.monotonic()
+                elif found[0] == self._guard_pid:
+                    self._guard_pid = _fork_guard(self._control.fileno())
         if not self._ended:
             return
         late_s = time.monotonic() - CLEAN_UP_WITHIN_S
         late = any(ended_s < late_s for _, ended_s in self._ended.values())
-        left = [child for child in psutil.Process().children() if child.pid not in self._workers]
+        kept = {self._guard_pid, *self._workers}
+        left = [child for child in psutil.Process().children() if child.pid not in kept]
         _kill(left, late)
         if left and not late:
             return
@@ -169,13 +210,14 @@ class _Server:
             self._control.sendall(ANSWER.pack(b"-", pid, status))
         self._ended.clear()
 
-    @staticmethod
-    def _end_all() -> None:
-        """Kills the workers and everything that they have started, and waits for their end."""
+    def _end_all(self) -> None:
+        """Kills the workers and everything that they have started, waits for their end, and kills the guard."""
         late_s = time.monotonic() + CLEAN_UP_WITHIN_S
         with contextlib.suppress(ChildProcessError):
             while True:
-                _kill(psutil.Process().children(recursive=True), time.monotonic() > late_s)
+                children = psutil.Process().children(recursive=True)
+                others = [child for child in children if child.pid != self._guard_pid]
+                _kill(others or children, time.monotonic() > late_s)
                 while os.waitpid(-1, os.WNOHANG) != (0, 0):
                     pass
                 time.sleep(0.01)

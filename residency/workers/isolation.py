@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any, Literal, get_args
 
 from ..contracts import Device, ProcessCheckpoints
@@ -26,7 +25,7 @@ from ..sentences import Sentence
 from .calls import Load, Setup
 from .checkpoints import DriverCheckpoints
 from .logs import levels
-from .messages import pickled
+from .messages import Packed, packed
 from .process import HANGS_AFTER_S, KILLED_WITHIN_S, WorkerProcess
 from .remote_engine import RemoteEngine
 from .resident import WorkerResident
@@ -129,16 +128,16 @@ class Isolation:
                 "工作进程中的模型无法使用本进程中的对象（keep，或已创建的 audio_tokenizer）："
                 '请传入创建它的函数，或使用 isolation="none"',
             )
-        _check_loader(name, load)
-        ask = partial(Load, name, load, self._device, skip, RandomState())
+        _packed_load(name, load)
+        random_state = RandomState()
 
-        def start() -> RemoteEngine:
-            _check_loader(name, load)  # by now it may refer to more
-            return RemoteEngine(self._start(ask(), timeout_s), lambda kept: self._start(ask(kept=kept), timeout_s))
+        def start(kept: KeptWeights | None = None) -> WorkerProcess:
+            ask = Load(name, load, skip, random_state, kept)
+            return self._start(ask, _packed_load(name, ask), timeout_s)  # by now it may refer to more
 
-        return start
+        return lambda: RemoteEngine(start(), start)
 
-    def _start(self, ask: Load, timeout_s: float) -> WorkerProcess:
+    def _start(self, ask: Load, content: Packed, timeout_s: float) -> WorkerProcess:
         """Starts a worker and loads an engine there. After an error, the worker has ended."""
         worker = WorkerProcess(ask.name, self._spawner, self._hangs_after_s)
         too_long = Sentence("its load took too long", "加载时间过长")
@@ -147,8 +146,8 @@ class Isolation:
         self.loading[ask.name] = worker
         try:
             timer.start()
-            worker.ask(_setup())
-            worker.ask(ask)
+            worker.ask(_setup(self._device))
+            worker.ask(ask, content=content)
         except BaseException as error:
             worker.kill(Sentence("its load failed", "加载失败"))
             worker.finish(KILLED_WITHIN_S)
@@ -208,10 +207,10 @@ class Isolation:
         self._spawner.close()
 
 
-def _check_loader(name: str, load: Callable[[], Any]) -> None:
-    """Raises `InvalidInput` for a loader that cannot be sent to a worker."""
+def _packed_load(name: str, load: Any) -> Packed:
+    """Pickles a loader, or the call with it. Raises `InvalidInput` for one that cannot be sent to a worker."""
     try:
-        pickled(load)
+        return packed(load)
     except Exception as error:
         raise InvalidInput(
             f"The loader of {name!r} cannot be sent to a worker process ({error}): let it refer to nothing that "
@@ -221,10 +220,9 @@ def _check_loader(name: str, load: Callable[[], Any]) -> None:
         ) from error
 
 
-def _setup() -> Setup:
-    return Setup(
-        dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), levels(), dict(registered), torch_settings()
-    )
+def _setup(device: Device) -> Setup:
+    environ, path, argv = dict(os.environ), list(sys.path), list(sys.argv)
+    return Setup(environ, os.getcwd(), path, argv, levels(), dict(registered), device, torch_settings())
 
 
 def _import_torch() -> None:

@@ -24,7 +24,7 @@ from ..random_state import RandomState
 from ..sentences import Sentence
 from .calls import Answer, Ask, Move, Sizes
 from .logs import log
-from .messages import Channel, Frame, Kind, packed, unpickled
+from .messages import Channel, Frame, Kind, Packed, packed, unpickled
 from .remote_errors import rebuilt
 from .spawner import Spawner
 from .torch_settings import CallSettings
@@ -95,8 +95,12 @@ class WorkerProcess:
     def modules(self) -> int:
         return self.sizes.modules
 
-    def ask(self, ask: Ask, keeper: Any = None) -> Any:
-        """Sends a call and waits for its answer. Parts in it are those of ``keeper``.
+    @property
+    def context_bytes(self) -> int:
+        return self.sizes.context_bytes
+
+    def ask(self, ask: Ask, keeper: Any = None, content: Packed | None = None) -> Any:
+        """Sends a call and waits for its answer. Parts in it are those of ``keeper``. ``content``: its pickle, if made.
 
         Raises the worker's error; `WorkerDied` if the process ends; `RequestStopped` if the request in this context
         was cancelled and the engine did not stop.
@@ -114,7 +118,7 @@ class WorkerProcess:
             with contextlib.suppress(IndexError):  # another thread was first
                 ask.forgotten.append(self._forgotten.popleft())
         try:
-            content = packed(ask, _save_part)
+            content = content or packed(ask, _save_part)
         except Exception as error:
             raise InvalidInput(
                 f"This cannot be sent to the worker process of {self.name!r} ({error}): let it refer to nothing that "

@@ -39,10 +39,14 @@ _IMMOVABLE = (CapturedGraphs, SelfMoveFailed, SelfMoveFreedNothing)
 
 @dataclass(frozen=True)
 class LastOffload:
-    """How a model left the device: its weights alone, with a checkpoint of the rest, or a checkpoint of everything."""
+    """How a model left the device: its weights alone, with a checkpoint of the rest, or a checkpoint of everything.
+
+    ``bytes`` are those of the model, ``checkpoint_bytes`` those that the checkpoint took off the device.
+    """
 
     way: Way
     bytes: int
+    checkpoint_bytes: int | None
     seconds: float
 
 
@@ -125,8 +129,9 @@ class WorkerResident:
             way, moved_bytes = "checkpoint", on_device_bytes
         else:
             way = "weights+checkpoint" if self._checkpoint_rest() else "weights"
+        checkpoint_bytes = 0 if way == "weights" or self._residue is None else self._residue.removed_bytes
         self._way = way
-        self.last_offload = LastOffload(way, moved_bytes, time.monotonic() - began_s)
+        self.last_offload = LastOffload(way, moved_bytes, checkpoint_bytes, time.monotonic() - began_s)
         return moved_bytes
 
     def restore(self) -> int:

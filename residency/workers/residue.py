@@ -27,6 +27,8 @@ class ProcessResidue:
         self._checkpoints = checkpoints
         self._device = device
         self._pids: list[int] = []
+        #: What the last `remove` has taken off the device; None if unknown.
+        self.removed_bytes: int | None = None
 
     @property
     def removable(self) -> bool:
@@ -36,9 +38,11 @@ class ProcessResidue:
     def remove(self) -> None:
         """Raises `CheckpointFailed`; then the processes run as before, or the worker has been ended."""
         current().enter("checkpointing")
+        holders = self._holders()
+        self.removed_bytes = self._device.bytes_of(holders)
         self._worker.checkpointed = True
         try:
-            for pid in self._holders():
+            for pid in holders:
                 self._pids.append(pid)
                 self._checkpoints.checkpoint(pid, CHECKPOINT_WITHIN_S)
         except BaseException:

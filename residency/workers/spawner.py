@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoResult
 
@@ -21,10 +21,10 @@ import psutil
 
 from ..errors import InvalidInput
 from ..locks import renewed_in_children
+from ..memory.self_moving.orphans import MARK
 from ..observability.process_memory import claim_tree
 from ..sentences import Sentence
-from .calls import MARK
-from .fork_server import ANSWER
+from .fork_server import ANSWER, end_left_behind
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class _Server:
                     self._answer(kind, pid, status, *fork)
         self.ended = True
         if self._process.wait():  # killed: it has ended nothing
-            _end_left_behind(self._mark, self._children.keys())
+            end_left_behind(self._mark, self._children.keys())
         if not self._closing:
             logger.warning("The fork server of the worker processes has ended; the next load starts another one.")
         self._control.close()
@@ -206,14 +206,6 @@ class _Server:
             answer.set_exception(OSError(str(error)))
             return
         answer.set_result(child)
-
-
-def _end_left_behind(mark: str, workers: Collection[int]) -> None:
-    """Ends what the workers of an ended server have started: processes with its mark, or in a worker's session."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) in workers or process.environ().get(MARK) == mark:
-                process.kill()
 
 
 def can_fork_workers() -> bool:

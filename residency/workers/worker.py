@@ -28,13 +28,15 @@ from ..errors import PartGone
 from ..memory.engine import EngineResident
 from ..memory.kept import KeptWeights, index_of, named_tensors, offered
 from ..memory.self_moving import register
+from ..memory.self_moving.orphans import MARK
 from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
 from ..random_state import RandomState
 from . import torch_settings
-from .calls import END, MARK, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
+from .calls import END, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
 from .logs import SentLog
 from .messages import Channel, Frame, Kind, Packed, packed, pickled
+from .process_name import name_process
 from .remote_errors import recorded
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class _Worker:
         self._threads = ThreadPoolExecutor(16, "gpu-worker-call")
         self._cancellations: dict[int, Cancellation] = {}
         self._device: Device | None = None
+        self._context_bytes = 0
         self._engine: Any = None
         self._resident: EngineResident | None = None
         #: The parts of the engine whose weights the loader takes if they outlive a worker.
@@ -163,9 +166,10 @@ class _Worker:
     def _sizes(self) -> Sizes:
         resident = self._resident
         if resident is None:
-            return Sizes()
+            return Sizes(context_bytes=self._context_bytes)
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself, bool(self._parts), len(sys.modules) - self._modules)  # fmt: skip
+                     resident.moves_itself, bool(self._parts), self._context_bytes,
+                     len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -209,12 +213,15 @@ class _Worker:
         for name, moves in ask.own_moves.items():
             register(name, moves)
         torch_settings.use(ask.torch)
-
-    def _load(self, ask: Load) -> None:
         import torch  # noqa: F401 - so that its random state is restored
 
         self._device = ask.device
         self._device.ensure_usable()
+        self._context_bytes = self._device.bytes_of([os.getpid()]) or 0
+
+    def _load(self, ask: Load) -> None:
+        assert self._device is not None, "a worker is set up before its load"
+        name_process(f"gpu-worker:{ask.name}")
         if ask.random_state is not None:
             ask.random_state.put_back()
         with offered(ask.kept) as self._parts:

@@ -38,5 +38,5 @@ def test_checkpoints_of_the_cycles_go_through_the_helper(tmp_path: Path, monkeyp
         tts.force_offload()
         assert tts.manager.device.memory().process_bytes == 0
         kinds = [isolation.kind_of(process) for process in psutil.Process().children(recursive=True)]
-        assert sorted(kinds) == ["fork server", "helper", "worker"]
+        assert sorted(kinds) == ["fork-server", "guard", "helper", "worker"]
         tts.clone("", "", "")

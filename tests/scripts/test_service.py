@@ -119,6 +119,7 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
         *("--gpu-idle-timeout", "15m", "--title=a b"),
         GPU_KEEP_WARM="30s",
         GPU_TTS_GPU_ISOLATION="process",
+        GPU_TTS_GPU_RESIDUE="keep",
         GPU_CONTROL_TOKEN="a secret",
         GRADIO_AUTH="me:x",
     )
@@ -129,8 +130,8 @@ def test_a_restart_remembers_the_start_and_takes_other_settings(service: Service
     assert seen["cwd"] == first["cwd"]
     assert seen["secrets"] == {"GPU_CONTROL_TOKEN": "a secret", "GRADIO_AUTH": "me:x"}
     assert seen["argv"][2:5] == ["--serve", "--title=a b", "--more"]
-    kept = ["--gpu-idle-timeout", "1h", "--gpu-keep-warm", "30s", "--gpu-isolation", "process"]
-    assert seen["argv"][-6:] == kept
+    kept = ["--gpu-idle-timeout", "1h", "--gpu-keep-warm", "30s", "--gpu-isolation", "process", "--gpu-residue", "keep"]
+    assert seen["argv"][-8:] == kept
     service.localize("restart", GPU_CONTROL_TOKEN="another")
     assert service.seen()["secrets"]["GPU_CONTROL_TOKEN"] == "another"
     assert service.seen()["argv"] == seen["argv"]

@@ -35,9 +35,10 @@ def test_the_flag_wins_over_the_prefixed_name_and_that_over_the_short_one(projec
 def test_every_setting_has_a_prefixed_name_and_a_relative_folder_is_the_callers(project: Project) -> None:
     (project.bin / "checkout").mkdir()
     seen = project.serve(GPU_TTS_STEP_AUDIO_ROOT="checkout", GPU_TTS_GPU_SNAPSHOT_DIR="snapshots",
-                         GPU_TTS_GPU_ISOLATION="process")  # fmt: skip
+                         GPU_TTS_GPU_ISOLATION="process", GPU_TTS_GPU_RESIDUE="keep")  # fmt: skip
     assert value(seen, "--step-audio-root") == str(project.bin / "checkout")
     assert value(seen, "--gpu-isolation") == "process"
+    assert value(seen, "--gpu-residue") == "keep"
     assert value(seen, "--gpu-snapshot-dir") == str(project.bin / "snapshots")
     _, said = project.run("--check", GPU_TTS_DETACH="1", GPU_TTS_RUN_DIR=str(project.bin / "run"))
     assert f"log: {project.bin}/run/" in said

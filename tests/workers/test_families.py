@@ -16,10 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
+from app_process import wait_until
 from worker_engines import LINUX, Family, Gate, await_threads, held, started
 
 from gpu_manager import GPUResourceManager, SimulatedDevice, State
 from residency.errors import ManagerClosed
+from residency.memory.self_moving import orphans
 from residency.workers import fork_server, spawner
 from tts_gpu_managed import GPUManagedTTS
 
@@ -78,6 +80,12 @@ def test_children_end_with_a_killed(family: GPUManagedTTS, victim: str) -> None:
         (Path("/dev/shm") / shared).unlink()
 
 
+def test_a_worker_needs_no_watcher_for_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(orphans.MARK, "of a server")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a watcher was started"))
+    orphans.end_with_this_process([psutil.Process()])
+
+
 # -- the manager's process ------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -128,6 +136,29 @@ def test_all_end_with_a_killed_manager(program: Callable[[str], subprocess.Popen
     process.kill()
     assert all_end(found["pids"])
     assert found["shared"] not in os.listdir("/dev/shm")
+
+
+def guards_of(server: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(server).children() if child.name() == "gpu-guard"]
+
+
+@pytest.mark.parametrize("guard", ["first guard", "later guard"])
+def test_all_end_with_a_manager_and_its_server_that_are_killed_at_the_same_moment(
+    program: Callable[[str], subprocess.Popen[str]], guard: str
+) -> None:
+    process = program(SCRIPT)
+    found = facts(process)
+    if guard == "later guard":
+        (first,) = guards_of(found["pids"][-1])
+        first.kill()
+        assert wait_until(lambda: guards_of(found["pids"][-1]) not in ([], [first]))
+    process.send_signal(signal.SIGSTOP)  # so that neither sees the end of the other
+    os.kill(found["pids"][-1], signal.SIGKILL)
+    process.kill()
+    try:
+        assert all_end(found["pids"])
+    finally:
+        (Path("/dev/shm") / found["shared"]).unlink(missing_ok=True)
 
 
 def test_all_end_with_an_interpreter_that_closes_nothing(program: Callable[[str], subprocess.Popen[str]]) -> None:
@@ -213,5 +244,5 @@ def test_a_fork_that_fails_costs_one_load_only(monkeypatch: pytest.MonkeyPatch) 
     ours, theirs = socket.socketpair()
     with ours, theirs:
         socket.send_fds(ours, [b"f"], [theirs.fileno()])
-        assert fork_server._Server(theirs, theirs, theirs, -1)._answer()
+        assert fork_server._Server(theirs, theirs, theirs, -1, -1)._answer()
         assert fork_server.ANSWER.unpack(ours.recv(100)) == (b"!", 0, errno.EAGAIN)

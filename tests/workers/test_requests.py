@@ -272,6 +272,29 @@ def test_a_loader_that_refers_to_more_at_the_load_is_refused_then(isolated: GPUR
     isolated.unregister("later")
 
 
+class Counted:
+    """A loader that counts how often it is pickled."""
+
+    times = 0
+
+    def __call__(self) -> Engine:
+        return Engine()
+
+    def __getstate__(self) -> dict[str, Any]:
+        Counted.times += 1
+        return {}
+
+
+def test_a_loader_is_pickled_once_for_each_load(isolated: GPUResourceManager) -> None:
+    isolated.register("counted", Counted())
+    for load in (1, 2):
+        with isolated.lease("counted") as engine:
+            assert engine.volume == 1.0
+        isolated.release("counted")
+        assert Counted.times == 1 + load, "once for the check at the registration"
+    isolated.unregister("counted")
+
+
 def test_what_cannot_be_isolated_is_refused(isolated: GPUResourceManager, tmp_path: Path) -> None:
     lock = threading.Lock()
     with pytest.raises(InvalidInput, match="cannot be sent to a worker process"):

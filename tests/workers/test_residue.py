@@ -154,6 +154,7 @@ def test_an_engine_that_cannot_be_moved_is_checkpointed_as_a_whole(
         status = manager.status()["models"]["tts"]
         assert card.memory().process_bytes == 0
         assert worker(manager)["last_offload"]["way"] == "checkpoint"
+        assert worker(manager)["last_offload"]["checkpoint_bytes"] == MB + CONTEXT_BYTES
         assert (status["state"], status["device_bytes"], status["host_bytes"]) == ("cpu", 0, MB)
 
 

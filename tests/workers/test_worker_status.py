@@ -77,12 +77,23 @@ def test_a_worker_is_in_the_status_from_its_load_to_its_release(isolated: GPURes
     assert (seen["device_bytes"], seen["context_bytes"]) == (100 * MB, 100 * MB), "measured anew after a move"
     last = seen["last_offload"]
     assert last is not None
-    assert (last["way"], last["bytes"]) == ("weights", 8 * MB)
+    assert (last["way"], last["bytes"], last["checkpoint_bytes"]) == ("weights", 8 * MB, 0)
     assert last["seconds"] > 0
     isolated.release(model)
     status = isolated.status()
     assert status["models"][model]["worker"] is None
     assert status["device"]["free_bytes"] == status["device"]["total_bytes"]
+
+
+def test_ps_shows_which_process_is_the_worker_of_which_model(isolated: GPUResourceManager) -> None:
+    isolated.register("asr", Engine)
+    with isolated.lease("asr"):
+        process = psutil.Process(worker(isolated, "asr")["pid"])
+        server = process.parent()
+        assert Path(f"/proc/{process.pid}/comm").read_text() == "gpu-worker:asr\n"
+        assert server is not None
+        assert server.name() == "gpu-fork-server"
+    isolated.unregister("asr")
 
 
 def test_a_checkpointed_worker_holds_nothing_on_the_device() -> None:
@@ -96,7 +107,8 @@ def test_a_checkpointed_worker_holds_nothing_on_the_device() -> None:
         assert (seen["checkpointed"], seen["device_bytes"], seen["context_bytes"]) == (True, 0, 0)
         last = seen["last_offload"]
         assert last is not None
-        assert last["way"] == "weights+checkpoint"
+        assert (last["way"], last["bytes"]) == ("weights+checkpoint", 8 * MB)
+        assert last["checkpoint_bytes"] == 100 * MB
         status = manager.status()
         assert status["models"]["tts"]["outside_bytes"] == 0
         assert status["device"]["free_bytes"] == status["device"]["total_bytes"]
@@ -173,8 +185,8 @@ def test_what_a_load_has_brought_so_far_is_that_of_the_model(isolated: GPUResour
         status = isolated.status()
         seen = status["models"]["arriving"]["worker"]
         assert seen is not None
-        assert (seen["device_bytes"], seen["context_bytes"]) == (108 * MB, 0), "not known before the end of the load"
-        assert views.on_the_card(status)["arriving"] == 108 * MB
+        assert (seen["device_bytes"], seen["context_bytes"]) == (108 * MB, 100 * MB)
+        assert views.on_the_card(status)["arriving"] == 8 * MB
     assert isolated.wait_for("arriving", State.DEVICE, 60)
     assert worker(isolated, "arriving")["pid"] == seen["pid"]
     assert worker(isolated, "arriving")["context_bytes"] == 100 * MB

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MARK = "RESIDENCY_FORK_SERVER"
+"""Environment variable of workers of a manager, and of what they start: found by it, and ended, without a watcher."""
+
 
 def end_with_this_process(workers: Sequence[psutil.Process]) -> None:
-    """Starts a watcher for these workers; it ends with them. Pid 1 of a container needs none."""
-    if not workers or not hasattr(os, "pidfd_open") or os.getpid() == 1:
+    """Starts a watcher for these workers; it ends with them. Pid 1 of a container needs none, nor a worker process."""
+    if not workers or not hasattr(os, "pidfd_open") or os.getpid() == 1 or MARK in os.environ:
         return
     pids = [str(process.pid) for process in workers]
     try:
