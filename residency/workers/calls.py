@@ -133,6 +133,8 @@ class Sizes:
     array_bytes: int = 0
     usable: bool = True
     moves_itself: bool = False
+    #: Processes that the engine has started and without which it is not usable.
+    pids: tuple[int, ...] = ()
     #: Modules that the worker has imported since its fork.
     modules: int = 0
 

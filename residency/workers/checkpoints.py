@@ -23,11 +23,9 @@ from functools import cached_property
 from importlib.machinery import PathFinder
 from typing import Any, Literal
 
-import psutil
-
 from ..devices.card_probes import driver_version
 from ..errors import CheckpointFailed, ExtraMissing
-from ..memory.self_moving.workers import is_alive
+from ..memory.self_moving.workers import pid_is_alive
 from ..sentences import Sentence
 from . import checkpoint_helper
 from .checkpoint_transitions import FIRST, TRANSITIONS, Call, Operation, Remedy, State
@@ -111,7 +109,7 @@ class DriverCheckpoints:
             raise _error(pid, first_failure, then) from None
 
     def _call(self, call: Call, pid: int, timeout_s: float) -> None:
-        if not _exists(pid):
+        if not pid_is_alive(pid):
             raise _Failure(call, Sentence("the process has ended", "进程已结束"))
         # The driver takes 0 as no limit.
         limit = {"timeout_ms": max(1, int(timeout_s * 1000))} if call == "lock" else {}
@@ -129,10 +127,10 @@ class DriverCheckpoints:
 
     def _state(self, pid: int, otherwise: State, ask: bool = True) -> State:
         """Asks the driver for the state of a process. ``otherwise``: what to assume without an answer."""
-        if ask and _exists(pid):
+        if ask and pid_is_alive(pid):
             with suppress(_Failure):
                 otherwise = self._ask("state", {"call": "state", "pid": pid}, self._grace_s)
-        return otherwise if _exists(pid) else "gone"
+        return otherwise if pid_is_alive(pid) else "gone"
 
     def _remember(self, pid: int, state: State) -> None:
         if state in ("running", "gone"):
@@ -280,13 +278,6 @@ def _error(pid: int, failure: _Failure, remedy: Remedy) -> CheckpointFailed:
     reason = Sentence(f"{words.en}; {then.en}", f"{words.zh}；{then.zh}")
     assert failure.step != "state"
     return CheckpointFailed(pid, failure.step, reason)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        return is_alive(psutil.Process(pid))
-    except psutil.Error:
-        return False
 
 
 def _is_installed(module: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..contracts import SnapshotStore
 from ..errors import CapturedGraphs, CheckpointFailed, SelfMoveFailed, SelfMoveFreedNothing, SnapshotUnusable
+from ..memory.self_moving.workers import pid_is_alive
 from ..sentences import Sentence
 from .calls import Move, Sizes
 from .process import WorkerProcess
@@ -67,8 +68,9 @@ class WorkerResident:
 
     @property
     def usable(self) -> bool:
-        """False once the process has ended, or if only a new engine can serve requests."""
-        return not self.worker.ended and self.worker.sizes.usable
+        """False once it or a process that its engine needs has ended, or if only a new engine can serve requests."""
+        sizes = self.worker.sizes
+        return not self.worker.ended and sizes.usable and all(map(pid_is_alive, sizes.pids))
 
     @property
     def moves_itself(self) -> bool:

@@ -155,7 +155,7 @@ class _Worker:
         if resident is None:
             return Sizes()
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself, len(sys.modules) - self._modules)  # fmt: skip
+                     resident.moves_itself, resident.pids, len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
