@@ -4,20 +4,54 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import pytest
-from shared_spawner import SharedSpawner
 
 from gpu_manager import GPUResourceManager
 from residency.workers import isolation as isolation_module
-from residency.workers.spawner import can_fork_workers
+from residency.workers.spawner import Child, Spawner, can_fork_workers
 
 VARIABLE = "GPU_TTS_GPU_ISOLATION"
 """The variable of the app, which programs that tests start read."""
 
 _mode = "none"
+
+
+class SharedSpawner(Spawner):
+    """Workers of one manager, from one fork server for the run: its start takes seconds. They end with the manager."""
+
+    _of_process: ClassVar[dict[int, Spawner]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._workers: list[Child] = []
+
+    def start(self) -> Any:
+        if self._closed:
+            return super().start()  # raises
+        return self._of_process.setdefault(os.getpid(), Spawner()).start()
+
+    def spawn(self, connection: socket.socket, on_end: Callable[[], object]) -> Child:
+        child = super().spawn(connection, on_end)
+        self._workers.append(child)
+        return child
+
+    def close(self) -> None:
+        if os.getpid() != self._owner_pid:
+            return
+        self._closed = True
+        for child in self._workers:
+            child.kill()
+        for child in self._workers:
+            child.has_ended.wait(60)
+
+    @classmethod
+    def end(cls) -> None:
+        if own := cls._of_process.pop(os.getpid(), None):
+            own.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +63,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     global _mode
-    _mode = os.environ[VARIABLE] = config.option.isolation
+    _mode = config.option.isolation
+    if _mode != os.environ.get(VARIABLE, "none"):
+        os.environ[VARIABLE] = _mode
     plain = GPUResourceManager.__init__
 
     @functools.wraps(plain)

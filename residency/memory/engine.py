@@ -171,6 +171,11 @@ class EngineResident(CompositeResident):
         return not self._self_moving or super().usable
 
     @property
+    def pids(self) -> tuple[int, ...]:
+        """Process IDs without which the engine is not `usable`."""
+        return tuple(pid for part in self._self_moving for pid in part.pids)
+
+    @property
     def sessions(self) -> frozenset[int]:
         """The sessions accounted for here (``id``)."""
         return self._sessions.sessions

@@ -138,6 +138,8 @@ class Sizes:
     takes_kept: bool = False
     #: Bytes that the worker held on the device before its load; 0 if unknown.
     context_bytes: int = 0
+    #: Processes that the engine has started and without which it is not usable.
+    pids: tuple[int, ...] = ()
     #: Modules that the worker has imported since its fork.
     modules: int = 0
 

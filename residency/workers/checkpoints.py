@@ -23,12 +23,10 @@ from functools import cached_property
 from importlib.machinery import PathFinder
 from typing import Any, Literal
 
-import psutil
-
 from ..devices.card_probes import driver_version
 from ..devices.checkpoint_transitions import AFTER, FIRST, Call, Operation, Remedy, State, follow
 from ..errors import CheckpointFailed, ExtraMissing
-from ..memory.self_moving.workers import is_alive
+from ..memory.self_moving.workers import pid_is_alive
 from ..sentences import Sentence
 from . import checkpoint_helper
 from .checkpoint_helper import Answer, Request
@@ -104,7 +102,7 @@ class DriverCheckpoints:
             raise _error(pid, *failed) from None
 
     def _call(self, call: Call, pid: int, timeout_s: float) -> None:
-        if not _exists(pid):
+        if not pid_is_alive(pid):
             raise _Failure(call, Sentence("the process has ended", "进程已结束"))
         request: Request = {"call": call, "pid": pid}
         if call == "lock":
@@ -124,10 +122,10 @@ class DriverCheckpoints:
 
     def _state(self, pid: int, otherwise: State, ask: bool = True) -> State:
         """Asks the driver for the state of a process. ``otherwise``: what to assume without an answer."""
-        if ask and _exists(pid):
+        if ask and pid_is_alive(pid):
             with suppress(_Failure):
                 otherwise = self._ask("state", {"call": "state", "pid": pid}, self._grace_s)
-        return otherwise if _exists(pid) else "gone"
+        return otherwise if pid_is_alive(pid) else "gone"
 
     def _remember(self, pid: int, state: State) -> None:
         if state in ("running", "gone"):
@@ -277,13 +275,6 @@ def _error(pid: int, failure: _Failure, remedy: Remedy) -> CheckpointFailed:
     reason = Sentence(f"{words.en}; {then.en}", f"{words.zh}；{then.zh}")
     assert failure.step != "state"
     return CheckpointFailed(pid, failure.step, reason)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        return is_alive(psutil.Process(pid))
-    except psutil.Error:
-        return False
 
 
 def _is_installed(module: str) -> bool:

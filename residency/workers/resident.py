@@ -20,6 +20,7 @@ from ..errors import (
 from ..locks import renewed_in_children
 from ..memory import SnapshotFolder
 from ..memory.kept import KeptWeights
+from ..memory.self_moving.workers import pid_is_alive
 from ..observability.error_classification import is_out_of_device_memory
 from ..sentences import Sentence
 from .calls import Move, Sizes
@@ -106,8 +107,11 @@ class WorkerResident:
 
     @property
     def usable(self) -> bool:
-        """False once the process has ended, or if only a new engine can serve requests."""
-        return self._kept is not None if self.worker.ended else self.worker.sizes.usable
+        """False once it or a process that its engine needs has ended, or if only a new engine can serve requests."""
+        if self.worker.ended:
+            return self._kept is not None
+        sizes = self.worker.sizes
+        return sizes.usable and all(map(pid_is_alive, sizes.pids))
 
     @property
     def moves_itself(self) -> bool:

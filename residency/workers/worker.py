@@ -168,7 +168,7 @@ class _Worker:
         if resident is None:
             return Sizes(context_bytes=self._context_bytes)
         return Sizes(resident.device_bytes, resident.host_bytes, resident.array_bytes, resident.usable,
-                     resident.moves_itself, bool(self._parts), self._context_bytes,
+                     resident.moves_itself, bool(self._parts), self._context_bytes, resident.pids,
                      len(sys.modules) - self._modules)  # fmt: skip
 
     # -- parts ----------------------------------------------------------------------------------------------------

@@ -265,6 +265,7 @@ def test_a_context_is_smaller_than_its_card(context_bytes: int) -> None:
         SimulatedDevice(1000, context_bytes=context_bytes)
 
 
+@pytest.mark.in_process("the context is that of this process")
 def test_a_context_is_no_memory_of_a_model() -> None:
     card = SimulatedDevice(4 << 30, context_bytes=1 << 30)
     with GPUResourceManager(card, keep_warm=60) as manager:

@@ -345,6 +345,7 @@ def fresh_cache() -> None:
     filters.cache_clear()
 
 
+@pytest.mark.in_process("tensors that other code of the same process holds")
 def test_a_cached_constant_survives_releases_and_never_stops_a_load(
     device: SimulatedDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -392,6 +393,7 @@ def test_whoever_uses_a_cached_constant_gets_its_value(device: SimulatedDevice, 
         resident.release()
 
 
+@pytest.mark.in_process("tensors that other code of the same process holds")
 def test_two_engines_may_have_a_constant_in_common(device: SimulatedDevice) -> None:
     with GPUResourceManager(device) as manager:
         manager.register("a", Listener)
@@ -445,6 +447,7 @@ def fresh_containers() -> None:
 
 @pytest.mark.usefixtures("fresh_containers")
 @pytest.mark.parametrize("form", CONTAINERS)
+@pytest.mark.in_process("tensors that other code of the same process holds")
 def test_what_hangs_in_a_container_that_others_hold_survives_too(device: SimulatedDevice, form: str) -> None:
     container, cached = CONTAINERS[form]
 
@@ -501,6 +504,7 @@ class Own:
         self.mine = vars(self)
 
 
+@pytest.mark.in_process("tensors that other code of the same process holds")
 def test_containers_that_only_the_engine_holds_are_not_taken_for_held(
     device: SimulatedDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -553,6 +557,7 @@ def test_the_spare_of_a_released_constant_goes_with_its_last_holder(device: Simu
     assert seen() is None
 
 
+@pytest.mark.in_process("tensors that other code of the same process holds")
 def test_a_tensor_taken_in_a_lease_is_not_held_by_others(device: SimulatedDevice) -> None:
     weights = Weights({"t": torch.ones(3)}, device)
     assert weights.offload() == 12

@@ -197,6 +197,7 @@ def test_a_graph_captured_during_a_request_is_noticed(engine: Engine, device: Si
     assert device.ledger_bytes == 0
 
 
+@pytest.mark.in_process("imitates CUDA graphs in this process")
 def test_under_the_manager_it_stays_until_its_release_and_says_why(engine: Engine, device: SimulatedDevice) -> None:
     engine.graph = captured_graph()
     with GPUResourceManager(device) as manager:

@@ -61,6 +61,7 @@ def survives_every_move(load: Callable[[], Any], snapshots: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_bitsandbytes(bits: int, plain: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     quantized = transformers.BitsAndBytesConfig(
@@ -72,6 +73,7 @@ def test_bitsandbytes(bits: int, plain: Path, tmp_path: Path) -> None:
     assert all(any(path.endswith(state) for path in paths) for state in states), "what is beside the weights is found"
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_four_bit_weights_packed_as_llmcompressor_packs_them(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     save_packed(tiny(), tmp_path / "packed", group_size=128)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +45,36 @@ def manager() -> Iterator[GPUResourceManager]:
         yield manager
 
 
+@pytest.fixture
+def without_checkpoints() -> Iterator[GPUResourceManager]:
+    """A worker process that cannot be offloaded part by part is not checkpointed either."""
+    with GPUResourceManager(SimulatedDevice(1 << 30), keep_warm=-1, residue="keep") as manager:
+        yield manager
+
+
 def model(manager: GPUResourceManager) -> dict[str, Any]:
     return dict(manager.status()["models"]["tts"])
 
 
 def workers() -> list[psutil.Process]:
-    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in children if "worker.py" in " ".join(child.cmdline())]
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "worker.py" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return [] if process.status() == psutil.STATUS_ZOMBIE else process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def kill_worker() -> None:
+    """Returns after its end; nobody has collected its exit code."""
     (worker,) = workers()
+    fd = os.pidfd_open(worker.pid)
     worker.kill()
-    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    select.select([fd], [], [])
+    os.close(fd)
 
 
 def private_bytes(process: psutil.Process) -> int:
@@ -69,23 +88,28 @@ def speak(manager: GPUResourceManager) -> list[int]:
         return answer
 
 
-def load(manager: GPUResourceManager, **arguments: Any) -> Engine:
-    built = []
+def build(deaf: bool = False, **arguments: Any) -> Engine:
+    """``deaf``: its worker does not end by itself."""
+    torch.manual_seed(0)
+    engine = Engine(**arguments)
+    if deaf:
+        engine.llm.llm_engine.engine_core.shutdown = lambda: None
+    return engine
 
-    def build() -> Engine:
-        torch.manual_seed(0)
-        built.append(Engine(**arguments))
-        return built[-1]
 
-    manager.register("tts", build)
-    speak(manager)
-    return built[-1]
+def load(manager: GPUResourceManager, fault: tuple[str, str] | None = None, **arguments: Any) -> list[int]:
+    """Returns what it says before a fault."""
+    manager.register("tts", partial(build, **arguments))
+    said = speak(manager)
+    with manager.lease("tts") as engine:
+        engine.llm.fault = fault
+    return said
 
 
 def test_a_worker_process_is_put_to_sleep_and_says_the_same_afterwards(manager: GPUResourceManager) -> None:
-    load(manager)
+    said = load(manager)
     (worker,) = workers()
-    said, there = speak(manager), model(manager)
+    there = model(manager)
     assert there["state"] == "gpu"
     assert there["device_bytes"] == pytest.approx(private_bytes(worker) + 512 * 513 * 4, abs=MB)
     assert manager.offload("tts")
@@ -100,8 +124,7 @@ def test_a_worker_process_is_put_to_sleep_and_says_the_same_afterwards(manager: 
 
 
 def test_a_release_ends_the_worker_process(manager: GPUResourceManager) -> None:
-    load(manager)
-    said = speak(manager)
+    said = load(manager)
     manager.release("tts")
     assert workers() == []
     assert (model(manager)["device_bytes"], model(manager)["host_bytes"]) == (0, 0)
@@ -110,13 +133,12 @@ def test_a_release_ends_the_worker_process(manager: GPUResourceManager) -> None:
 
 
 def test_a_worker_that_does_not_end_by_itself_is_killed(manager: GPUResourceManager) -> None:
-    engine = load(manager)
-    engine.llm.llm_engine.engine_core.shutdown = lambda: None
-    del engine
+    load(manager, deaf=True)
     manager.release("tts")
     assert workers() == []
 
 
+@pytest.mark.in_process("collects the exit code of a child of the test")
 def test_a_worker_that_multiprocessing_started_leaves_no_zombie(manager: GPUResourceManager) -> None:
     """As vLLM's shutdown leaves it: told to end, and its exit code not collected."""
 
@@ -153,12 +175,9 @@ def test_closing_the_manager_leaves_no_process() -> None:
 def test_a_worker_that_dies_in_a_move_is_replaced_for_the_next_request(
     manager: GPUResourceManager, moment: str
 ) -> None:
-    engine = load(manager)
-    said = speak(manager)
+    said = load(manager, (moment, "die"))
     if moment == "wake_up":
         manager.offload("tts")
-    engine.llm.fault = (moment, "die")
-    del engine
     if moment == "sleep":
         with pytest.raises(WorkerEnded, match=r"A worker process of \.llm has ended"):
             manager.offload("tts")
@@ -170,22 +189,19 @@ def test_a_worker_that_dies_in_a_move_is_replaced_for_the_next_request(
 
 
 def test_a_worker_that_dies_in_a_request_is_replaced_for_the_next_one(manager: GPUResourceManager) -> None:
-    engine = load(manager)
-    said = speak(manager)
-    engine.llm.fault = ("generate", "die")
-    del engine
+    said = load(manager, ("generate", "die"))
     with pytest.raises(vllm.EngineDeadError):
         speak(manager)
     assert speak(manager) == said
     assert len(workers()) == 1
 
 
+@pytest.mark.parametrize("isolation", ["none", "process"], indirect=True)
 @pytest.mark.parametrize("away", [False, True])
 def test_a_worker_that_is_killed_while_its_model_is_idle_costs_no_request(
     manager: GPUResourceManager, away: bool
 ) -> None:
-    load(manager)
-    said = speak(manager)
+    said = load(manager)
     if away:
         manager.offload("tts")
     kill_worker()
@@ -194,8 +210,7 @@ def test_a_worker_that_is_killed_while_its_model_is_idle_costs_no_request(
 
 
 def test_what_is_left_of_an_engine_leaves_the_gpu_when_its_worker_was_killed(manager: GPUResourceManager) -> None:
-    load(manager)
-    said = speak(manager)
+    said = load(manager)
     kill_worker()
     with pytest.raises(WorkerEnded):
         manager.offload("tts")
@@ -233,21 +248,18 @@ def test_two_managers_account_for_their_own_workers_only(manager: GPUResourceMan
 
 
 def test_an_error_in_wake_up_is_shown_and_the_engine_is_built_anew(manager: GPUResourceManager) -> None:
-    engine = load(manager)
-    said = speak(manager)
+    said = load(manager, ("wake_up", "error"))
     manager.offload("tts")
-    engine.llm.fault = ("wake_up", "error")
-    del engine
     with pytest.raises(SelfMoveFailed, match=r"llm cannot be moved: an error of the worker"):
         speak(manager)
     assert speak(manager) == said
     assert len(workers()) == 1
 
 
-def test_an_error_in_sleep_leaves_the_engine_where_it_was(manager: GPUResourceManager) -> None:
-    engine = load(manager)
-    said, there = speak(manager), model(manager)["device_bytes"]
-    engine.llm.fault = ("sleep", "error")
+def test_an_error_in_sleep_leaves_the_engine_where_it_was(without_checkpoints: GPUResourceManager) -> None:
+    manager = without_checkpoints
+    said = load(manager, ("sleep", "error"))
+    there = model(manager)["device_bytes"]
     with pytest.raises(SelfMoveFailed):
         manager.offload("tts")
     assert model(manager)["state"] == "gpu"
@@ -256,8 +268,7 @@ def test_an_error_in_sleep_leaves_the_engine_where_it_was(manager: GPUResourceMa
 
 
 def test_a_wake_up_that_finds_no_room_moves_nothing_and_the_next_request_works(manager: GPUResourceManager) -> None:
-    engine = load(manager)
-    said = speak(manager)
+    said, built = load(manager), workers()
     manager.offload("tts")
     manager.device.report_outside(1, (1 << 30) - HELD // 2)
     with pytest.raises(DeviceOutOfMemory):
@@ -265,21 +276,19 @@ def test_a_wake_up_that_finds_no_room_moves_nothing_and_the_next_request_works(m
     assert (model(manager)["state"], model(manager)["device_bytes"]) == ("cpu", 0)
     manager.device.report_outside(1, 0)
     assert speak(manager) == said
-    assert engine.llm._worker.process.poll() is None, "it was not built anew"
+    assert workers() == built, "it was not built anew"
 
 
 def test_a_worker_that_reports_a_full_card_goes_back_to_sleep(manager: GPUResourceManager) -> None:
-    engine = load(manager)
-    said = speak(manager)
+    said, built = load(manager, ("wake_up", "full")), workers()
     manager.offload("tts")
-    engine.llm.fault = ("wake_up", "full")
     assert speak(manager) == said, "the second attempt"
-    assert engine.llm._worker.process.poll() is None
+    assert workers() == built
 
 
-def test_a_sleep_that_frees_nothing_is_no_offload(manager: GPUResourceManager) -> None:
-    load(manager, enable_sleep_mode=False)
-    said = speak(manager)
+def test_a_sleep_that_frees_nothing_is_no_offload(without_checkpoints: GPUResourceManager) -> None:
+    manager = without_checkpoints
+    said = load(manager, enable_sleep_mode=False)
     with pytest.raises(SelfMoveFreedNothing, match="enable_sleep_mode=True"):
         manager.offload("tts")
     there = model(manager)

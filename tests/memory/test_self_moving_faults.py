@@ -65,6 +65,7 @@ def place(manager: GPUResourceManager, name: str = "tts") -> str:
         return str(engine[0].place)
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_an_offload_that_fails_half_way_is_undone(manager: GPUResourceManager) -> None:
     built = load(manager)
     built[0].faults["offload"] = RuntimeError("half of it")
@@ -74,6 +75,7 @@ def test_an_offload_that_fails_half_way_is_undone(manager: GPUResourceManager) -
     assert len(built) == 1
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_an_object_that_cannot_be_moved_back_is_replaced_for_the_next_request(manager: GPUResourceManager) -> None:
     built = load(manager)
     built[0].faults = {"offload": RuntimeError("half of it"), "restore": RuntimeError("nor back")}
@@ -86,6 +88,7 @@ def test_an_object_that_cannot_be_moved_back_is_replaced_for_the_next_request(ma
 @pytest.mark.parametrize(
     "error", [MemoryError(), SystemExit(3), GeneratorExit()], ids=lambda error: type(error).__name__
 )
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_a_restore_that_fails_half_way_with_any_error_is_undone(
     manager: GPUResourceManager, error: BaseException
 ) -> None:
@@ -99,6 +102,7 @@ def test_a_restore_that_fails_half_way_with_any_error_is_undone(
     assert place(manager) == "gpu"
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_worker_processes_end_whatever_the_release_raises(manager: GPUResourceManager) -> None:
     part = Part()
     part.child = subprocess.Popen(["sleep", "infinity"])
@@ -110,6 +114,7 @@ def test_worker_processes_end_whatever_the_release_raises(manager: GPUResourceMa
     assert part.child.poll() is not None
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_an_asynchronous_function_is_no_move(manager: GPUResourceManager) -> None:
     class Asynchronous(Part):
         async def offload_from_gpu(self) -> None:  # type: ignore[override]
@@ -122,6 +127,7 @@ def test_an_asynchronous_function_is_no_move(manager: GPUResourceManager) -> Non
     assert manager.status()["models"]["tts"]["state"] == "gpu"
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_an_object_of_two_models_is_refused_as_tensors_are(manager: GPUResourceManager) -> None:
     (part,) = load(manager)
     manager.register("other", lambda: {"shared": part})
@@ -174,6 +180,7 @@ def test_worker_processes_end_with_a_process_that_is_killed(end: str) -> None:
             os.close(worker)
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_a_watcher_that_cannot_be_started_is_reported(
     manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

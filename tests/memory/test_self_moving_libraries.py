@@ -65,6 +65,7 @@ def use(manager: GPUResourceManager) -> None:
 
 
 @pytest.mark.parametrize(("named", "moves", "release"), CALLS, ids=["sglang", "ctranslate2"])
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_an_object_is_offloaded_restored_and_released_by_its_library(
     manager: GPUResourceManager, caplog: pytest.LogCaptureFixture, named: tuple[str, str], moves: Any, release: str
 ) -> None:
@@ -81,6 +82,7 @@ def test_an_object_is_offloaded_restored_and_released_by_its_library(
     assert "nothing was found" not in caplog.text, "its size is unknown, and it leaves all the same"
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_a_faster_whisper_model_is_moved_by_the_model_in_it(manager: GPUResourceManager) -> None:
     recognizer = type("WhisperModel", (), {"__module__": "faster_whisper.transcribe"})()
     recognizer.model = stand_in(*WHISPER)
@@ -90,6 +92,7 @@ def test_a_faster_whisper_model_is_moved_by_the_model_in_it(manager: GPUResource
     assert recognizer.model.calls == [("unload_model", {"to_cpu": True})]
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_a_model_of_ctranslate2_on_the_cpu_is_only_released(
     manager: GPUResourceManager, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +108,7 @@ def test_a_model_of_ctranslate2_on_the_cpu_is_only_released(
 
 
 @pytest.mark.parametrize(("named", "moves", "release"), CALLS, ids=["sglang", "ctranslate2"])
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_an_error_of_a_library_is_shown_with_the_object_in_its_place(
     manager: GPUResourceManager, named: tuple[str, str], moves: Any, release: str
 ) -> None:

@@ -49,6 +49,7 @@ class Own:
         self.calls.append("release")
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_any_object_with_the_protocol_is_moved_wherever_it_is_in_the_engine(manager: GPUResourceManager) -> None:
     own = Own()
     manager.register("tts", lambda: {"deep": [(own, "beside it")]})
@@ -61,6 +62,7 @@ def test_any_object_with_the_protocol_is_moved_wherever_it_is_in_the_engine(mana
     assert own.calls == ["offload", "restore", "release"]
 
 
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_a_class_can_be_registered_by_name(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
     class Switch:
         on = True
@@ -155,6 +157,7 @@ Native.__name__ = "Whisper"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.in_process("looks at objects of the engine without a lease")
 def test_an_object_in_native_code_is_found_and_moved_if_it_is_on_a_gpu(
     manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:

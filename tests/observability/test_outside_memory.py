@@ -43,6 +43,7 @@ def tts(manager: GPUResourceManager) -> dict[str, Any]:
     return manager.status()["models"]["tts"]
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_a_child_process_is_shown_until_it_ends(manager: GPUResourceManager, caplog: pytest.LogCaptureFixture) -> None:
     begun: list[subprocess.Popen[str]] = []
 
@@ -74,6 +75,7 @@ def test_a_child_process_is_shown_until_it_ends(manager: GPUResourceManager, cap
     assert tts(manager)["outside_processes"] == []
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_a_child_that_ends_by_itself_is_shown_no_longer(manager: GPUResourceManager) -> None:
     begun: list[subprocess.Popen[str]] = []
 
@@ -96,6 +98,7 @@ def test_a_child_that_ends_by_itself_is_shown_no_longer(manager: GPUResourceMana
 
 
 @pytest.mark.parametrize("extra_mb", [0, 200])
+@pytest.mark.in_process("measures this process and its children")
 def test_a_skeleton_that_holds_more_than_its_weights_is_released_the_normal_way(extra_mb: int, tmp_path: Path) -> None:
     loads = []
 
@@ -115,6 +118,7 @@ def test_a_skeleton_that_holds_more_than_its_weights_is_released_the_normal_way(
     assert len(loads) == (2 if extra_mb else 1)
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_an_array_that_a_request_has_made_is_shown_after_it(manager: GPUResourceManager) -> None:
     manager.register("tts", Plain)
     with manager.lease("tts") as engine:
@@ -128,6 +132,7 @@ def test_an_array_that_a_request_has_made_is_shown_after_it(manager: GPUResource
     assert tts(manager)["outside_bytes"] == 200 * MB
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_native_memory_is_shown(manager: GPUResourceManager) -> None:
     def load() -> Plain:
         block = mmap.mmap(-1, 400 * MB)
@@ -141,6 +146,7 @@ def test_native_memory_is_shown(manager: GPUResourceManager) -> None:
     assert tts(manager)["outside_bytes"] >= 390 * MB
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_a_big_array_is_shown_and_goes_with_a_release(manager: GPUResourceManager) -> None:
     manager.register("tts", lambda: Plain(table=np.ones(200 * MB, np.uint8)))
     with manager.lease("tts"):
@@ -199,6 +205,7 @@ def test_what_cannot_be_measured_is_unknown_and_not_nothing(unknown: MemorySampl
     assert books.ended("a", "a", unknown, (0, 0), (0, 0), frozenset({"a"})).total_bytes is None
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_the_simulated_card_counts_what_it_is_told() -> None:
     device = SimulatedDevice(1 << 30)
     with GPUResourceManager(device) as manager:
@@ -215,6 +222,7 @@ def test_the_simulated_card_counts_what_it_is_told() -> None:
         assert manager.status()["device"]["outside_bytes"] == 0
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_memory_of_the_device_that_a_request_takes_is_shown_after_it_until_it_goes() -> None:
     device = SimulatedDevice(1 << 30)
     with GPUResourceManager(device) as manager:
@@ -270,6 +278,7 @@ def test_what_cuda_takes_for_itself_in_a_request_is_not_blamed_on_the_model() ->
     assert moved(books, "a", 950, 850, (100, 0), loaded="a") == 850 - 512
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_the_totals_are_those_of_all_models(manager: GPUResourceManager) -> None:
     for name, megabytes in (("tts", 200), ("asr", 100)):
         manager.register(name, lambda megabytes=megabytes: Plain(table=np.ones(megabytes * MB, np.uint8)))
@@ -280,6 +289,7 @@ def test_the_totals_are_those_of_all_models(manager: GPUResourceManager) -> None
     assert b"gpu_manager_host_outside_bytes 3.145728e+08" in exposition(manager)
 
 
+@pytest.mark.in_process("measures this process and its children")
 def test_an_error_of_psutil_is_no_error_of_a_move(manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **keywords: object) -> Any:
         raise host_probes.psutil.AccessDenied

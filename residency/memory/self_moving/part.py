@@ -74,6 +74,11 @@ class SelfMovingPart:
         """Whether all its worker processes are alive, and no failed move has left it between GPU and main memory."""
         return self._is_alive() and not self._half_moved
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the worker processes."""
+        return [worker.pid for worker in self._workers]
+
     def _is_alive(self) -> bool:
         return all(map(is_alive, self._workers))
 

@@ -44,6 +44,13 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def pid_is_alive(pid: int) -> bool:
+    try:
+        return is_alive(psutil.Process(pid))
+    except psutil.Error:
+        return False
+
+
 def end(processes: list[psutil.Process]) -> None:
     """Ends processes that are still alive: SIGTERM, then SIGKILL; leaves no zombies. Never raises."""
     alive = [process for process in processes if is_alive(process)]
