@@ -490,7 +490,7 @@ class TestWithManagement:
         assert shown == {
             ("prompt-text", "focus"), ("prompt-text", "input"), ("target-text", "focus"), ("target-text", "input"),
             ("prompt-audio", "start_recording"), ("prompt-audio", "upload"), ("sample-high", "click"),
-            ("sample-low", "click"),
+            ("sample-low", "click"), ("voice", "input"),
         }  # fmt: skip
         assert not waits
 

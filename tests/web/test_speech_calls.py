@@ -183,7 +183,6 @@ class TestSpeech:
         speech(served)
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == 0
 
-
     def test_with_a_recording_of_its_own(self, served: Served, recording: str) -> None:
         audio = base64.b64encode(Path(recording).read_bytes()).decode()
         assert speech(served, voice=None, ref_audio=audio, ref_text="my words").status_code == 200
@@ -367,7 +366,7 @@ class TestVoices:
 
     @pytest.mark.parametrize(
         ("fields", "param"),
-        [({"name": ""}, None), ({"name": "../up"}, None), ({"text": ""}, "text"), ({"text": "x" * 5001}, "text")],
+        [({"name": ""}, "name"), ({"name": "../up"}, "name"), ({"text": ""}, "text"), ({"text": "x" * 5001}, "text")],
     )
     def test_bad_fields(self, served: Served, recording: str, fields: dict[str, str], param: str | None) -> None:
         refused = store(served, recording, **fields)

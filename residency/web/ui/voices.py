@@ -25,6 +25,7 @@ from .gpu_panel import check
 from .labels import label
 from .messages import SCRIPT, Message, MessagePlaces
 
+_script = partial(static.calling, "voices.js")
 _ABOUT: tuple[Field, ...] = ("recording", "prompt_text", "voice", "voice_name")
 """Fields of the messages about a voice."""
 
@@ -62,8 +63,8 @@ class Voices:
         self._places.draw("voice")
         with gr.Row(elem_id="new-voice"):  # hidden by CSS without a recording
             self._name = gr.Textbox(
-                label=label("新声音的名称", "Name of a new voice"),
-                placeholder=label("将以上录音保存为声音", "Keeps the recording above as a voice"),
+                label=label("保存为声音", "Keep as a voice"),
+                placeholder=label("名称（可不填）", "Name (optional)"),
                 elem_id="voice-name",
                 scale=3,
             )
@@ -79,25 +80,26 @@ class Voices:
             event(self.listed, outputs=self._choice, **at_once)
         filled_in = [prompt, recording, target, self._places.of("target_text"), self._choice, self._delete]
         filled_in.append(self._places.of("voice"))
-        chosen: list[tuple[Any, Any]] = [(self._choice.input, lambda name, target: self.choose(name, target))]
-        chosen += [
-            (button.click, lambda _, target, name=name: self.choose(name, target))
-            for name, button in self._samples.items()
-        ]
-        for event, choose in chosen:
+        chosen = {self._choice.input: "choose(...values)"}
+        chosen |= {button.click: f"['{name}', values[1]]" for name, button in self._samples.items()}
+        settled = {"inputs": self._choice, "js": _script("settle(...values)"), **PRIVATE}
+        for event, js in chosen.items():
             event(**self._places.wiping(*_ABOUT))
-            event(choose, [self._choice, target], filled_in, **at_once)
-        hide = "() => [null, {__type__: 'update', visible: false}]"
+            event(
+                self.choose, [self._choice, target], filled_in, js=_script(js), trigger_mode="multiple", **at_once
+            ).then(None, **settled)
         replaced = [recording.upload, recording.stop_recording, recording.clear]
-        gr.on(replaced, None, outputs=[self._choice, self._delete], js=hide, **PRIVATE)
+        gr.on(replaced, None, outputs=[self._choice, self._delete], js=_script("unchoose()"), **PRIVATE)
         self._name.change(**self._places.wiping_by_hand("voice_name"))
         places = [self._places.of(field) for field in _ABOUT]
         shown = {"js": static.calling(SCRIPT, "show()"), **PRIVATE}
         changed = [self._choice, self._delete, self._name, *places]
-        confirm = static.calling("voices.js", "confirmDeletion(...values)")
-        self._save.click(self.save, [self._name, recording, prompt], changed, **at_once).then(None, **shown)
-        self._delete.click(self.delete, self._choice, changed, js=confirm, **at_once).then(None, **shown)
-        return [event for event, _ in chosen]
+        confirm = _script("confirmDeletion(...values)")
+        saved = self._save.click(self.save, [self._name, recording, prompt], changed, **at_once)
+        deleted = self._delete.click(self.delete, self._choice, changed, js=confirm, **at_once)
+        for done in (saved, deleted):
+            done.then(None, **settled).then(None, **shown)
+        return list(chosen)
 
     def listed(self, **update: Any) -> Any:
         """Returns an update of the list's names, with the further properties ``update``."""
@@ -115,7 +117,7 @@ class Voices:
             voice = self._store.get(name)
             recording = self._copied(voice)
         except Exception as error:
-            return [*[gr.skip()] * 6, Message.of(error, localizer(), "voice")]
+            return [*[gr.skip()] * 4, None, gr.update(visible=False), Message.of(error, localizer(), "voice")]
         fills = not (target_text or voice.stored)
         target = (sample_voices.TARGET_TEXT, "") if fills else (gr.skip(), gr.skip())
         return [voice.text, recording, *target, voice.name, gr.update(visible=voice.stored), ""]
