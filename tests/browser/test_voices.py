@@ -16,7 +16,7 @@ from residency.web.speech.sample_voices import VOICES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Dialog, Locator, Page
+    from playwright.sync_api import Dialog, Locator, Page, Response
 
 #: The engine of the gates says that it does what the real one does.
 PRETENDING = """
@@ -53,17 +53,27 @@ def text(page: Page, element: str) -> Locator:
     return page.locator(f"#{element}").locator("input, textarea").first
 
 
+def is_answer(response: Response) -> bool:
+    """Whether this is the answer to an event."""
+    return response.request.method == "POST" and "gradio_api" in response.url
+
+
 def choose(page: Page, name: str) -> None:
     text(page, "voice").click()
     page.get_by_role("option", name=name).click()
 
 
 def expect_options(page: Page, *names: str) -> None:
-    """Opens the list, compares it, and closes it."""
-    text(page, "voice").click()
-    sync_api.expect(page.get_by_role("option")).to_have_text([re.compile(f"{name}$") for name in names])
-    page.keyboard.press("Escape")
-    text(page, "target-text").focus()
+    """Opens the list, compares it, and closes it.
+
+    Twice, since Gradio 5 shows only the chosen voice in a list that has changed when it is opened.
+    """
+    for compares in (False, True):
+        with page.expect_response(is_answer):
+            text(page, "voice").click()
+        if compares:
+            sync_api.expect(page.get_by_role("option")).to_have_text([re.compile(rf"{name}\s*$") for name in names])
+        text(page, "target-text").focus()
 
 
 def upload(page: Page, recording: str, words: str) -> None:
@@ -162,7 +172,7 @@ def test_the_list_closed_without_a_choice_changes_nothing(app: RunningApp, new_p
     page.locator("#sample-high").click()
     sync_api.expect(text(page, "voice")).to_have_value(SAMPLES["en-US"][0])
     text(page, "prompt-text").fill("other words")
-    with page.expect_response(re.compile("gradio_api")):  # of the closed list, which has been answered before the press
+    with page.expect_response(is_answer):  # of the closed list, which has been answered before the press
         expect_options(page, *SAMPLES["en-US"])
     save(page, "Ada")
     sync_api.expect(text(page, "voice")).to_have_value("Ada")
@@ -185,7 +195,7 @@ def test_the_menu_of_tasks_closed_without_a_choice_keeps_the_sub_task(
     page.get_by_role("option", name="sad").click()
     sync_api.expect(page.locator("#task-line")).to_contain_text("sad")
     text(page, "task").click()
-    with page.expect_response(re.compile("gradio_api")):
+    with page.expect_response(is_answer):
         text(page, "target-text").focus()
     page.wait_for_timeout(300)  # in which nothing changes
     sync_api.expect(text(page, "sub-task")).to_have_value("sad")

@@ -53,7 +53,7 @@ def messages(updates: list[Any]) -> dict[str, str]:
 
 
 def names(tab: EditxTab) -> list[str]:
-    return [value for _, value in tab.voice_choice.listed()["choices"]]
+    return [value for _, value in tab.voice_choice.refresh(None)[1]]
 
 
 class TestChoosing:
@@ -108,14 +108,24 @@ class TestChoosing:
         assert tab.voice_choice.choose(None, "") == [SKIPPED] * 7
 
 
+def test_a_list_that_has_not_changed_is_left_alone(tab: EditxTab, recording: str) -> None:
+    _, choices = tab.voice_choice.refresh(None)
+    assert tab.voice_choice.refresh(choices) == (SKIPPED, SKIPPED)
+    tab.voices.add("Ada", "words", recording)
+    update, choices = tab.voice_choice.refresh(choices)
+    assert update["choices"] == choices
+    assert choices[-1] == ("Ada", "Ada")
+
+
 class TestSaving:
     def test_the_recording_and_its_words_are_kept(self, tab: EditxTab, recording: str) -> None:
-        listed, delete, name, *_ = updates = save(tab, " Ada ", recording, " her words ")
+        listed, choices, delete, name, *_ = updates = save(tab, " Ada ", recording, " her words ")
         assert (listed["value"], delete["visible"], name) == ("Ada", True, "")
         assert "Ada" in messages(updates)["voice_name"]
         assert "alert" not in messages(updates)["voice_name"]
         assert tab.voices.get("Ada").text == "her words"
         assert names(tab) == ["high", "low", "Ada"]
+        assert listed["choices"] == choices
         assert dict(map(reversed, listed["choices"]))["high"] == "示例：较高的声音 / Sample: a higher voice"
 
     def test_one_without_a_name_gets_a_number(self, tab: EditxTab, recording: str) -> None:
@@ -139,7 +149,7 @@ class TestSaving:
         self, tab: EditxTab, recording: str, change: dict[str, Any], field: str, said: str
     ) -> None:
         updates = save(tab, **{"name": "Ada", "recording": recording, **change})
-        assert updates[:3] == [SKIPPED] * 3
+        assert updates[:4] == [SKIPPED] * 4
         assert list(messages(updates)) == [field]
         assert said in messages(updates)[field]
         assert "alert" in messages(updates)[field]
@@ -167,7 +177,7 @@ class TestSaving:
 class TestDeleting:
     def test_a_stored_voice(self, tab: EditxTab, recording: str) -> None:
         save(tab, "Ada", recording)
-        listed, delete, _, *_ = updates = tab.voice_choice.delete(sent_from(LOCAL), "Ada")
+        listed, _, delete, *_ = updates = tab.voice_choice.delete(sent_from(LOCAL), "Ada")
         assert (listed["value"], delete["visible"]) == (None, False)
         assert "deleted" in messages(updates)["voice"]
         assert names(tab) == ["high", "low"]
@@ -188,7 +198,7 @@ class TestDeleting:
 
     def test_one_that_the_user_does_not_confirm(self, tab: EditxTab, recording: str) -> None:
         save(tab, "Ada", recording)
-        assert tab.voice_choice.delete(sent_from(LOCAL), None) == [SKIPPED] * 7
+        assert tab.voice_choice.delete(sent_from(LOCAL), None) == [SKIPPED] * 8
         assert names(tab) == ["high", "low", "Ada"]
 
 
@@ -198,7 +208,7 @@ def test_no_event_of_the_voices_waits_in_the_queue_or_can_be_called_by_programs(
         tab.register_events()
     choice = tab.voice_choice
     ours = [
-        each for each in blocks.fns.values() if each.fn in (choice.choose, choice.save, choice.delete, choice.listed)
+        each for each in blocks.fns.values() if each.fn in (choice.choose, choice.save, choice.delete, choice.refresh)
     ]
     assert len(ours) == 7, "opened, focused, three choices, saved, deleted"
     assert not any(each.queue for each in ours)

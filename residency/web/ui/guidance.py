@@ -12,9 +12,11 @@ _HELP = (
     "每个页面一次只处理一个请求。**停止** 取消排队中的请求，以及引擎允许中断时正在运行的请求。",
     "**CLONE** says the target text in the voice of the recording, whatever task is chosen; {}.\n\n"
     "**EDIT** does the chosen task with the recording, or with the latest result if there is one: "
-    "edits stack. Clear the history to edit a new recording.\n\n**CLONE + EDIT** clones and does the chosen sub-task, such "
-    "as an emotion or a style, with the result: one press, two steps in the history.\n\n**Voice** fills in a stored "
-    "recording and its prompt text. **Save voice** stores the current ones for all users.\n\nA page has one request at a time. **Stop** cancels one "
+    "edits stack. Clear the history to edit a new recording.\n\n"
+    "**CLONE + EDIT** clones and does the chosen sub-task, such as an emotion or a style, with the result: one press, "
+    "two steps in the history.\n\n"
+    "**Voice** fills in a stored recording and its prompt text. **Save voice** stores the current ones for all users."
+    "\n\nA page has one request at a time. **Stop** cancels one "
     "that waits, and one that runs where the engine can be interrupted.",
 )
 _CLONE_APPENDS = ("成功后追加到历史中", "once it succeeds, its result is appended to the history")

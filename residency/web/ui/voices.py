@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class Voices:
                 for name, sample in sample_voices.VOICES.items()
             }
         with gr.Row():
-            names = list(sample_voices.VOICES)  # `listed` has all
+            names = list(sample_voices.VOICES)  # `refresh` has all
             self._choice = gr.Dropdown(names, value=None, label=label("声音", "Voice"), elem_id="voice", scale=3)
             self._delete = gr.Button(
                 label("🗑️ 删除声音", "🗑️ Delete voice"), size="sm", min_width=120, visible=False, elem_id="delete-voice"
@@ -76,8 +76,9 @@ class Voices:
     def register(self, prompt: gr.Textbox, recording: gr.Audio, target: gr.Textbox) -> list[Any]:
         """Connects the components of `draw`; returns the events that choose a voice."""
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+        self._listed = gr.State()
         for event in (partial(gr.on, None), self._choice.focus):  # when the page is opened; later, others store voices
-            event(self.listed, outputs=self._choice, **at_once)
+            event(self.refresh, self._listed, [self._choice, self._listed], **at_once)
         filled_in = [prompt, recording, target, self._places.of("target_text"), self._choice, self._delete]
         filled_in.append(self._places.of("voice"))
         chosen = {self._choice.input: "choose(...values)"}
@@ -93,7 +94,7 @@ class Voices:
         self._name.change(**self._places.wiping_by_hand("voice_name"))
         places = [self._places.of(field) for field in _ABOUT]
         shown = {"js": static.calling(SCRIPT, "show()"), **PRIVATE}
-        changed = [self._choice, self._delete, self._name, *places]
+        changed = [self._choice, self._listed, self._delete, self._name, *places]
         confirm = _script("confirmDeletion(...values)")
         saved = self._save.click(self.save, [self._name, recording, prompt], changed, **at_once)
         deleted = self._delete.click(self.delete, self._choice, changed, js=confirm, **at_once)
@@ -101,10 +102,17 @@ class Voices:
             done.then(None, **settled).then(None, **shown)
         return list(chosen)
 
-    def listed(self, **update: Any) -> Any:
-        """Returns an update of the list's names, with the further properties ``update``."""
+    def refresh(self, listed: Sequence[tuple[str, str]] | None) -> tuple[Any, Any]:
+        """Returns an update of the list, and its choices (title, name), unless these are ``listed`` already.
+
+        Gradio 5 hides all but the chosen one of an open list that it updates.
+        """
+        choices = self._choices()
+        return (gr.skip(), gr.skip()) if choices == listed else (gr.update(choices=choices), choices)
+
+    def _choices(self) -> list[tuple[str, str]]:
         localize = localizer()
-        return gr.update(choices=[(_title(voice, localize), voice.name) for voice in self._store.all()], **update)
+        return [(_title(voice, localize), voice.name) for voice in self._store.all()]
 
     def choose(self, name: str | None, target_text: str | None) -> list[Any]:
         """Returns prompt text, recording, target text and its message, the choice, the delete button and a message.
@@ -147,7 +155,7 @@ class Voices:
     def delete(self, request: gr.Request, name: str | None) -> list[Any]:
         """Deletes a stored voice, unless the user has not confirmed it (None); returns updates."""
         if not name:
-            return [gr.skip()] * (3 + len(_ABOUT))
+            return [gr.skip()] * (4 + len(_ABOUT))
         return self._changed(request, "voice", lambda: self._deleted(name))
 
     def _deleted(self, name: str) -> tuple[str | None, str]:
@@ -163,10 +171,11 @@ class Voices:
             check(self._permissions, request)
             chosen, outcome = change()
         except Exception as error:
-            message, updates = Message.of(error, localizer(), field), [gr.skip()] * 3
+            message, updates = Message.of(error, localizer(), field), [gr.skip()] * 4
         else:
             message = Message.status(outcome, field)
-            updates = [self.listed(value=chosen), gr.update(visible=chosen is not None), ""]
+            choices = self._choices()
+            updates = [gr.update(choices=choices, value=chosen), choices, gr.update(visible=chosen is not None), ""]
         return [*updates, *(message if message.field == each else "" for each in _ABOUT)]
 
     def _unused_name(self) -> str:
