@@ -143,8 +143,8 @@ class VoiceStore:
                     shutil.rmtree(unfinished, ignore_errors=True)
                     raise
             except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another app stored it meanwhile
-                    raise VoiceExists(name) from None
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and self._folder.is_dir():
+                    raise VoiceExists(name) from None  # another app stored it meanwhile
                 raise VoiceNotStored(str(self._folder), error.strerror or str(error)) from error
         return Voice(name, text, str(self._folder / name / _RECORDING), True, created)
 

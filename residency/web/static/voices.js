@@ -1,4 +1,23 @@
-// Voices that are stored on the server for all users (ui/voices.py).
+// The list of voices (ui/voices.py).
+
+// Returns null instead of the voice that is chosen already: Gradio calls this also when the list is closed.
+function choose(name, target) {
+  const again = name === (window.chosenVoice ?? null);
+  settle(name);
+  return [again ? null : name, target];
+}
+
+// Stores which voice the list shows.
+function settle(name) {
+  window.chosenVoice = name;
+  return [];
+}
+
+// Another recording takes the place of the voice: clears the list, and hides the button that deletes a voice.
+function unchoose() {
+  settle(null);
+  return [null, {__type__: "update", visible: false}];
+}
 
 // Returns the name if the user confirms its deletion, otherwise null.
 function confirmDeletion(name) {

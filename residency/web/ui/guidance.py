@@ -7,10 +7,16 @@ from collections.abc import Iterable
 _HELP = (
     "**CLONE** 用录音的音色朗读目标文本（无论选择了什么任务），{}。\n\n"
     "**EDIT** 按所选任务修改录音；已有结果时，在上一次结果上继续叠加；要编辑新的录音，请先清空历史。\n\n"
+    "**CLONE + EDIT** 先克隆，再按所选子任务（如情绪或风格）修改结果：一次点击，历史中分为两步。\n\n"
+    "**声音** 填入已保存的录音及其提示文本。**保存声音** 保存当前的录音和提示文本，所有用户都可以使用。\n\n"
     "每个页面一次只处理一个请求。**停止** 取消排队中的请求，以及引擎允许中断时正在运行的请求。",
     "**CLONE** says the target text in the voice of the recording, whatever task is chosen; {}.\n\n"
     "**EDIT** does the chosen task with the recording, or with the latest result if there is one: "
-    "edits stack. Clear the history to edit a new recording.\n\nA page has one request at a time. **Stop** cancels one "
+    "edits stack. Clear the history to edit a new recording.\n\n"
+    "**CLONE + EDIT** clones and does the chosen sub-task, such as an emotion or a style, with the result: one press, "
+    "two steps in the history.\n\n"
+    "**Voice** fills in a stored recording and its prompt text. **Save voice** stores the current ones for all users."
+    "\n\nA page has one request at a time. **Stop** cancels one "
     "that waits, and one that runs where the engine can be interrupted.",
 )
 _CLONE_APPENDS = ("成功后追加到历史中", "once it succeeds, its result is appended to the history")

@@ -38,13 +38,17 @@ class Tasks:
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
         self.task.input(**self._places.wiping("task", "sub_task"))
         self.sub_task.input(**self._places.wiping("sub_task"))
-        self.task.input(self._choose, self.task, [self.sub_task, self.line], **at_once)
+        self.task.input(self.choose, [self.task, self.sub_task], [self.sub_task, self.line], **at_once)
         self.sub_task.input(
             lambda task, sub_task: line(task, sub_task, localizer()), [self.task, self.sub_task], self.line, **at_once
         )
 
-    def _choose(self, task: str) -> tuple[Any, str]:
-        update = sub_tasks_update(self._edit_types, task)
+    def choose(self, task: str, sub_task: str | None) -> tuple[Any, str]:
+        """Returns updates of sub-task and line; keeps the sub-task if the task has it.
+
+        Gradio calls this also when the menu is closed without a choice.
+        """
+        update = sub_tasks_update(self._edit_types, task, sub_task)
         return update, line(task, update["value"], localizer())
 
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from .gpu_panel import check
 from .labels import label
 from .messages import SCRIPT, Message, MessagePlaces
 
+_script = partial(static.calling, "voices.js")
 _ABOUT: tuple[Field, ...] = ("recording", "prompt_text", "voice", "voice_name")
 """Fields of the messages about a voice."""
 
@@ -54,7 +55,7 @@ class Voices:
                 for name, sample in sample_voices.VOICES.items()
             }
         with gr.Row():
-            names = list(sample_voices.VOICES)  # `listed` has all
+            names = list(sample_voices.VOICES)  # `refresh` has all
             self._choice = gr.Dropdown(names, value=None, label=label("声音", "Voice"), elem_id="voice", scale=3)
             self._delete = gr.Button(
                 label("🗑️ 删除声音", "🗑️ Delete voice"), size="sm", min_width=120, visible=False, elem_id="delete-voice"
@@ -62,8 +63,8 @@ class Voices:
         self._places.draw("voice")
         with gr.Row(elem_id="new-voice"):  # hidden by CSS without a recording
             self._name = gr.Textbox(
-                label=label("新声音的名称", "Name of a new voice"),
-                placeholder=label("将以上录音保存为声音", "Keeps the recording above as a voice"),
+                label=label("保存为声音", "Keep as a voice"),
+                placeholder=label("名称（可不填）", "Name (optional)"),
                 elem_id="voice-name",
                 scale=3,
             )
@@ -75,34 +76,43 @@ class Voices:
     def register(self, prompt: gr.Textbox, recording: gr.Audio, target: gr.Textbox) -> list[Any]:
         """Connects the components of `draw`; returns the events that choose a voice."""
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+        self._listed = gr.State()
         for event in (partial(gr.on, None), self._choice.focus):  # when the page is opened; later, others store voices
-            event(self.listed, outputs=self._choice, **at_once)
+            event(self.refresh, self._listed, [self._choice, self._listed], **at_once)
         filled_in = [prompt, recording, target, self._places.of("target_text"), self._choice, self._delete]
         filled_in.append(self._places.of("voice"))
-        chosen: list[tuple[Any, Any]] = [(self._choice.input, lambda name, target: self.choose(name, target))]
-        chosen += [
-            (button.click, lambda _, target, name=name: self.choose(name, target))
-            for name, button in self._samples.items()
-        ]
-        for event, choose in chosen:
+        chosen = {self._choice.input: "choose(...values)"}
+        chosen |= {button.click: f"['{name}', values[1]]" for name, button in self._samples.items()}
+        settled = {"inputs": self._choice, "js": _script("settle(...values)"), **PRIVATE}
+        for event, js in chosen.items():
             event(**self._places.wiping(*_ABOUT))
-            event(choose, [self._choice, target], filled_in, **at_once)
-        hide = "() => [null, {__type__: 'update', visible: false}]"
+            event(
+                self.choose, [self._choice, target], filled_in, js=_script(js), trigger_mode="multiple", **at_once
+            ).then(None, **settled)
         replaced = [recording.upload, recording.stop_recording, recording.clear]
-        gr.on(replaced, None, outputs=[self._choice, self._delete], js=hide, **PRIVATE)
+        gr.on(replaced, None, outputs=[self._choice, self._delete], js=_script("unchoose()"), **PRIVATE)
         self._name.change(**self._places.wiping_by_hand("voice_name"))
         places = [self._places.of(field) for field in _ABOUT]
         shown = {"js": static.calling(SCRIPT, "show()"), **PRIVATE}
-        changed = [self._choice, self._delete, self._name, *places]
-        confirm = static.calling("voices.js", "confirmDeletion(...values)")
-        self._save.click(self.save, [self._name, recording, prompt], changed, **at_once).then(None, **shown)
-        self._delete.click(self.delete, self._choice, changed, js=confirm, **at_once).then(None, **shown)
-        return [event for event, _ in chosen]
+        changed = [self._choice, self._listed, self._delete, self._name, *places]
+        confirm = _script("confirmDeletion(...values)")
+        saved = self._save.click(self.save, [self._name, recording, prompt], changed, **at_once)
+        deleted = self._delete.click(self.delete, self._choice, changed, js=confirm, **at_once)
+        for done in (saved, deleted):
+            done.then(None, **settled).then(None, **shown)
+        return list(chosen)
 
-    def listed(self, **update: Any) -> Any:
-        """Returns an update of the list's names, with the further properties ``update``."""
+    def refresh(self, listed: Sequence[tuple[str, str]] | None) -> tuple[Any, Any]:
+        """Returns an update of the list, and its choices (title, name), unless these are ``listed`` already.
+
+        Gradio 5 hides all but the chosen one of an open list that it updates.
+        """
+        choices = self._choices()
+        return (gr.skip(), gr.skip()) if choices == listed else (gr.update(choices=choices), choices)
+
+    def _choices(self) -> list[tuple[str, str]]:
         localize = localizer()
-        return gr.update(choices=[(_title(voice, localize), voice.name) for voice in self._store.all()], **update)
+        return [(_title(voice, localize), voice.name) for voice in self._store.all()]
 
     def choose(self, name: str | None, target_text: str | None) -> list[Any]:
         """Returns prompt text, recording, target text and its message, the choice, the delete button and a message.
@@ -115,7 +125,7 @@ class Voices:
             voice = self._store.get(name)
             recording = self._copied(voice)
         except Exception as error:
-            return [*[gr.skip()] * 6, Message.of(error, localizer(), "voice")]
+            return [*[gr.skip()] * 4, None, gr.update(visible=False), Message.of(error, localizer(), "voice")]
         fills = not (target_text or voice.stored)
         target = (sample_voices.TARGET_TEXT, "") if fills else (gr.skip(), gr.skip())
         return [voice.text, recording, *target, voice.name, gr.update(visible=voice.stored), ""]
@@ -145,7 +155,7 @@ class Voices:
     def delete(self, request: gr.Request, name: str | None) -> list[Any]:
         """Deletes a stored voice, unless the user has not confirmed it (None); returns updates."""
         if not name:
-            return [gr.skip()] * (3 + len(_ABOUT))
+            return [gr.skip()] * (4 + len(_ABOUT))
         return self._changed(request, "voice", lambda: self._deleted(name))
 
     def _deleted(self, name: str) -> tuple[str | None, str]:
@@ -161,10 +171,11 @@ class Voices:
             check(self._permissions, request)
             chosen, outcome = change()
         except Exception as error:
-            message, updates = Message.of(error, localizer(), field), [gr.skip()] * 3
+            message, updates = Message.of(error, localizer(), field), [gr.skip()] * 4
         else:
             message = Message.status(outcome, field)
-            updates = [self.listed(value=chosen), gr.update(visible=chosen is not None), ""]
+            choices = self._choices()
+            updates = [gr.update(choices=choices, value=chosen), choices, gr.update(visible=chosen is not None), ""]
         return [*updates, *(message if message.field == each else "" for each in _ABOUT)]
 
     def _unused_name(self) -> str:
