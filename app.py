@@ -12,9 +12,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import urlsplit
 
 from residency.errors import ResidencyError, needing
@@ -46,18 +46,27 @@ _abandoned = threading.Event()
 """Set if a request or a move still runs at exit."""
 
 
+class _TabOptions(TypedDict, total=False):
+    """Arguments of `EditxTab` for an engine."""
+
+    edit_types: Mapping[str, Sequence[str]]
+    clone_appends: bool
+    more_tags: Sequence[str]
+    max_target_text: int
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """The chosen engine.
 
     Attributes:
         build: builds it for a torch device.
-        page: arguments of `EditxTab` for it.
+        page: options of its tab.
         check_text, check_audio: refuse what it is known not to support, without loading it; see `GPUManagedTTS`.
     """
 
     build: Callable[[str], Engine]
-    page: dict[str, Any]
+    page: _TabOptions
     check_text: Callable[[str], object] | None = None
     check_audio: Callable[[str], object] | None = None
 

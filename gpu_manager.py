@@ -114,7 +114,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         mover = Mover(self.device, adopt, snapshots)
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
         self._registry = Registry(dispatcher)
-        self._admission = Admission(dispatcher, self._registry.check_open_locked, self.settings["wait_timeout"])
+        self._admission = Admission(dispatcher, self._registry.check_open_locked, seconds(wait_timeout))
         self._manual_control = ManualControl(dispatcher, self._moves, mover, self._registry.check_open_locked)
         workers = Workers(dispatcher, partial(worker_memory, self.device), isolated.loading.get) if isolated else None
         self._overview = Overview(dispatcher, budget_bytes, host_memory, partial(remeasured, self.device), workers)

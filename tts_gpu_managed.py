@@ -18,7 +18,7 @@ import enum
 import itertools
 import logging
 import types
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -230,7 +230,9 @@ class GPUManagedTTS:
                 yield item
                 lease.resumed()
 
-    def _loader(self, model_path: str | None, audio_tokenizer: Any, arguments: dict[str, Any]) -> Callable[[], Engine]:
+    def _loader(
+        self, model_path: str | None, audio_tokenizer: Any, arguments: Mapping[str, Any]
+    ) -> Callable[[], Engine]:
         if not model_path:
             torch_device = self.manager.device.torch_device
 

@@ -12,8 +12,8 @@ import torch
 import xxhash
 
 from gpu_manager import DeviceOutOfMemory
-from residency.contracts import Device, Resident
-from residency.memory import adopt
+from residency.contracts import Device
+from residency.memory import Resident, adopt
 from residency.scheduling.managed_model import ManagedModel
 
 from ._meter import Ledger

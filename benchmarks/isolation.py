@@ -1,11 +1,13 @@
 """Measures models in worker processes beside models in this process, and looks for leaks under random kills.
 
-    python benchmarks/isolation.py                  # everything; a quarter of an hour on two cores
-    python benchmarks/isolation.py --cycles 100     # fewer cycles of load, use, offload, release
+    python benchmarks/isolation.py                  # everything; some minutes on two cores
+    python benchmarks/isolation.py --cycles 1000    # as many cycles of load, use, offload, release as the goal wants
 
-The times are medians of pairs that alternate between the two modes. In the cycles, workers and fork servers are killed
-at random moments (SIGKILL), and in further rounds the manager's own process. Counts what is left: processes,
-descriptors, shared memory, sockets, threads, main memory. Exits with 1 if a goal is missed.
+The times are medians of pairs that alternate between the two modes. In the cycles, workers, fork servers and helper
+processes for checkpoints are killed at random moments (SIGKILL), and in further rounds the manager's own process. The
+helper is the driver's, over a stand-in for cuda-core that changes the books of the simulated card. Counts what is left:
+processes, descriptors, shared memory, sockets, threads, main memory. Exits with 1 if a goal is missed. For measurements
+on a GPU: benchmarks/isolation_gpu.py.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import datetime
 import gc
 import os
+import pickle
 import platform
 import random
 import signal
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,10 +38,12 @@ import torch
 
 from gpu_manager import GPUResourceManager, SimulatedDevice, State
 from residency.errors import ResidencyError
+from residency.workers.checkpoints import DriverCheckpoints
 from tts_gpu_managed import GPUManagedTTS
 
 MODEL = "tts"
 SAMPLE_RATE = 24_000
+STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "support" / "fake_cuda_core"
 
 
 class Engine:
@@ -55,6 +61,26 @@ class Engine:
 def managed(isolation: str, nbytes: int, audio_s: float, keep_warm: float) -> Iterator[GPUManagedTTS]:
     with GPUResourceManager(SimulatedDevice(8 << 30), isolation=isolation, keep_warm=keep_warm) as manager:
         yield GPUManagedTTS(None, manager=manager, load=lambda: Engine(nbytes, audio_s), name=MODEL)
+
+
+class Checkpoints(DriverCheckpoints):
+    """The driver's, in its helper process, over a stand-in for cuda-core that changes the books of a simulated card."""
+
+    _obstacle = None
+
+    def __init__(self, card: SimulatedDevice, folder: Path) -> None:
+        super().__init__()
+        (folder / "card").write_bytes(pickle.dumps(card))
+        os.environ["FAKE_CHECKPOINTS"] = str(folder)
+        sys.path.insert(0, str(STAND_IN))
+
+
+@contextlib.contextmanager
+def with_helper(folder: Path) -> Iterator[GPUManagedTTS]:
+    card = SimulatedDevice(8 << 30, context_bytes=400 << 20)
+    with GPUResourceManager(card, isolation="process") as manager:
+        manager._isolation._checkpoints = Checkpoints(card, folder)
+        yield GPUManagedTTS(None, manager=manager, load=lambda: Engine(4 << 20, 1.0), name=MODEL)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -136,8 +162,14 @@ def _exists(name: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{name}")
 
 
-def one_cycle(tts: GPUManagedTTS, draw: random.Random, kill_share: float) -> str:
-    """Loads, uses, offloads and releases; perhaps kills a worker or the fork server meanwhile. Returns the outcome."""
+def kind_of(process: psutil.Process) -> str:
+    if any("checkpoint_helper" in argument for argument in process.cmdline()):
+        return "helper"
+    return "fork server" if process.ppid() == os.getpid() else "worker"
+
+
+def one_cycle(tts: GPUManagedTTS, draw: random.Random, kill_share: float, killed: Counter[str]) -> str:
+    """Loads, uses, offloads and releases; perhaps kills a process meanwhile, counted by kind. Returns the outcome."""
     killer = None
     if draw.random() < kill_share:
         victims = psutil.Process().children(recursive=True)
@@ -147,7 +179,10 @@ def one_cycle(tts: GPUManagedTTS, draw: random.Random, kill_share: float) -> str
             time.sleep(delay_s)
             there = psutil.Process().children(recursive=True) or victims
             with contextlib.suppress(psutil.Error, IndexError):
-                there[int(pick * len(there))].kill()
+                victim = there[int(pick * len(there))]
+                kind = kind_of(victim)
+                victim.kill()
+                killed[kind] += 1
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -166,34 +201,35 @@ def one_cycle(tts: GPUManagedTTS, draw: random.Random, kill_share: float) -> str
     return outcome
 
 
-def cycles(count: int, kill_share: float, seed: int) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Runs cycles; returns the outcomes, and what was held after the first tenth and at the end."""
-    draw, outcomes, early = random.Random(seed), dict[str, int](), dict[str, int]()
-    with managed("process", 4 << 20, 1.0, 0) as tts:
-        for number in range(count):
-            outcome = one_cycle(tts, draw, kill_share)
-            outcomes[outcome] = outcomes.get(outcome, 0) + 1
-            if number == count // 10:
+def cycles(options: argparse.Namespace) -> tuple[Counter[str], Counter[str], dict[str, tuple[int, int]]]:
+    """Runs cycles; returns the outcomes, the killed, and what was held after the first tenth and at the end."""
+    draw, outcomes, killed, early = random.Random(options.seed), Counter[str](), Counter[str](), dict[str, int]()
+    with with_helper(options.folder) as tts:
+        for number in range(options.cycles):
+            outcomes[one_cycle(tts, draw, options.kill, killed)] += 1
+            if number == options.cycles // 10:
                 early = settled(tts)
         late = settled(tts)
-    return outcomes, {name: (early[name], late[name]) for name in late}
+    return outcomes, killed, {name: (early[name], late[name]) for name in late}
 
 
 def settled(tts: GPUManagedTTS) -> dict[str, int]:
-    """Returns what is held after a successful cycle, with the fork server alone left."""
+    """Returns what is held after a successful cycle, with the fork server and the helper alone left."""
     for _ in range(10):
         with contextlib.suppress(ResidencyError, ChildProcessError, OSError):
             tts.clone("", "", "")
+            tts.force_offload()
             tts.force_release()
             break
     return holdings()
 
 
-def killed_managers(rounds: int) -> list[float]:
+def killed_managers(options: argparse.Namespace) -> list[float]:
     """Kills the manager's process at random moments; returns the seconds until all of its processes have ended."""
     seconds, draw = [], random.Random(1)
-    for _ in range(rounds):
-        child = subprocess.Popen([sys.executable, __file__, "--only-cycles", "1000"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--only-cycles", "1000", "--folder", str(options.folder)]
+    for _ in range(options.managers):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         child.stdout.readline()  # its first model is loaded
         time.sleep(draw.random())
@@ -210,16 +246,17 @@ def killed_managers(rounds: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--cycles", type=int, default=1000, help="cycles of load, use, offload, release (1000)")
+    add("--cycles", type=int, default=200, help="cycles of load, use, offload, release (200)")
     add("--kill", type=float, default=0.2, help="share of cycles in which a process is killed (0.2)")
     add("--managers", type=int, default=10, help="how many manager processes are killed (10)")
     add("--mb", type=int, default=1024, help="size of the engine that returns, in MB (1024)")
     add("--rounds", type=int, default=7, help="rounds of the slow measurements (7)")
     add("--seed", type=int, default=0, help="of the random kills (0)")
     add("--only-cycles", type=int, default=0, help=argparse.SUPPRESS)
+    add("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only_cycles:
-        only_cycles(options.only_cycles)
+        only_cycles(options)
         return
     print(
         f"{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
@@ -227,7 +264,9 @@ def main() -> None:
         flush=True,
     )
     missed = measured(options)
-    missed = survived(options) or missed
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        missed = survived(options) or missed
     if missed:
         sys.exit(1)
 
@@ -256,27 +295,30 @@ def measured(options: argparse.Namespace) -> bool:
 
 def survived(options: argparse.Namespace) -> bool:
     """Prints what the cycles have left; returns whether anything leaks."""
-    outcomes, held = cycles(options.cycles, options.kill, options.seed)
-    print(f"\n{options.cycles} cycles, kills in {options.kill:.0%}: " + ", ".join(
-        f"{count} {name}" for name, count in sorted(outcomes.items(), key=lambda item: -item[1])))  # fmt: skip
+    outcomes, killed, held = cycles(options)
+    print(f"\n{options.cycles} cycles, kills in {options.kill:.0%}: {listed(outcomes)}\nkilled: {listed(killed)}")
     print(f"{'held':44}{'early':>12}{'late':>12}")
     missed = False
     for name, (early, late) in held.items():
         leaks = late > early + (64 if "memory, MB" in name else 0)
         missed = missed or leaks
         print(f"{name:44}{early:12}{late:12}  {'LEAK' if leaks else 'no leak'}")
-    seconds = killed_managers(options.managers)
+    seconds = killed_managers(options)
     missed = missed or max(seconds) == float("inf")
     print(f"\n{len(seconds)} managers killed: all of their processes ended after {max(seconds):.2f} s at most")
     return missed
 
 
-def only_cycles(count: int) -> None:
+def listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
+
+
+def only_cycles(options: argparse.Namespace) -> None:
     """Runs cycles without kills, in the process that `killed_managers` ends."""
     draw = random.Random(0)
-    with managed("process", 4 << 20, 1.0, 0) as tts:
-        for number in range(count):
-            one_cycle(tts, draw, 0)
+    with with_helper(options.folder) as tts:
+        for number in range(options.only_cycles):
+            one_cycle(tts, draw, 0, Counter())
             if number == 0:
                 print("loaded", flush=True)
 

@@ -1,6 +1,5 @@
 """Protocols between the parts. Types only.
 
-Thread rules: the manager calls a `Resident` from one thread at a time and never while a lease is held.
 A `Device` or `Clock` may be called from any thread at any time.
 """
 
@@ -135,42 +134,6 @@ class Device(Protocol):
         return
 
 
-class Resident(Protocol):
-    """The movable memory of a model.
-
-    Moves are atomic and idempotent: after an error everything is where it was before the call.
-    """
-
-    @property
-    def device_bytes(self) -> int:
-        """Current bytes on the device."""
-
-    @property
-    def host_bytes(self) -> int:
-        """Current bytes in main memory."""
-
-    def offload(self) -> int:
-        """Moves from the device to the host; returns the bytes moved."""
-
-    def restore(self) -> int:
-        """Moves back to the device; returns the bytes moved."""
-
-    def release(self) -> int:
-        """Frees device and host memory; returns the bytes freed. Never raises; the engine is unusable afterwards."""
-
-    def save(self, store: SnapshotStore, name: str) -> int:
-        """Writes a snapshot and frees all memory; returns the bytes freed. The engine stays as a skeleton.
-
-        Raises `SnapshotUnusable` if that is impossible; then everything is on device or host.
-        """
-
-    def load(self, store: SnapshotStore, name: str) -> int:
-        """Reads a snapshot into host memory; returns the bytes read.
-
-        Raises `SnapshotUnusable` if it is missing or damaged; then only `release` is possible.
-        """
-
-
 class ProcessCheckpoints(Protocol):
     """Checkpoints of worker processes by the driver: moves what a process holds on the device to main memory, and back.
 
@@ -217,7 +180,7 @@ class WorkerState(Protocol):
 
 @runtime_checkable
 class InWorker(Protocol):
-    """A `Resident` of an engine in a worker process: what the status reads of it."""
+    """A `memory.Resident` of an engine in a worker process: what the status reads of it."""
 
     @property
     def worker(self) -> WorkerState: ...
@@ -225,21 +188,6 @@ class InWorker(Protocol):
     @property
     def last_offload(self) -> Any:
         """Way, bytes and seconds (fields of `LastOffload` in the status); None before the first."""
-
-
-class SnapshotStore(Protocol):
-    """Storage of bytes on disk between a release and the next load. Thread-safe for different names."""
-
-    def write(self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor) -> None:
-        """Stores ``raw`` (uint8), whose ``ranges`` (start, stop) have these checksums (XXH3); or `SnapshotUnusable`."""
-
-    def read(
-        self, name: str, ranges: Sequence[tuple[int, int]], checksums: Sequence[int], raw: torch.Tensor, *, once: bool
-    ) -> None:
-        """Fills ``raw`` with the bytes of that name and these checksums; raises `SnapshotUnusable` if it cannot.
-
-        With ``once`` it is deleted afterwards: it will not be written in this form again.
-        """
 
 
 class Engine(Protocol):

@@ -248,8 +248,8 @@ class SettingsConflict(ResidencyError):
     )
 
 
-Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task"]
-"""The parts of a speech request; each has a control on the page."""
+Field = Literal["recording", "prompt_text", "target_text", "task", "sub_task", "voice", "voice_name"]
+"""The parts of a speech request, and of a voice that is stored; each has a control on the page."""
 
 
 class InvalidInput(ResidencyError, ValueError):
@@ -307,9 +307,9 @@ class ExtraMissing(ResidencyError, ImportError):
         return pip_install()
 
 
-def pip_install() -> str:
-    """Returns the command that installs packages in this environment: by uv, if it has no pip."""
-    if importlib.util.find_spec("pip") is not None:
+def pip_install(by_uv: bool = False) -> str:
+    """Returns the command that installs packages in this environment: by uv, if it has no pip or ``by_uv``."""
+    if not by_uv and importlib.util.find_spec("pip") is not None:
         return "pip install"
     return f"uv pip install --python {shlex.quote(sys.executable)}"
 

@@ -14,6 +14,9 @@ _ARRIVALS = {
 }
 _OTHERS = ("other requests or moves", "其他请求或搬移")
 
+Waited = tuple[float, Literal["load", "restore"] | None, float]
+"""``waited_s``, ``move`` and ``move_s`` of a `Receipt`, which each lease records, since a tuple costs less."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -28,6 +31,11 @@ class Receipt:
     queue_s: float
     move: Literal["load", "restore"] | None
     move_s: float
+
+    @classmethod
+    def of(cls, waited: Waited) -> Receipt:
+        waited_s, move, move_s = waited
+        return cls(waited_s, max(0.0, waited_s - move_s), move, move_s)
 
     def sentence(self) -> Sentence:
         """Returns it as a sentence without a full stop, in English and Chinese."""

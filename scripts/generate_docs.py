@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("GPU_CONTROL_TOKEN", None)  # the default of --token would be written into the page
 
 from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
-from residency.launch import command_line, options, settings  # noqa: E402
+from residency.devices.checkpoint_transitions import ROWS, Operation, Remedy, Row  # noqa: E402
+from residency.launch import command_line, options, settings, speak  # noqa: E402
 from residency.web.api import openai_schema  # noqa: E402
 from residency.web.api.control import build  # noqa: E402
 from residency.web.api.slots import Slots  # noqa: E402
@@ -35,7 +36,6 @@ from residency.web.speech.recordings import Recordings  # noqa: E402
 from residency.web.speech.service import SpeechService  # noqa: E402
 from residency.web.speech.speaking import Speaker  # noqa: E402
 from residency.web.speech.voices import VoiceStore  # noqa: E402
-from residency.workers.checkpoint_transitions import ROWS, Operation, Remedy, Row  # noqa: E402
 
 TRANSLATIONS = ROOT / "docs" / "zh" / "translations.json"
 MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -168,6 +168,7 @@ def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
         "app-flags": (flag, flags(settings._parser({}))),
         "launch-settings": (["Flag", "Variable", "Meaning"], [("", launch)]),
         "shell-flags": (flag, flags(command_line._parser())),
+        "speak-flags": (flag, flags(speak._parser())),
         "calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(paths))]),
         "speech-calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(speech))]),
         "speech-fields": (field, [("", list(_rows(fields, fields["$defs"], "")))]),

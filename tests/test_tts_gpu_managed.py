@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from fakes import Gate
+from fakes import Worker
+from managed_engines import LostDevice, OutOfMemoryError, RecordingEngine, Rich, hanging
+from worker_engines import Gate as PipeGate
 
 from gpu_manager import (
     DeviceOutOfMemory,
@@ -24,34 +30,6 @@ from residency.errors import InvalidInput
 from tts_gpu_managed import GPUManagedTTS
 
 
-class RecordingEngine:
-    """Logs its calls, with the state in which they found it, and answers or raises as told."""
-
-    def __init__(self, tts: GPUManagedTTS | None = None) -> None:
-        self.weights = torch.ones(4)
-        self.calls: list[tuple] = []
-        self.states: list[str] = []
-        self.raises: Exception | None = None
-        self.raises_once: Exception | None = None
-        self.answer = torch.rand(1, 10), 24000
-        self.tts = tts
-
-    def _call(self, *arguments: object) -> tuple[torch.Tensor, int]:
-        self.calls.append(arguments)
-        self.states.append(self.tts.get_gpu_status()["models"]["tts"]["state"])
-        assert self.weights.sum() == 4
-        once, self.raises_once = self.raises_once, None
-        if once or self.raises:
-            raise once or self.raises
-        return self.answer
-
-    def clone(self, prompt_wav_path, prompt_text, target_text):
-        return self._call("clone", prompt_wav_path, prompt_text, target_text)
-
-    def edit(self, input_audio_path, audio_text, edit_type, edit_info=None, text=None):
-        return self._call("edit", input_audio_path, audio_text, edit_type, edit_info, text)
-
-
 @pytest.fixture
 def simulated(device: SimulatedDevice) -> Iterator[GPUResourceManager]:
     with GPUResourceManager(device) as manager:
@@ -59,47 +37,56 @@ def simulated(device: SimulatedDevice) -> Iterator[GPUResourceManager]:
 
 
 @pytest.fixture
-def engine() -> RecordingEngine:
-    return RecordingEngine()
+def tts(simulated: GPUResourceManager) -> GPUManagedTTS:
+    return GPUManagedTTS(None, None, manager=simulated, load=RecordingEngine)
 
 
-@pytest.fixture
-def tts(simulated: GPUResourceManager, engine: RecordingEngine) -> GPUManagedTTS:
-    engine.tts = GPUManagedTTS(None, None, manager=simulated, load=lambda: engine)
-    return engine.tts
+def raising(simulated: GPUResourceManager, *errors: Exception) -> GPUManagedTTS:
+    """An engine whose first calls raise these errors."""
+    return GPUManagedTTS(None, None, manager=simulated, load=partial(RecordingEngine, raises=errors))
 
 
 def state(tts: GPUManagedTTS) -> str:
     return tts.get_gpu_status()["models"][tts.name]["state"]
 
 
-def test_clone_and_edit_pass_arguments_and_results_through_unchanged(
-    tts: GPUManagedTTS, engine: RecordingEngine
-) -> None:
-    expected = engine.answer[0].clone()
+def test_clone_and_edit_pass_arguments_and_results_through_unchanged(tts: GPUManagedTTS) -> None:
     answers = [
         tts.clone("a.wav", "said", "to say"),
         tts.edit("a.wav", "said", "speed", "faster"),
         tts.edit(input_audio_path="a.wav", audio_text="said", edit_type="paralinguistic", text="[Sigh]"),
     ]
-    assert all(torch.equal(audio, expected) and rate == 24000 for audio, rate in answers)
-    assert engine.calls == [
+    assert all(torch.equal(audio, RecordingEngine().answer[0]) and rate == 24000 for audio, rate in answers)
+    assert tts.calls == [
         ("clone", "a.wav", "said", "to say"),
         ("edit", "a.wav", "said", "speed", "faster", None),
         ("edit", "a.wav", "said", "paralinguistic", None, "[Sigh]"),
     ]
-    assert engine.states == ["gpu"] * 3
+    assert state(tts) == "cpu"
+
+
+@pytest.mark.parametrize("call", ["clone", "edit"])
+def test_the_model_is_on_the_device_during_a_call(simulated: GPUResourceManager, tmp_path: Path, call: str) -> None:
+    gate = PipeGate(tmp_path)
+    tts = GPUManagedTTS(None, None, manager=simulated, load=partial(RecordingEngine, passes=gate))
+    worker = Worker(getattr(tts, call), "a.wav", "said", "to say")
+    gate.reached()
+    assert state(tts) == "gpu"
+    gate.open()
+    assert worker.result()[1] == 24000
     assert state(tts) == "cpu"
 
 
 @pytest.mark.parametrize("error", [HTTPException(400, "Unsupported edit_type: x"), RuntimeError("broken"), OSError()])
 def test_what_the_engine_raises_reaches_the_caller_and_the_model_leaves_the_device(
-    tts: GPUManagedTTS, engine: RecordingEngine, error: Exception
+    simulated: GPUResourceManager, error: Exception, isolation: str
 ) -> None:
-    engine.raises = error
+    tts = raising(simulated, error)
     with pytest.raises(type(error)) as raised:
         tts.edit("a.wav", "said", "x")
-    assert raised.value is error
+    assert raised.value is error or isolation == "process"
+    assert (str(raised.value), raised.value.args) == (str(error), error.args)
+    assert vars(raised.value) == vars(error)
     assert state(tts) == "cpu"
 
 
@@ -121,18 +108,27 @@ def test_force_offload_and_release(tts: GPUManagedTTS) -> None:
     assert state(tts) == "released"
 
 
-def test_two_in_one_process_have_names_of_their_own(simulated: GPUResourceManager, engine: RecordingEngine) -> None:
-    first, second = (GPUManagedTTS(None, None, manager=simulated, load=lambda: engine) for _ in range(2))
+def test_a_lease_says_how_long_it_stays_and_the_calls_under_it_do_not_change_that(tts: GPUManagedTTS) -> None:
+    with tts.lease(timeout="30s", keep_warm="5m"):
+        tts.clone("a.wav", "said", "to say")
+    model = tts.get_gpu_status()["models"]["tts"]
+    assert (model["state"], model["keep_warm_s"], model["keep_warm_by"]) == ("gpu", 300, "request")
+    tts.clone("a.wav", "said", "to say")
+    assert tts.get_gpu_status()["models"]["tts"]["keep_warm_s"] == 0
+
+
+def test_two_in_one_process_have_names_of_their_own(simulated: GPUResourceManager) -> None:
+    first, second = (GPUManagedTTS(None, None, manager=simulated, load=RecordingEngine) for _ in range(2))
     assert (first.name, second.name) == ("tts", "tts-2")
     with pytest.raises(ModelExists):
-        GPUManagedTTS(None, None, manager=simulated, load=lambda: engine, name="tts")
+        GPUManagedTTS(None, None, manager=simulated, load=RecordingEngine, name="tts")
     first.close()
     assert simulated.names() == ("tts-2",)
-    assert GPUManagedTTS(None, None, manager=simulated, load=lambda: engine).name == "tts"
+    assert GPUManagedTTS(None, None, manager=simulated, load=RecordingEngine).name == "tts"
 
 
-def test_without_a_manager_it_shares_the_one_of_the_process(engine: RecordingEngine) -> None:
-    tts = GPUManagedTTS(None, None, load=lambda: engine, gpu_idle_timeout="5m", gpu_keep_warm=3)
+def test_without_a_manager_it_shares_the_one_of_the_process() -> None:
+    tts = GPUManagedTTS(None, None, load=RecordingEngine, gpu_idle_timeout="5m", gpu_keep_warm=3)
     try:
         assert tts.manager is get_gpu_manager()
         status = tts.get_gpu_status()["models"]["tts"]
@@ -141,82 +137,55 @@ def test_without_a_manager_it_shares_the_one_of_the_process(engine: RecordingEng
         tts.manager.close()
 
 
-class OutOfMemoryError(RuntimeError):
-    """Named as torch names it."""
-
-
 @pytest.mark.parametrize(
     "error", [OutOfMemoryError("full"), DeviceOutOfMemory(5, 1, "card"), RuntimeError("CUDA out of memory")]
 )
 def test_a_device_that_is_full_in_the_middle_of_a_request_is_emptied_and_asked_once_more(
-    tts: GPUManagedTTS, engine: RecordingEngine, simulated: GPUResourceManager, error: Exception
+    simulated: GPUResourceManager, error: Exception
 ) -> None:
-    simulated.register("asr", lambda: RecordingEngine(), keep_warm=60)
+    tts = raising(simulated, error)
+    simulated.register("asr", RecordingEngine, keep_warm=60)
     with simulated.lease("asr"):
         pass
     assert simulated.status()["models"]["asr"]["state"] == "gpu"
-    engine.raises_once, expected = error, engine.answer[0].clone()
     audio, _ = tts.clone("a.wav", "said", "to say")
-    assert torch.equal(audio, expected)
-    assert len(engine.calls) == 2
+    assert torch.equal(audio, RecordingEngine().answer[0])
+    assert len(tts.calls) == 2
     assert simulated.status()["models"]["asr"]["state"] == "cpu", "idle models make room"
     assert state(tts) == "cpu"
 
 
-def test_a_device_that_stays_full_is_told(tts: GPUManagedTTS, engine: RecordingEngine) -> None:
-    engine.raises = DeviceOutOfMemory(5, 1, "card")
+def test_a_device_that_stays_full_is_told(simulated: GPUResourceManager) -> None:
+    tts = raising(simulated, *[DeviceOutOfMemory(5, 1, "card") for _ in range(2)])
     with pytest.raises(DeviceOutOfMemory):
         tts.clone("a.wav", "said", "to say")
-    assert len(engine.calls) == 2
-    engine.raises = None
+    assert len(tts.calls) == 2
     tts.clone("a.wav", "said", "to say")
 
 
-def test_after_an_error_that_leaves_no_engine_usable_the_next_request_builds_a_new_one(
-    tts: GPUManagedTTS, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tts.manager.device, "is_usable", lambda: False)
-    engine.raises = RuntimeError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(RuntimeError, match="illegal memory"):
-        tts.clone("a.wav", "said", "to say")
-    assert state(tts) == "released"
+def test_after_an_error_that_leaves_no_engine_usable_the_next_request_builds_a_new_one() -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with GPUResourceManager(LostDevice(1 << 30)) as manager:
+        tts = raising(manager, error)
+        with pytest.raises(RuntimeError, match="illegal memory"):
+            tts.clone("a.wav", "said", "to say")
+        assert state(tts) == "released"
 
 
-def test_a_load_that_takes_too_long_is_given_up(simulated: GPUResourceManager, engine: RecordingEngine) -> None:
-    gate = Gate()
-    hangs = iter([True, False])
-
-    def load() -> RecordingEngine:
-        if next(hangs):
-            gate.pass_through()
-            return RecordingEngine()
-        return engine
-
-    tts = engine.tts = GPUManagedTTS(None, None, manager=simulated, load=load, gpu_load_timeout=0.5)
+def test_a_load_that_takes_too_long_is_given_up(simulated: GPUResourceManager, tmp_path: Path, isolation: str) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    limit_s = 0.5 if isolation == "none" else 5  # also for the start of the worker that succeeds
+    tts = GPUManagedTTS(None, None, manager=simulated, load=partial(hanging, pipe), gpu_load_timeout=limit_s)
     with pytest.raises(LoadTimeout):
         tts.clone("a.wav", "said", "to say")
-    gate.open()
+    with suppress(OSError):  # ended
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    pipe.unlink()
     assert tts.clone("a.wav", "said", "to say")[1] == 24000
 
 
 # -- what else the engine has -----------------------------------------------------------------------------------
-
-
-class Rich(torch.nn.Module):
-    """An engine with parts, containers, private methods, and methods that answer generators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.ReLU()])
-        self.named = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
-        self.caches: dict[str, torch.Tensor] = {"latest": torch.ones(3)}
-        self.weights, self.prompt, self.calls = torch.ones(3), "Edit.", 0
-
-    clone = edit = _build = lambda self, *arguments: arguments
-
-    def stream(self, count: int) -> Iterator[torch.Tensor]:
-        self.calls += 1
-        return (self.weights * number for number in range(count))
 
 
 @pytest.fixture
@@ -288,11 +257,12 @@ def test_parts_that_are_containers_are_used_like_them(rich: GPUManagedTTS, simul
 def test_arguments_reach_the_engine_as_they_were_given_also_none(
     simulated: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[dict[str, object]] = []
     monkeypatch.setattr(step_audio, "tts_shortcomings", lambda *_, **__: [])
-    monkeypatch.setattr(step_audio, "build_tts", lambda path, make, root, **more: given.append(more) or Rich())
-    for arguments in ({}, {"torch_dtype": None, "device_map": None, "model_source": None}):
-        GPUManagedTTS("models", lambda: None, manager=simulated, **arguments).clone("a.wav", "said", "to say")
+    monkeypatch.setattr(step_audio, "build_tts", lambda path, make, root, **more: Rich(more))
+    given = [
+        GPUManagedTTS("models", lambda: None, manager=simulated, **arguments).given
+        for arguments in ({}, {"torch_dtype": None, "device_map": None, "model_source": None})
+    ]
     plain = {"tts_model_id": None, "quantization_config": None, "device_map": "cuda"}
     assert given == [plain, {**plain, "torch_dtype": None, "device_map": None, "model_source": None}]
     assert "own default" in repr(inspect.signature(GPUManagedTTS).parameters["torch_dtype"].default)
@@ -310,13 +280,11 @@ class TestTextsThatTheEngineCannotSay:
         assert simulated.status()["models"]["tts"]["state"] == "released"
 
     def test_are_for_the_engine_to_refuse_if_nobody_else_can(self, simulated: GPUResourceManager) -> None:
-        engine = RecordingEngine()
-        engine.tts = tts = GPUManagedTTS("weights", manager=simulated, load=lambda: engine)
+        tts = GPUManagedTTS("weights", manager=simulated, load=RecordingEngine)
         tts.check_text("你好，世界")
-        assert not engine.states
         assert simulated.status()["models"]["tts"]["state"] == "released", "to ask does not load it"
         tts.clone("prompt.wav", "said", "你好，世界")
-        assert engine.calls == [("clone", "prompt.wav", "said", "你好，世界")]
+        assert tts.calls == [("clone", "prompt.wav", "said", "你好，世界")]
 
     def test_are_refused_by_a_check_that_is_given(self, simulated: GPUResourceManager) -> None:
         def check(text: str) -> None:

@@ -97,7 +97,7 @@ class SimulatedDevice(CpuDevice):
         self.failure: str | None = None
         self.ledger = Ledger()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "pinned_bytes": 0}
 
     @property
@@ -152,10 +152,11 @@ class SimulatedDevice(CpuDevice):
     def charge(self, nbytes: int) -> None:
         ledger = self.ledger
         with ledger.lock:
-            if ledger.alone and ledger.context[0] == self.context_bytes:  # quicker, for many small tensors
-                free_bytes = self.capacity_bytes - ledger.charged[0] - ledger.reported[0] - self.context_bytes
-                if nbytes <= free_bytes:
-                    ledger.charged[0] += nbytes
+            if ledger.alone:  # quicker, for many small tensors
+                charged, context_bytes = ledger.charged[0] + nbytes, ledger.context[0]
+                free_bytes = self.capacity_bytes - charged - ledger.reported[0] - context_bytes
+                if free_bytes >= 0 and context_bytes == self.context_bytes:
+                    ledger.charged[0] = charged
                     return
         self._take(nbytes)
 
@@ -180,7 +181,8 @@ class SimulatedDevice(CpuDevice):
         return DeviceOutOfMemory(needed_bytes, free_bytes, self.name, holders)
 
     def allocate(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        self._fail_if_lost()
+        if self.failure is not None:
+            raise RuntimeError(f"CUDA error: {self.failure}")
         self.charge(nbytes)
         try:
             _resize()(storage, nbytes)
@@ -207,15 +209,12 @@ class SimulatedDevice(CpuDevice):
             self.pinned_bytes -= len(raw)
 
     def wait(self) -> None:
-        self._fail_if_lost()
+        if self.failure is not None:
+            raise RuntimeError(f"CUDA error: {self.failure}")
         self.ledger.used(lambda *_: None)
 
     def settle(self) -> None:
         self.wait()
-
-    def _fail_if_lost(self) -> None:
-        if self.failure is not None:
-            raise RuntimeError(f"CUDA error: {self.failure}")
 
 
 @functools.cache

@@ -5,7 +5,17 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    ItemsView,
+    Iterator,
+    KeysView,
+    ValuesView,
+)
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
@@ -135,8 +145,7 @@ class HandOut:
             copy = tensor.detach().clone()
             # A subclass may have tensors as attributes.
             return self._with_attributes(copy, tensor) if type(copy) is type(tensor) else copy
-        where = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
-        view = (*where, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        view = view_of(tensor)
         if view in self._views:
             return self._views[view].detach()
         copy = self._views[view] = tensor.detach().clone()
@@ -204,6 +213,12 @@ class HandOut:
         if isinstance(thing, ReferenceType):
             return thing() is not None and self._holds_memory(thing())
         return type(thing).__name__ == "PyCapsule"
+
+
+def view_of(tensor: torch.Tensor) -> Hashable:
+    """Returns the same for tensors that are equal views of one storage. The storage must live as long as the result."""
+    where = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+    return *where, tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def is_stream(answer: Any) -> bool:

@@ -52,7 +52,7 @@ class Recognizer:
         samples = soxr.resample(read_audio(path), SAMPLE_RATE, sample_rate)
         # Whisper continues across chunks by timestamps; other models get overlapping chunks.
         whisper = self.pipeline.type == "seq2seq_whisper"
-        long: dict[str, Any] = {"return_timestamps": True} if whisper else {"chunk_length_s": _CHUNK_S}
+        long: dict[str, object] = {"return_timestamps": True} if whisper else {"chunk_length_s": _CHUNK_S}
         keywords = long if len(samples) > _CHUNK_S * sample_rate else {}
         heard = self.pipeline({"raw": samples, "sampling_rate": sample_rate}, **keywords)
         return str(heard["text"]).strip()

@@ -197,11 +197,11 @@ def installed_version(name: str) -> str | None:
 
 
 def _install_command(checkout: Path) -> str:
-    """Returns the command that installs the requirements: by uv for pyproject.toml, and where there is no pip."""
+    """Returns the command that installs the requirements; pip cannot read them in pyproject.toml, uv can."""
     file = checkout / "requirements.txt"
-    if file.is_file():
-        return f"{pip_install()} -r {shlex.quote(str(file))}"
-    return f"uv pip install --python {shlex.quote(sys.executable)} -r {shlex.quote(str(checkout / 'pyproject.toml'))}"
+    if by_uv := not file.is_file():
+        file = checkout / "pyproject.toml"
+    return f"{pip_install(by_uv)} -r {shlex.quote(str(file))}"
 
 
 class _Finder(MetaPathFinder):

@@ -163,7 +163,7 @@ def check_flags(generation: Generation, given: Mapping[str, Any]) -> None:
         )
 
 
-def own_arguments(generation: Generation, given: Mapping[str, Any]) -> dict[str, Any]:
+def own_arguments(generation: Generation, given: Mapping[str, Any]) -> dict[str, object]:
     """Returns the given arguments of ``StepAudioTTS`` without defaults of the other generation.
 
     Raises `InvalidInput` for other arguments of the other generation.

@@ -138,7 +138,7 @@ def _import(checkout: Path, generation: Generation, *names: str) -> list[ModuleT
     return modules
 
 
-def _arguments(generation: Generation, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _arguments(generation: Generation, values: Mapping[str, Any]) -> tuple[dict[str, object], dict[str, object]]:
     """Returns the arguments of ``StepAudioTokenizer`` and of ``StepAudioTTS`` for the flags of the app."""
     quantization = values.get("quantization")
     if generation is VLLM:
@@ -231,7 +231,7 @@ def _shortcomings(checkout: Path, generation: Generation, check: Callable[[], No
     return found
 
 
-def _check_tts(model_path: str, arguments: dict[str, Any]) -> None:
+def _check_tts(model_path: str, arguments: Mapping[str, Any]) -> None:
     model = arguments.get("tts_model_id")
     check_model(
         str(model_path if model is None else model),

@@ -36,9 +36,9 @@ def _older_transformers() -> str:
 def unsuitable_transformers(checkout: Path, generation: Generation, packages: Unmet) -> list[Sentence]:
     """Warns of versions of transformers with which the code of the checkout is known to fail."""
     if generation is VLLM:  # no upper limit in its pyproject.toml; its uv.lock has 4.57.6
-        version, (en, zh) = installed_version("transformers") or "0", _TEMPLATES
+        version = installed_version("transformers") or "0"
         used = any(requirement.name == "transformers" for requirement in requirements(checkout))
-        return [Sentence(en.format(version), zh.format(version))] if used and Version(version) >= Version("5") else []
+        return [_other_templates(version)] if used and Version(version) >= Version("5") else []
     # Only where the checkout requires another version.
     version = next((found for name, found in packages.items() if found and name.startswith("transformers")), "0")
     if Version(version) < Version("4.54"):
@@ -52,9 +52,11 @@ def unsuitable_transformers(checkout: Path, generation: Generation, packages: Un
     ]
 
 
-_TEMPLATES = (
-    "With transformers {} each request of this Step-Audio-EditX fails: from version 5 its chat template returns a "
-    "dictionary instead of tokens. Run uv pip install 'transformers>=4.57.3,<5'",
-    "此版 Step-Audio-EditX 在 transformers {} 下每个请求都会失败：从第 5 版起，其对话模板返回字典而不是 token。"
-    "请运行 uv pip install 'transformers>=4.57.3,<5'",
-)
+def _other_templates(version: str) -> Sentence:
+    install = f"{pip_install()} 'transformers>=4.57.3,<5'"
+    return Sentence(
+        f"With transformers {version} each request of this Step-Audio-EditX fails: from version 5 its chat template "
+        f"returns a dictionary instead of tokens. Run {install}",
+        f"此版 Step-Audio-EditX 在 transformers {version} 下每个请求都会失败：从第 5 版起，其对话模板返回字典而不是 "
+        f"token。请运行 {install}",
+    )

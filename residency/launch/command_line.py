@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,16 +16,18 @@ from typing import TYPE_CHECKING
 from ..errors import UnknownModel
 from ..sentences import holder_of, in_locale, remarks
 from ..units import readable_bytes
-from .values import checked, sendable
+from . import speak
+from .http_calls import add_secret, add_url, failed, opened, untrusted
 
 if TYPE_CHECKING:
     from ..status_types import ModelStatus, Status
 
-DEFAULT_URL = "http://127.0.0.1:7860"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and prints the status; returns 0 if it is done or pending, 1 if refused or unreachable."""
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv[:1]) == ["speak"]:
+        return speak.main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     times = [arguments.keep_warm, arguments.idle_timeout]
@@ -37,13 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "configure 需要 --keep-warm 或 --idle-timeout，且只有它使用这两个参数"
             )
         )
-    if "://" not in arguments.url:
-        arguments.url = f"http://{arguments.url}"
     try:
         done, status = _call(arguments)
     except (UnknownModel, OSError, ValueError, http.client.HTTPException) as error:
-        print(in_locale(_reason(error, arguments.url)), file=sys.stderr)
-        return 1
+        return failed(_reason(error, arguments.url))
     print(json.dumps(status, ensure_ascii=False, indent=2) if arguments.json else in_locale(table(status)))
     if not done:
         begun, follows = (
@@ -55,12 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m gpu_manager", description="Control a running app.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m gpu_manager",
+        description="Control a running app.",
+        epilog="python -m gpu_manager speak --help: speak a text",
+        allow_abbrev=False,
+    )
     parser.add_argument("command", choices=["status", "offload", "release", "warm", "configure"])
     parser.add_argument("model", nargs="?", help="the model's name, such as tts (default: all)")
-    parser.add_argument("--url", default=DEFAULT_URL, help="the app's address (default: %(default)s)")
-    token = os.environ.get("GPU_CONTROL_TOKEN")
-    parser.add_argument("--token", type=checked(sendable), default=token, help="or GPU_CONTROL_TOKEN")
+    add_url(parser)
+    add_secret(parser, "--token", os.environ.get("GPU_CONTROL_TOKEN"), "or GPU_CONTROL_TOKEN")
     parser.add_argument("--keep-warm", metavar="S", help="for configure: 30s, 5m, auto, -1 (for ever)")
     parser.add_argument("--idle-timeout", metavar="S", help="for configure: 600, 15m, -1 (never)")
     parser.add_argument("--json", action="store_true", help="print the whole status as JSON")
@@ -74,12 +76,7 @@ def _call(arguments: argparse.Namespace) -> tuple[bool, Status]:
         asked = {"model": arguments.model, "keep_warm": arguments.keep_warm, "idle_timeout": arguments.idle_timeout}
         request.data = json.dumps({name: value for name, value in asked.items() if value is not None}).encode()
         request.add_header("Content-Type", "application/json")
-    if arguments.token:
-        request.add_header("Authorization", f"Bearer {arguments.token}")
-    # For a proxy, 127.0.0.1 is another machine.
-    here = urllib.parse.urlsplit(request.full_url).hostname in ("localhost", "127.0.0.1", "::1")
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
-    with opener.open(request, timeout=600) as answer:
+    with opened(request, arguments.token) as answer:
         status: Status = json.load(answer)
         if not isinstance(status, dict) or not {"device", "models"} <= status.keys():
             raise ValueError("another program answers")
@@ -103,14 +100,7 @@ def _reason(error: Exception, url: str) -> str:
             f"There is no GPU management at {error.url}: start the app with --enable-gpu-management, or give --url / "
             f"{error.url} 没有 GPU 管理：请在启动应用时加上 --enable-gpu-management，或用 --url 指定地址"
         )
-    reason = getattr(error, "reason", None)
-    if getattr(reason, "verify_code", 0):
-        return (
-            f"The certificate of {url} is not trusted ({reason}): set SSL_CERT_FILE to the file of --ssl-certfile, and "
-            f"use a name that is in it / {url} 的证书不受信任：请把环境变量 SSL_CERT_FILE 设为 --ssl-certfile 的文件，"
-            f"并使用证书中的名称"
-        )
-    return (
+    return untrusted(error, url) or (
         f"No app with GPU management answers at {url} ({error}): start one, or give --url / "
         f"{url} 没有启用 GPU 管理的应用：请先启动，或用 --url 指定地址"
     )

@@ -199,7 +199,7 @@ class Settings:
     given: frozenset[str] = frozenset()
     """Names of the given flags of the engine."""
 
-    def engine_flags(self) -> dict[str, Any]:
+    def engine_flags(self) -> dict[str, object]:
         """Returns the given flags of the engine (``quantization``, and those of one generation only) by their names."""
         return {name: getattr(self, name) for name in ENGINE_FLAGS if name in self.given}
 

@@ -59,8 +59,8 @@ def sendable(token: str) -> str:
     if not (token.strip().isascii() and token.strip().isprintable()):
         raise InvalidInput(
             "a token has only Latin letters, digits and signs, since others cannot be sent (--control-token, --token, "
-            "GPU_CONTROL_TOKEN)",
-            "令牌只能包含英文字母、数字和符号，其他字符无法发送（--control-token、--token、GPU_CONTROL_TOKEN）",
+            "GPU_CONTROL_TOKEN, --api-key)",
+            "令牌只能包含英文字母、数字和符号，其他字符无法发送（--control-token、--token、GPU_CONTROL_TOKEN、--api-key）",
         )
     return token.strip()
 

@@ -3,7 +3,17 @@
 from .borrowed import BorrowedPart
 from .engine import CompositeResident, EngineResident, adopt
 from .onnx_sessions import OnnxSessions
+from .resident import Resident
 from .snapshot import SnapshotFolder
 from .weights import Weights
 
-__all__ = ["BorrowedPart", "CompositeResident", "EngineResident", "OnnxSessions", "SnapshotFolder", "Weights", "adopt"]
+__all__ = [
+    "BorrowedPart",
+    "CompositeResident",
+    "EngineResident",
+    "OnnxSessions",
+    "Resident",
+    "SnapshotFolder",
+    "Weights",
+    "adopt",
+]

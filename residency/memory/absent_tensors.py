@@ -33,8 +33,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import repeat
-from operator import attrgetter, rshift
+from itertools import chain, repeat
+from operator import attrgetter, rshift, setitem
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TensorAway
@@ -121,18 +121,18 @@ def reopen(storages: Collection[torch.UntypedStorage]) -> None:
     _exhaust(_barrier().open(map(_address, storages)))
 
 
-def opened_one_by_one(addresses: Iterable[int]) -> Iterator[None]:
-    """Opens closed storages (``_cdata``) one at a time, each until the next step: torch cannot resize a closed one.
+@contextmanager
+def opened_one_by_one(addresses: list[int]) -> Iterator[Iterator[object]]:
+    """Its value opens closed storages (``_cdata``), each until its next step: torch cannot resize a closed one.
 
     The storage objects stay closed; only `torch.UntypedStorage.resize_` and ``nbytes`` can be called on them.
     """
-    addresses, barrier = list(addresses), _barrier()
-    closed = barrier.close(addresses)
-    for _ in barrier.open(addresses):
-        try:
-            yield
-        finally:
-            next(closed)
+    barrier = _barrier()
+    try:
+        yield zip(barrier.close(chain(addresses[:1], addresses)), barrier.open(addresses), strict=False)
+    except BaseException:
+        _exhaust(barrier.close(addresses))
+        raise
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def _storage_classes() -> tuple[type, type]:
     def describe(self: Any) -> str:
         return f"UntypedStorage(<away>, path={_path(self)!r}, device='{self.device}')"
 
-    guarded: dict[str, Any] = {
+    guarded: dict[str, object] = {
         name: through(name)
         for name in dir(torch.UntypedStorage)
         if name not in _STORAGE and callable(getattr(torch.UntypedStorage, name))
@@ -281,10 +281,10 @@ def _flags() -> _Barrier:
     # warn_deprecated_on_mutable_data_ptr_. The first and the third are set.
     first, closed = changed[0] if changed else 0, int.from_bytes(b"\1\0\1\0", sys.byteorder)
     # An array over the whole address space: an assignment takes a tenth of the time of a ctypes call.
-    write = (ctypes.c_uint32 * (1 << 60)).from_address(first).__setitem__
+    memory: Any = (ctypes.c_uint32 * (1 << 60)).from_address(first)
 
     def written(flags: int) -> Callable[[Iterable[int]], Iterator[object]]:
-        return lambda addresses: map(write, map(rshift, addresses, repeat(2)), repeat(flags))
+        return lambda addresses: map(setitem, repeat(memory), map(rshift, addresses, repeat(2)), repeat(flags))
 
     barrier = _Barrier(written(closed), written(0))
     if changed == [first, first + 1, first + 3] and before[first : first + 4] == b"\0\0\0\0":

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ..contracts import Device, Resident, SnapshotStore
+from ..contracts import Device
 from ..locks import renewed_in_children
 from .discovery import Discovery
 from .engine import CompositeResident, EngineResident
+from .resident import Resident
+from .snapshot import SnapshotFolder
 
 
 class BorrowedPart(EngineResident):
@@ -84,10 +86,10 @@ class BorrowedLoan:
     def release(self) -> int:
         return self.offload()
 
-    def save(self, store: SnapshotStore, name: str) -> int:
+    def save(self, store: SnapshotFolder, name: str) -> int:
         return self.offload()
 
-    def load(self, store: SnapshotStore, name: str) -> int:
+    def load(self, store: SnapshotFolder, name: str) -> int:
         return 0
 
     def _unless_ended(self, move: Callable[[], int]) -> int:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Collection, Mapping
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import Device, Resident, SnapshotStore
+from ..contracts import Device
 from ..errors import CapturedGraphs, DeviceOutOfMemory, OnAnotherDevice, SharedWeights, WeightsGone
 from . import absent_tensors
 from .discovery import Discovery, Found, compiled_graphs
 from .holders import are_managed, held_elsewhere, in_held_containers, note_arrays
 from .onnx_sessions import OnnxSessions
+from .resident import Resident
 from .self_moving import moves_of
 from .self_moving.part import SelfMovingPart, is_managed
+from .snapshot import SnapshotFolder
 from .storages import by_storage, storage_key
 from .weights import Weights
 
@@ -66,10 +68,10 @@ class CompositeResident:
     def release(self) -> int:
         return sum(part.release() for part in self.parts)
 
-    def save(self, store: SnapshotStore, name: str) -> int:
+    def save(self, store: SnapshotFolder, name: str) -> int:
         return _all_or_nothing(self.parts, methodcaller("save", store, name), methodcaller("load", store, name))
 
-    def load(self, store: SnapshotStore, name: str) -> int:
+    def load(self, store: SnapshotFolder, name: str) -> int:
         try:
             return sum(part.load(store, name) for part in self.parts)
         except BaseException:
@@ -181,7 +183,7 @@ class EngineResident(CompositeResident):
         self._find_added()
         return super().offload()
 
-    def save(self, store: SnapshotStore, name: str) -> int:
+    def save(self, store: SnapshotFolder, name: str) -> int:
         for part in self._self_moving:
             part.save(store, name)  # refuses before anything is written
         self._find_added()

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Device, SnapshotStore
+from ..contracts import Device
 from ..errors import SnapshotUnusable
 from ..progress import current
 from ..sentences import Sentence
+from .snapshot import SnapshotFolder
 
 #: Attributes that refer to the native session, which is destroyed with the last of these references.
 _NATIVE = {
@@ -102,7 +103,7 @@ class OnnxSessions:
         self._device.refund(self.device_bytes)
         self._movable, self._others, self._alive = [], [], False
 
-    def save(self, store: SnapshotStore, name: str) -> int:
+    def save(self, store: SnapshotFolder, name: str) -> int:
         """Destroys the sessions and writes nothing: `load` and `restore` rebuild them from their models."""
         freed_bytes = self.device_bytes + self.host_bytes
         if not all(recipe.is_rebuildable for recipe in self._others):
@@ -114,7 +115,7 @@ class OnnxSessions:
             recipe.destroy()
         return freed_bytes
 
-    def load(self, store: SnapshotStore, name: str) -> int:
+    def load(self, store: SnapshotFolder, name: str) -> int:
         for recipe in self._others:
             recipe.rebuild()
         return sum(recipe.nbytes for recipe in self._others)

@@ -49,6 +49,7 @@ _Ranges = Sequence[tuple[int, int]]
 class SnapshotFolder:
     """A folder of snapshots of at most ``limit_bytes``: beyond that, the least recently used ones are removed.
 
+    Thread-safe for different names. ``raw`` is uint8; each of its ``ranges`` (start, stop) has a checksum (XXH3).
     Several processes may share the folder. Partial files of killed processes are removed. Weights are private: files
     have mode 0600, and a new folder 0700; an existing folder keeps its mode, since it may contain other files. Links,
     pipes and files of other users are neither followed nor waited for, and count as missing.
@@ -87,7 +88,10 @@ class SnapshotFolder:
     def read(
         self, name: str, ranges: _Ranges, checksums: Sequence[int], raw: torch.Tensor, *, once: bool = False
     ) -> None:
-        """Fills ``raw`` from the file and checks every range; raises `SnapshotUnusable`, and removes a damaged file."""
+        """Fills ``raw`` from the file and checks every range; raises `SnapshotUnusable`, and removes a damaged file.
+
+        With ``once`` the file is removed afterwards: it will not be written in this form again.
+        """
         path = self._path(name, ranges, checksums)
         header = _header(len(raw))
         try:

@@ -30,9 +30,9 @@ _LONGEST_USE_S = 0.5
 def allocate(storages: list[ManagedStorage], device: Device) -> None:
     """Allocates the bytes of closed storages, and leaves them closed. `DeviceOutOfMemory` if there is no room."""
     empty = [managed for managed in storages if not managed.storage.nbytes()]
-    opened = absent_tensors.opened_one_by_one(managed.key for managed in empty)
-    for managed, _ in zip(empty, opened, strict=True):
-        device.allocate(managed.storage, managed.nbytes)
+    with absent_tensors.opened_one_by_one([managed.key for managed in empty]) as opened:
+        for managed, _ in zip(empty, opened, strict=True):
+            device.allocate(managed.storage, managed.nbytes)
 
 
 def drop(storages: list[ManagedStorage], device: Device, released: bool = False) -> None:
@@ -45,8 +45,9 @@ def drop(storages: list[ManagedStorage], device: Device, released: bool = False)
     for managed in filled:
         if not managed.storage.resizable():
             _detach_from_numpy(managed, released)
-    for managed, _ in zip(filled, absent_tensors.opened_one_by_one(managed.key for managed in filled), strict=True):
-        device.drop(managed.storage)
+    with absent_tensors.opened_one_by_one([managed.key for managed in filled]) as opened:
+        for managed, _ in zip(filled, opened, strict=True):
+            device.drop(managed.storage)
 
 
 def _detach_from_numpy(managed: ManagedStorage, released: bool) -> None:

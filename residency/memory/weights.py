@@ -16,12 +16,13 @@ from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import Device, SnapshotStore
+from ..contracts import Device
 from ..errors import DeviceOutOfMemory, SnapshotUnusable
 from ..locks import renewed_in_children
 from ..progress import current
 from ..sentences import Sentence
 from . import absent_tensors, holders
+from .snapshot import SnapshotFolder
 from .storage_bytes import FallbackCopy, allocate, drop, end_uses, restore_on_use
 from .storages import ManagedStorage, managed_storages, show_tensors
 from .weights_mirror import SpanCopier, WeightsMirror
@@ -280,7 +281,7 @@ class Weights:
         self._copy_to(managed, copy)
         return copy
 
-    def save(self, store: SnapshotStore, name: str) -> int:
+    def save(self, store: SnapshotFolder, name: str) -> int:
         left_bytes = _total_bytes(self._elsewhere)
         if left_bytes > _SKELETON_BYTES:
             raise SnapshotUnusable(
@@ -300,7 +301,7 @@ class Weights:
             pinning.join()
         return self.mirror.layout.nbytes
 
-    def load(self, store: SnapshotStore, name: str) -> int:
+    def load(self, store: SnapshotFolder, name: str) -> int:
         self.mirror.load(store, name, once=self._ephemeral)
         for managed in self._held:
             managed.fallback_copy = None

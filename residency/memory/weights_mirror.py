@@ -7,13 +7,14 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..contracts import Device, SnapshotStore
+from ..contracts import Device
 from ..errors import SnapshotUnusable
 from ..observability.error_classification import is_out_of_device_memory
 from ..progress import Progress, current
 from ..sentences import Sentence
 from .checksum import checksums, host_checksum
 from .mirror import BackgroundPinning, HostMirror, MirrorLayout, MirrorSpan, lay_out
+from .snapshot import SnapshotFolder
 from .storages import ManagedStorage
 
 if TYPE_CHECKING:
@@ -160,14 +161,14 @@ class WeightsMirror:
             self._mirror = None
         return pinning
 
-    def save(self, store: SnapshotStore, name: str) -> None:
+    def save(self, store: SnapshotFolder, name: str) -> None:
         """Writes the copy to a snapshot; `load` checks what it reads against the checksums kept here."""
         checksums = [host_checksum(self.memory.span(span)) for span in self.layout.spans]
         if checksums:
             store.write(name, self.ranges(), checksums, self.memory.raw)
         self.saved = checksums
 
-    def load(self, store: SnapshotStore, name: str, once: bool) -> None:
+    def load(self, store: SnapshotFolder, name: str, once: bool) -> None:
         """Reads the copy from its snapshot into new memory; raises `SnapshotUnusable` if it is missing or damaged."""
         if self.saved is None:
             raise SnapshotUnusable(name, Sentence("nothing was saved", "没有保存任何内容"))

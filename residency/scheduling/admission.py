@@ -17,7 +17,7 @@ from ..states import State
 from .callers import call_site
 from .deadlocks import DeadlockDetector
 from .dispatcher import WARM_GRACE_S, Dispatcher
-from .lease import Lease, held_models
+from .held import LeaseData, held_models
 from .managed_model import LeaseRequest, ManagedModel
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,9 @@ class Admission:
         self.deadlocks = DeadlockDetector(dispatcher)
         self._wait_timeout_s = wait_timeout_s
         self._numbers = itertools.count(1)
+        self.wake_monitor = dispatcher.monitor.wake
 
-    def acquire(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
+    def acquire(self, managed: ManagedModel, timeout_s: float | None, lease: LeaseData) -> LeaseRequest:
         """Waits for its turn and for the model's arrival; returns the request that holds the model, or has an error."""
         request = self._request(managed, timeout_s, lease, blocks=True)
         if not request.answered:
@@ -58,7 +59,7 @@ class Admission:
                 self._clock.wait(event, pause_s)
         return request
 
-    async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, lease: Lease) -> LeaseRequest:
+    async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, lease: LeaseData) -> LeaseRequest:
         """Does the same in a coroutine, without blocking a thread."""
         request = self._request(managed, timeout_s, lease, blocks=False)
         if not request.answered:
@@ -67,7 +68,7 @@ class Admission:
                 await event.wait(pause_s)
         return request
 
-    def _request(self, managed: ManagedModel, timeout_s: float | None, lease: Lease, blocks: bool) -> LeaseRequest:
+    def _request(self, managed: ManagedModel, timeout_s: float | None, lease: LeaseData, blocks: bool) -> LeaseRequest:
         """Returns the current request that the lease shares, or a new one. ``blocks``: its thread waits for it."""
         dispatcher, site = self._dispatcher, call_site(lease.made_at)
         failed = None if getattr(managed.resident, "usable", True) else managed.resident
@@ -91,7 +92,7 @@ class Admission:
                 if error is None:
                     if failed is not None and failed is managed.resident and not managed.leases.in_use:
                         # A worker process ended since the last request.
-                        managed.health.broken = managed.health.broken or managed.settled_state is not State.RELEASED
+                        managed.faults.broken = managed.faults.broken or managed.settled_state is not State.RELEASED
                     self._queue_locked(request, lease)
                 elif isinstance(error, ModelBusy) or not may_be_lost:
                     managed.history.refused(error)
@@ -104,7 +105,7 @@ class Admission:
             dispatcher.release_lost_leases()  # a deadlock, unless it waits for a lost lease: then the retry succeeds
         return request
 
-    def _queue_locked(self, request: LeaseRequest, lease: Lease) -> None:
+    def _queue_locked(self, request: LeaseRequest, lease: LeaseData) -> None:
         managed = request.managed
         if managed.times.request_ended_s is not None and not managed.leases.in_use:
             managed.policy.idle_ended(max(0.0, request.asked_s - managed.times.request_ended_s))
@@ -116,14 +117,14 @@ class Admission:
             raise RequestCancelled(managed.name)
         managed.leases.requests.append(request)
 
-    def share(self, lease: Lease, request: LeaseRequest) -> bool:
+    def share(self, lease: LeaseData, request: LeaseRequest) -> bool:
         """Adds the lease to a current request; returns False if that has ended."""
         with self._dispatcher.lock:
             if self._dispatcher.managed_models.get(request.managed.name) is not request.managed:
                 self._check_locked(request.managed)  # raises in a forked child: the engine belongs to the parent
             return self._share_locked(lease, request)
 
-    def join(self, lease: Lease, managed: ManagedModel) -> bool:
+    def join(self, lease: LeaseData, managed: ManagedModel) -> bool:
         """Adds the lease to the request that holds the model; returns False if none does."""
         with self._dispatcher.lock:
             self._check_locked(managed)
@@ -137,7 +138,7 @@ class Admission:
         request.site = call_site()
         request.resumed_s = self._clock.now()
 
-    def _share_locked(self, lease: Lease, request: LeaseRequest) -> bool:
+    def _share_locked(self, lease: LeaseData, request: LeaseRequest) -> bool:
         if not request.users:
             return False
         if lease.cancelled:
@@ -146,12 +147,12 @@ class Admission:
         if lease.keep_warm_s is not None and not lease.reading:
             request.managed.asked_warm_s = max(lease.keep_warm_s, request.managed.asked_warm_s or 0.0)
             self._dispatcher.version += 1
-        lease.request, lease.receipt = request, request.receipt
+        lease.request, lease.waited = request, request.waited
         lease.owns = False
         return True
 
     def give_back(
-        self, lease: Lease, discard: bool = False, error: BaseException | None = None, wait: bool = True
+        self, lease: LeaseData, discard: bool = False, error: BaseException | None = None, wait: bool = True
     ) -> None:
         """Ends a lease; after the last lease of a request, plans the next step. ``discard``: the engine is broken.
 
@@ -172,7 +173,7 @@ class Admission:
             request.users -= 1
             request.ended = request.ended or lease.owns
             if managed.leases.holder is request:
-                managed.health.broken = managed.health.broken or discard
+                managed.faults.broken = managed.faults.broken or discard
                 if lost:
                     dispatcher.mark_broken_locked()
                 if not request.users:
@@ -180,9 +181,9 @@ class Admission:
                     times.request_ended_s = times.idle_since_s = now_s
                     times.policy_paused_until_s = -math.inf
                     if wishes.prewarmed and managed.leases.next_request() is None:
-                        wishes.prewarmed, wishes.prefetch = False, managed.health.broken
+                        wishes.prewarmed, wishes.prefetch = False, managed.faults.broken
                         times.policy_paused_until_s = now_s + WARM_GRACE_S
-                    managed.health.cannot_offload = False
+                    managed.faults.cannot_offload = False
                     managed.leases.holder = None
             if request.users or dispatcher.managed_models.get(managed.name) is not managed:
                 return
@@ -202,21 +203,17 @@ class Admission:
         if wait and leaves and small:
             dispatcher.watch(managed, lambda: managed.move_task is not task, SMALL_LEAVES_WITHIN_S)
 
-    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+    def give_back_async(self, lease: LeaseData, discard: bool = False, error: BaseException | None = None) -> None:
         """Ends a lease in an event loop, without blocking it."""
         if may_be_device_loss(error):
             self.give_back_later(lease, discard, error)  # testing the device takes time
         else:
             self.give_back(lease, discard, error, wait=False)
 
-    def give_back_later(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None:
+    def give_back_later(self, lease: LeaseData, discard: bool = False, error: BaseException | None = None) -> None:
         """Defers the end of a lease to the monitor or the next `Dispatcher.run_pending`. Callable anywhere."""
         self._dispatcher.deferred_releases.append(partial(self.give_back, lease, discard, error, wait=False))
-        self._dispatcher.monitor.wake()
-
-    def look_again(self) -> None:
-        """Wakes the monitor to finish a change that was interrupted."""
-        self._dispatcher.monitor.wake()
+        self.wake_monitor()
 
     def cancel(self, request: LeaseRequest) -> bool:
         """Refuses a waiting request; returns False if it was already answered."""
@@ -248,7 +245,7 @@ class Admission:
         managed = request.managed
         leases = managed.leases
         settled = managed.settled_state is State.DEVICE and managed.move_task is None
-        if settled and not leases.in_use and not managed.health.broken:
+        if settled and not leases.in_use and not managed.faults.broken:
             return None
         if timeout_s != 0:
             if (error := self.deadlocks.found_at_arrival_locked(request, blocks)) is not None:
@@ -257,7 +254,9 @@ class Admission:
                 return None
         return ModelBusy(managed.name, leases.count_waiting(), managed.state.value, leases.held_by(request.asked_s))
 
-    def _pauses(self, request: LeaseRequest, timeout_s: float | None, lease: Lease, blocks: bool) -> Iterator[float]:
+    def _pauses(
+        self, request: LeaseRequest, timeout_s: float | None, lease: LeaseData, blocks: bool
+    ) -> Iterator[float]:
         """Yields the seconds to sleep until the request is answered; ends it at its time-out or at a deadlock."""
         managed, asked_s = request.managed, request.asked_s
         until_s = limit_s = asked_s + (self._wait_timeout_s if timeout_s is None else timeout_s)
@@ -294,7 +293,7 @@ class Admission:
             place = self.place(request) or 0  # 0: it has just got the model, and is not refused
             return RequestTimeout(managed.name, waited_s, place, managed.state.value, managed.leases.held_by(now_s))
 
-    def _end_deadlock(self, request: LeaseRequest, lease: Lease, blocks: bool) -> None:
+    def _end_deadlock(self, request: LeaseRequest, lease: LeaseData, blocks: bool) -> None:
         """Serves or refuses a request if it waits for the code that makes it."""
         managed, dispatcher = request.managed, self._dispatcher
         holder = managed.leases.holder

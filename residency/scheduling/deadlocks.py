@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from ..errors import EventLoopBlocked, LeaseDeadlock
 from .callers import CallSite, call_site, in_thread_pool, is_this_thread
 from .dispatcher import Dispatcher
-from .lease import Lease, held_models
+from .held import LeaseData, held_models
 from .managed_model import LeaseRequest, ManagedModel
 from .planner import would_wait_for_itself
 
@@ -36,7 +36,7 @@ class DeadlockDetector:
         )
 
     @staticmethod
-    def same_flow(holder: LeaseRequest, site: CallSite, lease: Lease) -> bool:
+    def same_flow(holder: LeaseRequest, site: CallSite, lease: LeaseData) -> bool:
         """Returns whether the code that holds the model makes the request, so that it would wait for itself."""
         there = holder.site
         if is_this_thread(there) and there.executes_here():

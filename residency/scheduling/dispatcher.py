@@ -306,7 +306,7 @@ class Dispatcher:
         if (
             managed.settled_state is State.DEVICE
             and managed.leases.next_request() is not None
-            and not (managed.health.broken or managed.health.closing)
+            and not (managed.faults.broken or managed.wishes.retiring)
         ):
             self.serve_locked(managed, self.clock.now())
         self._release_if_ended_locked(managed)
@@ -321,11 +321,11 @@ class Dispatcher:
 
     def _release_if_ended_locked(self, managed: ManagedModel) -> None:
         if not getattr(managed.resident, "usable", True) and managed.leases.holder is None:
-            managed.health.broken, managed.wishes.pending_move = True, State.RELEASED
+            managed.faults.broken, managed.wishes.pending_move = True, State.RELEASED
 
     def refuse_arrival_locked(self, managed: ManagedModel, error: BaseException) -> None:
         """Refuses all requests that wait for a model's arrival; the next request tries again."""
-        managed.health.last_error = in_words(error)
+        managed.faults.last_error = in_words(error)
         managed.times.policy_paused_until_s = self.clock.now() + RETRY_AFTER_S
         managed.wishes.prefetch = managed.wishes.prewarmed = managed.memory.waiting_for_room = False
         managed.memory.shortfall_bytes = managed.memory.needed_bytes = 0
@@ -345,5 +345,5 @@ class Dispatcher:
     def mark_broken_locked(self) -> None:
         """Marks engines on the device as broken after its failure, so that they are rebuilt."""
         for managed in self.managed_models.values():
-            managed.health.broken = managed.health.broken or managed.settled_state is State.DEVICE
+            managed.faults.broken = managed.faults.broken or managed.settled_state is State.DEVICE
         self.monitor.expect_locked(self.clock.now())

@@ -8,38 +8,20 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from ..contracts import Time
 from ..receipts import Receipt
+from .admission import Admission
+from .held import LeaseData, held, held_requests
 from .managed_model import LeaseRequest, ManagedModel
 from .policies import keep_alive_seconds, seconds
 
-
-class _Admission(Protocol):
-    """The interface of `admission.Admission`, which has the documentation. Avoids circular imports."""
-
-    def acquire(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
-    async def acquire_async(self, managed: ManagedModel, timeout_s: float | None, made: Lease) -> LeaseRequest: ...
-    def share(self, lease: Lease, request: LeaseRequest) -> bool: ...
-    def join(self, lease: Lease, managed: ManagedModel) -> bool: ...
-    def give_back(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None: ...
-    def give_back_async(self, lease: Lease, discard: bool = False, error: BaseException | None = None) -> None: ...
-    def give_back_later(self, lease: Lease, discard: bool = False) -> None: ...
-    def resumed(self, request: LeaseRequest) -> None: ...
-    def look_again(self) -> None: ...
-    def cancel(self, request: LeaseRequest) -> bool: ...
-    def place(self, request: LeaseRequest) -> int | None: ...
-
-
-_held: contextvars.ContextVar[tuple[LeaseRequest, ...]] = contextvars.ContextVar("held_requests", default=())
 _made: contextvars.ContextVar[tuple[weakref.ref[Lease], ...]] = contextvars.ContextVar("made_leases", default=())
 _watch: contextvars.ContextVar[Callable[[Lease], object] | None] = contextvars.ContextVar("watch_leases", default=None)
-#: One list for each load: the model, and nothing after its end.
-_loading: contextvars.ContextVar[tuple[list[ManagedModel], ...]] = contextvars.ContextVar("loads", default=())
 
 
-class Lease:
+class Lease(LeaseData):
     """The right to use one model; the model is not moved while the lease is held.
 
     A context manager for one use. Entering waits for its turn (one request at a time, in order of arrival), loads or
@@ -67,7 +49,7 @@ class Lease:
 
     def __init__(
         self,
-        admission: _Admission,
+        admission: Admission,
         managed: ManagedModel,
         timeout: Time = None,
         reading: bool = False,
@@ -77,25 +59,16 @@ class Lease:
         self._managed = managed
         self._timeout_s = None if timeout is None else seconds(timeout)
         self.reading = reading
-        #: How long the model stays on the device after its request; None: as its policy says.
         self.keep_warm_s = None if keep_warm is None else keep_alive_seconds(keep_warm)
-        #: How long it waited for the model (of a shared request: that one); None before it is entered.
-        self.receipt: Receipt | None = None
-        self._entered = self._ended = self._cancelled = self._broken = False
+        self._entered = self._ended = self._broken = False
         self._made_here = True
-        self.request: LeaseRequest | None = None
-        #: Whether the request was made for this lease; False if it shares another lease's.
-        self.owns = False
         #: The task of a coroutine that created it: it has a context of its own; a thread's may serve several tasks.
         task = _task()
         self._task = None if task is None else weakref.ref(task)
         #: Its current request, if it was entered in the context of its creation.
         self._request_here: LeaseRequest | None = None
         caller = sys._getframe(2)
-        #: Code and line, for a lease that is entered in another thread.
         self.made_at = caller.f_code, caller.f_lineno
-        #: Current requests whose leases were created in this context before, wherever they were entered.
-        self.made_after: tuple[LeaseRequest, ...] = ()
         made = [lease for reference in _made.get() if (lease := reference()) is not None and not lease._ended]
         if made:
             self.made_after = tuple([one._request_here for one in made if one._request_here and one._task])
@@ -139,7 +112,7 @@ class Lease:
             self._made_here = self._task() is task  # else a sibling of it: another request
         if watch := _watch.get():
             watch(self)
-        for outer in _held.get():
+        for outer in held.get():
             # A stream's context is that of its last step, which other work may share in a thread pool.
             if outer.managed is self._managed and not outer.streams and self._admission.share(self, outer):
                 return True
@@ -149,20 +122,20 @@ class Lease:
         if request.error is not None:
             raise request.error
         request = self.request or request  # another one, if it shares a lease
-        self.receipt = request.receipt
-        _held.set((*held_requests(), request))
+        self.waited = request.waited
+        held.set((*held_requests(), request))
         if self._made_here:
             self._request_here = request
 
     # Bound now: at the interpreter's end modules are emptied. Then threads can be neither started nor joined.
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if vars(self).get("request") is not None and not ending():  # missing if `__init__` was interrupted
+        if self.request is not None and not ending():
             self._ended = True
             self._admission.give_back_later(self, self._broken)
 
     def cancel(self) -> bool:
         """Makes a waiting lease raise `RequestCancelled`. Returns False if it holds the model or has ended."""
-        self._cancelled = True
+        self.cancelled = True
         request = self.request
         return not self._ended if request is None else self._admission.cancel(request)
 
@@ -171,14 +144,15 @@ class Lease:
         return self._managed.name
 
     @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    @property
     def place(self) -> int | None:
         """The place in the queue: 0 holds the model, 1 is next; None before it is entered and after its end."""
         request = self.request
         return None if request is None else self._admission.place(request)
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """How long its request, of a shared one that one, waited for the model; None before it is entered."""
+        return None if self.waited is None else Receipt.of(self.waited)
 
     def resumed(self) -> None:
         """For a generator that holds the lease: call this at the start of each step. Records the calling code."""
@@ -209,29 +183,14 @@ class Lease:
             return
         try:
             give_back(self, self._broken, error)
-            _held.set(held_requests())
+            held.set(held_requests())
         except BaseException:
-            self._admission.look_again()
+            self._admission.wake_monitor()  # it finishes the interrupted change
             raise
 
 
 def _task() -> asyncio.Task[Any] | None:
     return None if asyncio._get_running_loop() is None else asyncio.current_task()
-
-
-def held_requests() -> tuple[LeaseRequest, ...]:
-    """Returns the current requests of this thread of control (thread, or asyncio task: see `contextvars`)."""
-    held = _held.get()
-    return tuple([request for request in held if request.users]) if held else ()
-
-
-def held_models() -> tuple[ManagedModel, ...]:
-    """Returns the models that this thread of control has leased or is loading."""
-    loads = _loading.get()
-    return (
-        *[request.managed for request in held_requests()],
-        *([managed for load in loads for managed in load] if loads else ()),
-    )
 
 
 @contextmanager
@@ -242,15 +201,3 @@ def watching(watch: Callable[[Lease], object]) -> Iterator[None]:
         yield
     finally:
         _watch.reset(token)
-
-
-@contextmanager
-def loading(managed: ManagedModel) -> Iterator[None]:
-    """Marks this context as loading the model: a lease of it in there would be a deadlock."""
-    load = [managed]
-    token = _loading.set((*_loading.get(), load))
-    try:
-        yield
-    finally:
-        load.clear()  # threads that the loader started with its context may continue
-        _loading.reset(token)

@@ -14,12 +14,12 @@ from ..errors import Holder, RequestCancelled
 from ..locks import AsyncOneShotEvent, OneShotEvent, set_event
 from ..observability.history import History, PastMove
 from ..observability.outside_memory import OutsideMemory
-from ..receipts import Receipt
+from ..receipts import Waited
 from ..states import State
 
 if TYPE_CHECKING:
-    from ..contracts import Policy, Resident
-    from ..memory import BorrowedPart
+    from ..contracts import Policy
+    from ..memory import BorrowedPart, Resident
     from ..random_state import RandomState
     from .callers import CallSite
 
@@ -45,7 +45,7 @@ class LeaseRequest:
         context: the context of a load for it.
         keep_warm_s: how long the model stays on the device after it; None: as the policy says.
         arrival, arrival_s: the move that brought the model while it waited, and its seconds within the wait.
-        receipt: how long it waited; None until it holds the model.
+        waited: its receipt; None until it holds the model.
     """
 
     managed: ManagedModel
@@ -67,7 +67,7 @@ class LeaseRequest:
     keep_warm_s: float | None = None
     arrival: Literal["load", "restore"] | None = None
     arrival_s: float = 0.0
-    receipt: Receipt | None = None
+    waited: Waited | None = None
 
     def facts(self, now_s: float) -> Holder:
         """Returns the code that holds the model, its thread, and for how many seconds; for errors and the status."""
@@ -167,24 +167,25 @@ class Wishes:
         prefetch: a move to the device that no request waits for.
         prewarmed: warmed while in use; the model stays on the device for a while after the last request.
         moved_away_by_hand: offloaded on demand; the policy does not restore it.
+        retiring: unregistered, or its manager is being closed; takes no more requests.
     """
 
     pending_move: State | None = None
     prefetch: bool = False
     prewarmed: bool = False
     moved_away_by_hand: bool = False
+    retiring: bool = False
 
 
 @dataclass(slots=True)
-class Health:
+class Faults:
     """``broken``: the next request loads the engine anew. ``cannot_offload``: eviction releases it.
 
-    ``closing``: it is being unregistered. ``last_error``: text of the last move's error.
+    ``last_error``: text of the last move's error.
     """
 
     broken: bool = False
     cannot_offload: bool = False
-    closing: bool = False
     last_error: str | None = None
 
 
@@ -225,12 +226,12 @@ class ManagedModel:
     borrowed_part: BorrowedPart | None = None
     load_timeout_s: float = math.inf
     last_move: PastMove | None = None
-    last_wait: Receipt | None = None
+    last_wait: Waited | None = None
     asked_warm_s: float | None = None
     leases: LeaseQueue = field(default_factory=LeaseQueue)
     memory: MemoryUse = field(default_factory=MemoryUse)
     wishes: Wishes = field(default_factory=Wishes)
-    health: Health = field(default_factory=Health)
+    faults: Faults = field(default_factory=Faults)
     times: Times = field(default_factory=Times)
     history: History = field(default_factory=History)
     watchers: list[threading.Lock] = field(default_factory=list)
@@ -276,8 +277,7 @@ class ManagedModel:
         request = self.leases.next_request()
         assert request is not None
         request.served_s = request.resumed_s = request.searched_s = now_s
-        waited_s, move_s = max(0.0, now_s - request.asked_s), request.arrival_s
-        request.receipt = self.last_wait = Receipt(waited_s, max(0.0, waited_s - move_s), request.arrival, move_s)
+        request.waited = self.last_wait = (now_s - request.asked_s, request.arrival, request.arrival_s)
         self.asked_warm_s = request.keep_warm_s
         self.leases.holder = request
         request.answer()

@@ -99,7 +99,7 @@ class ManualControl:
         until_s = dispatcher.clock.now() + grace_s
         with dispatcher.lock:  # all at once, before any of them can continue
             for managed in managed_models:
-                managed.health.closing = True
+                managed.wishes.retiring = True
         for managed in managed_models:
             with dispatcher.replanning(managed), dispatcher.lock:
                 managed.leases.refuse_all(reason)

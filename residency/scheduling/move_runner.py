@@ -23,7 +23,7 @@ from ..observability.outside_memory import MemorySample
 from ..progress import reporting
 from ..states import State
 from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
-from .lease import loading
+from .held import loading
 from .managed_model import ManagedModel
 from .mover import Mover, MoveTask
 from .planner import room_for
@@ -223,10 +223,10 @@ class MoveRunner:
     def _arrived_locked(self, task: MoveTask, now_s: float) -> None:
         managed, memory, times = task.managed, task.managed.memory, task.managed.times
         managed.settled_state = task.move.target
-        managed.health.last_error = None
-        managed.health.cannot_offload = False
+        managed.faults.last_error = None
+        managed.faults.cannot_offload = False
         if managed.settled_state is State.RELEASED:
-            managed.health.broken = False
+            managed.faults.broken = False
         if task.arrives:
             memory.size_bytes, memory.shortfall_bytes = memory.device_bytes, 0
             managed.asked_warm_s = None
@@ -246,15 +246,15 @@ class MoveRunner:
                 other.memory.shortfall_bytes = max(0, other.memory.shortfall_bytes - memory.size_bytes)
 
     def _failed_locked(self, task: MoveTask, error: BaseException, lost: bool) -> None:
-        dispatcher, managed, health = self._dispatcher, task.managed, task.managed.health
+        dispatcher, managed, faults = self._dispatcher, task.managed, task.managed.faults
         managed.settled_state = task.back_at
-        health.last_error = in_words(error)
+        faults.last_error = in_words(error)
         managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
-        health.cannot_offload = not task.arrives
+        faults.cannot_offload = not task.arrives
         # An engine that cannot be restored, or whose device is lost, is rebuilt.
         ephemeral = isinstance(error, MemoryError) or is_out_of_device_memory(error) or is_capture_under_way(error)
         gone = lost or isinstance(error, WorkerEnded) or (task.move.via is State.RESTORING and not ephemeral)
-        health.broken = managed.settled_state is not State.RELEASED and (health.broken or gone)
+        faults.broken = managed.settled_state is not State.RELEASED and (faults.broken or gone)
         if lost:
             dispatcher.mark_broken_locked()
         dispatcher.device_lost = dispatcher.device_lost or loss_beyond_repair(error)

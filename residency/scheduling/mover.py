@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Device, Resident, SnapshotStore
+from ..contracts import Device
+from ..memory import Resident, SnapshotFolder
 from ..progress import Progress
 from ..random_state import preserved_random_state
 from ..states import Move, State
@@ -115,7 +116,7 @@ class Mover:
     Moves set engine and resident of their task; they only read the managed model.
     """
 
-    def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotStore | None = None) -> None:
+    def __init__(self, device: Device, adopt: Adopt, snapshots: SnapshotFolder | None = None) -> None:
         self._device = device
         self._adopt = adopt
         # If device and host share their memory, a skeleton would keep everything in it.
@@ -180,8 +181,8 @@ class Mover:
 
     def _sleep(self, task: MoveTask) -> int:
         """Releases into a snapshot; returns 0 if there is none."""
-        name, health, outside = task.managed.name, task.managed.health, task.managed.memory.outside
-        if self._snapshots is None or task.resident is None or health.closing or health.broken:
+        managed, name, outside = task.managed, task.managed.name, task.managed.memory.outside
+        if self._snapshots is None or task.resident is None or managed.wishes.retiring or managed.faults.broken:
             return 0
         if outside is not None and outside.held_bytes > SKELETON_BYTES:
             held = f"{outside.held_bytes:,}"

@@ -47,14 +47,14 @@ def next_step(managed: ManagedModel, now_s: float, separate: bool) -> Move | Ser
     """Returns the model's next step, or None; see the module for the order."""
     if managed.leases.holder is not None or managed.move_task is not None:
         return None
-    if managed.health.closing:
+    if managed.wishes.retiring:
         return move_towards(managed, State.RELEASED, separate)
     wanted = managed.wishes.pending_move
     if wanted is not None and (move := move_towards(managed, wanted, separate)):
         return move
     waits = managed.leases.next_request() is not None
     called_for = waits or managed.wishes.prefetch
-    if managed.health.broken and (
+    if managed.faults.broken and (
         managed.settled_state is State.DEVICE or (managed.settled_state is State.HOST and called_for)
     ):
         return Move(managed.name, managed.settled_state, State.RELEASED)
@@ -99,12 +99,12 @@ def _due_move(managed: ManagedModel, now_s: float, separate: bool) -> Move | Non
 def will_not_reach(managed: ManagedModel, state: State) -> bool:
     """Returns whether a model cannot reach ``state`` without a new request."""
     failed = (
-        managed.health.last_error is not None
+        managed.faults.last_error is not None
         and managed.settled_state is not State.DEVICE
         and not managed.wishes.prefetch
         and not managed.leases.in_use
     )
-    return managed.move_task is None and (managed.health.closing or (failed and state is not State.RELEASED))
+    return managed.move_task is None and (managed.wishes.retiring or (failed and state is not State.RELEASED))
 
 
 # -- room on the device -----------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def over_budget(managed_models: Collection[ManagedModel], budget_bytes: float) -
 
 def _eviction(managed: ManagedModel) -> Move:
     # After a failed offload the model is released, since a request waits for the room.
-    return Move(managed.name, State.DEVICE, State.RELEASED if managed.health.cannot_offload else State.HOST)
+    return Move(managed.name, State.DEVICE, State.RELEASED if managed.faults.cannot_offload else State.HOST)
 
 
 def would_wait_for_itself(request: LeaseRequest, managed_models: Collection[ManagedModel]) -> bool:

@@ -195,7 +195,7 @@ def policy_for(
     return policy if type(policy) in (FixedPolicy, AdaptivePolicy) else GuardedPolicy(policy)
 
 
-def comparable(**settings: Any) -> dict[str, Any]:
+def comparable(**settings: object) -> dict[str, object]:
     """Normalises a manager's settings: ``"5m"`` is 300.0."""
     parse: dict[str, Callable[[Any], Any]] = {
         "keep_warm": keep_warm_seconds, "idle_timeout": seconds, "wait_timeout": seconds, "snapshot_dir": Path

@@ -29,7 +29,7 @@ class Registry:
         """Raises `UnknownModel` if the model is being unregistered, `ManagerClosed` if closed."""
         if self.closed:
             raise ManagerClosed
-        if managed.health.closing:
+        if managed.wishes.retiring:
             raise UnknownModel(managed.name, tuple(self._dispatcher.managed_models))
 
     def check_free(self, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from ..contracts import Memory
 from ..observability.history import WINDOW_S
 from ..observability.outside_memory import OutsideMemory, totals
+from ..receipts import Receipt
 from ..states import Move, State
 from ..status_types import DeviceStatus, MemorySizes, ModelStatus, MoveProgress, NextMove, Status, UsageHistory
 from .dispatcher import Dispatcher
@@ -139,8 +140,8 @@ class Overview:
             "next": self._next(managed, now_s),
             "progress": self._progress(managed, now_s),
             "last_move": managed.last_move.as_dict(kind) if managed.last_move else None,
-            "last_wait": managed.last_wait.as_dict() if managed.last_wait else None,
-            "last_error": managed.health.last_error,
+            "last_wait": Receipt.of(managed.last_wait).as_dict() if managed.last_wait else None,
+            "last_error": managed.faults.last_error,
             "outside_bytes": outside.total_bytes if outside else 0,
             "outside_processes": [process.as_dict() for process in outside.holders] if outside else [],
             "worker": None if self._workers is None else self._workers.status_locked(managed),

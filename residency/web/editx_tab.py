@@ -17,12 +17,12 @@ from ..contracts import Engine
 from ..errors import InvalidInput
 from . import static
 from .server.permissions import Permissions
-from .shared.gradio_compat import PRIVATE, localizer, session, supported
-from .speech import sample_voices, task_names
+from .shared.gradio_compat import PRIVATE, localizer, supported
+from .speech import task_names
 from .speech.conversion import Limits
 from .speech.queue import SpeechQueue
 from .speech.recordings import Recordings
-from .speech.service import SpeechService
+from .speech.service import EditFailed, SpeechService
 from .speech.voices import VoiceStore
 from .ui import guidance, status_text
 from .ui.chat_history import Histories, Overtaken, SessionState, Step, as_messages, new_state
@@ -33,8 +33,10 @@ from .ui.page_requests import PageRequest, PageRequests
 from .ui.page_sessions import PageSessions
 from .ui.prewarm import Prewarm
 from .ui.recording_check import RecordingCheck
-from .ui.saved_inputs import SavedInputs, sub_tasks_update
+from .ui.saved_inputs import SavedInputs
+from .ui.tasks import Tasks, sub_tasks_update
 from .ui.transcription import Transcription
+from .ui.voices import Voices
 from .ui.waiting import WaitingRequests
 
 
@@ -92,11 +94,14 @@ class EditxTab:
         self._histories = Histories(self.recordings)
         self._clone_appends, self._more_tags = clone_appends, more_tags
         self._builtin = getattr(args, "engine", None) == "builtin"
-        self.panel = None if manager is None else GpuPanel(manager, permissions or Permissions())
+        permissions = permissions or Permissions()
+        self.panel = None if manager is None else GpuPanel(manager, permissions)
         self.waiting = WaitingRequests(manager or queue)
         self.message_places = MessagePlaces()
+        self.voice_choice = Voices(self.voices, self.speech, self.recordings, permissions, self.message_places)
         self.page_requests = PageRequests(self.message_places)
         self.page_sessions = PageSessions(self.page_requests, self.recordings, self.waiting, self.message_places)
+        self.tasks = Tasks(self.speech.edit_types, self.message_places)
         self.saved_inputs = SavedInputs(self.recordings, self.speech.edit_types)
         self.recording_check = RecordingCheck(self.speech, self.recordings)
         self.transcription = Transcription(self.speech, self.waiting, manager is not None)
@@ -128,6 +133,10 @@ class EditxTab:
         """
         return self._answer(self._clone, Inputs(*inputs), self.page_requests.begin(inputs[-1]))
 
+    def generate_clone_and_edit(self, *inputs: Any) -> tuple[Any, SessionState, str]:
+        """Clones the voice and does the chosen task with the result, as two steps under one lease."""
+        return self._answer(self._clone_and_edit, Inputs(*inputs), self.page_requests.begin(inputs[-1]))
+
     def generate_edit(self, *inputs: Any) -> tuple[Any, SessionState, str]:
         """Edits the latest result, or the recording if there is none. Arguments and result as `generate_clone`."""
         return self._answer(self._edit, Inputs(*inputs), self.page_requests.begin(inputs[-1]))
@@ -135,8 +144,21 @@ class EditxTab:
     def _clone(self, inputs: Inputs, history: list[Any]) -> None:
         recording = self.speech.incoming.readable(inputs.prompt_audio)
         result = self.speech.clone(recording, inputs.prompt_text, inputs.target_text)
+        self._append_clone(inputs, history, recording, result)
+
+    def _append_clone(self, inputs: Inputs, history: list[Any], recording: str, result: str, *further: Step) -> None:
         step = Step("clone", None, inputs.prompt_text, inputs.target_text, recording, result)
-        self._histories.append(inputs.state, history, step, anew=not self._clone_appends)
+        self._histories.append(inputs.state, history, step, *further, anew=not self._clone_appends)
+
+    def _clone_and_edit(self, inputs: Inputs, history: list[Any]) -> None:
+        recording = self.speech.incoming.readable(inputs.prompt_audio)
+        task, sub_task, text = inputs.edit_type, inputs.edit_info, inputs.target_text
+        try:
+            clone, edited = self.speech.clone_and_edit(recording, inputs.prompt_text, text, task, sub_task)
+        except EditFailed as error:
+            self._append_clone(inputs, history, recording, error.clone)
+            raise
+        self._append_clone(inputs, history, recording, clone, Step(task, sub_task, text, text, clone, edited))
 
     def _edit(self, inputs: Inputs, history: list[Any]) -> None:
         source, spoken = history[-1] if history else (inputs.prompt_audio, inputs.prompt_text)
@@ -159,17 +181,6 @@ class EditxTab:
         """Returns an update of the sub-task dropdown for a task."""
         return sub_tasks_update(self.speech.edit_types, edit_type)
 
-    def _choose_task(self, edit_type: str) -> tuple[Any, str]:
-        update = self.update_edit_info(edit_type)
-        return update, task_names.line(edit_type, update["value"], localizer())
-
-    def _use_sample(self, sample: sample_voices.SampleVoice, target_text: str | None) -> tuple[Any, ...]:
-        recording = sample_voices.copied(sample, self.speech.folder)
-        self.recordings.own(session(), recording)
-        # Target text and its message.
-        target = (gr.skip(), gr.skip()) if target_text else (sample_voices.TARGET_TEXT, "")
-        return sample.says, recording, *target
-
     def _answer(
         self, work: Callable[[Inputs, list[Any]], None], inputs: Inputs, request: PageRequest
     ) -> tuple[Any, SessionState, str]:
@@ -179,6 +190,8 @@ class EditxTab:
                 checkpoint()
                 work(inputs, history)
             state["message"] = Message("")
+        except EditFailed as error:  # the history has its clone
+            state["message"] = Message.of(error, localizer())
         except Exception as error:
             late = state["history_audio"] is not history  # for example an EDIT whose recording was deleted meanwhile
             state["message"] = Message.of(Overtaken() if late else error, localizer())
@@ -188,8 +201,9 @@ class EditxTab:
             self.page_requests.end(state, request)
         return as_messages(state["history_messages"], localizer()), state, state["message"]
 
-    async def _on_clone(self, *inputs: Any) -> AsyncIterator[list[Any]]:
-        async for shown in self.page_requests.press(partial(self._answer, self._clone, Inputs(*inputs)), inputs[-1]):
+    async def _on_clone(self, *inputs: Any, then_edit: bool = False) -> AsyncIterator[list[Any]]:
+        work = self._clone_and_edit if then_edit else self._clone
+        async for shown in self.page_requests.press(partial(self._answer, work, Inputs(*inputs)), inputs[-1]):
             if isinstance(shown[0], list) and not self._clone_appends:
                 # Gradio's players do not detect a changed recording: an empty chat removes them first.
                 yield [[], *[gr.skip()] * (len(shown) - 1)]
@@ -210,6 +224,7 @@ class EditxTab:
             with gr.Row():
                 self.button_tts = gr.Button("CLONE", variant="primary", elem_id="clone")
                 self.button_edit = gr.Button("EDIT", variant="primary", elem_id="edit")
+                self.button_both = gr.Button("CLONE + EDIT", variant="primary", elem_id="clone-edit")
                 self.button_stop = gr.Button(label("停止", "Stop"), variant="stop", elem_id="stop")
                 self.clean_history_submit = gr.Button(label("清空历史", "Clear History"), elem_id="clear")
             if self.panel:
@@ -240,11 +255,7 @@ class EditxTab:
             **supported(gr.Audio, buttons=["download"]),
         )
         self._about_recording = self.message_places.draw("recording")
-        with gr.Row():
-            self.samples = [
-                (gr.Button(label(*sample.name), size="sm", min_width=120, elem_id=f"sample-{name}"), sample)
-                for name, sample in sample_voices.VOICES.items()
-            ]
+        self.voice_choice.draw()
         self.no_microphone = gr.Markdown(label(*guidance.NO_MICROPHONE), visible=False, elem_id="no-microphone")
         self.transcription.draw()
         self.generated_text = gr.Textbox(
@@ -256,17 +267,7 @@ class EditxTab:
         self.message_places.draw("target_text")
 
     def _draw_task_and_history(self) -> None:
-        with gr.Row():  # on a phone one below the other, so that names have room
-            with gr.Column(min_width=240):
-                tasks = list(self.speech.edit_types)  # `SavedInputs` sets their names
-                self.edit_type = gr.Dropdown(label=label("任务", "Task"), choices=tasks, value="clone", elem_id="task")
-                self.message_places.draw("task")
-            with gr.Column(min_width=240):
-                self.edit_info = gr.Dropdown(
-                    label=label("子任务", "Sub-task"), choices=[], interactive=False, elem_id="sub-task"
-                )
-                self.message_places.draw("sub_task")
-        self.task_line = gr.Markdown(task_names.line("clone", None, label), elem_id="task-line")
+        self.tasks.draw()
         self.chat_box = gr.Chatbot(
             label=label("历史", "History"),
             height=400,
@@ -285,8 +286,8 @@ class EditxTab:
             self.prompt_text_input,
             self.prompt_audio_input,
             self.generated_text,
-            self.edit_type,
-            self.edit_info,
+            self.tasks.task,
+            self.tasks.sub_task,
             state,
         ]
         outputs = [self.chat_box, self.line, *self.message_places.components]
@@ -295,18 +296,17 @@ class EditxTab:
         asking: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **hidden}
         # Presses and new inputs clear earlier messages. The chat has a clear button of its own.
         clears = (self.clean_history_submit.click, self.chat_box.clear)
-        for press in (self.button_tts.click, self.button_edit.click, *clears):
+        presses = (self.button_tts.click, self.button_edit.click, self.button_both.click)
+        for press in (*presses, *clears):
             press(**self.message_places.wiping())
-        for press in (self.button_tts.click, self.button_edit.click):
+        for press in presses:
             press(None, js=static.calling(SCRIPT, "begin()"), **PRIVATE)
         self.prompt_text_input.change(**self.message_places.wiping_by_hand("prompt_text"))
         self.generated_text.change(**self.message_places.wiping_by_hand("target_text"))
-        self.edit_type.input(**self.message_places.wiping("task", "sub_task"))
-        self.edit_info.input(**self.message_places.wiping("sub_task"))
-        cloned = self.button_tts.click(self._on_clone, inputs, outputs, **asking)
-        edited = self.button_edit.click(self._on_edit, inputs, outputs, **asking)
-        for pressed in (cloned, edited):
-            pressed.then(None, js=static.calling(SCRIPT, "show()"), **PRIVATE)
+        self.tasks.register()
+        on_both = partial(self._on_clone, then_edit=True)
+        for press, handler in zip(presses, (self._on_clone, self._on_edit, on_both), strict=True):
+            press(handler, inputs, outputs, **asking).then(None, js=static.calling(SCRIPT, "show()"), **PRIVATE)
         self.button_stop.click(self.page_requests.stop, state, queue=False, **hidden)
         for clear in clears:
             # Updates only the chat: the request that this stops may have shown its end already.
@@ -321,34 +321,20 @@ class EditxTab:
         denied = "() => ({__type__: 'update', visible: !window.isSecureContext})"  # browsers that deny the microphone
         gr.on(opened, None, outputs=self.no_microphone, js=denied, **PRIVATE)
         self.recording_check.register(self.prompt_audio_input, self._about_recording)
-        # Only on user input: `SavedInputs` restores the sub-task too.
-        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
-        self.edit_type.input(self._choose_task, self.edit_type, [self.edit_info, self.task_line], **at_once)
-        self.edit_info.input(
-            lambda task, sub_task: task_names.line(task, sub_task, localizer()),
-            [self.edit_type, self.edit_info],
-            self.task_line,
-            **at_once,
-        )
         # `RecordingCheck.receive` and `Transcription.transcribe` end in any order, so neither clears messages.
         added = [self.prompt_audio_input.upload, self.prompt_audio_input.stop_recording]
         gr.on(added, **self.message_places.wiping("recording"))
-        filled_in = [self.prompt_text_input, self.prompt_audio_input, self.generated_text]
-        filled_in.append(self.message_places.of("target_text"))
-        for button, sample in self.samples:
-            button.click(**self.message_places.wiping("recording", "prompt_text"))
-            button.click(partial(self._use_sample, sample), self.generated_text, filled_in, **at_once)
+        chosen = self.voice_choice.register(self.prompt_text_input, self.prompt_audio_input, self.generated_text)
         if self.speech.transcribes:
             self.transcription.register(added, self.prompt_text_input, self.prompt_audio_input, self._about_recording)
         if self.prewarm:
-            samples = [button for button, _ in self.samples]
-            self.prewarm.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, samples)
+            self.prewarm.register([self.prompt_text_input, self.generated_text], self.prompt_audio_input, chosen)
 
     def register_restore(self, continued: Any) -> None:
         """Restores the inputs after ``continued``, the event after which a session continues."""
-        texts, tasks = [self.prompt_text_input, self.generated_text], [self.edit_type, self.edit_info]
+        texts = [self.prompt_text_input, self.generated_text]
         returned = self.saved_inputs.register(
-            continued, texts, self.prompt_audio_input, tasks, self.task_line, self.chat_box, self._about_recording
+            continued, texts, self.prompt_audio_input, self.tasks, self.chat_box, self._about_recording
         )
         if self.speech.transcribes:
             self.transcription.resume(returned)

@@ -10,6 +10,7 @@ from ..contracts import Device
 from ..engines.part_proxy import Path
 from ..memory.self_moving import OwnMoves
 from ..random_state import RandomState
+from .torch_settings import CallSettings
 
 MARK = "RESIDENCY_FORK_SERVER"
 """Environment variable of workers and of what they start, so that it can be found after the end of the server."""
@@ -17,12 +18,13 @@ MARK = "RESIDENCY_FORK_SERVER"
 
 @dataclass
 class Ask:
-    """A call. ``random``: the manager's random states, if others than the worker knows.
+    """A call. ``random``: the manager's random states, if others than the worker knows. ``settings``: its caller's.
 
     ``forgotten``: numbers of objects and streams of the worker that the manager has dropped.
     """
 
     random: RandomState | None = field(default=None, kw_only=True)
+    settings: CallSettings | None = field(default=None, kw_only=True)
     forgotten: list[int] = field(default_factory=list, kw_only=True)
     #: Whether the engine computes, so that random states may change.
     draws = False

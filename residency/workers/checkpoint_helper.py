@@ -20,6 +20,23 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from typing_extensions import NotRequired, TypedDict
+
+
+class Request(TypedDict):
+    """A call: a method of ``cuda.core.checkpoint.Process``, or ``state``."""
+
+    call: str
+    pid: int
+    timeout_ms: NotRequired[int]
+
+
+class Answer(TypedDict, total=False):
+    """``result`` of a call, or ``error``: the text of its exception."""
+
+    result: object
+    error: str
+
 
 def main() -> None:
     parent, number = map(int, sys.argv[1:])
@@ -43,6 +60,7 @@ def _end_with(parent: int, connection: socket.socket) -> None:
 
 
 def _answer(lines: Any, work: Callable[[], object]) -> None:
+    answer: Answer
     try:
         answer = {"result": work()}
     except Exception as error:

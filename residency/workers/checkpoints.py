@@ -1,7 +1,7 @@
 """Checkpoints of worker processes by the NVIDIA driver, through a helper process: no CUDA in this process.
 
 The driver needs a process that keeps it initialised, and its calls may hang: so they run in `checkpoint_helper`. What
-follows each outcome is in `checkpoint_transitions`. Not verified on a GPU.
+follows each outcome is in `devices.checkpoint_transitions`. Not verified on a GPU.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import Any, Literal
 import psutil
 
 from ..devices.card_probes import driver_version
+from ..devices.checkpoint_transitions import AFTER, FIRST, Call, Operation, Remedy, State, follow
 from ..errors import CheckpointFailed, ExtraMissing
 from ..memory.self_moving.workers import is_alive
 from ..sentences import Sentence
 from . import checkpoint_helper
-from .checkpoint_transitions import FIRST, TRANSITIONS, Call, Operation, Remedy, State
+from .checkpoint_helper import Answer, Request
 
 logger = logging.getLogger(__name__)
 
@@ -90,33 +91,26 @@ class DriverCheckpoints:
             helper.end()
 
     def _run(self, operation: Operation, pid: int, timeout_s: float) -> None:
-        """Follows the table of transitions from the first call of an operation to its end."""
-        first_failure: _Failure | None = None
-        then: Call | Remedy | None
+        def state_after(failure: _Failure) -> State:
+            otherwise = "failed" if failure.lost else self._known.get(pid, "running")
+            found = self._state(pid, otherwise, ask=failure.step != "start")
+            self._remember(pid, found)
+            return found
+
         with self._lock:
-            before, then = FIRST[operation]
-            self._remember(pid, before)
-            while then is not None and not isinstance(then, Remedy):
-                try:
-                    self._call(then, pid, timeout_s)
-                    row = TRANSITIONS[operation, then, "done"]
-                except _Failure as failure:
-                    first_failure = first_failure or failure
-                    otherwise = "failed" if failure.lost else self._known.get(pid, "running")
-                    found = self._state(pid, otherwise, ask=failure.step != "start")
-                    row = TRANSITIONS[operation, then, found]
-                self._remember(pid, row.after)
-                then = row.then
-        if then is not None and first_failure is not None:
-            raise _error(pid, first_failure, then) from None
+            self._remember(pid, FIRST[operation][0])
+            failed = follow(operation, lambda call: self._call(call, pid, timeout_s), _Failure, state_after)
+        if failed is not None:
+            raise _error(pid, *failed) from None
 
     def _call(self, call: Call, pid: int, timeout_s: float) -> None:
         if not _exists(pid):
             raise _Failure(call, Sentence("the process has ended", "进程已结束"))
-        # The driver takes 0 as no limit.
-        limit = {"timeout_ms": max(1, int(timeout_s * 1000))} if call == "lock" else {}
+        request: Request = {"call": call, "pid": pid}
+        if call == "lock":
+            request["timeout_ms"] = max(1, int(timeout_s * 1000))  # the driver takes 0 as no limit
         try:
-            self._ask(call, {"call": call, "pid": pid, **limit}, timeout_s + self._grace_s)
+            self._ask(call, request, timeout_s + self._grace_s)
         except _Failure as failure:
             if (call, failure.code) == ("lock", _NOT_PERMITTED):
                 self._refused = Sentence(
@@ -126,6 +120,7 @@ class DriverCheckpoints:
                 )
             raise
         self._refused = None
+        self._remember(pid, AFTER[call])
 
     def _state(self, pid: int, otherwise: State, ask: bool = True) -> State:
         """Asks the driver for the state of a process. ``otherwise``: what to assume without an answer."""
@@ -140,7 +135,7 @@ class DriverCheckpoints:
         else:
             self._known[pid] = state
 
-    def _ask(self, step: Call | Literal["state"], request: dict[str, Any], timeout_s: float) -> Any:
+    def _ask(self, step: Call | Literal["state"], request: Request, timeout_s: float) -> Any:
         """Makes a call in the helper, which is started if there is none; raises `_Failure`."""
         if self._helper and self._helper.has_ended():  # while it was idle
             self._drop_helper()
@@ -186,10 +181,12 @@ class DriverCheckpoints:
                 words = Sentence(f"it was not ready within {limit} s", f"{limit} 秒内未就绪")
         if words is not None:
             self._drop_helper()
-            self._refused = Sentence(
-                f"The helper process for checkpoints cannot start ({words.en}). Check the NVIDIA driver and cuda-core",
-                f"检查点辅助进程无法启动（{words.zh}）。请检查 NVIDIA 驱动和 cuda-core",
-            )
+            if not self._was_ready:
+                self._refused = Sentence(
+                    f"The helper process for checkpoints cannot start ({words.en}). Check the NVIDIA driver and "
+                    f"cuda-core",
+                    f"检查点辅助进程无法启动（{words.zh}）。请检查 NVIDIA 驱动和 cuda-core",
+                )
             raise _Failure("start", words)
         self._was_ready = True
 
@@ -240,7 +237,7 @@ class _Helper:
             )  # fmt: skip
         self._unread = b""
 
-    def ask(self, request: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+    def ask(self, request: Request | None, timeout_s: float) -> Answer:
         """Sends a request, if any, and returns the answer; raises OSError (also TimeoutError) or ValueError."""
         until_s = time.monotonic() + timeout_s
         self._socket.settimeout(timeout_s)
@@ -253,7 +250,7 @@ class _Helper:
                 raise ConnectionResetError
             self._unread += received
         line, _, self._unread = self._unread.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
+        answer: Answer = json.loads(line)
         return answer
 
     def has_ended(self) -> bool:

@@ -11,11 +11,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, get_args
 
-from ..contracts import Device, ProcessCheckpoints, Resident
+from ..contracts import Device, ProcessCheckpoints
 from ..devices import SimulatedDevice
 from ..devices.observed import ObservedDevice
 from ..devices.simulated_checkpoints import SimulatedCheckpoints
 from ..errors import InvalidInput, LoadTimeout, WorkerDied
+from ..memory import Resident
 from ..memory.self_moving import registered
 from ..random_state import RandomState
 from ..sentences import Sentence

@@ -19,13 +19,14 @@ import struct
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cloudpickle  # type: ignore[import-untyped]
 
+from ..engines.answers import view_of
 from ..engines.part_proxy import Part
 from ..errors import NotHandedOut
 from ..locks import owned_by_this_thread
@@ -166,6 +167,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         super().__init__(file, 5, buffer_callback=self._in_band)
         self._buffers = buffers
         self._save_part = save_part
+        self._views: dict[Hashable, torch.Tensor] = {}
 
     def persistent_id(self, thing: Any) -> Any:
         return self._save_part(thing) if self._save_part is not None and isinstance(thing, Part) else None
@@ -173,8 +175,21 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, thing: Any) -> Any:
         kind = type(thing)
         if kind.__name__ == "Tensor" and kind.__module__ == "torch":
-            return _reduced(thing)
+            return self._same_view(thing) or _reduced(thing)
+        if kind.__name__ == "UntypedStorage" and kind.__module__ == "torch.storage":
+            return _storage, (_bytes_of(thing),)
+        if kind is memoryview:  # cloudpickle would send bytes
+            return _memory, (pickle.PickleBuffer(thing.tobytes()), thing.format, thing.shape)
         return super().reducer_override(thing)
+
+    def _same_view(self, tensor: torch.Tensor) -> Any:
+        """Reduces an equal view of a storage to the view that was sent before, if any."""
+        import torch
+
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.requires_grad:
+            return None
+        first = self._views.setdefault(view_of(tensor), tensor)
+        return None if first is tensor else (_detached, (first,))
 
     def _in_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -244,6 +259,25 @@ def _tensor(raw: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tenso
     if memoryview(raw).readonly:  # small ones are part of the pickle
         raw = bytearray(raw)
     return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    import torch
+
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _storage(content: torch.Tensor) -> torch.UntypedStorage:
+    return content.untyped_storage()
+
+
+def _memory(raw: Any, code: str, shape: tuple[int, ...]) -> memoryview:
+    view = memoryview(bytearray(raw))
+    return view if code == "B" and len(shape) == 1 else view.cast(code, shape)  # type: ignore[call-overload]
 
 
 _ALIGNED = 64

@@ -27,6 +27,7 @@ from .logs import log
 from .messages import Channel, Frame, Kind, packed, unpickled
 from .remote_errors import rebuilt
 from .spawner import Spawner
+from .torch_settings import CallSettings
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class WorkerProcess:
         if self.checkpointed:
             raise TensorAway(Sentence(f"The engine of {self.name!r}", f"{self.name!r} 的引擎"), False)
         if ask.draws:
+            ask.settings = CallSettings.here()
             here = RandomState(cuda=False)
             if here.differs_from(self._random):
                 ask.random = self._random = here

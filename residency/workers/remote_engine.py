@@ -60,8 +60,11 @@ class RemoteCalls:
 class RemoteEngine(Part):
     """An engine in a worker process, as a lease returns it: attributes, calls and results are those of the engine.
 
-    Values are copies; objects that hold device memory, and those that cannot be pickled, are a `Part`. Arguments are
-    pickled: functions among them run in the worker, on copies of what they refer to.
+    Values are copies, so that a change in place (``engine.words.append("x")``, ``engine.options["speed"] = 2``) changes
+    the copy only; an assignment to an attribute (``engine.speed = 2``, ``engine.words += ["x"]``) sets it in the
+    worker, until the release. Objects that hold device memory, and those that cannot be pickled, are a `Part`, whose
+    attributes can be set too. Arguments are pickled: functions among them run in the worker, on copies of what they
+    refer to.
     """
 
     __slots__ = ("__weakref__", "_worker")

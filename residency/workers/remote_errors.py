@@ -85,7 +85,7 @@ def _rebuilt(record: ErrorRecord, unpickle: Callable[[bytes], Any]) -> BaseExcep
     return error
 
 
-def _fields(error: BaseException) -> dict[str, Any]:
+def _fields(error: BaseException) -> dict[str, object]:
     """Returns attributes, also those of the class that is built into Python, such as an OSError's ``filename``."""
     members = {
         name: getattr(error, name, None) for base in _builtin_base(type(error)).__mro__

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ..contracts import SnapshotStore
 from ..errors import CapturedGraphs, CheckpointFailed, SelfMoveFailed, SelfMoveFreedNothing, SnapshotUnusable
+from ..memory import SnapshotFolder
 from ..sentences import Sentence
 from .calls import Move, Sizes
 from .process import WorkerProcess
@@ -122,10 +122,10 @@ class WorkerResident:
         self.worker.finish(ENDS_WITHIN_S)
         return freed_bytes
 
-    def save(self, store: SnapshotStore, name: str) -> int:
+    def save(self, store: SnapshotFolder, name: str) -> int:
         raise SnapshotUnusable(name, Sentence("its worker process ends with the release", "其工作进程随释放而结束"))
 
-    def load(self, store: SnapshotStore, name: str) -> int:
+    def load(self, store: SnapshotFolder, name: str) -> int:
         raise SnapshotUnusable(name, Sentence("its worker process has ended", "其工作进程已结束"))
 
     def _checkpoint_rest(self) -> bool:

@@ -67,7 +67,7 @@ class _Worker:
         self._calls: EngineCalls | None = None
         #: Objects without a path in the engine, by token; see `Held`.
         self._held: dict[int, Held] = {}
-        self._streams: dict[int, tuple[GeneratorType[Any, Any, Any], ThreadPoolExecutor]] = {}
+        self._streams: dict[int, _Stream] = {}
         #: Others than those of earlier workers, whose objects the manager may still have.
         self._numbers = itertools.count(time.monotonic_ns())
         self._random: RandomState | None = None
@@ -92,7 +92,12 @@ class _Worker:
             ask = frame.unpickled(self._load_part)
             self._forget(ask.forgotten)
             before = self._continue_random(ask)
-            with cancelled_by(cancellation), self._progress(frame.call) if ask.moves else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(cancelled_by(cancellation))
+                if ask.moves:
+                    stack.enter_context(self._progress(frame.call))
+                if ask.settings is not None:
+                    ask.settings.enter(stack)
                 kind, content = Kind.ANSWER, self._packed(_ANSWERS[type(ask)](self, ask))
         except BaseException as error:
             kind, content, lost = Kind.ERROR, self._failure(error), self._is_lost(error)
@@ -232,26 +237,21 @@ class _Worker:
         answer = self._ready.call(self._path(ask.path), ask.arguments, ask.keywords, ask.streams)
         if isinstance(answer, GeneratorType):
             number = next(self._numbers)
-            # A thread of its own: between its steps it may be within `torch.no_grad`, which is a thread's.
-            self._streams[number] = answer, ThreadPoolExecutor(1, "gpu-worker-stream")
+            self._streams[number] = _Stream(answer)
             return Stream(number)
         return answer
 
     def _next(self, ask: NextItem) -> Any:
-        if ask.stream not in self._streams:
+        stream, item = self._streams.get(ask.stream), END
+        if stream is None:
             return END
-        stream, thread = self._streams[ask.stream]
-        context, item = contextvars.copy_context(), END
         try:
-            if ask.close:
-                thread.submit(context.run, stream.close).result()
-            else:
-                item = thread.submit(context.run, lambda: next(stream, END)).result()
+            item = stream.step(ask)
             return item
         finally:
             if item is END:
                 self._streams.pop(ask.stream, None)
-                thread.shutdown(wait=False)
+                stream.end()
 
     def _set(self, ask: SetValue) -> None:
         setattr(follow(self._path(ask.path), self._engine), ask.name, unwrapped(ask.value, self._engine))
@@ -266,6 +266,37 @@ _ANSWERS: dict[type, Callable[[_Worker, Any], Any]] = {
     Setup: _Worker._set_up, Load: _Worker._load, Move: _Worker._move, Read: _Worker._read, Use: _Worker._use,
     Call: _Worker._call, NextItem: _Worker._next, SetValue: _Worker._set,
 }  # fmt: skip
+
+
+class _Stream:
+    """A generator, in a thread of its own: between its steps it may be within `torch.no_grad`, which is a thread's.
+
+    It has the settings of its first step, in which its code begins to run.
+    """
+
+    def __init__(self, items: GeneratorType[Any, Any, Any]) -> None:
+        self._items = items
+        self._thread = ThreadPoolExecutor(1, "gpu-worker-stream")
+        self._settings: contextlib.ExitStack | None = None
+
+    def step(self, ask: NextItem) -> Any:
+        """Returns the next item; `END` after the last one or a close."""
+        return self._thread.submit(contextvars.copy_context().run, self._step, ask).result()
+
+    def _step(self, ask: NextItem) -> Any:
+        if ask.close:
+            self._items.close()
+            return END
+        if self._settings is None:
+            self._settings = contextlib.ExitStack()
+            if ask.settings is not None:
+                ask.settings.enter(self._settings)
+        return next(self._items, END)
+
+    def end(self) -> None:
+        if self._settings is not None:
+            self._thread.submit(self._settings.close)
+        self._thread.shutdown(wait=False)
 
 
 class _SentProgress(Progress):

@@ -13,6 +13,7 @@ from fakes import Worker
 from gpu_manager import DeviceOutOfMemory, SimulatedDevice
 from residency.contracts import Memory
 from residency.devices import SimulatedCheckpoints
+from residency.devices.checkpoint_transitions import AFTER, ROWS, TRANSITIONS, Remedy, Row
 from residency.errors import CheckpointFailed
 from residency.observability.error_classification import is_out_of_device_memory
 
@@ -129,7 +130,7 @@ def there_and_back(checkpoints: SimulatedCheckpoints, pid: int) -> None:
         ("lock", "running", 400, "runs as before"),
         ("checkpoint", "running", 400, "runs as before"),
         ("restore", "checkpointed", 0, "still checkpointed"),
-        ("unlock", "locked", 400, "must be ended"),
+        ("unlock", "locked", 400, "cannot go on: it is ended"),
     ],
 )
 def test_a_step_that_fails(
@@ -154,7 +155,7 @@ def test_a_step_that_fails(
 def test_a_step_that_the_process_does_not_survive(
     card: SimulatedDevice, child: CardProcess, checkpoints: SimulatedCheckpoints, step: str, fatal: str
 ) -> None:
-    checkpoints.failure[step], checkpoints.fatal[step] = "the driver says no", fatal
+    checkpoints.failure[step], checkpoints.leaves[step] = "the driver says no", fatal
     with pytest.raises(CheckpointFailed, match="has ended" if fatal == "gone" else "cannot go on") as error:
         there_and_back(checkpoints, child.pid)
     assert error.value.step == step
@@ -166,18 +167,44 @@ def test_a_process_that_cannot_be_unlocked_after_a_failure_stays_locked(
     child: CardProcess, checkpoints: SimulatedCheckpoints
 ) -> None:
     checkpoints.failure.update(checkpoint="no memory", unlock="no reason")
-    with pytest.raises(CheckpointFailed, match="no memory; the process is locked") as error:
+    with pytest.raises(CheckpointFailed, match="no memory; the process cannot go on: it is ended") as error:
         checkpoints.checkpoint(child.pid, 10)
     assert error.value.step == "checkpoint"
     assert checkpoints.state(child.pid) == "locked"
 
 
-def test_an_operation_in_another_state_is_refused(child: CardProcess, checkpoints: SimulatedCheckpoints) -> None:
-    with pytest.raises(CheckpointFailed, match="is running") as error:
-        checkpoints.restore(child.pid, 10)
-    assert error.value.step == "restore"
-    checkpoints.checkpoint(child.pid, 10)
-    with pytest.raises(CheckpointFailed, match="is checkpointed"):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.operation}: {row.call} {row.outcome}")
+def test_every_row_of_the_table_holds(child: CardProcess, checkpoints: SimulatedCheckpoints, row: Row) -> None:
+    """The same table as the driver's: tests/workers/test_checkpoints.py."""
+    if row.operation == "restore":
+        checkpoints.checkpoint(child.pid, 10)
+    elif row.call == "unlock":
+        checkpoints.failure["checkpoint"] = "the first error"
+    if row.outcome != "done":
+        checkpoints.failure[row.call], checkpoints.leaves[row.call] = "the driver says no", row.outcome
+    made, make = [], checkpoints.make
+    checkpoints.make = lambda call, *rest: made.append(call) or make(call, *rest)  # type: ignore[method-assign]
+    error = None
+    try:
+        getattr(checkpoints, row.operation)(child.pid, 10)
+    except CheckpointFailed as failed:
+        error = failed
+    then, after, position = row.then, row.after, made.index(row.call)
+    while isinstance(then, str):  # what follows is not disturbed
+        position += 1
+        assert made[position] == then
+        after, then = AFTER[then], TRANSITIONS[row.operation, then, "done"].then
+    assert made[position + 1 :] == []
+    assert checkpoints.state(child.pid) == after
+    assert (error is None) == (then is None)
+    if isinstance(then, Remedy):
+        assert error is not None
+        assert (error.en.endswith(f"{then.value.en}."), error.zh.endswith(f"{then.value.zh}。")) == (True, True)
+
+
+def test_what_is_done_already_is_no_error(child: CardProcess, checkpoints: SimulatedCheckpoints) -> None:
+    checkpoints.restore(child.pid, 10)
+    for _ in range(2):
         checkpoints.checkpoint(child.pid, 10)
     assert checkpoints.state(child.pid) == "checkpointed"
     child.kill()

@@ -88,11 +88,12 @@ def test_recordings_of_any_length_and_rate_are_heard(
     assert len(heard[0]) < len(heard[1]), "a long recording is heard to its end"
 
 
-def test_it_is_a_model_like_others_to_the_manager(wav2vec2: Path, tmp_path: Path) -> None:
+def test_it_is_a_model_like_others_to_the_manager(wav2vec2: Path, tmp_path: Path, isolation: str) -> None:
     recording = tone(tmp_path / "a.wav", 2)
     expected = Recognizer.load(str(wav2vec2), "cpu")(recording)
     assert expected
-    with GPUResourceManager(SimulatedDevice(1 << 30), snapshot_dir=tmp_path / "snapshots") as manager:
+    snapshot_dir = tmp_path / "snapshots" if isolation == "none" else None
+    with GPUResourceManager(SimulatedDevice(1 << 30), snapshot_dir=snapshot_dir) as manager:
         manager.register("asr", lambda: Recognizer.load(str(wav2vec2), "cpu"))
         for leave in (manager.offload, manager.release, manager.offload):
             assert ask(manager, "asr", lambda recognize: recognize(recording)) == expected
@@ -127,8 +128,8 @@ def test_the_checkouts_own_recognizer_hides_no_error_and_hears_to_the_end(
         calls = 0
 
         def __call__(self, audio: object, **keywords: object) -> object:
-            Full.calls += 1
-            if Full.calls == 1:
+            self.calls += 1
+            if self.calls == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().__call__(audio, **keywords)
 
@@ -136,7 +137,8 @@ def test_the_checkouts_own_recognizer_hides_no_error_and_hears_to_the_end(
     with GPUResourceManager(SimulatedDevice(1 << 30)) as manager:
         manager.register("asr", lambda: recognize)
         assert ask(manager, "asr", lambda recognize: recognize(tone(tmp_path / "a.wav", 1))) == "16000 samples"
-    assert Full.calls == 2, "once more, after others had left"
+        with manager.lease("asr") as engine:
+            assert engine.pipeline.calls == 2, "once more, after others had left"
 
 
 @pytest.mark.parametrize("module", ["transformers", "soxr"])

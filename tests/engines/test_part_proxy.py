@@ -306,9 +306,8 @@ def test_a_stream_of_any_kind_gives_copies(tts: GPUManagedTTS) -> None:
 
 
 def test_what_an_error_carries_is_there_after_the_engine_has_left(tts: GPUManagedTTS) -> None:
-    raised = KeyError("other", 1)
-
     def fail(engine: Engine) -> None:
+        raised = KeyError("other", 1)
         raised.live = {"w": weight(engine)}
         try:
             raise ValueError("no", weight(engine))
@@ -323,10 +322,24 @@ def test_what_an_error_carries_is_there_after_the_engine_has_left(tts: GPUManage
         with pytest.raises(KeyError) as caught:
             call()
         tts.force_offload()
-        assert caught.value is raised
+        raised = caught.value
         assert raised.args == ("other", 1)
         assert raised.live["w"].sum() == 4
         assert raised.__cause__.args[1].sum() == 4
+
+
+@pytest.mark.in_process("errors are the engine's own objects")
+def test_an_error_is_the_one_that_was_raised(tts: GPUManagedTTS) -> None:
+    raised = KeyError("other", 1)
+
+    def fail(engine: Engine) -> None:
+        raised.live = weight(engine)
+        raise raised
+
+    for call in (lambda: tts.make(fail), lambda: tts.clone(fail, None, None)):
+        with pytest.raises(KeyError) as caught:
+            call()
+        assert caught.value is raised
 
 
 def test_an_error_of_reading_holds_no_part_of_the_engine(tts: GPUManagedTTS) -> None:
@@ -355,12 +368,14 @@ def test_answers_lead_to_no_weights_through_their_graph(tts: GPUManagedTTS) -> N
     assert tts.llm.weight.grad_fn is None
 
 
+@pytest.mark.in_process("results are the engine's own objects")
 def test_what_holds_no_memory_of_the_device_is_handed_out_itself(tts: GPUManagedTTS) -> None:
     tokenizer = Cache({"a": 1})
     assert tts.make(lambda engine: [tokenizer])[0] is tokenizer
     assert tts.make(lambda engine: len) is len
 
 
+@pytest.mark.in_process("counts copies within this process")
 def test_a_tensor_is_copied_once(tts: GPUManagedTTS, monkeypatch: pytest.MonkeyPatch) -> None:
     clone, copies = torch.Tensor.clone, []
     monkeypatch.setattr(torch.Tensor, "clone", lambda self, **how: copies.append(1) or clone(self, **how))

@@ -86,7 +86,7 @@ def test_a_version_of_transformers_with_other_templates_is_said_at_the_start(
     project.write_text(project.read_text().replace('"numpy",', '"numpy",\n    "transformers>=4.57.3",'))
     (warning,) = said()
     assert "With transformers 5.0.0 each request" in warning
-    assert "uv pip install 'transformers>=4.57.3,<5'" in warning
+    assert f"Run {errors.pip_install()} 'transformers>=4.57.3,<5'" in warning
     monkeypatch.setattr(transformers_versions, "installed_version", lambda package: "4.57.6")
     assert said() == []
 

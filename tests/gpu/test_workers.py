@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -72,3 +77,38 @@ def test_a_worker_that_is_killed_gives_its_memory_back(manager: GPUResourceManag
     assert speak(manager) == COUNT - 1
     manager.release("tts")
     assert listed(manager) == before
+
+
+SCRIPT = """
+import json, os, psutil
+from gpu_manager import CudaDevice, GPUResourceManager
+from test_workers import Engine, listed
+family = {os.getpid()}
+def ours():
+    family.update(each.pid for each in psutil.Process().children(recursive=True))
+    return sorted(listed(manager) & family)
+with GPUResourceManager(CudaDevice.find(), isolation="process", keep_warm=-1) as manager:
+    manager.register("tts", Engine)
+    with manager.lease("tts"):
+        loaded, worker = ours(), manager.status()["models"]["tts"]["worker"]["pid"]
+    manager.release("tts")
+    print(json.dumps([loaded, worker, ours()]))
+"""
+
+
+def test_after_a_release_the_driver_lists_no_process_of_ours() -> None:
+    """In a process of its own: this one may have used CUDA."""
+    folder = Path(__file__).resolve().parent
+    path = os.pathsep.join(
+        [str(folder.parents[1]), str(folder), str(folder.parent / "support"), *filter(None, sys.path)]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded, worker, released = json.loads(done.stdout)
+    if not loaded:
+        pytest.skip("the driver lists no processes, or with the host's numbers")
+    assert loaded == [worker], "the worker alone uses CUDA"
+    assert released == []

@@ -237,7 +237,7 @@ def test_another_server_is_no_app(app: HTTPServer, capsys: pytest.CaptureFixture
 def test_what_is_no_http_is_no_app(app: HTTPServer, capsys: pytest.CaptureFixture[str], garbage: bytes) -> None:
     app.garbage = garbage
     assert run(app, "status") == 1
-    assert "start one, or give --url" in capsys.readouterr().err
+    assert re.fullmatch(r".*start one, or give --url\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("code", [404, 405])

@@ -592,14 +592,25 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, str | None]]:
 
 
 def test_flags_are_cleared_for_one_storage_at_a_time(flags: dict[int, str | None]) -> None:
-    steps = absent_tensors.opened_one_by_one([1, 2, 3])
-    assert flags == {}
-    next(steps)
-    assert flags == {1: None}
-    next(steps)
-    assert list(map(bool, flags.values())) == [True, False]
-    del steps  # an error in the loop: the third is not reached
-    assert list(map(bool, flags.values())) == [True, True]
+    with absent_tensors.opened_one_by_one([1, 2, 3]) as steps:
+        for number in (1, 2, 3):
+            next(steps)
+            assert flags[number] is None
+            assert all(flags[closed] for closed in range(1, number))
+        assert next(steps, "end") == "end"
+    assert all(flags[number] for number in (1, 2, 3))
+
+
+def test_flags_are_set_again_after_an_error_between_two_storages(flags: dict[int, str | None]) -> None:
+    def drop() -> None:
+        with absent_tensors.opened_one_by_one([1, 2, 3]) as steps:
+            next(steps)
+            next(steps)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        drop()
+    assert all(flags[number] for number in (1, 2, 3))
 
 
 def test_flags_are_set_again_after_an_error_while_storages_are_filled(flags: dict[int, str | None]) -> None:

@@ -62,6 +62,7 @@ def tts(manager: GPUResourceManager) -> dict[str, Any]:
     return manager.status()["models"]["tts"]
 
 
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_it_leaves_the_device_before_the_first_load_and_the_status_says_where_it_is(
     managed: GPUResourceManager, device: SimulatedDevice, tokenizer: Tokenizer
 ) -> None:
@@ -79,6 +80,7 @@ def test_it_leaves_the_device_before_the_first_load_and_the_status_says_where_it
 
 @pytest.mark.parametrize("last", ["registered", "used", "offloaded", "released"])
 @pytest.mark.parametrize("end", ["unregister", "close"])
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_it_is_its_owners_again_at_the_end(
     managed: GPUResourceManager, device: SimulatedDevice, tokenizer: Tokenizer, last: str, end: str
 ) -> None:
@@ -97,6 +99,7 @@ def test_it_is_its_owners_again_at_the_end(
     assert tokenizer.codes() == tokenizer.expected
 
 
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_idle_models_make_room_for_its_way_back(tokenizer: Tokenizer) -> None:
     device = SimulatedDevice(KEPT_BYTES + 100)
     with GPUResourceManager(device) as manager:
@@ -109,6 +112,7 @@ def test_idle_models_make_room_for_its_way_back(tokenizer: Tokenizer) -> None:
         assert manager.status()["models"]["other"]["state"] == "cpu"
 
 
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_what_finds_no_room_on_its_way_back_is_told(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     device = SimulatedDevice(KEPT_BYTES + 100)
     with GPUResourceManager(device) as manager:
@@ -120,6 +124,7 @@ def test_what_finds_no_room_on_its_way_back_is_told(tokenizer: Tokenizer, caplog
     assert device.ledger_bytes == 0
 
 
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_a_registration_that_is_refused_leaves_it_where_it_was(
     managed: GPUResourceManager, device: SimulatedDevice, tokenizer: Tokenizer
 ) -> None:
@@ -134,6 +139,7 @@ def test_a_registration_that_is_refused_leaves_it_where_it_was(
     assert tokenizer.codes() == tokenizer.expected
 
 
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_one_that_cannot_leave_is_refused_at_once(device: SimulatedDevice, tmp_path: Path) -> None:
     mine = Tokenizer()
     mine.session._model_path = str(tmp_path / "gone.onnx")
@@ -145,6 +151,7 @@ def test_one_that_cannot_leave_is_refused_at_once(device: SimulatedDevice, tmp_p
     assert device.ledger_bytes == 0
 
 
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_a_load_that_was_given_up_does_not_take_it_from_its_owner(tokenizer: Tokenizer) -> None:
     clock, device, gate = ManualClock(), SimulatedDevice(1 << 30), Gate()
 

@@ -29,6 +29,7 @@ class Wordless(Exception):
 
 
 @pytest.mark.parametrize("late", ["fails", "succeeds"])
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_a_load_that_was_given_up_leaves_the_kept_part_to_the_engine_in_force(late: str) -> None:
     clock, device, gates = ManualClock(), SimulatedDevice(1 << 30), list[Gate]()
     kept = torch.nn.Linear(100, 100)
@@ -64,6 +65,7 @@ def test_a_load_that_was_given_up_leaves_the_kept_part_to_the_engine_in_force(la
     assert device.ledger_bytes == 0
 
 
+@pytest.mark.in_process("a kept part is an object of this process")
 def test_a_load_that_was_given_up_and_is_not_missed_leaves_nothing_on_the_device() -> None:
     clock, device, gate = ManualClock(), SimulatedDevice(1 << 30), Gate()
     kept, hangs = torch.nn.Linear(100, 100), list[bool]()

@@ -264,6 +264,7 @@ def test_a_load_that_hangs_at_any_step_is_given_up_and_harms_nobody_however_it_e
         story.world.close()
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_with_snapshots_too_a_loader_that_hangs_takes_nothing_with_it(tmp_path: Path) -> None:
     clock, device, gates = ManualClock(), SimulatedDevice(1 << 30), [Gate()]
 

@@ -281,7 +281,7 @@ def test_a_holder_that_only_runs_beside_a_thread_is_waited_for(shop: GPUManagedT
     with shop.lease():
         thread = Worker(asked.__enter__)
         assert await_that(shop.manager, managed, lambda: asked.request in managed.leases.waiting())
-    assert isinstance(thread.result(), Speaker)
+    assert thread.result().sample_rate == 24_000
     asked.__exit__()
 
 

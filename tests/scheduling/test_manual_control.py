@@ -152,7 +152,7 @@ def test_who_waits_for_a_model_whose_load_fails_hears_of_it(
     manager.warm("tts")
     if when == "afterwards":
         gate.open()
-        assert await_that(manager, managed, lambda: managed.health.last_error is not None)
+        assert await_that(manager, managed, lambda: managed.faults.last_error is not None)
     waiting = Worker(manager.wait_for, "tts", State.DEVICE)
     if when == "before it fails":
         assert await_that(manager, managed, lambda: bool(managed.watchers))

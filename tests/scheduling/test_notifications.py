@@ -128,10 +128,11 @@ def test_the_monitor_survives_an_error_of_its_own_and_says_so(
 
 def test_the_singleton_says_which_setting_differs(tmp_path: Path) -> None:
     settings = {
-        "keep_warm": "auto", "idle_timeout": "5m", "snapshot_dir": str(tmp_path), "snapshot_limit_bytes": 10,
-        "budget_bytes": 400,
+        "isolation": "none", "keep_warm": "auto", "idle_timeout": "5m", "snapshot_dir": str(tmp_path),
+        "snapshot_limit_bytes": 10, "budget_bytes": 400,
     }  # fmt: skip
     others = {
+        "isolation": ("process", "none", "process"),
         "keep_warm": (5, "auto", "5.0"),
         "idle_timeout": ("6m", "300.0", "360.0"),
         "snapshot_dir": (tmp_path / "other", str(tmp_path), str(tmp_path / "other")),

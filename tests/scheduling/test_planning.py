@@ -54,8 +54,8 @@ def managed(
     made = ManagedModel(name, lambda: None, FixedPolicy(keep_warm_s, idle_timeout_s), state)
     made.times.idle_since_s = 0.0
     for key, value in fields.items():
-        groups = (made.memory, made.wishes, made.health, made.times)
-        setattr(next((group for group in groups if hasattr(group, key)), made), key, value)
+        groups = (made.memory, made.wishes, made.faults, made.times, made)
+        setattr(next(group for group in groups if hasattr(group, key)), key, value)
     return made
 
 
@@ -104,13 +104,13 @@ def test_a_model_that_was_never_used_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize(("state", "target"), TRANSITIONS)
 def test_a_model_on_its_way_is_left_alone(state: State, target: State) -> None:
-    model = moving(managed(state, pending_move=State.RELEASED, broken=True, closing=True, prefetch=True), target)
+    model = moving(managed(state, pending_move=State.RELEASED, broken=True, retiring=True, prefetch=True), target)
     ask(model)
     assert model.state is TRANSITIONS[state, target]
     assert next_step(model, 1e9, separate=True) is None
 
 
-@pytest.mark.parametrize("fields", [{}, {"asked": State.RELEASED}, {"broken": True}, {"closing": True}])
+@pytest.mark.parametrize("fields", [{}, {"pending_move": State.RELEASED}, {"broken": True}, {"retiring": True}])
 def test_a_model_in_use_is_left_alone(fields: dict) -> None:
     busy = hold(managed(State.DEVICE, **fields))
     ask(busy)
@@ -153,10 +153,10 @@ def test_what_was_asked_for_and_is_there_already_does_not_stop_the_ladder() -> N
 
 
 def test_a_model_that_closes_is_released_and_serves_nobody() -> None:
-    model = managed(State.DEVICE, closing=True)
+    model = managed(State.DEVICE, retiring=True)
     ask(model)
     assert next_step(model, 0, separate=True) == Move("m", State.DEVICE, State.RELEASED)
-    assert next_step(managed(State.RELEASED, closing=True, prefetch=True), 0, separate=True) is None
+    assert next_step(managed(State.RELEASED, retiring=True, prefetch=True), 0, separate=True) is None
 
 
 def test_a_broken_engine_leaves_the_device_at_once_and_the_host_when_it_is_called_for() -> None:

@@ -83,6 +83,7 @@ def studio(tmp_path: Path, device: SimulatedDevice, clock: ManualClock) -> Itera
         yield studio
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_a_released_model_comes_back_from_its_snapshot_without_the_loader(studio: Studio) -> None:
     spoken = studio.speak()
     assert studio.manager.release("tts") is True
@@ -97,6 +98,7 @@ def test_a_released_model_comes_back_from_its_snapshot_without_the_loader(studio
     assert studio.status["last_error"] is None
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_the_idle_timeout_releases_into_a_snapshot(studio: Studio) -> None:
     spoken = studio.speak()
     studio.clock.advance(601)
@@ -106,6 +108,7 @@ def test_the_idle_timeout_releases_into_a_snapshot(studio: Studio) -> None:
     assert studio.loads == 1
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_the_move_back_tells_how_much_it_brought(studio: Studio) -> None:
     studio.speak()
     studio.manager.release("tts")
@@ -115,6 +118,7 @@ def test_the_move_back_tells_how_much_it_brought(studio: Studio) -> None:
         assert (studio.status["last_move"]["from"], studio.status["last_move"]["to"]) == ("released", "gpu")
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_what_changed_since_the_load_is_in_the_snapshot(studio: Studio) -> None:
     with studio.manager.lease("tts") as engine:
         engine.embed.weight.data[3, 5] += 1
@@ -130,6 +134,7 @@ def test_what_changed_since_the_load_is_in_the_snapshot(studio: Studio) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "header", "cut", "remove", "folder"])
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_a_bad_snapshot_costs_one_warning_and_a_load(
     studio: Studio, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +162,7 @@ def test_a_bad_snapshot_costs_one_warning_and_a_load(
     assert studio.speak() == spoken
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_a_full_disk_releases_the_normal_way(
     studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +180,7 @@ def test_a_full_disk_releases_the_normal_way(
     assert studio.loads == 2
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_a_card_that_is_full_after_the_snapshot_was_read_leaves_the_model_released(studio: Studio) -> None:
     spoken = studio.speak()
     studio.manager.release("tts")
@@ -191,6 +198,7 @@ def test_a_card_that_is_full_after_the_snapshot_was_read_leaves_the_model_releas
     assert studio.loads == 1
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_after_close_nothing_is_left(tmp_path: Path, device: SimulatedDevice, clock: ManualClock) -> None:
     for last in ("gpu", "cpu", "released"):
         studio = Studio(tmp_path, device, clock, keep_warm=-1 if last == "gpu" else 0)
@@ -209,12 +217,14 @@ def test_after_close_nothing_is_left(tmp_path: Path, device: SimulatedDevice, cl
         threading.Event().wait(0.01)
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_closing_writes_no_snapshot_that_nobody_can_read(studio: Studio) -> None:
     studio.speak()
     studio.manager.close()
     assert list(studio.folder.iterdir()) == []
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_a_release_that_has_no_memory_for_a_snapshot_is_done_without(
     studio: Studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -242,6 +252,7 @@ def test_a_parameter_that_is_given_other_bytes_leaves_the_card_with_them(device:
     assert bytes_of(engine.embed.weight) == before
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_two_models_in_one_folder_do_not_mix(studio: Studio) -> None:
     studio.manager.register("asr", lambda: Voice(1))
     spoken = studio.speak()
@@ -264,6 +275,7 @@ def test_the_folder_is_the_managers_only_way_to_disk(tmp_path: Path, device: Sim
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_a_limit_too_small_for_two_models_costs_a_load_and_nothing_else(
     tmp_path: Path, device: SimulatedDevice, clock: ManualClock
 ) -> None:
@@ -295,6 +307,7 @@ def test_a_released_engine_is_gone_at_once_without_a_garbage_collection_that_wou
 
 
 @pytest.mark.parametrize("snapshots", [False, True])
+@pytest.mark.in_process("snapshots are refused with worker processes")
 def test_what_a_kept_part_makes_while_it_works_outlives_a_release_with_it(
     device: SimulatedDevice, tmp_path: Path, snapshots: bool
 ) -> None:

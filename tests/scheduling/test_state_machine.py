@@ -296,7 +296,7 @@ class Lives(RuleBasedStateMachine):
             assert status["keep_warm_s"] == (-1 if warm_s == math.inf else warm_s)
             assert status["leases"] + status["waiting"] == len(reference.line)
             assert status["pending"] == {None: None, "host": "offload", "released": "release"}[reference.asked]
-            assert managed.health.broken is reference.broken
+            assert managed.faults.broken is reference.broken
             if reference.loads:
                 place = {"released": "nowhere"}.get(reference.place, reference.place)
                 assert self.shops[name].resident.place == place

@@ -169,6 +169,21 @@ class Engine:
     def gradients(self) -> bool:
         return torch.is_grad_enabled()
 
+    def modes(self) -> tuple[Any, ...]:
+        """What torch computes with here, and a result of it."""
+        product = self.model(torch.ones(1, 4))
+        autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        return (
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast,
+            torch.get_autocast_dtype("cpu"), product.dtype, product.requires_grad, torch.ones(1).dtype,
+        )  # fmt: skip
+
+    def stream_of_modes(self) -> Iterator[tuple[Any, ...]]:
+        yield self.modes()
+        with torch.no_grad():
+            yield self.modes()
+            yield self.modes()
+
     def draw(self) -> tuple[float, float, float]:
         import numpy
 

@@ -304,6 +304,12 @@ class TestWhoMayChange:
             assert calls.post("/gpu/release", headers=headers).status_code == 401
         assert "--control-token" in calls.post("/gpu/release").json()["error"]
 
+    def test_the_body_of_others_is_not_read(self, manager: GPUResourceManager) -> None:
+        """FastAPI reads it before it calls anything that could check the permission."""
+        for body in (b"{", b'{"model": 5}'):
+            assert client(manager, ELSEWHERE).post("/gpu/release", content=body).status_code == 401
+            assert client(manager).post("/gpu/release", content=body).status_code == 422
+
     def test_this_machine_needs_none(self, manager: GPUResourceManager) -> None:
         assert client(manager, token="secret").post("/gpu/release").status_code == 200
         for address in ("::1", "::ffff:127.0.0.1"):  # the latter where one socket listens for IPv4 and IPv6

@@ -138,9 +138,9 @@ class TestLimits:
 class TestUnreadable:
     @pytest.fixture
     def refused(self, receive: Conversion, folder: Path, tmp_path: Path) -> Any:
-        def refused(content: bytes) -> None:
+        def refused(content: bytes, reason: str = ".+") -> None:
             (tmp_path / "memo.m4a").write_bytes(content)
-            with pytest.raises(InvalidInput, match=r"cannot be read \(.+\).*无法读取该录音"):
+            with pytest.raises(InvalidInput, match=rf"cannot be read \({reason}\).*无法读取该录音"):
                 receive.readable(str(tmp_path / "memo.m4a"))
             assert not any(folder.iterdir()), "nothing of it is left"
 
@@ -191,16 +191,27 @@ class TestUnreadable:
         with pytest.raises(InvalidInput, match=r"stopped on the server: try again.*请重试"):
             receive.readable(str(phone_recordings.record(tmp_path / "iphone.m4a")))
 
-    @pytest.mark.parametrize("death", ["os.kill(os.getpid(), signal.SIGSEGV)", "[0 for _ in iter(int, 1)]"])
+    @pytest.mark.parametrize(
+        ("death", "reason"),
+        [
+            ("os.kill(os.getpid(), signal.SIGSEGV)", "the decoder failed on it"),
+            ("[0 for _ in iter(int, 1)]", "the decoder failed on it"),
+            ("bytearray(2 << 30)", "reading it needs too much memory"),
+            ("signal.pause()", "reading it takes too long"),
+        ],
+    )
     def test_a_decoder_that_crashes_or_never_ends(
-        self, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str
+        self, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str, reason: str
     ) -> None:
         (tmp_path / "doomed.py").write_text(
-            f"import os, resource, signal\nresource.setrlimit(resource.RLIMIT_CPU, (1, 6))\n{death}\n"
+            "import os, signal, sys\nfrom residency.web.speech import decode\n"
+            f"sys.argv[-1] = '--cpu=1'\ndecode.decode = lambda *given: {death}\ndecode.main()\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(conversion, "decode", SimpleNamespace(**{**vars(decode), "__name__": "doomed"}))
-        refused(b"anything")
+        if "pause" in death:
+            monkeypatch.setattr(conversion, "_LONGEST_S", 1.0)
+        refused(b"anything", reason)
 
     def test_a_failure_of_the_decoder_itself_is_said_and_logged(
         self, receive: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -57,7 +57,7 @@ def test_a_loader_that_fails_is_left_to_requests(
     workshop.fail_next = OSError("no disk")
     intent.show()
     managed = manager._managed_models["tts"]
-    assert await_that(manager, managed, lambda: managed.health.last_error is not None)
+    assert await_that(manager, managed, lambda: managed.faults.last_error is not None)
     clock.advance(EVERY_S)
     intent.show()
     assert workshop.loads == 1

@@ -296,6 +296,16 @@ class TestPast:
         assert "L540.0 100.0L540.0" in shown
         assert shown.count("data-part='model-0' />") == shown.count("data-part='model-1' />") == 1
 
+    def test_the_picture_has_the_models_on_top_of_each_other(
+        self, manager: GPUResourceManager, clock: ManualClock
+    ) -> None:
+        history = self.used(manager, clock)
+        history["models"]["tts"]["device_bytes"] = [[90.0, 512], [60.0, 0]]
+        history["models"]["asr"] = {"device_bytes": [[75.0, 256], [10.0, 0]], "requests": [], "moves": []}
+        areas = re.findall(r"<path d='([^']+)' data-part='model-\d' />", chart(history, "simulated", en))
+        assert ["L550.0 50.0L550.0 25.0" in area for area in areas] == [True, False], "768 of 1,024 bytes, then 512"
+        assert "data-peak='768'" in chart(history, "simulated", en)
+
     def test_what_others_use_of_the_card_is_drawn_behind_the_models(
         self, manager: GPUResourceManager, clock: ManualClock
     ) -> None:

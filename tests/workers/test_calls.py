@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ def test_tensors_come_back_as_they_are(tts: GPUManagedTTS, value: torch.Tensor) 
     assert answer.dtype is value.dtype
     assert answer.shape == value.shape
     assert torch.equal(answer.to_dense(), value.to_dense())
+
+
+@pytest.mark.parametrize("size", [4, 100_000])
+def test_views_and_storages_come_back_as_they_are(tts: GPUManagedTTS, size: int) -> None:
+    weight = torch.arange(2.0 * size).reshape(2, size)
+    view, storage = tts.echo([memoryview(weight.numpy()), weight.untyped_storage()])
+    assert (view.format, view.shape) == ("f", (2, size))
+    assert numpy.array_equal(view, weight.numpy())
+    assert storage.nbytes() == 8 * size
+    assert torch.equal(torch.empty(0).set_(storage), weight.flatten())
+    bytes_view = tts.echo(memoryview(b"ab"))
+    assert bytes_view == b"ab"
+    first, second, other = tts.echo([weight.view(-1), weight.view(-1), weight[0]])
+    assert first.data_ptr() == second.data_ptr() != other.data_ptr()
 
 
 def test_a_large_result_can_be_changed(tts: GPUManagedTTS) -> None:
@@ -263,6 +278,61 @@ def test_an_engine_is_built_with_this_processs_settings(
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision(precision)
     assert made == ("1", str(tmp_path), str(tmp_path), 3, torch.float64, "medium")
+
+
+def test_changes_in_place_change_a_copy_and_assignments_the_engine(tts: GPUManagedTTS) -> None:
+    with tts.lease() as engine:
+        engine.closed.append("lost")
+        assert engine.closed == []
+        engine.closed += ["kept"]
+        engine.volume += 1
+        engine.caches.scale = 3.0
+        engine.options = {"speed": 1}
+        engine.options["speed"] = 2
+        assert (engine.closed, engine.volume, engine.caches.scale) == (["kept"], 2.0, 3.0)
+        assert engine.options == {"speed": 1}
+        engine.options |= {"speed": 2}
+        assert engine.options == {"speed": 2}
+        with pytest.raises(TypeError, match="item assignment"):
+            engine.caches["scale"] = 1.0
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "none": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast without gradients": lambda: combined(torch.no_grad(), torch.autocast("cpu", torch.float16)),
+    "gradients again": lambda: combined(torch.no_grad(), torch.enable_grad()),
+    "inference_mode with gradients": lambda: combined(torch.inference_mode(), torch.enable_grad()),
+    "normal tensors again": lambda: combined(torch.inference_mode(), torch.inference_mode(False)),
+}
+
+
+def combined(*contexts: AbstractContextManager[Any]) -> ExitStack:
+    stack = ExitStack()
+    for context in contexts:
+        stack.enter_context(context)
+    return stack
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_call_computes_with_its_callers_settings_of_torch(tts: GPUManagedTTS, settings: str) -> None:
+    here = Engine()
+    with SETTINGS[settings]():
+        assert tts.modes() == here.modes()
+        assert list(tts.stream_of_modes()) == list(here.stream_of_modes())
+    assert tts.modes() == here.modes()
+
+
+def test_a_call_uses_the_default_type_of_its_time(tts: GPUManagedTTS) -> None:
+    tts.pid()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert tts.apply(lambda _: torch.ones(1).dtype, None) == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tts.apply(lambda _: torch.ones(1).dtype, None) == torch.float32
 
 
 def test_moves_that_were_registered_here_are_used_there(

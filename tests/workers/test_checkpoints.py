@@ -19,10 +19,10 @@ import pynvml
 import pytest
 
 from residency.contracts import ProcessCheckpoints
+from residency.devices import checkpoint_transitions as transitions
+from residency.devices.checkpoint_transitions import ROWS, Remedy, Row
 from residency.errors import CheckpointFailed
 from residency.observability.error_classification import is_out_of_device_memory, may_be_device_loss
-from residency.workers import checkpoint_transitions as transitions
-from residency.workers.checkpoint_transitions import ROWS, Remedy, Row
 from residency.workers.checkpoints import DriverCheckpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -373,6 +373,18 @@ def test_a_helper_that_cannot_start_is_said(driver: Driver, order: dict[str, obj
         checkpoints.checkpoint(driver.pid, TIMEOUT_S)
         assert checkpoints.unavailable() is None, "it starts now"
     checkpoints.close()
+
+
+def test_a_helper_that_has_started_before_is_tried_again(checkpoints: DriverCheckpoints, driver: Driver) -> None:
+    checkpoints.checkpoint(driver.pid, TIMEOUT_S)
+    checkpoints.restore(driver.pid, TIMEOUT_S)
+    (helper,) = driver.helpers()
+    os.kill(helper, signal.SIGKILL)
+    os.waitid(os.P_PID, helper, os.WEXITED | os.WNOWAIT)
+    driver.order("cuInit", die=True)
+    assert fails(checkpoints, "checkpoint", driver.pid).step == "start"
+    assert checkpoints.unavailable() is None
+    checkpoints.checkpoint(driver.pid, TIMEOUT_S)
 
 
 PARENT = """

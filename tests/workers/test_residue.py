@@ -87,7 +87,7 @@ def manager(shared: GPUResourceManager) -> Iterator[GPUResourceManager]:
     yield shared
     checkpoints = checkpoints_of(shared)
     checkpoints.failure.clear()
-    checkpoints.fatal.clear()
+    checkpoints.leaves.clear()
     for name in shared.names():
         shared.unregister(name)
     assert shared.device.memory().process_bytes == 0
@@ -219,7 +219,7 @@ def test_a_worker_that_its_checkpoint_breaks_is_replaced(
     manager.register("tts", Engine, keep_warm=-1)
     speak(manager)
     checkpoints = checkpoints_of(manager)
-    checkpoints.failure[step], checkpoints.fatal[step] = "driver error", left
+    checkpoints.failure[step], checkpoints.leaves[step] = "driver error", left
     with pytest.raises(WorkerDied):
         manager.offload("tts")
     checkpoints.failure.clear()
@@ -236,7 +236,7 @@ def test_a_worker_that_cannot_be_resumed_is_replaced(
     speak(manager)
     manager.offload("tts")
     checkpoints = checkpoints_of(manager)
-    checkpoints.failure[step], checkpoints.fatal[step] = "driver error", "failed"
+    checkpoints.failure[step], checkpoints.leaves[step] = "driver error", "failed"
     with pytest.raises(WorkerDied, match="driver error"):
         speak(manager)
     checkpoints.failure.clear()

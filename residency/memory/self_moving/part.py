@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from ...contracts import Device, SnapshotStore
+from ...contracts import Device
 from ...errors import (
     DeviceOutOfMemory,
     ResidencyError,
@@ -22,6 +22,7 @@ from ...observability.error_classification import in_words, message_of, says_ful
 from ...observability.process_memory import claim, own_bytes, private_bytes, unclaim
 from ...progress import current
 from ...sentences import Sentence
+from ..snapshot import SnapshotFolder
 from .moves import OwnMoves
 from .orphans import end_with_this_process
 from .watch import Watch
@@ -123,10 +124,10 @@ class SelfMovingPart:
                 self.end_management()
         return freed_bytes
 
-    def save(self, store: SnapshotStore, name: str) -> int:
+    def save(self, store: SnapshotFolder, name: str) -> int:
         raise SnapshotUnusable(name, Sentence(f"{self._path} moves itself", f"{self._path} 自行移动"))
 
-    def load(self, store: SnapshotStore, name: str) -> int:
+    def load(self, store: SnapshotFolder, name: str) -> int:
         return 0
 
     def end_management(self) -> None:

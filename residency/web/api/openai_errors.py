@@ -16,6 +16,7 @@ from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored
 
 PARAMETERS: Mapping[str, str] = {
     "recording": "file", "prompt_text": "text", "target_text": "input", "task": "task", "sub_task": "sub_task",
+    "voice": "voice", "voice_name": "name",
 }  # fmt: skip
 """Parameter of a call by `errors.Field`."""
 

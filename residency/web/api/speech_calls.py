@@ -228,7 +228,9 @@ class SpeechCalls:
         """Delete a stored voice. Needs an API key, or the permission for changes."""
         self._check_change(request)
         try:
-            voice = await to_thread.run_sync(self.speaker.voices.remove, request.path_params["name"], limiter=self.readers)
+            voice = await to_thread.run_sync(
+                self.speaker.voices.remove, request.path_params["name"], limiter=self.readers
+            )
         except UnknownVoice as error:
             unknown = refusal(error)
             unknown.status_code = 404

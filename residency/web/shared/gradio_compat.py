@@ -80,7 +80,7 @@ class Blocks(gr.Blocks):
             ) from None
 
 
-def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
+def _refuse_link(file: dict[str, object]) -> dict[str, object]:
     if client_utils.is_http_url_like(file["path"]):
         raise gr.Error(
             localizer()("不接受链接：请上传录音文件", "Upload the recording instead of a link"), print_exception=False

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from .. import static
 
@@ -41,9 +38,3 @@ VOICES = {
         0.58,
     ),
 }
-
-
-def copied(sample: SampleVoice, folder: str | Path) -> str:
-    """Copies a sample into a new folder below ``folder``; returns the path of the copy."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return shutil.copy(FOLDER / sample.file, tempfile.mkdtemp(dir=folder))

@@ -45,6 +45,20 @@ class ShuttingDown(ResidencyError):
         )
 
 
+class EditFailed(ResidencyError):
+    """Error of `SpeechService.clone_and_edit` if only its edit fails; ``clone`` is the file of the clone."""
+
+    def __init__(self, clone: str, error: Exception) -> None:
+        reason = explain(error, has_history=False)
+        super().__init__(
+            f"The clone succeeded and is kept; its edit did not: {reason.en}",
+            f"克隆已完成并保留，但编辑未完成：{reason.zh}",
+            clone,
+            error,
+        )
+        self.clone = clone
+
+
 class SpeechService:
     """Speech requests to an engine; results are paths of 16-bit WAV files. Thread-safe if the engine is.
 
@@ -95,12 +109,31 @@ class SpeechService:
 
     def clone(self, recording: str, prompt_text: str | None, target_text: str | None) -> str:
         """Speaks ``target_text`` in the voice of the recording. Raises `InvalidInput`, and errors of the engine."""
-        prompt = self.checked_text("prompt_text", prompt_text, _NO_PROMPT)
-        target = self.checked_text("target_text", target_text, NO_TARGET)
+        prompt, target = self._checked_clone(recording, prompt_text, target_text)
         with self.engine_at_work() as engine:
-            check(engine, "check_text", target, "target_text")
-            check(engine, "check_audio", recording, "recording")
             return self._write("clone", engine.clone(recording, prompt, target))
+
+    def clone_and_edit(
+        self,
+        recording: str,
+        prompt_text: str | None,
+        target_text: str | None,
+        edit_type: str | None,
+        edit_info: str | None,
+    ) -> tuple[str, str]:
+        """Clones, and edits the result without giving up the model between; returns both files.
+
+        Raises the errors of `clone` and `edit`: `EditFailed` from one of the edit, after the clone.
+        """
+        task, info = self.checked_task(edit_type, edit_info)
+        prompt, target = self._checked_clone(recording, prompt_text, target_text)
+        with self.engine_held() as engine:
+            clone = self._write("clone", engine.clone(recording, prompt, target))
+            try:
+                checkpoint()
+                return clone, self._write(task, engine.edit(clone, target, task, info, target))
+            except Exception as error:
+                raise EditFailed(clone, error) from error
 
     def edit(
         self,
@@ -133,6 +166,17 @@ class SpeechService:
                 "未启用自动转写：启动时请加上 --enable-auto-transcribe",
             )
         return self._recognize
+
+    def _checked_clone(self, recording: str, prompt_text: str | None, target_text: str | None) -> tuple[str, str]:
+        prompt = self.checked_prompt(prompt_text)
+        target = self.checked_text("target_text", target_text, NO_TARGET)
+        check(self.engine, "check_text", target, "target_text")
+        check(self.engine, "check_audio", recording, "recording")
+        return prompt, target
+
+    def checked_prompt(self, text: str | None) -> str:
+        """Returns the words of a recording without spaces at their ends; raises `InvalidInput`."""
+        return self.checked_text("prompt_text", text, _NO_PROMPT)
 
     def checked_task(self, edit_type: str | None, edit_info: str | None) -> tuple[str, str | None]:
         """Returns the task, and its sub-task if it has any; raises `InvalidInput`."""
@@ -182,6 +226,17 @@ class SpeechService:
             raise InvalidInput("No engine is loaded: start the app with app.py", "没有加载引擎：请用 app.py 启动")
         with self._at_work(), self._recordings.reserved(0), self._queue.reserved() if self._queue else nullcontext():
             yield self.engine
+
+    @contextmanager
+    def engine_held(self, keep_warm_s: float | None = None) -> Iterator[Engine]:
+        """Like `engine_at_work`, with one lease for all calls in this block if the engine has a manager.
+
+        ``keep_warm_s``: seconds that the model stays on the device afterwards; None: as configured.
+        """
+        with self.engine_at_work() as engine:
+            managed: Any = engine if hasattr(type(engine), "lease") else None
+            with managed.lease(keep_warm=keep_warm_s) if managed else nullcontext():
+                yield engine
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

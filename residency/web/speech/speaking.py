@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class Speaker:
         with ExitStack() as stack:
             recording = stack.enter_context(self.voices.copied(request.voice, self._service.folder))
             joiner: Joiner | None = None
-            with self._held_engine(request.keep_warm_s) as engine:
+            with self._service.engine_held(request.keep_warm_s) as engine:
                 for sentence in request.sentences:
                     checkpoint()
                     samples, sample_rate = self._say(engine, request, recording, sentence)
@@ -118,14 +118,6 @@ class Speaker:
             assert joiner is not None, "a checked request has a sentence"
             write(encoder.encode(joiner.finish()))
             write(encoder.finish())
-
-    @contextmanager
-    def _held_engine(self, keep_warm_s: float | None) -> Iterator[Engine]:
-        """Yields the engine, with one lease for all sentences if it has a manager."""
-        with self._service.engine_at_work() as engine:
-            managed: Any = engine if hasattr(type(engine), "lease") else None
-            with managed.lease(keep_warm=keep_warm_s) if managed else nullcontext():
-                yield engine
 
     def _say(self, engine: Engine, request: SpeechRequest, recording: str, sentence: str) -> tuple[Any, int]:
         """Returns a sentence as float32 [samples], and Hz."""

@@ -39,9 +39,9 @@ class UnknownVoice(InvalidInput):
         super().__init__(
             f"No voice is called {name!r}: choose one of {', '.join(known)}, or store it with POST /v1/audio/voices",
             f"没有名为 {name!r} 的声音：可用 {'、'.join(known)}，或通过 POST /v1/audio/voices 保存",
+            "voice",
         )
         self._arguments = (name, known)
-        self.param = "voice"
 
 
 class VoiceExists(InvalidInput):
@@ -51,6 +51,7 @@ class VoiceExists(InvalidInput):
         super().__init__(
             f"A voice called {name!r} exists already: choose another name, or delete that voice first",
             f"已有名为 {name!r} 的声音：请换一个名称，或先删除该声音",
+            "voice_name",
         )
         self._arguments = (name,)
 
@@ -175,11 +176,14 @@ class VoiceStore:
             return
         prefix = f"{UNDER_WAY}-voice-"
         with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as workshop:
-            try:
-                copy = shutil.copy(voice.recording, workshop)
-            except FileNotFoundError:
-                raise UnknownVoice(voice.name, tuple(each.name for each in self.all())) from None
-            yield copy
+            yield self.copy(voice, workshop)
+
+    def copy(self, voice: Voice, folder: str | Path) -> str:
+        """Copies the recording into a folder; returns its path. Raises `UnknownVoice` if it was deleted meanwhile."""
+        try:
+            return shutil.copy(voice.recording, str(folder))
+        except FileNotFoundError:
+            raise UnknownVoice(voice.name, tuple(each.name for each in self.all())) from None
 
     def sweep(self) -> None:
         """Deletes what apps that were killed left unfinished. For the start of the app."""
@@ -215,6 +219,7 @@ def _bad_name() -> InvalidInput:
         f"Give the voice a name of 1 to {_LONGEST_NAME} letters, digits, spaces, - _ . and ', that begins with a "
         f"letter or digit",
         f"声音名称需为 1 到 {_LONGEST_NAME} 个字符，可用文字、数字、空格和 - _ . '，并以文字或数字开头",
+        "voice_name",
     )
 
 

@@ -23,5 +23,5 @@
   for (const event of ["online", "pageshow"]) window.addEventListener(event, beat);
   document.addEventListener("visibilitychange", beat);
   // A press may be the first contact with a restarted server.
-  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) beat(); });
+  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit, #clone-edit")) beat(); });
 }

@@ -64,7 +64,7 @@
   window.gpuPanel = {show, showOutcome};
   document.addEventListener("visibilitychange", poll);
   // A new request clears the line about the last press. (A Gradio event would arrive only after the request.)
-  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit")) showOutcome(null); });
+  document.addEventListener("click", event => { if (event.target.closest("#clone, #edit, #clone-edit")) showOutcome(null); });
   setInterval(() => { draw(); poll(); }, 1000);
   setInterval(() => { if (news.moving) poll(); }, 250);
   poll();

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import gradio as gr
 
@@ -30,13 +30,23 @@ class Step:
     result_audio: str
 
 
-SessionState = dict[str, Any]
-"""State of a session: ``history_audio`` is [(file, text)], ``history_messages`` is [`Step`], ``message`` is the
-`messages.Message` of the latest error, empty after success.
+class SessionState(TypedDict):
+    """State of a session: ``history_audio`` is [(file, text)], ``message`` the `Message` of the latest error or empty.
 
-Changed in place, since several requests of a session may run. A new history has new lists, by whose identity a late
-request detects that its history was replaced.
-"""
+    Changed in place, since several requests of a session may run. A new history has new lists, by whose identity a late
+    request detects that its history was replaced.
+    """
+
+    history_audio: list[tuple[str, str | None]]
+    history_messages: list[Step]
+    message: str
+
+
+class ChatMessage(TypedDict):
+    """A message for `gr.Chatbot`; ``content`` is a text or a component."""
+
+    role: Literal["user", "assistant"]
+    content: str | gr.Audio
 
 
 def new_state() -> SessionState:
@@ -61,20 +71,21 @@ class Histories:
         self._recordings = recordings
         self._lock = threading.Lock()
 
-    def append(self, state: SessionState, history: list[Any], step: Step, *, anew: bool = False) -> None:
-        """Appends a result to its history, or starts a new one with it.
+    def append(self, state: SessionState, history: list[Any], *steps: Step, anew: bool = False) -> None:
+        """Appends results to their history, or starts a new one with them.
 
         ``history`` is the ``history_audio`` at the start of the request; raises `Overtaken` if it was replaced.
         """
-        self._recordings.own(session(), step.result_audio)
+        results = [step.result_audio for step in steps]
+        self._recordings.own(session(), *results)
         with self._lock:
             if state["history_audio"] is history:
                 if anew:
                     self._clear(state)
-                state["history_audio"].append((step.result_audio, step.target_text))
-                state["history_messages"].append(step)
+                state["history_audio"] += [(step.result_audio, step.target_text) for step in steps]
+                state["history_messages"] += steps
                 return
-        self._recordings.remove(session(), step.result_audio)
+        self._recordings.remove(session(), *results)
         raise Overtaken
 
     def clear(self, state: SessionState) -> None:
@@ -86,9 +97,9 @@ class Histories:
         state.update(new_state())
 
 
-def as_messages(steps: Iterable[Step], localize: Localize = both) -> list[dict[str, Any]]:
-    """Returns messages for `gr.Chatbot`: for each step, text and player of the input, then of the output."""
-    shown: list[dict[str, Any]] = []
+def as_messages(steps: Iterable[Step], localize: Localize = both) -> list[ChatMessage]:
+    """Returns, for each step, text and player of the input, then of the output."""
+    shown: list[ChatMessage] = []
     colon = mark(":", localize)
     for step in steps:
         task = " · ".join(_names(step, localize))

@@ -19,6 +19,8 @@ CONTROLS: dict[Field, str] = {
     "target_text": "target-text",
     "task": "task",
     "sub_task": "sub-task",
+    "voice": "voice",
+    "voice_name": "voice-name",
 }
 """The page element of each field."""
 
@@ -38,10 +40,15 @@ class Message(str):
     @classmethod
     def of(cls, error: Exception, localize: Localize, field: Field | None = None) -> Message:
         """Returns the message of an error; ``field`` is the default for errors without a field."""
-        sentence = html.escape(translated(explain(error), localize))
-        if isinstance(error, RequestStopped):  # no failure: the user pressed Stop
-            return cls(f"<p role='status'>{sentence}</p>")
-        return cls(f"<p role='alert'>⚠️ {sentence}</p>", getattr(error, "field", None) or field)
+        sentence = translated(explain(error), localize)
+        if isinstance(error, RequestStopped) or isinstance(error.__cause__, RequestStopped):
+            return cls.status(sentence)  # no failure: the user pressed Stop
+        return cls(f"<p role='alert'>⚠️ {html.escape(sentence)}</p>", getattr(error, "field", None) or field)
+
+    @classmethod
+    def status(cls, sentence: str, field: Field | None = None) -> Message:
+        """Returns a message that is no error."""
+        return cls(f"<p role='status'>{html.escape(sentence)}</p>", field)
 
 
 class MessagePlaces:

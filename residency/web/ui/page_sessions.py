@@ -13,7 +13,7 @@ from ..server.heartbeats import LOST
 from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from .chat_history import SessionState, as_messages
-from .messages import MessagePlaces
+from .messages import Message, MessagePlaces
 from .page_requests import PageRequests
 from .waiting import WaitingRequests
 
@@ -81,7 +81,7 @@ class PageSessions:
             if len(self._sessions) > _AT_MOST:
                 del self._sessions[next(iter(self._sessions))]
         if before is None:
-            message = _status(f"⚠️ {localizer()(*LOST)}") if earlier and losable else ""
+            message = Message.status(f"⚠️ {localizer()(*LOST)}") if earlier and losable else ""
             return [identity, state, gr.skip(), *self._places.values(message)]
         if before != name:
             self._recordings.inherit(before, name)
@@ -90,9 +90,5 @@ class PageSessions:
         chat, message = as_messages(state["history_messages"], localize), state["message"]
         if self._requests.latest(state) is not None:
             identity += _RUNNING
-            message = _status(localize("先前的请求仍在进行…", "Your earlier request is still running…"))
+            message = Message.status(localize("先前的请求仍在进行…", "Your earlier request is still running…"))
         return [identity, state, chat, *self._places.values(message)]
-
-
-def _status(sentence: str) -> str:
-    return f"<p role='status'>{sentence}</p>"

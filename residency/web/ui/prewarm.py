@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gradio as gr
 
@@ -39,10 +40,13 @@ class Prewarm:
         self._lock = threading.Lock()
         self._silent_until_s = now()
 
-    def register(self, texts: Sequence[gr.Textbox], recording: gr.Audio, samples: Sequence[gr.Button]) -> None:
-        """Connects the inputs while the page is drawn. `RequestMiddleware` detects the start of an upload."""
+    def register(self, texts: Sequence[gr.Textbox], recording: gr.Audio, choices: Sequence[Any]) -> None:
+        """Connects the inputs while the page is drawn; ``choices`` are the events that choose a voice.
+
+        `RequestMiddleware` detects the start of an upload.
+        """
         button = gr.Button(elem_id="prewarm")  # hidden by CSS, since Gradio does not draw invisible components
-        acts = [recording.start_recording, recording.upload, *(sample.click for sample in samples)]
+        acts = [recording.start_recording, recording.upload, *choices]
         for event in (button.click, *acts):
             event(self.show, queue=False, show_progress="hidden", trigger_mode="once", **PRIVATE)
         for text in texts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import gradio as gr
 
@@ -11,6 +11,14 @@ from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from .messages import Message
+
+
+class Checked(TypedDict):
+    """A checked recording: its path, an error as HTML or empty, and the path of the converted file or empty."""
+
+    given: str
+    message: str
+    playable: str
 
 
 class RecordingCheck:
@@ -36,11 +44,10 @@ class RecordingCheck:
         )
         changed.success(None, [received, recording], [recording, message], js=show, **PRIVATE)
 
-    def receive(self, path: str | None) -> dict[str, Any] | None:
+    def receive(self, path: str | None) -> Checked | None:
         """Checks and converts a recording; returns None without one.
 
-        Returns ``given``, its path; ``message``, the error as HTML, or empty; and ``playable``, the path of the
-        converted file, or empty. The page removes a recording with an error, and shows the error until the next one.
+        The page removes a recording with an error, and shows the error until the next one.
         """
         if not path:
             return None

@@ -21,6 +21,7 @@ from ..shared.gradio_compat import PRIVATE, localizer, session
 from ..speech.recordings import Recordings
 from ..speech.task_names import choices, line
 from .messages import Message
+from .tasks import Tasks, sub_tasks_update
 
 _GONE = (
     "The recording is no longer on the server: upload or record it again, or choose a sample voice",
@@ -39,8 +40,7 @@ class SavedInputs:
         continued: Any,
         texts: Sequence[gr.Textbox],
         recording: gr.Audio,
-        tasks: Sequence[gr.Dropdown],
-        task_line: gr.Markdown,
+        tasks: Tasks,
         history: gr.Chatbot,
         about_recording: gr.HTML,
     ) -> Any:
@@ -50,10 +50,11 @@ class SavedInputs:
         """
         script = partial(static.calling, "saved_inputs.js")
         kept = gr.Textbox(visible=False)
-        inputs: list[Any] = [*texts, recording, *tasks]
+        menus = [tasks.task, tasks.sub_task]
+        inputs: list[Any] = [*texts, recording, *menus]
         hidden: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
         back = continued.then(
-            self.restore, kept, [recording, about_recording, *tasks, task_line], js=script("read()"), **hidden
+            self.restore, kept, [recording, about_recording, *menus, tasks.line], js=script("read()"), **hidden
         )
         back.then(None, list(texts), list(texts), js=script("restoreTexts(...values)"), **PRIVATE)
         kept_from = [*inputs, history]
@@ -74,13 +75,6 @@ class SavedInputs:
             return audio, message, gr.update(choices=names), gr.skip(), gr.skip()
         sub_tasks = sub_tasks_update(self._edit_types, task, sub_task)
         return audio, message, gr.update(choices=names, value=task), sub_tasks, line(task, sub_tasks["value"], localize)
-
-
-def sub_tasks_update(edit_types: Mapping[str, Sequence[str]], task: str, sub_task: str | None = None) -> Any:
-    """Returns an update of the sub-task dropdown for a task; selects ``sub_task`` if valid, otherwise the first."""
-    values = list(edit_types.get(task, []))
-    chosen = sub_task if sub_task in values else next(iter(values), None)
-    return gr.update(choices=choices(values, task, localizer()), value=chosen, interactive=bool(values))
 
 
 def _parsed(kept: str | None) -> tuple[str, str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import gradio as gr
 
@@ -22,6 +22,17 @@ MODEL = "asr"
 
 _READY = ("模型已就绪，正在识别录音", "The model is ready; transcribing the recording")
 _script = partial(static.calling, "recordings.js")
+
+
+class Transcript(TypedDict):
+    """The result for the page.
+
+    ``recordings`` are possible paths of the recording there; ``message`` is the error as HTML, or empty.
+    """
+
+    recordings: list[str]
+    text: str
+    message: str
 
 
 class Transcription:
@@ -66,8 +77,7 @@ class Transcription:
     async def transcribe(self, recording: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
         """Transcribes a recording. Yields the result and the progress line whenever one changes.
 
-        Closing the generator cancels the request. The result has ``recordings``, the possible paths of the recording
-        on the page; ``text``; and ``message``, the error as HTML, or empty.
+        The result is a `Transcript`. Closing the generator cancels the request.
         """
         if not recording:  # nothing to resume after the page was loaded
             yield [gr.skip(), gr.skip()]
@@ -81,8 +91,8 @@ class Transcription:
         finally:
             request.cancellation.cancel()
 
-    def _answer(self, request: PageRequest, recording: str, prompt: str | None) -> dict[str, Any]:
-        result: dict[str, Any] = {"recordings": [], "text": "", "message": ""}
+    def _answer(self, request: PageRequest, recording: str, prompt: str | None) -> Transcript:
+        result: Transcript = {"recordings": [], "text": "", "message": ""}
         try:
             readable = self._speech.incoming.readable(recording)
         except ResidencyError:  # `RecordingCheck` shows the error

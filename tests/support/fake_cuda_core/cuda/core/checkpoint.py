@@ -2,20 +2,29 @@
 
 ``PID.state``: the state. ``CALL.order``: a JSON object, what the next call of that name does instead, in this order:
 ``work`` (as without an order), ``state`` (sets it), ``kill`` (the process), ``hang`` (for ever), ``die`` (kills this
-process), ``error`` (the text). ``log`` has a line for the begin and the end of each call.
+process), ``error`` (the text). ``log`` has a line for the begin and the end of each call. If there is a file ``card``,
+the pickle of a simulated card, the states are those of its books.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import select
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(os.environ["FAKE_CHECKPOINTS"])
+#: Steps on the simulated card, if there is one.
+CARD: Any = None
+if (FOLDER / "card").exists():
+    from residency.devices.simulated_checkpoints import SimulatedCheckpoints
+
+    CARD = SimulatedCheckpoints(pickle.loads((FOLDER / "card").read_bytes()))
 #: The state in which a call is allowed, and the one afterwards.
 MOVES = {
     "lock": ("running", "locked"),
@@ -73,11 +82,21 @@ class Process:
         return self._state()
 
     def _state(self) -> str:
+        if CARD is not None:
+            found: str = CARD.state(self._pid)
+            return found
         file = _state_file(self._pid)
         return file.read_text() if file.exists() else "running"
 
     def _move(self, call: str) -> None:
-        obey(call, self._pid, lambda: self._work(*MOVES[call]))
+        obey(call, self._pid, (lambda: self._on_card(call)) if CARD is not None else lambda: self._work(*MOVES[call]))
+
+    def _on_card(self, call: str) -> None:
+        try:
+            CARD.make(call, self._pid, 60)
+        except Exception as error:
+            full = "CUDA_ERROR_OUT_OF_MEMORY" if error.__cause__ else "CUDA_ERROR_ILLEGAL_STATE"
+            raise CUDAError(f"{full}: {error.args[-1]}") from error
 
     def _work(self, before: str, after: str) -> None:
         if self._state() != before:

@@ -1,18 +1,21 @@
 """The states of a process under the driver's checkpoint calls: what follows each call, as data.
 
-`checkpoints` follows these rows; docs/en/isolation.md shows them (scripts/generate_docs.py).
+`follow` acts on these rows, for the driver and for a simulated card; docs/en/isolation.md shows them
+(scripts/generate_docs.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from ..sentences import Sentence
 
 State = Literal["running", "locked", "checkpointed", "failed", "gone"]
 Operation = Literal["checkpoint", "restore"]
 Call = Literal["lock", "checkpoint", "restore", "unlock"]
+E = TypeVar("E", bound=Exception)
 
 
 class Remedy(Enum):
@@ -91,3 +94,22 @@ ROWS = (
 )
 
 TRANSITIONS = {(row.operation, row.call, row.outcome): row for row in ROWS}
+
+
+def follow(
+    operation: Operation, call: Callable[[Call], object], failed: type[E], state: Callable[[E], State]
+) -> tuple[E, Remedy] | None:
+    """Makes the calls of an operation. Returns None once it is done, else its first failure and the remedy.
+
+    A ``call`` that does not succeed raises ``failed``; then ``state`` returns the state of the process.
+    """
+    first: E | None = None
+    then: Call | Remedy | None = FIRST[operation][1]
+    while then is not None and not isinstance(then, Remedy):
+        outcome: Literal["done"] | State = "done"
+        try:
+            call(then)
+        except failed as error:
+            first, outcome = first or error, state(error)
+        then = TRANSITIONS[operation, then, outcome].then
+    return None if then is None or first is None else (first, then)
