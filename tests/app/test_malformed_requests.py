@@ -191,8 +191,8 @@ class TestCalls:
     def test_a_task_that_the_menu_does_not_have(self, app: RunningApp, language: str, words: str) -> None:
         page = json.loads(ask(app.port, "/config").text)
         menu = next(each["id"] for each in page["components"] if each["props"].get("elem_id") == "task")
-        chosen = next(each["id"] for each in page["dependencies"] if each["inputs"] == [menu])
-        body = call(data=["no such task"], fn_index=chosen)
+        chosen = next(each["id"] for each in page["dependencies"] if each["inputs"][:1] == [menu])
+        body = call(data=["no such task", None], fn_index=chosen)
         answer = ask(app.port, f"{API}/run/predict", JSON, f"Accept-Language: {language}", method="POST", body=body)
         assert words in json.loads(refused(answer, 400))["error"]
 

@@ -70,7 +70,7 @@ def test_the_page_works_there(site: str, new_page: Callable[..., Page], recordin
     expect_state(page, "released")
 
     page.goto(f"{site}docs")
-    sync_api.expect(page.locator("#swagger-ui .title")).to_contain_text("GPU management")
+    sync_api.expect(page.locator("#swagger-ui .title")).to_contain_text("GPU-managed speech")
     assert not [url for url in strays if not url.endswith(("/manifest.json", "/favicon.ico", "/tts"))]
 
 
@@ -106,7 +106,7 @@ def test_a_proxy_that_hides_the_address_is_named_with_what_to_set(
         # Neither scripts nor styles were refused.
         sync_api.expect(page.get_by_label("username")).to_be_visible()
         page.goto(f"{site}tts/docs")
-        sync_api.expect(page.locator("#swagger-ui .title")).to_contain_text("GPU management")
+        sync_api.expect(page.locator("#swagger-ui .title")).to_contain_text("GPU-managed speech")
 
         chinese = new_page(locale="zh-CN")
         chinese.goto(f"{site}tts/")
