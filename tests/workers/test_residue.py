@@ -300,7 +300,7 @@ def test_a_worker_of_which_half_stays_checkpointed_is_ended(monkeypatch: pytest.
 
 def test_checkpoints_need_worker_processes() -> None:
     with pytest.raises(InvalidInput, match="needs --gpu-isolation process"):
-        GPUResourceManager(SimulatedDevice(1 << 30), residue="checkpoint")
+        GPUResourceManager(SimulatedDevice(1 << 30), isolation="none", residue="checkpoint")
 
 
 def test_checkpoints_can_be_required() -> None:
