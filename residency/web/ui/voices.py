@@ -99,7 +99,8 @@ class Voices:
         saved = self._save.click(self.save, [self._name, recording, prompt], changed, **at_once)
         deleted = self._delete.click(self.delete, self._choice, changed, js=confirm, **at_once)
         for done in (saved, deleted):
-            done.then(None, **settled).then(None, **shown)
+            for after in (settled, shown):  # not in a row: in Gradio 5 nothing follows an event without a function
+                done.then(None, **after)
         return list(chosen)
 
     def refresh(self, listed: Sequence[tuple[str, str]] | None) -> tuple[Any, Any]:
