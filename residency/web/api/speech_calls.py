@@ -80,7 +80,7 @@ class SpeechCalls:
             "response_class": Response, "response_model": None, "tags": ["speech"], "methods": ["POST"],
             "route_class_override": OpenAiRoute,
         }  # fmt: skip
-        streamed = {**audio, "text/event-stream": {"schema": {"type": "string"}}}
+        streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
         add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech),
             responses={200: {"content": streamed}, **REFUSALS}, **spoken)  # fmt: skip
         add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit),
