@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -155,10 +156,11 @@ def measure_beside_slow_client(app: RunningApp) -> list[tuple[str, float, float,
     """Compares requests without and beside clients that read a byte per second."""
     times_s: dict[bool, list[float]] = {False: [], True: []}
     for slow in (False, True, False, True):
-        over = threading.Event()
-        readers = [threading.Thread(target=_read_slowly, args=(app.port, over)) for _ in range(8 * slow)]
+        over, begun = threading.Event(), threading.Barrier(8 * slow + 1)
+        readers = [threading.Thread(target=_read_slowly, args=(app.port, begun, over)) for _ in range(8 * slow)]
         for each in readers:
             each.start()
+        begun.wait()
         wait_until(lambda: is_quiet(app))
         times_s[slow] += [speak(app, SENTENCES[0])[0] for _ in range(20)]
         over.set()
@@ -171,11 +173,13 @@ def measure_beside_slow_client(app: RunningApp) -> list[tuple[str, float, float,
     return [("a sentence beside slow clients / alone", ratio, MOST_DELAY, "")]
 
 
-def _read_slowly(port: int, over: threading.Event) -> None:
+def _read_slowly(port: int, begun: threading.Barrier, over: threading.Event) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", port))
         connection.sendall(request(" ".join(SENTENCES * 3)))
+        connection.recv(1)
+        begun.wait()
         while not over.wait(1):
             connection.recv(1)
 
@@ -188,15 +192,13 @@ def measure_drops(app: RunningApp, drops: int, rng: random.Random) -> list[tuple
         files = [path for path in app.tmp_dir.rglob("*") if path.is_file() and not path.name.startswith(".")]
         return process.num_threads(), process.num_fds(), len(files)
 
-    wait_until(lambda: is_quiet(app))
-    before = counted()
+    before = _settled(app, counted)
     log_before = len(app.log)
     seen: dict[str, int] = {}
     with ThreadPoolExecutor(20) as pool:
         for moment in pool.map(lambda seed: _drop(app.port, random.Random(seed)), rng.sample(range(1 << 30), drops)):
             seen[moment] = seen.get(moment, 0) + 1
-    wait_until(lambda: is_quiet(app) and counted()[1:] <= before[1:])
-    after, model = counted(), app.model()
+    after, model = _settled(app, counted), app.model()
     print(f"\n{f'{drops} dropped connections':48}{'number':>12}")
     for moment, number in sorted(seen.items()):
         print(f"{moment:48}{number:12}")
@@ -211,6 +213,15 @@ def measure_drops(app: RunningApp, drops: int, rng: random.Random) -> list[tuple
         ("errors in the log", errors, 0, ""),
         ("a request afterwards fails", not speak(app, SENTENCES[0])[1], 0, ""),
     ]
+
+
+def _settled(app: RunningApp, counted: Callable[[], tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Counts when nothing runs. A request lets the threads end that had no work for 10 s."""
+    wait_until(lambda: is_quiet(app))
+    for _ in range(2):
+        time.sleep(11)
+        speak(app, SENTENCES[0])
+    return counted()
 
 
 def _drop(port: int, rng: random.Random) -> str:

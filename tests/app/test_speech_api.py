@@ -159,6 +159,17 @@ class TestLeaving:
         sender.sendall(head.encode() + body)
         return sender
 
+    def test_in_the_middle_of_the_body(self, app: RunningApp) -> None:
+        app.forget_log()
+        with socket.create_connection(("127.0.0.1", app.port)) as sender:
+            key = f"Authorization: Bearer {KEY}"
+            head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\n{key}\r\nContent-Length: 100\r\n\r\n"
+            sender.sendall(head.encode() + b'{"input": "Good')
+            sender.shutdown(socket.SHUT_WR)
+            sender.recv(1000)
+        assert ask(app.port, "/healthz").status == 200
+        assert "Traceback" not in app.log
+
     @pytest.mark.parametrize(
         "management", [(), ("--enable-gpu-management", "--simulate-gpu", "48GB")], ids=["off", "on"]
     )

@@ -13,84 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from served_tones import Served
 from starlette.testclient import TestClient
 
-from gpu_manager import GPUResourceManager, SimulatedDevice
-from residency.errors import InvalidInput
-from residency.scheduling.policies import keep_alive_seconds
-from residency.web.api.control import build
-from residency.web.api.slots import Slots
-from residency.web.api.speech_calls import SpeechCalls
-from residency.web.server.api_keys import ApiKeys
-from residency.web.server.permissions import Permissions
-from residency.web.speech.conversion import Limits
-from residency.web.speech.recordings import Recordings
-from residency.web.speech.service import SpeechService
-from residency.web.speech.speaking import Speaker
-from residency.web.speech.voices import VoiceStore
-from tts_gpu_managed import GPUManagedTTS
-
-HERE, ELSEWHERE = ("127.0.0.1", 4000), ("192.0.2.7", 4000)
+ELSEWHERE = ("192.0.2.7", 4000)
 THREE = "The first sentence is here. Then the second one follows. At last the third one ends."
-EDITS = {"clone": [], "emotion": ["happy", "sad"], "style": ["whisper"], "speed": ["faster", "more faster"], "vad": []}
-
-
-class Tones:
-    """Speaks a tone for each text, of a length that is the text's; remembers calls."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.error: Exception | None = None
-        self.fails_at = 1
-
-    def clone(self, path: str, prompt_text: str, text: str) -> tuple[Any, int]:
-        self.asked.append(("clone", prompt_text, text))
-        assert soundfile.info(path).frames
-        return self._speak(text)
-
-    def edit(self, path: str, text: str, task: str, info: str | None = None, target: str | None = None) -> Any:
-        self.asked.append(("edit", text, task, info))
-        assert soundfile.info(path).frames
-        return self._speak(text)
-
-    def _speak(self, text: str) -> tuple[Any, int]:
-        if self.error and len(self.asked) >= self.fails_at:
-            raise self.error
-        return np.full((1, 1000 * len(text)), 0.25, np.float32), 24000
-
-
-class Served:
-    """The calls and their parts."""
-
-    def __init__(
-        self, folder: Path, *, recognize: Any = None, keys: Any = (), most: int = 8, limits: Limits | None = None
-    ) -> None:
-        self.tones = Tones()
-        self.manager = GPUResourceManager(SimulatedDevice(1 << 30))
-        engine: Any = GPUManagedTTS(None, manager=self.manager, load=lambda: self.tones, check_text=self._check)
-        self.recordings = Recordings(folder / "recordings")
-        self.service = SpeechService(engine, EDITS, self.recordings, recognize, limits)
-        self.voices = VoiceStore(folder / "voices")
-        permissions = Permissions("t0ken")
-        calls = SpeechCalls(
-            self.service, Speaker(self.service, self.voices), self.recordings, ApiKeys(keys, permissions), "tones",
-            Slots(most), self.manager.watching, keep_alive_seconds,
-        )  # fmt: skip
-        self.app = build(self.manager, permissions, speech=calls)
-
-    @staticmethod
-    def _check(text: str) -> None:
-        if "ж" in text:
-            raise InvalidInput("This engine speaks English", "该引擎只会英文")
-
-    def client(self, address: tuple[str, int] = HERE, **headers: str) -> TestClient:
-        return TestClient(
-            self.app, "http://127.0.0.1:7860", client=address, headers=headers, raise_server_exceptions=False
-        )
-
-    def left(self) -> list[str]:
-        folder = Path(self.recordings.folder)
-        return [str(path) for path in folder.rglob("*")] if folder.exists() else []
 
 
 @pytest.fixture
@@ -251,6 +178,15 @@ class TestBadSpeech:
         refused = served.client().request(method, path)
         assert refused.status_code in (404, 405)
         error(refused)
+
+    def test_the_methods_of_a_path(self, served: Served) -> None:
+        assert served.client().put("/v1/audio/voices").headers["allow"] == "GET, POST"
+
+    def test_events_are_documented(self, served: Served) -> None:
+        spoken = served.client().get("/openapi.json").json()["paths"]["/v1/audio/speech"]["post"]["responses"]["200"]
+        kinds = {speech(served, stream_format=form).headers["content-type"] for form in ("audio", "sse")}
+        assert kinds == {"audio/wav", "text/event-stream"}
+        assert kinds <= set(spoken["content"])
 
     def test_an_engine_that_fails_at_once(self, served: Served) -> None:
         served.tones.error = ValueError("broken")

@@ -22,6 +22,7 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ... import errors
@@ -278,9 +279,13 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 
 async def _no_such_call(request: Request, error: Any) -> JSONResponse:
     reason = f"{request.method} {request.url.path}: {error.detail}. See /docs / 请参阅 /docs"
+    headers = error.headers
+    if error.status_code == 405:  # Starlette names the methods of the first route of this path only
+        found: list[Any] = [each for each in request.app.routes if each.matches(request.scope)[0] == Match.PARTIAL]
+        headers = {"Allow": ", ".join(sorted(set[str]().union(*(each.methods for each in found))))}
     if request.url.path.startswith("/v1/"):
-        return JSONResponse(openai_errors.body(reason, "invalid_request_error"), error.status_code, error.headers)
-    return JSONResponse({"error": reason}, error.status_code, error.headers)
+        return JSONResponse(openai_errors.body(reason, "invalid_request_error"), error.status_code, headers)
+    return JSONResponse({"error": reason}, error.status_code, headers)
 
 
 async def _invalid_query(request: Request, error: Any) -> JSONResponse:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from .openai_errors import refusal
@@ -39,6 +40,8 @@ class OpenAiRoute(APIRoute):
         async def handled(request: Request) -> Response:
             try:
                 return await handle(request)
+            except ClientDisconnect:  # in the middle of the body: nobody gets an answer
+                raise
             except Exception as error:
                 return refusal(error)
 

@@ -78,10 +78,13 @@ class SpeechCalls:
         audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
         spoken: dict[str, Any] = {
             "response_class": Response, "response_model": None, "tags": ["speech"], "methods": ["POST"],
-            "route_class_override": OpenAiRoute, "responses": {200: {"content": audio}, **REFUSALS},
+            "route_class_override": OpenAiRoute,
         }  # fmt: skip
-        add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech), **spoken)
-        add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit), **spoken)
+        streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
+        add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech),
+            responses={200: {"content": streamed}, **REFUSALS}, **spoken)  # fmt: skip
+        add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit),
+            responses={200: {"content": audio}, **REFUSALS}, **spoken)  # fmt: skip
         posting: dict[str, Any] = {"methods": ["POST"], **shared}
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, tags=["speech"],
             openapi_extra=form_body(Transcription), **posting)  # fmt: skip
