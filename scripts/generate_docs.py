@@ -25,7 +25,7 @@ for secret in ("GPU_CONTROL_TOKEN", "GPU_TTS_API_KEY"):  # the default of a flag
 
 from gpu_manager import GPUResourceManager, SimulatedDevice  # noqa: E402
 from residency.devices.checkpoint_transitions import ROWS, Operation, Remedy, Row  # noqa: E402
-from residency.launch import command_line, options, settings, speak  # noqa: E402
+from residency.launch import command_line, infer, options, settings, speak  # noqa: E402
 from residency.web.api import openai_schema  # noqa: E402
 from residency.web.api.control import build  # noqa: E402
 from residency.web.api.slots import Slots  # noqa: E402
@@ -170,6 +170,7 @@ def tables() -> dict[str, tuple[list[str], list[tuple[str, Rows]]]]:
         "launch-settings": (["Flag", "Variable", "Meaning"], [("", launch)]),
         "shell-flags": (flag, flags(command_line._parser())),
         "speak-flags": (flag, flags(speak._parser())),
+        "infer-flags": (flag, flags(infer._parser())),
         "calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(paths))]),
         "speech-calls": (["Call", "Body", "Status codes", "Meaning"], [("", calls(speech))]),
         "speech-fields": (field, [("", list(_rows(fields, fields["$defs"], "")))]),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..errors import UnknownModel
 from ..sentences import holder_of, in_locale, remarks
 from ..units import readable_bytes
-from . import speak
+from . import infer, speak
 from .http_calls import add_secret, add_url, failed, opened, untrusted
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and prints the status; returns 0 if it is done or pending, 1 if refused or unreachable."""
     argv = sys.argv[1:] if argv is None else argv
-    if list(argv[:1]) == ["speak"]:
-        return speak.main(argv[1:])
+    for name, command in (("speak", speak.main), ("infer", infer.main)):
+        if list(argv[:1]) == [name]:
+            return command(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     times = [arguments.keep_warm, arguments.idle_timeout]
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m gpu_manager",
         description="Control a running app.",
-        epilog="python -m gpu_manager speak --help: speak a text",
+        epilog="python -m gpu_manager speak --help: speak a text; infer --help: clone or edit a recording",
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=["status", "offload", "release", "warm", "configure"])

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..sentences import in_locale
 from .http_calls import add_secret, add_url, failed, opened, untrusted
@@ -39,8 +39,18 @@ def main(argv: Sequence[str]) -> int:
             )
         )
     text = sys.stdin.buffer.read().decode(errors="replace") if arguments.text == _STDOUT else arguments.text
+    return saved("speech", _body(arguments, text), output, arguments)
+
+
+def saved(call: str, body: dict[str, Any], output: str, arguments: argparse.Namespace) -> int:
+    """Calls ``/v1/audio/...`` and saves the audio of the answer; returns the exit code, see `main`.
+
+    ``arguments`` has the ``url`` of the app and its ``api_key``.
+    """
     try:
-        answer = opened(_request(arguments, text), arguments.api_key)
+        request = urllib.request.Request(f"{arguments.url.rstrip('/')}/v1/audio/{call}", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        answer = opened(request, arguments.api_key)
         if not answer.headers.get_content_type().startswith(("audio/", "application/octet-stream")):
             raise ValueError("another program answers")
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -73,19 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS, help="default: by the name of the file, else wav")
     add("--speed", type=float, help="0.25 to 4 (default: 1)")
     add("--instructions", help="an emotion, style or speed of the engine, such as happy")
-    add_url(parser)
-    add_secret(parser, "--api-key", os.environ.get("GPU_TTS_API_KEY"), "or GPU_TTS_API_KEY")
+    add_app(parser)
     return parser
 
 
-def _request(arguments: argparse.Namespace, text: str) -> urllib.request.Request:
+def add_app(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the running app: ``--url`` and ``--api-key``."""
+    add_url(parser)
+    add_secret(parser, "--api-key", os.environ.get("GPU_TTS_API_KEY"), "or GPU_TTS_API_KEY")
+
+
+def _body(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     format = arguments.format or _BY_SUFFIX.get(Path(arguments.output or "").suffix.lower(), "wav")
     body = {"input": text, "voice": arguments.voice, "response_format": format}
     optional = {"speed": arguments.speed, "instructions": arguments.instructions}
     body |= {name: value for name, value in optional.items() if value is not None}
-    request = urllib.request.Request(f"{arguments.url.rstrip('/')}/v1/audio/speech", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    return request
+    return body
 
 
 @contextmanager
