@@ -15,15 +15,15 @@ COPY requirements.txt pyproject.toml ./
 COPY scripts/python scripts/package_ranges scripts/install_in_image ./scripts/
 RUN scripts/install_in_image /opt/venv
 ENV PATH=/opt/venv/bin:/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 HEALTH_URL=http://127.0.0.1:7860/healthz \
-    HF_HOME=/hub/huggingface MODELSCOPE_CACHE=/hub/modelscope
+    HF_HOME=/hub/huggingface MODELSCOPE_CACHE=/hub/modelscope GPU_TTS_VOICES_DIR=/voices
 
 COPY *.py ./
 COPY residency ./residency
 RUN python -m compileall -q *.py residency \
     && useradd --uid 10001 --create-home app \
-    && mkdir -p /snapshots /hub \
+    && mkdir -p /snapshots /hub /voices \
     && chown app /snapshots \
-    && chmod 1777 /hub # for a volume, whoever the app runs as
+    && chmod 1777 /hub /voices # for a volume, whoever the app runs as
 
 USER app
 EXPOSE 7860

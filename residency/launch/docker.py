@@ -22,7 +22,7 @@ LABEL = "gpu-managed-tts"
 IMAGE_USER = 10001  # in the Dockerfile
 _FOLDERS = (
     "--tmp-dir", "--asr-model", "--tts-model-id", "--tokenizer-model-id", "--tokenizer-path", "--ssl-certfile",
-    "--ssl-keyfile",
+    "--ssl-keyfile", "--voices-dir",
 )  # fmt: skip
 
 
@@ -124,6 +124,10 @@ def run_command(settings: LaunchSettings, gpu: Gpu, kept_restarts: str, url: str
         options += [("--group-add", str(group)) for group in sorted({os.getegid(), *os.getgroups()})]
     if gpu.index:
         options += [("--gpus", f'"device={gpu.index}"')]
+    if voices := os.environ.get("GPU_TTS_VOICES_DIR"):
+        options += [("--env", f"GPU_TTS_VOICES_DIR={absolute(voices)}")]
+    elif not settings.app_argument("--voices-dir"):
+        options += [("--volume", "gpu-managed-tts-voices:/voices")]  # outlives the container
     if settings.model_path or "--enable-auto-transcribe" in settings.arguments:
         options += [("--volume", "gpu-managed-tts-hub:/hub")]  # downloads outlive the container
     options += [("--volume", f"{path}:{path}{'' if writable else ':ro'}") for path, writable in mounts]
@@ -144,7 +148,7 @@ def _arguments(settings: LaunchSettings) -> Iterator[tuple[str, str, bool]]:
     before = ""
     for word in settings.arguments:
         flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
-        before, path, writable = word, absolute(value), flag == "--tmp-dir"
+        before, path, writable = word, absolute(value), flag in ("--tmp-dir", "--voices-dir")
         exists = os.path.isdir(path) or (flag.startswith("--ssl-") and os.path.isfile(path))  # else a hub id
         if flag in _FOLDERS and flag != word and (exists or writable):
             yield f"{flag}={path}" if equals else path, path, writable
@@ -158,7 +162,8 @@ def _mounts(settings: LaunchSettings) -> Iterator[tuple[str, bool]]:
     beside = Path(model_path).parent / "Step-Audio-Tokenizer"  # where checkouts of 2026 look for it
     tokenizer = str(beside) if model_path and beside.is_dir() else ""
     read_only = [(path, False) for path in (model_path, tokenizer, settings.step_audio_root)]
-    mounts = [*read_only, (settings.gpu_snapshot_dir, True)]
+    voices = os.environ.get("GPU_TTS_VOICES_DIR")
+    mounts = [*read_only, (settings.gpu_snapshot_dir, True), (absolute(voices) if voices else "", True)]
     for path, writable in (*mounts, *((path, writable) for _, path, writable in _arguments(settings))):
         if path:
             _check_inside(path, writable)

@@ -17,9 +17,10 @@ from .terminal import choose, fail
 THIS_PROJECT = str(Path(__file__).absolute().parents[2])
 """Folder of this program."""
 ACTIONS = ("start", "stop", "restart", "status", "logs")
-OF_APP = ("GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS")
+OF_APP = ("GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS",
+          "GPU_TTS_API_KEYS", "GPU_TTS_CORS_ORIGINS")  # fmt: skip
 """Variables of app.py; also passed to a container."""
-PUBLIC = (*OF_APP, "CUDA_VISIBLE_DEVICES", "TORCH_INDEX_URL")
+PUBLIC = (*OF_APP, "GPU_TTS_VOICES_DIR", "CUDA_VISIBLE_DEVICES", "TORCH_INDEX_URL")
 """Variables without a prefix: also those of CUDA and of the installation."""
 LAST_START = "last start"
 _ALIASES = {"SERVER_NAME": "HOST", "SERVER_PORT": "PORT"}  # names in app.py

@@ -116,10 +116,12 @@ def test_its_rights_are_as_few_as_can_be(machine: Machine, tmp_path: Path) -> No
     assert value_of("--cap-drop", run) == "ALL"
     assert value_of("--security-opt", run) == "no-new-privileges"
     assert pairs("--volume", run) == [
+        "gpu-managed-tts-voices:/voices",
         "gpu-managed-tts-hub:/hub", f"{models}:{models}:ro", f"{checkout}:{checkout}:ro", f"{snapshots}:{snapshots}",
     ]  # fmt: skip
     assert snapshots.is_dir()
     passed_on = {"GPU_CONTROL_TOKEN", "GRADIO_AUTH", "GPU_TTS_ROOT_PATH", "GRADIO_ROOT_PATH", "GPU_TTS_ALLOWED_HOSTS"}
+    passed_on |= {"GPU_TTS_API_KEYS", "GPU_TTS_CORS_ORIGINS"}
     assert passed_on < set(pairs("--env", run))
     assert not any("secret" in word for word in run), "a secret is not for the list of processes"
     if os.geteuid():
@@ -136,7 +138,19 @@ def test_a_tokenizer_beside_the_model_is_mounted_too(machine: Machine, tmp_path:
     machine.start("--replace", MODEL_PATH=f"{model}/")
     mounted = pairs("--volume", machine.calls("run")[-1])
     assert f"{tokenizer}:{tokenizer}:ro" in mounted
-    assert len(mounted) == 3
+    assert len(mounted) == 4
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_voices_are_kept_where_the_user_says(machine: Machine, tmp_path: Path, by_flag: bool) -> None:
+    voices = tmp_path / "voices"
+    if by_flag:
+        machine.start("--voices-dir", str(voices))
+    else:
+        machine.start(GPU_TTS_VOICES_DIR=str(voices))
+        assert f"GPU_TTS_VOICES_DIR={voices}" in pairs("--env", machine.calls("run")[-1])
+    assert pairs("--volume", machine.calls("run")[-1]) == [f"{voices}:{voices}"]
+    assert voices.is_dir()
 
 
 def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: Machine, tmp_path: Path) -> None:
@@ -146,6 +160,7 @@ def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: 
         *("--tmp-dir", str(recordings), "--enable-auto-transcribe", "--asr-model=whisper", "--tts-model-id", "an/id")
     )
     assert pairs("--volume", machine.calls("run")[-1]) == [
+        "gpu-managed-tts-voices:/voices",
         "gpu-managed-tts-hub:/hub", f"{recordings}:{recordings}", f"{whisper}:{whisper}:ro",
     ]  # fmt: skip
     assert recordings.is_dir()
@@ -159,9 +174,9 @@ def test_the_tokenizer_of_the_newer_engine_is_beside_the_model_or_named(machine:
     for folder in (model, tokenizer, mine):
         folder.mkdir()
     machine.start("--tokenizer-path", str(mine), MODEL_PATH=str(model))
-    assert pairs("--volume", machine.calls("run")[-1])[1:] == [f"{each}:{each}:ro" for each in (model, tokenizer, mine)]
+    assert pairs("--volume", machine.calls("run")[-1])[2:] == [f"{each}:{each}:ro" for each in (model, tokenizer, mine)]
     machine.start("--replace", "--tokenizer-path", str(tokenizer), MODEL_PATH=str(model))
-    assert pairs("--volume", machine.calls("run")[-1])[1:] == [f"{each}:{each}:ro" for each in (model, tokenizer)]
+    assert pairs("--volume", machine.calls("run")[-1])[2:] == [f"{each}:{each}:ro" for each in (model, tokenizer)]
 
 
 def test_a_folder_that_cannot_be_is_met_before_a_container_is_replaced(machine: Machine, tmp_path: Path) -> None:

@@ -97,6 +97,23 @@ def test_what_a_hub_sends_outlives_the_container() -> None:
     assert set(re.findall(r"(\w+)=/hub/", DOCKERFILE)) == {"HF_HOME", "MODELSCOPE_CACHE"}
 
 
+def test_stored_voices_outlive_the_container() -> None:
+    made = COMPOSE["services"]["cpu"]
+    assert made["environment"]["GPU_TTS_VOICES_DIR"] == "/voices"
+    assert "${GPU_TTS_VOICES_DIR:-voices}:/voices" in made["volumes"]
+    assert "GPU_TTS_VOICES_DIR=/voices" in DOCKERFILE
+
+
+def test_clients_in_compose_ask_the_app_with_its_key() -> None:
+    app, webui, wyoming = (COMPOSE["services"][name] for name in ("cpu", "open-webui", "home-assistant"))
+    key = "${GPU_TTS_API_KEYS:-none}"
+    assert app["environment"]["GPU_TTS_API_KEYS"] == "${GPU_TTS_API_KEYS:-}"
+    assert webui["environment"]["AUDIO_TTS_OPENAI_API_KEY"] == wyoming["environment"]["TTS_OPENAI_KEY"] == key
+    url = webui["environment"]["AUDIO_TTS_OPENAI_API_BASE_URL"]
+    assert url == wyoming["environment"]["TTS_OPENAI_URL"] == "http://127.0.0.1:${GPU_TTS_PORT:-${PORT:-7860}}/v1"
+    assert webui["network_mode"] == wyoming["network_mode"] == app["network_mode"]
+
+
 @pytest.mark.parametrize("service", ["cpu", "gpu"])
 def test_compose_gives_as_few_rights_as_the_script_does(service: str) -> None:
     made = COMPOSE["services"][service]
@@ -114,7 +131,7 @@ def test_the_unit_and_compose_bound_what_the_app_may_take() -> None:
     assert unit["SystemCallErrorNumber"] == "EPERM", "an end by signal would say nothing"
     assert {"MemoryMax", "UMask", "RestrictAddressFamilies"} <= unit.keys()
     assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "MemoryDenyWriteExecute"} & unit.keys(), "no GPU then"
-    for service in COMPOSE["services"].values():
+    for service in (COMPOSE["services"][name] for name in ("cpu", "gpu")):
         assert str(service["pids_limit"]) == unit["TasksMax"]
         nofile = service["ulimits"]["nofile"]
         assert f"{nofile['soft']}:{nofile['hard']}" == unit["LimitNOFILE"]
