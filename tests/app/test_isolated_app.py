@@ -24,8 +24,9 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
 
 
 def workers(app: RunningApp) -> list[int]:
-    """The processes below the fork server, the app's only child."""
-    return [each.pid for server in psutil.Process(app.process.pid).children() for each in server.children()]
+    """The processes below the fork server, the app's only child, without the one that watches for orphans."""
+    servers = psutil.Process(app.process.pid).children()
+    return [each.pid for server in servers for each in server.children() if each.name() != "gpu-guard"]
 
 
 def speaks(app: RunningApp, recording: str) -> bool:
