@@ -223,9 +223,12 @@ def _exists(name: str) -> bool:
 
 
 def kind_of(process: psutil.Process) -> str:
-    if any("checkpoint_helper" in argument for argument in process.cmdline()):
-        return "helper"
-    name = process.name()
+    try:
+        if any("checkpoint_helper" in argument for argument in process.cmdline()):
+            return "helper"
+        name = process.name()
+    except psutil.Error:  # it has ended
+        return "other"
     return name.removeprefix("gpu-").partition(":")[0] if name.startswith("gpu-") else "other"
 
 

@@ -62,23 +62,44 @@ class TestOpenAisClient:
         assert "wait;dur=" in answer.headers["server-timing"]
 
     def test_a_conversation_prefetched_in_parallel_is_answered_in_order(self, app: RunningApp) -> None:
-        async def converse() -> list[bytes]:
+        answered: list[str] = []
+        lengths: dict[str, int] = {}
+
+        async def converse(*texts: str) -> None:
             async with openai.AsyncOpenAI(base_url=f"{app.url}/v1", api_key=KEY, max_retries=0) as client:
 
-                async def say(text: str) -> bytes:
-                    spoken = await client.audio.speech.create(
+                async def say(text: str) -> None:
+                    asked = client.audio.speech.with_streaming_response.create(
                         model="tts-1", voice="high", input=text, response_format="pcm"
                     )
-                    return await spoken.aread()
+                    async with asked as spoken:
+                        lengths[text] = sum([len(piece) async for piece in spoken.iter_bytes()])
+                    answered.append(text)
 
-                return list(
-                    await asyncio.gather(
-                        *map(say, ("Yes, of course I do.", "No.", "Let me think about it for a while."))
-                    )
-                )
+                requests = []
+                for text in texts:
+                    requests.append(asyncio.ensure_future(say(text)))
+                    waiting = len(requests) - 1
+                    await asyncio.to_thread(wait_until, lambda waiting=waiting: is_under_way(waiting))
+                await asyncio.gather(*requests)
 
-        lengths = [len(audio) for audio in asyncio.run(converse())]
-        assert lengths[1] < lengths[0] < lengths[2]
+        def is_under_way(waiting: int) -> bool:
+            model = app.model()
+            return bool(answered) or model["leases"] + model["waiting"] > waiting
+
+        conversation = ("Yes, of course I do, and I always did.", "No.", "Let me think about it for a while.")
+        asyncio.run(converse(*conversation))
+        assert tuple(answered) == conversation
+        assert lengths[conversation[1]] < lengths[conversation[2]]
+
+    def test_events_and_voices(self, client: openai.OpenAI) -> None:
+        with client.audio.speech.with_streaming_response.create(
+            model="tts-1", voice="high", input="Good morning.", stream_format="sse"
+        ) as answer:
+            events = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line]
+        assert [events[0]["type"], events[-1]["type"]] == ["speech.audio.delta", "speech.audio.done"]
+        voices = client.get("/audio/voices", cast_to=dict[str, Any])  # type: ignore[arg-type]
+        assert [voice["id"] for voice in voices["voices"]] == ["high", "low"]
 
     def test_errors_are_its_own(self, app: RunningApp, client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError, match="choose one of") as wrong_voice:
@@ -179,8 +200,7 @@ class TestLeaving:
         with ForkedApp(tmp_path / "tmp", *management, gates=gates) as app:
             close_gate(gates, "speak")
             running = self.speak(app)
-            if management:
-                assert wait_until(lambda: app.model()["leases"] == 1)
+            app.wait_for_line("at the gate: speak")
             waiting = [self.speak(app) for _ in range(3)]
             if management:
                 assert wait_until(lambda: app.model()["waiting"] == 3)

@@ -71,7 +71,7 @@ class TestSpeech:
 
     @pytest.mark.parametrize(
         ("form", "media_type", "begins"),
-        [("wav", "audio/wav", b"RIFF"), ("flac", "audio/flac", b"fLaC"), ("pcm", "audio/pcm", b"\0\x20"[:0])],
+        [("wav", "audio/wav", b"RIFF"), ("flac", "audio/flac", b"fLaC"), ("pcm", "audio/pcm", b"\0\x20" * 100)],
     )
     def test_formats(self, served: Served, form: str, media_type: str, begins: bytes) -> None:
         answer = speech(served, response_format=form)
@@ -139,7 +139,8 @@ class TestBadSpeech:
             ({"voice": {"id": 5}}, 400, "voice", ""),
             ({"voice": None, "ref_audio": "%%%", "ref_text": "x"}, 400, "ref_audio", "base64"),
             ({"voice": None, "ref_audio": "aGVsbG8="}, 400, "ref_text", "missing"),
-            ({"voice": None, "ref_audio": "aGVsbG8=", "ref_text": "x"}, 400, "file", "cannot be read"),
+            ({"voice": None, "ref_audio": "aGVsbG8=", "ref_text": "x"}, 400, "ref_audio", "cannot be read"),
+            ({"voice": None, "ref_audio": "aGVsbG8=", "ref_text": "x" * 5001}, 400, "ref_text", "5001"),
             ({"model": "gpt-5"}, 404, "model", "give one of tones"),
             ({"response_format": "ogg"}, 400, "response_format", "mp3"),
             ({"stream_format": "chunks"}, 400, "stream_format", "sse"),
@@ -210,6 +211,30 @@ class TestBadSpeech:
 
         served.tones.clone = leave  # type: ignore[method-assign]
         assert speech(served).status_code == 500
+
+    def test_a_folder_that_cannot_be_written_takes_no_place_of_other_requests(self, tmp_path: Path) -> None:
+        served = Served(tmp_path, most=1)
+        (tmp_path / "recordings").write_text("not a folder")
+        with served.manager:
+            for _ in range(2):
+                refused = speech(served)
+                assert refused.status_code == 500, "not 429: the place is free again"
+                error(refused)
+
+    @pytest.mark.parametrize("path", ["speech", "voices", "edits"])
+    def test_json_of_very_many_values_is_not_parsed(self, served: Served, path: str) -> None:
+        refused = served.client().post(f"/v1/audio/{path}", content=b'{"input": [' + b"[]," * 100_000 + b"[]]}")
+        assert refused.status_code == 400
+        assert "JSON object" in error(refused)["message"]
+
+    def test_waiting_requests_reserve_no_disk_space(self, tmp_path: Path) -> None:
+        served = Served(tmp_path)
+        served.recordings = served.service._recordings
+        served.recordings._most_bytes = 200_000
+        with served.manager:
+            assert speech(served, input="x " * 100).status_code == 507
+            assert speech(served, input="Short enough.").status_code == 200
+            assert served.recordings._reserved_bytes == 0
 
 
 class TestKeys:
@@ -358,7 +383,7 @@ class TestEdits:
         ("fields", "param"),
         [({"task": "clone"}, "task"), ({"task": "paint"}, "task"), ({"task": "emotion"}, "sub_task"), ({}, "task"),
          ({"task": "emotion", "sub_task": "bored"}, "sub_task"),
-         ({"task": "vad", "response_format": "x"}, "response_format")],
+         ({"task": "vad", "response_format": "x"}, "response_format"), ({"task": "vad", "text": "x" * 5001}, "text")],
     )  # fmt: skip
     def test_bad_tasks(self, served: Served, recording: str, fields: dict[str, str], param: str) -> None:
         with open(recording, "rb") as file:
@@ -384,6 +409,10 @@ class TestTranscriptions:
             data = {"model": "whisper-1", **({"response_format": form} if form else {})}
             assert served.client().post("/v1/audio/transcriptions", data=data, files={"file": file}).text == answer
         assert served.left() == []
+
+    def test_json_is_refused(self, served: Served) -> None:
+        refused = served.client().post("/v1/audio/transcriptions", json={"file": "x"})
+        assert "multipart/form-data" in error(refused)["message"]
 
     def test_formats_with_times_are_refused(self, tmp_path: Path, recording: str) -> None:
         served = Served(tmp_path, recognize=lambda path: "heard")

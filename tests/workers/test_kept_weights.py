@@ -318,7 +318,7 @@ def test_fifty_deaths_leave_nothing(manager: GPUResourceManager, file: str) -> N
         manager.offload("tts")
         kill(manager)
         counts.append({name: len(found) for name, found in held().items()})
-    assert counts[-1] == counts[0]
+    assert all(count <= counts[0][name] for name, count in counts[-1].items()), (counts[0], counts[-1])
 
 
 def test_a_forked_child_holds_no_kept_weights() -> None:

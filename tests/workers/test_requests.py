@@ -179,6 +179,7 @@ def test_an_interrupt_stops_an_engine_with_checkpoints(tts: GPUManagedTTS, gate:
         Path(gate._reached).write_text("1")
         while True:
             checkpoint()
+            threading.Event().wait(0.01)  # computes outside of Python
 
     interrupted(gate)
     with pytest.raises(KeyboardInterrupt):

@@ -29,6 +29,8 @@ MOST_JSON_BYTES = 20 << 20
 """Limit of JSON bodies, which are held in main memory."""
 _FILES = ("file", "audio", "audio_sample", "input_audio", "recording")
 """Names of the field with the recording, in forms of different programs."""
+_MOST_VALUES = 50_000
+"""Limit of commas and brackets in JSON: more than in the longest text. Base64 has none."""
 _MOST_FIELDS = 30
 _MOST_FIELD_BYTES = 1 << 20
 
@@ -41,13 +43,20 @@ async def read_json(request: Request, kind: type[Body], most_bytes: int = MOST_J
         size += len(piece)
         if size > most_bytes:
             raise BodyTooLarge(readable_bytes(most_bytes))
-    try:
-        values = json.loads(b"".join(pieces))
-    except (ValueError, RecursionError):
-        values = None
+    values = await to_thread.run_sync(_parsed, b"".join(pieces))
     if not isinstance(values, dict):
         raise BadRequest(None, "Send a JSON object; /docs lists its fields", "请发送 JSON 对象；字段见 /docs")
     return checked(kind, values)
+
+
+def _parsed(data: bytes) -> Any:
+    """Parses JSON; returns None if it is no JSON, or has so many values that parsing would delay all other requests."""
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > _MOST_VALUES:
+        return None
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
@@ -105,6 +114,11 @@ class Upload:
 async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]:
     """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        if "audio" not in kind.model_fields:
+            raise BadRequest(
+                _FILES[0], "Send a form (multipart/form-data) with the recording as the file 'file'",
+                "请发送表单（multipart/form-data），录音为文件字段 'file'",
+            )  # fmt: skip
         body = await read_json(request, kind)
         return body, await decoded(str(getattr(body, "audio", "")), "audio")
     try:

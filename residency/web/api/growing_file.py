@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 _PIECE_BYTES = 1 << 16
@@ -14,13 +16,16 @@ _PIECE_BYTES = 1 << 16
 class GrowingFile:
     """Bytes from one thread for one coroutine of ``loop``, in a file without a name: nothing is left if the app dies.
 
-    `write` and `end` are called by the thread, all else by the coroutine.
+    The file exists from the first `write` to `close`; ``room`` reserves its disk space for as long. `write` and `end`
+    are called by the thread, `close` by any thread after `end`, all else by the coroutine.
     """
 
-    def __init__(self, folder: str | Path, loop: asyncio.AbstractEventLoop) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        self._loop = loop
+    def __init__(
+        self, folder: str | Path, room: Callable[[], AbstractContextManager[object]], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._folder, self._room, self._loop = Path(folder), room, loop
+        self._open = ExitStack()
+        self._file: io.FileIO | None = None
         self._news = asyncio.Event()
         self._size = self._read = 0
         self._ended = False
@@ -37,10 +42,17 @@ class GrowingFile:
         return self._ended and self._error is None
 
     def write(self, data: bytes) -> None:
-        """Appends bytes; raises OSError if the disk is full."""
+        """Appends bytes; raises OSError if the disk is full, and what ``room`` raises."""
+        if not data:
+            return
+        if self._file is None:
+            self._open.enter_context(self._room())
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+            self._file = self._open.enter_context(file)
         rest = memoryview(data)
         while rest:
-            rest = rest[self._file.write(rest) :]
+            rest = rest[self._file.write(rest) or 0 :]
         self._size += len(data)
         self._notify()
 
@@ -63,7 +75,7 @@ class GrowingFile:
         while True:
             self._news.clear()
             ended = self._ended
-            while self._read < self._size:
+            while self._file and self._read < self._size:
                 piece = os.pread(self._file.fileno(), min(_PIECE_BYTES, self._size - self._read), self._read)
                 self._read += len(piece)
                 yield piece
@@ -74,8 +86,8 @@ class GrowingFile:
             raise self._error
 
     def close(self) -> None:
-        """Deletes the file. After this, `write` raises ValueError."""
-        self._file.close()
+        """Deletes the file. May wait for a lock and the disk: not for the event loop."""
+        self._open.close()
 
     def _notify(self) -> None:
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -28,6 +29,19 @@ class BadRequest(errors.InvalidInput):
         super().__init__(en, zh)
         self._arguments = (param, en, zh)
         self.param = param
+
+
+@contextmanager
+def naming(**params: str) -> Iterator[None]:
+    """Gives an `InvalidInput` raised in this block the call's own parameter, by its `errors.Field`."""
+    try:
+        yield
+    except BadRequest:
+        raise
+    except errors.InvalidInput as error:
+        if error.field in params and not hasattr(error, "param"):
+            raise BadRequest(params[error.field], error.en, error.zh) from error
+        raise
 
 
 class UnknownSpeechModel(BadRequest):

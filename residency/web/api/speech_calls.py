@@ -21,10 +21,10 @@ from ..server.api_keys import ApiKeys
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
-from ..speech.speaking import Speaker
+from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
 from .bodies import Upload, decoded, read_json, read_upload
-from .openai_errors import BadRequest, UnknownSpeechModel, WrongKey, refusal
+from .openai_errors import BadRequest, UnknownSpeechModel, WrongKey, naming, refusal
 from .openai_route import REFUSALS, OpenAiRoute, form_body, form_or_json_body, json_body
 from .openai_schema import (
     DeletedVoice,
@@ -109,38 +109,42 @@ class SpeechCalls:
         The header `Server-Timing` says how long the request waited for the model, and why.
         """
         self._check_key(request)
-        body = await read_json(request, Speech)
-        self._check_model(body.model, (self.model, *OF_OPENAI))
-        keep_warm_s = self._keep_warm(request, body.keep_alive)
         with ExitStack() as held:
-            voice = await self._voice(body, held)
-            asked = await to_thread.run_sync(
-                self.speaker.checked, body.input, voice, body.response_format, body.speed, body.instructions,
-                keep_warm_s, limiter=self.readers,
+            held.enter_context(self.slots.taken())
+            body = await read_json(request, Speech)
+            self._check_model(body.model, (self.model, *OF_OPENAI))
+            keep_warm_s = self._keep_warm(request, body.keep_alive)
+            ask = partial(
+                self.speaker.checked, body.input, format=body.response_format, speed=body.speed,
+                instructions=body.instructions, keep_warm_s=keep_warm_s,
             )  # fmt: skip
-            edit = "/".join(map(str, asked.edit)) if asked.edit else "none"
+            if body.ref_audio is None:
+                with naming(recording="voice"):
+                    asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
+                work: Work = partial(self.speaker.speak, asked)
+            else:
+                self._words("ref_text", body.ref_text)
+                upload = await decoded(body.ref_audio, "ref_audio")
+                work = partial(self._speak_with, ask, upload, body.ref_text)
+            edit = self.speaker.named_edit(body.instructions)
             return self._streamed(
-                partial(self.speaker.speak, asked), MEDIA_TYPES[asked.format], held.pop_all(), asked.most_bytes,
-                headers={"x-edit": edit} if body.instructions else {}, sse=body.stream_format == "sse",
+                work, MEDIA_TYPES[body.response_format], held.pop_all(),
+                most_bytes(body.input, body.response_format, body.speed), sse=body.stream_format == "sse",
+                headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
             )  # fmt: skip
 
-    async def _voice(self, body: Speech, held: ExitStack) -> str | Voice:
-        """Returns the name of a voice, or the voice of a request's own recording, which exists until ``held`` ends."""
-        if body.ref_audio is None:
-            if body.voice is None:
-                raise BadRequest("voice", "voice is missing: send its name", "缺少 voice：请发送声音名称")
-            return body.voice if isinstance(body.voice, str) else body.voice.id
-        text = self._words("ref_text", body.ref_text)
-        upload = await decoded(body.ref_audio, "ref_audio")
-        stored = upload.stored(self.service, self.recordings)
-        recording = await to_thread.run_sync(held.enter_context, stored, limiter=self.readers)
-        with self.slots.taken():
-            text = text or await to_thread.run_sync(self.service.transcribe, recording, limiter=self.threads)
-        return Voice("", text, recording, False, 0)
+    def _speak_with(
+        self, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
+    ) -> None:
+        """Speaks with a recording that the request has brought."""
+        with naming(recording="ref_audio"), upload.stored(self.service, self.recordings) as recording:
+            voice = Voice("", (text or "").strip() or self.service.transcribe(recording), recording, False, 0)
+            self.speaker.speak(ask(voice), write)
 
     def _words(self, param: str, text: str | None) -> str:
         """Returns the words of a recording, empty if the recognizer is to write them; raises `InvalidInput`."""
-        words = self.service.checked_text("prompt_text", text)
+        with naming(prompt_text=param):
+            words = self.service.checked_text("prompt_text", text)
         if not words and not self.service.transcribes:
             raise BadRequest(
                 param, f"{param} is missing: send the words that are said in the recording",
@@ -154,17 +158,19 @@ class SpeechCalls:
         A call of this server, which OpenAI's API does not have. A form has the recording as the file `file`.
         """
         self._check_key(request)
-        body, upload = await read_upload(request, Edit)
         with ExitStack() as held:
+            held.enter_context(self.slots.taken())
+            body, upload = await read_upload(request, Edit)
             held.callback(upload.close)
             if body.task not in self.service.edit_types:
                 self.service.checked_task(None, None)
-            self.service.checked_task(body.task, body.sub_task)
+            with _naming_edits():
+                self.service.checked_edit(body.text, body.task, body.sub_task, body.tagged_text)
             work = partial(self._edit, body, upload)
             return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all())
 
     def _edit(self, body: Edit, upload: Upload, write: Write) -> None:
-        with upload.stored(self.service, self.recordings) as recording:
+        with _naming_edits(), upload.stored(self.service, self.recordings) as recording:
             text = body.text or (self.service.transcribe(recording) if self.service.transcribes else "")
             edited, _ = self.service.edit(recording, text, body.task, body.sub_task, body.tagged_text)
         try:
@@ -181,8 +187,9 @@ class SpeechCalls:
     async def transcriptions(self, request: Request) -> Response:
         """Write the words of a recording, sent as a form with the file `file`. Needs --enable-auto-transcribe."""
         self._check_key(request)
-        body, upload = await read_upload(request, Transcription)
         with ExitStack() as held:
+            held.enter_context(self.slots.taken())
+            body, upload = await read_upload(request, Transcription)
             held.callback(upload.close)
             self._check_model(body.model, OF_OPENAI_TRANSCRIBE)
             if body.response_format not in ("json", "text"):
@@ -207,25 +214,24 @@ class SpeechCalls:
         voices = await to_thread.run_sync(self.speaker.voices.all, limiter=self.readers)
         return JSONResponse({"voices": [_facts(voice).model_dump() for voice in voices]})
 
-    async def add_voice(self, request: Request) -> JSONResponse:
+    async def add_voice(self, request: Request) -> Response:
         """Store a voice: a recording (the file `file`, or `audio` in base64), its name, and the words said in it.
 
         Without `text`, the recognizer writes the words, where there is one. Needs an API key, or the permission for
         changes.
         """
         self._check_change(request)
-        body, upload = await read_upload(request, VoiceSample)
         with ExitStack() as held:
+            held.enter_context(self.slots.taken())
+            body, upload = await read_upload(request, VoiceSample)
             held.callback(upload.close)
-            name = checked_name(body.name)
-            text = self._words("text", body.text)
-            with self.slots.taken():
-                voice = await to_thread.run_sync(self._store, name, text, upload, limiter=self.threads)
-        return JSONResponse(_facts(voice).model_dump(), 201)
+            work = partial(self._store, checked_name(body.name), self._words("text", body.text), upload)
+            return self._streamed(work, "application/json", held.pop_all(), status=201)
 
-    def _store(self, name: str, text: str, upload: Upload) -> Voice:
+    def _store(self, name: str, text: str, upload: Upload, write: Write) -> None:
         with upload.stored(self.service, self.recordings) as recording:
-            return self.speaker.voices.add(name, text or self.service.transcribe(recording), recording)
+            voice = self.speaker.voices.add(name, text or self.service.transcribe(recording), recording)
+        write(_facts(voice).model_dump_json().encode())
 
     async def remove_voice(self, request: Request) -> JSONResponse:
         """Delete a stored voice. Needs an API key, or the permission for changes."""
@@ -242,9 +248,9 @@ class SpeechCalls:
 
     def _streamed(
         self, work: Work, media_type: str, held: ExitStack, most_bytes: int = 0,
-        *, headers: dict[str, str] | None = None, sse: bool = False,
+        *, status: int = 200, headers: dict[str, str] | None = None, sse: bool = False,
     ) -> Streamed:  # fmt: skip
-        """Returns the response of ``work``, with disk space for its result. Closes ``held``, now or at its end."""
+        """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``."""
         leases: list[Any] = []
 
         def watched(write: Write) -> None:
@@ -253,15 +259,14 @@ class SpeechCalls:
                 if cancellation := current():
                     cancellation.on_cancel(lease.cancel)
 
-            with self.watching(watch), self.recordings.reserved(most_bytes):
+            with self.watching(watch):
                 work(write)
 
-        with held:
-            held.enter_context(self.slots.taken())
-            return Streamed(
-                watched, media_type, self.service.folder, held.pop_all(), self.threads, headers=headers, sse=sse,
-                server_timing=lambda: _server_timing(leases),
-            )  # fmt: skip
+        room = partial(self.recordings.reserved, most_bytes)
+        return Streamed(
+            watched, media_type, self.service.folder, room, held, self.threads, status=status, headers=headers,
+            sse=sse, server_timing=lambda: _server_timing(leases),
+        )  # fmt: skip
 
     def _check_key(self, request: Request) -> None:
         if not self.keys.may_speak(request):
@@ -287,6 +292,17 @@ class SpeechCalls:
         if not self.keys.may_change(request):
             raise NotAllowed
         return keep_warm_s
+
+
+def _name(body: Speech) -> str:
+    """Returns the name of the voice; raises `BadRequest` without one."""
+    if body.voice is None:
+        raise BadRequest("voice", "voice is missing: send its name", "缺少 voice：请发送声音名称")
+    return body.voice if isinstance(body.voice, str) else body.voice.id
+
+
+def _naming_edits() -> AbstractContextManager[None]:
+    return naming(prompt_text="text", target_text="tagged_text", recording="file")
 
 
 def _server_timing(leases: list[Any]) -> str:

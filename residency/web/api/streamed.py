@@ -7,7 +7,7 @@ import base64
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ class BrokenOff(Exception):
 class Streamed(Response):
     """Runs ``work`` in a thread and streams what it writes; an error before the first byte becomes a `refusal`.
 
-    The thread never waits for the client. ``held`` is closed once the thread has ended. With ``sse`` the bytes are
-    sent as OpenAI's events. ``server_timing`` returns the header of that name, at the first byte.
+    The thread never waits for the client. ``held`` is closed once the thread has ended; ``room`` reserves disk space
+    from the first byte until all are sent. With ``sse`` the bytes are sent as OpenAI's events. ``server_timing``
+    returns the header of that name, at the first byte.
     """
 
     def __init__(
@@ -42,22 +43,24 @@ class Streamed(Response):
         work: Work,
         media_type: str,
         folder: Path,
+        room: Callable[[], AbstractContextManager[object]],
         held: ExitStack,
         threads: CapacityLimiter,
         *,
+        status: int = 200,
         headers: dict[str, str] | None = None,
         sse: bool = False,
         server_timing: Callable[[], str] = str,
     ) -> None:
-        super().__init__()
-        self._work, self._folder, self._held, self._threads = work, folder, held, threads
+        super().__init__(status_code=status)
+        self._work, self._folder, self._room, self._held, self._threads = work, folder, room, held, threads
         self._sse, self._server_timing = sse, server_timing
         self._fields = {"content-type": "text/event-stream" if sse else media_type, "cache-control": "no-store",
                          "x-accel-buffering": "no", **(headers or {})}  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cancellation = Cancellation()
-        output = GrowingFile(self._folder, asyncio.get_running_loop())
+        cancellation, loop = Cancellation(), asyncio.get_running_loop()
+        output = GrowingFile(self._folder, self._room, loop)
         thread = asyncio.ensure_future(
             to_thread.run_sync(self._run, output, cancellation, abandon_on_cancel=True, limiter=self._threads)
         )
@@ -66,8 +69,9 @@ class Streamed(Response):
             await self._send(output, cancellation, scope, receive, send)
         finally:
             watch.cancel()
-            cancellation.cancel()
-            thread.add_done_callback(lambda done: output.close())
+            if not thread.done():
+                loop.run_in_executor(None, cancellation.cancel)  # its callbacks take the manager's lock
+            thread.add_done_callback(lambda done: loop.run_in_executor(None, output.close))
 
     def _run(self, output: GrowingFile, cancellation: Cancellation) -> None:
         """Works, in a thread of its own."""
@@ -95,7 +99,7 @@ class Streamed(Response):
         if output.complete and not self._sse:
             self._fields["content-length"] = str(output.size)
         headers = [(name.encode(), value.encode("latin-1")) for name, value in self._fields.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         try:
             async for piece in _events(output.pieces()) if self._sse else output.pieces():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -110,8 +114,7 @@ class Streamed(Response):
 async def _cancel_on_disconnect(receive: Receive, cancellation: Cancellation) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    # Callbacks take the manager's lock.
-    await to_thread.run_sync(cancellation.cancel)
+    await asyncio.get_running_loop().run_in_executor(None, cancellation.cancel)
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

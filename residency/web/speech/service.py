@@ -28,7 +28,7 @@ from .task_names import choices
 logger = logging.getLogger(__name__)
 
 _NO_PROMPT = Sentence("Prompt Text is empty: write the words of the recording", "提示文本为空：请填写录音中的内容")
-NO_TARGET = Sentence("Target Text is empty: write what should be spoken", "目标文本为空：请填写要合成的内容")
+_NO_TARGET = Sentence("Target Text is empty: write what should be spoken", "目标文本为空：请填写要合成的内容")
 _NO_TAGS = Sentence(
     "Target Text is empty: write the text with tags such as [Laughter]",
     "目标文本为空：请填写带有 [Laughter] 等标签的文本",
@@ -144,13 +144,20 @@ class SpeechService:
         text: str | None,
     ) -> tuple[str, str]:
         """Edits a recording; returns the file and its new text. Raises `InvalidInput`, and errors of the engine."""
+        task, info, spoken, wanted = self.checked_edit(audio_text, edit_type, edit_info, text)
+        with self.engine_at_work() as engine:
+            check(engine, "check_audio", recording, "recording")
+            return self._write(task, engine.edit(recording, spoken, task, info, wanted)), wanted
+
+    def checked_edit(
+        self, audio_text: str | None, edit_type: str | None, edit_info: str | None, text: str | None
+    ) -> tuple[str, str | None, str, str]:
+        """Returns task, sub-task, the words of the recording and those of the result; raises `InvalidInput`."""
         task, info = self.checked_task(edit_type, edit_info)
         spoken = self.checked_text("prompt_text", audio_text)
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
         wanted = self.checked_text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
-        with self.engine_at_work() as engine:
-            check(engine, "check_audio", recording, "recording")
-            return self._write(task, engine.edit(recording, spoken, task, info, wanted)), wanted
+        return task, info, spoken, wanted
 
     def transcribe(self, recording: str) -> str:
         """Returns the transcript of a recording. Raises `InvalidInput`, and errors of the recognizer."""
@@ -169,7 +176,7 @@ class SpeechService:
 
     def _checked_clone(self, recording: str, prompt_text: str | None, target_text: str | None) -> tuple[str, str]:
         prompt = self.checked_prompt(prompt_text)
-        target = self.checked_text("target_text", target_text, NO_TARGET)
+        target = self.checked_text("target_text", target_text, _NO_TARGET)
         check(self.engine, "check_text", target, "target_text")
         check(self.engine, "check_audio", recording, "recording")
         return prompt, target

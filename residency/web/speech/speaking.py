@@ -15,15 +15,19 @@ import soundfile
 from ...cancellation import checkpoint
 from ...contracts import Engine
 from ...errors import InvalidInput
+from ...sentences import Sentence
 from . import task_names
 from .encoding import Encoder, Joiner, check_form
 from .recordings import UNDER_WAY
 from .segments import sentences
-from .service import NO_TARGET, SpeechService, check
+from .service import SpeechService, check
 from .voices import Voice, VoiceStore
 
-_BYTES_PER_CHARACTER = 10_000
-"""Upper estimate of the speech for a character: 0.2 s of 16-bit samples at 24 kHz."""
+_S_PER_CHARACTER = 0.25
+"""Upper estimate for Chinese; English takes a third."""
+_BYTES_PER_S = {"wav": 48_000, "mp3": 16_000, "opus": 9_000, "aac": 13_000}
+"""By format; the others are at most as large as wav."""
+_EMPTY = Sentence("The text is empty: send what should be spoken", "文本为空：请发送要合成的内容")
 _INSTRUCTED = ("emotion", "style", "speed")
 """Tasks that instructions may name."""
 
@@ -44,13 +48,13 @@ class SpeechRequest:
     sentences: tuple[str, ...]
     format: str = "wav"
     speed: float = 1.0
-    edit: tuple[str, str | None] | None = None
+    edit: tuple[str, str] | None = None
     keep_warm_s: float | None = None
 
-    @property
-    def most_bytes(self) -> int:
-        """Upper estimate of the size of its speech."""
-        return round(sum(map(len, self.sentences)) * _BYTES_PER_CHARACTER / self.speed)
+
+def most_bytes(text: str, format: str, speed: float) -> int:
+    """Returns an upper estimate of the size of a text's speech."""
+    return round(len(text) * _S_PER_CHARACTER * _BYTES_PER_S.get(format, _BYTES_PER_S["wav"]) / speed)
 
 
 class Speaker:
@@ -73,7 +77,7 @@ class Speaker:
 
         Raises `InvalidInput` about the first part that is wrong.
         """
-        text = self._service.checked_text("target_text", text, NO_TARGET, self._service.limits.text)
+        text = self._service.checked_text("target_text", text, _EMPTY, self._service.limits.text)
         if not any(map(str.isalnum, text)):
             raise InvalidInput("The text has no words: write some", "文本中没有文字：请填写内容", "target_text")
         check_form(format, speed)
@@ -81,18 +85,21 @@ class Speaker:
         engine = self._service.engine
         check(engine, "check_text", text, "target_text")
         check(engine, "check_audio", found.recording, "recording")
-        edit = task_names.named_in(instructions or "", self._offered())
+        edit = self.named_edit(instructions)
         return SpeechRequest(found, tuple(sentences(text)), format, speed, edit, keep_warm_s)
 
-    def _offered(self) -> dict[str, list[str]]:
+    def named_edit(self, instructions: str | None) -> tuple[str, str] | None:
+        """Returns the task and sub-task that instructions name, if they name exactly one of the engine."""
         types = self._service.edit_types
-        return {task: list(types[task]) for task in _INSTRUCTED if task in types}
+        offered = {task: types[task] for task in _INSTRUCTED if task in types}
+        return task_names.named_in(instructions or "", offered)
 
     def speak(self, request: SpeechRequest, write: Callable[[bytes], object]) -> None:
         """Calls ``write`` with each part of the encoded speech; it must return at once, since the model is held.
 
         Raises `RequestStopped` after a cancellation (see `residency.cancellation`), and errors of engine and manager.
         """
+        self._service.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             recording = stack.enter_context(self.voices.copied(request.voice, self._service.folder))
             joiner: Joiner | None = None

@@ -160,8 +160,10 @@ class VoiceStore:
             folder = Path(voice.recording).parent
             try:
                 doomed = tempfile.mkdtemp(prefix=f"{_HIDDEN}gone-", dir=self._folder)
-                os.rename(folder, doomed)
-                shutil.rmtree(doomed)
+                try:
+                    os.rename(folder, doomed)
+                finally:
+                    shutil.rmtree(doomed, ignore_errors=True)  # the rest of a voice is no voice: see `sweep`
             except FileNotFoundError:  # another app deleted it meanwhile
                 raise UnknownVoice(name, tuple(each.name for each in self.all())) from None
             except OSError as error:
