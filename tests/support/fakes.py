@@ -140,9 +140,17 @@ class Worker(threading.Thread):
         return self._value
 
 
+_OF_THE_RUN = "gpu-worker-server"
+"""Thread of the fork server that tests of a run share."""
+
+
 def running(*names: str) -> list[threading.Thread]:
     """Returns running threads by prefix of name, without those whose start was interrupted."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith(names) and thread.is_alive()]
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith(names) and thread.is_alive() and thread.name != _OF_THE_RUN
+    ]
 
 
 class Client:
