@@ -123,10 +123,11 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
         return body, await decoded(str(getattr(body, "audio", "")), "audio")
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
-    except HTTPException as error:
+    except (HTTPException, ValueError, KeyError) as error:  # the last two: of python-multipart, before Starlette 1
+        reason = getattr(error, "detail", None) or str(error) or type(error).__name__
         raise BadRequest(
-            None, f"The form cannot be read ({error.detail}): send it as multipart/form-data",
-            f"无法读取表单（{error.detail}）：请以 multipart/form-data 发送",
+            None, f"The form cannot be read ({reason}): send it as multipart/form-data",
+            f"无法读取表单（{reason}）：请以 multipart/form-data 发送",
         ) from None  # fmt: skip
     values: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
     file = next((form[name] for name in _FILES if isinstance(form.get(name), UploadFile)), None)
