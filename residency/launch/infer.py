@@ -14,21 +14,17 @@ from pathlib import Path
 
 from ..sentences import in_locale
 from .http_calls import failed
+from .settings import ENGINE_FLAGS, Settings
 from .speak import add_app, saved
 
 _TASKS = ("clone", "emotion", "style", "vad", "denoise", "paralinguistic", "speed")
-_OF_MODEL = (
-    "--model-path", "--model-source", "--tokenizer-model-id", "--tts-model-id", "--quantization", "--torch-dtype",
-    "--device-map", "--tokenizer-path", "--tensor-parallel-size", "--gpu-memory-utilization", "--max-model-len",
-    "--dtype", "--kv-cache-dtype", "--max-num-seqs", "--max-num-batched-tokens", "--cosyvoice-dtype",
-)  # fmt: skip
-_SWITCHES_OF_MODEL = ("--enforce-eager", "--no-cosyvoice-cuda-graph")
+_OF_MODEL = ("model_path", "model_source", "tts_model_id", *ENGINE_FLAGS)
 
 
 def main(argv: Sequence[str]) -> int:
     """Writes the results as WAV files; returns 0 once all are complete, else 1."""
     arguments = _parser().parse_args(argv)
-    ignored = [flag for flag in (*_OF_MODEL, *_SWITCHES_OF_MODEL) if flag in {word.partition("=")[0] for word in argv}]
+    ignored = [flag for flag in _flags_of_model() if flag in {word.partition("=")[0] for word in argv}]
     if ignored:
         names = ", ".join(ignored)
         en, zh = f"No effect, the running app has the model: {names}", f"模型由运行中的应用决定，以下参数无效：{names}"
@@ -85,8 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-edit-iter", type=int, default=1, metavar="N", help="edit the result again, N times in all (default: 1)")
     add("--output-dir", default="./output_dir", metavar="DIR", help="default: %(default)s")
     add_app(parser)
-    for flag in _OF_MODEL:
-        add(flag, help=argparse.SUPPRESS)
-    for flag in _SWITCHES_OF_MODEL:
-        add(flag, action="store_true", help=argparse.SUPPRESS)
+    for flag, is_switch in _flags_of_model().items():
+        add(flag, action="store_true" if is_switch else "store", help=argparse.SUPPRESS)
     return parser
+
+
+def _flags_of_model() -> dict[str, bool]:
+    """Returns the flags of app.py about the model, and whether each takes no value."""
+    defaults = {name: getattr(Settings, name) for name in _OF_MODEL}
+    return {
+        ("--no-" if default is True else "--") + name.replace("_", "-"): isinstance(default, bool)
+        for name, default in defaults.items()
+    }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from fakes import Gate, Workshop
+from local_server import serving
 
 from gpu_manager import GPUResourceManager
 from residency.launch import command_line
@@ -46,12 +46,8 @@ def app(manager: GPUResourceManager) -> Iterator[HTTPServer]:
     server.seen = []
     server.garbage = b""
     server.next_answer = (200, manager.status())
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def run(app: HTTPServer, *arguments: str) -> int:

@@ -14,10 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
+from local_server import serving
 
-from residency.launch import command_line
+from residency.launch import command_line, speak
+from residency.web.api.openai_schema import AudioFormat
+from residency.web.speech.encoding import MEDIA_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEECH = os.urandom(300_000)
@@ -76,12 +80,8 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv("GPU_TTS_API_KEY", raising=False)
     server = Server(("127.0.0.1", 0), Handler)
     server.seen, server.answer = [], speech
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def arguments(app: Server, *more: str) -> list[str]:
@@ -272,3 +272,7 @@ def test_an_app_that_does_not_run_is_said_in_the_language_of_the_locale(
     for url in ("http://127.0.0.1:9", "http://["):
         assert command_line.main(["speak", "Hi", "--voice", "Ada", "-o", "-", "--url", url]) == 1
         assert "没有提供语音接口的应用" in capsys.readouterr().err
+
+
+def test_its_formats_are_those_of_the_app() -> None:
+    assert set(speak.FORMATS) == set(get_args(AudioFormat)) == set(MEDIA_TYPES)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from recordings import write_tone
+
+from app import EditxTab
 
 
 class FakeEngine:
@@ -36,3 +39,13 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def recording(tmp_path: Path) -> str:
     return write_tone(tmp_path / "prompt.wav")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def tab(engine: Any, folder: Path) -> EditxTab:
+    return EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine)

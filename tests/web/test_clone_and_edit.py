@@ -44,16 +44,6 @@ CLONE, EDIT = ("clone", None, "to say"), ("emotion", "happy", "to say")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "results"
-
-
-@pytest.fixture
-def tab(engine: Any, folder: Path) -> EditxTab:
-    return EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine)
-
-
-@pytest.fixture
 def page(tab: EditxTab, recording: str) -> Page:
     return Page(tab, recording)
 

@@ -23,16 +23,6 @@ from residency.web.speech.task_names import STEP_AUDIO_EDIT_TYPES, choices
 from residency.web.ui import guidance
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "results"
-
-
-@pytest.fixture
-def tab(engine: Any, folder: Path) -> EditxTab:
-    return EditxTab(Namespace(tmp_dir=str(folder)), tts_engine=engine)
-
-
 class Session:
     """What one visitor does on the page, with the state that Gradio would keep for them."""
 

@@ -29,11 +29,11 @@ from ... import errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
 from ..server.bodies import client_disconnected
+from ..server.cross_origin import refusal_body
 from ..server.layers import http_layer
 from ..server.permissions import Permissions
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
-from . import openai_errors
 from .event_stream import EventStream, Moves
 from .metrics import CONTENT_TYPE, exposition
 from .schema import Configuration, Health, Refusal, Which
@@ -284,7 +284,7 @@ async def _no_such_call(request: Request, error: Any) -> JSONResponse:
         found: list[Any] = [each for each in request.app.routes if each.matches(request.scope)[0] == Match.PARTIAL]
         headers = {"Allow": ", ".join(sorted(set[str]().union(*(each.methods for each in found))))}
     if request.url.path.startswith("/v1/"):
-        return JSONResponse(openai_errors.body(reason, "invalid_request_error"), error.status_code, headers)
+        return JSONResponse(refusal_body(reason, "invalid_request_error"), error.status_code, headers)
     return JSONResponse({"error": reason}, error.status_code, headers)
 
 

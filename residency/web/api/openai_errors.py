@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from ... import errors
 from ...observability.error_classification import is_out_of_device_memory
+from ..server.cross_origin import refusal_body
 from ..speech.recordings import DiskFull
 from ..speech.service import ShuttingDown, explain
 from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored
@@ -131,12 +132,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         headers["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
         headers["Retry-After"] = str(getattr(error, "retry_s", _RETRY_S))
-    return status, body(message, kind, param, code), headers
-
-
-def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Returns the body of a refusal."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return status, refusal_body(message, kind, param, code), headers
 
 
 def refusal(error: Exception) -> JSONResponse:

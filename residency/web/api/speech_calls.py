@@ -53,7 +53,7 @@ class SpeechCalls:
     Attributes:
         model: name of the engine in ``GET /v1/models``.
         slots: limit of requests that wait or run.
-        watching: the manager's, or that of the queue of an engine without one.
+        watching: calls a function with each lease that a request enters; see `GPUResourceManager.watching`.
         keep_alive: returns the seconds of a ``keep_alive``, which has an effect only with a manager.
     """
 
@@ -114,9 +114,10 @@ class SpeechCalls:
             body = await read_json(request, Speech)
             self._check_model(body.model, (self.model, *OF_OPENAI))
             keep_warm_s = self._keep_warm(request, body.keep_alive)
+            edit = self.speaker.named_edit(body.instructions)
             ask = partial(
-                self.speaker.checked, body.input, format=body.response_format, speed=body.speed,
-                instructions=body.instructions, keep_warm_s=keep_warm_s,
+                self.speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
+                keep_warm_s=keep_warm_s,
             )  # fmt: skip
             if body.ref_audio is None:
                 with naming(recording="voice"):
@@ -126,7 +127,6 @@ class SpeechCalls:
                 self._words("ref_text", body.ref_text)
                 upload = await decoded(body.ref_audio, "ref_audio")
                 work = partial(self._speak_with, ask, upload, body.ref_text)
-            edit = self.speaker.named_edit(body.instructions)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
                 most_bytes(body.input, body.response_format, body.speed), sse=body.stream_format == "sse",

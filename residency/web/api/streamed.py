@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -18,8 +17,6 @@ from starlette.types import Receive, Scope, Send
 from ...cancellation import Cancellation, cancelled_by
 from .growing_file import GrowingFile
 from .openai_errors import described, refusal
-
-logger = logging.getLogger(__name__)
 
 Write = Callable[[bytes], object]
 Work = Callable[[Write], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -20,7 +21,7 @@ _EXPOSED = ("Server-Timing", "X-Edit", "Retry-After")
 def cross_origin(origins: Sequence[str]) -> Callable[[ASGIApp], ASGIApp]:
     """Returns the layer; without ``origins`` browsers get no CORS headers.
 
-    The layers inside refuse requests as plain text, before the API sees them: these become its JSON.
+    Refusals of the inner layers are plain text; this layer converts them to the API's JSON.
     """
 
     def layer(app: ASGIApp) -> ASGIApp:
@@ -43,6 +44,11 @@ def cross_origin(origins: Sequence[str]) -> Callable[[ASGIApp], ASGIApp]:
     return layer
 
 
+def refusal_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Returns the body of a refusal, in the shape of OpenAI's errors."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def _refusals_as_json(app: ASGIApp) -> ASGIApp:
     async def shaped(scope: Scope, receive: Receive, send: Send) -> None:
         begun: Message | None = None
@@ -58,8 +64,7 @@ def _refusals_as_json(app: ASGIApp) -> ASGIApp:
             text += message.get("body", b"")
             if not message.get("more_body", False):
                 kind = "server_error" if begun["status"] >= 500 else "invalid_request_error"
-                error = {"message": text.decode(errors="replace").strip(), "type": kind, "param": None, "code": None}
-                body = json.dumps({"error": error}).encode()
+                body = json.dumps(refusal_body(text.decode(errors="replace").strip(), kind)).encode()
                 headers = MutableHeaders(raw=list(begun["headers"]))
                 headers["content-type"], headers["content-length"] = "application/json", str(len(body))
                 await send({**begun, "headers": headers.raw})

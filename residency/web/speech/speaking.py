@@ -70,12 +70,12 @@ class Speaker:
         voice: str | Voice,
         format: str = "wav",
         speed: float = 1.0,
-        instructions: str | None = None,
+        edit: tuple[str, str] | None = None,
         keep_warm_s: float | None = None,
     ) -> SpeechRequest:
-        """Returns a request; ``voice`` is one, or the name of one. Reads files, loads no model.
+        """Returns a request; ``voice`` is one, or the name of one, ``edit`` from `named_edit`. Loads no model.
 
-        Raises `InvalidInput` about the first part that is wrong.
+        Reads files. Raises `InvalidInput` about the first part that is wrong.
         """
         text = self._service.checked_text("target_text", text, _EMPTY, self._service.limits.text)
         if not any(map(str.isalnum, text)):
@@ -85,7 +85,6 @@ class Speaker:
         engine = self._service.engine
         check(engine, "check_text", text, "target_text")
         check(engine, "check_audio", found.recording, "recording")
-        edit = self.named_edit(instructions)
         return SpeechRequest(found, tuple(sentences(text)), format, speed, edit, keep_warm_s)
 
     def named_edit(self, instructions: str | None) -> tuple[str, str] | None:
