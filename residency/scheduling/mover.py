@@ -42,7 +42,7 @@ class MoveTask:
         made_room: other models left for it.
         spawned, claimed: its thread was started; has begun.
         put_off: it failed, and will be tried again once there is room.
-        reported_s: time of the last progress report to listeners.
+        reported_s, reported_phase: time and phase of the last progress report to listeners.
         pulse: its progress at the last `begins_to_hang`, at ``checked_s``.
     """
 
@@ -62,6 +62,7 @@ class MoveTask:
     put_off: bool = False
     given_up: bool = False
     reported_s: float = -math.inf
+    reported_phase: str = ""
     pulse: object = None
     checked_s: float = 0.0
     device_bytes_before: int = 0

@@ -16,7 +16,7 @@ from .mover import MoveTask
 logger = logging.getLogger("residency.moves")
 
 PROGRESS_EVERY_S = 0.1
-"""Minimum interval of progress reports to listeners."""
+"""Minimum interval of progress reports to listeners within a phase; a new phase is reported at once."""
 
 
 class Notifier:
@@ -28,9 +28,9 @@ class Notifier:
         self.listeners = Subscribers()
 
     def report_progress(self, task: MoveTask) -> None:
-        now_s = self._clock.now()
-        if self.listeners and now_s >= task.reported_s + PROGRESS_EVERY_S:
-            task.reported_s = now_s
+        now_s, phase = self._clock.now(), task.progress.facts[0]
+        if self.listeners and (phase != task.reported_phase or now_s >= task.reported_s + PROGRESS_EVERY_S):
+            task.reported_s, task.reported_phase = now_s, phase
             self.report("progress", task)
 
     def report(self, what: What, task: MoveTask, error: BaseException | None = None) -> None:

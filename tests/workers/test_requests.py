@@ -17,7 +17,7 @@ import pytest
 import torch
 from worker_engines import LINUX, Engine, EngineError, Gate, started
 
-from gpu_manager import GPUResourceManager, SimulatedDevice, State
+from gpu_manager import Event, GPUResourceManager, SimulatedDevice, State
 from residency import progress
 from residency.cancellation import Cancellation, cancelled_by, checkpoint
 from residency.errors import InvalidInput, RequestStopped, WorkerDied
@@ -71,12 +71,20 @@ def test_progress_of_a_load_is_shown(another: Callable[..., GPUManagedTTS], gate
 
 def test_progress_of_moves_is_shown(tts: GPUManagedTTS) -> None:
     shown: list[str] = []
-    unsubscribe = tts.manager.subscribe(lambda event: shown.append(event.phase))
+    delivered = threading.Semaphore(0)
+
+    def listener(event: Event) -> None:
+        shown.append(event.phase)
+        if event.what == "done":
+            delivered.release()
+
+    unsubscribe = tts.manager.subscribe(listener)
     tts.pid()
     tts.force_offload()
     tts.pid()
+    for _move in ("load", "offload", "restore"):
+        assert delivered.acquire(timeout=30)
     unsubscribe()
-    tts.manager.status()
     assert {"building", "copying"} <= set(shown)
 
 
