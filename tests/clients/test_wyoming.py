@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from app_process import ForkedApp, RunningApp, free_port, wait_until
 from fork_server import ROOT
 from gated_engine import close_gate, open_gate
@@ -166,6 +168,18 @@ def test_the_voices_and_the_recognizer_are_offered(port: int) -> None:
     (tts,) = info["tts"]
     assert [voice["name"] for voice in tts["voices"]] == ["high", "low", "Ada"]
     assert [model["name"] for model in info["asr"][0]["models"]] == ["whisper-1"]
+
+
+def test_compose_asks_it_for_its_health(port: int) -> None:
+    compose: Any = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    _, _, *command = compose["services"]["home-assistant"]["healthcheck"]["test"]
+    exit_codes = [
+        subprocess.run(
+            [sys.executable, *(part.replace("10300", str(asked)) for part in command)], check=False
+        ).returncode
+        for asked in (port, free_port())
+    ]
+    assert exit_codes == [0, 1]
 
 
 @pytest.mark.parametrize("voice", ["high", "Ada"])

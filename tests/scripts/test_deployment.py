@@ -114,6 +114,18 @@ def test_clients_in_compose_ask_the_app_with_its_key() -> None:
     assert webui["network_mode"] == wyoming["network_mode"] == app["network_mode"]
 
 
+@pytest.mark.parametrize("service", ["open-webui", "home-assistant"])
+def test_clients_in_compose_have_few_rights_and_bounds_and_are_asked_for_their_health(service: str) -> None:
+    app, client = COMPOSE["services"]["cpu"], COMPOSE["services"][service]
+    for name in ("cap_drop", "security_opt", "network_mode", "restart", "init"):
+        assert client[name] == app[name]
+    assert client["pids_limit"] <= app["pids_limit"]
+    assert re.fullmatch(r"\d+[mg]", client["mem_limit"])
+    assert client["healthcheck"]["test"][0] == "CMD"
+    port = {"open-webui": client["environment"].get("PORT"), "home-assistant": "10300"}[service]
+    assert re.search(rf"127\.0\.0\.1\W+{port}\b", client["healthcheck"]["test"][-1])
+
+
 @pytest.mark.parametrize("service", ["cpu", "gpu"])
 def test_compose_gives_as_few_rights_as_the_script_does(service: str) -> None:
     made = COMPOSE["services"][service]
