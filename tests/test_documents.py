@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -148,7 +148,8 @@ class Shell:
             ":7860": f":{self.port}",
             "--port 7861": f"--port {self.other_port}",
             "python test_gpu_management.py": "python -m pytest --collect-only -q test_gpu_management.py",
-            "curl -sN": "timeout 1 curl -sN",  # of events, which do not end
+            "curl -s": "curl -fs",  # an error is a failure
+            "curl -fsN": "timeout 1 curl -fsN",  # of events, which do not end
         }.items():
             command = command.replace(written, here)
         if "-m gpu_manager" in command:
@@ -182,10 +183,6 @@ class Shell:
         assert process.returncode == 0, said + rest
         return said
 
-    def needs_an_app(self, commands: list[str]) -> bool:
-        """Whether the first command asks an app that some chapter before has started."""
-        return "curl" in commands[0] or "-m gpu_manager" in commands[0]
-
     def close(self) -> None:
         for port in (self.port, self.other_port):
             self.run(f"./start_with_gpu_management.sh stop --port {port}")
@@ -197,16 +194,22 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
-    shell = Shell(tmp_path)
-    yield shell
-    shell.close()
+    with closing(Shell(tmp_path)) as shell:
+        yield shell
+
+
+@pytest.fixture(scope="module")
+def shell_with_an_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    with closing(Shell(tmp_path_factory.mktemp("shell"))) as shell:
+        shell.type("./start_with_gpu_management.sh --detach --simulate-gpu 48GB")
+        yield shell
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs this project's packages in a virtual environment")
 @pytest.mark.parametrize("commands", CHAPTERS.values(), ids=CHAPTERS)
-def test_what_is_written_can_be_typed(shell: Shell, commands: list[str]) -> None:
-    if shell.needs_an_app(commands):
-        shell.type("./start_with_gpu_management.sh --detach --simulate-gpu 48GB")
+def test_what_is_written_can_be_typed(request: pytest.FixtureRequest, commands: list[str]) -> None:
+    asks_an_app = "curl" in commands[0] or "-m gpu_manager" in commands[0]
+    shell: Shell = request.getfixturevalue("shell_with_an_app" if asks_an_app else "shell")
     for command in commands:
         shell.type(command)
 
