@@ -189,6 +189,7 @@ def _engine(settings: Settings) -> _Chosen:
     with needing("step-audio"):
         from residency.engines import step_audio
         from residency.engines.step_audio_facts import TARGET_CHARACTERS
+        from residency.engines.text import spoken_by_step_audio
 
     model_path = str(settings.model_path)
     options: dict[str, Any] = {
@@ -209,6 +210,7 @@ def _engine(settings: Settings) -> _Chosen:
             "more_tags": generation.tags,
             "max_target_text": TARGET_CHARACTERS,
         },
+        check_text=spoken_by_step_audio,
         check_audio=step_audio.audio_check(settings.step_audio_root, context_tokens),
     )
 
