@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,13 @@ class Served:
     """The calls and their parts."""
 
     def __init__(
-        self, folder: Path, *, recognize: Any = None, keys: Any = (), most: int = 8, limits: Limits | None = None
-    ) -> None:
+        self, folder: Path, *, recognize: Any = None, keys: Any = (), most: int = 8, limits: Limits | None = None,
+        disk: float = math.inf,
+    ) -> None:  # fmt: skip
         self.tones = Tones()
         self.manager = GPUResourceManager(SimulatedDevice(1 << 30))
         engine: Any = GPUManagedTTS(None, manager=self.manager, load=lambda: self.tones, check_text=self._check)
-        self.recordings = Recordings(folder / "recordings")
+        self.recordings = Recordings(folder / "recordings", disk)
         self.service = SpeechService(engine, EDITS, self.recordings, recognize, limits)
         self.voices = VoiceStore(folder / "voices")
         permissions = Permissions("t0ken")

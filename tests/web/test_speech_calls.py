@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -366,6 +368,49 @@ class TestVoices:
             assert served.client().post("/v1/audio/voices", content=b"x", headers=headers).status_code == 400
         refused = served.client().post("/v1/audio/voices", data={"name": "a"}, files={"other": b"x"})
         assert error(refused)["param"] == "file"
+
+
+class TestFormsOnDisk:
+    """Forms of more than 1 MB, which do not stay in memory."""
+
+    @staticmethod
+    def large(folder: Path) -> Path:
+        path = folder / "large.wav"
+        soundfile.write(path, np.random.default_rng(1).uniform(-0.5, 0.5, 1_000_000), 24000, subtype="PCM_16")
+        return path
+
+    @staticmethod
+    def post(served: Served, path: Path, *, chunked: bool = False) -> Any:
+        form = httpx.Request("POST", "http://any", files={"file": path.read_bytes()})
+        body = form.read()
+        pieces = (body[i : i + 100_000] for i in range(0, len(body), 100_000))
+        headers = {"Content-Type": form.headers["content-type"]}
+        content = pieces if chunked else body
+        return served.client().post("/v1/audio/transcriptions", content=content, headers=headers)
+
+    def test_are_kept_in_the_folder_of_the_recordings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        served = Served(tmp_path, recognize=lambda path: "words")
+        assert self.post(served, self.large(tmp_path)).json() == {"text": "words"}
+        assert served.left() == []
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_count_while_they_are_read_and_used(self, tmp_path: Path, chunked: bool) -> None:
+        reserved: list[float] = []
+        served = Served(tmp_path, recognize=lambda path: str(reserved.append(served.recordings._reserved_bytes)))
+        served.recordings._most_bytes = 20_000_000
+        assert self.post(served, self.large(tmp_path), chunked=chunked).status_code == 200
+        assert 2_000_000 <= reserved[0] < 4_000_000, "the copy for the engine, no longer the form"
+        assert served.recordings._reserved_bytes == 0
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_are_refused_if_there_is_no_room_for_them(self, tmp_path: Path, chunked: bool) -> None:
+        served = Served(tmp_path, recognize=lambda path: "words", disk=1_500_000)
+        answer = self.post(served, self.large(tmp_path), chunked=chunked)
+        assert answer.status_code == 507
+        assert error(answer)["code"] == "disk_full"
+        assert served.recordings._reserved_bytes == 0
+        assert served.left() == []
 
 
 class TestEdits:

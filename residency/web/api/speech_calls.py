@@ -23,7 +23,7 @@ from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
-from .bodies import Upload, decoded, read_json, read_upload
+from .bodies import Upload, decoded, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, UnknownSpeechModel, WrongKey, naming, refusal
 from .openai_route import REFUSALS, OpenAiRoute, form_body, form_or_json_body, json_body
 from .openai_schema import (
@@ -69,6 +69,7 @@ class SpeechCalls:
 
     def __post_init__(self) -> None:
         self.threads = CapacityLimiter(self.slots.most)
+        keep_forms_in(self.recordings.folder)
 
     def add_to(self, app: FastAPI) -> None:
         """Adds the calls to an application."""
@@ -160,7 +161,7 @@ class SpeechCalls:
         self._check_key(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body, upload = await read_upload(request, Edit)
+            body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
             if body.task not in self.service.edit_types:
                 self.service.checked_task(None, None)
@@ -189,7 +190,7 @@ class SpeechCalls:
         self._check_key(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body, upload = await read_upload(request, Transcription)
+            body, upload = await read_upload(request, Transcription, self.recordings)
             held.callback(upload.close)
             self._check_model(body.model, OF_OPENAI_TRANSCRIBE)
             if body.response_format not in ("json", "text"):
@@ -223,7 +224,7 @@ class SpeechCalls:
         self._check_change(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body, upload = await read_upload(request, VoiceSample)
+            body, upload = await read_upload(request, VoiceSample, self.recordings)
             held.callback(upload.close)
             work = partial(self._store, checked_name(body.name), self._words("text", body.text), upload)
             return self._streamed(work, "application/json", held.pop_all(), status=201)
