@@ -14,7 +14,7 @@ from ...observability.error_classification import is_out_of_device_memory
 from ..server.cross_origin import refusal_body
 from ..speech.recordings import DiskFull
 from ..speech.service import ShuttingDown, explain
-from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored
+from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull
 
 PARAMETERS: Mapping[str, str] = {
     "recording": "file", "prompt_text": "text", "target_text": "input", "task": "task", "sub_task": "sub_task",
@@ -100,6 +100,7 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
     (VoiceNotStored, 507, "server_error", "disk_full"),
+    (VoicesFull, 507, "server_error", "voices_full"),
     (DiskFull, 507, "server_error", "disk_full"),
     (errors.RequestTimeout, 503, "server_error", "model_busy"),
     (errors.ManagerClosed, 503, "server_error", "shutting_down"),
