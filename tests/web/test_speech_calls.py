@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import tempfile
@@ -17,6 +18,9 @@ import pytest
 import soundfile
 from served_tones import Served
 from starlette.testclient import TestClient
+
+from residency.errors import InvalidInput
+from residency.sentences import Sentence
 
 ELSEWHERE = ("192.0.2.7", 4000)
 THREE = "The first sentence is here. Then the second one follows. At last the third one ends."
@@ -237,6 +241,79 @@ class TestBadSpeech:
             assert speech(served, input="x " * 100).status_code == 507
             assert speech(served, input="Short enough.").status_code == 200
             assert served.recordings._reserved_bytes == 0
+
+
+def chinese(refused: Any) -> str:
+    return str(Sentence.parsed(error(refused)["message"]).zh)
+
+
+class TestWordsOfErrors:
+    """Errors have the names of the parameters, not of the page's controls, and Chinese halves no English sentence."""
+
+    @pytest.mark.parametrize(
+        ("path", "body", "named"),
+        [
+            (
+                "edits",
+                {"task": "clone", "text": "w"},
+                "There is no task 'clone': give one of emotion, style, speed, vad",
+            ),
+            ("edits", {"task": "emotion", "text": "w"}, "sub_task: "),
+            ("edits", {"task": "paralinguistic", "text": "w"}, "tagged_text is empty"),
+            ("speech", {"input": "", "voice": "high"}, "input: The text is empty"),
+            ("speech", {"input": "жук", "voice": "high"}, "input: This engine speaks English"),
+        ],
+    )
+    def test_parameters_are_named(
+        self, served: Served, recording: str, path: str, body: dict[str, str], named: str
+    ) -> None:
+        served.service.edit_types = {**served.service.edit_types, "paralinguistic": []}
+        audio = {"audio": base64.b64encode(Path(recording).read_bytes()).decode()} if path == "edits" else {}
+        message = error(served.client().post(f"/v1/audio/{path}", json={**body, **audio}))["message"]
+        assert message.startswith(named), message
+        assert not any(word in message for word in ("Target", "目标文本", "EDIT", "Prompt", "提示文本"))
+
+    @pytest.mark.parametrize(
+        ("words", "param", "says"),
+        [("Prompt Text", "ref_text", "ref_text is empty: fill it in / ref_text 为空：请填写"),
+         ("Target Text", "input", "input is empty: fill it in / input 为空：请填写")],
+    )  # fmt: skip
+    def test_so_do_those_of_engines(self, served: Served, recording: str, words: str, param: str, says: str) -> None:
+        field: Any = {"Prompt Text": "prompt_text", "Target Text": "target_text"}[words]
+        chinese = {"Prompt Text": "提示文本", "Target Text": "目标文本"}[words]
+        served.tones.error = InvalidInput(f"{words} is empty: fill it in", f"{chinese}为空：请填写", field)
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        refused = speech(served, voice=None, ref_audio=audio, ref_text="said")
+        assert (error(refused)["param"], error(refused)["message"]) == (param, says)
+
+    @pytest.mark.parametrize(
+        ("fields", "says"),
+        [({"response_format": "ogg"}, "应为 'mp3'、'opus'、'aac'、'flac'、'wav'、'pcm'"), ({"speed": 9}, "应不大于 4"),
+         ({"input": 5}, "应为字符串"), ({"speed": "fast"}, "应为数字"), ({"voice": ["x"]}, "voice 无效"),
+         ({"speed": 0.1}, "应不小于 0.25")],
+    )  # fmt: skip
+    def test_the_chinese_half_is_chinese(self, served: Served, fields: dict[str, Any], says: str) -> None:
+        half = chinese(speech(served, **fields))
+        assert says in half
+        assert "should" not in half
+
+    def test_a_full_disk_is_told_from_the_limit(self, served: Served) -> None:
+        served.tones.error = OSError(errno.ENOSPC, "No space left on device")
+        refused = speech(served)
+        assert refused.status_code == 507
+        assert "--tmp-dir is full: free space there" in error(refused)["message"]
+        assert "--max-disk" not in error(refused)["message"]
+
+    def test_who_may_not_change_voices_hears_of_keys(self, served: Served, recording: str) -> None:
+        refused = store(served, recording, client=served.client(ELSEWHERE))
+        assert refused.status_code == 401
+        assert "--api-key" in error(refused)["message"]
+
+    def test_what_keep_alive_minus_one_means(self, served: Served) -> None:
+        refused = error(speech(served, keep_alive="soon"))["message"]
+        described = json.dumps(served.client().get("/openapi.json").json())
+        for text in (refused, described):
+            assert "-1: until another request ends or the model is offloaded" in text
 
 
 class TestKeys:

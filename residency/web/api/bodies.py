@@ -37,6 +37,16 @@ _MOST_VALUES = 50_000
 """Limit of commas and brackets in JSON: more than in the longest text. Base64 has none."""
 _MOST_FIELDS = 30
 _MOST_FIELD_BYTES = 1 << 20
+_WANTED = {
+    "literal_error": "（应为 {expected}）",
+    "string_type": "（应为字符串）",
+    "greater_than_equal": "（应不小于 {ge:g}）",
+    "less_than_equal": "（应不大于 {le:g}）",
+    "finite_number": "（应为有限的数）",
+    "float_type": "（应为数字）",
+    "float_parsing": "（应为数字）",
+}
+"""What Pydantic's messages say, in Chinese, by its type of error."""
 _ROOM_BYTES = 16 << 20
 """Disk space that is reserved at a time for a form of unknown length."""
 
@@ -79,8 +89,10 @@ def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
         name = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "missing":
             raise BadRequest(name, f"{name} is missing: send it", f"缺少 {name}：请发送") from None
+        wanted = _WANTED.get(first["type"], "").format(**first.get("ctx", {}))
+        wanted = wanted.replace(" or ", "、").replace(", ", "、")
         raise BadRequest(
-            name, f"{name} is not valid ({first['msg']}): see /docs", f"{name} 无效（{first['msg']}）：参见 /docs"
+            name, f"{name} is not valid ({first['msg']}): see /docs", f"{name} 无效{wanted}：参见 /docs"
         ) from None
 
 

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from ...cancellation import current
-from ...errors import InvalidInput, NotAllowed
+from ...errors import InvalidInput
 from ..server.api_keys import ApiKeys
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
@@ -24,7 +24,7 @@ from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
 from .bodies import Upload, decoded, keep_forms_in, read_json, read_upload
-from .openai_errors import BadRequest, UnknownSpeechModel, WrongKey, naming, refusal
+from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, WrongKey, naming, refusal
 from .openai_route import REFUSALS, OpenAiRoute, form_body, form_or_json_body, json_body
 from .openai_schema import (
     DeletedVoice,
@@ -138,7 +138,8 @@ class SpeechCalls:
         self, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
     ) -> None:
         """Speaks with a recording that the request has brought."""
-        with naming(recording="ref_audio"), upload.stored(self.service, self.recordings) as recording:
+        named = naming(recording="ref_audio", prompt_text="ref_text")
+        with named, upload.stored(self.service, self.recordings) as recording:
             voice = Voice("", (text or "").strip() or self.service.transcribe(recording), recording, False, 0)
             self.speaker.speak(ask(voice), write)
 
@@ -163,8 +164,7 @@ class SpeechCalls:
             held.enter_context(self.slots.taken())
             body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
-            if body.task not in self.service.edit_types:
-                self.service.checked_task(None, None)
+            self._check_task(body.task)
             with _naming_edits():
                 self.service.checked_edit(body.text, body.task, body.sub_task, body.tagged_text)
             work = partial(self._edit, body, upload)
@@ -276,14 +276,22 @@ class SpeechCalls:
     def _check_change(self, request: Request) -> None:
         self._check_key(request)
         if not self.keys.may_change(request):
-            raise NotAllowed
+            raise ChangeNotAllowed
+
+    def _check_task(self, task: str) -> None:
+        tasks = [name for name in self.service.edit_types if name != "clone"]
+        if task not in tasks:
+            raise BadRequest(
+                "task", f"There is no task {task!r:.40}: give one of {', '.join(tasks)}",
+                f"没有编辑任务 {task!r:.40}：可用 {'、'.join(tasks)}",
+            )  # fmt: skip
 
     def _check_model(self, name: str | None, known: tuple[str, ...]) -> None:
         if name is not None and name not in known:
             raise UnknownSpeechModel(name, known)
 
     def _keep_warm(self, request: Request, keep_alive: float | str | None) -> float | None:
-        """Returns the seconds of a ``keep_alive``, None without one; raises `InvalidInput` and `NotAllowed`."""
+        """Returns the seconds of a ``keep_alive``, None without one; raises `BadRequest` and `ChangeNotAllowed`."""
         if keep_alive is None:
             return None
         try:
@@ -291,7 +299,7 @@ class SpeechCalls:
         except InvalidInput as error:
             raise BadRequest("keep_alive", error.en, error.zh) from None
         if not self.keys.may_change(request):
-            raise NotAllowed
+            raise ChangeNotAllowed
         return keep_warm_s
 
 
