@@ -558,3 +558,36 @@ def test_they_are_described_with_or_without_management(served: Served) -> None:
     assert {"/v1/audio/speech", "/gpu/status"} <= set(with_gpu["paths"])
     speech = with_gpu["paths"]["/v1/audio/speech"]["post"]
     assert set(speech["responses"]["200"]["content"]) >= {"audio/mpeg", "audio/wav"}
+
+
+def test_each_call_lists_the_codes_that_it_can_return(served: Served) -> None:
+    paths = served.client().get("/openapi.json").json()["paths"]
+    listed = {
+        (method, path): {int(code) for code in call["responses"]}
+        for path, calls in paths.items()
+        if path.startswith("/v1/")
+        for method, call in calls.items()
+    }
+    work = {403, 413, 429, 500, 503, 507}
+    assert listed == {
+        ("get", "/v1/models"): {200, 401, 403},
+        ("post", "/v1/audio/speech"): {200, 400, 401, 404} | work,
+        ("post", "/v1/audio/edits"): {200, 400, 401} | work,
+        ("post", "/v1/audio/transcriptions"): {200, 400, 401, 404} | work,
+        ("get", "/v1/audio/voices"): {200, 401, 403},
+        ("post", "/v1/audio/voices"): {201, 400, 401, 409} | work,
+        ("delete", "/v1/audio/voices/{name}"): {200, 400, 401, 403, 404, 507},
+    }
+
+
+def test_refusals_have_examples(served: Served) -> None:
+    paths = served.client().get("/openapi.json").json()["paths"]
+    for path, calls in paths.items():
+        for code, answer in (each for call in calls.values() for each in call["responses"].items()):
+            if path.startswith("/v1/") and code >= "400" and code not in ("403", "500"):
+                example = answer["content"]["application/json"]["example"]["error"]
+                assert " / " in example["message"]
+                assert answer["description"]
+    missing = paths["/v1/audio/voices/{name}"]["delete"]["responses"]["404"]
+    assert "voice" in missing["description"]
+    assert missing["content"]["application/json"]["example"]["error"]["code"] == "voice_not_found"

@@ -25,7 +25,7 @@ from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
 from .bodies import Upload, decoded, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, WrongKey, naming, refusal
-from .openai_route import REFUSALS, OpenAiRoute, form_body, form_or_json_body, json_body
+from .openai_route import OpenAiRoute, form_body, form_or_json_body, json_body, refusals
 from .openai_schema import (
     DeletedVoice,
     Edit,
@@ -44,6 +44,8 @@ OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
 OF_OPENAI_TRANSCRIBE = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
 _BLOCK_FRAMES = 1 << 16
+_OF_WORK = (413, 429, 500, 503, 507)
+"""Status codes of calls that receive a body and use a model or the disk."""
 
 
 @dataclass(eq=False)
@@ -74,28 +76,28 @@ class SpeechCalls:
     def add_to(self, app: FastAPI) -> None:
         """Adds the calls to an application."""
         add = app.router.add_api_route
-        shared: dict[str, Any] = {"route_class_override": OpenAiRoute, "responses": REFUSALS}
-        add("/v1/models", self.models, response_model=SpeechModels, tags=["speech"], **shared)
+        speaks: dict[str, Any] = {"tags": ["speech"], "route_class_override": OpenAiRoute}
+        voices: dict[str, Any] = {"tags": ["voices"], "route_class_override": OpenAiRoute}
+        add("/v1/models", self.models, response_model=SpeechModels, responses=refusals(401), **speaks)
         audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
-        spoken: dict[str, Any] = {
-            "response_class": Response, "response_model": None, "tags": ["speech"], "methods": ["POST"],
-            "route_class_override": OpenAiRoute,
-        }  # fmt: skip
+        spoken: dict[str, Any] = {"response_class": Response, "response_model": None, "methods": ["POST"], **speaks}
         streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
         add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech),
-            responses={200: {"content": streamed}, **REFUSALS}, **spoken)  # fmt: skip
+            responses={200: {"content": streamed}, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit),
-            responses={200: {"content": audio}, **REFUSALS}, **spoken)  # fmt: skip
-        posting: dict[str, Any] = {"methods": ["POST"], **shared}
-        add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, tags=["speech"],
-            openapi_extra=form_body(Transcription), **posting)  # fmt: skip
-        add("/v1/audio/voices", self.voices, response_model=Voices, tags=["voices"], **shared)
-        add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, tags=["voices"], status_code=201,
-            response_description="The voice was stored.",
-            openapi_extra=form_or_json_body(VoiceSample), **posting)  # fmt: skip
+            responses={200: {"content": audio}, **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
+        add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
+            responses=refusals(400, 401, 404, *_OF_WORK), openapi_extra=form_body(Transcription),
+            **speaks)  # fmt: skip
+        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401), **voices)
+        add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
+            response_description="The voice was stored.", responses=refusals(400, 401, 409, *_OF_WORK),
+            openapi_extra=form_or_json_body(VoiceSample), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-        add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, tags=["voices"],
-            methods=["DELETE"], openapi_extra={"parameters": [name]}, **shared)  # fmt: skip
+        unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
+        add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, methods=["DELETE"],
+            responses=refusals(400, 401, 404, 507, unknown=unknown), openapi_extra={"parameters": [name]},
+            **voices)  # fmt: skip
 
     async def models(self, request: Request) -> JSONResponse:
         """The engine, and the recognizer where there is one. OpenAI's names of such models are accepted too."""
