@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextvars
 import errno
 import io
 import json
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,13 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+from app_process import wait_until
 from served_tones import Served
 from starlette.testclient import TestClient
 
 from residency.errors import InvalidInput
 from residency.sentences import Sentence
+from tts_gpu_managed import ask
 
 ELSEWHERE = ("192.0.2.7", 4000)
 THREE = "The first sentence is here. Then the second one follows. At last the third one ends."
@@ -111,6 +116,40 @@ class TestSpeech:
         assert "wait;dur=" in timing
         assert "load;dur=" in timing
         assert "restore;dur=" in speech(served).headers["server-timing"]
+
+    def test_how_long_it_waited_without_management(self, tmp_path: Path) -> None:
+        served = Served(tmp_path, managed=False)
+        assert served.queue is not None
+        timing = re.compile(r'wait;dur=([0-9.]+);desc="(.*)", queue;dur=([0-9.]+)')
+        alone = timing.fullmatch(speech(served).headers["server-timing"])
+        assert alone is not None
+        assert alone[1] == alone[3]
+        with ThreadPoolExecutor(1) as threads, served.queue.reserved():
+            late = threads.submit(contextvars.Context().run, speech, served)
+            wait_until(lambda: len(served.queue.requests) == 2)
+        found = timing.fullmatch(late.result(30).headers["server-timing"])
+        assert found is not None
+        assert float(found[1]) > 0
+        assert found[2].endswith("other requests or moves")
+
+    def test_an_edit_whose_words_are_recognized_waits_for_two_models(self, tmp_path: Path, recording: str) -> None:
+        served: Served = Served(tmp_path, recognize=lambda path: ask(served.manager, "asr", lambda asr: asr(path)))
+        served.manager.register("asr", lambda: lambda path: "heard")
+        with served.manager, open(recording, "rb") as file:
+            answer = served.client().post("/v1/audio/edits", data={"task": "vad"}, files={"file": file})
+            waits = {name: served.manager.status()["models"][name]["last_wait"] for name in ("asr", "tts")}
+        timing = answer.headers["server-timing"]
+        assert re.search(r'desc="asr: .*loading the model; tts: .*loading the model"', timing)
+        for name, key in (("wait", "waited_s"), ("queue", "queue_s"), ("load", "move_s")):
+            found = re.search(rf"{name};dur=([0-9.]+)", timing)
+            assert found is not None
+            both_ms = sum(1000 * wait[key] for wait in waits.values())
+            assert float(found[1]) == pytest.approx(both_ms, abs=1.1), "rounded to milliseconds in the status"
+
+    def test_the_wait_counts_once_for_a_text_of_several_sentences(self, served: Served) -> None:
+        timing = speech(served).headers["server-timing"]
+        assert timing.count("loading the model") == 1
+        assert "tts:" not in timing
 
     @pytest.mark.parametrize(("keep_alive", "stays"), [("5m", 300), (0, 0), (2.5, 2.5), ("-1", -1), ("1h30m", 5400)])
     def test_keep_alive(self, served: Served, keep_alive: Any, stays: float) -> None:

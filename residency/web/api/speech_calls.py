@@ -258,7 +258,8 @@ class SpeechCalls:
 
         def watched(write: Write) -> None:
             def watch(lease: Any) -> None:
-                leases.append(lease)
+                if all(other.model != lease.model or other.place is None for other in leases):  # not within another
+                    leases.append(lease)
                 if cancellation := current():
                     cancellation.on_cancel(lease.cancel)
 
@@ -317,14 +318,21 @@ def _naming_edits() -> AbstractContextManager[None]:
 
 
 def _server_timing(leases: list[Any]) -> str:
-    """Returns the header for the wait of the first lease (https://www.w3.org/TR/server-timing/), in milliseconds."""
-    receipt = next((found for lease in leases if (found := getattr(lease, "receipt", None))), None)
-    if receipt is None:
+    """Returns the header for the sum of the leases' waits (https://www.w3.org/TR/server-timing/), in milliseconds.
+
+    ``desc`` names the models if there are several: edits wait for the recognizer, then for the engine.
+    """
+    waits = [(lease.model, receipt) for lease in leases if (receipt := lease.receipt)]
+    if not waits:
         return ""
-    parts = [f'wait;dur={1000 * receipt.waited_s:.1f};desc="{receipt.sentence().en}"']
-    parts += [f"queue;dur={1000 * receipt.queue_s:.1f}"]
-    if receipt.move:
-        parts += [f"{receipt.move};dur={1000 * receipt.move_s:.1f}"]
+    receipts = [receipt for _, receipt in waits]
+    whys = [f"{model}: {receipt.sentence().en}" for model, receipt in waits]
+    why = "; ".join(whys) if len(waits) > 1 else receipts[0].sentence().en
+    parts = [f'wait;dur={1000 * sum(each.waited_s for each in receipts):.1f};desc="{why}"']
+    parts += [f"queue;dur={1000 * sum(each.queue_s for each in receipts):.1f}"]
+    for move in ("load", "restore"):
+        if moves_s := [each.move_s for each in receipts if each.move == move]:
+            parts += [f"{move};dur={1000 * sum(moves_s):.1f}"]
     return ", ".join(parts)
 
 
