@@ -12,10 +12,11 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from ..server.api_keys import WrongKey
 from ..speech.recordings import DiskFull
 from ..speech.service import ShuttingDown
 from ..speech.voices import VoiceExists
-from .openai_errors import BadRequest, BodyTooLarge, TooManyRequests, UnknownSpeechModel, WrongKey, described, refusal
+from .openai_errors import BadRequest, BodyTooLarge, TooManyRequests, UnknownSpeechModel, described, refusal
 from .openai_schema import OpenAiError
 
 _NO_VOICE = BadRequest("voice", "voice is missing: send its name", "缺少 voice：请发送声音名称")
@@ -28,7 +29,10 @@ _REFUSALS: dict[int, tuple[str, Exception | None]] = {
     404: ("There is no such model.", UnknownSpeechModel("gpt-5", ("step-audio-editx", "tts-1"))),
     409: ("A voice of this name exists.", VoiceExists("Ada")),
     413: ("The request body is too large.", BodyTooLarge("20 MB")),
-    429: ("Too many requests wait; `Retry-After` has the seconds until the next attempt.", TooManyRequests(100, 5)),
+    429: (
+        "Too many requests wait, or this address has sent too many wrong keys; `Retry-After` has the seconds to wait.",
+        TooManyRequests(100, 5),
+    ),
     500: ("The engine failed.", None),
     503: ("The model is not available in time, or the app is shutting down.", ShuttingDown()),
     507: ("The server has no disk space left.", DiskFull()),
