@@ -164,6 +164,18 @@ class TestSpeech:
         assert served.tones.asked[0][:2] == ("clone", "my words")
         assert served.left() == []
 
+    def test_with_a_recording_in_a_form(self, served: Served, recording: str) -> None:
+        fields = {"input": "Hello.", "ref_text": "my words", "response_format": "wav", "speed": "1.0"}
+        with open(recording, "rb") as file:
+            answer = served.client().post("/v1/audio/speech", data=fields, files={"file": file})
+        assert answer.status_code == 200, answer.text
+        assert served.tones.asked == [("clone", "my words", "Hello.")]
+        assert served.left() == []
+        described = served.client().get("/openapi.json").json()["paths"]["/v1/audio/speech"]["post"]["requestBody"]
+        form = described["content"]["multipart/form-data"]["schema"]
+        assert set(form["required"]) == {"file", "input"}
+        assert "ref_audio" not in form["properties"]
+
 
 class TestBadSpeech:
     @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 MOST_JSON_BYTES = 20 << 20
 """Limit of JSON bodies, which are held in main memory."""
-_FILES = ("file", "audio", "audio_sample", "input_audio", "recording")
+_FILES = ("file", "audio", "audio_sample", "input_audio", "recording", "ref_audio")
 """Names of the field with the recording, in forms of different programs."""
 _MOST_VALUES = 50_000
 """Limit of commas and brackets in JSON: more than in the longest text. Base64 has none."""
@@ -141,9 +141,13 @@ class Upload:
         return size
 
 
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data"
+
+
 async def read_upload(request: Request, kind: type[Body], recordings: Recordings) -> tuple[Body, Upload]:
     """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`, `DiskFull`."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+    if not is_form(request):
         if "audio" not in kind.model_fields:
             raise BadRequest(
                 _FILES[0], "Send a form (multipart/form-data) with the recording as the file 'file'",

@@ -38,6 +38,8 @@ _REFUSALS: dict[int, tuple[str, Exception | None]] = {
     507: ("The server has no disk space left.", DiskFull()),
 }
 """Description and example by status code."""
+_BASE64 = ("audio", "ref_audio")
+"""Fields of JSON in place of a form's file."""
 
 
 def refusals(*codes: int, unknown: tuple[str, Exception | None] = _REFUSALS[404]) -> dict[int | str, dict[str, Any]]:
@@ -76,15 +78,15 @@ def json_body(kind: type[BaseModel]) -> dict[str, Any]:
 def form_body(kind: type[BaseModel]) -> dict[str, Any]:
     """Describes a form with a file."""
     schema = _schema(kind)
-    properties = {name: value for name, value in schema["properties"].items() if name != "audio"}
-    required = [name for name in schema.get("required", ()) if name != "audio"]
+    properties = {name: value for name, value in schema["properties"].items() if name not in _BASE64}
+    required = [name for name in schema.get("required", ()) if name not in _BASE64]
     file = {"type": "string", "format": "binary", "description": "The recording, in any common format."}
     schema = {**schema, "properties": {"file": file, **properties}, "required": ["file", *required]}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def form_or_json_body(kind: type[BaseModel]) -> dict[str, Any]:
-    content = {**form_body(kind)["requestBody"]["content"], **json_body(kind)["requestBody"]["content"]}
+def either_body(*bodies: dict[str, Any]) -> dict[str, Any]:
+    content = {kind: schema for body in bodies for kind, schema in body["requestBody"]["content"].items()}
     return {"requestBody": {"required": True, "content": content}}
 
 

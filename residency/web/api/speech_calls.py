@@ -23,9 +23,9 @@ from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
-from .bodies import Upload, decoded, keep_forms_in, read_json, read_upload
+from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
-from .openai_route import OpenAiRoute, form_body, form_or_json_body, json_body, refusals
+from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals
 from .openai_schema import (
     DeletedVoice,
     Edit,
@@ -82,9 +82,9 @@ class SpeechCalls:
         audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
         spoken: dict[str, Any] = {"response_class": Response, "response_model": None, "methods": ["POST"], **speaks}
         streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
-        add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech),
+        add("/v1/audio/speech", self.speech, openapi_extra=either_body(json_body(Speech), form_body(Speech)),
             responses={200: {"content": streamed}, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
-        add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit),
+        add("/v1/audio/edits", self.edits, openapi_extra=either_body(form_body(Edit), json_body(Edit)),
             responses={200: {"content": audio}, **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
             responses=refusals(400, 401, 404, *_OF_WORK), openapi_extra=form_body(Transcription),
@@ -92,7 +92,7 @@ class SpeechCalls:
         add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
             response_description="The voice was stored.", responses=refusals(400, 401, 409, *_OF_WORK),
-            openapi_extra=form_or_json_body(VoiceSample), **voices)  # fmt: skip
+            openapi_extra=either_body(form_body(VoiceSample), json_body(VoiceSample)), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
         add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, methods=["DELETE"],
@@ -109,12 +109,13 @@ class SpeechCalls:
     async def speech(self, request: Request) -> Response:
         """Speak a text with a voice. The audio is sent while it is spoken; closing the connection cancels the rest.
 
-        The header `Server-Timing` says how long the request waited for the model, and why.
+        A form has the recording of a voice as the file `file`, in place of `ref_audio`. The header `Server-Timing` says
+        how long the request waited for the model, and why.
         """
         self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body = await read_json(request, Speech)
+            body, upload = await self._read_speech(request, held)
             self._check_model(body.model, (self.model, *OF_OPENAI))
             keep_warm_s = self._keep_warm(request, body.keep_alive)
             edit = self.speaker.named_edit(body.instructions)
@@ -122,19 +123,27 @@ class SpeechCalls:
                 self.speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
                 keep_warm_s=keep_warm_s,
             )  # fmt: skip
-            if body.ref_audio is None:
+            if upload is None:
                 with naming(recording="voice"):
                     asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
                 work: Work = partial(self.speaker.speak, asked)
             else:
                 self._words("ref_text", body.ref_text)
-                upload = await decoded(body.ref_audio, "ref_audio")
                 work = partial(self._speak_with, ask, upload, body.ref_text)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
                 most_bytes(body.input, body.response_format, body.speed), sse=body.stream_format == "sse",
                 headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
             )  # fmt: skip
+
+    async def _read_speech(self, request: Request, held: ExitStack) -> tuple[Speech, Upload | None]:
+        """Reads JSON, or a form with a recording; returns the request, and the recording that it brings."""
+        if is_form(request):
+            body, upload = await read_upload(request, Speech, self.recordings)
+            held.callback(upload.close)
+            return body, upload
+        body = await read_json(request, Speech)
+        return body, None if body.ref_audio is None else await decoded(body.ref_audio, "ref_audio")
 
     def _speak_with(
         self, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
