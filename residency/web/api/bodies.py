@@ -22,8 +22,8 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from ...units import readable_bytes
-from ..server.bodies import announced_bytes, drop_body
-from ..speech.recordings import UNDER_WAY, DiskFull, Recordings
+from ..server.bodies import announced_bytes
+from ..speech.recordings import UNDER_WAY, Recordings
 from ..speech.service import SpeechService
 from .openai_errors import BadRequest, BodyTooLarge
 
@@ -180,12 +180,7 @@ async def _read_form(request: Request, recordings: Recordings, held: ExitStack) 
         if room_bytes < 0:
             least_bytes = announced or -room_bytes
             room = recordings.reserved(max(announced or _ROOM_BYTES, -room_bytes), least_bytes)
-            try:
-                room_bytes += await to_thread.run_sync(held.enter_context, room)
-            except DiskFull:
-                if message.get("more_body"):
-                    await drop_body(request.receive)
-                raise
+            room_bytes += await to_thread.run_sync(held.enter_context, room)
         return message
 
     await to_thread.run_sync(partial(os.makedirs, recordings.folder, exist_ok=True))
