@@ -27,7 +27,7 @@ from residency.contracts import Engine
 from residency.engines.engine_calls import EngineCalls
 from residency.engines.generations import known_arguments, with_names_of_both
 from residency.engines.part_proxy import Part, Path, asked_by_tools, not_settable
-from residency.engines.text import speakable
+from residency.engines.text import speakable, spoken_by_step_audio
 from residency.observability.error_classification import is_out_of_device_memory
 from residency.status_types import Status
 from residency.workers.remote_engine import RemoteCalls, RemoteEngine
@@ -98,7 +98,7 @@ class GPUManagedTTS:
             load: builds another engine instead of those two.
             name: the model's name in status; by default ``tts``, or ``tts-2`` and so on where that is taken.
             check_text: raises `InvalidInput` for a target text that the engine cannot speak, without loading the
-                engine. The built-in engine has its own.
+                engine. The built-in engine and Step-Audio-EditX have their own.
             check_audio: raises `InvalidInput` for the path of a recording that the engine cannot take, likewise.
                 Step-Audio-EditX has its own, for recordings that are too long for its context.
         """
@@ -110,7 +110,8 @@ class GPUManagedTTS:
         arguments = {name: value for name, value in given.items() if value is not Default.ENGINES_OWN}
         # A ready tokenizer belongs to the caller, and must outlive a release of the engine.
         keep = None if load or _is_factory(audio_tokenizer) else audio_tokenizer
-        self._check_text = check_text or (speakable if load is None and not model_path else None)
+        own = None if load else spoken_by_step_audio if model_path else speakable
+        self._check_text: Callable[[str], object] | None = check_text or own
         self._check_audio = check_audio
         load = load or self._loader(model_path, audio_tokenizer, arguments)
         durations = {"keep_warm": gpu_keep_warm, "idle_timeout": gpu_idle_timeout, "load_timeout": gpu_load_timeout}

@@ -286,6 +286,13 @@ class TestTextsThatTheEngineCannotSay:
         tts.clone("prompt.wav", "said", "你好，世界")
         assert tts.calls == [("clone", "prompt.wav", "said", "你好，世界")]
 
+    def test_are_refused_for_step_audio_too(self, simulated: GPUResourceManager) -> None:
+        tts = GPUManagedTTS("weights", lambda: None, manager=simulated)
+        with pytest.raises(InvalidInput, match="does not speak"):
+            tts.clone("prompt.wav", "said", "Привет, мир")
+        assert simulated.status()["models"]["tts"]["state"] == "released"
+        tts.check_text("你好，世界")
+
     def test_are_refused_by_a_check_that_is_given(self, simulated: GPUResourceManager) -> None:
         def check(text: str) -> None:
             raise InvalidInput("too rude", "太粗鲁")

@@ -20,8 +20,8 @@ def unavailable(model: str, error: Exception) -> EngineUnavailable:
     reason = first_line.rstrip(".") or type(error).__name__
     return EngineUnavailable(
         f"The speech recognition {model} cannot be loaded ({reason}): give another model or a folder as "
-        f"--asr-model, or type the prompt text",
-        f"无法加载语音识别模型 {model}（{reason}）：请用 --asr-model 指定其他模型或目录，或手动填写提示文本",
+        f"--asr-model, or write the words of the recording yourself",
+        f"无法加载语音识别模型 {model}（{reason}）：请用 --asr-model 指定其他模型或目录，或自行填写录音中的内容",
     )
 
 

@@ -26,6 +26,7 @@ from .asr import DEFAULT_MODEL, Recognizer, unavailable
 from .checkout import find_checkout, import_from, unimportable, unmet, unmet_advice, unusable
 from .generations import VLLM, Generation, check_audio, check_flags, generation_of, own_arguments
 from .step_audio_weights import check_model, check_weights, from_a_hub
+from .text import spoken_by_step_audio
 from .transformers_versions import check_head, unsuitable_transformers
 
 
@@ -69,7 +70,8 @@ def build(
         _weights_check(model_path, generation, model_source, tts_model_id, flags),
         loader if managed else None,
     )
-    if not managed:  # otherwise `GPUManagedTTS` has it
+    if not managed:  # otherwise `GPUManagedTTS` has them
+        engine.check_text = spoken_by_step_audio  # type: ignore[attr-defined]
         engine.check_audio = functools.partial(check_audio, generation, values.get("max_model_len"))  # type: ignore[attr-defined]
     return engine
 

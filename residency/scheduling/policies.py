@@ -53,7 +53,8 @@ def keep_alive_seconds(value: float | str) -> float:
     """Parses Ollama's ``keep_alive``: how long a model stays on the device after one request.
 
     Seconds (``300``, ``"300"``), or spans as in Go: ``"300ms"``, ``"5m"``, ``"1h30m"``. Negative values are `math.inf`:
-    until another request or a person says otherwise. Raises `InvalidInput` for other values, including NaN and bools.
+    until another request ends or the model is offloaded. Raises `InvalidInput` for other values, including
+    NaN and bools.
     """
     given_s = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if isinstance(value, str):
@@ -70,9 +71,9 @@ def keep_alive_seconds(value: float | str) -> float:
         raise _too_long(value, ("no limit", "无限期"))
     raise InvalidInput(
         f"{value!r:.40} is not a valid keep_alive: give seconds, or 300ms, 90s, 5m, 1h30m; 0: leave at once; "
-        f"-1: until the next request or offload",
+        f"-1: until another request ends or the model is offloaded",
         f"{value!r:.40} 不是有效的 keep_alive：请写秒数，或 300ms、90s、5m、1h30m；0 表示立即离开，"
-        f"-1 表示直到下一次请求或卸载",
+        f"-1 表示直到另一个请求结束或模型被卸载",
     )
 
 

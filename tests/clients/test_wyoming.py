@@ -24,7 +24,7 @@ from gated_engine import close_gate, open_gate
 from raw_http import ask
 
 ENVIRONMENT = Path(os.environ.get("VENV_CLIENTS_DIR") or ROOT / ".venv-clients")
-KEY = "a-key"
+KEY = "a-key-of-the-app"
 RATE = 24000
 LEVELS = {"One": 0.1, "Two": 0.2, "Three": 0.3, "Four": 0.4}
 CONVERSATION = (
@@ -234,7 +234,7 @@ def test_transcription(port: int) -> None:
 
 def test_with_a_wrong_key_nothing_is_spoken(tmp_path: Path) -> None:
     with (
-        ForkedApp(tmp_path / "tmp", "--api-key", "another-key", gates=tmp_path, prelude=_TELLING) as app,
+        ForkedApp(tmp_path / "tmp", "--api-key", "another-key-of-ours", gates=tmp_path, prelude=_TELLING) as app,
         wyoming(app, "--tts-models", "tts-1", "--tts-voices", "high", "low") as port,
         Satellite(port) as satellite,
     ):

@@ -102,7 +102,7 @@ def test_it_is_a_model_like_others_to_the_manager(wav2vec2: Path, tmp_path: Path
 
 
 def test_a_model_that_cannot_be_loaded_says_what_to_give_instead(tmp_path: Path) -> None:
-    with pytest.raises(EngineUnavailable, match="--asr-model, or type the prompt text"):
+    with pytest.raises(EngineUnavailable, match="--asr-model, or write the words"):
         Recognizer.load(str(tmp_path), "cpu")
 
 

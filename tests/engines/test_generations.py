@@ -208,6 +208,9 @@ def test_the_page_of_the_app_follows_the_generation(newer: Path, models: Path, t
     assert chosen.check_audio is not None
     with pytest.raises(InvalidInput, match="3,072") if generation is VLLM else nullcontext():
         chosen.check_audio(str(tmp_path / "long.wav"))
+    assert chosen.check_text is not None
+    with pytest.raises(InvalidInput, match="does not speak"):
+        chosen.check_text("Привет, мир")
     for text, given in ((1000, settings), (7, replace(settings, max_text=7))):
         limits = EditxTab(given, tts_engine=None, **chosen.page).speech.limits
         assert (limits.target_text, limits.text) == (text, 5000 if text == 1000 else 7), "as in both public apps"

@@ -43,3 +43,26 @@ def test_long_texts_are_refused() -> None:
     assert len(text.required("a" * 5000, "Target Text", "目标文本")) == 5000
     with pytest.raises(InvalidInput, match="5,001 characters"):
         text.required("a" * 5001, "Target Text", "目标文本")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["你好，世界", "我们在KTV唱歌😀", "[Japanese]こんにちは、ｶﾀｶﾅ々", "[Korean]안녕하세요", "ㄅㄆㄇ",
+     "Où est la gare ?", "¿Qué tal?", "The Russian word for peace is мир.",
+     "α + β = γ", "3.14", "", "𝐇ello", "[Cantonese]你食咗飯未呀"],
+)  # fmt: skip
+def test_step_audio_gets_the_languages_that_it_may_speak(said: str) -> None:
+    text.spoken_by_step_audio(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [("Привет, мир! OK?", "Привет"), ("مرحبا بالعالم", "مرحبا"), ("שלום עולם", "שלום"), ("สวัสดีครับ", "สว"),
+     ("नमस्ते दुनिया", "नमस"), ("Καλημέρα κόσμε", "Καλημέρα"), ("[Laughter] Да [Surprise-ah]", "Да"),
+     ("Բարեւ", "Բարեւ"), ("გამარჯობა", "გამარჯობა")],
+)  # fmt: skip
+def test_step_audio_refuses_scripts_of_which_it_speaks_no_language(said: str, word: str) -> None:
+    with pytest.raises(InvalidInput, match=word) as refused:
+        text.spoken_by_step_audio(said)
+    assert all(name in refused.value.en for name in ("Chinese", "English", "[Japanese]", "[Korean]"))
+    assert all(name in refused.value.zh for name in ("中文", "英语", "日语", "韩语"))

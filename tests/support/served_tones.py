@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from residency.web.api.speech_calls import SpeechCalls
 from residency.web.server.api_keys import ApiKeys
 from residency.web.server.permissions import Permissions
 from residency.web.speech.conversion import Limits
+from residency.web.speech.queue import SpeechQueue
 from residency.web.speech.recordings import Recordings
 from residency.web.speech.service import SpeechService
 from residency.web.speech.speaking import Speaker
@@ -56,20 +58,25 @@ class Served:
     """The calls and their parts."""
 
     def __init__(
-        self, folder: Path, *, recognize: Any = None, keys: Any = (), most: int = 8, limits: Limits | None = None
-    ) -> None:
+        self, folder: Path, *, recognize: Any = None, keys: Any = (), most: int = 8, limits: Limits | None = None,
+        disk: float = math.inf, managed: bool = True,
+    ) -> None:  # fmt: skip
         self.tones = Tones()
         self.manager = GPUResourceManager(SimulatedDevice(1 << 30))
-        engine: Any = GPUManagedTTS(None, manager=self.manager, load=lambda: self.tones, check_text=self._check)
-        self.recordings = Recordings(folder / "recordings")
-        self.service = SpeechService(engine, EDITS, self.recordings, recognize, limits)
+        engine: Any = self.tones
+        if managed:
+            engine = GPUManagedTTS(None, manager=self.manager, load=lambda: self.tones, check_text=self._check)
+        self.queue = None if managed else SpeechQueue("tts")
+        self.recordings = Recordings(folder / "recordings", disk)
+        self.service = SpeechService(engine, EDITS, self.recordings, recognize, limits, self.queue)
         self.voices = VoiceStore(folder / "voices")
         permissions = Permissions("t0ken")
+        self.keys = ApiKeys(keys, permissions)
         calls = SpeechCalls(
-            self.service, Speaker(self.service, self.voices), self.recordings, ApiKeys(keys, permissions), "tones",
-            Slots(most), self.manager.watching, keep_alive_seconds,
+            self.service, Speaker(self.service, self.voices), self.recordings, self.keys, "tones",
+            Slots(most), (self.queue or self.manager).watching, keep_alive_seconds,
         )  # fmt: skip
-        self.app = build(self.manager, permissions, speech=calls)
+        self.app = build(self.manager if managed else None, permissions, speech=calls)
 
     @staticmethod
     def _check(text: str) -> None:

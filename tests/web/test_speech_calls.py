@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import base64
+import contextvars
+import errno
 import io
 import json
+import re
+import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
+from app_process import wait_until
 from served_tones import Served
 from starlette.testclient import TestClient
+
+from residency.errors import InvalidInput
+from residency.sentences import Sentence
+from tts_gpu_managed import ask
 
 ELSEWHERE = ("192.0.2.7", 4000)
 THREE = "The first sentence is here. Then the second one follows. At last the third one ends."
@@ -106,6 +117,40 @@ class TestSpeech:
         assert "load;dur=" in timing
         assert "restore;dur=" in speech(served).headers["server-timing"]
 
+    def test_how_long_it_waited_without_management(self, tmp_path: Path) -> None:
+        served = Served(tmp_path, managed=False)
+        assert served.queue is not None
+        timing = re.compile(r'wait;dur=([0-9.]+);desc="(.*)", queue;dur=([0-9.]+)')
+        alone = timing.fullmatch(speech(served).headers["server-timing"])
+        assert alone is not None
+        assert alone[1] == alone[3]
+        with ThreadPoolExecutor(1) as threads, served.queue.reserved():
+            late = threads.submit(contextvars.Context().run, speech, served)
+            wait_until(lambda: len(served.queue.requests) == 2)
+        found = timing.fullmatch(late.result(30).headers["server-timing"])
+        assert found is not None
+        assert float(found[1]) > 0
+        assert found[2].endswith("other requests or moves")
+
+    def test_an_edit_whose_words_are_recognized_waits_for_two_models(self, tmp_path: Path, recording: str) -> None:
+        served: Served = Served(tmp_path, recognize=lambda path: ask(served.manager, "asr", lambda asr: asr(path)))
+        served.manager.register("asr", lambda: lambda path: "heard")
+        with served.manager, open(recording, "rb") as file:
+            answer = served.client().post("/v1/audio/edits", data={"task": "vad"}, files={"file": file})
+            waits = {name: served.manager.status()["models"][name]["last_wait"] for name in ("asr", "tts")}
+        timing = answer.headers["server-timing"]
+        assert re.search(r'desc="asr: .*loading the model; tts: .*loading the model"', timing)
+        for name, key in (("wait", "waited_s"), ("queue", "queue_s"), ("load", "move_s")):
+            found = re.search(rf"{name};dur=([0-9.]+)", timing)
+            assert found is not None
+            both_ms = sum(1000 * wait[key] for wait in waits.values())
+            assert float(found[1]) == pytest.approx(both_ms, abs=1.1), "rounded to milliseconds in the status"
+
+    def test_the_wait_counts_once_for_a_text_of_several_sentences(self, served: Served) -> None:
+        timing = speech(served).headers["server-timing"]
+        assert timing.count("loading the model") == 1
+        assert "tts:" not in timing
+
     @pytest.mark.parametrize(("keep_alive", "stays"), [("5m", 300), (0, 0), (2.5, 2.5), ("-1", -1), ("1h30m", 5400)])
     def test_keep_alive(self, served: Served, keep_alive: Any, stays: float) -> None:
         assert speech(served, keep_alive=keep_alive).status_code == 200
@@ -118,6 +163,18 @@ class TestSpeech:
         assert speech(served, voice=None, ref_audio=audio, ref_text="my words").status_code == 200
         assert served.tones.asked[0][:2] == ("clone", "my words")
         assert served.left() == []
+
+    def test_with_a_recording_in_a_form(self, served: Served, recording: str) -> None:
+        fields = {"input": "Hello.", "ref_text": "my words", "response_format": "wav", "speed": "1.0"}
+        with open(recording, "rb") as file:
+            answer = served.client().post("/v1/audio/speech", data=fields, files={"file": file})
+        assert answer.status_code == 200, answer.text
+        assert served.tones.asked == [("clone", "my words", "Hello.")]
+        assert served.left() == []
+        described = served.client().get("/openapi.json").json()["paths"]["/v1/audio/speech"]["post"]["requestBody"]
+        form = described["content"]["multipart/form-data"]["schema"]
+        assert set(form["required"]) == {"file", "input"}
+        assert "ref_audio" not in form["properties"]
 
 
 class TestBadSpeech:
@@ -237,6 +294,79 @@ class TestBadSpeech:
             assert served.recordings._reserved_bytes == 0
 
 
+def chinese(refused: Any) -> str:
+    return str(Sentence.parsed(error(refused)["message"]).zh)
+
+
+class TestWordsOfErrors:
+    """Errors have the names of the parameters, not of the page's controls, and Chinese halves no English sentence."""
+
+    @pytest.mark.parametrize(
+        ("path", "body", "named"),
+        [
+            (
+                "edits",
+                {"task": "clone", "text": "w"},
+                "There is no task 'clone': give one of emotion, style, speed, vad",
+            ),
+            ("edits", {"task": "emotion", "text": "w"}, "sub_task: "),
+            ("edits", {"task": "paralinguistic", "text": "w"}, "tagged_text is empty"),
+            ("speech", {"input": "", "voice": "high"}, "input: The text is empty"),
+            ("speech", {"input": "жук", "voice": "high"}, "input: This engine speaks English"),
+        ],
+    )
+    def test_parameters_are_named(
+        self, served: Served, recording: str, path: str, body: dict[str, str], named: str
+    ) -> None:
+        served.service.edit_types = {**served.service.edit_types, "paralinguistic": []}
+        audio = {"audio": base64.b64encode(Path(recording).read_bytes()).decode()} if path == "edits" else {}
+        message = error(served.client().post(f"/v1/audio/{path}", json={**body, **audio}))["message"]
+        assert message.startswith(named), message
+        assert not any(word in message for word in ("Target", "目标文本", "EDIT", "Prompt", "提示文本"))
+
+    @pytest.mark.parametrize(
+        ("words", "param", "says"),
+        [("Prompt Text", "ref_text", "ref_text is empty: fill it in / ref_text 为空：请填写"),
+         ("Target Text", "input", "input is empty: fill it in / input 为空：请填写")],
+    )  # fmt: skip
+    def test_so_do_those_of_engines(self, served: Served, recording: str, words: str, param: str, says: str) -> None:
+        field: Any = {"Prompt Text": "prompt_text", "Target Text": "target_text"}[words]
+        chinese = {"Prompt Text": "提示文本", "Target Text": "目标文本"}[words]
+        served.tones.error = InvalidInput(f"{words} is empty: fill it in", f"{chinese}为空：请填写", field)
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        refused = speech(served, voice=None, ref_audio=audio, ref_text="said")
+        assert (error(refused)["param"], error(refused)["message"]) == (param, says)
+
+    @pytest.mark.parametrize(
+        ("fields", "says"),
+        [({"response_format": "ogg"}, "应为 'mp3'、'opus'、'aac'、'flac'、'wav'、'pcm'"), ({"speed": 9}, "应不大于 4"),
+         ({"input": 5}, "应为字符串"), ({"speed": "fast"}, "应为数字"), ({"voice": ["x"]}, "voice 无效"),
+         ({"speed": 0.1}, "应不小于 0.25")],
+    )  # fmt: skip
+    def test_the_chinese_half_is_chinese(self, served: Served, fields: dict[str, Any], says: str) -> None:
+        half = chinese(speech(served, **fields))
+        assert says in half
+        assert "should" not in half
+
+    def test_a_full_disk_is_told_from_the_limit(self, served: Served) -> None:
+        served.tones.error = OSError(errno.ENOSPC, "No space left on device")
+        refused = speech(served)
+        assert refused.status_code == 507
+        assert "--tmp-dir is full: free space there" in error(refused)["message"]
+        assert "--max-disk" not in error(refused)["message"]
+
+    def test_who_may_not_change_voices_hears_of_keys(self, served: Served, recording: str) -> None:
+        refused = store(served, recording, client=served.client(ELSEWHERE))
+        assert refused.status_code == 401
+        assert "--api-key" in error(refused)["message"]
+
+    def test_what_keep_alive_minus_one_means(self, served: Served) -> None:
+        refused = error(speech(served, keep_alive="soon"))["message"]
+        described = json.dumps(served.client().get("/openapi.json").json())
+        for text in (refused, described):
+            assert "-1: until another request ends or the model is offloaded" in text
+
+
 class TestKeys:
     @pytest.fixture
     def keyed(self, tmp_path: Path) -> Iterator[Served]:
@@ -262,6 +392,32 @@ class TestKeys:
         client = keyed.client(ELSEWHERE, Authorization=f"Bearer {key}")
         assert speech(keyed, client, keep_alive="1m").status_code == 200
         assert client.delete("/v1/audio/voices/nobody").status_code == 404
+
+    def test_guessing_is_slowed_down(self, keyed: Served) -> None:
+        def status(key: str, address: str = "192.0.2.7") -> int:
+            client = keyed.client((address, 4000), **({"Authorization": f"Bearer {key}"} if key else {}))
+            answer = client.get("/v1/audio/voices")
+            if answer.status_code == 429:
+                assert 1 <= int(answer.headers["retry-after"]) <= 10
+                assert error(answer)["type"] == "rate_limit_error"
+            return int(answer.status_code)
+
+        assert status("another") == 200
+        assert [status(f"guess {number}") for number in range(7)] == [401] * 5 + [429] * 2
+        assert status("one-key") == 429, "else one could go on guessing"
+        assert status("another") == 200, "its user is not locked out"
+        assert status("t0ken") == 200
+        assert status("") == 401
+        assert status("one-key", "192.0.2.8") == 200
+        assert [status("guess", f"2001:db8::{number}") for number in range(1, 8)] == [401] * 5 + [429] * 2
+
+    def test_after_a_while_another_key_may_be_tried(self, keyed: Served) -> None:
+        now_s = [1000.0]
+        keyed.keys._now = lambda: now_s[0]
+        client = keyed.client(Authorization="Bearer guess")
+        assert [client.get("/v1/models").status_code for _ in range(6)] == [401] * 5 + [429]
+        now_s[0] += 10
+        assert [client.get("/v1/models").status_code for _ in range(2)] == [401, 429]
 
     def test_without_keys_other_machines_may_speak_but_change_nothing(self, served: Served, recording: str) -> None:
         client = served.client(ELSEWHERE)
@@ -368,6 +524,49 @@ class TestVoices:
         assert error(refused)["param"] == "file"
 
 
+class TestFormsOnDisk:
+    """Forms of more than 1 MB, which do not stay in memory."""
+
+    @staticmethod
+    def large(folder: Path) -> Path:
+        path = folder / "large.wav"
+        soundfile.write(path, np.random.default_rng(1).uniform(-0.5, 0.5, 1_000_000), 24000, subtype="PCM_16")
+        return path
+
+    @staticmethod
+    def post(served: Served, path: Path, *, chunked: bool = False) -> Any:
+        form = httpx.Request("POST", "http://any", files={"file": path.read_bytes()})
+        body = form.read()
+        pieces = (body[i : i + 100_000] for i in range(0, len(body), 100_000))
+        headers = {"Content-Type": form.headers["content-type"]}
+        content = pieces if chunked else body
+        return served.client().post("/v1/audio/transcriptions", content=content, headers=headers)
+
+    def test_are_kept_in_the_folder_of_the_recordings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        served = Served(tmp_path, recognize=lambda path: "words")
+        assert self.post(served, self.large(tmp_path)).json() == {"text": "words"}
+        assert served.left() == []
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_count_while_they_are_read_and_used(self, tmp_path: Path, chunked: bool) -> None:
+        reserved: list[float] = []
+        served = Served(tmp_path, recognize=lambda path: str(reserved.append(served.recordings._reserved_bytes)))
+        served.recordings._most_bytes = 20_000_000
+        assert self.post(served, self.large(tmp_path), chunked=chunked).status_code == 200
+        assert 2_000_000 <= reserved[0] < 4_000_000, "the copy for the engine, no longer the form"
+        assert served.recordings._reserved_bytes == 0
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_are_refused_if_there_is_no_room_for_them(self, tmp_path: Path, chunked: bool) -> None:
+        served = Served(tmp_path, recognize=lambda path: "words", disk=1_500_000)
+        answer = self.post(served, self.large(tmp_path), chunked=chunked)
+        assert answer.status_code == 507
+        assert error(answer)["code"] == "disk_full"
+        assert served.recordings._reserved_bytes == 0
+        assert served.left() == []
+
+
 class TestEdits:
     def test_a_recording_is_changed(self, served: Served, recording: str) -> None:
         with open(recording, "rb") as file:
@@ -436,3 +635,36 @@ def test_they_are_described_with_or_without_management(served: Served) -> None:
     assert {"/v1/audio/speech", "/gpu/status"} <= set(with_gpu["paths"])
     speech = with_gpu["paths"]["/v1/audio/speech"]["post"]
     assert set(speech["responses"]["200"]["content"]) >= {"audio/mpeg", "audio/wav"}
+
+
+def test_each_call_lists_the_codes_that_it_can_return(served: Served) -> None:
+    paths = served.client().get("/openapi.json").json()["paths"]
+    listed = {
+        (method, path): {int(code) for code in call["responses"]}
+        for path, calls in paths.items()
+        if path.startswith("/v1/")
+        for method, call in calls.items()
+    }
+    work = {403, 413, 429, 500, 503, 507}
+    assert listed == {
+        ("get", "/v1/models"): {200, 401, 403, 429},
+        ("post", "/v1/audio/speech"): {200, 400, 401, 404} | work,
+        ("post", "/v1/audio/edits"): {200, 400, 401} | work,
+        ("post", "/v1/audio/transcriptions"): {200, 400, 401, 404} | work,
+        ("get", "/v1/audio/voices"): {200, 401, 403, 429},
+        ("post", "/v1/audio/voices"): {201, 400, 401, 409} | work,
+        ("delete", "/v1/audio/voices/{name}"): {200, 400, 401, 403, 404, 429, 507},
+    }
+
+
+def test_refusals_have_examples(served: Served) -> None:
+    paths = served.client().get("/openapi.json").json()["paths"]
+    for path, calls in paths.items():
+        for code, answer in (each for call in calls.values() for each in call["responses"].items()):
+            if path.startswith("/v1/") and code >= "400" and code not in ("403", "500"):
+                example = answer["content"]["application/json"]["example"]["error"]
+                assert " / " in example["message"]
+                assert answer["description"]
+    missing = paths["/v1/audio/voices/{name}"]["delete"]["responses"]["404"]
+    assert "voice" in missing["description"]
+    assert missing["content"]["application/json"]["example"]["error"]["code"] == "voice_not_found"

@@ -13,7 +13,7 @@ from recordings import write_tone
 
 from residency.errors import InvalidInput
 from residency.web.speech import voices as module
-from residency.web.speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoiceStore, checked_name
+from residency.web.speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull, VoiceStore, checked_name
 
 
 @pytest.fixture
@@ -135,6 +135,38 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, recording: str) -> None
     assert len(store.all()) == 2
     with pytest.raises(VoiceNotStored, match="--voices-dir"):
         store.add("Ada", "words", recording)
+
+
+@pytest.mark.parametrize("limit", ["_MOST_BYTES", "_MOST_VOICES"])
+def test_no_more_are_stored_than_the_limits(
+    store: VoiceStore, recording: str, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    size = 44 + 2 * soundfile.info(recording).frames
+    monkeypatch.setattr(module, limit, 2 * size if limit == "_MOST_BYTES" else 2)
+    store.add("Ada", "words", recording)
+    store.add("Bob", "words", recording)
+    with pytest.raises(VoicesFull, match="delete some"):
+        store.add("Eve", "words", recording)
+    assert len(files(store)) == 6
+    store.remove("Ada")
+    store.add("Eve", "words", recording)
+
+
+def test_only_the_voice_asked_for_is_read(store: VoiceStore, recording: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Ada", "Bob", "Eve"):
+        store.add(name, f"words of {name}", recording)
+    read: list[str] = []
+    loads = module.json.loads
+    monkeypatch.setattr(module.json, "loads", lambda text: read.append(text) or loads(text))
+    assert store.get("bob").text == "words of Bob"
+    assert store.get("high").text
+    with pytest.raises(UnknownVoice, match="high, low, Ada, Bob, Eve"):
+        store.get("nobody")
+    assert len(read) == 1
+
+
+def test_an_error_names_some_of_many_voices() -> None:
+    assert len(str(UnknownVoice("x", tuple(f"voice {number}" for number in range(1000))))) < 1000
 
 
 @pytest.mark.parametrize("facts", ["", "{", "[]", '{"text": "x"}', '{"text": "x", "created": "soon"}'])

@@ -9,16 +9,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import IO, Any, TypeVar
 
 from anyio import to_thread
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette import formparsers
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import Message
 
 from ...units import readable_bytes
+from ..server.bodies import announced_bytes
 from ..speech.recordings import UNDER_WAY, Recordings
 from ..speech.service import SpeechService
 from .openai_errors import BadRequest, BodyTooLarge
@@ -27,12 +31,29 @@ Body = TypeVar("Body", bound=BaseModel)
 
 MOST_JSON_BYTES = 20 << 20
 """Limit of JSON bodies, which are held in main memory."""
-_FILES = ("file", "audio", "audio_sample", "input_audio", "recording")
+_FILES = ("file", "audio", "audio_sample", "input_audio", "recording", "ref_audio")
 """Names of the field with the recording, in forms of different programs."""
 _MOST_VALUES = 50_000
 """Limit of commas and brackets in JSON: more than in the longest text. Base64 has none."""
 _MOST_FIELDS = 30
 _MOST_FIELD_BYTES = 1 << 20
+_WANTED = {
+    "literal_error": "（应为 {expected}）",
+    "string_type": "（应为字符串）",
+    "greater_than_equal": "（应不小于 {ge:g}）",
+    "less_than_equal": "（应不大于 {le:g}）",
+    "finite_number": "（应为有限的数）",
+    "float_type": "（应为数字）",
+    "float_parsing": "（应为数字）",
+}
+"""What Pydantic's messages say, in Chinese, by its type of error."""
+_ROOM_BYTES = 16 << 20
+"""Disk space that is reserved at a time for a form of unknown length."""
+
+
+def keep_forms_in(folder: str) -> None:
+    """Makes Starlette keep large files of forms, of all calls, in ``folder`` instead of the system's temporary one."""
+    formparsers.SpooledTemporaryFile = partial(tempfile.SpooledTemporaryFile, dir=folder)  # type: ignore[attr-defined, assignment]
 
 
 async def read_json(request: Request, kind: type[Body], most_bytes: int = MOST_JSON_BYTES) -> Body:
@@ -68,33 +89,42 @@ def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
         name = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "missing":
             raise BadRequest(name, f"{name} is missing: send it", f"缺少 {name}：请发送") from None
+        wanted = _WANTED.get(first["type"], "").format(**first.get("ctx", {}))
+        wanted = wanted.replace(" or ", "、").replace(", ", "、")
         raise BadRequest(
-            name, f"{name} is not valid ({first['msg']}): see /docs", f"{name} 无效（{first['msg']}）：参见 /docs"
+            name, f"{name} is not valid ({first['msg']}): see /docs", f"{name} 无效{wanted}：参见 /docs"
         ) from None
 
 
 class Upload:
-    """The recording of a request: a form's file, or the bytes of base64 in JSON. `close` deletes the form's file."""
+    """The recording of a request: a form's file, or the bytes of base64 in JSON. `close` deletes the form's file.
+
+    It may be called repeatedly.
+    """
 
     def __init__(self, file: IO[bytes] | None, data: bytes = b"", close: Callable[[], Any] = lambda: None) -> None:
         self._file, self._data, self.close = file, data, close
 
     @contextmanager
     def stored(self, service: SpeechService, recordings: Recordings) -> Iterator[str]:
-        """Yields the path of the recording in a form that engines read; deletes it at the end.
+        """Yields the path of the recording in a form that engines read; deletes it at the end. Closes the upload.
 
         Reads and writes files: not for the event loop. Raises `InvalidInput` and `DiskFull`.
         """
         os.makedirs(service.folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{UNDER_WAY}-upload-", dir=service.folder, ignore_cleanup_errors=True
-        ) as workshop:
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=f"{UNDER_WAY}-upload-", dir=service.folder, ignore_cleanup_errors=True
+            ) as workshop,
+            recordings.reserved(self._size()),
+        ):
             path = os.path.join(workshop, "recording")
-            with recordings.reserved(self._size()), open(path, "wb") as target:
+            with open(path, "wb") as target:
                 if self._file is None:
                     target.write(self._data)
                 else:
                     shutil.copyfileobj(self._file, target)
+            self.close()
             readable = service.incoming.readable(path)
             try:
                 yield readable
@@ -111,9 +141,13 @@ class Upload:
         return size
 
 
-async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]:
-    """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data"
+
+
+async def read_upload(request: Request, kind: type[Body], recordings: Recordings) -> tuple[Body, Upload]:
+    """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`, `DiskFull`."""
+    if not is_form(request):
         if "audio" not in kind.model_fields:
             raise BadRequest(
                 _FILES[0], "Send a form (multipart/form-data) with the recording as the file 'file'",
@@ -121,17 +155,10 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
             )  # fmt: skip
         body = await read_json(request, kind)
         return body, await decoded(str(getattr(body, "audio", "")), "audio")
-    try:
-        form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
-    except (HTTPException, ValueError, KeyError) as error:  # the last two: of python-multipart, before Starlette 1
-        reason = getattr(error, "detail", None) or str(error) or type(error).__name__
-        raise BadRequest(
-            None, f"The form cannot be read ({reason}): send it as multipart/form-data",
-            f"无法读取表单（{reason}）：请以 multipart/form-data 发送",
-        ) from None  # fmt: skip
-    values: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-    file = next((form[name] for name in _FILES if isinstance(form.get(name), UploadFile)), None)
-    try:
+    with ExitStack() as held:
+        form = await _read_form(request, recordings, held)
+        values: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+        file = next((form[name] for name in _FILES if isinstance(form.get(name), UploadFile)), None)
         if not isinstance(file, UploadFile):
             raise BadRequest(
                 _FILES[0],
@@ -139,10 +166,38 @@ async def read_upload(request: Request, kind: type[Body]) -> tuple[Body, Upload]
                 f"表单中没有录音：请以文件字段 {_FILES[0]!r} 发送",
             )
         body = checked(kind, {"audio": "", **values})
-    except BaseException:
-        await form.close()
-        raise
-    return body, Upload(file.file, close=file.file.close)
+        return body, Upload(file.file, close=held.pop_all().close)
+
+
+async def _read_form(request: Request, recordings: Recordings, held: ExitStack) -> FormData:
+    """Reads a form; ``held`` deletes its file, whose disk space is reserved until then."""
+    announced, room_bytes = announced_bytes(request.scope), 0.0
+
+    async def receive() -> Message:
+        nonlocal room_bytes
+        message = await request.receive()
+        room_bytes -= len(message.get("body", b""))
+        if room_bytes < 0:
+            least_bytes = announced or -room_bytes
+            room = recordings.reserved(max(announced or _ROOM_BYTES, -room_bytes), least_bytes)
+            room_bytes += await to_thread.run_sync(held.enter_context, room)
+        return message
+
+    await to_thread.run_sync(partial(os.makedirs, recordings.folder, exist_ok=True))
+    try:
+        form = await Request(request.scope, receive).form(
+            max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
+        )
+    except (HTTPException, ValueError, KeyError) as error:  # the last two: of python-multipart, before Starlette 1
+        reason = getattr(error, "detail", None) or str(error) or type(error).__name__
+        raise BadRequest(
+            None, f"The form cannot be read ({reason}): send it as multipart/form-data",
+            f"无法读取表单（{reason}）：请以 multipart/form-data 发送",
+        ) from None  # fmt: skip
+    for value in form.values():
+        if isinstance(value, UploadFile):
+            held.callback(value.file.close)
+    return form
 
 
 async def decoded(text: str, param: str) -> Upload:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,17 +9,21 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from ... import errors
-from ...observability.error_classification import is_out_of_device_memory
+from ...observability.error_classification import is_out_of_device_memory, message_of
+from ...sentences import Sentence
+from ..server.api_keys import TooManyWrongKeys, WrongKey
 from ..server.cross_origin import refusal_body
-from ..speech.recordings import DiskFull
+from ..speech.recordings import DISK_IS_FULL, DiskFull, OutOfDiskSpace
 from ..speech.service import ShuttingDown, explain
-from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored
+from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull
 
 PARAMETERS: Mapping[str, str] = {
     "recording": "file", "prompt_text": "text", "target_text": "input", "task": "task", "sub_task": "sub_task",
     "voice": "voice", "voice_name": "name",
 }  # fmt: skip
 """Parameter of a call by `errors.Field`."""
+_CONTROLS = (Sentence("Prompt Text", "提示文本"), Sentence("Target Text", "目标文本"))
+"""The page's controls that sentences of engines and of `SpeechService` name."""
 
 
 class BadRequest(errors.InvalidInput):
@@ -57,11 +60,17 @@ class UnknownSpeechModel(BadRequest):
         self._arguments = (name, known)
 
 
-class WrongKey(errors.ResidencyError):
-    """The request has no API key, or a wrong one."""
+class ChangeNotAllowed(errors.NotAllowed):
+    """The caller may not change voices, nor decide how long the model stays on the device."""
 
-    en = "Send one of the server's API keys (--api-key) as 'Authorization: Bearer KEY'."
-    zh = "请以请求头 'Authorization: Bearer KEY' 发送服务器的一个 API 密钥（--api-key）。"
+    en = (
+        "This is allowed only with an API key (--api-key) or the token (--control-token), sent as 'Authorization: "
+        "Bearer KEY', from the server's own machine, or for signed-in users (--auth user:password)."
+    )
+    zh = (
+        "此操作需要 API 密钥（--api-key）或令牌（--control-token），以请求头 'Authorization: Bearer KEY' 发送；"
+        "或从服务器本机执行，或由已登录用户（--auth user:password）执行。"
+    )
 
 
 class TooManyRequests(errors.ResidencyError):
@@ -97,10 +106,13 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (VoiceExists, 409, "invalid_request_error", "voice_exists"),
     (BodyTooLarge, 413, "invalid_request_error", None),
     (errors.InvalidInput, 400, "invalid_request_error", None),
+    (TooManyWrongKeys, 429, "rate_limit_error", "rate_limit_exceeded"),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
     (VoiceNotStored, 507, "server_error", "disk_full"),
+    (VoicesFull, 507, "server_error", "voices_full"),
     (DiskFull, 507, "server_error", "disk_full"),
+    (OutOfDiskSpace, 507, "server_error", "disk_full"),
     (errors.RequestTimeout, 503, "server_error", "model_busy"),
     (errors.ManagerClosed, 503, "server_error", "shutting_down"),
     (ShuttingDown, 503, "server_error", "shutting_down"),
@@ -113,26 +125,34 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 
 def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Returns status, body and headers for an error. Logs it if the caller did not cause it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = DiskFull()
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        error = OutOfDiskSpace()
     found = next((row for row in _CODES if isinstance(error, row[0])), None)
     if found:
         _, status, kind, code = found
-        message = str(error)
+        message = message_of(error)
     else:
         status, kind, code = 500, "server_error", None
         if is_out_of_device_memory(error):
             status, code = 503, "device_full"
         elif 400 <= getattr(error, "status_code", 500) < 500:  # StepAudioTTS's own exception
             status, kind = 400, "invalid_request_error"
-        message = str(explain(error, has_history=False))
+        message = explain(error, has_history=False)
     param = getattr(error, "param", None) or PARAMETERS.get(getattr(error, "field", None) or "")
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
         headers["Retry-After"] = str(getattr(error, "retry_s", _RETRY_S))
-    return status, refusal_body(message, kind, param, code), headers
+    return status, refusal_body(_naming_parameter(message, param) if param else message, kind, param, code), headers
+
+
+def _naming_parameter(message: Sentence, param: str) -> str:
+    """Returns a message with the parameter in place of the page's control; before it, if it is not named at all."""
+    en, zh = message.en, message.zh
+    for control in _CONTROLS:
+        en, zh = en.replace(control.en, param), zh.replace(control.zh, f" {param} ").strip()
+    return Sentence(en, zh) if param in en else f"{param}: {Sentence(en, zh)}"
 
 
 def refusal(error: Exception) -> JSONResponse:

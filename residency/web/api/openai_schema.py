@@ -53,7 +53,8 @@ class Speech(BaseModel):
     keep_alive: KeepAlive | None = Field(
         None,
         description="How long the model stays on the GPU after this request: seconds, or `5m`, `1h30m`; 0: not at all; "
-        "-1: until another request or a person decides otherwise. Needs an API key, or the permission for changes.",
+        "-1: until another request ends or the model is offloaded. Needs an API key, or the permission for "
+        "changes.",
     )
 
 

@@ -16,16 +16,16 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from ...cancellation import current
-from ...errors import InvalidInput, NotAllowed
+from ...errors import InvalidInput
 from ..server.api_keys import ApiKeys
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
-from .bodies import Upload, decoded, read_json, read_upload
-from .openai_errors import BadRequest, UnknownSpeechModel, WrongKey, naming, refusal
-from .openai_route import REFUSALS, OpenAiRoute, form_body, form_or_json_body, json_body
+from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
+from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
+from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals
 from .openai_schema import (
     DeletedVoice,
     Edit,
@@ -44,6 +44,8 @@ OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
 OF_OPENAI_TRANSCRIBE = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
 _BLOCK_FRAMES = 1 << 16
+_OF_WORK = (413, 429, 500, 503, 507)
+"""Status codes of calls that receive a body and use a model or the disk."""
 
 
 @dataclass(eq=False)
@@ -69,36 +71,37 @@ class SpeechCalls:
 
     def __post_init__(self) -> None:
         self.threads = CapacityLimiter(self.slots.most)
+        keep_forms_in(self.recordings.folder)
 
     def add_to(self, app: FastAPI) -> None:
         """Adds the calls to an application."""
         add = app.router.add_api_route
-        shared: dict[str, Any] = {"route_class_override": OpenAiRoute, "responses": REFUSALS}
-        add("/v1/models", self.models, response_model=SpeechModels, tags=["speech"], **shared)
+        speaks: dict[str, Any] = {"tags": ["speech"], "route_class_override": OpenAiRoute}
+        voices: dict[str, Any] = {"tags": ["voices"], "route_class_override": OpenAiRoute}
+        add("/v1/models", self.models, response_model=SpeechModels, responses=refusals(401, 429), **speaks)
         audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
-        spoken: dict[str, Any] = {
-            "response_class": Response, "response_model": None, "tags": ["speech"], "methods": ["POST"],
-            "route_class_override": OpenAiRoute,
-        }  # fmt: skip
+        spoken: dict[str, Any] = {"response_class": Response, "response_model": None, "methods": ["POST"], **speaks}
         streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
-        add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech),
-            responses={200: {"content": streamed}, **REFUSALS}, **spoken)  # fmt: skip
-        add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit),
-            responses={200: {"content": audio}, **REFUSALS}, **spoken)  # fmt: skip
-        posting: dict[str, Any] = {"methods": ["POST"], **shared}
-        add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, tags=["speech"],
-            openapi_extra=form_body(Transcription), **posting)  # fmt: skip
-        add("/v1/audio/voices", self.voices, response_model=Voices, tags=["voices"], **shared)
-        add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, tags=["voices"], status_code=201,
-            response_description="The voice was stored.",
-            openapi_extra=form_or_json_body(VoiceSample), **posting)  # fmt: skip
+        add("/v1/audio/speech", self.speech, openapi_extra=either_body(json_body(Speech), form_body(Speech)),
+            responses={200: {"content": streamed}, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
+        add("/v1/audio/edits", self.edits, openapi_extra=either_body(form_body(Edit), json_body(Edit)),
+            responses={200: {"content": audio}, **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
+        add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
+            responses=refusals(400, 401, 404, *_OF_WORK), openapi_extra=form_body(Transcription),
+            **speaks)  # fmt: skip
+        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
+        add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
+            response_description="The voice was stored.", responses=refusals(400, 401, 409, *_OF_WORK),
+            openapi_extra=either_body(form_body(VoiceSample), json_body(VoiceSample)), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-        add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, tags=["voices"],
-            methods=["DELETE"], openapi_extra={"parameters": [name]}, **shared)  # fmt: skip
+        unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
+        add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, methods=["DELETE"],
+            responses=refusals(400, 401, 404, 429, 507, unknown=unknown), openapi_extra={"parameters": [name]},
+            **voices)  # fmt: skip
 
     async def models(self, request: Request) -> JSONResponse:
         """The engine, and the recognizer where there is one. OpenAI's names of such models are accepted too."""
-        self._check_key(request)
+        self.keys.check(request)
         names = [self.model, *(OF_OPENAI_TRANSCRIBE[:1] if self.service.transcribes else ())]
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "gpu-managed-tts"} for name in names]
         return JSONResponse({"object": "list", "data": data})
@@ -106,12 +109,13 @@ class SpeechCalls:
     async def speech(self, request: Request) -> Response:
         """Speak a text with a voice. The audio is sent while it is spoken; closing the connection cancels the rest.
 
-        The header `Server-Timing` says how long the request waited for the model, and why.
+        A form has the recording of a voice as the file `file`, in place of `ref_audio`. The header `Server-Timing` says
+        how long the request waited for the model, and why.
         """
-        self._check_key(request)
+        self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body = await read_json(request, Speech)
+            body, upload = await self._read_speech(request, held)
             self._check_model(body.model, (self.model, *OF_OPENAI))
             keep_warm_s = self._keep_warm(request, body.keep_alive)
             edit = self.speaker.named_edit(body.instructions)
@@ -119,13 +123,12 @@ class SpeechCalls:
                 self.speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
                 keep_warm_s=keep_warm_s,
             )  # fmt: skip
-            if body.ref_audio is None:
+            if upload is None:
                 with naming(recording="voice"):
                     asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
                 work: Work = partial(self.speaker.speak, asked)
             else:
                 self._words("ref_text", body.ref_text)
-                upload = await decoded(body.ref_audio, "ref_audio")
                 work = partial(self._speak_with, ask, upload, body.ref_text)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
@@ -133,11 +136,21 @@ class SpeechCalls:
                 headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
             )  # fmt: skip
 
+    async def _read_speech(self, request: Request, held: ExitStack) -> tuple[Speech, Upload | None]:
+        """Reads JSON, or a form with a recording; returns the request, and the recording that it brings."""
+        if is_form(request):
+            body, upload = await read_upload(request, Speech, self.recordings)
+            held.callback(upload.close)
+            return body, upload
+        body = await read_json(request, Speech)
+        return body, None if body.ref_audio is None else await decoded(body.ref_audio, "ref_audio")
+
     def _speak_with(
         self, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
     ) -> None:
         """Speaks with a recording that the request has brought."""
-        with naming(recording="ref_audio"), upload.stored(self.service, self.recordings) as recording:
+        named = naming(recording="ref_audio", prompt_text="ref_text")
+        with named, upload.stored(self.service, self.recordings) as recording:
             voice = Voice("", (text or "").strip() or self.service.transcribe(recording), recording, False, 0)
             self.speaker.speak(ask(voice), write)
 
@@ -157,13 +170,12 @@ class SpeechCalls:
 
         A call of this server, which OpenAI's API does not have. A form has the recording as the file `file`.
         """
-        self._check_key(request)
+        self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body, upload = await read_upload(request, Edit)
+            body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
-            if body.task not in self.service.edit_types:
-                self.service.checked_task(None, None)
+            self._check_task(body.task)
             with _naming_edits():
                 self.service.checked_edit(body.text, body.task, body.sub_task, body.tagged_text)
             work = partial(self._edit, body, upload)
@@ -186,10 +198,10 @@ class SpeechCalls:
 
     async def transcriptions(self, request: Request) -> Response:
         """Write the words of a recording, sent as a form with the file `file`. Needs --enable-auto-transcribe."""
-        self._check_key(request)
+        self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body, upload = await read_upload(request, Transcription)
+            body, upload = await read_upload(request, Transcription, self.recordings)
             held.callback(upload.close)
             self._check_model(body.model, OF_OPENAI_TRANSCRIBE)
             if body.response_format not in ("json", "text"):
@@ -210,7 +222,7 @@ class SpeechCalls:
 
     async def voices(self, request: Request) -> JSONResponse:
         """The voices that `voice` may name."""
-        self._check_key(request)
+        self.keys.check(request)
         voices = await to_thread.run_sync(self.speaker.voices.all, limiter=self.readers)
         return JSONResponse({"voices": [_facts(voice).model_dump() for voice in voices]})
 
@@ -223,7 +235,7 @@ class SpeechCalls:
         self._check_change(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body, upload = await read_upload(request, VoiceSample)
+            body, upload = await read_upload(request, VoiceSample, self.recordings)
             held.callback(upload.close)
             work = partial(self._store, checked_name(body.name), self._words("text", body.text), upload)
             return self._streamed(work, "application/json", held.pop_all(), status=201)
@@ -255,7 +267,8 @@ class SpeechCalls:
 
         def watched(write: Write) -> None:
             def watch(lease: Any) -> None:
-                leases.append(lease)
+                if all(other.model != lease.model or other.place is None for other in leases):  # not within another
+                    leases.append(lease)
                 if cancellation := current():
                     cancellation.on_cancel(lease.cancel)
 
@@ -268,21 +281,25 @@ class SpeechCalls:
             sse=sse, server_timing=lambda: _server_timing(leases),
         )  # fmt: skip
 
-    def _check_key(self, request: Request) -> None:
-        if not self.keys.may_speak(request):
-            raise WrongKey
-
     def _check_change(self, request: Request) -> None:
-        self._check_key(request)
+        self.keys.check(request)
         if not self.keys.may_change(request):
-            raise NotAllowed
+            raise ChangeNotAllowed
+
+    def _check_task(self, task: str) -> None:
+        tasks = [name for name in self.service.edit_types if name != "clone"]
+        if task not in tasks:
+            raise BadRequest(
+                "task", f"There is no task {task!r:.40}: give one of {', '.join(tasks)}",
+                f"没有编辑任务 {task!r:.40}：可用 {'、'.join(tasks)}",
+            )  # fmt: skip
 
     def _check_model(self, name: str | None, known: tuple[str, ...]) -> None:
         if name is not None and name not in known:
             raise UnknownSpeechModel(name, known)
 
     def _keep_warm(self, request: Request, keep_alive: float | str | None) -> float | None:
-        """Returns the seconds of a ``keep_alive``, None without one; raises `InvalidInput` and `NotAllowed`."""
+        """Returns the seconds of a ``keep_alive``, None without one; raises `BadRequest` and `ChangeNotAllowed`."""
         if keep_alive is None:
             return None
         try:
@@ -290,7 +307,7 @@ class SpeechCalls:
         except InvalidInput as error:
             raise BadRequest("keep_alive", error.en, error.zh) from None
         if not self.keys.may_change(request):
-            raise NotAllowed
+            raise ChangeNotAllowed
         return keep_warm_s
 
 
@@ -306,14 +323,21 @@ def _naming_edits() -> AbstractContextManager[None]:
 
 
 def _server_timing(leases: list[Any]) -> str:
-    """Returns the header for the wait of the first lease (https://www.w3.org/TR/server-timing/), in milliseconds."""
-    receipt = next((found for lease in leases if (found := getattr(lease, "receipt", None))), None)
-    if receipt is None:
+    """Returns the header for the sum of the leases' waits (https://www.w3.org/TR/server-timing/), in milliseconds.
+
+    ``desc`` names the models if there are several: edits wait for the recognizer, then for the engine.
+    """
+    waits = [(lease.model, receipt) for lease in leases if (receipt := lease.receipt)]
+    if not waits:
         return ""
-    parts = [f'wait;dur={1000 * receipt.waited_s:.1f};desc="{receipt.sentence().en}"']
-    parts += [f"queue;dur={1000 * receipt.queue_s:.1f}"]
-    if receipt.move:
-        parts += [f"{receipt.move};dur={1000 * receipt.move_s:.1f}"]
+    receipts = [receipt for _, receipt in waits]
+    whys = [f"{model}: {receipt.sentence().en}" for model, receipt in waits]
+    why = "; ".join(whys) if len(waits) > 1 else receipts[0].sentence().en
+    parts = [f'wait;dur={1000 * sum(each.waited_s for each in receipts):.1f};desc="{why}"']
+    parts += [f"queue;dur={1000 * sum(each.queue_s for each in receipts):.1f}"]
+    for move in ("load", "restore"):
+        if moves_s := [each.move_s for each in receipts if each.move == move]:
+            parts += [f"{move};dur={1000 * sum(moves_s):.1f}"]
     return ", ".join(parts)
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ...contracts import Time
 from ...observability.events import Event
+from ...receipts import Receipt
 from ...status_types import Status, UsageHistory
 
 
@@ -19,6 +20,10 @@ class QueuedLease(Protocol):
     @property
     def place(self) -> int | None:
         """0: uses the model; 1: next in the queue; None: not yet in the queue, or ended."""
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """How long it waited; None before it has the model."""
 
     def cancel(self) -> bool: ...
 

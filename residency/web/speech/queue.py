@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ...errors import ManagerClosed, RequestCancelled
+from ...receipts import Receipt
 
 _STATE = "cpu"
 """State of an engine without a manager, which is never moved."""
@@ -21,6 +23,8 @@ class QueuedRequest:
         self._queue = queue
         self.model = queue.model
         self.refusal: Exception | None = None
+        self.receipt: Receipt | None = None
+        """As of `Lease`; None until it has the engine."""
 
     @property
     def place(self) -> int | None:
@@ -62,7 +66,7 @@ class SpeechQueue:
         if self._mine.get():
             yield
             return
-        request = QueuedRequest(self)
+        request, began_s = QueuedRequest(self), time.monotonic()
         with self.changed:
             if self._closed:
                 raise ManagerClosed
@@ -74,6 +78,7 @@ class SpeechQueue:
                 self.changed.wait_for(lambda: request.refusal or self.requests[0] is request)
             if request.refusal:
                 raise request.refusal
+            request.receipt = Receipt.of((time.monotonic() - began_s, None, 0.0))
             token = self._mine.set(True)
             try:
                 yield

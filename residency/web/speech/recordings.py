@@ -5,6 +5,7 @@ Deletes the files of a session when it ends; files without a session after `UNOW
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -37,15 +38,26 @@ _REMEMBERED = 1000
 """Maximum of stored sessions that have ended or were inherited, whose last requests may still run."""
 
 
+DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Numbers of the OSError."""
+
+
 class DiskFull(ResidencyError):
     """Error if recordings and results use all their permitted disk space."""
 
     def __init__(self) -> None:
         super().__init__(
-            "The server's limit for recordings is reached: try again later, delete results that are not needed (Clear "
-            "History), or start the app with a larger --max-disk.",
-            "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（清空历史），或启动时调大 --max-disk。",
+            "The server's limit for recordings is reached: try again later, delete results that are not needed on the "
+            "page: Clear History), or start the app with a larger --max-disk.",
+            "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（页面上的“清空历史”），或启动时调大 --max-disk。",
         )
+
+
+class OutOfDiskSpace(ResidencyError):
+    """The file system refuses to write recordings and results: see `DISK_IS_FULL`."""
+
+    en = "The disk of the server's --tmp-dir is full: free space there, or start the app with another --tmp-dir."
+    zh = "服务器 --tmp-dir 所在磁盘已满：请清理该磁盘，或启动时用 --tmp-dir 指定其他目录。"
 
 
 class Recordings:

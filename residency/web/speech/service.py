@@ -22,7 +22,7 @@ from ...sentences import Sentence
 from ..shared.language import en, zh
 from .conversion import Conversion, Limits
 from .queue import SpeechQueue
-from .recordings import Recordings
+from .recordings import DISK_IS_FULL, OutOfDiskSpace, Recordings
 from .task_names import choices
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _NO_PROMPT = Sentence("Prompt Text is empty: write the words of the recording", "提示文本为空：请填写录音中的内容")
 _NO_TARGET = Sentence("Target Text is empty: write what should be spoken", "目标文本为空：请填写要合成的内容")
 _NO_TAGS = Sentence(
-    "Target Text is empty: write the text with tags such as [Laughter]",
-    "目标文本为空：请填写带有 [Laughter] 等标签的文本",
+    "Target Text is empty: write the words of the recording, with tags such as [Laughter]",
+    "目标文本为空：请填写录音中的内容，并加入 [Laughter] 等标签",
 )
 
 
@@ -284,6 +284,8 @@ def explain(error: Exception, *, has_history: bool = True) -> Sentence:
     """Returns an error as a sentence for users. Logs a traceback if the user did not cause it."""
     if isinstance(error, ManagerClosed):
         error = ShuttingDown()
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        error = OutOfDiskSpace()
     if isinstance(error, RequestCancelled):  # after a lost connection
         return Sentence(
             "The connection was lost, so the waiting request was cancelled. Submit it again.",

@@ -20,13 +20,16 @@ import numpy as np
 import soundfile
 
 from ...errors import InvalidInput, ResidencyError, about
+from ...units import readable_bytes
 from .recordings import UNDER_WAY
 from .sample_voices import FOLDER, VOICES
 
 _RECORDING, _FACTS = "recording.wav", "voice.json"
 _HIDDEN = "."
 """First character of the names of folders that are being written or deleted."""
-_MOST_VOICES = 1000
+_MOST_VOICES, _MOST_BYTES = 1000, 2_000_000_000
+_NAMED = 20
+"""Maximum of voices that an error names."""
 _LONGEST_NAME, _LONGEST_NAME_BYTES = 64, 200
 _PUNCTUATION = frozenset(" -_.'")
 _BLOCK_FRAMES = 1 << 16
@@ -36,9 +39,11 @@ class UnknownVoice(InvalidInput):
     """No voice has this name."""
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        some, more = known[:_NAMED], len(known) > _NAMED
         super().__init__(
-            f"No voice is called {name!r}: choose one of {', '.join(known)}, or store it with POST /v1/audio/voices",
-            f"没有名为 {name!r} 的声音：可用 {'、'.join(known)}，或通过 POST /v1/audio/voices 保存",
+            f"No voice is called {name!r}: choose one of {', '.join(some)}{', ...' * more}, or store it with POST "
+            f"/v1/audio/voices",
+            f"没有名为 {name!r} 的声音：可用 {'、'.join(some)}{'等' * more}，或通过 POST /v1/audio/voices 保存",
             "voice",
         )
         self._arguments = (name, known)
@@ -68,6 +73,15 @@ class VoiceNotStored(ResidencyError):
             folder,
             reason,
         )
+
+
+class VoicesFull(ResidencyError):
+    """As many voices are stored as the app keeps, or as many bytes."""
+
+    en = (
+        f"{_MOST_VOICES:,} voices, or {readable_bytes(_MOST_BYTES)}, are stored, which is the limit: delete some first."
+    )
+    zh = f"保存的声音已达上限（{_MOST_VOICES} 个或 {readable_bytes(_MOST_BYTES)}）：请先删除不需要的声音。"
 
 
 @dataclass(frozen=True)
@@ -103,35 +117,34 @@ class VoiceStore:
 
     def all(self) -> list[Voice]:
         """Returns all voices: those that ship, then the stored ones by name."""
-        samples = [Voice(name, sample.says, str(FOLDER / sample.file), False, 0) for name, sample in VOICES.items()]
-        return samples + sorted(self._stored(), key=lambda voice: voice.name.casefold())
+        return [*_samples(), *sorted(filter(None, map(_read, self._stored())), key=lambda voice: voice.name.casefold())]
 
     def get(self, name: str) -> Voice:
         """Returns a voice; raises `UnknownVoice`."""
-        voices = self.all()
         wanted = _key(name)
-        for voice in voices:
-            if _key(voice.name) == wanted:
-                return voice
-        raise UnknownVoice(name[:_LONGEST_NAME], tuple(voice.name for voice in voices))
+        of_samples = (voice for voice in _samples() if _key(voice.name) == wanted)
+        stored = (_read(folder) for folder in self._stored() if _key(folder.name) == wanted)
+        if (voice := next(filter(None, (*of_samples, *stored)), None)) is None:
+            raise UnknownVoice(name[:_LONGEST_NAME], self._names())
+        return voice
 
     def add(self, name: str, text: str, recording: str) -> Voice:
         """Stores a copy of a recording that `Conversion.readable` returned, with its transcript.
 
-        Raises `InvalidInput` for an unsuitable name or recording, `VoiceExists`, and `VoiceNotStored`; then nothing is
-        left of it.
+        Raises `InvalidInput` for an unsuitable name or recording, `VoiceExists`, `VoicesFull`, and `VoiceNotStored`;
+        then nothing is left of it.
         """
         name = checked_name(name)
         with about("recording"):
             self._check_audio(recording)
         created = int(time.time())
         with self._lock:
-            voices = self.all()
-            if any(_key(voice.name) == _key(name) for voice in voices):
+            if any(_key(other) == _key(name) for other in self._names()):
                 raise VoiceExists(name)
-            if len(voices) >= _MOST_VOICES:
-                raise VoiceNotStored(str(self._folder), f"it has {_MOST_VOICES} voices")
             try:
+                sizes = [os.path.getsize(folder / _RECORDING) for folder in self._stored()]
+                if len(sizes) >= _MOST_VOICES or sum(sizes) + 2 * soundfile.info(recording).frames > _MOST_BYTES:
+                    raise VoicesFull
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 unfinished = tempfile.mkdtemp(prefix=f"{_HIDDEN}new-", dir=self._folder)
                 try:
@@ -165,7 +178,7 @@ class VoiceStore:
                 finally:
                     shutil.rmtree(doomed, ignore_errors=True)  # the rest of a voice is no voice: see `sweep`
             except FileNotFoundError:  # another app deleted it meanwhile
-                raise UnknownVoice(name, tuple(each.name for each in self.all())) from None
+                raise UnknownVoice(name, self._names()) from None
             except OSError as error:
                 raise VoiceNotStored(str(self._folder), error.strerror or str(error)) from error
         return voice
@@ -185,7 +198,7 @@ class VoiceStore:
         try:
             return shutil.copy(voice.recording, str(folder))
         except FileNotFoundError:
-            raise UnknownVoice(voice.name, tuple(each.name for each in self.all())) from None
+            raise UnknownVoice(voice.name, self._names()) from None
 
     def sweep(self) -> None:
         """Deletes what apps that were killed left unfinished. For the start of the app."""
@@ -193,16 +206,28 @@ class VoiceStore:
             if left.name.startswith((f"{_HIDDEN}new-", f"{_HIDDEN}gone-")) and _age_s(left) > 3600:
                 shutil.rmtree(left, ignore_errors=True)
 
-    def _stored(self) -> Iterator[Voice]:
+    def _names(self) -> tuple[str, ...]:
+        return (*VOICES, *sorted((folder.name for folder in self._stored()), key=str.casefold))
+
+    def _stored(self) -> Iterator[Path]:
+        """Yields the folders of the stored voices."""
         with suppress(OSError):  # no folder: no voices
-            for entry in os.scandir(self._folder):
-                if entry.name.startswith(_HIDDEN):
-                    continue
-                recording = os.path.join(entry.path, _RECORDING)
-                with suppress(OSError, ValueError, KeyError, TypeError):  # not a voice, or being deleted
-                    facts = json.loads(Path(entry.path, _FACTS).read_text(encoding="utf-8"))
-                    if os.path.isfile(recording):
-                        yield Voice(entry.name, str(facts["text"]), recording, True, int(facts["created"]))
+            for folder in self._folder.iterdir():
+                if not folder.name.startswith(_HIDDEN) and (folder / _RECORDING).is_file():
+                    yield folder
+
+
+def _samples() -> list[Voice]:
+    return [Voice(name, sample.says, str(FOLDER / sample.file), False, 0) for name, sample in VOICES.items()]
+
+
+def _read(folder: Path) -> Voice | None:
+    """Returns a stored voice; None if it is none, or was deleted meanwhile."""
+    try:
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        return Voice(folder.name, str(facts["text"]), str(folder / _RECORDING), True, int(facts["created"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def checked_name(name: str | None) -> str:
