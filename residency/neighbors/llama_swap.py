@@ -1,6 +1,6 @@
 """llama-swap. Source: llama-swap v250 (commit 0bdb3720), internal/server/api.go, apigroup.go and auth.go.
 
-- ``GET /running`` -> ``{"running": [{"model", "state": "ready", ...}]}``: its servers, of any kind, that have not stopped.
+- ``GET /running`` -> ``{"running": [{"model", "state": "ready", ...}]}``: its servers that have not stopped.
 - ``GET /api/events``: server-sent events. The first ones are the present state, among them
   ``data:{"type": "inflight", "data": "{\\"requests\\": []}"}``, ``{\\"total\\": 0}`` until v220 (v192 or newer).
 - ``POST /api/models/unload`` -> ``{"msg": "ok"}`` when the servers have stopped; cuts their running requests off.

@@ -3,8 +3,8 @@
 Source: stable-diffusion-webui 1.7 to 1.8 (commit c8a5322d), modules/api/api.py, sd_models.py and shared_state.py;
 stable-diffusion-webui-forge (commit dfdcbab6), the same files.
 
-- ``GET /sdapi/v1/progress?skip_current_image=true`` -> ``{"state": {"job", "job_count", ...}, ...}``; ``job_count`` is 0
-  when nothing is generated.
+- ``GET /sdapi/v1/progress?skip_current_image=true`` -> ``{"state": {"job", "job_count", ...}, ...}``; ``job_count`` is
+  0 when nothing is generated.
 - ``GET /sdapi/v1/memory`` -> ``{"cuda": {"reserved": {"current"}, ...}}``, or ``{"cuda": {"error"}}`` without CUDA.
 - ``POST /sdapi/v1/unload-checkpoint`` -> ``{}`` when the checkpoint is in main memory.
 - ``POST /sdapi/v1/reload-checkpoint`` -> ``{}`` when it is back; does nothing in Forge, which loads by itself.

@@ -7,6 +7,7 @@ import http.client
 import json
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 from ..errors import NeighborRefused, NeighborUnreachable
 from ..sentences import Sentence
+from .contract import Held
 
 LIMIT_BYTES = 1 << 20
 """Longer answers are an error."""
@@ -24,7 +26,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Server:
+class Server(ABC):
     """A server at ``url``; subclasses are the kinds. ``token``: ``user:password``, or else a bearer token."""
 
     kind: ClassVar[str]
@@ -38,6 +40,12 @@ class Server:
 
     url: str
     token: str | None = field(default=None, repr=False)
+
+    @abstractmethod
+    def held(self) -> Held: ...
+
+    @abstractmethod
+    def ask(self) -> None: ...
 
     def give_back(self) -> None:
         """Does nothing: the server loads again with its next request."""

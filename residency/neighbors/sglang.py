@@ -5,9 +5,10 @@ scheduler_components/weight_updater.py.
 - ``GET /server_info`` -> its settings, among them ``enable_memory_saver``: without ``--enable-memory-saver`` (and the
   package torch-memory-saver) a release frees nothing.
 - ``POST /pause_generation {"mode": "retract"}``: running requests return to the queue, and new ones wait.
-- ``POST /release_memory_occupation {}`` -> 200, empty, when weights, KV cache and CUDA graphs have left. A server that is
-  not idle, or that has released already, ends by an assertion: it is paused before, and released once.
-- ``POST /resume_memory_occupation {}``, which ends a server that has released nothing, then ``POST /continue_generation {}``.
+- ``POST /release_memory_occupation {}`` -> 200, empty, when weights, KV cache and CUDA graphs have left. A server that
+  is not idle, or that has released already, ends by an assertion: it is paused before, and released once.
+- ``POST /resume_memory_occupation {}``, which ends a server that has released nothing, and then
+  ``POST /continue_generation {}``.
 
 Not known: how many bytes it frees, and whether it has released. So this process remembers which servers it has asked;
 after its end a server stays as it is until somebody sends the last two calls. It does not come back by itself.
@@ -20,7 +21,7 @@ import re
 import threading
 from typing import Any, ClassVar
 
-from ..errors import ResidencyError
+from ..errors import NeighborRefused
 from ..sentences import Sentence
 from .contract import Held
 from .server import Server
@@ -50,13 +51,14 @@ class SGLang(Server):
             start, saves = self._read("/server_info", _start_and_saver)
             if not saves or _released.get(self.url) == start:
                 return
+            self._post("/pause_generation", {"mode": "retract"})
+            _released[self.url] = start  # also without an answer: it follows when the server has time
             try:
-                self._post("/pause_generation", {"mode": "retract"})
                 self._post("/release_memory_occupation", {})
-            except ResidencyError:
+            except NeighborRefused:
+                del _released[self.url]
                 self._post("/continue_generation", {})
                 raise
-            _released[self.url] = start
 
     def give_back(self) -> None:
         with _lock:
