@@ -47,7 +47,7 @@ class Server(ABC):
     @abstractmethod
     def ask(self) -> None: ...
 
-    def give_back(self) -> None:
+    def give_back(self) -> None:  # noqa: B027
         """Does nothing: the server loads again with its next request."""
 
     def _read(self, path: str, parse: Callable[[Any], _T], text: bool = False) -> _T:
@@ -62,9 +62,9 @@ class Server(ABC):
             return parse(decoded if text else json.loads(decoded))
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             reason = Sentence(
-                f"GET {path} answered {excerpt(answer.body)!r}, which is not an answer of {self.kind}. "
+                f"GET {path} answered with what {self.kind} does not answer: {excerpt(answer.body)}. "
                 f"Check the kind and the address in --gpu-neighbor",
-                f"GET {path} 返回 {excerpt(answer.body)!r}，这不是 {self.kind} 的响应。"
+                f"GET {path} 返回的不是 {self.kind} 的响应：{excerpt(answer.body)}。"
                 f"请检查 --gpu-neighbor 中的类型和地址",
             )
             raise self._unreachable(reason) from error
@@ -100,8 +100,8 @@ class Server(ABC):
                 f"{call} 被重定向到 {answer.location!r}，重定向不会被跟随。请填写直接响应的地址",
             )
         return Sentence(
-            f"{call} answered {status}: {excerpt(answer.body)!r}. Look into its log",
-            f"{call} 返回 {status}：{excerpt(answer.body)!r}。请查看其日志",
+            f"{call} answered {status}: {excerpt(answer.body)}. Look into its log",
+            f"{call} 返回 {status}：{excerpt(answer.body)}。请查看其日志",
         )
 
     def _exchange(
@@ -176,7 +176,7 @@ def gauges(text: str, *names: str) -> float:
 
 
 def excerpt(body: bytes) -> str:
-    return " ".join(body[:400].decode("utf-8", "replace").split())[:200]
+    return " ".join(body[:400].decode("utf-8", "replace").split())[:200] or "-"
 
 
 def _too_long(call: str) -> Sentence:
