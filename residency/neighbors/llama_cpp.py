@@ -7,8 +7,9 @@ server-models.cpp and server-context.cpp.
 - ``GET /metrics?model=ID&autoload=false``: gauges ``llamacpp:requests_processing`` and ``llamacpp:requests_deferred``,
   only with ``--metrics``; otherwise ``GET /slots?model=ID&autoload=false`` -> ``[{"is_processing": false, ...}]``,
   which restarts the time of ``--sleep-idle-seconds``.
-- ``POST /models/unload {"model": ID}`` -> ``{"success": true}`` at once; ends the model's process. 400 if it is not
-  loaded.
+- ``POST /models/unload {"model": ID}`` -> ``{"success": true}`` at once; ends the model's process, with its running
+  requests after 10 s (``stop-timeout``). 400 if it is not loaded. While the process ends, the model is listed as
+  loaded, and the two calls above answer 500 or 400.
 
 Not known: how many bytes a model holds; and with ``--slots`` only, requests that wait while a slot is free.
 """
@@ -19,6 +20,7 @@ import re
 from typing import Any, ClassVar
 from urllib.parse import quote
 
+from ..errors import NeighborRefused
 from ..sentences import Sentence
 from .contract import Held
 from .server import Server, gauges
@@ -44,7 +46,11 @@ class LlamaCpp(Server):
 
     def ask(self) -> None:
         for model in self._states():
-            self._post("/models/unload", {"model": model})
+            try:
+                self._post("/models/unload", {"model": model})
+            except NeighborRefused:
+                if model in self._states():  # it has not left meanwhile
+                    raise
 
     def _states(self) -> dict[str, str]:
         return self._read("/models", _states)
@@ -52,9 +58,13 @@ class LlamaCpp(Server):
     def _computes(self, model: str) -> bool:
         of_model = f"?model={quote(model, safe='')}&autoload=false"
         answer = self._get(path := f"/metrics{of_model}")
-        if answer.status != 501:
-            return self._parsed(path, answer, lambda text: gauges(text, *_REQUESTS), text=True) > 0
-        return self._read(f"/slots{of_model}", lambda slots: any(slot["is_processing"] for slot in slots))
+        if answer.status == 501:
+            answer = self._get(path := f"/slots{of_model}")
+            if answer.ok:
+                return self._parsed(path, answer, lambda slots: any(slot["is_processing"] for slot in slots))
+        if answer.status in (400, 500, 503):
+            return True  # the model's process ends
+        return self._parsed(path, answer, lambda text: gauges(text, *_REQUESTS), text=True) > 0
 
 
 _REQUESTS = ("llamacpp:requests_processing", "llamacpp:requests_deferred")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -228,11 +229,11 @@ def llama_swap(state: str, in_flight: object) -> Conversation:
 @pytest.mark.parametrize(
     ("state", "in_flight", "in_use"),
     [
-        ("ready", {"operation": "snapshot", "requests": []}, False),
+        ("ready", {"operation": "snapshot"}, False),  # without requests
+        ("ready", {"operation": "upsert", "request": {"id": "1", "model": "qwen"}}, True),
         ("ready", {"operation": "snapshot", "requests": [{"id": "1", "model": "qwen"}]}, True),
         ("ready", {"requests": []}, False),  # v235
-        ("ready", {"total": 0}, False),  # v200
-        ("ready", {"total": 2}, True),
+        ("ready", {"total": 2}, True),  # v218
         ("starting", {"total": 0}, True),
     ],
 )
@@ -249,9 +250,11 @@ def test_llama_swap_without_servers_gives_up_nothing() -> None:
         assert neighbor("llama-swap", server.url).held() == Held(False, 0)
 
 
-def test_llama_swap_that_does_not_count_requests_is_not_taken_for_idle() -> None:
-    replies = llama_swap("ready", {"total": 0}) | {"GET /api/events": events(("modelStatus", []))}
-    with recorded(replies) as server, pytest.raises(NeighborUnreachable):
+@pytest.mark.parametrize("told", [("modelStatus", []), ("inflight", {"total": 0})])
+def test_an_older_llama_swap_is_not_taken_for_idle(told: tuple[str, object]) -> None:
+    """v200 counted no requests: its total was 0 while they ran."""
+    replies = llama_swap("ready", {}) | {"GET /api/events": events(told)}
+    with recorded(replies) as server, pytest.raises(NeighborUnreachable, match="v235 or newer"):
         neighbor("llama-swap", server.url).held()
 
 
@@ -291,6 +294,38 @@ def test_llama_cpp_is_in_use_while_a_slot_computes(state: str, processing: bool,
 def test_llama_cpp_is_in_use_while_a_model_loads() -> None:
     with recorded(llama_cpp("loading", False, True)) as server:
         assert neighbor("llama.cpp", server.url).held().in_use
+
+
+def test_llama_cpp_is_in_use_while_the_process_of_a_model_ends() -> None:
+    dead = Reply("proxy error: Could not establish connection", 500)
+    gone = Reply({"error": {"code": 400, "message": "model is not loaded", "type": "invalid_request_error"}}, 400)
+    for metrics, ending in itertools.product((True, False), (dead, gone)):
+        replies = llama_cpp("loaded", False, metrics)
+        replies |= {call: ending for call in replies if call.startswith(f"GET /{'metrics' if metrics else 'slots'}")}
+        with recorded(replies) as server:
+            assert neighbor("llama.cpp", server.url).held().in_use
+
+
+def test_llama_cpp_without_slots_and_metrics_is_not_taken_for_idle() -> None:
+    replies = llama_cpp("loaded", False, False)
+    replies |= {call: Reply({"error": {}}, 501) for call in replies if call.startswith("GET /slots")}
+    with recorded(replies) as server, pytest.raises(NeighborUnreachable, match="with --metrics or --slots"):
+        neighbor("llama.cpp", server.url).held()
+
+
+def test_llama_cpp_may_unload_a_model_by_itself_meanwhile() -> None:
+    replies = llama_cpp("loaded", False, True)
+
+    def not_running() -> Reply:
+        replies["GET /models"] = Reply({"data": []})
+        return Reply({"error": {"code": 400, "message": "model is not running"}}, 400)
+
+    replies["POST /models/unload"] = not_running
+    with recorded(replies) as server:
+        neighbor("llama.cpp", server.url).ask()
+    replies = llama_cpp("loaded", False, True) | {"POST /models/unload": Reply({"error": {}}, 400)}
+    with recorded(replies) as server, pytest.raises(NeighborRefused):
+        neighbor("llama.cpp", server.url).ask()
 
 
 def test_llama_cpp_without_models_gives_up_nothing() -> None:
