@@ -79,9 +79,11 @@ def _in_our_network(pid: int) -> bool:
 
 
 def _listening(process: psutil.Process) -> set[tuple[str, int]]:
+    """Returns hosts and ports; ``::`` may accept IPv4 too, and a host may have no loopback address of IPv6."""
     connections = getattr(process, "net_connections", None) or process.connections  # psutil 5
+    here = {"0.0.0.0": "127.0.0.1", "::": "localhost"}
     return {
-        ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(each.laddr.ip, without_mapping(each.laddr.ip)), each.laddr.port)
+        (here.get(each.laddr.ip, without_mapping(each.laddr.ip)), each.laddr.port)
         for each in connections(kind="tcp")
         if each.status == psutil.CONN_LISTEN
     }

@@ -91,8 +91,9 @@ class Server(ABC):
                 f"--gpu-neighbor {self.kind}=http://TOKEN@HOST:PORT 或 http://USER:PASSWORD@HOST:PORT",
             )
         if status in (404, 405, 501):
+            said = f"{status}: {excerpt(answer.body)}"
             return Sentence(
-                f"it has no {call} ({status}). {self.missing.en}", f"没有 {call} 接口（{status}）。{self.missing.zh}"
+                f"it has no {call} ({said}). {self.missing.en}", f"没有 {call} 接口（{said}）。{self.missing.zh}"
             )
         if 300 <= status < 400:
             return Sentence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ import pytest
 from residency.neighbors import Held, find, neighbor
 
 SERVER = """
-import http.server, json, subprocess, sys
+import http.server, json, socket, subprocess, sys
+
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -28,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+server = Server((HOST, 0), Handler)
 runner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # computes, and ends with us
 print(server.server_port, runner.pid, flush=True)
 server.serve_forever()
@@ -36,10 +40,10 @@ server.serve_forever()
 
 
 @contextmanager
-def running(path: Path, answers: bool = True) -> Iterator[tuple[int, int, int]]:
+def running(path: Path, answers: bool = True, host: str = "0.0.0.0") -> Iterator[tuple[int, int, int]]:
     """Yields the pid of a server, its port, and the pid of its child."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(SERVER.replace("ANSWERS", str(answers)))
+    path.write_text(SERVER.replace("ANSWERS", str(answers)).replace("HOST", repr(host)))
     with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port, runner = map(int, process.stdout.readline().split())
@@ -61,6 +65,14 @@ def test_a_server_is_found_by_the_port_of_a_process_or_its_parent(ollama: tuple[
     server = neighbor("ollama", f"http://127.0.0.1:{port}")
     assert found == [(runner, server), (pid, server)]
     assert found[0][1].held() == Held(False, 5, ("tiny",))
+
+
+@pytest.mark.parametrize(("host", "reached"), [("127.0.0.1", "127.0.0.1"), ("::", "localhost")])
+def test_a_server_is_asked_at_the_address_on_which_it_listens(tmp_path: Path, host: str, reached: str) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
+    with running(tmp_path / "ollama" / "serve.py", host=host) as (pid, port, _):
+        assert find([pid], own_pids=()) == [(pid, neighbor("ollama", f"http://{reached}:{port}"))]
 
 
 def test_own_processes_and_their_children_are_left_out(ollama: tuple[int, int, int]) -> None:
