@@ -1,9 +1,10 @@
 """Real servers on the CPU, where a variable has the command that starts one; ``{port}`` stands for its port.
 
+``NEIGHBOR_OLLAMA="env OLLAMA_HOST=127.0.0.1:{port} ollama serve"``,
 ``NEIGHBOR_VLLM="python -m vllm.entrypoints.openai.api_server --model DIR --host 127.0.0.1 --port {port}"`` (and
 ``VLLM_SERVER_DEV_MODE=1``), ``NEIGHBOR_LLAMA_CPP="llama-server --models-dir DIR --host 127.0.0.1 --port {port}"``,
-``NEIGHBOR_LLAMA_SWAP="llama-swap --config FILE --listen 127.0.0.1:{port}"``, ``NEIGHBOR_COMFYUI="python main.py --cpu
---listen 127.0.0.1 --port {port}"``, ``NEIGHBOR_OLLAMA="env OLLAMA_HOST=127.0.0.1:{port} ollama serve"``. They have a model.
+``NEIGHBOR_LLAMA_SWAP="llama-swap --config FILE --listen 127.0.0.1:{port}"``,
+``NEIGHBOR_COMFYUI="python main.py --cpu --listen 127.0.0.1 --port {port}"``. All but ComfyUI need a model.
 """
 
 from __future__ import annotations
