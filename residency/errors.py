@@ -31,12 +31,14 @@ from .memory_errors import (
     WorkerDied,
     WorkerEnded,
 )
+from .neighbor_errors import NeighborRefused, NeighborUnreachable
 from .sentences import Holder, ResidencyError
 
 __all__ = ["CaptureUnderWay", "CapturedGraphs", "CheckpointFailed", "DeviceLost", "DeviceOutOfMemory",
            "DeviceUnavailable", "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder",
-           "InvalidInput", "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists", "NotAllowed",
-           "NotHandedOut", "NotReady", "OnAnotherDevice", "OverBudget", "PartGone", "RemoteError",
+           "InvalidInput", "LeaseDeadlock", "LoadTimeout", "ManagerClosed", "ModelBusy", "ModelExists",
+           "NeighborRefused", "NeighborUnreachable", "NotAllowed", "NotHandedOut", "NotReady", "OnAnotherDevice",
+           "OverBudget", "PartGone", "RemoteError",
            "RequestCancelled", "RequestStopped", "RequestTimeout", "ResidencyError", "SelfMoveFailed",
            "SelfMoveFreedNothing", "SettingsConflict", "SharedWeights", "SnapshotUnusable", "TensorAway",
            "TooManyListeners", "UnknownModel", "WeightsGone", "WorkerDied", "WorkerEnded", "about", "needing",

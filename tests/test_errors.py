@@ -48,6 +48,8 @@ EXAMPLES = [
     errors.SnapshotUnusable("tts", "it is damaged"),
     errors.InvalidInput("give text", "请输入文本"),
     errors.InvalidInput("give text", "请输入文本", "prompt_text"),
+    errors.NeighborUnreachable("ollama", "http://127.0.0.1:11434", Sentence("it is off", "它没有运行")),
+    errors.NeighborRefused("vllm", "http://127.0.0.1:8000", "error 500"),
     errors.NotAllowed(),
     errors.EngineUnavailable("clone it", "请下载"),
     errors.ExtraMissing("app", "gradio"),

@@ -11,7 +11,7 @@ from http.server import HTTPServer
 @contextmanager
 def serving(server: HTTPServer) -> Iterator[None]:
     """Serves within this block."""
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield

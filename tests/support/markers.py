@@ -24,6 +24,7 @@ SLOW = (
     "test_gpu_management.py", "tests/app", "tests/benchmarks", "tests/browser", "tests/engines/test_asr.py",
     "tests/engines/test_builtin.py", "tests/engines/test_edits.py", "tests/engines/test_voice.py", "tests/gpu",
     "tests/memory/test_every_use.py", "tests/memory/test_snapshot_disk.py", "tests/memory/test_weights.py",
+    "tests/neighbors/test_discovery.py", "tests/neighbors/test_real_servers.py",
     "tests/scenarios", "tests/scheduling/test_fault_injection.py", "tests/scheduling/test_interleavings.py",
     "tests/scheduling/test_interrupts.py", "tests/scheduling/test_state_machine.py", "tests/scripts",
     "tests/test_documents.py", "tests/test_examples.py", "tests/upstream", "tests/web/test_subpath.py", "tests/workers",

@@ -1,0 +1,97 @@
+"""Finding servers by the processes that use the card: real processes with real ports."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from residency.neighbors import Held, find, neighbor
+
+SERVER = """
+import http.server, json, socket, subprocess, sys
+
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        known = self.path == "/api/ps" and ANSWERS
+        body = json.dumps({"models": [{"name": "tiny", "size_vram": 5}]} if known else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+server = Server((HOST, 0), Handler)
+runner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # computes, and ends with us
+print(server.server_port, runner.pid, flush=True)
+server.serve_forever()
+"""
+
+
+@contextmanager
+def running(path: Path, answers: bool = True, host: str = "0.0.0.0") -> Iterator[tuple[int, int, int]]:
+    """Yields the pid of a server, its port, and the pid of its child."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(SERVER.replace("ANSWERS", str(answers)).replace("HOST", repr(host)))
+    with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port, runner = map(int, process.stdout.readline().split())
+        try:
+            yield process.pid, port, runner
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def ollama(tmp_path: Path) -> Iterator[tuple[int, int, int]]:
+    with running(tmp_path / "ollama" / "serve.py") as found:
+        yield found
+
+
+def test_a_server_is_found_by_the_port_of_a_process_or_its_parent(ollama: tuple[int, int, int]) -> None:
+    pid, port, runner = ollama
+    found = find([runner, pid, runner], own_pids=())
+    server = neighbor("ollama", f"http://127.0.0.1:{port}")
+    assert found == [(runner, server), (pid, server)]
+    assert found[0][1].held() == Held(False, 5, ("tiny",))
+
+
+@pytest.mark.parametrize(("host", "reached"), [("127.0.0.1", "127.0.0.1"), ("::", "localhost")])
+def test_a_server_is_asked_at_the_address_on_which_it_listens(tmp_path: Path, host: str, reached: str) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
+    with running(tmp_path / "ollama" / "serve.py", host=host) as (pid, port, _):
+        assert find([pid], own_pids=()) == [(pid, neighbor("ollama", f"http://{reached}:{port}"))]
+
+
+def test_own_processes_and_their_children_are_left_out(ollama: tuple[int, int, int]) -> None:
+    pid, _, runner = ollama
+    assert find([pid, runner], own_pids=[pid]) == []
+    assert find([pid, runner], own_pids=[os.getpid()]) == []
+
+
+def test_a_command_line_of_no_known_kind_gets_no_request(tmp_path: Path) -> None:
+    with running(tmp_path / "other" / "serve.py") as (pid, _, runner):
+        assert find([pid, runner], own_pids=()) == []
+
+
+def test_a_server_that_answers_otherwise_is_not_taken_for_the_kind(tmp_path: Path) -> None:
+    with running(tmp_path / "ollama" / "serve.py", answers=False) as (pid, _, runner):
+        assert find([pid, runner], own_pids=()) == []
+
+
+def test_processes_that_ended_are_left_out(ollama: tuple[int, int, int]) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert [pid for pid, _ in find([ended.pid, ollama[0]], own_pids=())] == [ollama[0]]
