@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from ..arrivals import Arrival, CardShare, NoRoomNow
 from ..contracts import InWorker, Memory
 from ..errors import WorkerEnded
 from ..locks import new_event, renewed_in_children
@@ -21,6 +22,7 @@ from ..observability.error_classification import (
 )
 from ..observability.outside_memory import MemorySample
 from ..progress import reporting
+from ..sentences import Sentence
 from ..states import State
 from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
 from .held import loading
@@ -39,13 +41,23 @@ OUT_OF_MEMORY_RETRIES = 5
 
 
 class MoveRunner:
-    """Starts the moves begun by the dispatcher. ``sample(trim, look_at_children)`` measures the process."""
+    """Starts the moves begun by the dispatcher. ``sample(trim, look_at_children)`` measures the process.
 
-    def __init__(self, dispatcher: Dispatcher, mover: Mover, sample: Callable[[bool, bool], MemorySample]) -> None:
+    ``share``: grants room on a card that other processes use too.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        mover: Mover,
+        sample: Callable[[bool, bool], MemorySample],
+        share: CardShare | None = None,
+    ) -> None:
         self._dispatcher = dispatcher
         self._device, self._clock = dispatcher.device, dispatcher.clock
         self._mover = mover
         self._sample = sample
+        self._share = share
         # Reentrant, like the dispatcher's lock.
         self._starting = renewed_in_children(threading.RLock())
         self._threads: dict[MoveTask, threading.Thread] = {}
@@ -99,6 +111,9 @@ class MoveRunner:
             except BaseException as error:
                 task.error = error
                 empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
+            if isinstance(task.error, NoRoomNow):
+                task.put_off = True
+                break
             if is_capture_under_way(task.error) and self._await_capture(task):
                 continue
             if not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task)):
@@ -107,10 +122,43 @@ class MoveRunner:
         self._threads.pop(task, None)
 
     def _carry_out(self, task: MoveTask) -> None:
-        with reporting(task.progress), loading(task.managed):
+        with reporting(task.progress), loading(task.managed), self._room(task):
             if task.made_room:
                 self._await_freed(task.managed)
             task.moved_bytes = self._mover.carry_out(task)
+
+    @contextlib.contextmanager
+    def _room(self, task: MoveTask) -> Iterator[None]:
+        """For a move to a shared card: waits for room there, and claims it until the move has ended."""
+        dispatcher, managed = self._dispatcher, task.managed
+        if self._share is None or not task.arrives:
+            yield
+            return
+        with dispatcher.lock:
+            request = managed.leases.next_request()
+            needed_bytes = managed.memory.size_bytes or managed.memory.needed_bytes
+
+        def is_wanted() -> bool:
+            with dispatcher.lock:
+                return managed.move_task is task and managed.leases.next_request() is not None
+
+        def waits(reason: Sentence) -> None:
+            if task.waits is None:
+                task.progress.enter("waiting", needed_bytes or None)
+            task.waits, task.give_up_at_s = reason, math.inf
+
+        asked_s = None if request is None else request.asked_s
+        with self._share.room(Arrival(managed.name, needed_bytes, asked_s, is_wanted, waits)):
+            if task.waits is not None:
+                self._begins_after_wait(task)
+            yield
+
+    def _begins_after_wait(self, task: MoveTask) -> None:
+        with self._dispatcher.replanning(task.managed), self._dispatcher.lock:
+            task.waits, task.started_s = None, self._clock.now()
+            if task.move.via is State.LOADING:
+                task.give_up_at_s = task.started_s + task.managed.load_timeout_s
+        task.progress.enter(task.move.via.value, task.managed.memory.size_bytes or None)
 
     def _await_freed(self, managed: ManagedModel) -> None:
         """Waits for released memory, which drivers report as free with a delay."""
@@ -138,12 +186,14 @@ class MoveRunner:
         with dispatcher.lock:
             if managed.move_task is not task:
                 return False  # given up
-            managed.memory.shortfall_bytes = shortfall_bytes(task.error)
+            short_bytes = managed.memory.shortfall_bytes = shortfall_bytes(task.error)
             room = room_for(managed, dispatcher.managed_models.values(), dispatcher.budget_bytes)
             task.put_off = not room.hopeless
             if not task.put_off:
                 managed.memory.shortfall_bytes = 0
-                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == dispatcher.changes):
+                # Other processes on a shared card come and go, too.
+                unchanged = self._share is None and task.changes_seen == dispatcher.changes
+                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and unchanged):
                     return False
                 task.changes_seen = dispatcher.changes
             offloaded = [] if task.put_off else [
@@ -158,11 +208,12 @@ class MoveRunner:
         except Exception as error:
             task.error, task.put_off = error, False
             return False
-        if task.put_off:
+        if task.put_off or self._share is not None:
             memory = self._device.memory()
             with dispatcher.lock:
-                needed_bytes = (memory.free_bytes or 0) + managed.memory.shortfall_bytes
+                needed_bytes = (memory.free_bytes or 0) + short_bytes
                 managed.memory.needed_bytes = min(needed_bytes, memory.total_bytes or needed_bytes)
+        if task.put_off:
             return False
         task.retries, task.error = task.retries + 1, None
         return True
@@ -255,6 +306,10 @@ class MoveRunner:
     def _failed_locked(self, task: MoveTask, error: BaseException, lost: bool) -> None:
         dispatcher, managed, faults = self._dispatcher, task.managed, task.managed.faults
         managed.settled_state = task.back_at
+        if isinstance(error, NoRoomNow):
+            managed.wishes.prefetch = managed.wishes.prewarmed = False
+            managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
+            return
         faults.last_error = in_words(error)
         managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
         faults.cannot_offload = not task.arrives

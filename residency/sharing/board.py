@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,4 +76,20 @@ class Board:
 
 def _tickets(connection: sqlite3.Connection) -> Tickets:
     rows = connection.execute("select key, model, pid, arrived_s, wanted_bytes, beat_s, claimed from ticket")
-    return tuple(Ticket(*row[:-1], claimed=bool(row[-1])) for row in rows)
+    return tuple(replace(Ticket(*row), claimed=bool(row[-1])) for row in rows)
+
+
+class PrivateBoard:
+    """The tickets of this process alone. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._tickets: Tickets = ()
+        self._lock = threading.Lock()
+
+    def change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T:
+        with self._lock:
+            self._tickets, result = act(self._tickets)
+            return result
+
+    def tickets(self) -> Tickets:
+        return self._tickets

@@ -1,10 +1,10 @@
 """The queue for room on one card across processes. Pure: decides from tickets, the time and the free bytes.
 
 A process enters a ticket before a model moves to the card, steps until it may claim the bytes, moves the model, and
-removes the ticket. The oldest waiting ticket claims first, as soon as its bytes are free beyond those of other claims; it
-is never overtaken, also not by a smaller one.
-A ticket without a heartbeat for `STALE_AFTER_S` counts no more: its process has crashed, or is stopped. A stopped process
-that continues finds its ticket missing and enters again, with its first time of arrival.
+removes the ticket. The oldest waiting ticket claims first, as soon as its bytes are free beyond those of other claims;
+it is never overtaken, also not by a smaller one. A ticket without a heartbeat for `STALE_AFTER_S` counts no more: its
+process has crashed, or is stopped. A stopped process that continues finds its ticket missing and enters again, with its
+first time of arrival.
 
 Each function takes all tickets of a card and returns the tickets after it; `Board` makes each call one transaction.
 ``tests/sharing/test_tickets.py`` checks all orders of these calls for three processes that crash and stop.

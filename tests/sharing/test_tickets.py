@@ -150,8 +150,8 @@ def test_no_bytes_are_claimed_twice_nobody_overtakes_and_nobody_waits_for_ever(
             pairs = [*zip(sizes, world.processes, strict=True)]
             kept = sum(size for size, each in pairs if each.holds and each.runs == "stopped")
             # Nobody is overtaken: it also waits for those before it, which may wait for bytes of a stopped process.
-            most = max(size for size, each in pairs if each.runs == "yes" and each.arrived_s <= process.arrived_s)
-            if process.phase == "waiting" and process.runs == "yes" and kept + most <= capacity:
+            before = [size for size, each in pairs if each.runs == "yes" and each.arrived_s <= process.arrived_s]
+            if process.phase == "waiting" and process.runs == "yes" and kept + max(before) <= capacity:
                 assert world in served, f"{who} waits for ever: {world}"
 
 
