@@ -193,9 +193,9 @@ class YieldStatus(TypedDict):
 
 
 class QueuedMove(TypedDict):
-    """A move of this process or another one of this project that waits for room on the device, or runs."""
+    """A move of a process of this project that waits for room or runs, or another process that needs memory."""
 
-    model: Annotated[str, Doc("Its model.")]
+    model: Annotated[str, Doc("Its model; empty for a process outside of this project.")]
     pid: Annotated[int, Doc("Its process, as that process names itself.")]
     wanted_bytes: Annotated[int, Doc("Bytes that it needs; 0 if unknown.")]
     waited_s: Annotated[float, Doc("Seconds since its request arrived.")]
@@ -208,6 +208,7 @@ class SharingStatus(TypedDict):
     headroom_bytes: Annotated[int, Doc("When less is free, idle models leave; 0: they do not.")]
     yields: Annotated[int, Doc("How often models left for other processes.")]
     last_yield: Annotated[YieldStatus | None, Doc("The last time; null before the first.")]
+    peers: Annotated[list[int], Doc("Other processes of this project that use the device, as they name themselves.")]
     queue: Annotated[list[QueuedMove], Doc("Moves that wait for room, in order of arrival, and those that run.")]
 
 

@@ -8,10 +8,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import psutil
 
@@ -23,7 +23,10 @@ from ..status_types import SharingStatus
 from ..units import readable_bytes
 from . import Sharing
 from .board import Board, BoardBusy, PrivateBoard
+from .strangers import Strangers
 from .tickets import Ticket, Tickets, alive, enter, first_waiting, leave, step
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +35,6 @@ LOOK_EVERY_S = 0.1
 
 STEP_EVERY_S = 0.05
 """Interval in which a waiting move looks for room."""
-
-HOLD_S = 2.0
-"""Time after a yield in which freed memory is left to the process for which it was freed."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class SharedCard:
         self._board = board or PrivateBoard()
         self._ask, self._left = ask, left
         self._claims: dict[str, Ticket] = {}
-        self._held_before: Mapping[int, int] = {}
+        self._strangers = Strangers(headroom_bytes)
+        self._parents: dict[int, frozenset[int]] = {}
+        self._presence = f"on-{uuid.uuid4().hex}"
         self._wake = threading.Event()
         self._closed = False
         self._warned = False
@@ -127,10 +129,11 @@ class SharedCard:
                 "ago_s": now_s - recent.time_s, "pid": recent.pid, "name": recent.name, "bytes": recent.nbytes,
                 "models": list(recent.models),
             },
+            "peers": sorted({ticket.pid for ticket in queue if ticket.key.startswith("on-")} - {os.getpid()}),
             "queue": [
                 {"model": ticket.model, "pid": ticket.pid, "wanted_bytes": ticket.wanted_bytes,
                  "waited_s": now_s - ticket.arrived_s, "claimed": ticket.claimed}
-                for ticket in sorted(queue, key=lambda ticket: ticket.arrived_s)
+                for ticket in sorted(queue, key=lambda ticket: ticket.arrived_s) if not ticket.key.startswith("on-")
             ],
         }  # fmt: skip
 
@@ -166,22 +169,15 @@ class SharedCard:
     def _claim(self, ticket: Ticket, planned: bool) -> bool:
         def act(tickets: Tickets) -> tuple[Tickets, bool]:
             now_s, free_bytes = time.monotonic(), self._device.memory().free_bytes
-            if free_bytes is not None:
-                free_bytes -= self._reserved_bytes(now_s, planned)
+            if free_bytes is not None and planned:
+                free_bytes -= self.headroom_bytes
             return step(tickets, replace(ticket, beat_s=now_s), free_bytes, now_s)
 
         claimed = self._change(act)
         if claimed is not None:
             return claimed
         free_bytes = self._device.memory().free_bytes  # without the queue
-        return free_bytes is None or free_bytes >= ticket.wanted_bytes + self._reserved_bytes(time.monotonic(), planned)
-
-    def _reserved_bytes(self, now_s: float, planned: bool) -> int:
-        """Returns free bytes that a move may not use: those freed for another process, until it has taken them."""
-        recent = self.last_yield
-        if recent is not None and now_s < recent.time_s + HOLD_S:
-            return recent.nbytes
-        return self.headroom_bytes if planned else 0
+        return free_bytes is None or free_bytes >= ticket.wanted_bytes
 
     def _holders(self, needed_bytes: int, free_bytes: int | None) -> Sentence:
         """Says how much is needed and free, and which other processes hold how much of the card."""
@@ -194,7 +190,7 @@ class SharedCard:
             f"显卡空闲 {free}，需要 {needed}；{'，'.join(held) or '未发现其他进程占用'}",
         )
 
-    def _change(self, act: Callable[[Tickets], tuple[Tickets, bool | None]]) -> bool | None:
+    def _change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T | None:
         """Changes the tickets; returns None if they cannot be changed now: then this process goes on without them."""
         try:
             return self._board.change(act)
@@ -207,68 +203,81 @@ class SharedCard:
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        was_there = False
+        watches = False
         while not self._closed:
             self._wake.clear()
             try:
-                there = self._leaving.on_card()
-                if there or self._claims:
+                watched, watches = watches, self._leaving.on_card() or bool(self._claims)
+                if watches:
                     self._look()
-                elif was_there:
-                    self._left()
-                was_there = there
+                elif watched:
+                    self._rest()
             except Exception:
                 logger.exception("The watch over the card met an error and goes on")
-            self._wake.wait(LOOK_EVERY_S if there or self._claims else None)
+            self._wake.wait(LOOK_EVERY_S if watches else None)
+
+    def _rest(self) -> None:
+        """No model of this process is on the card any more. Tickets of strangers end by themselves."""
+        self._strangers.forget()
+        self._change(lambda tickets: (leave(tickets, self._presence), None))
+        self._left()
 
     def _look(self) -> None:
-        now_s = time.monotonic()
-        for ticket in list(self._claims.values()):
-            beating = replace(ticket, beat_s=now_s, claimed=True)
-            self._change(lambda tickets, beating=beating: (enter(tickets, beating), None))  # type: ignore[misc]
-        free_bytes = self._device.memory().free_bytes
-        if free_bytes is None:
-            return
-        self._yield_to_requests(free_bytes, now_s)
-        self._yield_to_others(free_bytes)
-
-    def _yield_to_requests(self, free_bytes: int, now_s: float) -> None:
-        """Leaves for the first request that waits, of this process or another one of this project."""
-        with contextlib.suppress(BoardBusy):
-            tickets = self._board.tickets()
-            first = first_waiting(tickets, now_s)
-            if first is not None:
-                claimed_bytes = sum(ticket.wanted_bytes for ticket in tickets if ticket.claimed)
-                lacking_bytes = first.wanted_bytes - (free_bytes - claimed_bytes)
-                if lacking_bytes > 0:
-                    self._leave(lacking_bytes, first.arrived_s, first.pid)
-
-    def _yield_to_others(self, free_bytes: int) -> None:
-        """Leaves while less than the headroom is free, or if another process has grown by as much as is left."""
-        if not self.headroom_bytes:
-            return
-        own, before = self._leaving.own_pids(), self._held_before
+        now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
         held = {pid: nbytes for pid, nbytes in self._device.holders() if pid not in own and nbytes is not None}
-        self._held_before = held
-        grown = {pid: nbytes - before.get(pid, 0) for pid, nbytes in held.items()} if before or held else {}
-        pid = max(grown, key=grown.__getitem__, default=None)
-        growth = grown[pid] if pid is not None else 0
-        lacking_bytes = max(self.headroom_bytes, growth) - free_bytes
-        if lacking_bytes > 0:
-            self._leave(lacking_bytes, None, pid if growth > 0 else None)
+        self._parents = {pid: self._parents.get(pid) or _with_parents(pid) for pid in held}
 
-    def _leave(self, nbytes: int, before_s: float | None, pid: int | None) -> None:
-        freed, _ = self._leaving.leave(nbytes, before_s)
+        def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
+            peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.key.startswith("pid-")}
+            others = {pid: nbytes for pid, nbytes in held.items() if not self._parents[pid] & peers}
+            asked = {ticket.key for ticket in self._strangers.asking.values()}
+            if self.headroom_bytes and free_bytes is not None:
+                self._strangers.look(others, free_bytes, now_s)
+            mine = [replace(ticket, beat_s=now_s, claimed=True) for ticket in list(self._claims.values())]
+            mine.append(Ticket(self._presence, "", os.getpid(), now_s, 0, now_s, True))
+            for ticket in self._strangers.asking.values():
+                asked.discard(ticket.key)
+                earlier = next((other for other in tickets if other.key == ticket.key), ticket)
+                mine.append(replace(ticket, arrived_s=min(ticket.arrived_s, earlier.arrived_s)))
+            for key in asked:  # they need no more
+                tickets = leave(tickets, key)
+            for ticket in mine:
+                tickets = enter(tickets, ticket)
+            return tickets, tickets
+
+        tickets = self._change(act) or ()
+        if free_bytes is not None:
+            self._yield(tickets, free_bytes, now_s)
+
+    def _yield(self, tickets: Tickets, free_bytes: int, now_s: float) -> None:
+        """Leaves for the first in the queue and, if idle, while less than the headroom is free."""
+        first = first_waiting(tickets, now_s)
+        if first is not None:
+            claimed_bytes = sum(ticket.wanted_bytes for ticket in tickets if ticket.claimed)
+            if (lacking_bytes := first.wanted_bytes - (free_bytes - claimed_bytes)) > 0:
+                self._leave(lacking_bytes, first)
+        if free_bytes < self.headroom_bytes:
+            self._leave(self.headroom_bytes - free_bytes, None)
+
+    def _leave(self, nbytes: int, ticket: Ticket | None) -> None:
+        freed, _ = self._leaving.leave(nbytes, ticket.arrived_s if ticket else None)
         if not freed:
             return
-        name = name_of(pid) if pid is not None else ""
-        if before_s is None:
+        name, pid = (name_of(ticket.pid), ticket.pid) if ticket else ("", None)
+        if ticket is None or ticket.key == f"pid-{pid}":
             self.last_yield = Yield(time.monotonic(), pid, name, sum(freed.values()), tuple(freed))
             self.yields += 1
-        for_whom = f"{name} ({pid})" if pid is not None else "another process"
-        for_whom_zh = f"{name}（{pid}）" if pid is not None else "其他进程"
+        whom, whom_zh = (f"{name} ({pid})", f"{name}（{pid}）") if ticket else ("other processes", "其他进程")
         logger.info("%s: leaves the card for %s / %s：为 %s 让出显存",
-                    ", ".join(freed), for_whom, "、".join(freed), for_whom_zh)  # fmt: skip
+                    ", ".join(freed), whom, "、".join(freed), whom_zh)  # fmt: skip
+
+
+def _with_parents(pid: int) -> frozenset[int]:
+    """Returns a process and its parents; it alone if they cannot be read."""
+    try:
+        return frozenset((pid, *(parent.pid for parent in psutil.Process(pid).parents())))
+    except (psutil.Error, OSError):
+        return frozenset((pid,))
 
 
 def _size(nbytes: int | None) -> str:

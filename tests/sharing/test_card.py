@@ -17,7 +17,6 @@ from shared_card import MB, OnCard, service
 
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
 from residency.sharing.board import Board
-from residency.sharing.tickets import first_waiting
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a card shared by processes (Linux)")
 
@@ -67,18 +66,30 @@ def until(condition: Callable[[], object]) -> None:
         os.sched_yield()
 
 
-def tickets(tmp_path: Path, card: str) -> Board:
-    return Board(tmp_path, f"simulated-{card}")
+class Queue(Board):
+    """The moves that wait or run on a card, without the marks of processes that are there."""
+
+    def __init__(self, folder: Path, card: str) -> None:
+        super().__init__(folder, f"simulated-{card}")
+
+    def moves(self) -> list[str]:
+        return [ticket.key for ticket in self.tickets() if ticket.model]
+
+
+def watched(tmp_path: Path, card: str) -> bool:
+    """Returns whether a process with a model on the card has looked at it."""
+    return any(ticket.key.startswith("on-") for ticket in Queue(tmp_path, card).tickets())
 
 
 # -- others without this project ------------------------------------------------------------------------------------
 
 
 def test_an_idle_model_leaves_for_a_process_that_grows(
-    manager: GPUResourceManager, start: Callable[..., OnCard]
+    manager: GPUResourceManager, start: Callable[..., OnCard], tmp_path: Path, card: str
 ) -> None:
     stranger = start()
     use(manager)
+    until(lambda: watched(tmp_path, card))
     assert stranger.do("grow", 35 * MB)
     assert manager.wait_for("tts", State.HOST, 60)
     assert manager.device.memory().free_bytes == 65 * MB
@@ -174,19 +185,19 @@ def test_requests_are_served_in_order_of_arrival_across_processes(
     manager: GPUResourceManager, start: Callable[..., OnCard], card: str, tmp_path: Path
 ) -> None:
     first, second = start(), start()
-    board = tickets(tmp_path, card)
+    board = Queue(tmp_path, card)
     with manager.lease("tts"):
         first.send("take")
-        until(lambda: len(board.tickets()) == 1)
+        until(lambda: len(board.moves()) == 1)
         second.send("take")
-        until(lambda: len(board.tickets()) == 2)
+        until(lambda: len(board.moves()) == 2)
     assert first.answer() == 255
-    assert first_waiting(board.tickets(), time.monotonic()).pid == second.pid  # type: ignore[union-attr]
+    assert [ticket.pid for ticket in board.tickets() if ticket.model and not ticket.claimed] == [second.pid]
     first.do("end")
     assert second.answer() == 255
     second.do("end")
     assert first.state() == "cpu"
-    assert board.tickets() == ()
+    assert board.moves() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -196,9 +207,9 @@ def test_a_process_that_has_ended_or_stands_still_blocks_nobody(
     first, second = start(), start()
     with manager.lease("tts"):
         first.send("take")
-        until(lambda: len(tickets(tmp_path, card).tickets()) == 1)
+        until(lambda: len(Queue(tmp_path, card).moves()) == 1)
         second.send("take")
-        until(lambda: len(tickets(tmp_path, card).tickets()) == 2)
+        until(lambda: len(Queue(tmp_path, card).moves()) == 2)
         os.kill(first.pid, number)
     assert second.answer() == 255
     if number is signal.SIGSTOP:
@@ -210,7 +221,7 @@ def test_a_process_that_has_ended_or_stands_still_blocks_nobody(
 def test_without_the_queue_requests_are_served_all_the_same(
     manager: GPUResourceManager, card: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    board = tickets(tmp_path, card)
+    board = Queue(tmp_path, card)
     board.tickets()
     with closing(sqlite3.connect(board.path)) as frozen:
         frozen.execute("begin exclusive")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
 
 _SERVICE = """
-import json, sys, threading
-import torch
+import json, sys
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice
 
 options = json.loads(sys.argv[1])
@@ -24,7 +24,7 @@ card = SimulatedDevice(options["capacity"], shared=options["card"])
 
 class Engine:
     def __init__(self):
-        card.charge(0)
+        import torch
         self.weights = torch.arange(options["bytes"], dtype=torch.uint8)
 
 manager = GPUResourceManager(card, keep_warm=options["keep_warm"], sharing=Sharing(**options["sharing"]))
@@ -64,7 +64,7 @@ class OnCard:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
-        self.pid = process.pid
+        self.pid = int(self.answer())
 
     def send(self, *words: object) -> None:
         assert self.process.stdin is not None
@@ -73,7 +73,7 @@ class OnCard:
     def answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"process {self.pid} has ended"
+        assert line, "the process has ended"
         return json.loads(line)
 
     def do(self, *words: object) -> Any:
@@ -90,13 +90,15 @@ def service(
 ) -> Iterator[OnCard]:
     """Starts a program of this project on the card ``card``, with one model of ``nbytes``."""
     options = {"card": card, "capacity": capacity, "bytes": nbytes, "keep_warm": keep_warm, "sharing": sharing}
+    # Started by a shell that ends: it is no child of the test, whose own children are not others on the card.
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVICE, json.dumps(options)],
+        ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- & echo $!', "sh", sys.executable, "-c", _SERVICE, json.dumps(options)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    one = OnCard(process)
     try:
-        yield OnCard(process)
+        yield one
     finally:
-        if process.poll() is None:
-            process.kill()
+        with suppress(ProcessLookupError):
+            os.kill(one.pid, signal.SIGKILL)
         process.communicate()
