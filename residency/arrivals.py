@@ -17,26 +17,26 @@ class Arrival:
 
     Attributes:
         model: the model's name.
-        needed_bytes: bytes on the card; 0 if unknown, before a first load.
         asked_s: when the request for it arrived, by ``time.monotonic``; None for a planned move, which does not wait.
         is_wanted: returns whether a request still waits for it. Any thread.
-        waits: is told that the move waits, and for what.
+        waits: is told that the move waits for so many bytes, and why.
     """
 
     model: str
-    needed_bytes: int
     asked_s: float | None
     is_wanted: Callable[[], bool]
-    waits: Callable[[Sentence], None]
+    waits: Callable[[int, Sentence], None]
 
 
 class CardShare(Protocol):
     """Grants room on a card that other processes use too. Thread-safe."""
 
-    def room(self, arrival: Arrival) -> AbstractContextManager[None]:
-        """Returns a context for the move: waits until its bytes are free, and claims them until the move has ended.
+    def place(self, arrival: Arrival) -> AbstractContextManager[Callable[[int], None]]:
+        """Returns a context for the move, in which it has a place in the queue.
 
-        Raises `NoRoomNow` on entering if no request waits for it (any more).
+        Its value is a function that waits until so many bytes are free (0 if unknown, before a first load), and claims
+        them until the move has ended or calls it again, for another attempt. It raises `NoRoomNow` if no request waits
+        for the move, or none any more.
         """
 
 

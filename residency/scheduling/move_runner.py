@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from ..arrivals import Arrival, CardShare, NoRoomNow
 from ..contracts import InWorker, Memory
@@ -104,54 +105,57 @@ class MoveRunner:
             builds = loads and task.engine is None  # not from a snapshot
             dispatcher.outside.began(task, before, recorded, self._all_bytes_locked(), builds)
             dispatcher.notifier.report("began", task)
-        while True:
-            try:
-                task.context.run(self._carry_out, task)
-                break
-            except BaseException as error:
-                task.error = error
-                empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
-            if isinstance(task.error, NoRoomNow):
-                task.put_off = True
-                break
-            if is_capture_under_way(task.error) and self._await_capture(task):
-                continue
-            if not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task)):
-                break
+        with self._place(task) as claim:
+            while not self._attempt(task, claim):
+                task.error = None
         self._commit(task)
         self._threads.pop(task, None)
 
-    def _carry_out(self, task: MoveTask) -> None:
-        with reporting(task.progress), loading(task.managed), self._room(task):
+    def _attempt(self, task: MoveTask, claim: Callable[[int], None] | None) -> bool:
+        """Carries out a move; returns False if it must be tried again."""
+        try:
+            task.context.run(self._carry_out, task, claim)
+            return True
+        except BaseException as error:
+            task.error = error
+            empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
+        if isinstance(task.error, NoRoomNow):
+            task.put_off = True
+            return True
+        if is_capture_under_way(task.error):
+            return not self._await_capture(task)
+        return not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task))
+
+    def _carry_out(self, task: MoveTask, claim: Callable[[int], None] | None) -> None:
+        memory = task.managed.memory
+        with reporting(task.progress), loading(task.managed):
+            if claim is not None:
+                claim(memory.size_bytes or memory.needed_bytes)
+                if task.waits is not None:
+                    self._begins_after_wait(task)
             if task.made_room:
                 self._await_freed(task.managed)
             task.moved_bytes = self._mover.carry_out(task)
 
-    @contextlib.contextmanager
-    def _room(self, task: MoveTask) -> Iterator[None]:
-        """For a move to a shared card: waits for room there, and claims it until the move has ended."""
+    def _place(self, task: MoveTask) -> AbstractContextManager[Callable[[int], None] | None]:
+        """Returns the context of a move to a shared card; see `CardShare.place`."""
         dispatcher, managed = self._dispatcher, task.managed
         if self._share is None or not task.arrives:
-            yield
-            return
-        with dispatcher.lock:
-            request = managed.leases.next_request()
-            needed_bytes = managed.memory.size_bytes or managed.memory.needed_bytes
+            return contextlib.nullcontext()
 
         def is_wanted() -> bool:
             with dispatcher.lock:
                 return managed.move_task is task and managed.leases.next_request() is not None
 
-        def waits(reason: Sentence) -> None:
+        def waits(needed_bytes: int, reason: Sentence) -> None:
             if task.waits is None:
                 task.progress.enter("waiting", needed_bytes or None)
             task.waits, task.give_up_at_s = reason, math.inf
 
+        with dispatcher.lock:
+            request = managed.leases.next_request()
         asked_s = None if request is None else request.asked_s
-        with self._share.room(Arrival(managed.name, needed_bytes, asked_s, is_wanted, waits)):
-            if task.waits is not None:
-                self._begins_after_wait(task)
-            yield
+        return self._share.place(Arrival(managed.name, asked_s, is_wanted, waits))
 
     def _begins_after_wait(self, task: MoveTask) -> None:
         with self._dispatcher.replanning(task.managed), self._dispatcher.lock:

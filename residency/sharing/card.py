@@ -140,19 +140,25 @@ class SharedCard:
     # -- room ---------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def room(self, arrival: Arrival) -> Iterator[None]:
+    def place(self, arrival: Arrival) -> Iterator[Callable[[int], None]]:
         """See `residency.arrivals.CardShare`."""
         now_s = time.monotonic()
         asked_s = now_s if arrival.asked_s is None else arrival.asked_s
-        ticket = Ticket(uuid.uuid4().hex, arrival.model, os.getpid(), asked_s, arrival.needed_bytes, now_s)
-        try:
+        first = Ticket(uuid.uuid4().hex, arrival.model, os.getpid(), asked_s, 0, now_s)
+
+        def claim(needed_bytes: int) -> None:
+            ticket = replace(first, wanted_bytes=needed_bytes)
+            self._claims.pop(ticket.key, None)
+            self._change(lambda tickets: (enter(tickets, replace(ticket, beat_s=time.monotonic())), None))
             self._wait(ticket, arrival)
             self._claims[ticket.key] = ticket
             self.wake()
-            yield
+
+        try:
+            yield claim
         finally:
-            self._claims.pop(ticket.key, None)
-            self._change(lambda tickets: (leave(tickets, ticket.key), None))
+            self._claims.pop(first.key, None)
+            self._change(lambda tickets: (leave(tickets, first.key), None))
 
     def _wait(self, ticket: Ticket, arrival: Arrival) -> None:
         pause = threading.Event()
@@ -160,10 +166,10 @@ class SharedCard:
             if arrival.asked_s is None or not arrival.is_wanted():
                 raise NoRoomNow
             memory = self._device.memory()
-            lacking_bytes = 0 if memory.free_bytes is None else arrival.needed_bytes - memory.free_bytes
+            lacking_bytes = 0 if memory.free_bytes is None else ticket.wanted_bytes - memory.free_bytes
             if lacking_bytes > 0 and (still := self._leaving.leave(lacking_bytes, ticket.arrived_s)[1]) > 0:
                 self._ask(still)
-            arrival.waits(self._holders(arrival.needed_bytes, memory.free_bytes))
+            arrival.waits(ticket.wanted_bytes, self._holders(ticket.wanted_bytes, memory.free_bytes))
             pause.wait(STEP_EVERY_S)
 
     def _claim(self, ticket: Ticket, planned: bool) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-STALE_AFTER_S = 3.0
+STALE_AFTER_S = 5.0
 """Time without a heartbeat after which a ticket counts no more."""
 
 

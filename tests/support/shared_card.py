@@ -28,7 +28,7 @@ class Engine:
         self.weights = torch.arange(options["bytes"], dtype=torch.uint8)
 
 manager = GPUResourceManager(card, keep_warm=options["keep_warm"], sharing=Sharing(**options["sharing"]))
-manager.register("tts", Engine)
+manager.register("tts", Engine, size_bytes=options["bytes"])
 held = []
 for line in sys.stdin:
     command, *arguments = line.split()
