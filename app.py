@@ -232,11 +232,12 @@ def _torch_device(manager: GPUResourceManager | None) -> str:
 
 
 def _manager(settings: Settings) -> GPUResourceManager:
-    from gpu_manager import SimulatedDevice, find_device, get_gpu_manager
+    from gpu_manager import Sharing, SimulatedDevice, find_device, get_gpu_manager
 
     card, limit = settings.simulate_gpu, settings.gpu_host_memory_limit
     manager = get_gpu_manager(
-        SimulatedDevice(card[0], limit, context_bytes=card[1]) if card else find_device(limit),
+        SimulatedDevice(card.capacity_bytes, limit, card.context_bytes, card.shared) if card else find_device(limit),
+        sharing=Sharing(settings.gpu_headroom, settings.gpu_neighbor, settings.gpu_share_dir),
         keep_warm=settings.gpu_keep_warm,
         idle_timeout=settings.gpu_idle_timeout,
         snapshot_dir=settings.gpu_snapshot_dir,

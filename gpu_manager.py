@@ -23,23 +23,12 @@ from residency.clock import SystemClock
 from residency.contracts import Clock, Device, Policy, Time
 from residency.devices import CpuDevice, CudaDevice, SimulatedDevice, find_device
 from residency.devices.host_probes import host_memory, remeasured, sample, worker_memory
-from residency.errors import (
-    DeviceLost,
-    DeviceOutOfMemory,
-    DeviceUnavailable,
-    EventLoopBlocked,
-    InvalidInput,
-    LeaseDeadlock,
-    LoadTimeout,
-    ManagerClosed,
-    ModelBusy,
-    ModelExists,
-    RequestCancelled,
-    RequestTimeout,
-    ResidencyError,
-    SettingsConflict,
+
+from residency.errors import (  # isort: skip
+    DeviceLost, DeviceOutOfMemory, DeviceUnavailable, EventLoopBlocked, InvalidInput, LeaseDeadlock, LoadTimeout,
+    ManagerClosed, ModelBusy, ModelExists, RequestCancelled, RequestTimeout, ResidencyError, SettingsConflict,
     UnknownModel,
-)
+)  # fmt: skip
 from residency.locks import renewed_in_children
 from residency.memory import BorrowedPart, SnapshotFolder, adopt, kept_weights
 from residency.observability.events import Event
@@ -47,6 +36,7 @@ from residency.random_state import RandomState
 from residency.scheduling.admission import Admission
 from residency.scheduling.dispatcher import Dispatcher
 from residency.scheduling.lease import Lease, watching
+from residency.scheduling.leaving import Leaving
 from residency.scheduling.managed_model import ManagedModel
 from residency.scheduling.manual_control import ManualControl
 from residency.scheduling.move_runner import MoveRunner
@@ -56,6 +46,8 @@ from residency.scheduling.policies import change_policy, check_counts, comparabl
 from residency.scheduling.registry import Registry
 from residency.scheduling.status import Overview
 from residency.scheduling.worker_status import Workers
+from residency.sharing import Sharing
+from residency.sharing.card import share_card, sharing_of
 from residency.states import State
 from residency.status_types import Status, UsageHistory
 from residency.workers.isolation import IsolationMode, Residue, isolation_for
@@ -63,7 +55,8 @@ from residency.workers.isolation import IsolationMode, Residue, isolation_for
 __all__ = ["CpuDevice", "CudaDevice", "DeviceLost", "DeviceOutOfMemory", "DeviceUnavailable", "Event",
            "EventLoopBlocked", "GPUResourceManager", "Lease", "LeaseDeadlock", "LoadTimeout", "ManagerClosed",
            "ModelBusy", "ModelExists", "RequestCancelled", "RequestTimeout", "ResidencyError", "SettingsConflict",
-           "SimulatedDevice", "State", "UnknownModel", "find_device", "get_gpu_manager", "kept_weights"]  # fmt: skip
+           "Sharing", "SimulatedDevice", "State", "UnknownModel", "find_device", "get_gpu_manager",
+           "kept_weights"]  # fmt: skip
 
 
 class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
@@ -76,6 +69,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         budget_bytes: limit of device memory for all models together.
         wait_timeout: default limit of the wait for a turn and for room, without load or restore; -1: no limit.
         isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
+        sharing: how the card is shared with other processes; None: it is not.
         residue: what becomes of a worker's other device memory at an offload: ``"keep"``, ``"checkpoint"``, ``"auto"``.
 
     Thread-safe; `status` returns at once, even during a load. In a forked child the manager is closed.
@@ -96,6 +90,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         wait_timeout: float | str = -1,
         isolation: IsolationMode = "none",
         residue: Residue = "auto",
+        sharing: Sharing | None = None,
         clock: Clock | None = None,
         adopt: Adopt = adopt,
     ) -> None:
@@ -104,7 +99,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self.settings = comparable(
             device=device, keep_warm=keep_warm, idle_timeout=idle_timeout, snapshot_dir=snapshot_dir,
             snapshot_limit_bytes=snapshot_limit_bytes, budget_bytes=budget_bytes, wait_timeout=wait_timeout,
-            isolation=isolation, residue=residue,
+            isolation=isolation, residue=residue, sharing=sharing,
         )  # fmt: skip
         self._isolation = isolated = isolation_for(isolation, device, snapshot_dir, residue)
         self.device: Device = isolated.observed if isolated else device
@@ -112,12 +107,14 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         dispatcher = self._dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
         adopt = partial(isolated.adopt, ended=dispatcher.engine_ended) if isolated else adopt
         mover = Mover(self.device, adopt, snapshots)
-        self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device))
+        self._share = share_card(sharing, self.device, Leaving(dispatcher), dispatcher.notifier.listeners.subscribe)
+        self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device), self._share)
         self._registry = Registry(dispatcher)
         self._admission = Admission(dispatcher, self._registry.check_open_locked, seconds(wait_timeout))
         self._manual_control = ManualControl(dispatcher, self._moves, mover, self._registry.check_open_locked)
         workers = Workers(dispatcher, partial(worker_memory, self.device), isolated.loading.get) if isolated else None
-        self._overview = Overview(dispatcher, budget_bytes, host_memory, partial(remeasured, self.device), workers)
+        remeasure, sharing_status = partial(remeasured, self.device), partial(sharing_of, self._share)
+        self._overview = Overview(dispatcher, budget_bytes, host_memory, remeasure, workers, sharing_status)
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -307,6 +304,8 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         self._registry.closed = True
         all_released = self._manual_control.retire(self._registry.named(None), ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
+        if self._share:
+            self._share.close()
         self._dispatcher.notifier.listeners.close()
         if self._isolation and all_released:
             self._isolation.close()
@@ -328,6 +327,7 @@ def get_gpu_manager(
     wait_timeout: float | str | None = None,
     isolation: IsolationMode | None = None,
     residue: Residue | None = None,
+    sharing: Sharing | None = None,
 ) -> GPUResourceManager:
     """Returns the manager of this process; creates it on the first call and after `close`.
 

@@ -56,12 +56,17 @@ class Device(Protocol):
     """False if device and host share their memory; then an offload moves nothing."""
     note: dict[str, str] | None
     """A note for users by language (``en``, ``zh``), or None."""
+    identity: str = "cpu"
+    """A name that all processes on this machine, also in containers, have for this device, and for no other one."""
 
     def memory(self) -> Memory:
         """Returns the current sizes. Never raises, never creates a CUDA context."""
 
     def held_by(self) -> Mapping[int, int] | None:
         """Returns the bytes of its memory by process, without torch's cache; None where unknown. Never raises."""
+
+    def holders(self) -> Sequence[tuple[int, int | None]]:
+        """Returns the processes that hold memory of it: (pid, bytes or None if unknown). Never raises."""
 
     def bytes_of(self, pids: Collection[int]) -> int | None:
         """Returns the bytes of its memory that other processes hold together; None where unknown. Never raises."""

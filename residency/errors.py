@@ -32,7 +32,7 @@ from .memory_errors import (
     WorkerEnded,
 )
 from .neighbor_errors import NeighborRefused, NeighborUnreachable
-from .sentences import Holder, ResidencyError
+from .sentences import Holder, ResidencyError, Sentence
 
 __all__ = ["CaptureUnderWay", "CapturedGraphs", "CheckpointFailed", "DeviceLost", "DeviceOutOfMemory",
            "DeviceUnavailable", "EngineUnavailable", "EventLoopBlocked", "ExtraMissing", "Field", "Holder",
@@ -93,6 +93,7 @@ class RequestTimeout(ResidencyError, TimeoutError):
     """A request did not get its model in time. The current move continues.
 
     ``place``: place in the queue (1: next). ``doing``: state of the model. ``holder``: the request that used the model.
+    ``card``: how much room lacks on a card that other processes use, and how much each holds; empty otherwise.
     """
 
     name: str
@@ -100,14 +101,16 @@ class RequestTimeout(ResidencyError, TimeoutError):
     place: int
     doing: str
     holder: Holder | None = None
+    card: str = ""
 
     def sentences(self) -> tuple[str, str]:
+        card = Sentence.of(self.card)
         place = f"place {self.place} in the queue", f"排队第 {self.place} 位"
         en, zh = _activity(self.doing, self.holder, *place)
         return (
-            f"Timed out after {self.waited_s:.3g} s waiting for {self.name!r} {en}. Try again, or raise the limit "
-            f"(--gpu-wait-timeout, or timeout).",
-            f"等待 {self.name!r} 超过 {self.waited_s:.3g} 秒{zh}。"
+            f"Timed out after {self.waited_s:.3g} s waiting for {self.name!r} {en}{card and f': {card.en}'}. Try "
+            f"again, or raise the limit (--gpu-wait-timeout, or timeout).",
+            f"等待 {self.name!r} 超过 {self.waited_s:.3g} 秒{zh}{card and f'：{card.zh}'}。"
             f"请重试，或调大上限（--gpu-wait-timeout 或 timeout）。",
         )
 

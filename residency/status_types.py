@@ -182,6 +182,36 @@ class ModelStatus(TypedDict):
     ]
 
 
+class YieldStatus(TypedDict):
+    """Models that left the device for another process."""
+
+    ago_s: Annotated[float, Doc("Seconds since then.")]
+    pid: Annotated[int | None, Doc("The process that had grown; null if unknown.")]
+    name: Annotated[str, Doc("Its name; empty if unknown.")]
+    bytes: Annotated[int, Doc("Bytes that they used on the device.")]
+    models: Annotated[list[str], Doc("Their names.")]
+
+
+class QueuedMove(TypedDict):
+    """A move of a process of this project that waits for room or runs, or another process that needs memory."""
+
+    model: Annotated[str, Doc("Its model; empty for a process outside of this project.")]
+    pid: Annotated[int, Doc("Its process, as that process names itself.")]
+    wanted_bytes: Annotated[int, Doc("Bytes that it needs; 0 if unknown.")]
+    waited_s: Annotated[float, Doc("Seconds since its request arrived.")]
+    claimed: Annotated[bool, Doc("It has its room, and runs.")]
+
+
+class SharingStatus(TypedDict):
+    """The device as shared with other processes."""
+
+    headroom_bytes: Annotated[int, Doc("When less is free, idle models leave; 0: they do not.")]
+    yields: Annotated[int, Doc("How often models left for other processes.")]
+    last_yield: Annotated[YieldStatus | None, Doc("The last time; null before the first.")]
+    peers: Annotated[list[int], Doc("Other processes of this project that use the device, as they name themselves.")]
+    queue: Annotated[list[QueuedMove], Doc("Moves that wait for room, in order of arrival, and those that run.")]
+
+
 class Status(TypedDict):
     """The device, main memory and the models."""
 
@@ -192,6 +222,7 @@ class Status(TypedDict):
     device: Annotated[DeviceStatus, Doc("The device.")]
     host: Annotated[MemorySizes, Doc("Main memory.")]
     monitor: Annotated[MonitorHealth, Doc("Whether idle models are moved.")]
+    sharing: Annotated[SharingStatus | None, Doc("How the device is shared; null if it is not.")]
     models: Annotated[dict[str, ModelStatus], Doc("The models by name, in order of registration.")]
 
 

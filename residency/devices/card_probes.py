@@ -49,6 +49,7 @@ class NvmlProbe:
     def __init__(self, handle: Any, name: str) -> None:
         self._handle = handle
         self.name = name
+        self.identity = _uuid(handle)
         self._meter = EnergyMeter()
         self._reading = renewed_in_children(threading.Lock())  # readings of the meter come in order
         self._power_and_energy()
@@ -119,6 +120,7 @@ class TorchProbe:
     """Sizes of ``cuda:0`` from torch, once it has a CUDA context: the fallback without NVML."""
 
     name = "CUDA GPU 0"
+    identity = "cuda-0"
 
     def memory(self) -> Memory:
         torch = imported("torch")
@@ -177,6 +179,13 @@ def _instances(card: Any) -> Iterator[Any]:
     for index in range(count):
         with suppress(pynvml.NVMLError):  # unused index
             yield pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
+
+
+def _uuid(handle: Any) -> str:
+    try:
+        return _text(pynvml.nvmlDeviceGetUUID(handle))
+    except pynvml.NVMLError:
+        return "cuda-unknown"
 
 
 def _text(value: str | bytes) -> str:

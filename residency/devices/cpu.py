@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Device, DeviceKind, Memory, Telemetry
-from ..errors import DeviceLost, DeviceOutOfMemory
+from ..errors import DeviceLost, DeviceOutOfMemory, InvalidInput
 from ..sentences import Sentence
 from ..units import readable_bytes
 from .ledger import Ledger
@@ -35,6 +36,9 @@ class CpuDevice(Device):
 
     def held_by(self) -> Mapping[int, int] | None:
         return {}
+
+    def holders(self) -> Sequence[tuple[int, int | None]]:
+        return ()
 
     def worker_bytes(self, host_bytes: Mapping[int, int], awake: bool) -> tuple[int, int] | None:
         return 0, sum(host_bytes.values())
@@ -68,6 +72,8 @@ class SimulatedDevice(CpuDevice):
     ``ledger_bytes`` are those of all processes. Each takes ``context_bytes`` at its first use of the card, until it
     ends or is checkpointed. While it is checkpointed, its calls wait, as those of CUDA do.
 
+    ``shared``: a name, with which other programs of this user on this machine use the same card (Linux).
+
     Bytes are actually freed and copied, in main memory, so that ties, views, leaks and out-of-memory behave as on a
     card. Not simulated: bandwidth, pinning, streams and the CUDA allocator.
 
@@ -82,7 +88,13 @@ class SimulatedDevice(CpuDevice):
         "zh": "模拟 GPU：搬移是真实的，但发生在内存中，不占用也不节省真正的显存。",
     }
 
-    def __init__(self, capacity_bytes: int, pinned_limit_bytes: int | None = None, context_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        pinned_limit_bytes: int | None = None,
+        context_bytes: int = 0,
+        shared: str | None = None,
+    ) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
         if not 0 <= context_bytes < capacity_bytes:
@@ -95,7 +107,20 @@ class SimulatedDevice(CpuDevice):
         english = f"Simulated GPU ({size})"
         self.name: str = Sentence(english, f"模拟 GPU（{size}）", whole=f"{english} / 模拟 GPU")
         self.failure: str | None = None
-        self.ledger = Ledger()
+        self.identity = f"simulated-{shared or os.getpid()}"
+        self.is_shared = shared is not None
+        self.ledger = self._named_ledger(shared) if shared else Ledger()
+
+    def _named_ledger(self, name: str) -> Ledger:
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+        ledger, capacity_bytes = Ledger.named(f"{folder}/simulated-card-{os.getuid()}-{name}", self.capacity_bytes)
+        if capacity_bytes != self.capacity_bytes:
+            size, other = readable_bytes(self.capacity_bytes), readable_bytes(capacity_bytes)
+            raise InvalidInput(
+                f"the simulated GPU {name!r} exists with {other}, not {size}: use that size, or another name",
+                f"模拟 GPU {name!r} 已存在，容量为 {other} 而非 {size}：请使用该容量，或换一个名称",
+            )
+        return ledger
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "pinned_bytes": 0}
@@ -113,9 +138,17 @@ class SimulatedDevice(CpuDevice):
     def held_by(self) -> Mapping[int, int] | None:
         return {os.getpid(): 0} | self.ledger.locked(Ledger.by_process)
 
+    def holders(self) -> Sequence[tuple[int, int | None]]:
+        return tuple(self.ledger.locked(Ledger.by_process).items())
+
     def bytes_of(self, pids: Collection[int]) -> int | None:
         held = self.ledger.locked(Ledger.by_process)
         return sum(held.get(pid, 0) for pid in pids)
+
+    def telemetry(self) -> Telemetry:
+        held_bytes, charged_bytes, context_bytes = self.ledger.locked(Ledger.sizes)
+        own_bytes = charged_bytes + context_bytes
+        return Telemetry(peers_bytes=held_bytes - own_bytes if self.is_shared else None)
 
     def ended(self, pid: int) -> None:
         """Takes the bytes of a process that has ended off the card."""

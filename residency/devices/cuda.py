@@ -49,6 +49,7 @@ class CudaDevice(Device):
         self.index = index
         self.torch_device = f"cuda:{index}" if index else "cuda"
         self._probe = probe
+        self.identity = probe.identity
         self.pinned_limit_bytes = pinned_limit_bytes
         self._pinned_bytes = 0
         # Reentrant: garbage collection may call `unpin` during `pin`.
@@ -108,6 +109,9 @@ class CudaDevice(Device):
         if torch is not None and torch.cuda.is_initialized():
             held[own] -= torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
         return held
+
+    def holders(self) -> Sequence[tuple[int, int | None]]:
+        return self._probe.holders()
 
     def bytes_of(self, pids: Collection[int]) -> int | None:
         held = [nbytes for pid, nbytes in self._probe.holders() if pid in pids]

@@ -7,14 +7,17 @@ leaves whole rows.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import mmap
 import os
 import pickle
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..locks import renewed_in_children
@@ -26,16 +29,21 @@ RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
 
 _POLL_S = 0.001
 _ROWS = 256
-_BYTES = 8 * (1 + 6 * _ROWS)
+_BYTES = 8 * (2 + 7 * _ROWS)
 
 _attaching = renewed_in_children(threading.Lock())
 #: The shared books of this process, by file: closing a second descriptor of a file would end the lock of the first.
 _attached: weakref.WeakValueDictionary[tuple[int, int], Ledger] = weakref.WeakValueDictionary()
+#: The cards with a name that this process uses, by path.
+_named: dict[str, Ledger] = {}
 
 
 class Ledger:
     """Columns with a word for each row, after the number of rows used so far; to be used in calls of `locked`.
 
+    The last word is the capacity of a card with a name.
+
+    ``owners``: the process whose books these are, for it and its workers; on a card with a name there are several.
     A row is free if its ``pids`` is 0. ``started`` is 0 where unknown: then the row never ends by itself. A forked
     child gets a copy of its own, in which its parent's row is its row, unless the books are pickled to it.
     """
@@ -43,20 +51,20 @@ class Ledger:
     def __init__(self) -> None:
         #: Of this process. Reentrant: garbage collection may call `SimulatedDevice.unpin` in a locked block.
         self.lock = threading.RLock()
-        self._pid = os.getpid()
+        self._pid = self._owner = os.getpid()
         #: Whether row 0 is that of this process, which runs, and there is no other.
         self.alone = True
         self._own = 0
         self._file: tuple[int, int, int] | None = None  # descriptor, device, inode
         self._close: weakref.finalize[..., Any] | None = None
         self._use(memoryview(bytearray(_BYTES)))
-        self._words[0], self.pids[0] = 1, self._pid
+        self._words[0], self.pids[0], self.owners[0] = 1, self._pid, self._pid
         renewed_in_children(self)
 
     def _use(self, raw: memoryview) -> None:
         self._words = words = raw.cast("q")
-        columns = [words[first : first + _ROWS] for first in range(1, len(words), _ROWS)]
-        self.pids, self.started, self.charged, self.reported, self.context, self.states = columns
+        columns = [words[first : first + _ROWS] for first in range(1, len(words) - 1, _ROWS)]
+        self.pids, self.owners, self.started, self.charged, self.reported, self.context, self.states = columns
 
     def locked(self, act: Callable[..., T], *arguments: Any) -> T:
         """Calls ``act`` with these books and the arguments while no other thread or process uses them."""
@@ -110,11 +118,11 @@ class Ledger:
         return held_bytes
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns all bytes on the card, those of models, and those of contexts."""
+        """Returns all bytes on the card, and of this owner those of models, and those of contexts."""
         if self.alone:
             return self._bytes_of(0), self.charged[0], self.context[0]
         self.drop_ended()
-        rows = self._rows_on_card()
+        rows = [row for row in self._rows_on_card() if self.owners[row] == self._owner]
         return self.held_bytes(), sum([self.charged[row] for row in rows]), sum([self.context[row] for row in rows])
 
     def by_process(self) -> dict[int, int]:
@@ -150,7 +158,7 @@ class Ledger:
         row = self._free_row()
         for column in (self.charged, self.reported, self.context, self.states):
             column[row] = 0
-        self.started[row] = started
+        self.started[row], self.owners[row] = started, self._owner
         self.pids[row] = pid  # last: from now on the row counts
         return row
 
@@ -221,12 +229,31 @@ class Ledger:
 
     # -- other processes --------------------------------------------------------------------------------------------
 
-    def __reduce__(self) -> tuple[Callable[..., Ledger], tuple[int, int, int, int]]:
+    @classmethod
+    def named(cls, path: str, capacity_bytes: int) -> tuple[Ledger, int]:
+        """Opens the books of a card with a name, or makes them; returns them and the capacity with which it was made.
+
+        The file is removed with the last process that uses the card.
+        """
+        with _attaching:
+            if (ledger := _named.get(path)) is None:
+                fd = _opened(path)
+                if os.fstat(fd).st_size < _BYTES:
+                    os.ftruncate(fd, _BYTES)
+                    os.pwrite(fd, capacity_bytes.to_bytes(8, sys.byteorder), _BYTES - 8)
+                ledger = _named[path] = cls()
+                ledger._attach(fd)
+                ledger._own = ledger.row_of(os.getpid())
+                fcntl.lockf(fd, fcntl.LOCK_UN)
+                atexit.register(_leave, ledger, path)
+            return ledger, ledger._words[-1]
+
+    def __reduce__(self) -> tuple[Callable[..., Ledger], tuple[int, ...]]:
         with _attaching, self.lock:
             if self._file is None:
                 self._share()
             assert self._file is not None
-            return _attach, (os.getpid(), *self._file)
+            return _attach, (os.getpid(), self._owner, *self._file)
 
     def _share(self) -> None:
         if not hasattr(os, "memfd_create"):
@@ -258,9 +285,37 @@ class Ledger:
             self._close()
         if self.pids[self._own] == parent:
             self.pids[self._own], self.started[self._own] = self._pid, 0
+        for row in self._rows():
+            self.owners[row] = self._pid if self.owners[row] == self._owner else self.owners[row]
+        self._owner = self._pid
 
 
-def _attach(pid: int, fd: int, device: int, inode: int) -> Ledger:
+def _opened(path: str) -> int:
+    """Opens a file, and makes it if necessary; returns its descriptor, locked."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        os.close(fd)  # its last process has removed it in between
+
+
+def _leave(ledger: Ledger, path: str) -> None:
+    """At the end of this process: removes the file of a card with a name if no other process uses it."""
+
+    def remove(ledger: Ledger) -> None:
+        ledger.drop(os.getpid())
+        ledger.drop_ended()
+        if not ledger._rows():
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    if ledger._pid == os.getpid() and ledger._file is not None:
+        ledger.locked(remove)
+
+
+def _attach(pid: int, owner: int, fd: int, device: int, inode: int) -> Ledger:
     """Opens the books that a process has pickled; raises FileNotFoundError if that process has ended."""
     with _attaching:
         ledger = _attached.get((device, inode))
@@ -272,6 +327,7 @@ def _attach(pid: int, fd: int, device: int, inode: int) -> Ledger:
                 os.close(here)
                 raise FileNotFoundError(f"{path} is no longer the simulated card")
             ledger._attach(here)
+            ledger._owner = owner
             ledger._own = -1
             ledger._own = ledger.locked(Ledger.row_of, os.getpid())
         return ledger

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ class ObservedDevice(CpuDevice):
         self._device = device
         self.kind, self.name, self.note = device.kind, device.name, device.note
         self.torch_device, self.separate = device.torch_device, device.separate
+        self.identity = device.identity
 
     def __getattr__(self, name: str) -> Any:
         if name == "_device":
@@ -33,6 +34,9 @@ class ObservedDevice(CpuDevice):
 
     def held_by(self) -> Mapping[int, int] | None:
         return self._device.held_by()
+
+    def holders(self) -> Sequence[tuple[int, int | None]]:
+        return self._device.holders()
 
     def bytes_of(self, pids: Collection[int]) -> int | None:
         return self._device.bytes_of(pids)

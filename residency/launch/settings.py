@@ -18,6 +18,7 @@ from ..errors import InvalidInput
 from ..scheduling.policies import keep_warm_seconds, seconds
 from .listening import check_certificate
 from .values import (
+    SimulatedCard,
     api_keys,
     checked,
     count,
@@ -26,6 +27,7 @@ from .values import (
     listening_address,
     login,
     memory_share,
+    neighbors,
     port_number,
     sendable,
     simulated_card,
@@ -179,9 +181,19 @@ class Settings:
         "auto", "with --gpu-isolation process: what an offload leaves of the worker on the GPU (CUDA context, "
         "workspaces) stays there (keep) or is moved to main memory by the driver (checkpoint); auto: where the driver "
         "can do that (default: %(default)s)", choices=["keep", "checkpoint", "auto"])
-    simulate_gpu: tuple[int, int] | None = _flag(
-        None, "simulated GPU of this size (48GB), to try everything without a GPU; 48GB,context=400MB: one on which "
-        "each process that uses it takes 400 MB for its CUDA context", simulated_card)
+    gpu_headroom: int = _flag(
+        0, "idle models leave the GPU when less than this is free (2GB), as other processes need it", size_bytes)
+    gpu_neighbor: tuple[str, ...] = _flag(
+        (), "server that is asked to give up what it holds idle when a request needs room on the GPU: KIND=URL "
+        "(ollama=http://127.0.0.1:11434), or auto for those found by their processes; may be given several times",
+        neighbors, metavar="KIND=URL", action="append", unset=None)
+    gpu_share_dir: str | None = _flag(
+        None, "folder in which apps of this project, also in other containers, queue for room on the same GPU",
+        folder_path, metavar="DIR")
+    simulate_gpu: SimulatedCard | None = _flag(  # noqa: RUF009 - as those above
+        None, "simulated GPU of this size (48GB), to try everything without a GPU; with context=400MB each process "
+        "that uses it takes 400 MB for its CUDA context, with shared=NAME several programs use the same one "
+        "(48GB,context=400MB,shared=NAME)", simulated_card)
     control_token: str | None = _flag(
         None, "token that other machines need for changing calls under /gpu, and with --auth also for reading calls "
         "(environment: GPU_CONTROL_TOKEN)",
@@ -246,6 +258,7 @@ def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Set
         ("allowed_hosts", "GPU_TTS_ALLOWED_HOSTS", host_names),
         ("api_keys", "GPU_TTS_API_KEYS", api_keys),
         ("cors_origins", "GPU_TTS_CORS_ORIGINS", site_origins),
+        ("gpu_neighbor", "GPU_TTS_GPU_NEIGHBOR", neighbors),
     ):
         try:
             value = environ.get(variable)

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -34,25 +35,42 @@ def size_bytes(text: str) -> int:
     return int(nbytes)
 
 
-def simulated_card(text: str) -> tuple[int, int]:
-    """Parses ``48GB`` or ``48GB,context=400MB``; returns the bytes of the GPU and of the context of a process."""
-    size, comma, option = text.partition(",")
-    name, _, context = option.partition("=")
-    if comma and name.strip() != "context":
+@dataclass(frozen=True)
+class SimulatedCard:
+    """Sizes in bytes; ``shared``: the name of a card that several programs use."""
+
+    capacity_bytes: int
+    context_bytes: int = 0
+    shared: str | None = None
+
+
+def simulated_card(text: str) -> SimulatedCard:
+    """Parses ``48GB``, ``48GB,context=400MB``, ``48GB,shared=NAME``, or all three."""
+    size, *options = text.split(",")
+    named = {name.strip(): value.strip() for name, _, value in (option.partition("=") for option in options)}
+    if named.keys() - {"context", "shared"} or len(named) < len(options):
         raise InvalidInput(
-            f"{text!r} is not a valid simulated GPU: write its size (48GB), and after a comma, if wanted, the size of "
-            f"a CUDA context (48GB,context=400MB)",
-            f"{text!r} 不是有效的模拟 GPU：请写显存容量（48GB），需要时在逗号后写 CUDA 上下文的大小"
-            f"（48GB,context=400MB）",
+            f"{text!r} is not a valid simulated GPU: write its size (48GB), and after commas, if wanted, the size of "
+            f"a CUDA context and a name under which other programs use the same card "
+            f"(48GB,context=400MB,shared=NAME)",
+            f"{text!r} 不是有效的模拟 GPU：请写显存容量（48GB），需要时在逗号后写 CUDA 上下文的大小，以及供其他程序"
+            f"共用的名称（48GB,context=400MB,shared=NAME）",
         )
-    capacity_bytes, context_bytes = size_bytes(size), size_bytes(context) if comma else 0
+    name = named.get("shared")
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+        raise InvalidInput(
+            f"{name!r} cannot be the name of a simulated GPU: use up to 64 letters, digits, and _ . -",
+            f"{name!r} 不能用作模拟 GPU 的名称：请用不超过 64 个字母、数字及 _ . -",
+        )
+    capacity_bytes = size_bytes(size)
+    context_bytes = size_bytes(named["context"]) if "context" in named else 0
     if context_bytes >= capacity_bytes:
         size, context = readable_bytes(capacity_bytes), readable_bytes(context_bytes)
         raise InvalidInput(
             f"a CUDA context of {context} does not fit on a simulated GPU of {size}: write 48GB,context=400MB",
             f"{context} 的 CUDA 上下文放不进 {size} 的模拟 GPU：请写 48GB,context=400MB",
         )
-    return capacity_bytes, context_bytes
+    return SimulatedCard(capacity_bytes, context_bytes, name)
 
 
 def sendable(token: str) -> str:
@@ -88,6 +106,11 @@ def host_names(text: str) -> tuple[str, ...]:
             )
         names.append(name.removesuffix("."))
     return tuple(names)
+
+
+def neighbors(text: str) -> tuple[str, ...]:
+    """Splits descriptions of neighbours at commas."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def api_keys(text: str) -> tuple[str, ...]:

@@ -291,7 +291,9 @@ class Admission:
         managed, waited_s = request.managed, now_s - request.asked_s
         with self._dispatcher.lock:
             place = self.place(request) or 0  # 0: it has just got the model, and is not refused
-            return RequestTimeout(managed.name, waited_s, place, managed.state.value, managed.leases.held_by(now_s))
+            card = (managed.move_task and managed.move_task.waits) or ""
+            holder = managed.leases.held_by(now_s)
+            return RequestTimeout(managed.name, waited_s, place, managed.state.value, holder, card)
 
     def _end_deadlock(self, request: LeaseRequest, lease: LeaseData, blocks: bool) -> None:
         """Serves or refuses a request if it waits for the code that makes it."""

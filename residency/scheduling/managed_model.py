@@ -293,7 +293,8 @@ class ManagedModel:
 
     def arrived_for_s(self, now_s: float) -> float:
         """Returns the total duration of its moves to the device until now."""
-        return self.times.arriving_s + (max(0.0, now_s - self.move_task.started_s) if self.arrives else 0.0)
+        moving = self.arrives and self.move_task.waits is None
+        return self.times.arriving_s + (max(0.0, now_s - self.move_task.started_s) if moving else 0.0)
 
     def notify_watchers(self) -> None:
         """Wakes the threads that wait for a change of this model."""

@@ -6,7 +6,9 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+from ..arrivals import Arrival, CardShare, NoRoomNow
 from ..contracts import InWorker, Memory
 from ..errors import WorkerEnded
 from ..locks import new_event, renewed_in_children
@@ -21,6 +23,7 @@ from ..observability.error_classification import (
 )
 from ..observability.outside_memory import MemorySample
 from ..progress import reporting
+from ..sentences import Sentence
 from ..states import State
 from .dispatcher import RETRY_AFTER_S, WARM_GRACE_S, Dispatcher
 from .held import loading
@@ -39,13 +42,23 @@ OUT_OF_MEMORY_RETRIES = 5
 
 
 class MoveRunner:
-    """Starts the moves begun by the dispatcher. ``sample(trim, look_at_children)`` measures the process."""
+    """Starts the moves begun by the dispatcher. ``sample(trim, look_at_children)`` measures the process.
 
-    def __init__(self, dispatcher: Dispatcher, mover: Mover, sample: Callable[[bool, bool], MemorySample]) -> None:
+    ``share``: grants room on a card that other processes use too.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        mover: Mover,
+        sample: Callable[[bool, bool], MemorySample],
+        share: CardShare | None = None,
+    ) -> None:
         self._dispatcher = dispatcher
         self._device, self._clock = dispatcher.device, dispatcher.clock
         self._mover = mover
         self._sample = sample
+        self._share = share
         # Reentrant, like the dispatcher's lock.
         self._starting = renewed_in_children(threading.RLock())
         self._threads: dict[MoveTask, threading.Thread] = {}
@@ -92,25 +105,64 @@ class MoveRunner:
             builds = loads and task.engine is None  # not from a snapshot
             dispatcher.outside.began(task, before, recorded, self._all_bytes_locked(), builds)
             dispatcher.notifier.report("began", task)
-        while True:
-            try:
-                task.context.run(self._carry_out, task)
-                break
-            except BaseException as error:
-                task.error = error
-                empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
-            if is_capture_under_way(task.error) and self._await_capture(task):
-                continue
-            if not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task)):
-                break
+        with self._place(task) as claim:
+            while not self._attempt(task, claim):
+                task.error = None
         self._commit(task)
         self._threads.pop(task, None)
 
-    def _carry_out(self, task: MoveTask) -> None:
+    def _attempt(self, task: MoveTask, claim: Callable[[int], None] | None) -> bool:
+        """Carries out a move; returns False if it must be tried again."""
+        try:
+            task.context.run(self._carry_out, task, claim)
+            return True
+        except BaseException as error:
+            task.error = error
+            empty_frames(error)  # requests keep the error, but must not keep the objects of the attempt
+        if isinstance(task.error, NoRoomNow):
+            task.put_off = True
+            return True
+        if is_capture_under_way(task.error):
+            return not self._await_capture(task)
+        return not (task.arrives and is_out_of_device_memory(task.error) and self._try_again(task))
+
+    def _carry_out(self, task: MoveTask, claim: Callable[[int], None] | None) -> None:
+        memory = task.managed.memory
         with reporting(task.progress), loading(task.managed):
+            if claim is not None:
+                claim(memory.size_bytes or memory.needed_bytes)
+                if task.waits is not None:
+                    self._begins_after_wait(task)
             if task.made_room:
                 self._await_freed(task.managed)
             task.moved_bytes = self._mover.carry_out(task)
+
+    def _place(self, task: MoveTask) -> AbstractContextManager[Callable[[int], None] | None]:
+        """Returns the context of a move to a shared card; see `CardShare.place`."""
+        dispatcher, managed = self._dispatcher, task.managed
+        if self._share is None or not task.arrives:
+            return contextlib.nullcontext()
+
+        def is_wanted() -> bool:
+            with dispatcher.lock:
+                return managed.move_task is task and managed.leases.next_request() is not None
+
+        def waits(needed_bytes: int, reason: Sentence) -> None:
+            if task.waits is None:
+                task.progress.enter("waiting", needed_bytes or None)
+            task.waits, task.give_up_at_s = reason, math.inf
+
+        with dispatcher.lock:
+            request = managed.leases.next_request()
+        asked_s = None if request is None else request.asked_s
+        return self._share.place(Arrival(managed.name, asked_s, is_wanted, waits))
+
+    def _begins_after_wait(self, task: MoveTask) -> None:
+        with self._dispatcher.replanning(task.managed), self._dispatcher.lock:
+            task.waits, task.started_s = None, self._clock.now()
+            if task.move.via is State.LOADING:
+                task.give_up_at_s = task.started_s + task.managed.load_timeout_s
+        task.progress.enter(task.move.via.value, task.managed.memory.size_bytes or None)
 
     def _await_freed(self, managed: ManagedModel) -> None:
         """Waits for released memory, which drivers report as free with a delay."""
@@ -138,12 +190,14 @@ class MoveRunner:
         with dispatcher.lock:
             if managed.move_task is not task:
                 return False  # given up
-            managed.memory.shortfall_bytes = shortfall_bytes(task.error)
+            short_bytes = managed.memory.shortfall_bytes = shortfall_bytes(task.error)
             room = room_for(managed, dispatcher.managed_models.values(), dispatcher.budget_bytes)
             task.put_off = not room.hopeless
             if not task.put_off:
                 managed.memory.shortfall_bytes = 0
-                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and task.changes_seen == dispatcher.changes):
+                # Other processes on a shared card come and go, too.
+                unchanged = self._share is None and task.changes_seen == dispatcher.changes
+                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and unchanged):
                     return False
                 task.changes_seen = dispatcher.changes
             offloaded = [] if task.put_off else [
@@ -158,11 +212,12 @@ class MoveRunner:
         except Exception as error:
             task.error, task.put_off = error, False
             return False
-        if task.put_off:
+        if task.put_off or self._share is not None:
             memory = self._device.memory()
             with dispatcher.lock:
-                needed_bytes = (memory.free_bytes or 0) + managed.memory.shortfall_bytes
+                needed_bytes = (memory.free_bytes or 0) + short_bytes
                 managed.memory.needed_bytes = min(needed_bytes, memory.total_bytes or needed_bytes)
+        if task.put_off:
             return False
         task.retries, task.error = task.retries + 1, None
         return True
@@ -255,6 +310,10 @@ class MoveRunner:
     def _failed_locked(self, task: MoveTask, error: BaseException, lost: bool) -> None:
         dispatcher, managed, faults = self._dispatcher, task.managed, task.managed.faults
         managed.settled_state = task.back_at
+        if isinstance(error, NoRoomNow):
+            managed.wishes.prefetch = managed.wishes.prewarmed = False
+            managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
+            return
         faults.last_error = in_words(error)
         managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
         faults.cannot_offload = not task.arrives

@@ -16,6 +16,7 @@ from ..contracts import Device
 from ..memory import Resident, SnapshotFolder
 from ..progress import Progress
 from ..random_state import preserved_random_state
+from ..sentences import Sentence
 from ..states import Move, State
 from .managed_model import ManagedModel
 
@@ -43,6 +44,7 @@ class MoveTask:
         spawned, claimed: its thread was started; has begun.
         put_off: it failed, and will be tried again once there is room.
         reported_s, reported_phase: time and phase of the last progress report to listeners.
+        waits: what it waits for before it begins: room that other processes use; None: it does not wait.
         pulse: its progress at the last `begins_to_hang`, at ``checked_s``.
     """
 
@@ -63,6 +65,7 @@ class MoveTask:
     given_up: bool = False
     reported_s: float = -math.inf
     reported_phase: str = ""
+    waits: Sentence | None = None
     pulse: object = None
     checked_s: float = 0.0
     device_bytes_before: int = 0

@@ -11,7 +11,16 @@ from ..observability.history import WINDOW_S
 from ..observability.outside_memory import OutsideMemory, totals
 from ..receipts import Receipt
 from ..states import Move, State
-from ..status_types import DeviceStatus, MemorySizes, ModelStatus, MoveProgress, NextMove, Status, UsageHistory
+from ..status_types import (
+    DeviceStatus,
+    MemorySizes,
+    ModelStatus,
+    MoveProgress,
+    NextMove,
+    SharingStatus,
+    Status,
+    UsageHistory,
+)
 from .dispatcher import Dispatcher
 from .managed_model import ManagedModel
 from .planner import next_deadline, next_step
@@ -25,7 +34,7 @@ _PENDING: dict[State, Literal["offload", "release"]] = {State.HOST: "offload", S
 class Overview:
     """Builds `status` and `history`. ``host_memory`` measures main memory, ``remeasure`` a model's child processes.
 
-    ``workers``: the worker processes of the models, with process isolation.
+    ``workers``: the worker processes of the models, with process isolation. ``sharing``: see `Status`.
     """
 
     def __init__(
@@ -35,12 +44,14 @@ class Overview:
         host_memory: Callable[[], Memory],
         remeasure: Callable[[OutsideMemory], OutsideMemory],
         workers: Workers | None = None,
+        sharing: Callable[[], SharingStatus | None] = lambda: None,
     ) -> None:
         self._dispatcher = dispatcher
         self._budget_bytes = budget_bytes
         self._host_memory = host_memory
         self._remeasure = remeasure
         self._workers = workers
+        self._sharing = sharing
         self._remeasured_s = -math.inf
 
     def status(self) -> Status:
@@ -62,6 +73,7 @@ class Overview:
             "device": self._device(_sizes(memory, device_bytes)),
             "host": _sizes(host, host_bytes),
             "monitor": dispatcher.monitor.health(),
+            "sharing": self._sharing(),
             "models": models,
         }
 

@@ -18,7 +18,7 @@ from residency.errors import CaptureUnderWay, DeviceLost, DeviceOutOfMemory, Dev
 
 
 class Probe:
-    name = "a card"
+    name, identity = "a card", "GPU-1"
 
     def memory(self) -> Memory:
         return Memory(1000, 5)

@@ -66,10 +66,10 @@ def test_a_process_that_has_ended_cannot_pass_it_on(card: SimulatedDevice) -> No
 
 
 def test_a_descriptor_that_is_another_file_now_is_noticed(card: SimulatedDevice, tmp_path: os.PathLike[str]) -> None:
-    attach, (pid, _, device, inode) = card.ledger.__reduce__()
+    attach, (pid, owner, _, device, inode) = card.ledger.__reduce__()
     descriptors = set(os.listdir("/proc/self/fd"))
     with open(os.path.join(tmp_path, "other"), "w+b") as other, pytest.raises(FileNotFoundError, match="no longer"):
-        attach(pid, other.fileno(), device, inode + 1)
+        attach(pid, owner, other.fileno(), device, inode + 1)
     assert set(os.listdir("/proc/self/fd")) == descriptors
 
 

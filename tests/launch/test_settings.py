@@ -15,7 +15,7 @@ from residency.engines.generations import GENERATIONS
 from residency.engines.step_audio_facts import ACOUSTIC_MODEL
 from residency.errors import InvalidInput
 from residency.launch.settings import ENGINE_FLAGS, parse
-from residency.launch.values import size_bytes
+from residency.launch.values import SimulatedCard, simulated_card, size_bytes
 
 
 def test_without_flags_everything_is_as_in_the_public_app_and_management_is_off() -> None:
@@ -117,11 +117,22 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sizes"),
-    [("48GB", (48 << 30, 0)), ("48GB,context=400MB", (48 << 30, 400 << 20)), ("1g, context = 1m", (1 << 30, 1 << 20))],
+    ("text", "card"),
+    [
+        ("48GB", SimulatedCard(48 << 30)),
+        ("48GB,context=400MB", SimulatedCard(48 << 30, 400 << 20)),
+        ("1g, context = 1m", SimulatedCard(1 << 30, 1 << 20)),
+        ("1g,shared=desk.1, context=1m", SimulatedCard(1 << 30, 1 << 20, "desk.1")),
+    ],
 )
-def test_a_simulated_gpu_has_a_size_and_that_of_its_contexts(text: str, sizes: tuple[int, int]) -> None:
-    assert parse(["--enable-gpu-management", "--simulate-gpu", text], {}).simulate_gpu == sizes
+def test_a_simulated_gpu_has_a_size_that_of_its_contexts_and_a_name(text: str, card: SimulatedCard) -> None:
+    assert parse(["--enable-gpu-management", "--simulate-gpu", text], {}).simulate_gpu == card
+
+
+@pytest.mark.parametrize("text", ["1g,shared", "1g,shared=", "1g,shared=../x", "1g,share=x", "1g,shared=a,shared=b"])
+def test_a_simulated_gpu_with_a_wrong_name_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="simulated GPU"):
+        simulated_card(text)
 
 
 def test_an_engine_follows_the_model_path(tmp_path: Path) -> None:

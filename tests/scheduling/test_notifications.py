@@ -42,7 +42,7 @@ def use(manager: GPUResourceManager, name: str = "tts") -> object:
 def test_the_status_tells_of_the_device_the_host_and_the_monitor(workshop: Workshop) -> None:
     with GPUResourceManager(SimulatedDevice(1000), budget_bytes=400, adopt=workshop.adopt) as manager:
         status = manager.status()
-        assert set(status) == {"enabled", "device", "host", "monitor", "models", "isolation"}
+        assert set(status) == {"enabled", "device", "host", "monitor", "models", "isolation", "sharing"}
         assert status["enabled"] is True
         device = status["device"]
         assert (device["kind"], device["total_bytes"], device["free_bytes"]) == ("simulated", 1000, 1000)

@@ -1,0 +1,95 @@
+"""The tickets of one card in a file, for all processes that are given its folder: SQLite is the lock and the storage.
+
+SQLite, because a transaction of a process that is killed at any moment is undone by the next one, on each local file
+system and across containers with a common folder. A process that is stopped within a transaction (a fraction of a
+millisecond) keeps the others out: then each raises `BoardBusy` after `BUSY_AFTER_S` and goes on without the queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from ..sentences import Sentence
+from .tickets import Ticket, Tickets
+
+T = TypeVar("T")
+
+BUSY_AFTER_S = 1.0
+"""Maximum wait for a transaction of another process."""
+
+_TABLE = (
+    "create table if not exists ticket (key text primary key, model text, pid integer, arrived_s real, "
+    "wanted_bytes integer, beat_s real, claimed integer)"
+)
+
+
+class BoardBusy(Exception):
+    """The file is locked by a process that does not go on, or cannot be used; the argument says which."""
+
+
+class Board:
+    """The tickets of the card ``identity`` in ``folder``. Thread-safe; holds no file between calls."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.path = folder / f"card-{''.join(sign if sign.isalnum() or sign in '-_' else '_' for sign in identity)}.db"
+
+    def change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T:
+        """Replaces the tickets by those that ``act`` returns, in one transaction; returns its other result."""
+        with self._opened() as connection:
+            connection.execute("begin immediate")
+            before = _tickets(connection)
+            after, result = act(before)
+            gone, new = set(before) - set(after), set(after) - set(before)
+            connection.executemany("delete from ticket where key = ?", [(ticket.key,) for ticket in gone])
+            connection.executemany(
+                "insert into ticket values (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (each.key, each.model, each.pid, each.arrived_s, each.wanted_bytes, each.beat_s, each.claimed)
+                    for each in new
+                ],
+            )
+            connection.execute("commit")
+            return result
+
+    def tickets(self) -> Tickets:
+        with self._opened() as connection:
+            return _tickets(connection)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, BUSY_AFTER_S, isolation_level=None)) as connection:
+                connection.execute("pragma synchronous = off")  # tickets do not outlive the machine
+                connection.execute(_TABLE)
+                yield connection
+        except sqlite3.Error as error:
+            raise BoardBusy(
+                Sentence(f"{self.path} cannot be used ({error})", f"无法使用 {self.path}（{error}）")
+            ) from error
+
+
+def _tickets(connection: sqlite3.Connection) -> Tickets:
+    rows = connection.execute("select key, model, pid, arrived_s, wanted_bytes, beat_s, claimed from ticket")
+    return tuple(replace(Ticket(*row), claimed=bool(row[-1])) for row in rows)
+
+
+class PrivateBoard:
+    """The tickets of this process alone. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._tickets: Tickets = ()
+        self._lock = threading.Lock()
+
+    def change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T:
+        with self._lock:
+            self._tickets, result = act(self._tickets)
+            return result
+
+    def tickets(self) -> Tickets:
+        return self._tickets

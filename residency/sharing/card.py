@@ -1,0 +1,322 @@
+"""One card, many processes: leaves when others need room, and waits for room in order of arrival."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import psutil
+
+from ..arrivals import Arrival, NoRoomNow
+from ..contracts import Device
+from ..observability.events import Event
+from ..sentences import Sentence
+from ..status_types import SharingStatus
+from ..units import readable_bytes
+from . import Sharing
+from .board import Board, BoardBusy, PrivateBoard
+from .strangers import Strangers
+from .tickets import Ticket, Tickets, alive, enter, first_waiting, leave, step
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.1
+"""Interval of looks at the card while a model of this process is on it."""
+
+STEP_EVERY_S = 0.05
+"""Interval in which a waiting move looks for room."""
+
+
+@dataclass(frozen=True)
+class Yield:
+    """Models left the card for another process. ``time_s``: of ``time.monotonic``; ``pid``: None if unknown."""
+
+    time_s: float
+    pid: int | None
+    name: str
+    nbytes: int
+    models: tuple[str, ...]
+
+
+class Leaving(Protocol):
+    """Moves models of this process off the card. Thread-safe."""
+
+    def on_card(self) -> bool:
+        """Returns whether a model is on the card or moves there."""
+
+    def own_pids(self) -> set[int]:
+        """Returns this process, and those of its models."""
+
+    def leave(self, nbytes: int, before_s: float | None) -> tuple[dict[str, int], int]:
+        """Begins to move idle models off the card, longest idle first, until ``nbytes`` are freed.
+
+        Returns the bytes of each, and how many still lack once all that are on their way have left. Models whose
+        minimum stay has not ended, and those with keep-warm -1, stay.
+        ``before_s``: another process's request has waited since then: models that are in use, or whose next request
+        came later, leave after their current request.
+        """
+
+
+class SharedCard:
+    """The use of one card by this process beside others.
+
+    Args:
+        headroom_bytes: when less is free, idle models leave the card; 0: they do not.
+        board: the tickets of all processes of this project on the card; None: of this process only.
+        ask: called with the bytes that lack for a waiting request; must return at once.
+
+    The thread that watches the card sleeps while no model is on it.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        leaving: Leaving,
+        *,
+        headroom_bytes: int = 0,
+        board: Board | None = None,
+        ask: Callable[[int], None] = lambda nbytes: None,
+        left: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.headroom_bytes = headroom_bytes
+        self.last_yield: Yield | None = None
+        self.yields = 0
+        self._device, self._leaving = device, leaving
+        self._board = board or PrivateBoard()
+        self._ask, self._left = ask, left
+        self._claims: dict[str, Ticket] = {}
+        self._strangers = Strangers(headroom_bytes)
+        self._parents: dict[int, frozenset[int]] = {}
+        self._presence = f"on-{uuid.uuid4().hex}"
+        self._wake = threading.Event()
+        self._closed = False
+        self._warned = False
+        self._thread = threading.Thread(target=self._run, name="gpu-card-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread and waits for it."""
+        self._closed = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Makes the thread look at the card: a model has arrived, or a move has begun."""
+        self._wake.set()
+
+    def status(self) -> SharingStatus:
+        now_s, recent = time.monotonic(), self.last_yield
+        queue: Tickets = ()
+        with contextlib.suppress(BoardBusy):
+            queue = alive(self._board.tickets(), now_s)
+        return {
+            "headroom_bytes": self.headroom_bytes,
+            "yields": self.yields,
+            "last_yield": None if recent is None else {
+                "ago_s": now_s - recent.time_s, "pid": recent.pid, "name": recent.name, "bytes": recent.nbytes,
+                "models": list(recent.models),
+            },
+            "peers": sorted({ticket.pid for ticket in queue if ticket.key.startswith("on-")} - {os.getpid()}),
+            "queue": [
+                {"model": ticket.model, "pid": ticket.pid, "wanted_bytes": ticket.wanted_bytes,
+                 "waited_s": now_s - ticket.arrived_s, "claimed": ticket.claimed}
+                for ticket in sorted(queue, key=lambda ticket: ticket.arrived_s) if not ticket.key.startswith("on-")
+            ],
+        }  # fmt: skip
+
+    # -- room ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def place(self, arrival: Arrival) -> Iterator[Callable[[int], None]]:
+        """See `residency.arrivals.CardShare`."""
+        now_s = time.monotonic()
+        asked_s = now_s if arrival.asked_s is None else arrival.asked_s
+        first = Ticket(uuid.uuid4().hex, arrival.model, os.getpid(), asked_s, 0, now_s)
+
+        def claim(needed_bytes: int) -> None:
+            ticket = replace(first, wanted_bytes=needed_bytes)
+            self._claims.pop(ticket.key, None)
+            self._change(lambda tickets: (enter(tickets, replace(ticket, beat_s=time.monotonic())), None))
+            self._wait(ticket, arrival)
+            self._claims[ticket.key] = ticket
+            self.wake()
+
+        try:
+            yield claim
+        finally:
+            self._claims.pop(first.key, None)
+            self._change(lambda tickets: (leave(tickets, first.key), None))
+
+    def _wait(self, ticket: Ticket, arrival: Arrival) -> None:
+        pause = threading.Event()
+        while not self._claim(ticket, planned=arrival.asked_s is None):
+            if arrival.asked_s is None or not arrival.is_wanted():
+                raise NoRoomNow
+            memory = self._device.memory()
+            lacking_bytes = 0 if memory.free_bytes is None else ticket.wanted_bytes - memory.free_bytes
+            if lacking_bytes > 0 and (still := self._leaving.leave(lacking_bytes, ticket.arrived_s)[1]) > 0:
+                self._ask(still)
+            arrival.waits(ticket.wanted_bytes, self._holders(ticket.wanted_bytes, memory.free_bytes))
+            pause.wait(STEP_EVERY_S)
+
+    def _claim(self, ticket: Ticket, planned: bool) -> bool:
+        def act(tickets: Tickets) -> tuple[Tickets, bool]:
+            now_s, free_bytes = time.monotonic(), self._device.memory().free_bytes
+            if free_bytes is not None and planned:
+                free_bytes -= self.headroom_bytes
+            return step(tickets, replace(ticket, beat_s=now_s), free_bytes, now_s)
+
+        claimed = self._change(act)
+        if claimed is not None:
+            return claimed
+        free_bytes = self._device.memory().free_bytes  # without the queue
+        return free_bytes is None or free_bytes >= ticket.wanted_bytes
+
+    def _holders(self, needed_bytes: int, free_bytes: int | None) -> Sentence:
+        """Says how much is needed and free, and which other processes hold how much of the card."""
+        own = self._leaving.own_pids()
+        others = [(pid, nbytes) for pid, nbytes in self._device.holders() if pid not in own]
+        held = [f"{name_of(pid)} ({pid}): {_size(nbytes)}" for pid, nbytes in others]
+        needed, free = readable_bytes(needed_bytes), _size(free_bytes)
+        return Sentence(
+            f"the card has {free} free of {needed} needed; {', '.join(held) or 'no other process is known to use it'}",
+            f"显卡空闲 {free}，需要 {needed}；{'，'.join(held) or '未发现其他进程占用'}",
+        )
+
+    def _change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T | None:
+        """Changes the tickets; returns None if they cannot be changed now: then this process goes on without them."""
+        try:
+            return self._board.change(act)
+        except BoardBusy as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning("The queue for the card is not used: %s", error)
+            return None
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        watches = False
+        while not self._closed:
+            self._wake.clear()
+            try:
+                watched, watches = watches, self._leaving.on_card() or bool(self._claims)
+                if watches:
+                    self._look()
+                elif watched:
+                    self._rest()
+            except Exception:
+                logger.exception("The watch over the card met an error and goes on")
+            self._wake.wait(LOOK_EVERY_S if watches else None)
+
+    def _rest(self) -> None:
+        """No model of this process is on the card any more. Tickets of strangers end by themselves."""
+        self._strangers.forget()
+        self._change(lambda tickets: (leave(tickets, self._presence), None))
+        self._left()
+
+    def _look(self) -> None:
+        now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
+        held = {pid: nbytes for pid, nbytes in self._device.holders() if pid not in own and nbytes is not None}
+        self._parents = {pid: self._parents.get(pid) or _with_parents(pid) for pid in held}
+
+        def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
+            peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.key.startswith("pid-")}
+            others = {pid: nbytes for pid, nbytes in held.items() if not self._parents[pid] & peers}
+            asked = {ticket.key for ticket in self._strangers.asking.values()}
+            if self.headroom_bytes and free_bytes is not None:
+                self._strangers.look(others, free_bytes, now_s)
+            mine = [replace(ticket, beat_s=now_s, claimed=True) for ticket in list(self._claims.values())]
+            mine.append(Ticket(self._presence, "", os.getpid(), now_s, 0, now_s, True))
+            for ticket in self._strangers.asking.values():
+                asked.discard(ticket.key)
+                earlier = next((other for other in tickets if other.key == ticket.key), ticket)
+                mine.append(replace(ticket, arrived_s=min(ticket.arrived_s, earlier.arrived_s)))
+            for key in asked:  # they need no more
+                tickets = leave(tickets, key)
+            for ticket in mine:
+                tickets = enter(tickets, ticket)
+            return tickets, tickets
+
+        tickets = self._change(act) or ()
+        if free_bytes is not None:
+            self._yield(tickets, free_bytes, now_s)
+
+    def _yield(self, tickets: Tickets, free_bytes: int, now_s: float) -> None:
+        """Leaves for the first in the queue and, if idle, while less than the headroom is free."""
+        first = first_waiting(tickets, now_s)
+        if first is not None:
+            claimed_bytes = sum(ticket.wanted_bytes for ticket in tickets if ticket.claimed)
+            if (lacking_bytes := first.wanted_bytes - (free_bytes - claimed_bytes)) > 0:
+                self._leave(lacking_bytes, first)
+        if free_bytes < self.headroom_bytes:
+            self._leave(self.headroom_bytes - free_bytes, None)
+
+    def _leave(self, nbytes: int, ticket: Ticket | None) -> None:
+        freed, _ = self._leaving.leave(nbytes, ticket.arrived_s if ticket else None)
+        if not freed:
+            return
+        name, pid = (name_of(ticket.pid), ticket.pid) if ticket else ("", None)
+        if ticket is None or ticket.key == f"pid-{pid}":
+            self.last_yield = Yield(time.monotonic(), pid, name, sum(freed.values()), tuple(freed))
+            self.yields += 1
+        whom, whom_zh = (f"{name} ({pid})", f"{name}（{pid}）") if ticket else ("other processes", "其他进程")
+        logger.info("%s: leaves the card for %s / %s：为 %s 让出显存",
+                    ", ".join(freed), whom, "、".join(freed), whom_zh)  # fmt: skip
+
+
+def _with_parents(pid: int) -> frozenset[int]:
+    """Returns a process and its parents; it alone if they cannot be read."""
+    try:
+        return frozenset((pid, *(parent.pid for parent in psutil.Process(pid).parents())))
+    except (psutil.Error, OSError):
+        return frozenset((pid,))
+
+
+def _size(nbytes: int | None) -> str:
+    return "?" if nbytes is None else readable_bytes(nbytes)
+
+
+def name_of(pid: int) -> str:
+    """Returns the name of a process; ``?`` if it cannot be read, as for one in another container."""
+    try:
+        return psutil.Process(pid).name()
+    except (psutil.Error, OSError):
+        return "?"
+
+
+def sharing_of(card: SharedCard | None) -> SharingStatus | None:
+    """Returns the status of a shared card; None for one that is not shared."""
+    return None if card is None else card.status()
+
+
+def share_card(
+    sharing: Sharing | None, device: Device, leaving: Leaving, subscribe: Callable[[Callable[[Event], object]], object]
+) -> SharedCard | None:
+    """Returns the shared use of a device; None if it is not shared, or has no memory of its own.
+
+    ``subscribe``: calls a function with each event of the manager. The folder for the queue is made.
+    """
+    if sharing is None or sharing == Sharing() or not device.separate:
+        return None
+    board = None
+    if sharing.folder is not None:
+        Path(sharing.folder).mkdir(parents=True, exist_ok=True)
+        board = Board(Path(sharing.folder), device.identity)
+    card = SharedCard(device, leaving, headroom_bytes=sharing.headroom_bytes, board=board)
+    subscribe(lambda event: card.wake() if event.what == "began" else None)
+    card.start()
+    return card

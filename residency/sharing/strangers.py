@@ -1,0 +1,48 @@
+"""Finds processes outside of this project that need memory of the card, from what the driver says of each process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .tickets import Ticket
+
+SATISFIED_AFTER_S = 1.0
+"""Time without growth, while memory is free, after which a process needs no more."""
+
+
+class Strangers:
+    """Processes that have grown while little memory was left: each has a ticket in the queue until it is satisfied.
+
+    ``headroom_bytes``: little is left if less is free, or less than a process has grown by since the last look.
+    """
+
+    def __init__(self, headroom_bytes: int) -> None:
+        self._headroom_bytes = headroom_bytes
+        self._held: Mapping[int, int] | None = None
+        self._grew_s: dict[int, float] = {}
+        #: Tickets of those that need memory, by pid.
+        self.asking: dict[int, Ticket] = {}
+
+    def forget(self) -> None:
+        """To be called before a pause of the looks."""
+        self._held = None
+        self._grew_s.clear()
+        self.asking.clear()
+
+    def look(self, held: Mapping[int, int], free_bytes: int, now_s: float, name: str = "") -> None:
+        """Takes the bytes of each process at ``now_s``, and what is free."""
+        before, self._held = held if self._held is None else self._held, held
+        for pid, nbytes in held.items():
+            growth = nbytes - before.get(pid, 0)
+            if growth > 0:
+                self._grew_s[pid] = now_s
+            wanted_bytes = max(self._headroom_bytes, growth)
+            if growth > 0 and free_bytes < wanted_bytes and pid not in self.asking:
+                self.asking[pid] = Ticket(f"pid-{pid}", "", pid, now_s, wanted_bytes, now_s)
+        for pid, ticket in list(self.asking.items()):
+            satisfied = free_bytes >= ticket.wanted_bytes and now_s > self._grew_s[pid] + SATISFIED_AFTER_S
+            if satisfied or pid not in held:
+                del self.asking[pid]
+            else:
+                self.asking[pid] = replace(ticket, beat_s=now_s)

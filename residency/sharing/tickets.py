@@ -1,0 +1,84 @@
+"""The queue for room on one card across processes. Pure: decides from tickets, the time and the free bytes.
+
+A process enters a ticket before a model moves to the card, steps until it may claim the bytes, moves the model, and
+removes the ticket. The oldest waiting ticket claims first, as soon as its bytes are free beyond those of other claims;
+it is never overtaken, also not by a smaller one. A ticket without a heartbeat for `STALE_AFTER_S` counts no more: its
+process has crashed, or is stopped. A stopped process that continues finds its ticket missing and enters again, with its
+first time of arrival.
+
+Each function takes all tickets of a card and returns the tickets after it; `Board` makes each call one transaction.
+``tests/sharing/test_tickets.py`` checks all orders of these calls for three processes that crash and stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+STALE_AFTER_S = 5.0
+"""Time without a heartbeat after which a ticket counts no more."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One model on its way to the card. Times in seconds of ``time.monotonic``, which all processes share.
+
+    ``wanted_bytes``: 0 if unknown, before a first load. ``claimed``: the bytes are granted, and the move runs.
+    """
+
+    key: str
+    model: str
+    pid: int
+    arrived_s: float
+    wanted_bytes: int
+    beat_s: float
+    claimed: bool = False
+
+
+Tickets = tuple[Ticket, ...]
+
+
+def alive(tickets: Iterable[Ticket], now_s: float) -> Tickets:
+    """Returns the tickets whose processes run."""
+    return tuple(ticket for ticket in tickets if now_s - ticket.beat_s <= STALE_AFTER_S)
+
+
+def enter(tickets: Tickets, ticket: Ticket) -> Tickets:
+    """Adds a ticket, or replaces the one with its key."""
+    return (*leave(tickets, ticket.key), ticket)
+
+
+def leave(tickets: Tickets, key: str) -> Tickets:
+    """Removes a ticket, if it is there."""
+    return tuple(ticket for ticket in tickets if ticket.key != key)
+
+
+def step(tickets: Tickets, mine: Ticket, free_bytes: int | None, now_s: float) -> tuple[Tickets, bool]:
+    """Notes a heartbeat of ``mine``, and claims its bytes if it may. Returns the tickets and whether it is claimed.
+
+    Removes stale tickets; enters ``mine`` again if it was removed as stale. ``free_bytes``: of the card at this moment,
+    None where unknown.
+    """
+    here = next((ticket for ticket in tickets if ticket.key == mine.key), mine)
+    others = alive(leave(tickets, mine.key), now_s)
+    claimed = here.claimed or _may_claim(here, others, free_bytes)
+    return (*others, replace(here, beat_s=now_s, claimed=claimed)), claimed
+
+
+def first_waiting(tickets: Tickets, now_s: float) -> Ticket | None:
+    """Returns the ticket that claims next; None if none waits."""
+    waiting = [ticket for ticket in alive(tickets, now_s) if not ticket.claimed]
+    return min(waiting, key=_order, default=None)
+
+
+def _may_claim(mine: Ticket, others: Tickets, free_bytes: int | None) -> bool:
+    if any(not other.claimed and _order(other) < _order(mine) for other in others):
+        return False
+    claimed_bytes = [other.wanted_bytes for other in others if other.claimed]
+    if free_bytes is None:
+        return not claimed_bytes
+    return mine.wanted_bytes <= free_bytes - sum(claimed_bytes)
+
+
+def _order(ticket: Ticket) -> tuple[float, str]:
+    return ticket.arrived_s, ticket.key

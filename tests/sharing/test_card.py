@@ -1,0 +1,243 @@
+"""One card for several processes: real processes on one simulated card with a name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared_card import MB, OnCard, service
+
+from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
+from residency.sharing.board import Board
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a card shared by processes (Linux)")
+
+CAPACITY = 100 * MB
+
+
+@pytest.fixture
+def card() -> str:
+    return f"test-{os.getpid()}-{time.monotonic_ns()}"
+
+
+@pytest.fixture
+def start(card: str, tmp_path: Path) -> Iterator[Callable[..., OnCard]]:
+    """Starts programs on the card of the test, which queue in its folder."""
+    with ExitStack() as stack:
+
+        def begin(nbytes: int = 60 * MB, **options: Any) -> OnCard:
+            options.setdefault("folder", str(tmp_path))
+            return stack.enter_context(service(card, CAPACITY, nbytes, **options))
+
+        yield begin
+
+
+@pytest.fixture
+def manager(card: str, tmp_path: Path) -> Iterator[GPUResourceManager]:
+    """The manager of this process on the same card: a model of 60 MB that stays for ten minutes."""
+    sharing = Sharing(headroom_bytes=10 * MB, folder=tmp_path)
+    with GPUResourceManager(SimulatedDevice(CAPACITY, shared=card), keep_warm=600, sharing=sharing) as manager:
+        manager.register("tts", lambda: Weights(60 * MB))
+        yield manager
+
+
+class Weights:
+    def __init__(self, nbytes: int) -> None:
+        self.weights = torch.arange(nbytes, dtype=torch.uint8)
+
+
+def use(manager: GPUResourceManager, name: str = "tts") -> None:
+    with manager.lease(name):
+        pass
+
+
+def until(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end_s
+        os.sched_yield()
+
+
+class Queue(Board):
+    """The moves that wait or run on a card, without the marks of processes that are there."""
+
+    def __init__(self, folder: Path, card: str) -> None:
+        super().__init__(folder, f"simulated-{card}")
+
+    def moves(self) -> list[str]:
+        return [ticket.key for ticket in self.tickets() if ticket.model]
+
+
+def watched(tmp_path: Path, card: str) -> bool:
+    """Returns whether a process with a model on the card has looked at it."""
+    return any(ticket.key.startswith("on-") for ticket in Queue(tmp_path, card).tickets())
+
+
+# -- others without this project ------------------------------------------------------------------------------------
+
+
+def test_an_idle_model_leaves_for_a_process_that_grows(
+    manager: GPUResourceManager, start: Callable[..., OnCard], tmp_path: Path, card: str
+) -> None:
+    stranger = start()
+    use(manager)
+    until(lambda: watched(tmp_path, card))
+    assert stranger.do("grow", 35 * MB)
+    assert manager.wait_for("tts", State.HOST, 60)
+    assert manager.device.memory().free_bytes == 65 * MB
+    status = manager.status()["sharing"]
+    assert status is not None
+    assert status["yields"] == 1
+    assert status["last_yield"] is not None
+    assert (status["last_yield"]["pid"], status["last_yield"]["bytes"]) == (stranger.pid, 60 * MB)
+    assert status["last_yield"]["models"] == ["tts"]
+
+
+def test_a_model_in_use_stays(manager: GPUResourceManager, start: Callable[..., OnCard]) -> None:
+    stranger = start()
+    with manager.lease("tts"):
+        assert stranger.do("grow", 35 * MB)
+        assert not manager.wait_for("tts", State.HOST, 0.5)
+        assert stranger.do("grow", 30 * MB) is False
+    assert manager.wait_for("tts", State.HOST, 60)
+    assert stranger.do("grow", 30 * MB)
+
+
+def test_a_request_waits_for_memory_that_others_hold_and_says_who(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    stranger = start()
+    use(manager)
+    manager.offload()
+    assert stranger.do("grow", 80 * MB)
+    with pytest.raises(RequestTimeout) as caught, manager.lease("tts", timeout=0.3):
+        pass
+    assert f"({stranger.pid}): 80 MB" in caught.value.en
+    assert f"({stranger.pid})" in caught.value.zh
+    assert manager.wait_for("tts", State.HOST, 60)
+    assert manager.status()["models"]["tts"]["last_error"] is None
+    assert stranger.do("shrink", 80 * MB)
+    use(manager)
+
+
+def test_a_first_load_that_finds_the_card_full_waits(
+    manager: GPUResourceManager, start: Callable[..., OnCard], card: str
+) -> None:
+    stranger = start()
+    assert stranger.do("grow", 80 * MB)
+    manager.register("asr", lambda: Weights(60 * MB))
+    waiting: list[str] = []
+    manager.subscribe(lambda event: waiting.append(event.phase) if event.phase == "waiting" else None)
+    with pytest.raises(RequestTimeout, match="80 MB"), manager.lease("asr", timeout=5):
+        pass
+    assert waiting
+    assert stranger.do("shrink", 80 * MB)
+    use(manager, "asr")
+
+
+def test_a_planned_return_takes_no_memory_that_was_freed_for_others(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    stranger = start()
+    use(manager)
+    assert stranger.do("grow", 35 * MB)
+    assert manager.wait_for("tts", State.HOST, 60)
+    manager.warm("tts")
+    assert manager.wait_for("tts", State.DEVICE, 1) is False
+    assert stranger.do("grow", 60 * MB)
+    assert stranger.do("shrink", 95 * MB)
+    use(manager)
+
+
+def test_nobody_is_left_for_without_headroom(card: str, start: Callable[..., OnCard], tmp_path: Path) -> None:
+    with GPUResourceManager(SimulatedDevice(CAPACITY, shared=card), keep_warm=600) as manager:
+        manager.register("tts", lambda: Weights(60 * MB))
+        use(manager)
+        assert start().do("grow", 40 * MB)
+        assert manager.wait_for("tts", State.HOST, 0.5) is False
+        assert manager.status()["sharing"] is None
+
+
+# -- processes of this project ----------------------------------------------------------------------------------------
+
+
+def test_an_idle_model_leaves_for_a_request_of_another_process(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    other = start()
+    use(manager)
+    other.do("take")
+    other.do("end")
+    assert manager.status()["models"]["tts"]["state"] == "cpu"
+    use(manager)
+    assert other.state() == "cpu"
+
+
+def test_requests_are_served_in_order_of_arrival_across_processes(
+    manager: GPUResourceManager, start: Callable[..., OnCard], card: str, tmp_path: Path
+) -> None:
+    first, second = start(), start()
+    board = Queue(tmp_path, card)
+    with manager.lease("tts"):
+        first.send("take")
+        until(lambda: len(board.moves()) == 1)
+        second.send("take")
+        until(lambda: len(board.moves()) == 2)
+    assert first.answer() == 255
+    assert [ticket.pid for ticket in board.tickets() if ticket.model and not ticket.claimed] == [second.pid]
+    first.do("end")
+    assert second.answer() == 255
+    second.do("end")
+    assert first.state() == "cpu"
+    assert board.moves() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_process_that_has_ended_or_stands_still_blocks_nobody(
+    number: signal.Signals, manager: GPUResourceManager, start: Callable[..., OnCard], card: str, tmp_path: Path
+) -> None:
+    first, second = start(), start()
+    with manager.lease("tts"):
+        first.send("take")
+        until(lambda: len(Queue(tmp_path, card).moves()) == 1)
+        second.send("take")
+        until(lambda: len(Queue(tmp_path, card).moves()) == 2)
+        os.kill(first.pid, number)
+    assert second.answer() == 255
+    if number is signal.SIGSTOP:
+        os.kill(first.pid, signal.SIGCONT)
+        second.do("end")
+        assert first.answer() == 255
+
+
+def test_without_the_queue_requests_are_served_all_the_same(
+    manager: GPUResourceManager, card: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = Queue(tmp_path, card)
+    board.tickets()
+    with closing(sqlite3.connect(board.path)) as frozen:
+        frozen.execute("begin exclusive")
+        use(manager)
+    assert "The queue for the card is not used" in caplog.text
+    board.path.write_text("no database at all, and longer than the header of one " * 10)
+    manager.offload()
+    use(manager)
+
+
+def test_a_simulated_card_with_a_name_ends_with_its_last_process(card: str, start: Callable[..., OnCard]) -> None:
+    path = Path(f"/dev/shm/simulated-card-{os.getuid()}-{card}")
+    first, second = start(), start()
+    first.do("grow", MB)
+    second.do("grow", MB)
+    for process in (first, second):
+        assert path.exists()
+        process.process.communicate(timeout=60)
+    assert not path.exists()

@@ -1,0 +1,169 @@
+"""The queue for room across processes: all orders of its calls for three processes that crash, stop and continue."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from residency.sharing.tickets import STALE_AFTER_S, Ticket, Tickets, enter, first_waiting, leave, step
+
+STALE_S = -2 * STALE_AFTER_S
+
+
+@dataclass(frozen=True)
+class Process:
+    """``phase``: out, waiting, claimed (its move runs), moved (its bytes are there, its ticket too), or holding."""
+
+    phase: str = "out"
+    runs: str = "yes"  # or "stopped", "crashed"
+    arrived_s: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return self.phase in ("moved", "holding")
+
+
+@dataclass(frozen=True)
+class World:
+    """``fenced``: a claimed ticket was removed as stale, so that a move may meet a card that is full."""
+
+    processes: tuple[Process, ...]
+    tickets: Tickets = ()
+    fenced: bool = False
+
+    def changed(self, who: int, process: Process, tickets: Tickets | None = None, fenced: bool = False) -> World:
+        """Returns the world with one process and the tickets replaced, and its times as small as possible."""
+        processes = (*self.processes[:who], process, *self.processes[who + 1 :])
+        tickets = self.tickets if tickets is None else tickets
+        times = sorted({each.arrived_s for each in processes if each.phase != "out"} | {t.arrived_s for t in tickets})
+        rank = {time_s: place for place, time_s in enumerate(times)}
+        return World(
+            tuple(replace(each, arrived_s=rank.get(each.arrived_s, 0)) for each in processes),
+            tuple(sorted((replace(t, arrived_s=rank[t.arrived_s]) for t in tickets), key=lambda t: t.key)),
+            self.fenced or fenced,
+        )
+
+
+class Campaign:
+    """All worlds that can be reached; ``sizes``: the bytes of each process's model on a card of ``capacity``."""
+
+    def __init__(self, capacity: int, sizes: tuple[int, ...]) -> None:
+        self.capacity, self.sizes = capacity, sizes
+        first = World(tuple(Process() for _ in sizes))
+        self.next: dict[World, list[World]] = {}
+        todo = deque([first])
+        while todo:
+            world = todo.popleft()
+            if world not in self.next:
+                self.next[world] = [*self.steps(world)]
+                todo.extend(self.next[world])
+                todo.extend(self.faults(world))
+
+    def free(self, world: World) -> int:
+        held = [size for size, each in zip(self.sizes, world.processes, strict=True) if each.holds]
+        assert sum(held) <= self.capacity
+        return self.capacity - sum(held)
+
+    def ticket(self, world: World, who: int) -> Ticket:
+        process = world.processes[who]
+        return Ticket(str(who), "tts", who, process.arrived_s, self.sizes[who], 0.0)
+
+    def steps(self, world: World) -> Iterator[World]:
+        """What processes do that run, and what time does to the tickets of the others."""
+        for who, process in enumerate(world.processes):
+            if process.runs == "yes":
+                yield from self.act(world, who, process)
+        stale = tuple(
+            replace(t, beat_s=STALE_S) if world.processes[int(t.key)].runs != "yes" else t for t in world.tickets
+        )
+        yield world.changed(0, world.processes[0], stale)
+
+    def act(self, world: World, who: int, process: Process) -> Iterator[World]:
+        mine, key = self.ticket(world, who), str(who)
+        if process.phase == "out":
+            process = replace(process, phase="waiting", arrived_s=len(world.processes) + 1)
+            yield world.changed(who, process, enter(world.tickets, replace(mine, arrived_s=process.arrived_s)))
+        elif process.phase == "waiting":
+            tickets, claimed = step(world.tickets, mine, self.free(world), 0.0)
+            lost = {t.key for t in world.tickets if t.claimed} - {t.key for t in tickets}
+            # A process that has crashed moves nothing any more; one that was stopped does.
+            fenced = any(world.processes[int(other)].runs != "crashed" for other in lost)
+            if claimed:
+                self.check_claim(world, who, process)
+            yield world.changed(who, replace(process, phase="claimed" if claimed else "waiting"), tickets, fenced)
+        elif process.phase == "claimed":
+            if self.free(world) >= self.sizes[who]:
+                yield world.changed(who, replace(process, phase="moved"))
+            else:  # the move has failed, and waits for room again
+                assert world.fenced, f"two processes have claimed the same bytes: {world}"
+                yield world.changed(who, replace(process, phase="waiting"), enter(world.tickets, mine))
+        elif process.phase == "moved":
+            yield world.changed(who, replace(process, phase="holding"), leave(world.tickets, key))
+        else:
+            yield world.changed(who, replace(process, phase="out"))
+
+    def check_claim(self, world: World, who: int, process: Process) -> None:
+        for other, its in enumerate(world.processes):
+            older = its.phase == "waiting" and its.runs == "yes" and its.arrived_s < process.arrived_s
+            there = any(t.key == str(other) and t.beat_s == 0.0 for t in world.tickets)
+            assert not (older and there), f"{who} has overtaken {other}: {world}"
+
+    def faults(self, world: World) -> Iterator[World]:
+        for who, process in enumerate(world.processes):
+            if process.runs == "yes":
+                # The driver frees the bytes of a process that ends; its ticket stays.
+                yield world.changed(who, Process(runs="crashed"))
+                if not any(each.runs == "stopped" for each in world.processes):
+                    yield world.changed(who, replace(process, runs="stopped"))
+            elif process.runs == "stopped":
+                yield world.changed(who, replace(process, runs="yes"))
+
+    def can_be_served(self, who: int) -> set[World]:
+        """Returns the worlds from which a process can get its bytes without any fault."""
+        before: dict[World, list[World]] = {}
+        for world, after in self.next.items():
+            for each in after:
+                before.setdefault(each, []).append(world)
+        found = {world for world in self.next if world.processes[who].holds}
+        todo = list(found)
+        while todo:
+            for world in before.get(todo.pop(), ()):
+                if world not in found:
+                    found.add(world)
+                    todo.append(world)
+        return found
+
+
+@pytest.mark.parametrize(("capacity", "sizes"), [(2, (2, 2, 2)), (4, (2, 3, 1))], ids=str)
+def test_no_bytes_are_claimed_twice_nobody_overtakes_and_nobody_waits_for_ever(
+    capacity: int, sizes: tuple[int, ...]
+) -> None:
+    campaign = Campaign(capacity, sizes)
+    assert len(campaign.next) > 1000
+    for who in range(len(sizes)):
+        served = campaign.can_be_served(who)
+        for world in campaign.next:
+            process = world.processes[who]
+            pairs = [*zip(sizes, world.processes, strict=True)]
+            kept = sum(size for size, each in pairs if each.holds and each.runs == "stopped")
+            # Nobody is overtaken: it also waits for those before it, which may wait for bytes of a stopped process.
+            before = [size for size, each in pairs if each.runs == "yes" and each.arrived_s <= process.arrived_s]
+            if process.phase == "waiting" and process.runs == "yes" and kept + max(before) <= capacity:
+                assert world in served, f"{who} waits for ever: {world}"
+
+
+def test_an_unknown_size_and_unknown_free_bytes() -> None:
+    first = Ticket("a", "tts", 1, 0.0, 0, 0.0)
+    tickets, claimed = step((), first, 0, 0.0)
+    assert claimed, "before a first load, its size is unknown: the load finds out"
+    assert step(tickets, Ticket("b", "tts", 2, 1.0, 5, 0.0), None, 0.0)[1] is False
+    assert step((), Ticket("b", "tts", 2, 1.0, 5, 0.0), None, 0.0)[1] is True
+
+
+def test_the_oldest_that_waits_is_the_next() -> None:
+    old, young = Ticket("b", "tts", 1, 1.0, 5, 10.0), Ticket("a", "tts", 2, 2.0, 5, 10.0)
+    assert first_waiting((young, old, replace(old, key="c", arrived_s=0.0, claimed=True)), 10.0) == old
+    assert first_waiting((young, old), 10.1 + STALE_AFTER_S) is None
