@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gc
 import http.client
-import socket
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import gradio as gr
 import pytest
-import uvicorn
 from fakes import await_that
 from fastapi import FastAPI
 from gradio_client import Client
+from local_server import Served
 from starlette.responses import StreamingResponse
 from streaming_engine import Speaker
 
@@ -26,22 +23,6 @@ from tts_gpu_managed import GPUManagedTTS
 def tts() -> Iterator[GPUManagedTTS]:
     with GPUResourceManager(SimulatedDevice(1 << 30), wait_timeout=30) as manager:
         yield GPUManagedTTS(None, manager=manager, load=Speaker)
-
-
-class Served:
-    """An ASGI app behind a real uvicorn, on a free port of this machine."""
-
-    def __init__(self, app: Any) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        self._thread = threading.Thread(target=self._server.run, args=([self.socket],), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join(30)
-        self.socket.close()
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from ..shared.protocols import Manager
 from .event_stream import EventStream, Moves
 from .metrics import CONTENT_TYPE, exposition
 from .schema import Configuration, Health, Refusal, Which
+from .sleep import SleepCalls
 from .speech_calls import SpeechCalls
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ _CODES: dict[type[Exception], int] = {
     errors.TooManyListeners: 503,
 }
 _DESCRIPTIONS = {
+    400: "The level or the mode is not supported.",
     401: "Requests from other machines need the token.",
     403: "Requests from pages of other sites are refused.",
     404: "No such model.",
@@ -150,10 +152,15 @@ class _Calls:
         add("/metrics", self.prometheus, responses=_text("text/plain", 401), **_NOT_JSON, **reading)
         for call, body, description in _CHANGES:
             self.add_change(app, call, body, description)
+        sleeping = SleepCalls(self.manager, self.may_change, self._change, partial(self._read, self.manager.status))
+        sleeping.add_to(app, {"responses": _refusals(400, 401, 500, 503)}, {"responses": _refusals(401), **reading})
 
     def may_read(self, request: Request) -> None:
         if self.signed_in:
             self.permissions.check(request, self.signed_in(request))
+
+    def may_change(self, request: Request) -> None:
+        self.permissions.check(request, self.signed_in(request) if self.signed_in else None)
 
     async def healthz(self) -> Health:
         """Whether the process serves."""
@@ -207,10 +214,10 @@ class _Calls:
 
         async def endpoint(request: Request) -> JSONResponse:
             # The permission is checked before the body is read.
-            self.permissions.check(request, self.signed_in(request) if self.signed_in else None)
+            self.may_change(request)
             asked = await _body(request, body)
             act = partial(change, asked.model, **asked.model_dump(exclude={"model"}))
-            done = await to_thread.run_sync(act, limiter=self.changers)
+            done = await self._change(act)
             return JSONResponse(await self._read(self.manager.status), 202 if done is False else 200)
 
         app.add_api_route(
@@ -227,6 +234,9 @@ class _Calls:
                 "security": [{"token": []}, {}],
             },
         )
+
+    async def _change(self, change: Callable[[], bool | None]) -> bool | None:
+        return await to_thread.run_sync(change, limiter=self.changers)
 
     async def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await to_thread.run_sync(function, *arguments, limiter=self.readers)
