@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from ..addresses import is_address, without_mapping
 from ..errors import InvalidInput
+from ..neighbors import parse as parse_neighbor
 from ..units import UNITS_BYTES, readable_bytes
 
 T = TypeVar("T")
@@ -109,8 +110,11 @@ def host_names(text: str) -> tuple[str, ...]:
 
 
 def neighbors(text: str) -> tuple[str, ...]:
-    """Splits descriptions of neighbours at commas."""
-    return tuple(filter(None, map(str.strip, text.split(","))))
+    """Splits descriptions of GPU servers at commas; raises `InvalidInput` for one that is none."""
+    found = tuple(filter(None, map(str.strip, text.split(","))))
+    for each in found:
+        parse_neighbor(each)
+    return found
 
 
 def api_keys(text: str) -> tuple[str, ...]:
