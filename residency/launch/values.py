@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 from ..addresses import is_address, without_mapping
 from ..errors import InvalidInput
-from ..neighbors import parse as parse_neighbor
 from ..units import UNITS_BYTES, readable_bytes
 
 T = TypeVar("T")
@@ -112,8 +111,11 @@ def host_names(text: str) -> tuple[str, ...]:
 def neighbors(text: str) -> tuple[str, ...]:
     """Splits descriptions of GPU servers at commas; raises `InvalidInput` for one that is none."""
     found = tuple(filter(None, map(str.strip, text.split(","))))
-    for each in found:
-        parse_neighbor(each)
+    if found:
+        from ..neighbors import parse  # slow: HTTP and processes
+
+        for each in found:
+            parse(each)
     return found
 
 
