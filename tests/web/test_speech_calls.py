@@ -27,6 +27,8 @@ from residency.errors import InvalidInput
 from residency.sentences import Sentence
 from tts_gpu_managed import ask
 
+pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
+
 ELSEWHERE = ("192.0.2.7", 4000)
 THREE = "The first sentence is here. Then the second one follows. At last the third one ends."
 
