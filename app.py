@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from residency.errors import ResidencyError, needing
 from residency.launch.lifetime import Signals, recordings_folder
 from residency.launch.settings import Settings, parse
+from residency.sentences import Sentence
 
 if TYPE_CHECKING:
     from gpu_manager import GPUResourceManager
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 __all__ = ["EditxTab", "main"]
 
 logger = logging.getLogger("app")
+
+_OPEN_PAGE = Sentence(
+    "--api-key closes /v1 only: everyone who reaches the page can still speak there, and with the page's own calls "
+    "(/gradio_api). Add --auth USER:PASSWORD to close them too.",
+    "--api-key 只保护 /v1：能访问页面的人仍可在页面上、或通过页面自身的接口（/gradio_api）合成语音。"
+    "如需一并保护，请加上 --auth 用户名:密码。",
+)
 
 DELIVERED_WITHIN_S = 5.0
 """Timeout for clients to fetch finished results."""
@@ -122,6 +130,8 @@ def _serve(settings: Settings, signals: Signals) -> None:
     page = Page(tab, manager, permissions, settings.max_upload)
     signed_in = page.signed_in if settings.auth else None
     keys = ApiKeys(settings.api_keys, permissions, signed_in)
+    if settings.api_keys and not settings.auth:
+        logger.warning("%s", _OPEN_PAGE)
     speech = _speech_calls(settings, tab, keys)
     news = tab.panel.news if tab.panel else None
     api = build_api(manager, permissions, news, signed_in, lambda: page.serves, speech)

@@ -7,7 +7,6 @@ are accepted, so that scripts need no change, and have no effect.
 from __future__ import annotations
 
 import argparse
-import base64
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,29 +39,25 @@ def main(argv: Sequence[str]) -> int:
         )
     stem = recording.name.partition(".")[0]
     if arguments.edit_type == "clone":
-        body = {"input": arguments.generated_text, "ref_text": arguments.prompt_text, "ref_audio": _base64(audio)}
-        return _save("speech", body, folder / f"{stem}_cloned.wav", arguments)
+        body = {"input": arguments.generated_text, "ref_text": arguments.prompt_text}
+        return _save("speech", body, audio, folder / f"{stem}_cloned.wav", arguments)
     for number in range(1, arguments.n_edit_iter + 1):
         body = {
-            "audio": _base64(audio), "text": arguments.prompt_text, "task": arguments.edit_type,
-            "sub_task": arguments.edit_info or None, "tagged_text": arguments.generated_text or None,
+            "text": arguments.prompt_text, "task": arguments.edit_type, "sub_task": arguments.edit_info,
+            "tagged_text": arguments.generated_text,
         }  # fmt: skip
         output = folder / f"{stem}_edited_iter{number}.wav"
-        if code := _save("edits", body, output, arguments):
+        if code := _save("edits", body, audio, output, arguments):
             return code
         audio = output.read_bytes()
     return 0
 
 
-def _save(call: str, body: dict[str, str | None], output: Path, arguments: argparse.Namespace) -> int:
-    if code := saved(call, {**body, "response_format": "wav"}, str(output), arguments):
+def _save(call: str, fields: dict[str, str], audio: bytes, output: Path, arguments: argparse.Namespace) -> int:
+    if code := saved(call, {**fields, "response_format": "wav"}, str(output), arguments, audio):
         return code
     print(f"[Saved] {output}")
     return 0
-
-
-def _base64(audio: bytes) -> str:
-    return base64.b64encode(audio).decode()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -135,8 +135,9 @@ class Settings:
         "in ~/.local/share; environment: GPU_TTS_VOICES_DIR)", folder_path, metavar="DIR",
         variables=("GPU_TTS_VOICES_DIR",), unset=None, group="voices and the speech API under /v1")
     api_keys: tuple[str, ...] = _flag(
-        (), "key that all calls under /v1 need; may be given several times, or separated by commas (environment: "
-        "GPU_TTS_API_KEYS)", api_keys, metavar="KEY", action="append", flag="--api-key", unset=None, secret=True)
+        (), "key of at least 16 characters that all calls under /v1 need; may be given several times, or separated by "
+        "commas (environment: GPU_TTS_API_KEYS)",
+        api_keys, metavar="KEY", action="append", flag="--api-key", unset=None, secret=True)
     cors_origins: tuple[str, ...] = _flag(
         (), "site whose pages may call /v1 from browsers (https://example.org); may be given several times, or "
         "separated by commas (environment: GPU_TTS_CORS_ORIGINS)",
@@ -247,7 +248,8 @@ def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Set
         ("cors_origins", "GPU_TTS_CORS_ORIGINS", site_origins),
     ):
         try:
-            given = values[name] or [read(environ.get(variable, ""))]
+            value = environ.get(variable)
+            given = values[name] or ([read(value)] if value else [])
         except InvalidInput as error:
             raise InvalidInput(f"{variable}: {error.en}", f"{variable}：{error.zh}") from None
         values[name] = tuple(value for several in given for value in several)

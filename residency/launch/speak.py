@@ -6,6 +6,7 @@ import argparse
 import http.client
 import json
 import os
+import secrets
 import sys
 import urllib.error
 import urllib.request
@@ -42,14 +43,18 @@ def main(argv: Sequence[str]) -> int:
     return saved("speech", _body(arguments, text), output, arguments)
 
 
-def saved(call: str, body: dict[str, Any], output: str, arguments: argparse.Namespace) -> int:
+def saved(
+    call: str, body: dict[str, Any], output: str, arguments: argparse.Namespace, recording: bytes | None = None
+) -> int:
     """Calls ``/v1/audio/...`` and saves the audio of the answer; returns the exit code, see `main`.
 
-    ``arguments`` has the ``url`` of the app and its ``api_key``.
+    ``arguments`` has the ``url`` of the app and its ``api_key``. With a ``recording``, a form is sent, whose size only
+    the app limits.
     """
+    content, kind = (json.dumps(body).encode(), "application/json") if recording is None else _form(body, recording)
     try:
-        request = urllib.request.Request(f"{arguments.url.rstrip('/')}/v1/audio/{call}", json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
+        request = urllib.request.Request(f"{arguments.url.rstrip('/')}/v1/audio/{call}", content)
+        request.add_header("Content-Type", kind)
         answer = opened(request, arguments.api_key)
         if not answer.headers.get_content_type().startswith(("audio/", "application/octet-stream")):
             raise ValueError("another program answers")
@@ -70,6 +75,16 @@ def saved(call: str, body: dict[str, Any], output: str, arguments: argparse.Name
             f"The speech cannot be saved ({error}): give another file / 无法保存语音（{error}）：请换一个文件"
         )
     return 0
+
+
+def _form(fields: dict[str, str], recording: bytes) -> tuple[bytes, str]:
+    """Returns a form with the recording as its file, and its content type."""
+    boundary = secrets.token_hex(16)
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="'
+    parts = [f'{head}{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
+    file = f'{head}file"; filename="recording"\r\nContent-Type: application/octet-stream\r\n\r\n'
+    begin = "".join([*parts, file]).encode(errors="replace")
+    return begin + recording + f"\r\n--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
 def _parser() -> argparse.ArgumentParser:

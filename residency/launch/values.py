@@ -16,6 +16,7 @@ from ..units import UNITS_BYTES, readable_bytes
 T = TypeVar("T")
 
 _LARGEST_BYTES = 1 << 60
+_KEY_CHARACTERS = 16
 _ADDRESS = r"(https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:(?P<port>\d+))?)?(?P<path>(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*)"
 #: Invalid as root paths: ambiguous behind a proxy that removes the root path.
 _OWN_PATHS = {"assets", "config", "docs", "gpu", "gradio_api", "healthz", "login", "logout", "metrics", "openapi.json",
@@ -90,8 +91,14 @@ def host_names(text: str) -> tuple[str, ...]:
 
 
 def api_keys(text: str) -> tuple[str, ...]:
-    """Splits API keys at commas; raises `InvalidInput`, without the key, if one is not valid in an HTTP header."""
+    """Splits API keys at commas; raises `InvalidInput`, without the key, if there is none, or one is unsuitable."""
     keys = tuple(filter(None, map(str.strip, text.split(","))))
+    if not keys or min(map(len, keys)) < _KEY_CHARACTERS:
+        raise InvalidInput(
+            f"an API key has at least {_KEY_CHARACTERS} characters, so that nobody guesses it: make one with openssl "
+            f"rand -hex 16 (--api-key)",
+            f"API 密钥至少 {_KEY_CHARACTERS} 个字符，以免被猜到：可用 openssl rand -hex 16 生成（--api-key）",
+        )
     if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise InvalidInput(
             "an API key has only Latin letters, digits and signs, since others cannot be sent (--api-key)",

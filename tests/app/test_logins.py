@@ -11,7 +11,7 @@ import pytest
 from app_process import ForkedApp, RunningApp
 from raw_http import Answer, ask
 
-from residency.web.server.logins import RateLimit
+from residency.web.server.rate_limit import RateLimit
 
 FORM = "Content-Type: application/x-www-form-urlencoded"
 #: Many failures take no time, and the clock is the test's: SIGALRM moves it by ten seconds.

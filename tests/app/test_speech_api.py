@@ -17,7 +17,7 @@ from app_process import ForkedApp, RunningApp, wait_until
 from gated_engine import close_gate, open_gate
 from raw_http import ask
 
-KEY = "a-key"
+KEY = "a-key-of-the-app"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,11 @@ def client(app: RunningApp) -> Iterator[openai.OpenAI]:
 
 def left(app: RunningApp) -> list[str]:
     return [str(path) for path in app.tmp_dir.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+def test_a_page_that_stays_open_beside_keys_is_warned_of(app: RunningApp) -> None:
+    assert "--api-key closes /v1 only" in app.log
+    assert "--auth USER:PASSWORD" in app.log
 
 
 class TestOpenAisClient:

@@ -22,7 +22,7 @@ from gated_engine import close_gate, open_gate
 from raw_http import ask
 
 ENVIRONMENT = Path(os.environ.get("VENV_CLIENTS_DIR") or ROOT / ".venv-clients")
-KEY = "a-key"
+KEY = "a-key-of-the-app"
 RATE = 24000
 LEVELS = {"One": 0.1, "Two": 0.2, "Three": 0.3, "Four": 0.4}
 CONVERSATION = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 from app_process import ForkedApp, RunningApp
@@ -42,6 +44,17 @@ def test_repeated_edits(app: RunningApp, tmp_path: Path) -> None:
     assert infer(app, tmp_path, *flags) == 0
     first, second = (soundfile.info(tmp_path / f"high_edited_iter{number}.wav").duration for number in (1, 2))
     assert second < first < soundfile.info(RECORDING).duration
+
+
+@pytest.mark.parametrize("flags", [("--generated-text", "Good morning."), ("--edit-type", "denoise")])
+def test_a_recording_as_large_as_the_app_allows(app: RunningApp, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Of 24 MB: base64 of it in JSON would be larger than JSON may be."""
+    samples, sample_rate = soundfile.read(RECORDING, dtype="float32")
+    large = np.tile(np.repeat(samples[:, None], 8, axis=1), (math.ceil(750_000 / len(samples)), 1))[:750_000]
+    soundfile.write(tmp_path / "large.wav", large, sample_rate, subtype="FLOAT")
+    assert (tmp_path / "large.wav").stat().st_size > 24_000_000
+    assert infer(app, tmp_path / "new", "--prompt-audio", str(tmp_path / "large.wav"), *flags) == 0
+    assert list((tmp_path / "new").glob("large_*.wav"))
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,30 @@ def test_what_is_wrong_is_refused_with_what_to_do_next(
     assert hint in capsys.readouterr().err
 
 
+LONG = "0123456789abcdef"
+
+
+def test_api_keys_add_up_and_win_over_the_environment() -> None:
+    environ = {"GPU_TTS_API_KEYS": f"{LONG}, {LONG}x,"}
+    assert parse([], environ).api_keys == (LONG, f"{LONG}x")
+    assert parse([], {"GPU_TTS_API_KEYS": ""}).api_keys == (), "as compose.yaml passes it"
+    assert parse(["--api-key", f"{LONG}y", "--api-key", f"{LONG}z"], environ).api_keys == (f"{LONG}y", f"{LONG}z")
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+@pytest.mark.parametrize("keys", ["", " ", ",", "s3cret", LONG[:15], f"{LONG},s3cret", f"  {LONG[:13]}  "])
+def test_keys_that_can_be_guessed_are_refused_and_not_shown(
+    capsys: pytest.CaptureFixture[str], keys: str, by: str
+) -> None:
+    if by == "environment" and not keys:
+        return  # not set
+    with pytest.raises(SystemExit):
+        parse(*(([f"--api-key={keys}"], {}) if by == "flag" else ([], {"GPU_TTS_API_KEYS": keys})))
+    said = capsys.readouterr().err
+    assert "at least 16 characters" in said
+    assert "s3cret" not in said
+
+
 def test_a_name_from_the_environment_that_is_none_is_refused_with_its_source(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -71,8 +71,9 @@ class Served:
         self.service = SpeechService(engine, EDITS, self.recordings, recognize, limits, self.queue)
         self.voices = VoiceStore(folder / "voices")
         permissions = Permissions("t0ken")
+        self.keys = ApiKeys(keys, permissions)
         calls = SpeechCalls(
-            self.service, Speaker(self.service, self.voices), self.recordings, ApiKeys(keys, permissions), "tones",
+            self.service, Speaker(self.service, self.voices), self.recordings, self.keys, "tones",
             Slots(most), (self.queue or self.manager).watching, keep_alive_seconds,
         )  # fmt: skip
         self.app = build(self.manager if managed else None, permissions, speech=calls)

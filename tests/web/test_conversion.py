@@ -19,6 +19,7 @@ from fakes import Gate, Worker
 from residency.errors import InvalidInput
 from residency.web.speech import conversion, decode
 from residency.web.speech.conversion import Conversion, Limits
+from residency.web.speech.encoding import Encoder
 from residency.web.speech.recordings import Recordings
 
 
@@ -254,3 +255,14 @@ class TestWithoutPyAV:
     def test_what_engines_read_is_left_as_it_is(self, receive: Conversion, tmp_path: Path) -> None:
         given = str(phone_recordings.record(tmp_path / "studio.aiff"))
         assert receive.readable(given) == given
+
+
+def test_flac_without_a_length_is_read_as_long_as_it_is(receive: Conversion, tmp_path: Path) -> None:
+    """As this app streams it: libsndfile gives such a file 2^63 - 1 samples."""
+    samples = 0.3 * np.sin(np.arange(48_000) / 10)
+    with Encoder("flac", 24_000) as encoder:
+        (tmp_path / "streamed.flac").write_bytes(encoder.encode(samples) + encoder.finish())
+    assert soundfile.info(tmp_path / "streamed.flac").frames > 1 << 60
+    read, sample_rate = soundfile.read(receive.readable(str(tmp_path / "streamed.flac")))
+    assert (len(read), sample_rate) == (48_000, 24_000)
+    assert np.abs(read - samples).max() < 1e-3

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
 from anyio import to_thread
@@ -236,6 +238,41 @@ class TestLargeBodies:
         for body in (told + b"x", itertools.chain(untold(), [b"x"])):
             answer = client.post(path, content=body)
             assert (answer.status_code, way_out in answer.text) == (413, True)
+
+
+class TestRefusedBodies:
+    """Clients that send a body read the answer after it: they would hear of a broken connection only."""
+
+    @staticmethod
+    def read_before_the_answer(headers: list[tuple[bytes, bytes]], status: int, pieces: int = 3) -> int:
+        """Returns how many pieces of a body are read before an app answers that reads none."""
+        read, read_by_then = itertools.count(), list[int]()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"x", "more_body": next(read) < pieces - 1}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                read_by_then.append(next(read))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/audio/speech", "headers": headers}
+        asyncio.run(bodies.read_at_most(1000, "too large", app, scope, receive, send))
+        return read_by_then[0]
+
+    @pytest.mark.parametrize("header", [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")])
+    def test_are_read_before_the_refusal(self, header: tuple[bytes, bytes]) -> None:
+        assert self.read_before_the_answer([header], 401) == 3
+        assert self.read_before_the_answer([header], 200) == 0
+
+    def test_are_not_if_the_client_waits_for_the_answer(self) -> None:
+        assert self.read_before_the_answer([(b"content-length", b"3"), (b"expect", b"100-continue")], 401) == 0
+
+    def test_nothing_is_read_where_nothing_is_sent(self) -> None:
+        assert self.read_before_the_answer([], 401) == 0
 
 
 class TestOtherSites:

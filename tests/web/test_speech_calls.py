@@ -164,6 +164,18 @@ class TestSpeech:
         assert served.tones.asked[0][:2] == ("clone", "my words")
         assert served.left() == []
 
+    def test_with_a_recording_in_a_form(self, served: Served, recording: str) -> None:
+        fields = {"input": "Hello.", "ref_text": "my words", "response_format": "wav", "speed": "1.0"}
+        with open(recording, "rb") as file:
+            answer = served.client().post("/v1/audio/speech", data=fields, files={"file": file})
+        assert answer.status_code == 200, answer.text
+        assert served.tones.asked == [("clone", "my words", "Hello.")]
+        assert served.left() == []
+        described = served.client().get("/openapi.json").json()["paths"]["/v1/audio/speech"]["post"]["requestBody"]
+        form = described["content"]["multipart/form-data"]["schema"]
+        assert set(form["required"]) == {"file", "input"}
+        assert "ref_audio" not in form["properties"]
+
 
 class TestBadSpeech:
     @pytest.mark.parametrize(
@@ -380,6 +392,32 @@ class TestKeys:
         client = keyed.client(ELSEWHERE, Authorization=f"Bearer {key}")
         assert speech(keyed, client, keep_alive="1m").status_code == 200
         assert client.delete("/v1/audio/voices/nobody").status_code == 404
+
+    def test_guessing_is_slowed_down(self, keyed: Served) -> None:
+        def status(key: str, address: str = "192.0.2.7") -> int:
+            client = keyed.client((address, 4000), **({"Authorization": f"Bearer {key}"} if key else {}))
+            answer = client.get("/v1/audio/voices")
+            if answer.status_code == 429:
+                assert 1 <= int(answer.headers["retry-after"]) <= 10
+                assert error(answer)["type"] == "rate_limit_error"
+            return int(answer.status_code)
+
+        assert status("another") == 200
+        assert [status(f"guess {number}") for number in range(7)] == [401] * 5 + [429] * 2
+        assert status("one-key") == 429, "else one could go on guessing"
+        assert status("another") == 200, "its user is not locked out"
+        assert status("t0ken") == 200
+        assert status("") == 401
+        assert status("one-key", "192.0.2.8") == 200
+        assert [status("guess", f"2001:db8::{number}") for number in range(1, 8)] == [401] * 5 + [429] * 2
+
+    def test_after_a_while_another_key_may_be_tried(self, keyed: Served) -> None:
+        now_s = [1000.0]
+        keyed.keys._now = lambda: now_s[0]
+        client = keyed.client(Authorization="Bearer guess")
+        assert [client.get("/v1/models").status_code for _ in range(6)] == [401] * 5 + [429]
+        now_s[0] += 10
+        assert [client.get("/v1/models").status_code for _ in range(2)] == [401, 429]
 
     def test_without_keys_other_machines_may_speak_but_change_nothing(self, served: Served, recording: str) -> None:
         client = served.client(ELSEWHERE)
@@ -609,13 +647,13 @@ def test_each_call_lists_the_codes_that_it_can_return(served: Served) -> None:
     }
     work = {403, 413, 429, 500, 503, 507}
     assert listed == {
-        ("get", "/v1/models"): {200, 401, 403},
+        ("get", "/v1/models"): {200, 401, 403, 429},
         ("post", "/v1/audio/speech"): {200, 400, 401, 404} | work,
         ("post", "/v1/audio/edits"): {200, 400, 401} | work,
         ("post", "/v1/audio/transcriptions"): {200, 400, 401, 404} | work,
-        ("get", "/v1/audio/voices"): {200, 401, 403},
+        ("get", "/v1/audio/voices"): {200, 401, 403, 429},
         ("post", "/v1/audio/voices"): {201, 400, 401, 409} | work,
-        ("delete", "/v1/audio/voices/{name}"): {200, 400, 401, 403, 404, 507},
+        ("delete", "/v1/audio/voices/{name}"): {200, 400, 401, 403, 404, 429, 507},
     }
 
 

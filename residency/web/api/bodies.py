@@ -22,8 +22,8 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from ...units import readable_bytes
-from ..server.bodies import announced_bytes, drop_body
-from ..speech.recordings import UNDER_WAY, DiskFull, Recordings
+from ..server.bodies import announced_bytes
+from ..speech.recordings import UNDER_WAY, Recordings
 from ..speech.service import SpeechService
 from .openai_errors import BadRequest, BodyTooLarge
 
@@ -31,7 +31,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 MOST_JSON_BYTES = 20 << 20
 """Limit of JSON bodies, which are held in main memory."""
-_FILES = ("file", "audio", "audio_sample", "input_audio", "recording")
+_FILES = ("file", "audio", "audio_sample", "input_audio", "recording", "ref_audio")
 """Names of the field with the recording, in forms of different programs."""
 _MOST_VALUES = 50_000
 """Limit of commas and brackets in JSON: more than in the longest text. Base64 has none."""
@@ -141,9 +141,13 @@ class Upload:
         return size
 
 
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data"
+
+
 async def read_upload(request: Request, kind: type[Body], recordings: Recordings) -> tuple[Body, Upload]:
     """Reads a form, or JSON with ``audio`` in base64. The caller closes the upload. Raises `BadRequest`, `DiskFull`."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+    if not is_form(request):
         if "audio" not in kind.model_fields:
             raise BadRequest(
                 _FILES[0], "Send a form (multipart/form-data) with the recording as the file 'file'",
@@ -176,12 +180,7 @@ async def _read_form(request: Request, recordings: Recordings, held: ExitStack) 
         if room_bytes < 0:
             least_bytes = announced or -room_bytes
             room = recordings.reserved(max(announced or _ROOM_BYTES, -room_bytes), least_bytes)
-            try:
-                room_bytes += await to_thread.run_sync(held.enter_context, room)
-            except DiskFull:
-                if message.get("more_body"):
-                    await drop_body(request.receive)
-                raise
+            room_bytes += await to_thread.run_sync(held.enter_context, room)
         return message
 
     await to_thread.run_sync(partial(os.makedirs, recordings.folder, exist_ok=True))

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from ... import errors
 from ...observability.error_classification import is_out_of_device_memory, message_of
 from ...sentences import Sentence
+from ..server.api_keys import TooManyWrongKeys, WrongKey
 from ..server.cross_origin import refusal_body
 from ..speech.recordings import DISK_IS_FULL, DiskFull, OutOfDiskSpace
 from ..speech.service import ShuttingDown, explain
@@ -59,13 +60,6 @@ class UnknownSpeechModel(BadRequest):
         self._arguments = (name, known)
 
 
-class WrongKey(errors.ResidencyError):
-    """The request has no API key, or a wrong one."""
-
-    en = "Send one of the server's API keys (--api-key) as 'Authorization: Bearer KEY'."
-    zh = "请以请求头 'Authorization: Bearer KEY' 发送服务器的一个 API 密钥（--api-key）。"
-
-
 class ChangeNotAllowed(errors.NotAllowed):
     """The caller may not change voices, nor decide how long the model stays on the device."""
 
@@ -112,6 +106,7 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (VoiceExists, 409, "invalid_request_error", "voice_exists"),
     (BodyTooLarge, 413, "invalid_request_error", None),
     (errors.InvalidInput, 400, "invalid_request_error", None),
+    (TooManyWrongKeys, 429, "rate_limit_error", "rate_limit_exceeded"),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
     (VoiceNotStored, 507, "server_error", "disk_full"),

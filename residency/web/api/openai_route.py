@@ -12,10 +12,11 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from ..server.api_keys import WrongKey
 from ..speech.recordings import DiskFull
 from ..speech.service import ShuttingDown
 from ..speech.voices import VoiceExists
-from .openai_errors import BadRequest, BodyTooLarge, TooManyRequests, UnknownSpeechModel, WrongKey, described, refusal
+from .openai_errors import BadRequest, BodyTooLarge, TooManyRequests, UnknownSpeechModel, described, refusal
 from .openai_schema import OpenAiError
 
 _NO_VOICE = BadRequest("voice", "voice is missing: send its name", "缺少 voice：请发送声音名称")
@@ -28,12 +29,17 @@ _REFUSALS: dict[int, tuple[str, Exception | None]] = {
     404: ("There is no such model.", UnknownSpeechModel("gpt-5", ("step-audio-editx", "tts-1"))),
     409: ("A voice of this name exists.", VoiceExists("Ada")),
     413: ("The request body is too large.", BodyTooLarge("20 MB")),
-    429: ("Too many requests wait; `Retry-After` has the seconds until the next attempt.", TooManyRequests(100, 5)),
+    429: (
+        "Too many requests wait, or this address has sent too many wrong keys; `Retry-After` has the seconds to wait.",
+        TooManyRequests(100, 5),
+    ),
     500: ("The engine failed.", None),
     503: ("The model is not available in time, or the app is shutting down.", ShuttingDown()),
     507: ("The server has no disk space left.", DiskFull()),
 }
 """Description and example by status code."""
+_BASE64 = ("audio", "ref_audio")
+"""Fields of JSON in place of a form's file."""
 
 
 def refusals(*codes: int, unknown: tuple[str, Exception | None] = _REFUSALS[404]) -> dict[int | str, dict[str, Any]]:
@@ -72,15 +78,15 @@ def json_body(kind: type[BaseModel]) -> dict[str, Any]:
 def form_body(kind: type[BaseModel]) -> dict[str, Any]:
     """Describes a form with a file."""
     schema = _schema(kind)
-    properties = {name: value for name, value in schema["properties"].items() if name != "audio"}
-    required = [name for name in schema.get("required", ()) if name != "audio"]
+    properties = {name: value for name, value in schema["properties"].items() if name not in _BASE64}
+    required = [name for name in schema.get("required", ()) if name not in _BASE64]
     file = {"type": "string", "format": "binary", "description": "The recording, in any common format."}
     schema = {**schema, "properties": {"file": file, **properties}, "required": ["file", *required]}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def form_or_json_body(kind: type[BaseModel]) -> dict[str, Any]:
-    content = {**form_body(kind)["requestBody"]["content"], **json_body(kind)["requestBody"]["content"]}
+def either_body(*bodies: dict[str, Any]) -> dict[str, Any]:
+    content = {kind: schema for body in bodies for kind, schema in body["requestBody"]["content"].items()}
     return {"requestBody": {"required": True, "content": content}}
 
 

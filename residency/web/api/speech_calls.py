@@ -23,9 +23,9 @@ from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
-from .bodies import Upload, decoded, keep_forms_in, read_json, read_upload
-from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, WrongKey, naming, refusal
-from .openai_route import OpenAiRoute, form_body, form_or_json_body, json_body, refusals
+from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
+from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
+from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals
 from .openai_schema import (
     DeletedVoice,
     Edit,
@@ -78,30 +78,30 @@ class SpeechCalls:
         add = app.router.add_api_route
         speaks: dict[str, Any] = {"tags": ["speech"], "route_class_override": OpenAiRoute}
         voices: dict[str, Any] = {"tags": ["voices"], "route_class_override": OpenAiRoute}
-        add("/v1/models", self.models, response_model=SpeechModels, responses=refusals(401), **speaks)
+        add("/v1/models", self.models, response_model=SpeechModels, responses=refusals(401, 429), **speaks)
         audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
         spoken: dict[str, Any] = {"response_class": Response, "response_model": None, "methods": ["POST"], **speaks}
         streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
-        add("/v1/audio/speech", self.speech, openapi_extra=json_body(Speech),
+        add("/v1/audio/speech", self.speech, openapi_extra=either_body(json_body(Speech), form_body(Speech)),
             responses={200: {"content": streamed}, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
-        add("/v1/audio/edits", self.edits, openapi_extra=form_or_json_body(Edit),
+        add("/v1/audio/edits", self.edits, openapi_extra=either_body(form_body(Edit), json_body(Edit)),
             responses={200: {"content": audio}, **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
             responses=refusals(400, 401, 404, *_OF_WORK), openapi_extra=form_body(Transcription),
             **speaks)  # fmt: skip
-        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401), **voices)
+        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
             response_description="The voice was stored.", responses=refusals(400, 401, 409, *_OF_WORK),
-            openapi_extra=form_or_json_body(VoiceSample), **voices)  # fmt: skip
+            openapi_extra=either_body(form_body(VoiceSample), json_body(VoiceSample)), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
         add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, methods=["DELETE"],
-            responses=refusals(400, 401, 404, 507, unknown=unknown), openapi_extra={"parameters": [name]},
+            responses=refusals(400, 401, 404, 429, 507, unknown=unknown), openapi_extra={"parameters": [name]},
             **voices)  # fmt: skip
 
     async def models(self, request: Request) -> JSONResponse:
         """The engine, and the recognizer where there is one. OpenAI's names of such models are accepted too."""
-        self._check_key(request)
+        self.keys.check(request)
         names = [self.model, *(OF_OPENAI_TRANSCRIBE[:1] if self.service.transcribes else ())]
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "gpu-managed-tts"} for name in names]
         return JSONResponse({"object": "list", "data": data})
@@ -109,12 +109,13 @@ class SpeechCalls:
     async def speech(self, request: Request) -> Response:
         """Speak a text with a voice. The audio is sent while it is spoken; closing the connection cancels the rest.
 
-        The header `Server-Timing` says how long the request waited for the model, and why.
+        A form has the recording of a voice as the file `file`, in place of `ref_audio`. The header `Server-Timing` says
+        how long the request waited for the model, and why.
         """
-        self._check_key(request)
+        self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            body = await read_json(request, Speech)
+            body, upload = await self._read_speech(request, held)
             self._check_model(body.model, (self.model, *OF_OPENAI))
             keep_warm_s = self._keep_warm(request, body.keep_alive)
             edit = self.speaker.named_edit(body.instructions)
@@ -122,19 +123,27 @@ class SpeechCalls:
                 self.speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
                 keep_warm_s=keep_warm_s,
             )  # fmt: skip
-            if body.ref_audio is None:
+            if upload is None:
                 with naming(recording="voice"):
                     asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
                 work: Work = partial(self.speaker.speak, asked)
             else:
                 self._words("ref_text", body.ref_text)
-                upload = await decoded(body.ref_audio, "ref_audio")
                 work = partial(self._speak_with, ask, upload, body.ref_text)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
                 most_bytes(body.input, body.response_format, body.speed), sse=body.stream_format == "sse",
                 headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
             )  # fmt: skip
+
+    async def _read_speech(self, request: Request, held: ExitStack) -> tuple[Speech, Upload | None]:
+        """Reads JSON, or a form with a recording; returns the request, and the recording that it brings."""
+        if is_form(request):
+            body, upload = await read_upload(request, Speech, self.recordings)
+            held.callback(upload.close)
+            return body, upload
+        body = await read_json(request, Speech)
+        return body, None if body.ref_audio is None else await decoded(body.ref_audio, "ref_audio")
 
     def _speak_with(
         self, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
@@ -161,7 +170,7 @@ class SpeechCalls:
 
         A call of this server, which OpenAI's API does not have. A form has the recording as the file `file`.
         """
-        self._check_key(request)
+        self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
             body, upload = await read_upload(request, Edit, self.recordings)
@@ -189,7 +198,7 @@ class SpeechCalls:
 
     async def transcriptions(self, request: Request) -> Response:
         """Write the words of a recording, sent as a form with the file `file`. Needs --enable-auto-transcribe."""
-        self._check_key(request)
+        self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
             body, upload = await read_upload(request, Transcription, self.recordings)
@@ -213,7 +222,7 @@ class SpeechCalls:
 
     async def voices(self, request: Request) -> JSONResponse:
         """The voices that `voice` may name."""
-        self._check_key(request)
+        self.keys.check(request)
         voices = await to_thread.run_sync(self.speaker.voices.all, limiter=self.readers)
         return JSONResponse({"voices": [_facts(voice).model_dump() for voice in voices]})
 
@@ -272,12 +281,8 @@ class SpeechCalls:
             sse=sse, server_timing=lambda: _server_timing(leases),
         )  # fmt: skip
 
-    def _check_key(self, request: Request) -> None:
-        if not self.keys.may_speak(request):
-            raise WrongKey
-
     def _check_change(self, request: Request) -> None:
-        self._check_key(request)
+        self.keys.check(request)
         if not self.keys.may_change(request):
             raise ChangeNotAllowed
 

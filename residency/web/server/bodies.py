@@ -28,8 +28,13 @@ async def drop_body(receive: Receive) -> None:
 async def read_at_most(
     limit_bytes: float, refusal: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Calls the app with a body of up to ``limit_bytes``; sends 413 with ``refusal`` if the body is larger."""
-    read_bytes, more, answered = 0, True, False
+    """Calls the app with a body of up to ``limit_bytes``; sends 413 with ``refusal`` if the body is larger.
+
+    Reads the rest of a body before a refusal, unless the client waits for leave to send it.
+    """
+    headers = Headers(scope=scope)
+    read_bytes, answered = 0, False
+    more = bool(announced_bytes(scope)) or "transfer-encoding" in headers
 
     async def counted() -> Message:
         nonlocal read_bytes, more
@@ -40,8 +45,11 @@ async def read_at_most(
         return message if read_bytes <= limit_bytes else {"type": "http.disconnect"}
 
     async def unless_refused(message: Message) -> None:
-        nonlocal answered
+        nonlocal answered, more
         if answered or read_bytes <= limit_bytes:
+            if message.get("status", 0) >= 400 and more and "expect" not in headers:
+                more = False
+                await drop_body(receive)
             answered = True
             await send(message)
 

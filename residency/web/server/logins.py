@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import secrets
 import time
@@ -18,9 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..shared.language import preferred
 from .layers import http_layer
 from .permissions import from_this_site
+from .rate_limit import FAILURES, ONE_EVERY_S, RateLimit, network
 
-_FAILURES, _ONE_EVERY_S = 5, 10.0
-"""Limit per address or browser: a burst, then one failure per interval."""
 _ALL_FAILURES, _ONE_OF_ALL_EVERY_S = 50, 0.25
 _FAILED_AFTER_S = 0.5
 _BROWSER_AGE_S = 30 * 24 * 3600
@@ -47,7 +45,7 @@ class Logins:
         self._sign_out = sign_out
         self._now = now
         self._known_browsers: LRUCache[str, None] = LRUCache(_BROWSERS)
-        self._each = RateLimit(_FAILURES, _ONE_EVERY_S)
+        self._each = RateLimit(FAILURES, ONE_EVERY_S)
         self._all = RateLimit(_ALL_FAILURES, _ONE_OF_ALL_EVERY_S)
 
     @http_layer
@@ -67,7 +65,7 @@ class Logins:
         now_s = self._now()
         # Known browsers do not count towards the overall limit: they are as few as the users.
         known = browser in self._known_browsers
-        counts = [(self._each, browser)] if known else [(self._each, _network(request)), (self._all, "")]
+        counts = [(self._each, browser)] if known else [(self._each, network(request)), (self._all, "")]
         wait_s = max(pace.wait_s(key, now_s) for pace, key in counts)
         if wait_s > 0:
             seconds = math.ceil(wait_s)
@@ -105,40 +103,3 @@ class Logins:
         for cookie in self._sign_out(request):
             answer.delete_cookie(cookie)
         return answer
-
-
-class RateLimit:
-    """A token bucket for each key: a burst of ``at_once``, then one every ``every_s`` seconds.
-
-    Stores for each key the time at which its bucket is full again, and drops the key after that.
-    """
-
-    def __init__(self, at_once: int, every_s: float) -> None:
-        self._ahead_s, self._every_s = (at_once - 1) * every_s, every_s
-        self._even_at_s: dict[str, float] = {}
-
-    def __len__(self) -> int:
-        return len(self._even_at_s)
-
-    def wait_s(self, key: str, now_s: float) -> float:
-        return max(0.0, self._even_at_s.get(key, now_s) - now_s - self._ahead_s)
-
-    def take(self, key: str, now_s: float) -> None:
-        self._even_at_s = {other: even_s for other, even_s in self._even_at_s.items() if even_s > now_s}
-        self._even_at_s[key] = self._even_at_s.get(key, now_s) + self._every_s
-
-    def give_back(self, key: str) -> None:
-        if key in self._even_at_s:
-            self._even_at_s[key] -= self._every_s
-
-
-def _network(request: HTTPConnection) -> str:
-    """Returns the client's address; for IPv6 the /64 network, which one customer gets."""
-    host = request.client.host if request.client else ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
-        return str(ipaddress.ip_network((int(address), 64), strict=False))
-    return host

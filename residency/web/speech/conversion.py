@@ -41,6 +41,9 @@ _MEMORY_BYTES = 1 << 30
 _AT_A_TIME = 4
 """Maximum of concurrent conversions: a slow one does not block others, and cores are left for engines."""
 
+_UNKNOWN_FRAMES = (1 << 63) - 1
+"""libsndfile's number for a stream without a length, as this app sends FLAC of several sentences."""
+
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals that do not result from the decoder's own limits; the kernel sends SIGKILL when main memory is full."""
 
@@ -217,11 +220,12 @@ def _unreadable(message: str) -> InvalidInput:
 
 
 def _header(path: str) -> Any:
-    """Returns libsndfile's information about a file; None if it cannot read it."""
+    """Returns libsndfile's information about a file; None if it cannot read it, or its length is not in its header."""
     try:
-        return soundfile.info(path)
+        header = soundfile.info(path)
     except soundfile.LibsndfileError:
         return None
+    return header if header.frames < _UNKNOWN_FRAMES else None
 
 
 def _needs_converting(header: Any) -> bool:

@@ -126,8 +126,8 @@ class Encoder:
             sample_rate: of the given samples, in Hz.
             speed: 0.25 to 4; changes the duration and keeps the pitch. At 1, no sample is changed.
             whole: number of all samples, if known before: then the headers of `wav` and `flac` contain it, unless the
-                speed changes it. Without, the sizes of `wav` are 0xFFFFFFFF ("until the end"), and `flac` has none,
-                which libsndfile cannot read.
+                speed changes it. Without, the sizes of `wav` are 0xFFFFFFFF ("until the end"), that of `flac`
+                is 0 ("unknown"), which libsndfile cannot read.
 
         Raises:
             InvalidInput: the format or speed does not exist, or needs PyAV, which is not installed.
