@@ -52,9 +52,9 @@ SENTENCES = (
     "That was the weather, and now we have some music.",
 )
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-keep-warm", "3600", "--max-requests", "100")
-#: Replaces the engine's answers.
+#: Replaces the engine's answers, and starts all threads of the event loop's pool at its first use: it only grows.
 _QUICK = """
-import time, torch
+import asyncio, os, threading, time, torch
 from residency.cancellation import checkpoint
 def clone(self, *arguments):
     for _ in range(4):
@@ -62,6 +62,13 @@ def clone(self, *arguments):
         time.sleep(0.005)
     return torch.full((1, 12_000), 0.25), 24_000
 gated_engine.BuiltinEngine.clone = clone
+def run(self, executor, *arguments, run=asyncio.BaseEventLoop.run_in_executor):
+    if executor is None and self._default_executor is None:
+        all_started = threading.Barrier(min(32, os.cpu_count() + 4))
+        for _ in range(all_started.parties):
+            run(self, None, all_started.wait)
+    return run(self, executor, *arguments)
+asyncio.BaseEventLoop.run_in_executor = run
 """
 CLIENTS = 64
 KINDS = ("a text", "a text with ref_audio", "a form")
