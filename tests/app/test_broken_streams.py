@@ -8,18 +8,21 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from app_process import ForkedApp, RunningApp, free_port
+from app_process import ForkedApp, RunningApp, free_port, wait_until
 from gated_engine import close_gate, open_gate
 from reverse_proxies import bare_nginx
 
-#: The second sentence waits at a gate of its own, and then fails.
+#: The second sentence waits at a gate of its own, and then fails; a long one is longer than all buffers of connections.
 _FAILS_LATE = """
+from residency.web.server import connections
+connections.WITHIN_S[connections.Awaited.READING] = 0.5
 def clone(self, recording, words, sentence):
     if "second" in sentence:
         gated_engine._pass("second")
         raise RuntimeError("broken")
-    return gated_engine.torch.full((1, 24000), 0.25), 24000
+    return gated_engine.torch.full((1, 9_600_000 if "long" in sentence else 24_000), 0.25), 24000
 gated_engine.BuiltinEngine.clone = clone
 """
 MANAGED = ("--enable-gpu-management", "--simulate-gpu", "48GB", "--shutdown-grace", "0")
@@ -83,6 +86,19 @@ class TestItIsIncomplete:
             app.wait_for_line("at the gate: second")
             BREAKS[happens](app, gates)
             assert not rest(line).endswith(b"0\r\n\r\n")
+
+
+def test_who_stops_reading_without_chunks_sees_a_reset(app: RunningApp) -> None:
+    line = begin(app.port, "1.0", "A long sentence.  And another long sentence.")
+    port, process = line.getsockname()[1], psutil.Process(app.process.pid)
+
+    def is_served() -> bool:
+        ours = (each for each in process.net_connections() if each.raddr and each.raddr.port == port)
+        return any(each.status == psutil.CONN_ESTABLISHED for each in ours)
+
+    assert wait_until(lambda: not is_served())
+    with pytest.raises(ConnectionResetError):
+        rest(line)
 
 
 def test_a_complete_one_without_chunks_ends_in_order(app: RunningApp) -> None:
