@@ -257,6 +257,11 @@ class TestBadSpeech:
         served.tones.error = None
         assert speech(served).status_code == 200
 
+    def test_a_voice_that_the_engine_cannot_take(self, served: Served) -> None:
+        served.tones.error = InvalidInput("No speech was found", "没有检测到语音", "recording")
+        refused = speech(served)
+        assert (refused.status_code, error(refused)["param"]) == (400, "voice")
+
     def test_an_engine_that_fails_midway_breaks_off(self, served: Served) -> None:
         served.tones.error, served.tones.fails_at = ValueError("broken"), 2
         answer = speech(served, stream_format="sse")
