@@ -291,7 +291,7 @@ def of(nbytes: int) -> Callable[[], Engine]:
     return functools.partial(build, nbytes)
 
 
-#: Files in ``/dev/shm`` of browsers, of `multiprocessing.shared_memory` and of semaphores: also of tests beside this one.
+#: Files in ``/dev/shm`` of browsers, of `multiprocessing.shared_memory` and of semaphores, also of other tests.
 _OF_OTHERS = (".org", "psm_", "sem.")
 
 
