@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ... import errors
+from ... import errors, neighbor_errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
 from ..server.bodies import client_disconnected
@@ -36,7 +36,7 @@ from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
 from .event_stream import EventStream, Moves
 from .metrics import CONTENT_TYPE, exposition
-from .schema import Configuration, Health, Refusal, Which
+from .schema import Configuration, Health, Refusal, Which, WhichNeighbor
 from .sleep import SleepCalls
 from .speech_calls import SpeechCalls
 
@@ -51,6 +51,8 @@ _CODES: dict[type[Exception], int] = {
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
     errors.InvalidInput: 422,
+    neighbor_errors.NeighborUnreachable: 502,
+    neighbor_errors.NeighborRefused: 502,
     errors.ManagerClosed: 503,
     errors.DeviceLost: 503,
     errors.NotReady: 503,
@@ -60,10 +62,11 @@ _DESCRIPTIONS = {
     400: "The level or the mode is not supported.",
     401: "Requests from other machines need the token.",
     403: "Requests from pages of other sites are refused.",
-    404: "No such model.",
+    404: "No such model, or neighbor.",
     413: "The request body is too large.",
     422: "The request is invalid.",
     500: "The move failed; nothing is half-moved.",
+    502: "The neighbor did not answer, or refused.",
     503: "The app is shutting down, its GPU has failed, or too many programs listen.",
 }
 _NOT_JSON: _Keywords = {"response_class": Response, "response_model": None}
@@ -73,8 +76,10 @@ _CHANGES: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("warm", Which, "Begin to bring a model, or all, to the GPU."),
     ("configure", Configuration,
      "Change how long a model, or all, stays on the GPU and in main memory, from now on."),
+    ("neighbors/ask", WhichNeighbor,
+     "Ask one of the status's neighbors to give up what it holds idle. It is not asked while it is in use."),
 )  # fmt: skip
-"""Methods of the manager that are calls under ``/gpu``, with their request bodies and descriptions."""
+"""Calls under ``/gpu``, named as the methods of the manager, with their request bodies and descriptions."""
 
 
 def build(
@@ -205,35 +210,41 @@ class _Calls:
 
     def add_change(self, app: FastAPI, call: str, body: type[BaseModel], description: str) -> None:
         """Adds a call of `_CHANGES`. It answers with the status: 200, or 202 if the move follows later."""
-        change: Callable[..., bool | None] = getattr(self.manager, call)
+        change: Callable[..., bool | None] = getattr(self.manager, call, self._ask_neighbor)
         follows: _Responses = (
             {}
-            if call == "configure"
+            if call in ("configure", "neighbors/ask")
             else {202: {"model": Status, "description": "The move has begun, or follows the running request or load."}}
         )
+        failed = (502,) if body is WhichNeighbor else ()
 
         async def endpoint(request: Request) -> JSONResponse:
             # The permission is checked before the body is read.
             self.may_change(request)
-            asked = await _body(request, body)
-            act = partial(change, asked.model, **asked.model_dump(exclude={"model"}))
-            done = await self._change(act)
+            (_, which), *more = (await _body(request, body)).model_dump().items()
+            done = await self._change(partial(change, which, **dict(more)))
             return JSONResponse(await self._read(self.manager.status), 202 if done is False else 200)
 
         app.add_api_route(
             f"/gpu/{call}",
             endpoint,
             methods=["POST"],
-            name=f"gpu_{call}",
+            name=f"gpu_{call.replace('/', '_')}",
             tags=["changing"],
             description=description,
             response_model=Status,
-            responses={**follows, **_refusals(401, 404, 422, 500, 503), **_refused_early(413)},
+            responses={**follows, **_refusals(401, 404, 422, 500, *failed, 503), **_refused_early(413)},
             openapi_extra={
                 "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
                 "security": [{"token": []}, {}],
             },
         )
+
+    def _ask_neighbor(self, url: str) -> None:
+        sharing = self.manager.status()["sharing"]
+        if url not in [neighbor["url"] for neighbor in (sharing["neighbors"] if sharing else ())]:
+            raise HTTPException(404, f"{url} is none of this app's neighbors / {url} 不是本应用的邻居服务")
+        self.manager.ask_neighbor(url)
 
     async def _change(self, change: Callable[[], bool | None]) -> bool | None:
         return await to_thread.run_sync(change, limiter=self.changers)
@@ -274,9 +285,12 @@ async def _body(request: Request, kind: type[BaseModel]) -> Any:
     except (ValueError, RecursionError) as error:
         fields = [f'"{name}"' for name in kind.model_fields]
         wrong = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
+        such, such_zh = ' such as {"model": "tts"}, or {} for all', '，如 {"model": "tts"}，或 {} 表示全部'
+        if "model" not in kind.model_fields:
+            such, such_zh = "", ""
         raise errors.InvalidInput(
-            f'Send a JSON object such as {{"model": "tts"}}, or {{}} for all; it may have {", ".join(fields)}{wrong}',
-            f'请发送 JSON 对象，如 {{"model": "tts"}}，或 {{}} 表示全部；可用字段：{"、".join(fields)}',
+            f"Send a JSON object{such}; it may have {', '.join(fields)}{wrong}",
+            f"请发送 JSON 对象{such_zh}；可用字段：{'、'.join(fields)}",
         ) from None
 
 

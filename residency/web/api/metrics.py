@@ -74,6 +74,14 @@ class _Collector(Collector):
                 if (value := model[field]) is not None:  # type: ignore[literal-required]
                     gauge.add_metric((name,), value)
             yield gauge
+        if (sharing := self._status["sharing"]) is not None:
+            yield CounterMetricFamily(
+                "gpu_manager_yields", "Times that models left the GPU for other processes.", sharing["yields"]
+            )
+            waiting = sum(not move["claimed"] for move in sharing["queue"])
+            yield GaugeMetricFamily(
+                "gpu_manager_room_waiting", "Moves and processes that wait for GPU memory.", waiting
+            )
         yield from self._workers()
         yield from self._past()
 

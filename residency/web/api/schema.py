@@ -37,6 +37,13 @@ class Configuration(Which):
     idle_timeout: Duration | None = Field(None, examples=["10m"])
 
 
+class WhichNeighbor(BaseModel):
+    """One of the status's neighbors."""
+
+    model_config = ConfigDict(extra="forbid", title="WhichNeighbor")
+    url: str = Field(examples=["http://127.0.0.1:11434"])
+
+
 class Health(BaseModel):
     """The process serves."""
 

@@ -61,6 +61,26 @@
     }
     polling = false;
   };
+  // A button of a neighbour: the server answers once the neighbour has.
+  const ask = async button => {
+    button.disabled = true;
+    const body = JSON.stringify({url: button.dataset.neighbor});
+    try {
+      const answer = await fetch("gpu/neighbors/ask", {method: "POST", body});
+      const text = document.createElement("p");
+      if (!answer.ok) text.textContent = (await answer.json().catch(() => ({}))).error ?? answer.status;
+      showOutcome({line: answer.ok ? news.pieces.asked : text.outerHTML, awaits: []});
+    } catch {
+      showOutcome({line: news.pieces.lost, awaits: []});
+    }
+    news.version = null;
+    button.disabled = false;
+    poll();
+  };
+  document.addEventListener("click", event => {
+    const button = event.target.closest("[data-gpu] [data-neighbor]");
+    if (button) ask(button);
+  });
   window.gpuPanel = {show, showOutcome};
   document.addEventListener("visibilitychange", poll);
   // A new request clears the line about the last press. (A Gradio event would arrive only after the request.)

@@ -21,7 +21,7 @@ from ..server.permissions import Permissions
 from ..shared.gradio_compat import PRIVATE, localizer
 from ..shared.language import Localize, both, mark, translated
 from ..shared.protocols import Manager
-from . import status_text, views
+from . import sharing_views, status_text, views
 from .labels import label
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,10 @@ class GpuPanel:
         return {
             "device": views.device_html(status, localize),
             **{f"model-{name}": views.model_html(name, status, localize) for name in status["models"]},
+            "sharing": sharing_views.sharing_html(status, localize),
             "stay": views.stay_html(status, localize),
             "past": views.past_html(self._manager.history(), status["device"]["kind"], localize),
+            "asked": _paragraph(localize("已请求让出显存。", "It was asked, and has answered.")),
             "lost": localize("连接已断开，正在重新连接…", "Connection lost; reconnecting…"),
             "strange": localize("登录已失效：请刷新页面重新登录。", "You are signed out: reload the page and sign in."),
         }
@@ -118,7 +120,7 @@ class GpuPanel:
         with gr.Accordion(label("🎮 GPU 显存管理", "🎮 GPU memory"), open=True, elem_id="gpu-panel"):
             style = static.text("panel.css")
             with gr.Column(elem_id="gpu-status"):
-                gr.HTML(f"<style>{style}</style>{_place('line')}{_place('device')}", padding=False)
+                gr.HTML(f"<style>{style}</style>{_place('line')}{_place('device')}{_place('sharing')}", padding=False)
                 for name in names:
                     with gr.Column(elem_classes="gpu-model"):
                         gr.HTML(_place(f"model-{name}"), padding=False)

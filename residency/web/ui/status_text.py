@@ -44,6 +44,7 @@ _NEXT = {
 _PHASES = {
     "loading": ("加载", "loading"),
     "building": ("构建", "building"),
+    "waiting": ("等待其他进程让出显存", "waiting for room"),
     "looking": ("查看", "looking"),
     "checking": ("核对", "checking"),
     "copying": ("复制", "copying"),
