@@ -181,7 +181,8 @@ def test_the_description_tells_all_calls_and_brings_its_own_files(manager: GPURe
     calls = client(manager)
     described = calls.get("/openapi.json").json()["paths"]
     assert {path for path in described if path.startswith("/gpu/")} == {
-        f"/gpu/{call}" for call in ("status", "history", "events", "offload", "release", "warm", "configure")
+        f"/gpu/{call}"
+        for call in ("status", "history", "events", "offload", "release", "warm", "configure", "neighbors/ask")
     }
     page = calls.get("/docs").text
     for file in re.findall(r"""(?:href|src)="([^"]+)""", page):
