@@ -47,7 +47,7 @@ from residency.scheduling.registry import Registry
 from residency.scheduling.status import Overview
 from residency.scheduling.worker_status import Workers
 from residency.sharing import Sharing
-from residency.sharing.card import share_card, sharing_of
+from residency.sharing.card import asking_of, share_card, sharing_of
 from residency.states import State
 from residency.status_types import Status, UsageHistory
 from residency.workers.isolation import IsolationMode, Residue, isolation_for
@@ -63,11 +63,10 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
     """Moves named models between device, host memory and released; never moves a model in use.
 
     Args:
-        device: None selects the first visible GPU, or the CPU if there is none.
-        keep_warm, idle_timeout: defaults for `register`.
+        device: None selects the first visible GPU, or else the CPU. keep_warm, idle_timeout: defaults for `register`.
         snapshot_dir: folder for the weights of released models, for reloads; at most ``snapshot_limit_bytes``.
         budget_bytes: limit of device memory for all models together.
-        wait_timeout: default limit of the wait for a turn and for room, without load or restore; -1: no limit.
+        wait_timeout: default limit of the wait for a turn and for room, without the move; -1: no limit.
         isolation: ``"process"``: each engine in a worker process that a release ends; leases return a `RemoteEngine`.
         sharing: how the card is shared with other processes; None: it is not.
         residue: what becomes of a worker's other device memory at an offload: ``"keep"``, ``"checkpoint"``, ``"auto"``.
@@ -103,10 +102,9 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         )  # fmt: skip
         self._isolation = isolated = isolation_for(isolation, device, snapshot_dir, residue)
         self.device: Device = isolated.observed if isolated else device
-        snapshots = None if snapshot_dir is None else SnapshotFolder(snapshot_dir, snapshot_limit_bytes)
         dispatcher = self._dispatcher = Dispatcher(self.device, clock or SystemClock(), budget_bytes or math.inf)
         adopt = partial(isolated.adopt, ended=dispatcher.engine_ended) if isolated else adopt
-        mover = Mover(self.device, adopt, snapshots)
+        mover = Mover(self.device, adopt, SnapshotFolder(snapshot_dir, snapshot_limit_bytes) if snapshot_dir else None)
         self._share = share_card(sharing, self.device, Leaving(dispatcher), dispatcher.notifier.listeners.subscribe)
         self._moves = MoveRunner(dispatcher, mover, partial(sample, self.device), self._share)
         self._registry = Registry(dispatcher)
@@ -253,6 +251,10 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         """Returns the answer of ``GET /gpu/status``. Does not count as use, and does not wait for moves."""
         return self._overview.status()
 
+    def ask_neighbor(self, url: str) -> None:
+        """Asks one of the status's ``neighbors`` to give up what it holds idle. Raises if it is unknown or in use."""
+        asking_of(self._share).ask_one(url)
+
     @property
     def device_lost(self) -> DeviceLost | None:
         """The error if this process can no longer use the device; else None."""
@@ -286,11 +288,9 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         """
         managed = self._registry.named(name)[0]
         timeout_s = math.inf if timeout is None else seconds(timeout)
-
-        def ends() -> bool:
-            return managed.state is state or will_not_reach(managed, state)
-
-        self._dispatcher.watch(managed, ends, timeout_s, SystemClock())
+        self._dispatcher.watch(
+            managed, lambda: managed.state is state or will_not_reach(managed, state), timeout_s, SystemClock()
+        )
         return managed.state is state
 
     def close(self, grace: float | str | None = None) -> bool:

@@ -202,6 +202,19 @@ class QueuedMove(TypedDict):
     claimed: Annotated[bool, Doc("It has its room, and runs.")]
 
 
+class NeighborStatus(TypedDict):
+    """Another GPU server on this machine, as it was when it was last looked at."""
+
+    kind: Annotated[str, Doc("Its kind, as in --gpu-neighbor.")]
+    url: Annotated[str, Doc("Its address.")]
+    pid: Annotated[int | None, Doc("Its process on the device; null if it was given by address.")]
+    in_use: Annotated[bool | None, Doc("It had requests; null before the first look.")]
+    idle_bytes: Annotated[int | None, Doc("Bytes that it would give up; null if it does not say.")]
+    models: Annotated[list[str], Doc("The models that it held, if it says so.")]
+    asked_ago_s: Annotated[float | None, Doc("Seconds since it was asked for memory; null before the first time.")]
+    answer: Annotated[str | None, Doc("Why it could not be asked; null if it could.")]
+
+
 class SharingStatus(TypedDict):
     """The device as shared with other processes."""
 
@@ -209,6 +222,7 @@ class SharingStatus(TypedDict):
     yields: Annotated[int, Doc("How often models left for other processes.")]
     last_yield: Annotated[YieldStatus | None, Doc("The last time; null before the first.")]
     peers: Annotated[list[int], Doc("Other processes of this project that use the device, as they name themselves.")]
+    neighbors: Annotated[list[NeighborStatus], Doc("Servers that are asked for memory; see --gpu-neighbor.")]
     queue: Annotated[list[QueuedMove], Doc("Moves that wait for room, in order of arrival, and those that run.")]
 
 

@@ -112,8 +112,8 @@ class SimulatedDevice(CpuDevice):
         self.ledger = self._named_ledger(shared) if shared else Ledger()
 
     def _named_ledger(self, name: str) -> Ledger:
-        folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-        ledger, capacity_bytes = Ledger.named(f"{folder}/simulated-card-{os.getuid()}-{name}", self.capacity_bytes)
+        path = os.path.join(tempfile.gettempdir(), f"simulated-card-{os.getuid()}-{name}")
+        ledger, capacity_bytes = Ledger.named(path, self.capacity_bytes)
         if capacity_bytes != self.capacity_bytes:
             size, other = readable_bytes(self.capacity_bytes), readable_bytes(capacity_bytes)
             raise InvalidInput(

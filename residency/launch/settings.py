@@ -186,7 +186,7 @@ class Settings:
     gpu_neighbor: tuple[str, ...] = _flag(
         (), "server that is asked to give up what it holds idle when a request needs room on the GPU: KIND=URL "
         "(ollama=http://127.0.0.1:11434), or auto for those found by their processes; may be given several times",
-        neighbors, metavar="KIND=URL", action="append", unset=None)
+        neighbors, metavar="KIND=URL", action="append", unset=None, secret=True)
     gpu_share_dir: str | None = _flag(
         None, "folder in which apps of this project, also in other containers, queue for room on the same GPU",
         folder_path, metavar="DIR")

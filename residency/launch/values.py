@@ -109,8 +109,14 @@ def host_names(text: str) -> tuple[str, ...]:
 
 
 def neighbors(text: str) -> tuple[str, ...]:
-    """Splits descriptions of neighbours at commas."""
-    return tuple(filter(None, map(str.strip, text.split(","))))
+    """Splits descriptions of GPU servers at commas; raises `InvalidInput` for one that is none."""
+    found = tuple(filter(None, map(str.strip, text.split(","))))
+    if found:
+        from ..neighbors import parse  # slow: HTTP and processes
+
+        for each in found:
+            parse(each)
+    return found
 
 
 def api_keys(text: str) -> tuple[str, ...]:

@@ -311,6 +311,8 @@ class MoveRunner:
         dispatcher, managed, faults = self._dispatcher, task.managed, task.managed.faults
         managed.settled_state = task.back_at
         if isinstance(error, NoRoomNow):
+            if managed.wishes.prefetch:
+                faults.last_error = in_words(error)
             managed.wishes.prefetch = managed.wishes.prewarmed = False
             managed.times.policy_paused_until_s = self._clock.now() + RETRY_AFTER_S
             return

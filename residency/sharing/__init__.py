@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 __all__ = ["Sharing"]
@@ -21,5 +21,5 @@ class Sharing:
     """
 
     headroom_bytes: int = 0
-    neighbors: tuple[str, ...] = ()
+    neighbors: tuple[str, ...] = field(default=(), repr=False)  # may have tokens
     folder: str | Path | None = None

@@ -17,11 +17,13 @@ import psutil
 
 from ..arrivals import Arrival, NoRoomNow
 from ..contracts import Device
+from ..errors import InvalidInput
 from ..observability.events import Event
 from ..sentences import Sentence
 from ..status_types import SharingStatus
 from ..units import readable_bytes
 from . import Sharing
+from .asking import Asking
 from .board import Board, BoardBusy, PrivateBoard
 from .strangers import Strangers
 from .tickets import Ticket, Tickets, alive, enter, first_waiting, leave, step
@@ -73,7 +75,7 @@ class SharedCard:
     Args:
         headroom_bytes: when less is free, idle models leave the card; 0: they do not.
         board: the tickets of all processes of this project on the card; None: of this process only.
-        ask: called with the bytes that lack for a waiting request; must return at once.
+        asking: the neighbours that are asked for memory.
 
     The thread that watches the card sleeps while no model is on it.
     """
@@ -85,15 +87,14 @@ class SharedCard:
         *,
         headroom_bytes: int = 0,
         board: Board | None = None,
-        ask: Callable[[int], None] = lambda nbytes: None,
-        left: Callable[[], None] = lambda: None,
+        asking: Asking | None = None,
     ) -> None:
         self.headroom_bytes = headroom_bytes
         self.last_yield: Yield | None = None
         self.yields = 0
         self._device, self._leaving = device, leaving
         self._board = board or PrivateBoard()
-        self._ask, self._left = ask, left
+        self.asking = asking or Asking((), device, leaving.own_pids)
         self._claims: dict[str, Ticket] = {}
         self._strangers = Strangers(headroom_bytes)
         self._parents: dict[int, frozenset[int]] = {}
@@ -112,6 +113,7 @@ class SharedCard:
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join()
+        self.asking.close()
 
     def wake(self) -> None:
         """Makes the thread look at the card: a model has arrived, or a move has begun."""
@@ -130,6 +132,7 @@ class SharedCard:
                 "models": list(recent.models),
             },
             "peers": sorted({ticket.pid for ticket in queue if ticket.key.startswith("on-")} - {os.getpid()}),
+            "neighbors": self.asking.status(),
             "queue": [
                 {"model": ticket.model, "pid": ticket.pid, "wanted_bytes": ticket.wanted_bytes,
                  "waited_s": now_s - ticket.arrived_s, "claimed": ticket.claimed}
@@ -167,8 +170,8 @@ class SharedCard:
                 raise NoRoomNow
             memory = self._device.memory()
             lacking_bytes = 0 if memory.free_bytes is None else ticket.wanted_bytes - memory.free_bytes
-            if lacking_bytes > 0 and (still := self._leaving.leave(lacking_bytes, ticket.arrived_s)[1]) > 0:
-                self._ask(still)
+            if lacking_bytes > 0 and self._leaving.leave(lacking_bytes, ticket.arrived_s)[1] > 0:
+                self.asking.ask(ticket.wanted_bytes)
             arrival.waits(ticket.wanted_bytes, self._holders(ticket.wanted_bytes, memory.free_bytes))
             pause.wait(STEP_EVERY_S)
 
@@ -226,7 +229,7 @@ class SharedCard:
         """No model of this process is on the card any more. Tickets of strangers end by themselves."""
         self._strangers.forget()
         self._change(lambda tickets: (leave(tickets, self._presence), None))
-        self._left()
+        self.asking.give_back()
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
@@ -303,6 +306,15 @@ def sharing_of(card: SharedCard | None) -> SharingStatus | None:
     return None if card is None else card.status()
 
 
+def asking_of(card: SharedCard | None) -> Asking:
+    """Returns the neighbours of a shared card; raises `InvalidInput` for one that is not shared."""
+    if card is None:
+        raise InvalidInput(
+            "the GPU is not shared: start with --gpu-neighbor", "未启用显卡共享：请使用 --gpu-neighbor 启动"
+        )
+    return card.asking
+
+
 def share_card(
     sharing: Sharing | None, device: Device, leaving: Leaving, subscribe: Callable[[Callable[[Event], object]], object]
 ) -> SharedCard | None:
@@ -316,7 +328,8 @@ def share_card(
     if sharing.folder is not None:
         Path(sharing.folder).mkdir(parents=True, exist_ok=True)
         board = Board(Path(sharing.folder), device.identity)
-    card = SharedCard(device, leaving, headroom_bytes=sharing.headroom_bytes, board=board)
+    asking = Asking(sharing.neighbors, device, leaving.own_pids)
+    card = SharedCard(device, leaving, headroom_bytes=sharing.headroom_bytes, board=board, asking=asking)
     subscribe(lambda event: card.wake() if event.what == "began" else None)
     card.start()
     return card

@@ -292,6 +292,7 @@ def test_a_limit_too_small_for_two_models_costs_a_load_and_nothing_else(
         assert studio.loads == 2
 
 
+@pytest.mark.in_process("with a worker process, the engine here is a proxy, and its memory ends with the process")
 def test_a_released_engine_is_gone_at_once_without_a_garbage_collection_that_would_stop_all_threads(
     device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -233,7 +234,7 @@ def test_without_the_queue_requests_are_served_all_the_same(
 
 
 def test_a_simulated_card_with_a_name_ends_with_its_last_process(card: str, start: Callable[..., OnCard]) -> None:
-    path = Path(f"/dev/shm/simulated-card-{os.getuid()}-{card}")
+    path = Path(tempfile.gettempdir(), f"simulated-card-{os.getuid()}-{card}")
     first, second = start(), start()
     first.do("grow", MB)
     second.do("grow", MB)

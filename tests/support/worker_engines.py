@@ -299,7 +299,8 @@ def held() -> dict[str, Any]:
         "processes": sorted(process.pid for process in psutil.Process().children(recursive=True)),
         "descriptors": sorted(name.partition(":")[0] for name in fds),
         "threads": sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("gpu-")),
-        "shared memory": sorted(os.listdir("/dev/shm")),
+        # Others on this machine have files there, too: browsers, and `multiprocessing.shared_memory`.
+        "shared memory": sorted(name for name in os.listdir("/dev/shm") if not name.startswith((".org", "psm_"))),
     }
 
 

@@ -174,6 +174,7 @@ class Steps:
         return np.full((1, 1200), 0.25, np.float32), 24000
 
 
+@pytest.mark.in_process("the engine of the tests notes its calls here")
 class TestWithAManager:
     @pytest.fixture
     def manager(self) -> Iterator[GPUResourceManager]:

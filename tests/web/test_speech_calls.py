@@ -27,6 +27,8 @@ from residency.errors import InvalidInput
 from residency.sentences import Sentence
 from tts_gpu_managed import ask
 
+pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
+
 ELSEWHERE = ("192.0.2.7", 4000)
 THREE = "The first sentence is here. Then the second one follows. At last the third one ends."
 
@@ -254,6 +256,11 @@ class TestBadSpeech:
         assert served.left() == []
         served.tones.error = None
         assert speech(served).status_code == 200
+
+    def test_a_voice_that_the_engine_cannot_take(self, served: Served) -> None:
+        served.tones.error = InvalidInput("No speech was found", "没有检测到语音", "recording")
+        refused = speech(served)
+        assert (refused.status_code, error(refused)["param"]) == (400, "voice")
 
     def test_an_engine_that_fails_midway_breaks_off(self, served: Served) -> None:
         served.tones.error, served.tones.fails_at = ValueError("broken"), 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,11 @@ def test_all_end_with_a_killed_manager(program: Callable[[str], subprocess.Popen
 
 
 def guards_of(server: int) -> list[psutil.Process]:
-    return [child for child in psutil.Process(server).children() if child.name() == "gpu-guard"]
+    guards = []
+    for child in psutil.Process(server).children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            guards += [child] if child.name() == "gpu-guard" else []
+    return guards
 
 
 @pytest.mark.parametrize("guard", ["first guard", "later guard"])

@@ -173,6 +173,7 @@ def test_the_answer_of_a_call_that_ends_in_time_is_kept(tts: GPUManagedTTS, gate
 
 def interrupted(gate: Gate) -> None:
     """Sends Ctrl-C to this process once the engine is at the gate."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 
     def interrupt() -> None:
         gate.reached()

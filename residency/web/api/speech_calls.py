@@ -126,7 +126,7 @@ class SpeechCalls:
             if upload is None:
                 with naming(recording="voice"):
                     asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
-                work: Work = partial(self.speaker.speak, asked)
+                work: Work = naming(recording="voice")(partial(self.speaker.speak, asked))
             else:
                 self._words("ref_text", body.ref_text)
                 work = partial(self._speak_with, ask, upload, body.ref_text)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import h11
 from gradio import http_server
 from gradio.route_utils import CustomCORSMiddleware
-from starlette.types import ASGIApp
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...addresses import EVERY_ADDRESS, bracketed, link
@@ -85,11 +88,16 @@ class BoundedServer(http_server.Server):
 
 
 class _Protocol(H11Protocol):
-    """HTTP protocol that reports to `Connections` what it awaits from the peer."""
+    """HTTP protocol that reports to `Connections` what it awaits from the peer.
+
+    A response of HTTP/1.0 without a length ends with its connection. If it is incomplete, for whatever reason, the
+    connection is reset, since an orderly end would make it look complete: to proxies (nginx uses HTTP/1.0), too.
+    """
 
     def __init__(self, connections: Connections, **keywords: Any) -> None:
         super().__init__(**keywords)
         self._all = connections
+        self.app = partial(self._reset_if_incomplete, self.app)
         self._connection: Connection | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -100,6 +108,21 @@ class _Protocol(H11Protocol):
         else:
             self._connection.look = self._awaited
 
+    async def _reset_if_incomplete(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        async def begins(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["http_version"] == "1.0":
+                self._reset_at_close("content-length" not in Headers(raw=message["headers"]))
+            await send(message)
+
+        await app(scope, receive, begins)
+
+    def _reset_at_close(self, reset: bool) -> None:
+        """Makes the system send a reset instead of an end, also when the process is killed."""
+        with suppress(OSError):
+            self.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0)
+            )
+
     def data_received(self, data: bytes) -> None:
         in_body = self.conn.their_state is h11.SEND_BODY
         super().data_received(data)
@@ -107,6 +130,7 @@ class _Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._reset_at_close(False)
         self._note(anew=True)
 
     def resume_writing(self) -> None:

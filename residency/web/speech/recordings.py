@@ -47,8 +47,8 @@ class DiskFull(ResidencyError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The server's limit for recordings is reached: try again later, delete results that are not needed on the "
-            "page: Clear History), or start the app with a larger --max-disk.",
+            "The server's limit for recordings is reached: try again later, delete results that are not needed (on "
+            "the page: Clear History), or start the app with a larger --max-disk.",
             "服务器保存的录音已达上限：请稍后重试、清空不需要的结果（页面上的“清空历史”），或启动时调大 --max-disk。",
         )
 

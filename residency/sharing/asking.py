@@ -1,0 +1,159 @@
+"""Asks neighbours for room: other GPU servers on this machine, when a request lacks memory on the card."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..contracts import Device
+from ..errors import InvalidInput, ResidencyError
+from ..neighbors import Held, Neighbor, find, parse
+from ..sentences import Sentence
+from ..status_types import NeighborStatus
+
+logger = logging.getLogger(__name__)
+
+AGAIN_AFTER_S = 5.0
+"""Time after which a neighbour that was asked, or was in use, is looked at again."""
+
+FREED_WITHIN_S = 3.0
+"""Maximum wait for the memory that a neighbour gives up; drivers report it with a delay."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A neighbour, and what was last heard of it. ``looked_s``, ``asked_s``: of ``time.monotonic``; inf: never."""
+
+    neighbor: Neighbor
+    pid: int | None = None
+    held: Held | None = None
+    looked_s: float = math.inf
+    asked_s: float = math.inf
+    error: Sentence | None = None
+
+
+class Asking:
+    """The neighbours of this process on one card. Thread-safe; requests to them are sent in threads of their own.
+
+    ``neighbors``: values of ``--gpu-neighbor``; raises `InvalidInput` for one that is none. Those given come first, in
+    their order; then those found. Each is asked only if it says that it is not in use, and only while memory lacks.
+    """
+
+    def __init__(self, neighbors: tuple[str, ...], device: Device, own_pids: Callable[[], set[int]]) -> None:
+        given = [parse(text) for text in neighbors]
+        self._finds = None in given
+        self._known = {each.url: _Known(each) for each in given if each is not None}
+        self._device, self._own_pids = device, own_pids
+        self._lock = threading.Lock()
+        self._owed: set[str] = set()
+        self._running = False
+
+    def ask(self, needed_bytes: int) -> None:
+        """Begins to ask neighbours until so many bytes are free, unless that is under way. Returns at once."""
+        with self._lock:
+            if self._running or not (self._known or self._finds):
+                return
+            self._running = True
+        threading.Thread(target=self._ask_all, args=(needed_bytes,), name="gpu-neighbors", daemon=True).start()
+
+    def ask_one(self, url: str) -> None:
+        """Asks one neighbour, whether or not memory lacks; waits for its answer.
+
+        Raises `InvalidInput` for an unknown address, or if the neighbour is in use, and the errors of `Neighbor`.
+        """
+        known = self._known.get(url)
+        if known is None:
+            raise InvalidInput(f"{url} is no neighbour of this app", f"{url} 不是本应用的邻居服务")
+        held = known.neighbor.held()
+        if held.in_use:
+            self._note(url, held=held, looked_s=time.monotonic())
+            raise InvalidInput(f"{known.neighbor.kind} at {url} is in use: it is not asked now",
+                               f"{url} 的 {known.neighbor.kind} 正在使用中：现在不会请求它")  # fmt: skip
+        self._ask(known.neighbor, held)
+
+    def give_back(self) -> None:
+        """Begins to undo `ask` at the neighbours that do not load again by themselves. Returns at once."""
+        if self._owed:
+            threading.Thread(target=self._give_back_all, name="gpu-neighbors", daemon=True).start()
+
+    def close(self) -> None:
+        """Does the same, and waits for it."""
+        self._give_back_all()
+
+    def status(self) -> list[NeighborStatus]:
+        now_s = time.monotonic()
+        return [
+            {
+                "kind": known.neighbor.kind,
+                "url": url,
+                "pid": known.pid,
+                "in_use": None if known.held is None else known.held.in_use,
+                "idle_bytes": None if known.held is None else known.held.idle_bytes,
+                "models": [] if known.held is None else list(known.held.models),
+                "asked_ago_s": None if known.asked_s == math.inf else now_s - known.asked_s,
+                "answer": known.error,
+            }
+            for url, known in list(self._known.items())
+        ]
+
+    def _ask_all(self, needed_bytes: int) -> None:
+        try:
+            if self._finds:
+                self._find()
+            for url, known in list(self._known.items()):
+                if self._is_free(needed_bytes):
+                    return
+                if known.looked_s == math.inf or time.monotonic() >= known.looked_s + AGAIN_AFTER_S:
+                    self._ask_if_idle(url, known.neighbor, needed_bytes)
+        except Exception:
+            logger.exception("The neighbours on the card could not be asked")
+        finally:
+            self._running = False
+
+    def _find(self) -> None:
+        own = self._own_pids()
+        for pid, neighbor in find([pid for pid, _ in self._device.holders() if pid not in own], own):
+            self._known.setdefault(neighbor.url, _Known(neighbor, pid))
+
+    def _ask_if_idle(self, url: str, neighbor: Neighbor, needed_bytes: int) -> None:
+        try:
+            held = neighbor.held()
+            self._note(url, held=held, looked_s=time.monotonic(), error=None)
+            if not held.in_use and held.idle_bytes != 0:
+                self._ask(neighbor, held)
+                until_s = time.monotonic() + FREED_WITHIN_S
+                while not self._is_free(needed_bytes) and time.monotonic() < until_s:
+                    time.sleep(0.05)
+        except ResidencyError as error:
+            logger.warning("%s", error)
+            self._note(url, looked_s=time.monotonic(), error=Sentence(error.en, error.zh))
+
+    def _ask(self, neighbor: Neighbor, held: Held) -> None:
+        if neighbor.gives_back:
+            self._owed.add(neighbor.url)  # before: it may have done it although its answer is lost
+        neighbor.ask()
+        now_s = time.monotonic()
+        self._note(neighbor.url, held=held, looked_s=now_s, asked_s=now_s, error=None)
+        logger.info("%s at %s has given up idle memory / %s（%s）已让出空闲显存",
+                    neighbor.kind, neighbor.url, neighbor.kind, neighbor.url)  # fmt: skip
+
+    def _give_back_all(self) -> None:
+        for url in list(self._owed):
+            try:
+                self._known[url].neighbor.give_back()
+                self._owed.discard(url)
+            except ResidencyError as error:  # tried again when a model leaves the next time
+                logger.warning("%s", error)
+                self._note(url, error=Sentence(error.en, error.zh))
+
+    def _note(self, url: str, **changes: object) -> None:
+        with self._lock:
+            self._known[url] = replace(self._known[url], **changes)  # type: ignore[arg-type]
+
+    def _is_free(self, needed_bytes: int) -> bool:
+        free_bytes = self._device.memory().free_bytes
+        return free_bytes is None or free_bytes >= needed_bytes
