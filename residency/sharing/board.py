@@ -57,15 +57,16 @@ class Board:
             connection.execute("commit")
             return result
 
-    def tickets(self) -> Tickets:
-        with self._opened() as connection:
+    def tickets(self, busy_after_s: float = BUSY_AFTER_S) -> Tickets:
+        with self._opened(busy_after_s) as connection:
             return _tickets(connection)
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
+    def _opened(self, busy_after_s: float = BUSY_AFTER_S) -> Iterator[sqlite3.Connection]:
         try:
-            with contextlib.closing(sqlite3.connect(self.path, BUSY_AFTER_S, isolation_level=None)) as connection:
+            with contextlib.closing(sqlite3.connect(self.path, busy_after_s, isolation_level=None)) as connection:
                 connection.execute("pragma synchronous = off")  # tickets do not outlive the machine
+                connection.execute("pragma journal_mode = persist")  # no file is made and removed each time
                 connection.execute(_TABLE)
                 yield connection
         except sqlite3.Error as error:
@@ -91,5 +92,5 @@ class PrivateBoard:
             self._tickets, result = act(self._tickets)
             return result
 
-    def tickets(self) -> Tickets:
+    def tickets(self, busy_after_s: float = 0.0) -> Tickets:
         return self._tickets

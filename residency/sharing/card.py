@@ -124,7 +124,7 @@ class SharedCard:
         now_s, recent = time.monotonic(), self.last_yield
         queue: Tickets = ()
         with contextlib.suppress(BoardBusy):
-            queue = alive(self._board.tickets(), now_s)
+            queue = alive(self._board.tickets(busy_after_s=0.05), now_s)  # the status does not wait
         return {
             "headroom_bytes": self.headroom_bytes,
             "yields": self.yields,

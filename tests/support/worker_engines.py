@@ -291,6 +291,10 @@ def of(nbytes: int) -> Callable[[], Engine]:
     return functools.partial(build, nbytes)
 
 
+#: Files in ``/dev/shm`` of browsers, of `multiprocessing.shared_memory` and of semaphores, also of other tests.
+_OF_OTHERS = (".org", "psm_", "sem.")
+
+
 def held() -> dict[str, Any]:
     """Returns what this process holds of the system, beside its main memory."""
     gc.collect()
@@ -299,8 +303,7 @@ def held() -> dict[str, Any]:
         "processes": sorted(process.pid for process in psutil.Process().children(recursive=True)),
         "descriptors": sorted(name.partition(":")[0] for name in fds),
         "threads": sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("gpu-")),
-        # Others on this machine have files there, too: browsers, and `multiprocessing.shared_memory`.
-        "shared memory": sorted(name for name in os.listdir("/dev/shm") if not name.startswith((".org", "psm_"))),
+        "shared memory": sorted(name for name in os.listdir("/dev/shm") if not name.startswith(_OF_OTHERS)),
     }
 
 
