@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ast
 import doctest
+import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
 import soundfile
+from app_process import free_port
+from fork_server import default_signals
 from miniature_checkout import CHECKOUT, make_recording, make_weights
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -195,9 +200,34 @@ def test_a_policy_of_ones_own_keeps_the_model_while_people_converse(tmp_path: Pa
     run_example("own_policy.py", tmp_path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a card shared by processes (Linux)")
+def test_a_service_leaves_for_a_stranger_and_all_end_with_ctrl_c(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("take 8MB\nwait 1s\ngive 8MB\nwait 1s", encoding="utf-8")
+    ports, card = [str(free_port()) for _ in range(3)], f"test-{os.getpid()}"
+    example = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "neighbors" / "run.py"), "--ports", *ports, "--script", str(script),
+         "--card", f"18MB,shared={card}", "--every", "0.2"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        preexec_fn=default_signals,
+    )  # fmt: skip
+    too_late = threading.Timer(200, os.killpg, (example.pid, signal.SIGKILL))
+    too_late.start()
+    assert example.stdout is not None
+    with example.stdout:
+        panels = [line.split()[-1] for line in itertools.islice(example.stdout, 3)]
+        assert panels == [f"http://127.0.0.1:{port}" for port in ports]
+        assert any(re.search("left for the stranger: [1-9]", line) for line in example.stdout)
+        example.send_signal(signal.SIGINT)
+        assert "ended" in example.stdout.read()
+    assert example.wait() == 0
+    too_late.cancel()
+    assert not Path(f"/dev/shm/simulated-card-{os.getuid()}-{card}").exists()
+
+
 def test_the_readme_names_every_example_in_english_and_chinese() -> None:
     rows = re.findall(r"^\| (\[.*)$", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"\]\(([^)]+)\)", row)]
-    there = {file.name for file in EXAMPLES.iterdir() if file.is_file()} - {"README.md"}
+    there = {file.name for file in EXAMPLES.iterdir() if not file.name.startswith("__")} - {"README.md"}
     assert sorted(named) == sorted(there)
     assert all(re.search(r"[a-z] .*<br>.*[一-鿿]", row) for row in rows)

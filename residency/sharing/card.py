@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -26,7 +27,7 @@ from . import Sharing
 from .asking import Asking
 from .board import Board, BoardBusy, PrivateBoard
 from .strangers import Strangers
-from .tickets import Ticket, Tickets, alive, enter, first_waiting, leave, step
+from .tickets import STALE_AFTER_S, Ticket, Tickets, alive, enter, first_waiting, leave, step
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class SharedCard:
         board: the tickets of all processes of this project on the card; None: of this process only.
         asking: the neighbours that are asked for memory.
 
-    The thread that watches the card sleeps while no model is on it.
+    The thread that watches the card sleeps while no model is on it: at the latest `STALE_AFTER_S` after the last left.
     """
 
     def __init__(
@@ -212,24 +213,30 @@ class SharedCard:
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        watches = False
+        watches, here_s = False, -math.inf
         while not self._closed:
             self._wake.clear()
             try:
-                watched, watches = watches, self._leaving.on_card() or bool(self._claims)
+                now_s = time.monotonic()
+                if self._leaving.on_card() or self._claims:
+                    here_s = now_s
+                # Those for which models have left keep their place until they need no more.
+                watched, watches = watches, now_s <= here_s + (STALE_AFTER_S if self._strangers.asking else 0)
                 if watches:
                     self._look()
                 elif watched:
                     self._rest()
+                    self.asking.give_back()
             except Exception:
                 logger.exception("The watch over the card met an error and goes on")
             self._wake.wait(LOOK_EVERY_S if watches else None)
+        if watches:
+            self._rest()
 
     def _rest(self) -> None:
-        """No model of this process is on the card any more. Tickets of strangers end by themselves."""
+        """Ends the watch. Tickets of strangers end by themselves."""
         self._strangers.forget()
         self._change(lambda tickets: (leave(tickets, self._presence), None))
-        self.asking.give_back()
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()

@@ -102,6 +102,20 @@ def test_an_idle_model_leaves_for_a_process_that_grows(
     assert status["last_yield"]["models"] == ["tts"]
 
 
+@pytest.mark.parametrize("gives_back", [True, False])
+def test_a_process_that_needs_no_more_keeps_no_place_in_the_queue(
+    gives_back: bool, manager: GPUResourceManager, start: Callable[..., OnCard], tmp_path: Path, card: str
+) -> None:
+    stranger = start()
+    use(manager)
+    until(lambda: watched(tmp_path, card))
+    assert stranger.do("grow", 35 * MB)
+    assert manager.wait_for("tts", State.HOST, 60)
+    if gives_back:
+        assert stranger.do("shrink", 35 * MB)
+    until(lambda: not Queue(tmp_path, card).tickets())
+
+
 def test_a_model_in_use_stays(manager: GPUResourceManager, start: Callable[..., OnCard]) -> None:
     stranger = start()
     with manager.lease("tts"):
@@ -217,6 +231,15 @@ def test_a_process_that_has_ended_or_stands_still_blocks_nobody(
         os.kill(first.pid, signal.SIGCONT)
         second.do("end")
         assert first.answer() == 255
+
+
+def test_a_manager_that_is_closed_leaves_nothing_in_the_queue(
+    manager: GPUResourceManager, tmp_path: Path, card: str
+) -> None:
+    use(manager)
+    until(lambda: watched(tmp_path, card))
+    manager.close()
+    assert Queue(tmp_path, card).tickets() == ()
 
 
 def test_without_the_queue_requests_are_served_all_the_same(
