@@ -24,7 +24,7 @@ from fork_server import ForkedProcess
 from miniature_checkout import CHECKOUT, make_recording, make_weights
 from script_project import OTHERS, ROOT, SETTINGS, environment_like_ours, free_port, hide_programs
 
-from gpu_manager import GPUResourceManager, SimulatedDevice
+from gpu_manager import GPUResourceManager, Sharing, SimulatedDevice
 from residency.web.api.metrics import exposition
 from residency.web.speech.sample_voices import VOICES
 from residency.web.ui.guidance import VERIFIED
@@ -444,7 +444,7 @@ def test_a_stale_table_and_a_missing_translation_are_found(tmp_path: Path) -> No
 
 
 def test_the_metrics_page_lists_what_the_app_exposes() -> None:
-    with GPUResourceManager(SimulatedDevice(1 << 20)) as manager:
+    with GPUResourceManager(SimulatedDevice(1 << 20), sharing=Sharing(1)) as manager:
         manager.register("tts", load=object)
         with manager.lease("tts"):
             text = exposition(manager).decode()
