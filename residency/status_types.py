@@ -215,6 +215,14 @@ class NeighborStatus(TypedDict):
     answer: Annotated[str | None, Doc("Why it could not be asked; null if it could.")]
 
 
+class HoldingProcess(TypedDict):
+    """Another process that holds memory of the device, by the driver."""
+
+    pid: Annotated[int, Doc("Its number.")]
+    name: Annotated[str, Doc("Its name; ? if it cannot be read.")]
+    bytes: Annotated[int | None, Doc("Bytes that it holds; null if unknown.")]
+
+
 class SharingStatus(TypedDict):
     """The device as shared with other processes."""
 
@@ -222,6 +230,7 @@ class SharingStatus(TypedDict):
     yields: Annotated[int, Doc("How often models left for other processes.")]
     last_yield: Annotated[YieldStatus | None, Doc("The last time; null before the first.")]
     peers: Annotated[list[int], Doc("Other processes of this project that use the device, as they name themselves.")]
+    holders: Annotated[list[HoldingProcess], Doc("Other processes that hold memory of the device.")]
     neighbors: Annotated[list[NeighborStatus], Doc("Servers that are asked for memory; see --gpu-neighbor.")]
     queue: Annotated[list[QueuedMove], Doc("Moves that wait for room, in order of arrival, and those that run.")]
 

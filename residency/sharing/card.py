@@ -14,18 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import psutil
-
 from ..arrivals import Arrival, NoRoomNow
 from ..contracts import Device
 from ..errors import InvalidInput
 from ..observability.events import Event
-from ..sentences import Sentence
 from ..status_types import SharingStatus
-from ..units import readable_bytes
 from . import Sharing
 from .asking import Asking
 from .board import Board, BoardBusy, PrivateBoard
+from .processes import name_of, other_processes, shortage, with_parents
 from .strangers import Strangers
 from .tickets import STALE_AFTER_S, Ticket, Tickets, alive, enter, first_waiting, leave, step
 
@@ -133,6 +130,7 @@ class SharedCard:
                 "models": list(recent.models),
             },
             "peers": sorted({ticket.pid for ticket in queue if ticket.key.startswith("on-")} - {os.getpid()}),
+            "holders": other_processes(self._device, self._leaving.own_pids()),
             "neighbors": self.asking.status(),
             "queue": [
                 {"model": ticket.model, "pid": ticket.pid, "wanted_bytes": ticket.wanted_bytes,
@@ -173,7 +171,8 @@ class SharedCard:
             lacking_bytes = 0 if memory.free_bytes is None else ticket.wanted_bytes - memory.free_bytes
             if lacking_bytes > 0 and self._leaving.leave(lacking_bytes, ticket.arrived_s)[1] > 0:
                 self.asking.ask(ticket.wanted_bytes)
-            arrival.waits(ticket.wanted_bytes, self._holders(ticket.wanted_bytes, memory.free_bytes))
+            others = other_processes(self._device, self._leaving.own_pids())
+            arrival.waits(ticket.wanted_bytes, shortage(ticket.wanted_bytes, memory.free_bytes, others))
             pause.wait(STEP_EVERY_S)
 
     def _claim(self, ticket: Ticket, planned: bool) -> bool:
@@ -188,17 +187,6 @@ class SharedCard:
             return claimed
         free_bytes = self._device.memory().free_bytes  # without the queue
         return free_bytes is None or free_bytes >= ticket.wanted_bytes
-
-    def _holders(self, needed_bytes: int, free_bytes: int | None) -> Sentence:
-        """Says how much is needed and free, and which other processes hold how much of the card."""
-        own = self._leaving.own_pids()
-        others = [(pid, nbytes) for pid, nbytes in self._device.holders() if pid not in own]
-        held = [f"{name_of(pid)} ({pid}): {_size(nbytes)}" for pid, nbytes in others]
-        needed, free = readable_bytes(needed_bytes), _size(free_bytes)
-        return Sentence(
-            f"the card has {free} free of {needed} needed; {', '.join(held) or 'no other process is known to use it'}",
-            f"显卡空闲 {free}，需要 {needed}；{'，'.join(held) or '未发现其他进程占用'}",
-        )
 
     def _change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T | None:
         """Changes the tickets; returns None if they cannot be changed now: then this process goes on without them."""
@@ -241,7 +229,7 @@ class SharedCard:
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
         held = {pid: nbytes for pid, nbytes in self._device.holders() if pid not in own and nbytes is not None}
-        self._parents = {pid: self._parents.get(pid) or _with_parents(pid) for pid in held}
+        self._parents = {pid: self._parents.get(pid) or with_parents(pid) for pid in held}
 
         def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
             peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.key.startswith("pid-")}
@@ -286,26 +274,6 @@ class SharedCard:
         whom, whom_zh = (f"{name} ({pid})", f"{name}（{pid}）") if ticket else ("other processes", "其他进程")
         logger.info("%s: leaves the card for %s / %s：为 %s 让出显存",
                     ", ".join(freed), whom, "、".join(freed), whom_zh)  # fmt: skip
-
-
-def _with_parents(pid: int) -> frozenset[int]:
-    """Returns a process and its parents; it alone if they cannot be read."""
-    try:
-        return frozenset((pid, *(parent.pid for parent in psutil.Process(pid).parents())))
-    except (psutil.Error, OSError):
-        return frozenset((pid,))
-
-
-def _size(nbytes: int | None) -> str:
-    return "?" if nbytes is None else readable_bytes(nbytes)
-
-
-def name_of(pid: int) -> str:
-    """Returns the name of a process; ``?`` if it cannot be read, as for one in another container."""
-    try:
-        return psutil.Process(pid).name()
-    except (psutil.Error, OSError):
-        return "?"
 
 
 def sharing_of(card: SharedCard | None) -> SharingStatus | None:

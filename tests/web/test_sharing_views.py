@@ -32,6 +32,7 @@ def shared(manager: GPUResourceManager) -> Any:
         "yields": 2,
         "last_yield": {"ago_s": 300.0, "pid": 77, "name": "<comfy>", "bytes": 40 * GB, "models": ["tts"]},
         "peers": [],
+        "holders": [{"pid": 77, "name": "<comfy>", "bytes": 30 * GB}, {"pid": 78, "name": "?", "bytes": None}],
         "neighbors": [],
         "queue": [
             {"model": "tts", "pid": 1, "wanted_bytes": GB, "waited_s": 9.0, "claimed": True},
@@ -57,6 +58,7 @@ def test_it_tells_for_whom_models_left_and_what_waits(shared: Any) -> None:
     assert sharing_views.waiting(shared, en) == [
         "Waiting for room, place 1: asr (2): needs 40 GB, 8 GB free, for 3 s",
         "Waiting for room, place 2: another process (77): for 2 s",
+        "Held by others: <comfy> (77) 30 GB, ? (78) ?",
     ]
     assert sharing_views.waiting(shared, zh)[0] == "等待显存，第 1 位：asr（2）：需要 40 GB，空闲 8 GB，已等待 3 s"
     assert "&lt;comfy&gt; (77)" in sharing_views.sharing_html(shared, en)

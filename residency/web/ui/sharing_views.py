@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from ...status_types import NeighborStatus, SharingStatus, Status
+from ...status_types import HoldingProcess, NeighborStatus, SharingStatus, Status
 from ...units import readable_bytes
 from ..shared.language import Localize, bracketed, mark, translated
 from .status_text import readable_seconds
@@ -52,7 +52,14 @@ def waiting(status: Status, localize: Localize) -> list[str]:
         facts = mark(",", localize).join(filter(None, (needs, localize(f"已等待 {since}", f"for {since}"))))
         lines.append(localize(f"等待显存，第 {place} 位：{asks}：{facts}",
                               f"Waiting for room, place {place}: {asks}: {facts}"))  # fmt: skip
+    if lines and sharing and (held := [_holder(other, localize) for other in sharing["holders"]]):
+        lines.append(localize(f"其他进程占用：{'、'.join(held)}", f"Held by others: {', '.join(held)}"))
     return lines
+
+
+def _holder(other: HoldingProcess, localize: Localize) -> str:
+    size = "?" if other["bytes"] is None else readable_bytes(other["bytes"])
+    return f"{other['name']}{bracketed(str(other['pid']), localize)} {size}"
 
 
 def _neighbor(neighbor: NeighborStatus, localize: Localize) -> str:
