@@ -40,7 +40,8 @@ class Leaving:
         with dispatcher.lock:
             now_s = dispatcher.clock.now()
             there = [each for each in dispatcher.managed_models.values() if each.settled_state is State.DEVICE]
-            nbytes -= sum(each.memory.size_bytes for each in there if each.move_task or each.wishes.pending_move)
+            lacking_bytes = nbytes - sum(each.memory.size_bytes for each in there if each.move_task)
+            nbytes = lacking_bytes - sum(each.memory.size_bytes for each in there if each.wishes.pending_move)
             for managed in sorted(there, key=_idle_since_s):
                 if nbytes <= 0:
                     break
@@ -52,8 +53,9 @@ class Leaving:
                         managed.wishes.pending_move = target
                     elif move := move_towards(managed, target, dispatcher.device.separate):
                         dispatcher.begin_locked(managed, move)
+                        lacking_bytes -= managed.memory.size_bytes
         dispatcher.run_pending()
-        return leaving, max(0, nbytes)
+        return leaving, max(0, lacking_bytes)
 
 
 def _may_leave(managed: ManagedModel, now_s: float, before_s: float | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,12 @@ logger = logging.getLogger(__name__)
 
 AGAIN_AFTER_S = 5.0
 """Time after which a neighbour that was asked, or was in use, is looked at again."""
+
+GIVE_BACK_AFTER_S = 60.0
+"""Time after which a neighbour that was asked by hand gets its memory back if no model has come."""
+
+CLOSED_WITHIN_S = 5.0
+"""Maximum wait of `Asking.close` for neighbours that get their memory back."""
 
 FREED_WITHIN_S = 3.0
 """Maximum wait for the memory that a neighbour gives up; drivers report it with a delay."""
@@ -49,16 +56,25 @@ class Asking:
         self._known = {each.url: _Known(each) for each in given if each is not None}
         self._device, self._own_pids = device, own_pids
         self._lock = threading.Lock()
-        self._owed: set[str] = set()
+        #: Neighbours that do not load again by themselves, and when each was asked.
+        self._owed: dict[str, float] = {}
+        self._talking = threading.Lock()  # one request to a neighbour at a time, so that their order is certain
+        self._owner_pid = os.getpid()
+        self._found_s = -math.inf
         self._running = False
 
-    def ask(self, needed_bytes: int) -> None:
-        """Begins to ask neighbours until so many bytes are free, unless that is under way. Returns at once."""
+    def ask(self, needed_bytes: int, is_wanted: Callable[[], bool]) -> None:
+        """Begins to ask neighbours until so many bytes are free, or no request wants them. Returns at once.
+
+        Does nothing while that is under way.
+        """
         with self._lock:
             if self._running or not (self._known or self._finds):
                 return
             self._running = True
-        threading.Thread(target=self._ask_all, args=(needed_bytes,), name="gpu-neighbors", daemon=True).start()
+        threading.Thread(
+            target=self._ask_all, args=(needed_bytes, is_wanted), name="gpu-neighbors", daemon=True
+        ).start()
 
     def ask_one(self, url: str) -> None:
         """Asks one neighbour, whether or not memory lacks; waits for its answer.
@@ -75,14 +91,28 @@ class Asking:
                                f"{url} 的 {known.neighbor.kind} 正在使用中：现在不会请求它")  # fmt: skip
         self._ask(known.neighbor, held)
 
-    def give_back(self) -> None:
-        """Begins to undo `ask` at the neighbours that do not load again by themselves. Returns at once."""
-        if self._owed:
-            threading.Thread(target=self._give_back_all, name="gpu-neighbors", daemon=True).start()
+    def give_back(self) -> threading.Thread | None:
+        """Begins to undo `ask` at the neighbours that do not load again by themselves. Returns the thread, if any."""
+        if not self._owed or os.getpid() != self._owner_pid:
+            return None
+        thread = threading.Thread(target=self._give_back_all, name="gpu-neighbors", daemon=True)
+        thread.start()
+        return thread
+
+    def give_back_if_due(self) -> float | None:
+        """While no model is on the card: the same for those asked long ago. Returns after how long to call it again."""
+        if not self._owed:
+            return None
+        due_s = min(self._owed.copy().values()) + GIVE_BACK_AFTER_S - time.monotonic()
+        if due_s > 0:
+            return due_s
+        self.give_back()
+        return AGAIN_AFTER_S
 
     def close(self) -> None:
-        """Does the same, and waits for it."""
-        self._give_back_all()
+        """Undoes `ask`, and waits for it at most `CLOSED_WITHIN_S`."""
+        if (thread := self.give_back()) is not None:
+            thread.join(CLOSED_WITHIN_S)
 
     def status(self) -> list[NeighborStatus]:
         now_s = time.monotonic()
@@ -100,12 +130,13 @@ class Asking:
             for url, known in list(self._known.items())
         ]
 
-    def _ask_all(self, needed_bytes: int) -> None:
+    def _ask_all(self, needed_bytes: int, is_wanted: Callable[[], bool]) -> None:
         try:
-            if self._finds:
+            if self._finds and time.monotonic() >= self._found_s + AGAIN_AFTER_S:
                 self._find()
+                self._found_s = time.monotonic()
             for url, known in list(self._known.items()):
-                if self._is_free(needed_bytes):
+                if self._is_free(needed_bytes) or not is_wanted():
                     return
                 if known.looked_s == math.inf or time.monotonic() >= known.looked_s + AGAIN_AFTER_S:
                     self._ask_if_idle(url, known.neighbor, needed_bytes)
@@ -133,9 +164,10 @@ class Asking:
             self._note(url, looked_s=time.monotonic(), error=Sentence(error.en, error.zh))
 
     def _ask(self, neighbor: Neighbor, held: Held) -> None:
-        if neighbor.gives_back:
-            self._owed.add(neighbor.url)  # before: it may have done it although its answer is lost
-        neighbor.ask()
+        with self._talking:
+            if neighbor.gives_back:
+                self._owed[neighbor.url] = time.monotonic()  # before: it may do it although its answer is lost
+            neighbor.ask()
         now_s = time.monotonic()
         self._note(neighbor.url, held=held, looked_s=now_s, asked_s=now_s, error=None)
         logger.info("%s at %s has given up idle memory / %s（%s）已让出空闲显存",
@@ -143,12 +175,15 @@ class Asking:
 
     def _give_back_all(self) -> None:
         for url in list(self._owed):
-            try:
-                self._known[url].neighbor.give_back()
-                self._owed.discard(url)
-            except ResidencyError as error:  # tried again when a model leaves the next time
-                logger.warning("%s", error)
-                self._note(url, error=Sentence(error.en, error.zh))
+            with self._talking:
+                if url not in self._owed:
+                    continue  # another thread was first
+                try:
+                    self._known[url].neighbor.give_back()
+                    del self._owed[url]
+                except ResidencyError as error:  # tried again later
+                    logger.warning("%s", error)
+                    self._note(url, error=Sentence(error.en, error.zh))
 
     def _note(self, url: str, **changes: object) -> None:
         with self._lock:

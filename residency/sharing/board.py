@@ -37,6 +37,7 @@ class Board:
     """The tickets of the card ``identity`` in ``folder``. Thread-safe; holds no file between calls."""
 
     def __init__(self, folder: Path, identity: str) -> None:
+        self._opened_to_all = False
         self.path = folder / f"card-{''.join(sign if sign.isalnum() or sign in '-_' else '_' for sign in identity)}.db"
 
     def change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T:
@@ -68,11 +69,19 @@ class Board:
                 connection.execute("pragma synchronous = off")  # tickets do not outlive the machine
                 connection.execute("pragma journal_mode = persist")  # no file is made and removed each time
                 connection.execute(_TABLE)
+                self._open_to_all()
                 yield connection
         except sqlite3.Error as error:
             raise BoardBusy(
                 Sentence(f"{self.path} cannot be used ({error})", f"无法使用 {self.path}（{error}）")
             ) from error
+
+    def _open_to_all(self) -> None:
+        """Lets other users change the tickets, too: the folder's rights say which users can."""
+        if not self._opened_to_all:
+            self._opened_to_all = True
+            with contextlib.suppress(OSError):
+                self.path.chmod(0o666)
 
 
 def _tickets(connection: sqlite3.Connection) -> Tickets:

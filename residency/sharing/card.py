@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import psutil
+
 from ..arrivals import Arrival, NoRoomNow
 from ..contracts import Device
 from ..errors import InvalidInput
@@ -60,8 +62,8 @@ class Leaving(Protocol):
     def leave(self, nbytes: int, before_s: float | None) -> tuple[dict[str, int], int]:
         """Begins to move idle models off the card, longest idle first, until ``nbytes`` are freed.
 
-        Returns the bytes of each, and how many still lack once all that are on their way have left. Models whose
-        minimum stay has not ended, and those with keep-warm -1, stay.
+        Returns the bytes of each, and how many still lack once all that are on their way have left; those in use are
+        not on their way. Models whose minimum stay has not ended, and those with keep-warm -1, stay.
         ``before_s``: another process's request has waited since then: models that are in use, or whose next request
         came later, leave after their current request.
         """
@@ -99,6 +101,7 @@ class SharedCard:
         self._presence = f"on-{uuid.uuid4().hex}"
         self._wake = threading.Event()
         self._closed = False
+        self._busy_until_s = -math.inf
         self._warned = False
         self._thread = threading.Thread(target=self._run, name="gpu-card-watch", daemon=True)
 
@@ -170,7 +173,7 @@ class SharedCard:
             memory = self._device.memory()
             lacking_bytes = 0 if memory.free_bytes is None else ticket.wanted_bytes - memory.free_bytes
             if lacking_bytes > 0 and self._leaving.leave(lacking_bytes, ticket.arrived_s)[1] > 0:
-                self.asking.ask(ticket.wanted_bytes)
+                self.asking.ask(ticket.wanted_bytes, arrival.is_wanted)
             others = other_processes(self._device, self._leaving.own_pids())
             arrival.waits(ticket.wanted_bytes, shortage(ticket.wanted_bytes, memory.free_bytes, others))
             pause.wait(STEP_EVERY_S)
@@ -190,9 +193,12 @@ class SharedCard:
 
     def _change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T | None:
         """Changes the tickets; returns None if they cannot be changed now: then this process goes on without them."""
+        if time.monotonic() < self._busy_until_s:
+            return None
         try:
             return self._board.change(act)
         except BoardBusy as error:
+            self._busy_until_s = time.monotonic() + STALE_AFTER_S
             if not self._warned:
                 self._warned = True
                 logger.warning("The queue for the card is not used: %s", error)
@@ -217,7 +223,7 @@ class SharedCard:
                     self.asking.give_back()
             except Exception:
                 logger.exception("The watch over the card met an error and goes on")
-            self._wake.wait(LOOK_EVERY_S if watches else None)
+            self._wake.wait(LOOK_EVERY_S if watches else self.asking.give_back_if_due())
         if watches:
             self._rest()
 
@@ -228,7 +234,12 @@ class SharedCard:
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
-        held = {pid: nbytes for pid, nbytes in self._device.holders() if pid not in own and nbytes is not None}
+        # In a container the driver may name processes by the host's numbers: then this process may be one of them.
+        held = {
+            pid: nbytes
+            for pid, nbytes in self._device.holders()
+            if pid not in own and nbytes is not None and psutil.pid_exists(pid)
+        }
         self._parents = {pid: self._parents.get(pid) or with_parents(pid) for pid in held}
 
         def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
@@ -260,7 +271,8 @@ class SharedCard:
             claimed_bytes = sum(ticket.wanted_bytes for ticket in tickets if ticket.claimed)
             if (lacking_bytes := first.wanted_bytes - (free_bytes - claimed_bytes)) > 0:
                 self._leave(lacking_bytes, first)
-        if free_bytes < self.headroom_bytes:
+        own = self._leaving.own_pids()
+        if free_bytes < self.headroom_bytes and any(pid not in own for pid, _ in self._device.holders()):
             self._leave(self.headroom_bytes - free_bytes, None)
 
     def _leave(self, nbytes: int, ticket: Ticket | None) -> None:
@@ -301,7 +313,13 @@ def share_card(
         return None
     board = None
     if sharing.folder is not None:
-        Path(sharing.folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(sharing.folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(
+                f"the folder for the queue cannot be made ({error}): give another one (--gpu-share-dir)",
+                f"无法创建排队目录（{error}）：请换一个目录（--gpu-share-dir）",
+            ) from error
         board = Board(Path(sharing.folder), device.identity)
     asking = Asking(sharing.neighbors, device, leaving.own_pids)
     card = SharedCard(device, leaving, headroom_bytes=sharing.headroom_bytes, board=board, asking=asking)

@@ -21,9 +21,9 @@ def name_of(pid: int) -> str:
 
 
 def with_parents(pid: int) -> frozenset[int]:
-    """Returns a process and its parents; it alone if they cannot be read."""
+    """Returns a process and its parents, without process 1; it alone if they cannot be read."""
     try:
-        return frozenset((pid, *(parent.pid for parent in psutil.Process(pid).parents())))
+        return frozenset((pid, *(parent.pid for parent in psutil.Process(pid).parents() if parent.pid != 1)))
     except (psutil.Error, OSError):
         return frozenset((pid,))
 

@@ -8,7 +8,10 @@ from dataclasses import replace
 from .tickets import Ticket
 
 SATISFIED_AFTER_S = 1.0
-"""Time without growth, while memory is free, after which a process needs no more."""
+"""Time without growth, while the headroom is free, after which a process needs no more."""
+
+GIVEN_UP_AFTER_S = 30.0
+"""The same while less is free."""
 
 
 class Strangers:
@@ -30,7 +33,7 @@ class Strangers:
         self._grew_s.clear()
         self.asking.clear()
 
-    def look(self, held: Mapping[int, int], free_bytes: int, now_s: float, name: str = "") -> None:
+    def look(self, held: Mapping[int, int], free_bytes: int, now_s: float) -> None:
         """Takes the bytes of each process at ``now_s``, and what is free."""
         before, self._held = held if self._held is None else self._held, held
         for pid, nbytes in held.items():
@@ -41,8 +44,9 @@ class Strangers:
             if growth > 0 and free_bytes < wanted_bytes and pid not in self.asking:
                 self.asking[pid] = Ticket(f"pid-{pid}", "", pid, now_s, wanted_bytes, now_s)
         for pid, ticket in list(self.asking.items()):
-            satisfied = free_bytes >= ticket.wanted_bytes and now_s > self._grew_s[pid] + SATISFIED_AFTER_S
-            if satisfied or pid not in held:
+            has_room = free_bytes >= self._headroom_bytes
+            ends_s = self._grew_s[pid] + (SATISFIED_AFTER_S if has_room else GIVEN_UP_AFTER_S)
+            if now_s > ends_s or pid not in held:
                 del self.asking[pid]
             else:
                 self.asking[pid] = replace(ticket, beat_s=now_s)

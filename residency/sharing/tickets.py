@@ -4,7 +4,8 @@ A process enters a ticket before a model moves to the card, steps until it may c
 removes the ticket. The oldest waiting ticket claims first, as soon as its bytes are free beyond those of other claims;
 it is never overtaken, also not by a smaller one. A ticket without a heartbeat for `STALE_AFTER_S` counts no more: its
 process has crashed, or is stopped. A stopped process that continues finds its ticket missing and enters again, with its
-first time of arrival.
+first time of arrival. If its move was running, it goes on: two moves may then need the same bytes, and the one that
+finds the card full waits again. So does a first load, for which nothing is reserved, since its size is unknown.
 
 Each function takes all tickets of a card and returns the tickets after it; `Board` makes each call one transaction.
 ``tests/sharing/test_tickets.py`` checks all orders of these calls for three processes that crash and stop.
@@ -40,7 +41,8 @@ Tickets = tuple[Ticket, ...]
 
 def alive(tickets: Iterable[Ticket], now_s: float) -> Tickets:
     """Returns the tickets whose processes run."""
-    return tuple(ticket for ticket in tickets if now_s - ticket.beat_s <= STALE_AFTER_S)
+    # Heartbeats in the future are those of before a restart of the machine.
+    return tuple(ticket for ticket in tickets if abs(now_s - ticket.beat_s) <= STALE_AFTER_S)
 
 
 def enter(tickets: Tickets, ticket: Ticket) -> Tickets:

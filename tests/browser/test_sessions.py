@@ -134,7 +134,7 @@ def test_who_has_signed_in_may_press(new_page: Callable[..., Page], tmp_path: Pa
 def test_the_form_for_the_password_says_that_it_was_tried_too_often(
     new_page: Callable[..., Page], tmp_path: Path, locale: str, said: str
 ) -> None:
-    never_right = "from residency.web.server import logins; logins._FAILURES = 1\n"
+    never_right = "from residency.web.server import logins; logins.FAILURES = 1\n"
     with ForkedApp(tmp_path, "--auth", "me:secret", gates=tmp_path, prelude=never_right) as app:
         page = new_page(locale=locale)
         page.goto(app.url)

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
@@ -118,6 +119,34 @@ def test_a_body_may_be_slow_and_may_not_trickle(
         one.note(int(bytes_per_s))
         some.end_overdue()
     assert is_ended(one.socket) is ends
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not tell what was read")
+def test_an_answer_may_be_read_slowly_and_may_not_be_left(clock: Clock, until_done: ExitStack) -> None:
+    listener = until_done.enter_context(socket.create_server(("127.0.0.1", 0)))
+    peer = until_done.enter_context(socket.create_connection(listener.getsockname()))
+    accepted = until_done.enter_context(listener.accept()[0])
+    accepted.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:  # until the buffers of both sides are full
+            accepted.send(bytes(1 << 20))
+    some = Connections(9, clock)
+    assert some.admit(accepted)
+    one = some.of(accepted.fileno())
+    assert one is not None
+    one.look, kept = lambda: Awaited.READING, [1 << 24]
+    one.buffered_bytes = lambda: kept[0]
+    one.note()
+    for _ in range(5):  # what the peer reads is replaced from the server's own buffer
+        kept[0] -= 20_000
+        clock.now_s += WITHIN_S[Awaited.READING] + 1
+        some.end_overdue()
+        assert not is_ended(accepted)
+    kept[0] -= 10_000
+    clock.now_s += WITHIN_S[Awaited.READING] + 1
+    some.end_overdue()
+    assert is_ended(accepted)
+    assert peer.recv(1)
 
 
 def test_who_goes_on_after_an_answer_has_all_the_time_again(clock: Clock, until_done: ExitStack) -> None:

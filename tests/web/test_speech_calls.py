@@ -56,6 +56,14 @@ def error(answer: Any) -> dict[str, Any]:
 
 
 class TestSpeech:
+    @pytest.mark.parametrize("tag", ["[Japanese]", "[cantonese]"])
+    def test_the_language_of_a_text_holds_for_each_of_its_sentences(self, served: Served, tag: str) -> None:
+        assert speech(served, input=f"{tag} {THREE}").status_code == 200
+        texts = [text for _, _, text in served.tones.asked]
+        assert len(texts) > 1
+        assert all(text.startswith(f"{tag} ") for text in texts)
+        assert " ".join(text.removeprefix(f"{tag} ") for text in texts) == THREE
+
     def test_sentences_are_spoken_in_order_under_one_lease(self, served: Served) -> None:
         answer = speech(served)
         assert answer.status_code == 200, answer.text

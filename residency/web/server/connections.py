@@ -7,11 +7,14 @@ must be called in the thread of the server's loop.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import math
 import os
 import resource
 import socket
+import sys
+import termios
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -49,7 +52,7 @@ class Awaited(Enum):
 WITHIN_S = {Awaited.HEADERS: 20.0, Awaited.BODY: 30.0, Awaited.READING: 30.0}
 """Timeouts. Partial headers do not extend the time."""
 SLOWEST_BYTES_PER_S = 500
-"""Minimum rate of a body; a faster body has no time limit."""
+"""Minimum rate of a body, and of reading; faster ones have no time limit."""
 
 
 class Connection:
@@ -59,6 +62,9 @@ class Connection:
         self.socket, self._now, self.since_s = accepted, now, now()
         self.awaited: Awaited | None = Awaited.HEADERS
         self.look: Callable[[], Awaited | None] = lambda: self.awaited
+        #: Returns the bytes of the answer that have not been given to the system.
+        self.buffered_bytes: Callable[[], int] = lambda: 0
+        self._unread_bytes: int | None = None
 
     @property
     def is_open(self) -> bool:
@@ -69,11 +75,30 @@ class Connection:
         awaited, now_s = self.look(), self._now()
         if anew or awaited is not self.awaited:
             self.awaited, self.since_s = awaited, now_s
+            self._unread_bytes = self._count_unread() if awaited is Awaited.READING else None
         elif awaited is Awaited.BODY:
             self.since_s = min(now_s, self.since_s + received_bytes / SLOWEST_BYTES_PER_S)
 
     def is_overdue(self) -> bool:
-        return self.awaited is not None and self._now() - self.since_s > WITHIN_S[self.awaited]
+        if self.awaited is None or self._now() - self.since_s <= WITHIN_S[self.awaited]:
+            return False
+        return self.awaited is not Awaited.READING or not self._reads()
+
+    def _reads(self) -> bool:
+        """Returns whether the peer has read at least at the minimum rate; if so, restarts the timeout."""
+        before, now_s = self._unread_bytes, self._now()
+        self._unread_bytes = unread = self._count_unread()
+        if before is None or unread is None or before - unread < SLOWEST_BYTES_PER_S * (now_s - self.since_s):
+            return False
+        self.since_s = now_s
+        return True
+
+    def _count_unread(self) -> int | None:
+        """Returns the bytes sent that the peer's system has not taken; None where the system does not tell (Linux)."""
+        with suppress(OSError):
+            unsent = fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, bytes(4))
+            return int.from_bytes(unsent, sys.byteorder) + self.buffered_bytes()
+        return None
 
     def end(self) -> None:
         """Shuts the socket down; its reader and writer then get its end and close it."""

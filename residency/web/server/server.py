@@ -107,6 +107,7 @@ class _Protocol(H11Protocol):
             transport.abort()
         else:
             self._connection.look = self._awaited
+            self._connection.buffered_bytes = transport.get_write_buffer_size
 
     async def _reset_if_incomplete(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         async def begins(message: Message) -> None:

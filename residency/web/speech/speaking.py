@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,8 @@ _BYTES_PER_S = {"wav": 48_000, "mp3": 16_000, "opus": 9_000, "aac": 13_000}
 _EMPTY = Sentence("The text is empty: send what should be spoken", "文本为空：请发送要合成的内容")
 _INSTRUCTED = ("emotion", "style", "speed")
 """Tasks that instructions may name."""
+_LANGUAGE_TAG = re.compile(r"\s*(\[(?:Cantonese|Japanese|Korean|Sichuanese)\])\s*(?=\S)", re.IGNORECASE)
+"""Step-Audio-EditX takes the language of a text from the tag before it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Speaker:
         engine = self._service.engine
         check(engine, "check_text", text, "target_text")
         check(engine, "check_audio", found.recording, "recording")
-        return SpeechRequest(found, tuple(sentences(text)), format, speed, edit, keep_warm_s)
+        return SpeechRequest(found, _tagged_sentences(text), format, speed, edit, keep_warm_s)
 
     def named_edit(self, instructions: str | None) -> tuple[str, str] | None:
         """Returns the task and sub-task that instructions name, if they name exactly one of the engine."""
@@ -123,6 +126,14 @@ class Speaker:
             with _as_file(audio, sample_rate, self._service.folder) as spoken:
                 audio, sample_rate = engine.edit(spoken, sentence, *request.edit, sentence)
         return np.asarray(audio, dtype=np.float32).reshape(-1), sample_rate
+
+
+def _tagged_sentences(text: str) -> tuple[str, ...]:
+    """Returns the sentences of a text; each begins with the language tag of the text, if it has one."""
+    tag = _LANGUAGE_TAG.match(text)
+    if tag is None:
+        return tuple(sentences(text))
+    return tuple(f"{tag[1]} {sentence}" for sentence in sentences(text[tag.end() :]))
 
 
 @contextmanager
