@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import json
 import threading
@@ -155,3 +156,11 @@ def test_a_wrong_neighbour_is_refused_at_the_start(device: SimulatedDevice) -> N
     with pytest.raises(InvalidInput, match="KIND=URL"):
         GPUResourceManager(device, sharing=Sharing(neighbors=("localhost:11434",)))
     assert "secret" not in repr(Sharing(neighbors=("ollama=http://secret@127.0.0.1:11434",)))
+
+
+def test_it_is_asked_also_while_an_own_model_is_in_use(device: SimulatedDevice) -> None:
+    with vllm(device, 30 * MB) as server, managed(device, server) as manager:
+        manager.register("asr", lambda: Weights(30 * MB), size_bytes=30 * MB)
+        with manager.lease("asr"), concurrent.futures.ThreadPoolExecutor() as threads:
+            threads.submit(lambda: manager.lease("tts", timeout=60).__enter__()).result(60)
+        assert server.calls[:1] == ["/sleep"]

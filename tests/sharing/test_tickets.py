@@ -167,3 +167,9 @@ def test_the_oldest_that_waits_is_the_next() -> None:
     old, young = Ticket("b", "tts", 1, 1.0, 5, 10.0), Ticket("a", "tts", 2, 2.0, 5, 10.0)
     assert first_waiting((young, old, replace(old, key="c", arrived_s=0.0, claimed=True)), 10.0) == old
     assert first_waiting((young, old), 10.1 + STALE_AFTER_S) is None
+
+
+def test_a_heartbeat_of_before_a_restart_of_the_machine_counts_no_more() -> None:
+    old = Ticket("a", "tts", 1, 5000.0, 5, 5000.0, True)
+    assert first_waiting((replace(old, claimed=False),), 10.0) is None
+    assert step((old,), Ticket("b", "tts", 2, 9.0, 5, 10.0), 5, 10.0)[1] is True
