@@ -107,12 +107,12 @@ class MoveRunner:
             dispatcher.notifier.report("began", task)
         with self._place(task) as claim:
             while not self._attempt(task, claim):
-                task.error = None
+                pass
         self._commit(task)
         self._threads.pop(task, None)
 
     def _attempt(self, task: MoveTask, claim: Callable[[int], None] | None) -> bool:
-        """Carries out a move; returns False if it must be tried again."""
+        """Carries out a move; returns False if it must be tried again: then the task has no error."""
         try:
             task.context.run(self._carry_out, task, claim)
             return True

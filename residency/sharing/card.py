@@ -26,7 +26,7 @@ from .asking import Asking
 from .board import Board, BoardBusy, PrivateBoard
 from .processes import name_of, other_processes, shortage, with_parents
 from .strangers import Strangers
-from .tickets import STALE_AFTER_S, Ticket, Tickets, alive, enter, first_waiting, leave, step
+from .tickets import PRESENCE, STALE_AFTER_S, Ticket, Tickets, alive, enter, first_waiting, leave, step
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class SharedCard:
 
     Args:
         headroom_bytes: when less is free, idle models leave the card; 0: they do not.
-        board: the tickets of all processes of this project on the card; None: of this process only.
+        board: the tickets of all processes of this project on the card, or of this process only.
         asking: the neighbours that are asked for memory.
 
     The thread that watches the card sleeps while no model is on it: at the latest `STALE_AFTER_S` after the last left.
@@ -85,20 +85,19 @@ class SharedCard:
         device: Device,
         leaving: Leaving,
         *,
-        headroom_bytes: int = 0,
-        board: Board | None = None,
-        asking: Asking | None = None,
+        headroom_bytes: int,
+        board: Board | PrivateBoard,
+        asking: Asking,
     ) -> None:
         self.headroom_bytes = headroom_bytes
         self.last_yield: Yield | None = None
         self.yields = 0
         self._device, self._leaving = device, leaving
-        self._board = board or PrivateBoard()
-        self.asking = asking or Asking((), device, leaving.own_pids)
+        self._board, self.asking = board, asking
         self._claims: dict[str, Ticket] = {}
         self._strangers = Strangers(headroom_bytes)
         self._parents: dict[int, frozenset[int]] = {}
-        self._presence = f"on-{uuid.uuid4().hex}"
+        self._presence = f"{PRESENCE}{uuid.uuid4().hex}"
         self._wake = threading.Event()
         self._closed = False
         self._busy_until_s = -math.inf
@@ -132,13 +131,13 @@ class SharedCard:
                 "ago_s": now_s - recent.time_s, "pid": recent.pid, "name": recent.name, "bytes": recent.nbytes,
                 "models": list(recent.models),
             },
-            "peers": sorted({ticket.pid for ticket in queue if ticket.key.startswith("on-")} - {os.getpid()}),
+            "peers": sorted({ticket.pid for ticket in queue if ticket.marks_presence} - {os.getpid()}),
             "holders": other_processes(self._device, self._leaving.own_pids()),
             "neighbors": self.asking.status(),
             "queue": [
                 {"model": ticket.model, "pid": ticket.pid, "wanted_bytes": ticket.wanted_bytes,
                  "waited_s": now_s - ticket.arrived_s, "claimed": ticket.claimed}
-                for ticket in sorted(queue, key=lambda ticket: ticket.arrived_s) if not ticket.key.startswith("on-")
+                for ticket in sorted(queue, key=lambda ticket: ticket.arrived_s) if not ticket.marks_presence
             ],
         }  # fmt: skip
 
@@ -234,16 +233,13 @@ class SharedCard:
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
+        holders = [(pid, nbytes) for pid, nbytes in self._device.holders() if pid not in own]
         # In a container the driver may name processes by the host's numbers: then this process may be one of them.
-        held = {
-            pid: nbytes
-            for pid, nbytes in self._device.holders()
-            if pid not in own and nbytes is not None and psutil.pid_exists(pid)
-        }
+        held = {pid: nbytes for pid, nbytes in holders if nbytes is not None and psutil.pid_exists(pid)}
         self._parents = {pid: self._parents.get(pid) or with_parents(pid) for pid in held}
 
         def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
-            peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.key.startswith("pid-")}
+            peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.is_strangers}
             others = {pid: nbytes for pid, nbytes in held.items() if not self._parents[pid] & peers}
             asked = {ticket.key for ticket in self._strangers.asking.values()}
             if self.headroom_bytes and free_bytes is not None:
@@ -262,17 +258,16 @@ class SharedCard:
 
         tickets = self._change(act) or ()
         if free_bytes is not None:
-            self._yield(tickets, free_bytes, now_s)
+            self._yield(tickets, free_bytes, bool(holders), now_s)
 
-    def _yield(self, tickets: Tickets, free_bytes: int, now_s: float) -> None:
-        """Leaves for the first in the queue and, if idle, while less than the headroom is free."""
+    def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:
+        """Leaves for the first in the queue and, if idle and not alone, while less than the headroom is free."""
         first = first_waiting(tickets, now_s)
         if first is not None:
             claimed_bytes = sum(ticket.wanted_bytes for ticket in tickets if ticket.claimed)
             if (lacking_bytes := first.wanted_bytes - (free_bytes - claimed_bytes)) > 0:
                 self._leave(lacking_bytes, first)
-        own = self._leaving.own_pids()
-        if free_bytes < self.headroom_bytes and any(pid not in own for pid, _ in self._device.holders()):
+        if free_bytes < self.headroom_bytes and has_others:
             self._leave(self.headroom_bytes - free_bytes, None)
 
     def _leave(self, nbytes: int, ticket: Ticket | None) -> None:
@@ -280,7 +275,7 @@ class SharedCard:
         if not freed:
             return
         name, pid = (name_of(ticket.pid), ticket.pid) if ticket else ("", None)
-        if ticket is None or ticket.key == f"pid-{pid}":
+        if ticket is None or ticket.is_strangers:
             self.last_yield = Yield(time.monotonic(), pid, name, sum(freed.values()), tuple(freed))
             self.yields += 1
         whom, whom_zh = (f"{name} ({pid})", f"{name}（{pid}）") if ticket else ("other processes", "其他进程")
@@ -311,7 +306,7 @@ def share_card(
     """
     if sharing is None or sharing == Sharing() or not device.separate:
         return None
-    board = None
+    board: Board | PrivateBoard = PrivateBoard()
     if sharing.folder is not None:
         try:
             Path(sharing.folder).mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .tickets import Ticket
+from .tickets import STRANGER, Ticket
 
 SATISFIED_AFTER_S = 1.0
 """Time without growth, while the headroom is free, after which a process needs no more."""
@@ -42,7 +42,7 @@ class Strangers:
                 self._grew_s[pid] = now_s
             wanted_bytes = max(self._headroom_bytes, growth)
             if growth > 0 and free_bytes < wanted_bytes and pid not in self.asking:
-                self.asking[pid] = Ticket(f"pid-{pid}", "", pid, now_s, wanted_bytes, now_s)
+                self.asking[pid] = Ticket(f"{STRANGER}{pid}", "", pid, now_s, wanted_bytes, now_s)
         for pid, ticket in list(self.asking.items()):
             has_room = free_bytes >= self._headroom_bytes
             ends_s = self._grew_s[pid] + (SATISFIED_AFTER_S if has_room else GIVEN_UP_AFTER_S)

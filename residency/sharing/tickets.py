@@ -19,6 +19,9 @@ from dataclasses import dataclass, replace
 STALE_AFTER_S = 5.0
 """Time without a heartbeat after which a ticket counts no more."""
 
+PRESENCE, STRANGER = "on-", "pid-"
+"""How the keys begin of tickets that are those of no move."""
+
 
 @dataclass(frozen=True)
 class Ticket:
@@ -34,6 +37,16 @@ class Ticket:
     wanted_bytes: int
     beat_s: float
     claimed: bool = False
+
+    @property
+    def marks_presence(self) -> bool:
+        """Whether it only says that a process has a model on the card."""
+        return self.key.startswith(PRESENCE)
+
+    @property
+    def is_strangers(self) -> bool:
+        """Whether it is that of a process outside of this project, which cannot enter its own."""
+        return self.key.startswith(STRANGER)
 
 
 Tickets = tuple[Ticket, ...]
