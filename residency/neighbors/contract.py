@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Held:
-    """What a neighbour says of itself.
+    """The memory that a neighbour reports, and whether it is in use.
 
     ``in_use``: it computes now, or has requests waiting. ``idle_bytes``: device bytes that it would give up, 0 if
     nothing, None if it does not say; an upper limit where it only knows its allocator. ``models``: names of the

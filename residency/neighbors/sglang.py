@@ -11,7 +11,7 @@ scheduler_components/weight_updater.py.
   ``POST /continue_generation {}``.
 
 Not known: how many bytes it frees, and whether it has released. So this process remembers which servers it has asked;
-after its end a server stays as it is until somebody sends the last two calls. It does not come back by itself.
+after its end a server stays as it is until another program sends the last two calls. It does not come back by itself.
 """
 
 from __future__ import annotations

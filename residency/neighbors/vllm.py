@@ -8,8 +8,8 @@ and v1/metrics/loggers.py.
 - ``GET /metrics``: gauges ``vllm:num_requests_running`` and ``vllm:num_requests_waiting``, without
   ``--disable-log-stats``. ``GET /load`` counts only with ``--enable-server-load-tracking``, and is 0 otherwise.
 
-Not known: how many bytes a sleep frees, and who put it to sleep. It does not wake up by itself: requests that come
-meanwhile wait for ``/wake_up``, so `give_back` must follow soon.
+Not known: how many bytes a sleep frees, and which program put it to sleep. It does not wake up by itself: requests that
+come meanwhile wait for ``/wake_up``, so `give_back` must follow soon.
 """
 
 from __future__ import annotations
