@@ -14,7 +14,7 @@ from recordings import write_tone
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page, Route
+    from playwright.sync_api import APIResponse, Locator, Page, Route
 
 ARGUMENTS = ("--enable-gpu-management", "--simulate-gpu", "48GB")
 OFTEN = "import residency.web.ui.page_sessions; residency.web.ui.page_sessions.HEARTBEAT_EVERY_S = 0.5\n"
@@ -274,6 +274,28 @@ def test_a_text_that_is_emptied_before_the_page_is_complete_stays_empty(
         route.continue_()
     page.wait_for_function("window.textsBack === null")  # after the stored texts were written
     expect_texts(page, "", "")
+
+
+def test_an_error_that_is_shown_before_the_page_is_complete_stays(
+    app: RunningApp, new_page: Callable[..., Page]
+) -> None:
+    page = new_page()
+    held: list[tuple[Route, APIResponse]] = []
+    answers = False
+    page.route(
+        re.compile("/gradio_api/(run|api)"),
+        lambda route: route.continue_() if answers else held.append((route, route.fetch())),
+    )
+    page.goto(app.url)
+    press(page, "EDIT")
+    error = page.locator(".said [role=alert]")
+    sync_api.expect(error).to_be_visible()
+    assert held, "the page is complete"
+    answers = True
+    for route, response in held:
+        route.fulfill(response=response)
+    page.wait_for_function("window.textsBack === null")  # after the stored texts were written
+    sync_api.expect(error).to_be_visible()
 
 
 def fill(page: Page, folder: Path) -> None:

@@ -82,7 +82,7 @@ class PageSessions:
                 del self._sessions[next(iter(self._sessions))]
         if before is None:
             message = Message.status(f"⚠️ {localizer()(*LOST)}") if earlier and losable else ""
-            return [identity, state, gr.skip(), *self._places.values(message)]
+            return [identity, state, gr.skip(), *self._messages(message)]
         if before != name:
             self._recordings.inherit(before, name)
             self._waiting.inherit(before, name)
@@ -91,4 +91,8 @@ class PageSessions:
         if self._requests.latest(state) is not None:
             identity += _RUNNING
             message = Message.status(localize("先前的请求仍在进行…", "Your earlier request is still running…"))
-        return [identity, state, chat, *self._places.values(message)]
+        return [identity, state, chat, *self._messages(message)]
+
+    def _messages(self, message: str) -> list[Any]:
+        """Returns updates of the messages. Without one, clears nothing: a press may have ended before."""
+        return self._places.values(message) if message else self._places.unchanged()
