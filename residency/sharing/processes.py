@@ -36,7 +36,14 @@ def other_processes(device: Device, own_pids: Collection[int]) -> list[HoldingPr
 
 
 def shortage(needed_bytes: int, free_bytes: int | None, others: Sequence[HoldingProcess]) -> Sentence:
-    """Says how much is needed and free, and how much each of the other processes holds."""
+    """Says how much is needed and free, and how much each of the other processes holds.
+
+    ``needed_bytes``: 0 for a first load, which waits only for another first load.
+    """
+    if needed_bytes == 0:
+        return Sentence(
+            "another process loads a model of unknown size onto the card", "另一个进程正在向显卡加载大小未知的模型"
+        )
     held = [f"{other['name']} ({other['pid']}): {_size(other['bytes'])}" for other in others]
     needed, free = readable_bytes(needed_bytes), _size(free_bytes)
     return Sentence(
