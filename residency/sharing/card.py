@@ -32,9 +32,9 @@ from .tickets import (
     alive,
     claimed_bytes,
     enter,
-    first_waiting,
     leave,
     share_of,
+    waiting,
 )
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class SharedCard:
 
     def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:
         """Leaves for the first in the queue and, if idle and not alone, while less than the headroom is free."""
-        first, lacks = first_waiting(tickets, now_s), list[tuple[int, Ticket | None]]()
+        first, lacks = next(iter(waiting(tickets, now_s)), None), list[tuple[int, Ticket | None]]()
         if first is not None and first.wanted_bytes:
             lacks.append((first.wanted_bytes - (free_bytes - claimed_bytes(alive(tickets, now_s))), first))
         if has_others:

@@ -15,10 +15,11 @@ from typing import Protocol, TypeVar
 
 from ..arrivals import Arrival, NoRoomNow
 from ..contracts import Device
+from ..sentences import Sentence
 from .asking import Asking
 from .board import Board, BoardBusy, PrivateBoard
 from .processes import other_processes, shortage
-from .tickets import STALE_AFTER_S, Ticket, Tickets, enter, leave, step
+from .tickets import STALE_AFTER_S, Ticket, Tickets, alive, claimed_bytes, enter, leave, step, waiting
 
 T = TypeVar("T")
 
@@ -151,9 +152,15 @@ class Room:
                 self._asking.ask(ticket.wanted_bytes, arrival.is_wanted)
             if (now_s := time.monotonic()) >= named_s + NAME_EVERY_S:
                 named_s = now_s
-                others = other_processes(self._device, self._leaving.own_pids())
-                arrival.waits(ticket.wanted_bytes, shortage(ticket.wanted_bytes, memory.free_bytes, others))
+                arrival.waits(ticket.wanted_bytes, self._reason(ticket, memory.free_bytes, now_s))
             pause.wait(STEP_EVERY_S)
+
+    def _reason(self, ticket: Ticket, free_bytes: int | None, now_s: float) -> Sentence:
+        others = other_processes(self._device, self._leaving.own_pids())
+        tickets = self.tickets()
+        earlier = [each.key for each in waiting(tickets, now_s)]
+        place = earlier.index(ticket.key) if ticket.key in earlier else 0
+        return shortage(ticket.wanted_bytes, free_bytes, others, claimed_bytes(alive(tickets, now_s)), place)
 
     def _claim(self, ticket: Ticket, planned: bool) -> bool:
         def act(tickets: Tickets) -> tuple[Tickets, bool]:

@@ -83,10 +83,9 @@ def step(tickets: Tickets, mine: Ticket, free_bytes: int | None, now_s: float) -
     return (*others, replace(here, beat_s=now_s, claimed=claimed)), claimed
 
 
-def first_waiting(tickets: Tickets, now_s: float) -> Ticket | None:
-    """Returns the ticket that claims next; None if none waits."""
-    waiting = [ticket for ticket in alive(tickets, now_s) if not ticket.claimed]
-    return min(waiting, key=_order, default=None)
+def waiting(tickets: Tickets, now_s: float) -> list[Ticket]:
+    """Returns the tickets that wait, in the order in which they claim."""
+    return sorted((ticket for ticket in alive(tickets, now_s) if not ticket.claimed), key=_order)
 
 
 def claimed_bytes(tickets: Iterable[Ticket]) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -237,15 +238,36 @@ def test_an_idle_model_leaves_for_a_request_of_another_process(
     assert other.state() == "cpu"
 
 
+def test_bytes_of_a_move_that_are_on_the_card_are_not_kept_free_a_second_time(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    half_there, goes_on = threading.Event(), threading.Event()
+
+    def load() -> Weights:
+        manager.device.charge(50 * MB)
+        half_there.set()
+        assert goes_on.wait(60)
+        manager.device.refund(50 * MB)
+        return Weights(60 * MB)
+
+    manager.register("asr", load, size_bytes=60 * MB)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(use, manager, "asr")
+        assert half_there.wait(60)
+        assert start(30 * MB).do("take", 30) == 255
+        goes_on.set()
+        request.result()
+
+
 @pytest.mark.parametrize("idle", ["first", "second"])
 def test_only_the_model_that_is_idle_longest_leaves_for_a_request_of_a_third_process(
     idle: str, start: Callable[..., OnCard]
 ) -> None:
     services = {"first": start(30 * MB), "second": start(30 * MB)}
     longest, other = services.pop(idle), services.popitem()[1]
-    for service_ in (longest, other):
-        service_.do("take")
-        service_.do("end")
+    for command in ("take", "end", "offload", "take", "end"):  # a model stays at least as long as its last move took
+        longest.do(command)
+        other.do(command)
     third = start(60 * MB)
     assert third.do("take") == 255
     assert (longest.state(), other.state()) == ("cpu", "gpu")
@@ -259,6 +281,8 @@ def test_requests_are_served_in_order_of_arrival_across_processes(
     with manager.lease("tts"):
         first.send("take")
         until(lambda: len(board.moves()) == 1)
+        second.send("take", 3)
+        assert "requests before this one: 1" in second.answer()
         second.send("take")
         until(lambda: len(board.moves()) == 2)
     assert first.answer() == 255

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from residency.sharing.tickets import STALE_AFTER_S, Ticket, Tickets, enter, first_waiting, leave, share_of, step
+from residency.sharing.tickets import STALE_AFTER_S, Ticket, Tickets, enter, leave, share_of, step, waiting
 
 STALE_S = -2 * STALE_AFTER_S
 
@@ -178,20 +178,20 @@ def test_an_unknown_size_and_unknown_free_bytes() -> None:
 
 def test_the_oldest_that_waits_is_the_next() -> None:
     old, young = Ticket("b", "tts", 1, 1.0, 5, 10.0), Ticket("a", "tts", 2, 2.0, 5, 10.0)
-    assert first_waiting((young, old, replace(old, key="c", arrived_s=0.0, claimed=True)), 10.0) == old
-    assert first_waiting((young, old), 10.1 + STALE_AFTER_S) is None
+    assert waiting((young, old, replace(old, key="c", arrived_s=0.0, claimed=True)), 10.0) == [old, young]
+    assert waiting((young, old), 10.1 + STALE_AFTER_S) == []
 
 
 def test_a_heartbeat_of_before_a_restart_of_the_machine_counts_no_more() -> None:
     old = Ticket("a", "tts", 1, 5000.0, 5, 5000.0, True)
-    assert first_waiting((replace(old, claimed=False),), 10.0) is None
+    assert waiting((replace(old, claimed=False),), 10.0) == []
     assert step((old,), Ticket("b", "tts", 2, 9.0, 5, 10.0), 5, 10.0)[1] is True
 
 
 def test_longest_idle_models_of_all_processes_give_up_what_lacks_and_no_more() -> None:
-    waiting = Ticket("w", "tts", 9, 50.0, 40, 100.0)
+    third = Ticket("w", "tts", 9, 50.0, 40, 100.0)
     idle = {"on-a": (1, 30.0, 20), "on-b": (2, 10.0, 20), "on-c": (3, 20.0, 20), "on-d": (9, 40.0, 10)}
-    tickets = (waiting, *(Ticket(k, "", pid, since_s, 0, 100.0, True, n) for k, (pid, since_s, n) in idle.items()))
+    tickets = (third, *(Ticket(k, "", pid, since_s, 0, 100.0, True, n) for k, (pid, since_s, n) in idle.items()))
 
     def shares(lacking_bytes: int, needs: Ticket | None = None) -> list[int]:
         return [share_of(tickets, key, lacking_bytes, needs, 100.0) for key in idle]
@@ -200,14 +200,14 @@ def test_longest_idle_models_of_all_processes_give_up_what_lacks_and_no_more() -
     assert shares(21) == [0, 20, 20, 0]
     assert shares(70) == [20, 20, 20, 10]
     assert shares(80) == [30, 30, 30, 20], "those in use give up the rest"
-    assert shares(15, waiting) == [0, 20, 0, 10], "first those of the process that needs the bytes"
+    assert shares(15, third) == [0, 20, 0, 10], "first those of the process that needs the bytes"
 
 
 def test_what_has_arrived_of_a_claim_is_not_counted_twice() -> None:
     moving = Ticket("a", "tts", 1, 0.0, 60, 0.0, True, 50)
-    waiting = Ticket("b", "tts", 2, 1.0, 30, 0.0)
-    assert step((moving, waiting), waiting, 40, 0.0)[1]
-    assert not step((moving, waiting), waiting, 39, 0.0)[1]
+    mine = Ticket("b", "tts", 2, 1.0, 30, 0.0)
+    assert step((moving, mine), mine, 40, 0.0)[1]
+    assert not step((moving, mine), mine, 39, 0.0)[1]
 
 
 def test_a_process_that_is_on_the_card_holds_up_none_where_the_free_bytes_are_unknown() -> None:
