@@ -111,7 +111,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     raise_descriptor_limit()
     check_port(settings.server_name, settings.server_port)
     reach_directly(settings.server_name)
-    chosen = _engine(settings)
+    chosen = choose_engine(settings)
     from residency.addresses import serving
     from residency.web.api.control import build as build_api
     from residency.web.editx_tab import EditxTab
@@ -120,8 +120,8 @@ def _serve(settings: Settings, signals: Signals) -> None:
     from residency.web.server.hosts import Hosts
     from residency.web.server.permissions import Permissions
 
-    manager = _manager(settings) if settings.enable_gpu_management else None
-    engine = _managed(settings, manager, chosen) if manager else chosen.build(_torch_device(None))
+    manager = make_manager(settings) if settings.enable_gpu_management else None
+    engine = managed(settings, manager, chosen) if manager else chosen.build(_torch_device(None))
     # Behind a tunnel, or a proxy that sends no client address, remote requests seem local.
     passed_on = settings.share or "://" in settings.root_path
     permissions = Permissions(settings.control_token, trust_local=not passed_on)
@@ -181,7 +181,7 @@ def _speech_calls(settings: Settings, tab: EditxTab, keys: ApiKeys) -> SpeechCal
     )
 
 
-def _engine(settings: Settings) -> _Chosen:
+def choose_engine(settings: Settings) -> _Chosen:
     """Returns the engine of the settings. Reports missing packages and files of it, and unsuitable flags, immediately.
 
     Raises `EngineUnavailable` and `InvalidInput`, see `step_audio.shortcomings`.
@@ -231,7 +231,7 @@ def _torch_device(manager: GPUResourceManager | None) -> str:
     return (manager.device if manager else find_device()).torch_device
 
 
-def _manager(settings: Settings) -> GPUResourceManager:
+def make_manager(settings: Settings) -> GPUResourceManager:
     from gpu_manager import Sharing, SimulatedDevice, find_device, get_gpu_manager
 
     card, limit = settings.simulate_gpu, settings.gpu_host_memory_limit
@@ -251,7 +251,7 @@ def _manager(settings: Settings) -> GPUResourceManager:
     return manager
 
 
-def _managed(settings: Settings, manager: GPUResourceManager, chosen: _Chosen) -> Engine:
+def managed(settings: Settings, manager: GPUResourceManager, chosen: _Chosen) -> Engine:
     from tts_gpu_managed import GPUManagedTTS
 
     build, torch_device = chosen.build, manager.device.torch_device

@@ -8,8 +8,8 @@ import logging.handlers
 import queue
 from typing import Any
 
+from ..remote_errors import rebuilt, recorded
 from .messages import Channel, Frame, Kind, packed, pickled, unpickled
-from .remote_errors import rebuilt, recorded
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({})))
 

@@ -21,11 +21,11 @@ from .. import cancellation, progress
 from ..engines.part_proxy import Part, Path, Token
 from ..errors import InvalidInput, ManagerClosed, RequestStopped, TensorAway, WorkerDied
 from ..random_state import RandomState
+from ..remote_errors import rebuilt
 from ..sentences import Sentence
 from .calls import Answer, Ask, Move, Sizes
 from .logs import log
 from .messages import Channel, Frame, Kind, Packed, packed, unpickled
-from .remote_errors import rebuilt
 from .spawner import Spawner
 from .torch_settings import CallSettings
 

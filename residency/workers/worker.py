@@ -32,12 +32,12 @@ from ..memory.self_moving.orphans import MARK
 from ..observability.error_classification import device_is_lost, empty_frames, is_out_of_device_memory
 from ..progress import Progress, reporting
 from ..random_state import RandomState
+from ..remote_errors import recorded
 from . import torch_settings
 from .calls import END, Answer, Ask, Call, Load, Move, NextItem, Read, Setup, SetValue, Sizes, Stream, Use
 from .logs import SentLog
 from .messages import Channel, Frame, Kind, Packed, packed, pickled
 from .process_name import name_process
-from .remote_errors import recorded
 
 logger = logging.getLogger(__name__)
 

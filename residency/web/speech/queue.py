@@ -1,4 +1,4 @@
-"""Queue for an engine without a manager: one request at a time, in order of arrival."""
+"""Queue for an engine without a manager: so many requests at a time, in order of arrival."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class QueuedRequest:
         """0: uses the engine; 1: next in the queue; None: not yet in the queue, or ended."""
         with self._queue.changed:
             requests = self._queue.requests
-            return requests.index(self) if self in requests else None
+            return max(0, requests.index(self) - self._queue.at_once + 1) if self in requests else None
 
     def cancel(self, error: Exception | None = None) -> bool:
         """Ends a waiting request with ``error``; returns False if it uses the engine, or has ended."""
         with self._queue.changed:
-            if self not in self._queue.requests[1:]:
+            if self not in self._queue.requests[self._queue.at_once :]:
                 return False
             self.refusal = self.refusal or error or RequestCancelled(self.model)
             self._queue.changed.notify_all()
@@ -49,8 +49,10 @@ class SpeechQueue:
     version = 0
     """Constant: the state of the engine does not change, and places are those of the requests."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, at_once: int = 1) -> None:
+        """``at_once``: number of requests that use the engine at a time."""
         self.model = model
+        self.at_once = at_once
         self.changed = threading.Condition()
         self.requests: list[QueuedRequest] = []
         self._closed = False
@@ -75,7 +77,7 @@ class SpeechQueue:
             if watch := self._watch.get():
                 watch(request)
             with self.changed:
-                self.changed.wait_for(lambda: request.refusal or self.requests[0] is request)
+                self.changed.wait_for(lambda: request.refusal or request in self.requests[: self.at_once])
             if request.refusal:
                 raise request.refusal
             request.receipt = Receipt.of((time.monotonic() - began_s, None, 0.0))
@@ -93,7 +95,7 @@ class SpeechQueue:
         """Refuses waiting and new requests."""
         with self.changed:
             self._closed = True
-            waiting = self.requests[1:]
+            waiting = self.requests[self.at_once :]
         for request in waiting:
             request.cancel(ManagerClosed())
 
@@ -108,5 +110,5 @@ class SpeechQueue:
 
     def status(self) -> Any:
         """Returns the parts of a manager's status that `WaitingRequests` reads."""
-        model = {"state": _STATE, "leases": len(self.requests[:1]), "progress": None}
+        model = {"state": _STATE, "leases": len(self.requests[: self.at_once]), "progress": None}
         return {"device": {"kind": "cpu"}, "models": {self.model: model}}

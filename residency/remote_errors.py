@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from inspect import ismemberdescriptor
 from typing import Any
 
-from ..errors import RemoteError
-from ..memory_errors import RemoteFrames
+from .errors import RemoteError
+from .memory_errors import RemoteFrames
 
 _DEEPEST = 10
 """Causes beyond this number are left out."""

@@ -23,7 +23,7 @@ from residency.errors import (
 )
 from residency.memory_errors import RemoteFrames
 from residency.workers.messages import pickled, unpickled
-from residency.workers.remote_errors import rebuilt, recorded
+from residency.remote_errors import rebuilt, recorded
 from tts_gpu_managed import GPUManagedTTS
 
 pytestmark = LINUX

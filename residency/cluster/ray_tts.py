@@ -1,0 +1,103 @@
+"""The interface of the engine, for replicas on Ray Serve: each call goes to the one that is least busy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import cloudpickle  # type: ignore[import-untyped]
+
+from ..cancellation import checkpoint, current
+from ..errors import ResidencyError
+from ..remote_errors import rebuilt
+from .replica import Answered, Asked
+
+if TYPE_CHECKING:
+    import torch
+    from ray.serve.handle import DeploymentHandle
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+"""Maximum number of replicas that are asked for one call, if each ends before it answers."""
+
+
+class NoReplica(ResidencyError):
+    """No replica has answered a call."""
+
+    en = "No replica of the engine answered: look at `serve status`, and send the request again."
+    zh = "没有引擎副本响应：请查看 `serve status`，然后重新发送请求。"
+
+
+class RayTTS:
+    """StepAudioTTS's interface over the replicas of a deployment; see `residency.cluster.replica`. Thread-safe.
+
+    A call whose replica or machine ends before its answer is sent to another one: the engine keeps nothing between
+    calls. ``timeout_s``: maximum duration of a call, with the start of a replica.
+    """
+
+    def __init__(
+        self,
+        handle: DeploymentHandle[Any],
+        *,
+        timeout_s: float = 900.0,
+        check_text: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        self._handle, self._timeout_s = handle, timeout_s
+        self.check_text = check_text
+        self.retries = 0
+
+    def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
+        return self._ask("clone", prompt_wav_path, prompt_text, target_text)
+
+    def edit(
+        self,
+        input_audio_path: str,
+        audio_text: str,
+        edit_type: str,
+        edit_info: str | None = None,
+        text: str | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        return self._ask("edit", input_audio_path, audio_text, edit_type, edit_info, text)
+
+    def _ask(self, method: str, path: str, *arguments: Any) -> tuple[torch.Tensor, int]:
+        import torch
+
+        asked = Asked(method, Path(path).read_bytes(), os.path.splitext(path)[1], arguments)
+        answered = self._answer(asked)
+        if answered.samples is None:
+            assert answered.error is not None
+            raise rebuilt(answered.error, cloudpickle.loads)
+        return torch.from_numpy(answered.samples.copy())[None], answered.sample_rate
+
+    def _answer(self, asked: Asked) -> Answered:
+        from ray.exceptions import RayActorError, RayError, WorkerCrashedError
+        from ray.serve.exceptions import RayServeException, RequestCancelledError
+
+        until_s = time.monotonic() + self._timeout_s
+        for _ in range(ATTEMPTS):
+            checkpoint()
+            response = self._handle.call.remote(asked)
+            if cancellation := current():
+                cancellation.on_cancel(response.cancel)
+            try:
+                answered: Answered = response.result(timeout_s=max(0.0, until_s - time.monotonic()))
+                return answered
+            except RequestCancelledError:
+                checkpoint()
+                raise
+            except TimeoutError as error:
+                response.cancel()
+                raise NoReplica from error
+            except (RayActorError, WorkerCrashedError) as error:
+                self.retries += 1
+                logger.warning("A replica ended before it answered; another one is asked: %s", error)
+            except (RayError, RayServeException) as error:
+                raise NoReplica from error
+        raise NoReplica
