@@ -18,11 +18,11 @@ from ..web.server.heartbeats import Heartbeats
 from ..web.server.middleware import RequestMiddleware
 from ..web.server.permissions import Permissions
 from ..web.speech.conversion import Limits
+from ..web.speech.object_voices import voice_store
 from ..web.speech.queue import SpeechQueue
 from ..web.speech.recordings import Recordings
 from ..web.speech.service import SpeechService
 from ..web.speech.speaking import Speaker
-from ..web.speech.voices import VoiceStore
 from .ray_tts import RayTTS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
         folder: for recordings and results of running requests.
     """
     recordings = Recordings(folder, settings.max_disk)
-    voices = VoiceStore(settings.voices_dir or folder, lambda path: None)
+    voices = voice_store(settings.voices_dir or folder)
     queue = SpeechQueue("tts", settings.max_requests)
     limits = Limits(settings.max_audio, settings.max_text or Limits.text, settings.max_text or Limits.target_text)
     speakers = {}

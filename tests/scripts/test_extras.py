@@ -31,7 +31,8 @@ importlib.util.find_spec = lambda name, package=None: None if name in EXTRAS els
 EXTRAS = {"app", "builtin", "checkpoint", "asr", "step-audio", "ray", "all"}
 MODULES = {
     "numpy", "gradio", "starlette", "fastapi", "fastapi_offline", "prometheus_client", "soundfile", "av", "soxr",
-    "sentencex", "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers", "packaging",
+    "sentencex", "fsspec", "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers",
+    "packaging",
 }  # fmt: skip
 
 
