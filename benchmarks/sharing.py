@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 
 from benchmarks import _sharing_processes
+from residency.devices.named_cards import path_of
 from residency.sharing.board import Board
 from residency.sharing.tickets import STALE_AFTER_S, alive
 
@@ -238,7 +239,7 @@ class Variant:
             self.result.left.append(f"{books['free_bytes'] / GB:g} GB are free, held by {books['holders']}")
         for service in self.services:
             service.end()
-        path = Path(f"/dev/shm/simulated-card-{os.getuid()}-{self.card}")
+        path = path_of(self.card)
         self.result.left += [str(path)] if path.exists() else []
         if self.folder is not None:
             tickets = Board(self.folder, f"simulated-{self.card}").tickets()

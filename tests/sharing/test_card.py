@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -17,6 +16,7 @@ import torch
 from shared_card import MB, OnCard, service
 
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
+from residency.devices.named_cards import path_of
 from residency.sharing.board import Board
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a card shared by processes (Linux)")
@@ -257,7 +257,7 @@ def test_without_the_queue_requests_are_served_all_the_same(
 
 
 def test_a_simulated_card_with_a_name_ends_with_its_last_process(card: str, start: Callable[..., OnCard]) -> None:
-    path = Path(tempfile.gettempdir(), f"simulated-card-{os.getuid()}-{card}")
+    path = path_of(card)
     first, second = start(), start()
     first.do("grow", MB)
     second.do("grow", MB)
