@@ -131,7 +131,7 @@ class SharedCard:
                 "ago_s": now_s - recent.time_s, "pid": recent.pid, "name": recent.name, "bytes": recent.nbytes,
                 "models": list(recent.models),
             },
-            "peers": sorted({ticket.pid for ticket in queue if ticket.marks_presence} - {os.getpid()}),
+            "peers": sorted(each.pid for each in queue if each.marks_presence and each.key != self._presence),
             "holders": other_processes(self._device, self._leaving.own_pids()),
             "neighbors": self.asking.status(),
             "queue": [

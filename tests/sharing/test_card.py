@@ -18,6 +18,7 @@ from shared_card import MB, OnCard, service
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
 from residency.devices.named_cards import path_of
 from residency.sharing.board import Board
+from residency.sharing.tickets import PRESENCE, Ticket
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a card shared by processes (Linux)")
 
@@ -213,6 +214,19 @@ def test_requests_are_served_in_order_of_arrival_across_processes(
     second.do("end")
     assert first.state() == "cpu"
     assert board.moves() == []
+
+
+def test_processes_of_two_containers_may_have_the_same_number(
+    manager: GPUResourceManager, card: str, tmp_path: Path
+) -> None:
+    now_s = time.monotonic()
+    there = tuple(Ticket(f"{PRESENCE}{key}", "", os.getpid(), now_s, 0, now_s, True) for key in "ab")
+    Queue(tmp_path, card).change(lambda tickets: ((*tickets, *there), None))
+    use(manager)
+    until(lambda: watched(tmp_path, card))
+    status = manager.status()["sharing"]
+    assert status is not None
+    assert status["peers"] == [os.getpid()] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
