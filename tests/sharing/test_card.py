@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from card_use import Weights, until, use
 from shared_card import MB, OnCard, service
 
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
@@ -49,23 +49,6 @@ def manager(card: str, tmp_path: Path) -> Iterator[GPUResourceManager]:
     with GPUResourceManager(SimulatedDevice(CAPACITY, shared=card), keep_warm=600, sharing=sharing) as manager:
         manager.register("tts", lambda: Weights(60 * MB))
         yield manager
-
-
-class Weights:
-    def __init__(self, nbytes: int) -> None:
-        self.weights = torch.arange(nbytes, dtype=torch.uint8)
-
-
-def use(manager: GPUResourceManager, name: str = "tts") -> None:
-    with manager.lease(name):
-        pass
-
-
-def until(condition: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end_s
-        os.sched_yield()
 
 
 class Queue(Board):
