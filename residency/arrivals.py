@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from .contracts import Memory
 from .errors import ResidencyError
 from .sentences import Sentence
 
@@ -26,6 +27,21 @@ class Arrival:
     asked_s: float | None
     is_wanted: Callable[[], bool]
     waits: Callable[[int, Sentence], None]
+
+
+def room_for_retry(memory: Memory, short_bytes: int, retries: int) -> int | None:
+    """Returns for how many free bytes a move waits that found a shared card full; None if waiting does not help.
+
+    The size of a model before its first load is unknown, and an out-of-memory error tells only how much the next
+    allocation lacked: so each of the ``retries`` waits for twice as much more of the card as the one before. Waiting
+    does not help if all others together hold less than an eighth of the card: each process that has used it keeps some.
+    """
+    if memory.total_bytes is None or memory.free_bytes is None:
+        return None if retries else short_bytes
+    most_bytes = memory.total_bytes - memory.total_bytes // 8
+    if retries and memory.free_bytes > most_bytes:
+        return None
+    return min(memory.free_bytes + max(short_bytes, (memory.total_bytes >> 4) << retries), most_bytes)
 
 
 class CardShare(Protocol):

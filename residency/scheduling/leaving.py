@@ -1,4 +1,4 @@
-"""Moves models off the device for other processes; see `residency.sharing.card`."""
+"""Moves models off the device for other processes; see `residency.sharing.room`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_STAY_S = 10.0
 
 
 class Leaving:
-    """See `residency.sharing.card.Leaving`."""
+    """See `residency.sharing.room.Leaving`."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -34,6 +34,16 @@ class Leaving:
                     pids.add(resident.worker.pid)
                 pids.update(getattr(resident, "pids", ()))
         return pids
+
+    def offers(self) -> dict[str, tuple[float, int]]:
+        with self._dispatcher.lock:
+            now_s = self._dispatcher.clock.now()
+            return {
+                managed.name: (_idle_since_s(managed), managed.memory.size_bytes)
+                for managed in self._dispatcher.managed_models.values()
+                if managed.settled_state is State.DEVICE
+                and (managed.move_task or managed.wishes.pending_move or _may_leave(managed, now_s, None))
+            }
 
     def leave(self, nbytes: int, before_s: float | None) -> tuple[dict[str, int], int]:
         dispatcher, leaving = self._dispatcher, dict[str, int]()

@@ -142,7 +142,7 @@ class MemoryUse:
     Attributes:
         size_bytes: its size on the device when it was last there, or as registered; 0 if unknown.
         shortfall_bytes: shortfall of the device at the last out-of-memory error; reduced as other models leave.
-        needed_bytes: free bytes needed for the next attempt, if ``size_bytes`` is unknown.
+        needed_bytes: free bytes needed for the next attempt after an out-of-memory error; 0 after none.
         waiting_for_room: a request of it waits for room on the device.
         outside: memory of the process beyond these bytes; None before the first move.
         outside_reported: a warning about memory that no move frees was logged.

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from ..arrivals import Arrival, CardShare, NoRoomNow
+from ..arrivals import Arrival, CardShare, NoRoomNow, room_for_retry
 from ..contracts import InWorker, Memory
 from ..errors import WorkerEnded
 from ..locks import new_event, renewed_in_children
@@ -130,7 +130,7 @@ class MoveRunner:
         memory = task.managed.memory
         with reporting(task.progress), loading(task.managed):
             if claim is not None:
-                claim(memory.size_bytes or memory.needed_bytes)
+                claim(max(memory.size_bytes, memory.needed_bytes))
                 if task.waits is not None:
                     self._begins_after_wait(task)
             if task.made_room:
@@ -169,7 +169,7 @@ class MoveRunner:
         until_s = self._clock.now() + FREED_WITHIN_S
         while self._clock.now() < until_s:
             free_bytes = self._device.memory().free_bytes
-            if free_bytes is None or free_bytes >= (managed.memory.size_bytes or managed.memory.needed_bytes):
+            if free_bytes is None or free_bytes >= max(managed.memory.size_bytes, managed.memory.needed_bytes):
                 return
             self._clock.wait(new_event(), 0.02)
 
@@ -184,7 +184,8 @@ class MoveRunner:
     def _try_again(self, task: MoveTask) -> bool:
         """Empties caches after an out-of-memory error; returns True for one retry if no other model can leave.
 
-        More retries follow if other models came or went in between, since they may have been the cause.
+        More retries follow if other models came or went in between, since they may have been the cause. On a shared
+        card each waits for more room than the one before, as long as other processes hold a part of the card.
         """
         dispatcher, managed = self._dispatcher, task.managed
         with dispatcher.lock:
@@ -195,9 +196,8 @@ class MoveRunner:
             task.put_off = not room.hopeless
             if not task.put_off:
                 managed.memory.shortfall_bytes = 0
-                # Other processes on a shared card come and go, too.
-                unchanged = self._share is None and task.changes_seen == dispatcher.changes
-                if task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and unchanged):
+                unchanged = task.changes_seen == dispatcher.changes
+                if self._share is None and (task.retries == OUT_OF_MEMORY_RETRIES or (task.retries and unchanged)):
                     return False
                 task.changes_seen = dispatcher.changes
             offloaded = [] if task.put_off else [
@@ -214,8 +214,12 @@ class MoveRunner:
             return False
         if task.put_off or self._share is not None:
             memory = self._device.memory()
+            needed_bytes: int | None = (memory.free_bytes or 0) + short_bytes
+            if not task.put_off:
+                needed_bytes = room_for_retry(memory, short_bytes, task.retries)
+            if needed_bytes is None:
+                return False
             with dispatcher.lock:
-                needed_bytes = (memory.free_bytes or 0) + short_bytes
                 managed.memory.needed_bytes = min(needed_bytes, memory.total_bytes or needed_bytes)
         if task.put_off:
             return False
@@ -290,7 +294,7 @@ class MoveRunner:
         if managed.settled_state is State.RELEASED:
             managed.faults.broken = False
         if task.arrives:
-            memory.size_bytes, memory.shortfall_bytes = memory.device_bytes, 0
+            memory.size_bytes, memory.shortfall_bytes, memory.needed_bytes = memory.device_bytes, 0, 0
             managed.asked_warm_s = None
             for request in managed.leases.waiting():
                 request.arrival = "load" if task.move.via is State.LOADING else "restore"

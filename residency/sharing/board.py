@@ -11,7 +11,7 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +24,8 @@ BUSY_AFTER_S = 1.0
 """Maximum wait for a transaction of another process."""
 
 _TABLE = (
-    "create table if not exists ticket (key text primary key, model text, pid integer, arrived_s real, "
-    "wanted_bytes integer, beat_s real, claimed integer)"
+    "create table if not exists tickets (key text primary key, model text, pid integer, arrived_s real, "
+    "wanted_bytes integer, beat_s real, claimed integer, card_bytes integer)"
 )
 
 
@@ -47,13 +47,9 @@ class Board:
             before = _tickets(connection)
             after, result = act(before)
             gone, new = set(before) - set(after), set(after) - set(before)
-            connection.executemany("delete from ticket where key = ?", [(ticket.key,) for ticket in gone])
+            connection.executemany("delete from tickets where key = ?", [(ticket.key,) for ticket in gone])
             connection.executemany(
-                "insert into ticket values (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (each.key, each.model, each.pid, each.arrived_s, each.wanted_bytes, each.beat_s, each.claimed)
-                    for each in new
-                ],
+                "insert into tickets values (?, ?, ?, ?, ?, ?, ?, ?)", [astuple(each) for each in new]
             )
             connection.execute("commit")
             return result
@@ -85,8 +81,9 @@ class Board:
 
 
 def _tickets(connection: sqlite3.Connection) -> Tickets:
-    rows = connection.execute("select key, model, pid, arrived_s, wanted_bytes, beat_s, claimed from ticket")
-    return tuple(replace(Ticket(*row), claimed=bool(row[-1])) for row in rows)
+    names = ", ".join(field.name for field in fields(Ticket))
+    tickets = (Ticket(*row) for row in connection.execute(f"select {names} from tickets"))
+    return tuple(replace(ticket, claimed=bool(ticket.claimed)) for ticket in tickets)
 
 
 class PrivateBoard:

@@ -1,42 +1,46 @@
-"""One card, many processes: leaves when others need room, and waits for room in order of arrival."""
+"""One card, many processes: watches it while a model of this process is on it, and leaves when others need room."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import psutil
 
-from ..arrivals import Arrival, NoRoomNow
 from ..contracts import Device
 from ..errors import InvalidInput
 from ..observability.events import Event
 from ..status_types import SharingStatus
 from . import Sharing
 from .asking import Asking
-from .board import Board, BoardBusy, PrivateBoard
-from .processes import name_of, other_processes, shortage, with_parents
+from .board import Board, PrivateBoard
+from .processes import name_of, other_processes, with_parents
+from .room import Leaving, Room
 from .strangers import Strangers
-from .tickets import PRESENCE, STALE_AFTER_S, Ticket, Tickets, alive, enter, first_waiting, leave, step
-
-T = TypeVar("T")
+from .tickets import (
+    PRESENCE,
+    STALE_AFTER_S,
+    Ticket,
+    Tickets,
+    alive,
+    claimed_bytes,
+    enter,
+    leave,
+    share_of,
+    waiting,
+)
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.1
 """Interval of looks at the card while a model of this process is on it."""
-
-STEP_EVERY_S = 0.05
-"""Interval in which a waiting move looks for room."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,6 @@ class Yield:
     name: str
     nbytes: int
     models: tuple[str, ...]
-
-
-class Leaving(Protocol):
-    """Moves models of this process off the card. Thread-safe."""
-
-    def on_card(self) -> bool:
-        """Returns whether a model is on the card or moves there."""
-
-    def own_pids(self) -> set[int]:
-        """Returns this process, and those of its models."""
-
-    def leave(self, nbytes: int, before_s: float | None) -> tuple[dict[str, int], int]:
-        """Begins to move idle models off the card, longest idle first, until ``nbytes`` are freed.
-
-        Returns the bytes of each, and how many still lack once all that are on their way have left; those in use are
-        not on their way. Models whose minimum stay has not ended, and those with keep-warm -1, stay.
-        ``before_s``: another process's request has waited since then: models that are in use, or whose next request
-        came later, leave after their current request.
-        """
 
 
 class SharedCard:
@@ -92,16 +77,16 @@ class SharedCard:
         self.headroom_bytes = headroom_bytes
         self.last_yield: Yield | None = None
         self.yields = 0
+        self.asking = asking
         self._device, self._leaving = device, leaving
-        self._board, self.asking = board, asking
-        self._claims: dict[str, Ticket] = {}
+        self._room = Room(device, leaving, headroom_bytes, board, asking, self.wake)
+        self.place = self._room.place
         self._strangers = Strangers(headroom_bytes)
         self._parents: dict[int, frozenset[int]] = {}
         self._presence = f"{PRESENCE}{uuid.uuid4().hex}"
         self._wake = threading.Event()
         self._closed = False
-        self._busy_until_s = -math.inf
-        self._warned = False
+        self._lacks_since_s = math.inf
         self._thread = threading.Thread(target=self._run, name="gpu-card-watch", daemon=True)
 
     def start(self) -> None:
@@ -121,9 +106,9 @@ class SharedCard:
 
     def status(self) -> SharingStatus:
         now_s, recent = time.monotonic(), self.last_yield
-        queue: Tickets = ()
-        with contextlib.suppress(BoardBusy):
-            queue = alive(self._board.tickets(busy_after_s=0.05), now_s)  # the status does not wait
+        queue = alive(self._room.tickets(), now_s)
+        # Each app has a ticket of its presence and those of its idle models; two containers may have the same pid.
+        here = {(each.key[: len(self._presence)], each.pid) for each in queue if each.marks_presence}
         return {
             "headroom_bytes": self.headroom_bytes,
             "yields": self.yields,
@@ -131,7 +116,7 @@ class SharedCard:
                 "ago_s": now_s - recent.time_s, "pid": recent.pid, "name": recent.name, "bytes": recent.nbytes,
                 "models": list(recent.models),
             },
-            "peers": sorted(each.pid for each in queue if each.marks_presence and each.key != self._presence),
+            "peers": sorted(pid for key, pid in here if key != self._presence),
             "holders": other_processes(self._device, self._leaving.own_pids()),
             "neighbors": self.asking.status(),
             "queue": [
@@ -141,77 +126,13 @@ class SharedCard:
             ],
         }  # fmt: skip
 
-    # -- room ---------------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def place(self, arrival: Arrival) -> Iterator[Callable[[int], None]]:
-        """See `residency.arrivals.CardShare`."""
-        now_s = time.monotonic()
-        asked_s = now_s if arrival.asked_s is None else arrival.asked_s
-        first = Ticket(uuid.uuid4().hex, arrival.model, os.getpid(), asked_s, 0, now_s)
-
-        def claim(needed_bytes: int) -> None:
-            ticket = replace(first, wanted_bytes=needed_bytes)
-            self._claims.pop(ticket.key, None)
-            self._change(lambda tickets: (enter(tickets, replace(ticket, beat_s=time.monotonic())), None))
-            self._wait(ticket, arrival)
-            self._claims[ticket.key] = ticket
-            self.wake()
-
-        try:
-            yield claim
-        finally:
-            self._claims.pop(first.key, None)
-            self._change(lambda tickets: (leave(tickets, first.key), None))
-
-    def _wait(self, ticket: Ticket, arrival: Arrival) -> None:
-        pause = threading.Event()
-        while not self._claim(ticket, planned=arrival.asked_s is None):
-            if arrival.asked_s is None or not arrival.is_wanted():
-                raise NoRoomNow
-            memory = self._device.memory()
-            lacking_bytes = 0 if memory.free_bytes is None else ticket.wanted_bytes - memory.free_bytes
-            if lacking_bytes > 0 and self._leaving.leave(lacking_bytes, ticket.arrived_s)[1] > 0:
-                self.asking.ask(ticket.wanted_bytes, arrival.is_wanted)
-            others = other_processes(self._device, self._leaving.own_pids())
-            arrival.waits(ticket.wanted_bytes, shortage(ticket.wanted_bytes, memory.free_bytes, others))
-            pause.wait(STEP_EVERY_S)
-
-    def _claim(self, ticket: Ticket, planned: bool) -> bool:
-        def act(tickets: Tickets) -> tuple[Tickets, bool]:
-            now_s, free_bytes = time.monotonic(), self._device.memory().free_bytes
-            if free_bytes is not None and planned:
-                free_bytes -= self.headroom_bytes
-            return step(tickets, replace(ticket, beat_s=now_s), free_bytes, now_s)
-
-        claimed = self._change(act)
-        if claimed is not None:
-            return claimed
-        free_bytes = self._device.memory().free_bytes  # without the queue
-        return free_bytes is None or free_bytes >= ticket.wanted_bytes
-
-    def _change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T | None:
-        """Changes the tickets; returns None if they cannot be changed now: then this process goes on without them."""
-        if time.monotonic() < self._busy_until_s:
-            return None
-        try:
-            return self._board.change(act)
-        except BoardBusy as error:
-            self._busy_until_s = time.monotonic() + STALE_AFTER_S
-            if not self._warned:
-                self._warned = True
-                logger.warning("The queue for the card is not used: %s", error)
-            return None
-
-    # -- watching -----------------------------------------------------------------------------------------------------
-
     def _run(self) -> None:
         watches, here_s = False, -math.inf
         while not self._closed:
             self._wake.clear()
             try:
                 now_s = time.monotonic()
-                if self._leaving.on_card() or self._claims:
+                if self._leaving.on_card() or self._room.is_moving:
                     here_s = now_s
                 # Those for which models have left keep their place until they need no more.
                 watched, watches = watches, now_s <= here_s + (STALE_AFTER_S if self._strangers.asking else 0)
@@ -229,7 +150,19 @@ class SharedCard:
     def _rest(self) -> None:
         """Ends the watch. Tickets of strangers end by themselves."""
         self._strangers.forget()
-        self._change(lambda tickets: (leave(tickets, self._presence), None))
+        self._room.change(lambda tickets: (self._without_mine(tickets), None))
+
+    def _without_mine(self, tickets: Tickets) -> Tickets:
+        """Returns the tickets without those that mark the presence of this process."""
+        return tuple(ticket for ticket in tickets if not ticket.key.startswith(self._presence))
+
+    def _here(self, now_s: float) -> list[Ticket]:
+        """Returns the tickets that mark the presence of this process, and of its idle models."""
+        here = Ticket(self._presence, "", os.getpid(), now_s, 0, now_s, True)
+        return [here] + [
+            replace(here, key=f"{self._presence}-{model}", arrived_s=idle_since_s, card_bytes=nbytes)
+            for model, (idle_since_s, nbytes) in self._leaving.offers().items()
+        ]
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
@@ -238,14 +171,16 @@ class SharedCard:
         held = {pid: nbytes for pid, nbytes in holders if nbytes is not None and psutil.pid_exists(pid)}
         self._parents = {pid: self._parents.get(pid) or with_parents(pid) for pid in held}
 
+        own_bytes, here = self._room.own_bytes(), self._here(now_s)
+
         def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
+            tickets = self._without_mine(tickets)
             peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.is_strangers}
             others = {pid: nbytes for pid, nbytes in held.items() if not self._parents[pid] & peers}
             asked = {ticket.key for ticket in self._strangers.asking.values()}
             if self.headroom_bytes and free_bytes is not None:
                 self._strangers.look(others, free_bytes, now_s)
-            mine = [replace(ticket, beat_s=now_s, claimed=True) for ticket in list(self._claims.values())]
-            mine.append(Ticket(self._presence, "", os.getpid(), now_s, 0, now_s, True))
+            mine = [*self._room.running(own_bytes, now_s), *here]
             for ticket in self._strangers.asking.values():
                 asked.discard(ticket.key)
                 earlier = next((other for other in tickets if other.key == ticket.key), ticket)
@@ -256,19 +191,24 @@ class SharedCard:
                 tickets = enter(tickets, ticket)
             return tickets, tickets
 
-        tickets = self._change(act) or ()
+        tickets = self._room.change(act) or ()
         if free_bytes is not None:
             self._yield(tickets, free_bytes, bool(holders), now_s)
 
     def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:
         """Leaves for the first in the queue and, if idle and not alone, while less than the headroom is free."""
-        first = first_waiting(tickets, now_s)
-        if first is not None:
-            claimed_bytes = sum(ticket.wanted_bytes for ticket in tickets if ticket.claimed)
-            if (lacking_bytes := first.wanted_bytes - (free_bytes - claimed_bytes)) > 0:
-                self._leave(lacking_bytes, first)
-        if free_bytes < self.headroom_bytes and has_others:
-            self._leave(self.headroom_bytes - free_bytes, None)
+        first, lacks = next(iter(waiting(tickets, now_s)), None), list[tuple[int, Ticket | None]]()
+        if first is not None and first.wanted_bytes:
+            lacks.append((first.wanted_bytes - (free_bytes - claimed_bytes(alive(tickets, now_s))), first))
+        if has_others:
+            lacks.append((self.headroom_bytes - free_bytes, None))
+        lacks = [(nbytes, needs) for nbytes, needs in lacks if nbytes > 0]
+        self._lacks_since_s = min(self._lacks_since_s, now_s) if lacks else math.inf
+        for nbytes, needs in lacks:
+            if now_s < self._lacks_since_s + STALE_AFTER_S:  # later, others do not give up what they should
+                nbytes = share_of(tickets, self._presence, nbytes, needs, now_s)
+            if nbytes > 0:
+                self._leave(nbytes, needs)
 
     def _leave(self, nbytes: int, ticket: Ticket | None) -> None:
         freed, _ = self._leaving.leave(nbytes, ticket.arrived_s if ticket else None)

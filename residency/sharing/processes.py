@@ -35,14 +35,29 @@ def other_processes(device: Device, own_pids: Collection[int]) -> list[HoldingPr
     ]
 
 
-def shortage(needed_bytes: int, free_bytes: int | None, others: Sequence[HoldingProcess]) -> Sentence:
-    """Says how much is needed and free, and how much each of the other processes holds."""
+def shortage(
+    needed_bytes: int, free_bytes: int | None, others: Sequence[HoldingProcess], claimed_bytes: int, earlier: int
+) -> Sentence:
+    """Says why a move waits for the card: bytes needed and free, and how much each of the other processes holds.
+
+    ``needed_bytes``: 0 for a first load. ``claimed_bytes``: those that other moves still take. ``earlier``: number of
+    requests before it in the queue.
+    """
+    needed, free, claimed = readable_bytes(needed_bytes), _size(free_bytes), readable_bytes(claimed_bytes)
     held = [f"{other['name']} ({other['pid']}): {_size(other['bytes'])}" for other in others]
-    needed, free = readable_bytes(needed_bytes), _size(free_bytes)
-    return Sentence(
-        f"the card has {free} free of {needed} needed; {', '.join(held) or 'no other process is known to use it'}",
-        f"显卡空闲 {free}，需要 {needed}；{'，'.join(held) or '未发现其他进程占用'}",
-    )
+    if needed_bytes:
+        en, zh = [f"the card has {free} free of {needed} needed"], [f"显卡空闲 {free}，需要 {needed}"]
+    else:
+        en, zh = ["models of unknown size are loaded one at a time"], ["大小未知的模型逐个加载"]
+    if claimed_bytes:
+        en.append(f"models on their way take {claimed} of it")
+        zh.append(f"正在移入的模型将占用其中 {claimed}")
+    if earlier:
+        en.append(f"requests before this one: {earlier}")
+        zh.append(f"前面的请求：{earlier} 个")
+    en.append(", ".join(held) or "no other process is known to use it")
+    zh.append("，".join(held) or "未发现其他进程占用")
+    return Sentence("; ".join(en), "；".join(zh))
 
 
 def _size(nbytes: int | None) -> str:

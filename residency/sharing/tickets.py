@@ -5,7 +5,8 @@ removes the ticket. The oldest waiting ticket claims first, as soon as its bytes
 it is never overtaken, also not by a smaller one. A ticket without a heartbeat for `STALE_AFTER_S` counts no more: its
 process has crashed, or is stopped. A stopped process that continues finds its ticket missing and enters again, with its
 first time of arrival. If its move was running, it goes on: two moves may then need the same bytes, and the one that
-finds the card full waits again. So does a first load, for which nothing is reserved, since its size is unknown.
+finds the card full waits again. So does a first load, for which nothing is reserved, since its size is unknown; only
+one of these runs at a time. Processes with idle models enter a ticket for each, too: it says what the model gives up.
 
 Each function takes all tickets of a card and returns the tickets after it; `Board` makes each call one transaction.
 ``tests/sharing/test_tickets.py`` checks all orders of these calls for three processes that crash and stop.
@@ -28,6 +29,7 @@ class Ticket:
     """One model on its way to the card. Times in seconds of ``time.monotonic``, which all processes share.
 
     ``wanted_bytes``: 0 if unknown, before a first load. ``claimed``: the bytes are granted, and the move runs.
+    ``card_bytes``: on the card at the heartbeat: the part of a claim that has arrived, or what an idle model gives up.
     """
 
     key: str
@@ -37,10 +39,11 @@ class Ticket:
     wanted_bytes: int
     beat_s: float
     claimed: bool = False
+    card_bytes: int = 0
 
     @property
     def marks_presence(self) -> bool:
-        """Whether it only says that a process has a model on the card."""
+        """Whether it only says that a process has a model on the card; ``arrived_s``: since when the model is idle."""
         return self.key.startswith(PRESENCE)
 
     @property
@@ -80,19 +83,45 @@ def step(tickets: Tickets, mine: Ticket, free_bytes: int | None, now_s: float) -
     return (*others, replace(here, beat_s=now_s, claimed=claimed)), claimed
 
 
-def first_waiting(tickets: Tickets, now_s: float) -> Ticket | None:
-    """Returns the ticket that claims next; None if none waits."""
-    waiting = [ticket for ticket in alive(tickets, now_s) if not ticket.claimed]
-    return min(waiting, key=_order, default=None)
+def waiting(tickets: Tickets, now_s: float) -> list[Ticket]:
+    """Returns the tickets that wait, in the order in which they claim."""
+    return sorted((ticket for ticket in alive(tickets, now_s) if not ticket.claimed), key=_order)
+
+
+def claimed_bytes(tickets: Iterable[Ticket]) -> int:
+    """Returns the bytes that are claimed and not on the card yet."""
+    return sum(max(0, ticket.wanted_bytes - ticket.card_bytes) for ticket in tickets if _moves(ticket))
+
+
+def share_of(tickets: Iterable[Ticket], mine: str, lacking_bytes: int, needs: Ticket | None, now_s: float) -> int:
+    """Returns how many of the lacking bytes a process gives up; keys of its presence tickets begin with ``mine``.
+
+    Idle models leave longest idle first across processes, those of the process that ``needs`` the bytes before others.
+    All processes give up what is then still lacking, after their current requests.
+    """
+    offers = [ticket for ticket in alive(tickets, now_s) if ticket.marks_presence and ticket.card_bytes]
+    share = 0
+    for offer in sorted(offers, key=lambda offer: (needs is None or offer.pid != needs.pid, _order(offer))):
+        if lacking_bytes <= 0:
+            break
+        lacking_bytes -= offer.card_bytes
+        share += offer.card_bytes if offer.key.startswith(mine) else 0
+    return share + max(0, lacking_bytes)
 
 
 def _may_claim(mine: Ticket, others: Tickets, free_bytes: int | None) -> bool:
     if any(not other.claimed and _order(other) < _order(mine) for other in others):
         return False
-    claimed_bytes = [other.wanted_bytes for other in others if other.claimed]
+    moving = [other for other in others if _moves(other)]
+    if mine.wanted_bytes == 0 and any(other.wanted_bytes == 0 for other in moving):
+        return False
     if free_bytes is None:
-        return not claimed_bytes
-    return mine.wanted_bytes <= free_bytes - sum(claimed_bytes)
+        return not moving
+    return mine.wanted_bytes <= max(0, free_bytes - claimed_bytes(moving))
+
+
+def _moves(ticket: Ticket) -> bool:
+    return ticket.claimed and not ticket.marks_presence
 
 
 def _order(ticket: Ticket) -> tuple[float, str]:

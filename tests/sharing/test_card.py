@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class Queue(Board):
         super().__init__(folder, f"simulated-{card}")
 
     def moves(self) -> list[str]:
-        return [ticket.key for ticket in self.tickets() if ticket.model]
+        return [ticket.key for ticket in self.tickets() if not ticket.marks_presence]
 
 
 def watched(tmp_path: Path, card: str) -> bool:
@@ -142,6 +144,46 @@ def test_a_first_load_that_finds_the_card_full_waits(
     use(manager, "asr")
 
 
+def test_a_first_load_is_tried_again_as_long_as_others_hold_a_part_of_the_card(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    stranger, held_bytes, tries = start(), 95 * MB, 0
+    assert stranger.do("grow", held_bytes)
+
+    def load() -> Weights:
+        nonlocal tries
+        tries, taken_bytes = tries + 1, 0
+        try:
+            while taken_bytes < 60 * MB:  # as an engine does that allocates layer by layer
+                manager.device.charge(5 * MB)
+                taken_bytes += 5 * MB
+        finally:
+            manager.device.refund(taken_bytes)
+        return Weights(60 * MB)
+
+    manager.register("asr", load)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(use, manager, "asr")
+        while not request.done():
+            status = manager.status()["sharing"]
+            assert status
+            lacking_bytes = sum(ticket["wanted_bytes"] for ticket in status["queue"]) - (CAPACITY - held_bytes)
+            if status["queue"] and not status["queue"][0]["claimed"] and 0 < lacking_bytes <= held_bytes:
+                assert stranger.do("shrink", lacking_bytes)
+                held_bytes -= lacking_bytes
+        request.result()
+    assert tries > 2
+
+
+def test_a_first_load_fails_if_others_hold_next_to_nothing(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    assert start().do("grow", 5 * MB)
+    manager.register("asr", lambda: Weights(CAPACITY))
+    with pytest.raises(MemoryError), manager.lease("asr"):
+        pass
+
+
 def test_a_planned_return_takes_no_memory_that_was_freed_for_others(
     manager: GPUResourceManager, start: Callable[..., OnCard]
 ) -> None:
@@ -180,6 +222,41 @@ def test_an_idle_model_leaves_for_a_request_of_another_process(
     assert other.state() == "cpu"
 
 
+def test_bytes_of_a_move_that_are_on_the_card_are_not_kept_free_a_second_time(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    half_there, goes_on = threading.Event(), threading.Event()
+
+    def load() -> Weights:
+        manager.device.charge(50 * MB)
+        half_there.set()
+        assert goes_on.wait(60)
+        manager.device.refund(50 * MB)
+        return Weights(60 * MB)
+
+    manager.register("asr", load, size_bytes=60 * MB)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(use, manager, "asr")
+        assert half_there.wait(60)
+        assert start(30 * MB).do("take", 30) == 255
+        goes_on.set()
+        request.result()
+
+
+@pytest.mark.parametrize("idle", ["first", "second"])
+def test_only_the_model_that_is_idle_longest_leaves_for_a_request_of_a_third_process(
+    idle: str, start: Callable[..., OnCard]
+) -> None:
+    services = {"first": start(30 * MB), "second": start(30 * MB)}
+    longest, other = services.pop(idle), services.popitem()[1]
+    for command in ("take", "end", "offload", "take", "end"):  # a model stays at least as long as its last move took
+        longest.do(command)
+        other.do(command)
+    third = start(60 * MB)
+    assert third.do("take") == 255
+    assert (longest.state(), other.state()) == ("cpu", "gpu")
+
+
 def test_requests_are_served_in_order_of_arrival_across_processes(
     manager: GPUResourceManager, start: Callable[..., OnCard], card: str, tmp_path: Path
 ) -> None:
@@ -188,6 +265,8 @@ def test_requests_are_served_in_order_of_arrival_across_processes(
     with manager.lease("tts"):
         first.send("take")
         until(lambda: len(board.moves()) == 1)
+        second.send("take", 3)
+        assert "requests before this one: 1" in second.answer()
         second.send("take")
         until(lambda: len(board.moves()) == 2)
     assert first.answer() == 255
@@ -203,7 +282,8 @@ def test_processes_of_two_containers_may_have_the_same_number(
     manager: GPUResourceManager, card: str, tmp_path: Path
 ) -> None:
     now_s = time.monotonic()
-    there = tuple(Ticket(f"{PRESENCE}{key}", "", os.getpid(), now_s, 0, now_s, True) for key in "ab")
+    keys = (f"{PRESENCE}{'a' * 32}", f"{PRESENCE}{'b' * 32}", f"{PRESENCE}{'b' * 32}-tts")  # the last: an idle model
+    there = tuple(Ticket(key, "", os.getpid(), now_s, 0, now_s, True) for key in keys)
     Queue(tmp_path, card).change(lambda tickets: ((*tickets, *there), None))
     use(manager)
     until(lambda: watched(tmp_path, card))

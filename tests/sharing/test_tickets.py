@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from residency.sharing.tickets import STALE_AFTER_S, Ticket, Tickets, enter, first_waiting, leave, step
+from residency.sharing.tickets import STALE_AFTER_S, Ticket, Tickets, enter, leave, share_of, step, waiting
 
 STALE_S = -2 * STALE_AFTER_S
 
@@ -20,6 +20,7 @@ class Process:
     phase: str = "out"
     runs: str = "yes"  # or "stopped", "crashed"
     arrived_s: int = 0
+    knows: bool = True  # the size of its model
 
     @property
     def holds(self) -> bool:
@@ -48,11 +49,14 @@ class World:
 
 
 class Campaign:
-    """All worlds that can be reached; ``sizes``: the bytes of each process's model on a card of ``capacity``."""
+    """All worlds that can be reached; ``sizes``: the bytes of each process's model on a card of ``capacity``.
 
-    def __init__(self, capacity: int, sizes: tuple[int, ...]) -> None:
-        self.capacity, self.sizes = capacity, sizes
-        first = World(tuple(Process() for _ in sizes))
+    Those in ``unknown`` do not know the size before their first load.
+    """
+
+    def __init__(self, capacity: int, sizes: tuple[int, ...], unknown: tuple[int, ...]) -> None:
+        self.capacity, self.sizes, self.unknown = capacity, sizes, unknown
+        first = World(tuple(Process(knows=who not in unknown) for who in range(len(sizes))))
         self.next: dict[World, list[World]] = {}
         todo = deque([first])
         while todo:
@@ -69,7 +73,7 @@ class Campaign:
 
     def ticket(self, world: World, who: int) -> Ticket:
         process = world.processes[who]
-        return Ticket(str(who), "tts", who, process.arrived_s, self.sizes[who], 0.0)
+        return Ticket(str(who), "tts", who, process.arrived_s, self.sizes[who] if process.knows else 0, 0.0)
 
     def steps(self, world: World) -> Iterator[World]:
         """What processes do that run, and what time does to the tickets of the others."""
@@ -96,20 +100,25 @@ class Campaign:
             yield world.changed(who, replace(process, phase="claimed" if claimed else "waiting"), tickets, fenced)
         elif process.phase == "claimed":
             if self.free(world) >= self.sizes[who]:
-                yield world.changed(who, replace(process, phase="moved"))
+                # A first load takes bytes that another move may have claimed.
+                yield world.changed(who, replace(process, phase="moved", knows=True), fenced=not process.knows)
             else:  # the move has failed, and waits for room again
-                assert world.fenced, f"two processes have claimed the same bytes: {world}"
-                yield world.changed(who, replace(process, phase="waiting"), enter(world.tickets, mine))
+                assert world.fenced or not process.knows, f"two processes have claimed the same bytes: {world}"
+                process = replace(process, phase="waiting", knows=True)
+                mine = replace(mine, wanted_bytes=self.sizes[who])
+                yield world.changed(who, process, enter(world.tickets, mine))
         elif process.phase == "moved":
             yield world.changed(who, replace(process, phase="holding"), leave(world.tickets, key))
         else:
-            yield world.changed(who, replace(process, phase="out"))
+            yield world.changed(who, Process(knows=who not in self.unknown))
 
     def check_claim(self, world: World, who: int, process: Process) -> None:
         for other, its in enumerate(world.processes):
             older = its.phase == "waiting" and its.runs == "yes" and its.arrived_s < process.arrived_s
             there = any(t.key == str(other) and t.beat_s == 0.0 for t in world.tickets)
             assert not (older and there), f"{who} has overtaken {other}: {world}"
+            loads = its.phase == "claimed" and not its.knows and not process.knows
+            assert not (loads and there), f"{who} and {other} load at once: {world}"
 
     def faults(self, world: World) -> Iterator[World]:
         for who, process in enumerate(world.processes):
@@ -137,11 +146,15 @@ class Campaign:
         return found
 
 
-@pytest.mark.parametrize(("capacity", "sizes"), [(2, (2, 2, 2)), (4, (2, 3, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("capacity", "sizes", "unknown"),
+    [(2, (2, 2, 2), ()), (4, (2, 3, 1), ()), (4, (2, 3, 1), (0, 1))],
+    ids=str,
+)
 def test_no_bytes_are_claimed_twice_nobody_overtakes_and_nobody_waits_for_ever(
-    capacity: int, sizes: tuple[int, ...]
+    capacity: int, sizes: tuple[int, ...], unknown: tuple[int, ...]
 ) -> None:
-    campaign = Campaign(capacity, sizes)
+    campaign = Campaign(capacity, sizes, unknown)
     assert len(campaign.next) > 1000
     for who in range(len(sizes)):
         served = campaign.can_be_served(who)
@@ -165,11 +178,38 @@ def test_an_unknown_size_and_unknown_free_bytes() -> None:
 
 def test_the_oldest_that_waits_is_the_next() -> None:
     old, young = Ticket("b", "tts", 1, 1.0, 5, 10.0), Ticket("a", "tts", 2, 2.0, 5, 10.0)
-    assert first_waiting((young, old, replace(old, key="c", arrived_s=0.0, claimed=True)), 10.0) == old
-    assert first_waiting((young, old), 10.1 + STALE_AFTER_S) is None
+    assert waiting((young, old, replace(old, key="c", arrived_s=0.0, claimed=True)), 10.0) == [old, young]
+    assert waiting((young, old), 10.1 + STALE_AFTER_S) == []
 
 
 def test_a_heartbeat_of_before_a_restart_of_the_machine_counts_no_more() -> None:
     old = Ticket("a", "tts", 1, 5000.0, 5, 5000.0, True)
-    assert first_waiting((replace(old, claimed=False),), 10.0) is None
+    assert waiting((replace(old, claimed=False),), 10.0) == []
     assert step((old,), Ticket("b", "tts", 2, 9.0, 5, 10.0), 5, 10.0)[1] is True
+
+
+def test_longest_idle_models_of_all_processes_give_up_what_lacks_and_no_more() -> None:
+    third = Ticket("w", "tts", 9, 50.0, 40, 100.0)
+    idle = {"on-a": (1, 30.0, 20), "on-b": (2, 10.0, 20), "on-c": (3, 20.0, 20), "on-d": (9, 40.0, 10)}
+    tickets = (third, *(Ticket(k, "", pid, since_s, 0, 100.0, True, n) for k, (pid, since_s, n) in idle.items()))
+
+    def shares(lacking_bytes: int, needs: Ticket | None = None) -> list[int]:
+        return [share_of(tickets, key, lacking_bytes, needs, 100.0) for key in idle]
+
+    assert shares(20) == [0, 20, 0, 0]
+    assert shares(21) == [0, 20, 20, 0]
+    assert shares(70) == [20, 20, 20, 10]
+    assert shares(80) == [30, 30, 30, 20], "those in use give up the rest"
+    assert shares(15, third) == [0, 20, 0, 10], "first those of the process that needs the bytes"
+
+
+def test_what_has_arrived_of_a_claim_is_not_counted_twice() -> None:
+    moving = Ticket("a", "tts", 1, 0.0, 60, 0.0, True, 50)
+    mine = Ticket("b", "tts", 2, 1.0, 30, 0.0)
+    assert step((moving, mine), mine, 40, 0.0)[1]
+    assert not step((moving, mine), mine, 39, 0.0)[1]
+
+
+def test_a_process_that_is_on_the_card_holds_up_none_where_the_free_bytes_are_unknown() -> None:
+    here = Ticket("on-a", "", 1, 0.0, 0, 0.0, True)
+    assert step((here,), Ticket("b", "tts", 2, 1.0, 30, 0.0), None, 0.0)[1]

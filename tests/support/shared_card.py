@@ -33,7 +33,7 @@ held = []
 for line in sys.stdin:
     command, *arguments = line.split()
     if command == "take":
-        lease = manager.lease("tts", *arguments)
+        lease = manager.lease("tts", *map(float, arguments))
         try:
             engine = lease.__enter__()
             held.append(lease)
@@ -51,6 +51,9 @@ for line in sys.stdin:
             answer = False
     elif command == "shrink":
         card.refund(int(arguments[0]))
+        answer = True
+    elif command == "offload":
+        manager.offload()
         answer = True
     elif command == "status":
         answer = manager.status()
