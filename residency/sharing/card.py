@@ -166,7 +166,8 @@ class SharedCard:
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
-        holders = [(pid, nbytes) for pid, nbytes in self._device.holders() if pid not in own]
+        listed = self._device.holders()
+        holders = [(pid, nbytes) for pid, nbytes in listed if pid not in own]
         # In a container the driver may name processes by the host's numbers: then this process may be one of them.
         held = {pid: nbytes for pid, nbytes in holders if nbytes is not None and psutil.pid_exists(pid)}
         self._parents = {pid: self._parents.get(pid) or with_parents(pid) for pid in held}
@@ -193,7 +194,8 @@ class SharedCard:
 
         tickets = self._room.change(act) or ()
         if free_bytes is not None:
-            self._yield(tickets, free_bytes, bool(holders), now_s)
+            # A driver that lists no process, although this one is there, does not tell (WSL2, some containers).
+            self._yield(tickets, free_bytes, bool(holders) or not listed, now_s)
 
     def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:
         """Leaves for the first in the queue and, if idle and not alone, while less than the headroom is free."""
