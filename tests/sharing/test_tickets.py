@@ -40,10 +40,13 @@ class World:
         processes = (*self.processes[:who], process, *self.processes[who + 1 :])
         tickets = self.tickets if tickets is None else tickets
         times = sorted({each.arrived_s for each in processes if each.phase != "out"} | {t.arrived_s for t in tickets})
-        rank = {time_s: place for place, time_s in enumerate(times)}
+        if times != [*range(len(times))]:
+            rank = {time_s: place for place, time_s in enumerate(times)}
+            processes = tuple(replace(each, arrived_s=rank.get(each.arrived_s, 0)) for each in processes)
+            tickets = tuple(replace(ticket, arrived_s=rank[ticket.arrived_s]) for ticket in tickets)
         return World(
-            tuple(replace(each, arrived_s=rank.get(each.arrived_s, 0)) for each in processes),
-            tuple(sorted((replace(t, arrived_s=rank[t.arrived_s]) for t in tickets), key=lambda t: t.key)),
+            processes,
+            tuple(sorted(tickets, key=lambda ticket: ticket.key)),
             self.fenced or fenced,
         )
 
