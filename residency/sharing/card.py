@@ -21,7 +21,7 @@ from ..status_types import SharingStatus
 from . import Sharing
 from .asking import Asking
 from .board import Board, PrivateBoard
-from .processes import name_of, other_processes, with_parents
+from .processes import Identity, family_of, identity_of, name_of, other_processes
 from .room import Leaving, Room
 from .strangers import Strangers
 from .tickets import (
@@ -82,7 +82,7 @@ class SharedCard:
         self._room = Room(device, leaving, headroom_bytes, board, asking, self.wake)
         self.place = self._room.place
         self._strangers = Strangers(headroom_bytes)
-        self._parents: dict[int, frozenset[int]] = {}
+        self._families: dict[int, frozenset[Identity]] = {}
         self._presence = f"{PRESENCE}{uuid.uuid4().hex}"
         self._wake = threading.Event()
         self._closed = False
@@ -158,7 +158,8 @@ class SharedCard:
 
     def _here(self, now_s: float) -> list[Ticket]:
         """Returns the tickets that mark the presence of this process, and of its idle models."""
-        here = Ticket(self._presence, "", os.getpid(), now_s, 0, now_s, True)
+        pid, started = identity_of(os.getpid())
+        here = Ticket(self._presence, "", pid, now_s, 0, now_s, True, started=started)
         return [here] + [
             replace(here, key=f"{self._presence}-{model}", arrived_s=idle_since_s, card_bytes=nbytes)
             for model, (idle_since_s, nbytes) in self._leaving.offers().items()
@@ -166,18 +167,18 @@ class SharedCard:
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
-        listed = self._device.holders()
-        holders = [(pid, nbytes) for pid, nbytes in listed if pid not in own]
+        listed, me = self._device.holders(), identity_of(os.getpid())
+        self._families = {pid: self._families.get(pid) or family_of(pid) for pid, _ in listed}
+        # Also without a worker process that begins to load.
+        holders = [(pid, nbytes) for pid, nbytes in listed if pid not in own and me not in self._families[pid]]
         # In a container the driver may name processes by the host's numbers: then this process may be one of them.
         held = {pid: nbytes for pid, nbytes in holders if nbytes is not None and psutil.pid_exists(pid)}
-        self._parents = {pid: self._parents.get(pid) or with_parents(pid) for pid in held}
-
         own_bytes, here = self._room.own_bytes(), self._here(now_s)
 
         def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
             tickets = self._without_mine(tickets)
-            peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.is_strangers}
-            others = {pid: nbytes for pid, nbytes in held.items() if not self._parents[pid] & peers}
+            peers = {(ticket.pid, ticket.started) for ticket in alive(tickets, now_s) if not ticket.is_strangers}
+            others = {pid: nbytes for pid, nbytes in held.items() if not self._families[pid] & peers}
             asked = {ticket.key for ticket in self._strangers.asking.values()}
             if self.headroom_bytes and free_bytes is not None:
                 self._strangers.look(others, free_bytes, now_s)
@@ -216,7 +217,7 @@ class SharedCard:
         freed, _ = self._leaving.leave(nbytes, ticket.arrived_s if ticket else None)
         if not freed:
             return
-        name, pid = (name_of(ticket.pid), ticket.pid) if ticket else ("", None)
+        name, pid = (name_of(ticket.pid, ticket.started), ticket.pid) if ticket else ("", None)
         if ticket is None or ticket.is_strangers:
             self.last_yield = Yield(time.monotonic(), pid, name, sum(freed.values()), tuple(freed))
             self.yields += 1

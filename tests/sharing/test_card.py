@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from card_use import Weights, until, use
+from card_use import Weights, looks, until, use
+from fakes import comes_to
 from shared_card import MB, OnCard, service
 
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
+from residency.clock import ManualClock
 from residency.devices.named_cards import path_of
+from residency.scheduling.leaving import LONGEST_STAY_S
 from residency.sharing.board import Board
 from residency.sharing.tickets import PRESENCE, Ticket
 
@@ -144,6 +147,7 @@ def test_a_first_load_that_finds_the_card_full_waits(
     use(manager, "asr")
 
 
+@pytest.mark.in_process("its loader has locks of this process")
 def test_a_first_load_is_tried_again_as_long_as_others_hold_a_part_of_the_card(
     manager: GPUResourceManager, start: Callable[..., OnCard]
 ) -> None:
@@ -207,6 +211,40 @@ def test_nobody_is_left_for_without_headroom(card: str, start: Callable[..., OnC
         assert manager.status()["sharing"] is None
 
 
+@pytest.mark.parametrize(("load_s", "stays_s"), [(8.0, 8.0), (100.0, LONGEST_STAY_S)])
+@pytest.mark.parametrize("ours", [False, True], ids=["a stranger", "a process of this project"])
+def test_a_model_that_has_just_come_stays_as_long_as_its_move_took(
+    load_s: float, stays_s: float, ours: bool, start: Callable[..., OnCard], card: str, tmp_path: Path
+) -> None:
+    clock = ManualClock()
+    sharing = Sharing(headroom_bytes=10 * MB, folder=tmp_path)
+
+    def load() -> Weights:
+        clock.advance(load_s)
+        return Weights(60 * MB)
+
+    device = SimulatedDevice(CAPACITY, shared=card)
+    with GPUResourceManager(
+        device, keep_warm=600, sharing=sharing, clock=clock, isolation="none"
+    ) as manager:  # fmt: skip
+        manager.register("tts", load)
+        other = start()
+        use(manager)
+        until(lambda: watched(tmp_path, card))
+        if ours:
+            other.send("take")
+            until(lambda: Queue(tmp_path, card).moves())
+        else:
+            assert other.do("grow", 35 * MB)
+        for pause_s in (0.0, stays_s - 0.1):
+            clock.advance(pause_s)
+            looks(Queue(tmp_path, card), 3)
+            assert manager.status()["models"]["tts"]["state"] == "gpu", "its minimum stay has not ended"
+        clock.advance(0.2)
+        assert comes_to(manager, clock, State.HOST)
+        assert not ours or other.answer() == 255
+
+
 # -- processes of this project ----------------------------------------------------------------------------------------
 
 
@@ -222,6 +260,7 @@ def test_an_idle_model_leaves_for_a_request_of_another_process(
     assert other.state() == "cpu"
 
 
+@pytest.mark.in_process("its loader has locks of this process")
 def test_bytes_of_a_move_that_are_on_the_card_are_not_kept_free_a_second_time(
     manager: GPUResourceManager, start: Callable[..., OnCard]
 ) -> None:

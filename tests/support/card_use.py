@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from gpu_manager import GPUResourceManager
+from residency.sharing.board import Board
 
 
 class Weights:
@@ -26,3 +27,15 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end_s
         os.sched_yield()
+
+
+def looks(board: Board, count: int) -> None:
+    """Waits until this process has looked at the card so many times more."""
+    seen: set[float] = set()
+
+    def look() -> bool:
+        mine = [each for each in board.tickets() if each.marks_presence and each.pid == os.getpid()]
+        seen.update(each.beat_s for each in mine)
+        return len(seen) > count + 1
+
+    until(look)

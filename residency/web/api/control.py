@@ -110,6 +110,7 @@ def build(
             HTTPException: _no_such_call,
             RequestValidationError: _invalid_query,
             ClientDisconnect: client_disconnected,
+            errors.ResidencyError: _failed,
             Exception: _failed,
             **dict.fromkeys(_CODES, _refused),
         },
@@ -320,7 +321,8 @@ async def _invalid_query(request: Request, error: Any) -> JSONResponse:
 async def _failed(request: Request, error: Exception) -> JSONResponse:
     logger.error("A call over HTTP failed", exc_info=error)
     known = isinstance(error, errors.ResidencyError)
-    return JSONResponse({"error": str(error) if known else f"It failed: {error} / 操作失败：{error}"}, 500)
+    words = str(error) if known else f"It failed: {error} / 操作失败：{error}"
+    return JSONResponse({"error": words}, 500, None if known else {"Connection": "close"})  # the server closes it
 
 
 def _refusals(*codes: int) -> _Responses:
