@@ -13,9 +13,10 @@ import pytest
 from card_use import Weights, looks, until, use
 from nvml_of_card import CardByNvml, NvmlOfCard
 from shared_card import MB, OnCard, service
-from worker_engines import LINUX
+from worker_engines import LINUX, Gate, started
 
 from gpu_manager import GPUResourceManager, Sharing, SimulatedDevice, State
+from residency.scheduling import leaving
 from residency.sharing.board import Board
 from residency.status_types import SharingStatus
 
@@ -42,7 +43,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, card
 def manager(device: SimulatedDevice, tmp_path: Path) -> Iterator[GPUResourceManager]:
     sharing = Sharing(headroom_bytes=50 * MB, folder=tmp_path)
     with GPUResourceManager(device, isolation="process", keep_warm=600, sharing=sharing) as manager:
-        manager.register("tts", functools.partial(Weights, 60 * MB))
         yield manager
 
 
@@ -73,6 +73,7 @@ def worker(manager: GPUResourceManager) -> int:
 def test_a_worker_is_no_other_process_on_the_card(manager: GPUResourceManager, tmp_path: Path) -> None:
     """Its model takes more than is left, and less than the headroom is free: nobody else needs it."""
     board = Board(tmp_path, manager.device.identity)
+    manager.register("tts", functools.partial(Weights, 60 * MB))
     for _ in range(3):
         use(manager)
         assert dict(manager.device.holders()).get(worker(manager), 0) >= 60 * MB
@@ -84,8 +85,41 @@ def test_a_worker_is_no_other_process_on_the_card(manager: GPUResourceManager, t
     assert shared(manager)["yields"] == 0
 
 
+def load_slowly(device: SimulatedDevice, gate: Gate) -> Weights:
+    device.charge(60 * MB)
+    gate()
+    device.refund(60 * MB)
+    return Weights(60 * MB)
+
+
+def test_a_worker_that_loads_its_first_model_is_no_other_process(
+    manager: GPUResourceManager, device: SimulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not known yet which model it has."""
+    monkeypatch.setattr(leaving, "LONGEST_STAY_S", 0.0)
+    gate, board = Gate(tmp_path), Board(tmp_path, manager.device.identity)
+    manager.register("asr", functools.partial(Weights, 20 * MB))
+    manager.register("tts", functools.partial(load_slowly, device, gate))
+    use(manager, "asr")
+    loading = started(use, manager)
+    try:
+        pid = gate.reached()
+        assert dict(device.holders())[pid] >= 60 * MB
+        looks(board, 3)
+        assert manager.status()["models"]["asr"]["state"] == "gpu"
+        assert not any(each.is_strangers for each in board.tickets())
+        gate.open()
+    finally:
+        gate.free()
+    loading.result(60)
+    looks(board, 3)
+    assert manager.status()["models"]["asr"]["state"] == "gpu"
+    assert shared(manager)["yields"] == 0
+
+
 def test_the_model_of_a_worker_leaves_for_others(manager: GPUResourceManager, start: Callable[..., OnCard]) -> None:
     stranger, app = start(), start()
+    manager.register("tts", functools.partial(Weights, 60 * MB))
     use(manager)
     pid = worker(manager)
     assert stranger.do("grow", 35 * MB)
