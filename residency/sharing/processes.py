@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -64,9 +65,12 @@ def _numbers(pid: int) -> list[int]:
 
 
 def other_processes(device: Device, own_pids: Collection[int]) -> list[HoldingProcess]:
-    """Returns the processes that hold memory of a device, without ``own_pids``."""
+    """Returns the processes that hold memory of a device, without ``own_pids`` and descendants of this process."""
+    me = identity_of(os.getpid())
     return [
-        {"pid": pid, "name": name_of(pid), "bytes": nbytes} for pid, nbytes in device.holders() if pid not in own_pids
+        {"pid": pid, "name": name_of(pid), "bytes": nbytes}
+        for pid, nbytes in device.holders()
+        if pid not in own_pids and me not in family_of(pid)
     ]
 
 

@@ -108,6 +108,7 @@ def test_a_worker_that_loads_its_first_model_is_no_other_process(
         looks(board, 3)
         assert manager.status()["models"]["asr"]["state"] == "gpu"
         assert not any(each.is_strangers for each in board.tickets())
+        assert shared(manager)["holders"] == []
         gate.open()
     finally:
         gate.free()
