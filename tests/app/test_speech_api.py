@@ -147,6 +147,8 @@ class TestOtherSites:
         refused = ask(app.port, "/v1/audio/speech", f"Origin: {origin}", *self.JSON, method="POST", body=b"{}")
         assert refused.status == 403
         assert "message" in json.loads(refused.text)["error"], "in the interface's shape"
+        declared = app.get("/openapi.json")[1]["paths"]["/v1/audio/speech"]["post"]["responses"]["403"]["content"]
+        assert set(declared) == {refused.headers["content-type"]}
         assert "access-control-allow-origin" not in refused.headers
 
     def test_the_named_site_may_call_nothing_else(self, app: RunningApp) -> None:

@@ -85,7 +85,9 @@ class Transcription(BaseModel):
 
     model_config = ConfigDict(title="Transcription")
     model: str | None = Field(None, description="A model of `GET /v1/models`, or OpenAI's name of one.")
-    response_format: str = Field("json", description="`json` or `text`.")
+    response_format: Annotated[str, WithJsonSchema({"type": "string", "enum": ["json", "text"]})] = Field(
+        "json", description="`json` or `text`: transcripts have no times."
+    )
 
 
 class SpeechModel(BaseModel):
