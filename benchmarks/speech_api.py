@@ -61,7 +61,7 @@ def clone(self, *arguments):
     for _ in range(4):
         checkpoint()
         time.sleep(0.005)
-    return torch.full((1, 2_400_000 if "long" in arguments[-1] else 12_000), 0.25), 24_000
+    return torch.full((1, 2_400_000 if "long time" in "".join(arguments[2:]) else 12_000), 0.25), 24_000
 gated_engine.BuiltinEngine.clone = clone
 def run(self, executor, *arguments, run=asyncio.BaseEventLoop.run_in_executor):
     if executor is None and self._default_executor is None:

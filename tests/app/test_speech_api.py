@@ -112,8 +112,9 @@ class TestOpenAisClient:
         assert wrong_voice.value.param == "voice"
         with pytest.raises(openai.NotFoundError):
             client.audio.speech.create(model="gpt-9", voice="high", input="Hi")
-        with pytest.raises(openai.BadRequestError, match="English"):
-            client.audio.speech.create(model="tts-1", voice="high", input="Доброе утро")
+        for text in ("Доброе утро", "Guten Tag, wie geht es Ihnen heute? Ich freue mich sehr."):
+            with pytest.raises(openai.BadRequestError, match="English"):
+                client.audio.speech.create(model="tts-1", voice="high", input=text)
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{app.url}/v1", api_key="x") as other:
             other.models.list()
 
