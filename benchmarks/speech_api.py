@@ -5,8 +5,8 @@
 The first bytes are those of the built-in engine, on a simulated card: a text of ten sentences and its first sentence
 alone, alternately, with the model loaded. All else uses an engine that computes nothing and takes 20 ms for half a
 second of sound. Slow clients read at a fixed rate with a small receive buffer, below and above the app's limit, while
-another client is served. Connections are dropped at random moments: in the header, in the body, in the queue, while the app
-speaks, and while the client reads a byte at a time; they send a text, a text with `ref_audio`, or a form with a
+another client is served. Connections are dropped at random moments: in the header, in the body, in the queue, while the
+app speaks, and while the client reads a byte at a time; they send a text, a text with `ref_audio`, or a form with a
 recording. The growth of memory is the slope of a line through the rounds after a fifth of them. Exits with 1 if a goal
 is missed.
 """

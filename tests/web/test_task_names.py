@@ -53,6 +53,7 @@ INSTRUCTED = {task: STEP_AUDIO_EDIT_TYPES[task] for task in ("emotion", "style",
      "anything but happy", "less happy", "a neutral voice instead of a happy one",
      "Don't be angry, sad, or shy.", "Happy is not what I want.",
      "It shouldn't be too happy", "I can't stand this happy voice", "non-happy", "neither happy nor excited",
+     "Avoid: happy", "Avoid:\n- happy\n- sad", "避免：高兴",
      "不要高兴", "不要开心", "别生气", "请不要生气。",
      "没有生气", "勿用耳语", "避免夸张", "不要悲伤、生气", "高兴不起来"],
 )  # fmt: skip
@@ -62,7 +63,8 @@ def test_a_denied_name_is_none(denied: str) -> None:
 
 @pytest.mark.parametrize(
     ("instructions", "task", "sub_task"),
-    [("Be happy, not angry.", "emotion", "happy"), ("not angry, but happy", "emotion", "happy"),
+    [("Tone:\n- happy\n- not sad\nSpeak clearly.", "emotion", "happy"),
+     ("Be happy, not angry.", "emotion", "happy"), ("not angry, but happy", "emotion", "happy"),
      ("Don't be sad. Be happy!", "emotion", "happy"), ("whisper without anger", "style", "whisper"),
      ("happy instead of sad", "emotion", "happy"), ("非常高兴", "emotion", "happy"), ("特别高兴", "emotion", "happy"),
      ("无比高兴", "emotion", "happy"), ("不要生气，但要严肃", "style", "serious"),

@@ -67,8 +67,9 @@ _REMOVALS = {
     "style": ("内容不变，不带特定风格。", "Says the same in a plain manner."),
 }
 
-_SENTENCE_END = re.compile(r"[.!?;:\n。！？；：]|\b(?<!anything )but\b|但|而是")
-_CLAUSE_END = re.compile(r"[,，、]|(?=\b(?:without|instead of|rather than)\b)")
+_SENTENCE_END = re.compile(r"[.!?;。！？；]|(?<![:：])\n(?!\s*[-*•])|\b(?<!anything )but\b|但|而是")
+"""A list after a colon belongs to its sentence."""
+_CLAUSE_END = re.compile(r"[,，、\n]|(?=\b(?:without|instead of|rather than)\b)")
 _DENIAL = re.compile(
     r"\b(?:not|no|non|never|nor|neither|cannot|without|stop|avoid|less|anything but|instead of|rather than"
     r"|[a-z]+n['’]t|(?:do|does|is|are|ca|wo|must|should)nt)\b"
