@@ -112,8 +112,9 @@ class TestOpenAisClient:
         assert wrong_voice.value.param == "voice"
         with pytest.raises(openai.NotFoundError):
             client.audio.speech.create(model="gpt-9", voice="high", input="Hi")
-        with pytest.raises(openai.BadRequestError, match="English"):
-            client.audio.speech.create(model="tts-1", voice="high", input="Доброе утро")
+        for text in ("Доброе утро", "Guten Tag, wie geht es Ihnen heute? Ich freue mich sehr."):
+            with pytest.raises(openai.BadRequestError, match="English"):
+                client.audio.speech.create(model="tts-1", voice="high", input=text)
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{app.url}/v1", api_key="x") as other:
             other.models.list()
 
@@ -147,6 +148,8 @@ class TestOtherSites:
         refused = ask(app.port, "/v1/audio/speech", f"Origin: {origin}", *self.JSON, method="POST", body=b"{}")
         assert refused.status == 403
         assert "message" in json.loads(refused.text)["error"], "in the interface's shape"
+        declared = app.get("/openapi.json")[1]["paths"]["/v1/audio/speech"]["post"]["responses"]["403"]["content"]
+        assert set(declared) == {refused.headers["content-type"]}
         assert "access-control-allow-origin" not in refused.headers
 
     def test_the_named_site_may_call_nothing_else(self, app: RunningApp) -> None:

@@ -32,6 +32,7 @@ EXTRAS = {"app", "builtin", "checkpoint", "asr", "step-audio", "all"}
 MODULES = {
     "numpy", "gradio", "starlette", "fastapi", "fastapi_offline", "prometheus_client", "soundfile", "av", "soxr",
     "sentencex", "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers", "packaging",
+    "py3langid",
 }  # fmt: skip
 
 

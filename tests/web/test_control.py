@@ -326,6 +326,41 @@ class TestWhoMayChange:
         assert calls.post("/gpu/release", headers={"X-Control-Token": "secret"}).status_code == 200
         assert calls.get("/gpu/status").status_code == 200
 
+    def test_guesses_of_the_token_are_limited_per_address(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE, token="secret")
+
+        def status(token: str, call: str = "release") -> int:
+            answer = calls.post(f"/gpu/{call}", headers={"Authorization": f"Bearer {token}"})
+            if answer.status_code == 429:
+                assert 1 <= int(answer.headers["retry-after"]) <= 10
+                assert " / " in answer.json()["error"]
+            return int(answer.status_code)
+
+        assert [status(f"guess {number}") for number in range(6)] == [401] * 5 + [429]
+        assert status("secret") == 429, "else one could go on guessing"
+        assert status("guess", "warm") == 429
+        assert calls.post("/sleep", headers={"X-Control-Token": "guess"}).status_code == 429
+        assert calls.post("/gpu/release").status_code == 401, "without a token"
+        assert calls.get("/gpu/status", headers={"Authorization": "Bearer guess"}).status_code == 200
+
+    def test_a_token_that_was_used_before_is_not_locked_out(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE, token="secret")
+        secret = {"Authorization": "Bearer secret"}
+        assert calls.post("/gpu/release", headers=secret).status_code == 200
+        for _ in range(7):
+            calls.post("/gpu/release", headers={"X-Control-Token": "guess"})
+        assert calls.post("/gpu/release", headers=secret).status_code == 200
+
+    def test_without_a_token_nothing_is_guessed(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE)
+        codes = {calls.post("/gpu/release", headers={"Authorization": "Bearer x"}).status_code for _ in range(7)}
+        assert codes == {401}
+
+    def test_this_machine_is_not_counted(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, token="secret")
+        codes = {calls.post("/gpu/release", headers={"Authorization": "Bearer x"}).status_code for _ in range(7)}
+        assert codes == {200}
+
     def test_without_a_token_others_cannot(self, manager: GPUResourceManager) -> None:
         calls = client(manager, ELSEWHERE)
         for headers in ({}, {"Authorization": "Bearer "}, {"X-Control-Token": "None"}):

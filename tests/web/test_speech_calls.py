@@ -418,6 +418,7 @@ class TestKeys:
             return int(answer.status_code)
 
         assert status("another") == 200
+        assert status("t0ken") == 200
         assert [status(f"guess {number}") for number in range(7)] == [401] * 5 + [429] * 2
         assert status("one-key") == 429, "else one could go on guessing"
         assert status("another") == 200, "its user is not locked out"
@@ -428,11 +429,33 @@ class TestKeys:
 
     def test_after_a_while_another_key_may_be_tried(self, keyed: Served) -> None:
         now_s = [1000.0]
-        keyed.keys._now = lambda: now_s[0]
+        keyed.keys._permissions.guesses._now = lambda: now_s[0]
         client = keyed.client(Authorization="Bearer guess")
         assert [client.get("/v1/models").status_code for _ in range(6)] == [401] * 5 + [429]
         now_s[0] += 10
         assert [client.get("/v1/models").status_code for _ in range(2)] == [401, 429]
+
+    def test_a_token_that_was_not_used_before_is_refused_like_a_key(self, keyed: Served) -> None:
+        def status(key: str) -> int:
+            return int(keyed.client(ELSEWHERE, Authorization=f"Bearer {key}").get("/v1/models").status_code)
+
+        assert [status(f"guess {number}") for number in range(5)] == [401] * 5
+        assert status("t0ken") == 429, "else one could go on guessing"
+
+    def test_wrong_tokens_are_counted_with_the_keys(self, keyed: Served) -> None:
+        guesses = [keyed.client(ELSEWHERE, Authorization=f"Bearer {number}") for number in range(6)]
+        assert [guess.post("/gpu/release").status_code for guess in guesses[:3]] == [401] * 3
+        assert [guess.get("/v1/models").status_code for guess in guesses[3:5]] == [401] * 2
+        for refused in (guesses[5].post("/gpu/release"), guesses[5].get("/v1/models")):
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 10
+
+    def test_without_keys_tokens_are_guessed_no_faster_with_changes(self, served: Served) -> None:
+        client = served.client(ELSEWHERE, Authorization="Bearer none")
+        assert [client.delete("/v1/audio/voices/x").status_code for _ in range(6)] == [401] * 5 + [429]
+        assert speech(served, client).status_code == 200, "which needs no key"
+        token = served.client(ELSEWHERE, Authorization="Bearer t0ken")
+        assert token.delete("/v1/audio/voices/x").status_code == 429
 
     def test_without_keys_other_machines_may_speak_but_change_nothing(self, served: Served, recording: str) -> None:
         client = served.client(ELSEWHERE)

@@ -32,6 +32,7 @@ from ..server.bodies import client_disconnected
 from ..server.cross_origin import refusal_body
 from ..server.layers import http_layer
 from ..server.permissions import Permissions
+from ..server.rate_limit import TooManyWrongKeys
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
 from .event_stream import EventStream, Moves
@@ -48,6 +49,7 @@ _Responses = dict[int | str, _Keywords]
 _LARGEST_BODY_BYTES = 10_000
 _FOLDERS = ("/gpu/", "/docs/", "/v1/")
 _CODES: dict[type[Exception], int] = {
+    TooManyWrongKeys: 429,
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
     errors.InvalidInput: 422,
@@ -65,6 +67,7 @@ _DESCRIPTIONS = {
     404: "No such model, or neighbor.",
     413: "The request body is too large.",
     422: "The request is invalid.",
+    429: "This address has sent too many wrong tokens or keys; `Retry-After` has the seconds to wait.",
     500: "The move failed; nothing is half-moved.",
     502: "The neighbor did not answer, or refused.",
     503: "The app is shutting down, its GPU has failed, or too many programs listen.",
@@ -150,16 +153,18 @@ class _Calls:
         add("/readyz", self.readyz, tags=["health"], responses=_refusals(503))
         for endpoint in (self.healthz, self.readyz):
             add(f"/{endpoint.__name__}", endpoint, methods=["HEAD"], include_in_schema=False)
-        add("/gpu/status", self.gpu_status, response_model=Status, responses=_refusals(401), **reading)
-        add("/gpu/history", self.gpu_history, response_model=UsageHistory, responses=_refusals(401), **reading)
-        add("/gpu/events", self.gpu_events, responses=_text("text/event-stream", 401, 503), **_NOT_JSON, **reading)
+        add("/gpu/status", self.gpu_status, response_model=Status, responses=_refusals(401, 429), **reading)
+        add("/gpu/history", self.gpu_history, response_model=UsageHistory, responses=_refusals(401, 429), **reading)
+        add("/gpu/events", self.gpu_events, responses=_text("text/event-stream", 401, 429, 503), **_NOT_JSON, **reading)
         if self.panel:
             add("/gpu/panel", self.gpu_panel, include_in_schema=False, **_NOT_JSON, **reading)
-        add("/metrics", self.prometheus, responses=_text("text/plain", 401), **_NOT_JSON, **reading)
+        add("/metrics", self.prometheus, responses=_text("text/plain", 401, 429), **_NOT_JSON, **reading)
         for call, body, description in _CHANGES:
             self.add_change(app, call, body, description)
         sleeping = SleepCalls(self.manager, self.may_change, self._change, partial(self._read, self.manager.status))
-        sleeping.add_to(app, {"responses": _refusals(400, 401, 500, 503)}, {"responses": _refusals(401), **reading})
+        sleeping.add_to(
+            app, {"responses": _refusals(400, 401, 429, 500, 503)}, {"responses": _refusals(401, 429), **reading}
+        )
 
     def may_read(self, request: Request) -> None:
         if self.signed_in:
@@ -234,7 +239,7 @@ class _Calls:
             tags=["changing"],
             description=description,
             response_model=Status,
-            responses={**follows, **_refusals(401, 404, 422, 500, *failed, 503), **_refused_early(413)},
+            responses={**follows, **_refusals(401, 404, 422, 429, 500, *failed, 503), **_refused_early(413)},
             openapi_extra={
                 "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
                 "security": [{"token": []}, {}],
@@ -298,7 +303,9 @@ async def _body(request: Request, kind: type[BaseModel]) -> Any:
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
     more = {"known": list(error.known)} if isinstance(error, errors.UnknownModel) else {}
-    headers = {"WWW-Authenticate": "Bearer"} if code == 401 else None
+    headers = {"WWW-Authenticate": "Bearer"} if code == 401 else {}
+    if isinstance(error, TooManyWrongKeys):
+        headers = {"Retry-After": str(error.retry_s)}
     return JSONResponse({"error": str(error), **more}, code, headers)
 
 

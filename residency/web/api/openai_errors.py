@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse
 from ... import errors
 from ...observability.error_classification import is_out_of_device_memory, message_of
 from ...sentences import Sentence
-from ..server.api_keys import TooManyWrongKeys, WrongKey
+from ..server.api_keys import WrongKey
 from ..server.cross_origin import refusal_body
+from ..server.rate_limit import TooManyWrongKeys
 from ..speech.recordings import DISK_IS_FULL, DiskFull, OutOfDiskSpace
 from ..speech.service import ShuttingDown, explain
 from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull
@@ -100,13 +101,13 @@ class BodyTooLarge(errors.ResidencyError):
 _RETRY_S = 5
 _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (WrongKey, 401, "authentication_error", "invalid_api_key"),
+    (TooManyWrongKeys, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.NotAllowed, 401, "authentication_error", "not_allowed"),
     (UnknownSpeechModel, 404, "invalid_request_error", "model_not_found"),
     (UnknownVoice, 400, "invalid_request_error", "voice_not_found"),
     (VoiceExists, 409, "invalid_request_error", "voice_exists"),
     (BodyTooLarge, 413, "invalid_request_error", None),
     (errors.InvalidInput, 400, "invalid_request_error", None),
-    (TooManyWrongKeys, 429, "rate_limit_error", "rate_limit_exceeded"),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
     (VoiceNotStored, 507, "server_error", "disk_full"),

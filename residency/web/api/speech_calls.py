@@ -25,7 +25,7 @@ from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
 from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
-from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals
+from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals, streamed
 from .openai_schema import (
     DeletedVoice,
     Edit,
@@ -79,19 +79,19 @@ class SpeechCalls:
         speaks: dict[str, Any] = {"tags": ["speech"], "route_class_override": OpenAiRoute}
         voices: dict[str, Any] = {"tags": ["voices"], "route_class_override": OpenAiRoute}
         add("/v1/models", self.models, response_model=SpeechModels, responses=refusals(401, 429), **speaks)
-        audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
+        stored = {"description": "The voice was stored.", **streamed()}
         spoken: dict[str, Any] = {"response_class": Response, "response_model": None, "methods": ["POST"], **speaks}
-        streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
+        events = streamed(*MEDIA_TYPES.values(), "text/event-stream", headers=["X-Edit"])
         add("/v1/audio/speech", self.speech, openapi_extra=either_body(json_body(Speech), form_body(Speech)),
-            responses={200: {"content": streamed}, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
+            responses={200: events, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/edits", self.edits, openapi_extra=either_body(form_body(Edit), json_body(Edit)),
-            responses={200: {"content": audio}, **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
+            responses={200: streamed(*MEDIA_TYPES.values()), **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
-            responses=refusals(400, 401, 404, *_OF_WORK), openapi_extra=form_body(Transcription),
-            **speaks)  # fmt: skip
+            responses={200: streamed("text/plain"), **refusals(400, 401, 404, *_OF_WORK)},
+            openapi_extra=form_body(Transcription), **speaks)  # fmt: skip
         add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
-            response_description="The voice was stored.", responses=refusals(400, 401, 409, *_OF_WORK),
+            responses={201: stored, **refusals(400, 401, 409, *_OF_WORK)},
             openapi_extra=either_body(form_body(VoiceSample), json_body(VoiceSample)), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
