@@ -37,8 +37,10 @@ from .openai_schema import (
     Voices,
     VoiceSample,
 )
+from .server_timing import server_timing
 from .slots import Slots
 from .streamed import Streamed, Work, Write
+from .turns import Turn, Turns
 
 OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
@@ -68,6 +70,7 @@ class SpeechCalls:
     watching: Callable[[Callable[[Any], object]], AbstractContextManager[None]]
     keep_alive: Callable[[float | str], float]
     readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
+    turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
         self.threads = CapacityLimiter(self.slots.most)
@@ -115,7 +118,9 @@ class SpeechCalls:
         self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
+            turn = held.enter_context(self.turns.taken())
             body, upload = await self._read_speech(request, held)
+            turn.received()
             self._check_model(body.model, (self.model, *OF_OPENAI))
             keep_warm_s = self._keep_warm(request, body.keep_alive)
             edit = self.speaker.named_edit(body.instructions)
@@ -132,7 +137,7 @@ class SpeechCalls:
                 work = partial(self._speak_with, ask, upload, body.ref_text)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
-                most_bytes(body.input, body.response_format, body.speed), sse=body.stream_format == "sse",
+                most_bytes(body.input, body.response_format, body.speed), turn, sse=body.stream_format == "sse",
                 headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
             )  # fmt: skip
 
@@ -173,13 +178,15 @@ class SpeechCalls:
         self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
+            turn = held.enter_context(self.turns.taken())
             body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
+            turn.received()
             self._check_task(body.task)
             with _naming_edits():
                 self.service.checked_edit(body.text, body.task, body.sub_task, body.tagged_text)
             work = partial(self._edit, body, upload)
-            return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all())
+            return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all(), turn=turn)
 
     def _edit(self, body: Edit, upload: Upload, write: Write) -> None:
         with _naming_edits(), upload.stored(self.service, self.recordings) as recording:
@@ -259,10 +266,13 @@ class SpeechCalls:
         return JSONResponse(DeletedVoice(id=voice.name).model_dump())
 
     def _streamed(
-        self, work: Work, media_type: str, held: ExitStack, most_bytes: int = 0,
+        self, work: Work, media_type: str, held: ExitStack, most_bytes: int = 0, turn: Turn | None = None,
         *, status: int = 200, headers: dict[str, str] | None = None, sse: bool = False,
     ) -> Streamed:  # fmt: skip
-        """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``."""
+        """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``.
+
+        The first model's queue is joined in the order of the turns.
+        """
         leases: list[Any] = []
 
         def watched(write: Write) -> None:
@@ -271,14 +281,19 @@ class SpeechCalls:
                     leases.append(lease)
                 if cancellation := current():
                     cancellation.on_cancel(lease.cancel)
+                if turn:
+                    turn.wait()
+                    lease.queued = turn.end
 
+            if turn and (cancellation := current()):
+                cancellation.on_cancel(turn.end)
             with self.watching(watch):
                 work(write)
 
         room = partial(self.recordings.reserved, most_bytes)
         return Streamed(
             watched, media_type, self.service.folder, room, held, self.threads, status=status, headers=headers,
-            sse=sse, server_timing=lambda: _server_timing(leases),
+            sse=sse, server_timing=lambda: server_timing(leases),
         )  # fmt: skip
 
     def _check_change(self, request: Request) -> None:
@@ -320,25 +335,6 @@ def _name(body: Speech) -> str:
 
 def _naming_edits() -> AbstractContextManager[None]:
     return naming(prompt_text="text", target_text="tagged_text", recording="file")
-
-
-def _server_timing(leases: list[Any]) -> str:
-    """Returns the header for the sum of the leases' waits (https://www.w3.org/TR/server-timing/), in milliseconds.
-
-    ``desc`` names the models if there are several: edits wait for the recognizer, then for the engine.
-    """
-    waits = [(lease.model, receipt) for lease in leases if (receipt := lease.receipt)]
-    if not waits:
-        return ""
-    receipts = [receipt for _, receipt in waits]
-    whys = [f"{model}: {receipt.sentence().en}" for model, receipt in waits]
-    why = "; ".join(whys) if len(waits) > 1 else receipts[0].sentence().en
-    parts = [f'wait;dur={1000 * sum(each.waited_s for each in receipts):.1f};desc="{why}"']
-    parts += [f"queue;dur={1000 * sum(each.queue_s for each in receipts):.1f}"]
-    for move in ("load", "restore"):
-        if moves_s := [each.move_s for each in receipts if each.move == move]:
-            parts += [f"{move};dur={1000 * sum(moves_s):.1f}"]
-    return ", ".join(parts)
 
 
 def _facts(voice: Voice) -> VoiceFacts:

@@ -1,0 +1,63 @@
+"""Keeps requests in their order of arrival until they are in a model's queue, however long their checks take."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_BODY_WITHIN_S = 2.0
+"""Time in which later requests wait for the body of an earlier one: a slow sender must not delay others."""
+
+
+class Turns:
+    """The requests that are not yet in a queue. Thread-safe. ``now`` returns seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.changed = threading.Condition()
+        self.waiting: list[Turn] = []
+
+    @contextmanager
+    def taken(self) -> Iterator[Turn]:
+        """Yields the turn of a request that has just arrived; ends it with the block."""
+        turn = Turn(self)
+        with self.changed:
+            self.waiting.append(turn)
+        try:
+            yield turn
+        finally:
+            turn.end()
+
+
+class Turn:
+    """The turn of a request."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._counts_until_s = turns.now() + _BODY_WITHIN_S
+
+    def received(self) -> None:
+        """The whole body has arrived: from now on later requests wait until this one is in a queue, or has ended."""
+        self._counts_until_s = math.inf
+
+    def wait(self) -> None:
+        """Waits for all earlier requests, or until `end` is called."""
+        with self._turns.changed:
+            while (left_s := self._left_s()) > 0:
+                self._turns.changed.wait(min(left_s, threading.TIMEOUT_MAX))
+
+    def end(self) -> None:
+        """Ends the turn: the request is in a queue, or has failed. May be called repeatedly."""
+        with self._turns.changed:
+            if self in self._turns.waiting:
+                self._turns.waiting.remove(self)
+                self._turns.changed.notify_all()
+
+    def _left_s(self) -> float:
+        if self not in self._turns.waiting:
+            return 0.0
+        earlier = self._turns.waiting[: self._turns.waiting.index(self)]
+        return max((turn._counts_until_s for turn in earlier), default=-math.inf) - self._turns.now()
