@@ -23,7 +23,7 @@ from app_process import wait_until
 from served_tones import Served
 from starlette.testclient import TestClient
 
-from residency.errors import InvalidInput
+from residency.errors import InvalidInput, RequestStopped, WorkerEnded
 from residency.sentences import Sentence
 from tts_gpu_managed import ask
 
@@ -264,6 +264,46 @@ class TestBadSpeech:
         assert served.left() == []
         served.tones.error = None
         assert speech(served).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("cause", "status", "code"),
+        [(ValueError("broken"), 500, None), (InvalidInput("too long", "太长"), 400, None),
+         (OSError(errno.ENOSPC, "full"), 507, "disk_full"), (MemoryError("CUDA out of memory"), 503, "device_full"),
+         (WorkerEnded("tts"), 503, "worker_ended")],
+    )  # fmt: skip
+    def test_an_edit_that_fails_after_its_clone(
+        self, served: Served, cause: Exception, status: int, code: str | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        served.tones.error, served.tones.fails_at = cause, 2
+        refused = speech(served, input="One sentence is enough.", instructions="happy")
+        assert [name for name, *_ in served.tones.asked] == ["clone"] + ["edit"] * (2 if code == "device_full" else 1)
+        assert refused.status_code == status
+        found = error(refused)
+        assert (found["param"], found["code"]) == ("instructions", code)
+        assert "was spoken, but the edit emotion/happy" in found["message"]
+        assert "without instructions" in found["message"]
+        assert caplog.text.count("request failed") <= 1, "it is logged once"
+        assert served.left() == []
+        served.tones.error = None
+        assert speech(served, input="One sentence is enough.").status_code == 200
+
+    def test_sentences_before_a_failed_edit_stay(self, served: Served) -> None:
+        served.tones.error, served.tones.fails_at = ValueError("broken"), 4
+        answer = speech(served, instructions="happy", stream_format="sse", response_format="pcm")
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+        assert [event["type"] for event in events] == ["speech.audio.delta", "error"]
+        assert "edit emotion/happy" in events[1]["error"]["message"]
+
+    def test_a_cancelled_edit_is_no_failed_one(self, served: Served) -> None:
+        served.tones.error, served.tones.fails_at = RequestStopped(), 2
+        assert error(speech(served, input="One.", instructions="happy"))["code"] == "cancelled"
+
+    def test_a_worker_process_that_has_ended(self, served: Served) -> None:
+        served.tones.error = WorkerEnded("tts")
+        refused = speech(served)
+        assert (refused.status_code, error(refused)["code"]) == (503, "worker_ended")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "anew" in error(refused)["message"]
 
     def test_a_voice_that_the_engine_cannot_take(self, served: Served) -> None:
         served.tones.error = InvalidInput("No speech was found", "没有检测到语音", "recording")

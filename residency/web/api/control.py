@@ -55,6 +55,7 @@ _CODES: dict[type[Exception], int] = {
     neighbor_errors.NeighborRefused: 502,
     errors.ManagerClosed: 503,
     errors.DeviceLost: 503,
+    errors.WorkerEnded: 503,
     errors.NotReady: 503,
     errors.TooManyListeners: 503,
 }
@@ -67,7 +68,7 @@ _DESCRIPTIONS = {
     422: "The request is invalid.",
     500: "The move failed; nothing is half-moved.",
     502: "The neighbor did not answer, or refused.",
-    503: "The app is shutting down, its GPU has failed, or too many programs listen.",
+    503: "The app is shutting down, its GPU or a worker process has failed, or too many programs listen.",
 }
 _NOT_JSON: _Keywords = {"response_class": Response, "response_model": None}
 _CHANGES: tuple[tuple[str, type[BaseModel], str], ...] = (
@@ -298,6 +299,8 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
     more = {"known": list(error.known)} if isinstance(error, errors.UnknownModel) else {}
     headers = {"WWW-Authenticate": "Bearer"} if code == 401 else None
+    if isinstance(error, errors.WorkerEnded):  # the next request starts a new one
+        headers = {"Retry-After": "1"}
     return JSONResponse({"error": str(error), **more}, code, headers)
 
 

@@ -34,7 +34,10 @@ _REFUSALS: dict[int, tuple[str, Exception | None]] = {
         TooManyRequests(100, 5),
     ),
     500: ("The engine failed.", None),
-    503: ("The model is not available in time, or the app is shutting down.", ShuttingDown()),
+    503: (
+        "The model is not available in time, its worker process has ended, or the app is shutting down.",
+        ShuttingDown(),
+    ),
     507: ("The server has no disk space left.", DiskFull()),
 }
 """Description and example by status code."""
