@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 import soundfile
 from app_process import wait_until
+from local_server import Served as Server
+from raw_http import begun
 from served_tones import Served
 from starlette.testclient import TestClient
 
@@ -347,6 +350,32 @@ class TestBadSpeech:
             assert speech(served, input="x " * 100).status_code == 507
             assert speech(served, input="Short enough.").status_code == 200
             assert served.recordings._reserved_bytes == 0
+
+
+    def test_a_slow_reader_reserves_what_its_answer_has(self, served: Served) -> None:
+        text = " ".join(["Ten letters here."] * 250)
+        reserved = served.recordings.reserved_until_known
+        estimates: list[float] = []
+        sizes: list[float] = []
+
+        @contextmanager
+        def seen(most_bytes: float) -> Iterator[Any]:
+            estimates.append(most_bytes)
+            with reserved(most_bytes) as known:
+                yield lambda size: (sizes.append(size), known(size))
+
+        served.recordings.reserved_until_known = seen  # type: ignore[method-assign]
+        server = Server(served.app)
+        try:
+            body = json.dumps({"input": text, "voice": "high", "response_format": "pcm"}).encode()
+            with begun(server.port, "/v1/audio/speech", body) as line:
+                assert line.recv(12) == b"HTTP/1.1 200"
+                assert wait_until(lambda: bool(sizes))
+                assert 0 < served.recordings._reserved_bytes == sizes[0] < estimates[0] / 2
+            assert wait_until(lambda: served.recordings._reserved_bytes == 0)
+        finally:
+            server.close()
+        assert served.left() == []
 
 
 def chinese(refused: Any) -> str:

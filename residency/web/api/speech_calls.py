@@ -290,7 +290,7 @@ class SpeechCalls:
             with self.watching(watch):
                 work(write)
 
-        room = partial(self.recordings.reserved, most_bytes)
+        room = partial(self.recordings.reserved_until_known, most_bytes)
         return Streamed(
             watched, media_type, self.service.folder, room, held, self.threads, status=status, headers=headers,
             sse=sse, server_timing=lambda: server_timing(leases),

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...cancellation import Cancellation, cancelled_by
-from .growing_file import GrowingFile
+from .growing_file import GrowingFile, Room
 from .openai_errors import described, refusal
 
 Write = Callable[[bytes], object]
@@ -40,7 +40,7 @@ class Streamed(Response):
         work: Work,
         media_type: str,
         folder: Path,
-        room: Callable[[], AbstractContextManager[object]],
+        room: Room,
         held: ExitStack,
         threads: CapacityLimiter,
         *,
