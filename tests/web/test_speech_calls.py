@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import soundfile
 from app_process import wait_until
@@ -152,7 +153,7 @@ class TestSpeech:
             answer = served.client().post("/v1/audio/edits", data={"task": "vad"}, files={"file": file})
             waits = {name: served.manager.status()["models"][name]["last_wait"] for name in ("asr", "tts")}
         timing = answer.headers["server-timing"]
-        assert re.search(r'desc="asr: .*loading the model; tts: .*loading the model"', timing)
+        assert re.search(r'desc="asr: .*loading the model[^;]*; tts: .*loading the model.*"', timing)
         for name, key in (("wait", "waited_s"), ("queue", "queue_s"), ("load", "move_s")):
             found = re.search(rf"{name};dur=([0-9.]+)", timing)
             assert found is not None
@@ -170,6 +171,38 @@ class TestSpeech:
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == stays
         speech(served)
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == 0
+
+    def test_null_is_as_if_a_field_were_absent(self, served: Served) -> None:
+        optional = (
+            "model",
+            "response_format",
+            "speed",
+            "instructions",
+            "stream_format",
+            "keep_alive",
+            "ref_audio",
+            "ref_text",
+        )
+        body = {"input": "Hello.", "voice": "high", **dict.fromkeys(optional)}
+        answer = served.client().post("/v1/audio/speech", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "audio/mpeg"
+        described = served.client().get("/openapi.json").json()["paths"]["/v1/audio/speech"]["post"]["requestBody"]
+        fields = described["content"]["application/json"]["schema"]["properties"]
+        assert all({"type": "null"} in fields[name]["anyOf"] for name in optional)
+        assert "anyOf" not in fields["input"]
+        refused = served.client().post("/v1/audio/speech", json={**body, "input": None})
+        assert error(refused)["message"].startswith("input is missing")
+
+    def test_so_is_an_empty_field_of_a_form(self, served: Served, recording: str) -> None:
+        fields = {"input": "Hello.", **dict.fromkeys(("model", "response_format", "speed", "ref_text"), "")}
+        with open(recording, "rb") as file:
+            fields["ref_text"] = "my words"
+            answer = served.client().post("/v1/audio/speech", data=fields, files={"file": file})
+        assert answer.status_code == 200, answer.text
+        with open(recording, "rb") as file:
+            refused = served.client().post("/v1/audio/speech", data={**fields, "input": ""}, files={"file": file})
+        assert error(refused)["message"].startswith("input: The text is empty")
 
     def test_with_a_recording_of_its_own(self, served: Served, recording: str) -> None:
         audio = base64.b64encode(Path(recording).read_bytes()).decode()
@@ -350,7 +383,6 @@ class TestBadSpeech:
             assert speech(served, input="x " * 100).status_code == 507
             assert speech(served, input="Short enough.").status_code == 200
             assert served.recordings._reserved_bytes == 0
-
 
     def test_a_slow_reader_reserves_what_its_answer_has(self, served: Served) -> None:
         text = " ".join(["Ten letters here."] * 250)
@@ -692,6 +724,37 @@ class TestTranscriptions:
             data = {"model": "whisper-1", **({"response_format": form} if form else {})}
             assert served.client().post("/v1/audio/transcriptions", data=data, files={"file": file}).text == answer
         assert served.left() == []
+
+    def test_empty_fields_are_as_if_absent(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: "heard")
+        data = dict.fromkeys(("model", "language", "prompt", "response_format", "temperature", "stream"), "")
+        with served.manager, open(recording, "rb") as file:
+            answer = served.client().post("/v1/audio/transcriptions", data=data, files={"file": file})
+            assert answer.text == '{"text": "heard"}'
+
+    def test_openais_client_reads_a_stream(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: "words that 听到")
+        server = Server(served.app)
+        try:
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client:
+                ask: Any = client.audio.transcriptions.create
+                events = list(ask(model="gpt-4o-transcribe", file=Path(recording), language="en", stream=True))
+            assert [event.type for event in events] == ["transcript.text.delta", "transcript.text.done"]
+            assert events[0].delta == events[1].text == "words that 听到"
+            described = served.app.openapi()["paths"]["/v1/audio/transcriptions"]["post"]
+            assert "text/event-stream" in described["responses"]["200"]["content"]
+            fields = described["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+            assert fields["stream"]["type"] == "boolean"
+        finally:
+            server.close()
+            served.manager.close()
+
+    def test_a_stream_that_is_neither_true_nor_false(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: "heard")
+        with served.manager, open(recording, "rb") as file:
+            refused = served.client().post("/v1/audio/transcriptions", data={"stream": "x"}, files={"file": file})
+        assert (refused.status_code, error(refused)["param"]) == (400, "stream")
+        assert "应为 true 或 false" in error(refused)["message"]
 
     def test_json_is_refused(self, served: Served) -> None:
         refused = served.client().post("/v1/audio/transcriptions", json={"file": "x"})

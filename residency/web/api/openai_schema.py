@@ -85,6 +85,7 @@ class Transcription(BaseModel):
     model_config = ConfigDict(title="Transcription")
     model: str | None = Field(None, description="A model of `GET /v1/models`, or OpenAI's name of one.")
     response_format: str = Field("json", description="`json` or `text`.")
+    stream: bool = Field(False, description="Send the transcript as server-sent events, once it is complete.")
 
 
 class SpeechModel(BaseModel):

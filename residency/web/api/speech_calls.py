@@ -39,12 +39,14 @@ from .openai_schema import (
 )
 from .server_timing import server_timing
 from .slots import Slots
-from .streamed import Streamed, Work, Write
+from .streamed import Streamed, Work, Write, event
 from .turns import Turn, Turns
 
 OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
 OF_OPENAI_TRANSCRIBE = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
+_TRANSCRIPTS = {"json": "application/json", "text": "text/plain; charset=utf-8", "sse": "text/event-stream"}
+"""Media type of a transcript by its form."""
 _BLOCK_FRAMES = 1 << 16
 _OF_WORK = (413, 429, 500, 503, 507)
 """Status codes of calls that receive a body and use a model or the disk."""
@@ -90,7 +92,8 @@ class SpeechCalls:
         add("/v1/audio/edits", self.edits, openapi_extra=either_body(form_body(Edit), json_body(Edit)),
             responses={200: {"content": audio}, **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
-            responses=refusals(400, 401, 404, *_OF_WORK), openapi_extra=form_body(Transcription),
+            responses={200: {"content": {"text/plain": {}, "text/event-stream": {}}},
+                       **refusals(400, 401, 404, *_OF_WORK)}, openapi_extra=form_body(Transcription),
             **speaks)  # fmt: skip
         add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
@@ -218,14 +221,17 @@ class SpeechCalls:
                     "转写结果不含时间信息：response_format 只能是 json 或 text",
                 )
             self.service.recognizer()
-            media_type = "application/json" if body.response_format == "json" else "text/plain; charset=utf-8"
-            work = partial(self._transcribe, body.response_format == "json", upload)
-            return self._streamed(work, media_type, held.pop_all())
+            form = "sse" if body.stream else body.response_format
+            return self._streamed(partial(self._transcribe, form, upload), _TRANSCRIPTS[form], held.pop_all())
 
-    def _transcribe(self, as_json: bool, upload: Upload, write: Write) -> None:
+    def _transcribe(self, form: str, upload: Upload, write: Write) -> None:
         with upload.stored(self.service, self.recordings) as recording:
             text = self.service.transcribe(recording)
-        write((json.dumps({"text": text}, ensure_ascii=False) if as_json else text + "\n").encode())
+        if form == "sse":
+            delta = event({"type": "transcript.text.delta", "delta": text})
+            write(delta + event({"type": "transcript.text.done", "text": text}))
+        else:
+            write((json.dumps({"text": text}, ensure_ascii=False) if form == "json" else text + "\n").encode())
 
     async def voices(self, request: Request) -> JSONResponse:
         """The voices that `voice` may name."""

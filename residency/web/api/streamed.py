@@ -118,13 +118,14 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yields audio as OpenAI's events; an error is the last of them."""
     try:
         async for piece in pieces:
-            yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()})
+            yield event({"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()})
     except Exception as error:
-        yield _event({"type": "error", **described(error)[1]})
+        yield event({"type": "error", **described(error)[1]})
         return
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-    yield _event({"type": "speech.audio.done", "usage": usage})
+    yield event({"type": "speech.audio.done", "usage": usage})
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def event(data: dict[str, Any]) -> bytes:
+    """Returns a server-sent event, as OpenAI's API sends them."""
     return b"data: %s\n\n" % json.dumps(data).encode()
