@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ... import errors, neighbor_errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
-from ..server.bodies import client_disconnected
+from ..server.bodies import BrokenOff, client_disconnected
 from ..server.cross_origin import refusal_body
 from ..server.layers import http_layer
 from ..server.permissions import Permissions
@@ -321,7 +321,8 @@ async def _invalid_query(request: Request, error: Any) -> JSONResponse:
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    logger.error("A call over HTTP failed", exc_info=error)
+    if not isinstance(error, BrokenOff):
+        logger.error("A call over HTTP failed", exc_info=error)
     known = isinstance(error, errors.ResidencyError)
     return JSONResponse({"error": str(error) if known else f"It failed: {error} / 操作失败：{error}"}, 500)
 

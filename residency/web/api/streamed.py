@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,16 +16,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...cancellation import Cancellation, cancelled_by
+from ...observability.error_classification import in_words
+from ..server.bodies import BrokenOff
 from .growing_file import GrowingFile, Room
 from .openai_errors import described, refusal
+
+logger = logging.getLogger(__name__)
 
 Write = Callable[[bytes], object]
 Work = Callable[[Write], None]
 """Calls its argument with each part of the response."""
-
-
-class BrokenOff(Exception):
-    """The work failed after the response had begun."""
 
 
 class Streamed(Response):
@@ -103,6 +104,8 @@ class Streamed(Response):
         except Exception as error:
             if cancellation.cancelled:
                 return
+            reason = " ".join(in_words(error).split())
+            logger.error("%s broke off after %d bytes: %s", scope["path"], output.size, reason)
             # The server closes the connection without an end of the body, which shows clients that it is incomplete.
             raise BrokenOff from error
         await send({"type": "http.response.body", "body": b"", "more_body": False})
