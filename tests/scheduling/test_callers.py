@@ -33,11 +33,23 @@ def collected_in() -> Iterator[list[str]]:
 
 
 def test_no_garbage_is_collected_while_python_lists_the_threads(collected_in: list[str]) -> None:
-    there = call_site()
-    for _ in range(3):
+    there, leave = call_site(), threading.Lock()
+    started = [threading.Event() for _ in range(20)]
+
+    def wait(here: threading.Event) -> None:
+        here.set()
+        leave.acquire()
+        leave.release()
+
+    threads = [threading.Thread(target=wait, args=(here,)) for here in started]
+    with leave:  # each thread has frames that are not objects yet
+        for thread in threads:
+            thread.start()
+        assert all(here.wait(60) for here in started)
         assert there.executes()
         there.waits_for(call_site())
-    assert collected_in
+    for thread in threads:
+        thread.join()
     assert not [line for line in collected_in if "sys._current_frames()" in line]
     assert gc.isenabled()
 
