@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ from starlette.testclient import TestClient
 
 from residency.errors import InvalidInput, RequestStopped, WorkerEnded
 from residency.sentences import Sentence
+from residency.web.api import streamed
 from tts_gpu_managed import ask
 
 pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
@@ -368,6 +370,22 @@ class TestBadSpeech:
                 refused = speech(served)
                 assert refused.status_code == 500, "not 429: the place is free again"
                 error(refused)
+
+    def test_a_system_without_threads_takes_no_place_of_other_requests(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def cannot_start(*arguments: Any, **keywords: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        served = Served(tmp_path, most=1)
+        with served.manager, monkeypatch.context() as without:
+            without.setattr(streamed, "to_thread", SimpleNamespace(run_sync=cannot_start))
+            for _ in range(2):
+                refused = speech(served)
+                assert refused.status_code == 500
+                assert "can't start new thread" in error(refused)["message"]
+            without.undo()
+            assert speech(served).status_code == 200
 
     @pytest.mark.parametrize("path", ["speech", "voices", "edits"])
     def test_json_of_very_many_values_is_not_parsed(self, served: Served, path: str) -> None:

@@ -59,9 +59,7 @@ class Streamed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         cancellation, loop = Cancellation(), asyncio.get_running_loop()
         output = GrowingFile(self._folder, self._room, loop)
-        thread = asyncio.ensure_future(
-            to_thread.run_sync(self._run, output, cancellation, abandon_on_cancel=True, limiter=self._threads)
-        )
+        thread = asyncio.ensure_future(self._run_in_thread(output, cancellation))
         watch = asyncio.ensure_future(_cancel_on_disconnect(receive, cancellation))
         try:
             await self._send(output, cancellation, scope, receive, send)
@@ -70,6 +68,13 @@ class Streamed(Response):
             if not thread.done():
                 loop.run_in_executor(None, cancellation.cancel)  # its callbacks take the manager's lock
             thread.add_done_callback(lambda done: loop.run_in_executor(None, output.close))
+
+    async def _run_in_thread(self, output: GrowingFile, cancellation: Cancellation) -> None:
+        try:
+            await to_thread.run_sync(self._run, output, cancellation, abandon_on_cancel=True, limiter=self._threads)
+        except RuntimeError as error:  # the system has no thread left
+            self._held.close()
+            output.end(error)
 
     def _run(self, output: GrowingFile, cancellation: Cancellation) -> None:
         """Works, in a thread of its own."""
