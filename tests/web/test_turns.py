@@ -54,9 +54,9 @@ class Gate:
         served.voices.get = held_back  # type: ignore[method-assign]
 
 
-def speech(served: Served, text: str, voice: str) -> int:
+def speech(served: Served, text: str, voice: str, address: str = "127.0.0.1") -> int:
     body = {"input": text, "voice": voice, "response_format": "pcm"}
-    return int(served.client().post("/v1/audio/speech", json=body).status_code)
+    return int(served.client((address, 4000)).post("/v1/audio/speech", json=body).status_code)
 
 
 def spoken(served: Served) -> list[str]:
@@ -81,6 +81,17 @@ def test_one_that_is_checked_slowly_is_spoken_first(served: Served) -> None:
         assert [each.result(60) for each in (first, *others)] == [200] * 3
     assert spoken(served) == ["First.", "Second.", "Third."]
     assert served.calls.turns.waiting == []
+
+
+def test_requests_of_other_addresses_do_not_wait_for_its_check(served: Served) -> None:
+    gate = Gate(served)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(speech, served, "First.", "high")
+        assert gate.reached.wait(60)
+        assert speech(served, "Of another.", "low", "192.0.2.7") == 200
+        gate.opened.set()
+        assert first.result(60) == 200
+    assert spoken(served) == ["Of another.", "First."]
 
 
 def test_one_that_is_refused_gives_up_its_place(served: Served) -> None:
@@ -124,13 +135,15 @@ def test_one_whose_body_does_not_come_delays_no_other_for_long(
 def test_how_long_a_body_is_waited_for() -> None:
     now_s = [100.0]
     places = Turns(lambda: now_s[0])
-    with places.taken() as first, places.taken() as second:
+    with places.taken("a") as first, places.taken("a") as second, places.taken("b") as of_another:
         assert first._left_s() <= 0
+        of_another.wait()
         assert second._left_s() == turns._BODY_WITHIN_S
         now_s[0] += turns._BODY_WITHIN_S
         second.wait()
         first.received()
         assert second._left_s() == float("inf"), "its checks are the server's own work"
+        of_another.wait()
         first.end()
         second.wait()
     assert places.waiting == []

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from ...cancellation import current
 from ...errors import InvalidInput
 from ..server.api_keys import ApiKeys
+from ..server.rate_limit import network
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
@@ -121,7 +122,7 @@ class SpeechCalls:
         self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            turn = held.enter_context(self.turns.taken())
+            turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await self._read_speech(request, held)
             turn.received()
             self._check_model(body.model, (self.model, *OF_OPENAI))
@@ -181,7 +182,7 @@ class SpeechCalls:
         self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
-            turn = held.enter_context(self.turns.taken())
+            turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
             turn.received()
@@ -277,7 +278,7 @@ class SpeechCalls:
     ) -> Streamed:  # fmt: skip
         """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``.
 
-        The first model's queue is joined in the order of the turns.
+        The first model's queue is joined at its ``turn``.
         """
         leases: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Keeps requests in their order of arrival until they are in a model's queue, however long their checks take."""
+"""Keeps the requests of a sender in order of arrival until they are in a queue, however long their checks take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _BODY_WITHIN_S = 2.0
-"""Time in which later requests wait for the body of an earlier one: a slow sender must not delay others."""
+"""Time in which later requests wait for the body of an earlier one: behind some proxies all have one address."""
 
 
 class Turns:
@@ -21,9 +21,9 @@ class Turns:
         self.waiting: list[Turn] = []
 
     @contextmanager
-    def taken(self) -> Iterator[Turn]:
+    def taken(self, sender: str) -> Iterator[Turn]:
         """Yields the turn of a request that has just arrived; ends it with the block."""
-        turn = Turn(self)
+        turn = Turn(self, sender)
         with self.changed:
             self.waiting.append(turn)
         try:
@@ -35,8 +35,8 @@ class Turns:
 class Turn:
     """The turn of a request."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self, turns: Turns, sender: str) -> None:
+        self._turns, self._sender = turns, sender
         self._counts_until_s = turns.now() + _BODY_WITHIN_S
 
     def received(self) -> None:
@@ -44,7 +44,7 @@ class Turn:
         self._counts_until_s = math.inf
 
     def wait(self) -> None:
-        """Waits for all earlier requests, or until `end` is called."""
+        """Waits for all earlier requests of the sender, or until `end` is called."""
         with self._turns.changed:
             while (left_s := self._left_s()) > 0:
                 self._turns.changed.wait(min(left_s, threading.TIMEOUT_MAX))
@@ -60,4 +60,5 @@ class Turn:
         if self not in self._turns.waiting:
             return 0.0
         earlier = self._turns.waiting[: self._turns.waiting.index(self)]
-        return max((turn._counts_until_s for turn in earlier), default=-math.inf) - self._turns.now()
+        until_s = (turn._counts_until_s for turn in earlier if turn._sender == self._sender)
+        return max(until_s, default=-math.inf) - self._turns.now()
