@@ -154,6 +154,13 @@ class TestOpenAisClient:
         assert left(app) == []
 
 
+@pytest.mark.parametrize("path", ["/v1/audio/voices/a%00b", "/v1/audio/speech%00"])
+def test_a_null_byte_in_a_path(app: RunningApp, path: str) -> None:
+    refused = ask(app.port, path, f"Authorization: Bearer {KEY}", method="DELETE")
+    assert refused.status == 404
+    assert set(json.loads(refused.text)["error"]) == {"message", "type", "param", "code"}
+
+
 class TestOtherSites:
     ORIGIN = "Origin: https://chat.example.org"
     JSON = ("Content-Type: application/json", f"Authorization: Bearer {KEY}", "Sec-Fetch-Site: cross-site")
