@@ -73,11 +73,11 @@ class Served:
         permissions = Permissions("t0ken")
         self.keys = ApiKeys(keys, permissions)
         self.slots = Slots(most)
-        calls = SpeechCalls(
+        self.calls = SpeechCalls(
             self.service, Speaker(self.service, self.voices), self.recordings, self.keys, "tones",
             self.slots, (self.queue or self.manager).watching, keep_alive_seconds,
         )  # fmt: skip
-        self.app = build(self.manager if managed else None, permissions, speech=calls)
+        self.app = build(self.manager if managed else None, permissions, speech=self.calls)
 
     @staticmethod
     def _check(text: str) -> None:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager, State
-from residency.errors import InvalidInput
+from residency.errors import InvalidInput, WorkerEnded
 from residency.status_types import DeviceStatus, MemorySizes, ModelStatus, Status, UsageHistory
 from residency.web.api.control import build, route_to
 from residency.web.server.layers import beneath
@@ -313,6 +313,17 @@ def test_with_a_gpu_that_has_failed_for_good_it_is_alive_but_not_ready(
     assert client(manager).get("/healthz").status_code == 200
     answer = client(manager).get("/readyz")
     assert (answer.status_code, "Restart the app" in answer.json()["error"]) == (503, True)
+
+
+def test_after_the_end_of_a_worker_process_one_may_try_again(
+    manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(name: str | None) -> bool:
+        raise WorkerEnded("tts")
+
+    monkeypatch.setattr(manager, "release", ended)
+    answer = client(manager).post("/gpu/release")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 class TestWhoMayChange:

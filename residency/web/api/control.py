@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ... import errors, neighbor_errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
-from ..server.bodies import client_disconnected
+from ..server.bodies import BrokenOff, client_disconnected
 from ..server.cross_origin import refusal_body
 from ..server.layers import http_layer
 from ..server.permissions import Permissions
@@ -57,6 +57,7 @@ _CODES: dict[type[Exception], int] = {
     neighbor_errors.NeighborRefused: 502,
     errors.ManagerClosed: 503,
     errors.DeviceLost: 503,
+    errors.WorkerEnded: 503,
     errors.NotReady: 503,
     errors.TooManyListeners: 503,
 }
@@ -70,7 +71,7 @@ _DESCRIPTIONS = {
     429: "This address has sent too many wrong tokens or keys; `Retry-After` has the seconds to wait.",
     500: "The move failed; nothing is half-moved.",
     502: "The neighbor did not answer, or refused.",
-    503: "The app is shutting down, its GPU has failed, or too many programs listen.",
+    503: "The app is shutting down, its GPU or a worker process has failed, or too many programs listen.",
 }
 _NOT_JSON: _Keywords = {"response_class": Response, "response_model": None}
 _CHANGES: tuple[tuple[str, type[BaseModel], str], ...] = (
@@ -306,6 +307,8 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     headers = {"WWW-Authenticate": "Bearer"} if code == 401 else {}
     if isinstance(error, TooManyWrongKeys):
         headers = {"Retry-After": str(error.retry_s)}
+    if isinstance(error, errors.WorkerEnded):  # the next request starts a new one
+        headers = {"Retry-After": "1"}
     return JSONResponse({"error": str(error), **more}, code, headers)
 
 
@@ -326,7 +329,8 @@ async def _invalid_query(request: Request, error: Any) -> JSONResponse:
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    logger.error("A call over HTTP failed", exc_info=error)
+    if not isinstance(error, BrokenOff):
+        logger.error("A call over HTTP failed", exc_info=error)
     known = isinstance(error, errors.ResidencyError)
     words = str(error) if known else f"It failed: {error} / 操作失败：{error}"
     return JSONResponse({"error": words}, 500, None if known else {"Connection": "close"})  # the server closes it

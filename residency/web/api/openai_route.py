@@ -35,7 +35,10 @@ _REFUSALS: dict[int, tuple[str, Exception | None]] = {
         TooManyRequests(100, 5),
     ),
     500: ("The engine failed.", None),
-    503: ("The model is not available in time, or the app is shutting down.", ShuttingDown()),
+    503: (
+        "The model is not available in time, its worker process has ended, or the app is shutting down.",
+        ShuttingDown(),
+    ),
     507: ("The server has no disk space left.", DiskFull()),
 }
 """Description and example by status code."""
@@ -94,8 +97,13 @@ class OpenAiRoute(APIRoute):
 
 
 def json_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describes a JSON body."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(kind)}}}}
+    """Describes a JSON body, whose optional fields may be null."""
+    schema = _schema(kind)
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {**about, "anyOf": [field, {"type": "null"}]}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def form_body(kind: type[BaseModel]) -> dict[str, Any]:

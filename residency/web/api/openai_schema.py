@@ -88,6 +88,7 @@ class Transcription(BaseModel):
     response_format: Annotated[str, WithJsonSchema({"type": "string", "enum": ["json", "text"]})] = Field(
         "json", description="`json` or `text`: transcripts have no times."
     )
+    stream: bool = Field(False, description="Send the transcript as server-sent events, once it is complete.")
 
 
 class SpeechModel(BaseModel):
