@@ -184,6 +184,8 @@ def test_the_description_tells_all_calls_and_brings_its_own_files(manager: GPURe
         f"/gpu/{call}"
         for call in ("status", "history", "events", "offload", "release", "warm", "configure", "neighbors/ask")
     }
+    needed = {path for path, call in described.items() if call.get("post", {}).get("requestBody", {}).get("required")}
+    assert {path for path in needed if path.startswith("/gpu/")} == {"/gpu/neighbors/ask"}
     page = calls.get("/docs").text
     for file in re.findall(r"""(?:href|src)="([^"]+)""", page):
         assert file.startswith("/docs/"), "the page asks the internet for something"

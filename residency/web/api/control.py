@@ -242,7 +242,10 @@ class _Calls:
             response_model=Status,
             responses={**follows, **_refusals(401, 404, 422, 429, 500, *failed, 503), **_refused_early(413)},
             openapi_extra={
-                "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
+                "requestBody": {
+                    "required": bool(body.model_json_schema().get("required")),
+                    "content": {"application/json": {"schema": body.model_json_schema()}},
+                },
                 "security": [{"token": []}, {}],
             },
         )
