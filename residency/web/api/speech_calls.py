@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +59,7 @@ class SpeechCalls:
 
     Attributes:
         model: name of the engine in ``GET /v1/models``.
+        others: further engines, by name.
         slots: limit of requests that wait or run.
         watching: calls a function with each lease that a request enters; see `GPUResourceManager.watching`.
         keep_alive: returns the seconds of a ``keep_alive``, which has an effect only with a manager.
@@ -72,6 +73,7 @@ class SpeechCalls:
     slots: Slots
     watching: Callable[[Callable[[Any], object]], AbstractContextManager[None]]
     keep_alive: Callable[[float | str], float]
+    others: Mapping[str, Speaker] = field(default_factory=dict)
     readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
     turns: Turns = field(default_factory=Turns)
 
@@ -108,7 +110,7 @@ class SpeechCalls:
     async def models(self, request: Request) -> JSONResponse:
         """The engine, and the recognizer where there is one. OpenAI's names of such models are accepted too."""
         self.keys.check(request)
-        names = [self.model, *(OF_OPENAI_TRANSCRIBE[:1] if self.service.transcribes else ())]
+        names = [self.model, *self.others, *(OF_OPENAI_TRANSCRIBE[:1] if self.service.transcribes else ())]
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "gpu-managed-tts"} for name in names]
         return JSONResponse({"object": "list", "data": data})
 
@@ -124,20 +126,21 @@ class SpeechCalls:
             turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await self._read_speech(request, held)
             turn.received()
-            self._check_model(body.model, (self.model, *OF_OPENAI))
+            self._check_model(body.model, (self.model, *self.others, *OF_OPENAI))
+            speaker = self.others.get(body.model or "", self.speaker)
             keep_warm_s = self._keep_warm(request, body.keep_alive)
-            edit = self.speaker.named_edit(body.instructions)
+            edit = speaker.named_edit(body.instructions)
             ask = partial(
-                self.speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
+                speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
                 keep_warm_s=keep_warm_s,
             )  # fmt: skip
             if upload is None:
                 with naming(recording="voice"):
                     asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
-                work: Work = naming(recording="voice")(partial(self.speaker.speak, asked))
+                work: Work = naming(recording="voice")(partial(speaker.speak, asked))
             else:
                 self._words("ref_text", body.ref_text)
-                work = partial(self._speak_with, ask, upload, body.ref_text)
+                work = partial(self._speak_with, speaker, ask, upload, body.ref_text)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
                 most_bytes(body.input, body.response_format, body.speed), turn, sse=body.stream_format == "sse",
@@ -154,13 +157,13 @@ class SpeechCalls:
         return body, None if body.ref_audio is None else await decoded(body.ref_audio, "ref_audio")
 
     def _speak_with(
-        self, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
+        self, speaker: Speaker, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
     ) -> None:
         """Speaks with a recording that the request has brought."""
         named = naming(recording="ref_audio", prompt_text="ref_text")
         with named, upload.stored(self.service, self.recordings) as recording:
             voice = Voice("", (text or "").strip() or self.service.transcribe(recording), recording, False, 0)
-            self.speaker.speak(ask(voice), write)
+            speaker.speak(ask(voice), write)
 
     def _words(self, param: str, text: str | None) -> str:
         """Returns the words of a recording, empty if the recognizer is to write them; raises `InvalidInput`."""
