@@ -43,6 +43,7 @@ def note_successes(sent: Sent, client: TestClient, recording: str) -> None:
     post("speech", json={"input": "Hello.", "voice": "high", "stream_format": "sse"})
     for form in ("json", "text"):
         post("transcriptions", {"response_format": form}, files=files)
+    post("transcriptions", {"stream": "true"}, files=files)
     post("voices", {"name": "Ada"}, files=files)
     note(sent, client.delete("/v1/audio/voices/Ada"))
     for path in ("models", "audio/voices"):
